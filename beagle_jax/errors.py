@@ -1,0 +1,38 @@
+"""The one exception that a user is meant to read, and the wrapper that prints it.
+
+A `UserError` says what is wrong, where, what was expected and what to do. Entry points call `run_main`,
+which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage, 1 for the rest.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Bad input: a file, key, shape, template or device that cannot be used as given."""
+
+    exit_status = 1
+
+
+class UsageError(UserError):
+    """A command line or configuration that asks for something that does not exist."""
+
+    exit_status = 2
+
+
+def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Runs `main(argv)`; turns a UserError into one message on stderr. `--debug` keeps the traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        main(argv)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,120 @@
+"""The Beagle draft: one cross-attention block (method.md section 2).
+
+The query is the embedding of the token at position i; keys and values are states at positions below i, the
+target's or the draft's own, through the same projections. There is no fusion layer, no norm on keys and values
+and no output norm: the result regresses to the target's post-norm state, and the target's frozen LM head reads it.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.model.cache import KVRows
+from beagle_jax.model.layers import (
+    apply_rope,
+    join_heads,
+    merge_attention,
+    partial_attention,
+    rms_norm,
+    rope_tables,
+    split_heads,
+)
+from beagle_jax.model.target import TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSpec:
+    """Shape of the draft block; the target's own sizes (method.md 2.2). Hashable."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    init_std: float = 0.02  # of the linear weights, when trained from scratch
+
+    @classmethod
+    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> "DraftSpec":
+        """The draft of a target has the shape of one of its layers."""
+        return cls(
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            rope_theta=spec.rope_theta,
+            rms_norm_eps=spec.rms_norm_eps,
+            init_std=init_std,
+        )
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+        D, F = self.hidden_size, self.intermediate_size
+        NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (NH, D),
+            "k_proj": (KH, D),
+            "v_proj": (KH, D),
+            "o_proj": (D, NH),
+            "gate_proj": (F, D),
+            "up_proj": (F, D),
+            "down_proj": (D, F),
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+        }
+
+
+class BeagleBlock(nn.Module):
+    """The block in three parts, because training and decoding interleave them differently (method.md 4.5b, 6.2)."""
+
+    spec: DraftSpec
+
+    def setup(self):
+        normal = nn.initializers.normal(self.spec.init_std)
+        for name, shape in self.spec.param_shapes().items():
+            setattr(self, name, self.param(name, normal if len(shape) == 2 else nn.initializers.ones, shape))
+
+    def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
+        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps)
+        return self._rotate(_project(u_BTD, self.q_proj), positions_BT)
+
+    def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """Rotated keys and values of states, true or predicted, at their positions."""
+        k_BKTH = self._rotate(_project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
+        v_BKTH = split_heads(_project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim)[:, :, 0]
+        return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
+
+    def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
+        """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
+        y_BTD = e_BTD + _project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
+        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
+        gated_BTF = jax.nn.silu(_project(z_BTD, self.gate_proj)) * _project(z_BTD, self.up_proj)
+        return y_BTD + _project(gated_BTF, self.down_proj)
+
+    def __call__(self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        """One pass over a row: queries at positions 0..T-1, true states at 0..S-1 (method.md 2.1)."""
+        positions_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
+        positions_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
+        rows = self.keys_values(h_BSD, positions_BS)
+        part = partial_attention(self.queries(e_BTD, positions_BT), *rows, mask_BTS[:, None, None])
+        return self.predict(e_BTD, merge_attention(part))
+
+    def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)
+        cos_BTH, sin_BTH = rope_tables(positions_BT, self.spec.head_dim, self.spec.rope_theta)
+        return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
+
+
+def _project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,FD->BTF", x_BTD, weight_FD.astype(x_BTD.dtype))
+
+
+def init_draft(spec: DraftSpec, key: jax.Array) -> dict[str, jax.Array]:
+    """Fresh parameters: linear weights N(0, init_std), norms one (method.md 2.4)."""
+    one = jnp.zeros((1, 1, spec.hidden_size), jnp.float32)
+    return BeagleBlock(spec).init(key, one, one, jnp.zeros((1, 1, 1), bool))["params"]

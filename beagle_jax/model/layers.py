@@ -1,0 +1,90 @@
+"""Norm, rotary embedding and masked attention as pure functions.
+
+Attention comes in two halves so that keys may live in several places (a cache and the new tokens, or true
+and predicted states): `partial_attention` over each place, then `merge_attention`. The two together equal one
+softmax over all keys. A query that sees no key at all gets zeros (method.md 2.5).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Stands for minus infinity in scores. Finite, so that a fully masked row has no inf - inf.
+MASKED_SCORE = -1e30
+
+
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1) -> jax.Array:
+    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the weight as HF does."""
+    x_f32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axis, keepdims=True) + eps)
+    shape = [1] * x.ndim
+    shape[axis] = weight_D.shape[0]
+    return (x_f32 * scale).astype(x.dtype) * weight_D.reshape(shape)
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in float32."""
+    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # float32 angles: bfloat16 would round position 257 to 256.
+    angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequency, range(positions.ndim))
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the last axis (head width, half-split pairs) of x; cos and sin broadcast against it."""
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+class PartialAttention(NamedTuple):
+    """Attention over some of the keys, before normalisation (the log-sum-exp form, method.md 4.5b)."""
+
+    out_BKGTH: jax.Array  # sum over visible keys of exp(score - peak) * value
+    peak_BKGT: jax.Array  # highest visible score, MASKED_SCORE where none is visible
+    total_BKGT: jax.Array  # sum over visible keys of exp(score - peak)
+
+
+def partial_attention(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask: jax.Array) -> PartialAttention:
+    """Softmax numerator and denominator over one set of keys.
+
+    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S].
+    """
+    B, K, G, T, H = q_BKGTH.shape
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * H**-0.5
+    score = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
+    score = jnp.where(mask, score.reshape(B, K, G, T, -1), MASKED_SCORE)
+    # The peak cancels in the merge, so it carries no gradient.
+    peak = jax.lax.stop_gradient(score.max(axis=-1))
+    weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
+    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype), v_BKSH)
+    return PartialAttention(out_BKMH.reshape(B, K, G, T, H).astype(jnp.float32), peak, weight.sum(axis=-1))
+
+
+def merge_attention(*parts: PartialAttention) -> jax.Array:
+    """Normalised attention [B, K, G, T, H] (float32) over the union of the parts' keys; zeros where none is visible."""
+    peak = parts[0].peak_BKGT
+    for part in parts[1:]:
+        peak = jnp.maximum(peak, part.peak_BKGT)
+    # A part that saw nothing has total 0, whatever its scale: exp(MASKED - MASKED) is 1, never NaN.
+    scales = [jnp.exp(part.peak_BKGT - peak) for part in parts]
+    total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales))
+    out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales))
+    seen = total > 0
+    # Double where: the division never meets a zero, so neither value nor gradient can be NaN (method.md 13.5).
+    return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
+
+
+def split_heads(x_BTF: jax.Array, num_kv_heads: int, head_dim: int) -> jax.Array:
+    """[B, T, N*H] -> [B, K, G, T, H] (keys and values have G = 1 and drop it by indexing)."""
+    B, T, F = x_BTF.shape
+    grouped = x_BTF.reshape(B, T, num_kv_heads, F // (num_kv_heads * head_dim), head_dim)
+    return grouped.transpose(0, 2, 3, 1, 4)
+
+
+def join_heads(out_BKGTH: jax.Array) -> jax.Array:
+    """[B, K, G, T, H] -> [B, T, N*H]; undoes `split_heads`."""
+    B, K, G, T, H = out_BKGTH.shape
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G * H)

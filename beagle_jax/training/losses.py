@@ -1,0 +1,86 @@
+"""Soft cross-entropy through the frozen head, in chunks of rows, and smooth-L1 (method.md 3.2).
+
+The head is frozen, so the gradient with respect to the draft's state is all that is needed, and it is computed
+in the same pass as the value: three products with the head per row, no logits kept, none recomputed. Rows that do
+not count are skipped altogether: they are sorted to the end and the loop stops before them.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def soft_cross_entropy(
+    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Per row -sum_v p(v) log q(v) over the full vocabulary, with p from the true state and q from the draft's.
+
+    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist at once.
+    Returns (cross-entropy [M], rank [M]): the rank of the target's most likely token among the draft's logits,
+    0 where both agree. Differentiable in `state_MD` only; target and head are frozen.
+    """
+    cross_entropy_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, chunk)
+    return cross_entropy_M, rank_M
+
+
+def _forward(state_MD, true_MD, head_VD, counts_M, chunk):
+    M, D = state_MD.shape
+    count = -(-M // chunk) * chunk
+    # Rows that count first, in order; the rest is padding that the loop never reaches.
+    order = jnp.argsort(~counts_M, stable=True)
+    order = jnp.pad(order, (0, count - M), constant_values=M)
+    used = counts_M.sum()
+
+    def step(index, carry):
+        cross_entropy, rank, gradient = carry
+        row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
+        live_C = index * chunk + jnp.arange(chunk) < used
+        read = lambda x_MD: x_MD.at[row_C].get(mode="fill", fill_value=0)
+        ce_C, rank_C, gradient_CD = _rows(read(state_MD), read(true_MD), head_VD)
+        # Rows past `used` share the last chunk; they point out of range and are dropped.
+        target_C = jnp.where(live_C, row_C, M)
+        return (
+            cross_entropy.at[target_C].set(ce_C, mode="drop"),
+            rank.at[target_C].set(rank_C, mode="drop"),
+            gradient.at[target_C].set(gradient_CD, mode="drop"),
+        )
+
+    zeros = (jnp.zeros(M, jnp.float32), jnp.zeros(M, jnp.int32), jnp.zeros((M, D), state_MD.dtype))
+    return jax.lax.fori_loop(0, -(-used // chunk), step, zeros)
+
+
+def _rows(state_CD, true_CD, head_VD):
+    """Cross-entropy, rank and gradient of one chunk, in float32."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    draft_CV = product("CD,VD->CV", state_CD, head_VD)
+    true_CV = product("CD,VD->CV", true_CD, head_VD)
+    p_CV = jax.nn.softmax(true_CV, axis=-1)
+    log_norm_C = jax.nn.logsumexp(draft_CV, axis=-1)
+    cross_entropy_C = log_norm_C - jnp.sum(p_CV * draft_CV, axis=-1)
+    best_C1 = jnp.argmax(true_CV, axis=-1)[:, None]
+    rank_C = jnp.sum(draft_CV > jnp.take_along_axis(draft_CV, best_C1, axis=-1), axis=-1)
+    slope_CV = jnp.exp(draft_CV - log_norm_C[:, None]) - p_CV
+    gradient_CD = product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD)
+    return cross_entropy_C, rank_C, gradient_CD.astype(state_CD.dtype)
+
+
+def _vjp_forward(state_MD, true_MD, head_VD, counts_M, chunk):
+    cross_entropy_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, chunk)
+    return (cross_entropy_M, rank_M), gradient_MD
+
+
+def _vjp_backward(chunk, gradient_MD, cotangents):
+    slope_M = cotangents[0]
+    return (gradient_MD * slope_M[:, None].astype(gradient_MD.dtype), None, None, None)
+
+
+soft_cross_entropy.defvjp(_vjp_forward, _vjp_backward)
+
+
+def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:
+    """Per row the mean over channels of 0.5 z^2 where |z| < 1, |z| - 0.5 elsewhere (method.md 3.2)."""
+    z_MD = state_MD.astype(jnp.float32) - true_MD.astype(jnp.float32)
+    size_MD = jnp.abs(z_MD)
+    return jnp.mean(jnp.where(size_MD < 1, 0.5 * jnp.square(z_MD), size_MD - 0.5), axis=-1)

@@ -1,0 +1,167 @@
+"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.masks import window_start
+from beagle_jax.training.early import early_states
+from beagle_jax.training.late import late_states
+from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
+
+
+class TrainState(NamedTuple):
+    """What an optimizer step changes."""
+
+    params: dict[str, jax.Array]
+    opt_state: optax.OptState
+    step: jax.Array  # int32, steps done in this stage
+
+
+class Metrics(NamedTuple):
+    """Sums over a batch: divide by a count once, at the end. J is the window offset (early) or draft step (late)."""
+
+    ploss: jax.Array  # soft cross-entropy, unweighted
+    vloss: jax.Array  # smooth-L1, unweighted
+    objective: jax.Array  # what is minimised, before the division by `supervised`
+    supervised: jax.Array  # supervised tokens of the batch: the divisor of the loss
+    count_J: jax.Array  # rows that entered the loss
+    agree_J: jax.Array  # of them, rows whose draft argmax is the target's
+    grad_norm: jax.Array  # before clipping
+
+
+class Prediction(NamedTuple):
+    """What a stage predicts, in the form that both stages share. T counts the queries of a row."""
+
+    state_BTD: jax.Array
+    position_T: jax.Array  # row position of each query
+    inside_T: jax.Array  # False where a window hangs over the end of the row
+    group_T: jax.Array  # window offset or draft step
+    weight_T: jax.Array  # beta
+
+
+def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm; linear warm-up, then constant or a cosine to zero (method.md 5.4)."""
+    warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
+    if stage.schedule == "cosine":
+        after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
+    else:
+        after = optax.constant_schedule(stage.learning_rate)
+    schedule = optax.join_schedules([warm, after], [stage.warmup])
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
+    )
+
+
+def add_noise(states_BLD: jax.Array, length_B: jax.Array, config: TrainConfig, key: jax.Array) -> jax.Array:
+    """Training noise for keys and values; targets stay clean (method.md 3.3)."""
+    if config.noise == "none":
+        return states_BLD
+    if config.noise == "gaussian":
+        return states_BLD + config.noise_scale * jax.random.normal(key, states_BLD.shape, states_BLD.dtype)
+    width_B11 = (config.noise_scale * 512 / jnp.maximum(length_B, 1))[:, None, None]
+    return states_BLD + width_B11 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
+
+
+def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BLD, h_BLD, length_B, offset) -> Prediction:
+    """Every position once, weight 1 (method.md 3.2)."""
+    position_L = jnp.arange(e_BLD.shape[1])
+    state_BLD = early_states(params, spec, e_BLD, h_BLD, length_B, window=stage.window, offset=offset)
+    group_L = position_L - window_start(position_L, stage.window, offset)
+    return Prediction(state_BLD, position_L, position_L >= 0, group_L, jnp.ones(position_L.shape))
+
+
+def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BLD, h_BLD, length_B, offset) -> Prediction:
+    """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
+    steps = stage.simulation_steps
+    late = late_states(
+        params, spec, e_BLD, h_BLD, length_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
+    )
+    U, J = late.position_UJ.shape
+    beta_J = jnp.asarray(stage.step_weights or range(steps, 0, -1), jnp.float32)
+    return Prediction(
+        late.state_BUJD.reshape(e_BLD.shape[0], U * J, -1),
+        late.position_UJ.reshape(-1),
+        late.valid_UJ.reshape(-1),
+        jnp.tile(jnp.arange(J), U),
+        jnp.tile(beta_J, U),
+    )
+
+
+def stage_loss(
+    params: dict[str, jax.Array],
+    spec: DraftSpec,
+    config: TrainConfig,
+    stage: StageConfig,
+    predict: Callable[..., Prediction],
+    frozen: dict[str, jax.Array],
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[jax.Array, Metrics]:
+    """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens (method.md 3.2, 4.2).
+
+    frozen: the target's "embed_VD" and "head_VD".
+    """
+    noise_key, offset_key = jax.random.split(key)
+    offset = jax.random.randint(offset_key, (), 0, stage.window)
+    true_BLD = jnp.asarray(batch.states_BLD)
+    e_BLD = frozen["embed_VD"][batch.tokens_BL]
+    h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
+    out = predict(params, spec, stage, e_BLD, h_BLD, batch.length_B, offset)
+    D = true_BLD.shape[-1]
+    counts_BT = batch.counts_BL[:, out.position_T] & out.inside_T[None]
+    state_MD, true_MD = out.state_BTD.reshape(-1, D), true_BLD[:, out.position_T].reshape(-1, D)
+    counts_M = counts_BT.reshape(-1)
+    ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows)
+    l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
+    weight_M = jnp.broadcast_to(out.weight_T, counts_BT.shape).reshape(-1)
+    objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
+    supervised = jnp.sum(batch.counts_BL)
+    group_TJ = jax.nn.one_hot(out.group_T, stage.window if predict is predict_early else stage.simulation_steps)
+    agree_BT = (counts_M & (rank_M == 0)).reshape(counts_BT.shape)
+    metrics = Metrics(
+        ploss=jnp.sum(ce_M),
+        vloss=jnp.sum(l1_M),
+        objective=objective,
+        supervised=supervised,
+        count_J=counts_BT.sum(axis=0) @ group_TJ,
+        agree_J=agree_BT.sum(axis=0) @ group_TJ,
+        grad_norm=jnp.float32(0),
+    )
+    return objective / (supervised + 1e-5), metrics
+
+
+def make_steps(
+    spec: DraftSpec, config: TrainConfig, stage: StageConfig, *, late: bool
+) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]]:
+    """(train step, evaluation step, initial state from parameters) of one stage.
+
+    The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on seed and step only.
+    """
+    predict = predict_late if late else predict_early
+    optimizer = make_optimizer(config, stage)
+
+    def loss(params, frozen, batch, key):
+        return stage_loss(params, spec, config, stage, predict, frozen, batch, key)
+
+    def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.global_norm(gradient))
+
+    def eval_step(params, frozen, batch: Batch) -> Metrics:
+        return loss(params, frozen, batch, jax.random.key(0))[1]
+
+    def init(params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    return jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), init

@@ -1,0 +1,144 @@
+"""Reads a llama-architecture GGUF file: config, tensors under Hugging Face names, tokenizer and chat template.
+
+Dequantisation is the `gguf` package's. What is done here is the renaming, the un-permutation of q and k rows
+(llama.cpp interleaves the rotary pairs, Hugging Face halves them), and the tokenizer.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from beagle_jax.errors import UserError
+
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# GGUF token types (the format's own numbers).
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+class GGUFFile:
+    """One GGUF file, memory-mapped. Raises UserError when it is not a llama GGUF with a BPE tokenizer."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (OSError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            raise UserError(f"{path}: architecture is {architecture!r}; this version reads GGUF files of 'llama'")
+
+    def _field(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        if field is None:
+            raise UserError(f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter")
+        return field.contents()
+
+    def _has(self, key: str) -> bool:
+        return self._reader.get_field(key) is not None
+
+    def config(self) -> dict[str, Any]:
+        """The metadata as a Hugging Face Llama config."""
+        if self._has("llama.rope.scaling.type") and self._field("llama.rope.scaling.type") != "none":
+            raise UserError(f"{self.path}: RoPE scaling {self._field('llama.rope.scaling.type')!r} is not supported")
+        names = {tensor.name for tensor in self._reader.tensors}
+        return {
+            "model_type": "llama",
+            "vocab_size": len(self._field("tokenizer.ggml.tokens")),
+            "hidden_size": self._field("llama.embedding_length"),
+            "intermediate_size": self._field("llama.feed_forward_length"),
+            "num_hidden_layers": self._field("llama.block_count"),
+            "num_attention_heads": self._field("llama.attention.head_count"),
+            "num_key_value_heads": self._field("llama.attention.head_count_kv"),
+            "head_dim": self._field("llama.rope.dimension_count"),
+            "rope_theta": self._field("llama.rope.freq_base"),
+            "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self._field("llama.context_length"),
+            "tie_word_embeddings": "output.weight" not in names,
+        }
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(Hugging Face name, float32 array [out, in]) one at a time; a name without a counterpart keeps its own."""
+        heads = self._field("llama.attention.head_count")
+        kv_heads = self._field("llama.attention.head_count_kv")
+        for tensor in self._reader.tensors:
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            # GGUF lists dimensions fastest first.
+            array = array.reshape(tuple(int(size) for size in reversed(tensor.shape)))
+            if ".attn_q." in tensor.name:
+                array = _unpermute_rows(array, heads)
+            elif ".attn_k." in tensor.name:
+                array = _unpermute_rows(array, kv_heads)
+            yield _hf_name(tensor.name), array
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The byte-level BPE tokenizer with the file's chat template."""
+        model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
+        if (model, pre) != ("gpt2", "smollm"):
+            raise UserError(
+                f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here (only 'gpt2'/'smollm'); "
+                "use the model's Hugging Face folder"
+            )
+        tokens = self._field("tokenizer.ggml.tokens")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self._bpe(tokens),
+            chat_template=self._field("tokenizer.chat_template"),
+            eos_token=tokens[self._field("tokenizer.ggml.eos_token_id")],
+            bos_token=tokens[self._field("tokenizer.ggml.bos_token_id")],
+            clean_up_tokenization_spaces=False,
+        )
+
+    def _bpe(self, tokens: list[str]) -> Tokenizer:
+        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
+        tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+        # Each digit stands alone; transformers' own GGUF route drops this step and splits "\n\n1." differently.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, kind in zip(tokens, self._field("tokenizer.ggml.token_type"), strict=True):
+            if kind == _CONTROL:
+                tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            elif kind == _USER_DEFINED:
+                tokenizer.add_tokens([AddedToken(token, normalized=False)])
+        return tokenizer
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        return (int(self._field("tokenizer.ggml.eos_token_id")),)
+
+
+def _hf_name(name: str) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match and match.group(2) in _LAYER_NAMES:
+        return f"model.layers.{match.group(1)}.{_LAYER_NAMES[match.group(2)]}.weight"
+    return name
+
+
+def _unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Interleaved rotary pairs (0 1)(2 3).. per head -> half-split (0 h/2)(1 h/2+1).. as Hugging Face stores them."""
+    rows, width = weight.shape
+    return np.ascontiguousarray(weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width))

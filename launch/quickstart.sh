@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The whole road on two CPU cores and 8 GB: a real chat model writes its training text, gets a drafter and answers
+# faster with it. About 20 minutes; --short: 3 minutes, too little training to be faster.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+short=()
+if [ "${1:-}" = "--short" ]; then
+  shift
+  short=(data.answer_tokens=2000 data.folder=runs/quickstart-short/data train.folder=runs/quickstart-short
+         train.early.steps=20 train.late.steps=10 train.early.warmup=5 train.late.warmup=3 train.checkpoint_every=10
+         log.eval_rows=0 eval.limit=4 eval.max_new_tokens=32)
+fi
+make_environment .venv ""
+export PYTHONUNBUFFERED=1
+config=configs/quickstart.yaml
+.venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
+.venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# All tests, in a virtual environment of their own. Arguments go to pytest: bash launch/test.sh -k late
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+make_environment .venv-test "[test]"
+exec .venv-test/bin/python -m pytest "$@"

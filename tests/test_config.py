@@ -1,0 +1,246 @@
+"""Config files: every error message, aliases, overrides, conversions, and the defaults that the files rely on."""
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from beagle_jax.config import ALIASES, Config, StageConfig, TargetConfig, load_config
+from beagle_jax.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads YAML text, by default one that names a target, with overrides."""
+
+    def load(text: str = "target: {source: some/folder}", *overrides: str) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides)
+
+    return load
+
+
+def refused(load, text: str, *overrides: str) -> str:
+    """The message of the usage error that this file and these overrides cause; it names the file or the override."""
+    with pytest.raises(UsageError) as caught:
+        load(text, *overrides)
+    assert caught.value.exit_status == 2
+    assert "run.yaml: " in str(caught.value) or str(caught.value).startswith("override ")
+    return str(caught.value)
+
+
+TARGET = "target: {source: some/folder}\n"
+
+
+def test_empty_sections_give_the_documented_defaults(load):
+    config = load(TARGET + "train: {}\ndata: {}")
+    assert config == Config(target=TargetConfig(source="some/folder"))
+    train = config.train
+    assert (train.vloss_weight, train.clip_norm, train.beta1, train.beta2, train.weight_decay) == (10.0, 0.5, 0.9, 0.95, 0.0)
+    assert (train.noise, train.noise_scale, train.seed, train.batch) == ("uniform", 0.2, 42, 16)
+    assert (train.early.learning_rate, train.early.window, train.early.simulation_steps) == (3e-5, 5, 1)
+    assert (train.late.learning_rate, train.late.window, train.late.simulation_steps) == (3e-5, 4, 4)
+    assert train.late.detach and train.late.step_weights is None and train.early.schedule == "constant"
+    assert (config.target.dtype, config.data.source, config.data.temperature) == ("float32", "self", 0.0)
+    assert (config.draft.path, config.draft.init_std, config.draft.hot_tokens) == (None, 0.02, 0)
+    assert (config.decode.tree, config.decode.levels, config.decode.paths) == ("chain", 5, None)
+    assert (config.eval.prompts, config.eval.limit, config.log.every) == ("held_out", None, 10)
+
+
+def test_part_of_a_stage_keeps_that_stages_other_defaults(load):
+    late = load(TARGET, "train.late.steps=7").train.late
+    assert late == StageConfig(steps=7, window=4, simulation_steps=4)
+    assert load(TARGET + "train: {early: {window: 3}}").train.early == StageConfig(steps=1000, window=3)
+
+
+def test_a_config_cannot_be_changed(load):
+    with pytest.raises(FrozenInstanceError):
+        load().train.batch = 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_committed_file_loads(path):
+    assert load_config(path).target.source
+
+
+def test_there_are_committed_files():
+    assert "quickstart.yaml" in [path.name for path in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("trian: {batch: 4}", "unknown key trian; did you mean train?"),
+        ("train: {bach: 4}", "unknown key train.bach; did you mean train.batch?"),
+        ("train: {early: {stpes: 4}}", "unknown key train.early.stpes; did you mean train.early.steps?"),
+        ("train: {erly: {steps: 4}}", "unknown key train.erly; did you mean train.early?"),
+        ("draft: {zzz: 4}", "unknown key draft.zzz; valid keys: path, init_std, hot_tokens"),
+        ("qqq: 4", "unknown key qqq; valid keys: target, draft, data, train, decode, eval, log"),
+        ("7: 4", "unknown key 7; valid keys: target, draft"),
+    ],
+)
+def test_unknown_key_names_the_nearest(load, text, message):
+    assert message in refused(load, TARGET + text)
+
+
+def test_unknown_key_in_an_override(load):
+    assert "unknown key decode.level; did you mean decode.levels?" in refused(load, TARGET, "decode.level=3")
+    assert "unknown key data.batch.size" not in refused(load, TARGET, "data.batch.size=3")
+    assert "data.batch is {'size': 3}; expected int" in refused(load, TARGET, "data.batch.size=3")
+
+
+def test_missing_section_and_key(load):
+    assert "target is missing" in refused(load, "train: {batch: 4}")
+    assert "target.source is missing; TargetConfig needs it" in refused(load, "target: {dtype: float32}")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("data: 5", "data must be a section with the keys source, folder, "),
+        ("data:", "data must be a section with the keys source, folder, "),
+        ("train: {late: [1]}", "train.late must be a section with the keys steps, "),
+        ("data: {batch: 4.5}", "data.batch is 4.5; expected int"),
+        ("data: {batch: true}", "data.batch is True; expected int"),
+        ("data: {batch: '4'}", "data.batch is '4'; expected int"),
+        ("data: {folder: 4}", "data.folder is 4; expected str"),
+        ("train: {late: {detach: 1}}", "train.late.detach is 1; expected bool"),
+        ("train: {beta1: true}", "train.beta1 is True; expected float"),
+        ("train: {beta1: high}", "train.beta1 is 'high'; expected float"),
+        ("train: {beta1: null}", "train.beta1 is None; expected float"),
+        ("eval: {limit: some}", "eval.limit is 'some'; expected int"),
+        ("decode: {paths: 0}", "decode.paths is 0; expected a list"),
+        ("decode: {paths: [[0], 1]}", "decode.paths[1] is 1; expected a list"),
+        ("decode: {paths: [[0], [0, x]]}", "decode.paths[1][1] is 'x'; expected int"),
+        ("decode: {tree: bush}", "decode.tree is 'bush'; expected one of chain, static"),
+        ("train: {noise: null}", "train.noise is None; expected one of uniform, gaussian, none"),
+    ],
+)
+def test_wrong_type_says_what_is_expected(load, text, message):
+    assert message in refused(load, TARGET + text)
+
+
+AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.batch data.top_k train.batch
+    train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.max_new_tokens eval.max_new_tokens eval.limit
+    log.every""".split()
+NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight train.weight_decay
+    log.eval_rows train.early.steps train.early.warmup train.early.learning_rate train.late.steps train.late.warmup
+    train.late.learning_rate""".split()
+
+
+@pytest.mark.parametrize("key", AT_LEAST_ONE)
+def test_zero_is_too_small(load, key):
+    assert refused(load, TARGET, f"{key}=0").endswith(f"run.yaml: {key} is 0; expected at least 1")
+    load(TARGET, f"{key}=1")
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_negative_is_too_small(load, key):
+    assert f"run.yaml: {key} is -1" in refused(load, TARGET, f"{key}=-1")
+    load(TARGET, f"{key}=0")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "nan"])
+def test_a_learning_rate_must_be_a_number(load, value):
+    assert "train.late.learning_rate is " in refused(load, TARGET, f"train.late.learning_rate={value}")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.beta1=1", "train.beta1 is 1.0; expected 0 or more, and less than 1"),
+        ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
+        ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
+        ("train.late.window=0", "train.late.simulation_steps is 4, more than the window 0"),
+        ("train.late.window=3", "train.late.simulation_steps is 4, more than the window 3; a window of k positions has at most k"),
+        ("train.early.window=0", "train.early.simulation_steps is 1, more than the window 0"),
+        ("train.late.simulation_steps=0", "train.late.simulation_steps is 0; expected at least 1"),
+        ("train.late.step_weights=[2, 1]", "train.late.step_weights has 2 entries, expected 4 (simulation_steps)"),
+        ("train.early.simulation_steps=2", "train.early.simulation_steps is 2, expected 1; simulation belongs to the late stage"),
+    ],
+)
+def test_out_of_range_says_what_is_expected(load, override, message):
+    assert message in refused(load, TARGET, override)
+
+
+def test_override_errors(load):
+    assert "override 'train.batch': expected section.key=value" in refused(load, TARGET, "train.batch")
+    assert "override 'train.batch=[1': the value is not valid YAML" in refused(load, TARGET, "train.batch=[1")
+    assert "train must be a section" in refused(load, TARGET, "train=4")
+    assert "train.batch: train is not a section" in refused(load, TARGET + "train: 5", "train.batch=4")
+    assert "unknown key ; valid keys: target" in refused(load, TARGET, "=4")
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(load):
+    text = TARGET + "train: {batch: 4, seed: 5, late: {steps: 9}}"
+    config = load(text, "train.batch=8", "train.late.steps=3", "train.batch=16", " log.every = 2")
+    assert (config.train.batch, config.train.seed, config.train.late.steps, config.log.every) == (16, 5, 3, 2)
+
+
+def test_overriding_a_section_keeps_its_other_keys(load):
+    config = load(TARGET + "train: {batch: 4, late: {steps: 9, window: 6}}", "train={late: {steps: 3}}")
+    assert (config.train.batch, config.train.late.steps, config.train.late.window) == (4, 3, 6)
+
+
+@pytest.mark.parametrize("alias, key", ALIASES.items())
+def test_aliases_stand_for_their_keys(load, alias, key):
+    value = "other/folder" if key == "target.source" else "3"
+    config = load(TARGET + "train: {late: {window: 6}}", f"{alias}={value}")
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert str(config) == value
+
+
+def test_aliases_work_in_the_file_and_give_way_to_overrides(load):
+    text = "base_model: some/folder\ndecode: {depth: 2}"
+    assert (load(text).target.source, load(text).decode.levels) == ("some/folder", 2)
+    assert load(text, "target.source=b", "decode.levels=4", "decode.depth=6").decode.levels == 6
+    assert load(text, "target.source=b").target.source == "b"
+
+
+def test_lists_become_tuples(load):
+    config = load(TARGET + "decode: {tree: static, paths: [[0], [0, 1]]}", "train.late.step_weights=[4, 3.5, 2, 1]")
+    assert config.decode.paths == ((0,), (0, 1))
+    assert config.train.late.step_weights == (4.0, 3.5, 2.0, 1.0)
+    assert {type(weight) for weight in config.train.late.step_weights} == {float}
+    assert isinstance(hash(config), int)  # a config of tuples is hashable
+
+
+def test_numbers_that_yaml_reads_as_text_or_int(load):
+    config = load(TARGET + "train: {early: {learning_rate: 1e-3}, clip_norm: 1}", "train.late.learning_rate=5e-4")
+    assert (config.train.early.learning_rate, config.train.late.learning_rate) == (0.001, 0.0005)
+    assert type(config.train.clip_norm) is float
+
+
+def test_null_where_it_is_allowed(load):
+    config = load(TARGET + "draft: {path: null}\neval: {limit: null}", "eval.compare=null")
+    assert (config.draft.path, config.eval.limit, config.eval.compare) == (None, None, None)
+
+
+def test_missing_file_names_one_to_start_from(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.yaml: no such config file; configs/quickstart\.yaml is one to start from"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
+        (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
+        (b"", r"run\.yaml: expected a mapping with the sections target, draft, data, train, decode, eval, log"),
+        (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
+    ],
+)
+def test_unreadable_file(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_a_folder_is_not_a_config(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_config(tmp_path)

@@ -1,0 +1,171 @@
+"""From chats to tokens: which tokens are supervised, typed out by hand on a toy ChatML tokenizer.
+
+The tokenizer has one token per byte and one for each marker, so a row can be written as text with `<` for
+<|im_start|> and `>` for <|im_end|>, and its supervision as a line of dots and carets below it.
+"""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from beagle_jax.data.chats import Chat
+from beagle_jax.data.template import Row, chat_row, prompt_tokens, user_header
+from beagle_jax.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], chat_template=CHATML
+    )
+
+
+@pytest.fixture
+def using(tokenizer, monkeypatch):
+    """Gives the tokenizer another chat template for one test."""
+    return lambda template: monkeypatch.setattr(tokenizer, "chat_template", template)
+
+
+def chat(*texts: str, system: str | None = None) -> Chat:
+    """User and assistant in turn, after a system message if there is one."""
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
+    return Chat(tuple(messages if system is None else [{"role": "system", "content": system}, *messages]), "chats.jsonl:7")
+
+
+def spell(tokenizer, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens).replace("<|im_start|>", "<").replace("<|im_end|>", ">").replace("\n", "/")
+
+
+def check(tokenizer, row: Row, text: str, marks: str) -> None:
+    """The row spells `text` (line ends as /) and is supervised where `marks` has a caret."""
+    assert len(row.tokens) == len(row.supervised) == len(text)
+    assert spell(tokenizer, row.tokens) == text
+    assert "".join(".^"[flag] for flag in row.supervised) == marks
+
+
+def row_of(tokenizer, asked: Chat, eos_ids=None) -> Row:
+    return chat_row(tokenizer, asked, [tokenizer.eos_token_id] if eos_ids is None else eos_ids)
+
+
+def test_the_answer_and_its_stop_token_are_supervised(tokenizer):
+    check(
+        tokenizer,
+        row_of(tokenizer, chat("Hi", "Yo!")),
+        "<user/Hi>/<assistant/Yo!>/",
+        ".....................^^^^.",
+    )
+
+
+def test_every_answer_of_a_chat_is_supervised(tokenizer):
+    check(
+        tokenizer,
+        row_of(tokenizer, chat("a", "bc", "d", "e", system="S")),
+        "<system/S>/<user/a>/<assistant/bc>/<user/d>/<assistant/e>/",
+        "...............................^^^.....................^^.",
+    )
+
+
+def test_a_question_at_the_end_is_not_supervised(tokenizer):
+    check(
+        tokenizer,
+        row_of(tokenizer, chat("a", "bc", "d")),
+        "<user/a>/<assistant/bc>/<user/d>/",
+        "....................^^^..........",
+    )
+
+
+def test_without_a_stop_token_all_of_the_answer_counts(tokenizer):
+    check(
+        tokenizer,
+        row_of(tokenizer, chat("Hi", "Yo!"), eos_ids=[1]),
+        "<user/Hi>/<assistant/Yo!>/",
+        ".....................^^^^^",
+    )
+
+
+@pytest.mark.parametrize(
+    "bug", [lambda flags: [False, *flags[:-1]], lambda flags: [*flags[1:], False], lambda flags: flags[:-2] + [False, False]]
+)
+def test_a_shifted_mask_is_seen(tokenizer, bug):
+    row = row_of(tokenizer, chat("Hi", "Yo!"))
+    with pytest.raises(AssertionError):
+        check(tokenizer, row._replace(supervised=bug(row.supervised)), "<user/Hi>/<assistant/Yo!>/", ".....................^^^^.")
+
+
+def test_supervised_tokens_are_the_template_s_own_span(tokenizer, using):
+    """The same span as transformers' {% generation %} markers give, where a template has them."""
+    using(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    asked = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
+    theirs = tokenizer.apply_chat_template(
+        list(asked.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    row = row_of(tokenizer, asked)
+    assert row.tokens == list(theirs["input_ids"])
+    assert [int(flag) for flag in row.supervised] == list(theirs["assistant_masks"])
+    assert 0 < sum(row.supervised) < len(row.tokens)
+
+
+def test_prompt_tokens_end_where_the_answer_begins(tokenizer):
+    prompt = prompt_tokens(tokenizer, chat("Hi").messages)
+    assert spell(tokenizer, prompt) == "<user/Hi>/<assistant/"
+    row = row_of(tokenizer, chat("Hi", "Yo!"))
+    assert row.tokens[: len(prompt)] == prompt and row.supervised.index(True) == len(prompt)
+
+
+def test_user_header_ends_where_the_question_begins(tokenizer, using):
+    assert spell(tokenizer, user_header(tokenizer)) == "<user/"
+    using("<|im_start|>system\nBe brief<|im_end|>\n" + CHATML)
+    assert spell(tokenizer, user_header(tokenizer)) == "<system/Be brief>/<user/"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, using):
+    using(CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"))
+    assert row_of(tokenizer, chat("Hi", "Yo!")).supervised.count(True) == 4
+    with pytest.raises(UserError, match="chats.jsonl:7: the chat template renders message 2 differently"):
+        row_of(tokenizer, chat("Hi", "Yo!", "a", "b"))
+
+
+def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(tokenizer, using):
+    using(CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    with pytest.raises(UserError, match="chats.jsonl:7: the chat template renders message 2 differently"):
+        row_of(tokenizer, chat("Hi", "Yo!"))
+
+
+def test_a_chat_without_an_answer_is_refused(tokenizer):
+    with pytest.raises(UserError, match="chats.jsonl:7: no token of this chat is supervised"):
+        row_of(tokenizer, chat("Hi"))
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer, using):
+    using(None)
+    for ask in (lambda: prompt_tokens(tokenizer, chat("Hi").messages), lambda: row_of(tokenizer, chat("Hi", "Yo"))):
+        with pytest.raises(UserError, match="tokenizer has no chat template; use an instruction-tuned model"):
+            ask()
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        user_header(tokenizer)
+
+
+def test_messages_that_the_template_refuses_are_named(tokenizer, using):
+    using("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML)
+    with pytest.raises(UserError, match=r"chats.jsonl:7: the target's chat template refuses .* \(no system role\)"):
+        row_of(tokenizer, chat("Hi", "Yo", system="S"))
+    with pytest.raises(UserError, match=r"prompt: the target's chat template refuses"):
+        prompt_tokens(tokenizer, chat("Hi", system="S").messages)
+
+
+def test_a_template_that_changes_the_question_has_no_header(tokenizer, using):
+    using(CHATML.replace("m['content']", "m['content'] | replace('\u2603', '*')"))
+    with pytest.raises(UserError, match="does not contain the user's text unchanged"):
+        user_header(tokenizer)
