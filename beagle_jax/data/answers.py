@@ -59,8 +59,7 @@ def training_rows(
     if config.source == "self":
         groups = _self_written_prompts(config, tokenizer, eos_ids, write, len(parts))
     else:
-        chats = read_chats(config.source)
-        random.Random(config.seed).shuffle(chats)
+        chats = read_chats(config.source)  # in the files' order, so that a budget takes a little of every file
         finished = [chat_row(tokenizer, chat, eos_ids) for chat in chats if not chat.waits_for_answer]
         if finished and not parts:
             rows += finished

@@ -17,7 +17,7 @@ from beagle_jax.decoding.verify import Accepted, accept_greedy
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, empty_rows, take_rows, write_all, write_rows
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import Params, TargetSpec, forward, head, init_cache, logits
+from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, head, init_cache
 
 
 class Models(NamedTuple):
@@ -73,7 +73,7 @@ def prefill(
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     states_BTD, rows = forward(models.target, spec, tokens_BT, positions_BT, causal_mask(length_B, T))
     last_BD = jnp.take_along_axis(states_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    root_B = jnp.argmax(logits(models.target, last_BD), axis=-1).astype(jnp.int32)
+    root_B = best_tokens(models.target, last_BD)
     start_B = jnp.zeros(B, jnp.int32)
     draft_cache = None
     if models.draft is not None:
@@ -123,7 +123,7 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
         states_BWD, rows = forward(
             models.target, spec, token_BW, positions_BW, mask_BWW, now.target_cache, now.length_B
         )
-        best_BW = jnp.argmax(logits(models.target, states_BWD), axis=-1).astype(jnp.int32)
+        best_BW = best_tokens(models.target, states_BWD)
     with jax.named_scope("accept"):
         found = accept_greedy(tree, token_BW, best_BW)
     with jax.named_scope("append"):

@@ -124,11 +124,23 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 def logits(params: Params, states: jax.Array) -> jax.Array:
     """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does."""
+    return _logit_columns(params, states).T.reshape(*states.shape[:-1], -1)
+
+
+def best_tokens(params: Params, states: jax.Array) -> jax.Array:
+    """The most likely next token after each state, int32 [*states.shape[:-1]].
+
+    Reduces over the columns' first axis: with a transpose in between, XLA turns the product around to the row form,
+    which takes 100 ms instead of 7 for four rows on a CPU (measured).
+    """
+    return jnp.argmax(_logit_columns(params, states), axis=0).astype(jnp.int32).reshape(states.shape[:-1])
+
+
+def _logit_columns(params: Params, states: jax.Array) -> jax.Array:
     columns_DM = states.reshape(-1, states.shape[-1]).T
     count = columns_DM.shape[1]
     padded_DM = jnp.pad(columns_DM, ((0, 0), (0, _column_padding(count))))
-    out_VM = jnp.einsum("VD,DM->VM", head(params), padded_DM, preferred_element_type=jnp.float32)
-    return out_VM[:, :count].T.reshape(*states.shape[:-1], -1)
+    return jnp.einsum("VD,DM->VM", head(params), padded_DM, preferred_element_type=jnp.float32)[:, :count]
 
 
 def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) -> list[KVRows]:

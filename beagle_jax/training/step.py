@@ -156,7 +156,7 @@ def make_steps(
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.global_norm(gradient))
+        return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.tree.norm(gradient))
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
         return loss(params, frozen, batch, jax.random.key(0))[1]

@@ -1,0 +1,116 @@
+"""Cost of a late-stage step over an early-stage step, same batch, beside the late stage in its plain form.
+
+    python benchmarks/late_stage.py
+
+For s = 1..5 (window k = s): FLOPs and temporaries of the compiled program, and the median time of a step, each as a
+ratio to the early step (window 5). The plain form runs every query at every step over two key banks (method.md 4.1).
+FLOPs: the compiler counts a loop's body once, so the chunked loss is left out of its count and added by hand: three
+products with the head per supervised row that the stage visits, in every form alike.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from late_oracle import oracle_states  # noqa: E402  the tests' oracle is the plain form
+
+from beagle_jax.config import StageConfig, TrainConfig  # noqa: E402
+from beagle_jax.data.loader import Batch  # noqa: E402
+from beagle_jax.model.beagle import DraftSpec, init_draft  # noqa: E402
+from beagle_jax.training.late import window_positions  # noqa: E402
+from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss  # noqa: E402
+
+SPEC = DraftSpec(
+    hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5
+)
+VOCAB = 8192  # a reduced head, so that the block's share is not drowned
+
+
+def batch_of(rows: int, width: int) -> Batch:
+    """Random tokens and states; the first third of each row is an unsupervised prompt."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros((rows, width), bool)
+    counts[:, width // 3 : -1] = True
+    states = rng.standard_normal((rows, width, SPEC.hidden_size), dtype=np.float32)
+    return Batch(rng.integers(0, VOCAB, (rows, width), np.int32), states, counts, np.full(rows, width, np.int32))
+
+
+def predict_plain(params, spec, stage, e_BLD, h_BLD, length_B, offset) -> Prediction:
+    """The late stage as the paper describes it; rows picked afterwards, the same ones as in the fast form."""
+    steps = stage.simulation_steps
+    per_step = oracle_states(
+        params, spec, e_BLD, h_BLD, length_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
+    )
+    position_UJ, valid_UJ = window_positions(e_BLD.shape[1], stage.window, steps, offset)
+    picked = jnp.stack([per_step[j][:, position_UJ[:, j]] for j in range(steps)], axis=2)
+    U = position_UJ.shape[0]
+    return Prediction(
+        picked.reshape(e_BLD.shape[0], U * steps, -1), position_UJ.reshape(-1), valid_UJ.reshape(-1),
+        jnp.tile(jnp.arange(steps), U), jnp.tile(jnp.arange(steps, 0, -1.0), U),
+    )  # fmt: skip
+
+
+def plain_step(config: TrainConfig, stage: StageConfig):
+    """A train step around `predict_plain`."""
+    optimizer = make_optimizer(config, stage)
+
+    def step(state: TrainState, frozen, batch: Batch, seed):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss = lambda params: stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key)
+        gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0), lambda params: TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def cost(step, init, frozen, batch: Batch, repeats: int) -> tuple[float, float, float]:
+    """(compiler FLOPs, temporary bytes, median seconds) of one step."""
+    state = init(init_draft(SPEC, jax.random.key(0)))
+    compiled = step.lower(state, frozen, batch, 0).compile()
+    seconds = []
+    for _ in range(repeats + 2):
+        clock = time.perf_counter()
+        state, _ = step(state, frozen, batch, 0)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - clock)
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes, statistics.median(seconds[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--width", type=int, default=240)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep-gradients", action="store_true", help="let gradients flow through predicted states")
+    arguments = parser.parse_args()
+    config = TrainConfig()
+    batch = batch_of(arguments.rows, arguments.width)
+    table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
+    frozen = {"embed_VD": table, "head_VD": table}
+    head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BL.sum())
+    stage = StageConfig(steps=1000, window=5)
+    step, _, init = make_steps(SPEC, config, stage, late=False)
+    base = cost(step, init, frozen, batch, arguments.repeats)
+    print(f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
+          f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})")
+    print(f"{'ratio to early':16}{'late 4.5b':^36}{'plain form 4.1':^36}")
+    print(f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}")
+    for s in range(1, 6):
+        stage = StageConfig(steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients)
+        step, _, init = make_steps(SPEC, config, stage, late=True)
+        late = cost(step, init, frozen, batch, arguments.repeats)
+        plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
+        ratios = lambda x: f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
+        print(f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The commands end to end on a tiny target in a Hugging Face folder, and how they end when something is wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from beagle_jax import evaluate, generate, train
+from beagle_jax.data import states
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.decoder import Decoder
+from beagle_jax.errors import UsageError, UserError, run_main
+from beagle_jax.weights.target import load_target
+
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTIONS = [f"What is {number}?" for number in range(12)]
+EVAL_QUESTIONS = ["Why is it so?", "Who are you?", "And a much longer question, which takes more than sixty-four tokens of one byte?"]
+
+
+def make_target(folder: Path) -> None:
+    """A random Llama of two layers with a byte-level tokenizer, as transformers writes it."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], chat_template=CHATML
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_lines(path: Path, questions: list[str]) -> str:
+    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> SimpleNamespace:
+    """A folder with a target, prompts and a config of very few steps."""
+    folder = tmp_path_factory.mktemp("run")
+    make_target(folder / "target")
+    settings = {
+        "target": {"source": str(folder / "target")},
+        "draft": {"hot_tokens": 200},
+        "data": {"source": write_lines(folder / "prompts.jsonl", QUESTIONS), "folder": str(folder / "data"),
+                 "answer_tokens": 200, "max_answer_tokens": 12, "batch": 16},
+        "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 48, "checkpoint_every": 2,
+                  "early": {"steps": 3, "window": 2, "warmup": 1, "learning_rate": 1e-3},
+                  "late": {"steps": 2, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
+        "decode": {"levels": 2, "max_new_tokens": 20},
+        "eval": {"prompts": write_lines(folder / "eval.jsonl", EVAL_QUESTIONS), "max_new_tokens": 20},
+        "log": {"every": 1, "eval_rows": 4},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return SimpleNamespace(folder=folder, config=str(folder / "run.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> SimpleNamespace:
+    """The same after one training run."""
+    assert run_main(train.main, ["--config", workplace.config]) == 0
+    return workplace
+
+
+def test_training_leaves_text_states_log_and_draft(trained):
+    data, run = trained.folder / "data", trained.folder / "run"
+    rows = [json.loads(line) for line in (data / "part-0000.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and all(1 <= sum(row["supervised"]) <= 12 for row in rows)
+    assert (data / "complete").exists()
+    assert (data / "states.bin").stat().st_size == sum(len(row["tokens"]) for row in rows) * 32 * 4
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log if "split" not in line] == [
+        ("early", 1), ("early", 2), ("early", 3), ("late", 1), ("late", 2),
+    ]  # fmt: skip
+    assert [(line["stage"], line["step"]) for line in log if "split" in line] == [("early", 2), ("early", 3), ("late", 2)]
+    draft = json.loads((run / "draft" / "config.json").read_text())
+    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == ("beagle_draft", 32, str(trained.folder / "target"))
+    assert draft["data"]["rows"] == 12 and draft["training"]["late"]["steps"] == 2
+
+
+def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
+    draft = trained.folder / "run" / "draft" / "model.safetensors"
+    before = draft.read_bytes()
+    never = lambda what: lambda *arguments, **settings: pytest.fail(f"{what} again")
+    monkeypatch.setattr(train, "answer_writer", lambda *arguments: never("answers were written"))
+    monkeypatch.setattr(states, "_fill", never("states were computed"))
+    monkeypatch.setattr(BatchLoader, "batch_at", never("a step was run"))
+    assert run_main(train.main, ["--config", trained.config]) == 0
+    assert draft.read_bytes() == before
+    assert f"draft written to {trained.folder}/run/draft" in capsys.readouterr().out
+
+
+def evaluated(trained, capsys) -> list[dict]:
+    """The figures that `evaluate` writes, which are also those that it prints."""
+    figures = trained.folder / "figures.json"
+    assert run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"]) == 0
+    plain, draft = summaries = json.loads(figures.read_text())
+    printed = capsys.readouterr().out
+    for one in summaries:
+        assert f"{one['identical_to_plain']}/{one['prompts']}" in printed and f"{one['tau']:5.2f}" in printed
+    assert (plain["name"], draft["name"], plain["tau"], plain["rounds"]) == ("plain", "draft", 1.0, plain["tokens"] - 3)
+    return summaries
+
+
+def check_lossless(summaries: list[dict]) -> None:
+    plain, draft = summaries
+    assert plain["prompts"] == draft["prompts"] == draft["identical_to_plain"] == 3
+    assert plain["tokens"] == draft["tokens"] > 3
+    assert draft["tau"] >= 1 and draft["rounds"] <= plain["rounds"]
+    assert plain["compiles_after_warm_up"] == draft["compiles_after_warm_up"] == 0
+
+
+def test_evaluate_finds_all_answers_identical(trained, capsys):
+    check_lossless(evaluated(trained, capsys))
+
+
+def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
+    class Wrong(Decoder):
+        def generate(self, prompt, max_new_tokens=None):
+            answer = super().generate(prompt, max_new_tokens)
+            return replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]) if self._shapes.draft else answer
+
+    monkeypatch.setattr(evaluate, "Decoder", Wrong)
+    summaries = evaluated(trained, capsys)
+    assert summaries[1]["identical_to_plain"] == 0
+    with pytest.raises(AssertionError):
+        check_lossless(summaries)
+
+
+def test_evaluate_shows_a_second_draft(trained, capsys):
+    folder = str(trained.folder / "run" / "draft")
+    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare={folder}"]) == 0
+    rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith("3/3")]
+    assert rows == ["plain", "draft run", "draft draft"]
+
+
+def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
+    assert run_main(generate.main, ["--config", trained.config, EVAL_QUESTIONS[2], "decode.levels=2"]) == 0
+    printed = capsys.readouterr().out
+    target = load_target(str(trained.folder / "target"), "float32", "unused")
+    tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
+    answer = Decoder.plain(target, max_new_tokens=20, longest_prompt=len(tokens)).generate(tokens).tokens
+    assert len(answer) > 3
+    assert printed.startswith(target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n")
+    assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith("token sequences equal: yes\n")
+
+
+# How commands end
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_main(COMMANDS[name], ["--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"example:\n  python -m beagle_jax.{name} --config configs/" in printed
+    assert "--config FILE" in printed and "section.key=value" in printed and "--debug" in printed
+
+
+def ended(capsys, name: str, *argv: str) -> tuple[int, str]:
+    """Exit status and the message on stderr, which begins with `error: ` and has no traceback."""
+    status = run_main(COMMANDS[name], list(argv))
+    message = capsys.readouterr().err
+    assert "error: " in message and "Traceback" not in message
+    return status, message[message.index("error: ") + len("error: ") :]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_config_is_a_usage_error(name, capsys):
+    status, message = ended(capsys, name)
+    assert status == 2
+    assert "arguments are required: --config" in message and f"usage: python -m beagle_jax.{name}" in message
+    assert message.endswith("(--help shows an example)\n")
+
+
+@pytest.mark.parametrize(
+    "name, more, status, expected",
+    [
+        ("train", ["train.bach=4"], 2, "run.yaml: unknown key train.bach; did you mean train.batch?"),
+        ("train", ["train.batch=none"], 2, "run.yaml: train.batch is 'none'; expected int"),
+        ("train", ["batch"], 2, "override 'batch': expected section.key=value"),
+        ("train", ["--fast"], 2, "unrecognized arguments: --fast"),
+        ("generate", ["  "], 2, "the prompt is empty"),
+        ("generate", [], 2, "the following arguments are required: prompt\n"),
+        ("evaluate", ["--json", "/no/such/folder/x.json"], 2, "--json /no/such/folder/x.json: there is no folder /no/such/folder"),
+        ("train", ["target.source=/no/such/model"], 1, "target.source: '/no/such/model' is neither a folder nor a .gguf file"),
+        ("evaluate", ["eval.prompts=/no/such/file"], 1, "'/no/such/file' is not a file or folder"),
+        ("evaluate", ["draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
+        ("generate", ["Hi", "draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
+    ],
+)
+def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
+    found, message = ended(capsys, name, "--config", workplace.config, *more)
+    assert found == status and expected in message
+
+
+def test_a_missing_config_names_one_to_start_from(capsys):
+    status, message = ended(capsys, "train", "--config", "none.yaml")
+    assert status == 2 and message == "none.yaml: no such config file; configs/quickstart.yaml is one to start from\n"
+
+
+def test_prompts_with_answers_cannot_be_evaluated(workplace, capsys):
+    path = workplace.folder / "answered.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n')
+    status, message = ended(capsys, "evaluate", "--config", workplace.config, f"eval.prompts={path}")
+    assert status == 1 and message.startswith(f"{path}:1: the chat ends with an answer; evaluation needs prompts")
+
+
+def test_more_held_out_rows_than_rows_are_refused(trained, capsys):
+    status, message = ended(capsys, "train", "--config", trained.config, "log.eval_rows=12")
+    assert status == 1 and message == "log.eval_rows is 12, but there are only 12 rows; lower it\n"
+
+
+def test_debug_keeps_the_traceback(workplace):
+    with pytest.raises(UsageError, match="did you mean train.batch"):
+        run_main(train.main, ["--debug", "--config", workplace.config, "train.bach=4"])
+    with pytest.raises(UserError, match="neither a folder"):
+        run_main(train.main, ["--config", workplace.config, "target.source=/no/such/model", "--debug"])
+
+
+def test_interrupting_is_not_an_error(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert run_main(main, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_errors_that_are_not_the_users_keep_their_traceback():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(main, [])
+
+
+def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
+    """The command as a user starts it, from another folder than the repository."""
+    return subprocess.run(
+        [sys.executable, "-m", f"beagle_jax.{name}", *argv], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
+    )
+
+
+def test_python_m_evaluate_without_a_draft_names_the_path(workplace):
+    path = str(workplace.folder / "nowhere")
+    done = python_m("evaluate", "--config", workplace.config, f"draft.path={path}")
+    assert done.returncode == 1
+    assert f"error: {path}/config.json: no such file; train a draft first (python -m beagle_jax.train)" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_python_m_ends_with_the_status(name):
+    done = python_m(name, "--config", "none.yaml", "Hi")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "none.yaml: no such config file" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,382 @@
+"""One optimizer step of each stage: the loss by hand, noise, weights, metrics, schedule, clipping, golden numbers."""
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.training.step import add_noise, make_optimizer, make_steps, predict_early, predict_late, stage_loss
+
+SPEC = DraftSpec.from_target(TINY)
+B, L, D = 3, 14, TINY.hidden_size
+# Rows this short would get noise of width 20 at the default scale.
+NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
+CLEAN = replace(NOISY, noise="none")
+EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3)
+LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
+EARLY_ONE, LATE_ONE = replace(EARLY, window=1), replace(LATE, window=1, simulation_steps=1, detach=False)
+PREDICT = {EARLY: predict_early, EARLY_ONE: predict_early, LATE: predict_late, LATE_ONE: predict_late}
+BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Rows of 14, 9 and 5 tokens; the second has a question between two answers."""
+    rng = np.random.default_rng(5)
+    length_B = np.array([14, 9, 5], np.int32)
+    live_BL = np.arange(L) < length_B[:, None]
+    counts_BL = live_BL & (np.arange(L) >= 3) & (np.arange(L) < length_B[:, None] - 1)
+    counts_BL[1, 5:7] = False
+    states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
+    return Batch(rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL, states_BLD, counts_BL, length_B)
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_params) -> dict:
+    """The head is that of a draft reduced to four hot tokens, so that draft and target agree now and then."""
+    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:4]}
+
+
+# The programs here are small and run once or twice: compiling them without optimisation halves the time.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@lru_cache
+def loss_of(config: TrainConfig, stage: StageConfig):
+    """(loss, metrics) as a jitted function of (params, frozen, batch, key)."""
+    return quick_jit(lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest))
+
+
+@lru_cache
+def gradient_of(config: TrainConfig, stage: StageConfig):
+    """((loss, metrics), gradient), likewise."""
+    loss = lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest)
+    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@lru_cache
+def predicted_by(stage: StageConfig):
+    """Predicted states as a jitted function of (params, embeddings, states, lengths, offset)."""
+    return quick_jit(lambda params, *rest: PREDICT[stage](params, SPEC, stage, *rest).state_BTD)
+
+
+def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]]:
+    """(place among the predictions, row position, window offset or draft step, weight), listed by hand."""
+    if stage.simulation_steps == 1:
+        return [(i, i, (i - offset) % stage.window if i >= offset else 0, 1.0) for i in range(L)]
+    steps, beta = stage.simulation_steps, stage.step_weights or range(stage.simulation_steps, 0, -1)
+    listed = [(u * steps + j, offset + u * stage.window + j, j, beta[j]) for u in range(L) for j in range(steps)]
+    return [one for one in listed if one[1] < L]
+
+
+def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0) -> dict:
+    """The sums of method.md 3.2 and 4.2 in float64, position after position."""
+    groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
+    out = {"ploss": 0.0, "vloss": 0.0, "objective": 0.0, "count_J": np.zeros(groups), "agree_J": np.zeros(groups)}
+    state_BTD, true_BLD, head_VD = (np.asarray(x, np.float64) for x in (state_BTD, true_BLD, head_VD))
+    for row in range(B):
+        for place, position, group, weight in queries(stage, offset):
+            if not counts_BL[row, position]:
+                continue
+            draft, true = head_VD @ state_BTD[row, place], head_VD @ true_BLD[row, position]
+            p = np.exp(true - true.max()) / np.exp(true - true.max()).sum()
+            log_q = draft - draft.max() - np.log(np.exp(draft - draft.max()).sum())
+            z = np.abs(state_BTD[row, place] - true_BLD[row, position])
+            ce, l1 = -(p * log_q).sum(), np.where(z < 1, 0.5 * z**2, z - 0.5).mean()
+            out["ploss"] += ce
+            out["vloss"] += l1
+            out["objective"] += weight * (ce + vloss_weight * l1)
+            out["count_J"][group] += 1
+            out["agree_J"][group] += draft.argmax() == true.argmax()
+    return out | {"supervised": counts_BL.sum()}
+
+
+def check_metrics(metrics, expected: dict) -> None:
+    for name, value in expected.items():
+        # 1e-4: float32 sums over a block, a head and some thirty rows
+        np.testing.assert_allclose(getattr(metrics, name), value, rtol=1e-4, err_msg=name)
+
+
+def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
+    """(loss, metrics) of the library, and the sums by hand with a bug planted."""
+    noise_key, offset_key = jax.random.split(jax.random.key(seed))
+    offset = int(jax.random.randint(offset_key, (), 0, stage.window))
+    h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_B, NOISY, noise_key)
+    e_BLD = frozen["embed_VD"][batch.tokens_BL]
+    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_B, jnp.int32(offset))
+    by_hand = metrics_by_hand(
+        stage,
+        offset + (bug == "offset"),
+        state_BTD,
+        h_BLD if bug == "noisy targets" else batch.states_BLD,
+        frozen["head_VD"],
+        np.roll(batch.counts_BL, -1, axis=1) if bug == "shifted mask" else batch.counts_BL,
+        1.0 if bug == "vloss weight" else 10.0,
+    )
+    return loss_of(NOISY, stage)(draft, frozen, batch, jax.random.key(seed)), by_hand
+
+
+@BOTH
+def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, stage):
+    agree = []
+    for seed in range(4):
+        (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
+        check_metrics(metrics, by_hand)
+        np.testing.assert_allclose(loss, by_hand["objective"] / batch.counts_BL.sum(), rtol=1e-4)  # as in check_metrics
+        agree += [by_hand["agree_J"].sum() / by_hand["count_J"].sum()]
+    assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
+
+
+@BOTH
+@pytest.mark.parametrize("bug", ["noisy targets", "offset", "vloss weight", "shifted mask"])
+def test_a_wrong_loss_is_seen(tiny_draft, frozen, batch, stage, bug):
+    (_, metrics), wrong = both_ways(tiny_draft, frozen, batch, stage, 1, bug)
+    with pytest.raises(AssertionError):
+        check_metrics(metrics, wrong)
+
+
+def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
+    """With o_proj zero the block ignores its memory: noise then changes nothing, so the targets are clean."""
+    drafts = {"whole": tiny_draft, "deaf": tiny_draft | {"o_proj": jnp.zeros_like(tiny_draft["o_proj"])}}
+    loss = {
+        (config.noise, name): float(loss_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0])
+        for config in (NOISY, CLEAN)
+        for name, draft in drafts.items()
+    }
+    assert loss["none", "deaf"] == loss["uniform", "deaf"]
+    assert abs(loss["none", "whole"] - loss["uniform", "whole"]) > 1e-3
+
+
+def test_uniform_noise_shrinks_with_the_row_length():
+    length_B = jnp.array([64, 256, 512, 2048])
+    config = TrainConfig()
+    noise = np.asarray(add_noise(jnp.zeros((4, 4000, 8)), length_B, config, jax.random.key(2)))
+    for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048])):
+        assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
+        share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
+        np.testing.assert_allclose(share / row.size, 1 / 8, atol=0.01)  # 0.01: five standard errors of 32,000 draws
+    assert not np.allclose(noise[0, :, 0] / noise[0].std(), noise[1, :, 0] / noise[1].std(), atol=0.1)
+
+
+def test_gaussian_noise_and_none():
+    states_BLD, length_B, key = jnp.ones((2, 4000, 8)), jnp.array([64, 2048]), jax.random.key(2)
+    noise = np.asarray(add_noise(states_BLD, length_B, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
+    for row in noise:
+        # 0.01: five standard errors of 32,000 draws
+        np.testing.assert_allclose([row.mean(), row.std(), (row**4).mean() / row.var() ** 2 / 3], [0, 0.3, 1], atol=0.06)
+        np.testing.assert_allclose([row.mean(), row.std()], [0, 0.3], atol=0.01)
+    assert add_noise(states_BLD, length_B, CLEAN, key) is states_BLD
+
+
+@BOTH
+def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
+    """A row three times, or once beside rows that are not supervised: the same loss."""
+    thrice = Batch(*(np.repeat(field[:1], B, axis=0) for field in batch))
+    once = batch._replace(counts_BL=batch.counts_BL * np.array([[True], [False], [False]]))
+    loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(tiny_draft, frozen, thrice, jax.random.key(1))
+    loss_once, metrics_once = loss_of(CLEAN, stage)(tiny_draft, frozen, once, jax.random.key(1))
+    np.testing.assert_allclose(loss_thrice, loss_once, rtol=1e-5)
+    np.testing.assert_allclose(metrics_thrice.objective, 3 * metrics_once.objective, rtol=1e-5)
+    assert metrics_once.supervised == batch.counts_BL[0].sum() and metrics_once.objective > 1
+
+
+def test_step_weights_replace_the_default(tiny_draft, frozen, batch):
+    weighted = replace(LATE, step_weights=(0.5, 0.0, 4.0))
+    PREDICT[weighted] = predict_late
+    (_, metrics), by_hand = both_ways(tiny_draft, frozen, batch, weighted, 1)
+    check_metrics(metrics, by_hand)
+    (_, default), _ = both_ways(tiny_draft, frozen, batch, LATE, 1)
+    with pytest.raises(AssertionError):
+        check_metrics(default, by_hand)
+
+
+def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):
+    _, metrics = loss_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
+    np.testing.assert_allclose(metrics.objective - metrics.ploss, 10 * metrics.vloss, rtol=1e-5)
+
+
+def same_loss_and_gradient(draft, frozen, batch, late_batch) -> None:
+    """Windows of one position: early on `batch` equals late on `late_batch` (method.md 13.3)."""
+    (early, _), early_gradient = gradient_of(CLEAN, EARLY_ONE)(draft, frozen, batch, jax.random.key(1))
+    (late, _), late_gradient = gradient_of(CLEAN, LATE_ONE)(draft, frozen, late_batch, jax.random.key(1))
+    np.testing.assert_allclose(late, early, rtol=1e-5)
+    for name, gradient in early_gradient.items():
+        # 1e-4: a whole block and its loss, summed in another order
+        np.testing.assert_allclose(late_gradient[name], gradient, rtol=1e-4, atol=1e-4, err_msg=name)
+        assert np.abs(gradient).max() > 1e-2
+
+
+def test_late_with_one_step_in_windows_of_one_is_early(tiny_draft, frozen, batch):
+    same_loss_and_gradient(tiny_draft, frozen, batch, batch)
+
+
+@pytest.mark.parametrize("field", ["states_BLD", "tokens_BL", "counts_BL"])
+def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, field):
+    shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
+    with pytest.raises(AssertionError):
+        same_loss_and_gradient(tiny_draft, frozen, batch, shifted)
+
+
+# The step itself
+
+
+@lru_cache
+def steps_of(config: TrainConfig, stage: StageConfig):
+    return make_steps(SPEC, config, stage, late=stage.simulation_steps > 1)
+
+
+def copy_of(draft: dict) -> dict:
+    return {name: array.copy() for name, array in draft.items()}
+
+
+def rms(tree) -> float:
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+    return float(np.sqrt(sum((leaf**2).sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)))
+
+
+GOLDEN = {
+    "early": {
+        "loss": 36.14479,
+        "grad_norm": 41.20863,
+        "update_rms": 0.000999964,
+        "param_rms": 0.3114579,
+        "third_loss": 37.61875,
+    },
+    "late": {
+        "loss": 86.60296,
+        "grad_norm": 205.5154,
+        "update_rms": 0.000999893,
+        "param_rms": 0.3114922,
+        "third_loss": 101.98403,
+    },
+}
+
+
+@pytest.mark.parametrize("name, stage", [("early", EARLY), ("late", LATE)])
+def test_golden_step(tiny_draft, frozen, batch, name, stage):
+    train_step, _, init = steps_of(NOISY, stage)
+    state, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
+    found = {
+        "loss": float(metrics.objective / metrics.supervised),
+        "grad_norm": float(metrics.grad_norm),
+        "update_rms": rms({key: state.params[key] - tiny_draft[key] for key in tiny_draft}),
+        "param_rms": rms(state.params),
+    }
+    for _ in range(2):
+        state, metrics = train_step(state, frozen, batch, 42)
+    found["third_loss"] = float(metrics.objective / metrics.supervised)
+    assert found == pytest.approx(GOLDEN[name], rel=1e-4), (
+        f"the first {name} step changed. If the change was meant (loss, noise, masks, optimizer, initial weights, or another "
+        f"JAX version's random numbers), put the new numbers into GOLDEN; if not, something broke: {found}"
+    )
+
+
+def test_a_step_is_a_function_of_state_seed_and_step(tiny_draft, frozen, batch):
+    train_step, _, init = steps_of(NOISY, EARLY)
+    run = lambda seed, step: train_step(init(copy_of(tiny_draft))._replace(step=jnp.int32(step)), frozen, batch, seed)[1].objective
+    assert run(3, 5) == run(3, 5)
+    assert len({float(run(seed, step)) for seed, step in ((3, 5), (3, 6), (4, 5))}) == 3
+
+
+def test_the_state_holds_the_draft_only_and_the_frozen_parts_stay(tiny_draft, frozen, batch):
+    train_step, _, init = steps_of(NOISY, EARLY)
+    before = {name: np.array(array) for name, array in frozen.items()}
+    state = init(copy_of(tiny_draft))
+    for _ in range(2):
+        state, _ = train_step(state, frozen, batch, 42)
+    assert set(state.params) == set(SPEC.param_shapes())
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1)
+    assert sizes == sorted(3 * [int(np.prod(shape)) for shape in SPEC.param_shapes().values()])  # parameters, mean, variance
+    for name, array in frozen.items():
+        np.testing.assert_array_equal(array, before[name])
+    for name, array in state.params.items():
+        assert not np.array_equal(array, tiny_draft[name]), f"{name} was not trained"
+    assert int(state.step) == 2
+
+
+def test_the_state_is_donated(tiny_draft, frozen, batch):
+    train_step, _, init = steps_of(NOISY, EARLY)
+    old = init(copy_of(tiny_draft))
+    train_step(old, frozen, batch, 42)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)) if leaf.size > 1)
+    assert not any(leaf.is_deleted() for leaf in frozen.values())
+
+
+def test_evaluation_step_measures_the_same(tiny_draft, frozen, batch):
+    _, eval_step, _ = steps_of(NOISY, EARLY)
+    _, expected = loss_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.key(0))
+    check_metrics(eval_step(tiny_draft, frozen, batch), expected._asdict())
+
+
+def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
+    train_step, _, init = steps_of(NOISY, EARLY)
+    _, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
+    _, gradient = gradient_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.fold_in(jax.random.key(42), 0))
+    norm = np.sqrt(sum((np.asarray(one, np.float64) ** 2).sum() for one in gradient.values()))
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)  # 1e-4: a whole backward pass, fused differently
+    assert norm > NOISY.clip_norm
+
+
+# Schedule and clipping
+
+
+def learning_rates(stage: StageConfig, steps: int) -> list[float]:
+    """Read off the updates: Adam turns a constant gradient into exactly the learning rate."""
+    optimizer, params = make_optimizer(CLEAN, stage), {"w": jnp.zeros(1)}
+    state, found = optimizer.init(params), []
+    for _ in range(steps):
+        updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
+        found.append(-float(updates["w"][0]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "stage, expected",
+    [
+        (StageConfig(steps=8, learning_rate=0.4, warmup=4), [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4]),
+        (StageConfig(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
+        (StageConfig(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"), [0.0, 0.2, 0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0]),
+        (StageConfig(steps=4, learning_rate=0.4, warmup=0, schedule="cosine"), [0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0]),
+    ],
+)
+def test_warm_up_then_constant_or_cosine(stage, expected):
+    np.testing.assert_allclose(learning_rates(stage, len(expected)), expected, atol=1e-5)
+
+
+def clipped(gradient: dict, clip_norm: float) -> dict:
+    """The gradient that Adam receives, read off its first moment."""
+    optimizer = make_optimizer(replace(CLEAN, clip_norm=clip_norm), EARLY)
+    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    (moments,) = [leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(leaf, "mu")]
+    return {name: moment / (1 - CLEAN.beta1) for name, moment in moments.mu.items()}
+
+
+def check_clipped(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_clipping_is_by_the_norm_of_all_tensors_together():
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
+    check_clipped(clipped(gradient, 0.5), {"a": [0.3, 0.0], "b": [[0.4]]})
+    check_clipped(clipped(gradient, 6.0), gradient)
+    for wrong in ({"a": [0.5, 0.0], "b": [[0.5]]}, {"a": [0.3, 0.0], "b": [[0.5]]}):  # by value, by tensor
+        with pytest.raises(AssertionError):
+            check_clipped(clipped(gradient, 0.5), wrong)
+
+
+def test_moments_and_weight_decay_are_the_config_s():
+    config = replace(CLEAN, beta1=0.5, beta2=0.75, weight_decay=0.1, clip_norm=100.0)
+    optimizer, params = make_optimizer(config, StageConfig(steps=2, learning_rate=0.1, warmup=0)), {"w": jnp.array([2.0])}
+    state = optimizer.init(params)
+    _, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
+    updates, _ = optimizer.update({"w": jnp.array([3.0])}, state, params)
+    mean, variance = (0.25 * 1 + 0.5 * 3) / 0.75, (0.25 * 0.75 * 1 + 0.25 * 9) / (1 - 0.75**2)
+    np.testing.assert_allclose(updates["w"], [-0.1 * (mean / variance**0.5 + 0.1 * 2)], rtol=1e-5)

@@ -1,0 +1,84 @@
+"""The closed-form start: it sees the newest state, fits better than chance, and leaves the shapes alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.layers import partial_attention
+from beagle_jax.model.masks import early_block_mask
+from beagle_jax.training.warm_start import warm_start
+
+SPEC = DraftSpec(
+    hidden_size=48, intermediate_size=96, num_heads=6, num_kv_heads=3, head_dim=16, rope_theta=10000.0, rms_norm_eps=1e-5
+)
+VOCAB, ROWS, WIDTH = 40, 24, 64
+
+
+@pytest.fixture(scope="module")
+def linear_text():
+    """States that follow linearly from the token and the state before, around a large mean as real ones have."""
+    rng = np.random.default_rng(0)
+    embed_VD = 0.3 + 0.3 * rng.standard_normal((VOCAB, SPEC.hidden_size))
+    carry_DD = 0.6 * np.linalg.qr(rng.standard_normal((SPEC.hidden_size,) * 2))[0]
+    tokens_BL = rng.integers(0, VOCAB, (ROWS, WIDTH), np.int32)
+    states_BLD = np.zeros((ROWS, WIDTH, SPEC.hidden_size), np.float32)
+    for position in range(1, WIDTH):
+        drive = 2.0 + 3.0 * embed_VD[tokens_BL[:, position]] + states_BLD[:, position - 1] @ carry_DD.T
+        states_BLD[:, position] = drive
+    counts_BL = np.ones((ROWS, WIDTH), bool)
+    counts_BL[:, -1] = False
+    batch = Batch(tokens_BL, states_BLD, counts_BL, np.full(ROWS, WIDTH, np.int32))
+    return jnp.asarray(embed_VD, jnp.float32), batch
+
+
+@pytest.fixture(scope="module")
+def started(linear_text):
+    fresh = init_draft(SPEC, jax.random.key(0))
+    return fresh, warm_start(fresh, SPEC, *linear_text)
+
+
+def _error(params, embed_VD, batch) -> float:
+    mask = early_block_mask(jnp.asarray(batch.length_B), WIDTH, 1, jnp.int32(0))
+    states = BeagleBlock(SPEC).apply({"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask)
+    return float(jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:]))
+
+
+def _nearest_share(params, embed_VD, batch) -> float:
+    """Attention weight on the newest visible state, mean over the first head's queries."""
+    block = BeagleBlock(SPEC).bind({"params": params})
+    position = jnp.broadcast_to(jnp.arange(WIDTH), (ROWS, WIDTH))
+    q_BKGTH = block.queries(embed_VD[batch.tokens_BL], position)
+    rows = block.keys_values(jnp.asarray(batch.states_BLD), position)
+    visible_TS = jnp.arange(WIDTH)[None, :] < jnp.arange(WIDTH)[:, None]
+    part = partial_attention(q_BKGTH, *rows, visible_TS[None, None, None])
+    score = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, rows.k_BKHS) * SPEC.head_dim**-0.5
+    weight = jnp.exp(score - part.peak_BKGT[..., None]) / part.total_BKGT[..., None]
+    return float(jnp.mean(jnp.diagonal(weight[:, 0, 0], offset=-1, axis1=1, axis2=2)))
+
+
+def test_same_names_and_shapes(started):
+    fresh, warm = started
+    assert jax.tree.map(jnp.shape, warm) == jax.tree.map(jnp.shape, fresh)
+    assert all(bool(jnp.isfinite(array).all()) for array in warm.values())
+
+
+def test_attends_to_the_newest_state(started, linear_text):
+    fresh, warm = started
+    assert _nearest_share(warm, *linear_text) > 0.5
+    assert _nearest_share(fresh, *linear_text) < 0.2
+
+
+def test_fits_better_than_a_random_start(started, linear_text):
+    fresh, warm = started
+    assert _error(warm, *linear_text) < 0.5 * _error(fresh, *linear_text)
+
+
+def test_planted_bug_score_that_peaks_elsewhere(started, linear_text, monkeypatch):
+    from beagle_jax.training import warm_start as module
+
+    monkeypatch.setattr(module, "_back_one", lambda score_H, spec: -score_H)
+    broken = module.warm_start(started[0], SPEC, *linear_text)
+    assert _nearest_share(broken, *linear_text) < 0.2
