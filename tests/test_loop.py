@@ -110,7 +110,7 @@ def same_params(found, expected) -> None:
 
 
 def test_the_loss_goes_down_and_is_logged(stage, tmp_path):
-    config = config_for(tmp_path, early=StageConfig(steps=60, learning_rate=1e-2, warmup=5, window=3), checkpoint_every=30)
+    config = config_for(tmp_path, early=StageConfig(steps=60, learning_rate=1e-2, warmup=2, window=3), checkpoint_every=30)
     stage(config, held_out=loader_of(8, 2))
     lines = [line for line in lines_of(config) if "split" not in line]
     assert [line["step"] for line in lines] == list(range(3, 61, 3))
