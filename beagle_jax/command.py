@@ -1,7 +1,6 @@
 """The command line that all entry points share: --config FILE, then section.key=value overrides."""
 
 import argparse
-from collections.abc import Sequence
 
 from beagle_jax.config import Config, load_config
 from beagle_jax.errors import UsageError

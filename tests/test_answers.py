@@ -86,7 +86,9 @@ def text(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(answers, "own_prompts", lambda split: list(own) if split == "train" else [])
 
     def text(writer, target="a-target", **settings):
-        config = DataConfig(**{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings)
+        config = DataConfig(
+            **{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings
+        )
         return training_rows(config, target, tokenizer, [tokenizer.eos_token_id], writer)
 
     return text
@@ -121,10 +123,18 @@ def test_own_prompts_come_first_then_made_up_ones(text, writer, tokenizer):
 
 
 def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
-    writer = FakeWriter(tokenizer, ("Tell me more", "Tell me more", "too short", "an endless line of words", " One two three {n} "))
+    writer = FakeWriter(
+        tokenizer, ("Tell me more", "Tell me more", "too short", "an endless line of words", " One two three {n} ")
+    )
     rows = text(writer, answer_tokens=40)
     # 15 tokens from OWN; one round gives two prompts, and later rounds only what they have not given before.
-    assert writer.answered[3:] == ["One two three 1", "Tell me more", "One two three 2", "One two three 3", "One two three 4"]
+    assert writer.answered[3:] == [
+        "One two three 1",
+        "Tell me more",
+        "One two three 2",
+        "One two three 3",
+        "One two three 4",
+    ]
     assert len(rows) == 8
     settings = [settings for prompts, settings in writer.calls if len(prompts) == 256]
     assert [one["temperature"] for one in settings] == [1.0] * 4
@@ -143,7 +153,9 @@ def test_the_budget_stops_the_writing(text, writer, tmp_path):
 def test_the_writer_is_told_the_settings(text, writer):
     text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
     told = [settings for prompts, settings in writer.calls if len(prompts) < 256]
-    assert told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))] and len(told) > 1
+    assert (
+        told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))] and len(told) > 1
+    )
 
 
 def test_a_second_run_writes_nothing(text, writer):
@@ -172,7 +184,9 @@ def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **sett
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_an_interrupted_run_goes_on_after_its_last_part(text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which):
+def test_an_interrupted_run_goes_on_after_its_last_part(
+    text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which
+):
     monkeypatch.setattr(answers, "PART_PROMPTS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
@@ -192,9 +206,13 @@ def test_a_resumed_run_that_starts_over_is_seen(text, writer, tokenizer, two_sou
 
 def test_a_folder_with_other_settings_is_refused(text, writer, tmp_path):
     text(writer)
-    for changed, named in (({"temperature": 0.5}, "temperature 0.0 there, 0.5 now"), ({"seed": 4}, "seed 0 there, 4 now"),
-                           ({"target": "b"}, "target 'a-target' there, 'b' now")):  # fmt: skip
-        with pytest.raises(UserError, match=f"data holds text written with other settings .{named}.; delete it or set another"):
+    for changed, named in (
+        ({"temperature": 0.5}, "temperature 0.0 there, 0.5 now"),
+        ({"seed": 4}, "seed 0 there, 4 now"),
+        ({"target": "b"}, "target 'a-target' there, 'b' now"),
+    ):
+        message = f"data holds text written with other settings .{named}.; delete it or set another data.folder"
+        with pytest.raises(UserError, match=message):
             text(writer, **changed)
 
 
@@ -295,7 +313,9 @@ def test_rows_without_an_answer_before_the_cut_are_left_out():
 
 
 def test_too_few_rows_are_an_error():
-    message = "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
+    message = (
+        "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
+    )
     with pytest.raises(UserError, match=message):
         loader_of(rows_of_lengths(4, 5), batch=3)
 
@@ -333,7 +353,9 @@ def check_states(states_MD, rows, params) -> None:
     for row in rows:
         length = len(row.tokens)
         positions = jnp.arange(length)[None]
-        direct = direct_forward(params, TINY, jnp.asarray([row.tokens]), positions, causal_mask(jnp.asarray([length]), length))[0][0]
+        direct = direct_forward(
+            params, TINY, jnp.asarray([row.tokens]), positions, causal_mask(jnp.asarray([length]), length)
+        )[0][0]
         # 1e-4: two layers in another order of summation
         np.testing.assert_allclose(states_MD[start : start + length], direct, rtol=1e-4, atol=1e-4)
         start += length
@@ -371,7 +393,9 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     total = sum(len(row.tokens) for row in STATE_ROWS)
     free = total * 32 * 4 - 1
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-    with pytest.raises(UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens or set data.folder on a larger"):
+    with pytest.raises(
+        UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens or set data.folder on a larger"
+    ):
         target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free + 1))

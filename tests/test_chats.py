@@ -43,7 +43,11 @@ def error_of(source: str) -> str:
         ({"messages": [USER | {"name": "x"}]}, [USER], True),
         ({"messages": [{"role": "human", "content": "Hi"}]}, [USER], True),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, [USER, ANSWER], False),
-        ({"conversations": [{"from": "system", "value": "Be brief"}, {"from": "human", "value": "Hi"}]}, [SYSTEM, USER], True),
+        (
+            {"conversations": [{"from": "system", "value": "Be brief"}, {"from": "human", "value": "Hi"}]},
+            [SYSTEM, USER],
+            True,
+        ),
         ({"turns": ["Hi", "and then?"]}, [USER], True),
         ({"prompt": "Hi"}, [USER], True),
         ({"prompt": "Hi", "answer": "ignored"}, [USER], True),
@@ -79,9 +83,10 @@ def test_blank_lines_are_skipped_but_counted(write):
     assert [chat.where for chat in read_chats(path)] == [f"{path}:2", f"{path}:4"]
 
 
-def test_gzip_reads_like_plain(write):
-    plain, packed = write(GOOD, {"turns": ["Why?"]}), write(GOOD, {"turns": ["Why?"]}, name="chats.jsonl.gz")
-    assert [chat.messages for chat in read_chats(packed)] == [chat.messages for chat in read_chats(plain)]
+def test_packed_files_are_read_too(write):
+    path = write(GOOD, {"turns": ["Why?"]}, name="chats.jsonl.gz")
+    read = [(chat.messages[0]["content"], chat.where) for chat in read_chats(path)]
+    assert read == [("Hi", f"{path}:1"), ("Why?", f"{path}:2")]
 
 
 def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
@@ -107,10 +112,16 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
         ({"messages": ["Hi"]}, "a message needs 'role' and 'content', found 'Hi'"),
         ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content', found {'role': 'user'}"),
         ({"conversations": [USER]}, "a message needs 'from' and 'value', found {'role': 'user'"),
-        ({"messages": [USER, {"role": "tool", "content": "4"}]}, "unknown role 'tool'; expected one of user, human, assistant"),
+        (
+            {"messages": [USER, {"role": "tool", "content": "4"}]},
+            "unknown role 'tool'; expected one of user, human, assistant",
+        ),
         ({"messages": [{"role": ["user"], "content": "4"}]}, "unknown role ['user']; expected one of user"),
         ({"messages": [{"role": "user", "content": " \n"}]}, "'content' of a message must be a non-empty string"),
-        ({"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}, "'content' of a message must be a non-empty string"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
+            "'content' of a message must be a non-empty string",
+        ),
         ({"conversations": [{"from": "human", "value": ""}]}, "'value' of a message must be a non-empty string"),
         ({"prompt": None}, "'content' of a message must be a non-empty string"),
         ({"turns": [""]}, "'content' of a message must be a non-empty string"),
@@ -141,7 +152,11 @@ def test_broken_gzip_is_named(write, tmp_path, damage):
     path = write(*({"prompt": f"{number * 7919 % 1000003}"} for number in range(2000)), name="chats.jsonl.gz")
     whole = (tmp_path / "chats.jsonl.gz").read_bytes()
     half = len(whole) // 2
-    broken = {"cut": whole[:half], "overwritten": whole[:half] + bytes(64) + whole[half + 64 :], "not gzip": b"Hi" + whole[2:]}
+    broken = {
+        "cut": whole[:half],
+        "overwritten": whole[:half] + bytes(64) + whole[half + 64 :],
+        "not gzip": b"Hi" + whole[2:],
+    }
     (tmp_path / "chats.jsonl.gz").write_bytes(broken[damage])
     message = error_of(path)
     assert message.startswith(path) and "cannot be read" in message and "is the file whole?" in message
@@ -159,7 +174,10 @@ def test_empty_sources(write, tmp_path):
 
 def test_missing_source_names_the_choices(tmp_path):
     source = str(tmp_path / "none.jsonl")
-    assert error_of(source) == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder"
+    assert (
+        error_of(source)
+        == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder"
+    )
 
 
 def test_own_prompts_are_many_varied_and_unique():
@@ -171,7 +189,11 @@ def test_own_prompts_are_many_varied_and_unique():
 
 
 def test_no_own_prompt_is_repeated_or_held_out_and_trained_on():
-    texts = [" ".join(chat.messages[0]["content"].lower().split()) for split in ("train", "held_out") for chat in own_prompts(split)]
+    texts = [
+        " ".join(chat.messages[0]["content"].lower().split())
+        for split in ("train", "held_out")
+        for chat in own_prompts(split)
+    ]
     assert [text for text, count in Counter(texts).items() if count > 1] == []
     assert not any(text == "" for text in texts)
 

@@ -1,12 +1,14 @@
 """The commands end to end on a tiny target in a Hugging Face folder, and how they end when something is wrong."""
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beagle_jax import evaluate, generate, train
+from beagle_jax.config import load_config
 from beagle_jax.data import states
+from beagle_jax.data.answers import training_rows
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import Decoder
@@ -27,7 +31,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QUESTIONS = [f"What is {number}?" for number in range(12)]
-EVAL_QUESTIONS = ["Why is it so?", "Who are you?", "And a much longer question, which takes more than sixty-four tokens of one byte?"]
+EVAL_QUESTIONS = [
+    "Why is it so?",
+    "Who are you?",
+    "And a much longer question, which takes more than sixty-four tokens of one byte?",
+]
 
 
 def make_target(folder: Path) -> None:
@@ -41,9 +49,9 @@ def make_target(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=None,
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -64,11 +72,11 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
         "data": {"source": write_lines(folder / "prompts.jsonl", QUESTIONS), "folder": str(folder / "data"),
                  "answer_tokens": 200, "max_answer_tokens": 12, "batch": 16},
         "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 48, "checkpoint_every": 2,
-                  "early": {"steps": 3, "window": 2, "warmup": 1, "learning_rate": 1e-3},
+                  "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 1e-3},
                   "late": {"steps": 2, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
         "decode": {"levels": 2, "max_new_tokens": 20},
         "eval": {"prompts": write_lines(folder / "eval.jsonl", EVAL_QUESTIONS), "max_new_tokens": 20},
-        "log": {"every": 1, "eval_rows": 4},
+        "log": {"every": 1},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return SimpleNamespace(folder=folder, config=str(folder / "run.yaml"))
@@ -88,12 +96,14 @@ def test_training_leaves_text_states_log_and_draft(trained):
     assert (data / "complete").exists()
     assert (data / "states.bin").stat().st_size == sum(len(row["tokens"]) for row in rows) * 32 * 4
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"]) for line in log if "split" not in line] == [
-        ("early", 1), ("early", 2), ("early", 3), ("late", 1), ("late", 2),
-    ]  # fmt: skip
-    assert [(line["stage"], line["step"]) for line in log if "split" in line] == [("early", 2), ("early", 3), ("late", 2)]
+    steps = [(line["stage"], line["step"], len(line["top1_by_offset"])) for line in log]
+    assert steps == [("early", 1, 3), ("early", 2, 3), ("early", 3, 3), ("late", 1, 2), ("late", 2, 2)]
     draft = json.loads((run / "draft" / "config.json").read_text())
-    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == ("beagle_draft", 32, str(trained.folder / "target"))
+    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == (
+        "beagle_draft",
+        32,
+        str(trained.folder / "target"),
+    )
     assert draft["data"]["rows"] == 12 and draft["training"]["late"]["steps"] == 2
 
 
@@ -109,10 +119,34 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     assert f"draft written to {trained.folder}/run/draft" in capsys.readouterr().out
 
 
+def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
+    monkeypatch.setattr(train, "save_draft", lambda folder, draft: None)
+    assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99"]) == 0
+    rows = training_rows(load_config(trained.config).data, str(trained.folder / "target"), None, (), None)
+    random.Random(0).shuffle(rows)  # as `train` does, before the states are computed
+    states_MD = np.fromfile(trained.folder / "data" / "states.bin", np.float32).reshape(-1, 32)
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    assert [arguments[0] for arguments in seen] == ["early", "late"]
+    for _, _, _, _, _, training, held_out in seen:
+        found = []
+        for loader in (training, held_out):
+            for step in range(loader.steps_per_epoch):
+                batch = loader.batch_at(step)
+                for tokens, length, row_states in zip(batch.tokens_BL, batch.length_B, batch.states_BLD):
+                    found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
+                    np.testing.assert_array_equal(row_states[:length], states_MD[starts[found[-1]] :][:length])
+        assert sorted(found[:8]) == list(range(8)) and sorted(found[8:]) == [8, 9, 10, 11]
+
+
 def evaluated(trained, capsys) -> list[dict]:
     """The figures that `evaluate` writes, which are also those that it prints."""
     figures = trained.folder / "figures.json"
-    assert run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"]) == 0
+    assert (
+        run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"])
+        == 0
+    )
     plain, draft = summaries = json.loads(figures.read_text())
     printed = capsys.readouterr().out
     for one in summaries:
@@ -137,7 +171,9 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
     class Wrong(Decoder):
         def generate(self, prompt, max_new_tokens=None):
             answer = super().generate(prompt, max_new_tokens)
-            return replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]) if self._shapes.draft else answer
+            return (
+                replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]) if self._shapes.draft else answer
+            )
 
     monkeypatch.setattr(evaluate, "Decoder", Wrong)
     summaries = evaluated(trained, capsys)
@@ -160,7 +196,9 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
     tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
     answer = Decoder.plain(target, max_new_tokens=20, longest_prompt=len(tokens)).generate(tokens).tokens
     assert len(answer) > 3
-    assert printed.startswith(target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n")
+    assert printed.startswith(
+        target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"
+    )
     assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith("token sequences equal: yes\n")
 
 
@@ -202,11 +240,26 @@ def test_no_config_is_a_usage_error(name, capsys):
         ("train", ["--fast"], 2, "unrecognized arguments: --fast"),
         ("generate", ["  "], 2, "the prompt is empty"),
         ("generate", [], 2, "the following arguments are required: prompt\n"),
-        ("evaluate", ["--json", "/no/such/folder/x.json"], 2, "--json /no/such/folder/x.json: there is no folder /no/such/folder"),
-        ("train", ["target.source=/no/such/model"], 1, "target.source: '/no/such/model' is neither a folder nor a .gguf file"),
+        (
+            "evaluate",
+            ["--json", "/no/such/folder/x.json"],
+            2,
+            "--json /no/such/folder/x.json: there is no folder /no/such/folder",
+        ),
+        (
+            "train",
+            ["target.source=/no/such/model"],
+            1,
+            "target.source: '/no/such/model' is neither a folder nor a .gguf file",
+        ),
         ("evaluate", ["eval.prompts=/no/such/file"], 1, "'/no/such/file' is not a file or folder"),
         ("evaluate", ["draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
-        ("generate", ["Hi", "draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
+        (
+            "generate",
+            ["Hi", "draft.path=/no/such/draft"],
+            1,
+            "/no/such/draft/config.json: no such file; train a draft first",
+        ),
     ],
 )
 def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
@@ -257,7 +310,11 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
 def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
     """The command as a user starts it, from another folder than the repository."""
     return subprocess.run(
-        [sys.executable, "-m", f"beagle_jax.{name}", *argv], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
+        [sys.executable, "-m", f"beagle_jax.{name}", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
     )
 
 

@@ -37,7 +37,9 @@ def using(tokenizer, monkeypatch):
 def chat(*texts: str, system: str | None = None) -> Chat:
     """User and assistant in turn, after a system message if there is one."""
     messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
-    return Chat(tuple(messages if system is None else [{"role": "system", "content": system}, *messages]), "chats.jsonl:7")
+    return Chat(
+        tuple(messages if system is None else [{"role": "system", "content": system}, *messages]), "chats.jsonl:7"
+    )
 
 
 def spell(tokenizer, tokens: list[int]) -> str:
@@ -92,29 +94,43 @@ def test_without_a_stop_token_all_of_the_answer_counts(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "bug", [lambda flags: [False, *flags[:-1]], lambda flags: [*flags[1:], False], lambda flags: flags[:-2] + [False, False]]
+    "bug",
+    [lambda flags: [False, *flags[:-1]], lambda flags: [*flags[1:], False], lambda flags: flags[:-2] + [False, False]],
 )
 def test_a_shifted_mask_is_seen(tokenizer, bug):
     row = row_of(tokenizer, chat("Hi", "Yo!"))
     with pytest.raises(AssertionError):
-        check(tokenizer, row._replace(supervised=bug(row.supervised)), "<user/Hi>/<assistant/Yo!>/", ".....................^^^^.")
+        check(
+            tokenizer,
+            row._replace(supervised=bug(row.supervised)),
+            "<user/Hi>/<assistant/Yo!>/",
+            ".....................^^^^.",
+        )
 
 
-def test_supervised_tokens_are_the_template_s_own_span(tokenizer, using):
-    """The same span as transformers' {% generation %} markers give, where a template has them."""
-    using(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
-        "<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    asked = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def check_against_markers(tokenizer, row: Row, asked: Chat) -> None:
+    """The row is supervised where transformers finds the template's {% generation %} markers."""
     theirs = tokenizer.apply_chat_template(
         list(asked.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    row = row_of(tokenizer, asked)
     assert row.tokens == list(theirs["input_ids"])
     assert [int(flag) for flag in row.supervised] == list(theirs["assistant_masks"])
-    assert 0 < sum(row.supervised) < len(row.tokens)
+
+
+def test_supervised_tokens_are_those_that_a_template_marks(tokenizer, using):
+    using(MARKED)
+    asked = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
+    row = row_of(tokenizer, asked)
+    check_against_markers(tokenizer, row, asked)
+    with pytest.raises(AssertionError):
+        check_against_markers(tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), asked)
 
 
 def test_prompt_tokens_end_where_the_answer_begins(tokenizer):

@@ -17,7 +17,7 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.training.checkpoint import StageCheckpoints
-from beagle_jax.training.step import Metrics, TrainState, make_steps
+from beagle_jax.training.step import Metrics, make_steps
 
 
 def run_stage(
@@ -66,7 +66,7 @@ def _settings(name: str, config: Config) -> dict[str, Any]:
     free = ("folder", "checkpoint_every", "loss_rows", *(["late"] if name == "early" else []))
     made = {key: value for key, value in asdict(config.train).items() if key not in free}
     made |= {"target": config.target.source, "dtype": config.target.dtype, "data": config.data.folder}
-    made |= {"init_std": config.draft.init_std, "hot_tokens": config.draft.hot_tokens, "eval_rows": config.log.eval_rows}
+    made |= {key: value for key, value in asdict(config.draft).items() if key != "path"} | {"eval_rows": config.log.eval_rows}
     return json.loads(json.dumps(made))
 
 

@@ -1,0 +1,126 @@
+"""The late stage against its plain form, and against the early stage (method.md 13.2, 13.3, 13.6)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from late_oracle import oracle_states
+
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.training import late
+from beagle_jax.training.early import early_states
+from beagle_jax.training.late import late_states
+
+# Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
+SPEC = DraftSpec.from_target(TINY, init_std=0.15)
+LENGTH = jnp.array([13, 9], jnp.int32)  # 13 is no multiple of any window but 1; the second row is ragged
+
+
+@pytest.fixture(scope="module")
+def row():
+    keys = jax.random.split(jax.random.key(3), 3)
+    e_BLD = jax.random.normal(keys[0], (2, 13, SPEC.hidden_size))
+    h_BLD = jax.random.normal(keys[1], (2, 13, SPEC.hidden_size))
+    return init_draft(SPEC, keys[2]), e_BLD, h_BLD
+
+
+def _gather(per_step, position_UJ):
+    return jnp.stack([states[:, position_UJ[:, step]] for step, states in enumerate(per_step)], axis=2)
+
+
+@partial(jax.jit, static_argnames=("window", "steps", "detach"))
+def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach):
+    """States and gradients of the fast and of the plain form, on the same rows."""
+    settings = dict(window=window, steps=steps, offset=offset, detach=detach)
+    position_UJ, valid_UJ = late.window_positions(e_BLD.shape[1], window, steps, offset)
+    inside_BUJ = valid_UJ[None] & (position_UJ[None] < LENGTH[:, None, None])
+    # A nonlinear function of every supervised state, weighted as the loss is.
+    score = lambda s: jnp.sum(jnp.where(inside_BUJ[..., None], jnp.sin(s) * jnp.arange(steps, 0, -1.0)[None, None, :, None], 0))
+    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings).state_BUJD
+    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings), position_UJ)
+    mask = inside_BUJ[..., None]
+    return (
+        (jnp.where(mask, fast(params), 0), jnp.where(mask, plain(params), 0)),
+        (jax.grad(lambda p: score(fast(p)))(params), jax.grad(lambda p: score(plain(p)))(params)),
+    )
+
+
+def _compare(row, window, steps, detach, offsets) -> None:
+    for offset in offsets:
+        values, gradients = _both(*row, jnp.int32(offset), window=window, steps=steps, detach=detach)
+        np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+        for name in gradients[0]:
+            scale = float(jnp.abs(gradients[1][name]).max())
+            np.testing.assert_allclose(gradients[0][name], gradients[1][name], atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize(("window", "steps"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 3)])
+def test_equals_plain_form(row, window, steps, detach):
+    _compare(row, window, steps, detach, range(window))
+
+
+def test_planted_bug_true_key_of_own_position(row, monkeypatch):
+    sees_true = late._sees_true
+    monkeypatch.setattr(late, "_sees_true", lambda start_T, length_B, width: sees_true(start_T + 1, length_B, width))
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        _compare(row, 3, 3, True, [1])
+    jax.clear_caches()
+
+
+def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
+    right = BeagleBlock.keys_values
+    wrong = lambda self, h, at: right(self, h, at + (h.shape[1] == 1))
+    monkeypatch.setattr(late.BeagleBlock, "keys_values", wrong)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        _compare(row, 4, 4, True, [2])
+    jax.clear_caches()
+
+
+def test_detach_changes_gradients_only(row):
+    kept = _both(*row, jnp.int32(1), window=4, steps=4, detach=False)
+    cut = _both(*row, jnp.int32(1), window=4, steps=4, detach=True)
+    np.testing.assert_array_equal(kept[0][0], cut[0][0])
+    assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_first_step_is_the_early_stage(row, offset):
+    params, e_BLD, h_BLD = row
+    early = early_states(params, SPEC, e_BLD, h_BLD, LENGTH, window=3, offset=jnp.int32(offset))
+    simulated = late_states(params, SPEC, e_BLD, h_BLD, LENGTH, window=3, steps=1, offset=jnp.int32(offset), detach=True)
+    at_U, valid_U = simulated.position_UJ[:, 0], simulated.valid_UJ[:, 0]
+    np.testing.assert_allclose(simulated.state_BUJD[:, valid_U, 0], early[:, at_U[valid_U]], atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [0, 4, 7])
+def test_a_true_state_reaches_only_later_windows(row, changed):
+    params, e_BLD, h_BLD = row
+    run = lambda h: late_states(params, SPEC, e_BLD, h, LENGTH, window=3, steps=3, offset=jnp.int32(2), detach=True)
+    before, after = run(h_BLD), run(h_BLD.at[:, changed].add(1.0))
+    moved_BU = np.abs(before.state_BUJD - after.state_BUJD).max(axis=(2, 3)) > 0
+    expected_U = np.asarray(before.position_UJ[:, 0]) > changed
+    inside_U = np.asarray(before.valid_UJ[:, 0])
+    for line, length in enumerate(LENGTH):
+        np.testing.assert_array_equal(moved_BU[line, inside_U], (expected_U & (changed < int(length)))[inside_U])
+
+
+def test_positions_are_relative(row):
+    params, e_BLD, h_BLD = row
+    block = BeagleBlock(SPEC).bind({"params": params})
+    positions = jnp.broadcast_to(jnp.arange(13), (2, 13))
+
+    def scores(shift):
+        q, rows = block.queries(e_BLD, positions + shift), block.keys_values(h_BLD, positions + shift)
+        return jnp.einsum("BKGTH,BKHS->BKGTS", q, rows.k_BKHS)
+
+    np.testing.assert_allclose(scores(0), scores(100), atol=1e-4)  # angles near 100 lose two digits in float32
+    with pytest.raises(AssertionError):
+        q = block.queries(e_BLD, positions + 1)
+        shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
+        np.testing.assert_allclose(scores(0), shifted, atol=1e-4)
