@@ -166,13 +166,13 @@ def forward(
     B, T = tokens_BT.shape
     cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, spec.rope_theta)
     rotary = (cos_BTH[:, None, None], sin_BTH[:, None, None])
-    slots = None if cache is None else visible_slots(cache_len_B, cache[0].v_BKSH.shape[2])
+    slots = visible_slots(cache_len_B, cache[0].v_BKSH.shape[2]) if cache else None
     x_DM = params["embed_VD"][tokens_BT.reshape(-1)].T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
     new_rows = []
     for index, layer in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{index}"):
-            past = None if cache is None else cache[index]
+            past = cache[index] if cache else None
             y_DM = rms_norm(x_DM, layer["input_norm_D"], spec.rms_norm_eps, axis=0)
             attended_DM, rows = _attention(layer, spec, y_DM, (B, T), rotary, mask_BTT, past, slots)
             x_DM = x_DM + attended_DM

@@ -1,0 +1,61 @@
+"""Targets and drafts for the decoding tests, and plain decoding written without any of the decoder's code."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from conftest import TINY, random_params
+
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward, logits
+from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.target import Target
+
+NEVER = (10_000,)  # a stop token that is not in the vocabulary
+
+# Without layers the next token depends on the last one alone, so a draft without attention and MLP is always right.
+MARKOV = dataclasses.replace(TINY, num_layers=0, tie_embeddings=False)
+
+
+def target_of(spec=TINY, eos_ids=NEVER, seed=0) -> Target:
+    """A random target without a tokenizer."""
+    params = random_params(spec, seed)
+    if not spec.num_layers:
+        params = {**params, "norm_D": jnp.ones_like(params["norm_D"])}
+    return Target(spec, params, None, eos_ids, "test")
+
+
+def random_draft(seed=1, hot_ids=None) -> Draft:
+    """A draft that is nearly always wrong."""
+    spec = DraftSpec.from_target(TINY, init_std=0.3)
+    return Draft(spec, init_draft(spec, jax.random.key(seed)), hot_ids, {})
+
+
+def right_draft(error: float = 0.0) -> Draft:
+    """The draft of a MARKOV target: always right, or with `error` > 0 wrong now and then."""
+    draft = random_draft()
+    off = {"o_proj": jnp.zeros_like(draft.params["o_proj"]), "down_proj": error * draft.params["down_proj"]}
+    return Draft(draft.spec, {**draft.params, **off}, None, {})
+
+
+_argmax_next = jax.jit(
+    lambda params, spec, tokens, length: jnp.argmax(
+        logits(
+            params,
+            forward(params, spec, tokens, jnp.arange(tokens.shape[1])[None], causal_mask(length, tokens.shape[1]))[0][
+                :, length[0] - 1
+            ],
+        )
+    ),
+    static_argnums=1,
+)
+
+
+def naive_greedy(target: Target, prompt: list[int], max_new: int) -> list[int]:
+    """Greedy decoding by running the whole text again for each token: no cache, no loop of ours."""
+    tokens, capacity = list(prompt), len(prompt) + max_new
+    while len(tokens) < capacity and (len(tokens) == len(prompt) or tokens[-1] not in target.eos_ids):
+        padded = jnp.array([tokens + [0] * (capacity - len(tokens))], jnp.int32)
+        tokens.append(int(_argmax_next(target.params, target.spec, padded, jnp.array([len(tokens)]))))
+    return tokens[len(prompt) :]
