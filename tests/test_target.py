@@ -1,0 +1,499 @@
+"""The target against transformers' Llama, its cache against no cache, and batched writing against each prompt alone."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import QUICKSTART_SOURCE, TINY
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding import batch as batch_module
+from beagle_jax.decoding.batch import Sampling, write_answers
+from beagle_jax.model.cache import KVRows, append_rows, empty_rows, take_rows, write_all, write_rows
+from beagle_jax.model.layers import apply_rope, rope_tables
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import TargetSpec, best_tokens, forward, init_cache, logits
+from beagle_jax.weights.target import fill_params, open_source
+
+GREEDY = Sampling(temperature=0.0, top_k=1)
+NEVER = (10_000,)  # a stop token that is not in the vocabulary
+
+
+@partial(jax.jit, static_argnums=1)
+def _states(params, spec, tokens_BT, length_B, mask_BTT=None):
+    """States and key/value rows of right-padded tokens, without a cache."""
+    B, T = tokens_BT.shape
+    mask_BTT = causal_mask(length_B, T) if mask_BTT is None else mask_BTT
+    return forward(params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), mask_BTT)
+
+
+def _pad(prompts, width=None):
+    """Right-padded tokens [B, T] and lengths [B]."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((len(prompts), width or max(lengths)), np.int32)
+    for line, prompt in enumerate(prompts):
+        tokens[line, : len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+
+
+def _answers(params, spec, prompts, *, eos_ids=NEVER, max_new, batch, sampling=GREEDY, on_tokens=lambda count: None):
+    """`write_answers` in the order of the prompts."""
+    found = dict(write_answers(params, spec, prompts, eos_ids=eos_ids, max_new=max_new, batch=batch, sampling=sampling,
+                               seed=0, on_tokens=on_tokens))
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[index] for index in range(len(prompts))]
+
+
+# --- against transformers, tiny random weights -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def tiny_llama(request, tmp_path_factory):
+    """A random Llama of transformers, and the same weights read from the folder it wrote."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, tie_word_embeddings=request.param, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.data = float("norm" in name) + 0.3 * torch.randn(weight.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    opened = open_source(str(folder), folder)
+    spec = TargetSpec.from_hf_config(opened.config(), str(folder))
+    return model, spec, fill_params(spec, opened.tensors(), jnp.dtype("float32"), str(folder))
+
+
+def _check_torch_logits(model, spec, params):
+    tokens_BT = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 24))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens_BT)).logits.numpy()
+    states_BTD, _ = _states(params, spec, jnp.asarray(tokens_BT), jnp.full(3, 24))
+    assert expected.std() > 1  # a flat output would equal anything
+    np.testing.assert_allclose(logits(params, states_BTD), expected, atol=1e-4, rtol=0)
+
+
+def _check_torch_greedy(model, spec, params):
+    for prompt in ([5, 17, 60, 3], [8], list(range(40))):
+        with torch.no_grad():
+            tokens = torch.tensor([prompt])
+            full = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32)
+        assert _answers(params, spec, [prompt], max_new=32, batch=1) == [full[0, len(prompt) :].tolist()]
+
+
+def _with_layer(params, index, **changes):
+    layers = list(params["layers"])
+    layers[index] = {**layers[index], **changes}
+    return {**params, "layers": layers}
+
+
+def _interleaved(spec, params, layer=0):
+    """The query rows of one layer in llama.cpp's order, as if a converter had forgotten them."""
+    q_FD = params["layers"][layer]["q_FD"]
+    rows = q_FD.reshape(spec.num_heads, 2, spec.head_dim // 2, -1).swapaxes(1, 2).reshape(q_FD.shape)
+    return spec, _with_layer(params, layer, q_FD=rows)
+
+
+PLANTS = {
+    "rope base ignored": lambda spec, params: (dataclasses.replace(spec, rope_theta=10_000.0), params),
+    "eps ignored": lambda spec, params: (dataclasses.replace(spec, rms_norm_eps=1e-6), params),
+    "norm weight ignored": lambda spec, params: (spec, _with_layer(params, 1, input_norm_D=jnp.ones(spec.hidden_size))),
+    "kv heads swapped": lambda spec, params: (spec, _with_layer(params, 2, k_FD=jnp.roll(params["layers"][2]["k_FD"], 16, 0))),
+    "interleaved queries": _interleaved,
+}
+
+
+def test_logits_equal_torch(tiny_llama):
+    _check_torch_logits(*tiny_llama)
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_planted_bug_in_logits(tiny_llama, plant):
+    model, spec, params = tiny_llama
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_torch_logits(model, *PLANTS[plant](spec, params))
+
+
+def test_greedy_tokens_equal_torch(tiny_llama):
+    _check_torch_greedy(*tiny_llama)
+
+
+def test_planted_bug_in_greedy_tokens(tiny_llama):
+    model, spec, params = tiny_llama
+    with pytest.raises(AssertionError):
+        _check_torch_greedy(model, *_interleaved(spec, params))
+
+
+def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
+    _, spec, params = tiny_llama
+    states_BTD = jax.random.normal(jax.random.key(0), (3, 5, spec.hidden_size))
+    expected = np.argmax(logits(params, states_BTD), axis=-1)
+    assert len(np.unique(expected)) > 5
+    np.testing.assert_array_equal(best_tokens(params, states_BTD), expected)
+
+
+# --- against transformers, the real weights ----------------------------------------------------------------------
+
+REAL_CHATS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list."}],
+    [{"role": "user", "content": "Give me three tips for staying healthy.\n\n1. Drink water"}],
+    [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
+    [
+        {"role": "user", "content": "I have 3 apples and buy 5 more. How many do I have?"},
+        {"role": "assistant", "content": "You have 8 apples."},
+        {"role": "user", "content": "And if I eat 2 of them?"},
+    ],
+]
+# Thirty float32 layers summed in another order than torch's; logits here have a standard deviation of about 8.
+REAL_TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def real_prompts(real_target):
+    return [prompt_tokens(real_target.tokenizer, chat) for chat in REAL_CHATS]
+
+
+@pytest.fixture(scope="module")
+def real_llama(real_target):
+    """transformers' Llama with the GGUF's dequantised float32 tensors."""
+    file = open_source(QUICKSTART_SOURCE, Path("~/.cache/beagle_jax").expanduser())
+    config = {**file.config(), "eos_token_id": file.eos_ids()[0], "pad_token_id": file.eos_ids()[0]}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    tensors = {name: torch.from_numpy(array) for name, array in file.tensors()}
+    missing, extra = model.load_state_dict(tensors, strict=False)
+    assert (missing, extra) == (["lm_head.weight"], []) and model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+@pytest.fixture(scope="module")
+def real_logits(real_llama, real_prompts):
+    """Logits of torch at every position of each prompt, run alone."""
+    with torch.no_grad():
+        return [real_llama(torch.tensor([prompt])).logits[0].numpy() for prompt in real_prompts]
+
+
+def _real_difference(params, spec, prompts, expected) -> float:
+    """Largest difference of any logit at any position."""
+    states_BTD, _ = _states(params, spec, *_pad(prompts))
+    pairs = [(states_BTD[line, : len(prompt)], expected[line]) for line, prompt in enumerate(prompts)]
+    return max(float(np.abs(logits(params, states_TD) - there).max()) for states_TD, there in pairs)
+
+
+def test_real_logits_equal_torch(real_target, real_prompts, real_logits):
+    assert min(there.std() for there in real_logits) > 5
+    assert _real_difference(real_target.params, real_target.spec, real_prompts, real_logits) <= REAL_TOLERANCE
+
+
+def test_planted_bug_in_real_logits(real_target, real_prompts, real_logits):
+    spec, params = _interleaved(real_target.spec, real_target.params, layer=29)
+    assert _real_difference(params, spec, real_prompts, real_logits) > 100 * REAL_TOLERANCE
+
+
+def test_real_greedy_tokens_equal_torch(real_target, real_llama, real_prompts):
+    width, stop = max(map(len, real_prompts)), real_target.eos_ids[0]
+    left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in real_prompts])
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in real_prompts])
+    with torch.no_grad():
+        full = real_llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=64)[:, width:].tolist()
+    expected = [line[: line.index(stop) + 1] if stop in line else line for line in full]
+    found = _answers(real_target.params, real_target.spec, real_prompts, eos_ids=real_target.eos_ids, max_new=64, batch=5)
+    assert found == expected
+    assert sum(map(len, found)) > 150 and "Paris" in real_target.tokenizer.decode(found[0])
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Three prompts of unlike length and the four tokens that follow each."""
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, TINY.vocab_size, length).tolist() for length in (7, 1, 10)], rng.integers(0, 61, (3, 4))
+
+
+def _alone(params, tokens):
+    """States [T, D] and key/value rows of one sequence without padding or cache."""
+    states_1TD, rows = _states(params, TINY, *_pad([tokens]))
+    return states_1TD[0], rows
+
+
+def _decoded(params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cached=lambda length_B: length_B):
+    """States [B, T, D] of `next_BT` over a cache that a padded prefill filled; the other arguments plant bugs."""
+    tokens_BT, length_B = _pad(prompts)
+    _, rows = _states(params, TINY, tokens_BT, length_B)
+    rows = [turn(layer, tokens_BT.shape[1]) for layer in rows]
+    cache = write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32))
+    T = next_BT.shape[1]
+    positions_BT = length_B[:, None] + jnp.arange(T) + shift
+    mask_BTT = causal_mask(jnp.full(3, T), T)
+    return forward(params, TINY, jnp.asarray(next_BT), positions_BT, mask_BTT, cache, cached(length_B))[0]
+
+
+def _check_decoded(params, prompts, found_BTD):
+    starts, next_BT = prompts
+    for line, (start, new) in enumerate(zip(starts, next_BT)):
+        expected_TD, _ = _alone(params, [*start, *new])
+        np.testing.assert_allclose(found_BTD[line], expected_TD[len(start) :], atol=1e-4)
+
+
+def _turn_back(rows, T):
+    """Cached keys with their rotation undone."""
+    cos, sin = rope_tables(jnp.arange(T)[None, None], TINY.head_dim, TINY.rope_theta)
+    return rows._replace(k_BKHS=apply_rope(rows.k_BKHS.swapaxes(2, 3), cos, -sin).swapaxes(2, 3))
+
+
+CACHE_PLANTS = {
+    "position one late": {"shift": 1},
+    "keys not rotated": {"turn": _turn_back},
+    "padding visible": {"cached": lambda length_B: jnp.full_like(length_B, 10)},
+    "last slot hidden": {"cached": lambda length_B: length_B - 1},
+}
+
+
+def test_cached_tokens_equal_uncached(tiny_params, prompts):
+    _check_decoded(tiny_params, prompts, _decoded(tiny_params, *prompts))
+
+
+@pytest.mark.parametrize("plant", CACHE_PLANTS)
+def test_planted_bug_in_cached_tokens(tiny_params, prompts, plant):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_decoded(tiny_params, prompts, _decoded(tiny_params, *prompts, **CACHE_PLANTS[plant]))
+
+
+def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
+    starts, next_BT = prompts
+    tokens_BT, length_B = _pad(starts)
+    _, rows = _states(tiny_params, TINY, tokens_BT, length_B)
+    cache, found = write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32)), []
+    for column in range(next_BT.shape[1]):
+        tokens_B1, mask_B11 = jnp.asarray(next_BT[:, column : column + 1]), jnp.ones((3, 1, 1), bool)
+        states_B1D, rows = forward(tiny_params, TINY, tokens_B1, length_B[:, None], mask_B11, cache, length_B)
+        cache, length_B = write_all(cache, rows, length_B), length_B + 1
+        found.append(states_B1D)
+    _check_decoded(tiny_params, prompts, jnp.concatenate(found, axis=1))
+
+
+def _check_padded(params, starts, mask_BTT=None):
+    states_BTD, rows = _states(params, TINY, *_pad(starts), mask_BTT)
+    for line, start in enumerate(starts):
+        expected_TD, expected_rows = _alone(params, start)
+        np.testing.assert_allclose(states_BTD[line, : len(start)], expected_TD, atol=1e-4)
+        for layer, expected in zip(rows, expected_rows, strict=True):
+            np.testing.assert_allclose(layer.k_BKHS[line, ..., : len(start)], expected.k_BKHS[0], atol=1e-4)
+            np.testing.assert_allclose(layer.v_BKSH[line, :, : len(start)], expected.v_BKSH[0], atol=1e-4)
+
+
+def test_padded_prefill_equals_each_row_alone(tiny_params, prompts):
+    _check_padded(tiny_params, prompts[0])
+
+
+def test_planted_bug_prefill_sees_padding(tiny_params, prompts):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_padded(tiny_params, prompts[0], jnp.ones((3, 10, 10), bool))
+
+
+# --- rows of the cache -------------------------------------------------------------------------------------------
+
+
+def _random_rows(batch, slots, seed) -> KVRows:
+    rng = np.random.default_rng(seed)
+    key_value = rng.standard_normal((2, batch, 2, 4, slots)).astype(np.float32)
+    return KVRows(jnp.asarray(key_value[0]), jnp.asarray(key_value[1].swapaxes(2, 3)))
+
+
+def _same_rows(found: KVRows, expected: KVRows):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 9])  # the slice per sequence ends at 8
+def test_write_rows_equals_numpy(batch):
+    cache, new = _random_rows(batch, 12, 0), _random_rows(batch, 3, 1)
+    start_B = np.arange(batch) % 10  # the last is the highest slot with room
+    k_BKHS, v_BKSH = np.array(cache.k_BKHS), np.array(cache.v_BKSH)
+    for row, start in enumerate(start_B):
+        k_BKHS[row, ..., start : start + 3], v_BKSH[row, :, start : start + 3] = new.k_BKHS[row], new.v_BKSH[row]
+    _same_rows(write_rows(cache, new, jnp.asarray(start_B)), KVRows(k_BKHS, v_BKSH))
+
+
+def _first_eight(rows: KVRows) -> KVRows:
+    return jax.tree.map(lambda array: array[:8], rows)
+
+
+def _check_both_paths(start_of_eight_B):
+    cache, new, start_B = _random_rows(9, 12, 0), _random_rows(9, 3, 1), jnp.array([0, 9, 3, 3, 7, 1, 2, 8, 5])
+    mapped = write_rows(cache, new, start_B)
+    unrolled = write_rows(_first_eight(cache), _first_eight(new), start_of_eight_B(start_B[:8]))
+    _same_rows(unrolled, _first_eight(mapped))
+
+
+def test_unrolled_write_equals_mapped_write():
+    _check_both_paths(lambda start_B: start_B)
+
+
+def test_planted_bug_in_unrolled_write():
+    with pytest.raises(AssertionError, match="not equal"):
+        _check_both_paths(lambda start_B: start_B.at[7].add(-1))
+
+
+def test_write_rows_casts_to_the_cache():
+    cache = empty_rows(2, 2, 5, 4, jnp.bfloat16)
+    written = write_rows(cache, _random_rows(2, 1, 0), jnp.array([4, 0]))
+    assert {array.dtype for array in written} == {jnp.dtype("bfloat16")}
+    assert [int((array != 0).any(axis=(1, 3)).sum()) for array in (written.v_BKSH, written.k_BKHS.swapaxes(2, 3))] == [2, 2]
+
+
+def _check_taken(index_BT, asked_BT):
+    rows = _random_rows(3, 6, 0)
+    taken = take_rows(rows, jnp.asarray(asked_BT))
+    for row, column in np.ndindex(*index_BT.shape):
+        slot = index_BT[row, column]
+        np.testing.assert_array_equal(taken.k_BKHS[row, ..., column], rows.k_BKHS[row, ..., slot])
+        np.testing.assert_array_equal(taken.v_BKSH[row, :, column], rows.v_BKSH[row, :, slot])
+
+
+def test_take_rows_by_index():
+    index_BT = np.array([[5, 0, 0, 2], [1, 2, 3, 4], [4, 4, 1, 0]])
+    _check_taken(index_BT, index_BT)
+
+
+def test_planted_bug_rows_of_another_sequence():
+    index_BT = np.array([[5, 0, 0, 2], [1, 2, 3, 4], [4, 4, 1, 0]])
+    with pytest.raises(AssertionError, match="not equal"):
+        _check_taken(index_BT, index_BT[::-1])
+
+
+def test_appended_rows_are_both_in_order():
+    rows, more = _random_rows(2, 3, 0), _random_rows(2, 2, 1)
+    both = append_rows(append_rows(None, rows), more)
+    _same_rows(take_rows(both, jnp.tile(jnp.arange(3), (2, 1))), rows)
+    _same_rows(take_rows(both, jnp.tile(jnp.arange(3, 5), (2, 1))), more)
+
+
+# --- batched writing ---------------------------------------------------------------------------------------------
+
+MAX_NEW = 24
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_params):
+    """Forty prompts of 1 to 40 tokens, and each one's greedy answer by running its whole text again per token."""
+    rng = np.random.default_rng(5)
+    asked = [rng.integers(0, TINY.vocab_size, length).tolist() for length in rng.permutation(40) + 1]
+    following = jax.jit(lambda tokens, length: jnp.argmax(logits(
+        tiny_params, _states(tiny_params, TINY, tokens, length)[0][0, length[0] - 1])))
+    answers = []
+    for prompt in asked:
+        text = list(prompt)
+        while len(text) < len(prompt) + MAX_NEW:
+            text.append(int(following(*_pad([text], width=64))))
+        answers.append(text[len(prompt) :])
+    return asked, answers
+
+
+@pytest.fixture(scope="module")
+def stops(alone):
+    """Two stop tokens that end some of the answers and not others."""
+    tokens, counts = np.unique([token for answer in alone[1] for token in set(answer)], return_counts=True)
+    return tuple(tokens[(counts >= 5) & (counts <= 15)][:2].tolist())
+
+
+def _cut(answer, stops):
+    ends = [index for index, token in enumerate(answer) if token in stops]
+    return answer[: ends[0] + 1] if ends else answer
+
+
+@pytest.mark.parametrize("batch", [16, 20, 40])  # fewer rows than prompts, so that rows are refilled, or as many
+def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
+    asked, answers = alone
+    expected = [_cut(answer, stops) for answer in answers]
+    lengths = list(map(len, expected))
+    assert 0 < lengths.count(MAX_NEW) < 30 and len(set(lengths)) > 5  # both kinds of ending, at many lengths
+    counted = []
+    assert _answers(tiny_params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=batch, on_tokens=counted.append) == expected
+    assert sum(counted) == sum(lengths)
+
+
+# The plant is traced in, so each has a `sampling` of its own (all greedy) and no other test meets its program.
+WRITER_PLANTS = {
+    "rows written one slot late": (7, "write_all", lambda cache, rows, slot_B: write_all(cache, rows, slot_B + 1)),
+    "stop token ignored": (8, "is_stop", lambda token, eos_ids: jnp.zeros(token.shape, bool)),
+    "padding visible": (9, "causal_mask", lambda length_B, width: jnp.ones((length_B.shape[0], width, width), bool)),
+}
+
+
+@pytest.mark.parametrize("plant", WRITER_PLANTS)
+def test_planted_bug_in_answers(tiny_params, alone, stops, plant, monkeypatch):
+    top_k, name, bug = WRITER_PLANTS[plant]
+    monkeypatch.setattr(batch_module, name, bug)
+    asked, answers = alone
+    found = _answers(tiny_params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=16, sampling=Sampling(0.0, top_k))
+    assert found != [_cut(answer, stops) for answer in answers]
+
+
+def test_stop_token_ends_an_answer_and_is_kept(tiny_params, alone):
+    asked, answers = alone
+    stop = answers[0][2]
+    (found,) = _answers(tiny_params, TINY, asked[:1], eos_ids=(stop,), max_new=MAX_NEW, batch=1)
+    assert found == answers[0][: answers[0].index(stop) + 1]
+
+
+@pytest.mark.parametrize("max_new", [1, 2, 17])  # 17 is one more than a segment's steps
+def test_answers_end_at_max_new(tiny_params, alone, max_new):
+    asked, answers = alone
+    found = _answers(tiny_params, TINY, asked, max_new=max_new, batch=16)
+    assert found == [answer[:max_new] for answer in answers]
+
+
+def test_no_prompts_no_answers(tiny_params):
+    assert _answers(tiny_params, TINY, [], max_new=4, batch=16) == []
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_few_rows_for_many_prompts(tiny_params, alone, batch):
+    asked, answers = alone
+    idle = []
+
+    def progress(count):
+        idle.append(count == 0)
+        assert sum(idle) < 10, "the rows stay empty"
+
+    found = _answers(tiny_params, TINY, asked[:7], max_new=4, batch=batch, on_tokens=progress)
+    assert found == [answer[:4] for answer in answers[:7]]
+
+
+# --- memory of the writing loop ----------------------------------------------------------------------------------
+
+
+def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]:
+    """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that reuse inputs."""
+    jitted = jax.jit(batch_module._segment.__wrapped__, static_argnames=("spec", "sampling", "eos_ids"), donate_argnames=donate)
+    state = batch_module._empty_state(TINY, jnp.float32, 16, 1024, 8, 0)
+    memory = jitted.lower(params, TINY, state, sampling, NEVER).compile().memory_analysis()
+    cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache))
+    return cache_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
+
+
+def test_segment_does_not_copy_the_cache(tiny_params):
+    cache_bytes, temporary, reused = _segment_memory(tiny_params, GREEDY)
+    assert 0 < temporary < cache_bytes <= reused
+
+
+def test_planted_bug_cache_not_donated(tiny_params):
+    cache_bytes, _, reused = _segment_memory(tiny_params, GREEDY, donate=())
+    assert reused < cache_bytes
+
+
+def test_planted_bug_slot_free_of_the_token(tiny_params, monkeypatch):
+    monkeypatch.setattr(batch_module, "write_all", lambda cache, rows, slot_B: write_all(cache, rows, 0 * slot_B))
+    cache_bytes, temporary, _ = _segment_memory(tiny_params, Sampling(0.0, 6))
+    assert temporary > cache_bytes
