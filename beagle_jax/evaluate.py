@@ -38,10 +38,10 @@ def evaluate(config: Config) -> list[dict]:
     chats = suite(config.eval.prompts, config.eval.limit)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     spec = DraftSpec.from_target(target.spec)
-    folders = {"draft": config.draft.path or f"{config.train.folder}/draft"}
+    folders = [config.draft.path or f"{config.train.folder}/draft"]
     if config.eval.compare:
-        folders = {f"draft {Path(folders['draft']).parent.name}": folders["draft"], f"draft {Path(config.eval.compare).name}": config.eval.compare}
-    drafts = {name: load_draft(folder, spec) for name, folder in folders.items()}
+        folders.append(config.eval.compare)
+    drafts = {folder: load_draft(folder, spec) for folder in folders}
     prompts = tokenize(chats, target.tokenizer)
     limits = dict(max_new_tokens=config.eval.max_new_tokens, longest_prompt=max(map(len, prompts)))
     decoders = {"plain": Decoder.plain(target, **limits)}

@@ -17,7 +17,7 @@ import numpy as np
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config import Config
 from beagle_jax.data.answers import training_rows
-from beagle_jax.data.hot_tokens import hot_tokens
+from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import target_states
 from beagle_jax.data.template import Row
@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     random.Random(config.data.seed).shuffle(rows)
     spec = DraftSpec.from_target(target.spec, config.draft.init_std)
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
+    if hot_ids is not None:
+        print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     params = train(config, target, spec, rows, hot_ids)
     folder = Path(config.train.folder) / "draft"
     save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
@@ -78,6 +80,7 @@ def provenance(config: Config, rows: list[Row]) -> dict:
     """What the exported draft says of its training."""
     return {
         "target": config.target.source,
+        "draft": asdict(config.draft),
         "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": sum(sum(row.supervised) for row in rows)},
         "training": asdict(config.train),
         "versions": {"jax": jax.__version__},

@@ -151,7 +151,9 @@ def evaluated(trained, capsys) -> list[dict]:
     printed = capsys.readouterr().out
     for one in summaries:
         assert f"{one['identical_to_plain']}/{one['prompts']}" in printed and f"{one['tau']:5.2f}" in printed
-    assert (plain["name"], draft["name"], plain["tau"], plain["rounds"]) == ("plain", "draft", 1.0, plain["tokens"] - 3)
+    names = ("plain", str(trained.folder / "run" / "draft"))
+    assert (plain["name"], draft["name"]) == names
+    assert (plain["tau"], plain["rounds"]) == (1.0, plain["tokens"] - 3)
     return summaries
 
 
@@ -183,10 +185,11 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 
 
 def test_evaluate_shows_a_second_draft(trained, capsys):
-    folder = str(trained.folder / "run" / "draft")
-    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare={folder}"]) == 0
+    first = str(trained.folder / "run" / "draft")
+    second = str(trained.folder / "run" / ".." / "run" / "draft")
+    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare={second}"]) == 0
     rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith("3/3")]
-    assert rows == ["plain", "draft run", "draft draft"]
+    assert rows == ["plain", first, second]
 
 
 def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):

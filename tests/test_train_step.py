@@ -318,9 +318,9 @@ def test_the_state_is_donated(tiny_draft, frozen, batch):
     assert not any(leaf.is_deleted() for leaf in frozen.values())
 
 
-def test_evaluation_step_measures_the_same(tiny_draft, frozen, batch):
+def test_evaluation_step_measures_without_noise(tiny_draft, frozen, batch):
     _, eval_step, _ = steps_of(NOISY, EARLY)
-    _, expected = loss_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.key(0))
+    _, expected = loss_of(CLEAN, EARLY)(tiny_draft, frozen, batch, jax.random.key(0))
     check_metrics(eval_step(tiny_draft, frozen, batch), expected._asdict())
 
 

@@ -22,3 +22,9 @@ def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray |
     known = set(frequent)
     rest = (token for token in range(vocab_size) if token not in known)
     return np.asarray([*frequent, *rest][:count], np.int32)
+
+
+def coverage(rows: Iterable[Row], hot_ids: np.ndarray) -> float:
+    """Share of the supervised tokens that are hot."""
+    supervised = np.concatenate([np.asarray(row.tokens)[np.asarray(row.supervised, bool)] for row in rows])
+    return float(np.isin(supervised, hot_ids).mean())

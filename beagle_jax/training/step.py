@@ -1,6 +1,7 @@
 """One optimizer step of either stage: a pure function, jitted once per stage, its state donated."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -148,6 +149,8 @@ def make_steps(
     predict = predict_late if late else predict_early
     optimizer = make_optimizer(config, stage)
 
+    clean = replace(config, noise="none")  # noise is for training; measurements see the states as decoding does
+
     def loss(params, frozen, batch, key):
         return stage_loss(params, spec, config, stage, predict, frozen, batch, key)
 
@@ -159,7 +162,7 @@ def make_steps(
         return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.tree.norm(gradient))
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
-        return loss(params, frozen, batch, jax.random.key(0))[1]
+        return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0))[1]
 
     def init(params) -> TrainState:
         return TrainState(params, optimizer.init(params), jnp.int32(0))

@@ -1,0 +1,45 @@
+"""What house style can check by itself: sizes, requirements with reasons, a README that names what exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "beagle_jax").rglob("*.py"))
+ENTRY_POINTS = [ROOT / "beagle_jax" / f"{name}.py" for name in ("train", "generate", "evaluate")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60] == []
+
+
+def test_layers_of_the_package_know_only_those_below():
+    below = {
+        "model": {"model"},
+        "data": {"data", "model"},
+        "weights": {"weights", "model"},
+        "training": {"training", "data", "model"},
+        "decoding": {"decoding", "data", "weights", "model"},
+        "evaluation": {"evaluation", "decoding", "data", "weights", "model"},
+    }
+    for folder, allowed in below.items():
+        for path in (ROOT / "beagle_jax" / folder).glob("*.py"):
+            used = set(re.findall(r"from beagle_jax\.(\w+)[. ]", path.read_text(encoding="utf-8"))) & below.keys()
+            assert used <= allowed, f"{path} imports {used - allowed}"
+
+
+def test_every_requirement_has_its_reason():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line and not line.startswith("#") and "  # " not in line] == []
+
+
+def test_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?:beagle_jax|configs|launch|benchmarks|drafts|tests)/[\w./-]+\w", text)
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
