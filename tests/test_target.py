@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding import batch as batch_module
 from beagle_jax.decoding.batch import Sampling, write_answers
-from beagle_jax.model.cache import KVRows, append_rows, empty_rows, take_rows, write_all, write_rows
+from beagle_jax.model.cache import KVRows, append_rows, take_rows, write_all, write_rows
 from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import TargetSpec, best_tokens, forward, init_cache, logits
@@ -53,9 +53,6 @@ def _answers(params, spec, prompts, *, eos_ids=NEVER, max_new, batch, sampling=G
                                seed=0, on_tokens=on_tokens))
     assert sorted(found) == list(range(len(prompts)))
     return [found[index] for index in range(len(prompts))]
-
-
-# --- against transformers, tiny random weights -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -113,7 +110,9 @@ PLANTS = {
     "rope base ignored": lambda spec, params: (dataclasses.replace(spec, rope_theta=10_000.0), params),
     "eps ignored": lambda spec, params: (dataclasses.replace(spec, rms_norm_eps=1e-6), params),
     "norm weight ignored": lambda spec, params: (spec, _with_layer(params, 1, input_norm_D=jnp.ones(spec.hidden_size))),
-    "kv heads swapped": lambda spec, params: (spec, _with_layer(params, 2, k_FD=jnp.roll(params["layers"][2]["k_FD"], 16, 0))),
+    "kv heads swapped": lambda spec, params: (
+        spec, _with_layer(params, 2, k_FD=jnp.roll(params["layers"][2]["k_FD"], spec.head_dim, axis=0))
+    ),
     "interleaved queries": _interleaved,
 }
 
@@ -147,8 +146,6 @@ def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
     np.testing.assert_array_equal(best_tokens(params, states_BTD), expected)
 
 
-# --- against transformers, the real weights ----------------------------------------------------------------------
-
 REAL_CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [{"role": "user", "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list."}],
@@ -160,8 +157,8 @@ REAL_CHATS = [
         {"role": "user", "content": "And if I eat 2 of them?"},
     ],
 ]
-# Thirty float32 layers, summed in another order than torch's, end in logits of standard deviation 8 and up to 40: one
-# rounding of such a logit is 4e-6. Measured: 1.5e-4; the rest is room for other CPUs.
+# Looser than 1e-4: thirty float32 layers, summed in another order than torch's, end in logits of standard deviation
+# 8. Measured on one CPU: 1.5e-4; the rest is room for others.
 REAL_TOLERANCE = 2e-3
 
 
@@ -214,12 +211,10 @@ def test_real_greedy_tokens_equal_torch(real_target, real_llama, real_prompts):
     with torch.no_grad():
         full = real_llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=64)[:, width:].tolist()
     expected = [line[: line.index(stop) + 1] if stop in line else line for line in full]
-    found = _answers(real_target.params, real_target.spec, real_prompts, eos_ids=real_target.eos_ids, max_new=64, batch=5)
+    spec, params = real_target.spec, real_target.params
+    found = _answers(params, spec, real_prompts, eos_ids=real_target.eos_ids, max_new=64, batch=5)
     assert found == expected
     assert sum(map(len, found)) > 150 and "Paris" in real_target.tokenizer.decode(found[0])
-
-
-# --- the cache ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +305,6 @@ def test_planted_bug_prefill_sees_padding(tiny_params, prompts):
         _check_padded(tiny_params, prompts[0], jnp.ones((3, 10, 10), bool))
 
 
-# --- rows of the cache -------------------------------------------------------------------------------------------
-
-
 def _random_rows(batch, slots, seed) -> KVRows:
     rng = np.random.default_rng(seed)
     key_value = rng.standard_normal((2, batch, 2, 4, slots)).astype(np.float32)
@@ -353,31 +345,24 @@ def test_planted_bug_in_unrolled_write():
         _check_both_paths(lambda start_B: start_B.at[7].add(-1))
 
 
-def test_write_rows_casts_to_the_cache():
-    cache = empty_rows(2, 2, 5, 4, jnp.bfloat16)
-    written = write_rows(cache, _random_rows(2, 1, 0), jnp.array([4, 0]))
-    assert {array.dtype for array in written} == {jnp.dtype("bfloat16")}
-    assert [int((array != 0).any(axis=(1, 3)).sum()) for array in (written.v_BKSH, written.k_BKHS.swapaxes(2, 3))] == [2, 2]
+TAKEN_BT = np.array([[5, 0, 0, 2], [1, 2, 3, 4], [4, 4, 1, 0]])
 
 
-def _check_taken(index_BT, asked_BT):
+def _check_taken(asked_BT):
     rows = _random_rows(3, 6, 0)
     taken = take_rows(rows, jnp.asarray(asked_BT))
-    for row, column in np.ndindex(*index_BT.shape):
-        slot = index_BT[row, column]
+    for (row, column), slot in np.ndenumerate(TAKEN_BT):
         np.testing.assert_array_equal(taken.k_BKHS[row, ..., column], rows.k_BKHS[row, ..., slot])
         np.testing.assert_array_equal(taken.v_BKSH[row, :, column], rows.v_BKSH[row, :, slot])
 
 
 def test_take_rows_by_index():
-    index_BT = np.array([[5, 0, 0, 2], [1, 2, 3, 4], [4, 4, 1, 0]])
-    _check_taken(index_BT, index_BT)
+    _check_taken(TAKEN_BT)
 
 
 def test_planted_bug_rows_of_another_sequence():
-    index_BT = np.array([[5, 0, 0, 2], [1, 2, 3, 4], [4, 4, 1, 0]])
     with pytest.raises(AssertionError, match="not equal"):
-        _check_taken(index_BT, index_BT[::-1])
+        _check_taken(TAKEN_BT[::-1])
 
 
 def test_appended_rows_are_both_in_order():
@@ -386,8 +371,6 @@ def test_appended_rows_are_both_in_order():
     _same_rows(take_rows(both, jnp.tile(jnp.arange(3), (2, 1))), rows)
     _same_rows(take_rows(both, jnp.tile(jnp.arange(3, 5), (2, 1))), more)
 
-
-# --- batched writing ---------------------------------------------------------------------------------------------
 
 MAX_NEW = 24
 
@@ -427,7 +410,10 @@ def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
     lengths = list(map(len, expected))
     assert 0 < lengths.count(MAX_NEW) < 30 and len(set(lengths)) > 5  # both kinds of ending, at many lengths
     counted = []
-    assert _answers(tiny_params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=batch, on_tokens=counted.append) == expected
+    found = _answers(
+        tiny_params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=batch, on_tokens=counted.append
+    )
+    assert found == expected
     assert sum(counted) == sum(lengths)
 
 
@@ -466,7 +452,6 @@ def test_no_prompts_no_answers(tiny_params):
     assert _answers(tiny_params, TINY, [], max_new=4, batch=16) == []
 
 
-@pytest.mark.xfail(strict=True, reason="write_answers admits nobody when batch < ADMIT_ROWS and batch < prompts")
 @pytest.mark.parametrize("batch", [1, 5])
 def test_few_rows_for_many_prompts(tiny_params, alone, batch):
     asked, answers = alone
@@ -480,12 +465,10 @@ def test_few_rows_for_many_prompts(tiny_params, alone, batch):
     assert found == [answer[:4] for answer in answers[:7]]
 
 
-# --- memory of the writing loop ----------------------------------------------------------------------------------
-
-
 def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]:
     """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that reuse inputs."""
-    jitted = jax.jit(batch_module._segment.__wrapped__, static_argnames=("spec", "sampling", "eos_ids"), donate_argnames=donate)
+    static = ("spec", "sampling", "eos_ids")
+    jitted = jax.jit(batch_module._segment.__wrapped__, static_argnames=static, donate_argnames=donate)
     state = batch_module._empty_state(TINY, jnp.float32, 16, 1024, 8, 0)
     memory = jitted.lower(params, TINY, state, sampling, NEVER).compile().memory_analysis()
     cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache))

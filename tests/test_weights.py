@@ -49,6 +49,35 @@ def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
         _compare_gguf(tmp_path, gguf.GGMLQuantizationType.F32)
 
 
+def _write_gguf(path, tensors) -> None:
+    """A GGUF of loose tensors under the file's own names: only what `tensors()` reads."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_biases_and_own_head_are_named(tmp_path):
+    tensors = {"output.weight": np.ones((12, 64), np.float32), "blk.1.attn_q.bias": np.arange(64, dtype=np.float32)}
+    _write_gguf(tmp_path / "biased.gguf", tensors)
+    found = dict(GGUFFile(tmp_path / "biased.gguf").tensors())
+    np.testing.assert_array_equal(found["lm_head.weight"], tensors["output.weight"])
+    np.testing.assert_array_equal(found["blk.1.attn_q.bias"], tensors["blk.1.attn_q.bias"])
+    with pytest.raises(UserError, match=r"extra tensor blk.1.attn_q.bias \[64\]"):
+        fill_params(TargetSpec.from_hf_config(LLAMA, "test"), found.items(), jnp.float32, "here")
+
+
+def test_gguf_encoding_without_decoder(tmp_path):
+    _write_gguf(tmp_path / "int8.gguf", {"output_norm.weight": np.zeros(64, np.int8)})
+    with pytest.raises(UserError, match="output_norm.weight is stored as I8, which the gguf package cannot decode"):
+        list(GGUFFile(tmp_path / "int8.gguf").tensors())
+
+
 def test_gguf_target_loads_whole(tmp_path):
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     target = load_target(str(tmp_path / "tiny.gguf"), "bfloat16", "unused")
@@ -142,6 +171,18 @@ def test_hub_failure(tmp_path, monkeypatch):
         open_source("hf:org/name@main", tmp_path)
 
 
+def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
+    asked = []
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **rest: asked.append((name, rest)) or tmp_path)
+    for source in ("hf:org/name@v1.2", "hf:org/name"):
+        assert open_source(source, tmp_path / "cache").path == tmp_path
+    assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in asked] == [
+        ("org/name", "v1.2", tmp_path / "cache"), ("org/name", None, tmp_path / "cache"),
+    ]  # fmt: skip
+    assert not any(pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"])
+
+
 def test_source_that_is_nothing(tmp_path):
     with pytest.raises(UserError, match="neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name"):
         open_source(str(tmp_path / "nowhere"), tmp_path)
@@ -198,11 +239,20 @@ def test_folder_errors(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": \n oops}')
     with pytest.raises(UserError, match="config.json: line 2 is not JSON"):
         HFFolder(tmp_path).config()
+    (tmp_path / "config.json").write_bytes(b'{"name": "caf\xe9"}')
+    with pytest.raises(UserError, match="config.json: not text in UTF-8"):
+        HFFolder(tmp_path).config()
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json: holds a JSON list, expected an object"):
+        HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(UserError, match="names eos_token_id"):
         HFFolder(tmp_path).eos_ids()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert HFFolder(tmp_path).eos_ids() == (3, 4)
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        HFFolder(tmp_path).tokenizer()
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="no usable tokenizer"):
         HFFolder(tmp_path).tokenizer()
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")

@@ -154,7 +154,7 @@ def write_answers(
     while order or any(index is not None for index in owner):
         free = [row for row, index in enumerate(owner) if index is None]
         # A full prefill or nothing, except at the end: half-empty prefills cost as much as full ones.
-        while order and len(free) >= min(ADMIT_ROWS, len(order)):
+        while order and len(free) >= min(ADMIT_ROWS, batch, len(order)):
             rows, free = free[:ADMIT_ROWS], free[ADMIT_ROWS:]
             taken, order = order[: len(rows)], order[len(rows) :]
             rows = rows[: len(taken)]

@@ -83,12 +83,16 @@ class GGUFFile:
         heads = self._field("llama.attention.head_count")
         kv_heads = self._field("llama.attention.head_count_kv")
         for tensor in self._reader.tensors:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            try:
+                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            except NotImplementedError:
+                raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
+                                "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
             # GGUF lists dimensions fastest first.
             array = array.reshape(tuple(int(size) for size in reversed(tensor.shape)))
-            if ".attn_q." in tensor.name:
+            if tensor.name.endswith(".attn_q.weight"):
                 array = _unpermute_rows(array, heads)
-            elif ".attn_k." in tensor.name:
+            elif tensor.name.endswith(".attn_k.weight"):
                 array = _unpermute_rows(array, kv_heads)
             yield _hf_name(tensor.name), array
 

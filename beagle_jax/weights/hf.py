@@ -42,7 +42,7 @@ class HFFolder:
         """The folder's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: valid JSON that is no tokenizer
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
 
     def eos_ids(self) -> tuple[int, ...]:
@@ -72,8 +72,13 @@ def download(repo: str, cache_dir: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face model folder holds it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 ({error}); is the file whole?") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
+    return found
