@@ -16,7 +16,7 @@ import numpy as np
 
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config import Config
-from beagle_jax.data.answers import training_rows
+from beagle_jax.data.answers import states_path, training_rows
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import target_states
@@ -39,30 +39,46 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(made.parse_args(argv))
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
-    rows = training_rows(config.data, config.target.source, target.tokenizer, target.eos_ids, write)
-    random.Random(config.data.seed).shuffle(rows)
+    parts = training_rows(config.data, config.target.source, target.tokenizer, target.eos_ids, write)
+    rows, states = shuffled_with_states(config, target, parts)
     spec = DraftSpec.from_target(target.spec, config.draft.init_std)
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
     if hot_ids is not None:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
-    params = train(config, target, spec, rows, hot_ids)
+    params = train(config, target, spec, rows, states, hot_ids)
     folder = Path(config.train.folder) / "draft"
     save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
     print(f"draft written to {folder}; try: python -m beagle_jax.generate --config FILE \"your prompt\"")
 
 
+def shuffled_with_states(
+    config: Config, target: Target, parts: list[list[Row]]
+) -> tuple[list[Row], list[np.ndarray]]:
+    """All rows in a random order that depends on the seed alone, and the target's states of each."""
+    pairs = [
+        pair
+        for number, rows in enumerate(parts)
+        for pair in zip(rows, target_states(target.params, target.spec, rows, states_path(config.data.folder, number)))
+    ]
+    random.Random(config.data.seed).shuffle(pairs)
+    return [row for row, _ in pairs], [states_LD for _, states_LD in pairs]
+
+
 def train(
-    config: Config, target: Target, spec: DraftSpec, rows: list[Row], hot_ids: np.ndarray | None
+    config: Config,
+    target: Target,
+    spec: DraftSpec,
+    rows: list[Row],
+    states: list[np.ndarray],
+    hot_ids: np.ndarray | None,
 ) -> dict[str, jax.Array]:
     """Both stages on these rows; the last `log.eval_rows` of them only measure."""
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
-    states_MD = target_states(target.params, target.spec, rows, config.data.folder)
-    kept_tokens = sum(len(row.tokens) for row in rows[:cut])
     loader = partial(BatchLoader, batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed)
-    training = loader(rows[:cut], states_MD[:kept_tokens])
-    held_out = loader(rows[cut:], states_MD[kept_tokens:]) if config.log.eval_rows else None
+    training = loader(rows[:cut], states[:cut])
+    held_out = loader(rows[cut:], states[cut:]) if config.log.eval_rows else None
     print(f"{cut} rows, {sum(sum(row.supervised) for row in rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch")
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]

@@ -24,7 +24,7 @@ from late_oracle import oracle_states  # noqa: E402  the tests' oracle is the pl
 from beagle_jax.config import StageConfig, TrainConfig  # noqa: E402
 from beagle_jax.data.loader import Batch  # noqa: E402
 from beagle_jax.model.beagle import DraftSpec, init_draft  # noqa: E402
-from beagle_jax.training.late import window_positions  # noqa: E402
+from beagle_jax.training.late import window_queries  # noqa: E402
 from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss  # noqa: E402
 
 SPEC = DraftSpec(
@@ -39,20 +39,21 @@ def batch_of(rows: int, width: int) -> Batch:
     counts = np.zeros((rows, width), bool)
     counts[:, width // 3 : -1] = True
     states = rng.standard_normal((rows, width, SPEC.hidden_size), dtype=np.float32)
-    return Batch(rng.integers(0, VOCAB, (rows, width), np.int32), states, counts, np.full(rows, width, np.int32))
+    tokens = rng.integers(0, VOCAB, (rows, width), np.int32)
+    return Batch(tokens, states, counts, np.full(rows, width, np.int32), np.zeros(rows, np.int32))
 
 
-def predict_plain(params, spec, stage, e_BLD, h_BLD, length_B, offset) -> Prediction:
+def predict_plain(params, spec, stage, e_BLD, h_BLD, length_B, first_B, offset) -> Prediction:
     """The late stage as the paper describes it; rows picked afterwards, the same ones as in the fast form."""
     steps = stage.simulation_steps
     per_step = oracle_states(
         params, spec, e_BLD, h_BLD, length_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
     )
-    position_UJ, valid_UJ = window_positions(e_BLD.shape[1], stage.window, steps, offset)
-    picked = jnp.stack([per_step[j][:, position_UJ[:, j]] for j in range(steps)], axis=2)
-    U = position_UJ.shape[0]
+    query_UJ, valid_UJ = window_queries(e_BLD.shape[1], stage.window, steps, offset)
+    picked = jnp.stack([per_step[j][:, query_UJ[:, j]] for j in range(steps)], axis=2)
+    U = query_UJ.shape[0]
     return Prediction(
-        picked.reshape(e_BLD.shape[0], U * steps, -1), position_UJ.reshape(-1), valid_UJ.reshape(-1),
+        picked.reshape(e_BLD.shape[0], U * steps, -1), query_UJ.reshape(-1), valid_UJ.reshape(-1),
         jnp.tile(jnp.arange(steps), U), jnp.tile(jnp.arange(steps, 0, -1.0), U),
     )  # fmt: skip
 
@@ -95,7 +96,7 @@ def main() -> None:
     batch = batch_of(arguments.rows, arguments.width)
     table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
     frozen = {"embed_VD": table, "head_VD": table}
-    head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BL.sum())
+    head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())
     stage = StageConfig(steps=1000, window=5)
     step, _, init = make_steps(SPEC, config, stage, late=False)
     base = cost(step, init, frozen, batch, arguments.repeats)

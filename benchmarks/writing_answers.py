@@ -31,7 +31,7 @@ def main() -> None:
         clock = time.perf_counter()
         with tqdm(desc="writing", unit="tok", leave=False) as bar:
             answers = list(write(prompts, max_new=max_new, temperature=config.data.temperature, seed=0, on_tokens=bar.update))
-        return sum(len(tokens) for _, tokens in answers), time.perf_counter() - clock
+        return sum(len(answer.tokens) for answer in answers), time.perf_counter() - clock
 
     timed(config.data.max_answer_tokens)
     tokens, seconds = timed(config.data.max_answer_tokens)

@@ -59,7 +59,7 @@ class FakeWriter:
             else:
                 tokens = [sum(prompts[index]) % 200, *[7] * 3, self._eos]
             on_tokens(len(tokens))
-            yield index, tokens
+            yield SimpleNamespace(index=index, tokens=tokens, states_LD=fake_states(prompts[index] + tokens))
             if len(self.calls) == self.fails_at:
                 raise KeyboardInterrupt
 
@@ -68,6 +68,11 @@ class FakeWriter:
         """Every prompt that was to be answered, as text."""
         texts = [spell(self._tokenizer, prompt) for prompts, _ in self.calls for prompt in prompts]
         return [text.removeprefix("<user/").removesuffix(">/<assistant/") for text in texts if text != "<user/"]
+
+
+def fake_states(tokens) -> np.ndarray:
+    """States [length, 2] that tell which token they belong to."""
+    return np.stack([tokens, np.arange(len(tokens))], axis=1).astype(np.float32)
 
 
 def spell(tokenizer, tokens) -> str:
@@ -89,7 +94,7 @@ def text(tmp_path, tokenizer, monkeypatch):
         config = DataConfig(
             **{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings
         )
-        return training_rows(config, target, tokenizer, [tokenizer.eos_token_id], writer)
+        return [row for part in training_rows(config, target, tokenizer, [tokenizer.eos_token_id], writer) for row in part]
 
     return text
 
@@ -204,6 +209,16 @@ def test_a_resumed_run_that_starts_over_is_seen(text, writer, tokenizer, two_sou
         same_rows(interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), 2, **two_sources[0]), expected)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_larger_budget_adds_to_what_is_there(text, tokenizer, two_sources, which):
+    settings, first, second = two_sources[which], FakeWriter(tokenizer), FakeWriter(tokenizer)
+    few = text(first, **settings | {"answer_tokens": 12})
+    rows = text(second, **settings)
+    assert rows[: len(few)] == few and len(rows) > len(few)
+    assert len({tuple(row.tokens) for row in rows}) == len(rows)  # no prompt twice
+    assert sum(sum(row.supervised) for row in rows) == (50 if which == 0 else 35)
+
+
 def test_a_folder_with_other_settings_is_refused(text, writer, tmp_path):
     text(writer)
     for changed, named in (
@@ -264,7 +279,8 @@ def rows_of_lengths(*lengths: int, prompt: int = 2) -> list[Row]:
 def loader_of(rows, **settings) -> BatchLoader:
     total = sum(len(row.tokens) for row in rows)
     fake_MD = np.arange(total * 3, dtype=np.float32).reshape(total, 3) + 1
-    return BatchLoader(rows, fake_MD, **{"batch": 2, "row_tokens": 6, "seed": 0} | settings)
+    fake = np.split(fake_MD, np.cumsum([len(row.tokens) for row in rows])[:-1])
+    return BatchLoader(rows, fake, **{"batch": 2, "row_tokens": 6, "seed": 0} | settings)
 
 
 def test_batches_are_cut_padded_and_aligned():
@@ -273,15 +289,16 @@ def test_batches_are_cut_padded_and_aligned():
     starts = np.cumsum([0, 4, 9, 6])
     for step in range(loader.steps_per_epoch):
         batch = loader.batch_at(step)
-        assert batch.tokens_BL.shape == batch.counts_BL.shape == (2, 6) and batch.states_BLD.shape == (2, 6, 3)
+        # Supervised from position 2 on; the last position of a row never counts: 3 positions at most.
+        assert batch.tokens_BL.shape == (2, 6) and batch.states_BLD.shape == (2, 6, 3) and batch.counts_BT.shape == (2, 3)
         for line in range(2):
             number, length = int(batch.tokens_BL[line, 0]), int(batch.length_B[line])
             assert length == min(6, len(rows[number].tokens))
             assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (6 - length)
             assert batch.states_BLD[line, :length, 0].tolist() == [3 * (starts[number] + i) + 1 for i in range(length)]
             assert not batch.states_BLD[line, length:].any()
-            # Supervised from position 2 on; the last position of the row never counts.
-            assert batch.counts_BL[line].tolist() == [2 <= position < length - 1 for position in range(6)]
+            assert batch.first_B[line] == 2
+            assert batch.counts_BT[line].tolist() == [position < length - 1 for position in (2, 3, 4)]
             seen.add(number)
     assert seen == {0, 1, 2, 3}
 
@@ -347,46 +364,44 @@ STATE_ROWS = rows_of_lengths(40, 3, 1, 70, 3)
 direct_forward = jax.jit(forward, static_argnums=1)
 
 
-def check_states(states_MD, rows, params) -> None:
+def check_states(row_states, rows, params) -> None:
     """The states are those of each row alone, unpadded."""
-    start = 0
-    for row in rows:
+    for row, states_LD in zip(rows, row_states, strict=True):
         length = len(row.tokens)
         positions = jnp.arange(length)[None]
         direct = direct_forward(
             params, TINY, jnp.asarray([row.tokens]), positions, causal_mask(jnp.asarray([length]), length)
         )[0][0]
         # 1e-4: two layers in another order of summation
-        np.testing.assert_allclose(states_MD[start : start + length], direct, rtol=1e-4, atol=1e-4)
-        start += length
-    assert len(states_MD) == start
+        np.testing.assert_allclose(states_LD, direct, rtol=1e-4, atol=1e-4)
 
 
 def test_states_equal_a_direct_forward(tiny_params, tmp_path):
-    states_MD = target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
-    assert states_MD.dtype == np.float32
-    check_states(states_MD, STATE_ROWS, tiny_params)
+    row_states = target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
+    assert {states_LD.dtype for states_LD in row_states} == {np.dtype(np.float32)}
+    check_states(row_states, STATE_ROWS, tiny_params)
 
 
 @pytest.mark.parametrize("bug", ["shifted", "sorted by length", "one row twice"])
 def test_misplaced_states_are_seen(tiny_params, tmp_path, bug):
     rows = sorted(STATE_ROWS, key=lambda row: -len(row.tokens)) if bug == "sorted by length" else STATE_ROWS
-    states_MD = np.array(target_states(tiny_params, TINY, rows, str(tmp_path)))
+    row_states = target_states(tiny_params, TINY, rows, tmp_path / "a.states")
     if bug == "shifted":
-        states_MD = np.roll(states_MD, 1, axis=0)
+        row_states = [np.roll(states_LD, 1, axis=0) for states_LD in row_states]
     if bug == "one row twice":
-        states_MD[40:43] = states_MD[:3]
+        row_states[1] = row_states[4]
     with pytest.raises(AssertionError):
-        check_states(states_MD, STATE_ROWS, tiny_params)
+        check_states(row_states, STATE_ROWS, tiny_params)
 
 
 def test_states_are_read_back_until_the_rows_change(tiny_params, tmp_path, monkeypatch):
-    first = np.array(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path)))
+    first = np.concatenate(target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states"))
     with monkeypatch.context() as patch:
-        patch.setattr(states, "_fill", lambda *_: pytest.fail("computed again"))
-        np.testing.assert_array_equal(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path)), first)
+        patch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+        again = target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
+        np.testing.assert_array_equal(np.concatenate(again), first)
     changed = [Row([60, *row.tokens[1:]], row.supervised) for row in STATE_ROWS]
-    check_states(target_states(tiny_params, TINY, changed, str(tmp_path)), changed, tiny_params)
+    check_states(target_states(tiny_params, TINY, changed, tmp_path / "a.states"), changed, tiny_params)
 
 
 def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch):
@@ -396,29 +411,29 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     with pytest.raises(
         UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens or set data.folder on a larger"
     ):
-        target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
+        target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free + 1))
-    assert len(target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))) == total
+    assert len(target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")) == len(STATE_ROWS)
 
 
 def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypatch):
-    target_states(tiny_params, TINY, STATE_ROWS[:3], str(tmp_path))
+    target_states(tiny_params, TINY, STATE_ROWS[:3], tmp_path / "a.states")
 
-    def broken_fill(*_):
+    def broken_compute(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(states, "_fill", broken_fill)
+        patch.setattr(states, "_compute", broken_compute)
         with pytest.raises(KeyboardInterrupt):
-            target_states(tiny_params, TINY, STATE_ROWS, str(tmp_path))
-        check_states(target_states(tiny_params, TINY, STATE_ROWS[:3], str(tmp_path)), STATE_ROWS[:3], tiny_params)
+            target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
+        check_states(target_states(tiny_params, TINY, STATE_ROWS[:3], tmp_path / "a.states"), STATE_ROWS[:3], tiny_params)
 
 
 def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
     """A run that ends between the two files must not leave the old description beside the new states."""
     first, second = STATE_ROWS[:2], [STATE_ROWS[1], STATE_ROWS[0]]
-    target_states(tiny_params, TINY, first, str(tmp_path))
+    target_states(tiny_params, TINY, first, tmp_path / "a.states")
     replace = states.os.replace
 
     def once(*names):
@@ -428,5 +443,21 @@ def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(states.os, "replace", once)
         with pytest.raises(KeyboardInterrupt):
-            target_states(tiny_params, TINY, second, str(tmp_path))
-    check_states(target_states(tiny_params, TINY, first, str(tmp_path)), first, tiny_params)
+            target_states(tiny_params, TINY, second, tmp_path / "a.states")
+    check_states(target_states(tiny_params, TINY, first, tmp_path / "a.states"), first, tiny_params)
+
+
+def test_states_that_came_with_the_answers_are_used(text, writer, tmp_path, tiny_params, monkeypatch):
+    parts = [text(writer, answer_tokens=15)]
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    spec = SimpleNamespace(hidden_size=2)
+    kept = target_states(tiny_params, spec, parts[0], answers.states_path(tmp_path / "data", 0))
+    for row, states_LD in zip(parts[0], kept, strict=True):
+        np.testing.assert_array_equal(states_LD, fake_states(row.tokens))
+
+
+def test_kept_states_in_another_order_are_seen(text, writer, tmp_path, tiny_params, monkeypatch):
+    rows = text(writer, answer_tokens=15)
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        target_states(tiny_params, SimpleNamespace(hidden_size=2), rows[::-1], answers.states_path(tmp_path / "data", 0))

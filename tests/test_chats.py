@@ -93,7 +93,10 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
     for name, count in (("a.jsonl", 1), ("b.jsonl.gz", 3), ("c.jsonl", 2)):
         write(*({"prompt": f"{name[0]}{number}"} for number in range(count)), name=name)
     write("not read", name="notes.txt")
-    assert [chat.messages[0]["content"] for chat in read_chats(str(tmp_path))] == ["a0", "b0", "c0", "b1", "c1", "b2"]
+    texts = [chat.messages[0]["content"] for chat in read_chats(str(tmp_path))]
+    assert [text[0] for text in texts] == ["a", "b", "c", "b", "c", "b"]
+    assert sorted(texts) == ["a0", "b0", "b1", "b2", "c0", "c1"]
+    assert texts == [chat.messages[0]["content"] for chat in read_chats(str(tmp_path))]
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ def _compare_with_training(length: int, steps: int) -> None:
     tokens = jnp.zeros((1, LENGTH + 6), jnp.int32).at[0, length : length + steps].set(token_BW[0, :steps])
     offset = length % steps
     late = late_states(
-        draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), window=steps, steps=steps,
+        draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), jnp.array([0]), window=steps, steps=steps,
         offset=jnp.int32(offset), detach=True,
     )  # fmt: skip
     window = (length - offset) // steps
-    assert late.position_UJ[window].tolist() == list(range(length, length + steps))
+    assert late.query_UJ[window].tolist() == list(range(length, length + steps))
     np.testing.assert_allclose(state_BWD[0, :steps], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BWD).max()))
 
 

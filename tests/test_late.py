@@ -17,6 +17,7 @@ from beagle_jax.training.late import late_states
 # Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
 SPEC = DraftSpec.from_target(TINY, init_std=0.15)
 LENGTH = jnp.array([13, 9], jnp.int32)  # 13 is no multiple of any window but 1; the second row is ragged
+START = jnp.zeros(2, jnp.int32)  # whole rows are asked for
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +28,20 @@ def row():
     return init_draft(SPEC, keys[2]), e_BLD, h_BLD
 
 
-def _gather(per_step, position_UJ):
-    return jnp.stack([states[:, position_UJ[:, step]] for step, states in enumerate(per_step)], axis=2)
+def _gather(per_step, query_UJ):
+    return jnp.stack([states[:, query_UJ[:, step]] for step, states in enumerate(per_step)], axis=2)
 
 
 @partial(jax.jit, static_argnames=("window", "steps", "detach"))
 def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach):
     """States and gradients of the fast and of the plain form, on the same rows."""
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
-    position_UJ, valid_UJ = late.window_positions(e_BLD.shape[1], window, steps, offset)
-    inside_BUJ = valid_UJ[None] & (position_UJ[None] < LENGTH[:, None, None])
+    query_UJ, valid_UJ = late.window_queries(e_BLD.shape[1], window, steps, offset)
+    inside_BUJ = valid_UJ[None] & (query_UJ[None] < LENGTH[:, None, None])
     # A nonlinear function of every supervised state, weighted as the loss is.
     score = lambda s: jnp.sum(jnp.where(inside_BUJ[..., None], jnp.sin(s) * jnp.arange(steps, 0, -1.0)[None, None, :, None], 0))
-    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings).state_BUJD
-    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings), position_UJ)
+    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, **settings).state_BUJD
+    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings), query_UJ)
     mask = inside_BUJ[..., None]
     return (
         (jnp.where(mask, fast(params), 0), jnp.where(mask, plain(params), 0)),
@@ -92,19 +93,21 @@ def test_detach_changes_gradients_only(row):
 @pytest.mark.parametrize("offset", [0, 2])
 def test_first_step_is_the_early_stage(row, offset):
     params, e_BLD, h_BLD = row
-    early = early_states(params, SPEC, e_BLD, h_BLD, LENGTH, window=3, offset=jnp.int32(offset))
-    simulated = late_states(params, SPEC, e_BLD, h_BLD, LENGTH, window=3, steps=1, offset=jnp.int32(offset), detach=True)
-    at_U, valid_U = simulated.position_UJ[:, 0], simulated.valid_UJ[:, 0]
+    early = early_states(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, offset=jnp.int32(offset))
+    simulated = late_states(
+        params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, steps=1, offset=jnp.int32(offset), detach=True
+    )
+    at_U, valid_U = simulated.query_UJ[:, 0], simulated.valid_UJ[:, 0]
     np.testing.assert_allclose(simulated.state_BUJD[:, valid_U, 0], early[:, at_U[valid_U]], atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", [0, 4, 7])
 def test_a_true_state_reaches_only_later_windows(row, changed):
     params, e_BLD, h_BLD = row
-    run = lambda h: late_states(params, SPEC, e_BLD, h, LENGTH, window=3, steps=3, offset=jnp.int32(2), detach=True)
+    run = lambda h: late_states(params, SPEC, e_BLD, h, LENGTH, START, window=3, steps=3, offset=jnp.int32(2), detach=True)
     before, after = run(h_BLD), run(h_BLD.at[:, changed].add(1.0))
     moved_BU = np.abs(before.state_BUJD - after.state_BUJD).max(axis=(2, 3)) > 0
-    expected_U = np.asarray(before.position_UJ[:, 0]) > changed
+    expected_U = np.asarray(before.query_UJ[:, 0]) > changed
     inside_U = np.asarray(before.valid_UJ[:, 0])
     for line, length in enumerate(LENGTH):
         np.testing.assert_array_equal(moved_BU[line, inside_U], (expected_U & (changed < int(length)))[inside_U])
@@ -124,3 +127,35 @@ def test_positions_are_relative(row):
         q = block.queries(e_BLD, positions + 1)
         shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
         np.testing.assert_allclose(scores(0), shifted, atol=1e-4)
+
+
+FIRST = jnp.array([5, 2], jnp.int32)
+ASKED = 6  # queries of each row
+
+
+def _check_part_of_a_row(row, offset, first_B=FIRST):
+    """Asking for a few positions of each row gives what asking for all of it gives there."""
+    params, e_BLD, h_BLD = row
+    e_BTD = jnp.stack([e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST)])
+    settings = dict(window=3, offset=jnp.int32(offset))
+    early = early_states(params, SPEC, e_BTD, h_BLD, LENGTH, first_B, **settings)
+    simulated = late_states(params, SPEC, e_BTD, h_BLD, LENGTH, first_B, steps=2, detach=True, **settings)
+    for line, first in enumerate(FIRST.tolist()):
+        whole = dict(window=3, offset=jnp.int32((first + offset) % 3))  # the same windows, counted from the row's start
+        expected_TD = early_states(params, SPEC, e_BLD, h_BLD, LENGTH, START, **whole)[line, first:]
+        np.testing.assert_allclose(early[line, offset:], expected_TD[offset:ASKED], atol=1e-5)
+        all_windows = late_states(params, SPEC, e_BLD, h_BLD, LENGTH, START, steps=2, detach=True, **whole)
+        at = {tuple(places): states for places, states in zip(all_windows.query_UJ.tolist(), all_windows.state_BUJD[line])}
+        for places, valid, states in zip(simulated.query_UJ, simulated.valid_UJ, simulated.state_BUJD[line]):
+            if valid.all():
+                np.testing.assert_allclose(states, at[tuple((places + first).tolist())], atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_a_part_of_a_row_equals_the_whole(row, offset):
+    _check_part_of_a_row(row, offset)
+
+
+def test_planted_bug_one_start_for_all_rows(row):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_part_of_a_row(row, 1, first_B=FIRST[::-1])

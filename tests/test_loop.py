@@ -41,8 +41,7 @@ def loader_of(count: int, seed: int) -> BatchLoader:
     rows = [
         Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)]) for n in lengths
     ]
-    states_MD = np.concatenate([table_VD[row.tokens] for row in rows])
-    return BatchLoader(rows, states_MD, batch=4, row_tokens=L, seed=1)
+    return BatchLoader(rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1)
 
 
 class Breaking:

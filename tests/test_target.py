@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding import batch as batch_module
-from beagle_jax.decoding.batch import Sampling, write_answers
-from beagle_jax.model.cache import KVRows, append_rows, take_rows, write_all, write_rows
+from beagle_jax.decoding.batch import Sampling, _visible, _write_slot, write_answers
+from beagle_jax.model.cache import KVRows, append_rows, take_rows, visible_slots, write_all, write_rows
 from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import TargetSpec, best_tokens, forward, init_cache, logits
@@ -35,7 +35,10 @@ def _states(params, spec, tokens_BT, length_B, mask_BTT=None):
     return forward(params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), mask_BTT)
 
 
-_over_cache = jax.jit(forward, static_argnums=1)
+@partial(jax.jit, static_argnums=1)
+def _over_cache(params, spec, tokens_BT, positions_BT, mask_BTT, cache, length_B):
+    visible_BS = visible_slots(length_B, cache)
+    return forward(params, spec, tokens_BT, positions_BT, mask_BTT, cache, visible_BS)
 
 
 def _pad(prompts, width=None):
@@ -48,9 +51,10 @@ def _pad(prompts, width=None):
 
 
 def _answers(params, spec, prompts, *, eos_ids=NEVER, max_new, batch, sampling=GREEDY, on_tokens=lambda count: None):
-    """`write_answers` in the order of the prompts."""
-    found = dict(write_answers(params, spec, prompts, eos_ids=eos_ids, max_new=max_new, batch=batch, sampling=sampling,
-                               seed=0, on_tokens=on_tokens))
+    """Tokens of `write_answers` in the order of the prompts."""
+    found = {answer.index: answer.tokens for answer in write_answers(
+        params, spec, prompts, eos_ids=eos_ids, max_new=max_new, batch=batch, sampling=sampling, seed=0, on_tokens=on_tokens
+    )}
     assert sorted(found) == list(range(len(prompts)))
     return [found[index] for index in range(len(prompts))]
 
@@ -419,7 +423,8 @@ def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
 
 # The plant is traced in, so each has a `sampling` of its own (all greedy) and no other test meets its program.
 WRITER_PLANTS = {
-    "rows written one slot late": (7, "write_all", lambda cache, rows, slot_B: write_all(cache, rows, slot_B + 1)),
+    "rows written one slot late": (7, "_write_slot", lambda cache, rows, slot: _write_slot(cache, rows, slot + 1)),
+    "an old row's step visible": (10, "_visible", lambda state: _visible(state._replace(count_B=state.count_B + 1))),
     "stop token ignored": (8, "is_stop", lambda token, eos_ids: jnp.zeros(token.shape, bool)),
     "padding visible": (9, "causal_mask", lambda length_B, width: jnp.ones((length_B.shape[0], width, width), bool)),
 }
@@ -434,6 +439,24 @@ def test_planted_bug_in_answers(tiny_params, alone, stops, plant, monkeypatch):
     assert found != [_cut(answer, stops) for answer in answers]
 
 
+def _check_answer_states(params, asked, stops, shift=0):
+    for answer in write_answers(params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=20, sampling=GREEDY, seed=0):
+        text = asked[answer.index] + answer.tokens
+        expected_LD = _states(params, TINY, *_pad([text], width=64))[0][0, : len(text)]
+        found_LD = np.roll(answer.states_LD[:-1], shift, axis=0)
+        np.testing.assert_allclose(found_LD, expected_LD[:-1], atol=1e-4)  # 1e-4: another order of summation
+        assert answer.states_LD.shape == expected_LD.shape and not answer.states_LD[-1].any()
+
+
+def test_states_that_come_with_answers_are_those_of_the_text(tiny_params, alone, stops):
+    _check_answer_states(tiny_params, alone[0], stops)
+
+
+def test_planted_bug_states_one_token_late(tiny_params, alone, stops):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_answer_states(tiny_params, alone[0], stops, shift=1)
+
+
 def test_stop_token_ends_an_answer_and_is_kept(tiny_params, alone):
     asked, answers = alone
     stop = answers[0][2]
@@ -441,7 +464,7 @@ def test_stop_token_ends_an_answer_and_is_kept(tiny_params, alone):
     assert found == answers[0][: answers[0].index(stop) + 1]
 
 
-@pytest.mark.parametrize("max_new", [1, 17])  # 17 is one more than a segment's steps
+@pytest.mark.parametrize("max_new", [1, 9])  # 9 is one more than a segment's steps
 def test_answers_end_at_max_new(tiny_params, alone, max_new):
     asked, answers = alone
     found = _answers(tiny_params, TINY, asked, max_new=max_new, batch=16)
@@ -469,7 +492,7 @@ def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]
     """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that reuse inputs."""
     static = ("spec", "sampling", "eos_ids")
     jitted = jax.jit(batch_module._segment.__wrapped__, static_argnames=static, donate_argnames=donate)
-    state = batch_module._empty_state(TINY, jnp.float32, 16, 1024, 8, 0)
+    state = batch_module._empty_state(TINY, jnp.float32, 16, 1024, 0)
     memory = jitted.lower(params, TINY, state, sampling, NEVER).compile().memory_analysis()
     cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache))
     return cache_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
@@ -486,6 +509,6 @@ def test_planted_bug_cache_not_donated(tiny_params):
 
 
 def test_planted_bug_slot_free_of_the_token(tiny_params, monkeypatch):
-    monkeypatch.setattr(batch_module, "write_all", lambda cache, rows, slot_B: write_all(cache, rows, 0 * slot_B))
+    monkeypatch.setattr(batch_module, "_write_slot", lambda cache, rows, slot: _write_slot(cache, rows, 0 * slot))
     cache_bytes, temporary, _ = _segment_memory(tiny_params, Sampling(0.0, 6))
     assert temporary > cache_bytes

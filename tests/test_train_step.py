@@ -35,7 +35,8 @@ def batch() -> Batch:
     counts_BL = live_BL & (np.arange(L) >= 3) & (np.arange(L) < length_B[:, None] - 1)
     counts_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
-    return Batch(rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL, states_BLD, counts_BL, length_B)
+    tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
+    return Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def gradient_of(config: TrainConfig, stage: StageConfig):
 @lru_cache
 def predicted_by(stage: StageConfig):
     """Predicted states as a jitted function of (params, embeddings, states, lengths, offset)."""
-    return quick_jit(lambda params, *rest: PREDICT[stage](params, SPEC, stage, *rest).state_BTD)
+    return quick_jit(lambda params, *rest: PREDICT[stage](params, SPEC, stage, *rest).state_BND)
 
 
 def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]]:
@@ -110,14 +111,14 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
     h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_B, NOISY, noise_key)
     e_BLD = frozen["embed_VD"][batch.tokens_BL]
-    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_B, jnp.int32(offset))
+    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_B, batch.first_B, jnp.int32(offset))
     by_hand = metrics_by_hand(
         stage,
         offset + (bug == "offset"),
         state_BTD,
         h_BLD if bug == "noisy targets" else batch.states_BLD,
         frozen["head_VD"],
-        np.roll(batch.counts_BL, -1, axis=1) if bug == "shifted mask" else batch.counts_BL,
+        np.roll(batch.counts_BT, -1, axis=1) if bug == "shifted mask" else batch.counts_BT,
         1.0 if bug == "vloss weight" else 10.0,
     )
     return loss_of(NOISY, stage)(draft, frozen, batch, jax.random.key(seed)), by_hand
@@ -129,7 +130,7 @@ def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, 
     for seed in range(4):
         (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
         check_metrics(metrics, by_hand)
-        np.testing.assert_allclose(loss, by_hand["objective"] / batch.counts_BL.sum(), rtol=1e-4)  # as in check_metrics
+        np.testing.assert_allclose(loss, by_hand["objective"] / batch.counts_BT.sum(), rtol=1e-4)  # as in check_metrics
         agree += [by_hand["agree_J"].sum() / by_hand["count_J"].sum()]
     assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
 
@@ -181,12 +182,12 @@ def test_gaussian_noise_and_none():
 def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
     """A row three times, or once beside rows that are not supervised: the same loss."""
     thrice = Batch(*(np.repeat(field[:1], B, axis=0) for field in batch))
-    once = batch._replace(counts_BL=batch.counts_BL * np.array([[True], [False], [False]]))
+    once = batch._replace(counts_BT=batch.counts_BT * np.array([[True], [False], [False]]))
     loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(tiny_draft, frozen, thrice, jax.random.key(1))
     loss_once, metrics_once = loss_of(CLEAN, stage)(tiny_draft, frozen, once, jax.random.key(1))
     np.testing.assert_allclose(loss_thrice, loss_once, rtol=1e-5)
     np.testing.assert_allclose(metrics_thrice.objective, 3 * metrics_once.objective, rtol=1e-5)
-    assert metrics_once.supervised == batch.counts_BL[0].sum() and metrics_once.objective > 1
+    assert metrics_once.supervised == batch.counts_BT[0].sum() and metrics_once.objective > 1
     loss_all, _ = loss_of(CLEAN, stage)(tiny_draft, frozen, batch, jax.random.key(1))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(loss_all, loss_once, rtol=1e-5)
@@ -222,7 +223,7 @@ def test_late_with_one_step_in_windows_of_one_is_early(tiny_draft, frozen, batch
     same_loss_and_gradient(tiny_draft, frozen, batch, batch)
 
 
-@pytest.mark.parametrize("field", ["states_BLD", "tokens_BL", "counts_BL"])
+@pytest.mark.parametrize("field", ["states_BLD", "tokens_BL", "counts_BT"])
 def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, field):
     shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
     with pytest.raises(AssertionError):

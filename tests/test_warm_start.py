@@ -28,9 +28,9 @@ def linear_text():
     for position in range(1, WIDTH):
         drive = 2.0 + 3.0 * embed_VD[tokens_BL[:, position]] + states_BLD[:, position - 1] @ carry_DD.T
         states_BLD[:, position] = drive
-    counts_BL = np.ones((ROWS, WIDTH), bool)
-    counts_BL[:, -1] = False
-    batch = Batch(tokens_BL, states_BLD, counts_BL, np.full(ROWS, WIDTH, np.int32))
+    counts_BT = np.ones((ROWS, WIDTH), bool)
+    counts_BT[:, -1] = False
+    batch = Batch(tokens_BL, states_BLD, counts_BT, np.full(ROWS, WIDTH, np.int32), np.zeros(ROWS, np.int32))
     return jnp.asarray(embed_VD, jnp.float32), batch
 
 

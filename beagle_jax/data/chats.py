@@ -10,6 +10,7 @@ A chat that ends with the user waits for the target's answer; one that ends with
 
 import gzip
 import json
+import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Chat:
 
 
 def read_chats(source: str) -> list[Chat]:
-    """All chats of a .jsonl or .jsonl.gz file, or of all such files of a folder, taken in turn.
+    """All chats of a .jsonl or .jsonl.gz file, or of all such files of a folder: shuffled and taken in turn.
 
     Raises UserError naming file and line for anything that is not a chat.
     """
@@ -50,8 +51,8 @@ def read_chats(source: str) -> list[Chat]:
         files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
         if not files:
             raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
-        # In turn, so that a token budget takes from every file.
-        in_turn = zip_longest(*(_read_file(file) for file in files))
+        # In turn, so that a token budget takes from every file, and shuffled, as files are often sorted by kind.
+        in_turn = zip_longest(*(_shuffled(_read_file(file)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
     if not path.is_file():
         raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder")
@@ -67,6 +68,11 @@ def own_prompts(split: str) -> list[Chat]:
         for line, record in enumerate(records, 1)
         if record["split"] == split
     ]
+
+
+def _shuffled(chats: list[Chat]) -> list[Chat]:
+    random.Random(0).shuffle(chats)
+    return chats
 
 
 def _read_file(path: Path) -> list[Chat]:

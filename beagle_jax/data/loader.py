@@ -13,30 +13,43 @@ from beagle_jax.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One step's rows, right-padded to a common length."""
+    """One step's rows, right-padded to a common length L.
+
+    Each row is asked for predictions at T neighbouring positions from `first_B` on, where all that count lie.
+    """
 
     tokens_BL: np.ndarray  # int32
     states_BLD: np.ndarray  # the target's states, zeros in the padding
-    counts_BL: np.ndarray  # bool: the position enters the loss (method.md 5.2)
+    counts_BT: np.ndarray  # bool: position first_B + t enters the loss (method.md 5.2)
     length_B: np.ndarray  # int32: tokens that are not padding
+    first_B: np.ndarray  # int32: the first position that counts
+
+
+class _Entry(NamedTuple):
+    """A row that has something to learn from."""
+
+    tokens: list[int]
+    states_LD: np.ndarray
+    counting: np.ndarray  # positions that enter the loss, ascending
 
 
 class BatchLoader:
     """Batches of `batch` rows, cut at `row_tokens`, forever; every row once per epoch."""
 
-    def __init__(self, rows: Sequence[Row], states_MD: np.ndarray, *, batch: int, row_tokens: int, seed: int):
-        """states_MD: states of all rows end to end, as `states.target_states` returns them."""
-        starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    def __init__(self, rows: Sequence[Row], states: Sequence[np.ndarray], *, batch: int, row_tokens: int, seed: int):
+        """states: the target's states [length, D] of each row, as `states.target_states` returns them."""
+        # The last position predicts a token that is not there; the others count where the row is supervised.
+        counting = [np.flatnonzero(row.supervised[: min(row_tokens, len(row.tokens)) - 1]) for row in rows]
         # A row whose answer lies beyond the cut has nothing to learn from.
-        self._kept = [
-            (row, int(start)) for row, start in zip(rows, starts) if any(row.supervised[: min(row_tokens, len(row.tokens)) - 1])
-        ]
+        triples = zip(rows, states, counting, strict=True)
+        self._kept = [_Entry(row.tokens, states_LD, positions) for row, states_LD, positions in triples if len(positions)]
         if len(self._kept) < batch:
             raise UserError(
                 f"train.batch is {batch}, but only {len(self._kept)} rows have an answer within train.row_tokens = {row_tokens}; "
                 "lower train.batch or write more answers (data.answer_tokens)"
             )
-        self._states_MD, self._batch, self._width, self._seed = states_MD, batch, row_tokens, seed
+        self._batch, self._width, self._seed = batch, row_tokens, seed
+        self._queries = max(entry.counting[-1] - entry.counting[0] + 1 for entry in self._kept)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,19 +67,18 @@ class BatchLoader:
         order = np.random.default_rng([self._seed, 0]).permutation(len(self._kept))
         return self._pack([self._kept[index] for index in order[:count]])
 
-    def _pack(self, picked: Sequence[tuple[Row, int]]) -> Batch:
-        B, L, D = len(picked), self._width, self._states_MD.shape[1]
+    def _pack(self, picked: Sequence[_Entry]) -> Batch:
+        B, L, D = len(picked), self._width, picked[0].states_LD.shape[1]
         batch = Batch(
             tokens_BL=np.zeros((B, L), np.int32),
-            states_BLD=np.zeros((B, L, D), self._states_MD.dtype),
-            counts_BL=np.zeros((B, L), bool),
-            length_B=np.zeros(B, np.int32),
+            states_BLD=np.zeros((B, L, D), picked[0].states_LD.dtype),
+            counts_BT=np.zeros((B, self._queries), bool),
+            length_B=np.array([min(L, len(entry.tokens)) for entry in picked], np.int32),
+            first_B=np.array([entry.counting[0] for entry in picked], np.int32),
         )
-        for line, (row, start) in enumerate(picked):
-            length = min(L, len(row.tokens))
-            batch.length_B[line] = length
-            batch.tokens_BL[line, :length] = row.tokens[:length]
-            batch.states_BLD[line, :length] = self._states_MD[start : start + length]
-            # The last position predicts a token that is not there.
-            batch.counts_BL[line, : length - 1] = row.supervised[: length - 1]
+        for line, entry in enumerate(picked):
+            length = batch.length_B[line]
+            batch.tokens_BL[line, :length] = entry.tokens[:length]
+            batch.states_BLD[line, :length] = entry.states_LD[:length]
+            batch.counts_BT[line, entry.counting - entry.counting[0]] = True
         return batch

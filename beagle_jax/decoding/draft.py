@@ -41,7 +41,7 @@ def draft_tree(
     B, W = root_B.shape[0], tree.size
     token_BW = jnp.zeros((B, W), jnp.int32).at[:, 0].set(root_B)
     state_BWD = jnp.zeros((B, W, embed_VD.shape[1]), embed_VD.dtype)
-    slots = visible_slots(length_B, cache.v_BKSH.shape[2])
+    slots = visible_slots(length_B, [cache])[:, None, None, None]
     memory: KVRows | None = None
     remembered = np.zeros(0, np.int32)  # the node behind each row of `memory`
     for level in range(tree.depth):

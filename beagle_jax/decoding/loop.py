@@ -15,7 +15,7 @@ from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.decoding.verify import Accepted, accept_greedy
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.cache import KVRows, empty_rows, take_rows, write_all, write_rows
+from beagle_jax.model.cache import KVRows, empty_rows, take_rows, visible_slots, write_all, write_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, head, init_cache
 
@@ -120,8 +120,9 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     with jax.named_scope("verify"):
         positions_BW = now.length_B[:, None] + jnp.asarray(tree.depth_W)[None]
         mask_BWW = jnp.broadcast_to(jnp.asarray(tree.ancestors_or_self_WW), (B, W, W))
+        visible_BS = visible_slots(now.length_B, now.target_cache)
         states_BWD, rows = forward(
-            models.target, spec, token_BW, positions_BW, mask_BWW, now.target_cache, now.length_B
+            models.target, spec, token_BW, positions_BW, mask_BWW, now.target_cache, visible_BS
         )
         best_BW = best_tokens(models.target, states_BWD)
     with jax.named_scope("accept"):

@@ -96,9 +96,13 @@ class BeagleBlock(nn.Module):
         gated_BTF = jax.nn.silu(_project(z_BTD, self.gate_proj)) * _project(z_BTD, self.up_proj)
         return y_BTD + _project(gated_BTF, self.down_proj)
 
-    def __call__(self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        """One pass over a row: queries at positions 0..T-1, true states at 0..S-1 (method.md 2.1)."""
+    def __call__(
+        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
+    ) -> jax.Array:
+        """One pass over a row: queries at T positions from first_B (or 0) on, true states at 0..S-1 (method.md 2.1)."""
         positions_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
+        if first_B is not None:
+            positions_BT = positions_BT + first_B[:, None]
         positions_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
         rows = self.keys_values(h_BSD, positions_BS)
         part = partial_attention(self.queries(e_BTD, positions_BT), *rows, mask_BTS[:, None, None])

@@ -63,9 +63,10 @@ def append_rows(rows: KVRows | None, more: KVRows) -> KVRows:
     return KVRows(k_BKHS, jnp.concatenate([rows.v_BKSH, more.v_BKSH], axis=2))
 
 
-def visible_slots(length_B: jax.Array, capacity: int) -> jax.Array:
-    """Mask [B, 1, 1, 1, S]: slots below each sequence's length."""
-    return (jnp.arange(capacity)[None, :] < length_B[:, None])[:, None, None, None, :]
+def visible_slots(length_B: jax.Array, caches: Sequence[KVRows]) -> jax.Array:
+    """Mask [B, S] of these caches' slots (no slots if there is no cache): those below each sequence's length."""
+    capacity = caches[0].v_BKSH.shape[2] if caches else 0
+    return jnp.arange(capacity)[None, :] < length_B[:, None]
 
 
 def write_all(caches: Sequence[KVRows], rows: Sequence[KVRows], start_B: jax.Array) -> list[KVRows]:

@@ -27,14 +27,23 @@ def window_start(position: jax.Array, window: int, offset: jax.Array) -> jax.Arr
     return jnp.where(position < offset, position, start)
 
 
-def early_block_mask(length_B: jax.Array, width: int, window: int, offset: jax.Array) -> jax.Array:
-    """Mask [B, L, L] over true states: key j < s(i), and the key is not padding (method.md 3.1).
+def early_block_mask(
+    length_B: jax.Array,
+    width: int,
+    window: int,
+    offset: jax.Array,
+    first_B: jax.Array | None = None,
+    queries: int | None = None,
+) -> jax.Array:
+    """Mask [B, T, L] over true states: key j < s(i), and the key is not padding (method.md 3.1).
+
+    first_B, queries: ask only for `queries` positions from first_B on, in windows counted from there; all if None.
 
     width 8, window 3, offset 2 (the left half of example 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
         query 1: 0            query 5, 6, 7: 0 1 2 3 4
     """
-    position_L = jnp.arange(width)
-    start_L = window_start(position_L, window, offset)
-    block_LL = position_L[None, :] < start_L[:, None]
-    return block_LL[None] & (position_L[None, None, :] < length_B[:, None, None])
+    start_T = window_start(jnp.arange(queries or width), window, offset)
+    start_BT = start_T[None] + (jnp.zeros_like(length_B) if first_B is None else first_B)[:, None]
+    key_L = jnp.arange(width)
+    return (key_L[None, None] < start_BT[..., None]) & (key_L[None, None] < length_B[:, None, None])

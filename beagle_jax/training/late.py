@@ -16,30 +16,31 @@ from beagle_jax.model.layers import PartialAttention, merge_attention, partial_a
 
 
 class LateStates(NamedTuple):
-    """Predicted states of every window, and which row positions they belong to."""
+    """Predicted states of every window, and which queries of the row they belong to."""
 
     state_BUJD: jax.Array  # window u, draft step j (0-based): the query at offset j, after j predicted keys
-    position_UJ: jax.Array  # row position of that query, clipped to the row
-    valid_UJ: jax.Array  # False where the window hangs over the end of the row
+    query_UJ: jax.Array  # which of the row's T queries that is, clipped to the last
+    valid_UJ: jax.Array  # False where the window hangs over the last query
 
 
-def window_positions(width: int, window: int, steps: int, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions [U, J] of the first `steps` queries of each window, clipped to the row, and their validity.
+def window_queries(width: int, window: int, steps: int, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices [U, J] of the first `steps` queries of each window among `width`, clipped, and their validity.
 
     width 8, window 3, steps 2, offset 2:   [[2, 3], [5, 6], [7, 7]], valid [[1, 1], [1, 1], [0, 0]]
     The number of windows is that of offset 0, so that the shape does not depend on the offset.
     """
     count = -(-width // window)
-    position_UJ = offset + window * jnp.arange(count)[:, None] + jnp.arange(steps)[None, :]
-    return jnp.minimum(position_UJ, width - 1), position_UJ < width
+    query_UJ = offset + window * jnp.arange(count)[:, None] + jnp.arange(steps)[None, :]
+    return jnp.minimum(query_UJ, width - 1), query_UJ < width
 
 
 def late_states(
     params: dict[str, jax.Array],
     spec: DraftSpec,
-    e_BLD: jax.Array,
+    e_BTD: jax.Array,
     h_BLD: jax.Array,
     length_B: jax.Array,
+    first_B: jax.Array,
     *,
     window: int,
     steps: int,
@@ -48,22 +49,22 @@ def late_states(
 ) -> LateStates:
     """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in 4.5b).
 
-    h_BLD: true states, with the training noise if any; they serve as keys and values only.
+    e_BTD: embeddings of the T tokens from position first_B on; windows are counted from there.
+    h_BLD: true states of the whole row, with the training noise if any; they serve as keys and values only.
     detach: cut the gradient through predicted states where later steps read them (method.md 4.6).
     """
     block = BeagleBlock(spec).bind({"params": params})
-    B, L, D = e_BLD.shape
-    position_UJ, valid_UJ = window_positions(L, window, steps, offset)
-    U, J = position_UJ.shape
+    (B, L, D), T = h_BLD.shape, e_BTD.shape[1]
+    query_UJ, valid_UJ = window_queries(T, window, steps, offset)
+    U, J = query_UJ.shape
     true_rows = block.keys_values(h_BLD, jnp.broadcast_to(jnp.arange(L), (B, L)))
-    flat_BT = jnp.broadcast_to(position_UJ.reshape(-1), (B, U * J))
-    e_BTD = e_BLD[:, position_UJ.reshape(-1)]
-    q_BKGTH = block.queries(e_BTD, flat_BT)
-    start_T = jnp.repeat(position_UJ[:, 0], J)
-    mask_BTL = _sees_true(start_T, length_B, L)
+    position_BUJ = first_B[:, None, None] + query_UJ[None]
+    e_BUJD = e_BTD[:, query_UJ]
+    q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
+    start_BT = jnp.repeat(position_BUJ[:, :, 0], J, axis=1)
+    mask_BTL = _sees_true(start_BT, length_B, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
-    e_BUJD = e_BTD.reshape(B, U, J, D)
     states, memory = [], None
     for step in range(J):
         with jax.named_scope(f"simulate_{step + 1}"):
@@ -77,15 +78,15 @@ def late_states(
             states.append(state_X1D.reshape(B, U, D))
             if step + 1 < J:  # the last state is never read (lazy append, method.md 6.2)
                 read_X1D = jax.lax.stop_gradient(state_X1D) if detach else state_X1D
-                at_X1 = jnp.broadcast_to(position_UJ[:, step], (B, U)).reshape(B * U, 1)
+                at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
-    return LateStates(jnp.stack(states, axis=2), position_UJ, valid_UJ)
+    return LateStates(jnp.stack(states, axis=2), query_UJ, valid_UJ)
 
 
-def _sees_true(start_T: jax.Array, length_B: jax.Array, width: int) -> jax.Array:
+def _sees_true(start_BT: jax.Array, length_B: jax.Array, width: int) -> jax.Array:
     """Mask [B, T, L]: true keys before the query's window, padding excluded (the early-stage mask)."""
     key_L = jnp.arange(width)
-    return (key_L[None, :] < start_T[:, None])[None] & (key_L[None, :] < length_B[:, None])[:, None]
+    return (key_L[None, None] < start_BT[..., None]) & (key_L[None, None] < length_B[:, None, None])
 
 
 def _windows_as_batch(part: PartialAttention, U: int, J: int, step: int) -> PartialAttention:

@@ -38,13 +38,13 @@ class Metrics(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a stage predicts, in the form that both stages share. T counts the queries of a row."""
+    """What a stage predicts, in the form that both stages share. N predictions, each for one of the row's T queries."""
 
-    state_BTD: jax.Array
-    position_T: jax.Array  # row position of each query
-    inside_T: jax.Array  # False where a window hangs over the end of the row
-    group_T: jax.Array  # window offset or draft step
-    weight_T: jax.Array  # beta
+    state_BND: jax.Array
+    query_N: jax.Array  # which query
+    inside_N: jax.Array  # False where a window hangs over the last query
+    group_N: jax.Array  # window offset or draft step
+    weight_N: jax.Array  # beta
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
@@ -71,25 +71,26 @@ def add_noise(states_BLD: jax.Array, length_B: jax.Array, config: TrainConfig, k
     return states_BLD + width_B11 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
 
 
-def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BLD, h_BLD, length_B, offset) -> Prediction:
-    """Every position once, weight 1 (method.md 3.2)."""
-    position_L = jnp.arange(e_BLD.shape[1])
-    state_BLD = early_states(params, spec, e_BLD, h_BLD, length_B, window=stage.window, offset=offset)
-    group_L = position_L - window_start(position_L, stage.window, offset)
-    return Prediction(state_BLD, position_L, position_L >= 0, group_L, jnp.ones(position_L.shape))
+def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
+    """Every query once, weight 1 (method.md 3.2)."""
+    query_T = jnp.arange(e_BTD.shape[1])
+    state_BTD = early_states(params, spec, e_BTD, h_BLD, length_B, first_B, window=stage.window, offset=offset)
+    group_T = query_T - window_start(query_T, stage.window, offset)
+    return Prediction(state_BTD, query_T, query_T >= 0, group_T, jnp.ones(query_T.shape))
 
 
-def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BLD, h_BLD, length_B, offset) -> Prediction:
+def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
     """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
     late = late_states(
-        params, spec, e_BLD, h_BLD, length_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
-    )
-    U, J = late.position_UJ.shape
+        params, spec, e_BTD, h_BLD, length_B, first_B,
+        window=stage.window, steps=steps, offset=offset, detach=stage.detach,
+    )  # fmt: skip
+    U, J = late.query_UJ.shape
     beta_J = jnp.asarray(stage.step_weights or range(steps, 0, -1), jnp.float32)
     return Prediction(
-        late.state_BUJD.reshape(e_BLD.shape[0], U * J, -1),
-        late.position_UJ.reshape(-1),
+        late.state_BUJD.reshape(e_BTD.shape[0], U * J, -1),
+        late.query_UJ.reshape(-1),
         late.valid_UJ.reshape(-1),
         jnp.tile(jnp.arange(J), U),
         jnp.tile(beta_J, U),
@@ -113,27 +114,30 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
-    e_BLD = frozen["embed_VD"][batch.tokens_BL]
+    # Rows differ in where their answer begins; a query past the end of its row repeats the last one and never counts.
+    row_B1 = jnp.arange(true_BLD.shape[0])[:, None]
+    position_BT = jnp.minimum(batch.first_B[:, None] + jnp.arange(batch.counts_BT.shape[1])[None], true_BLD.shape[1] - 1)
+    e_BTD = frozen["embed_VD"][jnp.asarray(batch.tokens_BL)[row_B1, position_BT]]
     h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
-    out = predict(params, spec, stage, e_BLD, h_BLD, batch.length_B, offset)
-    D = true_BLD.shape[-1]
-    counts_BT = batch.counts_BL[:, out.position_T] & out.inside_T[None]
-    state_MD, true_MD = out.state_BTD.reshape(-1, D), true_BLD[:, out.position_T].reshape(-1, D)
-    counts_M = counts_BT.reshape(-1)
+    out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
+    counts_BN = batch.counts_BT[:, out.query_N] & out.inside_N[None]
+    true_BND = true_BLD[row_B1, position_BT[:, out.query_N]]
+    state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
+    counts_M = counts_BN.reshape(-1)
     ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows)
     l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
-    weight_M = jnp.broadcast_to(out.weight_T, counts_BT.shape).reshape(-1)
+    weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
-    supervised = jnp.sum(batch.counts_BL)
-    group_TJ = jax.nn.one_hot(out.group_T, stage.window if predict is predict_early else stage.simulation_steps)
-    agree_BT = (counts_M & (rank_M == 0)).reshape(counts_BT.shape)
+    supervised = jnp.sum(batch.counts_BT)
+    group_NJ = jax.nn.one_hot(out.group_N, stage.window if predict is predict_early else stage.simulation_steps)
+    agree_BN = (counts_M & (rank_M == 0)).reshape(counts_BN.shape)
     metrics = Metrics(
         ploss=jnp.sum(ce_M),
         vloss=jnp.sum(l1_M),
         objective=objective,
         supervised=supervised,
-        count_J=counts_BT.sum(axis=0) @ group_TJ,
-        agree_J=agree_BT.sum(axis=0) @ group_TJ,
+        count_J=counts_BN.sum(axis=0) @ group_NJ,
+        agree_J=agree_BN.sum(axis=0) @ group_NJ,
         grad_norm=jnp.float32(0),
     )
     return objective / (supervised + 1e-5), metrics

@@ -54,7 +54,8 @@ def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Arra
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each supervised position i: e(x_i), h_{i-1}, h_i."""
-    line, position = np.nonzero(batch.counts_BL)
+    line, query = np.nonzero(batch.counts_BT)
+    position = batch.first_B[line] + query
     line, position = line[position > 0], position[position > 0]
     states_BLD = np.asarray(batch.states_BLD, np.float64)
     return embed_VD[batch.tokens_BL[line, position]], states_BLD[line, position - 1], states_BLD[line, position]
