@@ -31,7 +31,7 @@ class DraftConfig:
     """The drafter that decoding uses, and how a new one begins."""
 
     path: str | None = None  # folder of a trained draft; null: <train.folder>/draft
-    init: Literal["normal", "ridge"] = "normal"  # ridge: a closed-form start fitted on the data (training/warm_start.py)
+    init: str = "normal"  # normal; ridge: a closed-form start (training/warm_start.py); or a draft's folder, to go on from it
     init_std: float = 0.02  # standard deviation of the initial linear weights (method.md 2.4)
     hot_tokens: int = 0  # the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)
 
@@ -297,6 +297,8 @@ def _check(config: Config, where: str) -> None:
         if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
             raise UsageError(f"{where}: train.{name}.step_weights has {len(stage.step_weights)} entries, expected "
                              f"{stage.simulation_steps} (simulation_steps)")
+    if config.draft.init not in ("normal", "ridge") and not Path(config.draft.init, "config.json").exists():
+        raise UsageError(f"{where}: draft.init is {config.draft.init!r}; expected normal, ridge or the folder of a trained draft")
     if config.train.early.simulation_steps != 1:
         raise UsageError(f"{where}: train.early.simulation_steps is {config.train.early.simulation_steps}, expected 1; "
                          "simulation belongs to the late stage")

@@ -12,7 +12,6 @@ from beagle_jax.decoding.tree import tree_of
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.evaluation.report import summary, table
 from beagle_jax.evaluation.suites import measure, suite, tokenize
-from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
@@ -37,11 +36,10 @@ def evaluate(config: Config) -> list[dict]:
     """Figures of plain decoding, of the draft, and of `eval.compare` if there is one."""
     chats = suite(config.eval.prompts, config.eval.limit)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
-    spec = DraftSpec.from_target(target.spec)
     folders = [config.draft.path or f"{config.train.folder}/draft"]
     if config.eval.compare:
         folders.append(config.eval.compare)
-    drafts = {folder: load_draft(folder, spec) for folder in folders}
+    drafts = {folder: load_draft(folder, target.spec) for folder in folders}
     prompts = tokenize(chats, target.tokenizer)
     limits = dict(max_new_tokens=config.eval.max_new_tokens, longest_prompt=max(map(len, prompts)))
     decoders = {"plain": Decoder.plain(target, **limits)}

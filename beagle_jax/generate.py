@@ -10,7 +10,6 @@ from beagle_jax.decoding.decoder import Decoder
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.decoding.tree import tree_of
 from beagle_jax.errors import UsageError, run_main
-from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
 def answer(config: Config, prompt: str) -> None:
     """Prints the answer as it comes, then what both ways of decoding took."""
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
-    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", DraftSpec.from_target(target.spec))
+    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
     tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": prompt}])
     limits = dict(max_new_tokens=config.decode.max_new_tokens, longest_prompt=len(tokens))
     fast = Decoder(target, draft, tree_of(config.decode), **limits)

@@ -27,7 +27,7 @@ from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
-from beagle_jax.weights.draft import Draft, save_draft
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.target import Target, load_target
 
 
@@ -83,12 +83,20 @@ def train(
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
     frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
-    params = init_draft(spec, jax.random.key(config.train.seed))
-    if config.draft.init == "ridge":
-        params = warm_start(params, spec, frozen["embed_VD"], training.sample(FIT_ROWS))
+    params = first_params(config, target, spec, training)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
             params = run_stage(stage, config, spec, params, frozen, training, held_out)
+    return params
+
+
+def first_params(config: Config, target: Target, spec: DraftSpec, training: BatchLoader) -> dict[str, jax.Array]:
+    """Where the early stage begins: `draft.init`."""
+    if config.draft.init not in ("normal", "ridge"):
+        return load_draft(config.draft.init, target.spec).params
+    params = init_draft(spec, jax.random.key(config.train.seed))
+    if config.draft.init == "ridge":
+        params = warm_start(params, spec, target.params["embed_VD"], training.sample(FIT_ROWS))
     return params
 
 

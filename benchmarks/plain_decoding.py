@@ -17,7 +17,6 @@ from beagle_jax.config import load_config
 from beagle_jax.decoding.decoder import Decoder
 from beagle_jax.decoding.tree import tree_of
 from beagle_jax.evaluation.suites import suite, tokenize
-from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target, open_source
 
@@ -43,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     target = load_target(config.target.source, "float32", config.target.cache_dir)
-    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", DraftSpec.from_target(target.spec))
+    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
     prompts = tokenize(suite("held_out", arguments.prompts), target.tokenizer)
     limits = dict(max_new_tokens=arguments.new_tokens, longest_prompt=max(map(len, prompts)))
     decoders = {"plain": Decoder.plain(target, **limits), "speculative": Decoder(target, draft, tree_of(config.decode), **limits)}

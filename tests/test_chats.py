@@ -64,7 +64,15 @@ def test_sharegpt_leading_answer_is_dropped(write):
     turns = [{"from": "gpt", "value": "cut off"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
     (chat,) = read_chats(write({"conversations": turns}))
     assert chat.messages == (USER, ANSWER)
-    assert "chats.jsonl:1: the chat has no user message" in error_of(write({"conversations": turns[:1]}))
+
+
+def test_conversations_without_a_question_are_left_out_and_counted(write, capsys):
+    answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
+    path = write({"conversations": [answer]}, {"conversations": []}, {"conversations": [question, answer]})
+    (chat,) = read_chats(path)
+    assert chat == Chat((USER, ANSWER), f"{path}:3")
+    assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
+    assert "the file holds no chats" in error_of(write({"conversations": [answer]}))
 
 
 def test_kind_comes_from_category_or_kind(write):
@@ -108,10 +116,10 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
         ("null", "the line is a NoneType, not an object"),
         ({"text": "Hi", "id": 3}, 'the keys are text, id; expected "messages", "conversations", "turns" or "prompt"'),
         ({}, 'the keys are none; expected "messages"'),
-        ({"messages": []}, "'messages' must be a list with at least one entry"),
-        ({"messages": "Hi"}, "'messages' must be a list with at least one entry"),
-        ({"conversations": []}, "'conversations' must be a list with at least one entry"),
-        ({"turns": []}, "'turns' must be a list with at least one entry"),
+        ({"messages": []}, "'messages' must have at least one entry"),
+        ({"messages": "Hi"}, "'messages' must be a list"),
+        ({"conversations": "Hi"}, "'conversations' must be a list"),
+        ({"turns": []}, "'turns' must have at least one entry"),
         ({"messages": ["Hi"]}, "a message needs 'role' and 'content', found 'Hi'"),
         ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content', found {'role': 'user'}"),
         ({"conversations": [USER]}, "a message needs 'from' and 'value', found {'role': 'user'"),

@@ -157,6 +157,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("draft.init=nowhere", "draft.init is 'nowhere'; expected normal, ridge or the folder of a trained draft"),
         ("train.beta1=1", "train.beta1 is 1.0; expected 0 or more, and less than 1"),
         ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import pytest
 from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
-from beagle_jax.config import Config, LogConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.train import first_params
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage
@@ -283,14 +285,14 @@ def same_draft(found: Draft, expected: Draft) -> None:
 def test_a_draft_survives_the_disk_bit_for_bit(draft, tmp_path, hot):
     draft = draft if hot else replace(draft, hot_ids=None)
     save_draft(tmp_path / "new" / "draft", draft)
-    same_draft(load_draft(tmp_path / "new" / "draft", SPEC), draft)
+    same_draft(load_draft(tmp_path / "new" / "draft", TINY), draft)
     assert sorted(path.name for path in (tmp_path / "new" / "draft").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_transposed_views_are_written_as_what_they_are(draft, tmp_path):
     turned = draft.params | {"q_proj": np.asarray(draft.params["q_proj"]).T}
     save_draft(tmp_path, replace(draft, params=turned))
-    same_params(load_draft(tmp_path, SPEC).params, turned)
+    same_params(load_draft(tmp_path, TINY).params, turned)
 
 
 @pytest.mark.parametrize("bug", ["transposed", "rounded", "hot ids sorted"])
@@ -305,7 +307,7 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(AssertionError):
-        same_draft(load_draft(tmp_path, SPEC), draft)
+        same_draft(load_draft(tmp_path, TINY), draft)
 
 
 def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatch):
@@ -318,7 +320,7 @@ def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatc
     monkeypatch.setattr(draft_module, "save_file", broken)
     with pytest.raises(KeyboardInterrupt):
         save_draft(tmp_path, replace(draft, params={name: array + 1 for name, array in draft.params.items()}))
-    same_draft(load_draft(tmp_path, SPEC), draft)
+    same_draft(load_draft(tmp_path, TINY), draft)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -326,7 +328,7 @@ def test_a_missing_file_is_named(draft, tmp_path, name):
     save_draft(tmp_path, draft)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=rf"{tmp_path}/{name}: no such file; train a draft first .* or set draft.path"):
-        load_draft(tmp_path, SPEC)
+        load_draft(tmp_path, TINY)
 
 
 def test_a_broken_file_is_named(draft, tmp_path):
@@ -334,22 +336,25 @@ def test_a_broken_file_is_named(draft, tmp_path):
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=rf"{weights}: cannot be read as safetensors .*; is the file whole\?"):
-        load_draft(tmp_path, SPEC)
+        load_draft(tmp_path, TINY)
     config.write_text(config.read_text()[:100])
     with pytest.raises(UserError, match=rf"{config}: not JSON .*; is the file whole\?"):
-        load_draft(tmp_path, SPEC)
+        load_draft(tmp_path, TINY)
     config.write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=rf"{config}: model_type is 'llama', expected 'beagle_draft'"):
-        load_draft(tmp_path, SPEC)
+        load_draft(tmp_path, TINY)
 
 
 def test_a_draft_of_another_target_is_refused(draft, tmp_path):
     save_draft(tmp_path, draft)
-    other = replace(SPEC, hidden_size=64, rope_theta=5e5, init_std=0.5)
+    other = replace(TINY, hidden_size=64, rope_theta=5e5)
     message = r"belongs to another target \(hidden_size 32 there, 64 here; rope_theta 10000.0 there, 500000.0 here\)"
     with pytest.raises(UserError, match=message):
         load_draft(tmp_path, other)
-    assert load_draft(tmp_path, replace(SPEC, init_std=0.5)).params  # how a draft began does not matter
+    save_draft(tmp_path, replace(draft, spec=replace(SPEC, init_std=0.5)))
+    assert load_draft(tmp_path, TINY).params  # how a draft began does not matter
+    with pytest.raises(UserError, match=r"belongs to another target \(it scores token 60, the vocabulary ends at 59\)"):
+        load_draft(tmp_path, replace(TINY, vocab_size=60))
 
 
 def test_every_wrong_tensor_is_listed(draft, tmp_path):
@@ -359,10 +364,19 @@ def test_every_wrong_tensor_is_listed(draft, tmp_path):
     tensors["mlp.up_proj.weight"] = np.ascontiguousarray(tensors["mlp.up_proj.weight"].T)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as caught:
-        load_draft(tmp_path, SPEC)
+        load_draft(tmp_path, TINY)
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/model.safetensors: not the weights of this draft:",
         "  missing tensor input_layernorm.weight [32]",
         "  extra tensor self_attn.q_norm.weight",
         "  mlp.up_proj.weight has shape [32, 48], expected [48, 32]",
     ]
+
+
+def test_training_goes_on_from_a_draft(draft, tmp_path):
+    save_draft(tmp_path, draft)
+    fresh, target = config_for(tmp_path / "run"), SimpleNamespace(spec=TINY)
+    config = replace(fresh, draft=DraftConfig(init=str(tmp_path)))
+    same_params(first_params(config, target, SPEC, None), draft.params)
+    with pytest.raises(AssertionError):
+        same_params(first_params(fresh, target, SPEC, None), draft.params)

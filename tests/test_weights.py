@@ -194,10 +194,12 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
     tensors["model.layers.7.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
     tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((64, 32), np.float32)
     spec = TargetSpec.from_hf_config(LLAMA, "test")
+    twice = [*tensors.items(), ("model.embed_tokens.weight", tensors["model.embed_tokens.weight"])]
     with pytest.raises(UserError) as caught:
-        fill_params(spec, tensors.items(), jnp.float32, "here")
+        fill_params(spec, twice, jnp.float32, "here")
     message = str(caught.value)
-    assert "here: the weights do not fit the config (3 tensors)" in message
+    assert "here: the weights do not fit the config (4 tensors)" in message
+    assert "model.embed_tokens.weight stands in two files" in message
     assert "missing tensor model.norm.weight [64]" in message
     assert "extra tensor model.layers.7.mlp.up_proj.weight [2, 2]" in message
     assert "model.layers.0.self_attn.q_proj.weight has shape [64, 32], expected [64, 64]" in message

@@ -19,6 +19,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from beagle_jax.errors import UserError
 
 Message = dict[str, str]
@@ -83,19 +85,27 @@ def _read_file(path: Path) -> list[Chat]:
 
 
 def _parse_lines(path: Path) -> Iterator[Chat]:
-    number = 0
+    number = left_out = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _parse(line.decode("utf-8").rstrip(), f"{path}:{number}")
+                if not line.strip():
+                    continue
+                chat = _parse(line.decode("utf-8").rstrip(), f"{path}:{number}")
+                if chat is None:
+                    left_out += 1
+                else:
+                    yield chat
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
+    if left_out:
+        tqdm.write(f"{path}: left out {left_out} of {number} conversations, which hold no question")
 
 
-def _parse(line: str, where: str) -> Chat:
+def _parse(line: str, where: str) -> Chat | None:
+    """The chat of a line; None for a ShareGPT conversation that is empty or a lone answer (method.md 5.1)."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -105,9 +115,11 @@ def _parse(line: str, where: str) -> Chat:
     if "messages" in record:
         messages = [_message(item, "role", "content", where) for item in _nonempty_list(record, "messages", where)]
     elif "conversations" in record:
-        turns = [_message(item, "from", "value", where) for item in _nonempty_list(record, "conversations", where)]
+        turns = [_message(item, "from", "value", where) for item in _list(record, "conversations", where)]
         # ShareGPT cuts long chats anywhere; a leading answer has no question (method.md 5.1).
-        messages = turns[1:] if turns[0]["role"] == "assistant" else turns
+        messages = turns[1:] if turns and turns[0]["role"] == "assistant" else turns
+        if not messages:
+            return None
     elif "turns" in record:
         messages = [_message({"role": "user", "content": _nonempty_list(record, "turns", where)[0]}, "role", "content", where)]
     elif "prompt" in record:
@@ -121,10 +133,15 @@ def _parse(line: str, where: str) -> Chat:
     return Chat(tuple(messages), where, str(record.get("category", record.get("kind", ""))))
 
 
+def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:
+    if not isinstance(record[key], list):
+        raise UserError(f"{where}: {key!r} must be a list")
+    return record[key]
+
+
 def _nonempty_list(record: dict[str, Any], key: str, where: str) -> list[Any]:
-    value = record[key]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key!r} must be a list with at least one entry")
+    if not (value := _list(record, key, where)):
+        raise UserError(f"{where}: {key!r} must have at least one entry")
     return value
 
 

@@ -66,6 +66,7 @@ def _settings(name: str, config: Config) -> dict[str, Any]:
     free = ("folder", "checkpoint_every", "loss_rows", *(["late"] if name == "early" else []))
     made = {key: value for key, value in asdict(config.train).items() if key not in free}
     made |= {"target": config.target.source, "dtype": config.target.dtype, "data": config.data.folder}
+    made |= {"answer_tokens": config.data.answer_tokens}
     made |= {key: value for key, value in asdict(config.draft).items() if key != "path"} | {"eval_rows": config.log.eval_rows}
     return json.loads(json.dumps(made))
 

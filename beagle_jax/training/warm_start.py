@@ -4,18 +4,25 @@ From N(0, 0.02) weights the block needs hundreds of steps before its attention f
 carries most of what can be known about the next one. Here two thirds of the heads begin there: the mean embedding
 and the mean state are large, so a rank-one term in W_q and W_k makes a score that depends on distance alone through
 RoPE and peaks at the nearest key. Values and output then begin as the ridge regression of h_i on h_{i-1}, scaled down
-so that the embedding is not drowned, and the MLP's last matrix as the regression of what is left on random features.
+so that the embedding is not drowned. Last, the MLP keeps random inner weights of unit scale, and its outer matrix is
+the regression of what this attention leaves unexplained.
 Not in the paper; architecture, losses and training are unchanged (method.md 2.4 leaves the start open).
 """
+
+from collections.abc import Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.layers import join_heads, merge_attention, partial_attention, rms_norm
+from beagle_jax.model.masks import early_block_mask
 
-FIT_ROWS = 200  # chats to fit on: some ten thousand tokens, a quarter of a minute
+FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
+_FIT_LINES = 20  # chats whose features exist at once
 _PAIRS = 8  # rotary pairs that carry the distance score: the fastest ones tell neighbours apart
 _AMPLITUDE = 4.5  # of queries and keys in those pairs: a score gap of about 2 between distances 1 and 2
 _ATTENTION_SCALE = 0.1  # share of the fitted state that attention adds before the MLP
@@ -24,9 +31,21 @@ _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 
 def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Parameters to train from. `params` gives everything that is not fitted; `batch` some thousand tokens to fit on."""
-    e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD, np.float64), batch)
+    fitted = _local_attention({name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch)
+    # Features of unit scale; at init_std they would start nearly linear and tiny.
+    rng = np.random.default_rng(0)
+    for name in ("gate_proj", "up_proj"):
+        fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
+    fitted = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
+    parts = [Batch(*(field[line : line + _FIT_LINES] for field in batch)) for line in range(0, len(batch.first_B), _FIT_LINES)]
+    moments = (map(np.asarray, _feature_moments(fitted, spec, embed_VD, part)) for part in parts)
+    return fitted | {"down_proj": jnp.asarray(_ridge(moments).T, jnp.float32)}
+
+
+def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, batch: Batch) -> dict[str, np.ndarray]:
+    """The weights before the MLP, with most heads reading the newest state."""
+    e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD), batch)
     u_MD = e_MD / np.sqrt(np.square(e_MD).mean(axis=1, keepdims=True) + spec.rms_norm_eps)
-    fitted = {name: np.array(array, np.float64) for name, array in params.items()}
     K, H, G = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
     local = max(1, 2 * K // 3)  # kv heads that begin local; the rest stay random
     score_H = np.zeros(H)
@@ -34,22 +53,32 @@ def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Arra
     fitted["q_proj"][: local * G * H] += np.tile(np.outer(_back_one(score_H, spec), _unit_probe(u_MD)), (local * G, 1))
     fitted["k_proj"][: local * H] += np.tile(np.outer(score_H, _unit_probe(before_MD)), (local, 1))
     # h_i - e_i from (e_i, h_{i-1}); only the part that comes from h_{i-1} goes through the attention.
-    linear_DD = _ridge(np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1))], axis=1), after_MD - e_MD)
-    from_before_DD = linear_DD[u_MD.shape[1] : -1].T * _ATTENTION_SCALE
+    x_MF = np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1), np.float32)], axis=1)
+    linear_FD = _ridge([(x_MF.T @ x_MF, x_MF.T @ (after_MD - e_MD))])
+    from_before_DD = linear_FD[u_MD.shape[1] : -1].T * _ATTENTION_SCALE
     out_DR, in_RD = _low_rank(from_before_DD, before_MD, local * H)
     fitted["v_proj"][: local * H] = in_RD
     for head in range(local * G):
         rank = slice(head // G * H, (head // G + 1) * H)
         fitted["o_proj"][:, head * H : (head + 1) * H] = out_DR[:, rank] / G
-    y_MD = e_MD + before_MD @ (out_DR @ in_RD).T
-    z_MD = y_MD / np.sqrt(np.square(y_MD).mean(axis=1, keepdims=True) + spec.rms_norm_eps)
-    # Features of unit scale; at init_std they would start nearly linear and tiny.
-    rng = np.random.default_rng(0)
-    for name in ("gate_proj", "up_proj"):
-        fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
-    gate_MF, up_MF = z_MD @ fitted["gate_proj"].T, z_MD @ fitted["up_proj"].T
-    fitted["down_proj"] = _ridge(gate_MF / (1 + np.exp(-gate_MF)) * up_MF, after_MD - y_MD).T
-    return {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
+    return fitted
+
+
+@partial(jax.jit, static_argnames="spec")
+def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums over the positions that count: features x features, and features x what the MLP should add."""
+    block = BeagleBlock(spec).bind({"params": params})
+    (B, L), T = part.tokens_BL.shape, part.counts_BT.shape[1]
+    row_B1, position_BT = jnp.arange(B)[:, None], part.first_B[:, None] + jnp.arange(T)[None]
+    e_BTD, true_BTD = (x[row_B1, jnp.minimum(position_BT, L - 1)] for x in (embed_VD[part.tokens_BL], part.states_BLD))
+    rows = block.keys_values(part.states_BLD, jnp.broadcast_to(jnp.arange(L), (B, L)))
+    mask_BTL = early_block_mask(part.length_B, L, 1, jnp.int32(0), part.first_B, T)
+    attended = merge_attention(partial_attention(block.queries(e_BTD, position_BT), *rows, mask_BTL[:, None, None]))
+    y_BTD = e_BTD + join_heads(attended) @ params["o_proj"].T
+    z_BTD = rms_norm(y_BTD, params["post_attention_layernorm"], spec.rms_norm_eps)
+    feature_BTF = jax.nn.silu(z_BTD @ params["gate_proj"].T) * (z_BTD @ params["up_proj"].T) * part.counts_BT[..., None]
+    product = lambda x: jnp.einsum("BTF,BTD->FD", feature_BTF, x)
+    return product(feature_BTF), product(true_BTD - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,8 +86,9 @@ def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndar
     line, query = np.nonzero(batch.counts_BT)
     position = batch.first_B[line] + query
     line, position = line[position > 0], position[position > 0]
-    states_BLD = np.asarray(batch.states_BLD, np.float64)
-    return embed_VD[batch.tokens_BL[line, position]], states_BLD[line, position - 1], states_BLD[line, position]
+    states_BLD = np.asarray(batch.states_BLD, np.float32)
+    e_MD = np.asarray(embed_VD[batch.tokens_BL[line, position]], np.float32)
+    return e_MD, states_BLD[line, position - 1], states_BLD[line, position]
 
 
 def _unit_probe(x_MD: np.ndarray) -> np.ndarray:
@@ -74,15 +104,18 @@ def _back_one(score_H: np.ndarray, spec: DraftSpec) -> np.ndarray:
     return np.concatenate([score_H[:half] * np.cos(angle), -score_H[:half] * np.sin(angle)])
 
 
-def _ridge(x_MD: np.ndarray, y_ME: np.ndarray) -> np.ndarray:
-    gram_DD = x_MD.T @ x_MD
-    gram_DD[np.diag_indices_from(gram_DD)] += _RIDGE * np.mean(np.diag(gram_DD))
-    return np.linalg.solve(gram_DD, x_MD.T @ y_ME)
+def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The map [F, E] of least squares with a penalty, from parts of x^T x and x^T y; summed in float64."""
+    gram_FF = cross_FE = np.float64(0)
+    for gram, cross in moments:
+        gram_FF, cross_FE = gram_FF + gram, cross_FE + cross
+    gram_FF[np.diag_indices_from(gram_FF)] += _RIDGE * np.mean(np.diag(gram_FF))
+    return np.linalg.solve(gram_FF, cross_FE)
 
 
 def _low_rank(map_DD: np.ndarray, x_MD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors [D, rank], [rank, D] of a linear map, the best for inputs distributed like x."""
-    moment_DD = x_MD.T @ x_MD / len(x_MD)
+    moment_DD = (x_MD.T @ x_MD).astype(np.float64) / len(x_MD)
     value_D, vector_DD = np.linalg.eigh(moment_DD)
     root_D = np.sqrt(np.maximum(value_D, 1e-6 * value_D.max()))
     left_DR, size_R, right_RD = np.linalg.svd(map_DD @ (vector_DD * root_D))

