@@ -137,11 +137,11 @@ def _admit(params, spec, state, slot_R, tokens_RT, length_R, sampling, eos_ids) 
 def _visible(state: WriterState) -> jax.Array:
     """Mask [B, S] of the slots that each row sees: its prompt, and the ring's slots since it was admitted."""
     ring = state.out_BT.shape[1]
-    slot_S = jnp.arange(state.cache[0].v_BKSH.shape[2])
+    slot_1S = jnp.arange(state.cache[0].v_BKSH.shape[2])[None]
     # A row that is not done has run in every step since: its count - 1 newest slots are its own.
-    age_S = (state.step - 1 - slot_S) % ring
-    own_BS = (slot_S < ring) & (age_S < state.count_B[:, None] - 1)
-    prompt_BS = (slot_S >= ring) & (slot_S - ring < state.prompt_len_B[:, None])
+    age_1S = (state.step - 1 - slot_1S) % ring
+    own_BS = (slot_1S < ring) & (age_1S < state.count_B[:, None] - 1)
+    prompt_BS = (slot_1S >= ring) & (slot_1S - ring < state.prompt_len_B[:, None])
     return own_BS | prompt_BS
 
 
