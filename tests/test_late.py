@@ -65,8 +65,8 @@ def test_equals_plain_form(row, window, steps, detach):
 
 
 def test_planted_bug_true_key_of_own_position(row, monkeypatch):
-    sees_true = late._sees_true
-    monkeypatch.setattr(late, "_sees_true", lambda start_T, length_B, width: sees_true(start_T + 1, length_B, width))
+    right = late.keys_before
+    monkeypatch.setattr(late, "keys_before", lambda start_BT, length_B, width: right(start_BT + 1, length_B, width))
     jax.clear_caches()
     with pytest.raises(AssertionError):
         _compare(row, 3, 3, True, [1])

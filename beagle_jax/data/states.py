@@ -71,7 +71,7 @@ def _note(path: Path) -> Path:
 
 
 def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype) -> None:
-    """Refuses a disk that is too small before anything is computed for it."""
+    """Refuses a disk that is too small before anything is written to it."""
     size = sum(len(row.tokens) for row in rows) * width * dtype.itemsize
     free = shutil.disk_usage(path.parent).free
     if size > free:

@@ -91,15 +91,13 @@ def _resize(state: WriterState, row_B: jax.Array, prompt_room: int) -> WriterSta
         jnp.pad(kept.k_BKHS[row_B], ((0, 0), (0, 0), (0, 0), (0, more))),
         jnp.pad(kept.v_BKSH[row_B], ((0, 0), (0, 0), (0, more), (0, 0))),
     )
-    return WriterState(
+    return state._replace(
         cache=[longer(rows) for rows in state.cache],
-        step=state.step,
         prompt_len_B=state.prompt_len_B[row_B],
         token_B=state.token_B[row_B],
         out_BT=state.out_BT[row_B],
         count_B=state.count_B[row_B],
         done_B=state.done_B[row_B],
-        key=state.key,
     )
 
 
@@ -121,9 +119,8 @@ def _admit(params, spec, state, slot_R, tokens_RT, length_R, sampling, eos_ids) 
         old.k_BKHS.at[slot_R, :, :, ring : ring + T].set(new.k_BKHS, mode="drop"),
         old.v_BKSH.at[slot_R, :, ring : ring + T].set(new.v_BKSH, mode="drop"),
     )
-    admitted = WriterState(
+    admitted = state._replace(
         cache=[put_rows(old, new) for old, new in zip(state.cache, rows)],
-        step=state.step,
         prompt_len_B=put(state.prompt_len_B, length_R),
         token_B=put(state.token_B, token_R),
         out_BT=state.out_BT.at[slot_R, 0].set(token_R, mode="drop"),
@@ -170,10 +167,9 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
         # The slot depends on the chosen tokens, so XLA must order the write after every read of the cache and can
         # do it in place; without that it copies the whole cache each step. Once all are done any slot will do.
         slot = jnp.where(done_B.all(), 0, now.step % ring)
-        moved = WriterState(
+        moved = now._replace(
             cache=[_write_slot(old, new, slot) for old, new in zip(now.cache, rows)],
             step=now.step + 1,
-            prompt_len_B=now.prompt_len_B,
             token_B=jnp.where(now.done_B, now.token_B, token_B),
             out_BT=now.out_BT.at[row_B, column_B].set(token_B, mode="drop"),
             count_B=count_B,

@@ -91,22 +91,31 @@ class BeagleBlock(nn.Module):
 
     def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
         """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
-        y_BTD = e_BTD + _project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
-        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
-        gated_BTF = jax.nn.silu(_project(z_BTD, self.gate_proj)) * _project(z_BTD, self.up_proj)
+        y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
         return y_BTD + _project(gated_BTF, self.down_proj)
 
-    def __call__(
+    def before_down(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
+        y_BTD = e_BTD + _project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
+        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
+        return y_BTD, jax.nn.silu(_project(z_BTD, self.gate_proj)) * _project(z_BTD, self.up_proj)
+
+    def attend(
         self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
     ) -> jax.Array:
-        """One pass over a row: queries at T positions from first_B (or 0) on, true states at 0..S-1 (method.md 2.1)."""
+        """Attention [B, K, G, T, H] of T positions from first_B (or 0) on over true states at 0..S-1."""
         positions_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
         if first_B is not None:
             positions_BT = positions_BT + first_B[:, None]
         positions_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
         rows = self.keys_values(h_BSD, positions_BS)
-        part = partial_attention(self.queries(e_BTD, positions_BT), *rows, mask_BTS[:, None, None])
-        return self.predict(e_BTD, merge_attention(part))
+        return merge_attention(partial_attention(self.queries(e_BTD, positions_BT), *rows, mask_BTS[:, None, None]))
+
+    def __call__(
+        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
+    ) -> jax.Array:
+        """One pass over a row: queries at T positions from first_B (or 0) on, true states at 0..S-1 (method.md 2.1)."""
+        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, first_B))
 
     def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)

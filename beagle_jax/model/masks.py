@@ -45,5 +45,10 @@ def early_block_mask(
     """
     start_T = window_start(jnp.arange(queries or width), window, offset)
     start_BT = start_T[None] + (jnp.zeros_like(length_B) if first_B is None else first_B)[:, None]
-    key_L = jnp.arange(width)
-    return (key_L[None, None] < start_BT[..., None]) & (key_L[None, None] < length_B[:, None, None])
+    return keys_before(start_BT, length_B, width)
+
+
+def keys_before(start_BT: jax.Array, length_B: jax.Array, width: int) -> jax.Array:
+    """Mask [B, T, L] over true states: key < the query's window start, and the key is not padding."""
+    key_11L = jnp.arange(width)[None, None]
+    return (key_11L < start_BT[..., None]) & (key_11L < length_B[:, None, None])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, append_rows
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
+from beagle_jax.model.masks import keys_before
 
 
 class LateStates(NamedTuple):
@@ -62,7 +63,7 @@ def late_states(
     e_BUJD = e_BTD[:, query_UJ]
     q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
     start_BT = jnp.repeat(position_BUJ[:, :, 0], J, axis=1)
-    mask_BTL = _sees_true(start_BT, length_B, L)
+    mask_BTL = keys_before(start_BT, length_B, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
     states, memory = [], None
@@ -81,12 +82,6 @@ def late_states(
                 at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
     return LateStates(jnp.stack(states, axis=2), query_UJ, valid_UJ)
-
-
-def _sees_true(start_BT: jax.Array, length_B: jax.Array, width: int) -> jax.Array:
-    """Mask [B, T, L]: true keys before the query's window, padding excluded (the early-stage mask)."""
-    key_L = jnp.arange(width)
-    return (key_L[None, None] < start_BT[..., None]) & (key_L[None, None] < length_B[:, None, None])
 
 
 def _windows_as_batch(part: PartialAttention, U: int, J: int, step: int) -> PartialAttention:

@@ -97,6 +97,15 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, leng
     )
 
 
+def at_queries(batch: Batch, x: jax.Array) -> jax.Array:
+    """x [B, L, ...] at each row's T queried positions: [B, T, ...].
+
+    Rows differ in where their answer begins; a query past the end of its row repeats the last position and never counts.
+    """
+    position_BT = batch.first_B[:, None] + jnp.arange(batch.counts_BT.shape[1])[None]
+    return x[jnp.arange(x.shape[0])[:, None], jnp.minimum(position_BT, x.shape[1] - 1)]
+
+
 def stage_loss(
     params: dict[str, jax.Array],
     spec: DraftSpec,
@@ -114,14 +123,11 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
-    # Rows differ in where their answer begins; a query past the end of its row repeats the last one and never counts.
-    row_B1 = jnp.arange(true_BLD.shape[0])[:, None]
-    position_BT = jnp.minimum(batch.first_B[:, None] + jnp.arange(batch.counts_BT.shape[1])[None], true_BLD.shape[1] - 1)
-    e_BTD = frozen["embed_VD"][jnp.asarray(batch.tokens_BL)[row_B1, position_BT]]
+    e_BTD = frozen["embed_VD"][at_queries(batch, jnp.asarray(batch.tokens_BL))]
     h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
     out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
     counts_BN = batch.counts_BT[:, out.query_N] & out.inside_N[None]
-    true_BND = true_BLD[row_B1, position_BT[:, out.query_N]]
+    true_BND = at_queries(batch, true_BLD)[:, out.query_N]
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
     ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows)

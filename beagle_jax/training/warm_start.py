@@ -18,8 +18,8 @@ import numpy as np
 
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.layers import join_heads, merge_attention, partial_attention, rms_norm
 from beagle_jax.model.masks import early_block_mask
+from beagle_jax.training.step import at_queries
 
 FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
 _FIT_LINES = 20  # chats whose features exist at once
@@ -68,17 +68,12 @@ def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, b
 def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that count: features x features, and features x what the MLP should add."""
     block = BeagleBlock(spec).bind({"params": params})
-    (B, L), T = part.tokens_BL.shape, part.counts_BT.shape[1]
-    row_B1, position_BT = jnp.arange(B)[:, None], part.first_B[:, None] + jnp.arange(T)[None]
-    e_BTD, true_BTD = (x[row_B1, jnp.minimum(position_BT, L - 1)] for x in (embed_VD[part.tokens_BL], part.states_BLD))
-    rows = block.keys_values(part.states_BLD, jnp.broadcast_to(jnp.arange(L), (B, L)))
-    mask_BTL = early_block_mask(part.length_B, L, 1, jnp.int32(0), part.first_B, T)
-    attended = merge_attention(partial_attention(block.queries(e_BTD, position_BT), *rows, mask_BTL[:, None, None]))
-    y_BTD = e_BTD + join_heads(attended) @ params["o_proj"].T
-    z_BTD = rms_norm(y_BTD, params["post_attention_layernorm"], spec.rms_norm_eps)
-    feature_BTF = jax.nn.silu(z_BTD @ params["gate_proj"].T) * (z_BTD @ params["up_proj"].T) * part.counts_BT[..., None]
+    e_BTD = embed_VD[at_queries(part, part.tokens_BL)]
+    mask_BTL = early_block_mask(part.length_B, part.tokens_BL.shape[1], 1, jnp.int32(0), part.first_B, e_BTD.shape[1])
+    y_BTD, gated_BTF = block.before_down(e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, part.first_B))
+    feature_BTF = gated_BTF * part.counts_BT[..., None]
     product = lambda x: jnp.einsum("BTF,BTD->FD", feature_BTF, x)
-    return product(feature_BTF), product(true_BTD - y_BTD)
+    return product(feature_BTF), product(at_queries(part, part.states_BLD) - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
