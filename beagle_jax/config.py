@@ -76,10 +76,11 @@ class TrainConfig:
     noise: Literal["uniform", "gaussian", "none"] = "uniform"  # on keys and values only (method.md 3.3)
     noise_scale: float = 0.2  # uniform: U(-scale/2, scale/2) * 512 / chat length; gaussian: standard deviation
     vloss_weight: float = 10.0  # of the smooth-L1 term (method.md 3.2)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's; muon learns more per token, at more work per step
     clip_norm: float = 0.5  # global gradient norm
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
-    weight_decay: float = 0.0  # AdamW
+    weight_decay: float = 0.0
     loss_rows: int = 128  # positions whose logits exist at once
     early: StageConfig = field(default_factory=lambda: StageConfig(steps=1000))
     late: StageConfig = field(default_factory=lambda: StageConfig(steps=500, window=4, simulation_steps=4))
@@ -88,12 +89,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """The draft tree and the limits of one generation."""
+    """The draft tree, how tokens are chosen, and where an answer ends."""
 
-    tree: Literal["chain", "static"] = "chain"  # static: the tree of `paths`
-    levels: int = 5  # chain: draft tokens per round
+    tree: Literal["chain", "static", "dynamic", "auto"] = "chain"  # static: of `paths`; auto: what `tune` found here
+    levels: int = 5  # chain, dynamic: draft steps per round
+    topk: int = 4  # dynamic: children kept per node, and nodes continued per level (method.md 6.4)
+    nodes: int = 8  # dynamic: tokens verified per round, the root included
     paths: tuple[tuple[int, ...], ...] | None = None  # static: child ranks from the root; null: EAGLE-1's 25 nodes
+    append_predicted: bool = True  # predicted states become keys of deeper levels (the paper's "concate")
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # sampling: most likely tokens kept; 0: all
+    top_p: float = 1.0  # sampling: share of probability kept
+    rule: Literal["match", "ratio"] = "match"  # sampling: how drafts are accepted; ratio: Leviathan's, for chains
+    seed: int = 0  # of every draw
     max_new_tokens: int = 128  # an answer ends here
+    stop: tuple[str, ...] = ()  # or before any of these strings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,8 @@ ALIASES = {
     "target_model_path": "target.source",
     "decode.depth": "decode.levels",
     "decode.num_steps": "decode.levels",
+    "decode.num_draft_tokens": "decode.nodes",
+    "decode.total_token": "decode.nodes",
     "train.late.ttt_steps": "train.late.simulation_steps",
     "train.late.ttt_length": "train.late.simulation_steps",
 }
@@ -271,6 +283,8 @@ def _check(config: Config, where: str) -> None:
         "train.loss_rows": config.train.loss_rows,
         "train.checkpoint_every": config.train.checkpoint_every,
         "decode.levels": config.decode.levels,
+        "decode.topk": config.decode.topk,
+        "decode.nodes": config.decode.nodes,
         "decode.max_new_tokens": config.decode.max_new_tokens,
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "log.every": config.log.every,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config import Config
-from beagle_jax.decoding.decoder import Decoder
-from beagle_jax.decoding.tree import tree_of
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.evaluation.report import summary, table
 from beagle_jax.evaluation.suites import measure, suite, tokenize
@@ -41,11 +41,12 @@ def evaluate(config: Config) -> list[dict]:
         folders.append(config.eval.compare)
     drafts = {folder: load_draft(folder, target.spec) for folder in folders}
     prompts = tokenize(chats, target.tokenizer)
-    limits = dict(max_new_tokens=config.eval.max_new_tokens, longest_prompt=max(map(len, prompts)))
-    decoders = {"plain": Decoder.plain(target, **limits)}
+    limit = config.eval.max_new_tokens
+    context = max(map(len, prompts)) + limit  # one cache size for all
+    decoders = {"plain": SpeculativeDecoder(target, context=context)}
     for name, draft in drafts.items():
-        decoders[name] = Decoder(target, draft, tree_of(config.decode), **limits)
-    results = measure(decoders, prompts)
+        decoders[name] = SpeculativeDecoder.of(config.decode, target, draft, context=context)
+    results = measure(decoders, prompts, limit, sampling_of(config.decode))
     return [summary(result, results[0]) for result in results]
 
 

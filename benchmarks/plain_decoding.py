@@ -14,8 +14,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.config import load_config
-from beagle_jax.decoding.decoder import Decoder
-from beagle_jax.decoding.tree import tree_of
+from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target, open_source
@@ -44,10 +43,13 @@ def main() -> None:
     target = load_target(config.target.source, "float32", config.target.cache_dir)
     draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
     prompts = tokenize(suite("held_out", arguments.prompts), target.tokenizer)
-    limits = dict(max_new_tokens=arguments.new_tokens, longest_prompt=max(map(len, prompts)))
-    decoders = {"plain": Decoder.plain(target, **limits), "speculative": Decoder(target, draft, tree_of(config.decode), **limits)}
+    context = max(map(len, prompts)) + arguments.new_tokens
+    decoders = {
+        "plain": SpeculativeDecoder(target, context=context),
+        "speculative": SpeculativeDecoder.of(config.decode, target, draft, context=context),
+    }
     for decoder in decoders.values():
-        decoder.warm_up(prompts)
+        decoder.warm_up(prompts, max_new_tokens=arguments.new_tokens)
     reference = torch_model(config)
     seconds = dict.fromkeys(("transformers", *decoders), 0.0)
     tokens = dict.fromkeys(seconds, 0)
@@ -65,7 +67,7 @@ def main() -> None:
         answers["transformers"] = out[0, len(prompt) :].tolist()
         for name, decoder in decoders.items():
             clock = time.perf_counter()
-            answers[name] = decoder.generate(prompt).tokens
+            answers[name] = decoder.generate([prompt], max_new_tokens=arguments.new_tokens)[0].tokens
             seconds[name] += time.perf_counter() - clock
         for name, answer in answers.items():
             tokens[name] += len(answer)

@@ -4,8 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from conftest import TINY, random_params
 
+from beagle_jax.decoding import loop
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
@@ -18,12 +21,21 @@ NEVER = (10_000,)  # a stop token that is not in the vocabulary
 MARKOV = dataclasses.replace(TINY, num_layers=0, tie_embeddings=False)
 
 
-def target_of(spec=TINY, eos_ids=NEVER, seed=0) -> Target:
-    """A random target without a tokenizer."""
+def target_of(spec=TINY, eos_ids=NEVER, seed=0, tokenizer=None) -> Target:
+    """A random target."""
     params = random_params(spec, seed)
     if not spec.num_layers:
         params = {**params, "norm_D": jnp.ones_like(params["norm_D"])}
-    return Target(spec, params, None, eos_ids, "test")
+    return Target(spec, params, tokenizer, eos_ids, "test")
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer for TINY: token n is the n-th character from "!" on."""
+    vocabulary = {chr(ord("!") + token): token for token in range(TINY.vocab_size)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    template = "{% for message in messages %}{{ message['role'][0] + message['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, clean_up_tokenization_spaces=False)
 
 
 def random_draft(seed=1, hot_ids=None) -> Draft:
@@ -37,6 +49,16 @@ def right_draft(error: float = 0.0) -> Draft:
     draft = random_draft()
     off = {"o_proj": jnp.zeros_like(draft.params["o_proj"]), "down_proj": error * draft.params["down_proj"]}
     return Draft(draft.spec, {**draft.params, **off}, None, {})
+
+
+def start(models, shapes, prompts, limit_B, capacity, seeds=None) -> loop.DecodeState:
+    """The state after reading right-padded prompts in one piece."""
+    width = max(map(len, prompts))
+    tokens = jnp.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], jnp.int32)
+    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)) if seeds is None else seeds)
+    state = loop.begin(models, shapes, limit_B, keys, capacity=capacity)
+    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    return loop.read_prompt(models, shapes, state, tokens, jnp.int32(0), lengths, first=True)
 
 
 _argmax_next = jax.jit(

@@ -21,7 +21,7 @@ from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.decoder import Decoder
+from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.target import load_target
 
@@ -170,14 +170,13 @@ def test_evaluate_finds_all_answers_identical(trained, capsys):
 
 
 def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
-    class Wrong(Decoder):
-        def generate(self, prompt, max_new_tokens=None):
-            answer = super().generate(prompt, max_new_tokens)
-            return (
-                replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]) if self._shapes.draft else answer
-            )
+    class Wrong(SpeculativeDecoder):
+        def generate(self, *arguments, **options):
+            [answer] = super().generate(*arguments, **options)
+            wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
+            return [wrong if self._shapes.draft else answer]
 
-    monkeypatch.setattr(evaluate, "Decoder", Wrong)
+    monkeypatch.setattr(evaluate, "SpeculativeDecoder", Wrong)
     summaries = evaluated(trained, capsys)
     assert summaries[1]["identical_to_plain"] == 0
     with pytest.raises(AssertionError):
@@ -197,7 +196,7 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
     printed = capsys.readouterr().out
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
-    answer = Decoder.plain(target, max_new_tokens=20, longest_prompt=len(tokens)).generate(tokens).tokens
+    answer = SpeculativeDecoder(target).generate([tokens], max_new_tokens=20)[0].tokens
     assert len(answer) > 3
     assert printed.startswith(
         target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"

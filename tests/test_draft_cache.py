@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, random_draft, right_draft, target_of
+from decode_cases import MARKOV, random_draft, right_draft, start, target_of
 
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.draft import DraftHead, draft_tree
-from beagle_jax.decoding.tree import chain, static_tree
+from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import empty_rows, write_rows
 from beagle_jax.model.masks import causal_mask
@@ -21,14 +21,14 @@ LENGTH = 12
 TREE = static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)])
 
 
-def _draft(draft, embed_VD, head_VD, states_BLD, length, root, tree):
-    """Tokens and states of one round, from a cache of true states below `length`."""
+def _draft(draft, embed_VD, head_VD, states_BLD, length, root, tree, **options):
+    """What one round drafts, from a cache of true states below `length`."""
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     rows = block.keys_values(states_BLD, jnp.arange(states_BLD.shape[1])[None])
     empty = empty_rows(1, draft.spec.num_kv_heads, 32, draft.spec.head_dim, jnp.float32)
     cache = write_rows(empty, rows, jnp.zeros(1, jnp.int32))  # slots at and past `length` hold rows that must not show
     return draft_tree(
-        draft.params, draft.spec, tree, embed_VD, DraftHead(head_VD, None), cache, jnp.array([length]), jnp.array([root])
+        draft.params, draft.spec, tree, embed_VD, DraftHead(head_VD, None), cache, jnp.array([length]), jnp.array([root]), **options
     )
 
 
@@ -36,9 +36,10 @@ def _compare_with_training(length: int, steps: int) -> None:
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(length), (1, LENGTH + 6, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
-    token_BW, state_BWD = _draft(draft, embed_VD, embed_VD, states_BLD, length, 7, chain(steps))
+    drafted = _draft(draft, embed_VD, embed_VD, states_BLD, length, 7, chain(steps))
+    state_BQD = drafted.state_BQD
     # Training sees the text that the draft itself proposed, in a window that starts at the root.
-    tokens = jnp.zeros((1, LENGTH + 6), jnp.int32).at[0, length : length + steps].set(token_BW[0, :steps])
+    tokens = jnp.zeros((1, LENGTH + 6), jnp.int32).at[0, length : length + steps].set(drafted.query_token_BQ[0])
     offset = length % steps
     late = late_states(
         draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), jnp.array([0]), window=steps, steps=steps,
@@ -46,7 +47,7 @@ def _compare_with_training(length: int, steps: int) -> None:
     )  # fmt: skip
     window = (length - offset) // steps
     assert late.query_UJ[window].tolist() == list(range(length, length + steps))
-    np.testing.assert_allclose(state_BWD[0, :steps], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BWD).max()))
+    np.testing.assert_allclose(state_BQD[0], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BQD).max()))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
@@ -64,31 +65,41 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
         _compare_with_training(5, 3)
 
 
-def test_a_node_sees_its_strict_ancestors_only():
-    """In a tree, each path gives the states of the chain of its own tokens."""
+def check_queries(tree, append_predicted: bool) -> None:
+    """In a tree, each query's state is that of the chain of its own path; without appended states, of its depth alone."""
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
-    token_BW, state_BWD = _draft(draft, embed_VD, embed_VD, states_BLD, LENGTH, 7, TREE)
-    block = BeagleBlock(draft.spec)
-    for node in TREE.inner_nodes(1).tolist() + TREE.inner_nodes(2).tolist():
-        path = TREE.path_WP1[node][: TREE.depth_W[node] + 1]
-        memory_BSD = jnp.concatenate([states_BLD, state_BWD[:, path[:-1]]], axis=1)
-        e_BSD = jnp.concatenate([jnp.zeros_like(states_BLD), embed_VD[token_BW[:, path]]], axis=1)
-        mask = jnp.tril(jnp.ones((e_BSD.shape[1], memory_BSD.shape[1]), bool), -1)[None]
-        alone = block.apply({"params": draft.params}, e_BSD, memory_BSD, mask)[0, -1]
-        np.testing.assert_allclose(state_BWD[0, node], alone, atol=1e-5 * float(jnp.abs(alone).max()))
+    drafted = _draft(draft, embed_VD, embed_VD, states_BLD, LENGTH, 7, tree, append_predicted=append_predicted)
+    block, seen = BeagleBlock(draft.spec), []
+    for query, sees_Q in enumerate(np.asarray(drafted.query_sees_BQQ[0])):
+        path = np.array([*np.flatnonzero(sees_Q), query])
+        memory_BSD = jnp.concatenate([states_BLD, drafted.state_BQD[:, path[:-1]]], axis=1)
+        e_BSD = jnp.concatenate([jnp.zeros_like(states_BLD), embed_VD[drafted.query_token_BQ[:, path]]], axis=1)
+        mask = jnp.tril(jnp.ones((e_BSD.shape[1], memory_BSD.shape[1]), bool), -1)
+        if not append_predicted:
+            mask = mask & (jnp.arange(memory_BSD.shape[1]) < LENGTH)[None]
+        alone = block.apply({"params": draft.params}, e_BSD, memory_BSD, mask[None])[0, -1]
+        np.testing.assert_allclose(drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max()))
+        seen.append(len(path))
+    assert max(seen) == tree.depth
 
 
-def _compare_caches(spec, draft, tree, rounds=4) -> None:
+@pytest.mark.parametrize("append_predicted", [True, False])
+@pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
+def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
+    check_queries(tree, append_predicted)
+
+
+def compare_caches(spec, draft, tree, rounds=4) -> None:
     target, prompt = target_of(spec), [3, 1, 4, 1, 5]
     models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
     shapes = loop.Shapes(target.spec, draft.spec, tree, target.eos_ids)
-    length, limit = jnp.array([len(prompt)]), jnp.array([40])
-    state = loop.prefill(models, shapes, jnp.array([prompt]), length, limit, capacity=64, max_new=40)
-    state = loop.decode(models, shapes, state, np.int32(rounds))
+    limit = jnp.array([40])
+    state = start(models, shapes, [prompt], limit, 64)
+    state = loop.decode(models, shapes, state, np.int32(rounds))[0]
     cached = int(state.length_B[0])
-    text = jnp.array([prompt + state.out_BT[0].tolist()])[:, :cached]
+    text = jnp.array([prompt + state.out_BS[0].tolist()])[:, :cached]
     positions = jnp.arange(cached)[None]
     states_BLD, rows = forward(target.params, spec, text, positions, causal_mask(jnp.array([cached]), cached))
     expected = BeagleBlock(draft.spec).bind({"params": draft.params}).keys_values(states_BLD, positions)
@@ -99,24 +110,24 @@ def _compare_caches(spec, draft, tree, rounds=4) -> None:
         np.testing.assert_allclose(cache.v_BKSH[:, :, :cached], right.v_BKSH, atol=1e-4)
 
 
-@pytest.mark.parametrize("tree", [chain(3), TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("tree", [chain(3), TREE, dynamic_tree(3, 3, 7)], ids=["chain", "static", "dynamic"])
 @pytest.mark.parametrize("case", ["rejecting", "accepting"])
 def test_caches_hold_true_states_only(case, tree):
     if case == "rejecting":
-        _compare_caches(TINY, random_draft(), tree)
+        compare_caches(TINY, random_draft(), tree)
     else:
-        _compare_caches(MARKOV, right_draft(0.02), tree)
+        compare_caches(MARKOV, right_draft(0.02), tree)
 
 
 def test_planted_bug_keeps_the_wrong_path(monkeypatch):
-    right = loop.accept_greedy
+    right = loop.accept_matching
 
-    def wrong(tree, token_BW, best_BW):
-        found = right(tree, token_BW, best_BW)
-        return found._replace(path_BP1=jnp.minimum(found.path_BP1 + 1, tree.size - 1))
+    def wrong(nodes, wanted_BW, depth):
+        found = right(nodes, wanted_BW, depth)
+        return found._replace(path_BP1=jnp.minimum(found.path_BP1 + 1, wanted_BW.shape[1] - 1))
 
-    monkeypatch.setattr(loop, "accept_greedy", wrong)
+    monkeypatch.setattr(loop, "accept_matching", wrong)
     jax.clear_caches()
     with pytest.raises(AssertionError):
-        _compare_caches(TINY, random_draft(), chain(3))
+        compare_caches(TINY, random_draft(), chain(3))
     jax.clear_caches()

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding import batch as batch_module
-from beagle_jax.decoding.batch import Sampling, _visible, _write_slot, write_answers
+from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.batch import _visible, _write_slot, write_answers
 from beagle_jax.model.cache import KVRows, append_rows, take_rows, visible_slots, write_all, write_rows
 from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask
@@ -147,7 +148,7 @@ def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
     states_BTD = jax.random.normal(jax.random.key(0), (3, 5, spec.hidden_size))
     expected = np.argmax(logits(params, states_BTD), axis=-1)
     assert len(np.unique(expected)) > 5
-    np.testing.assert_array_equal(best_tokens(params, states_BTD), expected)
+    np.testing.assert_array_equal(best_tokens(params, states_BTD)[0], expected)
 
 
 REAL_CHATS = [

@@ -1,13 +1,97 @@
-"""Trees as constants: sizes, masks, paths and error messages."""
+"""Trees: their shapes, the trees that drafting grows against slow oracles, masks, and error messages (method.md 13.8)."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
+from decode_cases import random_draft, target_of
+from tree_oracle import PathOracle, eagle2_paths, static_paths
 
 from beagle_jax.config import DecodeConfig
-from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, Tree, chain, static_tree, tree_of
+from beagle_jax.decoding import draft as drafting
+from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree, tree_of
 from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.cache import empty_rows, write_rows
 
 RAGGED = [(0,), (3,), (3, 1), (3, 1, 0), (3, 1, 2), (1,)]
+TREES = {
+    "chain": chain(4),
+    "eagle": static_tree(EAGLE_PATHS),
+    "ragged": static_tree(RAGGED),
+    "small": dynamic_tree(2, 2, 4),
+    "deep": dynamic_tree(5, 3, 12),
+    "all": dynamic_tree(3, 4, 37),
+}
+ROOT, LENGTHS = 7, (5, 9)
+
+
+def _grown(tree):
+    """The tree drafted for two sequences at once, and what the oracle needs to draft each."""
+    target, draft = target_of(), random_draft()
+    embed_VD = target.params["embed_VD"]
+    states_BLD = jax.random.normal(jax.random.key(3), (2, 10, TINY.hidden_size))
+    rows = BeagleBlock(draft.spec).bind({"params": draft.params}).keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
+    cache = write_rows(empty_rows(2, draft.spec.num_kv_heads, 16, draft.spec.head_dim, jnp.float32), rows, jnp.zeros(2, jnp.int32))
+    head = DraftHead(embed_VD, None)
+    drafted = draft_tree(draft.params, draft.spec, tree, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT]))
+    oracles = [PathOracle(draft, embed_VD, embed_VD, states_BLD[line], length, ROOT, tree.depth) for line, length in enumerate(LENGTHS)]
+    return drafted.nodes, oracles
+
+
+def _check_nodes(tree) -> None:
+    """Nodes of each sequence are the oracle's paths, parents come first, and the mask is that of walking up."""
+    nodes, oracles = _grown(tree)
+    for line, oracle in enumerate(oracles):
+        token_W, parent_W, depth_W = (np.asarray(x[line]) for x in nodes[:3])
+        paths = [()]
+        for node in range(1, tree.size):
+            assert parent_W[node] < node
+            paths.append((*paths[parent_W[node]], int(token_W[node])))
+            upward = [node]
+            while upward[-1]:
+                upward.append(int(parent_W[upward[-1]]))
+            assert depth_W[node] == len(paths[node]) == len(upward) - 1
+            assert np.flatnonzero(nodes.above_BWW[line, node]).tolist() == sorted(upward)
+        assert parent_W[0] == depth_W[0] == 0 and np.flatnonzero(nodes.above_BWW[line, 0]).tolist() == [0]
+        assert len(set(paths)) == tree.size
+        wanted = static_paths(oracle, tree.paths) if not tree.scored else eagle2_paths(oracle, tree.levels, tree.topk, tree.nodes)
+        assert set(paths[1:]) == wanted
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_drafting_grows_the_tree_of_the_oracle(tree):
+    _check_nodes(tree)
+
+
+@pytest.mark.parametrize("name", ["ragged", "deep"])
+def test_planted_bug_siblings_in_another_order(name, monkeypatch):
+    right = drafting._best_children
+
+    def swapped(tree, depth, level, *rest):
+        token_BC, score_BC = right(tree, depth, level, *rest)
+        per_query = lambda x_BC: x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+        return per_query(token_BC), score_BC
+
+    monkeypatch.setattr(drafting, "_best_children", swapped)
+    with pytest.raises(AssertionError):
+        _check_nodes(TREES[name])
+
+
+@pytest.mark.parametrize("name", ["eagle", "deep"])
+def test_planted_bug_mask_with_the_diagonal_of_siblings(name, monkeypatch):
+    """Each child sees all queries of the level above instead of its parent alone."""
+    right = drafting._next_level
+
+    def wrong(tree, depth, level, *rest):
+        following = right(tree, depth, level, *rest)
+        return following._replace(sees_BTQ=jnp.ones_like(following.sees_BTQ))
+
+    monkeypatch.setattr(drafting, "_next_level", wrong)
+    with pytest.raises(AssertionError):
+        _check_nodes(TREES[name])
 
 
 def test_worked_example_of_the_docstring():
@@ -16,47 +100,14 @@ def test_worked_example_of_the_docstring():
     assert tree.parent_W.tolist() == [0, 0, 0, 1]
     assert tree.depth_W.tolist() == [0, 1, 1, 2]
     assert tree.rank_W.tolist() == [0, 0, 1, 0]
-    verify = tree.ancestors_or_self_WW
+    verify = np.asarray(_grown(tree)[0].above_BWW[0])
     assert verify.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
-    assert (verify & ~np.eye(4, dtype=bool)).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert tree.path_WP1.tolist() == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]]
-    assert [tree.inner_nodes(depth).tolist() for depth in (0, 1)] == [[0], [1]]
-    assert [tree.children(depth).tolist() for depth in (0, 1)] == [[1, 2], [3]]
 
 
 def test_eagle_tree_has_the_published_sizes():
     tree = static_tree(EAGLE_PATHS)
     assert (tree.size, tree.depth) == (26, 5)
     assert np.bincount(tree.depth_W).tolist() == [1, 4, 8, 8, 3, 2]
-
-
-def _check_against_walking_up(tree: Tree) -> None:
-    """Masks and paths equal those found by following parents to the root."""
-    for node in range(tree.size):
-        upward = [node]
-        while upward[-1]:
-            assert tree.parent_W[upward[-1]] < upward[-1]
-            upward.append(int(tree.parent_W[upward[-1]]))
-        path = upward[::-1]
-        assert tree.depth_W[node] == len(path) - 1
-        assert np.flatnonzero(tree.ancestors_or_self_WW[node]).tolist() == sorted(path)
-        assert tree.path_WP1[node].tolist() == path + [node] * (tree.depth + 1 - len(path))
-    parents = [tree.inner_nodes(depth).tolist() for depth in range(tree.depth)]
-    assert sum(parents, []) == sorted(set(tree.parent_W[1:].tolist()))
-
-
-@pytest.mark.parametrize("tree", [ROOT_ONLY, chain(1), chain(5), static_tree(EAGLE_PATHS), static_tree(RAGGED)])
-def test_ancestors_and_paths_of_every_node(tree):
-    _check_against_walking_up(tree)
-
-
-def test_planted_bug_a_node_hangs_under_its_uncle():
-    tree = static_tree(RAGGED)
-    wrong = tree.parent_W.copy()
-    wrong[tree.depth_W == 2] -= 1
-    tree.__dict__["parent_W"] = wrong
-    with pytest.raises(AssertionError):
-        _check_against_walking_up(tree)
 
 
 def test_siblings_have_different_ranks():
@@ -79,6 +130,7 @@ def test_tree_of_config():
     assert tree_of(DecodeConfig(levels=4)) == chain(4)
     assert tree_of(DecodeConfig(tree="static")) == static_tree(EAGLE_PATHS)
     assert tree_of(DecodeConfig(tree="static", paths=((0,), (0, 1)))).size == 3
+    assert tree_of(DecodeConfig(tree="dynamic", levels=3, topk=2, nodes=6)) == dynamic_tree(3, 2, 6)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +145,17 @@ def test_tree_of_config():
 def test_bad_paths(paths, message):
     with pytest.raises(UserError, match=message):
         static_tree(paths)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 2, 12), "3 levels of topk 2 make 10 candidates, so nodes .root included. must be 2 to 11"),
+        ((3, 2, 1), "decode.nodes is 1"),
+        ((0, 2, 3), "drafts nothing"),
+        ((2, 0, 3), "drafts nothing"),
+    ],
+)
+def test_bad_sizes(sizes, message):
+    with pytest.raises(UserError, match=message):
+        dynamic_tree(*sizes)

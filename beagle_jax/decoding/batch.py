@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beagle_jax.decoding.sampling import Sampling, choose_from_top, is_stop
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, logits
@@ -24,13 +25,6 @@ from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, log
 SEGMENT_STEPS = 8  # tokens per row between two looks of the host
 ADMIT_ROWS = 16  # prompts read in one prefill
 PROMPT_BUCKET = 32  # prompt lengths are padded to a multiple of this: one compile each
-
-
-class Sampling(NamedTuple):
-    """How the next token is chosen. Hashable: a static argument of jit."""
-
-    temperature: float  # 0 takes the most likely token
-    top_k: int  # when sampling, only this many most likely tokens are kept
 
 
 class Answer(NamedTuple):
@@ -52,20 +46,6 @@ class WriterState(NamedTuple):
     count_B: jax.Array  # how many of them
     done_B: jax.Array  # finished, or never filled
     key: jax.Array
-
-
-def choose(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Next token per row: argmax, or a draw from the tempered top-k."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    top, token = jax.lax.top_k(logits_BV, sampling.top_k)
-    pick = jax.random.categorical(key, top / sampling.temperature, axis=-1)
-    return jnp.take_along_axis(token, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def is_stop(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Elementwise: does this token end an answer?"""
-    return (token[..., None] == jnp.expand_dims(jnp.asarray(eos_ids, jnp.int32), range(token.ndim))).any(axis=-1)
 
 
 def _empty_state(spec: TargetSpec, dtype, batch: int, max_new: int, seed: int) -> WriterState:
@@ -113,7 +93,7 @@ def _admit(params, spec, state, slot_R, tokens_RT, length_R, sampling, eos_ids) 
     states_RTD, rows = forward(params, spec, tokens_RT, positions_RT, causal_mask(length_R, T))
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     key, sub = jax.random.split(state.key)
-    token_R = choose(logits(params, last_RD), sampling, sub)
+    token_R = choose_from_top(logits(params, last_RD), sampling, sub)
     put = lambda old, new: old.at[slot_R].set(new, mode="drop")
     put_rows = lambda old, new: KVRows(
         old.k_BKHS.at[slot_R, :, :, ring : ring + T].set(new.k_BKHS, mode="drop"),
@@ -159,7 +139,7 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
         seen = (now.cache, _visible(now))
         states_B1D, rows = forward(params, spec, now.token_B[:, None], position_B1, jnp.ones((B, 1, 1), bool), *seen)
         key, sub = jax.random.split(now.key)
-        token_B = choose(logits(params, states_B1D[:, 0]), sampling, sub)
+        token_B = choose_from_top(logits(params, states_B1D[:, 0]), sampling, sub)
         # A done row keeps computing, on slots that nobody sees, and counts nothing.
         column_B = jnp.where(now.done_B, ring, now.count_B)
         count_B = now.count_B + ~now.done_B

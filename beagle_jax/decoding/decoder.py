@@ -1,23 +1,33 @@
-"""The decoder that entry points use: prompts in, tokens and measurements out, one sequence at a time."""
+"""The decoder that everything else calls: prompts in, text, tokens and measurements out."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from beagle_jax.decoding.loop import DecodeState, Models, Shapes, decode, draft_head_of, prefill
-from beagle_jax.decoding.tree import ROOT_ONLY, Tree
+from beagle_jax.config import DecodeConfig
+from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.loop import DecodeState, Models, Report, Shapes, begin, decode, draft_head_of, read_prompt, report
+from beagle_jax.decoding.sampling import GREEDY, Sampling
+from beagle_jax.decoding.text import TextStream
+from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree, tree_of
 from beagle_jax.errors import UserError
+from beagle_jax.sharding import place_target, replicate
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
 PROMPT_BUCKET = 64  # shortest padded prompt; longer ones go up by doubling: one compile each
-_CAPACITY_MULTIPLE = 64  # cache sizes are multiples of this
+PREFILL_CHUNK = 512  # prompts longer than this are read in pieces of it
+_CAPACITY_BUCKET = 128  # smallest cache; larger ones go up by doubling
 ROUNDS_PER_FETCH = 8  # streaming: rounds between two looks of the host
 _ALL_ROUNDS = np.int32(2**31 - 1)
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]  # a user's message, a chat that waits for an answer, or tokens
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,11 @@ class Generation:
 
     tokens: list[int]  # the stop token included, if one came
     rounds: int  # the prefill is in no round
-    accepted: list[int]  # histogram: rounds that accepted 0, 1, .. P drafts
-    prefill_seconds: float
-    decode_seconds: float
+    accepted: list[int]  # histogram: rounds that accepted 0, 1, .. P drafts, as far as they were emitted
+    prefill_seconds: float  # of the whole batch
+    decode_seconds: float  # of the whole batch
+    text: str = ""  # without stop token and stop string; empty when the target has no tokenizer
+    stopped_by: Literal["token", "string", "length", "context"] = "length"
 
     @property
     def tau(self) -> float:
@@ -41,86 +53,254 @@ class Generation:
         return len(self.tokens) / (self.prefill_seconds + self.decode_seconds)
 
 
-class Decoder:
-    """Greedy decoding of one target, with a draft and a tree or without (plain).
+class SpeculativeDecoder:
+    """Lossless decoding of a target with a draft and a tree, or plainly without a draft.
 
-    The cache size is fixed at construction, so prompts of one padded length share one compiled program.
+    A program is compiled once for each (batch size, padded prompt length, cache size, sampling) and then kept.
+
+        decoder = SpeculativeDecoder(target, draft, chain(3))
+        [answer] = decoder.generate(["Why is the sky blue?"])
+        print(answer.text, answer.tau)
     """
 
-    def __init__(self, target: Target, draft: Draft | None, tree: Tree, *, max_new_tokens: int, longest_prompt: int):
-        """longest_prompt: tokens of the longest prompt that will come. Raises UserError past the target's context."""
-        if draft is None and tree.depth:
-            raise UserError("a draft tree needs a draft; set draft.path, or decode plainly")
-        if longest_prompt + max_new_tokens > target.spec.max_positions:
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft | None = None,
+        tree: Tree = ROOT_ONLY,
+        *,
+        context: int | None = None,
+        append_predicted: bool = True,
+        rule: Literal["match", "ratio"] = "match",
+        mesh: Mesh | None = None,
+    ):
+        """context: most tokens that a prompt and its answer may have together, and then the one cache size that is
+        used; None: the target's own context, and caches as large as each call needs. append_predicted: see
+        `draft.draft_tree`. rule: how drawn drafts are accepted (`loop.Shapes`). mesh: the devices that share the target.
+        Raises UserError for a draft, a tree and a target that do not fit each other.
+        """
+        _check_fit(target, draft, tree, rule)
+        if context is not None and not tree.depth + 1 < context <= target.spec.max_positions:
             raise UserError(
-                f"a prompt of {longest_prompt} tokens and {max_new_tokens} new ones exceed the target's context of "
-                f"{target.spec.max_positions}; shorten the prompt or lower max_new_tokens"
+                f"a context of {context} tokens does not fit: the target's is {target.spec.max_positions}, "
+                f"and a round of this tree adds up to {tree.depth + 1}; choose one between"
             )
-        need = max(_bucket(longest_prompt), longest_prompt + max_new_tokens + tree.depth + 1)
-        self._capacity = -(-need // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
-        self._longest_prompt, self._max_new = longest_prompt, max_new_tokens
-        if not tree.depth:
-            draft = None
+        self._target, self._context = target, context or target.spec.max_positions
+        self._fixed_capacity = None if context is None else _round_up(context + tree.depth + 1, 64)
+        draft = draft if tree.depth else None
+        params = place_target(target.params, mesh)
         self._models = Models(
-            target.params,
-            None if draft is None else draft.params,
-            None if draft is None else draft_head_of(target.params, draft.hot_ids),
+            params,
+            None if draft is None else replicate(draft.params, mesh),
+            None if draft is None else replicate(draft_head_of(target.params, draft.hot_ids), mesh),
         )
-        self._shapes = Shapes(target.spec, None if draft is None else draft.spec, tree, target.eos_ids)
+        draft_spec = None if draft is None else draft.spec
+        self._shapes = Shapes(target.spec, draft_spec, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
 
     @classmethod
-    def plain(cls, target: Target, *, max_new_tokens: int, longest_prompt: int) -> "Decoder":
-        """Decoding without a draft: the baseline of every comparison."""
-        return cls(target, None, ROOT_ONLY, max_new_tokens=max_new_tokens, longest_prompt=longest_prompt)
+    def of(cls, config: DecodeConfig, target: Target, draft: Draft, *, context: int | None = None) -> "SpeculativeDecoder":
+        """The decoder that a config asks for."""
+        options = dict(append_predicted=config.append_predicted, rule=config.rule)
+        return cls(target, draft, tree_of(config), context=context, **options)
 
-    def warm_up(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compiles everything that these prompts will need: one short answer per padded length."""
-        for prompt in {_bucket(len(prompt)): prompt for prompt in prompts}.values():
-            self.generate(prompt, min(2, self._max_new))
+    def warm_up(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128) -> None:
+        """Compiles what answering these prompts one at a time will need."""
+        needs = {(_padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens for tokens in map(self._tokens, prompts)}
+        for tokens in needs.values():
+            shapes, state = self._prefill([tokens], sampling, max_new_tokens, 0, limit=2)
+            self._finish(state, shapes)
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int | None = None) -> Generation:
-        """Answers one prompt; blocks until the answer is on the host."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = GREEDY,
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[Generation]:
+        """Answers all prompts as one batch. Prompt n draws with seed + n, so a batch repeats what each would get alone.
+
+        stop: an answer ends before the first of these strings. It ends also at the target's stop tokens, after
+        max_new_tokens, and where the context is full. Raises UserError for empty and overlong prompts, and when the
+        target's logits are not finite.
+        """
         clock = time.perf_counter()
-        state = self._prefill(prompt, max_new_tokens)
+        rows = [self._tokens(prompt) for prompt in prompts]
+        shapes, state = self._prefill(rows, sampling, max_new_tokens, seed)
         state.root_B.block_until_ready()
         prefilled = time.perf_counter()
-        state = decode(self._models, self._shapes, state, _ALL_ROUNDS)
-        out, count, rounds, accepted = jax.device_get((state.out_BT, state.count_B, state.rounds_B, state.accepted_BP1))
-        finished = time.perf_counter()
-        tokens = out[0, : count[0]].tolist()
-        return Generation(tokens, int(rounds[0]), accepted[0].tolist(), prefilled - clock, finished - prefilled)
+        texts = [self._text_stream(stop) for _ in rows]
+        if stop:
+            now = self._finish_with_stops(state, shapes, texts)
+        else:
+            now = self._finish(state, shapes)
+        seconds = (prefilled - clock, time.perf_counter() - prefilled)
+        for line, text in enumerate(texts):
+            if not stop and text is not None:
+                text.add(now.out_BS[line, : now.count_B[line]].tolist())
+        return [self._generation(now, line, len(rows[line]), text, seconds, max_new_tokens) for line, text in enumerate(texts)]
 
-    def stream(self, prompt: Sequence[int], max_new_tokens: int | None = None) -> Iterator[list[int]]:
-        """Yields the tokens of an answer as they come, a few rounds at a time."""
-        state, told = self._prefill(prompt, max_new_tokens), 0
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = GREEDY,
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yields the text of an answer as it comes, a few rounds at a time; returns the Generation at its end.
+
+        The next rounds run while the host turns the last ones into text.
+        """
+        clock = time.perf_counter()
+        tokens, text, told = self._tokens(prompt), self._text_stream(stop), 0
+        if text is None:
+            raise UserError("this target has no tokenizer, so there is no text to stream; use generate")
+        shapes, state = self._prefill([tokens], sampling, max_new_tokens, seed)
+        state.root_B.block_until_ready()
+        prefilled = time.perf_counter()
+        ready = jax.tree.map(jnp.copy, report(state))
         while True:
-            out, count, done = jax.device_get((state.out_BT, state.count_B, state.done_B))
-            yield out[0, told : count[0]].tolist()
-            if done[0]:
-                return
-            told = int(count[0])
-            state = decode(self._models, self._shapes, state, np.int32(ROUNDS_PER_FETCH))
+            state, coming = decode(self._models, shapes, state, np.int32(ROUNDS_PER_FETCH))
+            now = _fetched(ready)
+            piece = text.add(now.out_BS[0, told : now.count_B[0]].tolist())
+            told, ready = int(now.count_B[0]), coming
+            if piece:
+                yield piece
+            if now.done_B[0] or text.tokens_at_stop is not None:
+                break
+        if rest := text.close():
+            yield rest
+        seconds = (prefilled - clock, time.perf_counter() - prefilled)
+        return self._generation(now, 0, len(tokens), text, seconds, max_new_tokens)
 
-    def _prefill(self, prompt: Sequence[int], max_new_tokens: int | None) -> DecodeState:
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
-        if len(prompt) > self._longest_prompt:
-            raise UserError(f"the prompt has {len(prompt)} tokens, this decoder was built for {self._longest_prompt}")
-        limit = self._max_new if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= self._max_new:
-            raise UserError(f"max_new_tokens is {limit}; this decoder was built for 1 to {self._max_new}")
-        tokens_BT = np.zeros((1, _bucket(len(prompt))), np.int32)
-        tokens_BT[0, : len(prompt)] = prompt
-        return prefill(
-            self._models,
-            self._shapes,
-            jnp.asarray(tokens_BT),
-            jnp.asarray([len(prompt)], jnp.int32),
-            jnp.asarray([limit], jnp.int32),
-            capacity=self._capacity,
-            max_new=self._max_new,
+        tokens = prompt_tokens(self._target.tokenizer, prompt) if isinstance(prompt[0], Mapping) else list(prompt)
+        if len(tokens) >= self._context:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens and the context ends at {self._context}, which leaves no room for an "
+                "answer; shorten the prompt"
+            )
+        return tokens
+
+    def _text_stream(self, stop: Sequence[str]) -> TextStream | None:
+        if isinstance(stop, str) or not all(stop):
+            raise UserError(f"stop is {stop!r}; expected a list of strings, none of them empty")
+        if self._target.tokenizer is None:
+            if stop:
+                raise UserError("this target has no tokenizer, so stop strings cannot be looked for")
+            return None
+        return TextStream(self._target.tokenizer, self._target.eos_ids, stop)
+
+    def _capacity(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        longest = max(map(len, rows))
+        need = min(longest + max_new_tokens, self._context) + self._shapes.tree.depth + 1
+        need = max(need, _padded(longest))
+        return max(self._fixed_capacity or _doubled(_CAPACITY_BUCKET, need), _padded(longest))
+
+    def _prefill(
+        self, rows: list[list[int]], sampling: Sampling, max_new_tokens: int, seed: int, limit: int | None = None
+    ) -> tuple[Shapes, DecodeState]:
+        if not rows:
+            raise UserError("there are no prompts; give at least one")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        shapes = self._shapes._replace(sampling=sampling.check())
+        if shapes.rule == "ratio" and sampling.greedy:
+            raise UserError("rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule 'match'")
+        length_B = np.array([len(row) for row in rows], np.int32)
+        limit_B = np.minimum(limit or max_new_tokens, self._context - length_B).astype(np.int32)
+        key_B = jax.vmap(jax.random.key)(np.array([seed + line for line in range(len(rows))], np.uint32))
+        state = begin(self._models, shapes, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
+        width = _padded(max(length_B))
+        tokens_BT = np.zeros((len(rows), width), np.int32)
+        for line, row in enumerate(rows):
+            tokens_BT[line, : len(row)] = row
+        for start in range(0, width, PREFILL_CHUNK):
+            chunk_BT = tokens_BT[:, start : start + PREFILL_CHUNK]
+            state = read_prompt(self._models, shapes, state, chunk_BT, np.int32(start), length_B, first=start == 0)
+        return shapes, state
+
+    def _finish(self, state: DecodeState, shapes: Shapes) -> Report:
+        return _fetched(decode(self._models, shapes, state, _ALL_ROUNDS)[1])
+
+    def _finish_with_stops(self, state: DecodeState, shapes: Shapes, texts: list[TextStream]) -> Report:
+        """A few rounds at a time; rows whose text reached a stop string are told to idle."""
+        told = [0] * len(texts)
+        while True:
+            state, after = decode(self._models, shapes, state, np.int32(ROUNDS_PER_FETCH))
+            now = _fetched(after)
+            for line, text in enumerate(texts):
+                text.add(now.out_BS[line, told[line] : now.count_B[line]].tolist())
+                told[line] = int(now.count_B[line])
+            done_B = now.done_B | np.array([text.tokens_at_stop is not None for text in texts])
+            if done_B.all():
+                return now
+            state = state._replace(done_B=jnp.asarray(done_B))
+
+    def _generation(
+        self, now: Report, line: int, prompt: int, text: TextStream | None, seconds: tuple[float, float], max_new_tokens: int
+    ) -> Generation:
+        count, rounds, accepted = int(now.count_B[line]), int(now.rounds_B[line]), now.accepted_BS[line]
+        tokens = now.out_BS[line, :count].tolist()
+        stopped_by = "token" if tokens[-1] in self._target.eos_ids else "length" if count >= max_new_tokens else "context"
+        if text is not None and text.tokens_at_stop is not None:
+            tokens, stopped_by = tokens[: text.tokens_at_stop], "string"
+            # A round adds its accepted tokens and one more; rounds after the stop, and tokens of its round, do not count.
+            through = 1 + np.cumsum(accepted[:rounds] + 1)
+            rounds = 0 if len(tokens) == 1 else int(np.searchsorted(through, len(tokens))) + 1
+            before = 1 if rounds < 2 else int(through[rounds - 2])
+            accepted = np.append(accepted[: rounds - 1], min(accepted[rounds - 1], len(tokens) - before)) if rounds else accepted
+        histogram = np.bincount(accepted[:rounds], minlength=self._shapes.tree.depth + 1).tolist()
+        whole = "" if text is None else text.whole()
+        return Generation(tokens, rounds, histogram, *seconds, whole, stopped_by)
+
+
+def _fetched(device: Report) -> Report:
+    now = Report(*jax.device_get(device))
+    if now.broken_B.any():
+        raise UserError(
+            f"the target's logits are not finite (prompt {int(np.argmax(now.broken_B)) + 1} of the batch); its weights hold NaN "
+            "or overflow in this dtype; try target.dtype=float32"
         )
+    return now
 
 
-def _bucket(length: int) -> int:
-    return max(PROMPT_BUCKET, 1 << (length - 1).bit_length())
+def _check_fit(target: Target, draft: Draft | None, tree: Tree, rule: str) -> None:
+    """Raises UserError unless the draft belongs to the target and the tree can be drafted."""
+    if not tree.depth:
+        return
+    if draft is None:
+        raise UserError("a draft tree needs a draft; set draft.path, or decode plainly")
+    ours, theirs = draft.spec.hidden_size, target.spec.hidden_size
+    if ours != theirs:
+        raise UserError(f"this draft belongs to another target (hidden size {ours}, the target's is {theirs})")
+    vocabulary, known = target.spec.vocab_size, target.spec.vocab_size
+    if draft.hot_ids is not None:
+        vocabulary, highest = len(draft.hot_ids), int(jnp.max(draft.hot_ids))
+        if highest >= known:
+            raise UserError(f"this draft belongs to another target (it scores token {highest}, the target has {known})")
+    most = max(tree.kept_children(level) for level in range(tree.depth))
+    if most > vocabulary:
+        raise UserError(f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} tokens; lower topk")
+    if rule == "ratio" and (isinstance(tree, DynamicTree) or tree.size != tree.depth + 1):
+        raise UserError("rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule 'match'")
+
+
+def _padded(length: int) -> int:
+    """Columns that a prompt takes in the prefill."""
+    return _round_up(length, PREFILL_CHUNK) if length > PREFILL_CHUNK else _doubled(PROMPT_BUCKET, length)
+
+
+def _doubled(start: int, need: int) -> int:
+    return max(start, 1 << (int(need) - 1).bit_length())
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-int(value) // multiple) * multiple

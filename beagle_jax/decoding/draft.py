@@ -1,4 +1,4 @@
-"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md 6.2).
+"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md 6.2, 6.4).
 
 True states live in the draft's cache; predicted ones only in local arrays that end with the round, so nothing has
 to be rolled back. The states of the last level are never turned into keys (lazy append).
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from beagle_jax.decoding.sampling import Sampling, filtered
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, append_rows, visible_slots
 from beagle_jax.model.layers import merge_attention, partial_attention
+from beagle_jax.model.target import logit_columns
 
 
 class DraftHead(NamedTuple):
@@ -21,6 +22,34 @@ class DraftHead(NamedTuple):
 
     rows_VD: jax.Array
     ids_V: jax.Array | None  # None: row v is token v
+
+
+class Nodes(NamedTuple):
+    """A drafted tree of W nodes; node 0 is the root, parents precede children."""
+
+    token_BW: jax.Array
+    parent_BW: jax.Array  # the root is its own
+    depth_BW: jax.Array
+    above_BWW: jax.Array  # verify mask: True where the column's node is the row's node or one of its ancestors
+
+
+class Drafted(NamedTuple):
+    """What drafting leaves behind. Q: all queries of a round, level by level, the root first."""
+
+    nodes: Nodes
+    state_BQD: jax.Array  # predicted state of each query
+    query_token_BQ: jax.Array
+    query_sees_BQQ: jax.Array  # draft mask: strict ancestors among the queries
+    logits_BPV: jax.Array | None  # filtered draft logits along a sampled chain, over the draft's vocabulary
+
+
+class _Level(NamedTuple):
+    """The queries of one level. T: how many."""
+
+    token_BT: jax.Array
+    candidate_BT: jax.Array  # each query's place among all candidates, counted from 1; 0 for the root
+    score_BT: jax.Array  # cumulative log-probability (zero in trees that do not ask)
+    sees_BTQ: jax.Array  # its strict ancestors among all queries so far
 
 
 def draft_tree(
@@ -32,48 +61,118 @@ def draft_tree(
     cache: KVRows,
     length_B: jax.Array,
     root_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Greedy drafts: tokens of all nodes [B, W], and the predicted states of the inner nodes [B, W, D] (zeros at leaves).
+    *,
+    append_predicted: bool = True,
+    sampling: Sampling | None = None,
+    noise_BPV: jax.Array | None = None,
+) -> Drafted:
+    """Drafts below the root: the best children of each query, or one draw from the draft's distribution in a chain.
 
     cache: keys and values of the true states at positions below length_B; the root sits at position length_B.
+    append_predicted: predicted states become keys of the levels below (the paper's "concate"); off, all levels see
+    true states only. sampling, noise_BPV: a chain whose tokens are drawn (`Drafted.logits_BPV` is then set).
     """
     block = BeagleBlock(spec).bind({"params": params})
-    B, W = root_B.shape[0], tree.size
-    token_BW = jnp.zeros((B, W), jnp.int32).at[:, 0].set(root_B)
-    state_BWD = jnp.zeros((B, W, embed_VD.shape[1]), embed_VD.dtype)
+    B = root_B.shape[0]
     slots = visible_slots(length_B, [cache])[:, None, None, None]
+    zero_B1 = jnp.zeros((B, 1), jnp.int32)
+    level = _Level(root_B[:, None], zero_B1, jnp.zeros((B, 1), jnp.float32), jnp.zeros((B, 1, 0), bool))
+    states, queries, sees, drawn = [], [], [], []
+    candidates = [(level.token_BT, zero_B1, zero_B1, level.score_BT)]  # token, parent, depth, score; the root first
     memory: KVRows | None = None
-    remembered = np.zeros(0, np.int32)  # the node behind each row of `memory`
-    for level in range(tree.depth):
-        with jax.named_scope(f"draft_{level + 1}"):
-            nodes = tree.inner_nodes(level)
-            positions_BT = jnp.broadcast_to((length_B + level)[:, None], (B, len(nodes)))
-            e_BTD = embed_VD[token_BW[:, nodes]]
+    for depth in range(tree.depth):
+        with jax.named_scope(f"draft_{depth + 1}"):
+            positions_BT = jnp.broadcast_to((length_B + depth)[:, None], level.token_BT.shape)
+            e_BTD = embed_VD[level.token_BT]
             q_BKGTH = block.queries(e_BTD, positions_BT)
             parts = [partial_attention(q_BKGTH, *cache, slots)]
             if memory is not None:
-                strict = tree.ancestors_or_self_WW[np.ix_(nodes, remembered)]  # they are above: never the node itself
-                parts.append(partial_attention(q_BKGTH, *memory, jnp.asarray(strict)[None, None, None]))
+                parts.append(partial_attention(q_BKGTH, *memory, level.sees_BTQ[:, None, None]))
             state_BTD = block.predict(e_BTD, merge_attention(*parts))
-            state_BWD = state_BWD.at[:, nodes].set(state_BTD)
-            token_BW = _place_children(tree, level, nodes, token_BW, state_BTD, head)
-            if level + 1 < tree.depth:
-                memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
-                remembered = np.concatenate([remembered, nodes])
-    return token_BW, state_BWD
+            states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
+            if noise_BPV is None:
+                children = _best_children(tree, depth, level, state_BTD, head)
+            else:
+                logits_BV = filtered(logit_columns(head.rows_VD, state_BTD).T, sampling)
+                drawn.append(logits_BV)
+                children = (_tokens(head, jnp.argmax(logits_BV + noise_BPV[:, depth], axis=-1)[:, None]), level.score_BT)
+            first = sum(token.shape[1] for token, *_ in candidates)
+            candidates.append(_entries(level, depth, *children))
+            if depth + 1 < tree.depth:
+                if append_predicted:
+                    memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
+                level = _next_level(tree, depth, level, first, *children)
+    token_BN, parent_BN, depth_BN, score_BN = (jnp.concatenate(each, axis=1) for each in zip(*candidates))
+    nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, tree.depth)
+    count = sum(token.shape[1] for token in queries)
+    wide = [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in sees]
+    return Drafted(
+        nodes,
+        jnp.concatenate(states, axis=1),
+        jnp.concatenate(queries, axis=1),
+        jnp.concatenate(wide, axis=1),
+        jnp.stack(drawn, axis=1) if drawn else None,
+    )
 
 
-def _place_children(tree: Tree, level: int, nodes, token_BW, state_BTD, head: DraftHead) -> jax.Array:
-    """Fills in the tokens of the level below: each child takes its rank among its parent's best tokens."""
-    children = tree.children(level)
-    ranks = tree.rank_W[children]
-    logits_BTV = jnp.einsum("BTD,VD->BTV", state_BTD, head.rows_VD, preferred_element_type=jnp.float32)
-    if ranks.max() == 0:
-        best_BTC = jnp.argmax(logits_BTV, axis=-1)[..., None]
+def _best_children(tree: Tree, depth: int, level: _Level, state_BTD, head: DraftHead) -> tuple[jax.Array, jax.Array]:
+    """Tokens and cumulative log-probabilities [B, T * k] of each query's k best children, in (query, rank) order."""
+    (B, T), k = level.token_BT.shape, tree.kept_children(depth)
+    columns_VM = logit_columns(head.rows_VD, state_BTD)
+    if k == 1 and not tree.scored:
+        best_BTk = jnp.argmax(columns_VM, axis=0).reshape(B, T, 1)
+        score_BTk = jnp.zeros((B, T, 1), jnp.float32)
     else:
-        best_BTC = jax.lax.top_k(logits_BTV, int(ranks.max()) + 1)[1]
-    column = np.searchsorted(nodes, tree.parent_W[children])
-    picked_BC = best_BTC[:, column, ranks]
-    if head.ids_V is not None:
-        picked_BC = head.ids_V[picked_BC]
-    return token_BW.at[:, children].set(picked_BC.astype(jnp.int32))
+        # The barrier keeps XLA from turning the product round to rows, which is slower (model/target.py).
+        logits_BTV = jax.lax.optimization_barrier(columns_VM).T.reshape(B, T, -1)
+        top_BTk, best_BTk = jax.lax.top_k(logits_BTV, k)
+        score_BTk = jnp.zeros_like(top_BTk)
+        if tree.scored:
+            total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+            score_BTk = level.score_BT[..., None] + jnp.minimum(top_BTk - total_BT[..., None], 0.0)
+    return _tokens(head, best_BTk.reshape(B, T * k)), score_BTk.reshape(B, T * k)
+
+
+def _tokens(head: DraftHead, row: jax.Array) -> jax.Array:
+    """The tokens that rows of the draft's head stand for."""
+    return (row if head.ids_V is None else head.ids_V[row]).astype(jnp.int32)
+
+
+def _entries(level: _Level, depth: int, token_BC: jax.Array, score_BC: jax.Array) -> tuple[jax.Array, ...]:
+    """A level's children as candidates: token, parent, depth, score."""
+    per_query = token_BC.shape[1] // level.token_BT.shape[1]
+    parent_BC = jnp.repeat(level.candidate_BT, per_query, axis=1)
+    return token_BC, parent_BC, jnp.full_like(parent_BC, depth + 1), score_BC
+
+
+def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC) -> _Level:
+    """The children that are continued. first: the place of this level's first candidate among all."""
+    T = level.token_BT.shape[1]
+    pick_BN = tree.next_queries(depth, score_BC)
+    pick = lambda x_BC: jnp.take_along_axis(x_BC, pick_BN, axis=1)
+    # A child sees what its parent saw, and its parent.
+    below_BTQ = jnp.concatenate([level.sees_BTQ, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (token_BC.shape[0], T, T))], axis=2)
+    parent_BN = pick_BN // (token_BC.shape[1] // T)
+    sees_BNQ = jnp.take_along_axis(below_BTQ, parent_BN[..., None], axis=1)
+    return _Level(pick(token_BC), pick_BN + first, pick(score_BC), sees_BNQ)
+
+
+def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, levels: int) -> Nodes:
+    """The chosen candidates (the root is added) as a tree, parents renumbered."""
+    chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
+    B, W = chosen_BW.shape
+    pick = lambda x_BN: jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+    node_BN = jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
+    parent_BW = jnp.take_along_axis(node_BN, pick(parent_BN), axis=1)
+    walk_BW = jnp.broadcast_to(jnp.arange(W)[None], (B, W))
+    above_BWW = walk_BW[..., None] == jnp.arange(W)[None, None]
+    for _ in range(levels):
+        walk_BW = jnp.take_along_axis(parent_BW, walk_BW, axis=1)
+        above_BWW |= walk_BW[..., None] == jnp.arange(W)[None, None]
+    return Nodes(pick(token_BN), parent_BW, pick(depth_BN), above_BWW)
+
+
+def root_only(root_B: jax.Array) -> Nodes:
+    """The tree without drafts: plain decoding."""
+    zero_B1 = jnp.zeros((root_B.shape[0], 1), jnp.int32)
+    return Nodes(root_B[:, None], zero_B1, zero_B1, jnp.ones((root_B.shape[0], 1, 1), bool))

@@ -5,19 +5,24 @@ depends on the prompt but array contents, so a shape compiles once.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from beagle_jax.decoding.batch import is_stop
-from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.draft import DraftHead, Drafted, Nodes, draft_tree, root_only
+from beagle_jax.decoding.sampling import Sampling, choose, filtered, gumbel, is_stop, place_keys
 from beagle_jax.decoding.tree import Tree
-from beagle_jax.decoding.verify import Accepted, accept_greedy
+from beagle_jax.decoding.verify import Accepted, accept_by_ratio, accept_matching
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, empty_rows, take_rows, visible_slots, write_all, write_rows
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, head, init_cache
+from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, head, init_cache, logits
+from beagle_jax.sharding import shard_cache
+
+# What a place's key is folded with, so that its draws are independent of each other.
+_FOR_TARGET, _FOR_DRAFT, _FOR_ACCEPTING = 0, 1, 2
 
 
 class Models(NamedTuple):
@@ -35,6 +40,10 @@ class Shapes(NamedTuple):
     draft: DraftSpec | None
     tree: Tree
     eos_ids: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    rule: Literal["match", "ratio"] = "match"  # how drawn drafts are accepted; ratio: Leviathan's, chains only
+    append_predicted: bool = True
+    mesh: Mesh | None = None
 
 
 class DecodeState(NamedTuple):
@@ -44,58 +53,97 @@ class DecodeState(NamedTuple):
     draft_cache: KVRows | None  # keys and values of their true states, never of predicted ones
     length_B: jax.Array  # tokens in the caches; the root sits at this position
     root_B: jax.Array  # last known token, without a state yet
-    out_BT: jax.Array  # answer so far, the prefill's token first
+    out_BS: jax.Array  # answer so far, the prefill's token first
     count_B: jax.Array  # how many tokens of it
     limit_B: jax.Array  # stop at this many
     done_B: jax.Array
+    broken_B: jax.Array  # the target's logits were not finite
     rounds_B: jax.Array  # rounds run, the prefill not counted
-    accepted_BP1: jax.Array  # histogram: rounds that accepted 0, 1, .. P drafts
+    accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
+    key_B: jax.Array  # of every draw of the sequence (sampling.place_keys)
 
 
-@partial(jax.jit, static_argnames=("shapes", "capacity", "max_new"))
-def prefill(
-    models: Models,
-    shapes: Shapes,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    limit_B: jax.Array,
-    *,
-    capacity: int,
-    max_new: int,
-) -> DecodeState:
-    """Reads right-padded prompts; fills both caches and chooses the first token of each answer.
+class Report(NamedTuple):
+    """What the host reads after some rounds: copies, so that the state can be donated on."""
 
-    limit_B: tokens each answer may have, at most max_new. capacity must hold prompt, answer and one round's overhang.
+    out_BS: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+    broken_B: jax.Array
+    rounds_B: jax.Array
+    accepted_BS: jax.Array
+
+
+def report(state: DecodeState) -> Report:
+    """The part of a state that the host reads."""
+    return Report(*(getattr(state, name) for name in Report._fields))
+
+
+@partial(jax.jit, static_argnames=("shapes", "capacity"))
+def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, *, capacity: int) -> DecodeState:
+    """Empty caches of `capacity` slots, which must hold prompt, answer and one round's overhang.
+
+    limit_B: tokens each answer may have.
     """
-    spec = shapes.target
-    B, T = tokens_BT.shape
-    dtype = models.target["embed_VD"].dtype
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    states_BTD, rows = forward(models.target, spec, tokens_BT, positions_BT, causal_mask(length_B, T))
-    last_BD = jnp.take_along_axis(states_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    root_B = best_tokens(models.target, last_BD)
-    start_B = jnp.zeros(B, jnp.int32)
+    B, dtype = limit_B.shape[0], models.target["embed_VD"].dtype
+    zeros = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
     draft_cache = None
-    if models.draft is not None:
-        block = BeagleBlock(shapes.draft).bind({"params": models.draft})
-        empty = empty_rows(B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype)
-        draft_cache = write_rows(empty, block.keys_values(states_BTD, positions_BT), start_B)
+    if shapes.draft is not None:
+        draft_cache = empty_rows(B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype)
     return DecodeState(
-        target_cache=write_all(init_cache(spec, B, capacity, dtype), rows, start_B),
+        target_cache=shard_cache(init_cache(shapes.target, B, capacity, dtype), shapes.mesh),
         draft_cache=draft_cache,
-        length_B=length_B,
-        root_B=root_B,
-        out_BT=jnp.zeros((B, max_new), jnp.int32).at[:, 0].set(root_B),
-        count_B=jnp.ones(B, jnp.int32),
+        length_B=zeros(),
+        root_B=zeros(),
+        out_BS=zeros(capacity),
+        count_B=zeros(),
         limit_B=limit_B,
-        done_B=is_stop(root_B, shapes.eos_ids) | (limit_B <= 1),
-        rounds_B=jnp.zeros(B, jnp.int32),
-        accepted_BP1=jnp.zeros((B, shapes.tree.depth + 1), jnp.int32),
+        done_B=jnp.zeros(B, bool),
+        broken_B=jnp.zeros(B, bool),
+        rounds_B=zeros(),
+        accepted_BS=zeros(capacity),
+        key_B=key_B,
+    )
+
+
+@partial(jax.jit, static_argnames=("shapes", "first"), donate_argnames=("state",))
+def read_prompt(
+    models: Models, shapes: Shapes, state: DecodeState, tokens_BT: jax.Array, offset: jax.Array, length_B: jax.Array, *, first: bool
+) -> DecodeState:
+    """Reads one chunk of right-padded prompts: positions offset .. offset + T - 1, `first` when offset is 0.
+
+    Fills both caches (the draft's with the projection of the target's states, method.md 6.1) and, in rows whose prompt
+    ends in this chunk, chooses the first token of the answer. length_B: of the whole prompts.
+    """
+    spec, (B, T) = shapes.target, tokens_BT.shape
+    positions_BT = jnp.broadcast_to(offset + jnp.arange(T)[None], (B, T))
+    here_B = jnp.clip(length_B - offset, 0, T)  # tokens of this chunk
+    start_B = jnp.broadcast_to(offset, (B,))
+    past = () if first else (state.target_cache, visible_slots(start_B, state.target_cache))
+    states_BTD, rows = forward(models.target, spec, tokens_BT, positions_BT, causal_mask(here_B, T), *past)
+    ends_B = (length_B > offset) & (length_B <= offset + T)
+    last_B1D = jnp.take_along_axis(states_BTD, jnp.maximum(here_B - 1, 0)[:, None, None], axis=1)
+    wanted_B1, finite_B1 = _target_choice(models, shapes, last_B1D, state.key_B, jnp.zeros((B, 1), jnp.int32))
+    root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
+    draft_cache = state.draft_cache
+    if shapes.draft is not None:
+        block = BeagleBlock(shapes.draft).bind({"params": models.draft})
+        draft_cache = write_rows(draft_cache, block.keys_values(states_BTD, positions_BT), start_B)
+    broken_B = state.broken_B | (ends_B & ~finite_B1[:, 0])
+    return state._replace(
+        target_cache=write_all(state.target_cache, rows, start_B),
+        draft_cache=draft_cache,
+        length_B=state.length_B + here_B,
+        root_B=root_B,
+        out_BS=state.out_BS.at[:, 0].set(root_B),
+        count_B=jnp.where(ends_B, 1, state.count_B),
+        done_B=state.done_B | broken_B | (ends_B & (is_stop(root_B, shapes.eos_ids) | (state.limit_B <= 1))),
+        broken_B=broken_B,
     )
 
 
 @partial(jax.jit, static_argnames=("shapes",), donate_argnames=("state",))
-def decode(models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.Array) -> DecodeState:
+def decode(models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.Array) -> tuple[DecodeState, Report]:
     """Runs rounds until every answer is finished, or `max_rounds` of them (for streaming)."""
 
     def body(carry):
@@ -103,67 +151,109 @@ def decode(models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.A
         return index + 1, _round(models, shapes, now)
 
     unfinished = lambda carry: (carry[0] < max_rounds) & ~carry[1].done_B.all()
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return state, report(state)
 
 
 def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     """One round for every sequence; finished ones compute along and change nothing that counts."""
-    tree, spec = shapes.tree, shapes.target
-    B, W = now.root_B.shape[0], tree.size
     with jax.named_scope("draft"):
-        token_BW = now.root_B[:, None]
-        if tree.depth:
-            token_BW, _ = draft_tree(
-                models.draft, shapes.draft, tree, models.target["embed_VD"], models.draft_head,
-                now.draft_cache, now.length_B, now.root_B,
-            )  # fmt: skip
+        drafted = _draft(models, shapes, now)
+        nodes = drafted.nodes
     with jax.named_scope("verify"):
-        positions_BW = now.length_B[:, None] + jnp.asarray(tree.depth_W)[None]
-        mask_BWW = jnp.broadcast_to(jnp.asarray(tree.ancestors_or_self_WW), (B, W, W))
+        positions_BW = now.length_B[:, None] + nodes.depth_BW
         visible_BS = visible_slots(now.length_B, now.target_cache)
         states_BWD, rows = forward(
-            models.target, spec, token_BW, positions_BW, mask_BWW, now.target_cache, visible_BS
+            models.target, shapes.target, nodes.token_BW, positions_BW, nodes.above_BWW, now.target_cache, visible_BS
         )
-        best_BW = best_tokens(models.target, states_BWD)
     with jax.named_scope("accept"):
-        found = accept_greedy(tree, token_BW, best_BW)
+        found, finite_B = _accept(models, shapes, now, drafted, states_BWD)
     with jax.named_scope("append"):
         # Rows of the accepted path only, and their true states: rows past it are overwritten by the next round.
         # The picked rows depend on the verification, so XLA can update the caches in place after reading them.
         kept = [take_rows(layer, found.path_BP1) for layer in rows]
         target_cache = write_all(now.target_cache, kept, now.length_B)
         draft_cache = now.draft_cache
-        if models.draft is not None:
+        if shapes.draft is not None:
             block = BeagleBlock(shapes.draft).bind({"params": models.draft})
             states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
-            positions_BP = now.length_B[:, None] + jnp.arange(tree.depth + 1)[None]
+            positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
             draft_cache = write_rows(draft_cache, block.keys_values(states_BPD, positions_BP), now.length_B)
-    return _emit(now, found, target_cache, draft_cache, shapes.eos_ids)
+    now = now._replace(target_cache=target_cache, draft_cache=draft_cache)
+    return _emit(now, found, finite_B, shapes.eos_ids)
 
 
-def _emit(now: DecodeState, found: Accepted, target_cache, draft_cache, eos_ids: tuple[int, ...]) -> DecodeState:
+def _draft(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
+    """This round's tree; drawn from the draft's distribution under the ratio rule."""
+    if not shapes.tree.depth:
+        return Drafted(root_only(now.root_B), None, None, None, None)
+    drawing = {}
+    if shapes.rule == "ratio":
+        place_BP = now.count_B[:, None] + jnp.arange(shapes.tree.depth)[None]
+        key_BP = _keys(now.key_B, place_BP, _FOR_DRAFT)
+        drawing = dict(sampling=shapes.sampling, noise_BPV=gumbel(key_BP, models.draft_head.rows_VD.shape[0]))
+    return draft_tree(
+        models.draft, shapes.draft, shapes.tree, models.target["embed_VD"], models.draft_head,
+        now.draft_cache, now.length_B, now.root_B, append_predicted=shapes.append_predicted, **drawing,
+    )  # fmt: skip
+
+
+def _accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, states_BWD) -> tuple[Accepted, jax.Array]:
+    """What the target accepts, and whether its logits were finite."""
+    nodes, depth = drafted.nodes, shapes.tree.depth
+    if drafted.logits_BPV is None:
+        wanted_BW, finite_BW = _target_choice(models, shapes, states_BWD, now.key_B, now.count_B[:, None] + nodes.depth_BW)
+        return accept_matching(nodes, wanted_BW, depth), finite_BW.all(axis=1)
+    (B, W, D), place_BP = states_BWD.shape, now.count_B[:, None] + jnp.arange(depth)[None]
+    raw_BWV = logits(models.target, states_BWD)
+    V = raw_BWV.shape[-1]
+    target_BWV = filtered(raw_BWV.reshape(B * W, V), shapes.sampling).reshape(B, W, V)
+    draft_BPV = drafted.logits_BPV
+    if models.draft_head.ids_V is not None:
+        draft_BPV = jnp.full((B, depth, V), -jnp.inf).at[:, :, models.draft_head.ids_V].set(draft_BPV)
+    uniform_BP = jax.vmap(jax.vmap(jax.random.uniform))(_keys(now.key_B, place_BP, _FOR_ACCEPTING))
+    noise_BWV = gumbel(_keys(now.key_B, now.count_B[:, None] + nodes.depth_BW, _FOR_TARGET), V)
+    found = accept_by_ratio(nodes, target_BWV, draft_BPV, uniform_BP, noise_BWV)
+    return found, jnp.isfinite(raw_BWV.max(axis=-1)).all(axis=1)
+
+
+def _target_choice(models: Models, shapes: Shapes, states_BWD, key_B, place_BW) -> tuple[jax.Array, jax.Array]:
+    """The target's own next token after each state, greedy or drawn with the noise of its place; and is it finite?"""
+    if shapes.sampling.greedy:
+        return best_tokens(models.target, states_BWD)
+    raw_BWV = logits(models.target, states_BWD)
+    B, W, V = raw_BWV.shape
+    noise_BWV = gumbel(_keys(key_B, place_BW, _FOR_TARGET), V)
+    wanted_M = choose(raw_BWV.reshape(-1, V), noise_BWV.reshape(-1, V), shapes.sampling)
+    return wanted_M.reshape(B, W), jnp.isfinite(raw_BWV.max(axis=-1))
+
+
+def _keys(key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
+    return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
+
+
+def _emit(now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple[int, ...]) -> DecodeState:
     """Writes the round's tokens: up to the first stop token, and never past the limit."""
     B, P1 = found.token_BP1.shape
-    step_1P = jnp.arange(P1)[None]
+    row_B, step_1P = jnp.arange(B), jnp.arange(P1)[None]
     stop_BP = is_stop(found.token_BP1, eos_ids) & (step_1P <= found.count_B[:, None])
     to_stop_B = jnp.where(stop_BP.any(axis=1), jnp.argmax(stop_BP, axis=1) + 1, found.count_B + 1)
-    emitted_B = jnp.minimum(to_stop_B, now.limit_B - now.count_B)
-    emitted_B = jnp.where(now.done_B, 0, emitted_B)
-    column_BP = jnp.where(step_1P < emitted_B[:, None], now.count_B[:, None] + step_1P, now.out_BT.shape[1])
+    live_B = ~now.done_B & finite_B
+    emitted_B = jnp.where(live_B, jnp.minimum(to_stop_B, now.limit_B - now.count_B), 0)
+    capacity = now.out_BS.shape[1]  # an index past the end is dropped
+    column_BP = jnp.where(step_1P < emitted_B[:, None], now.count_B[:, None] + step_1P, capacity)
+    round_B = jnp.where(live_B, now.rounds_B, capacity)
     count_B = now.count_B + emitted_B
     stopped_B = (stop_BP & (step_1P < emitted_B[:, None])).any(axis=1)
-    live_B = ~now.done_B
-    return DecodeState(
-        target_cache=target_cache,
-        draft_cache=draft_cache,
+    return now._replace(
         length_B=now.length_B + jnp.where(live_B, found.count_B + 1, 0),
         root_B=jnp.where(live_B, found.bonus_B, now.root_B),
-        out_BT=now.out_BT.at[jnp.arange(B)[:, None], column_BP].set(found.token_BP1, mode="drop"),
+        out_BS=now.out_BS.at[row_B[:, None], column_BP].set(found.token_BP1, mode="drop"),
         count_B=count_B,
-        limit_B=now.limit_B,
-        done_B=now.done_B | stopped_B | (count_B >= now.limit_B),
+        done_B=now.done_B | ~finite_B | stopped_B | (count_B >= now.limit_B),
+        broken_B=now.broken_B | (~now.done_B & ~finite_B),
         rounds_B=now.rounds_B + live_B,
-        accepted_BP1=now.accepted_BP1 + (live_B[:, None] & (step_1P == found.count_B[:, None])),
+        accepted_BS=now.accepted_BS.at[row_B, round_B].set(jnp.minimum(found.count_B, emitted_B), mode="drop"),
     )
 
 

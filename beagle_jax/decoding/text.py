@@ -1,4 +1,4 @@
-"""From tokens that arrive a few at a time to text that never shows half a character."""
+"""From tokens that arrive a few at a time to text: no half characters, nothing of a stop string or after it."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,50 @@ _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """Turns token runs into text; holds back a tail that may still be part of a character."""
+    """Turns token runs into text; holds back a tail that may still change or turn out to be a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]):
-        self._tokenizer, self._eos_ids = tokenizer, set(eos_ids)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str] = ()):
+        """stop: the text ends before the first of these strings, wherever it begins in a token or a round."""
+        self._tokenizer, self._eos_ids, self._stop = tokenizer, set(eos_ids), tuple(stop)
         self._tokens: list[int] = []
+        self._text = ""  # all of it, the held back tail included
         self._shown = 0  # characters already returned
+        self.tokens_at_stop: int | None = None  # tokens up to the one that completed a stop string
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Text that these tokens complete; stop tokens are silent."""
-        self._tokens += [token for token in tokens if token not in self._eos_ids]
-        text = self._tokenizer.decode(self._tokens)
-        if text.endswith(_INCOMPLETE):
-            text = text.rstrip(_INCOMPLETE)
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
-        return new
+        """Text that these tokens complete; stop tokens are silent, and so is everything after a stop string."""
+        before = self._shown
+        # Without stop strings all at once; with them one by one, to know the token that completed one.
+        for run in [[token] for token in tokens] if self._stop else [list(tokens)]:
+            if self.tokens_at_stop is None:
+                self._grow(run)
+        return self._text[before : self._shown]
 
     def close(self) -> str:
-        """What was held back, as the tokenizer shows it."""
-        return self._tokenizer.decode(self._tokens)[self._shown :]
+        """What was held back, as the tokenizer shows it; nothing after a stop string."""
+        if self.tokens_at_stop is not None:
+            return ""
+        rest, self._shown = self._text[self._shown :], len(self._text)
+        return rest
+
+    def whole(self) -> str:
+        """All text so far, shown or not."""
+        return self._text
+
+    def _grow(self, run: list[int]) -> None:
+        self._tokens += run
+        self._text = self._tokenizer.decode([token for token in self._tokens if token not in self._eos_ids])
+        found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.tokens_at_stop = len(self._tokens)
+            self._text = self._text[: min(found)]
+            self._shown = max(self._shown, len(self._text))
+            return
+        safe = len(self._text.rstrip(_INCOMPLETE)) if self._text.endswith(_INCOMPLETE) else len(self._text)
+        self._shown = max(self._shown, min(safe, len(self._text) - self._may_begin_a_stop()))
+
+    def _may_begin_a_stop(self) -> int:
+        """Length of the longest tail that is the beginning of a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        tails = (length for length in range(min(longest, len(self._text)), 0, -1))
+        return next((n for n in tails if any(stop.startswith(self._text[-n:]) for stop in self._stop)), 0)

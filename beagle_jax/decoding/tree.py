@@ -1,13 +1,19 @@
-"""Draft trees of fixed shape: chains and static trees, as constants made once on the host (method.md 6.5).
+"""Draft trees: which drafted tokens are continued, and which are verified (method.md 6.4, 6.5).
 
-A node is a drafted token; node 0 is the root, the last known token. A tree is given by paths of child ranks: (0, 2)
-is the third-best continuation of the best first token. A chain is the tree (0,), (0, 0), (0, 0, 0), ..
+A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level in the same way
+(`draft.draft_tree`): each query of a level keeps its best children, some children become the next level's queries, and
+at the end some of all children become nodes. A static tree says which by fixed places, a dynamic one by score.
+
+A static tree is given by paths of child ranks: (0, 2) is the third-best continuation of the best first token. A chain
+is the tree (0,), (0, 0), (0, 0, 0), ..
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.config import DecodeConfig
@@ -24,8 +30,8 @@ EAGLE_PATHS: tuple[tuple[int, ...], ...] = (
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A static tree. Hashable by its paths, so that it can be a static argument of jit.
+class StaticTree:
+    """A tree of fixed shape. Hashable by its paths, so that it can be a static argument of jit.
 
     The node order is by depth, then by path: parents precede children. Example, paths (0,), (1,), (0, 0):
 
@@ -36,6 +42,8 @@ class Tree:
     """
 
     paths: tuple[tuple[int, ...], ...]
+
+    scored = False  # the shape does not depend on scores, so none are computed
 
     @property
     def size(self) -> int:
@@ -68,37 +76,80 @@ class Tree:
         return np.array([path[-1] if path else 0 for path in self._ordered], np.int32)
 
     @cached_property
-    def ancestors_or_self_WW(self) -> np.ndarray:
-        """Verify mask: True where the column's node is the row's node or above it."""
-        return np.array([[row[: len(column)] == column for column in self._ordered] for row in self._ordered])
+    def _queries(self) -> list[np.ndarray]:
+        """Per level, the nodes that have children."""
+        inner = set(self.parent_W[1:].tolist())
+        return [np.array([node for node in np.flatnonzero(self.depth_W == level) if node in inner]) for level in range(self.depth)]
 
-    @cached_property
-    def path_WP1(self) -> np.ndarray:
-        """Nodes from the root to each node, then the node itself repeated."""
-        index = {path: node for node, path in enumerate(self._ordered)}
-        return np.array(
-            [[index[path[: min(step, len(path))]] for step in range(self.depth + 1)] for path in self._ordered], np.int32
-        )
+    def kept_children(self, level: int) -> int:
+        """Best children that each query of a level (0: the root's) keeps as candidates."""
+        return int(self.rank_W[self.depth_W == level + 1].max()) + 1
 
-    def inner_nodes(self, depth: int) -> np.ndarray:
-        """Nodes at a depth that have children: the queries of draft step depth + 1."""
-        parents = {path[:-1] for path in self.paths}
-        return np.array([n for n, path in enumerate(self._ordered) if len(path) == depth and path in parents], np.int32)
+    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+        """Which of a level's candidates are the next level's queries: indices [B, T] in (query, rank) order."""
+        return jnp.broadcast_to(self._places(level, self._queries[level + 1])[None], (score_BC.shape[0], len(self._queries[level + 1])))
 
-    def children(self, depth: int) -> np.ndarray:
-        """Nodes one level below `depth`."""
-        return np.flatnonzero(self.depth_W == depth + 1)
+    def chosen(self, score_BN: jax.Array) -> jax.Array:
+        """Which of all candidates, level after level, become nodes 1.. of the tree: ascending indices [B, W - 1]."""
+        start = np.cumsum([0, *(len(self._queries[level]) * self.kept_children(level) for level in range(self.depth))])
+        below = [start[level] + self._places(level, np.flatnonzero(self.depth_W == level + 1)) for level in range(self.depth)]
+        return jnp.broadcast_to(np.concatenate(below)[None], (score_BN.shape[0], self.size - 1))
+
+    def _places(self, level: int, nodes: np.ndarray) -> np.ndarray:
+        """Where nodes one level below `level` stand among its candidates."""
+        column = np.searchsorted(self._queries[level], self.parent_W[nodes])
+        return (column * self.kept_children(level) + self.rank_W[nodes]).astype(np.int32)
 
 
-ROOT_ONLY = Tree(())
+@dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2's tree (method.md 6.4): the draft's own confidence decides where it grows. Hashable.
+
+    Every level keeps the `topk` best children of each query; the `topk` best of these by cumulative log-probability are
+    continued; at the end the `nodes` - 1 best of all candidates are verified. A node's score is at most its parent's,
+    and of equal scores the shallower is taken, so the ancestors of a chosen node are chosen.
+    """
+
+    levels: int  # draft forwards per round
+    topk: int  # children kept per query, and queries per level after the first
+    nodes: int  # W: tokens verified per round, the root included
+
+    scored = True
+
+    @property
+    def size(self) -> int:
+        """W."""
+        return self.nodes
+
+    @property
+    def depth(self) -> int:
+        """P: draft steps per round."""
+        return self.levels
+
+    def kept_children(self, level: int) -> int:
+        """Best children that each query of a level keeps as candidates."""
+        return self.topk
+
+    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+        """The best candidates of a level [B, topk]."""
+        return jax.lax.top_k(score_BC, self.topk)[1]
+
+    def chosen(self, score_BN: jax.Array) -> jax.Array:
+        """The best candidates of all levels, in order of creation [B, W - 1]: parents precede children."""
+        return jnp.sort(jax.lax.top_k(score_BN, self.nodes - 1)[1], axis=-1)
 
 
-def chain(levels: int) -> Tree:
+Tree = StaticTree | DynamicTree
+
+ROOT_ONLY = StaticTree(())
+
+
+def chain(levels: int) -> StaticTree:
     """One draft token per level."""
-    return Tree(tuple((0,) * depth for depth in range(1, levels + 1)))
+    return StaticTree(tuple((0,) * depth for depth in range(1, levels + 1)))
 
 
-def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
+def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
     """A tree of given paths. Raises UserError when a path's parent is missing, or a path is empty or repeated."""
     known = {tuple(path) for path in paths}
     if len(known) < len(paths) or () in known:
@@ -108,11 +159,26 @@ def static_tree(paths: Sequence[Sequence[int]]) -> Tree:
             raise UserError(f"decode.paths: {list(path)} has a negative rank; ranks count from 0, the best")
         if len(path) > 1 and path[:-1] not in known:
             raise UserError(f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is not in the list")
-    return Tree(tuple(sorted(known, key=lambda path: (len(path), path))))
+    return StaticTree(tuple(sorted(known, key=lambda path: (len(path), path))))
+
+
+def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
+    """EAGLE-2's tree. Raises UserError for sizes that cannot be filled."""
+    if levels < 1 or topk < 1:
+        raise UserError(f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both must be at least 1")
+    candidates = topk + (levels - 1) * topk**2
+    if not 2 <= nodes <= candidates + 1:
+        raise UserError(
+            f"decode.nodes is {nodes}; {levels} levels of topk {topk} make {candidates} candidates, "
+            f"so nodes (root included) must be 2 to {candidates + 1}"
+        )
+    return DynamicTree(levels, topk, nodes)
 
 
 def tree_of(config: DecodeConfig) -> Tree:
     """The tree that a config asks for."""
     if config.tree == "chain":
         return chain(config.levels)
+    if config.tree == "dynamic":
+        return dynamic_tree(config.levels, config.topk, config.nodes)
     return static_tree(config.paths if config.paths is not None else EAGLE_PATHS)

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.chats import Chat, own_prompts, read_chats
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.decoder import Decoder, Generation
+from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.errors import UserError
 
 
@@ -107,19 +108,21 @@ class CompileCounter:
         CompileCounter._listening = None
 
 
-def measure(decoders: dict[str, Decoder], prompts: Sequence[Sequence[int]]) -> list[Measurement]:
+def measure(
+    decoders: dict[str, SpeculativeDecoder], prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> list[Measurement]:
     """Runs every decoder on every prompt, in turn, so that a drifting machine treats all alike.
 
     Each decoder first answers one prompt of every padded length, so that compilation is not timed.
     """
     for _, decoder in tqdm(decoders.items(), desc="compiling", unit="decoder", leave=False):
-        decoder.warm_up(prompts)
+        decoder.warm_up(prompts, sampling, max_new_tokens=max_new_tokens)
     results = [Measurement(name) for name in decoders]
     counters = [CompileCounter() for _ in decoders]
     for prompt in tqdm(prompts, desc="decoding", unit="prompt"):
         for result, counter, decoder in zip(results, counters, decoders.values()):
             with counter:
-                result.generations.append(decoder.generate(prompt))
+                result.generations += decoder.generate([prompt], sampling, max_new_tokens=max_new_tokens)
     for result, counter in zip(results, counters):
         result.compiles = counter.count
     return results

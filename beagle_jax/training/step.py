@@ -17,6 +17,9 @@ from beagle_jax.training.late import late_states
 from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
 
 
+_ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
+
+
 class TrainState(NamedTuple):
     """What an optimizer step changes."""
 
@@ -48,17 +51,21 @@ class Prediction(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm; linear warm-up, then constant or a cosine to zero (method.md 5.4)."""
+    """AdamW or Muon after clipping by global norm; linear warm-up, then constant or a cosine to zero (method.md 5.4)."""
     warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
     if stage.schedule == "cosine":
         after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
     else:
         after = optax.constant_schedule(stage.learning_rate)
     schedule = optax.join_schedules([warm, after], [stage.warmup])
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
-    )
+    adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        update = optax.adamw(schedule, **adam)
+    else:
+        # Updates of AdamW's usual size, so that one learning rate serves both; the norms' weights stay with AdamW.
+        norms = {f"adam_{name}": value for name, value in adam.items()}
+        update = optax.contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def add_noise(states_BLD: jax.Array, length_B: jax.Array, config: TrainConfig, key: jax.Array) -> jax.Array:

@@ -1,0 +1,114 @@
+"""Bugs that decoding engines have shipped, planted one by one: the equality and cache tests must see each of them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import TINY
+from decode_cases import MARKOV, naive_greedy, random_draft, right_draft, target_of
+from test_draft_cache import check_queries, compare_caches
+
+from beagle_jax.decoding import draft as drafting
+from beagle_jax.decoding import loop
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+
+TREES = {"chain": chain(3), "static": static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0)]), "dynamic": dynamic_tree(3, 3, 9)}
+PROMPTS = [[5], [7, 8, 9], list(range(40))]
+
+
+def _check_lossless(tree) -> None:
+    for target, draft in ((target_of(), random_draft()), (target_of(MARKOV), right_draft(0.02))):
+        answers = SpeculativeDecoder(target, draft, tree).generate(PROMPTS, max_new_tokens=24)
+        assert [answer.tokens for answer in answers] == [naive_greedy(target, prompt, 24) for prompt in PROMPTS]
+
+
+def _bonus_of_the_root(nodes, wanted_BW, depth, right):
+    found = right(nodes, wanted_BW, depth)
+    bonus_B = wanted_BW[:, 0]
+    last_BP = jnp.arange(depth + 1)[None] == found.count_B[:, None]
+    return found._replace(bonus_B=bonus_B, token_BP1=jnp.where(last_BP, bonus_B[:, None], found.token_BP1))
+
+
+def _one_path_too_long(nodes, wanted_BW, depth, right):
+    found = right(nodes, wanted_BW, depth)
+    return found._replace(count_B=jnp.minimum(found.count_B + 1, depth))
+
+
+ACCEPT_BUGS = {"bonus token of the wrong node": _bonus_of_the_root, "one token too many": _one_path_too_long}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Plants a bug; programs compiled before or with it are forgotten."""
+
+    def plant(module, name, wrong):
+        monkeypatch.setattr(module, name, wrong)
+        jax.clear_caches()
+
+    yield plant
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_no_bug_planted(tree):
+    _check_lossless(tree)
+
+
+@pytest.mark.parametrize("bug", ACCEPT_BUGS.values(), ids=ACCEPT_BUGS)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_wrong_acceptance(tree, bug, planted):
+    right = loop.accept_matching
+    planted(loop, "accept_matching", lambda *arguments: bug(*arguments, right))
+    with pytest.raises(AssertionError):
+        _check_lossless(tree)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_verify_mask_sees_siblings(tree, planted):
+    """Every node sees all nodes of the tree: in a chain the later ones, in a tree its siblings too."""
+    right = loop.forward
+    everything = lambda *a: right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == tree.size else right(*a)
+    planted(loop, "forward", everything)
+    with pytest.raises(AssertionError):
+        _check_lossless(tree)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_verify_positions_off_by_one(tree, planted):
+    right = loop.forward
+    planted(loop, "forward", lambda *a: right(*a[:3], a[3] + (a[2].shape[1] == tree.size), *a[4:]))
+    with pytest.raises(AssertionError):
+        _check_lossless(tree)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_cache_kept_one_row_too_long(tree, planted):
+    right = loop._emit
+    planted(loop, "_emit", lambda now, *rest: (after := right(now, *rest))._replace(length_B=after.length_B + (after.rounds_B == 1)))
+    with pytest.raises(AssertionError):
+        _check_lossless(tree)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_predicted_states_left_in_the_draft_cache(tree, planted):
+    """The output stays right, acceptance decays: only the cache test can see it."""
+    right = loop.write_rows
+    wrong = lambda cache, rows, start_B: right(cache, jax.tree.map(lambda x: 1.1 * x, rows), start_B)
+    planted(loop, "write_rows", wrong)
+    _check_lossless(tree)
+    with pytest.raises(AssertionError):
+        compare_caches(TINY, random_draft(), tree)
+
+
+def test_draft_mask_with_the_diagonal(planted):
+    """A query that sees its own predicted state is not what training simulated."""
+    right = drafting._next_level
+
+    def wrong(tree, depth, level, first, *children):
+        following = right(tree, depth, level, first, *children)
+        every = following.sees_BTQ | (jnp.arange(following.sees_BTQ.shape[2]) == 0)[None, None]
+        return following._replace(sees_BTQ=jnp.roll(every, 1, axis=1))
+
+    planted(drafting, "_next_level", wrong)
+    with pytest.raises(AssertionError):
+        check_queries(dynamic_tree(3, 3, 9), True)

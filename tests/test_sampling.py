@@ -1,0 +1,170 @@
+"""Sampling is lossless: filters, seeds, and the joint distribution of four tokens against an exact one (method.md 13.9)."""
+
+import dataclasses
+import itertools
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from decode_cases import target_of
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from beagle_jax.decoding import decoder as decoder_module
+from beagle_jax.decoding import loop, verify
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.draft import Nodes
+from beagle_jax.decoding.sampling import Sampling, filtered
+from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward, logits
+from beagle_jax.weights.draft import Draft
+
+VOCABULARY, TOKENS, PROMPT = 16, 4, [3, 1, 4]
+SMALL = dataclasses.replace(TINY, vocab_size=VOCABULARY)
+BATCH, BATCHES = 2048, 10
+pytestmark = pytest.mark.usefixtures("short_bucket")
+TREES = {"chain": chain(3), "static": static_tree([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]), "dynamic": dynamic_tree(3, 3, 8)}
+SAMPLINGS = {"all": Sampling(1.0), "top-p": Sampling(1.3, top_p=0.8), "top-k": Sampling(0.7, top_k=5, top_p=0.95)}
+
+
+@pytest.fixture
+def short_bucket(monkeypatch):
+    """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the work."""
+    monkeypatch.setattr(decoder_module, "PROMPT_BUCKET", 4)
+    monkeypatch.setattr(decoder_module, "_CAPACITY_BUCKET", 16)
+
+
+def small_target():
+    """Scaled down so that its distributions are neither flat nor decided."""
+    target = target_of(SMALL)
+    return dataclasses.replace(target, params={**target.params, "norm_D": 0.35 * target.params["norm_D"]})
+
+
+def small_draft() -> Draft:
+    spec = DraftSpec.from_target(SMALL, init_std=0.1)
+    return Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
+
+
+@partial(jax.jit, static_argnums=1)
+def last_logits(params, spec, text_BL):
+    B, L = text_BL.shape
+    positions, mask = jnp.broadcast_to(jnp.arange(L), (B, L)), causal_mask(jnp.full(B, L), L)
+    return logits(params, forward(params, spec, text_BL, positions, mask)[0][:, -1])
+
+
+@lru_cache
+def exact_joint(sampling: Sampling) -> np.ndarray:
+    """P(x1..x4 | prompt) [16, 16, 16, 16] by running every prefix; filters written anew in numpy."""
+    target, joint = small_target(), np.ones(())
+    for length in range(TOKENS):
+        prefixes = np.array(list(itertools.product(range(VOCABULARY), repeat=length)), np.int32).reshape(VOCABULARY**length, length)
+        text = jnp.asarray(np.concatenate([np.tile(PROMPT, (len(prefixes), 1)), prefixes], axis=1), jnp.int32)
+        p = np.stack([filter_by_hand(row, sampling) for row in np.asarray(last_logits(target.params, SMALL, text), np.float64)])
+        joint = joint[..., None] * p.reshape(*joint.shape, VOCABULARY)
+    return joint
+
+
+def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
+    p = np.exp((logits_V - logits_V.max()) / sampling.temperature)
+    order = np.argsort(-p)
+    if sampling.top_k:
+        p[order[sampling.top_k :]] = 0
+    p /= p.sum()
+    kept = np.cumsum(p[order]) - p[order] < sampling.top_p
+    p[order[~kept]] = 0
+    return p / p.sum()
+
+
+def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.ndarray:
+    decoder = SpeculativeDecoder(target, draft, tree, rule=rule)
+    counts = np.zeros((VOCABULARY,) * TOKENS)
+    for number in range(BATCHES):
+        answers = decoder.generate([PROMPT] * BATCH, sampling, max_new_tokens=TOKENS, seed=number * BATCH)
+        np.add.at(counts, tuple(np.array([answer.tokens for answer in answers]).T), 1)
+    return counts / counts.sum()
+
+
+def check_distribution(tree, sampling: Sampling, rule="match") -> None:
+    """Total variation below what an honest sample of this size shows on average, plus a fifth."""
+    exact, found = exact_joint(sampling), sampled_joint(small_target(), small_draft(), tree, sampling, rule)
+    # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is large, and never by more
+    # than 2 p where it is small. 20,480 draws; the spread of the sum over all outcomes is some percent of it.
+    honest = 0.5 * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
+    assert 0.5 * np.abs(found - exact).sum() < 1.2 * honest
+    # Margins of the first and the last place are far sharper.
+    for places in ((1, 2, 3), (0, 1, 2)):
+        assert 0.5 * np.abs(found.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_joint_distribution_of_four_tokens(tree, sampling):
+    check_distribution(tree, sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_joint_distribution_under_the_ratio_rule(sampling):
+    check_distribution(TREES["chain"], sampling, "ratio")
+
+
+def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
+    right = loop.accept_by_ratio
+    wrong = lambda nodes, p, q, uniform, noise: right(nodes, p, q, jnp.ones_like(uniform), noise)
+    monkeypatch.setattr(loop, "accept_by_ratio", wrong)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio")
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_planted_bug_every_place_draws_with_the_same_noise(name, monkeypatch):
+    right = loop.place_keys
+    monkeypatch.setattr(loop, "place_keys", lambda key_B, place_BT: right(key_B, jnp.zeros_like(place_BT)))
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        check_distribution(TREES[name], SAMPLINGS["all"])
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("tree", [*TREES.values(), chain(5)], ids=[*TREES, "chain 5"])
+def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
+    target, sampling = small_target(), Sampling(0.9, top_p=0.9)
+    ask = lambda decoder, seed: [answer.tokens for answer in decoder.generate([[5], [6, 7], [5]], sampling, max_new_tokens=40, seed=seed)]
+    plain, fast = SpeculativeDecoder(target, None, ROOT_ONLY), SpeculativeDecoder(target, small_draft(), tree)
+    first, other = ask(plain, 1), ask(plain, 2)
+    assert ask(fast, 1) == ask(fast, 1) == first != other
+    assert first[0] != first[2]  # the same prompt, another seed
+
+
+def test_a_seed_repeats_under_the_ratio_rule():
+    decoder = SpeculativeDecoder(small_target(), small_draft(), chain(3), rule="ratio")
+    ask = lambda seed: [a.tokens for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)]
+    assert ask(1) == ask(1) != ask(2)
+
+
+def test_ratio_rule_rejects_what_the_target_never_writes():
+    """A uniform draw of exactly 0 must not accept a token of probability 0."""
+    nodes = Nodes(jnp.array([[0, 2]]), jnp.zeros((1, 2), jnp.int32), jnp.array([[0, 1]]), jnp.tril(jnp.ones((1, 2, 2), bool)))
+    target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
+    draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
+    found = verify.accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))
+    assert found.count_B[0] == 0 and found.bonus_B[0] in (0, 1)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 100])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_filters_are_those_of_transformers(top_k, top_p):
+    raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32) * 3
+    found = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
+    expected = torch.from_numpy(raw) / 0.7
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
