@@ -298,19 +298,12 @@ def _check(config: Config, where: str) -> None:
         "train.vloss_weight": config.train.vloss_weight,
         "train.weight_decay": config.train.weight_decay,
         "log.eval_rows": config.log.eval_rows,
+        "decode.temperature": config.decode.temperature,
+        "decode.top_k": config.decode.top_k,
+        "decode.seed": config.decode.seed,
     }
     for name, stage in (("early", config.train.early), ("late", config.train.late)):
-        positive[f"train.{name}.window"] = stage.window
-        positive[f"train.{name}.simulation_steps"] = stage.simulation_steps
-        not_negative[f"train.{name}.steps"] = stage.steps
-        not_negative[f"train.{name}.warmup"] = stage.warmup
-        not_negative[f"train.{name}.learning_rate"] = stage.learning_rate
-        if stage.simulation_steps > stage.window:
-            raise UsageError(f"{where}: train.{name}.simulation_steps is {stage.simulation_steps}, more than the window "
-                             f"{stage.window}; a window of k positions has at most k draft steps")
-        if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
-            raise UsageError(f"{where}: train.{name}.step_weights has {len(stage.step_weights)} entries, expected "
-                             f"{stage.simulation_steps} (simulation_steps)")
+        _check_stage(stage, f"train.{name}", where, positive, not_negative)
     if config.draft.init not in ("normal", "ridge") and not Path(config.draft.init, "config.json").exists():
         raise UsageError(f"{where}: draft.init is {config.draft.init!r}; expected normal, ridge or the folder of a trained draft")
     if config.train.early.simulation_steps != 1:
@@ -325,5 +318,22 @@ def _check(config: Config, where: str) -> None:
     for name, value in (("beta1", config.train.beta1), ("beta2", config.train.beta2)):
         if not 0 <= value < 1:
             raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
+    if not 0 < config.decode.top_p <= 1:
+        raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
     if not config.train.clip_norm > 0:
         raise UsageError(f"{where}: train.clip_norm is {config.train.clip_norm}; expected more than 0")
+
+
+def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_negative: dict) -> None:
+    """One training stage; adds what must be positive or not negative."""
+    positive[f"{key}.window"] = stage.window
+    positive[f"{key}.simulation_steps"] = stage.simulation_steps
+    not_negative[f"{key}.steps"] = stage.steps
+    not_negative[f"{key}.warmup"] = stage.warmup
+    not_negative[f"{key}.learning_rate"] = stage.learning_rate
+    if stage.simulation_steps > stage.window:
+        raise UsageError(f"{where}: {key}.simulation_steps is {stage.simulation_steps}, more than the window "
+                         f"{stage.window}; a window of k positions has at most k draft steps")
+    if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
+        raise UsageError(f"{where}: {key}.step_weights has {len(stage.step_weights)} entries, expected "
+                         f"{stage.simulation_steps} (simulation_steps)")

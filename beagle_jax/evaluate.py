@@ -9,6 +9,7 @@ from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import sampling_of
+from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.evaluation.report import summary, table
 from beagle_jax.evaluation.suites import measure, suite, tokenize
@@ -45,7 +46,7 @@ def evaluate(config: Config) -> list[dict]:
     context = max(map(len, prompts)) + limit  # one cache size for all
     decoders = {"plain": SpeculativeDecoder(target, context=context)}
     for name, draft in drafts.items():
-        decoders[name] = SpeculativeDecoder.of(config.decode, target, draft, context=context)
+        decoders[name] = decoder_of(config, target, draft, context=context)
     results = measure(decoders, prompts, limit, sampling_of(config.decode))
     return [summary(result, results[0]) for result in results]
 

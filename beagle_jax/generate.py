@@ -7,6 +7,7 @@ from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import sampling_of
+from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(arguments)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
-    fast = SpeculativeDecoder.of(config.decode, target, draft)
+    fast = decoder_of(config, target, draft)
     if arguments.chat:
         chat(config, fast)
     else:

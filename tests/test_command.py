@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from beagle_jax import evaluate, generate, train
+from beagle_jax import evaluate, generate, train, tune
 from beagle_jax.config import load_config
 from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
@@ -25,7 +25,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.target import load_target
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -176,7 +176,7 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
             wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
             return [wrong if self._shapes.draft else answer]
 
-    monkeypatch.setattr(evaluate, "SpeculativeDecoder", Wrong)
+    monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
     summaries = evaluated(trained, capsys)
     assert summaries[1]["identical_to_plain"] == 0
     with pytest.raises(AssertionError):
@@ -202,6 +202,72 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
         target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"
     )
     assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith("token sequences equal: yes\n")
+
+
+def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
+    """Runs the chat; an exception among the lines is raised where a line would be typed."""
+    waiting = iter(lines)
+
+    def typed(_):
+        line = next(waiting)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert run_main(generate.main, ["--config", trained.config, "--chat", *overrides]) == 0
+    assert next(waiting, None) is None
+
+
+def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
+    asked = []
+    right = SpeculativeDecoder.stream
+    monkeypatch.setattr(SpeculativeDecoder, "stream", lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o))
+    chatted(trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8")
+    printed = capsys.readouterr().out
+    assert [[message["role"] for message in history] for history in asked] == [["user"], ["user", "assistant", "user"], ["user"]]
+    target = load_target(str(trained.folder / "target"), "float32", "unused")
+    [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
+    assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
+    assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3
+
+
+def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, capsys):
+    right, calls = SpeculativeDecoder.stream, []
+
+    def interrupted(self, *arguments, **options):
+        pieces = right(self, *arguments, **options)
+        calls.append(1)
+        if len(calls) > 1:
+            return (yield from pieces)
+        yield next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
+    chatted(trained, monkeypatch, ["Hi", "x" * 300, "/clear", "Hi", ""])
+    printed = capsys.readouterr().out
+    assert "[cut short]" in printed and "which leaves no room for an answer" in printed and printed.count("tau") == 1
+
+
+def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp_path):
+    for name, value in {"VERIFY_ROWS": (1, 4), "LEVELS": range(1, 3), "TOPKS": (1, 2), "_CAPACITY": 128}.items():
+        monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", value)
+    files = ["--plot", str(tmp_path / "t.svg"), "--write", str(tmp_path / "t.yaml"), "--prompts", "2"]
+    cache = f"target.cache_dir={tmp_path}"
+    assert run_main(tune.main, ["--config", trained.config, cache, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "levels  topk  nodes" in printed and "against plain" in printed
+    assert "<svg" in (tmp_path / "t.svg").read_text()
+    written = load_config(tmp_path / "t.yaml").decode
+    assert written.tree == "dynamic"
+    assert run_main(evaluate.main, ["--config", trained.config, cache, "decode.tree=auto", "eval.limit=3"]) == 0
+    assert "3/3" in capsys.readouterr().out
+
+
+def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
+    options = ["decode.temperature=0.8", "decode.top_p=0.9", "eval.limit=3"]
+    assert run_main(evaluate.main, ["--config", trained.config, *options]) == 0
+    assert capsys.readouterr().out.count("3/3") == 2
 
 
 # How commands end
@@ -241,7 +307,12 @@ def test_no_config_is_a_usage_error(name, capsys):
         ("train", ["batch"], 2, "override 'batch': expected section.key=value"),
         ("train", ["--fast"], 2, "unrecognized arguments: --fast"),
         ("generate", ["  "], 2, "the prompt is empty"),
-        ("generate", [], 2, "the following arguments are required: prompt\n"),
+        ("generate", [], 2, "the prompt is empty; give one, or --chat"),
+        ("tune", ["--prompts", "0"], 2, "--prompts is 0; expected at least 1"),
+        ("tune", ["--plot", "/no/such/folder/x.png"], 2, "--plot /no/such/folder/x.png: there is no folder"),
+        ("generate", ["Hi", "decode.temperature=-1"], 2, "decode.temperature is -1.0; expected 0 or more"),
+        ("evaluate", ["decode.top_p=0"], 2, "decode.top_p is 0.0; expected more than 0 and at most 1"),
+        ("evaluate", ["decode.tree=dynamic", "decode.nodes=99"], 1, "decode.nodes is 99; 2 levels of topk 4 make 20 candidates"),
         (
             "evaluate",
             ["--json", "/no/such/folder/x.json"],

@@ -65,7 +65,9 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
         _compare_with_training(5, 3)
 
 
-def check_queries(tree, append_predicted: bool) -> None:
+@pytest.mark.parametrize("append_predicted", [True, False])
+@pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
+def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
     """In a tree, each query's state is that of the chain of its own path; without appended states, of its depth alone."""
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
@@ -83,12 +85,6 @@ def check_queries(tree, append_predicted: bool) -> None:
         np.testing.assert_allclose(drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max()))
         seen.append(len(path))
     assert max(seen) == tree.depth
-
-
-@pytest.mark.parametrize("append_predicted", [True, False])
-@pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
-def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
-    check_queries(tree, append_predicted)
 
 
 def compare_caches(spec, draft, tree, rounds=4) -> None:

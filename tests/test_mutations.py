@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import TINY
 from decode_cases import MARKOV, naive_greedy, random_draft, right_draft, target_of
-from test_draft_cache import check_queries, compare_caches
+from test_draft_cache import compare_caches
 
-from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
@@ -100,15 +99,11 @@ def test_predicted_states_left_in_the_draft_cache(tree, planted):
         compare_caches(TINY, random_draft(), tree)
 
 
-def test_draft_mask_with_the_diagonal(planted):
-    """A query that sees its own predicted state is not what training simulated."""
-    right = drafting._next_level
-
-    def wrong(tree, depth, level, first, *children):
-        following = right(tree, depth, level, first, *children)
-        every = following.sees_BTQ | (jnp.arange(following.sees_BTQ.shape[2]) == 0)[None, None]
-        return following._replace(sees_BTQ=jnp.roll(every, 1, axis=1))
-
-    planted(drafting, "_next_level", wrong)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_verify_mask_without_the_diagonal(tree, planted):
+    """The draft's mask (strict ancestors) in the place of the target's (ancestors or self)."""
+    right = loop.forward
+    strict = lambda *a: right(*a[:4], a[4] & ~jnp.eye(tree.size, dtype=bool)[None], *a[5:]) if a[2].shape[1] == tree.size else right(*a)
+    planted(loop, "forward", strict)
     with pytest.raises(AssertionError):
-        check_queries(dynamic_tree(3, 3, 9), True)
+        _check_lossless(tree)

@@ -150,7 +150,7 @@ def test_a_seed_repeats_under_the_ratio_rule():
 
 def test_ratio_rule_rejects_what_the_target_never_writes():
     """A uniform draw of exactly 0 must not accept a token of probability 0."""
-    nodes = Nodes(jnp.array([[0, 2]]), jnp.zeros((1, 2), jnp.int32), jnp.array([[0, 1]]), jnp.tril(jnp.ones((1, 2, 2), bool)))
+    nodes = Nodes(jnp.array([[0, 2]]), jnp.zeros((1, 2), jnp.int32), jnp.array([[0, 1]]), jnp.tril(jnp.ones((1, 2, 2), bool)), jnp.zeros((1, 2)))
     target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
     draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
     found = verify.accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import DecodeConfig
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.loop import DecodeState, Models, Report, Shapes, begin, decode, draft_head_of, read_prompt, report
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
-from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree, tree_of
+from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import place_target, replicate
 from beagle_jax.weights.draft import Draft
@@ -96,12 +95,6 @@ class SpeculativeDecoder:
         )
         draft_spec = None if draft is None else draft.spec
         self._shapes = Shapes(target.spec, draft_spec, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
-
-    @classmethod
-    def of(cls, config: DecodeConfig, target: Target, draft: Draft, *, context: int | None = None) -> "SpeculativeDecoder":
-        """The decoder that a config asks for."""
-        options = dict(append_predicted=config.append_predicted, rule=config.rule)
-        return cls(target, draft, tree_of(config), context=context, **options)
 
     def warm_up(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128) -> None:
         """Compiles what answering these prompts one at a time will need."""

@@ -31,6 +31,7 @@ class Nodes(NamedTuple):
     parent_BW: jax.Array  # the root is its own
     depth_BW: jax.Array
     above_BWW: jax.Array  # verify mask: True where the column's node is the row's node or one of its ancestors
+    score_BW: jax.Array  # cumulative log-probability under the draft; zero in trees that do not ask
 
 
 class Drafted(NamedTuple):
@@ -83,19 +84,13 @@ def draft_tree(
     for depth in range(tree.depth):
         with jax.named_scope(f"draft_{depth + 1}"):
             positions_BT = jnp.broadcast_to((length_B + depth)[:, None], level.token_BT.shape)
-            e_BTD = embed_VD[level.token_BT]
-            q_BKGTH = block.queries(e_BTD, positions_BT)
-            parts = [partial_attention(q_BKGTH, *cache, slots)]
-            if memory is not None:
-                parts.append(partial_attention(q_BKGTH, *memory, level.sees_BTQ[:, None, None]))
-            state_BTD = block.predict(e_BTD, merge_attention(*parts))
+            state_BTD = _predict(block, embed_VD[level.token_BT], positions_BT, cache, slots, memory, level.sees_BTQ)
             states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
             if noise_BPV is None:
                 children = _best_children(tree, depth, level, state_BTD, head)
             else:
-                logits_BV = filtered(logit_columns(head.rows_VD, state_BTD).T, sampling)
-                drawn.append(logits_BV)
-                children = (_tokens(head, jnp.argmax(logits_BV + noise_BPV[:, depth], axis=-1)[:, None]), level.score_BT)
+                drawn.append(filtered(logit_columns(head.rows_VD, state_BTD).T, sampling))
+                children = (_tokens(head, jnp.argmax(drawn[-1] + noise_BPV[:, depth], axis=-1)[:, None]), level.score_BT)
             first = sum(token.shape[1] for token, *_ in candidates)
             candidates.append(_entries(level, depth, *children))
             if depth + 1 < tree.depth:
@@ -103,16 +98,24 @@ def draft_tree(
                     memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
                 level = _next_level(tree, depth, level, first, *children)
     token_BN, parent_BN, depth_BN, score_BN = (jnp.concatenate(each, axis=1) for each in zip(*candidates))
-    nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, tree.depth)
-    count = sum(token.shape[1] for token in queries)
-    wide = [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in sees]
-    return Drafted(
-        nodes,
-        jnp.concatenate(states, axis=1),
-        jnp.concatenate(queries, axis=1),
-        jnp.concatenate(wide, axis=1),
-        jnp.stack(drawn, axis=1) if drawn else None,
-    )
+    nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth)
+    queried = [jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))]
+    return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)
+
+
+def _predict(block: BeagleBlock, e_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ) -> jax.Array:
+    """Predicted states [B, T, D] of one level's queries, over true states and the predicted ones they see."""
+    q_BKGTH = block.queries(e_BTD, positions_BT)
+    parts = [partial_attention(q_BKGTH, *cache, slots)]
+    if memory is not None:
+        parts.append(partial_attention(q_BKGTH, *memory, sees_BTQ[:, None, None]))
+    return block.predict(e_BTD, merge_attention(*parts))
+
+
+def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
+    """Each level's mask [B, T, Q so far] over the queries of all levels."""
+    count = sum(mask.shape[1] for mask in masks)
+    return [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in masks]
 
 
 def _best_children(tree: Tree, depth: int, level: _Level, state_BTD, head: DraftHead) -> tuple[jax.Array, jax.Array]:
@@ -157,7 +160,7 @@ def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, sco
     return _Level(pick(token_BC), pick_BN + first, pick(score_BC), sees_BNQ)
 
 
-def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, levels: int) -> Nodes:
+def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels: int) -> Nodes:
     """The chosen candidates (the root is added) as a tree, parents renumbered."""
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
@@ -169,10 +172,10 @@ def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, levels: int) -> 
     for _ in range(levels):
         walk_BW = jnp.take_along_axis(parent_BW, walk_BW, axis=1)
         above_BWW |= walk_BW[..., None] == jnp.arange(W)[None, None]
-    return Nodes(pick(token_BN), parent_BW, pick(depth_BN), above_BWW)
+    return Nodes(pick(token_BN), parent_BW, pick(depth_BN), above_BWW, pick(score_BN))
 
 
 def root_only(root_B: jax.Array) -> Nodes:
     """The tree without drafts: plain decoding."""
     zero_B1 = jnp.zeros((root_B.shape[0], 1), jnp.int32)
-    return Nodes(root_B[:, None], zero_B1, zero_B1, jnp.ones((root_B.shape[0], 1, 1), bool))
+    return Nodes(root_B[:, None], zero_B1, zero_B1, jnp.ones((root_B.shape[0], 1, 1), bool), jnp.zeros((root_B.shape[0], 1)))

@@ -1,0 +1,268 @@
+"""Which dynamic tree is fastest here: measured costs of this machine against measured acceptance of this draft.
+
+A round of a tree with P levels, k children per node and W nodes takes draft(P, k) + verify(W), and brings one token more
+than it accepts. Acceptance needs no decoding loop: along texts that the target wrote, the draft grows its widest tree
+at every place, and the places of the right continuation in its ranking tell what every smaller tree would accept.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from beagle_jax.config import Config
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.draft import draft_tree
+from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.tree import DynamicTree, dynamic_tree, tree_of
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.cache import KVRows, empty_rows
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import best_tokens, forward, init_cache
+from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.target import Target
+
+VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
+LEVELS = range(1, 7)
+TOPKS = (1, 2, 3, 4, 6, 8)
+_CAPACITY = 256  # cache slots while measuring
+_REPEATS = 7
+_BATCH = 16  # places of a text whose trees are grown at once
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One tree, and what it promises."""
+
+    levels: int
+    topk: int
+    nodes: int
+    tau: float
+    milliseconds: float  # per round
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Expected, prefill not counted."""
+        return 1000 * self.tau / self.milliseconds
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """All that was measured."""
+
+    verify_ms: dict[int, float]  # by rows
+    draft_ms: dict[tuple[int, int], float]  # by (levels, topk)
+    rank_share: np.ndarray  # [depth, rank]: share of places, right so far, whose right token has this rank
+    places: int  # how many places of text were looked at
+    choices: list[Choice]  # best first
+
+    @property
+    def plain_tokens_per_second(self) -> float:
+        """Of plain decoding, on the same terms."""
+        return 1000 / self.verify_ms[1]
+
+
+def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
+    """texts: prompts and the target's answers, as tokens."""
+    models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
+    verify_ms = {rows: _milliseconds(_verify(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
+    draft_ms, order = {}, {}
+    ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
+    for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
+        one, many = (_milliseconds(_drafting(target, draft, models, levels, topk)) for levels in (1, 4))
+        for levels in LEVELS:
+            draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
+        trees = [_widest_trees(target, draft, models, topk, text) for text in texts]
+        grown = [np.concatenate(each) for each in zip(*trees)]
+        order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}
+        if topk == max(TOPKS):
+            ranks, places = _rank_share(*grown), len(grown[0])
+    return Tuning(verify_ms, draft_ms, ranks, places, _choices(verify_ms, draft_ms, order))
+
+
+def _choices(verify_ms, draft_ms, order) -> list[Choice]:
+    found = []
+    for levels, topk in itertools.product(LEVELS, TOPKS):
+        candidates = topk + (levels - 1) * topk**2
+        sizes = sorted({n for n in (*range(2, 17), 20, 24, 28, 32, 48, 64, 96, 128) if n <= candidates + 1})
+        for nodes in sizes:
+            accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
+            cost = draft_ms[levels, topk] + float(np.interp(nodes, list(verify_ms), list(verify_ms.values())))
+            found.append(Choice(levels, topk, nodes, 1 + float(accepted), cost))
+    return sorted(found, key=lambda choice: -choice.tokens_per_second)
+
+
+def _milliseconds(call: Callable[[], jax.Array]) -> float:
+    """Median time of a call that is compiled by now."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(_REPEATS):
+        clock = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - clock)
+    return 1000 * float(np.median(seconds))
+
+
+@partial(jax.jit, static_argnames="spec")
+def _verified(params, spec, token_BW, cache, visible_BS):
+    B, W = token_BW.shape
+    mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
+    positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
+    return best_tokens(params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0])[0]
+
+
+def _verify(target: Target, rows: int) -> Callable[[], jax.Array]:
+    cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
+    tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
+    return lambda: _verified(target.params, target.spec, tokens, cache, visible)
+
+
+@partial(jax.jit, static_argnames=("spec", "tree"))
+def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B):
+    """The tree below each root; nothing of it is left out."""
+    nodes = draft_tree(models.draft, spec, tree, models.target["embed_VD"], models.draft_head, cache, length_B, root_B).nodes
+    return nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW
+
+
+def _full_tree(levels: int, topk: int) -> DynamicTree:
+    return dynamic_tree(levels, topk, topk + (levels - 1) * topk**2 + 1)
+
+
+def _drafting(target: Target, draft: Draft, models: Models, levels: int, topk: int) -> Callable[[], jax.Array]:
+    cache = empty_rows(1, draft.spec.num_kv_heads, _CAPACITY, draft.spec.head_dim, target.dtype)
+    # As many nodes as the machine would verify: choosing them is part of the cost.
+    tree = dynamic_tree(levels, topk, min(8, topk + (levels - 1) * topk**2 + 1))
+    length, root = jnp.full(1, _CAPACITY - 8), jnp.zeros(1, jnp.int32)
+    return lambda: _grow(models, draft.spec, tree, cache, length, root)
+
+
+@partial(jax.jit, static_argnames=("target_spec", "spec"))
+def _draft_rows(models: Models, target_spec, spec, text_BL) -> KVRows:
+    """The draft's cache rows of a text."""
+    B, L = text_BL.shape
+    positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+    states = forward(models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))[0]
+    return BeagleBlock(spec).bind({"params": models.draft}).keys_values(states, positions_BL)
+
+
+def _widest_trees(target: Target, draft: Draft, models: Models, topk: int, text: tuple[list[int], list[int]]):
+    """token, parent, depth, score [places, W] of the full tree at each place of an answer, and what really follows."""
+    prompt, answer = text
+    tokens, width = (prompt + answer)[:_CAPACITY], _CAPACITY
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(tokens)] = tokens
+    rows = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), _draft_rows(models, target.spec, draft.spec, padded))
+    roots = np.arange(len(prompt), len(tokens) - max(LEVELS))
+    grown = []
+    for start in range(0, len(roots), _BATCH):
+        here = np.resize(roots[start : start + _BATCH], _BATCH)  # the last batch repeats places; they are cut off below
+        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded[0, here])
+        grown.append([np.asarray(x) for x in out])
+    follows = padded[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
+    return *(np.concatenate(each)[: len(roots)] for each in zip(*grown)), follows
+
+
+def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
+    """Node [M, P] that holds the right token at each depth below right ancestors; -1 where there is none."""
+    places = np.arange(len(token_MW))
+    path, above = np.full(follows_MP.shape, -1), np.zeros(len(token_MW), int)
+    for depth in range(follows_MP.shape[1]):
+        fits_MW = (token_MW == follows_MP[:, depth, None]) & (parent_MW == above[:, None]) & (depth_MW == depth + 1)
+        above = np.where((above >= 0) & fits_MW.any(axis=1), fits_MW.argmax(axis=1), -1)
+        path[places, depth] = above
+    return path
+
+
+def _order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels: int) -> np.ndarray:
+    """How many candidates of a tree of this many levels come before the right one at each depth [M, levels].
+
+    Candidates that are not there come after all others.
+    """
+    path_MP = _right_path(token_MW, parent_MW, depth_MW, follows_MP)[:, :levels]
+    candidate_MW = (depth_MW >= 1) & (depth_MW <= levels)
+    score_MP = np.take_along_axis(score_MW, np.maximum(path_MP, 0), axis=1)
+    node_W = np.arange(token_MW.shape[1])
+    before = (score_MW[:, None] > score_MP[..., None]) | ((score_MW[:, None] == score_MP[..., None]) & (node_W < path_MP[..., None]))
+    return np.where(path_MP >= 0, (before & candidate_MW[:, None]).sum(axis=-1), token_MW.shape[1])
+
+
+def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarray:
+    """[depth, rank]: of the places that are right above, the share whose right token is the parent's rank-th child."""
+    path_MP, topk = _right_path(token_MW, parent_MW, depth_MW, follows_MP), max(TOPKS)
+    share = np.zeros((follows_MP.shape[1], topk))
+    above = np.zeros(len(token_MW), int)
+    for depth, node in enumerate(path_MP.T):
+        # Only where the parent was continued can there be children at all.
+        reached = (above >= 0) & ((parent_MW == above[:, None]) & (depth_MW == depth + 1)).any(axis=1)
+        siblings = (parent_MW == above[:, None]) & (depth_MW == depth + 1) & (np.arange(token_MW.shape[1]) < node[:, None])
+        ranks = siblings.sum(axis=1)[reached & (node >= 0)]
+        share[depth] = np.bincount(ranks, minlength=topk)[:topk] / max(reached.sum(), 1)
+        above = node
+    return share
+
+
+def decoder_of(config: Config, target: Target, draft: Draft, *, context: int | None = None) -> SpeculativeDecoder:
+    """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here."""
+    decode = config.decode
+    auto = decode.tree == "auto"
+    tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft)) if auto else tree_of(decode)
+    return SpeculativeDecoder(
+        target, draft, tree, context=context, append_predicted=decode.append_predicted, rule=decode.rule
+    )
+
+
+def answers_for_tuning(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """The target's own greedy answers, written as one batch."""
+    answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=max_new_tokens)
+    return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers)]
+
+
+def machine() -> str:
+    """What the costs were measured on."""
+    device = jax.devices()[0]
+    name = device.device_kind if device.platform != "cpu" else f"{_processor()} x{os.cpu_count()}"
+    return f"{device.platform} {name}, jax {jax.__version__}"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
+    """Where the tree for this machine, target and draft is remembered."""
+    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}".encode())
+    for name in sorted(draft.params):
+        digest.update(np.asarray(draft.params[name]).tobytes())
+    return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
+
+
+def remember(path: Path, choice: Choice) -> None:
+    """Keeps a choice for `decode.tree: auto`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps({"machine": machine(), **asdict(choice)}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial_path, path)
+
+
+def tuned_tree(path: Path) -> DynamicTree:
+    """The remembered choice. Raises UserError when there is none."""
+    if not path.exists():
+        raise UserError(
+            f"decode.tree is auto, but no tree was tuned for this draft on this machine ({machine()}); "
+            "run python -m beagle_jax.tune --config FILE"
+        )
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return dynamic_tree(kept["levels"], kept["topk"], kept["nodes"])

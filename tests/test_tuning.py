@@ -1,0 +1,106 @@
+"""Tuning: what the widest tree says of smaller ones is what smaller trees do, and `auto` finds what was remembered."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from decode_cases import MARKOV, random_draft, right_draft, target_of
+
+from beagle_jax import tune as tune_command
+from beagle_jax.config import load_config
+from beagle_jax.decoding import tuning
+from beagle_jax.decoding.draft import draft_tree
+from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.decoding.tuning import Choice, decoder_of, remember, tuned_path
+from beagle_jax.errors import UserError
+from beagle_jax.evaluation.plots import plot_tuning
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A grid that compiles fast."""
+    monkeypatch.setattr(tuning, "VERIFY_ROWS", (1, 2, 4, 8))
+    monkeypatch.setattr(tuning, "LEVELS", range(1, 4))
+    monkeypatch.setattr(tuning, "TOPKS", (1, 2, 3))
+    monkeypatch.setattr(tuning, "_CAPACITY", 64)
+    monkeypatch.setattr(tuning, "_REPEATS", 2)
+
+
+def _answers(target, count=3):
+    return tuning.answers_for_tuning(target, [[5 + n, 7, 2] for n in range(count)], 30)
+
+
+def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
+    """Accepted tokens at each place, by growing this very tree there."""
+    models = Models(target.params, draft.params, draft_head_of(target.params, None))
+    prompt, answer = text
+    tokens, found = prompt + answer, []
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    rows = tuning._draft_rows(models, target.spec, draft.spec, padded)
+    for root in range(len(prompt), len(tokens) - 3):
+        nodes = draft_tree(
+            draft.params, draft.spec, tree, target.params["embed_VD"], models.draft_head, rows, np.array([root]), padded[0, root : root + 1]
+        ).nodes
+        above, count = 0, 0
+        while True:
+            fits = [
+                node for node in range(1, tree.size)
+                if nodes.parent_BW[0, node] == above and nodes.token_BW[0, node] == tokens[root + 1 + count]
+            ]  # fmt: skip
+            if not fits or count == tree.depth:
+                break
+            above, count = fits[0], count + 1
+            if count == tree.depth:
+                break
+        found.append(count)
+    return found
+
+
+@pytest.mark.parametrize(("levels", "topk", "nodes"), [(3, 3, 8), (2, 3, 5), (1, 2, 3), (3, 2, 11)])
+def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
+    target, draft = target_of(MARKOV), right_draft(0.15)
+    [text] = _answers(target, 1)
+    models = Models(target.params, draft.params, draft_head_of(target.params, None))
+    grown = tuning._widest_trees(target, draft, models, topk, text)
+    order = tuning._order_of_right_path(*grown, levels)
+    assert (order < nodes - 1).sum(axis=1).tolist() == _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
+
+
+def test_a_right_draft_is_always_first(small):
+    target = target_of(MARKOV)
+    found = tuning.tune(target, right_draft(), _answers(target))
+    np.testing.assert_allclose(found.rank_share[:, 0], 1.0)
+    chain = [choice for choice in found.choices if (choice.levels, choice.topk, choice.nodes) == (3, 1, 4)]
+    assert chain[0].tau == 4.0
+    assert found.choices == sorted(found.choices, key=lambda choice: -choice.tokens_per_second)
+
+
+def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
+    target = target_of()
+    found = tuning.tune(target, random_draft(), _answers(target))
+    assert found.rank_share[0].sum() < 0.5
+    slow = dataclasses.replace(found, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)])
+    assert "no tree pays here: the best round takes 20.00 times a plain step and brings 1.01 tokens" in tune_command.table(slow)
+    plot_tuning(found, tmp_path / "tuning.png")
+    assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_auto_takes_the_remembered_tree(tmp_path):
+    target, draft = target_of(), random_draft()
+    (tmp_path / "c.yaml").write_text(f"target: {{source: test, cache_dir: {tmp_path}}}\ndecode: {{tree: auto}}\n")
+    config = load_config(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="no tree was tuned for this draft on this machine .cpu .*; run python -m beagle_jax.tune"):
+        decoder_of(config, target, draft)
+    remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
+    assert decoder_of(config, target, draft)._shapes.tree == dynamic_tree(2, 3, 6)
+    with pytest.raises(UserError, match="no tree was tuned"):
+        decoder_of(config, target, random_draft(seed=2))
+
+
+def test_the_written_config_has_the_tree(tmp_path):
+    text = tune_command.with_tree("target: {source: x}\ndecode: {max_new_tokens: 7}\n", Choice(2, 3, 6, 1.5, 10.0))
+    (tmp_path / "tuned.yaml").write_text(text)
+    decode = load_config(tmp_path / "tuned.yaml").decode
+    assert (decode.tree, decode.levels, decode.topk, decode.nodes, decode.max_new_tokens) == ("dynamic", 2, 3, 6, 7)
