@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beagle_jax.decoding import tuning
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.decoding.tuning import drafting, machine, milliseconds, small_tree, verifying
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
@@ -63,13 +64,13 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     draft = Draft(draft_spec, jax.tree.map(lambda x: x.astype(dtype), init_draft(draft_spec, jax.random.key(0))), None, {})
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
-    verify = {rows: tuning._milliseconds(tuning._verify(target, rows)) for rows in (1, 8, 16, 32, 64, 128)}
+    verify = {rows: milliseconds(verifying(target, rows)) for rows in (1, 8, 16, 32, 64, 128)}
     print("verify, ms by rows:   " + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items()))
     if bandwidth:
         floor = 1000 * (weights - spec.vocab_size * spec.hidden_size * target.dtype.itemsize / 1e9) / bandwidth  # no embedding
         print(f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes {verify[1] / floor:.2f} times that")
-    models = tuning.Models(target.params, draft.params, tuning.draft_head_of(target.params, None))
-    one, many = (tuning._milliseconds(tuning._drafting(target, draft, models, levels, tree.topk)) for levels in (1, 4))
+    models = Models(target.params, draft.params, draft_head_of(target.params, None))
+    one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, tree.topk))) for levels in (1, 4))
     print(f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} (topk {tree.topk})")
     times = {}
     for label, decoder in (("plain", SpeculativeDecoder(target)), ("speculative", SpeculativeDecoder(target, draft, tree))):
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--tree", type=int, nargs=3, default=[6, 10, 60], metavar=("LEVELS", "TOPK", "NODES"))
     parser.add_argument("--new-tokens", type=int, default=96)
     arguments = parser.parse_args()
-    print(time.strftime("%Y-%m-%d"), tuning.machine(), "XLA_FLAGS=" + os.environ.get("XLA_FLAGS", ""))
+    print(time.strftime("%Y-%m-%d"), machine(), "XLA_FLAGS=" + os.environ.get("XLA_FLAGS", ""))
     for name in arguments.shapes:
         measure(name, jnp.dtype(arguments.dtype), arguments.bandwidth, dynamic_tree(*arguments.tree), arguments.new_tokens)
 

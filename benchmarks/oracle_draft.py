@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.config import load_config
-from beagle_jax.decoding import loop, tuning
+from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import chain
+from beagle_jax.decoding.tuning import drafting, machine, milliseconds, verifying
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
@@ -48,7 +49,7 @@ def main() -> None:
     prompts = tokenize(suite("held_out", 8), target.tokenizer)
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=arguments.new_tokens)
     prompt, answer = max(zip(prompts, answers), key=lambda pair: len(pair[1].tokens))
-    print(tuning.machine())
+    print(machine())
     right = loop._draft
     for levels in arguments.levels:
         loop._draft = knows(answer.tokens, levels)
@@ -60,18 +61,11 @@ def main() -> None:
         [first] = rounds[0]
         assert first.tokens == answer.tokens and first.rounds == -(-(len(answer.tokens) - 1) // (levels + 1)), first
         whole = 1000 * float(np.median([one.decode_seconds for [one] in rounds])) / first.rounds
-        verify = tuning._milliseconds(tuning._verify(target, levels + 1))
-        drafting = tuning._milliseconds(drafting_alone(target, draft, levels))
-        print(f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone {drafting:.1f}, "
-              f"left for accept, append and loop {whole - verify - drafting:.1f}; ratio {whole / (verify + drafting):.3f}")
-
-
-def drafting_alone(target, draft, levels: int):
-    """The draft steps of one round by themselves."""
-    models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
-    cache = tuning.empty_rows(1, draft.spec.num_kv_heads, 256, draft.spec.head_dim, target.dtype)
-    length, root = jnp.full(1, 128), jnp.zeros(1, jnp.int32)
-    return lambda: tuning._grow(models, draft.spec, chain(levels), cache, length, root)
+        verify = milliseconds(verifying(target, levels + 1))
+        models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
+        steps = milliseconds(drafting(target, draft, models, chain(levels)))
+        print(f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone {steps:.1f}, "
+              f"left for accept, append and loop {whole - verify - steps:.1f}; ratio {whole / (verify + steps):.3f}")
 
 
 if __name__ == "__main__":

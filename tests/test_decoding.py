@@ -11,10 +11,12 @@ from decode_cases import MARKOV, NEVER, naive_greedy, random_draft, right_draft,
 
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
-from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.suites import CompileCounter, Measurement
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.weights.draft import Draft
 
 TREES = {
     "chain 1": chain(1),
@@ -23,6 +25,7 @@ TREES = {
     "ragged": static_tree([(0,), (1,), (3,), (1, 0), (1, 2), (1, 2, 0)]),
     "dynamic": dynamic_tree(4, 3, 10),
 }
+DRAWN = Sampling(0.4, top_k=20, top_p=0.95)
 PROMPTS = {"one token": [5], "short": [7, 8, 9], "a bucket": list(range(60)) + [3, 1, 4, 1], "one more": list(range(60)) + [3, 1, 4, 1, 5]}
 
 
@@ -38,10 +41,21 @@ def _check_lossless(target, draft, tree, prompt, max_new=20) -> Generation:
     return found
 
 
+def _check_drawn(target, draft, tree, prompt, max_new=20) -> Generation:
+    """The same for sampling: a seed writes what plain sampling writes with it."""
+    ask = lambda *parts: SpeculativeDecoder(target, *parts).generate([prompt], DRAWN, max_new_tokens=max_new, seed=4)[0]
+    found, plain = ask(draft, tree), ask()
+    assert (found.tokens, found.stopped_by) == (plain.tokens, plain.stopped_by)
+    assert sum(found.accepted) == found.rounds <= plain.rounds == len(plain.tokens) - 1
+    return found
+
+
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("tree", [ROOT_ONLY, *TREES.values()], ids=["plain", *TREES])
 def test_equals_plain_decoding(tree, prompt):
-    _check_lossless(target_of(), random_draft() if tree.depth else None, tree, prompt)
+    draft = random_draft() if tree.depth else None
+    _check_lossless(target_of(), draft, tree, prompt)
+    _check_drawn(target_of(), draft, tree, prompt)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.2])
@@ -82,6 +96,15 @@ def test_stop_token_anywhere_in_an_accepted_run(position):
     assert found.rounds == -(-first // 6)
 
 
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_drawn_stop_tokens_and_limits_inside_a_round(tree):
+    free = _check_drawn(target_of(MARKOV), right_draft(0.02), tree, [5], 16).tokens
+    for place in (0, 1, 2, 4, 7):
+        stopped = _check_drawn(target_of(MARKOV, eos_ids=(free[place],)), right_draft(0.02), tree, [5], 16)
+        assert stopped.tokens == free[: free.index(free[place]) + 1] and stopped.stopped_by == "token"
+        assert _check_drawn(target_of(MARKOV), right_draft(0.02), tree, [5], place + 1).tokens == free[: place + 1]
+
+
 @pytest.mark.parametrize("limit", [1, 2, 6, 7, 8, 13])
 def test_length_limit_inside_a_round(limit):
     target = target_of(MARKOV)
@@ -92,9 +115,12 @@ def test_length_limit_inside_a_round(limit):
 
 
 def _state(target, draft, tree, prompts, capacity, max_new):
-    head = loop.draft_head_of(target.params, draft.hot_ids)
-    models = loop.Models(target.params, draft.params, head)
-    shapes = loop.Shapes(target.spec, draft.spec, tree, target.eos_ids)
+    if draft is None:
+        models, draft_spec = loop.Models(target.params, None, None), None
+    else:
+        models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
+        draft_spec = draft.spec
+    shapes = loop.Shapes(target.spec, draft_spec, tree, target.eos_ids)
     return models, shapes, start(models, shapes, prompts, jnp.full(len(prompts), max_new, jnp.int32), capacity)
 
 
@@ -135,15 +161,21 @@ def test_nothing_compiles_after_warm_up():
     assert counter.count > 0
 
 
-def test_caches_are_donated_and_updated_in_place():
-    # One draft token: with more, the scores of the tiny heads are as large as the cache itself.
-    models, shapes, state = _state(target_of(), random_draft(), chain(1), [[5]], 2048, 8)
+@pytest.mark.parametrize("tree", [ROOT_ONLY, chain(3), dynamic_tree(3, 3, 8)], ids=["plain", "chain", "dynamic"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_caches_are_donated_and_updated_in_place(tree, sampling):
+    # Heads wide enough that the scores of a tree over all slots are small beside the keys.
+    spec = dataclasses.replace(TINY, head_dim=64, num_layers=4)
+    draft_spec = DraftSpec.from_target(spec)
+    draft = Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {}) if tree.depth else None
+    models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8)
+    shapes = shapes._replace(sampling=sampling)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache)))
     memory = loop.decode.lower(models, shapes, state, np.int32(9)).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
     loop.decode(models, shapes, state, np.int32(9))
-    assert state.target_cache[0].k_BKHS.is_deleted() and state.draft_cache.v_BKSH.is_deleted()
+    assert state.target_cache[0].k_BKHS.is_deleted() and (draft is None or state.draft_cache.v_BKSH.is_deleted())
 
 
 def test_phases_are_named_in_the_program():
@@ -156,10 +188,10 @@ def test_definitions_of_tau_and_step_alpha():
     one = Generation([1] * 8, 3, [1, 0, 2], 0.5, 1.5)
     other = Generation([1, 2, 3], 2, [2, 0, 0], 0.5, 0.5)
     assert (one.tau, one.tokens_per_second) == (7 / 3, 4.0)
-    both = Measurement("both", [one, other])
+    both = Measurement("both", "chain of 2", [one, other])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
-    assert both.identical_to(Measurement("x", [one, one])) == 1
+    assert both.identical_to(Measurement("x", "", [one, one])) == 1
     assert both.repeated_4_grams == 4 / 5
 
 

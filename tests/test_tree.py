@@ -126,6 +126,11 @@ def test_chain_and_root():
     assert (chain(0), ROOT_ONLY.size, ROOT_ONLY.depth) == (ROOT_ONLY, 1, 0)
 
 
+def test_names_of_trees():
+    names = ["no draft", "chain of 3", "static tree, 5 levels, 26 nodes", "dynamic tree, 2 levels, topk 3, 5 nodes"]
+    assert [str(tree) for tree in (ROOT_ONLY, chain(3), static_tree(EAGLE_PATHS), dynamic_tree(2, 3, 5))] == names
+
+
 def test_tree_of_config():
     assert tree_of(DecodeConfig(levels=4)) == chain(4)
     assert tree_of(DecodeConfig(tree="static")) == static_tree(EAGLE_PATHS)

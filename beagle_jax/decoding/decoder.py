@@ -96,6 +96,11 @@ class SpeculativeDecoder:
         draft_spec = None if draft is None else draft.spec
         self._shapes = Shapes(target.spec, draft_spec, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
 
+    @property
+    def tree(self) -> Tree:
+        """What is drafted per round."""
+        return self._shapes.tree
+
     def warm_up(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128) -> None:
         """Compiles what answering these prompts one at a time will need."""
         needs = {(_padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens for tokens in map(self._tokens, prompts)}

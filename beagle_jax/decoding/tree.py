@@ -45,6 +45,11 @@ class StaticTree:
 
     scored = False  # the shape does not depend on scores, so none are computed
 
+    def __str__(self) -> str:
+        if not self.depth:
+            return "no draft"
+        return f"chain of {self.depth}" if self.size == self.depth + 1 else f"static tree, {self.depth} levels, {self.size} nodes"
+
     @property
     def size(self) -> int:
         """W: tokens verified per round, the root included."""
@@ -115,6 +120,9 @@ class DynamicTree:
     nodes: int  # W: tokens verified per round, the root included
 
     scored = True
+
+    def __str__(self) -> str:
+        return f"dynamic tree, {self.levels} levels, topk {self.topk}, {self.nodes} nodes"
 
     @property
     def size(self) -> int:

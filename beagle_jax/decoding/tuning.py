@@ -6,7 +6,6 @@ at every place, and the places of the right continuation in its ranking tell wha
 """
 
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import Models, draft_head_of
-from beagle_jax.decoding.tree import DynamicTree, dynamic_tree, tree_of
+from beagle_jax.decoding.tree import DynamicTree, Tree, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import KVRows, empty_rows
@@ -39,6 +38,7 @@ LEVELS = range(1, 7)
 TOPKS = (1, 2, 3, 4, 6, 8)
 _CAPACITY = 256  # cache slots while measuring
 _REPEATS = 7
+_PASSES = 4  # passes of one timed call
 _BATCH = 16  # places of a text whose trees are grown at once
 
 
@@ -77,11 +77,11 @@ class Tuning:
 def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
     """texts: prompts and the target's answers, as tokens."""
     models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
-    verify_ms = {rows: _milliseconds(_verify(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
+    verify_ms = {rows: milliseconds(verifying(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
-        one, many = (_milliseconds(_drafting(target, draft, models, levels, topk)) for levels in (1, 4))
+        one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4))
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(target, draft, models, topk, text) for text in texts]
@@ -93,37 +93,39 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
 
 
 def _choices(verify_ms, draft_ms, order) -> list[Choice]:
+    """Trees of every measured size; between two sizes a tree would bring less at about the price of the larger one."""
     found = []
-    for levels, topk in itertools.product(LEVELS, TOPKS):
-        candidates = topk + (levels - 1) * topk**2
-        sizes = sorted({n for n in (*range(2, 17), 20, 24, 28, 32, 48, 64, 96, 128) if n <= candidates + 1})
-        for nodes in sizes:
-            accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
-            cost = draft_ms[levels, topk] + float(np.interp(nodes, list(verify_ms), list(verify_ms.values())))
-            found.append(Choice(levels, topk, nodes, 1 + float(accepted), cost))
+    for (levels, topk), drafting_ms in draft_ms.items():
+        for nodes in verify_ms:
+            if 2 <= nodes <= topk + (levels - 1) * topk**2 + 1:
+                accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
+                found.append(Choice(levels, topk, nodes, 1 + float(accepted), drafting_ms + verify_ms[nodes]))
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
 
-def _milliseconds(call: Callable[[], jax.Array]) -> float:
-    """Median time of a call that is compiled by now."""
+def milliseconds(call: Callable[[], jax.Array]) -> float:
+    """Median time of one pass of a call that is compiled by now and makes `_PASSES` of them."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(_REPEATS):
         clock = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - clock)
-    return 1000 * float(np.median(seconds))
+    return 1000 * float(np.median(seconds)) / _PASSES
 
 
 @partial(jax.jit, static_argnames="spec")
 def _verified(params, spec, token_BW, cache, visible_BS):
+    """Passes in a loop, as decoding runs them: alone, handing over hundreds of weights costs milliseconds (measured)."""
     B, W = token_BW.shape
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
-    return best_tokens(params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0])[0]
+    read = lambda _, token_BW: best_tokens(params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0])[0]
+    return jax.lax.fori_loop(0, _PASSES, read, token_BW)
 
 
-def _verify(target: Target, rows: int) -> Callable[[], jax.Array]:
+def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
+    """A call that verifies this many rows, greedily, `_PASSES` times."""
     cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
     return lambda: _verified(target.params, target.spec, tokens, cache, visible)
@@ -140,12 +142,22 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
     return dynamic_tree(levels, topk, topk + (levels - 1) * topk**2 + 1)
 
 
-def _drafting(target: Target, draft: Draft, models: Models, levels: int, topk: int) -> Callable[[], jax.Array]:
+@partial(jax.jit, static_argnames=("spec", "tree"))
+def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B):
+    read = lambda _, root_B: _grow(models, spec, tree, cache, length_B, root_B)[0][:, -1]
+    return jax.lax.fori_loop(0, _PASSES, read, root_B)
+
+
+def drafting(target: Target, draft: Draft, models: Models, tree: Tree) -> Callable[[], jax.Array]:
+    """A call that drafts this tree `_PASSES` times."""
     cache = empty_rows(1, draft.spec.num_kv_heads, _CAPACITY, draft.spec.head_dim, target.dtype)
-    # As many nodes as the machine would verify: choosing them is part of the cost.
-    tree = dynamic_tree(levels, topk, min(8, topk + (levels - 1) * topk**2 + 1))
     length, root = jnp.full(1, _CAPACITY - 8), jnp.zeros(1, jnp.int32)
-    return lambda: _grow(models, draft.spec, tree, cache, length, root)
+    return lambda: _drafted(models, draft.spec, tree, cache, length, root)
+
+
+def small_tree(levels: int, topk: int) -> DynamicTree:
+    """A tree of few nodes: choosing them is part of the cost of drafting."""
+    return dynamic_tree(levels, topk, min(8, topk + (levels - 1) * topk**2 + 1))
 
 
 @partial(jax.jit, static_argnames=("target_spec", "spec"))

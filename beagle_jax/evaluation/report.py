@@ -10,6 +10,7 @@ def summary(result: Measurement, plain: Measurement) -> dict[str, Any]:
     """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
     return {
         "name": result.name,
+        "tree": result.tree,
         "prompts": len(result.generations),
         "tokens": result.tokens,
         "rounds": result.rounds,
@@ -37,7 +38,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
         )
     for one in summaries:
         if one["step_alpha"]:
-            lines.append(f"{one['name']}: step-alpha by depth {'  '.join(f'{share:.2f}' for share in one['step_alpha'])}")
+            lines.append(f"{one['name']}: {one['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in one['step_alpha'])}")
     lines.append(f"repeated 4-grams in the answers: {summaries[0]['repeated_4_grams']:.1%}")
     lines.append("tok/s: prefill included; decode: without it. Times exclude compilation.")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ class Measurement:
     """Answers of one way of decoding to all prompts, in order."""
 
     name: str
+    tree: str  # what was drafted per round
     generations: list[Generation] = field(default_factory=list)
     compiles: int = 0  # programs compiled after the warm-up; 0 when every shape was met before
 
@@ -117,7 +118,7 @@ def measure(
     """
     for _, decoder in tqdm(decoders.items(), desc="compiling", unit="decoder", leave=False):
         decoder.warm_up(prompts, sampling, max_new_tokens=max_new_tokens)
-    results = [Measurement(name) for name in decoders]
+    results = [Measurement(name, str(decoder.tree)) for name, decoder in decoders.items()]
     counters = [CompileCounter() for _ in decoders]
     for prompt in tqdm(prompts, desc="decoding", unit="prompt"):
         for result, counter, decoder in zip(results, counters, decoders.values()):
