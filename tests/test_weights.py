@@ -210,9 +210,8 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear' is not supported"),
-        ({"attention_bias": True}, "attention_bias is true"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not supported"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is true, which 'qwen2' does not have"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ],
 )

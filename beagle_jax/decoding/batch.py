@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.sampling import Sampling, choose_from_top, is_stop
+from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, logits
@@ -192,8 +193,9 @@ def write_answers(
     """Yields answers as rows finish, in no fixed order.
 
     Prompts are taken shortest first, so that neighbours share a padded length and the cache grows only when it must.
-    `on_tokens` is told how many tokens each segment added.
+    `on_tokens` is told how many tokens each segment added. Raises UserError where a sliding window would hide a token.
     """
+    _check_window(spec, prompts, max_new)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batch = min(batch, -(-max(len(prompts), 1) // ADMIT_ROWS) * ADMIT_ROWS)
     state = _empty_state(spec, params["embed_VD"].dtype, batch, max_new, seed)
@@ -223,6 +225,16 @@ def write_answers(
             if done_B[row]:
                 yield lines[row].finish(out_BT[row, : count_B[row]].tolist())
                 lines[row] = None
+
+
+def _check_window(spec: TargetSpec, prompts: Sequence[Sequence[int]], max_new: int) -> None:
+    """Raises UserError if any text could outgrow the target's sliding window: slots of the ring are not positions."""
+    longest, window = max(map(len, prompts), default=0), spec.shortest_window
+    if window is not None and longest + max_new > window:
+        raise UserError(
+            f"the target's sliding window is {window} tokens; a prompt of {longest} and an answer of {max_new} do not fit into it, "
+            "and answers are written only where it hides nothing; lower data.max_prompt_tokens or data.max_answer_tokens"
+        )
 
 
 def answer_writer(params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], batch: int, top_k: int):

@@ -23,13 +23,41 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1) -> j
     return (x_f32 * scale).astype(x.dtype) * weight_D.reshape(shape)
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+class RopeScaling(NamedTuple):
+    """How rotary frequencies are slowed down for contexts longer than those of the first training. Hashable.
+
+    Linear when only the factor is given. Else Llama 3's: waves that fit `original_positions` fewer than
+    low_freq_factor times are slowed by the factor, those that fit more than high_freq_factor times are kept, and what
+    lies between is blended.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_positions: float | None = None  # tokens; None: linear
+
+
+def rope_tables(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in float32."""
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        frequency = _scaled(frequency, scaling)
     # float32 angles: bfloat16 would round position 257 to 256.
     angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequency, range(positions.ndim))
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def _scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+    slow = frequency / scaling.factor
+    if scaling.original_positions is None:
+        return slow
+    waves = scaling.original_positions * frequency / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+    return (1 - kept) * slow + kept * frequency
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -17,6 +17,14 @@ def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
     return causal_TT[None] & (position_T[None, None, :] < length_B[:, None, None])
 
 
+def within_window(position_BT: jax.Array, key_position_BS: jax.Array, window: int) -> jax.Array:
+    """Mask [B, T, S] of a sliding window: the key is fewer than `window` tokens back. Later keys are not its concern.
+
+    window 3:   query at 4 sees keys at 2 3 4, and whatever comes after; at 1 it sees all.
+    """
+    return position_BT[:, :, None] - key_position_BS[:, None, :] < window
+
+
 def window_start(position: jax.Array, window: int, offset: jax.Array) -> jax.Array:
     """s(i): first position of i's window; i itself before the first window (method.md 3.1, 12.6).
 

@@ -1,8 +1,9 @@
-"""The frozen target: a Llama-family decoder as pure functions over a tree of arrays.
+"""The frozen target: a dense decoder of the Llama family as pure functions over a tree of arrays.
 
-`TargetSpec` describes the architecture, `param_table` declares every tensor once (path, shape, Hugging Face
-name), `forward` runs it. Matrices keep PyTorch's [out, in] layout and activations run as columns [D, M]: on a
-CPU this makes eight rows cost little more than one (jax_notes C.18), and elsewhere it costs nothing.
+`TargetSpec` describes the architecture (`model/families.py` reads it from a config), `param_table` declares every
+tensor once (path, shape, Hugging Face name), `forward` runs it; a family is a few fields, never code of its own.
+Matrices keep PyTorch's [out, in] layout and activations run as columns [D, M]: on a CPU this makes eight rows cost
+little more than one (jax_notes C.18), and elsewhere it costs nothing.
 The state of a token is the last hidden state after the final norm (method.md 1); logits are `head @ state`.
 """
 
@@ -13,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows, empty_rows
-from beagle_jax.model.layers import apply_rope, merge_attention, partial_attention, rms_norm, rope_tables
+from beagle_jax.model.families import read_config
+from beagle_jax.model.layers import RopeScaling, apply_rope, merge_attention, partial_attention, rms_norm, rope_tables
+from beagle_jax.model.masks import within_window
 
 Params = Mapping[str, Any]
 
@@ -40,49 +42,21 @@ class TargetSpec:
     max_positions: int  # longest context the target was trained for, tokens
     tie_embeddings: bool  # the head is the embedding matrix
 
+    # What a family adds to plain Llama.
+    biases: tuple[str, ...] = ()  # projections with a bias, by Hugging Face name: "self_attn.q_proj"
+    qk_norm: bool = False  # each head's queries and keys pass a norm of their own before they are rotated
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()  # per layer: how many tokens back a token sees, itself included; None: all
+
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
         """Reads a Hugging Face `config.json`; raises UserError naming what this decoder cannot compute."""
-        _refuse_unknown_architecture(config, where)
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in needed if key not in config]
-        if missing:
-            raise UserError(f"{where}: the model config lacks {', '.join(missing)}; give a complete config.json")
-        heads = config["num_attention_heads"]
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=_rope_theta(config, where),
-            # The defaults below are Hugging Face's own for a Llama config that omits the key.
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_positions=config.get("max_position_embeddings", 2048),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
+        return cls(**read_config(config, where))
 
-
-def _refuse_unknown_architecture(config: Mapping[str, Any], where: str) -> None:
-    model_type = config.get("model_type")
-    if model_type != "llama":
-        raise UserError(f"{where}: model_type is {model_type!r}; this version computes 'llama' (Llama, Vicuna, SmolLM2)")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise UserError(f"{where}: {key} is true; this version computes Llama blocks without biases")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}; expected 'silu'")
-
-
-def _rope_theta(config: Mapping[str, Any], where: str) -> float:
-    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{where}: rope type {kind!r} is not supported; expected 'default' (no scaling)")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    @property
+    def shortest_window(self) -> int | None:
+        """Tokens up to which no sliding window hides anything; None: there is no window."""
+        return min((window for window in self.windows if window is not None), default=None)
 
 
 def param_table(spec: TargetSpec) -> dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]]:
@@ -106,10 +80,22 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[tuple[str | int, ...], tupl
         "mlp.up_proj": ("up_FD", (F, D)),
         "mlp.down_proj": ("down_DF", (D, F)),
     }
+    if spec.qk_norm:
+        per_layer["self_attn.q_norm"] = ("q_norm_H", (spec.head_dim,))
+        per_layer["self_attn.k_norm"] = ("k_norm_H", (spec.head_dim,))
     for layer in range(spec.num_layers):
         for name, (key, shape) in per_layer.items():
             table[f"model.layers.{layer}.{name}.weight"] = (("layers", layer, key), shape)
+        for name in spec.biases:
+            key, shape = per_layer[name]
+            table[f"model.layers.{layer}.{name}.bias"] = (("layers", layer, _bias_key(key)), shape[:1])
     return table
+
+
+def _bias_key(weight_key: str) -> str:
+    """Where the bias of a projection lives: "q_FD" -> "q_bias_F"."""
+    name, letters = weight_key.split("_")
+    return f"{name}_bias_{letters[0]}"
 
 
 def head(params: Params) -> jax.Array:
@@ -170,13 +156,14 @@ def forward(
     """Runs T new tokens per sequence. The cache is only read; the caller writes the rows it wants to keep.
 
     mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's ancestors-or-self.
-    cache, visible_BS: rows of earlier tokens, and which slots of them every new token of a sequence sees.
+    cache, visible_BS: rows of earlier tokens, and which slots of them every new token of a sequence sees. Under a
+    sliding window a slot stands for the position of the same number.
     Returns the states [B, T, D] after the final norm, and the key/value rows of the T tokens in each layer.
     """
     B, T = tokens_BT.shape
-    cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, spec.rope_theta)
+    cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, spec.rope_theta, spec.rope_scaling)
     rotary = (cos_BTH[:, None, None], sin_BTH[:, None, None])
-    slots = visible_BS[:, None, None, None] if cache else None
+    sees = _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None)
     x_DM = params["embed_VD"][tokens_BT.reshape(-1)].T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
     new_rows = []
@@ -184,7 +171,7 @@ def forward(
         with jax.named_scope(f"layer_{index}"):
             past = cache[index] if cache else None
             y_DM = rms_norm(x_DM, layer["input_norm_D"], spec.rms_norm_eps, axis=0)
-            attended_DM, rows = _attention(layer, spec, y_DM, (B, T), rotary, mask_BTT, past, slots)
+            attended_DM, rows = _attention(layer, spec, y_DM, (B, T), rotary, past, *sees[index])
             x_DM = x_DM + attended_DM
             x_DM = x_DM + _swiglu(layer, rms_norm(x_DM, layer["mlp_norm_D"], spec.rms_norm_eps, axis=0))
             new_rows.append(rows)
@@ -196,28 +183,49 @@ def _column_padding(count: int) -> int:
     return 0 if count == 1 else -count % _COLUMN_MULTIPLE
 
 
-def _attention(layer, spec, y_DM, batch_shape, rotary, mask_BTT, past, slots):
+def _layer_masks(spec, positions_BT, mask_BTT, visible_BS) -> list[tuple[jax.Array, jax.Array | None]]:
+    """For each layer, which new tokens each new token sees, and which slots (None without a cache)."""
+    slots = None if visible_BS is None else visible_BS[:, None, None, None]
+    masks = {None: (mask_BTT, slots)}
+    for window in set(spec.windows) - {None}:
+        near_slots = slots
+        if slots is not None:
+            slot_1S = jnp.arange(visible_BS.shape[1])[None]
+            near_slots = slots & within_window(positions_BT, slot_1S, window)[:, None, None]
+        masks[window] = (mask_BTT & within_window(positions_BT, positions_BT, window), near_slots)
+    return [masks[window] for window in spec.windows or (None,) * spec.num_layers]
+
+
+def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
     """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and the new rows."""
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
-    q_BKGTH = apply_rope(_heads(layer["q_FD"], y_DM, B, T, K, H), *rotary)
-    k_BK1TH = apply_rope(_heads(layer["k_FD"], y_DM, B, T, K, H), *rotary)
-    rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), _heads(layer["v_FD"], y_DM, B, T, K, H)[:, :, 0])
+    q_BKGTH, k_BK1TH, v_BK1TH = (_heads(_project(layer, key, y_DM), B, T, K, H) for key in ("q_FD", "k_FD", "v_FD"))
+    if spec.qk_norm:
+        q_BKGTH = rms_norm(q_BKGTH, layer["q_norm_H"], spec.rms_norm_eps)
+        k_BK1TH = rms_norm(k_BK1TH, layer["k_norm_H"], spec.rms_norm_eps)
+    q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
+    rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), v_BK1TH[:, :, 0])
     parts = [partial_attention(q_BKGTH, *rows, mask_BTT[:, None, None])]
     if past is not None:
         parts.append(partial_attention(q_BKGTH, *past, slots))
     out_FM = merge_attention(*parts).astype(y_DM.dtype).transpose(1, 2, 4, 0, 3).reshape(-1, B * T)
     out_FM = jnp.pad(out_FM, ((0, 0), (0, M - B * T)))
-    return jnp.einsum("DF,FM->DM", layer["o_DF"], out_FM), rows
+    return _project(layer, "o_DF", out_FM), rows
 
 
-def _heads(weight_FD: jax.Array, y_DM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
-    """Projects columns and lays them out as [B, K, G, T, H], padding columns dropped."""
-    out_FM = jnp.einsum("FD,DM->FM", weight_FD, y_DM)[:, : B * T]
-    return out_FM.reshape(K, -1, H, B, T).transpose(3, 0, 1, 4, 2)
+def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
+    """A projection of columns, [I, M] -> [O, M], and its bias if it has one."""
+    out_OM = jnp.einsum("OI,IM->OM", layer[key], x_IM)
+    bias = layer.get(_bias_key(key))
+    return out_OM if bias is None else out_OM + bias[:, None]
+
+
+def _heads(out_FM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
+    """Lays projected columns out as [B, K, G, T, H], padding columns dropped."""
+    return out_FM[:, : B * T].reshape(K, -1, H, B, T).transpose(3, 0, 1, 4, 2)
 
 
 def _swiglu(layer: Params, y_DM: jax.Array) -> jax.Array:
-    gate_FM = jnp.einsum("FD,DM->FM", layer["gate_FD"], y_DM)
-    up_FM = jnp.einsum("FD,DM->FM", layer["up_FD"], y_DM)
-    return jnp.einsum("DF,FM->DM", layer["down_DF"], jax.nn.silu(gate_FM) * up_FM)
+    gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
+    return _project(layer, "down_DF", jax.nn.silu(gate_FM) * up_FM)
