@@ -15,7 +15,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from beagle_jax import evaluate, generate, train, tune
+from beagle_jax import convert, evaluate, generate, train, tune
 from beagle_jax.config import load_config
 from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
@@ -25,7 +25,8 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.target import load_target
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
+            "convert": convert.main}  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

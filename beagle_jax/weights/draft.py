@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.target import TargetSpec
 
-_NAMES = {
+TENSOR_NAMES = {
     "q_proj": "self_attn.q_proj.weight",
     "k_proj": "self_attn.k_proj.weight",
     "v_proj": "self_attn.v_proj.weight",
@@ -27,7 +27,7 @@ _NAMES = {
     "input_layernorm": "input_layernorm.weight",
     "post_attention_layernorm": "post_attention_layernorm.weight",
 }
-_HOT_TOKENS = "hot_tokens"  # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
+HOT_TOKENS = "hot_tokens"  # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A transposed view would be written wrongly by safetensors, without an error.
-    tensors = {_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
+    tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
     if draft.hot_ids is not None:
-        tensors[_HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
+        tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
@@ -80,13 +80,14 @@ def load_draft(folder: str | Path, target: TargetSpec) -> Draft:
     if wrong:
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
     tensors = _read(weights_path)
-    hot_ids = tensors.pop(_HOT_TOKENS, None)
+    hot_ids = tensors.pop(HOT_TOKENS, None)
     if hot_ids is not None and (hot_ids.min() < 0 or hot_ids.max() >= target.vocab_size):
         raise UserError(f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
                         f"the vocabulary ends at {target.vocab_size - 1})")
     params = _match(tensors, expected, weights_path)
     provenance = {key: value for key, value in config.items() if key not in asdict(expected) and key != "model_type"}
-    return Draft(expected, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
+    spec = replace(expected, init_std=config.get("init_std", expected.init_std))
+    return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -98,11 +99,11 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict[str, jax.Array]:
-    shapes = {_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
+    shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
     problems = [f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
     problems += [f"extra tensor {name}" for name in tensors if name not in shapes]
     problems += [f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
                  for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
     if problems:
         raise UserError(f"{where}: not the weights of this draft:\n  " + "\n  ".join(problems))
-    return {name: jnp.asarray(tensors[file_name]) for name, file_name in _NAMES.items()}
+    return {name: jnp.asarray(tensors[file_name]) for name, file_name in TENSOR_NAMES.items()}

@@ -1,0 +1,327 @@
+"""A Beagle draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers, nothing else.
+
+Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention block. The query is the
+embedding of the token at position i; keys and values are states at positions below i: the target's last hidden states
+after its final norm (`hidden_states[-1]` of a Llama), or the draft's own predictions of them. The target's frozen head
+reads what the block predicts. Embedding and head are the target's own: they are passed in, never stored here.
+
+    draft = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, levels=3)
+    print(tokenizer.decode(answer.sequences[0]))
+
+Array names end in their axes. B batch, T queries, S keys, D model width, F MLP width, N query heads, K key/value heads,
+G query heads per key/value head, H head width, V vocabulary, W tokens verified per round.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+_MASKED_SCORE = -1e30  # finite, so that a row that sees nothing has no inf - inf
+
+
+class BeagleConfig(PretrainedConfig):
+    """Shape of the block (one layer of the target), and where the draft comes from."""
+
+    model_type = "beagle_draft_torch"
+
+    def __init__(
+        self,
+        hidden_size: int = 64,
+        intermediate_size: int = 128,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 4,
+        head_dim: int = 16,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        vocab_size: int = 64,
+        num_hot_tokens: int = 0,
+        target: str | None = None,
+        provenance: dict | None = None,
+        **kwargs,
+    ):
+        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0: all."""
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.vocab_size = vocab_size
+        self.num_hot_tokens = num_hot_tokens
+        self.target = target
+        self.provenance = provenance
+        super().__init__(**kwargs)
+
+
+class KeysValues(NamedTuple):
+    """Rotated keys and values of states."""
+
+    k_BKSH: torch.Tensor
+    v_BKSH: torch.Tensor
+
+    def followed_by(self, more: "KeysValues") -> "KeysValues":
+        """Both, one after the other; neither is changed."""
+        return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(self, more)))
+
+
+class Generated(NamedTuple):
+    """An answer and what it took."""
+
+    sequences: torch.Tensor  # [1, prompt and new tokens]; the stop token included, if one came
+    rounds: int  # of draft, verify, accept; the prefill is in no round
+
+
+class Tree:
+    """A static draft tree, given by paths of child ranks: (0, 2) is the third-best continuation of the best first token.
+
+    Node 0 is the root, the last known token; nodes are ordered by depth, then by path, so parents precede children.
+    """
+
+    def __init__(self, paths: Sequence[Sequence[int]]):
+        ordered = [(), *sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))]
+        node_of = {path: node for node, path in enumerate(ordered)}
+        if len(ordered) != len(paths) + 1 or len(node_of) != len(ordered):
+            raise ValueError(f"paths {list(paths)} has a repeated or an empty path")
+        for path in ordered[1:]:
+            if path[:-1] not in node_of or min(path) < 0:
+                raise ValueError(f"paths: the parent of {list(path)} is not in the list, or a rank is negative")
+        self.size = len(ordered)
+        self.rank = [path[-1] if path else 0 for path in ordered]
+        self.depth = [len(path) for path in ordered]
+        self.children = [[node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered]
+        self.ancestors = [{node_of[path[:end]] for end in range(len(path))} for path in ordered]  # strict
+        inner = [node for node in range(self.size) if self.children[node]]
+        # Per draft step, the nodes that are queried: those of one depth that have children.
+        self.levels = [[node for node in inner if self.depth[node] == depth] for depth in range(max(self.depth))]
+        self.is_chain = self.depth == list(range(self.size))
+
+    def accepted(self, tokens: Sequence[int], best: Sequence[int]) -> list[int]:
+        """The nodes from the root on whose tokens are the target's own choice (`best`) at their parents."""
+        path = [0]
+        while matching := [node for node in self.children[path[-1]] if tokens[node] == best[path[-1]]]:
+            path.append(matching[0])
+        return path
+
+
+class _Norm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_f32 = x_BTD.float()
+        scale = torch.rsqrt(x_f32.square().mean(-1, keepdim=True) + self.eps)
+        return (x_f32 * scale).to(x_BTD.dtype) * self.weight
+
+
+class _Projections(nn.Module):
+    """Linear maps without bias, by name."""
+
+    def __init__(self, **widths: tuple[int, int]):
+        super().__init__()
+        for name, (inner, outer) in widths.items():
+            setattr(self, name, nn.Linear(inner, outer, bias=False))
+
+
+class BeagleDraft(PreTrainedModel):
+    """The block, drafting with it, and speculative decoding."""
+
+    config_class = BeagleConfig
+
+    def __init__(self, config: BeagleConfig):
+        super().__init__(config)
+        D, F = config.hidden_size, config.intermediate_size
+        NH, KH = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.self_attn = _Projections(q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D))
+        self.mlp = _Projections(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
+        self.input_layernorm = _Norm(D, config.rms_norm_eps)
+        self.post_attention_layernorm = _Norm(D, config.rms_norm_eps)
+        if config.num_hot_tokens:
+            self.register_buffer("hot_tokens", torch.zeros(config.num_hot_tokens, dtype=torch.int32))
+        self.post_init()
+
+    # The block
+
+    def queries(self, e_BTD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        """Rotated queries [B, N, T, H] of token embeddings at their positions."""
+        return self._rotated(self.self_attn.q_proj(self.input_layernorm(e_BTD)), positions_T)
+
+    def keys_values(self, h_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
+        """Keys and values of states, true or predicted, at their positions."""
+        k_BKSH = self._rotated(self.self_attn.k_proj(h_BSD), positions_S)
+        return KeysValues(k_BKSH, self._heads(self.self_attn.v_proj(h_BSD)))
+
+    def predict(self, e_BTD: torch.Tensor, q_BNTH: torch.Tensor, memory: KeysValues, mask: torch.Tensor) -> torch.Tensor:
+        """Predicted states [B, T, D]. mask: True where a query sees a key, broadcastable to [B, 1, 1, T, S]."""
+        B, N, T, H = q_BNTH.shape
+        k_BKSH, v_BKSH = memory
+        q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H) * H**-0.5
+        score_BKGTS = (q_BKGTH @ k_BKSH[:, :, None].transpose(-1, -2)).float()
+        # The product with the mask gives zeros to a query that sees no key.
+        weight_BKGTS = score_BKGTS.masked_fill(~mask, _MASKED_SCORE).softmax(-1) * mask
+        seen_BKGTH = weight_BKGTS.to(v_BKSH.dtype) @ v_BKSH[:, :, None]
+        y_BTD = e_BTD + self.self_attn.o_proj(seen_BKGTH.reshape(B, N, T, H).transpose(1, 2).reshape(B, T, N * H))
+        z_BTD = self.post_attention_layernorm(y_BTD)
+        return y_BTD + self.mlp.down_proj(functional.silu(self.mlp.gate_proj(z_BTD)) * self.mlp.up_proj(z_BTD))
+
+    def forward(self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None) -> torch.Tensor:
+        """Predicted states [B, T, D] of embeddings at positions 0..T-1 over states at 0..S-1.
+
+        mask_BTS: True where a query sees a state; None: the states before it.
+        """
+        positions_T = torch.arange(e_BTD.shape[1], device=e_BTD.device)
+        positions_S = torch.arange(h_BSD.shape[1], device=e_BTD.device)
+        if mask_BTS is None:
+            mask_BTS = (positions_S[None] < positions_T[:, None])[None]
+        memory = self.keys_values(h_BSD, positions_S)
+        return self.predict(e_BTD, self.queries(e_BTD, positions_T), memory, mask_BTS[:, None, None])
+
+    def head_rows(self, head_VD: torch.Tensor) -> torch.Tensor:
+        """The rows of the target's head that the draft scores."""
+        return head_VD[self.hot_tokens.long()] if self.config.num_hot_tokens else head_VD
+
+    def _heads(self, x_BTF: torch.Tensor) -> torch.Tensor:
+        return x_BTF.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def _rotated(self, x_BTF: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        """Split into heads and rotated by position, in half-split pairs."""
+        x_BNTH = self._heads(x_BTF)
+        H = self.config.head_dim
+        even_H = torch.arange(0, H, 2, dtype=torch.float32, device=x_BTF.device)
+        # float32 angles: bfloat16 would round position 257 to 256.
+        angle_TH = positions_T[:, None].float() * (1.0 / self.config.rope_theta ** (even_H / H))
+        angle_TH = torch.cat([angle_TH, angle_TH], dim=-1)
+        first, second = x_BNTH.chunk(2, dim=-1)
+        return (x_BNTH * angle_TH.cos() + torch.cat([-second, first], dim=-1) * angle_TH.sin()).to(x_BTF.dtype)
+
+    # Drafting and decoding
+
+    @torch.no_grad()
+    def draft(self, tree: Tree, root: int, true: KeysValues, embed: nn.Module, rows_VD: torch.Tensor) -> list[int]:
+        """The tokens of the tree's nodes below the root, which stands at the position after the true states.
+
+        rows_VD: what `head_rows` gave. Predicted states become keys for the levels below them, except the last level's.
+        """
+        tokens, asked, memory = [root] + [-1] * (tree.size - 1), [], true
+        first = true.k_BKSH.shape[2]
+        device = true.k_BKSH.device
+        for depth, nodes in enumerate(tree.levels):
+            e_BTD = embed(torch.tensor([[tokens[node] for node in nodes]], device=device)).to(self.dtype)
+            positions_T = torch.full((len(nodes),), first + depth, device=device)
+            above = [[before in tree.ancestors[node] for before in asked] for node in nodes]
+            above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(len(nodes), len(asked))
+            sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
+            state_BTD = self.predict(e_BTD, self.queries(e_BTD, positions_T), memory, sees_TS)
+            kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
+            best_Tk = functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD).topk(kept, dim=-1).indices
+            best_Tk = self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
+            for node, best in zip(nodes, best_Tk.tolist()):
+                for child in tree.children[node]:
+                    tokens[child] = best[tree.rank[child]]
+            if depth + 1 < len(tree.levels):
+                memory = memory.followed_by(self.keys_values(state_BTD, positions_T))
+                asked += nodes
+        return tokens
+
+    @torch.no_grad()
+    def generate(
+        self,
+        target: PreTrainedModel,
+        input_ids: torch.Tensor,
+        max_new_tokens: int = 128,
+        levels: int = 3,
+        paths: Sequence[Sequence[int]] | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
+    ) -> Generated:
+        """Greedy speculative decoding of one prompt [1, L]: what the target alone would write, in fewer passes.
+
+        levels: length of the chain that is drafted per round. paths: a static tree instead (see `Tree`); its mask needs
+        a target with eager or sdpa attention. eos_token_ids: end the answer; None: those of the target's generation
+        config. Raises ValueError for what does not fit together.
+        """
+        tree = Tree([(0,) * depth for depth in range(1, levels + 1)] if paths is None else paths)
+        stop = target.generation_config.eos_token_id if eos_token_ids is None else eos_token_ids
+        stop = {stop} if isinstance(stop, int) else set(stop or ())
+        limit = min(max_new_tokens, target.config.max_position_embeddings - input_ids.shape[-1])
+        rows_VD = self.head_rows(target.get_output_embeddings().weight)
+        self._check(target, input_ids, tree, limit, len(rows_VD))
+        past = DynamicCache()  # without the config: layers with a window keep all, so that drafts can be dropped again
+        h_BTD, [root] = _read(target, input_ids, past, last_only=True)
+        true = self.keys_values(h_BTD.to(self.dtype), torch.arange(h_BTD.shape[1], device=h_BTD.device))
+        answer, rounds = [root], 0
+        while len(answer) < limit and answer[-1] not in stop:
+            tokens = self.draft(tree, answer[-1], true, target.get_input_embeddings(), rows_VD)
+            h_BWD, best = _verified(target, tree, tokens, past)
+            path = tree.accepted(tokens, best)
+            first = true.k_BKSH.shape[2]
+            _keep(past, first, path, tree.size)
+            positions = torch.arange(first, first + len(path), device=h_BWD.device)
+            true = true.followed_by(self.keys_values(h_BWD[:, path].to(self.dtype), positions))
+            new = [tokens[node] for node in path[1:]] + [best[path[-1]]]
+            end = next((place + 1 for place, token in enumerate(new) if token in stop), len(new))
+            answer, rounds = answer + new[:end], rounds + 1
+        answer_BT = torch.tensor([answer[:limit]], dtype=input_ids.dtype, device=input_ids.device)
+        return Generated(torch.cat([input_ids, answer_BT], dim=1), rounds)
+
+    def _check(self, target: PreTrainedModel, input_ids: torch.Tensor, tree: Tree, limit: int, scored: int) -> None:
+        for key in ("hidden_size", "vocab_size"):
+            ours, theirs = getattr(self.config, key), getattr(target.config, key)
+            if ours != theirs:
+                raise ValueError(f"this draft belongs to another target ({key} {ours}, the target's is {theirs})")
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not empty, [1, length]")
+        if limit < 1:
+            raise ValueError("no token can be generated: max_new_tokens is below 1, or the prompt fills the target's context")
+        if tree.size < 2:
+            raise ValueError("the tree has no nodes below its root; give levels of at least 1, or paths")
+        if max(tree.rank) >= scored:
+            raise ValueError(f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} tokens")
+        if not tree.is_chain and getattr(target.config, "sliding_window", None):
+            raise ValueError("this target's attention has a window, which the mask of a tree does not; draft a chain (levels)")
+
+
+def _read(
+    target: PreTrainedModel, tokens_BT: torch.Tensor, past: DynamicCache, last_only: bool = False, **options
+) -> tuple[torch.Tensor, list[int]]:
+    """The states [1, T, D] of tokens that follow the cache, which then holds them; the target's choice after each."""
+    out = target.base_model(input_ids=tokens_BT, past_key_values=past, use_cache=True, **options)
+    h_BTD = out.last_hidden_state
+    logits_TV = target.get_output_embeddings()(h_BTD[0, -1:] if last_only else h_BTD[0])
+    return h_BTD, logits_TV.argmax(-1).tolist()
+
+
+def _verified(target: PreTrainedModel, tree: Tree, tokens: list[int], past: DynamicCache) -> tuple[torch.Tensor, list[int]]:
+    """All nodes in one pass of the target; each sees what is cached, its ancestors and itself."""
+    device = target.get_output_embeddings().weight.device
+    tokens_BW = torch.tensor([tokens], device=device)
+    if tree.is_chain:
+        return _read(target, tokens_BW, past)
+    first, W = past.get_seq_length(), tree.size
+    above = [[other == node or other in tree.ancestors[node] for other in range(W)] for node in range(W)]
+    sees_WS = torch.cat([torch.ones(W, first, dtype=torch.bool), torch.tensor(above)], dim=1).to(device)
+    mask_WS = torch.zeros(W, first + W, dtype=target.dtype, device=device)
+    mask_WS.masked_fill_(~sees_WS, torch.finfo(target.dtype).min)
+    positions_BW = first + torch.tensor([tree.depth], device=device)
+    return _read(target, tokens_BW, past, attention_mask=mask_WS[None, None], position_ids=positions_BW)
+
+
+def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
+    """Drops the nodes that were not accepted from the target's cache."""
+    if path == list(range(len(path))):
+        if len(path) < size:
+            past.crop(len(path) - size)  # a negative count: so many are removed from the end
+        return
+    kept = list(range(first)) + [first + node for node in path]
+    for layer in past.layers:
+        index_S = torch.tensor(kept, device=layer.keys.device)
+        layer.keys, layer.values = layer.keys.index_select(2, index_S), layer.values.index_select(2, index_S)

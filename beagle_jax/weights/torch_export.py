@@ -1,0 +1,235 @@
+"""A draft as a PyTorch folder: weights, config, the module that runs them, a model card; and the proof that it fits.
+
+The tensors keep the names and layouts of the native folder, which are PyTorch's. What is written is loaded again with
+torch and must compute what the JAX block computes; only then does the folder appear.
+"""
+
+import json
+from dataclasses import asdict
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft
+
+MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
+MODULE = "modeling_beagle"
+# DraftSpec field -> the name that transformers' configs use.
+CONFIG_KEYS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+TOLERANCE = 1e-5  # of the largest value; float32 on both sides
+_POSITIONS = 16  # of the comparison
+
+
+def require_torch() -> ModuleType:
+    """torch, or a UserError that says how to get it: nothing else in the package needs it."""
+    try:
+        return import_module("torch")
+    except ImportError as error:
+        raise UserError(
+            "PyTorch is not installed, and converting needs it; install the `test` extra: "
+            "pip install 'beagle-jax[test]', or pip install -e '.[test]' in a clone (a CPU build is enough)"
+        ) from error
+
+
+def write_torch_folder(folder: Path, draft: Draft, vocab_size: int) -> None:
+    """Fills an empty folder. vocab_size: the target's."""
+    tensors = torch_tensors(draft)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    (folder / f"{MODULE}.py").write_text(module_source(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(draft), encoding="utf-8")
+
+
+def torch_tensors(draft: Draft) -> dict[str, np.ndarray]:
+    """Every tensor under its PyTorch name; matrices are [out, in] on both sides."""
+    # A transposed view would be written wrongly by safetensors, without an error.
+    tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
+    if draft.hot_ids is not None:
+        tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
+    return tensors
+
+
+def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """config.json: what AutoModel needs, the sizes, and all that is known of the training."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["BeagleDraft"],
+        "auto_map": {"AutoConfig": f"{MODULE}.BeagleConfig", "AutoModel": f"{MODULE}.BeagleDraft"},
+        "dtype": str(tensors[TENSOR_NAMES["q_proj"]].dtype),
+        **{CONFIG_KEYS[key]: value for key, value in asdict(draft.spec).items()},
+        "vocab_size": vocab_size,
+        "num_hot_tokens": 0 if draft.hot_ids is None else len(draft.hot_ids),
+        "target": draft.provenance.get("target"),
+        "provenance": draft.provenance,
+    }
+
+
+def module_source() -> str:
+    """The module that runs the folder's weights."""
+    return (files("beagle_jax.weights") / f"{MODULE}.py").read_text(encoding="utf-8")
+
+
+# The comparison
+
+
+def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float]:
+    """Loads the folder as a PyTorch user would and compares it with the JAX block on random inputs.
+
+    Returns the largest difference of predicted states and of logits, relative to their scale. Raises UserError when a
+    tensor differs at all, or a difference is above TOLERANCE.
+    """
+    torch = require_torch()
+    from transformers import AutoModel  # here, since it takes a second
+
+    module = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    held = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    wrong = [name for name, array in torch_tensors(draft).items()
+             if name not in held or not np.array_equal(held[name], _float32(array), equal_nan=True)]
+    if wrong or len(held) != len(torch_tensors(draft)):
+        raise UserError(f"the exported draft does not hold what the JAX draft holds ({', '.join(wrong) or 'extra tensors'}); "
+                        "nothing was written; this is a fault of the converter, please report it")
+    rng = np.random.default_rng(0)
+    e_BTD, h_BSD = rng.standard_normal((2, 1, _POSITIONS, draft.spec.hidden_size), np.float32)
+    head_VD = rng.standard_normal((vocab_size, draft.spec.hidden_size), np.float32)
+    with torch.no_grad():
+        states = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSD))
+        logits = states @ module.head_rows(torch.from_numpy(head_VD)).T
+    expected = _jax_outputs(draft, e_BTD, h_BSD, head_VD)
+    found = {name: _difference(array.numpy(), expected[name]) for name, array in (("states", states), ("logits", logits))}
+    if not max(found.values()) <= TOLERANCE:
+        measured = ", ".join(f"{name} by {value:.1e}" for name, value in found.items())
+        raise UserError(f"the exported draft does not compute what the JAX block computes: {measured} of their scale "
+                        f"(at most {TOLERANCE:.0e} is allowed); nothing was written; this is a fault of the converter, or of "
+                        f"these versions ({versions('torch', 'transformers', 'jax')}), please report it")
+    return found
+
+
+def _jax_outputs(draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray) -> dict[str, np.ndarray]:
+    """What the block of this library makes of the same inputs, each query over the states before it."""
+    params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
+    before_TS = np.tri(e_BTD.shape[1], h_BSD.shape[1], -1, dtype=bool)
+    rows_VD = head_VD if draft.hot_ids is None else head_VD[np.asarray(draft.hot_ids)]
+    with jax.default_matmul_precision("highest"):
+        states = BeagleBlock(draft.spec).apply({"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD), before_TS[None])
+        return {"states": np.asarray(states), "logits": np.asarray(states @ rows_VD.T)}
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest value; infinite when the shapes differ."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max()) if found.shape == expected.shape else float("inf")
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.int32 else array.astype(np.float32)
+
+
+def versions(*names: str) -> str:
+    """Installed versions, for messages and the model card."""
+    return ", ".join(f"{name} {import_module(name).__version__}" for name in names)
+
+
+# The model card
+
+
+def model_card(draft: Draft) -> str:
+    """README.md, from what the draft's config says of its training; what it does not say is named as missing."""
+    told = draft.provenance
+    data, training = told.get("data") or {}, told.get("training") or {}
+    scored = "all tokens" if draft.hot_ids is None else f"the {len(draft.hot_ids):,} tokens listed in `hot_tokens`"
+    count = sum(int(np.prod(shape)) for shape in draft.spec.param_shapes().values())
+    libraries = ", ".join(f"{name} {version}" for name, version in (told.get("versions") or {}).items())
+    base = str(told.get("target") or "")
+    base_model = f"base_model: {base.removeprefix('hf:').partition('@')[0]}\n" if base.startswith("hf:") else ""
+    return _CARD.format(
+        base_model=base_model, target=base or _MISSING, count=count, scored=scored, data=_facts(data, _DATA_FACTS),
+        training=_facts(training, _TRAINING_FACTS), stages=_stages(training), libraries=libraries or _MISSING,
+        checked=versions("torch", "transformers", "jax", "safetensors", "numpy"), more=_other_facts(told),
+    )  # fmt: skip
+
+
+_MISSING = "not recorded"
+_DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
+_TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "vloss_weight", "optimizer", "clip_norm")
+
+
+def _facts(section: dict[str, Any], keys: tuple[str, ...]) -> str:
+    return ", ".join(f"{key} {section[key]}" for key in keys if key in section) or _MISSING
+
+
+def _stages(training: dict[str, Any]) -> str:
+    lines = [f"- {stage}: " + ", ".join(f"{key} {value}" for key, value in training[stage].items())
+             for stage in ("early", "late") if isinstance(training.get(stage), dict)]
+    return "\n".join(lines) or f"- {_MISSING}"
+
+
+def _other_facts(told: dict[str, Any]) -> str:
+    """What the config says beside the sections that `train` writes, one line each."""
+    known = ("target", "draft", "data", "training", "versions")
+    return "".join(f"- {key}: {value}\n" for key, value in told.items() if key not in known)
+
+
+_CARD = """\
+---
+library_name: transformers
+tags: [speculative-decoding, beagle]
+{base_model}---
+
+# A Beagle draft for `{target}`
+
+One cross-attention block of {count:,} parameters that drafts for a frozen target (Beagle, arXiv 2505.24544); it scores {scored}.
+It works with this target only, whose embedding and head it uses; neither is stored here.
+
+```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+draft = AutoModel.from_pretrained("this folder", trust_remote_code=True)
+target = AutoModelForCausalLM.from_pretrained("the target", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("the target")
+answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, max_new_tokens=64, levels=3)
+print(tokenizer.decode(answer.sequences[0]), answer.rounds)
+```
+
+`generate` is greedy and lossless: it writes what the target alone would write. It is kept short, not fast.
+
+## Target
+
+`{target}`
+
+## Data
+
+{data}
+
+## Training
+
+{training}
+
+{stages}
+{more}
+## Versions
+
+Trained with: {libraries}. Exported with, and compared with the JAX block under: {checked}.
+
+## Licence
+
+`modeling_beagle.py` is Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
+the licences of both, which this folder does not record, say what may be done with them.
+"""

@@ -1,0 +1,197 @@
+"""A draft from PyTorch's side: a folder of ours, or a checkpoint in the published naming (method.md 9.1).
+
+Tensors are found by the end of their names, under any one prefix. Every tensor of the file is accounted for: one that
+is missing, doubled, misshapen or unknown is an error, and so is a setting that this block cannot compute.
+"""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft
+from beagle_jax.weights.torch_export import CONFIG_KEYS, MODEL_TYPE, require_torch
+
+Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
+
+_PICKLES = (".bin", ".pt", ".pth")
+_HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
+
+
+def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False) -> Draft:
+    """The draft in a folder or a weights file, for this target.
+
+    Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not hold exactly one draft
+    block, or was made for another target.
+    """
+    files = _weight_files(source, allow_pickle)
+    config = _config(source if source.is_dir() else source.parent)
+    spec = DraftSpec.from_target(target)
+    _check_config(config, spec, source)
+    ours = config.get("model_type") == MODEL_TYPE
+    tensors = [pair for file in files for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))]
+    hot_count = config.get("num_hot_tokens") or 0
+    params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
+    if ours:
+        spec = replace(spec, init_std=config.get(CONFIG_KEYS["init_std"], spec.init_std))
+        provenance = config.get("provenance") or {}
+    else:
+        # Drafts of this library are float32; the half precision of published ones widens exactly.
+        params = {name: array.astype(np.float32) if array.dtype in _HALF else array for name, array in params.items()}
+        provenance = {"target": target_source, "imported_from": source.resolve().name}
+    return Draft(spec, {name: jnp.asarray(array) for name, array in params.items()}, hot_ids, provenance)
+
+
+# Files
+
+
+def _weight_files(source: Path, allow_pickle: bool) -> list[Path]:
+    if source.is_dir():
+        found = sorted(source.glob("*.safetensors"))
+        found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
+        if not found:
+            raise UserError(f"{source}: no weights in this folder; expected *.safetensors, or *.bin or *.pt with --allow-pickle")
+    elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
+        found = [source]
+    elif source.exists():
+        raise UserError(f"{source}: expected a folder, or a file that ends in .safetensors, {', '.join(_PICKLES)}")
+    else:
+        raise UserError(f"{source}: no such file or folder; --source names the draft to read")
+    if found[0].suffix in _PICKLES and not allow_pickle:
+        raise UserError(
+            f"{found[0]} is a pickle, which may run code when it is read; convert it to safetensors, or give --allow-pickle "
+            "(it is then read by torch.load(weights_only=True))"
+        )
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json beside the weights; empty where there is none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); is the file whole?") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a JSON {type(config).__name__}, expected an object")
+    return config
+
+
+def _read(path: Path) -> Named:
+    try:
+        with safe_open(path, framework="np") as opened:
+            return [(name, opened.get_tensor(name)) for name in opened.keys()]
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole, and its dtype float32, "
+                        "float16 or bfloat16?") from error
+
+
+def _read_pickle(path: Path) -> Named:
+    torch = require_torch()
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, and does it hold "
+                        "weights only?") from error
+    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        raise UserError(f"{path}: holds something else than named tensors; give the file with the weights to --source")
+    return [(str(name), _array(tensor)) for name, tensor in held.items()]
+
+
+def _array(tensor) -> np.ndarray:
+    """numpy knows no bfloat16 of torch's; float32 holds each of its values."""
+    tensor = tensor.detach()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).contiguous().numpy()
+
+
+# What is in them
+
+
+def _check_config(config: dict[str, Any], spec: DraftSpec, where: Path) -> None:
+    """Raises UserError for another target, another block, or a folder that needs no converting."""
+    if config.get("model_type") == "beagle_draft":
+        raise UserError(f"{where}: this is a native draft already; set draft.path to it")
+    told = {"rope_theta": (config.get("rope_parameters") or {}).get("rope_theta"), **config}
+    wrong = [f"{name} {told[name]} there, {getattr(spec, key)} here" for key, name in CONFIG_KEYS.items()
+             if key != "init_std" and told.get(name) is not None and told[name] != getattr(spec, key)]
+    if wrong:
+        raise UserError(f"{where}: this draft belongs to another target ({'; '.join(wrong)})")
+    if config.get("beagle_use_lower_layers"):
+        raise UserError(f"{where}: beagle_use_lower_layers is {config['beagle_use_lower_layers']}: its queries are states of a "
+                        "lower layer, and those of this library's block are embeddings; it cannot be imported")
+
+
+def _match(
+    tensors: Named, spec: DraftSpec, vocab_size: int, hot_count: int, where: Path
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The block's tensors and the token ids that it scores; raises UserError listing all that does not fit."""
+    shapes: dict[str, tuple[int, ...]] = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
+    found = {end: [(name, array) for name, array in tensors if _ends(name, end)] for end in (*shapes, HOT_TOKENS)}
+    problems, prefixes = [], set()
+    for end, matches in found.items():
+        if len(matches) > 1:
+            problems.append(f"{len(matches)} tensors match {end}: {', '.join(name for name, _ in matches)}; expected one")
+        elif not matches and (end in shapes or hot_count):
+            problems.append(_missing(end, shapes.get(end, (hot_count,))))
+        for name, array in matches:
+            prefixes.add(name.removesuffix(end))
+            problems += _misfits(name, array, shapes.get(end), hot_count, vocab_size)
+    if len(prefixes) > 1:
+        listed = ", ".join(map(repr, sorted(prefixes)))
+        problems.append(f"the tensors stand under {len(prefixes)} prefixes ({listed}); expected one")
+    matched = {name for matches in found.values() for name, _ in matches}
+    problems += [f"extra tensor {name} {list(array.shape)}: this block has no such part" for name, array in tensors
+                 if name not in matched and not _copied_from_target(name, prefixes)]
+    if problems:
+        raise UserError(f"{where}: not the weights of one Beagle block for this target:\n  " + "\n  ".join(problems))
+    params = {name: found[end][0][1] for name, end in TENSOR_NAMES.items()}
+    return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _missing(end: str, shape: tuple[int, ...]) -> str:
+    line = f"missing tensor {end} {list(shape)}"
+    if end == TENSOR_NAMES["input_layernorm"]:
+        # A norm divides each embedding by its own size, so no weights make it the identity: ones would not.
+        line += (": the queries of this draft are embeddings that were not normed, and the block of this library always norms "
+                 "them; no norm weights undo that, ones neither, so it cannot be imported exactly, and is refused")
+    return line
+
+
+def _misfits(name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int) -> list[str]:
+    """What is wrong with one tensor. shape: of a weight; None: the tensor lists the tokens that the draft scores."""
+    if shape is not None:
+        wrong = [f"{name} has shape {list(array.shape)}, expected {list(shape)}"] if array.shape != shape else []
+        if array.dtype not in (np.dtype(np.float32), *_HALF):
+            wrong.append(f"{name} has dtype {array.dtype}, expected float32, float16 or bfloat16")
+        return wrong
+    if array.ndim != 1 or not array.size or hot_count not in (0, array.size):
+        return [f"{name} has shape {list(array.shape)}, expected [{hot_count or 'count'}]"]
+    if array.dtype != np.int32:
+        return [f"{name} has dtype {array.dtype}, expected int32"]
+    if array.min() < 0 or array.max() >= vocab_size:
+        return [f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary ends at {vocab_size - 1}"]
+    return []
+
+
+def _copied_from_target(name: str, prefixes: set[str]) -> bool:
+    """Published files hold copies of the target's frozen parts, which decoding takes from the target itself."""
+    if any(_ends(name, end) for end in ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")):
+        return True
+    # The target's final norm; under the draft's own root it would be an output norm of the draft, which we have not.
+    roots = {prefix.partition("layers.")[0] for prefix in prefixes}
+    return _ends(name, "norm.weight") and name.removesuffix("norm.weight") not in roots

@@ -1,0 +1,145 @@
+"""Drafts that come from PyTorch: published names, and every way in which a file can be wrong."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from convert_cases import from_torch, make_place, refused
+from safetensors.numpy import load_file, save_file
+
+from beagle_jax.weights.draft import load_draft
+
+PUBLISHED = "speculative_decoder.layers.0."
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("import"))
+
+
+def published(place, folder: Path, change=lambda tensors: None, prefix: str = PUBLISHED, config: dict | None = None) -> Path:
+    """A checkpoint in the published naming, with copies of the target's frozen parts."""
+    tensors = {prefix + name: array for name, array in load_file(place.folder / "whole" / "model.safetensors").items()}
+    copies = {"model.embed_tokens.weight": (300, 32), "lm_head.weight": (300, 32), "model.norm.weight": (32,)}
+    tensors |= {name: np.ones(shape, np.float32) for name, shape in copies.items()}
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [PUBLISHED, "layers.0.", "", "speculative_decoder."])
+def test_published_names_are_accepted(place, tmp_path, prefix):
+    config = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "beagle_use_lower_layers": 0}
+    source = published(place, tmp_path / "there", prefix=prefix, config=config)
+    assert from_torch(place, source, tmp_path / "here") == 0
+    draft = load_draft(tmp_path / "here", place.target.spec)
+    expected = load_draft(place.folder / "whole", place.target.spec)
+    assert all(np.array_equal(draft.params[name], expected.params[name]) for name in expected.params)
+    assert draft.provenance == {"target": str(place.folder / "target"), "imported_from": "there"}
+
+
+def test_half_precision_widens_exactly(place, tmp_path):
+    def halve(tensors):
+        for name in tensors:
+            tensors[name] = np.asarray(jnp.asarray(tensors[name], jnp.bfloat16))
+
+    source = published(place, tmp_path / "there", halve)
+    assert from_torch(place, source, tmp_path / "here") == 0
+    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "here", source))
+    for name, array in found.items():
+        assert array.dtype == np.float32 and np.array_equal(array, expected[PUBLISHED + name].astype(np.float32))
+
+
+def renamed(tensors: dict, old: str, new: str) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda t: t.pop(PUBLISHED + "mlp.up_proj.weight"), ["missing tensor mlp.up_proj.weight [48, 32]"]),
+        (lambda t: t.pop(PUBLISHED + "input_layernorm.weight"), ["missing tensor input_layernorm.weight [32]: the queries of this draft",
+                                                                 "not normed", "ones neither", "is refused"]),
+        (lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float32)}), ["extra tensor eagle_fc.weight [32, 64]"]),
+        (lambda t: t.update({PUBLISHED + "self_attn.q_proj.bias": np.ones(32, np.float32)}), ["extra tensor " + PUBLISHED + "self_attn.q_proj.bias"]),
+        (lambda t: t.update({"speculative_decoder.norm.weight": np.ones(32, np.float32)}), ["extra tensor speculative_decoder.norm.weight"]),
+        (lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float32)}),
+         ["2 tensors match mlp.up_proj.weight: ", "model.layers.1.mlp.up_proj.weight", "2 prefixes"]),
+        (lambda t: renamed(t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+         ["stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); expected one"]),
+        (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((32, 48), np.float32)}), ["mlp.up_proj.weight has shape [32, 48], expected [48, 32]"]),
+        (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), np.float64)}), ["mlp.up_proj.weight has dtype float64"]),
+        (lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}), ["scores tokens 1 to 300, the target's vocabulary ends at 299"]),
+        (lambda t: (t.pop(PUBLISHED + "mlp.up_proj.weight"), t.update({"x": np.ones(1, np.float32)})), ["missing tensor", "extra tensor x [1]"]),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, expected):
+    message = refused(capsys, from_torch(place, published(place, tmp_path / "there", change), tmp_path / "here"))
+    assert "not the weights of one Beagle block for this target" in message
+    assert all(words in message for words in expected), message
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"num_attention_heads": 8, "rope_parameters": {"rope_theta": 5e5}}, "(num_attention_heads 8 there, 4 here; rope_theta 500000.0 there"),
+        ({"beagle_use_lower_layers": 7}, "beagle_use_lower_layers is 7"),
+        ({"model_type": "beagle_draft"}, "this is a native draft already; set draft.path to it"),
+        ([], "holds a JSON list, expected an object"),
+    ],
+)  # fmt: skip
+def test_configs_that_do_not_fit(place, tmp_path, capsys, config, expected):
+    source = published(place, tmp_path / "there", config=config)
+    assert expected in refused(capsys, from_torch(place, source, tmp_path / "here"))
+    assert not (tmp_path / "here").exists()
+
+
+def test_broken_files(place, tmp_path, capsys):
+    whole = (place.folder / "whole" / "model.safetensors").read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:size])
+        message = refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
+        assert f"{tmp_path}/cut.safetensors: cannot be read as safetensors" in message and "is the file whole" in message
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: not JSON" in refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
+    assert "no such file or folder" in refused(capsys, from_torch(place, tmp_path / "none", tmp_path / "here"))
+    assert "expected a folder, or a file" in refused(capsys, from_torch(place, tmp_path / "config.json", tmp_path / "here"))
+    (tmp_path / "empty").mkdir()
+    assert "no weights in this folder" in refused(capsys, from_torch(place, tmp_path / "empty", tmp_path / "here"))
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_pickles_are_read_only_when_allowed_and_as_weights_only(place, tmp_path, capsys):
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(place.folder / "whole" / "model.safetensors").items()}
+    file = tmp_path / "states.pt"
+    torch.save({PUBLISHED + name: tensor for name, tensor in tensors.items()}, file)
+    for source in (file, tmp_path):
+        message = refused(capsys, from_torch(place, source, tmp_path / "here"))
+        assert f"{file} is a pickle, which may run code when it is read" in message and "--allow-pickle" in message
+    assert from_torch(place, file, tmp_path / "here", "--allow-pickle") == 0
+    draft, expected = (load_draft(folder, place.target.spec) for folder in (tmp_path / "here", place.folder / "whole"))
+    assert all(np.array_equal(draft.params[name], expected.params[name]) for name in expected.params)
+    trapped = tmp_path / "trap.bin"
+    torch.save({"x": Trap(tmp_path / "sprung")}, trapped)
+    message = refused(capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle"))
+    assert f"{trapped}: torch.load(weights_only=True) cannot read it" in message and not (tmp_path / "sprung").exists()
+    torch.save([1], trapped)
+    assert "something else than named tensors" in refused(capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle"))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cannot read it" in refused(capsys, from_torch(place, file, tmp_path / "there", "--allow-pickle"))
