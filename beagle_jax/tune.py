@@ -11,6 +11,7 @@ from beagle_jax.decoding.tuning import Choice, Tuning, answers_for_tuning, machi
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.evaluation.suites import suite, tokenize
+from beagle_jax.files import write_text
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.plot:
         plot_tuning(found, arguments.plot)
     if arguments.write:
-        Path(arguments.write).write_text(with_tree(Path(arguments.config).read_text(encoding="utf-8"), found.choices[0]), encoding="utf-8")
+        write_text(Path(arguments.write), with_tree(Path(arguments.config).read_text(encoding="utf-8"), found.choices[0]))
 
 
 def table(found: Tuning) -> str:

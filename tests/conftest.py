@@ -1,5 +1,6 @@
 """What all tests share: strict JAX settings, a tiny random target, and the real one where it can be had."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
         center = 1.0 if len(shape) == 1 else 0.0
         node[path[-1]] = jnp.asarray(center + std * rng.standard_normal(shape), jnp.float32)
     return params
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """A compiled decoding loop holds 600 memory maps, and Linux gives a process 65,530: without this a hundred of them crash it."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.config import DataConfig
+from beagle_jax import files
 from beagle_jax.data import answers, states
 from beagle_jax.data.answers import training_rows
 from beagle_jax.data.chats import Chat
@@ -434,14 +435,14 @@ def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
     """A run that ends between the two files must not leave the old description beside the new states."""
     first, second = STATE_ROWS[:2], [STATE_ROWS[1], STATE_ROWS[0]]
     target_states(tiny_params, TINY, first, tmp_path / "a.states")
-    replace = states.os.replace
+    replace = files.os.replace
 
     def once(*names):
         replace(*names)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(states.os, "replace", once)
+        patch.setattr(files.os, "replace", once)
         with pytest.raises(KeyboardInterrupt):
             target_states(tiny_params, TINY, second, tmp_path / "a.states")
     check_states(target_states(tiny_params, TINY, first, tmp_path / "a.states"), first, tiny_params)

@@ -67,7 +67,7 @@ def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(name, append_pred
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-@pytest.mark.parametrize("begin", range(1, 14))
+@pytest.mark.parametrize("begin", [1, 2, 3, 5, 8, 13])
 def test_a_stop_string_ends_the_answer_wherever_it_lies(tree, begin):
     target, draft = _lettered()
     decoder = _decoder(tree, target, draft)

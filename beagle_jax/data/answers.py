@@ -6,7 +6,6 @@ run goes on after its last part. How answers are sampled is the caller's: `write
 """
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from beagle_jax.data.chats import own_prompts, read_chats
 from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, chat_row, prompt_tokens, user_header
 from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
 
 PART_PROMPTS = 1024  # prompts answered between two files
 # Prompts that the target makes up: sampled hot for variety, kept only if it ended them itself.
@@ -91,7 +91,7 @@ def _claim(folder: Path, config: DataConfig, source_name: str) -> None:
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(settings, indent=1))
+        write_text(path, json.dumps(settings, indent=1))
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     free = ("folder", "batch", "answer_tokens")  # a larger budget adds to what is there
@@ -188,16 +188,9 @@ def _answer_tokens(rows: Sequence[Row]) -> int:
 
 def _write_part(folder: Path, part: int, rows: Sequence[Row]) -> None:
     lines = (json.dumps({"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]}) for row in rows)
-    _replace(folder / f"part-{part:04d}.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / f"part-{part:04d}.jsonl", "\n".join(lines) + "\n")
 
 
 def _read_part(path: Path) -> list[Row]:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [Row(record["tokens"], [bool(flag) for flag in record["supervised"]]) for record in records]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

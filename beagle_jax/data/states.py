@@ -7,7 +7,6 @@ A states file is written under another name first, so a broken run leaves no hal
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
+from beagle_jax.files import whole, write_text
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward
 
@@ -81,14 +81,12 @@ def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype) -> No
 
 def _write(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype, fill) -> None:
     wanted = _description(rows, width, dtype)
-    partial_path = path.with_suffix(path.suffix + ".partial")
-    out = np.memmap(partial_path, dtype, mode="w+", shape=tuple(wanted["shape"]))
-    fill(out)
-    out.flush()
-    _note(path).unlink(missing_ok=True)  # never an old description beside new states
-    os.replace(partial_path, path)
-    partial_path.write_text(json.dumps(wanted))
-    os.replace(partial_path, _note(path))
+    with whole(path) as partial_path:
+        out = np.memmap(partial_path, dtype, mode="w+", shape=tuple(wanted["shape"]))
+        fill(out)
+        out.flush()
+        _note(path).unlink(missing_ok=True)  # never an old description beside new states
+    write_text(_note(path), json.dumps(wanted))
 
 
 def _by_row(states_MD: np.ndarray, rows: Sequence[Row]) -> list[np.ndarray]:

@@ -26,6 +26,7 @@ from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.tree import DynamicTree, Tree, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.masks import causal_mask
@@ -264,9 +265,7 @@ def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
 def remember(path: Path, choice: Choice) -> None:
     """Keeps a choice for `decode.tree: auto`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps({"machine": machine(), **asdict(choice)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial_path, path)
+    write_text(path, json.dumps({"machine": machine(), **asdict(choice)}, indent=1) + "\n")
 
 
 def tuned_tree(path: Path) -> DynamicTree:

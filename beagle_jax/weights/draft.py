@@ -1,7 +1,6 @@
 """A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md 9.5)."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
+from beagle_jax.files import whole, write_text
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.target import TargetSpec
 
@@ -48,13 +48,10 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
     if draft.hot_ids is not None:
         tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
-    partial = folder / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "model.safetensors")
+    with whole(folder / "model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     config = {"model_type": "beagle_draft", **asdict(draft.spec), **draft.provenance}
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def load_draft(folder: str | Path, target: TargetSpec) -> Draft:
