@@ -170,15 +170,17 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
         found, finite_B = _accept(models, shapes, now, drafted, states_BWD)
     with jax.named_scope("append"):
         # Rows of the accepted path only, and their true states: rows past it are overwritten by the next round.
-        # The picked rows depend on the verification, so XLA can update the caches in place after reading them.
+        # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
+        # all reads and can do it in place. Without drafts nothing else ties the two, and it would copy the caches each round.
+        start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
         kept = [take_rows(layer, found.path_BP1) for layer in rows]
-        target_cache = write_all(now.target_cache, kept, now.length_B)
+        target_cache = write_all(now.target_cache, kept, start_B)
         draft_cache = now.draft_cache
         if shapes.draft is not None:
             block = BeagleBlock(shapes.draft).bind({"params": models.draft})
             states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
             positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
-            draft_cache = write_rows(draft_cache, block.keys_values(states_BPD, positions_BP), now.length_B)
+            draft_cache = write_rows(draft_cache, block.keys_values(states_BPD, positions_BP), start_B)
     now = now._replace(target_cache=target_cache, draft_cache=draft_cache)
     return _emit(now, found, finite_B, shapes.eos_ids)
 
