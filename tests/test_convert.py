@@ -210,31 +210,30 @@ def test_a_card_without_provenance_says_so():
 # The comparison sees what is wrong
 
 
-def swapped_in_module(monkeypatch):
-    """The module uses gate_proj and up_proj the wrong way round."""
-    right = torch_export.module_source()
-    wrong = right.replace("gate_proj(z", "temporary(z").replace("up_proj(z", "gate_proj(z").replace("temporary(z", "up_proj(z")
+def change_module(monkeypatch, *changes: tuple[str, str]) -> str:
+    """The exported module with some of its text changed; the message that must come."""
+    right = wrong = torch_export.module_source()
+    for old, new in changes:
+        wrong = wrong.replace(old, new)
     assert wrong != right
     monkeypatch.setattr(torch_export, "module_source", lambda: wrong)
     return "does not compute what the JAX block computes: states by"
+
+
+def swapped_in_module(monkeypatch):
+    """The module uses gate_proj and up_proj the wrong way round."""
+    swap = ("gate_proj(z", "temporary(z"), ("up_proj(z", "gate_proj(z"), ("temporary(z", "up_proj(z")
+    return change_module(monkeypatch, *swap)
 
 
 def late_keys(monkeypatch):
     """The module lets a query see the state at its own position."""
-    right = torch_export.module_source()
-    wrong = right.replace("positions_S[None] < positions_T", "positions_S[None] <= positions_T")
-    assert wrong != right
-    monkeypatch.setattr(torch_export, "module_source", lambda: wrong)
-    return "does not compute what the JAX block computes: states by"
+    return change_module(monkeypatch, ("positions_S[None] < positions_T", "positions_S[None] <= positions_T"))
 
 
 def wrong_rows(monkeypatch):
     """The module scores the first tokens instead of the listed ones."""
-    right = torch_export.module_source()
-    wrong = right.replace("head_VD[self.hot_tokens.long()]", "head_VD[: len(self.hot_tokens)]")
-    assert wrong != right
-    monkeypatch.setattr(torch_export, "module_source", lambda: wrong)
-    return "does not compute what the JAX block computes: states by"
+    return change_module(monkeypatch, ("head_VD[self.hot_tokens.long()]", "head_VD[: len(self.hot_tokens)]"))
 
 
 def swapped_in_file(monkeypatch):

@@ -137,7 +137,7 @@ class SpeculativeDecoder:
         for line, text in enumerate(texts):
             if not stop and text is not None:
                 text.add(now.out_BS[line, : now.count_B[line]].tolist())
-        return [self._generation(now, line, len(rows[line]), text, seconds, max_new_tokens) for line, text in enumerate(texts)]
+        return [self._generation(now, line, text, seconds, max_new_tokens) for line, text in enumerate(texts)]
 
     def stream(
         self,
@@ -172,7 +172,7 @@ class SpeculativeDecoder:
         if rest := text.close():
             yield rest
         seconds = (prefilled - clock, time.perf_counter() - prefilled)
-        return self._generation(now, 0, len(tokens), text, seconds, max_new_tokens)
+        return self._generation(now, 0, text, seconds, max_new_tokens)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -199,7 +199,6 @@ class SpeculativeDecoder:
     def _capacity(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         longest = max(map(len, rows))
         need = min(longest + max_new_tokens, self._context) + self._shapes.tree.depth + 1
-        need = max(need, _padded(longest))
         return max(self._fixed_capacity or _doubled(_CAPACITY_BUCKET, need), _padded(longest))
 
     def _prefill(
@@ -243,7 +242,7 @@ class SpeculativeDecoder:
             state = state._replace(done_B=jnp.asarray(done_B))
 
     def _generation(
-        self, now: Report, line: int, prompt: int, text: TextStream | None, seconds: tuple[float, float], max_new_tokens: int
+        self, now: Report, line: int, text: TextStream | None, seconds: tuple[float, float], max_new_tokens: int
     ) -> Generation:
         count, rounds, accepted = int(now.count_B[line]), int(now.rounds_B[line]), now.accepted_BS[line]
         tokens = now.out_BS[line, :count].tolist()

@@ -170,15 +170,20 @@ def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
     return StaticTree(tuple(sorted(known, key=lambda path: (len(path), path))))
 
 
+def candidates(levels: int, topk: int) -> int:
+    """Children that a dynamic tree keeps over all levels: the root's, then those of topk queries a level."""
+    return topk + (levels - 1) * topk**2
+
+
 def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
     """EAGLE-2's tree. Raises UserError for sizes that cannot be filled."""
     if levels < 1 or topk < 1:
         raise UserError(f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both must be at least 1")
-    candidates = topk + (levels - 1) * topk**2
-    if not 2 <= nodes <= candidates + 1:
+    most = candidates(levels, topk) + 1
+    if not 2 <= nodes <= most:
         raise UserError(
-            f"decode.nodes is {nodes}; {levels} levels of topk {topk} make {candidates} candidates, "
-            f"so nodes (root included) must be 2 to {candidates + 1}"
+            f"decode.nodes is {nodes}; {levels} levels of topk {topk} make {most - 1} candidates, "
+            f"so nodes (root included) must be 2 to {most}"
         )
     return DynamicTree(levels, topk, nodes)
 

@@ -24,7 +24,7 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import Models, draft_head_of
-from beagle_jax.decoding.tree import DynamicTree, Tree, dynamic_tree, tree_of
+from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.model.beagle import BeagleBlock
@@ -98,7 +98,7 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
     found = []
     for (levels, topk), drafting_ms in draft_ms.items():
         for nodes in verify_ms:
-            if 2 <= nodes <= topk + (levels - 1) * topk**2 + 1:
+            if 2 <= nodes <= candidates(levels, topk) + 1:
                 accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
                 found.append(Choice(levels, topk, nodes, 1 + float(accepted), drafting_ms + verify_ms[nodes]))
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
@@ -140,7 +140,7 @@ def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B):
 
 
 def _full_tree(levels: int, topk: int) -> DynamicTree:
-    return dynamic_tree(levels, topk, topk + (levels - 1) * topk**2 + 1)
+    return dynamic_tree(levels, topk, candidates(levels, topk) + 1)
 
 
 @partial(jax.jit, static_argnames=("spec", "tree"))
@@ -158,7 +158,7 @@ def drafting(target: Target, draft: Draft, models: Models, tree: Tree) -> Callab
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
     """A tree of few nodes: choosing them is part of the cost of drafting."""
-    return dynamic_tree(levels, topk, min(8, topk + (levels - 1) * topk**2 + 1))
+    return dynamic_tree(levels, topk, min(8, candidates(levels, topk) + 1))
 
 
 @partial(jax.jit, static_argnames=("target_spec", "spec"))

@@ -44,14 +44,19 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     """Writes the folder; each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "model.safetensors") as partial:
+        save_file(file_tensors(draft), partial, metadata={"format": "pt"})
+    config = {"model_type": "beagle_draft", **asdict(draft.spec), **draft.provenance}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
+    """Every tensor under its name in a file, which is PyTorch's; matrices are [out, in]."""
     # A transposed view would be written wrongly by safetensors, without an error.
     tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
     if draft.hot_ids is not None:
         tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
-    with whole(folder / "model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-    config = {"model_type": "beagle_draft", **asdict(draft.spec), **draft.provenance}
-    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    return tensors
 
 
 def load_draft(folder: str | Path, target: TargetSpec) -> Draft:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
-from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft
+from beagle_jax.weights.draft import TENSOR_NAMES, Draft, file_tensors
 
 MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
 MODULE = "modeling_beagle"
@@ -51,21 +51,12 @@ def require_torch() -> ModuleType:
 
 def write_torch_folder(folder: Path, draft: Draft, vocab_size: int) -> None:
     """Fills an empty folder. vocab_size: the target's."""
-    tensors = torch_tensors(draft)
+    tensors = file_tensors(draft)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     (folder / f"{MODULE}.py").write_text(module_source(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(draft), encoding="utf-8")
-
-
-def torch_tensors(draft: Draft) -> dict[str, np.ndarray]:
-    """Every tensor under its PyTorch name; matrices are [out, in] on both sides."""
-    # A transposed view would be written wrongly by safetensors, without an error.
-    tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
-    if draft.hot_ids is not None:
-        tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
-    return tensors
 
 
 def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -102,9 +93,9 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 
     module = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     held = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    wrong = [name for name, array in torch_tensors(draft).items()
+    wrong = [name for name, array in file_tensors(draft).items()
              if name not in held or not np.array_equal(held[name], _float32(array), equal_nan=True)]
-    if wrong or len(held) != len(torch_tensors(draft)):
+    if wrong or len(held) != len(file_tensors(draft)):
         raise UserError(f"the exported draft does not hold what the JAX draft holds ({', '.join(wrong) or 'extra tensors'}); "
                         "nothing was written; this is a fault of the converter, please report it")
     rng = np.random.default_rng(0)
