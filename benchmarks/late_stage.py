@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from late_oracle import oracle_states  # noqa: E402  the tests' oracle is the plain form
+from late_oracle import oracle_states
 
-from beagle_jax.config import StageConfig, TrainConfig  # noqa: E402
-from beagle_jax.data.loader import Batch  # noqa: E402
-from beagle_jax.model.beagle import DraftSpec, init_draft  # noqa: E402
-from beagle_jax.training.late import window_queries  # noqa: E402
-from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss  # noqa: E402
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.training.late import window_queries
+from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss
 
 SPEC = DraftSpec(
     hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5

@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from conftest import TINY, random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from conftest import TINY, random_params
 
 from beagle_jax.decoding import loop
 from beagle_jax.model.beagle import DraftSpec, init_draft

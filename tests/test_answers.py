@@ -12,8 +12,8 @@ from conftest import TINY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from beagle_jax.config import DataConfig
 from beagle_jax import files
+from beagle_jax.config import DataConfig
 from beagle_jax.data import answers, states
 from beagle_jax.data.answers import training_rows
 from beagle_jax.data.chats import Chat

@@ -31,7 +31,7 @@ from beagle_jax.model.layers import RopeScaling, apply_rope, rms_norm, rope_tabl
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.target import TargetSpec, forward, logits, param_table
 from beagle_jax.weights.draft import Draft
-from beagle_jax.weights.target import Target, fill_params, load_target, open_source
+from beagle_jax.weights.target import fill_params, load_target, open_source
 
 torch.set_num_threads(1)  # two beside another busy job on two cores fall to a tenth of the speed of one
 

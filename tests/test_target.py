@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding import batch as batch_module
-from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.batch import _visible, _write_slot, write_answers
+from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.model.cache import KVRows, append_rows, take_rows, visible_slots, write_all, write_rows
 from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask

@@ -11,7 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.loop import DecodeState, Models, Report, Shapes, begin, decode, draft_head_of, read_prompt, report
+from beagle_jax.decoding.loop import (
+    DecodeState,
+    Models,
+    Report,
+    Shapes,
+    begin,
+    decode,
+    draft_head_of,
+    read_prompt,
+    report,
+)
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from beagle_jax.decoding.draft import DraftHead, Drafted, Nodes, draft_tree, root_only
+from beagle_jax.decoding.draft import Drafted, DraftHead, draft_tree, root_only
 from beagle_jax.decoding.sampling import Sampling, choose, filtered, gumbel, is_stop, place_keys
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.decoding.verify import Accepted, accept_by_ratio, accept_matching
@@ -206,7 +206,7 @@ def _accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, 
     if drafted.logits_BPV is None:
         wanted_BW, finite_BW = _target_choice(models, shapes, states_BWD, now.key_B, now.count_B[:, None] + nodes.depth_BW)
         return accept_matching(nodes, wanted_BW, depth), finite_BW.all(axis=1)
-    (B, W, D), place_BP = states_BWD.shape, now.count_B[:, None] + jnp.arange(depth)[None]
+    (B, W, _), place_BP = states_BWD.shape, now.count_B[:, None] + jnp.arange(depth)[None]
     raw_BWV = logits(models.target, states_BWD)
     V = raw_BWV.shape[-1]
     target_BWV = filtered(raw_BWV.reshape(B * W, V), shapes.sampling).reshape(B, W, V)

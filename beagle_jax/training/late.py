@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.cache import KVRows, append_rows
+from beagle_jax.model.cache import append_rows
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
 

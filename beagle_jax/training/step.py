@@ -16,7 +16,6 @@ from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
 from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
 
-
 _ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
 
 
