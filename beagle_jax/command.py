@@ -1,7 +1,12 @@
-"""The command line that all entry points share: --config FILE, then section.key=value overrides."""
+"""The command line that all entry points share: --config FILE, then section.key=value overrides.
+
+Nothing here loads jax, so --help and a mistyped setting are answered at once; see beagle_jax/commands.
+"""
 
 import argparse
+from pathlib import Path
 
+from beagle_jax import terminal
 from beagle_jax.config import Config, load_config
 from beagle_jax.errors import UsageError
 
@@ -25,6 +30,8 @@ def parser(name: str, purpose: str, example: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/quickstart.yaml")
+    made.add_argument("--json", metavar="FILE", help="also write the figures to this file; -: to stdout, in place of the text")
+    made.add_argument("--quiet", action="store_true", help="no progress, the result alone")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
@@ -35,5 +42,13 @@ def add_overrides(made: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The config that the parsed arguments ask for."""
+    """The config that the parsed arguments ask for; progress bars look as they ask from here on."""
+    check_writable("--json", arguments.json)
+    terminal.prepare(arguments)
     return load_config(arguments.config, arguments.overrides)
+
+
+def check_writable(option: str, name: str | None) -> None:
+    """Raises UsageError, before any work, when the folder of a file to write does not exist."""
+    if name and not Path(name).parent.is_dir():
+        raise UsageError(f"{option} {name}: there is no folder {Path(name).parent}")

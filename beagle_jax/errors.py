@@ -7,6 +7,8 @@ which prints it without a traceback (product.md, "Bad input"): exit status 2 for
 import sys
 from collections.abc import Callable, Sequence
 
+from beagle_jax.terminal import coloured
+
 
 class UserError(Exception):
     """Bad input: a file, key, shape, template or device that cannot be used as given."""
@@ -30,7 +32,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{coloured('error:', '31', sys.stderr)} {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

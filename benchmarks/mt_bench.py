@@ -7,8 +7,8 @@ Greedy chain, 96 new tokens, plain and speculative in one process; prints the ta
 
 import argparse
 
+from beagle_jax.commands.evaluate import evaluate
 from beagle_jax.config import load_config
-from beagle_jax.evaluate import evaluate
 from beagle_jax.evaluation.report import table
 
 

@@ -91,5 +91,5 @@ def test_row_that_sees_nothing_is_embedding_plus_mlp(block_case, tiny_draft_spec
 
 
 def test_flax_nnx_is_never_imported():
-    code = "import sys, beagle_jax.train, beagle_jax.evaluate, beagle_jax.generate; sys.exit('flax.nnx' in sys.modules)"
+    code = "import sys, beagle_jax.commands.train, beagle_jax.commands.evaluate, beagle_jax.commands.generate; sys.exit('flax.nnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

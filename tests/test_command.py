@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beagle_jax import convert, evaluate, generate, train, tune
+from beagle_jax.commands import train as train_command
 from beagle_jax.config import load_config
 from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
@@ -111,7 +112,7 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     draft = trained.folder / "run" / "draft" / "model.safetensors"
     before = draft.read_bytes()
     never = lambda what: lambda *arguments, **settings: pytest.fail(f"{what} again")
-    monkeypatch.setattr(train, "answer_writer", lambda *arguments: never("answers were written"))
+    monkeypatch.setattr(train_command, "answer_writer", lambda *arguments: never("answers were written"))
     monkeypatch.setattr(states, "_compute", never("states were computed"))
     monkeypatch.setattr(BatchLoader, "batch_at", never("a step was run"))
     assert run_main(train.main, ["--config", trained.config]) == 0
@@ -121,8 +122,8 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
 
 def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
-    monkeypatch.setattr(train, "save_draft", lambda folder, draft: None)
+    monkeypatch.setattr(train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
+    monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
     assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99"]) == 0
     (rows,) = training_rows(load_config(trained.config).data, str(trained.folder / "target"), None, (), None)
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)

@@ -15,6 +15,7 @@ from test_command import make_target
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from beagle_jax import convert
+from beagle_jax.commands import convert as converting
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain, static_tree
@@ -312,8 +313,8 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
             raise OSError("no")
         right(*arguments)
 
-    monkeypatch.setattr(convert.os, "replace", second_fails)
-    with pytest.raises(OSError, match="no"), convert.staged(tmp_path / "out") as folder:
+    monkeypatch.setattr(converting.os, "replace", second_fails)
+    with pytest.raises(OSError, match="no"), converting.staged(tmp_path / "out") as folder:
         (folder / "new").write_text("")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/old"]
 

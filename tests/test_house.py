@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "beagle_jax").rglob("*.py"))
-ENTRY_POINTS = [ROOT / "beagle_jax" / f"{name}.py" for name in ("train", "generate", "evaluate")]
+ENTRY_POINTS = sorted(path for path in (ROOT / "beagle_jax").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -27,11 +27,17 @@ def test_layers_of_the_package_know_only_those_below():
         "training": {"training", "data", "model"},
         "decoding": {"decoding", "data", "weights", "model"},
         "evaluation": {"evaluation", "decoding", "data", "weights", "model"},
+        "commands": {"commands", "evaluation", "training", "decoding", "data", "weights", "model"},
     }
     for folder, allowed in below.items():
         for path in (ROOT / "beagle_jax" / folder).glob("*.py"):
             used = set(re.findall(r"from beagle_jax\.(\w+)[. ]", path.read_text(encoding="utf-8"))) & below.keys()
             assert used <= allowed, f"{path} imports {used - allowed}"
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)
+def test_entry_points_parse_call_and_print(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
 
 
 def test_every_requirement_has_its_reason():

@@ -11,12 +11,12 @@ import pytest
 from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
+from beagle_jax.commands.train import first_params
 from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
-from beagle_jax.train import first_params
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage

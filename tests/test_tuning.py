@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from decode_cases import MARKOV, random_draft, right_draft, target_of
 
-from beagle_jax import tune as tune_command
+from beagle_jax.commands import tune as tune_command
 from beagle_jax.config import load_config
 from beagle_jax.decoding import tuning
 from beagle_jax.decoding.draft import draft_tree

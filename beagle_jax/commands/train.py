@@ -1,0 +1,109 @@
+"""Training from a config to an exported draft.
+
+Text (written by the target if need be), target states, early stage, late stage, exported draft. Each part is kept on
+disk and skipped when it is already there.
+"""
+
+import random
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from beagle_jax.config import Config
+from beagle_jax.data.answers import states_path, training_rows
+from beagle_jax.data.hot_tokens import coverage, hot_tokens
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.states import target_states
+from beagle_jax.data.template import Row
+from beagle_jax.decoding.batch import answer_writer
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.target import head
+from beagle_jax.training.loop import run_stage
+from beagle_jax.training.warm_start import FIT_ROWS, warm_start
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.target import Target, load_target
+
+
+def train_draft(config: Config) -> dict:
+    """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
+    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
+    parts = training_rows(config.data, config.target.source, target.tokenizer, target.eos_ids, write)
+    rows, states = shuffled_with_states(config, target, parts)
+    spec = DraftSpec.from_target(target.spec, config.draft.init_std)
+    hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
+    if hot_ids is not None:
+        print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
+    params = train(config, target, spec, rows, states, hot_ids)
+    folder = Path(config.train.folder) / "draft"
+    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
+    return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
+            "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+
+
+def shuffled_with_states(
+    config: Config, target: Target, parts: list[list[Row]]
+) -> tuple[list[Row], list[np.ndarray]]:
+    """All rows in a random order that depends on the seed alone, and the target's states of each."""
+    pairs = [
+        pair
+        for number, rows in enumerate(parts)
+        for pair in zip(rows, target_states(target.params, target.spec, rows, states_path(config.data.folder, number)))
+    ]
+    random.Random(config.data.seed).shuffle(pairs)
+    return [row for row, _ in pairs], [states_LD for _, states_LD in pairs]
+
+
+def train(
+    config: Config,
+    target: Target,
+    spec: DraftSpec,
+    rows: list[Row],
+    states: list[np.ndarray],
+    hot_ids: np.ndarray | None,
+) -> dict[str, jax.Array]:
+    """Both stages on these rows; the last `log.eval_rows` of them only measure."""
+    cut = len(rows) - config.log.eval_rows
+    if cut < 1:
+        raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
+    loader = partial(BatchLoader, batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed)
+    training = loader(rows[:cut], states[:cut])
+    held_out = loader(rows[cut:], states[cut:]) if config.log.eval_rows else None
+    print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch")
+    # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
+    head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
+    frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
+    params = first_params(config, target, spec, training)
+    for stage in ("early", "late"):
+        if getattr(config.train, stage).steps:
+            params = run_stage(stage, config, spec, params, frozen, training, held_out)
+    return params
+
+
+def first_params(config: Config, target: Target, spec: DraftSpec, training: BatchLoader) -> dict[str, jax.Array]:
+    """Where the early stage begins: `draft.init`."""
+    if config.draft.init not in ("normal", "ridge"):
+        return load_draft(config.draft.init, target.spec).params
+    params = init_draft(spec, jax.random.key(config.train.seed))
+    if config.draft.init == "ridge":
+        params = warm_start(params, spec, target.params["embed_VD"], training.sample(FIT_ROWS))
+    return params
+
+
+def provenance(config: Config, rows: list[Row]) -> dict:
+    """What the exported draft says of its training."""
+    return {
+        "target": config.target.source,
+        "draft": asdict(config.draft),
+        "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": _answer_tokens(rows)},
+        "training": asdict(config.train),
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def _answer_tokens(rows: list[Row]) -> int:
+    return sum(sum(row.supervised) for row in rows)
