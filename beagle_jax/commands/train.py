@@ -25,12 +25,14 @@ from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, load_target
 
 
 def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    check_shape(config.target, target.spec)
     write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
     parts = training_rows(config.data, config.target.source, target.tokenizer, target.eos_ids, write)
     rows, states = shuffled_with_states(config, target, parts)

@@ -1,7 +1,7 @@
 """Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class HFFolder:
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
-        return _read_json(self.path / "config.json")
+        return read_json(self.path / "config.json")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array in its stored dtype), one in memory at a time."""
@@ -48,29 +48,32 @@ class HFFolder:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config.json if there is one, else config.json."""
         generation = self.path / "generation_config.json"
-        found = _read_json(generation).get("eos_token_id") if generation.exists() else None
+        found = read_json(generation).get("eos_token_id") if generation.exists() else None
         found = self.config().get("eos_token_id") if found is None else found
         if found is None:
             raise UserError(f"{self.path}: neither generation_config.json nor config.json names eos_token_id")
         return tuple(found) if isinstance(found, list) else (int(found),)
 
 
-def download(repo: str, cache_dir: Path) -> Path:
-    """Local snapshot of `org/name[@revision]` through huggingface_hub, which resumes broken downloads."""
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """Local snapshot of `org/name[@revision]` through huggingface_hub, which resumes broken downloads. files: name patterns."""
     # Imported here: everything but this source works without the hub client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = repo.partition("@")
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, cache_dir=cache_dir))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files), cache_dir=cache_dir))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network, "
                         "or give a local folder") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError naming file and line."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

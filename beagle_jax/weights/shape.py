@@ -1,0 +1,39 @@
+"""The sizes of a target without its weights, for the plan of a run."""
+
+import math
+from pathlib import Path
+
+from beagle_jax.config import TargetConfig
+from beagle_jax.errors import UserError
+from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.weights.hf import download, read_json
+from beagle_jax.weights.target import open_source
+
+
+def planned_spec(config: TargetConfig) -> TargetSpec:
+    """What `target.shape` describes; without it, what the source's own config does. Of a hub repository only that is fetched."""
+    if config.shape:
+        return TargetSpec.from_hf_config(read_json(Path(config.shape)), config.shape)
+    cache_dir = Path(config.cache_dir).expanduser()
+    if config.source.startswith("hf:"):
+        folder = download(config.source.removeprefix("hf:"), cache_dir, ["config.json"])
+        return TargetSpec.from_hf_config(read_json(folder / "config.json"), config.source)
+    return TargetSpec.from_hf_config(open_source(config.source, cache_dir).config(), config.source)
+
+
+def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
+    """Raises UserError when the loaded target is not of the sizes that `target.shape` promised."""
+    if config.shape is None:
+        return
+    planned, found = param_table(planned_spec(config)), param_table(spec)
+    different = [name for name in planned | found if planned.get(name) != found.get(name)]
+    if different:
+        name = different[0]
+        sizes = [f"{list(table[name][1])}" if name in table else "absent" for table in (planned, found)]
+        raise UserError(f"{config.shape}: target.shape does not describe {config.source}: {name} is {sizes[0]} there and {sizes[1]} "
+                        f"in the target ({len(different)} tensors differ); correct the file or remove the key")
+
+
+def parameter_count(spec: TargetSpec) -> int:
+    """Numbers in all tensors of a target."""
+    return sum(math.prod(shape) for _, shape in param_table(spec).values())
