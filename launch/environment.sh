@@ -1,16 +1,42 @@
-# Sourced by the other scripts: make_environment FOLDER EXTRA installs this project there, once per requirements file.
+# shellcheck shell=bash
+# Sourced by the other scripts, before they read their arguments: a first argument --dry-run is taken off, and from then on
+# `run` prints commands instead of running them.
+dry_run=""
+if [ "${1:-}" = "--dry-run" ]; then
+  dry_run=yes
+  shift
+fi
+
+# run COMMAND...: runs it; in a dry run, prints it as it could be typed.
+run() {
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
+# stop TEXT: one message and exit status 2.
+stop() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# make_environment FOLDER EXTRA: this project installed there, once per requirements file.
 make_environment() {
   local folder=$1 extra=$2 stamp
   stamp=$(cat requirements.txt pyproject.toml | cksum)
-  if [ ! -f "$folder/installed" ] || [ "$(cat "$folder/installed")" != "$stamp" ]; then
-    echo "installing into $folder (a minute or two, once)"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-      echo "error: ${PYTHON:-python3} is older than Python 3.11; set PYTHON=/path/to/a/newer/python3" >&2
-      exit 1
-    }
-    "${PYTHON:-python3}" -m venv "$folder"
-    "$folder/bin/python" -m pip install --quiet --editable ".$extra"
-    echo "$stamp" > "$folder/installed"
+  if [ -n "$dry_run" ] || [ ! -f "$folder/installed" ] || [ "$(cat "$folder/installed")" != "$stamp" ]; then
+    if [ -z "$dry_run" ]; then
+      echo "installing into $folder (a minute or two, once)"
+      "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: ${PYTHON:-python3} is older than Python 3.11; set PYTHON=/path/to/a/newer/python3" >&2
+        exit 1
+      }
+    fi
+    run "${PYTHON:-python3}" -m venv "$folder"
+    run "$folder/bin/python" -m pip install --quiet --editable ".$extra"
+    [ -n "$dry_run" ] || echo "$stamp" > "$folder/installed"
   fi
   # transformers notes at every start that torch is absent; here it is only a tokenizer.
   export TRANSFORMERS_NO_ADVISORY_WARNINGS=1

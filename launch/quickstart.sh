@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on two CPU cores and 8 GB: a real chat model writes its training text, gets a drafter and answers
 # faster with it. About 20 minutes; --short: 3 minutes, too little training to be faster.
+#   bash launch/quickstart.sh [--dry-run] [--short] [section.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -14,5 +15,5 @@ fi
 make_environment .venv ""
 export PYTHONUNBUFFERED=1
 config=configs/quickstart.yaml
-.venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
-.venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"
+run .venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
+run .venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"

@@ -1,0 +1,39 @@
+"""Every file in configs/: it loads, it names the folder of its own, and the paper's targets have the paper's settings."""
+
+from pathlib import Path
+
+import pytest
+
+from beagle_jax.config import StageConfig, load_config
+from beagle_jax.decoding.tree import dynamic_tree
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PAPER = [path for path in CONFIGS if path.stem.startswith(("llama", "vicuna", "qwen"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_loads_keeps_to_its_folder_and_has_a_tree(path):
+    config = load_config(path)
+    assert config.train.folder == f"runs/{path.stem}" and config.data.folder == f"runs/{path.stem}/data"
+    assert config.decode.tree == "dynamic"
+    assert dynamic_tree(config.decode.levels, config.decode.topk, config.decode.nodes)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_paper_settings(path):
+    """method.md 5.4 and 6.4."""
+    train, decode = load_config(path).train, load_config(path).decode
+    stage = StageConfig(steps=42_500, learning_rate=3e-5, warmup=2000, schedule="constant", window=5)
+    assert train.early == stage
+    assert (train.late.steps, train.late.learning_rate, train.late.warmup, train.late.simulation_steps) == (42_500, 3e-5, 2000, 4)
+    assert (train.batch, train.row_tokens, train.optimizer, train.seed) == (16, 2048, "adamw", 42)
+    assert (train.beta1, train.beta2, train.clip_norm, train.weight_decay) == (0.9, 0.95, 0.5, 0.0)
+    assert (train.noise, train.noise_scale, train.vloss_weight) == ("uniform", 0.2, 10.0)
+    assert (decode.levels, decode.topk, decode.nodes) == (6, 10, 60)
+
+
+def test_the_targets_of_the_paper_and_its_successors_are_here():
+    assert {path.stem for path in CONFIGS} >= {
+        "quickstart", "smollm2_135m", "smollm2_360m", "llama2_7b_chat", "vicuna_7b", "llama3_8b_instruct",
+        "llama3_1_8b_instruct", "qwen2_5_7b_instruct", "qwen3_8b",
+    }  # fmt: skip

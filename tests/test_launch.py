@@ -1,0 +1,216 @@
+"""Launch files: clean scripts, the commands they print, a SLURM job that leaves and comes back, Kubernetes files against the schema."""
+
+import copy
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from beagle_jax.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
+JOBSETS = sorted((ROOT / "launch").glob("gke_*.yaml"))
+SCHEMA = yaml.safe_load((ROOT / "tests" / "jobset.schema.yaml").read_text())
+COMMAND = ["train", "--config", "configs/quickstart.yaml", "train.seed=1"]
+PYTHON_M = "-m beagle_jax.train --config configs/quickstart.yaml train.seed=1"
+
+
+def bash(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", f"launch/{script}", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd,
+                          env={**os.environ, **environment})  # fmt: skip
+
+
+def shellcheck(path: Path) -> str:
+    program = Path(sys.executable).parent / "shellcheck"
+    if not program.exists():
+        pytest.skip("shellcheck is not installed; the test extra brings it")
+    return subprocess.run([program, "--external-sources", path], capture_output=True, text=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(path):
+    assert shellcheck(path) == ""
+
+
+def test_shellcheck_sees_a_missing_quote(tmp_path):
+    (tmp_path / "x.sh").write_text("#!/usr/bin/env bash\nrm $1\n")
+    assert "SC2086" in shellcheck(tmp_path / "x.sh")
+
+
+@pytest.mark.parametrize(
+    "script, arguments, expected",
+    [
+        ("local_cpu.sh", COMMAND, f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 .venv/bin/python {PYTHON_M}"),
+        ("gpu.sh", COMMAND, f"env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
+        ("gpu.sh", ["--gpus", "2", *COMMAND], "CUDA_VISIBLE_DEVICES=0\\,1 .venv-gpu/bin/python"),
+        ("slurm.sbatch", COMMAND, f"srun --kill-on-bad-exit=1 .venv-gpu/bin/python {PYTHON_M}"),
+        ("tpu_pod.sh", ["--here", *COMMAND], f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}"),
+        ("quickstart.sh", ["--short", "eval.limit=1"], "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000"),
+        ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile -k late"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_prints_the_commands_and_does_nothing(script, arguments, expected):
+    before = sorted(os.listdir(ROOT))
+    done = bash(script, "--dry-run", *arguments)
+    assert done.returncode == 0 and expected in done.stdout and "-m pip install" in done.stdout
+    assert done.stderr == "" and sorted(os.listdir(ROOT)) == before
+
+
+def test_a_pod_runs_on_every_worker_what_was_asked_for():
+    lines = bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, "data.source=a b").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["git", "gcloud", "gcloud", "rm"]
+    assert all("--zone=us-west4-a --worker=all" in line for line in lines[1:3])
+    # What the workers' shell would do, with `bash` seen through to the script's own dry run.
+    remote = subprocess.run(["bash", "-c", f"printf '%s' {lines[2].split('--command=')[1]}"], capture_output=True, text=True).stdout
+    script = remote.split("&& bash ")[1].replace("--here", "--dry-run --here")
+    printed = subprocess.run(["bash", "-c", f"bash {script}"], capture_output=True, text=True, cwd=ROOT).stdout
+    assert f".venv-tpu/bin/python {PYTHON_M} data.source=a\\ b" in printed
+
+
+@pytest.mark.parametrize(
+    "script, arguments, expected",
+    [
+        ("local_cpu.sh", [], "which command? bash launch/local_cpu.sh train --config"),
+        ("gpu.sh", ["--gpus", "9", "train"], "--gpus is 9; expected 1 to 8"),
+        ("gpu.sh", ["--gpus"], "--gpus is missing; expected 1 to 8"),
+        ("slurm.sbatch", [], "which command? sbatch launch/slurm.sbatch train"),
+        ("tpu_pod.sh", ["pod-1"], "expected NAME ZONE COMMAND"),
+    ],
+)
+def test_usage(script, arguments, expected):
+    done = bash(script, "--dry-run", *arguments)
+    assert done.returncode == 2 and f"error: {expected}" in done.stderr and done.stdout == ""
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Path:
+    """A clone whose environment is installed, with programs that write down how they were called in place of SLURM's."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    programs = {
+        "srun": 'exec "${@:2}"',
+        "scancel": 'kill -TERM "$(cat tasks)"',
+        "scontrol": ":",
+        # The training: stays until SIGTERM, saves, and leaves with status 0.
+        "../.venv-gpu/bin/python": 'trap "echo saved >> calls; exit 0" TERM; echo $$ > tasks; while :; do sleep 0.05; done',
+    }
+    for name, body in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/usr/bin/env bash\necho "{path.name} $*" >> calls\n{body}\n')
+        path.chmod(0o755)
+    stamp = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / ".venv-gpu" / "installed").write_text(stamp.stdout)
+    return tmp_path
+
+
+def submitted(folder: Path) -> subprocess.Popen:
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder)}
+    return subprocess.Popen(["bash", "launch/slurm.sbatch", *COMMAND], cwd=folder, env={**os.environ, **environment})
+
+
+def waited_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < deadline, f"{path.name} never came"
+        time.sleep(0.02)
+    return path.read_text().strip()
+
+
+def test_a_slurm_job_at_its_time_limit_saves_and_is_queued_again(cluster):
+    job = submitted(cluster)
+    waited_for(cluster / "tasks")
+    job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@300 does
+    assert job.wait(30) == 0
+    calls = (cluster / "calls").read_text().splitlines()
+    assert calls[0] == f"srun --kill-on-bad-exit=1 .venv-gpu/bin/python {PYTHON_M}" and calls[1] == f"python {PYTHON_M}"
+    assert calls[2:] == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
+
+
+def test_a_slurm_job_that_fails_is_not_queued_again(cluster):
+    job = submitted(cluster)
+    os.kill(int(waited_for(cluster / "tasks")), signal.SIGKILL)
+    assert job.wait(30) == 128 + signal.SIGKILL
+    assert "scontrol" not in (cluster / "calls").read_text()
+
+
+def test_sbatch_reads_its_options():
+    """SLURM stops at the first line that is neither a comment nor empty."""
+    lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
+    head = lines[: next(number for number, line in enumerate(lines) if line and not line.startswith("#"))]
+    options = dict(line.removeprefix("#SBATCH --").split("=") for line in head if line.startswith("#SBATCH --") and "=" in line)
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"  # one task a GPU, each sees all of its host
+    assert "#SBATCH --requeue" in head and options["signal"] == "B:USR1@300"
+
+
+def jobset(path: Path) -> dict:
+    return next(one for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "JobSet")
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
+def test_jobsets_follow_the_schema_and_restart(path):
+    made = jobset(path)
+    jsonschema.Draft202012Validator(SCHEMA).validate(made)
+    [workers] = made["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert made["spec"]["network"]["enableDNSHostnames"] and made["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] > 1
+    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+
+
+@pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
+def test_jobsets_ask_for_a_run_that_exists(path):
+    [workers] = jobset(path)["spec"]["replicatedJobs"]
+    pod = workers["template"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    module, option, config, *overrides = container["args"]
+    assert (module, option) == ("beagle_jax.train", "--config")
+    shared = container["volumeMounts"][0]["mountPath"]
+    loaded = load_config(ROOT / config, overrides)
+    assert all(one.startswith(shared) for one in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir))
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda made: made["spec"]["replicatedJobs"][0]["template"]["spec"].update(paralelism=4),
+        lambda made: made["spec"]["network"].update(enableDNSHostnames="yes"),
+        lambda made: made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"].update(restartPolicy="Always"),
+        lambda made: made.update(apiVersion="batch/v1"),
+    ],
+)
+def test_the_schema_sees_mistakes(break_it):
+    made = copy.deepcopy(jobset(JOBSETS[0]))
+    break_it(made)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate(made)
+
+
+def test_a_tpu_slice_has_a_host_for_every_four_chips():
+    [workers] = jobset(ROOT / "launch" / "gke_jobset.yaml")["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    pod = job["template"]["spec"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] * chips == rows * columns
+
+
+def test_the_image_copies_what_exists_and_installs_extras_that_exist():
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    steps = [line.split() for line in lines if line and not line.startswith("#")]
+    assert steps[0][0] == "FROM" and {step[0] for step in steps} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "ENTRYPOINT", "CMD"}
+    copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    [extras] = [step[1].partition("=")[2].split(",") for step in steps if step[0] == "ARG"]
+    assert all(f"\n{extra} = [" in pyproject for extra in extras)
