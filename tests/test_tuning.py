@@ -63,7 +63,7 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     target, draft = target_of(MARKOV), right_draft(0.15)
     [text] = _answers(target, 1)
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
-    grown = tuning._widest_trees(target, draft, models, topk, text)
+    grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
     order = tuning._order_of_right_path(*grown, levels)
     assert (order < nodes - 1).sum(axis=1).tolist() == _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
 

@@ -81,11 +81,12 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     verify_ms = {rows: milliseconds(verifying(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
+    read = [_read(target, draft, models, *text) for text in texts]
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
         one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4))
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
-        trees = [_widest_trees(target, draft, models, topk, text) for text in texts]
+        trees = [_widest_trees(draft, models, topk, *text) for text in read]
         grown = [np.concatenate(each) for each in zip(*trees)]
         order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}
         if topk == max(TOPKS):
@@ -170,20 +171,23 @@ def _draft_rows(models: Models, target_spec, spec, text_BL) -> KVRows:
     return BeagleBlock(spec).bind({"params": models.draft}).keys_values(states, positions_BL)
 
 
-def _widest_trees(target: Target, draft: Draft, models: Models, topk: int, text: tuple[list[int], list[int]]):
-    """token, parent, depth, score [places, W] of the full tree at each place of an answer, and what really follows."""
-    prompt, answer = text
-    tokens, width = (prompt + answer)[:_CAPACITY], _CAPACITY
-    padded = np.zeros((1, width), np.int32)
-    padded[0, : len(tokens)] = tokens
-    rows = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), _draft_rows(models, target.spec, draft.spec, padded))
-    roots = np.arange(len(prompt), len(tokens) - max(LEVELS))
+def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]) -> tuple[KVRows, np.ndarray, np.ndarray]:
+    """The draft's cache rows of a text, `_BATCH` times; the padded text [1, L]; the answer's places that have a future."""
+    tokens = (prompt + answer)[:_CAPACITY]
+    padded_BL = np.zeros((1, _CAPACITY), np.int32)
+    padded_BL[0, : len(tokens)] = tokens
+    rows = _draft_rows(models, target.spec, draft.spec, padded_BL)
+    return jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), rows), padded_BL, np.arange(len(prompt), len(tokens) - max(LEVELS))
+
+
+def _widest_trees(draft: Draft, models: Models, topk: int, rows: KVRows, padded_BL: np.ndarray, roots: np.ndarray):
+    """token, parent, depth, score [places, W] of the full tree at each root of a text, and what really follows."""
     grown = []
     for start in range(0, len(roots), _BATCH):
         here = np.resize(roots[start : start + _BATCH], _BATCH)  # the last batch repeats places; they are cut off below
-        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded[0, here])
+        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded_BL[0, here])
         grown.append([np.asarray(x) for x in out])
-    follows = padded[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
+    follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
     return *(np.concatenate(each)[: len(roots)] for each in zip(*grown)), follows
 
 
