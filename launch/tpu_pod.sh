@@ -19,7 +19,9 @@ archive=beagle_jax.tar.gz
 on_all=(gcloud compute tpus tpu-vm)
 run git archive --output="$archive" HEAD
 run "${on_all[@]}" scp "$archive" "$name:$archive" --zone="$zone" --worker=all
-printf -v command '%q ' bash launch/tpu_pod.sh --here "${@:3}"
+together=()
+[ "$3" != train ] || together=(--distributed)
+printf -v command '%q ' bash launch/tpu_pod.sh --here "$3" "${together[@]}" "${@:4}"
 run "${on_all[@]}" ssh "$name" --zone="$zone" --worker=all \
   --command="mkdir -p beagle_jax && tar -xzf $archive -C beagle_jax && cd beagle_jax && $command"
 run rm "$archive"

@@ -6,8 +6,17 @@ import pytest
 
 from beagle_jax.config import StageConfig, load_config
 from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.weights.shape import parameter_count, planned_spec
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Configs name files from there."""
+    monkeypatch.chdir(ROOT)
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PAPER = [path for path in CONFIGS if path.stem.startswith(("llama", "vicuna", "qwen"))]
 
 
@@ -30,6 +39,18 @@ def test_paper_settings(path):
     assert (train.beta1, train.beta2, train.clip_norm, train.weight_decay) == (0.9, 0.95, 0.5, 0.0)
     assert (train.noise, train.noise_scale, train.vloss_weight) == ("uniform", 0.2, 10.0)
     assert (decode.levels, decode.topk, decode.nodes) == (6, 10, 60)
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("smollm2_360m", 361.821_120), ("llama2_7b_chat", 6738.415_616), ("vicuna_7b", 6738.415_616),
+        ("llama3_8b_instruct", 8030.261_248), ("llama3_1_8b_instruct", 8030.261_248), ("qwen2_5_7b_instruct", 7615.616_512),
+        ("qwen3_8b", 8190.735_360),
+    ],
+)  # fmt: skip
+def test_shapes_have_the_published_number_of_parameters(name, millions):
+    assert parameter_count(planned_spec(load_config(ROOT / "configs" / f"{name}.yaml").target)) == round(millions * 1e6)
 
 
 def test_the_targets_of_the_paper_and_its_successors_are_here():

@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,7 +73,8 @@ def test_a_pod_runs_on_every_worker_what_was_asked_for():
     remote = subprocess.run(["bash", "-c", f"printf '%s' {lines[2].split('--command=')[1]}"], capture_output=True, text=True).stdout
     script = remote.split("&& bash ")[1].replace("--here", "--dry-run --here")
     printed = subprocess.run(["bash", "-c", f"bash {script}"], capture_output=True, text=True, cwd=ROOT).stdout
-    assert f".venv-tpu/bin/python {PYTHON_M} data.source=a\\ b" in printed
+    expected = PYTHON_M.replace("train --", "train --distributed --")
+    assert f".venv-tpu/bin/python {expected} data.source=a\\ b" in printed
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,8 @@ def test_jobsets_ask_for_a_run_that_exists(path):
     [workers] = jobset(path)["spec"]["replicatedJobs"]
     pod = workers["template"]["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    module, option, config, *overrides = container["args"]
+    module, *arguments = container["args"]
+    option, config, *overrides = [argument for argument in arguments if argument != "--distributed"]
     assert (module, option) == ("beagle_jax.train", "--config")
     shared = container["volumeMounts"][0]["mountPath"]
     loaded = load_config(ROOT / config, overrides)
@@ -203,6 +206,63 @@ def test_a_tpu_slice_has_a_host_for_every_four_chips():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] * chips == rows * columns
+
+
+JOIN = """
+from argparse import Namespace
+{before}
+from beagle_jax.processes import join
+join(Namespace(distributed={flag}, quiet=False, json=None))
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+# A worker of a pod slice without its chips: what JAX asks before it reads the variables that GKE sets.
+ON_A_TPU_VM = "from jax._src.clusters import cloud_tpu_cluster, cluster\ncloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True"
+
+
+def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False) -> list[str]:
+    """What each of these processes, started together on this machine, knows of the others."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "JAX_", "TPU_"))}
+    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    code = JOIN.format(before=before, flag=flag)
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | more)
+               for more in processes]  # fmt: skip
+    ended = [one.communicate(timeout=120) for one in started]
+    assert [one.returncode for one in started] == [0] * len(started), ended
+    return [out.strip() for out, _ in ended]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def test_tasks_of_srun_find_each_other():
+    port = str(free_port())
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+    assert joined([task | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01"]) == ["0 2 8", "1 2 8"]
+
+
+def test_pods_of_the_gpu_jobset_find_each_other():
+    [workers] = jobset(ROOT / "launch" / "gke_jobset_gpu.yaml")["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    variables = {one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")}
+    assert variables.pop("JAX_COMPILATION_CACHE_DIR") and variables.pop("JAX_PROCESS_ID") is None  # the pod's own number
+    host, port = variables.pop("JAX_COORDINATOR_ADDRESS").split(":")
+    assert host == f"beagle-{workers['name']}-0-0.beagle" and container["ports"] == [{"containerPort": int(port)}]
+    assert variables == {"JAX_NUM_PROCESSES": str(job["parallelism"])}
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
+    assert joined([variables | address | {"JAX_PROCESS_ID": number} for number in "01"]) == ["0 2 8", "1 2 8"]
+
+
+def test_workers_of_a_tpu_slice_find_each_other():
+    port = str(free_port())
+    worker = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1", "JAX_COORDINATOR_PORT": port,
+              "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}  # fmt: skip
+    found = joined([worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True)
+    assert found == ["0 2 8", "1 2 8"]
 
 
 def test_the_image_copies_what_exists_and_installs_extras_that_exist():
