@@ -31,7 +31,7 @@ class TargetConfig:
 class DraftConfig:
     """The drafter that decoding uses, and how a new one begins."""
 
-    path: str | None = None  # folder of a trained draft; null: <train.folder>/draft
+    path: str | None = None  # folder of a trained draft; lookup: none, what followed the same words before; null: <train.folder>/draft
     init: str = "normal"  # normal; ridge: a closed-form start (training/warm_start.py); or a draft's folder, to go on from it
     init_std: float = 0.02  # standard deviation of the initial linear weights (method.md 2.4)
     hot_tokens: int = 0  # the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)
@@ -97,6 +97,7 @@ class DecodeConfig:
     topk: int = 4  # dynamic: children kept per node, and nodes continued per level (method.md 6.4)
     nodes: int = 8  # dynamic: tokens verified per round, the root included
     paths: tuple[tuple[int, ...], ...] | None = None  # static: child ranks from the root; null: EAGLE-1's 25 nodes
+    ngram: int = 3  # draft.path lookup: longest run of last tokens looked for; it drafts a chain of as many tokens as the tree has
     append_predicted: bool = True  # predicted states become keys of deeper levels (the paper's "concate")
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # sampling: most likely tokens kept; 0: all
@@ -111,10 +112,11 @@ class DecodeConfig:
 class EvalConfig:
     """What `evaluate` measures on."""
 
-    prompts: str = "held_out"  # held_out: the 40 committed ones; else a .jsonl[.gz] file
-    limit: int | None = None  # only the first so many
+    suites: tuple[str, ...] = ("held_out",)  # held_out: 40 committed prompts; names of evaluation/suites.py; .jsonl[.gz] files
+    folder: str = "../shared/data/eval"  # where the suites' files are looked for before they are downloaded from the hub
+    limit: int | None = None  # only the first so many of each suite
     max_new_tokens: int = 96  # per answer
-    compare: str | None = None  # folder of a second draft to show beside the first
+    compare: tuple[str, ...] = ()  # more drafts to show beside the first: folders, or lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +288,7 @@ def _check(config: Config, where: str) -> None:
         "decode.levels": config.decode.levels,
         "decode.topk": config.decode.topk,
         "decode.nodes": config.decode.nodes,
+        "decode.ngram": config.decode.ngram,
         "decode.max_new_tokens": config.decode.max_new_tokens,
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "log.every": config.log.every,
@@ -321,6 +324,8 @@ def _check(config: Config, where: str) -> None:
             raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
     if not 0 < config.decode.top_p <= 1:
         raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
+    if not config.eval.suites or len(set(config.eval.suites)) < len(config.eval.suites):
+        raise UsageError(f"{where}: eval.suites is {list(config.eval.suites)}; expected one name or more, each once")
     if not config.train.clip_norm > 0:
         raise UsageError(f"{where}: train.clip_norm is {config.train.clip_norm}; expected more than 0")
 

@@ -12,6 +12,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser("evaluate", "Compare speculative with plain decoding on the same prompts.",
                   "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10")
+    made.add_argument("--out", metavar="FOLDER", help="keep every answer there, go on from those that are, and write the whole report: "
+                      "report.json, report.md, report.html")
     add_overrides(made)
     arguments = made.parse_args(argv)
     config = read_config(arguments)
@@ -19,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
         from beagle_jax.commands.evaluate import evaluate
         from beagle_jax.evaluation.report import table
 
-        summaries = evaluate(config)
-    show(arguments, table(summaries), summaries)
+        report = evaluate(config, arguments.out)
+    show(arguments, table(report), report)
 
 
 if __name__ == "__main__":

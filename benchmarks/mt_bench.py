@@ -1,4 +1,4 @@
-"""tau of a draft on the first turns of MT-Bench (not part of this repository; any .jsonl with "turns" will do).
+"""tau of a draft on both turns of MT-Bench (not part of this repository; any .jsonl with "turns" will do).
 
     python benchmarks/mt_bench.py PATH/mt_bench.jsonl.gz --config configs/smollm2_135m.yaml --levels 5
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=5)
     parser.add_argument("--limit", type=int, default=80)
     arguments = parser.parse_args()
-    overrides = [f"eval.prompts={arguments.prompts}", "eval.max_new_tokens=96", f"eval.limit={arguments.limit}",
+    overrides = [f"eval.suites=[{arguments.prompts}]", "eval.max_new_tokens=96", f"eval.limit={arguments.limit}",
                  "decode.tree=chain", f"decode.levels={arguments.levels}"]
     print(table(evaluate(load_config(arguments.config, overrides))))
 

@@ -56,7 +56,7 @@ def error_of(source: str) -> str:
 def test_input_forms(write, record, messages, waits):
     path = write(record)
     (chat,) = read_chats(path)
-    assert chat == Chat(tuple(messages), f"{path}:1")
+    assert chat == Chat(tuple(messages), f"{path}:1", later=tuple(record.get("turns", "x")[1:]))
     assert chat.waits_for_answer == waits
 
 

@@ -77,7 +77,7 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
                   "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 1e-3},
                   "late": {"steps": 2, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
         "decode": {"levels": 2, "max_new_tokens": 20},
-        "eval": {"prompts": write_lines(folder / "eval.jsonl", EVAL_QUESTIONS), "max_new_tokens": 20},
+        "eval": {"suites": [write_lines(folder / "eval.jsonl", EVAL_QUESTIONS)], "max_new_tokens": 20},
         "log": {"every": 1},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -143,16 +143,18 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
 
 
 def evaluated(trained, capsys) -> list[dict]:
-    """The figures that `evaluate` writes, which are also those that it prints."""
+    """The figures by system that `evaluate` writes, which are also those that it prints."""
     figures = trained.folder / "figures.json"
     assert (
         run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"])
         == 0
     )
-    plain, draft = summaries = json.loads(figures.read_text())
+    report = json.loads(figures.read_text())
+    systems = report["suites"][0]["groups"][0]["systems"]
+    plain, draft = summaries = [{**systems[system["name"]], **system} for system in report["systems"]]
     printed = capsys.readouterr().out
     for one in summaries:
-        assert f"{one['identical_to_plain']}/{one['prompts']}" in printed and f"{one['tau']:5.2f}" in printed
+        assert f"{one['identical_to_plain']}/{one['answers']}" in printed and f"{one['tau']:5.2f}" in printed
     names = ("plain", str(trained.folder / "run" / "draft"))
     assert (plain["name"], draft["name"]) == names
     assert (plain["tau"], plain["rounds"]) == (1.0, plain["tokens"] - 3)
@@ -161,7 +163,7 @@ def evaluated(trained, capsys) -> list[dict]:
 
 def check_lossless(summaries: list[dict]) -> None:
     plain, draft = summaries
-    assert plain["prompts"] == draft["prompts"] == draft["identical_to_plain"] == 3
+    assert plain["answers"] == draft["answers"] == draft["identical_to_plain"] == 3
     assert plain["tokens"] == draft["tokens"] > 3
     assert draft["tau"] >= 1 and draft["rounds"] <= plain["rounds"]
     assert plain["compiles_after_warm_up"] == draft["compiles_after_warm_up"] == 0
@@ -188,7 +190,7 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 def test_evaluate_shows_a_second_draft(trained, capsys):
     first = str(trained.folder / "run" / "draft")
     second = str(trained.folder / "run" / ".." / "run" / "draft")
-    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare={second}"]) == 0
+    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare=[{second}]"]) == 0
     rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith("3/3")]
     assert rows == ["plain", first, second]
 
@@ -327,7 +329,7 @@ def test_no_config_is_a_usage_error(name, capsys):
             1,
             "target.source: '/no/such/model' is neither a folder nor a .gguf file",
         ),
-        ("evaluate", ["eval.prompts=/no/such/file"], 1, "'/no/such/file' is not a file or folder"),
+        ("evaluate", ["eval.suites=[/no/such/file]"], 1, "'/no/such/file' is not a file or folder"),
         ("evaluate", ["draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
         (
             "generate",
@@ -350,7 +352,7 @@ def test_a_missing_config_names_one_to_start_from(capsys):
 def test_prompts_with_answers_cannot_be_evaluated(workplace, capsys):
     path = workplace.folder / "answered.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n')
-    status, message = ended(capsys, "evaluate", "--config", workplace.config, f"eval.prompts={path}")
+    status, message = ended(capsys, "evaluate", "--config", workplace.config, f"eval.suites=[{path}]")
     assert status == 1 and message.startswith(f"{path}:1: the chat ends with an answer; evaluation needs prompts")
 
 

@@ -53,7 +53,7 @@ def test_empty_sections_give_the_documented_defaults(load):
     assert (config.target.dtype, config.data.source, config.data.temperature) == ("float32", "self", 0.0)
     assert (config.draft.path, config.draft.init_std, config.draft.hot_tokens) == (None, 0.02, 0)
     assert (config.decode.tree, config.decode.levels, config.decode.paths) == ("chain", 5, None)
-    assert (config.eval.prompts, config.eval.limit, config.log.every) == ("held_out", None, 10)
+    assert (config.eval.suites, config.eval.limit, config.log.every) == (("held_out",), None, 10)
 
 
 def test_part_of_a_stage_keeps_that_stages_other_defaults(load):
@@ -130,7 +130,7 @@ def test_wrong_type_says_what_is_expected(load, text, message):
 
 
 AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.batch data.top_k train.batch
-    train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.max_new_tokens eval.max_new_tokens
+    train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
     eval.limit log.every""".split()
 NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight
     train.weight_decay log.eval_rows train.early.steps train.early.warmup train.early.learning_rate
@@ -160,6 +160,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("draft.init=nowhere", "draft.init is 'nowhere'; expected normal, ridge or the folder of a trained draft"),
         ("train.beta1=1", "train.beta1 is 1.0; expected 0 or more, and less than 1"),
         ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
+        ("eval.suites=[]", "eval.suites is []; expected one name or more, each once"),
+        ("eval.suites=[a, b, a]", "eval.suites is ['a', 'b', 'a']; expected one name or more, each once"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
         ("train.late.window=0", "train.late.simulation_steps is 4, more than the window 0"),
         (
@@ -229,8 +231,8 @@ def test_numbers_that_yaml_reads_as_text_or_int(load):
 
 
 def test_null_where_it_is_allowed(load):
-    config = load(TARGET + "draft: {path: null}\neval: {limit: null}", "eval.compare=null")
-    assert (config.draft.path, config.eval.limit, config.eval.compare) == (None, None, None)
+    config = load(TARGET + "draft: {path: null}\neval: {limit: null}")
+    assert (config.draft.path, config.eval.limit, config.eval.compare) == (None, None, ())
 
 
 def test_missing_file_names_one_to_start_from(tmp_path):

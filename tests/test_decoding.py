@@ -14,7 +14,7 @@ from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
-from beagle_jax.evaluation.suites import CompileCounter, Measurement
+from beagle_jax.evaluation.measure import CompileCounter, Measurement
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.weights.draft import Draft
 
@@ -189,10 +189,10 @@ def test_definitions_of_tau_and_step_alpha():
     one = Generation([1] * 8, 3, [1, 0, 2], 0.5, 1.5)
     other = Generation([1, 2, 3], 2, [2, 0, 0], 0.5, 0.5)
     assert (one.tau, one.tokens_per_second) == (7 / 3, 4.0)
-    both = Measurement("both", "chain of 2", [one, other])
+    both = Measurement("both", "chain of 2", [[one], [other]])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
-    assert both.identical_to(Measurement("x", "", [one, one])) == 1
+    assert both.identical_to(Measurement("x", "", [[one, one]])) == 1
     assert both.repeated_4_grams == 4 / 5
 
 

@@ -7,17 +7,15 @@ from beagle_jax import terminal
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import decoder_of
+from beagle_jax.decoding.tuning import decoder_of, drafter_of
 from beagle_jax.errors import UserError
-from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import Target, load_target
 
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """The target, and its decoder with the draft."""
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
-    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
-    return target, decoder_of(config, target, draft)
+    return target, decoder_of(config, target, drafter_of(config, target))
 
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:

@@ -7,7 +7,16 @@ from pathlib import Path
 import yaml
 
 from beagle_jax.config import Config
-from beagle_jax.decoding.tuning import Choice, Tuning, answers_for_tuning, machine, remember, tune, tuned_path
+from beagle_jax.decoding.tuning import (
+    Choice,
+    Tuning,
+    answers_for_tuning,
+    draft_path,
+    machine,
+    remember,
+    tune,
+    tuned_path,
+)
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
@@ -20,8 +29,8 @@ _SHOWN = 8  # trees in the table
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Measures, remembers the best tree, writes and draws what was asked for; returns the table and its figures."""
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
-    draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
-    prompts = tokenize(suite(config.eval.prompts, arguments.prompts), target.tokenizer)
+    draft = load_draft(draft_path(config), target.spec)
+    prompts = tokenize(suite(config.eval.suites[0], arguments.prompts, config.eval.folder), target.tokenizer)
     found = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
     path = tuned_path(config.target.cache_dir, target, draft)
     remember(path, found.choices[0])

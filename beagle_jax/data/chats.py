@@ -3,7 +3,7 @@
 A line is one of
     {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging Face write it
     {"conversations": [{"from": "human", "value": "..."}, ...]}         chat, as ShareGPT writes it
-    {"turns": ["...", ...]}                                             user turns; the first is the prompt
+    {"turns": ["...", ...]}                                             user turns; the first is the prompt, the rest come later
     {"prompt": "..."}                                                   a prompt
 A chat that ends with the user waits for the target's answer; one that ends with the assistant is used as it is.
 """
@@ -36,6 +36,7 @@ class Chat:
     messages: tuple[Message, ...]
     where: str  # file:line
     kind: str = ""  # category of the prompt, if the file names one
+    later: tuple[str, ...] = ()  # what the user says next, once the target has answered; only evaluation asks it
 
     @property
     def waits_for_answer(self) -> bool:
@@ -112,6 +113,7 @@ def _parse(line: str, where: str) -> Chat | None:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; {_FORMS}")
+    later: list[Message] = []
     if "messages" in record:
         messages = [_message(item, "role", "content", where) for item in _nonempty_list(record, "messages", where)]
     elif "conversations" in record:
@@ -121,7 +123,8 @@ def _parse(line: str, where: str) -> Chat | None:
         if not messages:
             return None
     elif "turns" in record:
-        messages = [_message({"role": "user", "content": _nonempty_list(record, "turns", where)[0]}, "role", "content", where)]
+        turns = [_message({"role": "user", "content": text}, "role", "content", where) for text in _nonempty_list(record, "turns", where)]
+        messages, later = turns[:1], turns[1:]
     elif "prompt" in record:
         messages = [_message({"role": "user", "content": record["prompt"]}, "role", "content", where)]
     else:
@@ -130,7 +133,8 @@ def _parse(line: str, where: str) -> Chat | None:
         raise UserError(f"{where}: the chat has no user message")
     if messages[-1]["role"] == "system":
         raise UserError(f"{where}: the chat ends with a system message; expected user or assistant")
-    return Chat(tuple(messages), where, str(record.get("category", record.get("kind", ""))))
+    kind = str(record.get("category", record.get("kind", "")))
+    return Chat(tuple(messages), where, kind, tuple(turn["content"] for turn in later))
 
 
 def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:

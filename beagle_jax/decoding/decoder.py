@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.loop import (
     DecodeState,
     Models,
@@ -75,7 +76,7 @@ class SpeculativeDecoder:
     def __init__(
         self,
         target: Target,
-        draft: Draft | None = None,
+        draft: Draft | Lookup | None = None,
         tree: Tree = ROOT_ONLY,
         *,
         context: int | None = None,
@@ -96,15 +97,13 @@ class SpeculativeDecoder:
             )
         self._target, self._context = target, context or target.spec.max_positions
         self._fixed_capacity = None if context is None else _round_up(context + tree.depth + 1, 64)
-        draft = draft if tree.depth else None
-        params = place_target(target.params, mesh)
-        self._models = Models(
-            params,
-            None if draft is None else replicate(draft.params, mesh),
-            None if draft is None else replicate(draft_head_of(target.params, draft.hot_ids), mesh),
-        )
-        draft_spec = None if draft is None else draft.spec
-        self._shapes = Shapes(target.spec, draft_spec, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
+        self._models = Models(place_target(target.params, mesh), None, None)
+        draft_shape = draft if tree.depth else None
+        if isinstance(draft_shape, Draft):
+            draft_shape = draft.spec
+            head = draft_head_of(target.params, draft.hot_ids)
+            self._models = self._models._replace(draft=replicate(draft.params, mesh), draft_head=replicate(head, mesh))
+        self._shapes = Shapes(target.spec, draft_shape, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
 
     @property
     def tree(self) -> Tree:
@@ -113,7 +112,7 @@ class SpeculativeDecoder:
 
     def warm_up(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128) -> None:
         """Compiles what answering these prompts one at a time will need."""
-        needs = {(_padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens for tokens in map(self._tokens, prompts)}
+        needs = {(padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens for tokens in map(self._tokens, prompts)}
         for tokens in needs.values():
             shapes, state = self._prefill([tokens], sampling, max_new_tokens, 0, limit=2)
             self._finish(state, shapes)
@@ -184,6 +183,12 @@ class SpeculativeDecoder:
         seconds = (prefilled - clock, time.perf_counter() - prefilled)
         return self._generation(now, 0, text, seconds, max_new_tokens)
 
+    def prefilled(
+        self, prompt: Prompt, sampling: Sampling = GREEDY, *, max_new_tokens: int = 128, seed: int = 0
+    ) -> tuple[Models, Shapes, DecodeState]:
+        """What the loop's functions take once a prompt is read: to measure parts of a round, or to draw one."""
+        return self._models, *self._prefill([self._tokens(prompt)], sampling, max_new_tokens, seed)
+
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
@@ -209,7 +214,7 @@ class SpeculativeDecoder:
     def _capacity(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> int:
         longest = max(map(len, rows))
         need = min(longest + max_new_tokens, self._context) + self._shapes.tree.depth + 1
-        return max(self._fixed_capacity or _doubled(_CAPACITY_BUCKET, need), _padded(longest))
+        return max(self._fixed_capacity or _doubled(_CAPACITY_BUCKET, need), padded(longest))
 
     def _prefill(
         self, rows: list[list[int]], sampling: Sampling, max_new_tokens: int, seed: int, limit: int | None = None
@@ -225,7 +230,7 @@ class SpeculativeDecoder:
         limit_B = np.minimum(limit or max_new_tokens, self._context - length_B).astype(np.int32)
         key_B = jax.vmap(jax.random.key)(np.array([seed + line for line in range(len(rows))], np.uint32))
         state = begin(self._models, shapes, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
-        width = _padded(max(length_B))
+        width = padded(max(length_B))
         tokens_BT = np.zeros((len(rows), width), np.int32)
         for line, row in enumerate(rows):
             tokens_BT[line, : len(row)] = row
@@ -279,12 +284,18 @@ def _fetched(device: Report) -> Report:
     return now
 
 
-def _check_fit(target: Target, draft: Draft | None, tree: Tree, rule: str) -> None:
+def _check_fit(target: Target, draft: Draft | Lookup | None, tree: Tree, rule: str) -> None:
     """Raises UserError unless the draft belongs to the target and the tree can be drafted."""
     if not tree.depth:
         return
     if draft is None:
         raise UserError("a draft tree needs a draft; set draft.path, or decode plainly")
+    branches = isinstance(tree, DynamicTree) or tree.size != tree.depth + 1
+    if isinstance(draft, Lookup):
+        if branches or rule == "ratio":
+            raise UserError(f"prompt lookup drafts a chain and knows no probabilities, but was given a {tree} and rule {rule!r}; "
+                            "use a chain and rule 'match'")
+        return
     ours, theirs = draft.spec.hidden_size, target.spec.hidden_size
     if ours != theirs:
         raise UserError(f"this draft belongs to another target (hidden size {ours}, the target's is {theirs})")
@@ -296,11 +307,11 @@ def _check_fit(target: Target, draft: Draft | None, tree: Tree, rule: str) -> No
     most = max(tree.kept_children(level) for level in range(tree.depth))
     if most > vocabulary:
         raise UserError(f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} tokens; lower topk")
-    if rule == "ratio" and (isinstance(tree, DynamicTree) or tree.size != tree.depth + 1):
+    if rule == "ratio" and branches:
         raise UserError("rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule 'match'")
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     """Columns that a prompt takes in the prefill."""
     return _round_up(length, PREFILL_CHUNK) if length > PREFILL_CHUNK else _doubled(PROMPT_BUCKET, length)
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from beagle_jax.decoding.draft import Drafted, DraftHead, draft_tree, root_only
+from beagle_jax.decoding.draft import Drafted, DraftHead, Nodes, draft_tree, root_only
+from beagle_jax.decoding.lookup import Lookup, lookup_chain
 from beagle_jax.decoding.sampling import Sampling, choose, filtered, gumbel, is_stop, place_keys
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.decoding.verify import Accepted, accept_by_ratio, accept_matching
@@ -29,7 +30,7 @@ class Models(NamedTuple):
     """All weights that a round reads. Arguments of the jitted loop, never constants in it."""
 
     target: Params
-    draft: dict[str, jax.Array] | None  # None: plain decoding
+    draft: dict[str, jax.Array] | None  # None: plain decoding, or prompt lookup
     draft_head: DraftHead | None
 
 
@@ -37,7 +38,7 @@ class Shapes(NamedTuple):
     """All that is static in a round. Hashable."""
 
     target: TargetSpec
-    draft: DraftSpec | None
+    draft: DraftSpec | Lookup | None
     tree: Tree
     eos_ids: tuple[int, ...]
     sampling: Sampling = Sampling()
@@ -61,6 +62,7 @@ class DecodeState(NamedTuple):
     rounds_B: jax.Array  # rounds run, the prefill not counted
     accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
     key_B: jax.Array  # of every draw of the sequence (sampling.place_keys)
+    text_BS: jax.Array | None  # prompt lookup: all tokens by position, the root the last; garbage past it
 
 
 class Report(NamedTuple):
@@ -88,7 +90,7 @@ def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, 
     B, dtype = limit_B.shape[0], models.target["embed_VD"].dtype
     zeros = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
     draft_cache = None
-    if shapes.draft is not None:
+    if isinstance(shapes.draft, DraftSpec):
         draft_cache = empty_rows(B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype)
     return DecodeState(
         target_cache=shard_cache(init_cache(shapes.target, B, capacity, dtype), shapes.mesh),
@@ -103,6 +105,7 @@ def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, 
         rounds_B=zeros(),
         accepted_BS=zeros(capacity),
         key_B=key_B,
+        text_BS=zeros(capacity) if isinstance(shapes.draft, Lookup) else None,
     )
 
 
@@ -126,14 +129,18 @@ def read_prompt(
     wanted_B1, finite_B1 = _target_choice(models, shapes, last_B1D, state.key_B, jnp.zeros((B, 1), jnp.int32))
     root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
     draft_cache = state.draft_cache
-    if shapes.draft is not None:
+    if draft_cache is not None:
         block = BeagleBlock(shapes.draft).bind({"params": models.draft})
         draft_cache = write_rows(draft_cache, block.keys_values(states_BTD, positions_BT), start_B)
+    text_BS, length_now_B = state.text_BS, state.length_B + here_B
+    if text_BS is not None:
+        text_BS = jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset)).at[jnp.arange(B), length_now_B].set(root_B, mode="drop")
     broken_B = state.broken_B | (ends_B & ~finite_B1[:, 0])
     return state._replace(
         target_cache=write_all(state.target_cache, rows, start_B),
         draft_cache=draft_cache,
-        length_B=state.length_B + here_B,
+        text_BS=text_BS,
+        length_B=length_now_B,
         root_B=root_B,
         out_BS=state.out_BS.at[:, 0].set(root_B),
         count_B=jnp.where(ends_B, 1, state.count_B),
@@ -158,16 +165,11 @@ def decode(models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.A
 def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     """One round for every sequence; finished ones compute along and change nothing that counts."""
     with jax.named_scope("draft"):
-        drafted = _draft(models, shapes, now)
-        nodes = drafted.nodes
+        drafted = propose(models, shapes, now)
     with jax.named_scope("verify"):
-        positions_BW = now.length_B[:, None] + nodes.depth_BW
-        visible_BS = visible_slots(now.length_B, now.target_cache)
-        states_BWD, rows = forward(
-            models.target, shapes.target, nodes.token_BW, positions_BW, nodes.above_BWW, now.target_cache, visible_BS
-        )
+        states_BWD, rows = read_tree(models, shapes, now, drafted.nodes)
     with jax.named_scope("accept"):
-        found, finite_B = _accept(models, shapes, now, drafted, states_BWD)
+        found, finite_B = accept(models, shapes, now, drafted, states_BWD)
     with jax.named_scope("append"):
         # Rows of the accepted path only, and their true states: rows past it are overwritten by the next round.
         # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
@@ -176,7 +178,7 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
         kept = [take_rows(layer, found.path_BP1) for layer in rows]
         target_cache = write_all(now.target_cache, kept, start_B)
         draft_cache = now.draft_cache
-        if shapes.draft is not None:
+        if draft_cache is not None:
             block = BeagleBlock(shapes.draft).bind({"params": models.draft})
             states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
             positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
@@ -185,10 +187,13 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     return _emit(now, found, finite_B, shapes.eos_ids)
 
 
-def _draft(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
+def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
     """This round's tree; drawn from the draft's distribution under the ratio rule."""
     if not shapes.tree.depth:
         return Drafted(root_only(now.root_B), None, None, None, None)
+    if isinstance(shapes.draft, Lookup):
+        nodes = lookup_chain(now.text_BS, now.length_B, shapes.draft.ngram, shapes.tree.depth)
+        return Drafted(nodes, None, None, None, None)
     drawing = {}
     if shapes.rule == "ratio":
         place_BP = now.count_B[:, None] + jnp.arange(shapes.tree.depth)[None]
@@ -200,7 +205,14 @@ def _draft(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
     )  # fmt: skip
 
 
-def _accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, states_BWD) -> tuple[Accepted, jax.Array]:
+def read_tree(models: Models, shapes: Shapes, now: DecodeState, nodes: Nodes) -> tuple[jax.Array, list[KVRows]]:
+    """The target's states of the nodes [B, W, D], and their key/value rows."""
+    positions_BW = now.length_B[:, None] + nodes.depth_BW
+    visible_BS = visible_slots(now.length_B, now.target_cache)
+    return forward(models.target, shapes.target, nodes.token_BW, positions_BW, nodes.above_BWW, now.target_cache, visible_BS)
+
+
+def accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, states_BWD) -> tuple[Accepted, jax.Array]:
     """What the target accepts, and whether its logits were finite."""
     nodes, depth = drafted.nodes, shapes.tree.depth
     if drafted.logits_BPV is None:
@@ -246,12 +258,17 @@ def _emit(now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple
     column_BP = jnp.where(step_1P < emitted_B[:, None], now.count_B[:, None] + step_1P, capacity)
     round_B = jnp.where(live_B, now.rounds_B, capacity)
     count_B = now.count_B + emitted_B
+    text_BS = now.text_BS
+    if text_BS is not None:
+        slot_BP = jnp.where(live_B[:, None] & (step_1P <= found.count_B[:, None]), now.length_B[:, None] + 1 + step_1P, capacity)
+        text_BS = text_BS.at[row_B[:, None], slot_BP].set(found.token_BP1, mode="drop")
     stopped_B = (stop_BP & (step_1P < emitted_B[:, None])).any(axis=1)
     return now._replace(
         length_B=now.length_B + jnp.where(live_B, found.count_B + 1, 0),
         root_B=jnp.where(live_B, found.bonus_B, now.root_B),
         out_BS=now.out_BS.at[row_B[:, None], column_BP].set(found.token_BP1, mode="drop"),
         count_B=count_B,
+        text_BS=text_BS,
         done_B=now.done_B | ~finite_B | stopped_B | (count_B >= now.limit_B),
         broken_B=now.broken_B | (~now.done_B & ~finite_B),
         rounds_B=now.rounds_B + live_B,

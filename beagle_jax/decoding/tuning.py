@@ -23,15 +23,16 @@ from tqdm import tqdm
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import draft_tree
+from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.loop import Models, draft_head_of
-from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree, tree_of
+from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, chain, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import best_tokens, forward, init_cache
-from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.draft import Draft, load_draft
 from beagle_jax.weights.target import Target
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
@@ -39,7 +40,7 @@ LEVELS = range(1, 7)
 TOPKS = (1, 2, 3, 4, 6, 8)
 _CAPACITY = 256  # cache slots while measuring
 _REPEATS = 7
-_PASSES = 4  # passes of one timed call
+PASSES = 4  # passes of one timed call
 _BATCH = 16  # places of a text whose trees are grown at once
 
 
@@ -106,14 +107,14 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
 
 
 def milliseconds(call: Callable[[], jax.Array]) -> float:
-    """Median time of one pass of a call that is compiled by now and makes `_PASSES` of them."""
+    """Median time of one pass of a call that is compiled by now and makes `PASSES` of them."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(_REPEATS):
         clock = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - clock)
-    return 1000 * float(np.median(seconds)) / _PASSES
+    return 1000 * float(np.median(seconds)) / PASSES
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -123,11 +124,11 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
     read = lambda _, token_BW: best_tokens(params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0])[0]
-    return jax.lax.fori_loop(0, _PASSES, read, token_BW)
+    return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
 def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
-    """A call that verifies this many rows, greedily, `_PASSES` times."""
+    """A call that verifies this many rows, greedily, `PASSES` times."""
     cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
     return lambda: _verified(target.params, target.spec, tokens, cache, visible)
@@ -147,11 +148,11 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
 @partial(jax.jit, static_argnames=("spec", "tree"))
 def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B):
     read = lambda _, root_B: _grow(models, spec, tree, cache, length_B, root_B)[0][:, -1]
-    return jax.lax.fori_loop(0, _PASSES, read, root_B)
+    return jax.lax.fori_loop(0, PASSES, read, root_B)
 
 
 def drafting(target: Target, draft: Draft, models: Models, tree: Tree) -> Callable[[], jax.Array]:
-    """A call that drafts this tree `_PASSES` times."""
+    """A call that drafts this tree `PASSES` times."""
     cache = empty_rows(1, draft.spec.num_kv_heads, _CAPACITY, draft.spec.head_dim, target.dtype)
     length, root = jnp.full(1, _CAPACITY - 8), jnp.zeros(1, jnp.int32)
     return lambda: _drafted(models, draft.spec, tree, cache, length, root)
@@ -230,11 +231,29 @@ def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarr
     return share
 
 
-def decoder_of(config: Config, target: Target, draft: Draft, *, context: int | None = None) -> SpeculativeDecoder:
-    """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here."""
+def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft | Lookup:
+    """What drafts: a trained draft's folder (`draft.path` if none is given), or prompt lookup."""
+    path = path or draft_path(config)
+    return Lookup(config.decode.ngram) if path == "lookup" else load_draft(path, target.spec)
+
+
+def draft_path(config: Config) -> str:
+    """`draft.path`, or where training leaves its draft."""
+    return config.draft.path or f"{config.train.folder}/draft"
+
+
+def decoder_of(config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None) -> SpeculativeDecoder:
+    """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here.
+
+    Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the target the same.
+    """
     decode = config.decode
-    auto = decode.tree == "auto"
-    tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft)) if auto else tree_of(decode)
+    if isinstance(draft, Lookup):
+        tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
+    elif decode.tree == "auto":
+        tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft))
+    else:
+        tree = tree_of(decode)
     return SpeculativeDecoder(
         target, draft, tree, context=context, append_predicted=decode.append_predicted, rule=decode.rule
     )
@@ -260,9 +279,7 @@ def _processor() -> str:
 
 def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
     """Where the tree for this machine, target and draft is remembered."""
-    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}".encode())
-    for name in sorted(draft.params):
-        digest.update(np.asarray(draft.params[name]).tobytes())
+    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}|{draft.fingerprint}".encode())
     return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
 
 

@@ -1,44 +1,173 @@
-"""The table that `evaluate` prints, and the same as JSON."""
+"""The report of an evaluation: figures by suite, category and length of the prompt, as one tree of plain values.
 
+Its fields are declared and explained in report.schema.json beside this file; `evaluate` prints the table, and writes the
+same figures as JSON and as pages (evaluation/pages.py).
+"""
+
+import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
-from beagle_jax.evaluation.suites import Measurement
+import jax
+import jaxlib
+import numpy as np
+
+import beagle_jax
+from beagle_jax.decoding.tuning import machine
+from beagle_jax.evaluation.answers import Case
+from beagle_jax.evaluation.measure import Bench, Measured, Measurement
+
+FORMAT = 1  # of the report; counts up when a field changes its meaning or goes away
+_RESAMPLES = 2000
+_SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones by doublings
 
 
-def summary(result: Measurement, plain: Measurement) -> dict[str, Any]:
-    """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
+def report(bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """settings: the config. costs: of each system, what evaluation/cost.py measured; may be empty."""
+    names = list(bench.decoders)
+    suites = list(dict.fromkeys(case.suite for case in measured.cases))
     return {
-        "name": result.name,
-        "tree": result.tree,
-        "prompts": len(result.generations),
-        "tokens": result.tokens,
-        "rounds": result.rounds,
-        "tau": round(result.tau, 3),
-        "step_alpha": [round(share, 3) for share in result.step_alpha],
-        "tokens_per_second": round(result.tokens_per_second, 2),
-        "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
-        "speedup": round(result.tokens_per_second / plain.tokens_per_second, 3),
-        "identical_to_plain": result.identical_to(plain),
-        "repeated_4_grams": round(result.repeated_4_grams, 3),
-        "compiles_after_warm_up": result.compiles,
+        "format": FORMAT,
+        "environment": environment(),
+        "settings": settings,
+        "systems": [_system(name, bench, measured, costs.get(name)) for name in names],
+        "suites": [_suite(name, [case for case in measured.cases if case.suite == name], bench, measured.left_out[name]) for name in suites],
+        "audit": None,
     }
 
 
-def table(summaries: Sequence[dict[str, Any]]) -> str:
-    """One line per way of decoding."""
-    width = max(len(one["name"]) for one in summaries)
+def environment() -> dict[str, Any]:
+    """Where the figures come from."""
+    return {
+        "machine": machine(),
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "beagle_jax": beagle_jax.__version__,
+    }
+
+
+def _system(name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | None) -> dict[str, Any]:
+    tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
+    answers = len(whole.generations)
+    round_ms = 1000 * sum(one.decode_seconds for one in whole.generations) / max(whole.rounds, 1)
+    milliseconds = {"prefill": 1000 * sum(one.prefill_seconds for one in whole.generations) / answers, "round": round_ms}
+    if cost is not None:
+        phases = cost["milliseconds"]
+        milliseconds |= {**phases, "rest": round_ms - sum(phases.values())}
+    return {
+        "name": name,
+        "tree": str(tree),
+        "levels": tree.depth,
+        "nodes": tree.size,
+        "compiles_after_warm_up": measured.compiles[name],
+        "milliseconds": {key: round(value, 3) for key, value in milliseconds.items()},
+        "bytes": None if cost is None else cost["bytes"],
+    }
+
+
+def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[str, Any]:
+    turns = [Case(case.suite, case.number, case.category, (turn,)) for case in cases for turn in case.turns]
+    by_category, by_context = _grouped(cases, lambda case: case.category), _grouped(turns, _context)
+    groups = [("all", "", cases)]
+    groups += [("category", key, group) for key, group in by_category.items()] if len(by_category) > 1 else []
+    groups += [("context", key, by_context[key]) for key in sorted(by_context, key=int)] if len(by_context) > 1 else []
+    return {"name": name, "turns_left_out": left_out, "groups": [_group(by, of, group, bench) for by, of, group in groups]}
+
+
+def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(key(case), []).append(case)
+    return found
+
+
+def _context(case: Case) -> str:
+    """The doubling that the prompt's length fits in."""
+    longest = max(len(asked.prompt) for asked in case.turns[0].values())
+    return str(max(_SHORTEST_CONTEXT, 1 << (longest - 1).bit_length()))
+
+
+def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
+    plain, *others = (of_system(name, bench, cases) for name in bench.decoders)
+    return {"by": by, "of": of, "prompts": len(cases), "systems": {one.name: figures(one, plain) for one in (plain, *others)}}
+
+
+def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
+    """The answers of one way of decoding to these cases."""
+    answers = [[turn[name].answer for turn in case.turns] for case in cases]
+    return Measurement(name, str(bench.decoders[name].tree), answers)
+
+
+def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
+    """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
+    seconds = lambda one: [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]
+    tokens = lambda one: [sum(len(a.tokens) for a in case) for case in one.cases]
+    in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
+    rounds = [sum(a.rounds for a in case) for case in result.cases]
+    return {
+        "answers": len(result.generations),
+        "tokens": result.tokens,
+        "rounds": result.rounds,
+        "tau": round(result.tau, 4),
+        "tau_interval": interval(lambda draw: _ratio(draw, in_rounds, rounds), len(rounds)),
+        "accepted": result.accepted,
+        "step_alpha": [round(share, 4) for share in result.step_alpha],
+        "tokens_per_second": round(result.tokens_per_second, 2),
+        "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
+        "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
+        # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for both cancels.
+        "speedup_interval": interval(
+            lambda draw: _ratio(draw, tokens(result), seconds(result)) / _ratio(draw, tokens(plain), seconds(plain)), len(rounds)
+        ),
+        "prefill_seconds": round(sum(one.prefill_seconds for one in result.generations), 4),
+        "decode_seconds": round(sum(one.decode_seconds for one in result.generations), 4),
+        "identical_to_plain": result.identical_to(plain),
+        "repeated_4_grams": round(result.repeated_4_grams, 4),
+    }
+
+
+def interval(statistic, count: int) -> list[float]:
+    """95 % bootstrap interval of a statistic over prompts: the middle of its values on prompts drawn with replacement.
+
+    statistic: from how often each of `count` prompts was drawn, [resamples, count], to values [resamples].
+    """
+    draw = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+    return [round(float(edge), 4) for edge in np.percentile(statistic(draw), [2.5, 97.5])]
+
+
+def _ratio(draw: np.ndarray, above: Sequence[float], below: Sequence[float]) -> np.ndarray:
+    total = draw @ np.asarray(below, float)
+    return np.where(total > 0, draw @ np.asarray(above, float), 1.0) / np.where(total > 0, total, 1.0)
+
+
+def table(made: dict[str, Any]) -> str:
+    """What the terminal shows: one line per way of decoding, a block for each suite."""
+    blocks = []
+    for suite in made["suites"]:
+        whole = suite["groups"][0]["systems"]
+        title = [suite["name"]] if len(made["suites"]) > 1 else []
+        notes = [f"{suite['turns_left_out']} turns did not fit the context and were left out"] if suite["turns_left_out"] else []
+        blocks.append("\n".join([*title, *_lines(made["systems"], whole), *notes]))
+    return "\n\n".join(blocks) + "\ntok/s: prefill included; decode: without it. Times exclude compilation."
+
+
+def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> list[str]:
+    width = max(map(len, whole))
     head = f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  identical to plain decoding"
     lines = [head, "-" * len(head)]
-    for one in summaries:
+    for system in systems:
+        one = whole[system["name"]]
         lines.append(
-            f"{one['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  {one['decode_tokens_per_second']:7.1f}  "
-            f"{one['speedup']:6.2f}x  {one['rounds']:6d}  {one['tokens']:6d}  {one['compiles_after_warm_up']:8d}  "
-            f"{one['identical_to_plain']}/{one['prompts']}"
+            f"{system['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  {one['decode_tokens_per_second']:7.1f}  "
+            f"{one['speedup']:6.2f}x  {one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
+            f"{one['identical_to_plain']}/{one['answers']}"
         )
-    for one in summaries:
-        if one["step_alpha"]:
-            lines.append(f"{one['name']}: {one['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in one['step_alpha'])}")
-    lines.append(f"repeated 4-grams in the answers: {summaries[0]['repeated_4_grams']:.1%}")
-    lines.append("tok/s: prefill included; decode: without it. Times exclude compilation.")
-    return "\n".join(lines)
+    for system in systems:
+        if alpha := whole[system["name"]]["step_alpha"]:
+            lines.append(f"{system['name']}: {system['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in alpha)}")
+    repeated = whole[systems[0]["name"]]["repeated_4_grams"]
+    return [*lines, f"repeated 4-grams in the answers: {repeated:.1%}"]

@@ -1,23 +1,67 @@
-"""Prompts to measure on, and the measurement: plain and speculative decoding of the same prompts in one process."""
+"""Prompts to measure on: the committed ones, published suites, or any file of prompts.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+A suite's prompts come from a file in `eval.folder` where there is one, else from the Hugging Face hub. None of them are
+part of this repository.
+"""
 
-import jax
-import numpy as np
-from tqdm import tqdm
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.chats import Chat, own_prompts, read_chats
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
-from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.errors import UserError
 
 
-def suite(source: str, limit: int | None) -> list[Chat]:
-    """The committed held-out prompts, or those of a file; at most `limit`. Raises UserError for chats with answers."""
-    chats = own_prompts("held_out") if source == "held_out" else read_chats(source)
+@dataclass(frozen=True)
+class Suite:
+    """Where a published suite's prompts lie, and what the user says (method.md 7.1).
+
+    A record with a list of turns, in "turns" or in `turns`, is asked as it is; any other fills `wording` with its fields.
+    """
+
+    file: str  # looked for in `eval.folder`
+    dataset: tuple[str, str | None, str] | None = None  # on the hub: id, configuration, split
+    turns: str = "turns"  # the dataset's column of user turns
+    wording: str = ""
+
+
+SUITES = {
+    "mt_bench": Suite("mt_bench.jsonl.gz", ("HuggingFaceH4/mt_bench_prompts", None, "train"), turns="prompt"),
+    "gsm8k": Suite("gsm8k_test.jsonl.gz", ("openai/gsm8k", "main", "test"),
+                   wording="{question}\nThink step by step, then give the answer on a last line after ####."),
+    "cnn_dm": Suite("cnn_dm.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"),
+                    wording="Summarize this article in a few sentences.\n\n{article}"),
+    "humaneval": Suite("humaneval.jsonl.gz", ("openai/openai_humaneval", None, "test"), wording="Complete this code.\n\n{prompt}"),
+    "alpaca": Suite("alpaca.jsonl.gz", ("tatsu-lab/alpaca", None, "train"), wording="{instruction}\n{input}"),
+    # The 80 prompts of each that the EAGLE papers report on, and Spec-Bench, are files of their repositories.
+    "eagle_gsm8k": Suite("eagle_gsm8k.jsonl.gz"),
+    "eagle_humaneval": Suite("eagle_humaneval.jsonl.gz"),
+    "eagle_cnn_dm": Suite("eagle_sum.jsonl.gz"),
+    "spec_bench": Suite("spec_bench.jsonl.gz"),
+}
+
+
+def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
+    """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
+
+    folder: where files of suites are looked for. Raises UserError for chats with answers, and for a suite that can
+    neither be found nor downloaded.
+    """
+    if source == "held_out":
+        chats = own_prompts("held_out")
+    elif source in SUITES:
+        chats = list(_published(source, SUITES[source], Path(folder).expanduser() / SUITES[source].file, limit))
+    else:
+        if not Path(source).expanduser().exists():
+            raise UserError(f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a .jsonl[.gz] file")
+        chats = read_chats(source)
     for chat in chats:
         if not chat.waits_for_answer:
             raise UserError(f"{chat.where}: the chat ends with an answer; evaluation needs prompts that wait for one")
@@ -25,105 +69,50 @@ def suite(source: str, limit: int | None) -> list[Chat]:
 
 
 def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompt tokens of each chat."""
+    """Prompt tokens of each chat's first turn."""
     return [prompt_tokens(tokenizer, chat.messages) for chat in chats]
 
 
-@dataclass
-class Measurement:
-    """Answers of one way of decoding to all prompts, in order."""
-
-    name: str
-    tree: str  # what was drafted per round
-    generations: list[Generation] = field(default_factory=list)
-    compiles: int = 0  # programs compiled after the warm-up; 0 when every shape was met before
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written, stop tokens included."""
-        return sum(len(one.tokens) for one in self.generations)
-
-    @property
-    def rounds(self) -> int:
-        """Rounds run; the prefill is in none."""
-        return sum(one.rounds for one in self.generations)
-
-    @property
-    def tau(self) -> float:
-        """Mean tokens per round over all rounds."""
-        return (self.tokens - len(self.generations)) / max(self.rounds, 1)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All tokens over all time, prefill included."""
-        return self.tokens / sum(one.prefill_seconds + one.decode_seconds for one in self.generations)
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after the first over the time after the prefill."""
-        return (self.tokens - len(self.generations)) / sum(one.decode_seconds for one in self.generations)
-
-    @property
-    def step_alpha(self) -> list[float]:
-        """Per draft depth: of the rounds that reached it, the share that accepted it."""
-        histogram = np.sum([one.accepted for one in self.generations], axis=0)
-        reached = np.cumsum(histogram[::-1])[::-1]
-        return [float(reached[depth + 1] / reached[depth]) if reached[depth] else 0.0 for depth in range(len(histogram) - 1)]
-
-    def identical_to(self, other: "Measurement") -> int:
-        """Prompts whose tokens are the same in both."""
-        return sum(mine.tokens == theirs.tokens for mine, theirs in zip(self.generations, other.generations, strict=True))
-
-    @property
-    def repeated_4_grams(self) -> float:
-        """Share of 4-grams that occurred before in the same answer: loops flatter acceptance."""
-        seen = total = 0
-        for one in self.generations:
-            grams = [tuple(one.tokens[i : i + 4]) for i in range(len(one.tokens) - 3)]
-            seen, total = seen + len(grams) - len(set(grams)), total + len(grams)
-        return seen / max(total, 1)
+def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[Chat]:
+    records = _lines(path) if path.exists() else _downloaded(name, made, path, limit)
+    for record, where in records:
+        turns = record.get("turns", record.get(made.turns))
+        if not isinstance(turns, list):
+            try:
+                turns = [made.wording.format_map(record).strip()]
+            except KeyError as error:
+                raise UserError(f"{where}: no field {error} among {', '.join(record)}; this is not a record of {name}") from None
+        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
+        yield Chat(({"role": "user", "content": turns[0]},), where, str(record.get("category", name)), tuple(turns[1:]))
 
 
-class CompileCounter:
-    """Counts programs that XLA compiles (cached ones too) while it is the active one."""
-
-    _listening: "CompileCounter | None" = None
-    _registered = False
-
-    def __init__(self) -> None:
-        self.count = 0
-        if not CompileCounter._registered:
-            jax.monitoring.register_event_duration_secs_listener(CompileCounter._on_event)
-            CompileCounter._registered = True
-
-    @staticmethod
-    def _on_event(event: str, duration: float, **_: object) -> None:
-        if CompileCounter._listening is not None and event.endswith("backend_compile_duration"):
-            CompileCounter._listening.count += 1
-
-    def __enter__(self) -> "CompileCounter":
-        CompileCounter._listening = self
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        CompileCounter._listening = None
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Record and place of every line."""
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                yield json.loads(line), f"{path}:{number}"
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
 
 
-def measure(
-    decoders: dict[str, SpeculativeDecoder], prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
-) -> list[Measurement]:
-    """Runs every decoder on every prompt, in turn, so that a drifting machine treats all alike.
-
-    Each decoder first answers one prompt of every padded length, so that compilation is not timed.
-    """
-    for _, decoder in tqdm(decoders.items(), desc="compiling", unit="decoder", leave=False):
-        decoder.warm_up(prompts, sampling, max_new_tokens=max_new_tokens)
-    results = [Measurement(name, str(decoder.tree)) for name, decoder in decoders.items()]
-    counters = [CompileCounter() for _ in decoders]
-    for prompt in tqdm(prompts, desc="decoding", unit="prompt"):
-        for result, counter, decoder in zip(results, counters, decoders.values()):
-            with counter:
-                result.generations += decoder.generate([prompt], sampling, max_new_tokens=max_new_tokens)
-    for result, counter in zip(results, counters):
-        result.compiles = counter.count
-    return results
+def _downloaded(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+    """Records of the hub's dataset, streamed: no more than are asked for."""
+    if made.dataset is None:
+        raise UserError(f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to where {path.name} lies")
+    source, configuration, split = made.dataset
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(f"eval.suites: there is no {path}, and the hub needs the datasets library ({error}); "
+                        "pip install datasets, or set eval.folder") from error
+    try:
+        records = datasets.load_dataset(source, configuration, split=split, streaming=True)
+        for number, record in enumerate(records if limit is None else records.take(limit), 1):
+            yield record, f"hf:{source}[{split}], record {number}"
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"eval.suites: there is no {path}, and hf:{source} cannot be read ({error})") from error

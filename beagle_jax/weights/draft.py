@@ -1,5 +1,6 @@
 """A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md 9.5)."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,14 @@ class Draft:
     params: dict[str, jax.Array] = field(repr=False)
     hot_ids: jax.Array | None  # token ids that the draft scores; None: all
     provenance: dict[str, Any] = field(repr=False)  # target, data, stages: what config.json says of the training
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any weight."""
+        digest = hashlib.sha256()
+        for name in sorted(self.params):
+            digest.update(np.asarray(self.params[name]).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def save_draft(folder: str | Path, draft: Draft) -> None:

@@ -1,0 +1,76 @@
+"""All answers of an evaluation on disk, a line for each prompt as soon as it is answered, so that a run can go on."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from beagle_jax.decoding.decoder import Generation
+from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
+
+
+class Asked(NamedTuple):
+    """One prompt as one way of decoding saw it, and its answer."""
+
+    prompt: list[int]  # tokens
+    answer: Generation
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of a suite, with all its turns, answered by every way of decoding."""
+
+    suite: str
+    number: int  # of the prompt in its suite, from 0
+    category: str
+    turns: tuple[dict[str, Asked], ...]  # of each turn, what each way of decoding was asked and wrote
+
+
+class AnswerLog:
+    """answers.jsonl: a line of settings, then a line for each case. The file only grows, by whole lines."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        """Begins the file or reads what it has; a last line that was cut off is dropped.
+
+        settings: all that decides the answers and their times. Raises UserError when the file was begun with others.
+        """
+        self._path = path
+        self.cases: dict[tuple[str, int], Case] = {}
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            write_text(path, json.dumps(settings) + "\n")
+            return
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            begun, *cases = map(json.loads, whole.splitlines())
+            self.cases = {(record["suite"], record["number"]): _case(record) for record in cases}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the answers of an evaluation ({error}); remove it to begin anew") from error
+        if begun != settings:
+            raise UserError(f"{path}: was begun with other settings ({'; '.join(_differences(begun, settings))}); "
+                            "give another --out, or remove the file to begin anew")
+        if whole != text:
+            write_text(path, whole)
+
+    def add(self, case: Case) -> None:
+        """Appends a case."""
+        self.cases[case.suite, case.number] = case
+        turns = [{name: {"prompt": asked.prompt, "answer": asdict(asked.answer)} for name, asked in turn.items()} for turn in case.turns]
+        record = {"suite": case.suite, "number": case.number, "category": case.category, "turns": turns}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+def _case(record: dict[str, Any]) -> Case:
+    turns = tuple({name: Asked(asked["prompt"], Generation(**asked["answer"])) for name, asked in turn.items()} for turn in record["turns"])
+    return Case(record["suite"], record["number"], record["category"], turns)
+
+
+def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Settings that differ, by their dotted names."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(there.keys() | here.keys())
+        return [line for key in keys for line in _differences(there.get(key), here.get(key), f"{prefix}.{key}".lstrip("."))]
+    return [] if there == here else [f"{prefix} {there!r} there, {here!r} here"]
