@@ -1,17 +1,16 @@
 """Drafts to PyTorch and back."""
 
-import os
-import tempfile
+import json
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.files import whole_folder
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import load_draft, save_draft
-from beagle_jax.weights.target import open_source
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.model_card import model_card
+from beagle_jax.weights.target import open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
@@ -21,10 +20,13 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     require_torch()
     source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
     out = _free(arguments, source)
-    target = target_spec(config.target)
+    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
+    target = TargetSpec.from_hf_config(opened.config(), config.target.source)
     draft = load_draft(source, target)
-    with staged(out) as folder:
-        write_torch_folder(folder, draft, target.vocab_size)
+    _check_target(draft, config.target.source, source)
+    report = _read_report(arguments.report) if arguments.report else None
+    with whole_folder(out) as folder:
+        write_torch_folder(folder, draft, target.vocab_size, model_card(draft, report, revision(opened)))
         found = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
     text = (f"largest difference from the JAX block, of the scale: {measured}\n"
@@ -38,7 +40,8 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     out = _free(arguments, source)
     target = target_spec(config.target)
     draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle)
-    with staged(out) as folder:
+    _check_target(draft, config.target.source, source)
+    with whole_folder(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
     return f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}', {"out": str(out)}
@@ -47,6 +50,31 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 def target_spec(config: TargetConfig) -> TargetSpec:
     """The target's shape; its weights are not read."""
     return TargetSpec.from_hf_config(open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source)
+
+
+def _check_target(draft: Draft, source: str, where: Path) -> None:
+    """Raises UserError when the draft says that it was trained for another target of the same shape.
+
+    Folders and files may hold anything under any name: they are not compared.
+    """
+    told = str(draft.provenance.get("target"))
+    (ours, _, our_revision), (theirs, _, their_revision) = source.partition("@"), told.partition("@")
+    public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
+    if public and (ours != theirs or (our_revision and their_revision and our_revision != their_revision)):
+        raise UserError(f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}")
+
+
+def _read_report(path: str) -> list[dict]:
+    """What `evaluate --json` wrote."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if {"name", "tree", "prompts", "tau", "speedup", "identical_to_plain"} <= set(found[0]):
+            return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"--report {path}: cannot be read ({error}); expected what evaluate --json wrote") from error
+    except (TypeError, LookupError):
+        pass
+    raise UserError(f"--report {path}: not a report; expected what evaluate --json wrote")
 
 
 def _free(arguments: Namespace, source: Path) -> Path:
@@ -63,28 +91,3 @@ def _free(arguments: Namespace, source: Path) -> Path:
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise UserError(f"--out {out}: this folder has no config.json, so it is no draft's and is not replaced; choose another")
     return out
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` at the end of the block; after an error nothing of it is left."""
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error}); choose another folder") from error
-    with temporary as beside:
-        # The same name as `out`: transformers names the module that it loads after the folder.
-        folder = Path(beside, out.name)
-        folder.mkdir()
-        yield folder
-        replaced = Path(beside, "replaced")
-        if out.exists():
-            os.replace(out, replaced)
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, out)
-            raise

@@ -25,6 +25,7 @@ from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, load_target
 
@@ -42,7 +43,7 @@ def train_draft(config: Config) -> dict:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     params = train(config, target, spec, rows, states, hot_ids)
     folder = Path(config.train.folder) / "draft"
-    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
+    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows, target.revision)))
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 
@@ -96,14 +97,15 @@ def first_params(config: Config, target: Target, spec: DraftSpec, training: Batc
     return params
 
 
-def provenance(config: Config, rows: list[Row]) -> dict:
+def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
     """What the exported draft says of its training."""
     return {
         "target": config.target.source,
+        "target_revision": revision,
         "draft": asdict(config.draft),
         "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": _answer_tokens(rows)},
         "training": asdict(config.train),
-        "versions": {"jax": jax.__version__},
+        "versions": installed(TRAINED_WITH),
     }
 
 

@@ -36,6 +36,7 @@ class DraftSpec:
     rope_theta: float
     rms_norm_eps: float
     init_std: float = 0.02  # of the linear weights, when trained from scratch
+    input_norm: bool = True  # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
 
     @classmethod
     def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> "DraftSpec":
@@ -55,7 +56,7 @@ class DraftSpec:
         """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
         D, F = self.hidden_size, self.intermediate_size
         NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        shapes = {
             "q_proj": (NH, D),
             "k_proj": (KH, D),
             "v_proj": (KH, D),
@@ -66,6 +67,7 @@ class DraftSpec:
             "input_layernorm": (D,),
             "post_attention_layernorm": (D,),
         }
+        return {name: shape for name, shape in shapes.items() if self.input_norm or name != "input_layernorm"}
 
 
 class BeagleBlock(nn.Module):
@@ -80,7 +82,8 @@ class BeagleBlock(nn.Module):
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
-        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps)
+        normed = self.spec.input_norm
+        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
         return self._rotate(_project(u_BTD, self.q_proj), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
