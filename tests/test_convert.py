@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_command import make_target
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from beagle_jax import convert, files
+from beagle_jax import convert
 from beagle_jax.commands import convert as converting
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import DraftHead, draft_tree
@@ -337,8 +337,8 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
             raise OSError("no")
         right(*arguments)
 
-    monkeypatch.setattr(files.os, "replace", second_fails)
-    with pytest.raises(OSError, match="no"), files.whole_folder(tmp_path / "out") as folder:
+    monkeypatch.setattr(converting.os, "replace", second_fails)
+    with pytest.raises(OSError, match="no"), converting.staged(tmp_path / "out") as folder:
         (folder / "new").write_text("")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/old"]
 
@@ -413,7 +413,7 @@ def test_a_changed_bit_is_noticed(place, exported, tmp_path, capsys, of):
     weights[len(weights) // 2] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     status = to_torch(place, folder, tmp_path / "out") if of == "native" else from_torch(place, folder, tmp_path / "out")
-    assert f"{folder}: the tensors are not those that config.json was written with" in refused(capsys, status)
+    assert f"{folder}: settings and tensors are not those that config.json was written with" in refused(capsys, status)
 
 
 @pytest.mark.parametrize(

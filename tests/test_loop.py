@@ -21,8 +21,7 @@ from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage
 from beagle_jax.weights import draft as draft_module
-from beagle_jax.weights.draft import Draft, load_draft, save_draft
-from beagle_jax.weights.safetensors_file import digest
+from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
 
 SPEC = DraftSpec.from_target(TINY)
 L = 12
@@ -307,10 +306,10 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
     else:
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="the tensors are not those that config.json was written with"):
+    with pytest.raises(UserError, match="settings and tensors are not those that config.json was written with"):
         load_draft(tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "tensors_sha256": digest(tensors)}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": draft_digest(SPEC, tensors)}))
     with pytest.raises(AssertionError):
         same_draft(load_draft(tmp_path, TINY), draft)
 

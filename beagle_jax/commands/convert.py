@@ -1,12 +1,15 @@
 """Drafts to PyTorch and back."""
 
 import json
+import os
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
-from beagle_jax.files import whole_folder
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import model_card
@@ -25,7 +28,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     draft = load_draft(source, target)
     _check_target(draft, config.target.source, source)
     report = _read_report(arguments.report) if arguments.report else None
-    with whole_folder(out) as folder:
+    with staged(out) as folder:
         write_torch_folder(folder, draft, target.vocab_size, model_card(draft, report, revision(opened)))
         found = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
@@ -41,7 +44,7 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     target = target_spec(config.target)
     draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle)
     _check_target(draft, config.target.source, source)
-    with whole_folder(out) as folder:
+    with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
     return f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}', {"out": str(out)}
@@ -91,3 +94,28 @@ def _free(arguments: Namespace, source: Path) -> Path:
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise UserError(f"--out {out}: this folder has no config.json, so it is no draft's and is not replaced; choose another")
     return out
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` at the end of the block; after an error nothing of it is left."""
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error}); choose another folder") from error
+    with temporary as beside:
+        # The same name as `out`: transformers names the module that it loads after the folder.
+        folder = Path(beside, out.name)
+        folder.mkdir()
+        yield folder
+        replaced = Path(beside, "replaced")
+        if out.exists():
+            os.replace(out, replaced)
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, out)
+            raise

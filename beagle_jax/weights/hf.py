@@ -8,7 +8,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
-from beagle_jax.files import read_json
+from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.safetensors_file import read_tensors
 
 

@@ -37,9 +37,9 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
         raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
 
 
-def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, dtypes, shapes and values, in the order of the names."""
-    found = hashlib.sha256()
+def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
+    """SHA-256 of settings, then of names, dtypes, shapes and values in the order of the names."""
+    found = hashlib.sha256(settings.encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         found.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())

@@ -19,9 +19,8 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
-from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, file_tensors
+from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
-from beagle_jax.weights.safetensors_file import digest
 
 MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
 MODULE = "modeling_beagle"
@@ -74,7 +73,7 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
         "num_hot_tokens": 0 if draft.hot_ids is None else len(draft.hot_ids),
         "target": draft.provenance.get("target"),
         "tokenizer": draft.provenance.get("target"),  # the target's own
-        DIGEST: digest(tensors),
+        DIGEST: draft_digest(draft.spec, tensors),
         "provenance": draft.provenance,
     }
 

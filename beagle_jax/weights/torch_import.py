@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.errors import UserError
-from beagle_jax.files import read_json
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest
+from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import CONFIG_KEYS, MODEL_TYPE, require_torch
 
@@ -44,8 +44,8 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
     if ours:
-        check_digest(config, dict(tensors), source)
         spec = replace(spec, init_std=config.get(CONFIG_KEYS["init_std"], spec.init_std))
+        check_digest(config, spec, dict(tensors), source)
         provenance = config.get("provenance")
         if not isinstance(provenance, dict):
             raise UserError(f"{source}: provenance in config.json is {provenance!r}, expected an object; export the draft again")
