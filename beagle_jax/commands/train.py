@@ -23,6 +23,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
+from beagle_jax.training.metrics import Log
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
@@ -81,9 +82,11 @@ def train(
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
     frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
     params = first_params(config, target, spec, training)
+    log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, training, held_out)
+            params = run_stage(stage, config, spec, params, frozen, training, held_out, log)
+    log.close()
     return params
 
 
