@@ -41,15 +41,21 @@ class DraftConfig:
 class DataConfig:
     """Chats to train on, and how the target answers prompts that have no answer."""
 
-    source: str = "self"  # self: the target writes everything; else a .jsonl[.gz] file or a folder of them
+    source: str = "self"  # self: the target writes all; a .jsonl[.gz] or .json file; a folder; hf:org/name[@revision]; hf:FOLDER
+    split: str = "train"  # of an hf: dataset, as the datasets library writes it
+    streaming: bool = False  # read an hf: dataset as it comes, and keep nothing of it on disk
+    answers: Literal["keep", "regenerate"] = "keep"  # regenerate: chats are cut at their first answer, and the target writes it
     folder: str = "runs/data"  # where prompts, answers and states are kept, for this and the next run
-    answer_tokens: int = 60_000  # stop writing answers once this many tokens exist
+    answer_tokens: int = 60_000  # no more text once its answers have this many tokens
     max_prompt_tokens: int = 128  # longer prompts are left out, and counted
+    max_chat_tokens: int = 2048  # chats that have answers are cut here; those without one before the cut are left out, and counted
     max_answer_tokens: int = 96  # an answer is cut here
     temperature: float = 0.0  # of the answers; 0 is greedy
     top_k: int = 64  # when sampling, tokens kept
     batch: int = 64  # answers written at once
     seed: int = 0  # of sampling and of the order of prompts
+    states: Literal["disk", "online"] = "disk"  # the target's states: computed once and read back, or anew in every training step
+    states_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # on disk; int8 has a scale a token; null: target.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,6 @@ class TrainConfig:
     early: StageConfig = field(default_factory=lambda: StageConfig(steps=1000))
     late: StageConfig = field(default_factory=lambda: StageConfig(steps=500, window=4, simulation_steps=4))
     checkpoint_every: int = 200  # steps between checkpoints; one is written at the end of each stage too
-    accept_changes: bool = False  # go on from checkpoints that were made with other settings; false: name them and refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +131,6 @@ class LogConfig:
 
     every: int = 10  # steps between two lines of the log
     eval_rows: int = 0  # chats kept out of training to measure agreement on; 0: none
-    tensorboard: bool = False  # figures to <train.folder>/tensorboard too; needs tensorboardX
-    wandb: str | None = None  # project of Weights & Biases that gets them too; needs wandb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +285,7 @@ def _check(config: Config, where: str) -> None:
         "data.answer_tokens": config.data.answer_tokens,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "data.max_answer_tokens": config.data.max_answer_tokens,
+        "data.max_chat_tokens": config.data.max_chat_tokens,
         "data.batch": config.data.batch,
         "data.top_k": config.data.top_k,
         "train.batch": config.train.batch,
@@ -313,6 +317,8 @@ def _check(config: Config, where: str) -> None:
         _check_stage(stage, f"train.{name}", where, positive, not_negative)
     if config.draft.init not in ("normal", "ridge") and not Path(config.draft.init, "config.json").exists():
         raise UsageError(f"{where}: draft.init is {config.draft.init!r}; expected normal, ridge or the folder of a trained draft")
+    if config.data.states == "online" and config.data.states_dtype is not None:
+        raise UsageError(f"{where}: data.states_dtype is {config.data.states_dtype}, but data.states: online keeps none; remove one")
     if config.train.early.simulation_steps != 1:
         raise UsageError(f"{where}: train.early.simulation_steps is {config.train.early.simulation_steps}, expected 1; "
                          "simulation belongs to the late stage")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import islice
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +20,7 @@ from beagle_jax.data.answers import training_rows
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import hot_tokens
 from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.share import Share
 from beagle_jax.data.states import target_states
 from beagle_jax.data.template import Row, prompt_tokens
 from beagle_jax.errors import UserError
@@ -95,7 +97,8 @@ def text(tmp_path, tokenizer, monkeypatch):
         config = DataConfig(
             **{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings
         )
-        return [row for part in training_rows(config, target, tokenizer, [tokenizer.eos_token_id], writer) for row in part]
+        parts = training_rows(config, {"target": target}, tokenizer, [tokenizer.eos_token_id], writer)
+        return [row for part in parts.values() for row in part]
 
     return text
 
@@ -193,7 +196,7 @@ def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **sett
 def test_an_interrupted_run_goes_on_after_its_last_part(
     text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which
 ):
-    monkeypatch.setattr(answers, "PART_PROMPTS", 4)
+    monkeypatch.setattr(answers, "PART_ROWS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
     fails_at = 2 if which == 0 else 3  # the second part: of our own source the second call makes up prompts
@@ -203,9 +206,11 @@ def test_an_interrupted_run_goes_on_after_its_last_part(
 
 
 def test_a_resumed_run_that_starts_over_is_seen(text, writer, tokenizer, two_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "PART_PROMPTS", 4)
-    expected, in_parts = text(writer, **two_sources[0]), answers._in_parts
-    monkeypatch.setattr(answers, "_in_parts", lambda prompts, done: in_parts(prompts, 0))
+    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    expected = text(writer, **two_sources[0])
+    # Rows are skipped with islice(rows, done, None).
+    from_the_start = lambda rows, *bounds: islice(rows, *((0, None) if len(bounds) == 2 else bounds))
+    monkeypatch.setattr(answers, "islice", from_the_start)
     with pytest.raises(AssertionError):
         same_rows(interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), 2, **two_sources[0]), expected)
 
@@ -242,6 +247,35 @@ def test_long_prompts_are_left_out_and_counted(text, writer, tmp_path, capsys):
 def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
     with pytest.raises(UserError, match="data.max_prompt_tokens is 5, but every prompt is longer; raise it"):
         text(writer, source=source(tmp_path, {"prompt": "Why?"}), max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize("budgets", [(6, 17, 29, 46), (46,)])
+def test_no_prompt_comes_twice_however_often_the_writing_goes_on(text, tokenizer, tmp_path, monkeypatch, budgets):
+    """Answers shorter than expected leave prompts of a cut group over; they come next, here and after a resume."""
+    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
+    for settings in ({"source": path, "max_answer_tokens": 40}, {"source": "self", "max_answer_tokens": 40}):
+        folder = str(tmp_path / f"data of {settings['source'][-5:]}")
+        for budget in budgets:
+            rows = text(FakeWriter(tokenizer), answer_tokens=budget, folder=folder, **settings)
+        assert len({tuple(row.tokens) for row in rows}) == len(rows) == 10
+    questions = [spell(tokenizer, row.tokens) for row in text(None, answer_tokens=46, folder=str(tmp_path / "data of jsonl"),
+                                                              source=path, max_answer_tokens=40)]
+    assert sorted(question[:12] for question in questions) == [f"<user/Why {n}?" for n in range(10)]
+
+
+def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, monkeypatch):
+    right = answers._enough
+    monkeypatch.setattr(answers, "PART_ROWS", 4)
+
+    def forgets(config, rows, tokens):
+        count = right(config, rows, tokens)
+        del rows[count:]
+        return count
+
+    monkeypatch.setattr(answers, "_enough", forgets)
+    with pytest.raises(AssertionError):
+        test_no_prompt_comes_twice_however_often_the_writing_goes_on(text, tokenizer, tmp_path, monkeypatch, (6, 17, 29, 46))
 
 
 def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
@@ -338,6 +372,41 @@ def test_too_few_rows_are_an_error():
         loader_of(rows_of_lengths(4, 5), batch=3)
 
 
+def check_dealt(rows, count: int, **settings) -> None:
+    """The lines of `count` processes, one below the other, are the batch of one, in every field."""
+    one = loader_of(rows, **settings)
+    dealt = [loader_of(rows, share=Share(index, count), **settings) for index in range(count)]
+    for step in range(2 * one.steps_per_epoch):  # two epochs
+        for whole, *parts in zip(one.batch_at(step), *(loader.batch_at(step) for loader in dealt)):
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_together_read_the_batch_of_one(count):
+    check_dealt(rows_of_lengths(*range(4, 17)), count, batch=4)
+
+
+def test_processes_with_orders_of_their_own_are_seen(monkeypatch):
+    right = BatchLoader.batch_at
+    monkeypatch.setattr(BatchLoader, "batch_at", lambda self, step: right(self, step + self._share.index))
+    with pytest.raises(AssertionError):
+        check_dealt(rows_of_lengths(*range(4, 17)), 2, batch=4)
+
+
+def test_a_batch_that_processes_do_not_divide_is_an_error():
+    with pytest.raises(UserError, match="train.batch is 4, which 3 processes do not divide; make it a multiple of 3"):
+        loader_of(rows_of_lengths(5, 5, 5, 5), batch=4, share=Share(0, 3))
+
+
+def test_batches_without_states():
+    rows = rows_of_lengths(4, 9, 6, 5)
+    with_states, without = loader_of(rows), BatchLoader(rows, None, batch=2, row_tokens=6, seed=0)
+    for step in range(2):
+        batch = without.batch_at(step)
+        assert batch.states_BLD is None
+        np.testing.assert_array_equal(batch.tokens_BL, with_states.batch_at(step).tokens_BL)
+
+
 # Hot tokens
 
 
@@ -379,7 +448,7 @@ def check_states(row_states, rows, params) -> None:
 
 def test_states_equal_a_direct_forward(tiny_params, tmp_path):
     row_states = target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
-    assert {states_LD.dtype for states_LD in row_states} == {np.dtype(np.float32)}
+    assert {np.asarray(states_LD).dtype for states_LD in row_states} == {np.dtype(np.float32)}
     check_states(row_states, STATE_ROWS, tiny_params)
 
 
@@ -410,7 +479,7 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     free = total * 32 * 4 - 1
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(
-        UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens or set data.folder on a larger"
+        UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens, set data.states_dtype: int8"
     ):
         target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
     assert list(tmp_path.iterdir()) == []

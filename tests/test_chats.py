@@ -75,6 +75,32 @@ def test_conversations_without_a_question_are_left_out_and_counted(write, capsys
     assert "the file holds no chats" in error_of(write({"conversations": [answer]}))
 
 
+def test_a_conversation_of_answers_alone_does_not_end_the_reading(write, capsys):
+    answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
+    system = {"from": "system", "value": "Be brief"}
+    path = write({"conversations": [answer, answer]}, {"conversations": [system, answer]}, {"conversations": [question, answer]})
+    assert [chat.where for chat in read_chats(path)] == [f"{path}:3"]
+    assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
+
+
+def test_a_json_file_is_one_list(write, tmp_path):
+    answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"id": "x", "conversations": [question, answer]}, {"prompt": "Hi"}], indent=1))
+    assert list(read_chats(str(path))) == [Chat((USER, ANSWER), f"{path}, entry 1"), Chat((USER,), f"{path}, entry 2")]
+    path.write_text(json.dumps([{"prompt": "Hi"}, {"text": "Hi"}]))
+    assert error_of(str(path)).startswith(f"{path}, entry 2: the keys are text; expected")
+    path.write_text(json.dumps({"prompt": "Hi"}))
+    assert "a .json file must be one list of chats, found a dict" in error_of(str(path))
+    path.write_text("[\n{]")
+    assert error_of(str(path)).startswith(f"{path}: not JSON (") and "line 2, column 2" in error_of(str(path))
+
+
+def test_the_question_is_what_stands_before_the_first_answer():
+    assert Chat((SYSTEM, USER, ANSWER, USER, ANSWER), "x").question == (SYSTEM, USER)
+    assert Chat((USER,), "x").question == (USER,)
+
+
 def test_kind_comes_from_category_or_kind(write):
     path = write({"prompt": "Hi", "category": "math"}, {"prompt": "Hi", "kind": "poem"}, {"prompt": "Hi"})
     assert [chat.kind for chat in read_chats(path)] == ["math", "poem", ""]
@@ -187,7 +213,8 @@ def test_missing_source_names_the_choices(tmp_path):
     source = str(tmp_path / "none.jsonl")
     assert (
         error_of(source)
-        == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder"
+        == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
+        "a folder of .jsonl[.gz] files, or hf:org/name"
     )
 
 

@@ -15,7 +15,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from beagle_jax import convert, evaluate, generate, train, tune
+from beagle_jax import convert, evaluate, generate, prepare, train, tune
+from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
 from beagle_jax.config import load_config
 from beagle_jax.data import states
@@ -27,7 +28,7 @@ from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.target import load_target
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
-            "convert": convert.main}  # fmt: skip
+            "convert": convert.main, "prepare": prepare.main}  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,7 +113,7 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     draft = trained.folder / "run" / "draft" / "model.safetensors"
     before = draft.read_bytes()
     never = lambda what: lambda *arguments, **settings: pytest.fail(f"{what} again")
-    monkeypatch.setattr(train_command, "answer_writer", lambda *arguments: never("answers were written"))
+    monkeypatch.setattr(prepare_command, "answer_writer", lambda *arguments: never("answers were written"))
     monkeypatch.setattr(states, "_compute", never("states were computed"))
     monkeypatch.setattr(BatchLoader, "batch_at", never("a step was run"))
     assert run_main(train.main, ["--config", trained.config]) == 0
@@ -125,7 +126,8 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     monkeypatch.setattr(train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
     assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99"]) == 0
-    (rows,) = training_rows(load_config(trained.config).data, str(trained.folder / "target"), None, (), None)
+    made_for = {"target": str(trained.folder / "target")}
+    (rows,) = training_rows(load_config(trained.config).data, made_for, None, (), None).values()
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
@@ -313,6 +315,9 @@ def test_no_config_is_a_usage_error(name, capsys):
         ("generate", ["  "], 2, "the prompt is empty"),
         ("generate", [], 2, "the prompt is empty; give one, or --chat"),
         ("tune", ["--prompts", "0"], 2, "--prompts is 0; expected at least 1"),
+        ("prepare", ["--preview", "0"], 2, "--preview is 0; expected at least 1"),
+        ("prepare", ["--part", "4/4"], 2, "--part is '4/4'; expected I/N, for example 0/4 to 3/4"),
+        ("prepare", ["data.states=online", "data.states_dtype=int8"], 2, "data.states: online keeps none; remove one"),
         ("tune", ["--plot", "/no/such/folder/x.png"], 2, "--plot /no/such/folder/x.png: there is no folder"),
         ("generate", ["Hi", "decode.temperature=-1"], 2, "decode.temperature is -1.0; expected 0 or more"),
         ("evaluate", ["decode.top_p=0"], 2, "decode.top_p is 0.0; expected more than 0 and at most 1"),

@@ -106,8 +106,8 @@ def test_missing_section_and_key(load):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("data: 5", "data must be a section with the keys source, folder, "),
-        ("data:", "data must be a section with the keys source, folder, "),
+        ("data: 5", "data must be a section with the keys source, split, "),
+        ("data:", "data must be a section with the keys source, split, "),
         ("train: {late: [1]}", "train.late must be a section with the keys steps, "),
         ("data: {batch: 4.5}", "data.batch is 4.5; expected int"),
         ("data: {batch: true}", "data.batch is True; expected int"),
@@ -129,7 +129,7 @@ def test_wrong_type_says_what_is_expected(load, text, message):
     assert message in refused(load, TARGET + text)
 
 
-AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.batch data.top_k train.batch
+AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.max_chat_tokens data.batch data.top_k train.batch
     train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
     eval.limit log.every""".split()
 NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight
@@ -163,6 +163,9 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("eval.suites=[]", "eval.suites is []; expected one name or more, each once"),
         ("eval.suites=[a, b, a]", "eval.suites is ['a', 'b', 'a']; expected one name or more, each once"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
+        ("data.answers=rewrite", "data.answers is 'rewrite'; expected one of keep, regenerate"),
+        ("data.states=memory", "data.states is 'memory'; expected one of disk, online"),
+        ("data.states_dtype=int4", "data.states_dtype is 'int4'; expected one of float32, bfloat16, int8"),
         ("train.late.window=0", "train.late.simulation_steps is 4, more than the window 0"),
         (
             "train.late.window=3",

@@ -6,27 +6,24 @@ disk and skipped when it is already there.
 
 import random
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from beagle_jax.commands.prepare import rows_and_states
 from beagle_jax.config import Config
-from beagle_jax.data.answers import states_path, training_rows
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
-from beagle_jax.data.states import target_states
+from beagle_jax.data.share import this_process
+from beagle_jax.data.states import StoredStates
 from beagle_jax.data.template import Row
-from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
-from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, load_target
 
@@ -35,31 +32,25 @@ def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     check_shape(config.target, target.spec)
-    write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
-    parts = training_rows(config.data, config.target.source, target.tokenizer, target.eos_ids, write)
-    rows, states = shuffled_with_states(config, target, parts)
+    rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     spec = DraftSpec.from_target(target.spec, config.draft.init_std)
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
     if hot_ids is not None:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     params = train(config, target, spec, rows, states, hot_ids)
     folder = Path(config.train.folder) / "draft"
-    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows, target.revision)))
+    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 
 
-def shuffled_with_states(
-    config: Config, target: Target, parts: list[list[Row]]
-) -> tuple[list[Row], list[np.ndarray]]:
-    """All rows in a random order that depends on the seed alone, and the target's states of each."""
-    pairs = [
-        pair
-        for number, rows in enumerate(parts)
-        for pair in zip(rows, target_states(target.params, target.spec, rows, states_path(config.data.folder, number)))
-    ]
-    random.Random(config.data.seed).shuffle(pairs)
-    return [row for row, _ in pairs], [states_LD for _, states_LD in pairs]
+def shuffled(
+    seed: int, rows: list[Row], states: list[StoredStates] | None
+) -> tuple[list[Row], list[StoredStates] | None]:
+    """All rows in a random order that depends on the seed alone, and the target's states of each if there are."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return [rows[index] for index in order], states and [states[index] for index in order]
 
 
 def train(
@@ -67,26 +58,24 @@ def train(
     target: Target,
     spec: DraftSpec,
     rows: list[Row],
-    states: list[np.ndarray],
+    states: list[StoredStates] | None,
     hot_ids: np.ndarray | None,
 ) -> dict[str, jax.Array]:
     """Both stages on these rows; the last `log.eval_rows` of them only measure."""
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
-    loader = partial(BatchLoader, batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed)
-    training = loader(rows[:cut], states[:cut])
-    held_out = loader(rows[cut:], states[cut:]) if config.log.eval_rows else None
+    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=this_process())
+    training = BatchLoader(rows[:cut], states and states[:cut], **settings)
+    held_out = BatchLoader(rows[cut:], states and states[cut:], **settings) if config.log.eval_rows else None
     print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch")
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
     frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
     params = first_params(config, target, spec, training)
-    log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, training, held_out, log)
-    log.close()
+            params = run_stage(stage, config, spec, params, frozen, training, held_out)
     return params
 
 
@@ -100,15 +89,14 @@ def first_params(config: Config, target: Target, spec: DraftSpec, training: Batc
     return params
 
 
-def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
+def provenance(config: Config, rows: list[Row]) -> dict:
     """What the exported draft says of its training."""
     return {
         "target": config.target.source,
-        "target_revision": revision,
         "draft": asdict(config.draft),
         "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": _answer_tokens(rows)},
         "training": asdict(config.train),
-        "versions": installed(TRAINED_WITH),
+        "versions": {"jax": jax.__version__},
     }
 
 

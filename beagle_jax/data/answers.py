@@ -1,14 +1,13 @@
 """The training text: chats as given, or prompts that the target answers; kept on disk so that a second run skips it.
 
-`data.folder` holds `settings.json` (what made the text), `part-0000.jsonl`, .. (one line per row: prompt and answer
-tokens) and the target's states of each part (data/states.py). A part appears whole or not at all, so an interrupted
-run goes on after its last part. How answers are sampled is the caller's: `write` is passed in (see decoding/batch.py).
+Each chat of the source that can teach something becomes one row, in the source's order, so the number of rows that are
+there is also the place where an interrupted run goes on. data/folder.py knows the files. How answers are sampled is the
+caller's: `write` is passed in (see decoding/batch.py).
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -17,13 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.data.chats import own_prompts, read_chats
+from beagle_jax.data.chats import Chat, own_prompts, read_chats
+from beagle_jax.data.folder import claim, exhausted_path, filled_by, read_parts, states_path, write_part
+from beagle_jax.data.hub import hub_chats
+from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, chat_row, prompt_tokens, user_header
 from beagle_jax.errors import UserError
-from beagle_jax.files import write_text
 
-PART_PROMPTS = 1024  # prompts answered between two files
+PART_ROWS = 1024  # rows of one part
 # Prompts that the target makes up: sampled hot for variety, kept only if it ended them itself.
 _MADE_UP_TEMPERATURE = 1.0
 _MADE_UP_TOKENS = 48
@@ -54,51 +55,92 @@ class Writer(Protocol):
 
 
 def training_rows(
-    config: DataConfig, source_name: str, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], write: Writer
-) -> list[list[Row]]:
-    """Rows to train on, part by part: read from `data.folder` if it is complete, else written there first.
+    config: DataConfig,
+    made_for: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    write: Writer,
+    share: Share = ALONE,
+) -> dict[int, list[Row]]:
+    """Rows to train on, by part: read from `data.folder` if it is complete, else this process's share is written first.
 
-    source_name: the target's source; text written by another target is refused.
+    made_for: the target's source and hashes; text written for another target is refused. With several processes the
+    result holds what the others have written so far.
     """
     folder = Path(config.folder)
-    _claim(folder, config, source_name)
-    parts = [_read_part(path) for path in sorted(folder.glob("part-*.jsonl"))]
-    if sum(map(_answer_tokens, parts)) >= config.answer_tokens or (folder / "all").exists():
-        return parts
-    if config.source == "self":
-        answered = {_prompt(row) for part in parts for row in part}
-        groups = _self_written_prompts(config, tokenizer, eos_ids, write, answered, len(parts))
-    else:
-        chats = read_chats(config.source)
-        finished = [chat_row(tokenizer, chat, eos_ids) for chat in chats if not chat.waits_for_answer]
-        if finished and not parts:
-            _write_part(folder, 0, finished)
-            parts = [finished]
-        waiting = [prompt_tokens(tokenizer, chat.messages, chat.where) for chat in chats if chat.waits_for_answer]
-        # One row for each that was answered, in this order.
-        groups = _in_parts(_short_enough(waiting, config.max_prompt_tokens), sum(map(len, parts)) - len(finished))
-    parts += _answer(config, groups, folder, len(parts), sum(map(_answer_tokens, parts)), write)
-    if not parts:
+    claim(config, made_for, share)
+    parts = read_parts(folder)
+    if not is_complete(config, parts):
+        if filled_by(folder) != share.count:
+            raise UserError(f"{folder}: its text is divided among {filled_by(folder)} processes and not complete, {share.count} work now; "
+                            f"finish it with python -m beagle_jax.prepare and {filled_by(folder)} processes, or delete it")
+        if not _share_complete(config, parts, share):
+            _write_share(config, folder, parts, tokenizer, eos_ids, write, share)
+            parts = read_parts(folder)
+    if not parts and share.count == 1:
         raise UserError(f"data.source: {config.source!r} gave no row to train on")
-    if sum(map(_answer_tokens, parts)) < config.answer_tokens:
-        (folder / "all").touch()  # the source has no more
     return parts
 
 
-def _claim(folder: Path, config: DataConfig, source_name: str) -> None:
-    """Makes the folder ours, or refuses one that other settings filled."""
-    settings = json.loads(json.dumps({"target": source_name, **asdict(config)}))
-    path = folder / "settings.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1))
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    free = ("folder", "batch", "answer_tokens")  # a larger budget adds to what is there
-    different = [key for key in settings if found.get(key) != settings[key] and key not in free]
-    if different:
-        listed = ", ".join(f"{key} {found.get(key)!r} there, {settings[key]!r} now" for key in different)
-        raise UserError(f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder")
+def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
+    return [rows for number, rows in parts.items() if number % share.count == share.index]
+
+
+def _budget(config: DataConfig, share: Share) -> int:
+    return -(-config.answer_tokens // share.count)
+
+
+def is_complete(config: DataConfig, parts: Mapping[int, list[Row]]) -> bool:
+    """Every process has met its part of the budget, or the end of the source."""
+    processes = filled_by(config.folder)
+    return all(_share_complete(config, parts, Share(index, processes)) for index in range(processes))
+
+
+def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: Share) -> bool:
+    written = sum(map(_answer_tokens, _mine(parts, share)))
+    return written >= _budget(config, share) or exhausted_path(config.folder, share.index).exists()
+
+
+def source_chats(config: DataConfig) -> Iterable[Chat]:
+    """The chats of `data.source`, whatever it is but the target itself. Raises UserError for one that cannot be read."""
+    if config.source.startswith("hf:"):
+        return hub_chats(config.source.removeprefix("hf:"), config.split, config.streaming)
+    return read_chats(config.source)
+
+
+def source_rows(
+    config: DataConfig, chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+) -> Iterator[Row]:
+    """One row of each chat that can teach something; a row without supervised tokens waits for the target's answer.
+
+    Says what it leaves out: prompts that are too long, and chats without an answer before the cut.
+    """
+    prompts = too_long = given = unanswered = 0
+    for chat in chats:
+        if chat.waits_for_answer or config.answers == "regenerate":
+            prompts += 1
+            messages = chat.messages if config.answers == "keep" else chat.question
+            tokens = prompt_tokens(tokenizer, messages, chat.where)
+            if len(tokens) <= config.max_prompt_tokens:
+                yield Row(tokens, [False] * len(tokens))
+            else:
+                too_long += 1
+        else:
+            given += 1
+            row = chat_row(tokenizer, chat, eos_ids)
+            row = Row(row.tokens[: config.max_chat_tokens], row.supervised[: config.max_chat_tokens])
+            if any(row.supervised[:-1]):  # the last position predicts nothing
+                yield row
+            else:
+                unanswered += 1
+    if too_long:
+        tqdm.write(f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} tokens")
+    if unanswered:
+        tqdm.write(f"left out {unanswered} of {given} chats without an answer in their first {config.max_chat_tokens} tokens")
+    if prompts and too_long == prompts and not given:
+        raise UserError(f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is longer; raise it")
+    if given and unanswered == given and not prompts:
+        raise UserError(f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; raise it")
 
 
 def _self_written_prompts(
@@ -106,24 +148,26 @@ def _self_written_prompts(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
     write: Writer,
-    answered: set[tuple[int, ...]],
-    parts_done: int,
-) -> Iterator[list[list[int]]]:
+    mine: Sequence[Sequence[Row]],
+    share: Share,
+) -> Iterator[list[Row]]:
     """Our own prompts first, then group after group that the target makes up after its user header; none twice."""
     chats = own_prompts("train")
     random.Random(config.seed).shuffle(chats)
-    own = _short_enough([prompt_tokens(tokenizer, chat.messages) for chat in chats], config.max_prompt_tokens)
+    own = [prompt_tokens(tokenizer, chat.messages) for chat in chats[share.index :: share.count]]
+    answered = {_prompt(row) for rows in mine for row in rows}
     known = answered | set(map(tuple, own))
     if fresh := [prompt for prompt in own if tuple(prompt) not in answered]:
-        yield fresh
+        yield _short_enough(fresh, config.max_prompt_tokens)
     header = user_header(tokenizer)
-    for round_number in range(max(parts_done, 1), 1_000_000):
+    # A part holds prompts of one round at most, so no run draws with the seed of an earlier one.
+    for round_number in range(max(len(mine), 1), 1_000_000):
         with tqdm(desc="making up prompts", unit="tok", leave=False) as bar:
             made = write(
                 [header] * _MADE_UP_BATCH,
                 max_new=_MADE_UP_TOKENS,
                 temperature=_MADE_UP_TEMPERATURE,
-                seed=config.seed * 1_000_003 + round_number,
+                seed=config.seed * 1_000_003 + round_number * share.count + share.index,
                 on_tokens=bar.update,
             )
             texts = [tokenizer.decode(one.tokens[:-1]).strip() for one in made if one.tokens[-1] in eos_ids]
@@ -136,42 +180,79 @@ def _self_written_prompts(
         yield _short_enough(fresh, config.max_prompt_tokens)
 
 
-def _short_enough(prompts: list[list[int]], limit: int) -> list[list[int]]:
-    kept = [prompt for prompt in prompts if len(prompt) <= limit]
+def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
+    kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
     if len(kept) < len(prompts):
         tqdm.write(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
-    if prompts and not kept:
+    if not kept:
         raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
     return kept
 
 
-def _in_parts(prompts: list[list[int]], answered: int) -> Iterator[list[list[int]]]:
-    for start in range(answered, len(prompts), PART_PROMPTS):
-        yield prompts[start : start + PART_PROMPTS]
+def _in_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while group := list(islice(rows, PART_ROWS)):
+        yield group
 
 
-def _answer(
-    config: DataConfig, groups: Iterator[list[list[int]]], folder: Path, part: int, have: int, write: Writer
-) -> list[list[Row]]:
-    """Answers group after group until the token budget is met; each group becomes one part."""
-    parts: list[list[Row]] = []
-    with tqdm(total=config.answer_tokens, initial=have, desc="writing answers", unit="tok", smoothing=0.05) as bar:
-        while have < config.answer_tokens and (prompts := next(groups, None)) is not None:
-            # The last group only as large as the budget may need, at half-length answers.
-            needed = -(-2 * (config.answer_tokens - have) // config.max_answer_tokens)
-            prompts = prompts[:needed]
-            settings = dict(max_new=config.max_answer_tokens, temperature=config.temperature, seed=config.seed + part)
-            written = list(write(prompts, **settings, on_tokens=bar.update))
-            rows = [_row(prompts[answer.index], answer.tokens) for answer in written]
-            keep_states(states_path(folder, part), rows, [answer.states_LD for answer in written])
-            _write_part(folder, part, rows)
-            part, have, parts = part + 1, have + _answer_tokens(rows), [*parts, rows]
-    return parts
+def _write_share(
+    config: DataConfig,
+    folder: Path,
+    parts: Mapping[int, list[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    write: Writer,
+    share: Share,
+) -> None:
+    """Writes part after part of this process until its budget is met or the source has no more."""
+    mine = _mine(parts, share)
+    if config.source == "self":
+        groups = _self_written_prompts(config, tokenizer, eos_ids, write, mine, share)
+    else:
+        chats = islice(source_chats(config), share.index, None, share.count)
+        rows = source_rows(config, chats, tokenizer, eos_ids)
+        groups = _in_groups(islice(rows, sum(map(len, mine)), None))
+    budget, have = _budget(config, share), sum(map(_answer_tokens, mine))
+    part, waiting = share.index + share.count * len(mine), []
+    with tqdm(total=budget, initial=have, desc="training text", unit="tok", smoothing=0.05) as bar:
+        while have < budget:
+            waiting = waiting or next(groups, [])
+            if not waiting:
+                exhausted_path(folder, share.index).touch()
+                return
+            count = _enough(config, waiting, budget - have)
+            group, waiting = waiting[:count], waiting[count:]
+            rows = _write_group(config, folder, part, group, write, bar)
+            part, have = part + share.count, have + _answer_tokens(rows)
+    if config.source != "self":
+        tqdm.write(f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of {config.source} is not used")
 
 
-def states_path(folder: str | Path, part: int) -> Path:
-    """Where the states of a part lie."""
-    return Path(folder) / f"part-{part:04d}.states"
+def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
+    """How many of the rows may be needed for so many answer tokens, at half-length answers where there is none yet."""
+    expected = 0.0
+    for count, row in enumerate(rows, 1):
+        expected += sum(row.supervised) or config.max_answer_tokens / 2
+        if expected >= tokens:
+            return count
+    return len(rows)
+
+
+def _write_group(
+    config: DataConfig, folder: Path, part: int, group: Sequence[Row], write: Writer, bar: tqdm
+) -> list[Row]:
+    """Answers the rows that wait for it and writes the part. States that came with every row are kept."""
+    given = [row for row in group if any(row.supervised)]
+    prompts = [row.tokens for row in group if not any(row.supervised)]
+    bar.update(_answer_tokens(given))
+    written: list[Answer] = []
+    if prompts:
+        settings = dict(max_new=config.max_answer_tokens, temperature=config.temperature, seed=config.seed + part)
+        written = list(write(prompts, **settings, on_tokens=bar.update))
+    rows = given + [_row(prompts[answer.index], answer.tokens) for answer in written]
+    if written and not given and config.states == "disk":
+        keep_states(states_path(folder, part), rows, [answer.states_LD for answer in written], config.states_dtype)
+    write_part(folder, part, rows)
+    return rows
 
 
 def _row(prompt: list[int], answer: list[int]) -> Row:
@@ -184,13 +265,3 @@ def _prompt(row: Row) -> tuple[int, ...]:
 
 def _answer_tokens(rows: Sequence[Row]) -> int:
     return sum(sum(row.supervised) for row in rows)
-
-
-def _write_part(folder: Path, part: int, rows: Sequence[Row]) -> None:
-    lines = (json.dumps({"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]}) for row in rows)
-    write_text(folder / f"part-{part:04d}.jsonl", "\n".join(lines) + "\n")
-
-
-def _read_part(path: Path) -> list[Row]:
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Row(record["tokens"], [bool(flag) for flag in record["supervised"]]) for record in records]

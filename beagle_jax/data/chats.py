@@ -1,6 +1,7 @@
-"""Reads prompts and chats from JSON lines. Knows nothing of tokenizers or models.
+"""Reads prompts and chats from JSON files. Knows nothing of tokenizers or models.
 
-A line is one of
+A line of a .jsonl file, an entry of a .json file (one list, as ShareGPT is handed around) or a record of a dataset
+(data/hub.py) is one of
     {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging Face write it
     {"conversations": [{"from": "human", "value": "..."}, ...]}         chat, as ShareGPT writes it
     {"turns": ["...", ...]}                                             user turns; the first is the prompt, the rest come later
@@ -12,10 +13,10 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from itertools import zip_longest
+from itertools import dropwhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Chat:
     """Messages in order, and where they were read, for error messages."""
 
     messages: tuple[Message, ...]
-    where: str  # file:line
+    where: str  # file:line, or the place in its source
     kind: str = ""  # category of the prompt, if the file names one
     later: tuple[str, ...] = ()  # what the user says next, once the target has answered; only evaluation asks it
 
@@ -43,9 +44,15 @@ class Chat:
         """The last word is the user's."""
         return self.messages[-1]["role"] == "user"
 
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the first answer."""
+        roles = [message["role"] for message in self.messages]
+        return self.messages[: roles.index("assistant")] if "assistant" in roles else self.messages
+
 
 def read_chats(source: str) -> list[Chat]:
-    """All chats of a .jsonl or .jsonl.gz file, or of all such files of a folder: shuffled and taken in turn.
+    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder's .jsonl[.gz] files: shuffled and taken in turn.
 
     Raises UserError naming file and line for anything that is not a chat.
     """
@@ -58,7 +65,8 @@ def read_chats(source: str) -> list[Chat]:
         in_turn = zip_longest(*(_shuffled(_read_file(file)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
     if not path.is_file():
-        raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] file or a folder")
+        raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
+                        "a folder of .jsonl[.gz] files, or hf:org/name")
     return _read_file(path)
 
 
@@ -79,48 +87,77 @@ def _shuffled(chats: list[Chat]) -> list[Chat]:
 
 
 def _read_file(path: Path) -> list[Chat]:
-    chats = list(_parse_lines(path))
+    records = _entries(path) if path.suffix == ".json" else _lines(path)
+    chats = list(chats_of(records, str(path)))
     if not chats:
         raise UserError(f"{path}: the file holds no chats")
     return chats
 
 
-def _parse_lines(path: Path) -> Iterator[Chat]:
-    number = left_out = 0
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every line that is not blank."""
+    number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                chat = _parse(line.decode("utf-8").rstrip(), f"{path}:{number}")
-                if chat is None:
-                    left_out += 1
-                else:
-                    yield chat
+                if line.strip():
+                    yield _json(line.decode("utf-8").rstrip(), f"{path}:{number}"), f"{path}:{number}"
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
-    if left_out:
-        tqdm.write(f"{path}: left out {left_out} of {number} conversations, which hold no question")
 
 
-def _parse(line: str, where: str) -> Chat | None:
-    """The chat of a line; None for a ShareGPT conversation that is empty or a lone answer (method.md 5.1)."""
+def _entries(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every entry of a file that is one JSON list."""
     try:
-        record = json.loads(line)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    records = _json(text, str(path))
+    if not isinstance(records, list):
+        raise UserError(f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
+                        "name a file of one chat a line .jsonl")
+    yield from ((record, f"{path}, entry {number}") for number, record in enumerate(records, 1))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
+
+
+def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
+    """The chats of records, each with its place; those without a question are left out and counted."""
+    count = left_out = 0
+    for record, where in records:
+        count += 1
+        chat = _chat(record, where)
+        if chat is None:
+            left_out += 1
+        else:
+            yield chat
+    if left_out:
+        tqdm.write(f"{source}: left out {left_out} of {count} conversations, which hold no question")
+
+
+def _chat(record: Any, where: str) -> Chat | None:
+    """The chat of a record; None for a ShareGPT conversation that is empty or holds only answers (method.md 5.1)."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; {_FORMS}")
+    record = {key: value for key, value in record.items() if value is not None or key == "prompt"}
     later: list[Message] = []
     if "messages" in record:
         messages = [_message(item, "role", "content", where) for item in _nonempty_list(record, "messages", where)]
     elif "conversations" in record:
         turns = [_message(item, "from", "value", where) for item in _list(record, "conversations", where)]
-        # ShareGPT cuts long chats anywhere; a leading answer has no question (method.md 5.1).
-        messages = turns[1:] if turns and turns[0]["role"] == "assistant" else turns
-        if not messages:
+        # ShareGPT cuts long chats anywhere; leading answers have no question (method.md 5.1).
+        messages = list(dropwhile(lambda message: message["role"] == "assistant", turns))
+        if not any(message["role"] == "user" for message in messages):
             return None
     elif "turns" in record:
         turns = [_message({"role": "user", "content": text}, "role", "content", where) for text in _nonempty_list(record, "turns", where)]

@@ -1,19 +1,24 @@
-"""The target's states for every training token, kept beside each part of the text.
+"""The target's states for every training token: one file beside each part of the text, and its index.
 
-`part-0000.states` is one array [tokens of the part, D] in the target's dtype, rows end to end; `part-0000.states.json`
-says for what it was made. Answers written by the target bring their states along; others are run through it once.
-A states file is written under another name first, so a broken run leaves no half file behind.
+`part-0000.states` has one record per token, rows end to end: D numbers in float32 or bfloat16, or D int8 numbers and
+their float32 scale. `part-0000.states.json`, its index, says for which tokens and in which dtype, and has each row's
+length and CRC-32, which is checked whenever the row is read. Answers written by the target bring their states along;
+other rows are run through it once. A file appears whole or not at all.
 """
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
@@ -25,80 +30,157 @@ from beagle_jax.model.target import Params, TargetSpec, forward
 
 _TOKENS_PER_BATCH = 2048  # work of one forward: more adds memory, not speed
 _WIDTH_MULTIPLE = 32  # row lengths are padded to a multiple of this: one compile each
+_INT8_MAX = 127
 
 
-@partial(jax.jit, static_argnames=("spec",))
-def _states(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_B: jax.Array) -> jax.Array:
+@dataclass(frozen=True)
+class StoredStates:
+    """The states [length, D] of one row in a file; np.asarray reads them: float32, or bfloat16 if stored so."""
+
+    path: Path
+    row: int
+    start: int  # in bytes
+    shape: tuple[int, int]
+    dtype: str  # on disk
+    crc: int | None  # None in files of before there was one
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        size = self.shape[0] * record_bytes(self.shape[1], self.dtype)
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            data = stream.read(size)
+        if len(data) < size or (self.crc is not None and zlib.crc32(data) != self.crc):
+            raise UserError(f"{self.path}, row {self.row}: the states are not those that were written (cut off or changed); "
+                            f"delete {self.path.name} and run prepare or train again")
+        return np.asarray(_decode(data, self.shape, self.dtype), dtype)
+
+
+def states_at(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_B: jax.Array) -> jax.Array:
+    """The target's states [B, L, D] of right-padded tokens; what stands in the padding is not zero. Not jitted."""
     B, L = tokens_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     return forward(params, spec, tokens_BL, positions_BL, causal_mask(length_B, L))[0]
 
 
-def target_states(params: Params, spec: TargetSpec, rows: Sequence[Row], path: Path) -> list[np.ndarray]:
-    """States [length, D] of each row, memory-mapped from `path`; computed if they are not there for these rows."""
-    dtype = np.dtype(params["embed_VD"].dtype)
-    if not _made_for(path, rows, spec.hidden_size, dtype):
+_states = partial(jax.jit, static_argnames=("spec",))(states_at)
+
+
+def stored_dtype(params: Params, dtype: str | None) -> str:
+    """`data.states_dtype`, or the target's own for None."""
+    return dtype or np.dtype(params["embed_VD"].dtype).name
+
+
+def target_states(
+    params: Params, spec: TargetSpec, rows: Sequence[Row], path: Path, dtype: str | None = None
+) -> list[StoredStates]:
+    """States of each row, in `path`; computed if they are not there for these rows in this dtype."""
+    dtype = stored_dtype(params, dtype)
+    if not is_stored(path, rows, spec.hidden_size, dtype):
         _reserve(path, rows, spec.hidden_size, dtype)
-        _write(path, rows, spec.hidden_size, dtype, lambda out: _compute(out, params, spec, rows))
-    total = sum(len(row.tokens) for row in rows)
-    return _by_row(np.memmap(path, dtype, mode="r", shape=(total, spec.hidden_size)), rows)
+        _write(path, rows, spec.hidden_size, dtype, _compute(params, spec, rows))
+    index = json.loads(_index(path).read_text())
+    record = record_bytes(spec.hidden_size, dtype)
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
+    return [
+        StoredStates(path, number, int(start), (len(row.tokens), spec.hidden_size), dtype, crc)
+        for number, (row, start, crc) in enumerate(zip(rows, starts, index.get("crc32", [None] * len(rows))))
+    ]
 
 
-def keep_states(path: Path, rows: Sequence[Row], states: Sequence[np.ndarray]) -> None:
-    """Writes the states [length, D] that came with each row."""
-
-    def fill(out: np.ndarray) -> None:
-        for row_LD, states_LD in zip(_by_row(out, rows), states, strict=True):
-            row_LD[:] = states_LD
-
-    _reserve(path, rows, states[0].shape[1], states[0].dtype)
-    _write(path, rows, states[0].shape[1], states[0].dtype, fill)
+def keep_states(path: Path, rows: Sequence[Row], states: Sequence[np.ndarray], dtype: str | None = None) -> None:
+    """Writes the states [length, D] that came with each row; dtype None: as they are."""
+    dtype = dtype or states[0].dtype.name
+    _reserve(path, rows, states[0].shape[1], dtype)
+    _write(path, rows, states[0].shape[1], dtype, enumerate(states))
 
 
-def _made_for(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype) -> bool:
-    note = _note(path)
-    return path.exists() and note.exists() and json.loads(note.read_text()) == _description(rows, width, dtype)
+def is_stored(path: Path, rows: Sequence[Row], width: int, dtype: str) -> bool:
+    """There is a whole file for these rows in this dtype."""
+    if not path.exists() or not _index(path).exists():
+        return False
+    found, wanted = json.loads(_index(path).read_text()), _description(rows, width, dtype)
+    whole_file = path.stat().st_size == states_bytes(rows, width, dtype)
+    return whole_file and all(found.get(key) == wanted[key] for key in wanted)
 
 
-def _description(rows: Sequence[Row], width: int, dtype: np.dtype) -> dict:
+def states_bytes(rows: Sequence[Row], width: int, dtype: str) -> int:
+    """Size of the rows' states on disk."""
+    return sum(len(row.tokens) for row in rows) * record_bytes(width, dtype)
+
+
+def _description(rows: Sequence[Row], width: int, dtype: str) -> dict:
     tokens = np.concatenate([row.tokens for row in rows]).astype(np.int32)
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return {"shape": [len(tokens), width], "dtype": dtype.name, "tokens_sha256": digest}
+    return {"shape": [len(tokens), width], "dtype": dtype, "tokens_sha256": digest}
 
 
-def _note(path: Path) -> Path:
+def _index(path: Path) -> Path:
     return path.with_suffix(path.suffix + ".json")
 
 
-def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype) -> None:
+def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: str) -> None:
     """Refuses a disk that is too small before anything is written to it."""
-    size = sum(len(row.tokens) for row in rows) * width * dtype.itemsize
+    size = states_bytes(rows, width, dtype)
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise UserError(f"{path}: the target's states need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-                        "lower data.answer_tokens or set data.folder on a larger disk")
+        raise UserError(f"{path}: the target's states need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; lower "
+                        "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk")
 
 
-def _write(path: Path, rows: Sequence[Row], width: int, dtype: np.dtype, fill) -> None:
-    wanted = _description(rows, width, dtype)
-    with whole(path) as partial_path:
-        out = np.memmap(partial_path, dtype, mode="w+", shape=tuple(wanted["shape"]))
-        fill(out)
-        out.flush()
-        _note(path).unlink(missing_ok=True)  # never an old description beside new states
-    write_text(_note(path), json.dumps(wanted))
+def _write(path: Path, rows: Sequence[Row], width: int, dtype: str, states: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Writes the file and its index. states: the number of a row and its states [length, D], in any order."""
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
+    crc = [0] * len(rows)
+    try:
+        with whole(path) as partial_path:
+            with partial_path.open("wb") as stream:
+                for number, states_LD in states:
+                    data = _encode(states_LD, dtype)
+                    crc[number] = zlib.crc32(data)
+                    stream.seek(starts[number])
+                    stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())  # a disk that is full may say so only now
+            _index(path).unlink(missing_ok=True)  # never an old index beside new states
+        index = _description(rows, width, dtype) | {"row_tokens": [len(row.tokens) for row in rows], "crc32": crc}
+        write_text(_index(path), json.dumps(index))
+    except OSError as error:
+        raise UserError(f"{path}: the target's states cannot be written ({error.strerror}); the parts before it are kept, "
+                        "make room and run again to go on") from error
 
 
-def _by_row(states_MD: np.ndarray, rows: Sequence[Row]) -> list[np.ndarray]:
-    start = np.cumsum([0, *(len(row.tokens) for row in rows)])
-    return [states_MD[begin:end] for begin, end in zip(start[:-1], start[1:])]
+def record_bytes(width: int, dtype: str) -> int:
+    """Bytes on disk of one token's state."""
+    return width + 4 if dtype == "int8" else width * np.dtype(dtype).itemsize
 
 
-def _compute(out: np.ndarray, params: Params, spec: TargetSpec, rows: Sequence[Row]) -> None:
-    into = _by_row(out, rows)
-    # Longest first: neighbours share a padded width, and the worst memory need shows at once.
+def _encode(states_LD: np.ndarray, dtype: str) -> bytes:
+    """Records of the tokens. int8: the state over its scale, which is its largest magnitude / 127."""
+    if dtype != "int8":
+        return np.ascontiguousarray(states_LD, np.dtype(dtype)).tobytes()
+    states_LD = np.asarray(states_LD, np.float32)
+    scale_L = np.abs(states_LD).max(axis=1) / _INT8_MAX
+    records = np.empty(len(states_LD), _int8_record(states_LD.shape[1]))
+    records["state"] = np.rint(states_LD / np.where(scale_L == 0, 1, scale_L)[:, None])
+    records["scale"] = scale_L
+    return records.tobytes()
+
+
+def _decode(data: bytes, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    if dtype != "int8":
+        return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(shape)
+    records = np.frombuffer(data, _int8_record(shape[1]))
+    return records["state"].astype(np.float32) * records["scale"][:, None]
+
+
+def _int8_record(width: int) -> np.dtype:
+    return np.dtype([("state", np.int8, (width,)), ("scale", np.float32)])
+
+
+def _compute(params: Params, spec: TargetSpec, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and states of every row, longest first: neighbours share a padded width, and the worst memory need shows at once."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
-    with tqdm(total=len(out), desc="target states", unit="tok", smoothing=0.05) as bar:
+    with tqdm(total=sum(len(row.tokens) for row in rows), desc="target states", unit="tok", smoothing=0.05) as bar:
         while order:
             width = -(-len(rows[order[0]].tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
             lines = max(1, _TOKENS_PER_BATCH // width)
@@ -109,5 +191,5 @@ def _compute(out: np.ndarray, params: Params, spec: TargetSpec, rows: Sequence[R
                 tokens_BL[line, : length_B[line]] = rows[index].tokens
             states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B))
             for line, index in enumerate(picked):
-                into[index][:] = states_BLD[line, : length_B[line]]
+                yield index, states_BLD[line, : length_B[line]]
             bar.update(int(length_B[: len(picked)].sum()))

@@ -1,0 +1,37 @@
+"""What a folder of text and states was made for, as hashes: states of one target teach nothing about another."""
+
+import hashlib
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from beagle_jax.model.target import Params
+
+_SAMPLE = 64  # leading values of each tensor
+# Words, numbers, spaces, accents and symbols: two tokenizers of one vocabulary that split them alike are taken for equal.
+_PROBE = "It's 1,234.5 km\u00b2 \u2014 na\u00efve  caf\u00e9\n\tdef f(x): return x**2  # \u4f60\u597d \u2603"
+
+
+def fingerprints(params: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes by name: the target's weights, its tokenizer, its chat template.
+
+    Weights count by their leading values, rounded to bfloat16: which dtype they are computed in is no other target.
+    """
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)])
+    return {
+        "target_sha256": _weights(params),
+        "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+    }
+
+
+def _weights(params: Params) -> str:
+    digest = hashlib.sha256()
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        first = array[(0,) * (array.ndim - 1)][:_SAMPLE]
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape}".encode())
+        digest.update(np.asarray(first).astype(ml_dtypes.bfloat16).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+"""`data.folder`: the training text in parts, each with the target's states, and what they were made with.
+
+    settings.json            what made the text; a folder of other settings, or for another target, is refused
+    part-0000.jsonl, ..      one line per row: tokens, and which of them are supervised
+    part-0000.states, ..     the target's states of the part's rows (data/states.py), part-0000.states.json their index
+    all, all-1, ..           the source had no more for process 0, 1, ..
+
+A part appears whole or not at all. Of n processes that fill a folder, process i writes the parts i, i + n, i + 2n, ..
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from beagle_jax.config import DataConfig
+from beagle_jax.data.share import Share
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
+
+# Settings that may change between two runs: the text that is there stays valid, and a larger budget adds to it.
+_FREE = ("folder", "batch", "answer_tokens", "streaming", "states")
+_HASHES = {
+    "target_sha256": "another target: its weights differ",
+    "tokenizer_sha256": "another tokenizer",
+    "template_sha256": "another chat template",
+}
+
+
+def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None:
+    """Makes `data.folder` ours, or refuses one that other settings or another target filled.
+
+    made_for: "target", its source, and its hashes (data/fingerprint.py).
+    """
+    folder = Path(config.folder)
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps({**made_for, **asdict(config)}))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"settings-{share.index}.json"  # several processes may come here at once, with the same text
+        write_text(own, json.dumps({**wanted, "processes": share.count}, indent=1))
+        os.replace(own, path)
+        return
+    # A setting that did not exist when the folder was made had its default; a hash that was not kept cannot be checked.
+    defaults = {field.name: field.default for field in fields(DataConfig)}
+    found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | json.loads(path.read_text(encoding="utf-8"))
+    for key in _HASHES.keys() & wanted.keys():
+        if found[key] != wanted[key]:
+            raise UserError(f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, {wanted[key]:.12} now); "
+                            "delete it or set another data.folder")
+    different = [key for key in wanted if key not in (*_FREE, *_HASHES) and found.get(key) != wanted[key]]
+    if different:
+        listed = ", ".join(f"{key} {found.get(key)!r} there, {wanted[key]!r} now" for key in different)
+        raise UserError(f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder")
+
+
+def filled_by(folder: str | Path) -> int:
+    """How many processes share the writing of a claimed folder's text."""
+    return json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8")).get("processes", 1)
+
+
+def states_path(folder: str | Path, part: int) -> Path:
+    """Where the states of a part lie."""
+    return Path(folder) / f"part-{part:04d}.states"
+
+
+def exhausted_path(folder: str | Path, index: int) -> Path:
+    """The file that says that the source has no more for this process."""
+    return Path(folder) / (f"all-{index}" if index else "all")
+
+
+def write_part(folder: str | Path, part: int, rows: Sequence[Row]) -> None:
+    """Writes the text of a part."""
+    lines = (json.dumps({"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]}) for row in rows)
+    write_text(Path(folder) / f"part-{part:04d}.jsonl", "\n".join(lines) + "\n")
+
+
+def read_parts(folder: str | Path) -> dict[int, list[Row]]:
+    """The text of every part, by number."""
+    paths = sorted(Path(folder).glob("part-*.jsonl"), key=lambda path: int(path.stem.removeprefix("part-")))
+    return {int(path.stem.removeprefix("part-")): _read_part(path) for path in paths}
+
+
+def _read_part(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            rows.append(Row(record["tokens"], [bool(flag) for flag in record["supervised"]]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a row of training text ({error!r}); delete {path} to write it anew") from error
+    return rows

@@ -1,0 +1,28 @@
+"""The next batches are read while the device computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+
+AHEAD = 2  # batches that are ready or being read
+
+
+def read_ahead(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+    """read(step) of every step, in order; a thread is up to AHEAD steps before the caller.
+
+    read: reads a batch and, best, starts its way to the device. What it raises is raised here, at its step.
+    """
+    steps = iter(steps)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
+        coming = deque(reader.submit(read, step) for step in islice(steps, AHEAD))
+        try:
+            while coming:
+                ready = coming.popleft().result()
+                coming.extend(reader.submit(read, step) for step in islice(steps, 1))
+                yield ready
+        finally:  # the caller stopped early
+            reader.shutdown(cancel_futures=True)

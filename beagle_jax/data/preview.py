@@ -1,0 +1,40 @@
+"""Rows of training text as a reader sees them: which tokens there are, and which of them the draft learns from."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TextIO
+
+from transformers import PreTrainedTokenizerBase
+
+from beagle_jax.data.template import Row
+from beagle_jax.terminal import coloured
+
+_SUPERVISED, _READ = ("1;32", "32"), ("2;37", "37")  # green, grey; two shades, so that neighbouring tokens tell apart
+
+
+def preview(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:
+    """The rows' text, supervised tokens in green on a terminal; elsewhere, or with NO_COLOR, between >> and <<."""
+    colours = coloured("x", "1", stream) != "x"
+    blocks = []
+    for number, row in enumerate(rows, 1):
+        count = sum(row.supervised)
+        note = f"{count} supervised" if count else "the target will answer"
+        text = _in_colour(row, tokenizer, stream) if colours else _in_marks(row, tokenizer)
+        blocks.append(f"--- row {number}: {len(row.tokens)} tokens, {note}\n{text}")
+    return "\n".join(blocks)
+
+
+def _in_colour(row: Row, tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:
+    pieces = []
+    for place, (token, supervised) in enumerate(zip(row.tokens, row.supervised)):
+        shade = (_SUPERVISED if supervised else _READ)[place % 2]
+        pieces.append(coloured(tokenizer.decode([token]), shade, stream))
+    return "".join(pieces)
+
+
+def _in_marks(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    pieces = []
+    for supervised, run in groupby(zip(row.tokens, row.supervised), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run])
+        pieces.append(f">>{text}<<" if supervised else text)
+    return "".join(pieces)

@@ -1,0 +1,69 @@
+"""Reading ahead: what is read when, in which order, and how it ends. No clocks."""
+
+import threading
+
+import pytest
+
+from beagle_jax.data.prefetch import AHEAD, read_ahead
+
+
+class Reader:
+    """Notes what is read; step `broken` raises."""
+
+    def __init__(self, broken: int | None = None):
+        self.done, self.broken = [], broken
+        self._changed = threading.Condition()
+
+    def __call__(self, step: int) -> int:
+        with self._changed:
+            self.done.append(step)
+            self._changed.notify_all()
+        if step == self.broken:
+            raise ValueError(f"step {step}")
+        return step * 10
+
+    def reaches(self, count: int) -> bool:
+        """So many steps are read without the caller asking for more."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self.done) >= count, timeout=20)
+
+
+def check_reads_ahead(batches, reader: Reader) -> None:
+    """With step 0 in the caller's hands, the next AHEAD steps are read though it asks for none."""
+    assert next(batches) == 0
+    assert reader.reaches(1 + AHEAD)
+
+
+def test_the_next_batches_are_read_while_the_caller_holds_one():
+    reader = Reader()
+    batches = read_ahead(reader, range(9))
+    check_reads_ahead(batches, reader)
+    assert list(batches) == [10 * step for step in range(1, 9)] and reader.done == list(range(9))
+
+
+def test_a_loader_that_waits_to_be_asked_is_seen(monkeypatch):
+    reader = Reader()
+    monkeypatch.setattr(reader, "reaches", lambda count: len(reader.done) >= count)
+    with pytest.raises(AssertionError):
+        check_reads_ahead(map(reader, range(9)), reader)
+
+
+def test_it_reads_no_further_than_that():
+    reader = Reader()
+    batches = read_ahead(reader, range(100))
+    assert [next(batches), next(batches)] == [0, 10]
+    batches.close()
+    assert reader.done == list(range(len(reader.done))) and len(reader.done) <= 2 + AHEAD
+
+
+def test_an_error_comes_at_its_step():
+    batches, seen = read_ahead(Reader(broken=2), range(9)), []
+    with pytest.raises(ValueError, match="step 2"):
+        seen.extend(batches)
+    assert seen == [0, 10]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_steps(count):
+    assert list(read_ahead(Reader(), range(count))) == [0] * count

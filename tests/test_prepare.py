@@ -1,0 +1,235 @@
+"""`prepare` on a tiny target: text and states on disk, in shares, what is refused, and the preview."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from test_command import make_target
+
+from beagle_jax import prepare
+from beagle_jax.commands import prepare as prepare_command
+from beagle_jax.config import load_config
+from beagle_jax.data import answers, states
+from beagle_jax.data.folder import read_parts
+from beagle_jax.data.preview import preview
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.weights.target import load_target
+
+QUESTIONS = [f"What is {number}?" for number in range(10)]
+
+
+def chat(number: int, answered: bool) -> dict:
+    turns = [{"role": "user", "content": QUESTIONS[number]}, {"role": "assistant", "content": f"It is {number}."}]
+    return {"messages": turns if answered else turns[:1]}
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prepare")
+    make_target(folder / "target")
+    return folder / "target"
+
+
+@pytest.fixture
+def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
+    """A config over a file of ten chats, every third of which waits for its answer; parts of four rows."""
+    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "target": {"source": str(target_folder)},
+        "data": {"source": str(tmp_path / "chats.jsonl"), "folder": str(tmp_path / "data"), "max_answer_tokens": 6, "batch": 16},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return SimpleNamespace(folder=tmp_path, data=tmp_path / "data", config=str(tmp_path / "run.yaml"))
+
+
+def prepared(place, *argv: str) -> dict:
+    figures = place.folder / "figures.json"
+    assert run_main(prepare.main, ["--config", place.config, "--json", str(figures), *argv]) == 0
+    return json.loads(figures.read_text())
+
+
+def all_rows(place) -> list:
+    return sorted((tuple(row.tokens), tuple(row.supervised)) for rows in read_parts(place.data).values() for row in rows)
+
+
+def test_text_and_states_lie_in_parts_and_their_size_was_announced(place, capsys):
+    figures = prepared(place)
+    parts = read_parts(place.data)
+    assert [len(rows) for rows in parts.values()] == [4, 4, 2] and figures["rows"] == 10
+    tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
+    assert figures["tokens"] == tokens and figures["states_dtype"] == "float32"
+    sizes = [(place.data / f"part-000{number}.states").stat().st_size for number in parts]
+    assert sum(sizes) == tokens * 32 * 4 and min(sizes) > 0
+    captured = capsys.readouterr()
+    assert f"target states: {tokens:,} tokens x 32 in float32, 0.00 GB in 3 parts; 0.00 GB to write, " in captured.err
+    assert captured.out == f"10 rows, {tokens:,} tokens ready in {place.data}\n"
+    # Nothing is done twice.
+    before = {path: path.stat().st_mtime_ns for path in place.data.iterdir()}
+    prepared(place)
+    assert {path: path.stat().st_mtime_ns for path in place.data.iterdir()} == before
+
+
+def test_an_interrupted_run_keeps_its_whole_parts(place, monkeypatch):
+    right, calls = states._compute, []
+
+    def broken(params, spec, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(params, spec, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "_compute", broken)
+        assert run_main(prepare.main, ["--config", place.config]) == 130
+    assert [path.name for path in sorted(place.data.glob("*.states"))] == ["part-0000.states"]
+    monkeypatch.setattr(states, "_compute", lambda *arguments: calls.append(arguments[2]) or right(*arguments))
+    prepared(place)
+    assert calls[0] != calls[1] == calls[2] and len(calls) == 4
+
+
+def check_shares(place, alone: list) -> None:
+    """Two processes, in either order, leave the rows and states of one."""
+    for index in (1, 0):
+        prepared(place, "--part", f"{index}/2")
+    assert all_rows(place) == alone
+    assert len(list(place.data.glob("part-*.states"))) == len(list(place.data.glob("part-*.jsonl")))
+
+
+def test_shares_together_are_the_whole(place, monkeypatch):
+    prepared(place, f"data.folder={place.folder}/alone")
+    alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
+    check_shares(place, alone)
+    # Whoever comes next finds it complete, as one process too.
+    monkeypatch.setattr(answers, "_write_share", lambda *_: pytest.fail("written again"))
+    target = load_target(load_config(place.config).target.source, "float32", "unused")
+    rows, stored = prepare_command.rows_and_states(load_config(place.config), target)
+    assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
+    assert [np.asarray(one).shape[0] for one in stored] == [len(row.tokens) for row in rows]
+
+
+def test_shares_that_overlap_are_seen(place, monkeypatch):
+    prepared(place, f"data.folder={place.folder}/alone")
+    alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
+    right = answers.islice
+    monkeypatch.setattr(answers, "islice", lambda items, *bounds: right(items, *(bounds if len(bounds) < 3 else (0, None, 1))))
+    with pytest.raises(AssertionError):
+        check_shares(place, alone)
+
+
+def ended(place, capsys, *argv: str) -> str:
+    assert run_main(prepare.main, ["--config", place.config, *argv]) == 1
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message[message.index("error: ") :]
+
+
+def test_a_folder_that_two_processes_began_is_not_finished_by_one(place, capsys):
+    prepared(place, "--part", "0/2")
+    assert "its text is divided among 2 processes and not complete, 1 work now; finish it with" in ended(place, capsys)
+
+
+@pytest.mark.parametrize("source", ["chats", "self"])
+def test_what_cannot_fit_is_refused_before_it_is_written(place, capsys, monkeypatch, source):
+    monkeypatch.setattr(prepare_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    more = [] if source == "chats" else ["data.source=self", "data.answer_tokens=9"]
+    message = ended(place, capsys, *more)
+    assert "has 0.00 GB free, the target's states need " in message and "lower data.answer_tokens, set data.states_dtype: int8" in message
+    assert not list(place.data.glob("*.states"))
+
+
+def test_another_template_is_refused_by_hash(place, capsys, target_folder, tmp_path):
+    prepared(place)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in target_folder.iterdir():
+        (other / file.name).symlink_to(file)
+    template = next(file for file in other.iterdir() if "im_start" in file.read_text(errors="replace") and file.suffix == ".jinja")
+    text = template.read_text().replace("}}\n", "}}\n ", 1)
+    template.unlink()
+    template.write_text(text)
+    settings = json.loads((place.data / "settings.json").read_text())
+    (place.data / "settings.json").write_text(json.dumps(settings | {"target": str(other)}))
+    message = ended(place, capsys, f"target.source={other}")
+    assert "was made for another chat template (template_sha256" in message
+
+
+def test_chats_are_cut_and_those_without_an_answer_left_are_counted(place, capsys):
+    long = {"messages": [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y"}]}
+    (place.folder / "chats.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(chat(1, True)) + "\n")
+    figures = prepared(place, "data.max_chat_tokens=35")
+    assert (figures["rows"], figures["tokens"]) == (1, 35)
+    assert "left out 1 of 2 chats without an answer in their first 35 tokens" in capsys.readouterr().err
+    message = ended(place, capsys, "data.max_chat_tokens=20", f"data.folder={place.folder}/none")
+    assert "data.max_chat_tokens is 20, but every answer begins later; raise it" in message
+
+
+def test_answers_are_written_anew_when_asked(place):
+    prepared(place)
+    kept = read_parts(place.data)[0]
+    prepared(place, "data.answers=regenerate", f"data.folder={place.folder}/new")
+    new = read_parts(place.folder / "new")[0]
+    prompts = lambda rows: {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
+    assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {tuple(row.tokens) for row in kept}
+    assert all(sum(row.supervised) <= 6 for row in new)  # data.max_answer_tokens
+
+
+def test_online_states_take_no_disk(place, capsys):
+    figures = prepared(place, "data.states=online")
+    assert figures["states_dtype"] is None and not list(place.data.glob("*.states*"))
+    assert "GB" not in capsys.readouterr().err
+
+
+# Preview
+
+
+def test_the_preview_marks_what_is_learned_and_loads_no_weights(place, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_command, "load_target", lambda *_: pytest.fail("weights were loaded"))
+    assert run_main(prepare.main, ["--config", place.config, "--preview"]) == 0
+    blocks = capsys.readouterr().out.split("--- row ")[1:]
+    assert [block.splitlines()[0] for block in blocks] == [
+        "1: 39 tokens, 9 supervised", "2: 39 tokens, 9 supervised", "3: 29 tokens, the target will answer",
+    ]  # fmt: skip
+    assert ">>It is 0.<|im_end|><<" in blocks[0] and ">>" not in blocks[2]
+    assert not place.data.exists()
+
+
+def test_the_preview_of_a_self_written_text_shows_our_prompts(place, capsys):
+    assert run_main(prepare.main, ["--config", place.config, "--preview", "1", "data.source=self"]) == 0
+    assert capsys.readouterr().out.startswith("--- row 1: ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Letters:
+    """A tokenizer of one letter a token, as far as the preview looks."""
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+def test_colours_only_on_a_terminal(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    row = Row([ord(letter) for letter in "abcd"], [False, False, True, True])
+    coloured = preview([row], Letters(), Terminal()).splitlines()[1]
+    assert coloured == "\033[2;37ma\033[0m\033[37mb\033[0m\033[1;32mc\033[0m\033[32md\033[0m"
+    assert preview([row], Letters(), io.StringIO()).splitlines()[1] == "ab>>cd<<"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert preview([row], Letters(), Terminal()).splitlines()[1] == "ab>>cd<<"
+
+
+def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
+    """Each process of a run on its own disk would train on other rows."""
+    target = load_target(load_config(place.config).target.source, "float32", "unused")
+    monkeypatch.setattr(prepare_command, "this_process", lambda: prepare_command.Share(0, 2))
+    with pytest.raises(UserError, match="lacks what other processes wrote; it must be a folder that all of them see"):
+        prepare_command.rows_and_states(load_config(place.config), target)

@@ -1,0 +1,118 @@
+"""Stored states: each dtype, damage, full disks, and files of before there were checksums."""
+
+import json
+import resource
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from beagle_jax.data import states
+from beagle_jax.data.states import is_stored, keep_states, states_bytes, target_states
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError
+
+WIDTH = 16
+SPEC = SimpleNamespace(hidden_size=WIDTH)
+PARAMS = {"embed_VD": np.zeros((2, WIDTH), np.float32)}  # says the target's dtype
+ROWS = [Row(list(range(length)), [True] * length) for length in (5, 1, 9)]
+
+
+def some_states() -> list[np.ndarray]:
+    """States of very different sizes from token to token, one of them zero: an answer's last token was never read."""
+    rng = np.random.default_rng(0)
+    made = [rng.standard_normal((len(row.tokens), WIDTH)).astype(np.float32) for row in ROWS]
+    made[2][3] *= 1000
+    made[0][-1] = 0
+    return made
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "part-0000.states"
+
+
+def read(path, dtype=None) -> list[np.ndarray]:
+    return [np.asarray(one) for one in target_states(PARAMS, SPEC, ROWS, path, dtype)]
+
+
+def check_close(found, dtype: str) -> None:
+    """Half a step of the dtype's grid: of each number (bfloat16) or of its token's largest (int8)."""
+    for was, now in zip(some_states(), found, strict=True):
+        largest = np.abs(was).max(axis=1, keepdims=True)
+        step = {"float32": 0 * largest, "bfloat16": np.abs(was) / 256, "int8": largest / 254}[dtype]
+        assert (np.abs(now.astype(np.float32) - was) <= step * 1.0001).all()
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 64), ("bfloat16", 32), ("int8", 20)])
+def test_states_come_back_as_near_as_their_dtype_allows(path, dtype, size, monkeypatch):
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    keep_states(path, ROWS, some_states(), dtype)
+    assert path.stat().st_size == states_bytes(ROWS, WIDTH, dtype) == 15 * size
+    found = read(path, dtype)
+    assert found[0].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    check_close(found, dtype)
+
+
+def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
+    """With the scale of the row's largest token, small states next to a large one lose their digits."""
+
+    def coarse(states_LD, dtype):
+        records = np.empty(len(states_LD), states._int8_record(WIDTH))
+        scale = np.abs(states_LD).max() / 127 or 1.0
+        records["state"], records["scale"] = np.rint(states_LD / scale), scale
+        return records.tobytes()
+
+    monkeypatch.setattr(states, "_encode", coarse)
+    keep_states(path, ROWS, some_states(), "int8")
+    with pytest.raises(AssertionError):
+        check_close(read(path, "int8"), "int8")
+
+
+def test_each_row_can_be_read_alone(path):
+    keep_states(path, ROWS, some_states())
+    stored = target_states(PARAMS, SPEC, ROWS, path)
+    assert [one.shape for one in stored] == [(5, WIDTH), (1, WIDTH), (9, WIDTH)]
+    np.testing.assert_array_equal(stored[2], some_states()[2])
+
+
+def test_a_changed_byte_names_its_row(path):
+    keep_states(path, ROWS, some_states())
+    data = bytearray(path.read_bytes())
+    data[6 * WIDTH * 4 + 3] ^= 1  # row 2
+    path.write_bytes(data)
+    stored = target_states(PARAMS, SPEC, ROWS, path)
+    np.testing.assert_array_equal(stored[1], some_states()[1])
+    with pytest.raises(UserError, match=r"part-0000.states, row 2: the states are not those that were written"):
+        np.asarray(stored[2])
+
+
+def test_a_file_cut_off_is_not_taken_for_whole(path, monkeypatch):
+    keep_states(path, ROWS, some_states())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_stored(path, ROWS, WIDTH, "float32")
+    monkeypatch.setattr(states, "_compute", lambda *_: enumerate(some_states()))
+    check_close(read(path), "float32")  # written anew
+
+
+def test_files_without_checksums_are_still_read(path, monkeypatch):
+    """What versions before checksums wrote: the same records, a shorter index."""
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    keep_states(path, ROWS, some_states())
+    index = path.with_suffix(".states.json")
+    old = {key: value for key, value in json.loads(index.read_text()).items() if key in ("shape", "dtype", "tokens_sha256")}
+    index.write_text(json.dumps(old))
+    check_close(read(path), "float32")
+
+
+def test_a_write_that_fails_leaves_nothing_and_says_so(path):
+    """The system refuses to let the file grow, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(UserError, match="part-0000.states: the target's states cannot be written .*; the parts before it are kept"):
+            keep_states(path, ROWS, some_states())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(path.parent.iterdir()) == []
