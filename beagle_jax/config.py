@@ -92,6 +92,7 @@ class TrainConfig:
     early: StageConfig = field(default_factory=lambda: StageConfig(steps=1000))
     late: StageConfig = field(default_factory=lambda: StageConfig(steps=500, window=4, simulation_steps=4))
     checkpoint_every: int = 200  # steps between checkpoints; one is written at the end of each stage too
+    accept_changes: bool = False  # go on from checkpoints that were made with other settings; false: name them and refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,8 @@ class LogConfig:
 
     every: int = 10  # steps between two lines of the log
     eval_rows: int = 0  # chats kept out of training to measure agreement on; 0: none
+    tensorboard: bool = False  # figures to <train.folder>/tensorboard too; needs tensorboardX
+    wandb: str | None = None  # project of Weights & Biases that gets them too; needs wandb
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,27 +7,33 @@ from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
+# What each direction takes beside --out and --overwrite.
+_OPTIONS = {"to-torch": ("report",), "from-torch": ("source", "allow_pickle")}
+
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser("convert", "Write a trained draft as a PyTorch folder (to-torch), or read one (from-torch).",
                   "python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out exported")
-    made.add_argument("direction", choices=("to-torch", "from-torch"), help="reads draft.path, or --source")
+    made.add_argument("direction", choices=_OPTIONS, help="reads draft.path, or --source")
     made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace that folder, as a whole, if it exists")
     made.add_argument("--source", metavar="PATH", help="from-torch: the folder or weights file to read")
     made.add_argument("--allow-pickle", action="store_true", help="from-torch: read .bin and .pt files, weights only")
+    made.add_argument("--report", metavar="FILE", help="to-torch: what evaluate --json wrote, for the model card")
     add_overrides(made)
     arguments = made.parse_args(argv)
-    if arguments.direction == "to-torch" and (arguments.source or arguments.allow_pickle):
-        raise UsageError("to-torch reads draft.path; --source and --allow-pickle are for from-torch")
-    if arguments.direction == "from-torch" and not arguments.source:
-        raise UsageError("from-torch needs --source: the folder or weights file to read")
+    direction = arguments.direction
+    for option in ("source", "allow_pickle", "report"):
+        if getattr(arguments, option) and option not in _OPTIONS[direction]:
+            raise UsageError(f"--{option.replace('_', '-')} is not an option of {direction}")
+    if "source" in _OPTIONS[direction] and not arguments.source:
+        raise UsageError(f"{direction} needs --source: the folder or weights file to read")
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = convert.to_torch if arguments.direction == "to-torch" else convert.from_torch
+        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch}[direction]
         text, figures = run(config, arguments)
     show(arguments, text, figures)
 

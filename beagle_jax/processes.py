@@ -6,6 +6,7 @@ writing checkpoints; only the first prints and logs.
 
 import os
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from beagle_jax import terminal
 from beagle_jax.errors import UsageError, UserError
@@ -51,8 +52,8 @@ def _one_of_many_tasks() -> bool:
     return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
-def _said_outright() -> dict[str, int]:
-    found = {}
+def _said_outright() -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for key, name in _VARIABLES.items():
         if name in os.environ:
             try:

@@ -23,7 +23,8 @@ PROVENANCE = {
     "target": "a tiny one",
     "draft": {"init_std": 0.3},
     "data": {"source": "self", "folder": "/a/private/place", "rows": 12, "answer_tokens_written": 345},
-    "training": {"seed": 42, "batch": 4, "optimizer": "muon", "early": {"steps": 3, "window": 5}, "late": {"steps": 2, "window": 4}},
+    "training": {"seed": 42, "batch": 4, "optimizer": "muon", "vloss_weight": 10.0, "early": {"steps": 3, "window": 5},
+                 "late": {"steps": 2, "window": 4, "simulation_steps": 4}},
     "versions": {"jax": "0.10.2"},
 }  # fmt: skip
 
@@ -54,7 +55,8 @@ def make_place(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, target=target, plain=plain, model=model.eval(), config=str(folder / "run.yaml"))
 
 
-def to_torch(place, name: str, out: Path, *more: str) -> int:
+def to_torch(place, name: str | Path, out: Path, *more: str) -> int:
+    """name: of one of the two drafts, or a folder."""
     draft = f"draft.path={place.folder / name}"
     return run_main(convert.main, ["to-torch", "--config", place.config, "--out", str(out), draft, *more])
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ from beagle_jax.decoding.tree import chain, static_tree
 from beagle_jax.errors import run_main
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.weights import torch_export
-from beagle_jax.weights.draft import Draft, load_draft
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.hf import HFFolder
+from beagle_jax.weights.model_card import model_card
 
 PATHS = ((0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (0, 1, 0), (0, 1, 2))
 TREES = {"chain": (chain(4), {"levels": 4}), "static": (static_tree(PATHS), {"paths": PATHS})}
@@ -194,7 +198,7 @@ def test_the_folder_says_where_it_comes_from(place, exported):
     assert config["provenance"] == PROVENANCE and config["target"] == "a tiny one"
     assert (config["num_hot_tokens"], config["vocab_size"], config["num_key_value_heads"]) == (220, 300, 2)
     card = (exported["hot"] / "README.md").read_text()
-    for words in ("a tiny one", "answer_tokens_written 345", "early: steps 3, window 5", "optimizer muon", "jax 0.10.2", "220 tokens",
+    for words in ("a tiny one", "answer_tokens_written 345", "early: steps 3, window 5", "optimizer muon", "plus 10.0 times the smooth-L1", "weighted [4, 3, 2, 1]", "jax 0.10.2", "220 tokens",
                   f"torch {torch.__version__}", "Licence"):  # fmt: skip
         assert words in card
     assert "private" not in card and "None" not in card
@@ -204,8 +208,28 @@ def test_the_folder_says_where_it_comes_from(place, exported):
 
 def test_a_card_without_provenance_says_so():
     spec = DraftSpec(hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=2, head_dim=4, rope_theta=1e4, rms_norm_eps=1e-5)
-    card = torch_export.model_card(Draft(spec, {}, None, {"target": "hf:org/name@main", "imported_from": "x.bin"}))
-    assert "base_model: org/name\n" in card and card.count("not recorded") == 4 and "- imported_from: x.bin" in card
+    card = model_card(Draft(spec, {}, None, {"target": "hf:org/name", "imported_from": "x.bin"}))
+    assert "base_model: org/name\n" in card and card.count("not recorded") == 7 and "- imported_from: x.bin" in card
+    assert "revision not recorded in training; 1a2b when exported" in model_card(Draft(spec, {}, None, {"target": "hf:org/name"}), None, "1a2b")
+    for told in ({"target": "hf:org/name@v1"}, {"target": "hf:org/name", "target_revision": "v1"}):
+        assert "`, revision v1\n" in model_card(Draft(spec, {}, None, told), None, "1a2b")
+
+
+REPORT = [
+    {"name": "plain", "tree": "root", "prompts": 40, "tau": 1.0, "speedup": 1.0, "identical_to_plain": 40},
+    {"name": "there", "tree": "chain of 3", "prompts": 40, "tau": 1.61, "speedup": 1.12, "identical_to_plain": 39},
+]
+
+
+def test_the_card_shows_what_was_measured(place, tmp_path, capsys):
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    assert to_torch(place, "hot", tmp_path / "out", "--report", str(tmp_path / "report.json")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| prompts | chain of 3 | 40 | 1.61 | 1.12x | 39/40 |" in card and "| root |" not in card
+    for text, expected in (("{", "cannot be read (Expecting"), ("[]", "not a report"), ('{"a": 1}', "not a report"), ('[{"tau": 2}]', "not a report")):
+        (tmp_path / "report.json").write_text(text)
+        message = refused(capsys, to_torch(place, "hot", tmp_path / "other", "--report", str(tmp_path / "report.json")))
+        assert f"--report {tmp_path}/report.json: {expected}" in message and not (tmp_path / "other").exists()
 
 
 # The comparison sees what is wrong
@@ -363,13 +387,43 @@ def test_drafts_of_another_target_are_refused(place, exported, tmp_path, capsys)
     assert message.count("this draft belongs to another target (num_k") == 2 and not (tmp_path / "out").exists()
 
 
+def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, monkeypatch):
+    """Two targets may have one shape: their names tell them apart, those of folders do not."""
+    draft = load_draft(place.folder / "hot", place.target.spec)
+    monkeypatch.setattr(converting, "open_source", lambda *_: HFFolder(place.folder / "target"))
+    for told, asked, refuses in (("hf:org/chat", "hf:org/code", True), ("hf:org/chat@v1", "hf:org/chat@v2", True),
+                                 ("hf:org/chat", "hf:org/chat@v2", False), ("hf:org/chat", "a/folder", False)):  # fmt: skip
+        source = tmp_path / "native"
+        save_draft(source, replace(draft, provenance={**PROVENANCE, "target": told}))
+        status = to_torch(place, source, tmp_path / "out", f"target.source={asked}", "--overwrite")
+        assert status == refuses
+        if refuses:
+            assert f"{source}: this draft belongs to another target ({told}, and target.source is {asked})" in refused(capsys, status)
+        else:
+            assert from_torch(place, tmp_path / "out", tmp_path / "back", f"target.source={asked}", "--overwrite") == 0
+            other = from_torch(place, tmp_path / "out", tmp_path / "back", "target.source=hf:org/code", "--overwrite")
+            assert "this draft belongs to another target (hf:org/chat" in refused(capsys, other)
+
+
+@pytest.mark.parametrize("of", ["native", "torch"])
+def test_a_changed_bit_is_noticed(place, exported, tmp_path, capsys, of):
+    folder = tmp_path / "there"
+    shutil.copytree(place.folder / "hot" if of == "native" else exported["hot"], folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    status = to_torch(place, folder, tmp_path / "out") if of == "native" else from_torch(place, folder, tmp_path / "out")
+    assert f"{folder}: settings and tensors are not those that config.json was written with" in refused(capsys, status)
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [
         ([], "arguments are required: --config"),
         (["to-torch", "--config", "x"], "arguments are required: --out"),
         (["sideways", "--config", "x", "--out", "y"], "invalid choice: 'sideways'"),
-        (["to-torch", "--config", "x", "--out", "y", "--source", "z"], "--source and --allow-pickle are for from-torch"),
+        (["to-torch", "--config", "x", "--out", "y", "--source", "z"], "--source is not an option of to-torch"),
+        (["from-torch", "--config", "x", "--out", "y", "--source", "z", "--report", "r"], "--report is not an option of from-torch"),
         (["from-torch", "--config", "x", "--out", "y"], "from-torch needs --source"),
     ],
 )

@@ -212,6 +212,7 @@ def _broken_target():
         (lambda: _generate(target_of(), random_draft(), chain(1), []), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([" "]), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([]), "there are no prompts"),
+        (lambda: SpeculativeDecoder(target_of()).generate([[1, 61]]), "the prompt holds token 61, and the target's vocabulary ends at 60"),
         (lambda: SpeculativeDecoder(target_of(), None, chain(1)), "needs a draft"),
         (lambda: SpeculativeDecoder(target_of(), context=300), "a context of 300 tokens does not fit: the target's is 256"),
         (lambda: SpeculativeDecoder(target_of(), random_draft(), chain(5), context=6), "a round of this tree adds up to 6"),

@@ -18,10 +18,11 @@ from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.training import loop
-from beagle_jax.training.checkpoint import StageCheckpoints
+from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.loop import run_stage
+from beagle_jax.training.metrics import Log
 from beagle_jax.weights import draft as draft_module
-from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
 
 SPEC = DraftSpec.from_target(TINY)
 L = 12
@@ -54,6 +55,7 @@ class Breaking:
 
     def batch_at(self, step: int):
         self.asked.append(step)
+        self.steps_per_epoch = self._loader.steps_per_epoch
         batch = self._loader.batch_at(step)
         return self._how(batch) if step == self._step else batch
 
@@ -83,7 +85,7 @@ def stage(frozen, start):
     training = loader_of(20, 1)
 
     def stage(config, training=training, held_out=None):
-        return run_stage("early", config, SPEC, start, frozen, training, held_out)
+        return run_stage("early", config, SPEC, start, frozen, training, held_out, Log(config))
 
     return stage
 
@@ -101,8 +103,8 @@ def lines_of(config) -> list[dict]:
 
 
 def saved_steps(config) -> list[int]:
-    with StageCheckpoints(f"{config.train.folder}/checkpoints/early", {}) as checkpoints:
-        return sorted(checkpoints._manager.all_steps())
+    with StageCheckpoints(f"{config.train.folder}/checkpoints/early", Settings({}, {})) as checkpoints:
+        return checkpoints.steps()
 
 
 def same_params(found, expected) -> None:
@@ -173,12 +175,13 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
     restore = StageCheckpoints.restore
 
     def forgetful(self, fresh):
-        state = restore(self, fresh)
-        if state is None:
+        found = restore(self, fresh)
+        if found is None:
             return None
+        state, waiting = found
         if lost == "optimizer":  # zeroed in place: a new array would lie elsewhere and compile the step again
-            return state._replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state))
-        return state._replace(step=state.step + 1)
+            return state._replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state)), waiting
+        return state._replace(step=state.step + 1), waiting
 
     monkeypatch.setattr(StageCheckpoints, "restore", forgetful)
     _, params = interrupted_then_resumed(stage, tmp_path, 8)
@@ -189,7 +192,8 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_checkpoint(whole, stage, tmp_path):
     config = config_for(tmp_path)
     message = (
-        r"early stage, step 8: the loss is (nan|inf), .* the last checkpoint is kept. Lower train.early.learning_rate"
+        r"early stage, step 8: the loss is (nan|inf), .* the last checkpoint is kept. Its batch is number 2 of epoch 1; "
+        r"row 0 of it has states that are not finite \(row 0 begins with the tokens \[\d+, .*\]\): delete the states in data.folder"
     )
     with pytest.raises(UserError, match=message):
         stage(config, training=Breaking(loader_of(20, 1), 7, infinite_state))
@@ -218,7 +222,7 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_steps", make_steps)
     config = config_for(tmp_path)
     with pytest.raises(
-        UserError, match=r"step 5: the loss is \d.*, its gradient's norm inf; the last checkpoint is kept"
+        UserError, match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are finite: lower train.early.learn"
     ):
         stage(config)
     assert saved_steps(config) == []
@@ -227,19 +231,19 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"seed": 3}, "seed: 42 there, 3 now"),
-        ({"noise": "none"}, "noise: 'uniform' there, 'none' now"),
-        ({"vloss_weight": 1.0}, "vloss_weight: 10.0 there, 1.0 now"),
+        ({"seed": 3}, "train.seed: 42 there, 3 now"),
+        ({"noise": "none"}, "train.noise: 'uniform' there, 'none' now"),
+        ({"vloss_weight": 1.0}, "train.vloss_weight: 10.0 there, 1.0 now"),
         (
             {"early": StageConfig(steps=13, learning_rate=1e-2, warmup=2, window=3)},
-            "early: .*'steps': 12.* there, .*'steps': 13.* now",
+            "train.early.steps: 12 there, 13 now",
         ),
     ],
 )
 def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
     config, _ = whole
     with pytest.raises(
-        UserError, match=f"checkpoints/early holds a run with other settings .{named}.; delete it or set another"
+        UserError, match=f"checkpoints/early holds a run with other settings .{named}.; delete it, set another"
     ):
         stage(replace(config, train=replace(config.train, **changes)))
 
@@ -249,8 +253,8 @@ def test_another_target_is_refused_by_name(whole, frozen):
     config, _ = whole
     spec = DraftSpec.from_target(replace(TINY, intermediate_size=16))
     other = replace(config, target=TargetConfig(source="other"))
-    with pytest.raises(UserError, match="target: 'tiny' there, 'other' now"):
-        run_stage("early", other, spec, init_draft(spec, jax.random.key(3)), frozen, loader_of(20, 1), None)
+    with pytest.raises(UserError, match="target.source: 'tiny' there, 'other' now"):
+        run_stage("early", other, spec, init_draft(spec, jax.random.key(3)), frozen, loader_of(20, 1), None, Log(config))
 
 
 def test_settings_that_change_no_number_are_free(whole, stage):
@@ -306,6 +310,10 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
     else:
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="settings and tensors are not those that config.json was written with"):
+        load_draft(tmp_path, TINY)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": draft_digest(SPEC, tensors)}))
     with pytest.raises(AssertionError):
         same_draft(load_draft(tmp_path, TINY), draft)
 

@@ -1,15 +1,17 @@
 """Drafts that come from PyTorch: published names, and every way in which a file can be wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from convert_cases import from_torch, make_place, refused
+from convert_cases import from_torch, make_place, refused, to_torch
 from safetensors.numpy import load_file, save_file
 
+from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.weights.draft import load_draft
 
 PUBLISHED = "speculative_decoder.layers.0."
@@ -56,6 +58,32 @@ def test_half_precision_widens_exactly(place, tmp_path):
         assert array.dtype == np.float32 and np.array_equal(array, expected[PUBLISHED + name].astype(np.float32))
 
 
+def test_drafts_without_an_input_norm_project_embeddings_as_they_are(place, tmp_path):
+    """method.md 9.1: absent means identity, which no norm weights are."""
+    source = published(place, tmp_path / "there", lambda tensors: tensors.pop(PUBLISHED + "input_layernorm.weight"))
+    assert from_torch(place, source, tmp_path / "here") == 0
+    bare, normed = (load_draft(folder, place.target.spec) for folder in (tmp_path / "here", place.folder / "whole"))
+    assert not bare.spec.input_norm and "input_layernorm" not in bare.params
+    e_BTD, h_BSD = np.random.default_rng(5).standard_normal((2, 1, 6, 32), np.float32)
+    # Embeddings whose norm is themselves.
+    e_BTD /= np.sqrt(np.mean(np.square(e_BTD), axis=-1, keepdims=True))
+    run = lambda draft: BeagleBlock(draft.spec).apply({"params": draft.params}, e_BTD, h_BSD, np.tri(6, 6, -1, dtype=bool)[None])
+    with_ones = replace(normed, params={**normed.params, "input_layernorm": np.ones(32, np.float32)})
+    np.testing.assert_allclose(run(bare), run(with_ones), rtol=1e-4, atol=1e-4)
+    assert np.abs(run(bare) - run(normed)).max() > 1e-2
+    assert to_torch(place, tmp_path / "here", tmp_path / "torch") == 0  # compares them
+    assert from_torch(place, tmp_path / "torch", tmp_path / "back") == 0
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "here" / "config.json").read_bytes()
+
+
+def test_a_dtype_that_holds_no_weights_is_named(place, tmp_path, capsys):
+    for dtype, stored in ((np.float64, "F64"), (np.int32, "I32")):
+        change = lambda t, dtype=dtype: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), dtype)})
+        source = published(place, tmp_path / stored, change)
+        message = refused(capsys, from_torch(place, source, tmp_path / "here"))
+        assert f"tensor {PUBLISHED}mlp.up_proj.weight is stored as {stored}; expected F32 or F16 or BF16" in message
+
+
 def renamed(tensors: dict, old: str, new: str) -> None:
     tensors[new] = tensors.pop(old)
 
@@ -64,8 +92,6 @@ def renamed(tensors: dict, old: str, new: str) -> None:
     "change, expected",
     [
         (lambda t: t.pop(PUBLISHED + "mlp.up_proj.weight"), ["missing tensor mlp.up_proj.weight [48, 32]"]),
-        (lambda t: t.pop(PUBLISHED + "input_layernorm.weight"), ["missing tensor input_layernorm.weight [32]: the queries of this draft",
-                                                                 "not normed", "ones neither", "is refused"]),
         (lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float32)}), ["extra tensor eagle_fc.weight [32, 64]"]),
         (lambda t: t.update({PUBLISHED + "self_attn.q_proj.bias": np.ones(32, np.float32)}), ["extra tensor " + PUBLISHED + "self_attn.q_proj.bias"]),
         (lambda t: t.update({"speculative_decoder.norm.weight": np.ones(32, np.float32)}), ["extra tensor speculative_decoder.norm.weight"]),
@@ -74,7 +100,6 @@ def renamed(tensors: dict, old: str, new: str) -> None:
         (lambda t: renamed(t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
          ["stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); expected one"]),
         (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((32, 48), np.float32)}), ["mlp.up_proj.weight has shape [32, 48], expected [48, 32]"]),
-        (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), np.float64)}), ["mlp.up_proj.weight has dtype float64"]),
         (lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}), ["scores tokens 1 to 300, the target's vocabulary ends at 299"]),
         (lambda t: (t.pop(PUBLISHED + "mlp.up_proj.weight"), t.update({"x": np.ones(1, np.float32)})), ["missing tensor", "extra tensor x [1]"]),
     ],
@@ -107,8 +132,9 @@ def test_broken_files(place, tmp_path, capsys):
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])
         message = refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
         assert f"{tmp_path}/cut.safetensors: cannot be read as safetensors" in message and "is the file whole" in message
+        assert ("its header should end at byte" if size < len(whole) - 1 else f"should end at byte {len(whole):,}, the file ends at byte {size:,}") in message
     (tmp_path / "config.json").write_text("{")
-    assert "config.json: not JSON" in refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
+    assert "config.json: not JSON (line 1" in refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
     assert "no such file or folder" in refused(capsys, from_torch(place, tmp_path / "none", tmp_path / "here"))
     assert "expected a folder, or a file" in refused(capsys, from_torch(place, tmp_path / "config.json", tmp_path / "here"))
     (tmp_path / "empty").mkdir()

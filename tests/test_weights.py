@@ -19,7 +19,7 @@ from beagle_jax.weights import gguf as gguf_module
 from beagle_jax.weights import pypi
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder
-from beagle_jax.weights.target import fill_params, load_target, open_source
+from beagle_jax.weights.target import check_vocabulary, fill_params, load_target, open_source
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -238,7 +238,7 @@ def test_folder_errors(tmp_path):
     with pytest.raises(UserError, match="config.json: no such file"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_text('{"model_type": \n oops}')
-    with pytest.raises(UserError, match="config.json: line 2 is not JSON"):
+    with pytest.raises(UserError, match="config.json: not JSON \\(line 2"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_bytes(b'{"name": "caf\xe9"}')
     with pytest.raises(UserError, match="config.json: not text in UTF-8"):
@@ -271,3 +271,24 @@ def test_broken_gguf_files(tmp_path):
     write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="llama-bpe")
     with pytest.raises(UserError, match="tokenizer 'gpt2'/'llama-bpe' cannot be rebuilt"):
         GGUFFile(tmp_path / "pre.gguf").tokenizer()
+
+
+def test_a_header_that_names_a_tensor_twice(tmp_path):
+    entry = '"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    header = f"{{{entry},{entry}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="model.safetensors: the header names x twice"):
+        list(HFFolder(tmp_path).tensors())
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
+    write_llama(tmp_path / "tiny.gguf", llama_tensors())
+    tokenizer = GGUFFile(tmp_path / "tiny.gguf").tokenizer()
+    check_vocabulary(tokenizer, 12, "here")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma's, never in a chat
+    check_vocabulary(tokenizer, 12, "here")
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(UserError, match=r"here: the tokenizer does not fit the model: it has 1 tokens beyond .* 12 rows \('word' is 13\)"):
+        check_vocabulary(tokenizer, 12, "here")
+    with pytest.raises(UserError, match=r"it has 2 tokens beyond the embedding of 11 rows"):
+        check_vocabulary(tokenizer, 11, "here")

@@ -1,5 +1,6 @@
 """Drafts to PyTorch and back."""
 
+import json
 import os
 import tempfile
 from argparse import Namespace
@@ -10,8 +11,9 @@ from pathlib import Path
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import load_draft, save_draft
-from beagle_jax.weights.target import open_source
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.model_card import model_card
+from beagle_jax.weights.target import open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
@@ -21,10 +23,13 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     require_torch()
     source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
     out = _free(arguments, source)
-    target = target_spec(config.target)
+    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
+    target = TargetSpec.from_hf_config(opened.config(), config.target.source)
     draft = load_draft(source, target)
+    _check_target(draft, config.target.source, source)
+    report = _read_report(arguments.report) if arguments.report else None
     with staged(out) as folder:
-        write_torch_folder(folder, draft, target.vocab_size)
+        write_torch_folder(folder, draft, target.vocab_size, model_card(draft, report, revision(opened)))
         found = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
     text = (f"largest difference from the JAX block, of the scale: {measured}\n"
@@ -38,6 +43,7 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     out = _free(arguments, source)
     target = target_spec(config.target)
     draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle)
+    _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
@@ -47,6 +53,31 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 def target_spec(config: TargetConfig) -> TargetSpec:
     """The target's shape; its weights are not read."""
     return TargetSpec.from_hf_config(open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source)
+
+
+def _check_target(draft: Draft, source: str, where: Path) -> None:
+    """Raises UserError when the draft says that it was trained for another target of the same shape.
+
+    Folders and files may hold anything under any name: they are not compared.
+    """
+    told = str(draft.provenance.get("target"))
+    (ours, _, our_revision), (theirs, _, their_revision) = source.partition("@"), told.partition("@")
+    public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
+    if public and (ours != theirs or (our_revision and their_revision and our_revision != their_revision)):
+        raise UserError(f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}")
+
+
+def _read_report(path: str) -> list[dict]:
+    """What `evaluate --json` wrote."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if {"name", "tree", "prompts", "tau", "speedup", "identical_to_plain"} <= set(found[0]):
+            return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"--report {path}: cannot be read ({error}); expected what evaluate --json wrote") from error
+    except (TypeError, LookupError):
+        pass
+    raise UserError(f"--report {path}: not a report; expected what evaluate --json wrote")
 
 
 def _free(arguments: Namespace, source: Path) -> Path:

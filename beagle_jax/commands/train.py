@@ -22,8 +22,10 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
 from beagle_jax.training.loop import run_stage
+from beagle_jax.training.metrics import Log
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, load_target
 
@@ -39,7 +41,7 @@ def train_draft(config: Config) -> dict:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     params = train(config, target, spec, rows, states, hot_ids)
     folder = Path(config.train.folder) / "draft"
-    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows)))
+    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows, target.revision)))
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 
@@ -73,9 +75,11 @@ def train(
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
     frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
     params = first_params(config, target, spec, training)
+    log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, training, held_out)
+            params = run_stage(stage, config, spec, params, frozen, training, held_out, log)
+    log.close()
     return params
 
 
@@ -89,14 +93,15 @@ def first_params(config: Config, target: Target, spec: DraftSpec, training: Batc
     return params
 
 
-def provenance(config: Config, rows: list[Row]) -> dict:
+def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
     """What the exported draft says of its training."""
     return {
         "target": config.target.source,
+        "target_revision": revision,
         "draft": asdict(config.draft),
         "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": _answer_tokens(rows)},
         "training": asdict(config.train),
-        "versions": {"jax": jax.__version__},
+        "versions": installed(TRAINED_WITH),
     }
 
 

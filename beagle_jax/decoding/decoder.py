@@ -195,6 +195,9 @@ class SpeculativeDecoder:
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
         tokens = prompt_tokens(self._target.tokenizer, prompt) if isinstance(prompt[0], Mapping) else list(prompt)
+        if not 0 <= min(tokens) <= max(tokens) < self._target.spec.vocab_size:
+            raise UserError(f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary ends at "
+                            f"{self._target.spec.vocab_size - 1}; use its own tokenizer")
         if len(tokens) >= self._context:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens and the context ends at {self._context}, which leaves no room for an "

@@ -100,7 +100,7 @@ def draft_tree(
     token_BN, parent_BN, depth_BN, score_BN = (jnp.concatenate(each, axis=1) for each in zip(*candidates))
     nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth)
     queried = [jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))]
-    return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)
+    return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)  # type: ignore[call-arg]  # three in the middle
 
 
 def _predict(block: BeagleBlock, e_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ) -> jax.Array:

@@ -89,7 +89,7 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(draft, models, topk, *text) for text in read]
         grown = [np.concatenate(each) for each in zip(*trees)]
-        order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}
+        order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}  # type: ignore[call-arg]  # grown are three
         if topk == max(TOPKS):
             ranks, places = _rank_share(*grown), len(grown[0])
     return Tuning(verify_ms, draft_ms, ranks, places, _choices(verify_ms, draft_ms, order))

@@ -6,6 +6,7 @@ and no output norm: the result regresses to the target's post-norm state, and th
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,8 @@ from beagle_jax.model.target import TargetSpec
 class DraftSpec:
     """Shape of the draft block; the target's own sizes (method.md 2.2). Hashable."""
 
+    kind: ClassVar[str] = "beagle_draft"  # model_type of a draft's config.json
+
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -36,9 +39,10 @@ class DraftSpec:
     rope_theta: float
     rms_norm_eps: float
     init_std: float = 0.02  # of the linear weights, when trained from scratch
+    input_norm: bool = True  # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
 
     @classmethod
-    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> "DraftSpec":
+    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
         """The draft of a target has the shape of one of its layers."""
         return cls(
             hidden_size=spec.hidden_size,
@@ -55,7 +59,7 @@ class DraftSpec:
         """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
         D, F = self.hidden_size, self.intermediate_size
         NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
+        shapes = {
             "q_proj": (NH, D),
             "k_proj": (KH, D),
             "v_proj": (KH, D),
@@ -66,6 +70,11 @@ class DraftSpec:
             "input_layernorm": (D,),
             "post_attention_layernorm": (D,),
         }
+        return {name: shape for name, shape in shapes.items() if self.input_norm or name != "input_layernorm"}
+
+    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines [*positions.shape, H]."""
+        return rope_tables(positions, self.head_dim, self.rope_theta)
 
 
 class BeagleBlock(nn.Module):
@@ -76,29 +85,31 @@ class BeagleBlock(nn.Module):
     def setup(self):
         normal = nn.initializers.normal(self.spec.init_std)
         for name, shape in self.spec.param_shapes().items():
-            setattr(self, name, self.param(name, normal if len(shape) == 2 else nn.initializers.ones, shape))
+            vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
+            setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
-        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps)
-        return self._rotate(_project(u_BTD, self.q_proj), positions_BT)
+        normed = self.spec.input_norm
+        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
+        return self._rotate(project(u_BTD, self.q_proj), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Rotated keys and values of states, true or predicted, at their positions."""
-        k_BKTH = self._rotate(_project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
-        v_BKTH = split_heads(_project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim)[:, :, 0]
+        k_BKTH = self._rotate(project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
+        v_BKTH = split_heads(project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim)[:, :, 0]
         return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
 
     def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
         """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
         y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
-        return y_BTD + _project(gated_BTF, self.down_proj)
+        return y_BTD + project(gated_BTF, self.down_proj)
 
     def before_down(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
-        y_BTD = e_BTD + _project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
+        y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
         z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
-        return y_BTD, jax.nn.silu(_project(z_BTD, self.gate_proj)) * _project(z_BTD, self.up_proj)
+        return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
 
     def attend(
         self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
@@ -119,11 +130,12 @@ class BeagleBlock(nn.Module):
 
     def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)
-        cos_BTH, sin_BTH = rope_tables(positions_BT, self.spec.head_dim, self.spec.rope_theta)
+        cos_BTH, sin_BTH = self.spec.rotary(positions_BT)
         return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
 
 
-def _project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
+def project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
+    """A linear map of rows [B, T, D] -> [B, T, F], in their dtype."""
     return jnp.einsum("BTD,FD->BTF", x_BTD, weight_FD.astype(x_BTD.dtype))
 
 

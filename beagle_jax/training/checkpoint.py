@@ -1,51 +1,161 @@
-"""Checkpoints of one stage through orbax: the draft's parameters, optimizer and step, never the frozen target."""
+"""Checkpoints of one stage through orbax: the draft's parameters, optimizer and step, never the frozen target.
 
+Orbax writes under another name in the background and renames, so a kill leaves the one before. The sizes of all files are
+noted once a checkpoint is whole; one that was cut off later (a copy that ended early, a disk that lost its end) is seen by them.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
+from beagle_jax.processes import is_first
 from beagle_jax.training.step import TrainState
 
 _KEPT = 2  # newest checkpoints kept per stage
+_SIZES = "sizes.json"
+# A failed write comes out as one UserError; orbax logs the traceback of every thread that took part.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class Settings(NamedTuple):
+    """All that decides what a stage computes, as dotted keys and JSON values."""
+
+    now: Mapping[str, Any]
+    default: Mapping[str, Any]  # what a key meant before it existed
 
 
 class StageCheckpoints:
     """The checkpoints of one stage of one run. A context manager: leaving it waits for the last write."""
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
-        """settings: what the run was made with; a folder written with other settings is refused."""
+    def __init__(self, folder: str | Path, settings: Settings, accept_changes: bool = False):
+        """settings: what the run is made with; a folder written with others is refused, or a warning if changes are accepted."""
         self._folder = Path(folder).absolute()
-        self._settings = settings
+        self._settings, self._accept_changes = settings, accept_changes
         self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
+        self._unsealed: int | None = None  # the step whose sizes are not noted yet
 
     def __enter__(self) -> "StageCheckpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._seal()
+            self._manager.close()
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts writing; returns before it is done. A step that is already saved is left alone."""
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, log: list[dict]) -> None:
+        """Starts writing; returns before it is done. A step that is already saved is left alone. log: see Progress.waiting.
+
+        Raises UserError for a state with a number that is not finite, and when this write or the one before it failed.
+        """
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), settings=ocp.args.JsonSave(self._settings))
-        self._manager.save(step, args=items)
+        if not all_finite(state):
+            raise UserError(f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
+                            f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate")
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._seal()
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()),
+                settings=ocp.args.JsonSave(dict(self._settings.now)),
+                log=ocp.args.JsonSave(log),
+            ))  # fmt: skip
+        self._unsealed = step
 
-    def restore(self, fresh: TrainState) -> TrainState | None:
-        """The newest state, or None when there is none. `fresh` gives structure and placement."""
-        step = self._manager.latest_step()
+    def restore(self, fresh: TrainState) -> tuple[TrainState, list[dict]] | None:
+        """The newest whole state and its log, or None when there is none. `fresh` gives structure and placement."""
+        for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
+            tqdm.write(f"warning: {left}: this checkpoint was cut off while it was written; it is ignored")
+        step = self._newest_whole()
         if step is None:
             return None
         # The settings first: the state of another target may not even fit.
-        found = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"]
-        different = [key for key in self._settings if found.get(key) != self._settings[key]]
-        if different:
-            listed = "; ".join(f"{key}: {found.get(key)!r} there, {self._settings[key]!r} now" for key in different)
-            raise UserError(f"{self._folder} holds a run with other settings ({listed}); delete it or set another train.folder")
+        items = ocp.args.Composite(settings=ocp.args.JsonRestore(), log=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        self._compare(found["settings"])
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return TrainState(**restored["state"])
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except ValueError as error:
+            raise UserError(f"{self._folder}/{step}: this state does not fit the run ({error}); take another train.folder") from error
+        return TrainState(**restored["state"]), found["log"]
+
+    def _newest_whole(self) -> int | None:
+        for step in reversed(self.steps()):
+            problem = self._cut_off(step)
+            if problem is None:
+                return step
+            aside = self._folder / f"cut-{step}"
+            tqdm.write(f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
+                       "before it used")
+            if is_first():
+                (self._folder / str(step)).rename(aside)
+            self._manager.reload()
+        return None
+
+    def _cut_off(self, step: int) -> str | None:
+        """What is missing of a checkpoint; None for one that is whole, or that was killed before its sizes were noted."""
+        folder = self._folder / str(step)
+        note = folder / _SIZES
+        for name, size in (json.loads(note.read_text()) if note.exists() else {}).items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found != size:
+                return f"{name} has {found} bytes of {size}"
+        return None
+
+    def _seal(self) -> None:
+        """Notes the sizes of a checkpoint's files, after it has been written."""
+        folder = self._folder / str(self._unsealed)
+        if self._unsealed is not None and is_first() and folder.exists():
+            sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+            write_text(folder / _SIZES, json.dumps(sizes))
+        self._unsealed = None
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        now, default = self._settings
+        pairs = {key: (found.get(key, default.get(key)), now.get(key)) for key in sorted({*found, *now})}
+        listed = "; ".join(f"{key}: {there!r} there, {here!r} now" for key, (there, here) in pairs.items() if there != here)
+        if not listed:
+            return
+        if not self._accept_changes:
+            raise UserError(f"{self._folder} holds a run with other settings ({listed}); delete it, set another train.folder, or go on "
+                            "with the changes by train.accept_changes=true")
+        tqdm.write(f"warning: going on with other settings than {self._folder} was made with ({listed})")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
+            raise UserError(f"{self._folder}: a checkpoint could not be written ({error}); the last whole one is {self._last()}. "
+                            "Free some space (python -m beagle_jax.plan says how much), then run again") from error
+
+    def _last(self) -> str:
+        steps = self.steps()
+        return f"that of step {steps[-1]}" if steps else "none"
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]))
+
+
+def all_finite(state: TrainState) -> bool:
+    """Whether no number of a state is infinite or none."""
+    return bool(_finite(state))

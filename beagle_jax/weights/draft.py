@@ -2,22 +2,26 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights.json_file import read_json
+from beagle_jax.weights.safetensors_file import digest, read_tensors
 
 TENSOR_NAMES = {
+    "fc": "fc.weight",
+    "fc_bias": "fc.bias",
     "q_proj": "self_attn.q_proj.weight",
     "k_proj": "self_attn.k_proj.weight",
     "v_proj": "self_attn.v_proj.weight",
@@ -28,7 +32,9 @@ TENSOR_NAMES = {
     "input_layernorm": "input_layernorm.weight",
     "post_attention_layernorm": "post_attention_layernorm.weight",
 }
+DIGEST = "sha256"  # key of config.json: of the block's settings and tensors, so that no changed bit goes unnoticed
 HOT_TOKENS = "hot_tokens"  # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
+_TRAIN_FIRST = "train a draft first (python -m beagle_jax.train) or set draft.path"
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     """Writes the folder; each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
-        save_file(file_tensors(draft), partial, metadata={"format": "pt"})
-    config = {"model_type": "beagle_draft", **asdict(draft.spec), **draft.provenance}
+        save_file(tensors, partial, metadata={"format": "pt"})
+    config = {"model_type": draft.spec.kind, **asdict(draft.spec), DIGEST: draft_digest(draft.spec, tensors), **draft.provenance}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
@@ -68,53 +75,76 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
     return tensors
 
 
-def load_draft(folder: str | Path, target: TargetSpec) -> Draft:
-    """Reads a draft for this target.
+def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
+    """What config.json says under DIGEST. tensors: as `file_tensors` names them."""
+    return digest(tensors, json.dumps(asdict(spec), sort_keys=True))
+
+
+def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] = DraftSpec) -> Draft:
+    """Reads a draft of this kind for this target.
 
     Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made for another target.
     """
-    expected = DraftSpec.from_target(target)
     folder = Path(folder)
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.exists():
-            raise UserError(f"{path}: no such file; train a draft first (python -m beagle_jax.train) or set draft.path")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config_path}: not JSON ({error}); is the file whole?") from error
-    if config.get("model_type") != "beagle_draft":
-        raise UserError(f"{config_path}: model_type is {config.get('model_type')!r}, expected 'beagle_draft'")
-    shape_keys = [key for key in asdict(expected) if key != "init_std"]
-    wrong = [f"{key} {config.get(key)} there, {getattr(expected, key)} here" for key in shape_keys
-             if config.get(key) != getattr(expected, key)]
-    if wrong:
-        raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
-    tensors = _read(weights_path)
-    hot_ids = tensors.pop(HOT_TOKENS, None)
+    weights_path = folder / "model.safetensors"
+    config = read_json(folder / "config.json", _TRAIN_FIRST)
+    spec = _spec(config, target, kind, folder)
+    if not weights_path.exists():
+        raise UserError(f"{weights_path}: no such file; {_TRAIN_FIRST}")
+    tensors = dict(read_tensors(weights_path, integers=(HOT_TOKENS,)))
+    hot_ids = tensors.get(HOT_TOKENS)
+    params = _match(tensors, spec, weights_path)
+    check_digest(config, spec, tensors, folder)
     if hot_ids is not None and (hot_ids.min() < 0 or hot_ids.max() >= target.vocab_size):
         raise UserError(f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
                         f"the vocabulary ends at {target.vocab_size - 1})")
-    params = _match(tensors, expected, weights_path)
-    provenance = {key: value for key, value in config.items() if key not in asdict(expected) and key != "model_type"}
-    spec = replace(expected, init_std=config.get("init_std", expected.init_std))
+    provenance = {key: value for key, value in config.items() if key not in asdict(spec) and key not in ("model_type", DIGEST)}
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="np") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
+def _spec(config: dict[str, Any], target: TargetSpec, kind: type[DraftSpec], folder: Path) -> DraftSpec:
+    """What config.json says of the block; raises UserError unless that is a block of this kind, for this target."""
+    path, expected = folder / "config.json", kind.from_target(target)
+    if config.get("model_type") != kind.kind:
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected {kind.kind!r}")
+    told = {key: config.get(key, value) for key, value in asdict(expected).items()}
+    if told.get("rope_scaling") is not None:
+        told["rope_scaling"] = _scaling(told["rope_scaling"], path)
+    # What a draft may have of its own, beside what its target has.
+    own = ("init_std", "input_norm") if kind is DraftSpec else tuple(key for key in told if key != "hidden_size")
+    wrong = [f"{key} {config.get(key)} there, {value} here" for key, value in asdict(expected).items()
+             if key not in own and config.get(key) != value]
+    if wrong:
+        raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
+    for key, value in asdict(expected).items():
+        if value is not None and type(told[key]) is not type(value):
+            raise UserError(f"{path}: {key} is {told[key]!r}; expected a value like {value!r}")
+    return kind(**told)
+
+
+def _scaling(told: Any, path: Path) -> RopeScaling:
+    if not isinstance(told, list) or len(told) != len(RopeScaling._fields) or not all(type(value) in (int, float, type(None)) for value in told):
+        raise UserError(f"{path}: rope_scaling is {told!r}; expected the numbers {', '.join(RopeScaling._fields)}")
+    return RopeScaling(*told)
+
+
+def check_digest(config: dict[str, Any], spec: DraftSpec, tensors: dict[str, np.ndarray], folder: Path) -> None:
+    """Raises UserError unless settings and tensors are those that config.json was written with."""
+    if DIGEST not in config:
+        raise UserError(f"{folder / 'config.json'}: lacks {DIGEST}; train or export the draft again")
+    if config[DIGEST] != (found := draft_digest(spec, tensors)):
+        raise UserError(f"{folder}: settings and tensors are not those that config.json was written with ({DIGEST} {config[DIGEST]!r} there, "
+                        f"{found} found); a file is damaged or of another draft; copy the folder again")  # fmt: skip
 
 
 def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict[str, jax.Array]:
     shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
     problems = [f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
-    problems += [f"extra tensor {name}" for name in tensors if name not in shapes]
+    problems += [f"extra tensor {name}" for name in tensors if name not in shapes and name != HOT_TOKENS]
     problems += [f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
                  for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
+    if HOT_TOKENS in tensors and (tensors[HOT_TOKENS].ndim != 1 or not tensors[HOT_TOKENS].size):
+        problems.append(f"{HOT_TOKENS} has shape {list(tensors[HOT_TOKENS].shape)}, expected [count]")
     if problems:
         raise UserError(f"{where}: not the weights of this draft:\n  " + "\n  ".join(problems))
-    return {name: jnp.asarray(tensors[file_name]) for name, file_name in TENSOR_NAMES.items()}
+    return {name: jnp.asarray(tensors[TENSOR_NAMES[name]]) for name in spec.param_shapes()}

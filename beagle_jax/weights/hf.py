@@ -1,15 +1,15 @@
 """Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the hub."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
+from beagle_jax.weights.json_file import read_json
+from beagle_jax.weights.safetensors_file import read_tensors
 
 
 class HFFolder:
@@ -23,20 +23,14 @@ class HFFolder:
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
-        return read_json(self.path / "config.json")
+        return read_json(self.path / "config.json", "a Hugging Face model folder holds it")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array in its stored dtype), one in memory at a time."""
         for file in self._files:
-            try:
-                with safe_open(file, framework="np") as opened:
-                    for name in opened.keys():
-                        if name.endswith("rotary_emb.inv_freq"):
-                            continue  # a table that old checkpoints stored; recomputed from rope_theta
-                        yield name, opened.get_tensor(name)
-            except (SafetensorError, TypeError, AttributeError) as error:
-                raise UserError(f"{file}: cannot be read as safetensors ({error}); download it again, or convert it to "
-                                "float32, float16 or bfloat16") from error
+            for name, array in read_tensors(file):
+                if not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints stored; recomputed from rope_theta
+                    yield name, array
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
@@ -48,11 +42,14 @@ class HFFolder:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config.json if there is one, else config.json."""
         generation = self.path / "generation_config.json"
-        found = read_json(generation).get("eos_token_id") if generation.exists() else None
+        found = read_json(generation, "").get("eos_token_id") if generation.exists() else None
         found = self.config().get("eos_token_id") if found is None else found
         if found is None:
             raise UserError(f"{self.path}: neither generation_config.json nor config.json names eos_token_id")
-        return tuple(found) if isinstance(found, list) else (int(found),)
+        found = found if isinstance(found, list) else [found]
+        if not all(type(token) is int and token >= 0 for token in found):
+            raise UserError(f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them")
+        return tuple(found)
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -70,18 +67,3 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network, "
                         "or give a local folder") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError naming file and line."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face model folder holds it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8 ({error}); is the file whole?") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a JSON {type(found).__name__}, expected an object")
-    return found

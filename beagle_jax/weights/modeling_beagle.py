@@ -41,11 +41,14 @@ class BeagleConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         vocab_size: int = 64,
         num_hot_tokens: int = 0,
+        input_norm: bool = True,
         target: str | None = None,
         provenance: dict | None = None,
         **kwargs,
     ):
-        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0: all."""
+        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0: all.
+        input_norm: queries are normed embeddings.
+        """
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_attention_heads = num_attention_heads
@@ -56,6 +59,7 @@ class BeagleConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.vocab_size = vocab_size
         self.num_hot_tokens = num_hot_tokens
+        self.input_norm = input_norm
         self.target = target
         self.provenance = provenance
         super().__init__(**kwargs)
@@ -144,7 +148,7 @@ class BeagleDraft(PreTrainedModel):
         NH, KH = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.self_attn = _Projections(q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D))
         self.mlp = _Projections(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
-        self.input_layernorm = _Norm(D, config.rms_norm_eps)
+        self.input_layernorm = _Norm(D, config.rms_norm_eps) if config.input_norm else nn.Identity()
         self.post_attention_layernorm = _Norm(D, config.rms_norm_eps)
         if config.num_hot_tokens:
             self.register_buffer("hot_tokens", torch.zeros(config.num_hot_tokens, dtype=torch.int32))

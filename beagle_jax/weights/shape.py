@@ -6,18 +6,19 @@ from pathlib import Path
 from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec, param_table
-from beagle_jax.weights.hf import download, read_json
+from beagle_jax.weights.hf import download
+from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.target import open_source
 
 
 def planned_spec(config: TargetConfig) -> TargetSpec:
     """What `target.shape` describes; without it, what the source's own config does. Of a hub repository only that is fetched."""
     if config.shape:
-        return TargetSpec.from_hf_config(read_json(Path(config.shape)), config.shape)
+        return TargetSpec.from_hf_config(read_json(Path(config.shape), "target.shape names a config.json of Hugging Face's form"), config.shape)
     cache_dir = Path(config.cache_dir).expanduser()
     if config.source.startswith("hf:"):
         folder = download(config.source.removeprefix("hf:"), cache_dir, ["config.json"])
-        return TargetSpec.from_hf_config(read_json(folder / "config.json"), config.source)
+        return TargetSpec.from_hf_config(read_json(folder / "config.json", "a Hugging Face model folder holds it"), config.source)
     return TargetSpec.from_hf_config(open_source(config.source, cache_dir).config(), config.source)
 
 

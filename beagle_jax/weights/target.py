@@ -30,6 +30,7 @@ class Target:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     eos_ids: tuple[int, ...]  # any of these ends an answer
     source: str  # the `target.source` it came from
+    revision: str | None = None  # see `revision`
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -58,8 +59,28 @@ def load_target(source: str, dtype: str, cache_dir: str) -> Target:
     """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), tensor by tensor."""
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
+    tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the weights, which take long
+    check_vocabulary(tokenizer, spec.vocab_size, source)
     params = fill_params(spec, opened.tensors(), jnp.dtype(dtype), source)
-    return Target(spec, params, opened.tokenizer(), opened.eos_ids(), source)
+    return Target(spec, params, tokenizer, eos_ids, source, revision(opened))
+
+
+def revision(opened: GGUFFile | HFFolder) -> str | None:
+    """The commit of a repository of the hub; None for what has none."""
+    return opened.path.name if opened.path.parent.name == "snapshots" else None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """Raises UserError when the tokenizer has tokens that the embedding does not: JAX would take other rows for them.
+
+    Special tokens that were added and never trained may lie beyond it, as Gemma's for images do; prompts are checked.
+    """
+    special = set(tokenizer.all_special_ids) | {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size and i not in special}
+    if beyond:
+        token = max(beyond, key=beyond.get)
+        raise UserError(f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens beyond the embedding of {vocab_size} "
+                        f"rows ({token!r} is {beyond[token]}); use the tokenizer of this model")
 
 
 def fill_params(

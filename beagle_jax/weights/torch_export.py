@@ -1,4 +1,4 @@
-"""A draft as a PyTorch folder: weights, config, the module that runs them, a model card; and the proof that it fits.
+"""A draft as a PyTorch folder: weights, config and the module that runs them; and the proof that it fits.
 
 The tensors keep the names and layouts of the native folder, which are PyTorch's. What is written is loaded again with
 torch and must compute what the JAX block computes; only then does the folder appear.
@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
-from beagle_jax.weights.draft import TENSOR_NAMES, Draft, file_tensors
+from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors
+from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 
 MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
 MODULE = "modeling_beagle"
@@ -33,6 +34,7 @@ CONFIG_KEYS = {
     "rope_theta": "rope_theta",
     "rms_norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
+    "input_norm": "input_norm",
 }
 TOLERANCE = 1e-5  # of the largest value; float32 on both sides
 _POSITIONS = 16  # of the comparison
@@ -49,14 +51,14 @@ def require_torch() -> ModuleType:
         ) from error
 
 
-def write_torch_folder(folder: Path, draft: Draft, vocab_size: int) -> None:
-    """Fills an empty folder. vocab_size: the target's."""
+def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -> None:
+    """Fills an empty folder. vocab_size: the target's. card: its README.md."""
     tensors = file_tensors(draft)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     (folder / f"{MODULE}.py").write_text(module_source(), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(draft), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
         "vocab_size": vocab_size,
         "num_hot_tokens": 0 if draft.hot_ids is None else len(draft.hot_ids),
         "target": draft.provenance.get("target"),
+        "tokenizer": draft.provenance.get("target"),  # the target's own
+        DIGEST: draft_digest(draft.spec, tensors),
         "provenance": draft.provenance,
     }
 
@@ -110,7 +114,7 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
         measured = ", ".join(f"{name} by {value:.1e}" for name, value in found.items())
         raise UserError(f"the exported draft does not compute what the JAX block computes: {measured} of their scale "
                         f"(at most {TOLERANCE:.0e} is allowed); nothing was written; this is a fault of the converter, or of "
-                        f"these versions ({versions('torch', 'transformers', 'jax')}), please report it")
+                        f"these versions ({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it")
     return found
 
 
@@ -131,96 +135,3 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _float32(array: np.ndarray) -> np.ndarray:
     return array if array.dtype == np.int32 else array.astype(np.float32)
-
-
-def versions(*names: str) -> str:
-    """Installed versions, for messages and the model card."""
-    return ", ".join(f"{name} {import_module(name).__version__}" for name in names)
-
-
-# The model card
-
-
-def model_card(draft: Draft) -> str:
-    """README.md, from what the draft's config says of its training; what it does not say is named as missing."""
-    told = draft.provenance
-    data, training = told.get("data") or {}, told.get("training") or {}
-    scored = "all tokens" if draft.hot_ids is None else f"the {len(draft.hot_ids):,} tokens listed in `hot_tokens`"
-    count = sum(int(np.prod(shape)) for shape in draft.spec.param_shapes().values())
-    libraries = ", ".join(f"{name} {version}" for name, version in (told.get("versions") or {}).items())
-    base = str(told.get("target") or "")
-    base_model = f"base_model: {base.removeprefix('hf:').partition('@')[0]}\n" if base.startswith("hf:") else ""
-    return _CARD.format(
-        base_model=base_model, target=base or _MISSING, count=count, scored=scored, data=_facts(data, _DATA_FACTS),
-        training=_facts(training, _TRAINING_FACTS), stages=_stages(training), libraries=libraries or _MISSING,
-        checked=versions("torch", "transformers", "jax", "safetensors", "numpy"), more=_other_facts(told),
-    )  # fmt: skip
-
-
-_MISSING = "not recorded"
-_DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
-_TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "vloss_weight", "optimizer", "clip_norm")
-
-
-def _facts(section: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return ", ".join(f"{key} {section[key]}" for key in keys if key in section) or _MISSING
-
-
-def _stages(training: dict[str, Any]) -> str:
-    lines = [f"- {stage}: " + ", ".join(f"{key} {value}" for key, value in training[stage].items())
-             for stage in ("early", "late") if isinstance(training.get(stage), dict)]
-    return "\n".join(lines) or f"- {_MISSING}"
-
-
-def _other_facts(told: dict[str, Any]) -> str:
-    """What the config says beside the sections that `train` writes, one line each."""
-    known = ("target", "draft", "data", "training", "versions")
-    return "".join(f"- {key}: {value}\n" for key, value in told.items() if key not in known)
-
-
-_CARD = """\
----
-library_name: transformers
-tags: [speculative-decoding, beagle]
-{base_model}---
-
-# A Beagle draft for `{target}`
-
-One cross-attention block of {count:,} parameters that drafts for a frozen target (Beagle, arXiv 2505.24544); it scores {scored}.
-It works with this target only, whose embedding and head it uses; neither is stored here.
-
-```python
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-draft = AutoModel.from_pretrained("this folder", trust_remote_code=True)
-target = AutoModelForCausalLM.from_pretrained("the target", dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained("the target")
-answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, max_new_tokens=64, levels=3)
-print(tokenizer.decode(answer.sequences[0]), answer.rounds)
-```
-
-`generate` is greedy and lossless: it writes what the target alone would write. It is kept short, not fast.
-
-## Target
-
-`{target}`
-
-## Data
-
-{data}
-
-## Training
-
-{training}
-
-{stages}
-{more}
-## Versions
-
-Trained with: {libraries}. Exported with, and compared with the JAX block under: {checked}.
-
-## Licence
-
-`modeling_beagle.py` is Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
-the licences of both, which this folder does not record, say what may be done with them.
-"""

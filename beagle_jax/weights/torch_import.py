@@ -4,7 +4,6 @@ Tensors are found by the end of their names, under any one prefix. Every tensor 
 is missing, doubled, misshapen or unknown is an error, and so is a setting that this block cannot compute.
 """
 
-import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft
+from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest
+from beagle_jax.weights.json_file import read_json
+from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import CONFIG_KEYS, MODEL_TYPE, require_torch
 
 Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
@@ -32,17 +32,23 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not hold exactly one draft
     block, or was made for another target.
     """
-    files = _weight_files(source, allow_pickle)
-    config = _config(source if source.is_dir() else source.parent)
+    files = weight_files(source, allow_pickle)
+    config = read_folder_config(source)
     spec = DraftSpec.from_target(target)
-    _check_config(config, spec, source)
+    _check_config(config, spec, target.vocab_size, source)
     ours = config.get("model_type") == MODEL_TYPE
-    tensors = [pair for file in files for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))]
+    tensors = read_weights(files)
+    # Published files do not say whether queries are normed: the norm's weights are there, or they are not.
+    normed = config.get("input_norm") if ours else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
+    spec = replace(spec, input_norm=bool(normed))
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
     if ours:
         spec = replace(spec, init_std=config.get(CONFIG_KEYS["init_std"], spec.init_std))
-        provenance = config.get("provenance") or {}
+        check_digest(config, spec, dict(tensors), source)
+        provenance = config.get("provenance")
+        if not isinstance(provenance, dict):
+            raise UserError(f"{source}: provenance in config.json is {provenance!r}, expected an object; export the draft again")
     else:
         # Drafts of this library are float32; the half precision of published ones widens exactly.
         params = {name: array.astype(np.float32) if array.dtype in _HALF else array for name, array in params.items()}
@@ -53,7 +59,19 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
 # Files
 
 
-def _weight_files(source: Path, allow_pickle: bool) -> list[Path]:
+def read_weights(files: list[Path]) -> Named:
+    """Every tensor, in file order; raises UserError naming the file that cannot be read."""
+    return [pair for file in files for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))]
+
+
+def read_folder_config(source: Path) -> dict[str, Any]:
+    """config.json beside the weights; empty where there is none."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    return read_json(path, "") if path.exists() else {}
+
+
+def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
+    """The weights in a folder, or the one file; raises UserError when there are none, or pickles that were not allowed."""
     if source.is_dir():
         found = sorted(source.glob("*.safetensors"))
         found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
@@ -73,27 +91,8 @@ def _weight_files(source: Path, allow_pickle: bool) -> list[Path]:
     return found
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json beside the weights; empty where there is none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); is the file whole?") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a JSON {type(config).__name__}, expected an object")
-    return config
-
-
 def _read(path: Path) -> Named:
-    try:
-        with safe_open(path, framework="np") as opened:
-            return [(name, opened.get_tensor(name)) for name in opened.keys()]
-    except (SafetensorError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole, and its dtype float32, "
-                        "float16 or bfloat16?") from error
+    return list(read_tensors(path, integers=(HOT_TOKENS,)))
 
 
 def _read_pickle(path: Path) -> Named:
@@ -118,13 +117,16 @@ def _array(tensor) -> np.ndarray:
 # What is in them
 
 
-def _check_config(config: dict[str, Any], spec: DraftSpec, where: Path) -> None:
+def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
     """Raises UserError for another target, another block, or a folder that needs no converting."""
     if config.get("model_type") == "beagle_draft":
         raise UserError(f"{where}: this is a native draft already; set draft.path to it")
-    told = {"rope_theta": (config.get("rope_parameters") or {}).get("rope_theta"), **config}
+    rope = config.get("rope_parameters")
+    told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
     wrong = [f"{name} {told[name]} there, {getattr(spec, key)} here" for key, name in CONFIG_KEYS.items()
-             if key != "init_std" and told.get(name) is not None and told[name] != getattr(spec, key)]
+             if key not in ("init_std", "input_norm") and told.get(name) is not None and told[name] != getattr(spec, key)]
+    if told.get("vocab_size") not in (None, vocab_size):
+        wrong.append(f"vocab_size {told['vocab_size']} there, {vocab_size} here")
     if wrong:
         raise UserError(f"{where}: this draft belongs to another target ({'; '.join(wrong)})")
     if config.get("beagle_use_lower_layers"):
@@ -143,7 +145,7 @@ def _match(
         if len(matches) > 1:
             problems.append(f"{len(matches)} tensors match {end}: {', '.join(name for name, _ in matches)}; expected one")
         elif not matches and (end in shapes or hot_count):
-            problems.append(_missing(end, shapes.get(end, (hot_count,))))
+            problems.append(f"missing tensor {end} {list(shapes.get(end, (hot_count,)))}")
         for name, array in matches:
             prefixes.add(name.removesuffix(end))
             problems += _misfits(name, array, shapes.get(end), hot_count, vocab_size)
@@ -155,21 +157,12 @@ def _match(
                  if name not in matched and not _copied_from_target(name, prefixes)]
     if problems:
         raise UserError(f"{where}: not the weights of one Beagle block for this target:\n  " + "\n  ".join(problems))
-    params = {name: found[end][0][1] for name, end in TENSOR_NAMES.items()}
+    params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
 
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
-
-
-def _missing(end: str, shape: tuple[int, ...]) -> str:
-    line = f"missing tensor {end} {list(shape)}"
-    if end == TENSOR_NAMES["input_layernorm"]:
-        # A norm divides each embedding by its own size, so no weights make it the identity: ones would not.
-        line += (": the queries of this draft are embeddings that were not normed, and the block of this library always norms "
-                 "them; no norm weights undo that, ones neither, so it cannot be imported exactly, and is refused")
-    return line
 
 
 def _misfits(name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int) -> list[str]:

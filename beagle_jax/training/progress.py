@@ -1,0 +1,96 @@
+"""What a stage shows of itself: a progress bar, one line of the log per `log.every` steps, and a stop when numbers break."""
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from beagle_jax.config import Config, StageConfig
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.errors import UserError
+from beagle_jax.training.metrics import Log
+from beagle_jax.training.step import Metrics
+
+
+class Progress:
+    """Of one stage, from step `first` on."""
+
+    def __init__(self, name: str, config: Config, log: Log, training: BatchLoader, first: int, waiting: list[dict]):
+        """waiting: the steps since the last line of the log, from the checkpoint that is gone on from."""
+        stage: StageConfig = getattr(config.train, name)
+        self._name, self._every, self._log, self._training = name, config.log.every, log, training
+        self._bar = tqdm(total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05)
+        self._since = [Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in waiting]
+        self._clock, self._timed = time.perf_counter(), 0.0
+
+    @property
+    def waiting(self) -> list[dict]:
+        """The steps since the last line, exactly, in a form that JSON takes."""
+        return [{key: np.asarray(value).tolist() for key, value in one._asdict().items()} for one in self._since]
+
+    def add(self, done: int, metrics: Metrics) -> None:
+        """Takes the metrics of one finished step; `done` steps are finished. Raises UserError when they are not finite."""
+        metrics = jax.device_get(metrics)
+        loss = float(metrics.objective) / max(float(metrics.supervised), 1.0)
+        if not math.isfinite(loss) or not math.isfinite(metrics.grad_norm):
+            self._bar.close()
+            raise UserError(f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm {float(metrics.grad_norm)}; "
+                            f"the last checkpoint is kept. {self._blame(done - 1)}")
+        self._since.append(metrics)
+        self._timed += float(metrics.supervised)
+        self._bar.update(1)
+        if done % self._every == 0:
+            self._write(done)
+
+    def _blame(self, step: int) -> str:
+        """Which batch it was, and whether the states or the training are to blame."""
+        batch = self._training.batch_at(step)
+        epoch, place = divmod(step, self._training.steps_per_epoch)
+        where = f"Its batch is number {place} of epoch {epoch}"
+        broken = np.flatnonzero(~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2)))
+        if not len(broken):
+            return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
+        tokens = np.asarray(batch.tokens_BL)[broken[0]]
+        return (f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite (row {broken[0]} begins with the tokens "
+                f"{tokens[:8].tolist()}): delete the states in data.folder to have them made again")
+
+    def _write(self, done: int) -> None:
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        line = summary(self._since)
+        line["grad_norm"] = round(float(np.mean([m.grad_norm for m in self._since], dtype=np.float64)), 4)
+        line["tokens_per_second"] = round(self._timed / seconds, 1)
+        self._since, self._timed = [], 0.0
+        self._log.write({"stage": self._name, "step": done, **line})
+        agree = " ".join(f"{share:.2f}" for share in line["top1_by_offset"])
+        self._bar.set_postfix_str(f"loss {line['loss']:.3f}, top-1 {agree}, {line['tokens_per_second']:.0f} tok/s")
+
+    def held_out(self, done: int, batches: list[Metrics]) -> None:
+        """Logs and prints agreement on chats kept out of training."""
+        line = summary(jax.device_get(batches))
+        agree = " ".join(f"{share:.3f}" for share in line["top1_by_offset"])
+        self.aside(done, "held_out", line, f"held-out loss {line['loss']:.3f}, top-1 by offset {agree}")
+
+    def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
+        """Logs and prints a measurement; its time is not the training's."""
+        self._log.write({"stage": self._name, "step": done, "split": split, **line})
+        tqdm.write(f"{self._name} stage, step {done}: {text}")
+        self._clock, self._timed = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+
+def summary(batches: list[Metrics]) -> dict[str, Any]:
+    """Sums over batches, divided once."""
+    total = lambda field: np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)
+    rows = max(float(total("count_J").sum()), 1.0)
+    return {
+        "loss": round(float(total("objective") / np.maximum(total("supervised"), 1)), 5),
+        "ploss": round(float(total("ploss") / rows), 5),
+        "vloss": round(float(total("vloss") / rows), 6),
+        "top1_by_offset": [round(float(x), 4) for x in total("agree_J") / np.maximum(total("count_J"), 1)],
+    }

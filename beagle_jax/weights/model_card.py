@@ -1,0 +1,156 @@
+"""The model card of an exported draft: what its config and an evaluation say, and what they do not say named as missing."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from beagle_jax import __version__
+from beagle_jax.weights.draft import Draft
+
+TRAINED_WITH = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
+
+_MISSING = "not recorded"
+_DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
+_TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "optimizer", "clip_norm")
+_TOLD_ELSEWHERE = ("target", "target_revision", "draft", "data", "training", "versions")
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """Exact versions of beagle_jax and of those packages that are installed."""
+    found = {"beagle_jax": __version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_card(draft: Draft, report: Any = None, revision: str | None = None) -> str:
+    """README.md of the exported folder.
+
+    report: what `evaluate --json` wrote of this draft. revision: of the target as it is now, for drafts that do not say
+    which one they were trained on.
+    """
+    told = draft.provenance
+    data, training = told.get("data") or {}, told.get("training") or {}
+    base = str(told.get("target") or "")
+    name, _, asked = base.removeprefix("hf:").partition("@")
+    trained_on = told.get("target_revision") or asked or _MISSING
+    return _CARD.format(
+        base_model=f"base_model: {name}\n" if base.startswith("hf:") else "",
+        target=base or _MISSING,
+        revision=trained_on if trained_on != _MISSING or not revision else f"{_MISSING} in training; {revision} when exported",
+        count=sum(int(np.prod(shape)) for shape in draft.spec.param_shapes().values()),
+        scored="all tokens" if draft.hot_ids is None else f"the {len(draft.hot_ids):,} tokens listed in `hot_tokens`",
+        data=_facts(data, _DATA_FACTS),
+        training=_facts(training, _TRAINING_FACTS),
+        stages=_stages(training),
+        losses=_losses(training),
+        results=_results(report),
+        more=_other_facts(told),
+        libraries=_pairs(told.get("versions") or {}) or _MISSING,
+        checked=_pairs(installed(EXPORTED_WITH)),
+    )
+
+
+def _pairs(section: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in section.items())
+
+
+def _facts(section: dict[str, Any], keys: tuple[str, ...]) -> str:
+    return _pairs({key: section[key] for key in keys if key in section}) or _MISSING
+
+
+def _stages(training: dict[str, Any]) -> str:
+    lines = [f"- {stage}: {_pairs(training[stage])}" for stage in ("early", "late") if isinstance(training.get(stage), dict)]
+    return "\n".join(lines) or f"- {_MISSING}"
+
+
+def _losses(training: dict[str, Any]) -> str:
+    """What was minimised (method.md 3.2, 4.2)."""
+    if "vloss_weight" not in training:
+        return _MISSING
+    lines = [f"Soft cross-entropy with the target's distribution, plus {training['vloss_weight']} times the smooth-L1 distance to "
+             "its states, both per supervised token."]  # fmt: skip
+    late = training.get("late")
+    if isinstance(late, dict) and late.get("steps"):
+        steps = late.get("simulation_steps", _MISSING)
+        weights = late.get("step_weights") or (list(range(steps, 0, -1)) if isinstance(steps, int) else _MISSING)
+        lines.append(f"In the late stage at each of {steps} simulated draft steps, weighted {weights}.")
+    return " ".join(lines)
+
+
+def _results(report: Any) -> str:
+    """One line for each way of decoding that the report measured with a draft."""
+    lines = [f"| {one.get('suite', 'prompts')} | {one['tree']} | {one['prompts']} | {one['tau']} | {one['speedup']}x | "
+             f"{one['identical_to_plain']}/{one['prompts']} |" for one in report or () if one["name"] != "plain"]  # fmt: skip
+    if not lines:
+        return f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert to-torch --report FILE` writes it here"
+    head = ["| suite | tree | prompts | tau | speedup | identical to plain decoding |", "|---|---|---|---|---|---|"]
+    return "\n".join(head + lines)
+
+
+def _other_facts(told: dict[str, Any]) -> str:
+    """What the config says beside the sections that `train` writes, one line each."""
+    return "".join(f"- {key}: {value}\n" for key, value in told.items() if key not in _TOLD_ELSEWHERE)
+
+
+_CARD = """\
+---
+library_name: transformers
+tags: [speculative-decoding, beagle]
+{base_model}---
+
+# A Beagle draft for `{target}`
+
+One cross-attention block of {count:,} parameters that drafts for a frozen target (Beagle, arXiv 2505.24544); it scores {scored}.
+It works with this target only, whose tokenizer, embedding and head it uses; none of them is stored here.
+
+```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+draft = AutoModel.from_pretrained("this folder", trust_remote_code=True)
+target = AutoModelForCausalLM.from_pretrained("the target", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("the target")
+answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, max_new_tokens=64, levels=3)
+print(tokenizer.decode(answer.sequences[0]), answer.rounds)
+```
+
+`generate` is greedy and lossless: it writes what the target alone would write. It is kept short, not fast.
+
+## Target
+
+`{target}`, revision {revision}
+
+## Data
+
+{data}
+
+## Training
+
+{training}
+
+{stages}
+{more}
+### Losses
+
+{losses}
+
+## Acceptance
+
+tau: tokens per round, one for plain decoding.
+
+{results}
+
+## Versions
+
+Trained with: {libraries}. Exported with, and compared with the JAX block under: {checked}.
+
+## Licence
+
+`modeling_beagle.py` is Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
+the licences of both, which this folder does not record, say what may be done with them.
+"""

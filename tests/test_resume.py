@@ -1,0 +1,301 @@
+"""Going on after a kill, a cut, a full disk or a change of settings: bit for bit, or not at all."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import SPEC, Breaking, config_for, interrupt, lines_of, loader_of, same_params, saved_steps
+
+from beagle_jax.config import Config, LogConfig, StageConfig
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import init_draft
+from beagle_jax.training import loop
+from beagle_jax.training.checkpoint import StageCheckpoints
+from beagle_jax.training.loop import run_stage, settings_of
+from beagle_jax.training.metrics import Log
+
+LATE = StageConfig(steps=6, learning_rate=1e-2, warmup=2, window=2, simulation_steps=2)
+
+
+def config_of(folder, **changes) -> Config:
+    return config_for(folder, late=LATE, **changes)
+
+
+def both_stages(config: Config, frozen: dict, training=None) -> dict:
+    """Early and late, as the train command runs them, from parameters that depend on nothing."""
+    params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
+    for stage in ("early", "late"):
+        params = run_stage(stage, config, SPEC, params, frozen, training, None, Log(config))
+    return params
+
+
+def figures_of(config: Config) -> dict[tuple[str, int], dict]:
+    """The last line of every step that the log has one of, without what depends on the clock."""
+    return {(line["stage"], line["step"]): {**line, "tokens_per_second": None} for line in lines_of(config)}
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_params) -> dict:
+    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+
+
+@pytest.fixture(scope="module")
+def whole(frozen, tmp_path_factory):
+    """Config and parameters of both stages, which nothing interrupted."""
+    config = config_of(tmp_path_factory.mktemp("whole"))
+    return config, both_stages(config, frozen)
+
+
+def stopped_at(stage: str, step: int, config: Config, frozen: dict, how) -> None:
+    """Runs until a step of a stage, where `how` strikes."""
+    params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    for name in ("early", "late"):
+        training = Breaking(loader_of(20, 1), step, how) if name == stage else calm
+        params = run_stage(name, config, SPEC, params, frozen, training, None, Log(config))
+
+
+def kill(batch):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path):
+    """Really killed, in a process of its own, in the middle of an epoch and of a window of the log."""
+    here = Path(__file__).parent
+    program = ("import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;"
+               "p = conftest.random_params(conftest.TINY);"
+               "t.stopped_at('early', 8, t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, t.kill)")
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}
+    died = subprocess.run([sys.executable, "-c", program, str(here), str(tmp_path)], env=environment, capture_output=True, timeout=240)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
+    config = config_of(tmp_path)
+    assert lines_of(config)[-1]["step"] == 6  # it had gone beyond the checkpoint of step 5
+    same_params(both_stages(config, frozen), whole[1])
+    assert figures_of(config) == figures_of(whole[0])
+
+
+@pytest.mark.parametrize("stage, step", [("early", 11), ("late", 0), ("late", 3)])
+def test_stopped_anywhere_is_bit_equal(whole, frozen, tmp_path, stage, step):
+    config = config_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(stage, step, config, frozen, interrupt)
+    same_params(both_stages(config, frozen), whole[1])
+    assert figures_of(config) == figures_of(whole[0])
+
+
+def test_a_log_that_forgets_the_steps_before_the_checkpoint_is_seen(whole, frozen, tmp_path, monkeypatch):
+    restore = StageCheckpoints.restore
+    monkeypatch.setattr(StageCheckpoints, "restore", lambda self, fresh: (found := restore(self, fresh)) and (found[0], []))
+    config = config_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at("early", 8, config, frozen, interrupt)
+    same_params(both_stages(config, frozen), whole[1])
+    assert figures_of(config) != figures_of(whole[0])
+
+
+def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+
+def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_path, capsys):
+    config = config_of(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        stopped_at("early", 6, config, frozen, terminate)
+    assert end.value.code == 0 and saved_steps(config) == [5, 7]
+    assert "early stage: stopped by SIGTERM after step 7, which is saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    same_params(both_stages(config, frozen), whole[1])
+    assert figures_of(config) == figures_of(whole[0])
+
+
+# Checkpoints that are not whole
+
+
+@pytest.fixture
+def half_done(frozen, tmp_path):
+    """A run with checkpoints of steps 5 and 10, stopped at step 11."""
+    config = config_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at("early", 10, config, frozen, interrupt)
+    assert saved_steps(config) == [5, 10]
+    return config, tmp_path / "checkpoints" / "early"
+
+
+def largest_of(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(whole, frozen, half_done, capsys, how):
+    config, folder = half_done
+    largest = largest_of(folder / "10")
+    largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
+    same_params(both_stages(config, frozen), whole[1])
+    told = capsys.readouterr().out
+    assert f"warning: {folder}/10: this checkpoint is not whole" in told and "going on from step 5 of 12" in told
+    assert f"has {100 if how == 'cut' else 0} bytes of" in told and (folder / "cut-10").is_dir()
+
+
+def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(whole, frozen, half_done, capsys):
+    config, folder = half_done
+    (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
+    same_params(both_stages(config, frozen), whole[1])
+    told = capsys.readouterr().out
+    assert "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored" in told
+    assert "going on from step 5 of 12" in told
+
+
+@contextmanager
+def small_disk(limit: int):
+    """No file can grow beyond `limit` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# A thread of orbax that has lost its event loop says so when the write it waited for has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_path):
+    config = config_of(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at("early", 8, config, frozen, interrupt)
+    message = r"checkpoints/early: a checkpoint could not be written \(.*File too large.*\); the last whole one is that of step 5"
+    with small_disk(4000), pytest.raises(UserError, match=message):
+        both_stages(config, frozen)
+    assert saved_steps(config) == [5]
+    same_params(both_stages(config, frozen), whole[1])
+
+
+# Numbers that are not finite
+
+
+def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path, monkeypatch):
+    """Both moments are finite and the gradient is; only the update overflows."""
+
+    def make_steps(*arguments, **keywords):
+        train_step, eval_step, init = true_steps(*arguments, **keywords)
+
+        def step(state, *rest):
+            state, metrics = train_step(state, *rest)
+            broken = {"q_proj": jnp.where(state.step == 10, jnp.inf, state.params["q_proj"])}
+            return state._replace(params=state.params | broken), metrics
+
+        return step, eval_step, init
+
+    true_steps = loop.make_steps
+    monkeypatch.setattr(loop, "make_steps", make_steps)
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) is kept"):
+        both_stages(config, frozen)
+    assert saved_steps(config) == [5]
+
+
+# Other settings
+
+
+def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
+    config, folder = half_done
+    changed = replace(config, train=replace(config.train, seed=7, clip_norm=0.25))
+    with pytest.raises(UserError, match="train.clip_norm: 0.5 there, 0.25 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
+        both_stages(changed, frozen)
+    told = replace(changed, train=replace(changed.train, accept_changes=True))
+    both_stages(told, frozen)
+    assert "warning: going on with other settings than" in (said := capsys.readouterr().out) and "train.seed: 42 there, 7 now" in said
+
+
+def test_changes_that_make_another_state_say_so(frozen, half_done):
+    config, folder = half_done
+    muon = replace(config, train=replace(config.train, optimizer="muon", accept_changes=True))
+    with pytest.raises(UserError, match="checkpoints/early/10: this state does not fit the run"):
+        both_stages(muon, frozen)
+
+
+def settings_file(folder: Path) -> Path:
+    return folder / "10" / "settings" / "metadata"
+
+
+@pytest.mark.parametrize("value, fits", [("default", True), ("other", False)])
+def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(whole, frozen, half_done, value, fits):
+    config, folder = half_done
+    found = json.loads(settings_file(folder).read_text())
+    del found["train.vloss_weight"]  # as if it had been added since
+    settings_file(folder).write_text(json.dumps(found))
+    (folder / "10" / "sizes.json").unlink(missing_ok=True)
+    if fits:
+        same_params(both_stages(config, frozen), whole[1])
+        return
+    changed = replace(config, train=replace(config.train, vloss_weight=1.0))
+    with pytest.raises(UserError, match="train.vloss_weight: 10.0 there, 1.0 now"):
+        both_stages(changed, frozen)
+
+
+def test_settings_name_what_decides_and_nothing_else():
+    early, late = (settings_of(name, config_of("x")).now for name in ("early", "late"))
+    assert "train.early.steps" in early and "data.seed" in early and "draft.hot_tokens" in early
+    assert not [key for key in early if key.startswith("train.late")] and late["train.late.steps"] == 6
+    for free in ("train.folder", "train.checkpoint_every", "train.accept_changes", "draft.path"):
+        assert free not in late
+    elsewhere = replace(config_of("y", checkpoint_every=1), log=LogConfig(every=99))
+    assert settings_of("late", elsewhere).now == late
+
+
+# Where figures go
+
+
+def test_optional_writers_say_what_is_missing(tmp_path, monkeypatch):
+    for name, key, value in (("tensorboardX", "tensorboard", True), ("wandb", "wandb", "beagle")):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+        config = replace(config_of(tmp_path), log=LogConfig(**{key: value}))
+        with pytest.raises(UserError, match=rf"log.{key} is .*, but {name} is not installed: pip install 'beagle-jax\[log\]'"):
+            Log(config)
+
+
+def test_optional_writers_get_the_same_figures(tmp_path, monkeypatch):
+    written = []
+
+    class Fake:
+        """Both packages, as far as they are used."""
+
+        SummaryWriter = staticmethod(lambda folder: Fake())
+        init = staticmethod(lambda **settings: Fake())
+        add_scalar = staticmethod(lambda name, value, step: written.append(("board", name, value, step)))
+        log = staticmethod(lambda figures: written.append(("run", figures)))
+        flush = close = finish = staticmethod(lambda: None)
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", Fake)
+    monkeypatch.setitem(sys.modules, "wandb", Fake)
+    log = Log(replace(config_of(tmp_path), log=LogConfig(tensorboard=True, wandb="beagle")))
+    log.write({"stage": "late", "step": 4, "split": "held_out", "loss": 1.5, "top1_by_offset": [0.5, 0.25]})
+    log.close()
+    figures = {"late/held_out/loss": 1.5, "late/held_out/top1_by_offset_1": 0.5, "late/held_out/top1_by_offset_2": 0.25}
+    assert written == [*(("board", name, value, 4) for name, value in figures.items()), ("run", {"late/step": 4, **figures})]
+    assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.5
+
+
+def test_a_log_on_a_full_disk_is_named(tmp_path):
+    log = Log(config_of(tmp_path))
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="log.jsonl: the log cannot be written .*No space left.*free some space"):
+        log.write({"stage": "late", "step": 4, "loss": 1.5})
+
+
+def test_tensorboard_files_appear(tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs the log extra")
+    log = Log(replace(config_of(tmp_path), log=LogConfig(tensorboard=True)))
+    log.write({"stage": "late", "step": 4, "loss": np.float64(1.5)})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"late/loss" in file.read_bytes()
