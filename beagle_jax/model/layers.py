@@ -101,7 +101,7 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
     total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales))
     out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales))
     seen = total > 0
-    # Double where: the division never meets a zero, so neither value nor gradient can be NaN (method.md 13.5).
+    # Double where: the division never meets a zero, so neither value nor gradient can be NaN (method.md 2.5).
     return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 
