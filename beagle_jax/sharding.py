@@ -20,6 +20,7 @@ TENSOR = "tensor"  # heads, MLP width and vocabulary
 # the hidden size (o, down) are split along what they sum over, so one all-reduce follows each.
 _TENSOR_DIMENSION = {
     "embed_VD": 0, "head_VD": 0, "q_FD": 0, "k_FD": 0, "v_FD": 0, "o_DF": 1, "gate_FD": 0, "up_FD": 0, "down_DF": 1,
+    "gate_EFD": 1, "up_EFD": 1, "down_EDF": 2,
 }  # fmt: skip
 
 

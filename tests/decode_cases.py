@@ -65,6 +65,7 @@ _argmax_next = jax.jit(
     lambda params, spec, tokens, length: jnp.argmax(
         logits(
             params,
+            spec,
             forward(params, spec, tokens, jnp.arange(tokens.shape[1])[None], causal_mask(length, tokens.shape[1]))[0][
                 :, length[0] - 1
             ],

@@ -11,7 +11,7 @@ from beagle_jax.model.target import forward, init_cache, logits
 def _all_logits(target, tokens: list[int]) -> np.ndarray:
     text_BL, L = jnp.array([tokens]), len(tokens)
     states = forward(target.params, target.spec, text_BL, jnp.arange(L)[None], causal_mask(jnp.array([L]), L))[0]
-    return np.asarray(logits(target.params, states)[0])
+    return np.asarray(logits(target.params, target.spec, states)[0])
 
 
 def rounding_noise(target, tokens: list[int]) -> float:
@@ -24,7 +24,7 @@ def rounding_noise(target, tokens: list[int]) -> float:
             target.params, target.spec, jnp.array([[token]]), length[None], jnp.ones((1, 1, 1), bool), cache, visible_slots(length, cache)
         )
         cache = write_all(cache, rows, length)
-        largest = max(largest, float(np.abs(np.asarray(logits(target.params, states)[0, 0]) - at_once[place]).max()))
+        largest = max(largest, float(np.abs(np.asarray(logits(target.params, target.spec, states)[0, 0]) - at_once[place]).max()))
     return largest
 
 

@@ -1,5 +1,6 @@
 """The draft block against method.md section 2 written out in numpy."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -8,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.tree import chain
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.cache import empty_rows
 from beagle_jax.model.masks import early_block_mask
+from beagle_jax.training.step import predict_early, stage_loss
 
 LLAMA_2_7B = DraftSpec(hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_dim=128,
                        rope_theta=1e4, rms_norm_eps=1e-5)  # fmt: skip
@@ -88,6 +95,29 @@ def test_row_that_sees_nothing_is_embedding_plus_mlp(block_case, tiny_draft_spec
     without = {**params, "v_proj": jnp.zeros_like(params["v_proj"])}
     np.testing.assert_allclose(run(params)[0], run(without)[0], atol=1e-6)
     assert float(jnp.abs(run(params)[5] - run(without)[5]).max()) > 1e-2
+
+
+def _drafted(params, spec, embed_VD, times=1.0):
+    """Predicted states of a chain after one token."""
+    cache, length_B = empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32), jnp.zeros(1, jnp.int32)
+    return draft_tree(params, spec, chain(2), times * embed_VD, DraftHead(embed_VD, None), cache, length_B, jnp.array([5])).state_BQD
+
+
+def _trained_on(params, spec, embed_VD, times=1.0):
+    """The loss of one row."""
+    states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
+    one = np.ones(1, np.int32)
+    batch = Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one)
+    config, frozen = TrainConfig(noise="none"), {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD}
+    return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0))[0]
+
+
+@pytest.mark.parametrize("run", [_drafted, _trained_on])
+def test_draft_reads_the_embedding_as_the_target_scales_it(tiny_draft, tiny_draft_spec, run):
+    embed_VD = jax.random.normal(jax.random.key(4), (61, tiny_draft_spec.hidden_size))
+    scaled = run(tiny_draft, dataclasses.replace(tiny_draft_spec, embed_scale=3.0), embed_VD)
+    np.testing.assert_allclose(scaled, run(tiny_draft, tiny_draft_spec, embed_VD, 3.0), atol=1e-4)
+    assert float(jnp.abs(scaled - run(tiny_draft, tiny_draft_spec, embed_VD)).max()) > 1e-2
 
 
 def test_flax_nnx_is_never_imported():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beagle_jax.model.layers import apply_rope, merge_attention, partial_attention, rms_norm, rope_tables
+from beagle_jax.model.layers import apply_rope, merge_attention, partial_attention, rms_norm, rope_tables, soft_cap
 
 B, K, G, T, S, H = 2, 2, 3, 5, 9, 8
 
@@ -74,3 +74,19 @@ def test_rope_rotates_half_split_pairs():
             turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             expected[line, [pair, pair + 4]] = turn @ x[line, [pair, pair + 4]]
     np.testing.assert_allclose(apply_rope(jnp.asarray(x, jnp.float32), cos, sin), expected, atol=1e-4)  # angle 300 in float32
+
+
+def test_norm_with_one_added_keeps_small_weights_in_bfloat16():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.bfloat16)
+    weight = jnp.full(6, 2.0**-9, jnp.bfloat16)  # 1 + 2**-9 is no bfloat16: the sum has to be made in float32
+    normed = np.asarray(rms_norm(x.astype(jnp.float32), jnp.ones(6), 1e-5))
+    expected = jnp.asarray(normed * (1 + 2.0**-9), jnp.bfloat16)
+    np.testing.assert_array_equal(rms_norm(x, weight, 1e-5, plus_one=True), expected)
+    rounded = rms_norm(x, (1 + weight).astype(jnp.bfloat16), 1e-5)  # planted: added before, and lost
+    assert (rounded != expected).any()
+
+
+def test_soft_cap():
+    x = jnp.array([-100.0, 0.01, 2.0])
+    np.testing.assert_allclose(soft_cap(x, 4.0), 4 * np.tanh(np.array([-25, 0.0025, 0.5])), atol=1e-6)
+    assert soft_cap(x, None) is x

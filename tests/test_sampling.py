@@ -54,7 +54,7 @@ def small_draft() -> Draft:
 def last_logits(params, spec, text_BL):
     B, L = text_BL.shape
     positions, mask = jnp.broadcast_to(jnp.arange(L), (B, L)), causal_mask(jnp.full(B, L), L)
-    return logits(params, forward(params, spec, text_BL, positions, mask)[0][:, -1])
+    return logits(params, spec, forward(params, spec, text_BL, positions, mask)[0][:, -1])
 
 
 @lru_cache

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICKSTART_SOURCE, TINY
+from torch_targets import random_torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.data.template import prompt_tokens
@@ -21,8 +22,6 @@ from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import TargetSpec, best_tokens, forward, init_cache, logits
 from beagle_jax.weights.target import fill_params, open_source
-
-torch.set_num_threads(1)  # two beside another busy job on two cores fall to a tenth of the speed of one
 
 GREEDY = Sampling(temperature=0.0, top_k=1)
 NEVER = (10_000,)  # a stop token that is not in the vocabulary
@@ -68,10 +67,7 @@ def tiny_llama(request, tmp_path_factory):
         num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, tie_word_embeddings=request.param, eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0}, max_position_embeddings=128,
     )
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        weight.data = float("norm" in name) + 0.3 * torch.randn(weight.shape, generator=generator)
+    model = random_torch(LlamaForCausalLM, config)
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
     opened = open_source(str(folder), folder)
@@ -85,7 +81,7 @@ def _check_torch_logits(model, spec, params):
         expected = model(torch.from_numpy(tokens_BT)).logits.numpy()
     states_BTD, _ = _states(params, spec, jnp.asarray(tokens_BT), jnp.full(3, 24))
     assert expected.std() > 1  # a flat output would equal anything
-    np.testing.assert_allclose(logits(params, states_BTD), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(params, spec, states_BTD), expected, atol=1e-4, rtol=0)
 
 
 def _check_torch_greedy(model, spec, params):
@@ -146,7 +142,7 @@ def test_planted_bug_in_greedy_tokens(tiny_llama):
 def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
     _, spec, params = tiny_llama
     states_BTD = jax.random.normal(jax.random.key(0), (3, 5, spec.hidden_size))
-    expected = np.argmax(logits(params, states_BTD), axis=-1)
+    expected = np.argmax(logits(params, spec, states_BTD), axis=-1)
     assert len(np.unique(expected)) > 5
     np.testing.assert_array_equal(best_tokens(params, states_BTD)[0], expected)
 
@@ -196,7 +192,7 @@ def _real_difference(params, spec, prompts, expected) -> float:
     """Largest difference of any logit at any position."""
     states_BTD, _ = _states(params, spec, *_pad(prompts))
     pairs = [(states_BTD[line, : len(prompt)], expected[line]) for line, prompt in enumerate(prompts)]
-    return max(float(np.abs(logits(params, states_TD) - there).max()) for states_TD, there in pairs)
+    return max(float(np.abs(logits(params, spec, states_TD) - there).max()) for states_TD, there in pairs)
 
 
 def test_real_logits_equal_torch(real_target, real_prompts, real_logits):
@@ -386,7 +382,7 @@ def alone(tiny_params):
     rng = np.random.default_rng(5)
     asked = [rng.integers(0, TINY.vocab_size, length).tolist() for length in rng.permutation(40) + 1]
     following = jax.jit(lambda tokens, length: jnp.argmax(logits(
-        tiny_params, _states(tiny_params, TINY, tokens, length)[0][0, length[0] - 1])))
+        tiny_params, TINY, _states(tiny_params, TINY, tokens, length)[0][0, length[0] - 1])))
     answers = []
     for prompt in asked:
         text = list(prompt)

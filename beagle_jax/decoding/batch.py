@@ -94,7 +94,7 @@ def _admit(params, spec, state, slot_R, tokens_RT, length_R, sampling, eos_ids) 
     states_RTD, rows = forward(params, spec, tokens_RT, positions_RT, causal_mask(length_R, T))
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     key, sub = jax.random.split(state.key)
-    token_R = choose_from_top(logits(params, last_RD), sampling, sub)
+    token_R = choose_from_top(logits(params, spec, last_RD), sampling, sub)
     put = lambda old, new: old.at[slot_R].set(new, mode="drop")
     put_rows = lambda old, new: KVRows(
         old.k_BKHS.at[slot_R, :, :, ring : ring + T].set(new.k_BKHS, mode="drop"),
@@ -140,7 +140,7 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
         seen = (now.cache, _visible(now))
         states_B1D, rows = forward(params, spec, now.token_B[:, None], position_B1, jnp.ones((B, 1, 1), bool), *seen)
         key, sub = jax.random.split(now.key)
-        token_B = choose_from_top(logits(params, states_B1D[:, 0]), sampling, sub)
+        token_B = choose_from_top(logits(params, spec, states_B1D[:, 0]), sampling, sub)
         # A done row keeps computing, on slots that nobody sees, and counts nothing.
         column_B = jnp.where(now.done_B, ring, now.count_B)
         count_B = now.count_B + ~now.done_B

@@ -14,7 +14,7 @@ from beagle_jax.decoding.tree import Tree
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, append_rows, visible_slots
 from beagle_jax.model.layers import merge_attention, partial_attention
-from beagle_jax.model.target import logit_columns
+from beagle_jax.model.target import embed, logit_columns
 
 
 class DraftHead(NamedTuple):
@@ -84,7 +84,8 @@ def draft_tree(
     for depth in range(tree.depth):
         with jax.named_scope(f"draft_{depth + 1}"):
             positions_BT = jnp.broadcast_to((length_B + depth)[:, None], level.token_BT.shape)
-            state_BTD = _predict(block, embed_VD[level.token_BT], positions_BT, cache, slots, memory, level.sees_BTQ)
+            e_BTD = embed(embed_VD, level.token_BT, spec.embed_scale)
+            state_BTD = _predict(block, e_BTD, positions_BT, cache, slots, memory, level.sees_BTQ)
             states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
             if noise_BPV is None:
                 children = _best_children(tree, depth, level, state_BTD, head)

@@ -219,7 +219,7 @@ def accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, s
         wanted_BW, finite_BW = _target_choice(models, shapes, states_BWD, now.key_B, now.count_B[:, None] + nodes.depth_BW)
         return accept_matching(nodes, wanted_BW, depth), finite_BW.all(axis=1)
     (B, W, _), place_BP = states_BWD.shape, now.count_B[:, None] + jnp.arange(depth)[None]
-    raw_BWV = logits(models.target, states_BWD)
+    raw_BWV = logits(models.target, shapes.target, states_BWD)
     V = raw_BWV.shape[-1]
     target_BWV = filtered(raw_BWV.reshape(B * W, V), shapes.sampling).reshape(B, W, V)
     draft_BPV = drafted.logits_BPV
@@ -235,7 +235,7 @@ def _target_choice(models: Models, shapes: Shapes, states_BWD, key_B, place_BW) 
     """The target's own next token after each state, greedy or drawn with the noise of its place; and is it finite?"""
     if shapes.sampling.greedy:
         return best_tokens(models.target, states_BWD)
-    raw_BWV = logits(models.target, states_BWD)
+    raw_BWV = logits(models.target, shapes.target, states_BWD)
     B, W, V = raw_BWV.shape
     noise_BWV = gumbel(_keys(key_B, place_BW, _FOR_TARGET), V)
     wanted_M = choose(raw_BWV.reshape(-1, V), noise_BWV.reshape(-1, V), shapes.sampling)

@@ -38,6 +38,7 @@ class DraftSpec:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
+    embed_scale: float = 1.0  # of the target's embedding on its way in
     init_std: float = 0.02  # of the linear weights, when trained from scratch
     input_norm: bool = True  # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
 
@@ -52,6 +53,7 @@ class DraftSpec:
             head_dim=spec.head_dim,
             rope_theta=spec.rope_theta,
             rms_norm_eps=spec.rms_norm_eps,
+            embed_scale=spec.embed_scale,
             init_std=init_std,
         )
 

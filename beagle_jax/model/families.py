@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from beagle_jax.errors import UserError
+from beagle_jax.model.experts import Experts
 from beagle_jax.model.layers import RopeScaling
 
 Config = Mapping[str, Any]
@@ -15,28 +16,58 @@ Config = Mapping[str, Any]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+class _Gemma(NamedTuple):
+    """What Gemma's generations differ in: Hugging Face's own values for a missing key."""
+
+    score_cap: float | None
+    logit_cap: float | None
+    local_theta: float | None  # rotary base of the layers with a window; None: that of the others
 
 
 class _Family(NamedTuple):
-    """What a model_type means beyond what its config says. The last four are Hugging Face's own for a missing key."""
+    """What a model_type means beyond what its config says. All after `gemma` are Hugging Face's own for a missing key."""
 
     known_as: str
     biases: tuple[str, ...] = ()  # projections that always have one
     may_bias: tuple[str, ...] = ()  # settings of the config that add more
     qk_norm: bool = False
-    windowed: Literal["never", "always", "if asked"] = "never"  # always: every layer; if asked: see use_sliding_window
-    window: int = 4096
+    # never; always: every layer; asked: every layer, if use_sliding_window; late: the same, but for Qwen's first layers;
+    # mixed: all but every nth.
+    windowed: Literal["never", "always", "asked", "late", "mixed"] = "never"
+    experts: tuple[str, str, str, str] | None = None  # see Experts.names
+    experts_only: bool = False  # every layer has them, and their chosen shares always sum to 1
+    gemma: _Gemma | None = None  # Gemma's norms, scales, GELU and soft caps
+    window: int | None = 4096
+    every: int = 1  # mixed: n
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: hidden_size / heads
     max_positions: int = 32768
+    theta: float = 1e4
+    eps: float = 1e-6
 
 
+_GEMMA = dict(may_bias=("attention_bias",), windowed="mixed", kv_heads=4, head_dim=256)
 _FAMILIES = {
     "llama": _Family("Llama, Vicuna, SmolLM2", may_bias=("attention_bias", "mlp_bias"), max_positions=2048),
     "mistral": _Family("Mistral", windowed="always", kv_heads=8, max_positions=131072),
-    "qwen2": _Family("Qwen2, Qwen2.5", biases=_QKV, windowed="if asked", kv_heads=32),
-    "qwen3": _Family("Qwen3", may_bias=("attention_bias",), qk_norm=True, windowed="if asked", kv_heads=32, head_dim=128),
-}
+    "mixtral": _Family(
+        "Mixtral", windowed="always", window=None, kv_heads=8, max_positions=131072, theta=1e6, eps=1e-5,
+        experts_only=True, experts=("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2"))),
+    ),
+    "qwen2": _Family("Qwen2, Qwen2.5", biases=_QKV, windowed="late", kv_heads=32),
+    "qwen3": _Family("Qwen3", may_bias=("attention_bias",), qk_norm=True, windowed="late", kv_heads=32, head_dim=128),
+    "qwen3_moe": _Family(
+        "Qwen3-MoE", may_bias=("attention_bias",), qk_norm=True, windowed="asked", kv_heads=4,
+        experts=("mlp.gate", *(f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))),
+    ),
+    "gemma2": _Family("Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)),
+    "gemma3_text": _Family(
+        "Gemma 3 text", **_GEMMA, qk_norm=True, every=6, max_positions=131072, theta=1e6, gemma=_Gemma(None, None, 1e4),
+    ),
+}  # fmt: skip
 _BIASED_BY = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
 # The keys that each rope type needs; the types that are not here are refused.
 _ROPE_KEYS = {
@@ -51,7 +82,7 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
     family = _family(config, where)
     _check_complete(config, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), where)
     heads = config["num_attention_heads"]
-    theta, scaling = _rope(config, where)
+    theta, scaling = _rope(config, family, where)
     return dict(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -62,13 +93,15 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
         num_kv_heads=config.get("num_key_value_heads", family.kv_heads) or heads,
         head_dim=config.get("head_dim", family.head_dim) or config["hidden_size"] // heads,
         rope_theta=theta,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=config.get("rms_norm_eps", family.eps),
         max_positions=config.get("max_position_embeddings", family.max_positions),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", family.gemma is not None)),
         biases=_biases(config, family, where),
         qk_norm=family.qk_norm,
         rope_scaling=scaling,
         windows=_windows(config, family, where),
+        experts=_experts(config, family, where),
+        **_gemma(config, family, where),
     )
 
 
@@ -77,9 +110,11 @@ def _family(config: Config, where: str) -> _Family:
     if model_type not in _FAMILIES:
         known = ", ".join(f"{name!r} ({family.known_as})" for name, family in _FAMILIES.items())
         raise UserError(f"{where}: model_type is {model_type!r}; this version computes {known}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}; expected 'silu'")
-    return _FAMILIES[model_type]
+    family = _FAMILIES[model_type]
+    key, expected = ("hidden_activation", "gelu_pytorch_tanh") if family.gemma else ("hidden_act", "silu")
+    if (config.get(key) or expected) != expected:
+        raise UserError(f"{where}: {key} is {config[key]!r}; expected {expected!r}")
+    return family
 
 
 def _check_complete(config: Config, needed: tuple[str, ...], where: str, part: str = "the model config") -> None:
@@ -99,10 +134,11 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
     return found
 
 
-def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding."""
-    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
+def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary embedding, in layers without a window if the two kinds differ."""
+    # transformers 5 writes rope_parameters, for Gemma 3 one of each kind of layer; older files have rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise UserError(f"{where}: rope type {kind!r} is not supported; expected one of {', '.join(map(repr, _ROPE_KEYS))}")
@@ -110,26 +146,77 @@ def _rope(config: Config, where: str) -> tuple[float, RopeScaling | None]:
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UserError(f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)")
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = float(rope.get("rope_theta", config.get("rope_theta", family.theta)))
     values = [float(rope[key]) for key in _ROPE_KEYS[kind]]
     return theta, RopeScaling(*values) if values else None
 
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:
     """The sliding window of each layer, None for one that sees everything; empty when no layer has one."""
-    asked = family.windowed == "always" or (family.windowed == "if asked" and config.get("use_sliding_window", False))
+    asked = family.windowed in ("always", "mixed") or (family.windowed != "never" and config.get("use_sliding_window", False))
     window = config.get("sliding_window", family.window) if asked else None
     if window is None:
+        if family.windowed == "mixed":
+            raise UserError(f"{where}: sliding_window is null; {config['model_type']!r} needs a number of tokens")
         return ()
     layers = config["num_hidden_layers"]
-    # Qwen's first layers see everything; Mistral has no such setting.
-    first = 0 if family.windowed == "always" else config.get("max_window_layers", 28)
-    types = config.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if family.windowed == "always" and set(types) != {"sliding_attention"}:
+    types = config.get("layer_types") or _layer_types(config, family)
+    if family.windowed in ("always", "asked") and set(types) != {_SLIDING}:
         raise UserError(f"{where}: layer_types mixes kinds of attention, which {config['model_type']!r} does not have")
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    unknown = sorted(set(types) - {_SLIDING, _FULL})
     if unknown or len(types) != layers:
         raise UserError(f"{where}: layer_types has {len(types)} entries{f', among them {unknown[0]!r}' if unknown else ''}; expected "
                         f"{layers} of 'sliding_attention' or 'full_attention'")  # fmt: skip
-    windows = tuple(window if kind == "sliding_attention" else None for kind in types)
+    windows = tuple(window if kind == _SLIDING else None for kind in types)
     return windows if any(windows) else ()
+
+
+def _layer_types(config: Config, family: _Family) -> list[str]:
+    """What the family means where the config does not say it layer by layer."""
+    every = config.get("sliding_window_pattern", family.every)
+    full = {
+        "late": lambda layer: layer < config.get("max_window_layers", 28),
+        "mixed": lambda layer: (layer + 1) % every == 0,
+    }.get(family.windowed, lambda layer: False)
+    return [_FULL if full(layer) else _SLIDING for layer in range(config["num_hidden_layers"])]
+
+
+def _experts(config: Config, family: _Family, where: str) -> Experts | None:
+    """The routed experts, if the family has them."""
+    if family.experts is None:
+        return None
+    # transformers 5 writes num_local_experts for every family.
+    count_key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    width_key = "intermediate_size" if family.experts_only else "moe_intermediate_size"
+    _check_complete(config, (count_key, "num_experts_per_tok", width_key), where)
+    count, per_token = config[count_key], config["num_experts_per_tok"]
+    if not 1 <= per_token <= count:
+        raise UserError(f"{where}: num_experts_per_tok is {per_token}; expected 1 to {count} ({count_key})")
+    renormalised, dense = True, ()
+    if not family.experts_only:
+        renormalised = bool(config.get("norm_topk_prob", False))
+        step, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+        dense = tuple(layer for layer in range(config["num_hidden_layers"]) if layer in plain or (layer + 1) % step)
+    return Experts(count, per_token, config[width_key], renormalised, dense, family.experts)
+
+
+def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
+    """The fields that only Gemma has; nothing for the others."""
+    if family.gemma is None:
+        return {}
+    if config.get("use_bidirectional_attention"):
+        raise UserError(f"{where}: use_bidirectional_attention is true; this version decodes causal models only")
+    local_theta = family.gemma.local_theta
+    if local_theta is not None:
+        local = (config.get("rope_parameters") or {}).get(_SLIDING) or {}
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope type {local['rope_type']!r} of sliding layers is not supported; expected 'default'")
+        local_theta = float(local.get("rope_theta", config.get("rope_local_base_freq", local_theta)))
+    return dict(
+        gemma=True,
+        embed_scale=config["hidden_size"] ** 0.5,
+        score_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
+        score_cap=config.get("attn_logit_softcapping", family.gemma.score_cap),
+        logit_cap=config.get("final_logit_softcapping", family.gemma.logit_cap),
+        local_rope_theta=local_theta,
+    )

@@ -14,13 +14,19 @@ import jax.numpy as jnp
 MASKED_SCORE = -1e30
 
 
-def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1) -> jax.Array:
-    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the weight as HF does."""
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, plus_one: bool = False) -> jax.Array:
+    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the weight as HF does.
+
+    plus_one: multiplied by 1 + weight, and cast after that (Gemma).
+    """
     x_f32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axis, keepdims=True) + eps)
+    normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axis, keepdims=True) + eps)
     shape = [1] * x.ndim
     shape[axis] = weight_D.shape[0]
-    return (x_f32 * scale).astype(x.dtype) * weight_D.reshape(shape)
+    weight = weight_D.reshape(shape)
+    if plus_one:
+        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight
 
 
 class RopeScaling(NamedTuple):
@@ -75,14 +81,29 @@ class PartialAttention(NamedTuple):
     total_BKGT: jax.Array  # sum over visible keys of exp(score - peak)
 
 
-def partial_attention(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask: jax.Array) -> PartialAttention:
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Squeezes x into -cap..cap by a tanh that leaves small values as they are; None: unchanged."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def partial_attention(
+    q_BKGTH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> PartialAttention:
     """Softmax numerator and denominator over one set of keys.
 
-    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S].
+    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: of the scores; None:
+    H ** -0.5. cap: of the scores, after the scale (`soft_cap`).
     """
     B, K, G, T, H = q_BKGTH.shape
-    q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * H**-0.5
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * (H**-0.5 if scale is None else scale)
     score = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
+    score = soft_cap(score, cap)
     score = jnp.where(mask, score.reshape(B, K, G, T, -1), MASKED_SCORE)
     # The peak cancels in the merge, so it carries no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))

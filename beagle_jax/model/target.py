@@ -1,4 +1,4 @@
-"""The frozen target: a dense decoder of the Llama family as pure functions over a tree of arrays.
+"""The frozen target: a decoder of the Llama family as pure functions over a tree of arrays.
 
 `TargetSpec` describes the architecture (`model/families.py` reads it from a config), `param_table` declares every
 tensor once (path, shape, Hugging Face name), `forward` runs it; a family is a few fields, never code of its own.
@@ -9,14 +9,24 @@ The state of a token is the last hidden state after the final norm (method.md 1)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.cache import KVRows, empty_rows
+from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
-from beagle_jax.model.layers import RopeScaling, apply_rope, merge_attention, partial_attention, rms_norm, rope_tables
+from beagle_jax.model.layers import (
+    RopeScaling,
+    apply_rope,
+    merge_attention,
+    partial_attention,
+    rms_norm,
+    rope_tables,
+    soft_cap,
+)
 from beagle_jax.model.masks import within_window
 
 Params = Mapping[str, Any]
@@ -47,6 +57,13 @@ class TargetSpec:
     qk_norm: bool = False  # each head's queries and keys pass a norm of their own before they are rotated
     rope_scaling: RopeScaling | None = None
     windows: tuple[int | None, ...] = ()  # per layer: how many tokens back a token sees, itself included; None: all
+    local_rope_theta: float | None = None  # unscaled rotary base of the layers with a window; None: that of all
+    experts: Experts | None = None  # routed experts in place of the MLP
+    gemma: bool = False  # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
+    embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
+    score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
+    logit_cap: float | None = None  # logits too. A draft's scores and losses need no cap: it keeps their order
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
@@ -59,37 +76,65 @@ class TargetSpec:
         return min((window for window in self.windows if window is not None), default=None)
 
 
-def param_table(spec: TargetSpec) -> dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]]:
-    """Every tensor of the target: Hugging Face name -> (path in the parameter tree, shape [out, in])."""
-    D, F, V = spec.hidden_size, spec.intermediate_size, spec.vocab_size
-    NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    table: dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]] = {
+Path = tuple[str | int, ...]
+
+
+def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape [out, in]).
+
+    A path that ends in a number is one expert's slice of a stacked array.
+    """
+    D, V = spec.hidden_size, spec.vocab_size
+    table: dict[str, tuple[Path, tuple[int, ...]]] = {
         "model.embed_tokens.weight": (("embed_VD",), (V, D)),
         "model.norm.weight": (("norm_D",), (D,)),
     }
     if not spec.tie_embeddings:
         table["lm_head.weight"] = (("head_VD",), (V, D))
-    per_layer = {
+    for layer in range(spec.num_layers):
+        tensors = _attention_tensors(spec) | _mlp_tensors(spec, layer)
+        for name, (path, shape) in tensors.items():
+            table[f"model.layers.{layer}.{name}.weight"] = (("layers", layer, *path), shape)
+        for name in spec.biases:
+            (key,), shape = tensors[name]
+            table[f"model.layers.{layer}.{name}.bias"] = (("layers", layer, _bias_key(key)), shape[:1])
+    return table
+
+
+def _attention_tensors(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Weights of a layer's attention and of its norms."""
+    D, NH, KH = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    tensors = {
         "input_layernorm": ("input_norm_D", (D,)),
         "self_attn.q_proj": ("q_FD", (NH, D)),
         "self_attn.k_proj": ("k_FD", (KH, D)),
         "self_attn.v_proj": ("v_FD", (KH, D)),
         "self_attn.o_proj": ("o_DF", (D, NH)),
         "post_attention_layernorm": ("mlp_norm_D", (D,)),
-        "mlp.gate_proj": ("gate_FD", (F, D)),
-        "mlp.up_proj": ("up_FD", (F, D)),
-        "mlp.down_proj": ("down_DF", (D, F)),
     }
     if spec.qk_norm:
-        per_layer["self_attn.q_norm"] = ("q_norm_H", (spec.head_dim,))
-        per_layer["self_attn.k_norm"] = ("k_norm_H", (spec.head_dim,))
-    for layer in range(spec.num_layers):
-        for name, (key, shape) in per_layer.items():
-            table[f"model.layers.{layer}.{name}.weight"] = (("layers", layer, key), shape)
-        for name in spec.biases:
-            key, shape = per_layer[name]
-            table[f"model.layers.{layer}.{name}.bias"] = (("layers", layer, _bias_key(key)), shape[:1])
-    return table
+        tensors |= {f"self_attn.{x}_norm": (f"{x}_norm_H", (spec.head_dim,)) for x in "qk"}
+    if spec.gemma:  # the same name for another place
+        tensors["post_attention_layernorm"] = ("after_attention_norm_D", (D,))
+        tensors["pre_feedforward_layernorm"] = ("mlp_norm_D", (D,))
+        tensors["post_feedforward_layernorm"] = ("after_mlp_norm_D", (D,))
+    return {name: ((key,), shape) for name, (key, shape) in tensors.items()}
+
+
+def _mlp_tensors(spec: TargetSpec, layer: int) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Weights of a layer's MLP, or of its router and experts."""
+    D, F, experts = spec.hidden_size, spec.intermediate_size, spec.experts
+    if experts is None or layer in experts.dense_layers:
+        shapes = {"gate": ("gate_FD", (F, D)), "up": ("up_FD", (F, D)), "down": ("down_DF", (D, F))}
+        return {f"mlp.{name}_proj": ((key,), shape) for name, (key, shape) in shapes.items()}
+    router, gate, up, down = experts.names
+    F = experts.width
+    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {router: (("router_ED",), (experts.count, D))}
+    for expert in range(experts.count):
+        tensors[gate.format(expert)] = (("gate_EFD", expert), (F, D))
+        tensors[up.format(expert)] = (("up_EFD", expert), (F, D))
+        tensors[down.format(expert)] = (("down_EDF", expert), (D, F))
+    return tensors
 
 
 def _bias_key(weight_key: str) -> str:
@@ -103,26 +148,27 @@ def head(params: Params) -> jax.Array:
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
-def embed(params: Params, tokens: jax.Array) -> jax.Array:
-    """Embedding rows e(x) [*tokens.shape, D]."""
-    return params["embed_VD"][tokens]
+def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Embedding rows e(x) [*tokens.shape, D]. scale: the target's `embed_scale`."""
+    rows = embed_VD[tokens]
+    return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
-def logits(params: Params, states: jax.Array) -> jax.Array:
+def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does.
 
     The barrier keeps XLA from carrying the last transpose back into the layers: with it a step of 256 rows takes
     0.55 s on a CPU, without it 0.77 to 0.92 (measured).
     """
     states = jax.lax.optimization_barrier(states)
-    return logit_columns(head(params), states).T.reshape(*states.shape[:-1], -1)
+    return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(*states.shape[:-1], -1)
 
 
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its logit is finite.
 
     Reduces over the columns' first axis: with a transpose in between, XLA turns the product around to the row form,
-    which takes 100 ms instead of 7 for four rows on a CPU (measured).
+    which takes 100 ms instead of 7 for four rows on a CPU (measured). A cap of the logits would change nothing here.
     """
     columns_VM = logit_columns(head(params), states)
     best_M = jnp.argmax(columns_VM, axis=0).astype(jnp.int32)
@@ -161,22 +207,30 @@ def forward(
     Returns the states [B, T, D] after the final norm, and the key/value rows of the T tokens in each layer.
     """
     B, T = tokens_BT.shape
-    cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, spec.rope_theta, spec.rope_scaling)
-    rotary = (cos_BTH[:, None, None], sin_BTH[:, None, None])
-    sees = _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None)
-    x_DM = params["embed_VD"][tokens_BT.reshape(-1)].T
+    sees, rotary = _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None), _layer_rotary(spec, positions_BT)
+    x_DM = embed(params["embed_VD"], tokens_BT.reshape(-1), spec.embed_scale).T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
     new_rows = []
     for index, layer in enumerate(params["layers"]):
         with jax.named_scope(f"layer_{index}"):
             past = cache[index] if cache else None
-            y_DM = rms_norm(x_DM, layer["input_norm_D"], spec.rms_norm_eps, axis=0)
-            attended_DM, rows = _attention(layer, spec, y_DM, (B, T), rotary, past, *sees[index])
-            x_DM = x_DM + attended_DM
-            x_DM = x_DM + _swiglu(layer, rms_norm(x_DM, layer["mlp_norm_D"], spec.rms_norm_eps, axis=0))
+            x_DM, rows = _block(layer, spec, x_DM, (B, T), rotary[index], past, *sees[index])
             new_rows.append(rows)
-    x_DM = rms_norm(x_DM, params["norm_D"], spec.rms_norm_eps, axis=0)
+    x_DM = _norm(spec, x_DM, params["norm_D"], axis=0)
     return x_DM[:, : B * T].T.reshape(B, T, -1), new_rows
+
+
+def _block(layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots) -> tuple[jax.Array, KVRows]:
+    """One layer: the residual stream after it, and the new rows."""
+    norm = partial(_norm, spec, axis=0)
+    y_DM, rows = _attention(layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots)
+    x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.gemma else y_DM)
+    y_DM = _mlp(layer, spec, norm(x_DM, layer["mlp_norm_D"]), batch_shape[0] * batch_shape[1])
+    return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
+
+
+def _norm(spec: TargetSpec, x: jax.Array, weight_D: jax.Array, axis: int = -1) -> jax.Array:
+    return rms_norm(x, weight_D, spec.rms_norm_eps, axis, plus_one=spec.gemma)
 
 
 def _column_padding(count: int) -> int:
@@ -196,19 +250,28 @@ def _layer_masks(spec, positions_BT, mask_BTT, visible_BS) -> list[tuple[jax.Arr
     return [masks[window] for window in spec.windows or (None,) * spec.num_layers]
 
 
+def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """For each layer, the cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
+    tables = lambda theta, scaling: [x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)]
+    far = near = tables(spec.rope_theta, spec.rope_scaling)
+    if spec.local_rope_theta is not None:
+        near = tables(spec.local_rope_theta, None)
+    return [far if window is None else near for window in spec.windows or (None,) * spec.num_layers]
+
+
 def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
     """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and the new rows."""
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
     q_BKGTH, k_BK1TH, v_BK1TH = (_heads(_project(layer, key, y_DM), B, T, K, H) for key in ("q_FD", "k_FD", "v_FD"))
     if spec.qk_norm:
-        q_BKGTH = rms_norm(q_BKGTH, layer["q_norm_H"], spec.rms_norm_eps)
-        k_BK1TH = rms_norm(k_BK1TH, layer["k_norm_H"], spec.rms_norm_eps)
+        q_BKGTH, k_BK1TH = _norm(spec, q_BKGTH, layer["q_norm_H"]), _norm(spec, k_BK1TH, layer["k_norm_H"])
     q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
     rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), v_BK1TH[:, :, 0])
-    parts = [partial_attention(q_BKGTH, *rows, mask_BTT[:, None, None])]
+    attend = partial(partial_attention, scale=spec.score_scale, cap=spec.score_cap)
+    parts = [attend(q_BKGTH, *rows, mask_BTT[:, None, None])]
     if past is not None:
-        parts.append(partial_attention(q_BKGTH, *past, slots))
+        parts.append(attend(q_BKGTH, *past, slots))
     out_FM = merge_attention(*parts).astype(y_DM.dtype).transpose(1, 2, 4, 0, 3).reshape(-1, B * T)
     out_FM = jnp.pad(out_FM, ((0, 0), (0, M - B * T)))
     return _project(layer, "o_DF", out_FM), rows
@@ -226,6 +289,15 @@ def _heads(out_FM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
     return out_FM[:, : B * T].reshape(K, -1, H, B, T).transpose(3, 0, 1, 4, 2)
 
 
-def _swiglu(layer: Params, y_DM: jax.Array) -> jax.Array:
-    gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
-    return _project(layer, "down_DF", jax.nn.silu(gate_FM) * up_FM)
+def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Array:
+    """Gated MLP, or routed experts. count: columns that are not padding."""
+    act = partial(jax.nn.gelu, approximate=True) if spec.gemma else jax.nn.silu
+    if "router_ED" not in layer:
+        gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
+        return _project(layer, "down_DF", act(gate_FM) * up_FM)
+
+    def run(expert):
+        gate_FM, up_FM = layer["gate_EFD"][expert] @ y_DM, layer["up_EFD"][expert] @ y_DM
+        return layer["down_EDF"][expert] @ (act(gate_FM) * up_FM)
+
+    return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)

@@ -12,6 +12,7 @@ from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.masks import window_start
+from beagle_jax.model.target import embed
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
 from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
@@ -129,7 +130,7 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
-    e_BTD = frozen["embed_VD"][at_queries(batch, jnp.asarray(batch.tokens_BL))]
+    e_BTD = embed(frozen["embed_VD"], at_queries(batch, jnp.asarray(batch.tokens_BL)), spec.embed_scale)
     h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
     out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
     counts_BN = batch.counts_BT[:, out.query_N] & out.inside_N[None]

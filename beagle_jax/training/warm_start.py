@@ -19,6 +19,7 @@ import numpy as np
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.masks import early_block_mask
+from beagle_jax.model.target import embed
 from beagle_jax.training.step import at_queries
 
 FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
@@ -44,7 +45,7 @@ def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Arra
 
 def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, batch: Batch) -> dict[str, np.ndarray]:
     """The weights before the MLP, with most heads reading the newest state."""
-    e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD), batch)
+    e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD) * spec.embed_scale, batch)
     u_MD = e_MD / np.sqrt(np.square(e_MD).mean(axis=1, keepdims=True) + spec.rms_norm_eps)
     K, H, G = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
     local = max(1, 2 * K // 3)  # kv heads that begin local; the rest stay random
@@ -68,7 +69,7 @@ def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, b
 def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that count: features x features, and features x what the MLP should add."""
     block = BeagleBlock(spec).bind({"params": params})
-    e_BTD = embed_VD[at_queries(part, part.tokens_BL)]
+    e_BTD = embed(embed_VD, at_queries(part, part.tokens_BL), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_B, part.tokens_BL.shape[1], 1, jnp.int32(0), part.first_B, e_BTD.shape[1])
     y_BTD, gated_BTF = block.before_down(e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, part.first_B))
     feature_BTF = gated_BTF * part.counts_BT[..., None]

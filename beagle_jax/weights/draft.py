@@ -62,7 +62,7 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-    config = {"model_type": draft.spec.kind, **asdict(draft.spec), DIGEST: draft_digest(draft.spec, tensors), **draft.provenance}
+    config = {"model_type": draft.spec.kind, **settings(draft.spec), DIGEST: draft_digest(draft.spec, tensors), **draft.provenance}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
@@ -75,9 +75,14 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
     return tensors
 
 
+def settings(spec: DraftSpec) -> dict[str, Any]:
+    """What the files say of the block: all but the embedding's scale, which is the target's own."""
+    return {key: value for key, value in asdict(spec).items() if key != "embed_scale"}
+
+
 def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
     """What config.json says under DIGEST. tensors: as `file_tensors` names them."""
-    return digest(tensors, json.dumps(asdict(spec), sort_keys=True))
+    return digest(tensors, json.dumps(settings(spec), sort_keys=True))
 
 
 def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] = DraftSpec) -> Draft:
@@ -107,11 +112,11 @@ def _spec(config: dict[str, Any], target: TargetSpec, kind: type[DraftSpec], fol
     path, expected = folder / "config.json", kind.from_target(target)
     if config.get("model_type") != kind.kind:
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected {kind.kind!r}")
-    told = {key: config.get(key, value) for key, value in asdict(expected).items()}
+    told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
     if told.get("rope_scaling") is not None:
         told["rope_scaling"] = _scaling(told["rope_scaling"], path)
     # What a draft may have of its own, beside what its target has.
-    own = ("init_std", "input_norm") if kind is DraftSpec else tuple(key for key in told if key != "hidden_size")
+    own = ("init_std", "input_norm", "embed_scale") if kind is DraftSpec else tuple(key for key in told if key != "hidden_size")
     wrong = [f"{key} {config.get(key)} there, {value} here" for key, value in asdict(expected).items()
              if key not in own and config.get(key) != value]
     if wrong:

@@ -105,11 +105,13 @@ def fill_params(
             problems.append(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
             continue
         node = params
-        for key in path[:-1]:
-            node = node[key]
+        for key, after in zip(path[:-1], path[1:]):
+            node = node.setdefault(key, {}) if isinstance(after, int) and key != "layers" else node[key]
         node[path[-1]] = jax.device_put(array.astype(dtype))
     problems += [f"missing tensor {name} {list(table[name][1])}" for name in table if name not in seen]
     if problems:
         listed = "\n  ".join(sorted(problems))
         raise UserError(f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}")
+    for layer in params["layers"]:  # experts side by side
+        layer |= {key: jnp.stack([part[n] for n in range(len(part))]) for key, part in layer.items() if isinstance(part, dict)}
     return params

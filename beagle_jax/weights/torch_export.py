@@ -5,7 +5,6 @@ torch and must compute what the JAX block computes; only then does the folder ap
 """
 
 import json
-from dataclasses import asdict
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
-from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors
+from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors, settings
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 
 MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
@@ -68,7 +67,7 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
         "architectures": ["BeagleDraft"],
         "auto_map": {"AutoConfig": f"{MODULE}.BeagleConfig", "AutoModel": f"{MODULE}.BeagleDraft"},
         "dtype": str(tensors[TENSOR_NAMES["q_proj"]].dtype),
-        **{CONFIG_KEYS[key]: value for key, value in asdict(draft.spec).items()},
+        **{CONFIG_KEYS[key]: value for key, value in settings(draft.spec).items()},
         "vocab_size": vocab_size,
         "num_hot_tokens": 0 if draft.hot_ids is None else len(draft.hot_ids),
         "target": draft.provenance.get("target"),

@@ -1,0 +1,89 @@
+"""Each part of each family against transformers' module of it, on that module's own inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from test_families import each_family, family  # noqa: F401  (the fixture)
+
+from beagle_jax.model import target as target_module
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import embed
+
+B, T = 2, 16
+
+
+def _torch_parts(model, tokens_BT):
+    """What went into the modules of each layer, and what came out: name -> (in, out)."""
+    seen = {}
+
+    def record(name):
+        def hook(_, args, named, out):
+            first = args[0] if args else named["hidden_states"]
+            seen[name] = (first, out[0] if isinstance(out, tuple) else out)
+
+        return hook
+
+    parts = {"embedding": model.model.embed_tokens}
+    for index, layer in enumerate(model.model.layers):
+        named = {"norm": layer.input_layernorm, "attention": layer.self_attn, "mlp": layer.mlp, "block": layer}
+        parts |= {f"{name} {index}": module for name, module in named.items()}
+    hooks = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in parts.items()]
+    with torch.no_grad():
+        model.model(torch.from_numpy(tokens_BT))
+    for hook in hooks:
+        hook.remove()
+    return {name: (x.numpy(), out.numpy()) for name, (x, out) in seen.items()}
+
+
+
+def _our_parts(spec, params, inputs):
+    """Our outputs of the same parts from the same inputs, as [B, T, D]."""
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    masks = target_module._layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)
+    rotary = target_module._layer_rotary(spec, positions_BT)
+    columns = lambda x_BTD: jnp.asarray(x_BTD).reshape(B * T, -1).T
+    rows = lambda x_DM: x_DM.T.reshape(B, T, -1)
+    out = {"embedding": embed(params["embed_VD"], inputs["embedding"], spec.embed_scale)}
+    for index, layer in enumerate(params["layers"]):
+        at = lambda name: columns(inputs[f"{name} {index}"])
+        around = ((B, T), rotary[index], None, *masks[index])
+        out[f"norm {index}"] = rows(target_module._norm(spec, at("norm"), layer["input_norm_D"], axis=0))
+        out[f"attention {index}"] = rows(target_module._attention(layer, spec, at("attention"), *around)[0])
+        out[f"mlp {index}"] = rows(target_module._mlp(layer, spec, at("mlp"), B * T))
+        out[f"block {index}"] = rows(target_module._block(layer, spec, at("block"), *around)[0])
+    return out
+
+
+def _differences(pair, change=lambda spec, params: (spec, params)):
+    model, target = pair
+    spec, params = change(target.spec, target.params)
+    expected = _torch_parts(model, np.random.default_rng(3).integers(0, spec.vocab_size, (B, T)))
+    found = jax.jit(lambda params, inputs: _our_parts(spec, params, inputs))(params, {name: x for name, (x, _) in expected.items()})
+    assert found.keys() == expected.keys()
+    return {name: float(np.abs(found[name] - out).max()) for name, (_, out) in expected.items()}
+
+
+@each_family
+def test_each_part_equals_torch(family):  # noqa: F811
+    assert max(_differences(family).values()) < 1e-4
+
+
+@each_family
+def test_rope_equals_torch(family):  # noqa: F811
+    model, target = family
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    for index, found in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
+        kind = (model.config.layer_types[index],) if target.spec.local_rope_theta else ()
+        expected = model.model.rotary_emb(torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind)
+        for ours, theirs in zip(found, expected):
+            np.testing.assert_allclose(ours[:, 0, 0], theirs.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma 3"], indirect=True)
+def test_planted_bug_shows_in_its_part_alone(family):  # noqa: F811
+    first, *rest = family[1].params["layers"]
+    shifted = {**first, "up_FD": jnp.roll(first["up_FD"], 1, axis=0)}
+    found = _differences(family, lambda spec, params: (spec, {**params, "layers": [shifted, *rest]}))
+    assert {name for name, difference in found.items() if difference > 1e-3} == {"mlp 0", "block 0"}
