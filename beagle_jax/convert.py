@@ -8,18 +8,20 @@ from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
 # What each direction takes beside --out and --overwrite.
-_OPTIONS = {"to-torch": ("report",), "from-torch": ("source", "allow_pickle")}
+_OPTIONS = {"to-torch": ("report",), "from-torch": ("source", "allow_pickle"), "import-eagle": ("source", "allow_pickle"),
+            "to-jax": ()}
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("convert", "Write a trained draft as a PyTorch folder (to-torch), or read one (from-torch).",
+    made = parser("convert", "Write a trained draft as a PyTorch folder (to-torch), or read one (from-torch, import-eagle);\n"
+                  "write a target so that it loads fast (to-jax).",
                   "python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out exported")
-    made.add_argument("direction", choices=_OPTIONS, help="reads draft.path, or --source")
+    made.add_argument("direction", choices=_OPTIONS, help="to-torch reads draft.path, to-jax target.source, the others --source")
     made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace that folder, as a whole, if it exists")
-    made.add_argument("--source", metavar="PATH", help="from-torch: the folder or weights file to read")
-    made.add_argument("--allow-pickle", action="store_true", help="from-torch: read .bin and .pt files, weights only")
+    made.add_argument("--source", metavar="PATH", help="from-torch, import-eagle: the folder or weights file to read")
+    made.add_argument("--allow-pickle", action="store_true", help="from-torch, import-eagle: read .bin and .pt files, weights only")
     made.add_argument("--report", metavar="FILE", help="to-torch: what evaluate --json wrote, for the model card")
     add_overrides(made)
     arguments = made.parse_args(argv)
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch}[direction]
+        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch, "import-eagle": convert.import_eagle, "to-jax": convert.to_jax}[direction]
         text, figures = run(config, arguments)
     show(arguments, text, figures)
 

@@ -30,3 +30,10 @@ def test_shapes_are_the_published_sizes():
     shapes = _benchmark("large_shapes").SHAPES
     count = lambda spec: sum(math.prod(shape) for _, shape in param_table(spec).values())
     assert (count(shapes["llama2-7b"]), count(shapes["llama3-8b"])) == (6_738_415_616, 8_030_261_248)
+
+
+def test_export_at_toy_size(tmp_path, capsys):
+    bench = _benchmark("export_draft")
+    bench.write_inputs(tmp_path, "toy")
+    assert bench.measure(tmp_path, 120.0, 1e9) and not bench.measure(tmp_path, 120.0, 1e9), "the second finds the folder in its way"
+    assert "export and parity check" in capsys.readouterr().out and (tmp_path / "out" / "modeling_beagle.py").exists()

@@ -1,6 +1,5 @@
-"""Drafts to PyTorch and back."""
+"""Drafts to PyTorch and back, and targets into the form that loads fastest."""
 
-import json
 import os
 import tempfile
 from argparse import Namespace
@@ -8,12 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.sharding import place_target, tensor_mesh
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
-from beagle_jax.weights.model_card import model_card
-from beagle_jax.weights.target import open_source, revision
+from beagle_jax.weights.eagle_import import read_eagle_draft
+from beagle_jax.weights.json_file import read_json
+from beagle_jax.weights.model_card import acceptance, model_card
+from beagle_jax.weights.orbax_target import OrbaxFolder, save_target
+from beagle_jax.weights.target import load_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
@@ -50,6 +56,35 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     return f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}', {"out": str(out)}
 
 
+def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Writes the native folder of an EAGLE draft, which is read back before it appears."""
+    source = Path(arguments.source).expanduser()
+    out = _free(arguments, source)
+    target = target_spec(config.target)
+    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle)
+    with staged(out) as folder:
+        save_draft(folder, draft)
+        load_draft(folder, target, EagleSpec)
+    count = sum(array.size for array in draft.params.values())
+    return f"EAGLE draft of {count:,} parameters written to {out}", {"out": str(out), "parameters": count}
+
+
+def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Writes the target as a folder that loads fast, its arrays in the parts that this process's devices hold."""
+    source, dtype = config.target.source, config.target.dtype
+    opened = open_source(source, Path(config.target.cache_dir).expanduser())
+    if isinstance(opened, OrbaxFolder):
+        raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
+    out = _free(arguments, opened.path)
+    target = load_target(source, dtype, config.target.cache_dir)
+    params = place_target(target.params, tensor_mesh(jax.device_count()))
+    told = {"dtype": dtype, "source": source, "revision": target.revision}
+    with staged(out) as folder:
+        save_target(folder, params, opened.config(), target.tokenizer, target.eos_ids, told)
+    size = sum(array.nbytes for array in jax.tree.leaves(params))
+    return f"target written to {out}, {size / 1e9:.2f} GB in {dtype}; use it with target.source={out}", {"out": str(out), "bytes": size}
+
+
 def target_spec(config: TargetConfig) -> TargetSpec:
     """The target's shape; its weights are not read."""
     return TargetSpec.from_hf_config(open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source)
@@ -67,17 +102,15 @@ def _check_target(draft: Draft, source: str, where: Path) -> None:
         raise UserError(f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}")
 
 
-def _read_report(path: str) -> list[dict]:
-    """What `evaluate --json` wrote."""
+def _read_report(path: str) -> str:
+    """The model card's part of what `evaluate --json` wrote."""
+    report = read_json(Path(path), "expected what evaluate --json wrote")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if {"name", "tree", "prompts", "tau", "speedup", "identical_to_plain"} <= set(found[0]):
-            return found
-    except (OSError, ValueError) as error:
-        raise UserError(f"--report {path}: cannot be read ({error}); expected what evaluate --json wrote") from error
-    except (TypeError, LookupError):
-        pass
-    raise UserError(f"--report {path}: not a report; expected what evaluate --json wrote")
+        if report["format"] == 1:
+            return acceptance(report)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"--report {path}: not a report on a draft ({error!r}); expected what evaluate --json wrote") from error
+    raise UserError(f"--report {path}: not a report of this version (format {report['format']!r}); expected what evaluate --json wrote")
 
 
 def _free(arguments: Namespace, source: Path) -> Path:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.cache import KVRows, empty_rows
+from beagle_jax.model.config_values import check_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
 from beagle_jax.model.layers import (
@@ -68,6 +69,7 @@ class TargetSpec:
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
         """Reads a Hugging Face `config.json`; raises UserError naming what this decoder cannot compute."""
+        check_values(config, where)
         return cls(**read_config(config, where))
 
     @property

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.errors import UserError
+from beagle_jax.weights.gguf_header import check_header
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -41,9 +42,10 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
+        check_header(path)
         try:
             self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, IndexError, KeyError) as error:
             raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
         architecture = self._field("general.architecture")
         if architecture != "llama":
@@ -55,6 +57,12 @@ class GGUFFile:
             raise UserError(f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter")
         return field.contents()
 
+    def _list(self, key: str) -> list[Any]:
+        found = self._field(key)
+        if not isinstance(found, list):
+            raise UserError(f"{self.path}: GGUF metadata {key!r} is {found!r}, expected a list; download the file again")
+        return found
+
     def _has(self, key: str) -> bool:
         return self._reader.get_field(key) is not None
 
@@ -65,7 +73,7 @@ class GGUFFile:
         names = {tensor.name for tensor in self._reader.tensors}
         return {
             "model_type": "llama",
-            "vocab_size": len(self._field("tokenizer.ggml.tokens")),
+            "vocab_size": len(self._list("tokenizer.ggml.tokens")),
             "hidden_size": self._field("llama.embedding_length"),
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
@@ -90,10 +98,11 @@ class GGUFFile:
                                 "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
             # GGUF lists dimensions fastest first.
             array = array.reshape(tuple(int(size) for size in reversed(tensor.shape)))
-            if tensor.name.endswith(".attn_q.weight"):
-                array = _unpermute_rows(array, heads)
-            elif tensor.name.endswith(".attn_k.weight"):
-                array = _unpermute_rows(array, kv_heads)
+            if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
+                count = heads if ".attn_q." in tensor.name else kv_heads
+                if array.ndim != 2 or type(count) is not int or count < 1 or array.shape[0] % (2 * count):
+                    raise UserError(f"{self.path}: {tensor.name} of shape {list(array.shape)} does not fit {count!r} heads; download it again")
+                array = _unpermute_rows(array, count)
             yield _hf_name(tensor.name), array
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -104,24 +113,35 @@ class GGUFFile:
                 f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here (only 'gpt2'/'smollm'); "
                 "use the model's Hugging Face folder"
             )
-        tokens = self._field("tokenizer.ggml.tokens")
+        tokens = self._list("tokenizer.ggml.tokens")
         return PreTrainedTokenizerFast(
             tokenizer_object=self._bpe(tokens),
             chat_template=self._field("tokenizer.chat_template"),
-            eos_token=tokens[self._field("tokenizer.ggml.eos_token_id")],
-            bos_token=tokens[self._field("tokenizer.ggml.bos_token_id")],
+            eos_token=tokens[self._token_id("eos", len(tokens))],
+            bos_token=tokens[self._token_id("bos", len(tokens))],
             clean_up_tokenization_spaces=False,
         )
 
+    def _token_id(self, name: str, count: int) -> int:
+        found = self._field(f"tokenizer.ggml.{name}_token_id")
+        if type(found) is not int or not 0 <= found < count:
+            raise UserError(f"{self.path}: tokenizer.ggml.{name}_token_id is {found!r}, and there are {count} tokens; download it again")
+        return found
+
     def _bpe(self, tokens: list[str]) -> Tokenizer:
-        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+        vocab = {token: index for index, token in enumerate(tokens)}
+        merges = [tuple(merge.split(" ", 1)) for merge in self._list("tokenizer.ggml.merges")]
+        unknown = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()]
+        if unknown or len(vocab) != len(tokens):
+            found = f"merge {' '.join(unknown[0])!r} is not of its tokens" if unknown else "two of its tokens are the same"
+            raise UserError(f"{self.path}: the tokenizer is damaged ({found}); download the file again")
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
         # Each digit stands alone; transformers' own GGUF route drops this step and splits "\n\n1." differently.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, self._field("tokenizer.ggml.token_type"), strict=True):
+        for token, kind in zip(tokens, self._list("tokenizer.ggml.token_type"), strict=True):
             if kind == _CONTROL:
                 tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
             elif kind == _USER_DEFINED:
@@ -130,7 +150,7 @@ class GGUFFile:
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
-        return (int(self._field("tokenizer.ggml.eos_token_id")),)
+        return (self._token_id("eos", len(self._list("tokenizer.ggml.tokens"))),)
 
 
 def _hf_name(name: str) -> str:

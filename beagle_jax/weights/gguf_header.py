@@ -1,0 +1,125 @@
+"""Walks the header of a GGUF file before anybody else reads it: every length is held against the file's.
+
+The gguf package trusts the counts in a file: a damaged one makes it loop for hours, index past the end or read another
+tensor's bytes. What llama.cpp's own reader demands is demanded here: known types, tensors one after the other, and all
+of it inside the file.
+"""
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+import gguf
+
+from beagle_jax.errors import UserError
+
+_SCALARS = {
+    gguf.GGUFValueType.UINT8: "B", gguf.GGUFValueType.INT8: "b", gguf.GGUFValueType.UINT16: "H", gguf.GGUFValueType.INT16: "h",
+    gguf.GGUFValueType.UINT32: "I", gguf.GGUFValueType.INT32: "i", gguf.GGUFValueType.FLOAT32: "f", gguf.GGUFValueType.BOOL: "B",
+    gguf.GGUFValueType.UINT64: "Q", gguf.GGUFValueType.INT64: "q", gguf.GGUFValueType.FLOAT64: "d",
+}  # fmt: skip
+_STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
+_MOST_DIMENSIONS = 4
+
+
+def check_header(path: Path) -> None:
+    """Raises UserError naming the file, the byte and what is wrong there. Little-endian files of version 2 and 3."""
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Walk(path, data).check()
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+
+
+class _Walk:
+    """A place in the file that moves on with every value read."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self._path, self._data, self._at = path, data, 0
+
+    def check(self) -> None:
+        """The whole header, then where each tensor's bytes lie."""
+        if self._bytes(4) != b"GGUF":
+            raise self._broken("it does not begin with GGUF", 0)
+        if (version := self._scalar("I")) not in (2, 3):
+            raise self._broken(f"version {version}, expected 2 or 3")
+        tensors, fields = self._scalar("Q"), self._scalar("Q")
+        alignment, keys = gguf.GGUF_DEFAULT_ALIGNMENT, set()
+        for _ in range(fields):
+            key = self._string()
+            if key in keys:
+                raise self._broken(f"{key!r} stands twice")
+            keys.add(key)
+            value = self._value(self._scalar("I"))
+            if key == "general.alignment":
+                alignment = value
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._broken(f"general.alignment is {alignment!r}, expected a power of two")
+        self._check_tensors(tensors, alignment)
+
+    def _check_tensors(self, count: int, alignment: int) -> None:
+        """Names, sizes and offsets of the tensors, which lie one after the other."""
+        names, expected = set(), 0
+        for _ in range(count):
+            name = self._string()
+            if name in names:
+                raise self._broken(f"tensor {name} stands twice")
+            names.add(name)
+            dimensions = self._scalar("I")
+            if not 1 <= dimensions <= _MOST_DIMENSIONS:
+                raise self._broken(f"tensor {name} has {dimensions} dimensions")
+            shape = [self._scalar("Q") for _ in range(dimensions)]
+            kind, offset = self._scalar("I"), self._scalar("Q")
+            if kind not in gguf.GGML_QUANT_SIZES:
+                raise self._broken(f"tensor {name} is stored as type {kind}, which does not exist")
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            if 0 in shape or shape[0] % block:
+                raise self._broken(f"tensor {name} has shape {shape[::-1]}, which blocks of {block} do not fill")
+            if offset != expected:
+                raise self._broken(f"tensor {name} should begin at byte {expected:,} of the data, and begins at {offset:,}")
+            size = math.prod(shape) // block * block_bytes
+            end, expected = offset + size, -(-(offset + size) // alignment) * alignment
+            if end > len(self._data):
+                raise self._broken(f"tensor {name} of {size:,} bytes is larger than the file")
+        start = -(-self._at // alignment) * alignment
+        if count and start + end > len(self._data):
+            raise self._broken(f"its tensors end at byte {start + end:,}, the file at {len(self._data):,}", len(self._data))
+
+    def _value(self, kind: int) -> object:
+        """One value; of an array the last element."""
+        if kind in _SCALARS:
+            return self._scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            raise self._broken(f"a value of type {kind}, which does not exist")
+        kind, count = self._scalar("I"), self._scalar("Q")
+        if kind == _ARRAY or count > len(self._data) - self._at:
+            raise self._broken(f"an array of {count:,} values of type {kind}, which does not fit in the file")
+        if kind in _SCALARS:
+            return self._bytes(count * struct.calcsize(_SCALARS[kind]))[-1:]
+        value = None
+        for _ in range(count):
+            value = self._value(kind)
+        return value
+
+    def _string(self) -> str:
+        start, length = self._at, self._scalar("Q")
+        try:
+            return self._bytes(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self._broken("a string that is not UTF-8", start) from error
+
+    def _scalar(self, code: str) -> int | float:
+        return struct.unpack("<" + code, self._bytes(struct.calcsize("<" + code)))[0]
+
+    def _bytes(self, count: int) -> bytes:
+        if count > len(self._data) - self._at:
+            raise self._broken(f"{count:,} bytes should follow, and the file ends at byte {len(self._data):,}")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def _broken(self, found: str, at: int | None = None) -> UserError:
+        at = self._at if at is None else at
+        return UserError(f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file whole? Download it again")

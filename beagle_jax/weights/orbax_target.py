@@ -1,0 +1,107 @@
+"""A target as an orbax checkpoint: one file of settings, the tokenizer, and the parameter tree as this library lays it out.
+
+`convert to-jax` writes such a folder from any source, once; loading it renames, transposes and dequantises nothing, and
+each process reads only the parts of each array that its devices hold, so that a pod starts fast.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.target import Params, TargetSpec, param_table
+from beagle_jax.weights.hf import HFTokenizer
+from beagle_jax.weights.json_file import read_json
+
+SETTINGS = "target.json"  # what makes a folder one of these
+_KIND = "beagle_target"
+_ARRAYS = "arrays"
+
+
+class OrbaxFolder(HFTokenizer):
+    """A folder that `save_target` wrote."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.settings = read_json(path / SETTINGS, "convert to-jax writes it")
+        if self.settings.get("model_type") != _KIND or not isinstance(self.settings.get("crc32"), dict):
+            raise UserError(f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, expected {_KIND!r} with checksums; "
+                            "write the folder with convert to-jax")
+
+    def params(self, spec: TargetSpec, dtype: jnp.dtype) -> dict[str, Any]:
+        """The parameter tree; raises UserError for arrays that are not this target's, and for a dtype they never had."""
+        stored = self.settings.get("dtype")
+        if stored != jnp.dtype(dtype).name and stored != "float32":
+            raise UserError(f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
+                            "or convert again with another")
+        wanted = abstract_params(spec, jnp.dtype(stored))
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                self._check_shapes(checkpointer, wanted)
+                params = checkpointer.restore((self.path / _ARRAYS).absolute(), wanted)
+        except Exception as error:
+            # tensorstore raises bare Exceptions for some damage.
+            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+                raise
+            raise UserError(f"{self.path / _ARRAYS}: cannot be restored ({error}); write the folder again with convert to-jax") from error
+        self._check_bytes(params)
+        return jax.tree.map(lambda array: array.astype(dtype), params)
+
+    def _check_shapes(self, checkpointer: ocp.StandardCheckpointer, wanted: Params) -> None:
+        found = checkpointer.metadata((self.path / _ARRAYS).absolute()).item_metadata
+        if found is None:
+            raise UserError(f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again with convert to-jax")
+        held = _by_name(found.tree)
+        expected = _by_name(wanted)
+        problems = [f"missing array {name}" for name in expected if name not in held]
+        problems += [f"extra array {name}" for name in held if name not in expected]
+        problems += [f"{name} is {held[name].dtype} {list(held[name].shape)}, expected {array.dtype} {list(array.shape)}"
+                     for name, array in expected.items() if name in held and (held[name].shape, held[name].dtype) != (array.shape, array.dtype)]
+        if problems:
+            raise UserError(f"{self.path}: its arrays do not fit its config:\n  " + "\n  ".join(problems))
+
+    def _check_bytes(self, params: Params) -> None:
+        """Arrays that this process holds whole are those that were written."""
+        wrong = [name for name, array in _by_name(params).items()
+                 if array.is_fully_addressable and self.settings["crc32"].get(name) != _checksum(array)]
+        if wrong:
+            raise UserError(f"{self.path}: {', '.join(wrong)} changed since they were written; write the folder again with convert to-jax")
+
+
+def save_target(folder: Path, params: Params, config: dict[str, Any], tokenizer, eos_ids: tuple[int, ...], told: dict[str, Any]) -> None:
+    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of source and dtype."""
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(eos_ids)}) + "\n", encoding="utf-8")
+    checksums = {name: _checksum(array) for name, array in _by_name(params).items()}
+    settings = {"model_type": _KIND, **told, "crc32": checksums}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / _ARRAYS).absolute(), params)
+
+
+def abstract_params(spec: TargetSpec, dtype: jnp.dtype) -> dict[str, Any]:
+    """Shape, dtype and place of every array."""
+    tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    for path, shape in param_table(spec).values():
+        node = tree
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+    return tree
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(array: jax.Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -1,0 +1,79 @@
+"""Time and peak memory of `convert to-torch` with its parity check, on a draft of random weights of the paper's size.
+
+    python benchmarks/export_draft.py                       # Llama-2-7B's shape: 202,383,360 parameters, 2.5 GB of disk
+    python benchmarks/export_draft.py --shape toy           # runs anywhere at once
+
+The draft is written by a process of its own, so that the peak is the converter's. For scale, the time to read the draft's
+file is printed beside. Exits with 1 when the export takes longer or more memory than --seconds and --gigabytes allow.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = {
+    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
+    "toy": dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
+}
+_MIB = 2**20
+
+
+def write_inputs(folder: Path, shape: str) -> None:
+    """A target's config (its weights are not read), a draft of random weights for it, and the command's config."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from beagle_jax.model.beagle import DraftSpec, init_draft
+    from beagle_jax.model.target import TargetSpec
+    from beagle_jax.weights.draft import Draft, save_draft
+
+    config = {"model_type": "llama", "num_hidden_layers": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **SHAPES[shape]}
+    (folder / "target").mkdir()
+    (folder / "target" / "config.json").write_text(json.dumps(config))
+    save_file({"none": np.zeros(1, np.float32)}, folder / "target" / "model.safetensors")
+    spec = DraftSpec.from_target(TargetSpec.from_hf_config(config, "here"))
+    save_draft(folder / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {"target": "random"}))
+    (folder / "run.yaml").write_text(f"target:\n  source: {folder / 'target'}\ndraft:\n  path: {folder / 'draft'}\n")
+
+
+def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
+    """Exports, prints what it took; True when that is within the limits."""
+    weights = folder / "draft" / "model.safetensors"
+    clock = time.perf_counter()
+    size = sum(len(block) for block in iter(lambda stream=weights.open("rb"): stream.read(_MIB), b""))
+    read_seconds = time.perf_counter() - clock
+    clock = time.perf_counter()
+    from beagle_jax import convert
+    from beagle_jax.errors import run_main
+
+    status = run_main(convert.main, ["to-torch", "--config", str(folder / "run.yaml"), "--out", str(folder / "out"), "--quiet"])
+    seconds = time.perf_counter() - clock
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
+    print(f"file {size / 1e9:.2f} GB, read in {read_seconds:.2f} s; export and parity check {seconds:.1f} s (imports included), "
+          f"{seconds / read_seconds:.1f} times the reading; peak memory {gigabytes:.2f} GB, {gigabytes * 1e9 / size:.1f} times the file")
+    return status == 0 and seconds <= limit_seconds and gigabytes <= limit_gigabytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--inputs-only", metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inputs_only:
+        write_inputs(Path(arguments.inputs_only), arguments.shape)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, __file__, "--shape", arguments.shape, "--inputs-only", folder], check=True)
+        return 0 if measure(Path(folder), arguments.seconds, arguments.gigabytes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

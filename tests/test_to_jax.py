@@ -1,0 +1,127 @@
+"""Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when they are not whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from convert_cases import refused
+from gguf_files import llama_tensors, write_llama
+from safetensors.numpy import save_file
+
+from beagle_jax import convert
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.weights.gguf import GGUFFile
+from beagle_jax.weights.orbax_target import OrbaxFolder, _by_name
+from beagle_jax.weights.target import load_target
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    """The same model as a GGUF file and as a Hugging Face folder."""
+    root = tmp_path_factory.mktemp("to_jax")
+    write_llama(root / "tiny.gguf", llama_tensors())
+    opened, folder = GGUFFile(root / "tiny.gguf"), root / "folder"
+    opened.tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**opened.config(), "eos_token_id": 2}))
+    save_file(llama_tensors(), folder / "model.safetensors")
+    return {"gguf": root / "tiny.gguf", "folder": folder}
+
+
+def to_jax(source: Path, out: Path, *more: str) -> int:
+    config = out.parent / "run.yaml"
+    config.write_text(yaml.safe_dump({"target": {"source": str(source)}}))
+    return run_main(convert.main, ["to-jax", "--config", str(config), "--out", str(out), *more])
+
+
+def same_target(found, expected) -> None:
+    assert (found.spec, found.eos_ids) == (expected.spec, expected.eos_ids)
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab() and found.tokenizer.chat_template == expected.tokenizer.chat_template
+    assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
+    for mine, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params)):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_bit_equal_to_the_source(sources, tmp_path, kind):
+    assert to_jax(sources[kind], tmp_path / "out") == 0
+    for dtype in ("float32", "bfloat16"):
+        same_target(load_target(str(tmp_path / "out"), dtype, "unused"), load_target(str(sources[kind]), dtype, "unused"))
+
+
+def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of the parts that each array is stored in."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder / "arrays").item_metadata.tree
+    return {name: leaf.storage.chunk_shape for name, leaf in _by_name(tree).items()}
+
+
+def test_parts_on_disk_follow_the_devices(sources, tmp_path):
+    """A process with four devices writes four parts of what they share; anybody reads them."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}}))
+    command = [sys.executable, "-m", "beagle_jax.convert", "to-jax", "--config", str(config), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = stored_parts(tmp_path / "out")
+    assert (parts["layers.0.gate_FD"], parts["layers.0.down_DF"]) == ((24, 64), (64, 24))
+    same_target(load_target(str(tmp_path / "out"), "float32", "unused"), load_target(str(sources["folder"]), "float32", "unused"))
+
+
+def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):
+    assert to_jax(sources["folder"], tmp_path / "out", "target.dtype=bfloat16") == 0
+    same_target(load_target(str(tmp_path / "out"), "bfloat16", "unused"), load_target(str(sources["folder"]), "bfloat16", "unused"))
+    with pytest.raises(UserError, match="its arrays are bfloat16, and target.dtype is float32; set target.dtype=bfloat16"):
+        load_target(str(tmp_path / "out"), "float32", "unused")
+
+
+def test_other_folders_are_refused(sources, tmp_path, capsys):
+    assert to_jax(sources["folder"], tmp_path / "out") == 0
+    out = tmp_path / "out"
+    assert "was written by convert to-jax already" in refused(capsys, to_jax(out, tmp_path / "again"))
+    settings = json.loads((out / "target.json").read_text())
+    (out / "target.json").write_text(json.dumps({**settings, "model_type": "beagle_draft"}))
+    with pytest.raises(UserError, match="target.json: model_type is 'beagle_draft', expected 'beagle_target'"):
+        OrbaxFolder(out)
+    (out / "target.json").unlink()
+    with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
+        load_target(str(out), "float32", "unused")
+
+
+def test_a_config_that_contradicts_the_arrays(sources, tmp_path):
+    assert to_jax(sources["folder"], tmp_path / "out") == 0
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 32, "num_hidden_layers": 3}))
+    with pytest.raises(UserError, match="its arrays do not fit its config") as caught:
+        load_target(str(tmp_path / "out"), "float32", "unused")
+    assert "missing array layers.2.q_FD" in str(caught.value) and "layers.0.gate_FD is float32 [96, 64], expected float32 [32, 64]" in str(caught.value)
+
+
+def test_damaged_arrays_are_noticed(sources, tmp_path):
+    """Every byte of what orbax wrote is either needed and checked, or makes no difference."""
+    assert to_jax(sources["folder"], tmp_path / "out") == 0
+    expected = load_target(str(tmp_path / "out"), "float32", "unused")
+    files = sorted(path for path in (tmp_path / "out" / "arrays").rglob("*") if path.is_file() and path.stat().st_size)
+    ended = []
+    for case in range(24):
+        rng = np.random.default_rng(case)
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        changed = bytearray(whole)
+        changed[rng.integers(len(whole))] ^= rng.integers(1, 256)
+        path.write_bytes(changed if case % 4 else whole[: len(whole) // 2])
+        try:
+            same_target(load_target(str(tmp_path / "out"), "float32", "unused"), expected)
+            ended.append("right")
+        except UserError:
+            ended.append("refused")
+        path.write_bytes(whole)
+    assert "refused" in ended
