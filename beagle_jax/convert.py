@@ -1,4 +1,4 @@
-"""Takes a trained draft to PyTorch and back: python -m beagle_jax.convert to-torch --config FILE --out FOLDER"""
+"""Takes drafts to PyTorch and back: python -m beagle_jax.convert to-torch --config FILE --out FOLDER"""
 
 import sys
 from collections.abc import Sequence
@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch, "import-eagle": convert.import_eagle, "to-jax": convert.to_jax}[direction]
-        text, figures = run(config, arguments)
+        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch, "import-eagle": convert.import_eagle,
+               "to-jax": convert.to_jax}  # fmt: skip
+        text, figures = run[direction](config, arguments)
     show(arguments, text, figures)
 
 

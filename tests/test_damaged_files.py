@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import draft as draft_module
 from beagle_jax.weights import gguf as gguf_module
@@ -43,6 +44,11 @@ HEADER = 3000  # bytes at the beginning of a file that half of the damage goes t
 
 def read_draft(folder: Path) -> dict:
     draft = load_draft(folder, SPEC)
+    return {"spec": draft.spec, **file_tensors(draft)}
+
+
+def read_eagle(folder: Path) -> dict:
+    draft = load_draft(folder, SPEC, EagleSpec)
     return {"spec": draft.spec, **file_tensors(draft)}
 
 
@@ -80,6 +86,8 @@ def sources(tmp_path_factory) -> SimpleNamespace:
     spec = DraftSpec.from_target(SPEC)
     draft = Draft(spec, init_draft(spec, jax.random.key(0)), jnp.array([3, 1, 7], jnp.int32), {"target": "a target"})
     save_draft(root / "draft", draft)
+    eagle = EagleSpec.from_target(SPEC)
+    save_draft(root / "eagle", Draft(eagle, init_eagle(eagle, jax.random.key(0)), None, {"target": "a target"}))
     for name in ("exported", "folder", "gguf"):
         (root / name).mkdir()
     write_torch_folder(root / "exported", draft, SPEC.vocab_size, "")
@@ -171,6 +179,8 @@ def anything(*_) -> None:
     [
         ("draft", "model.safetensors", read_draft, 120, same),
         ("draft", "config.json", read_draft, 60, same),
+        ("eagle", "model.safetensors", read_eagle, 40, same),
+        ("eagle", "config.json", read_eagle, 40, same),
         ("exported", "model.safetensors", read_exported, 80, same),
         ("exported", "config.json", read_exported, 60, same),
         ("folder", "model-00001-of-00002.safetensors", read_folder, 80, where_its_bytes_changed),

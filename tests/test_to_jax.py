@@ -105,6 +105,8 @@ def test_a_config_that_contradicts_the_arrays(sources, tmp_path):
     assert "missing array layers.2.q_FD" in str(caught.value) and "layers.0.gate_FD is float32 [96, 64], expected float32 [32, 64]" in str(caught.value)
 
 
+# tensorstore leaves an exception in a future that nobody asks.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_arrays_are_noticed(sources, tmp_path):
     """Every byte of what orbax wrote is either needed and checked, or makes no difference."""
     assert to_jax(sources["folder"], tmp_path / "out") == 0

@@ -56,6 +56,7 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
         raise UserError(f"{source}: this draft belongs to another target ({'; '.join(wrong)})")
     unknown = [f"{layer.num_layers} layers"] * (layer.num_layers != 1) + ["biases of projections"] * bool(layer.biases)
     unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(layer.windows)
+    unknown += ["Gemma's layer"] * layer.gemma + ["experts"] * (layer.experts is not None)
     if unknown:
         raise UserError(f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one plain Llama layer")
     return layer

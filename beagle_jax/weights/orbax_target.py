@@ -92,6 +92,8 @@ def abstract_params(spec: TargetSpec, dtype: jnp.dtype) -> dict[str, Any]:
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     one = SingleDeviceSharding(jax.local_devices()[0])
     for path, shape in param_table(spec).values():
+        if isinstance(path[-1], int):  # one expert of a stacked array; the last one tells how many there are
+            path, shape = path[:-1], (path[-1] + 1, *shape)
         node = tree
         for key in path[:-1]:
             node = node[key]
