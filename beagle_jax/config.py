@@ -124,6 +124,9 @@ class EvalConfig:
     limit: int | None = None  # only the first so many of each suite
     max_new_tokens: int = 96  # per answer
     compare: tuple[str, ...] = ()  # more drafts to show beside the first: folders, or lookup
+    every: int = 0  # training: steps between two measurements of tau with the real decoder; 0: none
+    train_prompts: int = 8  # training: prompts of the first suite that it is measured on, in one batch
+    patience: int = 0  # training: a stage ends after so many measurements without a better tau; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +305,7 @@ def _check(config: Config, where: str) -> None:
         "decode.max_new_tokens": config.decode.max_new_tokens,
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "log.every": config.log.every,
+        "eval.train_prompts": config.eval.train_prompts,
         "eval.limit": 1 if config.eval.limit is None else config.eval.limit,
     }
     not_negative = {
@@ -312,6 +316,8 @@ def _check(config: Config, where: str) -> None:
         "train.vloss_weight": config.train.vloss_weight,
         "train.weight_decay": config.train.weight_decay,
         "log.eval_rows": config.log.eval_rows,
+        "eval.every": config.eval.every,
+        "eval.patience": config.eval.patience,
         "decode.temperature": config.decode.temperature,
         "decode.top_k": config.decode.top_k,
         "decode.seed": config.decode.seed,
@@ -336,8 +342,7 @@ def _check(config: Config, where: str) -> None:
             raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
     if not 0 < config.decode.top_p <= 1:
         raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
-    if not config.eval.suites or len(set(config.eval.suites)) < len(config.eval.suites):
-        raise UsageError(f"{where}: eval.suites is {list(config.eval.suites)}; expected one name or more, each once")
+    _check_eval(config, where)
     if not config.train.clip_norm > 0:
         raise UsageError(f"{where}: train.clip_norm is {config.train.clip_norm}; expected more than 0")
 
@@ -355,3 +360,14 @@ def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_n
     if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
         raise UsageError(f"{where}: {key}.step_weights has {len(stage.step_weights)} entries, expected "
                          f"{stage.simulation_steps} (simulation_steps)")
+
+
+def _check_eval(config: Config, where: str) -> None:
+    """What is measured, while training and after."""
+    if not config.eval.suites or len(set(config.eval.suites)) < len(config.eval.suites):
+        raise UsageError(f"{where}: eval.suites is {list(config.eval.suites)}; expected one name or more, each once")
+    if config.eval.every and config.decode.tree == "auto":
+        raise UsageError(f"{where}: eval.every is {config.eval.every} and decode.tree is auto, but a draft that is still trained has no tuned "
+                         "tree; set decode.tree to chain, static or dynamic")
+    if config.eval.patience and not config.eval.every:
+        raise UsageError(f"{where}: eval.patience is {config.eval.patience}, but eval.every is 0: nothing would be measured; set eval.every")

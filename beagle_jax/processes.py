@@ -47,6 +47,28 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def from_first(number: float) -> float:
+    """The first process's number, in every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(number))
+
+
+def host_copy(tree: Any) -> Any:
+    """Arrays that may be spread over all processes' devices, whole and in this process's memory."""
+    import jax
+
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def _one_of_many_tasks() -> bool:
     """Under srun; a batch script's own shell has no step."""
     return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1

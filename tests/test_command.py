@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -24,7 +25,9 @@ from beagle_jax.data.answers import training_rows
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UsageError, UserError, run_main
+from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
@@ -131,7 +134,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
-    for _, _, _, _, _, training, held_out in seen:
+    for _, _, _, _, _, training, held_out, *_ in seen:
         found = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
@@ -142,6 +145,30 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         order = list(range(12))
         random.Random(0).shuffle(order)  # as `train` does
         assert sorted(found[:8]) == sorted(order[:8]) and sorted(found[8:]) == sorted(order[8:])
+
+
+def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained):
+    run = trained.folder / "looking"
+    assert run_main(train.main, ["--config", trained.config, f"train.folder={run}", "eval.every=2", "eval.train_prompts=2"]) == 0
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    looked = [line for line in log if line.get("split") == "decoding"]
+    assert [(line["stage"], line["step"]) for line in looked] == [("early", 2), ("early", 3), ("late", 2)]
+    assert all(1 <= line["tau"] <= 3 and line["tokens"] <= 2 * 19 for line in looked)
+    best = max(looked, key=lambda line: line["tau"])  # the first of equals
+    draft = json.loads((run / "draft" / "config.json").read_text())
+    assert draft["best"] == {key: best[key] for key in ("stage", "step", "tau", "rounds", "tokens")}
+    tensors = [load_file(run / name / "model.safetensors") for name in ("draft", "best")]
+    assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert evaluated_tau(trained, run, "draft") == pytest.approx(best["tau"], abs=1e-4)
+
+
+def evaluated_tau(trained, run: Path, draft: str) -> float:
+    """What decoding both prompts one by one gives."""
+    config = load_config(trained.config)
+    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    decoder = decoder_of(config, target, load_draft(run / draft, target.spec))
+    answers = [decoder.generate([question], max_new_tokens=20)[0] for question in EVAL_QUESTIONS[:2]]
+    return sum(len(answer.tokens) - 1 for answer in answers) / sum(answer.rounds for answer in answers)
 
 
 def evaluated(trained, capsys) -> list[dict]:

@@ -131,9 +131,9 @@ def test_wrong_type_says_what_is_expected(load, text, message):
 
 AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.max_chat_tokens data.batch data.top_k train.batch
     train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
-    eval.limit log.every""".split()
+    eval.limit eval.train_prompts log.every""".split()
 NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight
-    train.weight_decay log.eval_rows train.early.steps train.early.warmup train.early.learning_rate
+    train.weight_decay log.eval_rows eval.every eval.patience train.early.steps train.early.warmup train.early.learning_rate
     train.late.steps train.late.warmup train.late.learning_rate""".split()
 
 
@@ -147,6 +147,12 @@ def test_zero_is_too_small(load, key):
 def test_negative_is_too_small(load, key):
     assert f"run.yaml: {key} is -1" in refused(load, TARGET, f"{key}=-1")
     load(TARGET, f"{key}=0")
+
+
+def test_tau_while_training_needs_a_tree_and_measurements(load):
+    assert "eval.every is 5 and decode.tree is auto" in refused(load, TARGET, "eval.every=5", "decode.tree=auto")
+    assert "eval.patience is 3, but eval.every is 0" in refused(load, TARGET, "eval.patience=3")
+    load(TARGET, "eval.every=5", "eval.patience=3")
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "nan"])

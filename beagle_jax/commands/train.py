@@ -5,10 +5,12 @@ disk and skipped when it is already there.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.commands.prepare import rows_and_states
@@ -18,9 +20,14 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import this_process
 from beagle_jax.data.states import StoredStates
 from beagle_jax.data.template import Row
+from beagle_jax.decoding.sampling import sampling_of
+from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
+from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
+from beagle_jax.processes import host_copy, is_first
+from beagle_jax.training.best import Best
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
@@ -39,11 +46,32 @@ def train_draft(config: Config) -> dict:
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
     if hot_ids is not None:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
-    params = train(config, target, spec, rows, states, hot_ids)
+    draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
+    best = best_draft(config, target, draft_of) if config.eval.every else None
+    draft = draft_of(host_copy(train(config, target, spec, rows, states, hot_ids, best)))
     folder = Path(config.train.folder) / "draft"
-    save_draft(folder, Draft(spec, params, hot_ids, provenance(config, rows, target.revision)))
+    if is_first():
+        save_draft(folder, load_draft(_best_folder(config), target.spec) if best is not None else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+
+
+def best_draft(config: Config, target: Target, draft_of: Callable[..., Draft]) -> Best:
+    """Measures tau on the first prompts of `eval.suites`, as `decode` decodes, and keeps the best draft in <train.folder>/best."""
+    prompts = tokenize(suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder), target.tokenizer)
+
+    def measure(params: dict) -> dict:
+        decoder = decoder_of(config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()}))
+        answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens)
+        tokens, rounds = sum(len(answer.tokens) - 1 for answer in answers), sum(answer.rounds for answer in answers)
+        return {"tau": round(tokens / max(rounds, 1), 4), "rounds": rounds, "tokens": tokens}
+
+    keep = lambda params, figures: save_draft(_best_folder(config), draft_of(params, best=figures))
+    return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
+
+
+def _best_folder(config: Config) -> Path:
+    return Path(config.train.folder) / "best"
 
 
 def shuffled(
@@ -62,6 +90,7 @@ def train(
     rows: list[Row],
     states: list[StoredStates] | None,
     hot_ids: np.ndarray | None,
+    best: Best | None,
 ) -> dict[str, jax.Array]:
     """Both stages on these rows; the last `log.eval_rows` of them only measure."""
     cut = len(rows) - config.log.eval_rows
@@ -78,7 +107,7 @@ def train(
     log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, training, held_out, log)
+            params = run_stage(stage, config, spec, params, frozen, training, held_out, log, best)
     log.close()
     return params
 

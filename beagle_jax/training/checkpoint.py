@@ -64,9 +64,7 @@ class StageCheckpoints:
         """
         if step in self._manager.all_steps():
             return
-        if not all_finite(state):
-            raise UserError(f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
-                            f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate")
+        self.check(state, step)
         with self._writing():
             self._manager.wait_until_finished()
             self._seal()
@@ -76,6 +74,12 @@ class StageCheckpoints:
                 log=ocp.args.JsonSave(log),
             ))  # fmt: skip
         self._unsealed = step
+
+    def check(self, state: TrainState, step: int) -> None:
+        """Raises UserError for a state with a number that is not finite."""
+        if not bool(_finite(state)):
+            raise UserError(f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
+                            f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate")
 
     def restore(self, fresh: TrainState) -> tuple[TrainState, list[dict]] | None:
         """The newest whole state and its log, or None when there is none. `fresh` gives structure and placement."""
@@ -154,8 +158,3 @@ class StageCheckpoints:
 def _finite(tree: Any) -> jax.Array:
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]))
-
-
-def all_finite(state: TrainState) -> bool:
-    """Whether no number of a state is infinite or none."""
-    return bool(_finite(state))

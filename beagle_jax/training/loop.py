@@ -12,6 +12,8 @@ from tqdm import tqdm
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.processes import host_copy
+from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress
@@ -28,11 +30,12 @@ def run_stage(
     training: BatchLoader,
     held_out: BatchLoader | None,
     log: Log,
+    best: Best | None = None,
 ) -> dict[str, jax.Array]:
     """Trains one stage ('early' or 'late') from `params`, or from its newest checkpoint; returns the parameters.
 
     Raises UserError when the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after the
-    step under way and ends the program with status 0.
+    step under way and ends the program with status 0. best: measures real decoding on the way, and may end the stage early.
     """
     stage: StageConfig = getattr(config.train, name)
     train_step, eval_step, init = make_steps(spec, config.train, stage, late=name == "late")
@@ -46,23 +49,33 @@ def run_stage(
             tqdm.write(f"{name} stage: going on from step {first} of {stage.steps}")
         progress = Progress(name, config, log, training, first, waiting)
         last_metrics: Metrics | None = None
-        for step in range(first, stage.steps):
+        stopping, finished = False, best is not None and best.exhausted(name, first)
+        for step in range(first, stage.steps) if not finished else ():
             state, metrics = train_step(state, frozen, training.batch_at(step), config.train.seed)
             if last_metrics is not None:
                 progress.add(step, last_metrics)  # read only now, with the next step already under way
             last_metrics, done = metrics, step + 1
-            stopping = stop.asked(done) and done < stage.steps
-            if stopping or done % config.train.checkpoint_every == 0 or done == stage.steps:
-                progress.add(done, last_metrics)
-                last_metrics = None
+            stopping, looking = stop.asked(done), best is not None and best.due(done, stage.steps)
+            saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
+            if not (saving or looking):
+                continue
+            progress.add(done, last_metrics)
+            last_metrics = None
+            checkpoints.check(state, done)
+            if looking:
+                figures = best.look(name, done, host_copy(state.params))
+                progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
+            finished = done == stage.steps or (looking and best.exhausted(name, done))
+            if saving or finished:
                 checkpoints.save(state, done, progress.waiting)
-                if stopping:
-                    progress.close()
-                    tqdm.write(f"{name} stage: stopped by SIGTERM after step {done}, which is saved; the same command goes on from there")
-                    raise SystemExit(0)
-                if held_out is not None:
+                if held_out is not None and not stopping:
                     progress.held_out(done, [eval_step(state.params, frozen, batch) for batch in _once(held_out)])
+            if finished or stopping:
+                break
         progress.close()
+    if stopping:
+        tqdm.write(f"{name} stage: stopped by SIGTERM after step {done}, which is saved; the same command goes on from there")
+        raise SystemExit(0)
     return state.params
 
 

@@ -50,7 +50,8 @@ class Progress:
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
-        broken = np.flatnonzero(~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2)))
+        states_BLD = np.zeros((0, 0, 0)) if batch.states_BLD is None else np.asarray(batch.states_BLD, np.float32)
+        broken = np.flatnonzero(~np.isfinite(states_BLD).all(axis=(1, 2)))
         if not len(broken):
             return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
