@@ -280,13 +280,13 @@ def swapped_in_file(monkeypatch):
 def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, bug, before):
     if before:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "config.json").write_text("{}")
+        (tmp_path / "out" / "config.json").write_text('{"model_type": "beagle_draft"}')
     expected = bug(monkeypatch)
     status = to_torch(place, "hot", tmp_path / "out", "--overwrite")
     captured = capsys.readouterr()
     assert status == 1 and expected in captured.err and "draft written" not in captured.out
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * before
-    assert not before or (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert not before or (tmp_path / "out" / "config.json").read_text() == '{"model_type": "beagle_draft"}'
 
 
 def test_without_torch_the_message_says_how_to_get_it(place, tmp_path, monkeypatch, capsys):
@@ -313,11 +313,13 @@ def test_an_existing_folder_is_refused_or_replaced_as_a_whole(place, tmp_path, c
 def test_overwriting_does_not_lose_other_things(place, exported, tmp_path, capsys):
     for source in (place.folder / "hot", place.folder):
         status = to_torch(place, "hot", source, "--overwrite")
-        assert "the draft to convert is in this folder" in refused(capsys, status)
+        assert "what is to be converted is in this folder" in refused(capsys, status)
     status = from_torch(place, exported["hot"] / "model.safetensors", exported["hot"], "--overwrite")
-    assert "the draft to convert is in this folder" in refused(capsys, status)
+    assert "what is to be converted is in this folder" in refused(capsys, status)
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "has no config.json" in refused(capsys, to_torch(place, "hot", tmp_path, "--overwrite"))
+    for out in (tmp_path, place.folder / "target"):  # a target has a config.json too
+        assert "nothing that convert or train wrote is in this folder" in refused(capsys, to_torch(place, "hot", out, "--overwrite"))
+    assert (place.folder / "target" / "model.safetensors").exists()
     assert "there is a file of this name" in refused(capsys, to_torch(place, "hot", tmp_path / "thesis.txt", "--overwrite"))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -68,7 +68,7 @@ def case():
 
 def run(params, e_LD, h_LD, mask_BTT=None, spec=SPEC):
     mask_BTT = causal_mask(jnp.array([ROW - 1]), ROW - 1) if mask_BTT is None else mask_BTT
-    return EagleBlock(spec).apply({"params": params}, e_LD[None], h_LD[None], mask_BTT)[0]
+    return EagleBlock(spec).apply({"params": params}, e_LD[None], h_LD[None], mask_BTT, method="row")[0]
 
 
 def test_entry_j_predicts_the_state_at_j_plus_1(case):

@@ -11,6 +11,7 @@ import jax
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import place_target, tensor_mesh
@@ -18,9 +19,9 @@ from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.model_card import acceptance, model_card
-from beagle_jax.weights.orbax_target import OrbaxFolder, save_target
+from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import load_target, open_source, revision
-from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
+from beagle_jax.weights.torch_export import MODEL_TYPE, check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
 
@@ -123,10 +124,18 @@ def _free(arguments: Namespace, source: Path) -> Path:
     if not arguments.overwrite:
         raise UserError(f"--out {out}: this folder exists; choose another, or give --overwrite to replace it as a whole")
     if source.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out}: the draft to convert is in this folder, and --overwrite would remove it; choose another")
-    if any(out.iterdir()) and not (out / "config.json").is_file():
-        raise UserError(f"--out {out}: this folder has no config.json, so it is no draft's and is not replaced; choose another")
+        raise UserError(f"--out {out}: what is to be converted is in this folder, and --overwrite would remove it; choose another")
+    if any(out.iterdir()) and not _is_ours(out):
+        raise UserError(f"--out {out}: nothing that convert or train wrote is in this folder, so it is not replaced; choose another")
     return out
+
+
+def _is_ours(folder: Path) -> bool:
+    """What a folder of another kind holds, a target say, is not lost by a slip of the hand."""
+    if (folder / SETTINGS).is_file():
+        return True
+    config = folder / "config.json"
+    return config.is_file() and read_json(config, "").get("model_type") in (DraftSpec.kind, EagleSpec.kind, MODEL_TYPE)
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class SpeculativeDecoder:
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
-        tokens = prompt_tokens(self._target.tokenizer, prompt) if isinstance(prompt[0], Mapping) else list(prompt)
+        tokens: list[int] = prompt_tokens(self._target.tokenizer, prompt) if isinstance(prompt[0], Mapping) else list(prompt)
         if not 0 <= min(tokens) <= max(tokens) < self._target.spec.vocab_size:
             raise UserError(f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary ends at "
                             f"{self._target.spec.vocab_size - 1}; use its own tokenizer")

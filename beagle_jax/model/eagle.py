@@ -37,7 +37,7 @@ class EagleSpec(DraftSpec):
 
 
 class EagleBlock(BeagleBlock):
-    """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives.
+    """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row` runs them on whole rows.
 
     While decoding, the root x_n is fused with the true state h_{n-1}, a token below it with its parent's predicted state;
     an entry sees those before it, its ancestors, and itself.
@@ -50,7 +50,7 @@ class EagleBlock(BeagleBlock):
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
         return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
 
-    def __call__(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
+    def row(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
         """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j + 1.
 
         e_BLD, h_BLD: embedding and true state of each position; the shift is made here. mask_BTT: which entries each
@@ -63,4 +63,4 @@ class EagleBlock(BeagleBlock):
 def init_eagle(spec: EagleSpec, key: jax.Array) -> dict[str, jax.Array]:
     """Fresh parameters: linear weights N(0, init_std), norms one, biases zero."""
     two = jnp.zeros((1, 2, spec.hidden_size), jnp.float32)
-    return EagleBlock(spec).init(key, two, two, jnp.zeros((1, 1, 1), bool))["params"]
+    return EagleBlock(spec).init(key, two, two, jnp.zeros((1, 1, 1), bool), method="row")["params"]
