@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +96,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How training is spread over devices (sharding.py). The three sizes multiply to their number."""
+
+    data: int = -1  # groups of devices that hold other rows of a batch; -1: what the others leave
+    fsdp: int = 1  # parts of a batch, and of each trained matrix and its optimizer state
+    tensor: int = 1  # parts of heads, MLP width and vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """The draft tree, how tokens are chosen, and where an answer ends."""
 
@@ -147,6 +156,7 @@ class Config:
     draft: DraftConfig = DraftConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -328,23 +338,38 @@ def _check(config: Config, where: str) -> None:
         raise UsageError(f"{where}: draft.init is {config.draft.init!r}; expected normal, ridge or the folder of a trained draft")
     if config.data.states == "online" and config.data.states_dtype is not None:
         raise UsageError(f"{where}: data.states_dtype is {config.data.states_dtype}, but data.states: online keeps none; remove one")
-    if config.train.early.simulation_steps != 1:
-        raise UsageError(f"{where}: train.early.simulation_steps is {config.train.early.simulation_steps}, expected 1; "
-                         "simulation belongs to the late stage")
     for key, value in positive.items():
         if value < 1:
             raise UsageError(f"{where}: {key} is {value}; expected at least 1")
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:  # not a number fails too
             raise UsageError(f"{where}: {key} is {value}; expected 0 or more")
-    for name, value in (("beta1", config.train.beta1), ("beta2", config.train.beta2)):
-        if not 0 <= value < 1:
-            raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
     if not 0 < config.decode.top_p <= 1:
         raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
+    _check_train(config.train, where)
     _check_eval(config, where)
-    if not config.train.clip_norm > 0:
-        raise UsageError(f"{where}: train.clip_norm is {config.train.clip_norm}; expected more than 0")
+    _check_mesh(config.mesh, where)
+
+
+def _check_mesh(mesh: MeshConfig, where: str) -> None:
+    sizes = {f"mesh.{key}": value for key, value in asdict(mesh).items()}
+    for key, value in sizes.items():
+        if value != -1 and value < 1:
+            raise UsageError(f"{where}: {key} is {value}; expected at least 1, or -1 for the devices that the others leave")
+    if list(sizes.values()).count(-1) > 1:
+        raise UsageError(f"{where}: {' and '.join(key for key, value in sizes.items() if value == -1)} are both -1; "
+                         "only one of them can be what the others leave")
+
+
+def _check_train(train: TrainConfig, where: str) -> None:
+    if train.early.simulation_steps != 1:
+        raise UsageError(f"{where}: train.early.simulation_steps is {train.early.simulation_steps}, expected 1; "
+                         "simulation belongs to the late stage")
+    for name, value in (("beta1", train.beta1), ("beta2", train.beta2)):
+        if not 0 <= value < 1:
+            raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")
+    if not train.clip_norm > 0:
+        raise UsageError(f"{where}: train.clip_norm is {train.clip_norm}; expected more than 0")
 
 
 def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_negative: dict) -> None:

@@ -1,27 +1,54 @@
 """The only file that knows the mesh: axes, where each array lives, placement.
 
-Arrays are annotated, programs are not: `jax.jit` reads the shardings of its arguments and XLA inserts the collectives
-(what used to be pjit). A dimension that the axis does not divide stays whole.
+Three axes, any of them of size 1. `data` splits the rows of a batch; `fsdp` splits them too, and with them every matrix
+that is trained and its optimizer state, which is put together where it is used; `tensor` splits heads, MLP width and
+vocabulary. Arrays are annotated, programs are not: `jax.jit` takes shardings for what goes in and out (what used to be
+pjit) and XLA inserts the collectives. A dimension that its axis does not divide stays whole.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
 
-TENSOR = "tensor"  # heads, MLP width and vocabulary
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+_ROWS = (DATA, FSDP)  # the axes over which a batch is split
 
-# Which dimension of a target tensor is split over the tensor axis; anything else is replicated. Products that end in
-# the hidden size (o, down) are split along what they sum over, so one all-reduce follows each.
-_TENSOR_DIMENSION = {
-    "embed_VD": 0, "head_VD": 0, "q_FD": 0, "k_FD": 0, "v_FD": 0, "o_DF": 1, "gate_FD": 0, "up_FD": 0, "down_DF": 1,
-    "gate_EFD": 1, "up_EFD": 1, "down_EDF": 2,
+# The one table: which axis splits each dimension of an array, by its name; anything else is on every device. Products that
+# end in the hidden size (o, down) are split along what they sum over, so one all-reduce follows each. The vocabulary is
+# never split over fsdp: each row needs all of it, and gathering it would cost more memory than splitting it saves.
+_IN, _OUT, _VOCABULARY = (TENSOR, FSDP), (FSDP, TENSOR), (TENSOR, None)
+_TABLE = {
+    "embed_VD": _VOCABULARY, "head_VD": _VOCABULARY,
+    "q_FD": _IN, "k_FD": _IN, "v_FD": _IN, "o_DF": _OUT, "gate_FD": _IN, "up_FD": _IN, "down_DF": _OUT,  # the target
+    "gate_EFD": (None, *_IN), "up_EFD": (None, *_IN), "down_EDF": (None, *_OUT),  # its experts
+    "q_proj": _IN, "k_proj": _IN, "v_proj": _IN, "o_proj": _OUT, "gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT,
 }  # fmt: skip
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over all devices, or those given. Raises UserError when the sizes do not multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = asdict(config)
+    known = math.prod(size for size in sizes.values() if size > 0)
+    rest = len(devices) // known
+    shape = [size if size > 0 else rest for size in sizes.values()]
+    if math.prod(shape) != len(devices):
+        asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise UserError(f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to their number; "
+                        "-1 stands for what the others leave")
+    # Auto axes: XLA completes the shardings. jax.make_mesh would make Explicit ones, under which flax's init fails.
+    return Mesh(np.array(devices).reshape(shape), (DATA, FSDP, TENSOR))
 
 
 def tensor_mesh(size: int) -> Mesh:
@@ -29,36 +56,99 @@ def tensor_mesh(size: int) -> Mesh:
     devices = jax.devices()
     if not 1 <= size <= len(devices):
         raise UserError(f"a mesh of {size} devices was asked for; this process sees {len(devices)}")
-    return Mesh(np.array(devices[:size]), (TENSOR,))
+    return make_mesh(MeshConfig(data=1, tensor=size), devices[:size])
 
 
-def place_target(params: dict, mesh: Mesh | None) -> dict:
-    """The target's parameters spread over the mesh; unchanged without one."""
-    if mesh is None:
-        return params
+def check_rows(batch: int, mesh: Mesh) -> None:
+    """Raises UserError unless the mesh can split `train.batch` rows evenly."""
+    parts = math.prod(mesh.shape[axis] for axis in _ROWS)
+    if batch % parts:
+        raise UserError(f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data {mesh.shape[DATA]} x "
+                        f"fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, or mesh.data and mesh.fsdp to less")
 
-    def place(path, array):
-        dimension = _TENSOR_DIMENSION.get(path[-1].key)
-        spec = P() if dimension is None else _split(array.shape, dimension, mesh)
-        return jax.device_put(array, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+def shardings(tree, mesh: Mesh):
+    """Where each array of a tree lives: parameters and their optimizer state by name, the rest on every device."""
+    return jax.tree_util.tree_map_with_path(lambda path, array: NamedSharding(mesh, _spec(path, array.shape, mesh)), tree)
+
+
+def place(tree, mesh: Mesh | None):
+    """Arrays put where `shardings` says; unchanged without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
+
+
+def born(make: Callable, mesh: Mesh, *arguments):
+    """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more than its part."""
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(*arguments)
 
 
 def replicate(tree, mesh: Mesh | None):
     """A copy of every array on every device; unchanged without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, P()))
+    return tree if mesh is None else jax.device_put(tree, whole(mesh))
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Split along the first dimension, the rows of a batch."""
+    return NamedSharding(mesh, P(_ROWS))
+
+
+def place_rows(batch, mesh: Mesh):
+    """A batch of host arrays on the devices. With several processes each gives its own rows."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), batch)
+
+
+def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Inside jit: parameters put together along fsdp, as their use needs them; gradients come back split."""
+    if mesh.shape[FSDP] == 1:
+        return params
+    used = {name: P(*(None if axis == FSDP else axis for axis in _spec_of(name, x.shape, mesh))) for name, x in params.items()}
+    return {name: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, used[name])) for name, x in params.items()}
+
+
+class OwnShare(NamedTuple):
+    """What `over_rows` tells a function of its device: the mesh axes (maybe none) that collectives go over."""
+
+    vocabulary: tuple[str, ...]  # each holds a part of the vocabulary, for the same rows
+    rows: tuple[str, ...]  # each holds other rows
+    first_token: Callable[[int], jax.Array | int]  # id of the first token of this device's part, given the part's size
+
+
+def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
+    """`function(share, head_VD, *arrays_M)` on each device's own rows and its part of the head; returns arrays by row."""
+    vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
+    first_token = lambda size: jax.lax.axis_index(TENSOR) * size if vocabulary else 0
+    share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
+
+    def on_all(head_VD, *arrays_M):
+        specs = (P(vocabulary or None), *(P(_ROWS) for _ in arrays_M))
+        return jax.shard_map(partial(function, share), mesh=mesh, in_specs=specs, out_specs=P(_ROWS), check_vma=False)(head_VD, *arrays_M)
+
+    return on_all
 
 
 def shard_cache(cache: Sequence[KVRows], mesh: Mesh | None) -> list[KVRows]:
     """Inside jit: key and value rows split by head."""
     if mesh is None:
         return list(cache)
-    put = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _split(x.shape, 1, mesh)))
+    put = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh)))
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
 
 
-def _split(shape: tuple[int, ...], dimension: int, mesh: Mesh) -> P:
-    if shape[dimension] % mesh.shape[TENSOR]:
-        return P()
-    return P(*(TENSOR if axis == dimension else None for axis in range(len(shape))))
+def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """By the last name in the path that the table knows: the optimizer keeps trees shaped like the parameters."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in _TABLE]
+    return _spec_of(names[-1], shape, mesh) if names else P()
+
+
+def _spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axes = _TABLE.get(name, ())
+    return _divided(axes, shape, mesh) if len(axes) == len(shape) else P()
+
+
+def _divided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)))

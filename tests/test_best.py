@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ONE_DEVICE
 from test_loop import SPEC, Breaking, config_for, interrupt, lines_of, loader_of, same_params, saved_steps
 
 from beagle_jax.config import Config, EvalConfig
@@ -62,7 +63,7 @@ def run(tiny_params):
 
     def run(config: Config, best: Best | None, training=None) -> dict:
         params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
-        return run_stage("early", config, SPEC, params, frozen, training, None, Log(config), best)
+        return run_stage("early", config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config), best)
 
     return run
 

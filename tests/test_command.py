@@ -134,7 +134,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
-    for _, _, _, _, _, training, held_out, *_ in seen:
+    for *_, training, held_out, _, _ in seen:
         found = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):

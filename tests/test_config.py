@@ -84,7 +84,7 @@ def test_there_are_committed_files():
         ("train: {early: {stpes: 4}}", "unknown key train.early.stpes; did you mean train.early.steps?"),
         ("train: {erly: {steps: 4}}", "unknown key train.erly; did you mean train.early?"),
         ("draft: {zzz: 4}", "unknown key draft.zzz; valid keys: path, "),
-        ("qqq: 4", "unknown key qqq; valid keys: target, draft, data, train, decode, eval, log"),
+        ("qqq: 4", "unknown key qqq; valid keys: target, draft, data, train, mesh, decode, eval, log"),
         ("7: 4", "unknown key 7; valid keys: target, draft"),
     ],
 )
@@ -168,6 +168,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
         ("eval.suites=[]", "eval.suites is []; expected one name or more, each once"),
         ("eval.suites=[a, b, a]", "eval.suites is ['a', 'b', 'a']; expected one name or more, each once"),
+        ("mesh.fsdp=0", "mesh.fsdp is 0; expected at least 1, or -1 for the devices that the others leave"),
+        ("mesh.tensor=-1", "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
         ("data.answers=rewrite", "data.answers is 'rewrite'; expected one of keep, regenerate"),
         ("data.states=memory", "data.states is 'memory'; expected one of disk, online"),
@@ -256,7 +258,7 @@ def test_missing_file_names_one_to_start_from(tmp_path):
     [
         (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
         (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
-        (b"", r"run\.yaml: expected a mapping with the sections target, draft, data, train, decode, eval, log"),
+        (b"", r"run\.yaml: expected a mapping with the sections target, draft, data, train, mesh, decode, eval, log"),
         (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
     ],
 )

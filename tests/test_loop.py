@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ONE_DEVICE, TINY
 from safetensors.numpy import load_file, save_file
 
 from beagle_jax.commands.train import first_params
@@ -85,7 +85,7 @@ def stage(frozen, start):
     training = loader_of(20, 1)
 
     def stage(config, training=training, held_out=None):
-        return run_stage("early", config, SPEC, start, frozen, training, held_out, Log(config))
+        return run_stage("early", config, SPEC, start, frozen, ONE_DEVICE, training, held_out, Log(config))
 
     return stage
 
@@ -254,7 +254,7 @@ def test_another_target_is_refused_by_name(whole, frozen):
     spec = DraftSpec.from_target(replace(TINY, intermediate_size=16))
     other = replace(config, target=TargetConfig(source="other"))
     with pytest.raises(UserError, match="target.source: 'tiny' there, 'other' now"):
-        run_stage("early", other, spec, init_draft(spec, jax.random.key(3)), frozen, loader_of(20, 1), None, Log(config))
+        run_stage("early", other, spec, init_draft(spec, jax.random.key(3)), frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config))
 
 
 def test_settings_that_change_no_number_are_free(whole, stage):
@@ -385,6 +385,6 @@ def test_training_goes_on_from_a_draft(draft, tmp_path):
     save_draft(tmp_path, draft)
     fresh, target = config_for(tmp_path / "run"), SimpleNamespace(spec=TINY)
     config = replace(fresh, draft=DraftConfig(init=str(tmp_path)))
-    same_params(first_params(config, target, SPEC, None), draft.params)
+    same_params(first_params(config, target, SPEC, ONE_DEVICE, None), draft.params)
     with pytest.raises(AssertionError):
-        same_params(first_params(fresh, target, SPEC, None), draft.params)
+        same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)

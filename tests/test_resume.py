@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ONE_DEVICE
 from test_loop import SPEC, Breaking, config_for, interrupt, lines_of, loader_of, same_params, saved_steps
 
 from beagle_jax.config import Config, LogConfig, StageConfig
@@ -35,7 +36,7 @@ def both_stages(config: Config, frozen: dict, training=None) -> dict:
     """Early and late, as the train command runs them, from parameters that depend on nothing."""
     params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
     for stage in ("early", "late"):
-        params = run_stage(stage, config, SPEC, params, frozen, training, None, Log(config))
+        params = run_stage(stage, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config))
     return params
 
 
@@ -61,7 +62,7 @@ def stopped_at(stage: str, step: int, config: Config, frozen: dict, how) -> None
     params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
     for name in ("early", "late"):
         training = Breaking(loader_of(20, 1), step, how) if name == stage else calm
-        params = run_stage(name, config, SPEC, params, frozen, training, None, Log(config))
+        params = run_stage(name, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config))
 
 
 def kill(batch):

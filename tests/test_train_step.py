@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ONE_DEVICE, TINY
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
@@ -52,13 +52,13 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 @lru_cache
 def loss_of(config: TrainConfig, stage: StageConfig):
     """(loss, metrics) as a jitted function of (params, frozen, batch, key)."""
-    return quick_jit(lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest))
+    return quick_jit(lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE))
 
 
 @lru_cache
 def gradient_of(config: TrainConfig, stage: StageConfig):
     """((loss, metrics), gradient), likewise."""
-    loss = lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest)
+    loss = lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE)
     return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -235,7 +235,7 @@ def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, fiel
 
 @lru_cache
 def steps_of(config: TrainConfig, stage: StageConfig):
-    return make_steps(SPEC, config, stage, late=stage.simulation_steps > 1)
+    return make_steps(SPEC, config, stage, ONE_DEVICE, late=stage.simulation_steps > 1)
 
 
 def copy_of(draft: dict) -> dict:

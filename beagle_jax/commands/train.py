@@ -7,11 +7,13 @@ disk and skipped when it is already there.
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from beagle_jax.commands.prepare import rows_and_states
 from beagle_jax.config import Config
@@ -27,6 +29,7 @@ from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
+from beagle_jax.sharding import born, check_rows, make_mesh, place
 from beagle_jax.training.best import Best
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
@@ -39,6 +42,8 @@ from beagle_jax.weights.target import Target, load_target
 
 def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
+    mesh = make_mesh(config.mesh)
+    check_rows(config.train.batch, mesh)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     check_shape(config.target, target.spec)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
@@ -48,7 +53,7 @@ def train_draft(config: Config) -> dict:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
     best = best_draft(config, target, draft_of) if config.eval.every else None
-    draft = draft_of(host_copy(train(config, target, spec, rows, states, hot_ids, best)))
+    draft = draft_of(host_copy(train(config, target, spec, mesh, rows, states, hot_ids, best)))
     folder = Path(config.train.folder) / "draft"
     if is_first():
         save_draft(folder, load_draft(_best_folder(config), target.spec) if best is not None else draft)
@@ -87,6 +92,7 @@ def train(
     config: Config,
     target: Target,
     spec: DraftSpec,
+    mesh: Mesh,
     rows: list[Row],
     states: list[StoredStates] | None,
     hot_ids: np.ndarray | None,
@@ -102,24 +108,26 @@ def train(
     print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch")
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
-    frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD}
-    params = first_params(config, target, spec, training)
+    frozen = place({"embed_VD": target.params["embed_VD"], "head_VD": head_VD}, mesh)
+    params = first_params(config, target, spec, mesh, training)
     log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, training, held_out, log, best)
+            params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best)
     log.close()
     return params
 
 
-def first_params(config: Config, target: Target, spec: DraftSpec, training: BatchLoader) -> dict[str, jax.Array]:
-    """Where the early stage begins: `draft.init`."""
+def first_params(
+    config: Config, target: Target, spec: DraftSpec, mesh: Mesh, training: BatchLoader
+) -> dict[str, jax.Array]:
+    """Where the early stage begins: `draft.init`, spread over the mesh."""
     if config.draft.init not in ("normal", "ridge"):
-        return load_draft(config.draft.init, target.spec).params
-    params = init_draft(spec, jax.random.key(config.train.seed))
-    if config.draft.init == "ridge":
-        params = warm_start(params, spec, target.params["embed_VD"], training.sample(FIT_ROWS))
-    return params
+        return place(load_draft(config.draft.init, target.spec).params, mesh)
+    fresh, key = partial(init_draft, spec), jax.random.key(config.train.seed)
+    if config.draft.init == "normal":
+        return born(fresh, mesh, key)
+    return place(warm_start(fresh(key), spec, target.params["embed_VD"], training.sample(FIT_ROWS)), mesh)
 
 
 def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:

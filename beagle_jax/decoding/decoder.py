@@ -27,7 +27,7 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree
 from beagle_jax.errors import UserError
-from beagle_jax.sharding import place_target, replicate
+from beagle_jax.sharding import place, replicate
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -97,7 +97,7 @@ class SpeculativeDecoder:
             )
         self._target, self._context = target, context or target.spec.max_positions
         self._fixed_capacity = None if context is None else _round_up(context + tree.depth + 1, 64)
-        self._models = Models(place_target(target.params, mesh), None, None)
+        self._models = Models(place(target.params, mesh), None, None)
         draft_shape = draft if tree.depth else None
         if isinstance(draft_shape, Draft):
             draft_shape = draft.spec

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.processes import host_copy
+from beagle_jax.sharding import place_rows
 from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.metrics import Log
@@ -27,6 +29,7 @@ def run_stage(
     spec: DraftSpec,
     params: dict[str, jax.Array],
     frozen: dict[str, jax.Array],
+    mesh: Mesh,
     training: BatchLoader,
     held_out: BatchLoader | None,
     log: Log,
@@ -38,11 +41,10 @@ def run_stage(
     step under way and ends the program with status 0. best: measures real decoding on the way, and may end the stage early.
     """
     stage: StageConfig = getattr(config.train, name)
-    train_step, eval_step, init = make_steps(spec, config.train, stage, late=name == "late")
+    train_step, eval_step, init = make_steps(spec, config.train, stage, mesh, late=name == "late")
     folder = Path(config.train.folder) / "checkpoints" / name
     with StageCheckpoints(folder, settings_of(name, config), config.train.accept_changes) as checkpoints, StopSignal() as stop:
-        # A copy, since the step donates its state and the caller may still hold the parameters.
-        fresh = init(jax.tree.map(lambda x: x.copy(), params))
+        fresh = init(params)
         state, waiting = checkpoints.restore(fresh) or (fresh, [])
         first = int(state.step)
         if first:
@@ -51,7 +53,7 @@ def run_stage(
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         for step in range(first, stage.steps) if not finished else ():
-            state, metrics = train_step(state, frozen, training.batch_at(step), config.train.seed)
+            state, metrics = train_step(state, frozen, place_rows(training.batch_at(step), mesh), config.train.seed)
             if last_metrics is not None:
                 progress.add(step, last_metrics)  # read only now, with the next step already under way
             last_metrics, done = metrics, step + 1
@@ -69,7 +71,7 @@ def run_stage(
             if saving or finished:
                 checkpoints.save(state, done, progress.waiting)
                 if held_out is not None and not stopping:
-                    progress.held_out(done, [eval_step(state.params, frozen, batch) for batch in _once(held_out)])
+                    progress.held_out(done, [eval_step(state.params, frozen, place_rows(batch, mesh)) for batch in _once(held_out)])
             if finished or stopping:
                 break
         progress.close()

@@ -9,36 +9,48 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from beagle_jax.sharding import OwnShare, over_rows
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def soft_cross_entropy(
-    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, chunk: int
+    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, chunk: int, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Per row -sum_v p(v) log q(v) over the full vocabulary, with p from the true state and q from the draft's.
 
-    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist at once.
+    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist at once on a device.
     Returns (cross-entropy [M], rank [M]): the rank of the target's most likely token among the draft's logits,
     0 where both agree. Differentiable in `state_MD` only; target and head are frozen.
+    On a mesh each device works on its own rows and its part of the vocabulary; M must divide by the devices that split rows.
     """
-    cross_entropy_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, chunk)
+    cross_entropy_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh)
     return cross_entropy_M, rank_M
 
 
-def _forward(state_MD, true_MD, head_VD, counts_M, chunk):
+def _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh):
+    own_rows = over_rows(partial(_own_rows, chunk), head_VD.shape[0], mesh)
+    return own_rows(head_VD, state_MD, true_MD, counts_M)
+
+
+def _own_rows(chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M):
+    """Cross-entropy, rank and gradient of the rows of one device."""
     M, D = state_MD.shape
     count = -(-M // chunk) * chunk
     # Rows that count first, in order; the rest is padding that the loop never reaches.
     order = jnp.argsort(~counts_M, stable=True)
     order = jnp.pad(order, (0, count - M), constant_values=M)
     used = counts_M.sum()
+    # As many rounds on every device, so that the collectives inside the loop meet.
+    rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
     def step(index, carry):
         cross_entropy, rank, gradient = carry
         row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         live_C = index * chunk + jnp.arange(chunk) < used
         read = lambda x_MD: x_MD.at[row_C].get(mode="fill", fill_value=0)
-        ce_C, rank_C, gradient_CD = _rows(read(state_MD), read(true_MD), head_VD)
+        ce_C, rank_C, gradient_CD = _rows(read(state_MD), read(true_MD), head_VD, share)
         # Rows past `used` share the last chunk; they point out of range and are dropped.
         target_C = jnp.where(live_C, row_C, M)
         return (
@@ -48,30 +60,45 @@ def _forward(state_MD, true_MD, head_VD, counts_M, chunk):
         )
 
     zeros = (jnp.zeros(M, jnp.float32), jnp.zeros(M, jnp.int32), jnp.zeros((M, D), state_MD.dtype))
-    return jax.lax.fori_loop(0, -(-used // chunk), step, zeros)
+    return jax.lax.fori_loop(0, rounds, step, zeros)
 
 
-def _rows(state_CD, true_CD, head_VD):
-    """Cross-entropy, rank and gradient of one chunk, in float32."""
+def _rows(state_CD, true_CD, head_VD, share: OwnShare):
+    """Cross-entropy, rank and gradient of one chunk, in float32. V: this device's part of the vocabulary."""
+    total = lambda x: jax.lax.psum(x, share.vocabulary)
+    highest = lambda x: jax.lax.pmax(x, share.vocabulary)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     draft_CV = product("CD,VD->CV", state_CD, head_VD)
     true_CV = product("CD,VD->CV", true_CD, head_VD)
-    p_CV = jax.nn.softmax(true_CV, axis=-1)
-    log_norm_C = jax.nn.logsumexp(draft_CV, axis=-1)
-    cross_entropy_C = log_norm_C - jnp.sum(p_CV * draft_CV, axis=-1)
-    best_C1 = jnp.argmax(true_CV, axis=-1)[:, None]
-    rank_C = jnp.sum(draft_CV > jnp.take_along_axis(draft_CV, best_C1, axis=-1), axis=-1)
-    slope_CV = jnp.exp(draft_CV - log_norm_C[:, None]) - p_CV
-    gradient_CD = product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD)
-    return cross_entropy_C, rank_C, gradient_CD.astype(state_CD.dtype)
+    top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
+    weight_CV = jnp.exp(true_CV - top_C1)
+    p_CV = weight_CV / total(weight_CV.sum(axis=-1, keepdims=True))
+    peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
+    log_norm_C1 = peak_C1 + jnp.log(total(jnp.exp(draft_CV - peak_C1).sum(axis=-1, keepdims=True)))
+    cross_entropy_C = log_norm_C1[:, 0] - total(jnp.sum(p_CV * draft_CV, axis=-1))
+    slope_CV = jnp.exp(draft_CV - log_norm_C1) - p_CV
+    gradient_CD = total(product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD))
+    return cross_entropy_C, _rank(draft_CV, true_CV, top_C1, share), gradient_CD.astype(state_CD.dtype)
 
 
-def _vjp_forward(state_MD, true_MD, head_VD, counts_M, chunk):
-    cross_entropy_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, chunk)
+def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
+    """How many tokens the draft prefers to the target's most likely one, the first of them if several are."""
+    V = true_CV.shape[1]
+    token_V = share.first_token(V) + jnp.arange(V)
+    unseen = jnp.iinfo(jnp.int32).max
+    best_C1 = jnp.where(true_CV == top_C1, token_V[None], unseen).min(axis=-1, keepdims=True)
+    best_C1 = jax.lax.pmin(best_C1, share.vocabulary)
+    draft_C1 = jnp.where(token_V[None] == best_C1, draft_CV, 0.0).sum(axis=-1, keepdims=True)
+    draft_C1 = jax.lax.psum(draft_C1, share.vocabulary)
+    return jax.lax.psum(jnp.sum(draft_CV > draft_C1, axis=-1), share.vocabulary)
+
+
+def _vjp_forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh):
+    cross_entropy_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh)
     return (cross_entropy_M, rank_M), gradient_MD
 
 
-def _vjp_backward(chunk, gradient_MD, cotangents):
+def _vjp_backward(chunk, mesh, gradient_MD, cotangents):
     slope_M = cotangents[0]
     return (gradient_MD * slope_M[:, None].astype(gradient_MD.dtype), None, None, None)
 

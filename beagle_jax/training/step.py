@@ -1,4 +1,4 @@
-"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated."""
+"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated and sharded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.masks import window_start
 from beagle_jax.model.target import embed
+from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
 from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
@@ -110,7 +112,9 @@ def at_queries(batch: Batch, x: jax.Array) -> jax.Array:
     Rows differ in where their answer begins; a query past the end of its row repeats the last position and never counts.
     """
     position_BT = batch.first_B[:, None] + jnp.arange(batch.counts_BT.shape[1])[None]
-    return x[jnp.arange(x.shape[0])[:, None], jnp.minimum(position_BT, x.shape[1] - 1)]
+    position_BT = jnp.minimum(position_BT, x.shape[1] - 1)
+    # Row by row, so that a device looks into its own rows only.
+    return jax.vmap(lambda x_L, position_T: x_L[position_T])(x, position_BT)
 
 
 def stage_loss(
@@ -122,22 +126,25 @@ def stage_loss(
     frozen: dict[str, jax.Array],
     batch: Batch,
     key: jax.Array,
+    mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
     """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens (method.md 3.2, 4.2).
 
     frozen: the target's "embed_VD" and "head_VD".
     """
+    params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
     e_BTD = embed(frozen["embed_VD"], at_queries(batch, jnp.asarray(batch.tokens_BL)), spec.embed_scale)
+    e_BTD = jax.lax.with_sharding_constraint(e_BTD, rows(mesh))
     h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
     out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
     counts_BN = batch.counts_BT[:, out.query_N] & out.inside_N[None]
     true_BND = at_queries(batch, true_BLD)[:, out.query_N]
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
-    ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows)
+    ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows, mesh)
     l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
@@ -157,11 +164,12 @@ def stage_loss(
 
 
 def make_steps(
-    spec: DraftSpec, config: TrainConfig, stage: StageConfig, *, late: bool
+    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh, *, late: bool
 ) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]]:
-    """(train step, evaluation step, initial state from parameters) of one stage.
+    """(train step, evaluation step, initial state from a copy of parameters) of one stage.
 
     The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on seed and step only.
+    The state is born sharded and stays so; `frozen` lives where the caller has put it (sharding.place).
     """
     predict = predict_late if late else predict_early
     optimizer = make_optimizer(config, stage)
@@ -169,7 +177,7 @@ def make_steps(
     clean = replace(config, noise="none")  # noise is for training; measurements see the states as decoding does
 
     def loss(params, frozen, batch, key):
-        return stage_loss(params, spec, config, stage, predict, frozen, batch, key)
+        return stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)
 
     def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -179,9 +187,16 @@ def make_steps(
         return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.tree.norm(gradient))
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
-        return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0))[1]
+        return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh)[1]
 
     def init(params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
+        return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
-    return jax.jit(train_step, donate_argnums=0), jax.jit(eval_step), init
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in spec.param_shapes().items()}
+    where = shardings(jax.eval_shape(init, shapes), mesh)
+    placed = dict(in_shardings=(where, None, rows(mesh), None), out_shardings=(where, whole(mesh)))
+    return (
+        jax.jit(train_step, donate_argnums=0, **placed),
+        jax.jit(eval_step, in_shardings=(where.params, None, rows(mesh)), out_shardings=whole(mesh)),
+        jax.jit(init, out_shardings=where),
+    )

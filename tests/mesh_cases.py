@@ -1,0 +1,126 @@
+"""Two steps of a tiny draft on any mesh, and what its program sends between devices. Run on eight virtual devices.
+
+    python tests/mesh_cases.py OUT.json early|late     # on every mesh of one and of eight devices, and one of two
+"""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.sharding import born, make_mesh, place, place_rows, whole
+from beagle_jax.training import losses
+from beagle_jax.training.step import make_steps
+
+SPEC = DraftSpec(
+    hidden_size=16, intermediate_size=24, num_heads=8, num_kv_heads=8, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-5, init_std=0.3
+)
+V, B, L = 464, 8, 11  # 464, 232, 116 and 58 are the size of nothing else
+CONFIG = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
+STAGES = {
+    "early": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3),
+    "late": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=3, detach=False),
+}
+EIGHT = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is what takes long
+
+
+def frozen_and_batch() -> tuple[dict, Batch]:
+    """Ragged rows, some with nothing that counts, so that devices have different amounts to do."""
+    rng = np.random.default_rng(3)
+    length_B = np.array([11, 9, 11, 6, 5, 11, 10, 8], np.int32)
+    live_BL = np.arange(L) < length_B[:, None]
+    counts_BL = live_BL & (np.arange(L) >= 2) & (np.arange(L) < length_B[:, None] - 1)
+    counts_BL[3:5] = False
+    states_BLD = rng.standard_normal((B, L, SPEC.hidden_size)).astype(np.float32) * live_BL[..., None]
+    tokens_BL = rng.integers(0, V, (B, L)).astype(np.int32)
+    tables = {name: rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32) for name in ("embed_VD", "head_VD")}
+    tables["head_VD"][::99] *= 6  # five tokens stand out, so that draft and target agree now and then
+    return tables, Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
+
+
+def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG) -> dict:
+    """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
+    tables, batch = frozen_and_batch()
+    step, evaluate, init = make_steps(SPEC, config, STAGES[stage], mesh, late=stage == "late")
+    frozen, batch = place(tables, mesh), place_rows(batch, mesh)
+    state = init(place(first_params, mesh))
+    placed = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    compiled = step.lower(state, frozen, batch, 42).compile(LEVEL_0)
+    old, losses, moments = state, [], None
+    for _ in range(2):
+        state, metrics = compiled(state, frozen, batch, 42)
+        losses.append(float(metrics.objective / metrics.supervised))
+        moments = moments or [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    return {
+        "losses": losses,
+        "agree": np.asarray(metrics.agree_J).tolist(),
+        "grad_norm": float(metrics.grad_norm),
+        "first_gradient": moments,
+        "updates": [(np.asarray(array) - np.asarray(first_params[name])).ravel().tolist() for name, array in state.params.items()],
+        "on_fewer_devices": [name for name, sharding in placed.items() if len(sharding.device_set) < mesh.size],
+        "whole": [name for name, sharding in placed.items() if "_proj" in name and sharding.is_fully_replicated],
+        "not_donated": sum(leaf.size > 1 and not leaf.is_deleted() for leaf in jax.tree.leaves(old)),
+        "vocabulary_sent": vocabulary_sent(compiled.as_text()),
+    }
+
+
+def vocabulary_sent(program: str) -> list[str]:
+    """Collectives of a compiled program that move an array as long as the vocabulary, or as a device's part of it."""
+    sent = re.findall(r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program)
+    sizes = {str(V // parts) for parts in (1, 2, 4, 8)}
+    return [f"{kind} {shapes}" for shapes, kind in sent if sizes & set(re.findall(r"[\[,](\d+)(?=[,\]])", shapes))]
+
+
+def mesh_of(shape: tuple[int, int, int]) -> Mesh:
+    data, fsdp, tensor = shape
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
+    """Shapes of a device's part of the parameters, and how far they are from those that one device made."""
+    spread = born(partial(init_draft, SPEC), mesh, jax.random.key(7))
+    parts = {name: array.addressable_shards[0].data.shape for name, array in spread.items()}
+    return parts, max(float(np.abs(np.asarray(spread[name]) - params[name]).max()) for name in params)
+
+
+def planted_gather(mesh: Mesh) -> list[str]:
+    """What is sent when logits are put together on every device."""
+    gather = lambda x_MD, head_VD: jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
+    tables, batch = frozen_and_batch()
+    states_MD = batch.states_BLD.reshape(-1, SPEC.hidden_size)
+    return vocabulary_sent(jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text())
+
+
+def planted_parts(mesh: Mesh, params: dict) -> dict:
+    """A run whose devices forget the others' parts of the vocabulary."""
+    right = losses.over_rows
+    alone = lambda share, function, *arrays: function(share._replace(vocabulary=()), *arrays)
+    losses.over_rows = lambda function, *rest: right(lambda share, *arrays: alone(share, function, *arrays), *rest)
+    found = run(mesh, "early", params)
+    losses.over_rows = right
+    return found
+
+
+def main(out: str, stage: str) -> None:
+    params = init_draft(SPEC, jax.random.key(7))
+    found = {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), (1, 1, 2), *EIGHT]}
+    if stage == "early":
+        found |= {"planted gather": planted_gather(mesh_of((1, 1, 2))), "planted parts": planted_parts(mesh_of((1, 1, 2)), params)}
+        found["born"] = born_parts(mesh_of((2, 2, 2)), params)
+        muon = replace(CONFIG, optimizer="muon")
+        found |= {f"muon {shape}": run(mesh_of(shape), stage, params, muon) for shape in [(1, 1, 1), (2, 2, 2)]}
+    with open(out, "w") as stream:
+        json.dump(found, stream)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

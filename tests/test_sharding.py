@@ -1,0 +1,120 @@
+"""Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that do not fit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mesh_cases import EIGHT
+
+from beagle_jax.config import MeshConfig
+from beagle_jax.errors import UserError
+from beagle_jax.sharding import check_rows, make_mesh, shardings
+
+pytestmark = pytest.mark.timeout(600)  # two dozen programs are compiled, unless the cache has them
+TESTS = Path(__file__).parent
+SHAPES = [(1, 1, 2), *EIGHT]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """What tests/mesh_cases.py measures, by stage and mesh; on eight virtual devices, each stage in a process of its own."""
+    folder = tmp_path_factory.mktemp("meshes")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    for stage in ("early", "late"):
+        command = [sys.executable, str(TESTS / "mesh_cases.py"), str(folder / stage), stage]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {stage: json.loads((folder / stage).read_text()) for stage in ("early", "late")}
+
+
+def same_numbers(one: dict, many: dict) -> None:
+    """Losses and updates of two steps and the first gradient, to 1e-5."""
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
+    assert many["agree"] == one["agree"]
+    for kind in ("first_gradient", "updates"):
+        for ours, theirs in zip(many[kind], one[kind], strict=True):
+            size = np.abs(theirs).max()
+            # Adam divides a small gradient by its own size, so updates (of 1e-3 a step) are compared as they stand.
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 if kind == "updates" else 1e-5 * size, err_msg=kind)
+            assert size > 1e-6
+
+
+@pytest.mark.parametrize("stage", ["early", "late"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_mesh_computes_the_same_step(found, stage, shape):
+    one, many = found[stage]["(1, 1, 1)"], found[stage][str(shape)]
+    same_numbers(one, many)
+    assert sum(one["agree"]) > 0
+    assert many["vocabulary_sent"] == [] and many["on_fewer_devices"] == [] and many["not_donated"] == 0
+    assert (many["whole"] == []) == (shape != (8, 1, 1))  # matrices are split as soon as fsdp or tensor is
+
+
+def test_muon_computes_the_same_step_too(found):
+    same_numbers(found["early"]["muon (1, 1, 1)"], found["early"]["muon (2, 2, 2)"])
+    with pytest.raises(AssertionError):
+        same_numbers(found["early"]["(1, 1, 1)"], found["early"]["muon (2, 2, 2)"])
+
+
+def test_planted_bug_each_device_alone_with_its_part_of_the_vocabulary(found):
+    with pytest.raises(AssertionError):
+        same_numbers(found["early"]["(1, 1, 1)"], found["early"]["planted parts"])
+
+
+def test_planted_bug_logits_put_together(found):
+    assert found["early"]["planted gather"] != []
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2), dict(fsdp=3, tensor=2), dict(data=3, fsdp=3, tensor=-1)])
+def test_sizes_that_do_not_fit_the_devices(sizes):
+    with pytest.raises(UserError, match="does not fit 8 devices: the three sizes must multiply to their number"):
+        make_mesh(MeshConfig(**sizes), jax.devices()[:1] * 8)
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [(dict(), (8, 1, 1)), (dict(tensor=2), (4, 1, 2)), (dict(data=2, fsdp=-1), (2, 4, 1)), (dict(data=1, fsdp=2, tensor=4), (1, 2, 4))],
+)
+def test_the_rest_goes_to_the_axis_that_is_left_open(sizes, shape):
+    class Device:
+        """Stands for eight devices where there is one: only their number matters."""
+
+    mesh = make_mesh(MeshConfig(**sizes), [Device() for _ in range(8)])
+    assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == ("data", "fsdp", "tensor")
+
+
+def test_parameters_are_born_in_parts(found):
+    """Each device makes its part only, and together they are what one device makes."""
+    (parts, difference) = found["early"]["born"]
+    assert parts["q_proj"] == parts["o_proj"] == [8, 8] and parts["input_layernorm"] == [16]
+    assert difference < 1e-6
+
+
+def test_rows_that_the_mesh_cannot_split():
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    check_rows(12, mesh)
+    with pytest.raises(UserError, match="train.batch is 10, but the mesh splits rows over 4 devices .*a multiple of 4"):
+        check_rows(10, mesh)
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
+    shapes = {"q_proj": (6, 8), "down_proj": (6, 7), "head_VD": (61, 8), "input_layernorm": (8,)}
+    found = shardings({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}, mesh)
+    assert {name: tuple(sharding.spec) for name, sharding in found.items()} == {
+        "q_proj": ("tensor", "fsdp"),
+        "down_proj": (None, None),
+        "head_VD": (None, None),
+        "input_layernorm": (),
+    }
