@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from beagle_jax.data.share import wait_for_all
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.processes import is_first
@@ -100,17 +101,20 @@ class StageCheckpoints:
         return TrainState(**restored["state"]), found["log"]
 
     def _newest_whole(self) -> int | None:
+        whole = None
         for step in reversed(self.steps()):
             problem = self._cut_off(step)
             if problem is None:
-                return step
+                whole = step
+                break
             aside = self._folder / f"cut-{step}"
             tqdm.write(f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
                        "before it used")
             if is_first():
                 (self._folder / str(step)).rename(aside)
-            self._manager.reload()
-        return None
+        wait_for_all("checkpoints set aside")
+        self._manager.reload()
+        return whole
 
     def _cut_off(self, step: int) -> str | None:
         """What is missing of a checkpoint; None for one that is whole, or that was killed before its sizes were noted."""
