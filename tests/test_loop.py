@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from beagle_jax.commands.train import first_params
 from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
@@ -36,7 +37,7 @@ def config_for(folder, **changes) -> Config:
     return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
 
 
-def loader_of(count: int, seed: int) -> BatchLoader:
+def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
     """Rows whose states depend on their tokens, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     table_VD = np.random.default_rng(0).standard_normal((TINY.vocab_size, TINY.hidden_size)).astype(np.float32)
@@ -44,7 +45,7 @@ def loader_of(count: int, seed: int) -> BatchLoader:
     rows = [
         Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)]) for n in lengths
     ]
-    return BatchLoader(rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1)
+    return BatchLoader(rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share)
 
 
 class Breaking:

@@ -1,12 +1,24 @@
 """Several processes, one run: how they find each other."""
 
+import os
+import socket
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from conftest import ONE_DEVICE, TINY
+from test_loop import SPEC, config_for, lines_of, loader_of, saved_steps
 
+from beagle_jax.data.share import Share
 from beagle_jax.errors import UsageError, UserError
+from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import add_distributed, is_first, join
+from beagle_jax.training.loop import run_stage
+from beagle_jax.training.metrics import Log
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
 
@@ -56,3 +68,69 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
     with pytest.raises(UserError, match="did not find each other .*coordinator_address.*JAX_PROCESS_ID=0, 1"):
         join(Namespace(distributed=True))
+
+
+# Two processes on this machine, one device each
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Config of a run that two processes trained up to the ninth step of the early stage, and what each of them said."""
+    folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:{}".format(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "XLA_FLAGS": "", "TQDM_DISABLE": "1",
+                                "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}  # fmt: skip
+    command = [sys.executable, str(here / "process_cases.py"), str(folder)]
+    started = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True) for number in range(2)]  # fmt: skip
+    ended = [one.communicate(timeout=280) for one in started]
+    assert [one.returncode for one in started] == [0, 0], "\n".join(stderr[-2000:] for _, stderr in ended)
+    return config_for(folder), [line.split()[1:] for stdout, _ in ended for line in stdout.splitlines() if line.startswith("process ")]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_params, tmp_path_factory):
+    """The same run in one process on one device, to its end, and what goes on with a run like it."""
+    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+
+    def run(config) -> dict:
+        params = init_draft(SPEC, jax.random.key(3))
+        return run_stage("early", config, SPEC, params, frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config))
+
+    config = config_for(tmp_path_factory.mktemp("alone"))
+    return config, run(config), run
+
+
+def test_two_processes_share_devices_numbers_and_parameters(together):
+    half = [str(TINY.hidden_size), str(TINY.hidden_size // 2)]
+    assert together[1] == [["0", "2", "False", "7.0", "True", *half], ["1", "2", "True", "7.0", "True", *half]]
+
+
+def test_two_processes_train_the_losses_of_one(together, alone):
+    """One log, by the first process; each read its half of every batch."""
+    found, expected = lines_of(together[0]), lines_of(alone[0])[:2]
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == [3, 6]
+    for one, other in zip(found, expected):
+        for name in ("loss", "ploss", "vloss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), name  # the log rounds to five digits
+        assert one["top1_by_offset"] == other["top1_by_offset"]
+
+
+def test_processes_read_different_halves_of_the_batch():
+    halves = [loader_of(20, 1, Share(number, 2)).batch_at(0) for number in (0, 1)]
+    whole = loader_of(20, 1).batch_at(0)
+    np.testing.assert_array_equal(np.concatenate([half.tokens_BL for half in halves]), whole.tokens_BL)
+    assert not np.array_equal(halves[0].tokens_BL, halves[1].tokens_BL)
+
+
+def test_what_two_processes_saved_goes_on_in_one(together, alone):
+    """Another number of processes and of devices: to 1e-6 of the largest weight, since sums are taken in another order."""
+    config, _ = together
+    assert saved_steps(config) == [5]
+    _, expected, run = alone
+    found = run(config)
+    for name in expected:
+        scale = np.abs(np.asarray(expected[name])).max()
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6 * scale, err_msg=name)

@@ -14,7 +14,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.sharding import place_target, tensor_mesh
+from beagle_jax.sharding import place, tensor_mesh
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.json_file import read_json
@@ -78,7 +78,7 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
         raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
     out = _free(arguments, opened.path)
     target = load_target(source, dtype, config.target.cache_dir)
-    params = place_target(target.params, tensor_mesh(jax.device_count()))
+    params = place(target.params, tensor_mesh(jax.device_count()))
     told = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
         save_target(folder, params, opened.config(), target.tokenizer, target.eos_ids, told)

@@ -56,7 +56,7 @@ def train_draft(config: Config) -> dict:
     draft = draft_of(host_copy(train(config, target, spec, mesh, rows, states, hot_ids, best)))
     folder = Path(config.train.folder) / "draft"
     if is_first():
-        save_draft(folder, load_draft(_best_folder(config), target.spec) if best is not None else draft)
+        save_draft(folder, load_draft(_best_folder(config), target.spec) if best is not None and best.tau else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 

@@ -1,0 +1,121 @@
+"""A run before it is started: what it computes, holds and writes, and whether its steps compile and fit."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.config import Config
+from beagle_jax.errors import UsageError
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.sharding import check_rows, make_mesh
+from beagle_jax.training.cost import CHIPS, StageCost, stage_cost, topology_devices
+from beagle_jax.weights.shape import parameter_count, planned_spec
+
+_UTILISATION = 0.4  # share of the chip's peak that the time is told for
+_CHECKPOINTS = 3  # of each stage on disk at once: two kept, one being written
+
+
+def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Plans both stages for this machine's devices, `--devices` virtual ones or a `--topology`; returns text and figures."""
+    if arguments.devices and arguments.topology:
+        raise UsageError("--devices and --topology were both given; a topology has its own number of devices")
+    if arguments.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    devices = topology_devices(arguments.topology) if arguments.topology else jax.devices()
+    mesh = make_mesh(config.mesh, devices)
+    check_rows(config.train.batch, mesh)
+    target = planned_spec(config.target)
+    spec = DraftSpec.from_target(target)
+    scored = config.draft.hot_tokens or target.vocab_size
+    stages = {name: stage_cost(name, config, spec, target.vocab_size, scored, mesh)
+              for name in ("early", "late") if getattr(config.train, name).steps}
+    draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
+    figures = {
+        "target": {"source": config.target.source, "parameters": parameter_count(target), "dtype": config.target.dtype,
+                   "bytes": parameter_count(target) * jnp.dtype(config.target.dtype).itemsize},
+        "draft": {"parameters": draft_parameters, "scored_tokens": scored, "vocabulary": target.vocab_size},
+        "disk": disk(config, target.hidden_size, draft_parameters),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "mesh": dict(mesh.shape), "memory": memory_of(devices[0])},
+        "stages": {name: stage_figures(config, name, cost, devices) for name, cost in stages.items()},
+    }
+    return table(figures), figures
+
+
+def memory_of(device: jax.Device) -> float | None:
+    """Bytes that a device has for a program; None where nobody says."""
+    if device.device_kind in CHIPS:
+        return CHIPS[device.device_kind].memory
+    if device.platform == "cpu":  # virtual ones share what the machine has
+        return None
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def disk(config: Config, width: int, draft_parameters: int) -> dict:
+    """Bytes that a run writes. States: of the text that is there, or of as much as the settings let the target write."""
+    token = width * jnp.dtype(config.target.dtype).itemsize
+    longest = config.data.max_prompt_tokens + config.data.max_answer_tokens
+    tokens = -(-config.data.answer_tokens * longest // config.data.max_answer_tokens)
+    checkpoint = 3 * 4 * draft_parameters  # parameters and two moments in float32
+    return {"state_of_a_token": token, "text_tokens_at_most": tokens, "states_at_most": token * tokens, "checkpoint": checkpoint,
+            "checkpoints": checkpoint * sum(_CHECKPOINTS for stage in ("early", "late") if getattr(config.train, stage).steps),
+            "draft": 4 * draft_parameters}
+
+
+def stage_figures(config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]) -> dict:
+    """A stage's cost, and what follows from it."""
+    steps, memory = getattr(config.train, name).steps, memory_of(devices[0])
+    found = cost._asdict() | {"held": cost.held, "steps": steps, "tokens_a_step": config.train.batch * config.train.row_tokens}
+    found["fits"] = False if cost.refusal else None if memory is None else cost.compiler_total <= memory
+    if devices[0].device_kind in CHIPS:
+        rate = _UTILISATION * CHIPS[devices[0].device_kind].peak * len(devices)
+        found["hours_at_40_percent"] = steps * cost.flops / rate / 3600
+    return found
+
+
+def table(figures: dict) -> str:
+    """The plan for a reader."""
+    target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
+    sizes = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items())
+    memory = "" if devices["memory"] is None else f" of {devices['memory'] / 2**30:.0f} GiB"
+    lines = [
+        f"target     {target['source']}: {target['parameters']:,} parameters, {_gb(target['bytes'])} in {target['dtype']}",
+        f"draft      {draft['parameters']:,} parameters; scores {draft['scored_tokens']:,} of {draft['vocabulary']:,} tokens",
+        f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {_gb(space['states_at_most'])} for data.answer_tokens at most; "
+        f"checkpoints {_gb(space['checkpoints'])}, {_gb(space['checkpoint'])} each; draft {_gb(space['draft'])}",
+        f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
+    ]
+    rows = [("stage", lambda one: ""), ("steps", lambda one: f"{one['steps']:,}"),
+            ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
+            ("operations a step", lambda one: f"{one['flops']:.3g}"),
+            ("draft weights", _of("weights")), ("optimizer", _of("optimizer")), ("embedding and head", _of("frozen")),
+            ("tokens and states", _of("batch")), ("temporaries", _of("temporaries")), ("all, by the compiler", _of("compiler_total")),
+            ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s")]
+    if any("hours_at_40_percent" in one for one in figures["stages"].values()):
+        rows.append(("at 40 % of the chips' peak", lambda one: f"{one['hours_at_40_percent']:.1f} h"))
+    for label, show in rows:
+        cells = figures["stages"].items() if label != "stage" else ()
+        values = [show(one) for _, one in cells] or list(figures["stages"])
+        lines.append(f"{label:34}" + "".join(f"{value:>16}" for value in values))
+    return "\n".join([*lines, *map(_verdict, figures["stages"].items())])
+
+
+def _verdict(entry: tuple[str, dict]) -> str:
+    name, one = entry
+    if one["refusal"]:
+        return f"{name}: does NOT fit: {one['refusal']}; lower train.batch, train.row_tokens or train.loss_rows, or raise mesh.fsdp"
+    if one["fits"] is None:
+        return f"{name}: compiles"
+    return f"{name}: compiles and {'fits' if one['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
+
+
+def _of(key: str) -> Callable[[dict], str]:
+    """Bytes on one device."""
+    return lambda one: "-" if one[key] is None else _gb(one[key])
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,148 @@
+"""What a training step takes before there is data, weights or even the machine: work by formula, memory by compilation.
+
+Everything is shapes (`jax.eval_shape`), placed as the run would place it; XLA compiles the step for the devices of the mesh,
+which may be those of a TPU topology that nobody here has (jax.experimental.topologies and the libtpu wheel).
+"""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from beagle_jax.config import Config, StageConfig
+from beagle_jax.data.loader import Batch, BatchLoader
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UsageError
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.sharding import rows, shardings
+from beagle_jax.training.step import make_steps
+
+
+class Chip(NamedTuple):
+    """What its maker says of a TPU."""
+
+    memory: float  # bytes of HBM
+    peak: float  # bfloat16 operations a second
+
+
+# By `device_kind`.
+CHIPS = {
+    "TPU v4": Chip(32 * 2**30, 275e12),
+    "TPU v5": Chip(95 * 2**30, 459e12),  # v5p
+    "TPU v5 lite": Chip(16 * 2**30, 197e12),  # v5e
+    "TPU v6 lite": Chip(32 * 2**30, 918e12),  # v6e
+}
+
+
+class StageCost(NamedTuple):
+    """Of one step of a stage. Bytes are those of one device."""
+
+    flops: float  # matrix products on all devices together, every token an answer
+    weights: int  # the trained draft
+    optimizer: int
+    frozen: int  # the target's embedding and head
+    batch: int  # tokens and states
+    temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
+    compiler_total: int | None  # everything at once, as the compiler counts it
+    refusal: str  # what the compiler said when it ran out; else empty
+    compile_seconds: float
+
+    @property
+    def held(self) -> int:
+        """Bytes that stay for the whole step, by their shapes."""
+        return self.weights + self.optimizer + self.frozen + self.batch
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Descriptions of a TPU's devices, "v5e:4x4". Raises UsageError without libtpu and for a name that it does not know."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UsageError("--topology compiles with the libtpu wheel, which is not installed: pip install 'beagle-jax[tpu]' "
+                         "(Linux on x86; no TPU is needed)") from None
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: v5e:4x4, v5p:2x2x2, v6e:4x4, "
+                         "v4:2x2x2") from error
+
+
+def stage_cost(name: str, config: Config, spec: DraftSpec, vocab_size: int, draft_vocab: int, mesh: Mesh) -> StageCost:
+    """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated. draft_vocab: tokens that it scores."""
+    stage: StageConfig = getattr(config.train, name)
+    train_step: Any  # jitted, which its type does not tell
+    train_step, _, init = make_steps(spec, config.train, stage, mesh, late=name == "late")
+    params = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()}
+    dtype = jnp.dtype(config.target.dtype)
+    frozen = {"embed_VD": jax.ShapeDtypeStruct((vocab_size, spec.hidden_size), dtype),
+              "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)}
+    state, frozen = (_placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen))
+    batch = batch_shapes(config, spec.hidden_size)
+    batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
+    clock = time.perf_counter()
+    temporaries = total = None
+    refusal = ""
+    try:
+        memory = train_step.lower(state, frozen, batch, config.train.seed).compile().memory_analysis()
+        temporaries = memory.temp_size_in_bytes
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = _first_line(error)
+    B, T = batch.counts_BT.shape
+    return StageCost(
+        flops=B * row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late"),
+        weights=_bytes(state.params),
+        optimizer=_bytes(state.opt_state),
+        frozen=_bytes(frozen),
+        batch=_bytes(batch),
+        temporaries=temporaries,
+        compiler_total=total,
+        refusal=refusal,
+        compile_seconds=time.perf_counter() - clock,
+    )
+
+
+def batch_shapes(config: Config, width: int) -> Batch:
+    """The shapes of a batch whose rows are full and answers throughout, as the loader makes them."""
+    L = config.train.row_tokens
+    narrow_L1 = np.zeros((L, 1), jnp.dtype(config.target.dtype))  # the loader copies states: one channel is enough
+    full = [Row([0] * L, [True] * L)] * config.train.batch
+    made = BatchLoader(full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0).batch_at(0)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
+    return shapes._replace(states_BLD=jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype))
+
+
+def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool) -> float:
+    """Operations of the matrix products of one row: L states, T queries that all count (method.md 3 and 4.5b).
+
+    A product that is differentiated in both factors costs three times its forward pass; the keys and values of the target's
+    states only twice, as states have no gradient; a row of the loss three products with the head.
+    """
+    D, F = spec.hidden_size, spec.intermediate_size
+    NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    windows = -(-T // stage.window)
+    queries = windows * stage.simulation_steps if late else T
+    per_query = 3 * 2 * (2 * D * NH + 3 * D * F) + 3 * 2 * 2 * L * NH + 3 * 2 * D * vocab
+    predicted = windows * (stage.simulation_steps - 1) if late else 0  # keys that are simulated
+    return queries * per_query + (2 * L + (2 if stage.detach else 3) * predicted) * 2 * 2 * D * KH
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where)
+
+
+def _bytes(tree: Any) -> int:
+    """On the device that holds most."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _first_line(error: Exception) -> str:
+    return re.split(r"\n|\. ", str(error).strip())[0][:300]

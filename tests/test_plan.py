@@ -1,0 +1,173 @@
+"""The plan of a run: operations, bytes, verdicts; compiled for virtual devices and, where libtpu is installed, for a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from beagle_jax import plan as entry
+from beagle_jax.commands.plan import table
+from beagle_jax.config import Config, MeshConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.sharding import make_mesh
+from beagle_jax.training import cost
+from beagle_jax.training.cost import row_flops, stage_cost
+
+ROOT = Path(__file__).parent.parent
+SPEC = DraftSpec(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-5)
+V, L = 512, 48
+EARLY = StageConfig(steps=3, window=5)
+LATE = StageConfig(steps=2, window=4, simulation_steps=4)
+
+
+def config_of(**changes) -> Config:
+    train = TrainConfig(**{"batch": 2, "row_tokens": L, "loss_rows": 2 * L, "early": EARLY, "late": LATE, "noise": "none"} | changes)
+    return Config(target=TargetConfig(source="x"), train=train)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", params=["early", "late"])
+def compiled(request, mesh):
+    """A stage's cost, and how many operations XLA counts in its program."""
+    counted = []
+    compile_ = jax.stages.Lowered.compile
+
+    def counting(lowered, *arguments, **settings):
+        made = compile_(lowered, *arguments, **settings)
+        analysis = made.cost_analysis()
+        counted.append((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", counting)
+        found = stage_cost(request.param, config_of(), SPEC, V, V, mesh)
+    return request.param, found, counted[-1]
+
+
+def near(found: float, counted: float) -> bool:
+    """XLA counts what is not a product too, a sixth of the work at these sizes."""
+    return 0.75 * counted < found < 1.05 * counted
+
+
+def test_operations_are_those_that_xla_counts(compiled):
+    name, found, counted = compiled
+    assert near(found.flops, counted), (found.flops, counted)
+    stage = EARLY if name == "early" else LATE
+    for planted in (dict(spec=replace(SPEC, intermediate_size=256)), dict(vocab=2 * V), dict(late=name != "late")):
+        asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1, late=name == "late") | planted
+        if "late" not in planted:
+            assert not near(2 * row_flops(**asked), counted), planted
+
+
+def test_bytes_are_those_of_the_shapes(compiled):
+    _, found, _ = compiled
+    numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
+    assert (found.weights, found.frozen) == (4 * numbers, 2 * 4 * V * 64)
+    assert 8 * numbers <= found.optimizer <= 8 * numbers + 64  # two moments and counters
+    assert found.batch == 2 * (L * 4 + L * 64 * 4 + (L - 1) + 4 + 4)
+    assert found.compiler_total >= found.held and found.temporaries > 0 and not found.refusal
+
+
+def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", full)
+    found = stage_cost("early", config_of(), SPEC, V, V, mesh)
+    assert found.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" and found.temporaries is None
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        stage_cost("early", config_of(), SPEC, V, V, mesh)
+
+
+def planned(capsys, *arguments: str) -> dict:
+    assert run_main(entry.main, [*arguments, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name, parameters, drafted", [
+    ("llama2_7b_chat", 6_738_415_616, 202_383_360), ("vicuna_7b", 6_738_415_616, 202_383_360), ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
+])  # fmt: skip
+def test_the_papers_targets_are_planned_on_a_laptop_without_weights(capsys, monkeypatch, name, parameters, drafted):
+    monkeypatch.chdir(ROOT)  # target.shape is relative
+    short = ("train.batch=1", "train.row_tokens=16", "train.loss_rows=16", "train.late.steps=0", "mesh.data=-1", "mesh.fsdp=1")
+    found = planned(capsys, "--config", str(ROOT / "configs" / f"{name}.yaml"), *short)
+    assert found["target"]["parameters"] == parameters and found["target"]["bytes"] == 2 * parameters
+    assert found["draft"]["parameters"] == drafted and found["disk"]["state_of_a_token"] == 2 * 4096
+    early = found["stages"]["early"]
+    assert early["weights"] == 4 * drafted and early["compiler_total"] > early["held"] > 12 * drafted
+    assert found["disk"]["checkpoint"] == 12 * drafted and "late" not in found["stages"]
+    assert "does NOT fit" not in table(found) and "early: compiles" in table(found)
+
+
+def test_virtual_devices_split_the_draft(tmp_path):
+    """In a process of its own, since the number of devices is decided once."""
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps({"model_type": "llama", "vocab_size": V, "hidden_size": 64, "intermediate_size": 128,
+                                 "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"target: {{source: x, shape: {shape}}}\ntrain: {{batch: 4, row_tokens: {L}, late: {{steps: 0}}}}\n")
+    command = [sys.executable, "-m", "beagle_jax.plan", "--config", str(config), "--devices", "4", "mesh.fsdp=4", "--json", "-"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["devices"] == {"count": 4, "kind": "cpu", "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "memory": None}
+    numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
+    assert found["stages"]["early"]["weights"] == numbers + 3 * 2 * 64  # a quarter of each matrix; the two norms are on every device
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"target: {{source: x, shape: {ROOT}/configs/shapes/llama_2_7b.json}}\n")
+    assert run_main(entry.main, ["--config", str(config), "mesh.fsdp=3", "mesh.data=1"]) == 1
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, capsys):
+    arguments = ["--config", str(ROOT / "configs" / "llama2_7b_chat.yaml"), "--topology", "v5e:4x4"]
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert run_main(entry.main, arguments) == 2
+    assert "which is not installed: pip install 'beagle-jax[tpu]'" in capsys.readouterr().err
+    assert run_main(entry.main, [*arguments, "--devices", "8"]) == 2
+    assert "--devices and --topology were both given" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "libtpu", object())
+
+    def unknown(**_):
+        raise ValueError("no topology v9")
+
+    monkeypatch.setattr(cost.topologies, "get_topology_desc", unknown)
+    with pytest.raises(UserError, match=r"--topology v9:4x4: libtpu does not know it \(no topology v9\); examples: v5e:4x4"):
+        cost.topology_devices("v9:4x4")
+
+
+def test_a_tpu_that_is_not_there_compiles_the_step():
+    pytest.importorskip("libtpu", reason="needs the tpu extra")
+    devices = cost.topology_devices("v5e:2x2")
+    found = stage_cost("late", config_of(batch=4), SPEC, V, V, make_mesh(MeshConfig(fsdp=2), devices))
+    assert len(devices) == 4 and devices[0].device_kind in cost.CHIPS
+    assert found.held <= found.compiler_total < cost.CHIPS[devices[0].device_kind].memory
+
+
+def test_verdicts_and_hours_are_told():
+    stage = {"flops": 1e15, "weights": 4e9, "optimizer": 8e9, "frozen": 1e8, "batch": 1e6, "temporaries": 5e9, "compiler_total": 17e9,
+             "refusal": "", "compile_seconds": 2.0, "held": 1, "steps": 1000, "tokens_a_step": 4096, "fits": False,
+             "hours_at_40_percent": 3.25}  # fmt: skip
+    refused = stage | {"temporaries": None, "compiler_total": None, "refusal": "RESOURCE_EXHAUSTED: hbm"}
+    figures = {"target": {"source": "x", "parameters": 7, "dtype": "bfloat16", "bytes": 14}, "draft": {"parameters": 1, "scored_tokens": 2,
+               "vocabulary": 3}, "disk": {"state_of_a_token": 8192, "states_at_most": 5e9, "checkpoints": 6e9, "checkpoint": 1e9, "draft": 1e9},
+               "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
+               "stages": {"early": stage, "late": refused}}  # fmt: skip
+    told = table(figures)
+    assert "16 x TPU v5 lite of 16 GiB, mesh data 16" in told and "3.2 h" in told and "17.00 GB" in told and "8.19 kB a token" in told
+    assert "early: compiles and does NOT fit; lower train.batch" in told and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in told
