@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
-from beagle_jax.errors import run_main
+from beagle_jax.errors import UserError, run_main
 from beagle_jax.terminal import show, working
 
 
@@ -14,15 +14,20 @@ def main(argv: Sequence[str]) -> None:
                   "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10")
     made.add_argument("--out", metavar="FOLDER", help="keep every answer there, go on from those that are, and write the whole report: "
                       "report.json, report.md, report.html")
+    made.add_argument("--audit", action="store_true", help="hold every answer and every round against a second way of computing it; "
+                      "exit status 1 when one differs")
     add_overrides(made)
     arguments = made.parse_args(argv)
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands.evaluate import evaluate
+        from beagle_jax.evaluation.audit import lines
         from beagle_jax.evaluation.report import table
 
-        report = evaluate(config, arguments.out)
-    show(arguments, table(report), report)
+        report = evaluate(config, arguments.out, audited=arguments.audit)
+    show(arguments, "\n".join([table(report), *(lines(report["audit"]) if arguments.audit else [])]), report)
+    if arguments.audit and not report["audit"]["passed"]:
+        raise UserError("the audit failed; the lines above that begin with FAILED say where")
 
 
 if __name__ == "__main__":

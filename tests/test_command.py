@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from test_report import check_schema
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -202,18 +203,57 @@ def test_evaluate_finds_all_answers_identical(trained, capsys):
     check_lossless(evaluated(trained, capsys))
 
 
-def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
-    class Wrong(SpeculativeDecoder):
-        def generate(self, *arguments, **options):
-            [answer] = super().generate(*arguments, **options)
-            wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
-            return [wrong if self._shapes.draft else answer]
+class Wrong(SpeculativeDecoder):
+    """Gets the last token wrong when it drafts."""
 
+    def generate(self, *arguments, **options):
+        [answer] = super().generate(*arguments, **options)
+        wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
+        return [wrong if self._shapes.draft else answer]
+
+
+def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
+    command = ["--config", trained.config, "eval.limit=2", "--audit"]
+    assert run_main(evaluate.main, command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "2/2" in printed
+    monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
+    assert run_main(evaluate.main, command) == 1
+    told = capsys.readouterr()
+    assert "FAILED" in told.out and " became " in told.out
+    assert "error: the audit failed; the lines above that begin with FAILED say where" in told.err
+
+
+def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
     monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
     summaries = evaluated(trained, capsys)
     assert summaries[1]["identical_to_plain"] == 0
     with pytest.raises(AssertionError):
         check_lossless(summaries)
+
+
+def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
+    """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
+    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=2", "eval.compare=[lookup]"]
+    assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert [system["name"] for system in report["systems"]] == ["plain", str(trained.folder / "run" / "draft"), "lookup"]
+    check_schema(report)
+    for system in report["systems"]:
+        phases, memory = system["milliseconds"], system["bytes"]
+        assert abs(phases["draft"] + phases["verify"] + phases["rest"] - phases["round"]) < 0.01 and phases["verify"] > 0
+        assert memory["target_weights"] > memory["target_cache"] > 0 and memory["decode_temporaries"] > 0
+        assert (memory["draft_cache"] > 0) == (memory["draft_weights"] > 0) == (system["trained_tokens"] == 48) == ("run" in system["name"])
+    assert "2/2" in printed and "texts are longer than the 48 tokens" in printed
+    pictures = {path.stem for path in (out / "pictures").glob("*.png")}
+    assert pictures == {"acceptance", "phases", "tree", "attention", "masks", "training"}
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == len(pictures)
+    assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
+    again = json.loads((out / "report.json").read_text())
+    assert again["suites"] == report["suites"]
+    status, message = ended(capsys, "evaluate", *command, "decode.levels=1", "--out", str(out))
+    assert status == 1 and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here)" in message
 
 
 def test_evaluate_shows_a_second_draft(trained, capsys):

@@ -1,5 +1,6 @@
 """Evaluation from a config to a report."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,18 +11,33 @@ from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog
+from beagle_jax.evaluation.audit import audit
 from beagle_jax.evaluation.cost import memory, phases
+from beagle_jax.evaluation.inside import attention, rounds
 from beagle_jax.evaluation.measure import Bench, Measured, context_for, measure
+from beagle_jax.evaluation.pages import markdown, page
+from beagle_jax.evaluation.plots import (
+    plot_acceptance,
+    plot_attention,
+    plot_masks,
+    plot_phases,
+    plot_training,
+    plot_tree,
+)
 from beagle_jax.evaluation.report import environment, report
 from beagle_jax.evaluation.suites import suite
+from beagle_jax.files import write_text
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, load_target
 
+_SHOWN_TOKENS = 48  # of an answer, in the picture of attention
 
-def evaluate(config: Config, out: str | None = None) -> dict:
+
+def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -> dict:
     """The report on plain decoding, the draft, and those of `eval.compare`.
 
-    out: a folder that keeps every answer as it comes, goes on from those it has, and gets the report's files.
+    out: a folder that keeps every answer as it comes, goes on from those it has, and gets the report's files. audited:
+    all answers are also held against teacher forcing (evaluation/audit.py).
     """
     suites = {name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites}
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
@@ -36,15 +52,22 @@ def evaluate(config: Config, out: str | None = None) -> dict:
     if not measured.cases:
         raise UserError(f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
                         f"eval.max_new_tokens {config.eval.max_new_tokens}; lower it, or choose other prompts")
-    costs = {} if out is None else _costs(bench, measured)
-    return report(bench, measured, asdict(config), costs)
+    made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
+    if audited:
+        made["audit"] = audit(target, drafts, bench, measured, append_predicted=config.decode.append_predicted, rule=config.decode.rule)
+    if out is not None:
+        _write(config, bench, measured, made, Path(out))
+    return made
 
 
 def _bench(config: Config, target: Target, drafts: dict[str, Draft | Lookup], context: int) -> Bench:
     decoders = {"plain": SpeculativeDecoder(target, context=context)}
     for name, draft in drafts.items():
         decoders[name] = decoder_of(config, target, draft, context=context)
-    return Bench(decoders, target.tokenizer, context, config.eval.max_new_tokens, sampling_of(config.decode), config.decode.seed)
+    rows = {name: draft.provenance.get("training", {}).get("row_tokens") for name, draft in drafts.items() if isinstance(draft, Draft)}
+    trained = {name: tokens for name, tokens in rows.items() if tokens is not None}
+    sampling = sampling_of(config.decode)
+    return Bench(decoders, target.tokenizer, context, config.eval.max_new_tokens, sampling, config.decode.seed, trained)
 
 
 def _settings(config: Config, drafts: dict[str, Draft | Lookup]) -> dict:
@@ -59,3 +82,37 @@ def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
     prompts = sorted((asked.prompt for case in measured.cases for turn in case.turns for asked in turn.values()), key=len)
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
     return {name: {"milliseconds": phases(decoder, *ask), "bytes": memory(decoder, *ask)} for name, decoder in bench.decoders.items()}
+
+
+def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> None:
+    """report.json, report.md and report.html, and the pictures of the last one."""
+    pictures = _pictures(config, bench, measured, made, folder / "pictures")
+    write_text(folder / "report.json", json.dumps(made, indent=1) + "\n")
+    write_text(folder / "report.md", markdown(made))
+    write_text(folder / "report.html", page(made, pictures))
+
+
+def _pictures(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> dict[str, Path]:
+    """Pictures by title: of the figures, and of the first draft at work on the first prompt."""
+    folder.mkdir(exist_ok=True)
+    pictures = {"Acceptance by depth": folder / "acceptance.png", "Time by phase": folder / "phases.png"}
+    plot_acceptance(made, pictures["Acceptance by depth"])
+    plot_phases(made, pictures["Time by phase"])
+    name = list(bench.decoders)[1]
+    decoder, prompt = bench.decoders[name], measured.cases[0].turns[0][name].prompt
+    played = rounds(decoder, prompt, bench.sampling, max_new_tokens=bench.max_new_tokens, seed=bench.seed)
+    if played:
+        pictures["A drafted tree"] = folder / "tree.png"
+        plot_tree(max(played, key=lambda one: len(one.path)), pictures["A drafted tree"], lambda token: bench.tokenizer.decode([token]))
+    looked = attention(decoder, prompt, max_new_tokens=min(bench.max_new_tokens, _SHOWN_TOKENS))
+    if looked is not None:
+        pictures["Attention of the draft"] = folder / "attention.png"
+        plot_attention(looked[0], pictures["Attention of the draft"], first=len(prompt))
+    pictures["Masks of both training stages"] = folder / "masks.png"
+    late = config.train.late
+    plot_masks(config.train.early.window, late.window, late.simulation_steps, pictures["Masks of both training stages"])
+    log = Path(config.train.folder) / "log.jsonl"
+    if log.exists():
+        pictures["Training"] = folder / "training.png"
+        plot_training(log, pictures["Training"])
+    return pictures

@@ -117,6 +117,7 @@ class Bench:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int = 0
+    trained_tokens: dict[str, int] = field(default_factory=dict)  # by system: longest text that its draft was trained on
 
 
 class Measured(NamedTuple):

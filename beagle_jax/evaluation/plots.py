@@ -1,10 +1,20 @@
-"""Pictures of what was measured (matplotlib, without a display)."""
+"""Pictures of what was measured (matplotlib, without a display). Every function writes one file, .png or .svg."""
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from beagle_jax.decoding.tuning import Tuning
+from beagle_jax.evaluation.inside import Round
+from beagle_jax.model.masks import early_block_mask, window_start
+
+_PHASES = ("draft", "verify", "rest")
 
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
@@ -22,3 +32,132 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
     promise.set(xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels")
     promise.legend()
     figure.savefig(path)
+
+
+def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
+    """step-alpha by draft depth, a panel for each suite, a line for each system that drafts."""
+    figure = Figure(figsize=(1 + 4 * len(report["suites"]), 4), layout="constrained")
+    for panel, suite in zip(figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"]):
+        for name, one in suite["groups"][0]["systems"].items():
+            if one["step_alpha"]:
+                panel.plot(range(1, len(one["step_alpha"]) + 1), one["step_alpha"], "o-", label=f"{name}, tau {one['tau']:.2f}")
+        panel.set(xlabel="draft depth", ylabel="step-alpha", title=suite["name"], ylim=(0, 1))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_phases(report: dict[str, Any], path: str | Path) -> None:
+    """Milliseconds of a round of each system, by phase. What the parts alone take beyond the round is not drawn."""
+    systems = [system for system in report["systems"] if "draft" in system["milliseconds"]]
+    figure = Figure(figsize=(8, 1.5 + 0.5 * len(systems)), layout="constrained")
+    panel, left = figure.subplots(), np.zeros(len(systems))
+    for phase in _PHASES:
+        width = np.array([max(system["milliseconds"][phase], 0.0) for system in systems])
+        panel.barh([system["name"] for system in systems], width, left=left, label=phase)
+        left += width
+    panel.set(xlabel="ms per round", title="time by phase")
+    panel.invert_yaxis()
+    panel.legend()
+    figure.savefig(path)
+
+
+def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
+    """Who sees whom in training [query, key]: 1 a true state, 2 a state predicted in the query's own window, 0 neither.
+
+    steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states before it; queries
+    further on are not trained and see true states only.
+    """
+    seen_LL = np.asarray(early_block_mask(jnp.array([width]), width, window, jnp.int32(offset))[0]).astype(int)
+    query_L1, key_1L = np.arange(width)[:, None], np.arange(width)[None]
+    start_L1 = np.asarray(window_start(jnp.arange(width), window, jnp.int32(offset)))[:, None]
+    predicted_LL = (key_1L >= start_L1) & (key_1L < query_L1) & (query_L1 - start_L1 < steps)
+    return np.where(predicted_LL, 2, seen_LL)
+
+
+def plot_masks(early_window: int, late_window: int, steps: int, path: str | Path, *, width: int = 16, offset: int = 2) -> None:
+    """Masks of both stages on a short row."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    stages = ((f"early stage, window {early_window}", early_window, 1),
+              (f"late stage, window {late_window}, {steps} steps", late_window, steps))  # fmt: skip
+    colours = ListedColormap(["white", "tab:blue", "tab:orange"])
+    for panel, (title, window, simulated) in zip(panels, stages):
+        panel.imshow(mask_levels(width, window, simulated, offset), cmap=colours, vmin=0, vmax=2)
+        panel.set(title=title, xlabel="key", ylabel="query")
+        panel.set_xticks(np.arange(-0.5, width), minor=True)
+        panel.set_yticks(np.arange(-0.5, width), minor=True)
+        panel.grid(which="minor", color="lightgray", linewidth=0.5)
+    figure.supxlabel("blue: true states; orange: states predicted in the same window", fontsize="small")
+    figure.savefig(path)
+
+
+def plot_training(log: str | Path, path: str | Path) -> None:
+    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl; dashed: held out."""
+    lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    figure = Figure(figsize=(10, 3.5 * len(stages)), layout="constrained")
+    for (loss, agree), stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages):
+        for split, style in ((None, "-"), ("held_out", "--")):
+            here = [line for line in lines if line["stage"] == stage and line.get("split") == split]
+            if not here:
+                continue
+            steps = [line["step"] for line in here]
+            loss.plot(steps, [line["loss"] for line in here], style, label=split or "training")
+            for offset in range(len(here[0]["top1_by_offset"])):
+                agree.plot(steps, [line["top1_by_offset"][offset] for line in here], style, color=f"C{offset}",
+                           label=None if split else f"offset {offset}")  # fmt: skip
+        loss.set(xlabel="step", ylabel="loss", title=f"{stage} stage")
+        agree.set(xlabel="step", ylabel="top-1 agreement with the target", ylim=(0, 1), title=f"{stage} stage")
+        loss.legend()
+        agree.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> None:
+    """Where the draft looks from each place of an answer (first: the place of row 0), newest states at the right edge."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panel = figure.subplots()
+    T, S = weights_TS.shape
+    drawn = panel.imshow(np.sqrt(weights_TS), aspect="auto", cmap="magma", extent=(0, S, first + T, first), interpolation="nearest")
+    panel.set(xlabel="position of the state", ylabel="position of the query", title="attention of the draft, mean over heads")
+    figure.colorbar(drawn, label="square root of the weight")
+    figure.savefig(path)
+
+
+def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) -> None:
+    """The tree of one round, accepted path in colour. name: a token's text."""
+    height = _heights(one)
+    figure = Figure(figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained")
+    panel = figure.subplots()
+    for node, (parent, depth) in enumerate(zip(one.parent_W, one.depth_W)):
+        taken = node in one.path
+        if node:
+            panel.plot([one.depth_W[parent], depth], [height[parent], height[node]], color="tab:green" if taken else "lightgray", zorder=1)
+        panel.text(depth, height[node], repr(name(int(one.token_W[node]))), ha="center", va="center", fontsize=9, parse_math=False,
+                   bbox={"boxstyle": "round", "facecolor": "palegreen" if taken else "white", "edgecolor": "gray"})  # fmt: skip
+    panel.set(xlim=(-0.5, one.depth_W.max() + 0.5), ylim=(height.max() + 0.7, -0.7), xlabel="draft depth", yticks=[])
+    panel.set_xticks(range(one.depth_W.max() + 1))
+    written = "".join(name(token) for token in one.written)
+    panel.set_title(f"one round: {len(one.path) - 1} drafts accepted, wrote {written!r}", fontsize="medium", parse_math=False)
+    figure.savefig(path)
+
+
+def _heights(one: Round) -> np.ndarray:
+    """Where each node stands: leaves one below the other, a parent in the middle of its children."""
+    height, leaves = np.zeros(len(one.token_W)), 0
+    children: list[list[int]] = [[] for _ in one.token_W]
+    for node in range(1, len(one.token_W)):
+        children[one.parent_W[node]].append(node)
+
+    def place(node: int) -> float:
+        nonlocal leaves
+        below: Sequence[float] = [place(child) for child in children[node]]
+        if not below:
+            leaves += 1
+        height[node] = np.mean(below) if below else leaves - 1
+        return height[node]
+
+    place(0)
+    return height

@@ -26,13 +26,14 @@ _SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones b
 def report(bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """settings: the config. costs: of each system, what evaluation/cost.py measured; may be empty."""
     names = list(bench.decoders)
-    suites = list(dict.fromkeys(case.suite for case in measured.cases))
+    cases = _grouped(measured.cases, lambda case: case.suite)
     return {
         "format": FORMAT,
         "environment": environment(),
         "settings": settings,
+        "notes": _notes(bench, measured),
         "systems": [_system(name, bench, measured, costs.get(name)) for name in names],
-        "suites": [_suite(name, [case for case in measured.cases if case.suite == name], bench, measured.left_out[name]) for name in suites],
+        "suites": [_suite(name, group, bench, measured.left_out[name]) for name, group in cases.items()],
         "audit": None,
     }
 
@@ -50,6 +51,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _notes(bench: Bench, measured: Measured) -> list[str]:
+    """Acceptance falls where texts grow beyond those of the training."""
+    notes = []
+    for name, trained in bench.trained_tokens.items():
+        texts = [len(turn[name].prompt) + len(turn[name].answer.tokens) for case in measured.cases for turn in case.turns]
+        longer = sum(length > trained for length in texts)
+        if longer:
+            notes.append(f"{longer} of {len(texts)} texts are longer than the {trained} tokens that {name} was trained on.")
+    return notes
+
+
 def _system(name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | None) -> dict[str, Any]:
     tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
     answers = len(whole.generations)
@@ -63,6 +75,7 @@ def _system(name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | 
         "tree": str(tree),
         "levels": tree.depth,
         "nodes": tree.size,
+        "trained_tokens": bench.trained_tokens.get(name),
         "compiles_after_warm_up": measured.compiles[name],
         "milliseconds": {key: round(value, 3) for key, value in milliseconds.items()},
         "bytes": None if cost is None else cost["bytes"],
@@ -152,12 +165,13 @@ def table(made: dict[str, Any]) -> str:
         title = [suite["name"]] if len(made["suites"]) > 1 else []
         notes = [f"{suite['turns_left_out']} turns did not fit the context and were left out"] if suite["turns_left_out"] else []
         blocks.append("\n".join([*title, *_lines(made["systems"], whole), *notes]))
-    return "\n\n".join(blocks) + "\ntok/s: prefill included; decode: without it. Times exclude compilation."
+    return "\n".join(["\n\n".join(blocks), "tok/s: prefill included; decode: without it. Times exclude compilation.", *made["notes"]])
 
 
 def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> list[str]:
     width = max(map(len, whole))
-    head = f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  identical to plain decoding"
+    head = (f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  "
+            "identical to plain decoding")
     lines = [head, "-" * len(head)]
     for system in systems:
         one = whole[system["name"]]

@@ -60,7 +60,8 @@ def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
         chats = list(_published(source, SUITES[source], Path(folder).expanduser() / SUITES[source].file, limit))
     else:
         if not Path(source).expanduser().exists():
-            raise UserError(f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a .jsonl[.gz] file")
+            raise UserError(f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a "
+                            ".jsonl[.gz] file")
         chats = read_chats(source)
     for chat in chats:
         if not chat.waits_for_answer:

@@ -1,6 +1,5 @@
 """A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md 9.5)."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,11 +47,8 @@ class Draft:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with any weight."""
-        digest = hashlib.sha256()
-        for name in sorted(self.params):
-            digest.update(np.asarray(self.params[name]).tobytes())
-        return digest.hexdigest()[:16]
+        """A digest that changes with any weight and setting; a saved draft has it in its config.json."""
+        return draft_digest(self.spec, file_tensors(self))
 
 
 def save_draft(folder: str | Path, draft: Draft) -> None:

@@ -1,0 +1,75 @@
+"""Teacher forcing: a written text read at once, without caches, trees or a loop. What the audit holds decoding against."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.model.cache import visible_slots, write_all
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward, init_cache, logits
+from beagle_jax.weights.target import Target
+
+_ROWS = 64  # places whose logits exist at once
+_NOISE_TOKENS = 64  # of a text that is read token by token
+
+
+def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
+    """The target's states of a text [L, D], after the final norm; L is padded to a power of two, with rubbish at the end."""
+    width = max(_ROWS, 1 << (len(tokens) - 1).bit_length())
+    return _read(target.params, target.spec, jnp.array([[*tokens, *[0] * (width - len(tokens))]], jnp.int32), jnp.array([len(tokens)]))[0]
+
+
+@partial(jax.jit, static_argnames="spec")
+def _read(params, spec, text_BL, length_B):
+    width = text_BL.shape[1]
+    return forward(params, spec, text_BL, jnp.arange(width)[None], causal_mask(length_B, width))[0]
+
+
+_logits = jax.jit(logits, static_argnums=1)
+
+
+def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -> np.ndarray:
+    """Logits of the tokens after places first .. last - 1, [last - first, V] in float32."""
+    found = []
+    for start in range(first, last, _ROWS):
+        rows = np.minimum(np.arange(start, start + _ROWS), last - 1)
+        found.append(np.asarray(_logits(target.params, target.spec, states_LD[rows]))[: last - start])
+    return np.concatenate(found)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _step(params, spec, token, length, cache):
+    """One token after those in the cache: the logits of the next, and the cache with it."""
+    length_B = length[None]
+    visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
+    states_B1D, rows = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
+    return logits(params, spec, states_B1D)[0, 0], write_all(cache, rows, length_B)
+
+
+def rounding_noise(target: Target, tokens: Sequence[int]) -> float:
+    """Largest logit difference between reading a text at once and reading it token by token."""
+    tokens = tokens[:_NOISE_TOKENS]
+    at_once = forced_logits(target, forced_states(target, tokens), 0, len(tokens))
+    cache, largest = init_cache(target.spec, 1, _NOISE_TOKENS, target.dtype), 0.0
+    for place, token in enumerate(tokens):
+        alone_V, cache = _step(target.params, target.spec, jnp.int32(token), jnp.int32(place), cache)
+        largest = max(largest, float(np.abs(np.asarray(alone_V) - at_once[place]).max()))
+    return largest
+
+
+def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution that sampling must have, in float64 and by sorting: temperature, then top-k, then top-p."""
+    scaled_TV = logits_TV.astype(np.float64) / sampling.temperature
+    p_TV = np.exp(scaled_TV - scaled_TV.max(axis=1, keepdims=True))
+    order_TV = np.argsort(-p_TV, axis=1, kind="stable")
+    sorted_TV = np.take_along_axis(p_TV, order_TV, axis=1)
+    if sampling.top_k:
+        sorted_TV[:, sampling.top_k :] = 0
+    sorted_TV /= sorted_TV.sum(axis=1, keepdims=True)
+    sorted_TV[np.cumsum(sorted_TV, axis=1) - sorted_TV >= sampling.top_p] = 0
+    np.put_along_axis(p_TV, order_TV, sorted_TV / sorted_TV.sum(axis=1, keepdims=True), axis=1)
+    return p_TV

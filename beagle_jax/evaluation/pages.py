@@ -1,0 +1,122 @@
+"""The report to read: as Markdown, and as one HTML page that holds its pictures and needs nothing else."""
+
+import base64
+import html
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left}img{max-width:100%}h2{margin-top:2em}"""
+_MEGABYTE = 2**20
+
+
+class Section(NamedTuple):
+    """A heading, some sentences, and a table (none: no rows)."""
+
+    title: str
+    sentences: list[str]
+    head: list[str]
+    rows: list[list[str]]
+
+
+def sections(report: dict[str, Any]) -> list[Section]:
+    """The whole report as tables of text."""
+    made = [_environment(report)]
+    for suite in report["suites"]:
+        left_out = [f"{suite['turns_left_out']} turns did not fit the context and were left out."] if suite["turns_left_out"] else []
+        for group in suite["groups"]:
+            made.append(_group(suite["name"], group, left_out if group["by"] == "all" else []))
+    made += [_times(report), _memory(report)]
+    if report["audit"] is not None:
+        made.append(_audit(report["audit"]))
+    return [section for section in made if section.rows or section.sentences]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = ["# Evaluation", ""]
+    for section in sections(report):
+        lines += [f"## {section.title}", "", *[f"{sentence}\n" for sentence in section.sentences]]
+        if section.rows:
+            escaped = [[cell.replace("|", "\\|") for cell in row] for row in (section.head, *section.rows)]
+            lines += [_pipes(escaped[0]), _pipes(["---", *["---:"] * (len(section.head) - 1)]), *map(_pipes, escaped[1:]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pipes(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
+    """The report as HTML. pictures: PNG files by their titles; they are written into the page."""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"]
+    for section in sections(report):
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        parts += [f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences]
+        if section.rows:
+            rows = [_cells("th", section.head), *(_cells("td", row) for row in section.rows)]
+            parts.append(f"<table>{''.join(rows)}</table>")
+    for title, path in pictures.items():
+        encoded = base64.b64encode(path.read_bytes()).decode("ascii")
+        parts.append(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+    return "\n".join(parts) + "</html>\n"
+
+
+def _cells(tag: str, cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _environment(report: dict[str, Any]) -> Section:
+    decode, where = report["settings"]["decode"], report["environment"]
+    drawn = f"temperature {decode['temperature']}, top_k {decode['top_k']}, top_p {decode['top_p']}" if decode["temperature"] else "greedy"
+    sentences = [
+        f"Target {report['settings']['target']['source']} in {report['settings']['target']['dtype']}, {drawn}, up to "
+        f"{report['settings']['eval']['max_new_tokens']} new tokens.",
+        f"{where['machine']}; Python {where['python']}, jaxlib {where['jaxlib']}, beagle_jax {where['beagle_jax']}; "
+        f"{where['devices']} {'device' if where['devices'] == 1 else 'devices'}.",
+        *report["notes"],
+    ]
+    rows = [[one["name"], one["tree"], str(one["nodes"]), str(one["compiles_after_warm_up"])] for one in report["systems"]]
+    return Section("What was compared", sentences, ["system", "tree", "tokens verified per round", "compiles after warm-up"], rows)
+
+
+def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
+    what = {"all": suite, "category": f"{suite}: {group['of']}", "context": f"{suite}: prompts up to {group['of']} tokens"}[group["by"]]
+    head = ["system", "tau", "tok/s", "decode tok/s", "speedup", "rounds", "tokens", "identical", "step-alpha by depth"]
+    rows = []
+    for name, one in group["systems"].items():
+        alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
+        rows.append([
+            name, f"{one['tau']:.2f} {_between(one['tau_interval'])}", f"{one['tokens_per_second']:.1f}",
+            f"{one['decode_tokens_per_second']:.1f}", f"{one['speedup']:.2f}x {_between(one['speedup_interval'])}", str(one["rounds"]),
+            str(one["tokens"]), f"{one['identical_to_plain']}/{one['answers']}", alpha,
+        ])  # fmt: skip
+    prompts = f"{group['prompts']} {'prompts' if group['by'] != 'context' else 'turns'}; in brackets 95 % intervals over prompts."
+    return Section(what, [prompts, *sentences], head, rows)
+
+
+def _between(edges: list[float]) -> str:
+    return f"[{edges[0]:.2f}, {edges[1]:.2f}]"
+
+
+def _times(report: dict[str, Any]) -> Section:
+    phases = ["prefill", "round", "draft", "verify", "rest"]
+    rows = [[one["name"], *(f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else "" for phase in phases)]
+            for one in report["systems"]]  # fmt: skip
+    sentence = ("Prefill and round: means over whole answers. Draft and verify: each alone in a loop, at the shapes of a prompt of middle "
+                "length. Rest: what a round takes beyond the two; below zero where the parts alone took longer.")
+    return Section("Time by phase, ms", [sentence], ["system", *phases], rows)
+
+
+def _memory(report: dict[str, Any]) -> Section:
+    measured = [one for one in report["systems"] if one["bytes"] is not None]
+    names = list(measured[0]["bytes"]) if measured else []
+    rows = [[one["name"], *("" if value is None else f"{value / _MEGABYTE:.1f}" for value in one["bytes"].values())] for one in measured]
+    sentence = "Temporaries as the compiled programs state them; the device's peak is of the whole process."
+    return Section("Memory, MiB", [sentence] if rows else [], ["system", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _audit(audit: dict[str, Any]) -> Section:
+    rows = [[check["name"], "passed" if check["passed"] else "FAILED", check["found"]] for check in audit["checks"]]
+    return Section("Audit", [], ["check", "", "found"], rows)

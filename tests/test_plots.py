@@ -1,0 +1,88 @@
+"""Pictures show what is there: masks against the worked example, trees and attention against decoding itself."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import MARKOV, random_draft, right_draft, target_of
+from test_masks import EXAMPLE
+
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.evaluation.inside import Round, attention, rounds
+from beagle_jax.evaluation.plots import _heights, mask_levels, plot_attention, plot_masks, plot_training, plot_tree
+from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward
+
+TREE = dynamic_tree(3, 3, 8)
+
+
+def is_picture(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_masks_are_the_worked_example(steps, tmp_path):
+    levels = mask_levels(8, 3, steps, 2)
+    for query, (true, predicted) in EXAMPLE.items():
+        assert np.flatnonzero(levels[query] == 1).tolist() == true
+        trained = query < 2 or (query - 2) % 3 < steps
+        assert np.flatnonzero(levels[query] == 2).tolist() == (predicted[steps - 1] if trained else [])
+    plot_masks(3, 3, steps, tmp_path / "m.png")
+    assert is_picture(tmp_path / "m.png")
+
+
+def test_rounds_are_those_of_the_answer(tmp_path):
+    decoder = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE)
+    [answer] = decoder.generate([[5, 7]], max_new_tokens=30)
+    played = rounds(decoder, [5, 7], most=99, max_new_tokens=30)
+    assert [token for one in played for token in one.written] == answer.tokens[1:] and len(played) == answer.rounds
+    # A round cut short by the limit may have accepted all that it wrote.
+    assert np.bincount([len(one.path) - 1 for one in played], minlength=4).tolist() == answer.accepted
+    assert len(rounds(decoder, [5, 7], most=2, max_new_tokens=30)) == 2
+    one = max(played, key=lambda one: len(one.path))
+    for above, node, token in zip(one.path, one.path[1:], one.written):
+        assert one.parent_W[node] == above and one.token_W[node] == token
+    plot_tree(one, tmp_path / "t.png", lambda token: f"$x{token}_")
+    assert is_picture(tmp_path / "t.png")
+
+
+def test_a_tree_is_drawn_without_crossings():
+    one = Round(np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0])
+    assert _heights(one).tolist() == [1.25, 0.5, 2.0, 2.0, 0.0, 1.0]
+
+
+def test_attention_is_that_of_the_block(tmp_path):
+    target, draft, prompt = target_of(), random_draft(), [5, 7, 9]
+    weights_TS, tokens = attention(SpeculativeDecoder(target, draft, TREE), prompt, max_new_tokens=12)
+    np.testing.assert_allclose(weights_TS.sum(axis=1), 1.0, rtol=1e-5)
+    assert weights_TS.shape == (len(tokens) - 3, len(tokens) - 1)
+    # By hand: the true states of the text, and one head after another.
+    text_1L = jnp.array([tokens])
+    places_1L = jnp.arange(len(tokens))[None]
+    mask = causal_mask(jnp.array([len(tokens)]), len(tokens))
+    states = jax.jit(lambda params: forward(params, target.spec, text_1L, places_1L, mask)[0])(target.params)
+    block = BeagleBlock(draft.spec).bind({"params": draft.params})
+    q_KGLH = np.asarray(block.queries(target.params["embed_VD"][text_1L], places_1L))[0]
+    k_KHL = np.asarray(block.keys_values(states, places_1L).k_BKHS)[0]
+    for row, place in enumerate(range(3, len(tokens))):
+        heads = [np.exp(q_KGLH[k, g, place] @ k_KHL[k, :, :place] / np.sqrt(8)) for k in range(2) for g in range(2)]
+        np.testing.assert_allclose(weights_TS[row, :place], np.mean([head / head.sum() for head in heads], axis=0), atol=1e-5)
+        assert not weights_TS[row, place:].any()
+    plot_attention(weights_TS, tmp_path / "a.png", first=3)
+    assert is_picture(tmp_path / "a.png")
+
+
+def test_plain_decoding_has_no_draft_to_look_at():
+    assert attention(SpeculativeDecoder(target_of()), [5], max_new_tokens=4) is None
+
+
+def test_training_curves(tmp_path):
+    lines = [{"stage": stage, "step": step, "loss": 1 / step, "top1_by_offset": [0.5, 0.4], **split}
+             for stage in ("early", "late") for split in ({}, {"split": "held_out"}) for step in (1, 2, 3)]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    plot_training(tmp_path / "log.jsonl", tmp_path / "c.png")
+    assert is_picture(tmp_path / "c.png")

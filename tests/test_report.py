@@ -1,0 +1,129 @@
+"""Reports keep to their schema and say what was measured, in JSON, Markdown and HTML."""
+
+import copy
+import json
+import re
+from dataclasses import asdict
+from importlib import resources
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+
+from beagle_jax.config import Config, TargetConfig
+from beagle_jax.decoding.decoder import Generation
+from beagle_jax.decoding.tree import ROOT_ONLY, chain
+from beagle_jax.evaluation.answers import Asked, Case
+from beagle_jax.evaluation.measure import Bench, Measured
+from beagle_jax.evaluation.pages import markdown, page
+from beagle_jax.evaluation.plots import plot_acceptance, plot_phases
+from beagle_jax.evaluation.report import report, table
+
+COST = {
+    "milliseconds": {"draft": 1.0, "verify": 2.0},
+    "bytes": dict.fromkeys(
+        ["target_weights", "draft_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries", "device_peak"], 2**20
+    ),
+}
+
+
+def check_schema(made: dict) -> None:
+    schema = json.loads((resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(json.dumps(made)), schema, jsonschema.Draft202012Validator)
+
+
+def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
+    """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds of a chain of 2."""
+    plain = Generation(list(range(9)), 8, [8], 0.25, 4.0, "text", "length")
+    fast = Generation(list(range(9)), 4, [1, 2, 1], 0.25, 2.0, "text", "length")
+    return Case(suite, number, category, tuple({"plain": Asked([1] * n, plain), "a|<b>": Asked([1] * n, fast)} for n in lengths))
+
+
+@pytest.fixture
+def made() -> dict:
+    cases = [case("s", 0, "math", [10, 200]), case("s", 1, "code", [30]), case("t", 0, "t", [65])]
+    decoders = {"plain": SimpleNamespace(tree=ROOT_ONLY), "a|<b>": SimpleNamespace(tree=chain(2))}
+    bench = Bench(decoders, None, 512, 9, trained_tokens={"a|<b>": 100})
+    measured = Measured(cases, {"plain": 0, "a|<b>": 1}, {"s": 2, "t": 0})
+    return report(bench, measured, asdict(Config(target=TargetConfig(source="x"))), {"plain": COST, "a|<b>": COST})
+
+
+def test_groups_and_figures(made):
+    first, second = made["suites"]
+    assert [(group["by"], group["of"], group["prompts"]) for group in first["groups"]] == [
+        ("all", "", 2), ("category", "math", 1), ("category", "code", 1), ("context", "64", 2), ("context", "256", 1)
+    ]  # fmt: skip
+    assert [(group["by"], group["prompts"]) for group in second["groups"]] == [("all", 1)]
+    one = first["groups"][0]["systems"]["a|<b>"]
+    assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (2.0, [2.0, 2.0], 12, 27, 3)
+    assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [0.75, round(1 / 3, 4)]
+    assert made["systems"][1]["milliseconds"] == {"prefill": 250.0, "round": 500.0, "draft": 1.0, "verify": 2.0, "rest": 497.0}
+    assert made["notes"] == ["1 of 4 texts are longer than the 100 tokens that a|<b> was trained on."]
+
+
+def test_the_schema_holds_and_describes_everything(made):
+    check_schema(made)
+    check_schema({**made, "systems": [{**system, "bytes": None} for system in made["systems"]]})
+    check_schema({**made, "audit": {"passed": True, "noise": 0.1, "divergences": [], "checks": [{"name": "x", "passed": True, "found": "y"}]}})
+    text = (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8")
+    undescribed = []
+
+    def walk(node, where):
+        for name, field in node.get("properties", {}).items():
+            if not any(key in field for key in ("description", "$ref")):
+                undescribed.append(f"{where}.{name}")
+            walk(field, f"{where}.{name}")
+        for inner in (node.get("items"), node.get("additionalProperties"), *node.get("anyOf", []), *node.get("$defs", {}).values()):
+            if isinstance(inner, dict):
+                walk(inner, where)
+
+    walk(json.loads(text), "")
+    assert undescribed == []
+
+
+def _without(made: dict) -> None:
+    del made["suites"][0]["groups"][0]["systems"]["plain"]["tau"]
+
+
+def _renamed(made: dict) -> None:
+    made["systems"][0]["speed"] = 1.0
+
+
+def _of_another_kind(made: dict) -> None:
+    made["suites"][0]["groups"][0]["systems"]["plain"]["rounds"] = "many"
+
+
+def _impossible(made: dict) -> None:
+    made["suites"][0]["groups"][0]["systems"]["plain"]["tau"] = 0.5
+
+
+@pytest.mark.parametrize("spoil", [_without, _renamed, _of_another_kind, _impossible])
+def test_planted_bugs_break_the_schema(made, spoil):
+    spoiled = copy.deepcopy(made)
+    spoil(spoiled)
+    with pytest.raises(jsonschema.ValidationError):
+        check_schema(spoiled)
+
+
+def test_the_table_has_a_block_for_each_suite(made):
+    lines = table(made).splitlines()
+    assert lines[0] == "s" and lines.count("t") == 1
+    assert lines[3] == "plain   1.00      2.1      2.0    1.00x      24      27         0  3/3"
+    assert sum(line.startswith("a|<b>  ") for line in lines) == 2 and "2 turns did not fit the context and were left out" in lines
+    assert lines[-2].startswith("tok/s: ") and lines[-1] == made["notes"][0]
+
+
+def test_pages_hold_every_figure(made, tmp_path):
+    made["audit"] = {"passed": False, "noise": 0.0, "divergences": [], "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}]}
+    pictures = {"Acceptance": tmp_path / "a.png", "Phases": tmp_path / "p.png"}
+    plot_acceptance(made, pictures["Acceptance"])
+    plot_phases(made, pictures["Phases"])
+    text, shown = markdown(made), page(made, pictures)
+    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", made["notes"][0]):
+        assert cell in text.replace("a\\|<b>", "a|<b>") and cell.replace("<", "&lt;").replace(">", "&gt;") in shown, cell
+    assert "a\\|<b>" in text and "a|&lt;b&gt;" in shown and "<b>" not in shown
+    # One file that needs nothing else: every source is in it.
+    assert re.findall(r'(?:src|href)="(.{10})', shown) == ["data:image"] * 2 and "http" not in shown
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|") and "speedup" in line}
+    assert columns == {10}
