@@ -90,15 +90,15 @@ class StageCheckpoints:
         if step is None:
             return None
         # The settings first: the state of another target may not even fit.
-        items = ocp.args.Composite(settings=ocp.args.JsonRestore(), log=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        self._compare(found["settings"])
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+        self._compare(self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"])
+        items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict()))}
+        if (self._folder / str(step) / "log").exists():  # older versions kept none
+            items["log"] = ocp.args.JsonRestore()
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except ValueError as error:
             raise UserError(f"{self._folder}/{step}: this state does not fit the run ({error}); take another train.folder") from error
-        return TrainState(**restored["state"]), found["log"]
+        return TrainState(**restored["state"]), restored["log"] if "log" in items else []
 
     def _newest_whole(self) -> int | None:
         whole = None
