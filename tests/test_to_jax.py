@@ -56,6 +56,22 @@ def test_bit_equal_to_the_source(sources, tmp_path, kind):
         same_target(load_target(str(tmp_path / "out"), dtype, "unused"), load_target(str(sources[kind]), dtype, "unused"))
 
 
+# What a process with four devices makes of a folder that another wrote: arrays born in parts, and the values.
+RESTORE = """
+import sys, jax, numpy as np
+from beagle_jax.config import MeshConfig
+from beagle_jax.sharding import make_mesh
+from beagle_jax.weights.target import open_source
+from beagle_jax.model.target import TargetSpec
+opened = open_source(sys.argv[1], None)
+spec = TargetSpec.from_hf_config(opened.config(), "here")
+params = opened.params(spec, np.dtype("float32"), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)))
+gate_FD = params["layers"][0]["gate_FD"]
+assert gate_FD.shape == (96, 64) and gate_FD.addressable_shards[0].data.shape[0] == 48
+np.savez(sys.argv[2], *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+"""
+
+
 def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of the parts that each array is stored in."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -63,17 +79,19 @@ def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: leaf.storage.chunk_shape for name, leaf in _by_name(tree).items()}
 
 
-def test_parts_on_disk_follow_the_devices(sources, tmp_path):
-    """A process with four devices writes four parts of what they share; anybody reads them."""
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}}))
-    command = [sys.executable, "-m", "beagle_jax.convert", "to-jax", "--config", str(config), "--out", str(tmp_path / "out")]
+def test_a_mesh_writes_in_parts_and_another_reads_in_its_own(sources, tmp_path):
+    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}, "mesh": {"data": 1, "tensor": 4}}))
+    write = ["-m", "beagle_jax.convert", "to-jax", "--config", str(config), "--out", str(out)]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    parts = stored_parts(tmp_path / "out")
+    for arguments in (write, ["-c", RESTORE, str(out), str(tmp_path / "read.npz")]):
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    parts, expected = stored_parts(out), load_target(str(sources["folder"]), "float32", "unused")
     assert (parts["layers.0.gate_FD"], parts["layers.0.down_DF"]) == ((24, 64), (64, 24))
-    same_target(load_target(str(tmp_path / "out"), "float32", "unused"), load_target(str(sources["folder"]), "float32", "unused"))
+    same_target(load_target(str(out), "float32", "unused"), expected)
+    for mine, theirs in zip(np.load(tmp_path / "read.npz").values(), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):

@@ -14,7 +14,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.sharding import place, tensor_mesh
+from beagle_jax.sharding import make_mesh, place
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.json_file import read_json
@@ -71,14 +71,14 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the target as a folder that loads fast, its arrays in the parts that this process's devices hold."""
+    """Writes the target as a folder that loads fast, its arrays in the parts that the devices of `mesh` hold."""
     source, dtype = config.target.source, config.target.dtype
     opened = open_source(source, Path(config.target.cache_dir).expanduser())
     if isinstance(opened, OrbaxFolder):
         raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
-    out = _free(arguments, opened.path)
+    mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = load_target(source, dtype, config.target.cache_dir)
-    params = place(target.params, tensor_mesh(jax.device_count()))
+    params = place(target.params, mesh)
     told = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
         save_target(folder, params, opened.config(), target.tokenizer, target.eos_ids, told)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import Params, TargetSpec, param_table
+from beagle_jax.sharding import shardings
 from beagle_jax.weights.hf import HFTokenizer
 from beagle_jax.weights.json_file import read_json
 
@@ -35,13 +36,16 @@ class OrbaxFolder(HFTokenizer):
             raise UserError(f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, expected {_KIND!r} with checksums; "
                             "write the folder with convert to-jax")
 
-    def params(self, spec: TargetSpec, dtype: jnp.dtype) -> dict[str, Any]:
-        """The parameter tree; raises UserError for arrays that are not this target's, and for a dtype they never had."""
+    def params(self, spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The parameter tree, each part read by the process that holds it: on the mesh, or on one device without one.
+
+        Raises UserError for arrays that are not this target's, and for a dtype they never had.
+        """
         stored = self.settings.get("dtype")
         if stored != jnp.dtype(dtype).name and stored != "float32":
             raise UserError(f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
                             "or convert again with another")
-        wanted = abstract_params(spec, jnp.dtype(stored))
+        wanted = abstract_params(spec, jnp.dtype(stored), mesh)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 self._check_shapes(checkpointer, wanted)
@@ -87,18 +91,19 @@ def save_target(folder: Path, params: Params, config: dict[str, Any], tokenizer,
         checkpointer.save((folder / _ARRAYS).absolute(), params)
 
 
-def abstract_params(spec: TargetSpec, dtype: jnp.dtype) -> dict[str, Any]:
+def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
     """Shape, dtype and place of every array."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
-    one = SingleDeviceSharding(jax.local_devices()[0])
     for path, shape in param_table(spec).values():
         if isinstance(path[-1], int):  # one expert of a stacked array; the last one tells how many there are
             path, shape = path[:-1], (path[-1] + 1, *shape)
         node = tree
         for key in path[:-1]:
             node = node[key]
-        node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype, sharding=one)
-    return tree
+        node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: one, tree) if mesh is None else shardings(tree, mesh)
+    return jax.tree.map(lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), tree, where)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
