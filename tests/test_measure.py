@@ -154,9 +154,10 @@ def test_other_settings_are_refused(cut_off):
         AnswerLog(cut_off[1], {"a": {"b": 2}, "c": 3})
 
 
-def test_another_file_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("content", [b"dear diary\n", b"\xff\xfe\n", b"", b"{}\n[1]\n", b'{}\n{"suite": "s", "number": 0, "category": "", "turns": ["x"]}\n'])
+def test_another_file_is_not_overwritten(tmp_path, content):
     path = tmp_path / "answers.jsonl"
-    path.write_text("dear diary\n")
+    path.write_bytes(content)
     with pytest.raises(UserError, match="not the answers of an evaluation"):
         AnswerLog(path, {})
-    assert path.read_text() == "dear diary\n"
+    assert path.read_bytes() == content

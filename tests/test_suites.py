@@ -67,6 +67,7 @@ def test_any_file_of_turns_is_a_suite(tmp_path):
         ("spec_bench", None, "eval.suites: spec_bench is not on the hub and there is no .*spec_bench.jsonl.gz; set eval.folder"),
         ("specbench", None, "eval.suites: 'specbench' is not a file or folder; expected held_out, mt_bench, gsm8k"),
         ("gsm8k", '{"answer": "2"}', "gsm8k_test.jsonl.gz:1: no field 'question' among answer; this is not a record of gsm8k"),
+        ("gsm8k", "[1]", "gsm8k_test.jsonl.gz:1: the line is a list, not an object; this is not a record of gsm8k"),
         ("mt_bench", '{"turns": ["Hi", " "]}', "mt_bench.jsonl.gz:1: expected user turns that are not empty, found"),
         ("mt_bench", '{"turns": ["Hi"]}\n{"turns"', "mt_bench.jsonl.gz:2: not JSON"),
     ],

@@ -87,15 +87,15 @@ def _shuffled(chats: list[Chat]) -> list[Chat]:
 
 
 def _read_file(path: Path) -> list[Chat]:
-    records = _entries(path) if path.suffix == ".json" else _lines(path)
+    records = _entries(path) if path.suffix == ".json" else json_lines(path)
     chats = list(chats_of(records, str(path)))
     if not chats:
         raise UserError(f"{path}: the file holds no chats")
     return chats
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every line that is not blank."""
+def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every line of a .jsonl[.gz] file that is not blank. Raises UserError naming file and line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:

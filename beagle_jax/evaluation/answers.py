@@ -41,12 +41,12 @@ class AnswerLog:
         if not path.exists():
             write_text(path, json.dumps(settings) + "\n")
             return
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
         try:
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
             begun, *cases = map(json.loads, whole.splitlines())
             self.cases = {(record["suite"], record["number"]): _case(record) for record in cases}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not the answers of an evaluation ({error}); remove it to begin anew") from error
         if begun != settings:
             raise UserError(f"{path}: was begun with other settings ({'; '.join(_differences(begun, settings))}); "

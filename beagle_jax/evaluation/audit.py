@@ -21,7 +21,7 @@ from beagle_jax.evaluation.replay import replayed
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-_NOISE_TEXTS = 3  # whose rounding noise is measured
+_NOISE_TEXTS = 3  # the longest ones, whose rounding noise is measured
 _DRAWN = Sampling(1.0)  # for the test of draws when decoding itself is greedy
 # Distance of 1e-4: an honest sampler fails once in ten thousand audits. Kolmogorov's bound: sqrt(ln(2 / 1e-4) / 2).
 _KOLMOGOROV = 2.225
@@ -52,7 +52,7 @@ def audit(
     """The report's `audit` (its fields: report.schema.json). drafts: by system; plain decoding has none."""
     texts = {name: _texts(name, measured) for name in bench.decoders}
     told = [[*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))]
-    noise = max(rounding_noise(target, text) for text in told[:_NOISE_TEXTS])
+    noise = max(rounding_noise(target, text) for text in sorted(told, key=len)[-_NOISE_TEXTS:])
     checks, divergences = [], []
     for name in tqdm(bench.decoders, desc="audit", unit="system"):
         if name in drafts:

@@ -14,19 +14,23 @@ from beagle_jax.model.target import forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
 _ROWS = 64  # places whose logits exist at once
-_NOISE_TOKENS = 64  # of a text that is read token by token
+_NOISE_TOKENS = 64  # at the end of a text, that are read token by token
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
     """The target's states of a text [L, D], after the final norm; L is padded to a power of two, with rubbish at the end."""
+    return _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))[0][0]
+
+
+def _padded(tokens: Sequence[int]) -> jax.Array:
     width = max(_ROWS, 1 << (len(tokens) - 1).bit_length())
-    return _read(target.params, target.spec, jnp.array([[*tokens, *[0] * (width - len(tokens))]], jnp.int32), jnp.array([len(tokens)]))[0]
+    return jnp.array([[*tokens, *[0] * (width - len(tokens))]], jnp.int32)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _read(params, spec, text_BL, length_B):
     width = text_BL.shape[1]
-    return forward(params, spec, text_BL, jnp.arange(width)[None], causal_mask(length_B, width))[0]
+    return forward(params, spec, text_BL, jnp.arange(width)[None], causal_mask(length_B, width))
 
 
 _logits = jax.jit(logits, static_argnums=1)
@@ -51,13 +55,16 @@ def _step(params, spec, token, length, cache):
 
 
 def rounding_noise(target: Target, tokens: Sequence[int]) -> float:
-    """Largest logit difference between reading a text at once and reading it token by token."""
-    tokens = tokens[:_NOISE_TOKENS]
-    at_once = forced_logits(target, forced_states(target, tokens), 0, len(tokens))
-    cache, largest = init_cache(target.spec, 1, _NOISE_TOKENS, target.dtype), 0.0
-    for place, token in enumerate(tokens):
-        alone_V, cache = _step(target.params, target.spec, jnp.int32(token), jnp.int32(place), cache)
-        largest = max(largest, float(np.abs(np.asarray(alone_V) - at_once[place]).max()))
+    """Largest logit difference between reading a text at once and reading its last tokens one by one."""
+    first, text_1L = max(0, len(tokens) - _NOISE_TOKENS), _padded(tokens)
+    states_1LD, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
+    at_once = forced_logits(target, states_1LD[0], first, len(tokens))
+    # The cache begins with the rows of all tokens: those from `first` on are not seen until they are written again.
+    cache = write_all(init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32))
+    largest = 0.0
+    for place in range(first, len(tokens)):
+        alone_V, cache = _step(target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache)
+        largest = max(largest, float(np.abs(np.asarray(alone_V) - at_once[place - first]).max()))
     return largest
 
 

@@ -92,7 +92,8 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
             f"{one['decode_tokens_per_second']:.1f}", f"{one['speedup']:.2f}x {_between(one['speedup_interval'])}", str(one["rounds"]),
             str(one["tokens"]), f"{one['identical_to_plain']}/{one['answers']}", alpha,
         ])  # fmt: skip
-    prompts = f"{group['prompts']} {'prompts' if group['by'] != 'context' else 'turns'}; in brackets 95 % intervals over prompts."
+    unit = "turn" if group["by"] == "context" else "prompt"
+    prompts = f"{group['prompts']} {unit}{'s' * (group['prompts'] != 1)}; in brackets 95 % intervals over {unit}s."
     return Section(what, [prompts, *sentences], head, rows)
 
 

@@ -4,9 +4,6 @@ A suite's prompts come from a file in `eval.folder` where there is one, else fro
 part of this repository.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.data.chats import Chat, own_prompts, read_chats
+from beagle_jax.data.chats import Chat, json_lines, own_prompts, read_chats
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.errors import UserError
 
@@ -75,8 +72,10 @@ def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[Chat]:
-    records = _lines(path) if path.exists() else _downloaded(name, made, path, limit)
+    records = json_lines(path) if path.exists() else _downloaded(name, made, path, limit)
     for record, where in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; this is not a record of {name}")
         turns = record.get("turns", record.get(made.turns))
         if not isinstance(turns, list):
             try:
@@ -86,19 +85,6 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
         yield Chat(({"role": "user", "content": turns[0]},), where, str(record.get("category", name)), tuple(turns[1:]))
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Record and place of every line."""
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                yield json.loads(line), f"{path}:{number}"
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
 
 
 def _downloaded(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
