@@ -62,9 +62,9 @@ class DataConfig:
 class StageConfig:
     """One training stage."""
 
-    steps: int  # optimizer steps; 0 skips the stage
+    steps: int  # batches; 0 skips the stage
     learning_rate: float = 3e-5  # peak, after warm-up
-    warmup: int = 100  # steps of linear warm-up
+    warmup: int = 100  # batches of linear warm-up
     schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
     window: int = 5  # k: positions predicted from one context (method.md 3.1)
     simulation_steps: int = 1  # s: draft steps simulated; 1 in the early stage
@@ -79,9 +79,11 @@ class TrainConfig:
     folder: str = "runs/train"  # checkpoints, log.jsonl and the exported draft
     seed: int = 42  # of the initial weights, the order of rows, offsets and noise
     batch: int = 16  # rows (chats) per step
+    accumulate: int = 1  # batches whose gradients are summed before the weights change; all steps count batches
     row_tokens: int = 224  # L: longer chats are cut here
     noise: Literal["uniform", "gaussian", "none"] = "uniform"  # on keys and values only (method.md 3.3)
     noise_scale: float = 0.2  # uniform: U(-scale/2, scale/2) * 512 / chat length; gaussian: standard deviation
+    loss: Literal["cross_entropy", "kl", "reverse_kl", "total_variation", "lk_hybrid"] = "cross_entropy"  # training/distances.py
     vloss_weight: float = 10.0  # of the smooth-L1 term (method.md 3.2)
     optimizer: Literal["adamw", "muon"] = "adamw"  # the paper's; muon learns more per token, at more work per step
     clip_norm: float = 0.5  # global gradient norm
@@ -307,6 +309,7 @@ def _check(config: Config, where: str) -> None:
         "train.batch": config.train.batch,
         "train.row_tokens": config.train.row_tokens,
         "train.loss_rows": config.train.loss_rows,
+        "train.accumulate": config.train.accumulate,
         "train.checkpoint_every": config.train.checkpoint_every,
         "decode.levels": config.decode.levels,
         "decode.topk": config.decode.topk,
@@ -365,6 +368,10 @@ def _check_train(train: TrainConfig, where: str) -> None:
     if train.early.simulation_steps != 1:
         raise UsageError(f"{where}: train.early.simulation_steps is {train.early.simulation_steps}, expected 1; "
                          "simulation belongs to the late stage")
+    for name, stage in (("early", train.early), ("late", train.late)):
+        if train.accumulate > 0 and stage.steps % train.accumulate:
+            raise UsageError(f"{where}: train.{name}.steps is {stage.steps}, no multiple of train.accumulate = {train.accumulate}: "
+                             "the last batches would change nothing")
     for name, value in (("beta1", train.beta1), ("beta2", train.beta2)):
         if not 0 <= value < 1:
             raise UsageError(f"{where}: train.{name} is {value}; expected 0 or more, and less than 1")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.target import param_table
 
 
@@ -37,3 +38,40 @@ def test_export_at_toy_size(tmp_path, capsys):
     bench.write_inputs(tmp_path, "toy")
     assert bench.measure(tmp_path, 120.0, 1e9) and not bench.measure(tmp_path, 120.0, 1e9), "the second finds the folder in its way"
     assert "export and parity check" in capsys.readouterr().out and (tmp_path / "out" / "modeling_beagle.py").exists()
+
+
+TOY = DraftSpec(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-5)
+
+
+def test_train_step_at_toy_size(capsys):
+    pytest.importorskip("torch")
+    found = _benchmark("train_step").measure(TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False)
+    assert set(found) == {"beagle early", "beagle late s=2", "torch EAGLE eager", "torch EAGLE eager s=2"}
+    assert "times the tokens/s of the faster torch step s=2" in capsys.readouterr().out
+
+
+def test_torch_step_simulates():
+    """Without simulated steps the draft never reads its own states; with them its second step does."""
+    torch = pytest.importorskip("torch")
+    bench = _benchmark("train_step")
+    torch.manual_seed(0)
+    block = bench.EagleBlock(32, 48, 4, 2, 8, 1e4, 1e-5)
+    e, h = torch.randn(1, 9, 32), torch.randn(1, 9, 32)
+    memory: list = []
+    first = block(e, h, memory, 0)
+    changed = h.clone()
+    changed[:, 5] += 1
+    other = block(e, changed, [], 0)
+    assert torch.equal(first[:, :5], other[:, :5]) and not torch.allclose(first[:, 5], other[:, 5])  # causal
+    second = block(e, first, memory, 1)
+    assert len(memory) == 2 and not torch.allclose(first, second)
+
+
+def test_step_memory_at_toy_size(tmp_path, capsys):
+    bench = _benchmark("step_memory")
+    steps, widths = [1, 4], [64, 128]
+    found = bench.measure(TOY, 64, 1, steps, widths, 2)
+    bench.plot(found, steps, widths, tmp_path / "memory.png")
+    grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
+    assert grown["ours, detached"] < 1.15 and grown["ours, gradients kept"] < 1.3 and grown["training-time test"] > 1.5, grown
+    assert (tmp_path / "memory.png").stat().st_size > 1000 and "training-time test" in capsys.readouterr().out

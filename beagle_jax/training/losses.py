@@ -1,4 +1,4 @@
-"""Soft cross-entropy through the frozen head, in chunks of rows, and smooth-L1 (method.md 3.2).
+"""The distance of two distributions through the frozen head, in chunks of rows, and smooth-L1 (method.md 3.2).
 
 The head is frozen, so the gradient with respect to the draft's state is all that is needed, and it is computed
 in the same pass as the value: three products with the head per row, no logits kept, none recomputed. Rows that do
@@ -12,30 +12,32 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from beagle_jax.sharding import OwnShare, over_rows
+from beagle_jax.training.distances import DISTANCES, Distributions
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def soft_cross_entropy(
-    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, chunk: int, mesh: Mesh
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def distribution_loss(
+    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, kind: str, chunk: int, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    """Per row -sum_v p(v) log q(v) over the full vocabulary, with p from the true state and q from the draft's.
+    """Per row the distance of two distributions over the full vocabulary: p from the true state and q from the draft's.
 
+    kind: a name in distances.DISTANCES; the paper's is cross_entropy, -sum_v p(v) log q(v).
     counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist at once on a device.
-    Returns (cross-entropy [M], rank [M]): the rank of the target's most likely token among the draft's logits,
+    Returns (distance [M], rank [M]): the rank of the target's most likely token among the draft's logits,
     0 where both agree. Differentiable in `state_MD` only; target and head are frozen.
     On a mesh each device works on its own rows and its part of the vocabulary; M must divide by the devices that split rows.
     """
-    cross_entropy_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh)
-    return cross_entropy_M, rank_M
+    distance_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
+    return distance_M, rank_M
 
 
-def _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh):
-    own_rows = over_rows(partial(_own_rows, chunk), head_VD.shape[0], mesh)
+def _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
+    own_rows = over_rows(partial(_own_rows, kind, chunk), head_VD.shape[0], mesh)
     return own_rows(head_VD, state_MD, true_MD, counts_M)
 
 
-def _own_rows(chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M):
-    """Cross-entropy, rank and gradient of the rows of one device."""
+def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M):
+    """Distance, rank and gradient of the rows of one device."""
     M, D = state_MD.shape
     count = -(-M // chunk) * chunk
     # Rows that count first, in order; the rest is padding that the loop never reaches.
@@ -46,15 +48,15 @@ def _own_rows(chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M)
     rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
     def step(index, carry):
-        cross_entropy, rank, gradient = carry
+        distance, rank, gradient = carry
         row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         live_C = index * chunk + jnp.arange(chunk) < used
         read = lambda x_MD: x_MD.at[row_C].get(mode="fill", fill_value=0)
-        ce_C, rank_C, gradient_CD = _rows(read(state_MD), read(true_MD), head_VD, share)
+        distance_C, rank_C, gradient_CD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
         # Rows past `used` share the last chunk; they point out of range and are dropped.
         target_C = jnp.where(live_C, row_C, M)
         return (
-            cross_entropy.at[target_C].set(ce_C, mode="drop"),
+            distance.at[target_C].set(distance_C, mode="drop"),
             rank.at[target_C].set(rank_C, mode="drop"),
             gradient.at[target_C].set(gradient_CD, mode="drop"),
         )
@@ -63,22 +65,22 @@ def _own_rows(chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M)
     return jax.lax.fori_loop(0, rounds, step, zeros)
 
 
-def _rows(state_CD, true_CD, head_VD, share: OwnShare):
-    """Cross-entropy, rank and gradient of one chunk, in float32. V: this device's part of the vocabulary."""
+def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
+    """Distance, rank and gradient of one chunk, in float32. V: this device's part of the vocabulary."""
     total = lambda x: jax.lax.psum(x, share.vocabulary)
     highest = lambda x: jax.lax.pmax(x, share.vocabulary)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     draft_CV = product("CD,VD->CV", state_CD, head_VD)
     true_CV = product("CD,VD->CV", true_CD, head_VD)
     top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
-    weight_CV = jnp.exp(true_CV - top_C1)
-    p_CV = weight_CV / total(weight_CV.sum(axis=-1, keepdims=True))
     peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
-    log_norm_C1 = peak_C1 + jnp.log(total(jnp.exp(draft_CV - peak_C1).sum(axis=-1, keepdims=True)))
-    cross_entropy_C = log_norm_C1[:, 0] - total(jnp.sum(p_CV * draft_CV, axis=-1))
-    slope_CV = jnp.exp(draft_CV - log_norm_C1) - p_CV
+    log_softmax = lambda x_CV, peak: x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
+    log_p_CV, log_q_CV = log_softmax(true_CV, top_C1), log_softmax(draft_CV, peak_C1)
+    over_vocabulary = lambda x_CV: total(x_CV.sum(axis=-1))
+    of = Distributions(jnp.exp(log_p_CV), log_p_CV, jnp.exp(log_q_CV), log_q_CV, over_vocabulary)
+    distance_C, slope_CV = DISTANCES[kind](of)
     gradient_CD = total(product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD))
-    return cross_entropy_C, _rank(draft_CV, true_CV, top_C1, share), gradient_CD.astype(state_CD.dtype)
+    return distance_C, _rank(draft_CV, true_CV, top_C1, share), gradient_CD.astype(state_CD.dtype)
 
 
 def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
@@ -93,17 +95,17 @@ def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
     return jax.lax.psum(jnp.sum(draft_CV > draft_C1, axis=-1), share.vocabulary)
 
 
-def _vjp_forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh):
-    cross_entropy_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, chunk, mesh)
-    return (cross_entropy_M, rank_M), gradient_MD
+def _vjp_forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
+    distance_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
+    return (distance_M, rank_M), gradient_MD
 
 
-def _vjp_backward(chunk, mesh, gradient_MD, cotangents):
+def _vjp_backward(kind, chunk, mesh, gradient_MD, cotangents):
     slope_M = cotangents[0]
     return (gradient_MD * slope_M[:, None].astype(gradient_MD.dtype), None, None, None)
 
 
-soft_cross_entropy.defvjp(_vjp_forward, _vjp_backward)
+distribution_loss.defvjp(_vjp_forward, _vjp_backward)
 
 
 def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:

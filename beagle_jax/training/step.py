@@ -17,7 +17,7 @@ from beagle_jax.model.target import embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
-from beagle_jax.training.losses import smooth_l1, soft_cross_entropy
+from beagle_jax.training.losses import distribution_loss, smooth_l1
 
 _ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
 
@@ -27,19 +27,27 @@ class TrainState(NamedTuple):
 
     params: dict[str, jax.Array]
     opt_state: optax.OptState
-    step: jax.Array  # int32, steps done in this stage
+    step: jax.Array  # int32, batches seen in this stage
+
+
+class Accumulated(NamedTuple):
+    """The optimizer's state between two updates, when several batches make one (`train.accumulate`)."""
+
+    inner: optax.OptState
+    gradient: dict[str, jax.Array]  # of the objective, summed over the batches since the last update
+    supervised: jax.Array  # tokens supervised in them: what the sum is divided by, once
 
 
 class Metrics(NamedTuple):
     """Sums over a batch: divide by a count once, at the end. J is the window offset (early) or draft step (late)."""
 
-    ploss: jax.Array  # soft cross-entropy, unweighted
+    ploss: jax.Array  # `train.loss` (soft cross-entropy unless another is asked for), unweighted
     vloss: jax.Array  # smooth-L1, unweighted
     objective: jax.Array  # what is minimised, before the division by `supervised`
     supervised: jax.Array  # supervised tokens of the batch: the divisor of the loss
     count_J: jax.Array  # rows that entered the loss
     agree_J: jax.Array  # of them, rows whose draft argmax is the target's
-    grad_norm: jax.Array  # before clipping
+    grad_norm: jax.Array  # before clipping; of the batches since the last update
 
 
 class Prediction(NamedTuple):
@@ -59,7 +67,8 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
         after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
     else:
         after = optax.constant_schedule(stage.learning_rate)
-    schedule = optax.join_schedules([warm, after], [stage.warmup])
+    by_batch = optax.join_schedules([warm, after], [stage.warmup])
+    schedule = lambda updates: by_batch(updates * config.accumulate)
     adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, **adam)
@@ -92,9 +101,8 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, leng
     """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
     late = late_states(
-        params, spec, e_BTD, h_BLD, length_B, first_B,
-        window=stage.window, steps=steps, offset=offset, detach=stage.detach,
-    )  # fmt: skip
+        params, spec, e_BTD, h_BLD, length_B, first_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
+    )
     U, J = late.query_UJ.shape
     beta_J = jnp.asarray(stage.step_weights or range(steps, 0, -1), jnp.float32)
     return Prediction(
@@ -144,7 +152,7 @@ def stage_loss(
     true_BND = at_queries(batch, true_BLD)[:, out.query_N]
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
-    ce_M, rank_M = soft_cross_entropy(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss_rows, mesh)
+    ce_M, rank_M = distribution_loss(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss, config.loss_rows, mesh)
     l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
@@ -163,6 +171,34 @@ def stage_loss(
     return objective / (supervised + 1e-5), metrics
 
 
+def updated(
+    state: TrainState, gradient: dict, supervised: jax.Array, optimizer: optax.GradientTransformation, accumulate: int
+) -> tuple[TrainState, jax.Array]:
+    """The state after one more batch, and the gradient's norm: an update, or the sum that waits for one.
+
+    gradient: of the batch's objective, a sum; divided once, so that batches with more supervised tokens weigh more.
+    """
+    mean = lambda total, tokens: jax.tree.map(lambda x: x / (tokens + 1e-5), total)
+
+    def change(opt_state, total, tokens):
+        updates, opt_state = optimizer.update(mean(total, tokens), opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    if accumulate == 1:
+        params, opt_state = change(state.opt_state, gradient, supervised)
+        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(gradient, supervised))
+    held: Accumulated = state.opt_state
+    total, tokens = optax.tree.add(held.gradient, gradient), held.supervised + supervised
+
+    def full():
+        params, inner = change(held.inner, total, tokens)
+        return params, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
+
+    waiting = lambda: (state.params, Accumulated(held.inner, total, tokens))
+    params, opt_state = jax.lax.cond((state.step + 1) % accumulate == 0, full, waiting)
+    return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
+
+
 def make_steps(
     spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh, *, late: bool
 ) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]]:
@@ -176,21 +212,24 @@ def make_steps(
 
     clean = replace(config, noise="none")  # noise is for training; measurements see the states as decoding does
 
-    def loss(params, frozen, batch, key):
-        return stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)
+    def objective(params, frozen, batch, key):
+        metrics = stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)[1]
+        return metrics.objective, metrics
 
     def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics._replace(grad_norm=optax.tree.norm(gradient))
+        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, frozen, batch, key)
+        state, grad_norm = updated(state, gradient, metrics.supervised, optimizer, config.accumulate)
+        return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
         return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh)[1]
 
     def init(params) -> TrainState:
-        return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
+        opt_state = optimizer.init(params)
+        if config.accumulate > 1:
+            opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
+        return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))
 
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in spec.param_shapes().items()}
     where = shardings(jax.eval_shape(init, shapes), mesh)

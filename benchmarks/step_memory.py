@@ -1,0 +1,121 @@
+"""Peak memory of a compiled training step against simulated steps s and row length, as the compiler plans it; nothing is run.
+
+    python benchmarks/step_memory.py --plot memory.png
+
+Four forms of the late step around the same loss and optimizer: ours with predicted states detached and with gradients through
+them, the plain form (method.md 4.1: every query at every step over two key banks), and a self-attention draft under
+training-time test (every step's states are new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from late_stage import MESH, predict_plain
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
+from beagle_jax.training.step import Prediction, predict_late, stage_loss
+
+
+def predict_ttt(params, spec, stage, e_BLD, h_BLD, length_B, first_B, offset) -> Prediction:
+    """Training-time test of a block of the same size with self-attention: at step t every position reads its own prediction."""
+    block = BeagleBlock(spec).bind({"params": {name: array for name, array in params.items() if name != "fuse_proj"}})
+    B, L, D = e_BLD.shape
+    position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    causal_LL = jnp.tril(jnp.ones((L, L), bool))
+    state_BLD, memory, states = h_BLD, [], []
+    for step in range(stage.simulation_steps):
+        shifted_BLD = jnp.roll(e_BLD, -step, axis=1)
+        x_BLD = jnp.concatenate([shifted_BLD, state_BLD], axis=-1) @ params["fuse_proj"].T
+        q_BKGLH = block.queries(x_BLD, position_BL + step)
+        memory.append(block.keys_values(x_BLD, position_BL + step))
+        parts = [partial_attention(q_BKGLH, *memory[0], causal_LL)]
+        for rows in memory[1:]:  # its own column's later keys, along the diagonal
+            score_BKGL = jnp.einsum("BKGLH,BKHL->BKGL", q_BKGLH, rows.k_BKHS) * spec.head_dim**-0.5
+            value_BKGLH = jnp.broadcast_to(rows.v_BKSH[:, :, None], q_BKGLH.shape)
+            parts.append(PartialAttention(value_BKGLH, score_BKGL, jnp.ones_like(score_BKGL)))
+        state_BLD = block.predict(x_BLD, merge_attention(*parts))
+        states.append(state_BLD)
+    at_SL = jnp.arange(L)[None] + jnp.arange(stage.simulation_steps)[:, None]
+    beta_S = jnp.arange(stage.simulation_steps, 0, -1.0)
+    return Prediction(jnp.stack(states, axis=1).reshape(B, -1, D), jnp.minimum(at_SL, L - 1).reshape(-1), (at_SL < L).reshape(-1),
+                      jnp.repeat(jnp.arange(stage.simulation_steps), L), jnp.repeat(beta_S, L))  # fmt: skip
+
+
+FORMS = {
+    "ours, detached": (predict_late, True),
+    "ours, gradients kept": (predict_late, False),
+    "plain form": (predict_plain, True),
+    "training-time test": (predict_ttt, False),
+}
+
+
+def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
+    """Bytes that the gradient of one late step needs at once."""
+    predict, detach = FORMS[form]
+    stage = StageConfig(steps=1000, window=steps, simulation_steps=steps, detach=detach)
+    shape = jax.ShapeDtypeStruct
+    params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
+    if predict is predict_ttt:
+        params["fuse_proj"] = shape((spec.hidden_size, 2 * spec.hidden_size), jnp.float32)
+    table = shape((vocab, spec.hidden_size), jnp.float32)
+    ints = lambda *size: shape(size, jnp.int32)
+    batch = Batch(ints(rows, width), shape((rows, width, spec.hidden_size), jnp.float32), shape((rows, width), bool), ints(rows), ints(rows))
+    loss = partial(stage_loss, mesh=MESH)
+    gradient = jax.grad(lambda p, frozen, batch, key: loss(p, spec, TrainConfig(), stage, predict, frozen, batch, key)[0])
+    key = jax.eval_shape(jax.random.key, 0)
+    planned = jax.jit(gradient).lower(params, {"embed_VD": table, "head_VD": table}, batch, key).compile().memory_analysis()
+    sizes = (planned.argument_size_in_bytes, planned.output_size_in_bytes, planned.temp_size_in_bytes, -planned.alias_size_in_bytes)
+    return sum(sizes)
+
+
+def measure(spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int) -> dict[str, dict]:
+    """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to the first column."""
+    found: dict[str, dict] = {"s": {}, "width": {}}
+    for form in FORMS:
+        found["s"][form] = [peak(spec, vocab, form, s, rows, widths[0]) for s in steps]
+        found["width"][form] = [peak(spec, vocab, form, at_steps, rows, width) for width in widths]
+    for axis, places in (("s", steps), ("width", widths)):
+        print(f"peak of the step, MB ({rows} rows; " + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})"))
+        print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))
+        for form, sizes in found[axis].items():
+            print(f"{form:24}" + "".join(f"{size / 1e6:8.1f} {size / sizes[0]:6.2f}x" for size in sizes))
+    return found
+
+
+def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
+    """Both tables as curves."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (axis, places) in zip(figure.subplots(1, 2), (("s", steps), ("width", widths))):
+        for form, sizes in found[axis].items():
+            axes.plot(places, [size / 1e6 for size in sizes], "o-", label=form)
+        axes.set(xlabel="simulated steps s" if axis == "s" else "row length, tokens", ylabel="peak of the step, MB", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--steps", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")
+    parser.add_argument("--plot", help="a .png or .svg to write")
+    asked = parser.parse_args()
+    spec = DraftSpec(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5)
+    found = measure(spec, 8192, asked.rows, asked.steps, asked.widths, asked.at_steps)
+    if asked.plot:
+        plot(found, asked.steps, asked.widths, asked.plot)
+
+
+if __name__ == "__main__":
+    main()

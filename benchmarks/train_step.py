@@ -1,0 +1,119 @@
+"""Training steps per second beside PyTorch: our early and late stage, and the EAGLE step with and without simulated steps.
+
+    python benchmarks/train_step.py                                  # the box's sizes, float32
+    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32 --kv-heads 32 --vocab 32000
+
+One process, one batch, same sizes, turns taken; medians. Ours (this library, jax) scores supervised positions only, in chunks.
+Theirs is benchmarks/torch_eagle.py, eager and through torch.compile where that works. Tokens are those of the rows.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from torch_eagle import EagleBlock, train_step
+
+from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.sharding import make_mesh, place, place_rows
+from beagle_jax.training.step import make_steps
+
+
+def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
+    """One call is one step; steps = 0 is the early stage."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    stage = StageConfig(steps=1000, window=steps or 5, simulation_steps=max(steps, 1))
+    step, _, init = make_steps(spec, TrainConfig(), stage, mesh, late=steps > 0)
+    frozen, batch = place({"embed_VD": table, "head_VD": table}, mesh), place_rows(batch, mesh)
+    state = init(init_draft(spec, jax.random.key(0)))
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, frozen, batch, 0)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
+    """Likewise, by PyTorch."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
+    block = EagleBlock(spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
+                       spec.rope_theta, spec.rms_norm_eps).to(device)  # fmt: skip
+    optimizer = torch.optim.AdamW(block.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    e_BLD, inputs = put(table[batch.tokens_BL]), [put(x) for x in (batch.states_BLD, batch.counts_BT, table)]
+    step = train_step(block, optimizer, compile_it, steps)
+
+    def run() -> None:
+        step(e_BLD, *inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turns; what does not run at all is left out, with the reason printed."""
+    times: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        try:
+            run()
+            run()
+            times[name] = []
+        except (RuntimeError, torch.cuda.OutOfMemoryError, jax.errors.JaxRuntimeError) as error:
+            print(f"{name}: does not run here ({str(error).splitlines()[0]})")
+    for _ in range(repeats):
+        for name in times:
+            clock = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - clock)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool) -> dict[str, float]:
+    """Prints the table; returns seconds by name."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros((rows, width), bool)
+    counts[:, width // 3 : -1] = True  # the first third is an unsupervised prompt
+    states = rng.standard_normal((rows, width, spec.hidden_size), dtype=np.float32)
+    tokens = rng.integers(0, vocab, (rows, width), np.int32)
+    batch = Batch(tokens, states, counts, np.full(rows, width, np.int32), np.zeros(rows, np.int32))
+    table = 0.1 * rng.standard_normal((vocab, spec.hidden_size), dtype=np.float32)
+    runs = {"beagle early": ours(spec, batch, table, 0), f"beagle late s={steps}": ours(spec, batch, table, steps)}
+    for how in ("eager", "compiled") if compile_it else ("eager",):
+        runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
+        runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
+    found = seconds_of(runs, repeats)
+    print(f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
+          f"torch {torch.__version__} on {torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}")
+    for name, seconds in found.items():
+        print(f"{name:28}{1 / seconds:9.3f} steps/s{rows * width / seconds:12.0f} tokens/s")
+    for stage, plain in (("beagle early", ""), (f"beagle late s={steps}", f" s={steps}")):
+        best = min(seconds for name, seconds in found.items() if name.startswith("torch") and name.endswith(f"s={steps}") == bool(plain))
+        print(f"{stage}: {best / found[stage]:.2f} times the tokens/s of the faster torch step{plain}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = dict(rows=4, width=240, hidden=576, inner=1536, heads=9, kv_heads=3, vocab=8192, steps=4, repeats=5)
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    asked = parser.parse_args()
+    spec = DraftSpec(hidden_size=asked.hidden, intermediate_size=asked.inner, num_heads=asked.heads, num_kv_heads=asked.kv_heads,
+                     head_dim=asked.hidden // asked.heads, rope_theta=1e5, rms_norm_eps=1e-5)  # fmt: skip
+    measure(spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates changes nothing."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ONE_DEVICE, TINY
+from test_loop import config_for, loader_of, same_params, saved_steps
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.training.loop import run_stage
+from beagle_jax.training.metrics import Log
+from beagle_jax.training.step import make_optimizer, make_steps, updated
+
+SPEC = DraftSpec.from_target(TINY, init_std=0.3)
+# No noise and windows of one: a row's part of the objective then depends on nothing but the row.
+CONFIG = TrainConfig(batch=2, row_tokens=10, loss_rows=8, noise="none")
+EARLY = StageConfig(steps=4, learning_rate=1e-3, warmup=0, window=1)
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_params) -> dict:
+    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+
+
+@pytest.fixture(scope="module")
+def six_rows() -> Batch:
+    """Rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
+    rng = np.random.default_rng(4)
+    counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
+    states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
+    tokens_BL = rng.integers(0, TINY.vocab_size, (6, 10)).astype(np.int32)
+    return Batch(tokens_BL, states_BLD, counts_BT, np.full(6, 10, np.int32), np.zeros(6, np.int32))
+
+
+def one_update(config: TrainConfig, batches: list[Batch], frozen) -> tuple[dict, float]:
+    """Parameters and gradient norm after these batches, from the same start."""
+    step, _, init = make_steps(SPEC, config, EARLY, ONE_DEVICE, late=False)
+    state = init(init_draft(SPEC, jax.random.key(1)))
+    for batch in batches:
+        state, metrics = step(state, frozen, batch, 42)
+    return state.params, float(metrics.grad_norm)
+
+
+def micro(batch: Batch) -> list[Batch]:
+    return [Batch(*(field[first : first + 2] for field in batch)) for first in (0, 2, 4)]
+
+
+def check_equal(one, many) -> None:
+    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
+    for name, array in one[0].items():
+        np.testing.assert_allclose(many[0][name], array, atol=1e-5, err_msg=name)
+
+
+def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
+    whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
+    check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen))
+
+
+def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
+    """Each micro-batch divided by its own count, as the usual accumulation does."""
+    right = updated
+
+    def wrong(state, gradient, supervised, *rest):
+        return right(state, jax.tree.map(lambda x: x / supervised, gradient), jnp.int32(1), *rest)
+
+    whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
+    monkeypatch.setattr("beagle_jax.training.step.updated", wrong)
+    with pytest.raises(AssertionError):
+        check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen))
+
+
+def test_weights_wait_for_the_last_batch(frozen, six_rows):
+    step, _, init = make_steps(SPEC, replace(CONFIG, accumulate=3), EARLY, ONE_DEVICE, late=False)
+    start = init_draft(SPEC, jax.random.key(1))
+    state, moved = init(start), []
+    for batch in micro(six_rows):
+        state, _ = step(state, frozen, batch, 42)
+        moved.append(float(jnp.abs(state.params["q_proj"] - start["q_proj"]).max()))
+        assert (float(jnp.abs(state.opt_state.gradient["q_proj"]).max()) > 0) == (len(moved) < 3)
+    assert moved[:2] == [0, 0] and moved[2] > 0
+    assert int(state.step) == 3 and int(state.opt_state.supervised) == 0
+
+
+def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
+    """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the state."""
+    accumulated = lambda config: replace(config, train=replace(config.train, accumulate=3, checkpoint_every=2))
+    start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    run = lambda config, loader: run_stage("early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config))
+    whole = run(accumulated(config_for(tmp_path / "whole")), training)
+
+    class Stopping:
+        """A loader that is interrupted before the sixth batch."""
+
+        steps_per_epoch = training.steps_per_epoch
+
+        def batch_at(self, step: int) -> Batch:
+            if step == 5:
+                raise KeyboardInterrupt
+            return training.batch_at(step)
+
+    cut = accumulated(config_for(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, Stopping())
+    assert 4 in saved_steps(cut)
+    same_params(run(cut, training), whole)
+
+
+def test_the_schedule_counts_batches(frozen):
+    """Every third batch changes the weights, with the learning rate of that many batches."""
+    stage = StageConfig(steps=12, learning_rate=0.6, warmup=6)
+    optimizer, params, found = make_optimizer(replace(CONFIG, accumulate=3), stage), {"w": jnp.zeros(1)}, []
+    state = optimizer.init(params)
+    for _ in range(4):
+        updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
+        found.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(found, [0.0, 0.3, 0.6, 0.6], atol=1e-5)
