@@ -1,11 +1,14 @@
 """Every file in configs/: it loads, it names the folder of its own, and the paper's targets have the paper's settings."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from beagle_jax import plan
 from beagle_jax.config import StageConfig, load_config
 from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.errors import run_main
 from beagle_jax.weights.shape import parameter_count, planned_spec
 
 
@@ -51,6 +54,15 @@ def test_paper_settings(path):
 )  # fmt: skip
 def test_shapes_have_the_published_number_of_parameters(name, millions):
     assert parameter_count(planned_spec(load_config(ROOT / "configs" / f"{name}.yaml").target)) == round(millions * 1e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_both_stages_compile_without_weights(path, capsys):
+    assert run_main(plan.main, ["--config", str(path), "--json", "-"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert set(stages) == {"early", "late"}
+    assert all(stage["temporaries"] > 0 and not stage["refusal"] for stage in stages.values())
 
 
 def test_the_targets_of_the_paper_and_its_successors_are_here():
