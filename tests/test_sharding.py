@@ -1,7 +1,6 @@
 """Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that do not fit."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import environment
 from mesh_cases import EIGHT
 
 from beagle_jax.config import MeshConfig
@@ -25,15 +25,14 @@ SHAPES = [(1, 1, 2), *EIGHT]
 def found(tmp_path_factory) -> dict:
     """What tests/mesh_cases.py measures, by stage and mesh; on eight virtual devices, each stage in a process of its own."""
     folder = tmp_path_factory.mktemp("meshes")
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     for stage in ("early", "late"):
         command = [sys.executable, str(TESTS / "mesh_cases.py"), str(folder / stage), stage]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, done.stderr[-3000:]
     return {stage: json.loads((folder / stage).read_text()) for stage in ("early", "late")}
 

@@ -1,7 +1,6 @@
 """Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when they are not whole."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
+from conftest import environment
 from convert_cases import refused
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
@@ -83,9 +83,8 @@ def test_a_mesh_writes_in_parts_and_another_reads_in_its_own(sources, tmp_path):
     config, out = tmp_path / "run.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}, "mesh": {"data": 1, "tensor": 4}}))
     write = ["-m", "beagle_jax.convert", "to-jax", "--config", str(config), "--out", str(out)]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     for arguments in (write, ["-c", RESTORE, str(out), str(tmp_path / "read.npz")]):
-        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, *arguments], env=environment(4), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     parts, expected = stored_parts(out), load_target(str(sources["folder"]), "float32", "unused")
     assert (parts["layers.0.gate_FD"], parts["layers.0.down_DF"]) == ((24, 64), (64, 24))
