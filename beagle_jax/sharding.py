@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from beagle_jax.config import MeshConfig
@@ -80,6 +80,13 @@ def place(tree, mesh: Mesh | None):
 def born(make: Callable, mesh: Mesh, *arguments):
     """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more than its part."""
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(*arguments)
+
+
+def target_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+    """Where one array of the target lives; on the first device without a mesh."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, _spec_of(name, shape, mesh))
 
 
 def replicate(tree, mesh: Mesh | None):

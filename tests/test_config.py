@@ -129,8 +129,8 @@ def test_wrong_type_says_what_is_expected(load, text, message):
     assert message in refused(load, TARGET + text)
 
 
-AT_LEAST_ONE = """data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.max_chat_tokens data.batch data.top_k train.batch
-    train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
+AT_LEAST_ONE = """target.group_size data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.max_chat_tokens data.batch data.top_k
+    train.batch train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
     eval.limit eval.train_prompts log.every""".split()
 NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight
     train.weight_decay log.eval_rows eval.every eval.patience train.early.steps train.early.warmup train.early.learning_rate

@@ -60,7 +60,7 @@ def read_exported(folder: Path) -> dict:
 def read_folder(folder: Path) -> dict:
     opened = HFFolder(folder)
     spec = TargetSpec.from_hf_config(opened.config(), str(folder))
-    params = fill_params(spec, opened.tensors(), jnp.float32, str(folder))
+    params = fill_params(spec, opened, jnp.dtype("float32"), str(folder))
     return {"spec": spec, "eos": opened.eos_ids(), **_leaves(params)}
 
 
@@ -71,7 +71,7 @@ def read_tokenizer(folder: Path) -> dict:
 def read_gguf(folder: Path) -> dict:
     opened = GGUFFile(folder / "model.gguf")
     spec = TargetSpec.from_hf_config(opened.config(), str(folder))
-    params = fill_params(spec, opened.tensors(), jnp.float32, str(folder))
+    params = fill_params(spec, opened, jnp.dtype("float32"), str(folder))
     return {"spec": spec, "eos": opened.eos_ids(), "vocabulary": opened.tokenizer().get_vocab(), **_leaves(params)}
 
 

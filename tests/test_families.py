@@ -383,10 +383,10 @@ def test_configs_refused_by_name(changes, message):
 def test_a_bias_that_the_config_does_not_name_is_an_extra_tensor(family):
     spec, opened = family[1].spec, open_source(family[1].source, None)
     with pytest.raises(UserError, match=r"extra tensor model.layers.0.self_attn.q_proj.bias \[32\]"):
-        fill_params(dataclasses.replace(spec, biases=()), opened.tensors(), jnp.float32, "here")
+        fill_params(dataclasses.replace(spec, biases=()), opened, jnp.dtype("float32"), "here")
     more = dataclasses.replace(spec, biases=(*spec.biases, "mlp.up_proj"), qk_norm=True)
     with pytest.raises(UserError, match=r"(?s)missing tensor model.layers.0.mlp.up_proj.bias \[48\].*layers.0.self_attn.k_norm.weight \[8\]"):
-        fill_params(more, opened.tensors(), jnp.float32, "here")
+        fill_params(more, opened, jnp.dtype("float32"), "here")
 
 
 # The answer writer, whose cache slots are not positions

@@ -190,7 +190,7 @@ def test_online_states_take_no_disk(place, capsys):
 
 
 def test_the_preview_marks_what_is_learned_and_loads_no_weights(place, capsys, monkeypatch):
-    monkeypatch.setattr(prepare_command, "load_target", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(prepare_command, "configured_target", lambda *_, **__: pytest.fail("weights were loaded"))
     assert run_main(prepare.main, ["--config", place.config, "--preview"]) == 0
     blocks = capsys.readouterr().out.split("--- row ")[1:]
     assert [block.splitlines()[0] for block in blocks] == [

@@ -72,7 +72,7 @@ def tiny_llama(request, tmp_path_factory):
     model.save_pretrained(folder)
     opened = open_source(str(folder), folder)
     spec = TargetSpec.from_hf_config(opened.config(), str(folder))
-    return model, spec, fill_params(spec, opened.tensors(), jnp.dtype("float32"), str(folder))
+    return model, spec, fill_params(spec, opened, jnp.dtype("float32"), str(folder))
 
 
 def _check_torch_logits(model, spec, params):

@@ -27,6 +27,19 @@ LLAMA = {
 }  # fmt: skip
 
 
+class Held:
+    """Tensors in memory, for the loader; a name may come twice."""
+
+    def __init__(self, pairs):
+        self._pairs = list(pairs)
+
+    def shapes(self):
+        return [(name, array.shape) for name, array in self._pairs]
+
+    def read(self, name, index, dtype):
+        return dict(self._pairs)[name][index].astype(dtype)
+
+
 def _compare_gguf(folder, kind) -> None:
     tensors = llama_tensors()
     write_llama(folder / "tiny.gguf", tensors, kind=kind)
@@ -49,13 +62,13 @@ def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
         _compare_gguf(tmp_path, gguf.GGMLQuantizationType.F32)
 
 
-def _write_gguf(path, tensors) -> None:
+def _write_gguf(path, tensors, kind=None) -> None:
     """A GGUF of loose tensors under the file's own names: only what `tensors()` reads."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     for name, array in tensors.items():
-        writer.add_tensor(name, array)
+        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -69,7 +82,7 @@ def test_gguf_biases_and_own_head_are_named(tmp_path):
     np.testing.assert_array_equal(found["lm_head.weight"], tensors["output.weight"])
     np.testing.assert_array_equal(found["blk.1.attn_q.bias"], tensors["blk.1.attn_q.bias"])
     with pytest.raises(UserError, match=r"extra tensor blk.1.attn_q.bias \[64\]"):
-        fill_params(TargetSpec.from_hf_config(LLAMA, "test"), found.items(), jnp.float32, "here")
+        fill_params(TargetSpec.from_hf_config(LLAMA, "test"), Held(found.items()), jnp.dtype("float32"), "here")
 
 
 def test_gguf_encoding_without_decoder(tmp_path):
@@ -196,7 +209,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
     spec = TargetSpec.from_hf_config(LLAMA, "test")
     twice = [*tensors.items(), ("model.embed_tokens.weight", tensors["model.embed_tokens.weight"])]
     with pytest.raises(UserError) as caught:
-        fill_params(spec, twice, jnp.float32, "here")
+        fill_params(spec, Held(twice), jnp.dtype("float32"), "here")
     message = str(caught.value)
     assert "here: the weights do not fit the config (4 tensors)" in message
     assert "model.embed_tokens.weight stands in two files" in message

@@ -28,7 +28,7 @@ from beagle_jax.evaluation.report import environment, report
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.files import write_text
 from beagle_jax.weights.draft import Draft
-from beagle_jax.weights.target import Target, load_target
+from beagle_jax.weights.target import Target, configured_target
 
 _SHOWN_TOKENS = 48  # of an answer, in the picture of attention
 
@@ -40,7 +40,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     all answers are also held against teacher forcing (evaluation/audit.py).
     """
     suites = {name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites}
-    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    target = configured_target(config.target, decoding=True)
     drafts = {name: drafter_of(config, target, name) for name in (draft_path(config), *config.eval.compare)}
     context = context_for(suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions)
     bench = _bench(config, target, drafts, context)

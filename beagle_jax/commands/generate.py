@@ -9,12 +9,12 @@ from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of, drafter_of
 from beagle_jax.errors import UserError
-from beagle_jax.weights.target import Target, load_target
+from beagle_jax.weights.target import Target, configured_target
 
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """The target, and its decoder with the draft."""
-    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    target = configured_target(config.target, decoding=True)
     return target, decoder_of(config, target, drafter_of(config, target))
 
 

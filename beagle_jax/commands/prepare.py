@@ -17,14 +17,14 @@ from beagle_jax.data.template import Row
 from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.errors import UserError
 from beagle_jax.weights.shape import check_shape
-from beagle_jax.weights.target import Target, load_target, open_source
+from beagle_jax.weights.target import Target, configured_target, open_source
 
 _LESS_DISK = "lower data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk"
 
 
 def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, dict]:
     """Writes the share `part` (this process's if None) of text and states; returns a line about it and its figures."""
-    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
     share = Share(*part) if part else this_process()
     parts = write_text_and_states(config, target, share)

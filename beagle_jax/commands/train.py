@@ -37,14 +37,14 @@ from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
-from beagle_jax.weights.target import Target, load_target
+from beagle_jax.weights.target import Target, configured_target
 
 
 def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
-    target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
+    target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     spec = DraftSpec.from_target(target.spec, config.draft.init_std)

@@ -28,7 +28,8 @@ from beagle_jax.model.layers import (
     rope_tables,
     soft_cap,
 )
-from beagle_jax.model.masks import within_window
+from beagle_jax.model.masks import causal_mask, within_window
+from beagle_jax.model.quantised import dense, pick
 
 Params = Mapping[str, Any]
 
@@ -101,6 +102,18 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
             (key,), shape = tensors[name]
             table[f"model.layers.{layer}.{name}.bias"] = (("layers", layer, _bias_key(key)), shape[:1])
     return table
+
+
+def param_arrays(spec: TargetSpec) -> dict[Path, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Every array of the parameter tree: path -> (shape, names of the tensors that it holds: one, or one per expert)."""
+    arrays: dict[Path, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    for name, (path, shape) in param_table(spec).items():
+        if isinstance(path[-1], int):
+            names = arrays.get(path[:-1], ((), ()))[1] + (name,)
+            arrays[path[:-1]] = ((len(names), *shape), names)
+        else:
+            arrays[path] = (shape, (name,))
+    return arrays
 
 
 def _attention_tensors(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -231,6 +244,20 @@ def _block(layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots) -> tup
     return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
 
 
+def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
+    """One layer of `forward` on texts without padding and cache: the residual stream before it -> after it."""
+    B, T, D = x_BTD.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    sees = _layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)[index]
+    out_DM, _ = _block(layer, spec, x_BTD.reshape(B * T, D).T, (B, T), _layer_rotary(spec, positions_BT)[index], None, *sees)
+    return out_DM.T.reshape(B, T, D)
+
+
+def final_norm(params: Params, spec: TargetSpec, x_BTD: jax.Array) -> jax.Array:
+    """The states that the residual stream after the last layer stands for."""
+    return _norm(spec, x_BTD, params["norm_D"])
+
+
 def _norm(spec: TargetSpec, x: jax.Array, weight_D: jax.Array, axis: int = -1) -> jax.Array:
     return rms_norm(x, weight_D, spec.rms_norm_eps, axis, plus_one=spec.gemma)
 
@@ -281,7 +308,7 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
     """A projection of columns, [I, M] -> [O, M], and its bias if it has one."""
-    out_OM = jnp.einsum("OI,IM->OM", layer[key], x_IM)
+    out_OM = jnp.einsum("OI,IM->OM", dense(layer[key], x_IM), x_IM)
     bias = layer.get(_bias_key(key))
     return out_OM if bias is None else out_OM + bias[:, None]
 
@@ -299,7 +326,7 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
     def run(expert):
-        gate_FM, up_FM = layer["gate_EFD"][expert] @ y_DM, layer["up_EFD"][expert] @ y_DM
-        return layer["down_EDF"][expert] @ (act(gate_FM) * up_FM)
+        times = lambda key, x_IM: dense(pick(layer[key], expert), x_IM) @ x_IM
+        return times("down_EDF", act(times("gate_EFD", y_DM)) * times("up_EFD", y_DM))
 
     return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)

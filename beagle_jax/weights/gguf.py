@@ -6,6 +6,7 @@ Dequantisation is the `gguf` package's. What is done here is the renaming, the u
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ class GGUFFile:
         field = self._reader.get_field(key)
         if field is None:
             raise UserError(f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter")
-        return field.contents()
+        try:
+            return field.contents()
+        except ValueError as error:  # bytes that are no UTF-8
+            raise UserError(f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the file again") from error
 
     def _list(self, key: str) -> list[Any]:
         found = self._field(key)
@@ -86,24 +90,37 @@ class GGUFFile:
             "tie_word_embeddings": "output.weight" not in names,
         }
 
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Hugging Face names and shapes [out, in]; a name without a counterpart keeps its own."""
+        return [(_hf_name(tensor.name), _shape(tensor)) for tensor in self._reader.tensors]
+
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """A part of a tensor by its Hugging Face name. The whole tensor is dequantised for it."""
+        return self._array(self._by_name[name])[index].astype(dtype)
+
+    @cached_property
+    def _by_name(self) -> dict[str, gguf.ReaderTensor]:
+        return {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(Hugging Face name, float32 array [out, in]) one at a time; a name without a counterpart keeps its own."""
-        heads = self._field("llama.attention.head_count")
-        kv_heads = self._field("llama.attention.head_count_kv")
+        """(Hugging Face name, float32 array [out, in]) one at a time."""
         for tensor in self._reader.tensors:
-            try:
-                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            except NotImplementedError:
-                raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
-                                "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
-            # GGUF lists dimensions fastest first.
-            array = array.reshape(tuple(int(size) for size in reversed(tensor.shape)))
-            if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
-                count = heads if ".attn_q." in tensor.name else kv_heads
-                if array.ndim != 2 or type(count) is not int or count < 1 or array.shape[0] % (2 * count):
-                    raise UserError(f"{self.path}: {tensor.name} of shape {list(array.shape)} does not fit {count!r} heads; download it again")
-                array = _unpermute_rows(array, count)
-            yield _hf_name(tensor.name), array
+            yield _hf_name(tensor.name), self._array(tensor)
+
+    def _array(self, tensor: gguf.ReaderTensor) -> np.ndarray:
+        """Dequantised to float32, rows in Hugging Face's order."""
+        try:
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
+                            "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
+        array = array.reshape(_shape(tensor))
+        if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
+            count = self._field("llama.attention.head_count" if ".attn_q." in tensor.name else "llama.attention.head_count_kv")
+            if array.ndim != 2 or type(count) is not int or count < 1 or array.shape[0] % (2 * count):
+                raise UserError(f"{self.path}: {tensor.name} of shape {list(array.shape)} does not fit {count!r} heads; download it again")
+            array = _unpermute_rows(array, count)
+        return array
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The byte-level BPE tokenizer with the file's chat template."""
@@ -151,6 +168,11 @@ class GGUFFile:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
         return (self._token_id("eos", len(self._list("tokenizer.ggml.tokens"))),)
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """GGUF lists dimensions fastest first."""
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _hf_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the hub."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
 from beagle_jax.weights.json_file import read_json
-from beagle_jax.weights.safetensors_file import read_tensors
+from beagle_jax.weights.safetensors_file import Place, places
 
 
 class HFTokenizer:
@@ -54,12 +55,29 @@ class HFFolder(HFTokenizer):
         if not self._files:
             raise UserError(f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first")
 
+    @cached_property
+    def places(self) -> list[tuple[str, Place]]:
+        """Every tensor and where it lies, file by file. Raises UserError naming a broken file and a dtype that is no weight's."""
+        found = [(name, place) for file in self._files for name, place in places(file).items()]
+        # A table that old checkpoints stored; recomputed from rope_theta.
+        return [(name, place) for name, place in found if not name.endswith("rotary_emb.inv_freq")]
+
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors; a name is there twice if two files hold it."""
+        return [(name, place.shape) for name, place in self.places]
+
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """A part of a tensor; no more than that is read."""
+        return self._by_name[name].read(index, dtype)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Place]:
+        return dict(self.places)
+
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array in its stored dtype), one in memory at a time."""
-        for file in self._files:
-            for name, array in read_tensors(file):
-                if not name.endswith("rotary_emb.inv_freq"):  # a table that old checkpoints stored; recomputed from rope_theta
-                    yield name, array
+        for name, place in self.places:
+            yield name, place.read(tuple(map(slice, place.shape)), place.dtype)
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")

