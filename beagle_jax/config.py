@@ -72,6 +72,7 @@ class StageConfig:
     simulation_steps: int = 1  # s: draft steps simulated; 1 in the early stage
     step_weights: tuple[float, ...] | None = None  # beta_1..beta_s of the late loss; null: s, s-1, .., 1
     detach: bool = True  # late: no gradient through predicted states (method.md 4.6)
+    dense: bool = False  # late: a window begins at every position, at s times the cost; to compare with training-time test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +372,8 @@ def _check_train(train: TrainConfig, where: str) -> None:
     if train.early.simulation_steps != 1:
         raise UsageError(f"{where}: train.early.simulation_steps is {train.early.simulation_steps}, expected 1; "
                          "simulation belongs to the late stage")
+    if train.early.dense:
+        raise UsageError(f"{where}: train.early.dense is true; only the late stage has a dense form")
     for name, stage in (("early", train.early), ("late", train.late)):
         if train.accumulate > 0 and stage.steps % train.accumulate:
             raise UsageError(f"{where}: train.{name}.steps is {stage.steps}, no multiple of train.accumulate = {train.accumulate}: "

@@ -170,6 +170,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("eval.suites=[a, b, a]", "eval.suites is ['a', 'b', 'a']; expected one name or more, each once"),
         ("train.accumulate=0", "train.accumulate is 0; expected at least 1"),
         ("train.accumulate=3", "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches would change nothing"),
+        ("train.early.dense=true", "train.early.dense is true; only the late stage has a dense form"),
         ("mesh.fsdp=0", "mesh.fsdp is 0; expected at least 1, or -1 for the devices that the others leave"),
         ("mesh.tensor=-1", "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),

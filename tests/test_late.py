@@ -129,6 +129,58 @@ def test_positions_are_relative(row):
         np.testing.assert_allclose(scores(0), shifted, atol=1e-4)
 
 
+def _check_dense(row, steps, shift=0):
+    """With a window at every position, each window of every offset is among them."""
+    params, e_BLD, h_BLD = row
+    run = lambda window, offset: late_states(
+        params, SPEC, e_BLD, h_BLD, LENGTH, START, window=window, steps=steps, offset=jnp.int32(offset), detach=True
+    )
+    dense = run(1, 0)
+    assert dense.state_BUJD.shape[1:3] == (13, steps)
+    for offset in range(steps):
+        windows = run(steps, offset)
+        for places, valid, states in zip(windows.query_UJ, windows.valid_UJ, jnp.moveaxis(windows.state_BUJD, 1, 0)):
+            if valid.all():
+                np.testing.assert_allclose(dense.state_BUJD[:, places[0] + shift], states, atol=1e-5)
+
+
+def test_dense_holds_the_windows_of_every_offset(row):
+    _check_dense(row, 3)
+
+
+def test_planted_bug_dense_windows_one_later(row):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_dense(row, 3, shift=-1)
+
+
+def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
+    """Of a compiled gradient through `steps` simulated steps, in windows of as many."""
+    B, L, D = 2, 128, SPEC.hidden_size
+    rows = [jax.ShapeDtypeStruct((B, L, D), jnp.float32)] * 2
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+    def score(params, e_BLD, h_BLD, length_B, offset):
+        settings = dict(window=max(steps, 1), offset=offset)
+        if steps == 0:
+            return jnp.sum(jnp.square(early_states(params, SPEC, e_BLD, h_BLD, length_B, length_B * 0, **settings)))
+        late = late_states(params, SPEC, e_BLD, h_BLD, length_B, length_B * 0, steps=steps, detach=detach, **settings)
+        return jnp.sum(jnp.square(late.state_BUJD))
+
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SPEC.param_shapes().items()}
+    compiled = jax.jit(jax.grad(score)).lower(params, *rows, lengths, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("detach, within", [(True, 1.15), (False, 1.3)])
+def test_memory_is_flat_in_the_steps(detach, within):
+    """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that grow."""
+    found = [_temporaries_and_flops(steps, detach) for steps in (1, 2, 4, 8)]
+    memory = [bytes_ for bytes_, _ in found]
+    assert max(memory) <= within * min(memory), memory
+    early = _temporaries_and_flops(0, detach)[1]
+    assert max(flops for _, flops in found) <= 1.2 * early, (found, early)
+
+
 FIRST = jnp.array([5, 2], jnp.int32)
 ASKED = 6  # queries of each row
 

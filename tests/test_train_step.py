@@ -203,6 +203,16 @@ def test_step_weights_replace_the_default(tiny_draft, frozen, batch):
         check_metrics(default, by_hand)
 
 
+def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
+    """Step j then scores every position that has j before it, whatever the offset; windows score about one in k."""
+    dense = replace(LATE, dense=True)
+    PREDICT[dense] = predict_late
+    _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
+    assert metrics.count_J.tolist() == [batch.counts_BT[:, step:].sum() for step in range(3)]
+    _, windows = loss_of(NOISY, LATE)(tiny_draft, frozen, batch, jax.random.key(1))
+    assert windows.count_J.sum() < 0.5 * metrics.count_J.sum()
+
+
 def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):
     _, metrics = loss_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
     np.testing.assert_allclose(metrics.objective - metrics.ploss, 10 * metrics.vloss, rtol=1e-5)

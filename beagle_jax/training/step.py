@@ -100,8 +100,10 @@ def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, len
 def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
     """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
+    # Dense: a window begins at every position, and most positions are predicted s times.
+    window, offset = (1, 0) if stage.dense else (stage.window, offset)
     late = late_states(
-        params, spec, e_BTD, h_BLD, length_B, first_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
+        params, spec, e_BTD, h_BLD, length_B, first_B, window=window, steps=steps, offset=offset, detach=stage.detach
     )
     U, J = late.query_UJ.shape
     beta_J = jnp.asarray(stage.step_weights or range(steps, 0, -1), jnp.float32)
