@@ -338,6 +338,13 @@ def test_batches_are_cut_padded_and_aligned():
     assert seen == {0, 1, 2, 3}
 
 
+def test_the_share_of_padding_is_that_of_the_batches():
+    loader = loader_of(rows_of_lengths(4, 9, 6, 5))
+    batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
+    live = sum(int(batch.length_B.sum()) for batch in batches)
+    assert loader.padding == pytest.approx(1 - live / (4 * 6)) == 3 / 24
+
+
 def first_tokens(loader, steps) -> list[int]:
     return [int(token) for step in steps for token in loader.batch_at(step).tokens_BL[:, 0]]
 

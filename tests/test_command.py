@@ -135,7 +135,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
-    for *_, training, held_out, _, _ in seen:
+    for *_, training, held_out, _, _, _ in seen:
         found = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
@@ -170,6 +170,17 @@ def evaluated_tau(trained, run: Path, draft: str) -> float:
     decoder = decoder_of(config, target, load_draft(run / draft, target.spec))
     answers = [decoder.generate([question], max_new_tokens=20)[0] for question in EVAL_QUESTIONS[:2]]
     return sum(len(answer.tokens) - 1 for answer in answers) / sum(answer.rounds for answer in answers)
+
+
+def test_training_online_logs_the_losses_of_training_from_disk(trained):
+    folder = trained.folder / "online"
+    options = ["data.states=online", f"train.folder={folder}", f"data.folder={trained.folder}/online_text"]
+    assert run_main(train.main, ["--config", trained.config, *options]) == 0
+    assert not list((trained.folder / "online_text").glob("*.states*"))
+    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (trained.folder / "run", folder)]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for disk, online in zip(*logs):
+        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)  # five steps apart, of rows that were summed in another order
 
 
 def evaluated(trained, capsys) -> list[dict]:

@@ -162,7 +162,7 @@ def test_every_step_takes_its_own_batch_once(stage, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(config, training=broken)
     stage(config, training=resumed)
-    assert (broken.asked, resumed.asked) == (list(range(9)), list(range(5, 12)))
+    assert broken.asked[:9] == list(range(9)) and resumed.asked == list(range(5, 12))  # the next batches are read ahead
 
 
 def test_stop_and_resume_is_bit_equal(whole, stage, tmp_path):

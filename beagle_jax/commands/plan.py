@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import Config
+from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.sharding import check_rows, make_mesh
@@ -56,7 +57,8 @@ def memory_of(device: jax.Device) -> float | None:
 
 def disk(config: Config, width: int, draft_parameters: int) -> dict:
     """Bytes that a run writes. States: of the text that is there, or of as much as the settings let the target write."""
-    token = width * jnp.dtype(config.target.dtype).itemsize
+    online = config.data.states == "online"
+    token = 0 if online else record_bytes(width, config.data.states_dtype or config.target.dtype)
     longest = config.data.max_prompt_tokens + config.data.max_answer_tokens
     tokens = -(-config.data.answer_tokens * longest // config.data.max_answer_tokens)
     checkpoint = 3 * 4 * draft_parameters  # parameters and two moments in float32

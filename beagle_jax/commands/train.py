@@ -20,7 +20,7 @@ from beagle_jax.config import Config
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import this_process
-from beagle_jax.data.states import StoredStates
+from beagle_jax.data.states import StoredStates, states_in_memory
 from beagle_jax.data.template import Row
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of
@@ -105,15 +105,18 @@ def train(
     settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=this_process())
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
     held_out = BatchLoader(rows[cut:], states and states[cut:], **settings) if config.log.eval_rows else None
-    print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch")
+    print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
+          f"{training.padding:.0%} of the positions are padding")
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
     head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
-    frozen = place({"embed_VD": target.params["embed_VD"], "head_VD": head_VD}, mesh)
+    online = target.spec if states is None else None
+    frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD} | ({"target": target.params} if online else {})
+    frozen = place(frozen, mesh)
     params = first_params(config, target, spec, mesh, training)
     log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best)
+            params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best, online)
     log.close()
     return params
 
@@ -127,7 +130,10 @@ def first_params(
     fresh, key = partial(init_draft, spec), jax.random.key(config.train.seed)
     if config.draft.init == "normal":
         return born(fresh, mesh, key)
-    return place(warm_start(fresh(key), spec, target.params["embed_VD"], training.sample(FIT_ROWS)), mesh)
+    sample = training.sample(FIT_ROWS)
+    if sample.states_BLD is None:
+        sample = sample._replace(states_BLD=states_in_memory(target.params, target.spec, sample.tokens_BL, sample.length_B))
+    return place(warm_start(fresh(key), spec, target.params["embed_VD"], sample), mesh)
 
 
 def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:

@@ -73,6 +73,11 @@ class BatchLoader:
         """Whole batches in one pass; the few rows left over are in another epoch's order."""
         return len(self._kept) // self._batch
 
+    @property
+    def padding(self) -> float:
+        """Share of the positions of all rows that is padding."""
+        return 1 - sum(min(self._width, len(entry.tokens)) for entry in self._kept) / (self._width * len(self._kept))
+
     def batch_at(self, step: int) -> Batch:
         """This process's lines of the batch of a step, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)

@@ -14,7 +14,7 @@ AHEAD = 2  # batches that are ready or being read
 def read_ahead(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
     """read(step) of every step, in order; a thread is up to AHEAD steps before the caller.
 
-    read: reads a batch and, best, starts its way to the device. What it raises is raised here, at its step.
+    What `read` raises is raised here, at its step.
     """
     steps = iter(steps)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:

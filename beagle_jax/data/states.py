@@ -65,6 +65,13 @@ def states_at(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_B: 
 _states = partial(jax.jit, static_argnames=("spec",))(states_at)
 
 
+def states_in_memory(params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+    """The same on the host, a few rows at a time; for what is small."""
+    lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
+    parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
+    return np.concatenate([np.asarray(_states(params, spec, tokens_BL[part], length_B[part])) for part in parts])
+
+
 def stored_dtype(params: Params, dtype: str | None) -> str:
     """`data.states_dtype`, or the target's own for None."""
     return dtype or np.dtype(params["embed_VD"].dtype).name

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.prefetch import read_ahead
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.target import TargetSpec
 from beagle_jax.processes import host_copy
 from beagle_jax.sharding import place_rows
 from beagle_jax.training.best import Best
@@ -34,14 +36,16 @@ def run_stage(
     held_out: BatchLoader | None,
     log: Log,
     best: Best | None = None,
+    target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
     """Trains one stage ('early' or 'late') from `params`, or from its newest checkpoint; returns the parameters.
 
     Raises UserError when the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after the
     step under way and ends the program with status 0. best: measures real decoding on the way, and may end the stage early.
+    target: batches come without states, and the step computes them (data.states: online), with frozen["target"].
     """
     stage: StageConfig = getattr(config.train, name)
-    train_step, eval_step, init = make_steps(spec, config.train, stage, mesh, late=name == "late")
+    train_step, eval_step, init = make_steps(spec, config.train, stage, mesh, late=name == "late", target=target)
     folder = Path(config.train.folder) / "checkpoints" / name
     with StageCheckpoints(folder, settings_of(name, config), config.train.accept_changes) as checkpoints, StopSignal() as stop:
         fresh = init(params)
@@ -52,8 +56,9 @@ def run_stage(
         progress = Progress(name, config, log, training, first, waiting)
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
-        for step in range(first, stage.steps) if not finished else ():
-            state, metrics = train_step(state, frozen, place_rows(training.batch_at(step), mesh), config.train.seed)
+        steps = () if finished else range(first, stage.steps)
+        for step, batch in zip(steps, read_ahead(training.batch_at, steps)):
+            state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
                 progress.add(step, last_metrics)  # read only now, with the next step already under way
             last_metrics, done = metrics, step + 1

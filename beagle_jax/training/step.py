@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
+from beagle_jax.data.states import states_at
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.masks import window_start
-from beagle_jax.model.target import embed
+from beagle_jax.model.target import TargetSpec, embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
@@ -201,13 +202,22 @@ def updated(
     return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
 
 
+def with_states(target: TargetSpec | None, frozen: dict[str, Any], batch: Batch) -> Batch:
+    """The batch with the target's states in the target's dtype, computed here if it comes without (data.states: online)."""
+    if target is None:
+        return batch._replace(states_BLD=jnp.asarray(batch.states_BLD, frozen["embed_VD"].dtype))
+    with jax.named_scope("target"):
+        return batch._replace(states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_B))
+
+
 def make_steps(
-    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh, *, late: bool
+    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh, *, late: bool, target: TargetSpec | None = None
 ) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]]:
     """(train step, evaluation step, initial state from a copy of parameters) of one stage.
 
     The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on seed and step only.
     The state is born sharded and stays so; `frozen` lives where the caller has put it (sharding.place).
+    target: batches come without states, and the step computes them with the target's parameters, frozen["target"].
     """
     predict = predict_late if late else predict_early
     optimizer = make_optimizer(config, stage)
@@ -220,11 +230,12 @@ def make_steps(
 
     def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, frozen, batch, key)
+        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, frozen, with_states(target, frozen, batch), key)
         state, grad_norm = updated(state, gradient, metrics.supervised, optimizer, config.accumulate)
         return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
+        batch = with_states(target, frozen, batch)
         return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh)[1]
 
     def init(params) -> TrainState:

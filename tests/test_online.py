@@ -1,0 +1,114 @@
+"""States computed inside the step and states from disk: the same losses and updates."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ONE_DEVICE, TINY, random_params
+from test_train_step import CLEAN, EARLY, LATE, SPEC, L
+
+from beagle_jax.config import MeshConfig
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.states import states_in_memory, target_states
+from beagle_jax.data.template import Row
+from beagle_jax.model.beagle import init_draft
+from beagle_jax.sharding import make_mesh, place, place_rows
+from beagle_jax.training import step
+from beagle_jax.training.step import make_steps
+
+# Losses here are near 60. Half a step of the grid of bfloat16 is 1/512 of each number, of int8 1/254 of a token's largest.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2}
+
+
+TESTS = Path(__file__).parent
+
+
+def some_rows() -> list[Row]:
+    rng = np.random.default_rng(2)
+    return [Row(rng.integers(0, TINY.vocab_size, n).tolist(), [i >= 3 for i in range(n)]) for n in (14, 9, 6, 11)]
+
+
+@pytest.fixture(scope="module")
+def loaders(tiny_params, tmp_path_factory):
+    """A loader per way to come to the states; None is online."""
+    rows = some_rows()
+    folder, settings = tmp_path_factory.mktemp("states"), dict(batch=4, row_tokens=L, seed=0)
+    made = {None: BatchLoader(rows, None, **settings)}
+    for dtype in TOLERANCE:
+        made[dtype] = BatchLoader(rows, target_states(tiny_params, TINY, rows, folder / dtype, dtype), **settings)
+    return made
+
+
+def stepped(loader, params, tiny_params, stage, target, mesh=ONE_DEVICE):
+    """Metrics and parameters after one step."""
+    train_step, _, init = make_steps(SPEC, CLEAN, stage, mesh, late=stage is LATE, target=target)
+    frozen = place({"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}, mesh)
+    state, metrics = train_step(init(params), frozen, place_rows(loader.batch_at(0), mesh), 0)
+    return jax.device_get(metrics), jax.device_get(state.params)
+
+
+def check_same(online, disk, tolerance: float) -> None:
+    for name in ("objective", "ploss", "vloss", "grad_norm"):
+        np.testing.assert_allclose(getattr(online[0], name), getattr(disk[0], name), rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
+def test_online_and_stored_states_give_the_same_losses(stage, loaders, tiny_draft, tiny_params):
+    online = stepped(loaders[None], tiny_draft, tiny_params, stage, TINY)
+    for dtype, tolerance in TOLERANCE.items():
+        disk = stepped(loaders[dtype], tiny_draft, tiny_params, stage, None)
+        check_same(online, disk, tolerance)
+        if dtype == "float32":
+            for name in online[1]:  # 1e-4: AdamW's first step has the size of the learning rate, 1e-3, whatever the gradient's
+                np.testing.assert_allclose(online[1][name], disk[1][name], atol=1e-4, err_msg=name)
+
+
+def on_eight_devices() -> None:
+    """The target forward split over the mesh of the step, against stored states on one device."""
+    params, draft, rows = random_params(TINY), init_draft(SPEC, jax.random.key(1)), some_rows()
+    settings = dict(batch=4, row_tokens=L, seed=0)
+    online = BatchLoader(rows, None, **settings)
+    everything = online.sample(4)
+    states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_B)
+    by_tokens = {tuple(tokens[:length]): one[:length] for tokens, length, one in zip(everything.tokens_BL, everything.length_B, states)}
+    disk = BatchLoader(rows, [by_tokens[tuple(row.tokens)] for row in rows], **settings)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    check_same(stepped(online, draft, params, EARLY, TINY, mesh), stepped(disk, draft, params, EARLY, None), TOLERANCE["float32"])
+
+
+def test_the_target_runs_on_the_mesh_of_the_step():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", "from test_online import on_eight_devices; on_eight_devices()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, monkeypatch):
+    disk = stepped(loaders["float32"], tiny_draft, tiny_params, EARLY, None)
+    right = step.states_at
+    monkeypatch.setattr(step, "states_at", lambda params, spec, tokens_BL, *rest: right(params, spec, tokens_BL ^ 1, *rest))
+    with pytest.raises(AssertionError):
+        check_same(stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY), disk, TOLERANCE["int8"])
+
+
+def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
+    sample = loaders[None].sample(99)
+    found_BLD = states_in_memory(tiny_params, TINY, sample.tokens_BL, sample.length_B)
+    live_BL1 = np.arange(L)[None, :, None] < sample.length_B[:, None, None]
+    # 1e-4: rows of another padded length are summed in another order
+    np.testing.assert_allclose(np.where(live_BL1, found_BLD, 0), loaders["float32"].sample(99).states_BLD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_target_is_computed_once_and_not_differentiated(loaders, tiny_draft, tiny_params):
+    """In the compiled step the target's products stand once: no gradient goes through it."""
+    _, _, init = make_steps(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False)
+    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}
+    train_step = make_steps(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False, target=TINY)[0]
+    text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(debug_info=True)
+    assert "target" in text and "transpose(target)" not in text and "jvp(target)" not in text
