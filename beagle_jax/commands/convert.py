@@ -14,7 +14,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.sharding import make_mesh, place
+from beagle_jax.sharding import make_mesh
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.json_file import read_json
@@ -77,12 +77,11 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     if isinstance(opened, OrbaxFolder):
         raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
-    target = load_target(source, dtype, config.target.cache_dir)
-    params = place(target.params, mesh)
+    target = load_target(source, dtype, config.target.cache_dir, mesh)
     told = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
-        save_target(folder, params, opened.config(), target.tokenizer, target.eos_ids, told)
-    size = sum(array.nbytes for array in jax.tree.leaves(params))
+        save_target(folder, target.params, opened.config(), target.tokenizer, target.eos_ids, told)
+    size = sum(array.nbytes for array in jax.tree.leaves(target.params))
     return f"target written to {out}, {size / 1e9:.2f} GB in {dtype}; use it with target.source={out}", {"out": str(out), "bytes": size}
 
 
