@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,13 +17,20 @@ from beagle_jax.commands.plan import table
 from beagle_jax.config import Config, MeshConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training import cost
 from beagle_jax.training.cost import row_flops, stage_cost
+from beagle_jax.weights.orbax_target import abstract_params
+from beagle_jax.weights.shape import parameter_count
 
 ROOT = Path(__file__).parent.parent
-SPEC = DraftSpec(hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, rms_norm_eps=1e-5)
 V, L = 512, 48
+TARGET = TargetSpec(
+    vocab_size=V, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4,
+    rms_norm_eps=1e-5, max_positions=256, tie_embeddings=True,
+)  # fmt: skip
+SPEC = DraftSpec.from_target(TARGET)
 EARLY = StageConfig(steps=3, window=5)
 LATE = StageConfig(steps=2, window=4, simulation_steps=4)
 
@@ -51,7 +59,7 @@ def compiled(request, mesh):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", counting)
-        found = stage_cost(request.param, config_of(), SPEC, V, V, mesh)
+        found = stage_cost(request.param, config_of(), TARGET, V, mesh)
     return request.param, found, counted[-1]
 
 
@@ -79,16 +87,26 @@ def test_bytes_are_those_of_the_shapes(compiled):
     assert found.compiler_total >= found.held and found.temporaries > 0 and not found.refusal
 
 
+def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
+    name, stored, counted = compiled
+    online = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
+    found = stage_cost(name, config_of(), TARGET, V, mesh, online)
+    whole = 4 * parameter_count(TARGET)
+    assert found.frozen == stored.frozen + whole and found.batch == stored.batch - 2 * L * 64 * 4
+    per_token = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two layers
+    assert found.flops - stored.flops == 2 * L * (per_token + 2 * 4 * L * 64)
+
+
 def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G hbm.")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", full)
-    found = stage_cost("early", config_of(), SPEC, V, V, mesh)
+    found = stage_cost("early", config_of(), TARGET, V, mesh)
     assert found.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" and found.temporaries is None
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        stage_cost("early", config_of(), SPEC, V, V, mesh)
+        stage_cost("early", config_of(), TARGET, V, mesh)
 
 
 def planned(capsys, *arguments: str) -> dict:
@@ -154,7 +172,7 @@ def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, ca
 def test_a_tpu_that_is_not_there_compiles_the_step():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     devices = cost.topology_devices("v5e:2x2")
-    found = stage_cost("late", config_of(batch=4), SPEC, V, V, make_mesh(MeshConfig(fsdp=2), devices))
+    found = stage_cost("late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices))
     assert len(devices) == 4 and devices[0].device_kind in cost.CHIPS
     assert found.held <= found.compiler_total < cost.CHIPS[devices[0].device_kind].memory
 

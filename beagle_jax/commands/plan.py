@@ -13,6 +13,7 @@ from beagle_jax.errors import UsageError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.training.cost import CHIPS, StageCost, stage_cost, topology_devices
+from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count, planned_spec
 
 _UTILISATION = 0.4  # share of the chip's peak that the time is told for
@@ -32,7 +33,8 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     target = planned_spec(config.target)
     spec = DraftSpec.from_target(target)
     scored = config.draft.hot_tokens or target.vocab_size
-    stages = {name: stage_cost(name, config, spec, target.vocab_size, scored, mesh)
+    online = abstract_params(target, jnp.dtype(config.target.dtype), mesh) if config.data.states == "online" else None
+    stages = {name: stage_cost(name, config, target, scored, mesh, online)
               for name in ("early", "late") if getattr(config.train, name).steps}
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
     figures = {
@@ -93,7 +95,7 @@ def table(figures: dict) -> str:
     rows = [("stage", lambda one: ""), ("steps", lambda one: f"{one['steps']:,}"),
             ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
             ("operations a step", lambda one: f"{one['flops']:.3g}"),
-            ("draft weights", _of("weights")), ("optimizer", _of("optimizer")), ("embedding and head", _of("frozen")),
+            ("draft weights", _of("weights")), ("optimizer", _of("optimizer")), ("frozen parts of the target", _of("frozen")),
             ("tokens and states", _of("batch")), ("temporaries", _of("temporaries")), ("all, by the compiler", _of("compiler_total")),
             ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s")]
     if any("hours_at_40_percent" in one for one in figures["stages"].values()):

@@ -20,6 +20,7 @@ from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import rows, shardings
 from beagle_jax.training.step import make_steps
 
@@ -46,7 +47,7 @@ class StageCost(NamedTuple):
     flops: float  # matrix products on all devices together, every token an answer
     weights: int  # the trained draft
     optimizer: int
-    frozen: int  # the target's embedding and head
+    frozen: int  # the target's embedding and head; all of it when the step computes its states
     batch: int  # tokens and states
     temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
     compiler_total: int | None  # everything at once, as the compiler counts it
@@ -73,17 +74,25 @@ def topology_devices(name: str) -> list[jax.Device]:
                          "v4:2x2x2") from error
 
 
-def stage_cost(name: str, config: Config, spec: DraftSpec, vocab_size: int, draft_vocab: int, mesh: Mesh) -> StageCost:
-    """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated. draft_vocab: tokens that it scores."""
+def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, mesh: Mesh, online: Any = None) -> StageCost:
+    """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated.
+
+    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the step computes its states.
+    """
     stage: StageConfig = getattr(config.train, name)
+    spec = DraftSpec.from_target(target)
     train_step: Any  # jitted, which its type does not tell
-    train_step, _, init = make_steps(spec, config.train, stage, mesh, late=name == "late")
+    train_step, _, init = make_steps(
+        spec, config.train, stage, mesh, late=name == "late", target=None if online is None else target
+    )
     params = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()}
     dtype = jnp.dtype(config.target.dtype)
-    frozen = {"embed_VD": jax.ShapeDtypeStruct((vocab_size, spec.hidden_size), dtype),
+    frozen = {"embed_VD": jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
               "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)}
+    frozen |= {} if online is None else {"target": online}
     state, frozen = (_placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen))
     batch = batch_shapes(config, spec.hidden_size)
+    batch = batch if online is None else batch._replace(states_BLD=None)
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
     temporaries = total = None
@@ -98,7 +107,8 @@ def stage_cost(name: str, config: Config, spec: DraftSpec, vocab_size: int, draf
         refusal = _first_line(error)
     B, T = batch.counts_BT.shape
     return StageCost(
-        flops=B * row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late"),
+        flops=B * (row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late")
+                   + (0 if online is None else target_flops(target, config.train.row_tokens))),  # fmt: skip
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
         frozen=_bytes(frozen),
@@ -133,6 +143,12 @@ def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *
     per_query = 3 * 2 * (2 * D * NH + 3 * D * F) + 3 * 2 * 2 * L * NH + 3 * 2 * D * vocab
     predicted = windows * (stage.simulation_steps - 1) if late else 0  # keys that are simulated
     return queries * per_query + (2 * L + (2 if stage.detach else 3) * predicted) * 2 * 2 * D * KH
+
+
+def target_flops(spec: TargetSpec, L: int) -> float:
+    """Operations of the matrix products of the target's forward pass over one row of L tokens, without the head."""
+    per_token = 2 * sum(math.prod(shape) for path, shape in param_table(spec).values() if path[0] == "layers" and len(shape) == 2)
+    return L * per_token + spec.num_layers * 2 * 2 * L * L * spec.num_heads * spec.head_dim
 
 
 def _placed(tree: Any, where: Any) -> Any:
