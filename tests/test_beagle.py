@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ONE_DEVICE
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
@@ -109,7 +110,7 @@ def _trained_on(params, spec, embed_VD, times=1.0):
     one = np.ones(1, np.int32)
     batch = Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one)
     config, frozen = TrainConfig(noise="none"), {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD}
-    return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0))[0]
+    return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0), ONE_DEVICE)[0]
 
 
 @pytest.mark.parametrize("run", [_drafted, _trained_on])

@@ -175,7 +175,7 @@ def real_llama(real_target):
     config = {**file.config(), "eos_token_id": file.eos_ids()[0], "pad_token_id": file.eos_ids()[0]}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     model = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    tensors = {name: torch.from_numpy(array) for name, array in file.tensors()}
+    tensors = {name: torch.tensor(array) for name, array in file.tensors()}
     missing, extra = model.load_state_dict(tensors, strict=False)
     assert (missing, extra) == (["lm_head.weight"], []) and model.lm_head.weight is model.model.embed_tokens.weight
     return model
