@@ -23,9 +23,9 @@ from beagle_jax.weights.target import load_target
 
 
 def knows(tokens: list[int], count: int):
-    """`loop._draft`, its tokens replaced by the right ones; their dependence on the real draft keeps it from being dropped."""
+    """`loop.propose`, its tokens replaced by the right ones; their dependence on the real draft keeps it from being dropped."""
     known_S = jnp.asarray(np.pad(tokens, (0, count + 1)), jnp.int32)
-    right = loop._draft
+    right = loop.propose
 
     def draft(models, shapes, now):
         drafted = right(models, shapes, now)
@@ -50,14 +50,14 @@ def main() -> None:
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=arguments.new_tokens)
     prompt, answer = max(zip(prompts, answers), key=lambda pair: len(pair[1].tokens))
     print(machine())
-    right = loop._draft
+    right = loop.propose
     for levels in arguments.levels:
-        loop._draft = knows(answer.tokens, levels)
+        loop.propose = knows(answer.tokens, levels)
         jax.clear_caches()
         decoder = SpeculativeDecoder(target, draft, chain(levels), context=248)
         decoder.generate([prompt], max_new_tokens=len(answer.tokens))
         rounds = [decoder.generate([prompt], max_new_tokens=len(answer.tokens)) for _ in range(5)]
-        loop._draft = right
+        loop.propose = right
         [first] = rounds[0]
         assert first.tokens == answer.tokens and first.rounds == -(-(len(answer.tokens) - 1) // (levels + 1)), first
         whole = 1000 * float(np.median([one.decode_seconds for [one] in rounds])) / first.rounds
