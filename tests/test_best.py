@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ONE_DEVICE
-from test_loop import SPEC, Breaking, config_for, interrupt, lines_of, loader_of, same_params, saved_steps
+from test_loop import (
+    SPEC,
+    Breaking,
+    after_each_step,
+    broken_at,
+    config_for,
+    interrupt,
+    lines_of,
+    loader_of,
+    same_params,
+    saved_steps,
+)
 
 from beagle_jax.config import Config, EvalConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
-from beagle_jax.training import loop
 from beagle_jax.training.best import Best
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
@@ -103,19 +113,7 @@ def test_a_resumed_run_measures_what_was_lost_and_ends_the_same(run, tmp_path):
 
 def test_a_broken_draft_is_never_measured(run, tmp_path, monkeypatch):
     """Decoding is lossless with any draft, so a broken one would pass for a tau of 1."""
-
-    def make_steps(*arguments, **keywords):
-        train_step, eval_step, init = true_steps(*arguments, **keywords)
-
-        def step(state, *rest):
-            state, metrics = train_step(state, *rest)
-            broken = {"q_proj": jnp.where(state.step == 3, jnp.nan, state.params["q_proj"])}
-            return state._replace(params=state.params | broken), metrics
-
-        return step, eval_step, init
-
-    true_steps = loop.make_steps
-    monkeypatch.setattr(loop, "make_steps", make_steps)
+    after_each_step(monkeypatch, broken_at(3, jnp.nan))
     one = Decoder(tmp_path / "best.json", [1.0])
     config = config_for(tmp_path, checkpoint_every=100)
     with pytest.raises(UserError, match="step 3: a parameter or its optimizer state is not finite although the loss was"):

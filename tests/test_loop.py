@@ -209,18 +209,30 @@ def test_a_broken_step_is_never_saved(stage, tmp_path):
     assert saved_steps(config) == []
 
 
-def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
+def after_each_step(monkeypatch, change) -> None:
+    """Lets `change(state, metrics)` decide what a training step returns."""
+
     def make_steps(*arguments, **keywords):
-        train_step, eval_step, init = loop_make_steps(*arguments, **keywords)
+        train_step, eval_step, init = true_steps(*arguments, **keywords)
+        return lambda *inputs: change(*train_step(*inputs)), eval_step, init
 
-        def step(state, *rest):
-            state, metrics = train_step(state, *rest)
-            return state, metrics._replace(grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm))
-
-        return step, eval_step, init
-
-    loop_make_steps = loop.make_steps
+    true_steps = loop.make_steps
     monkeypatch.setattr(loop, "make_steps", make_steps)
+
+
+def broken_at(step: int, value: float):
+    """A step after which one parameter is this value, whatever the loss was."""
+
+    def change(state, metrics):
+        broken = {"q_proj": jnp.where(state.step == step, value, state.params["q_proj"])}
+        return state._replace(params=state.params | broken), metrics
+
+    return change
+
+
+def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
+    infinite = lambda state, metrics: metrics._replace(grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm))
+    after_each_step(monkeypatch, lambda state, metrics: (state, infinite(state, metrics)))
     config = config_for(tmp_path)
     with pytest.raises(
         UserError, match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are finite: lower train.early.learn"

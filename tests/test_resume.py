@@ -16,12 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE
-from test_loop import SPEC, Breaking, config_for, interrupt, lines_of, loader_of, same_params, saved_steps
+from test_loop import (
+    SPEC,
+    Breaking,
+    after_each_step,
+    broken_at,
+    config_for,
+    interrupt,
+    lines_of,
+    loader_of,
+    same_params,
+    saved_steps,
+)
 
 from beagle_jax.config import Config, LogConfig, StageConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
-from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage, settings_of
 from beagle_jax.training.metrics import Log
@@ -187,19 +197,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_pa
 
 def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path, monkeypatch):
     """Both moments are finite and the gradient is; only the update overflows."""
-
-    def make_steps(*arguments, **keywords):
-        train_step, eval_step, init = true_steps(*arguments, **keywords)
-
-        def step(state, *rest):
-            state, metrics = train_step(state, *rest)
-            broken = {"q_proj": jnp.where(state.step == 10, jnp.inf, state.params["q_proj"])}
-            return state._replace(params=state.params | broken), metrics
-
-        return step, eval_step, init
-
-    true_steps = loop.make_steps
-    monkeypatch.setattr(loop, "make_steps", make_steps)
+    after_each_step(monkeypatch, broken_at(10, jnp.inf))
     config = config_of(tmp_path)
     with pytest.raises(UserError, match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) is kept"):
         both_stages(config, frozen)
