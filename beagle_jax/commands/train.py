@@ -25,6 +25,7 @@ from beagle_jax.data.template import Row
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
+from beagle_jax.evaluation.measure import Measurement
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import head
@@ -68,8 +69,8 @@ def best_draft(config: Config, target: Target, draft_of: Callable[..., Draft]) -
     def measure(params: dict) -> dict:
         decoder = decoder_of(config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()}))
         answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens)
-        tokens, rounds = sum(len(answer.tokens) - 1 for answer in answers), sum(answer.rounds for answer in answers)
-        return {"tau": round(tokens / max(rounds, 1), 4), "rounds": rounds, "tokens": tokens}
+        found = Measurement("draft", "", [[answer] for answer in answers])
+        return {"tau": round(found.tau, 4), "rounds": found.rounds, "tokens": found.tokens - len(answers)}  # the prefill's are in no round
 
     keep = lambda params, figures: save_draft(_best_folder(config), draft_of(params, best=figures))
     return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
