@@ -35,13 +35,13 @@ MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 VOCAB = 8192  # a reduced head, so that the block's share is not drowned
 
 
-def batch_of(rows: int, width: int) -> Batch:
+def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
     """Random tokens and states; the first third of each row is an unsupervised prompt."""
     rng = np.random.default_rng(0)
     counts = np.zeros((rows, width), bool)
     counts[:, width // 3 : -1] = True
-    states = rng.standard_normal((rows, width, SPEC.hidden_size), dtype=np.float32)
-    tokens = rng.integers(0, VOCAB, (rows, width), np.int32)
+    states = rng.standard_normal((rows, width, hidden), dtype=np.float32)
+    tokens = rng.integers(0, vocab, (rows, width), np.int32)
     return Batch(tokens, states, counts, np.full(rows, width, np.int32), np.zeros(rows, np.int32))
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--keep-gradients", action="store_true", help="let gradients flow through predicted states")
     arguments = parser.parse_args()
     config = TrainConfig()
-    batch = batch_of(arguments.rows, arguments.width)
+    batch = batch_of(arguments.rows, arguments.width, SPEC.hidden_size, VOCAB)
     table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
     frozen = {"embed_VD": table, "head_VD": table}
     head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from late_stage import batch_of
 from torch_eagle import EagleBlock, train_step
 
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
@@ -81,13 +82,8 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
 
 def measure(spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool) -> dict[str, float]:
     """Prints the table; returns seconds by name."""
-    rng = np.random.default_rng(0)
-    counts = np.zeros((rows, width), bool)
-    counts[:, width // 3 : -1] = True  # the first third is an unsupervised prompt
-    states = rng.standard_normal((rows, width, spec.hidden_size), dtype=np.float32)
-    tokens = rng.integers(0, vocab, (rows, width), np.int32)
-    batch = Batch(tokens, states, counts, np.full(rows, width, np.int32), np.zeros(rows, np.int32))
-    table = 0.1 * rng.standard_normal((vocab, spec.hidden_size), dtype=np.float32)
+    batch = batch_of(rows, width, spec.hidden_size, vocab)
+    table = 0.1 * np.random.default_rng(1).standard_normal((vocab, spec.hidden_size), dtype=np.float32)
     runs = {"beagle early": ours(spec, batch, table, 0), f"beagle late s={steps}": ours(spec, batch, table, steps)}
     for how in ("eager", "compiled") if compile_it else ("eager",):
         runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
