@@ -109,6 +109,15 @@ def test_any_part_of_a_tensor(tmp_path):
             assert found.ctypes.data % 64 == 0 and found.flags.c_contiguous
 
 
+def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
+    array = np.arange(7 * 40, dtype=np.float32).reshape(7, 40)
+    save_file({"before": np.ones(7, np.float32), "x": array}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(safetensors_file, "_PIECE", 100)  # neither a row nor a part of one
+    found = places(tmp_path / "model.safetensors")["x"].read((slice(1, 6), slice(None)), np.dtype(np.float32))
+    np.testing.assert_array_equal(found, array[1:6])
+    assert found.ctypes.data % 64 == 0
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"x": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
     place = places(tmp_path / "model.safetensors")["x"]

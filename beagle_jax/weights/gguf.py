@@ -6,6 +6,7 @@ Dequantisation is the `gguf` package's. What is done here is the renaming, the u
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.errors import UserError
 from beagle_jax.weights.gguf_header import check_header
+from beagle_jax.weights.safetensors_file import aligned
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -36,6 +38,7 @@ _LAYER_NAMES = {
 }
 # GGUF token types (the format's own numbers).
 _CONTROL, _USER_DEFINED = 3, 4
+_VALUES = 1 << 18  # dequantised at a time: the package makes several arrays of that size on the way
 
 
 class GGUFFile:
@@ -95,8 +98,24 @@ class GGUFFile:
         return [(_hf_name(tensor.name), _shape(tensor)) for tensor in self._reader.tensors]
 
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """A part of a tensor by its Hugging Face name. The whole tensor is dequantised for it."""
-        return self._array(self._by_name[name])[index].astype(dtype)
+        """A part of a tensor by its Hugging Face name. Only the rows that it has are dequantised, some at a time."""
+        tensor = self._by_name[name]
+        shape, order = _shape(tensor), self._row_order(tensor)
+        # Not through the reader's map: pages that it has touched count as the process's memory for as long as it lives.
+        stored = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset).view(tensor.data.dtype).reshape(tensor.data.shape)
+        if len(shape) == 1:
+            return self._dequantised(tensor, stored).reshape(shape)[index].astype(dtype)
+        order = order[index[0]]
+        found = aligned((len(order), len(range(*index[1].indices(shape[1])))), dtype)
+        step = max(_VALUES // shape[1], 1)
+
+        def fill(start: int) -> None:
+            rows = stored[order[start : start + step]]
+            found[start : start + step] = self._dequantised(tensor, rows).reshape(len(rows), shape[1])[:, index[1]]
+
+        with ThreadPoolExecutor(max_workers=2) as workers:
+            list(workers.map(fill, range(0, len(order), step)))
+        return found
 
     @cached_property
     def _by_name(self) -> dict[str, gguf.ReaderTensor]:
@@ -104,23 +123,26 @@ class GGUFFile:
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(Hugging Face name, float32 array [out, in]) one at a time."""
-        for tensor in self._reader.tensors:
-            yield _hf_name(tensor.name), self._array(tensor)
+        for name, shape in self.shapes():
+            yield name, self.read(name, tuple(map(slice, shape)), np.dtype(np.float32))
 
-    def _array(self, tensor: gguf.ReaderTensor) -> np.ndarray:
-        """Dequantised to float32, rows in Hugging Face's order."""
+    def _dequantised(self, tensor: gguf.ReaderTensor, rows: np.ndarray) -> np.ndarray:
+        """Some of a tensor's rows in float32."""
         try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            return gguf.quants.dequantize(rows, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError:
             raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
                             "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
-        array = array.reshape(_shape(tensor))
-        if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
-            count = self._field("llama.attention.head_count" if ".attn_q." in tensor.name else "llama.attention.head_count_kv")
-            if array.ndim != 2 or type(count) is not int or count < 1 or array.shape[0] % (2 * count):
-                raise UserError(f"{self.path}: {tensor.name} of shape {list(array.shape)} does not fit {count!r} heads; download it again")
-            array = _unpermute_rows(array, count)
-        return array
+
+    def _row_order(self, tensor: gguf.ReaderTensor) -> np.ndarray:
+        """Which of the file's rows stands where in Hugging Face's order."""
+        order = np.arange(_shape(tensor)[0])
+        if not tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
+            return order
+        count = self._field("llama.attention.head_count" if ".attn_q." in tensor.name else "llama.attention.head_count_kv")
+        if len(tensor.shape) != 2 or type(count) is not int or count < 1 or len(order) % (2 * count):
+            raise UserError(f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit {count!r} heads; download it again")
+        return _unpermute_rows(order[:, None], count)[:, 0]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The byte-level BPE tokenizer with the file's chat template."""

@@ -7,7 +7,10 @@ that lead to the place, tensors that are named twice, and dtypes that are no wei
 import hashlib
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from beagle_jax.errors import UserError
 _NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 WEIGHT_DTYPES = tuple(_NUMPY)
 _LENGTH_BYTES = 8  # the file begins with the length of its JSON header
+_PIECE = 16 << 20  # bytes read by one call
 
 
 def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
@@ -56,9 +60,9 @@ class Place(NamedTuple):
         if shape[1:] == self.shape[1:]:  # rows side by side: from the file into the array, without a copy on the way
             found = aligned(shape, self.dtype)
             row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+            start = self.offset + (picked[0].start * row_bytes if picked else 0)
             with self.path.open("rb", buffering=0) as stream:
-                stream.seek(self.offset + (picked[0].start * row_bytes if picked else 0))
-                _read_into(stream, memoryview(found.reshape(-1).view(np.uint8)), self.path)
+                _read_into(stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path)
         else:
             found = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
         if found.dtype == dtype and not isinstance(found, np.memmap):
@@ -69,21 +73,38 @@ class Place(NamedTuple):
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array without copying it."""
+    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array without copying it.
+
+    A large one asks for huge pages: the first touch of its pages, 4 KB each, would take longer than reading the file.
+    """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(dtype).reshape(shape)
+    if size < _PIECE:
+        room = np.empty(size + 64, np.uint8)
+        start = -room.ctypes.data % 64
+        return room[start : start + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
-def _read_into(stream, part: memoryview, path: Path) -> None:
-    while part:
-        # One call reads at most 2 GB on Linux.
-        count = stream.readinto(part)
-        if not count:
-            raise UserError(f"{path}: the file ends in the middle of a tensor, {len(part):,} bytes early; was it replaced while it was read?")
-        part = part[count:]
+def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> None:
+    """Fills `part` from byte `start` on; two readers take turns, so that the disk never waits for the memory."""
+
+    def read_piece(begin: int) -> None:
+        at, end = begin, min(begin + _PIECE, len(part))
+        while at < end:
+            count = os.preadv(descriptor, [part[at:end]], start + at)
+            if not count:
+                raise UserError(f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} bytes early; was it replaced while it was read?")
+            at += count
+
+    if len(part) <= _PIECE:
+        read_piece(0)
+        return
+    with ThreadPoolExecutor(max_workers=2) as readers:
+        list(readers.map(read_piece, range(0, len(part), _PIECE)))
 
 
 def places(path: Path) -> dict[str, Place]:
