@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def block_case(tiny_draft_spec, tiny_draft):
     params = {name: array * 0.5 if array.ndim == 2 else array + 0.1 * jnp.arange(array.size) / array.size for name, array in tiny_draft.items()}
     e_LD, h_LD = (rng.standard_normal((9, tiny_draft_spec.hidden_size)) for _ in range(2))
     mask_LL = np.asarray(early_block_mask(jnp.array([9]), 9, 3, jnp.int32(1))[0])
-    run = lambda p: BeagleBlock(tiny_draft_spec).apply({"params": p}, jnp.float32(e_LD)[None], jnp.float32(h_LD)[None], mask_LL[None])[0]
+    run = jax.jit(lambda p: BeagleBlock(tiny_draft_spec).apply({"params": p}, jnp.float32(e_LD)[None], jnp.float32(h_LD)[None], mask_LL[None])[0])
     return params, run, _numpy_block(params, tiny_draft_spec, e_LD, h_LD, mask_LL)
 
 
@@ -98,22 +99,24 @@ def test_row_that_sees_nothing_is_embedding_plus_mlp(block_case, tiny_draft_spec
     assert float(jnp.abs(run(params)[5] - run(without)[5]).max()) > 1e-2
 
 
+@partial(jax.jit, static_argnums=1)
 def _drafted(params, spec, embed_VD, times=1.0):
     """Predicted states of a chain after one token."""
     cache, length_B = empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32), jnp.zeros(1, jnp.int32)
     return draft_tree(params, spec, chain(2), times * embed_VD, DraftHead(embed_VD, None), cache, length_B, jnp.array([5])).state_BQD
 
 
+@partial(jax.jit, static_argnums=1)
 def _trained_on(params, spec, embed_VD, times=1.0):
     """The loss of one row."""
     states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
     one = np.ones(1, np.int32)
-    batch = Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one)
+    batch = jax.tree.map(jnp.asarray, Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one))
     config, frozen = TrainConfig(noise="none"), {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD}
     return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0), ONE_DEVICE)[0]
 
 
-@pytest.mark.parametrize("run", [_drafted, _trained_on])
+@pytest.mark.parametrize("run", [_drafted, _trained_on], ids=["drafted", "trained on"])
 def test_draft_reads_the_embedding_as_the_target_scales_it(tiny_draft, tiny_draft_spec, run):
     embed_VD = jax.random.normal(jax.random.key(4), (61, tiny_draft_spec.hidden_size))
     scaled = run(tiny_draft, dataclasses.replace(tiny_draft_spec, embed_scale=3.0), embed_VD)

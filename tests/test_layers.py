@@ -20,6 +20,7 @@ def qkv():
     return q, k, v, mask
 
 
+@jax.jit
 def _reference(q, k, v, mask):
     """jax.nn.dot_product_attention, with zeros where nothing is visible."""
     out = jax.nn.dot_product_attention(
@@ -33,8 +34,9 @@ def _reference(q, k, v, mask):
 def test_parts_merge_to_one_softmax(qkv, cut):
     q, k, v, mask = qkv
     pieces = [slice(0, cut), slice(cut, S)] if 0 < cut < S else [slice(0, S)]
-    parts = [partial_attention(q, k[..., piece], v[:, :, piece], mask[..., piece]) for piece in pieces]
-    np.testing.assert_allclose(merge_attention(*parts), _reference(q, k, v, mask), atol=1e-5)
+    part = lambda q, k, v, mask, piece: partial_attention(q, k[..., piece], v[:, :, piece], mask[..., piece])
+    merged = jax.jit(lambda *qkv: merge_attention(*[part(*qkv, piece) for piece in pieces]))(q, k, v, mask)
+    np.testing.assert_allclose(merged, _reference(q, k, v, mask), atol=1e-5)
 
 
 def test_planted_bug_merge_without_peaks(qkv):
@@ -47,11 +49,11 @@ def test_planted_bug_merge_without_peaks(qkv):
 
 def test_row_that_sees_nothing_is_zero_and_finite(qkv):
     q, k, v, mask = qkv
-    run = lambda q, k, v: merge_attention(
+    run = jax.jit(lambda q, k, v: merge_attention(
         partial_attention(q, k[..., :4], v[:, :, :4], mask[..., :4]), partial_attention(q, k[..., 4:], v[:, :, 4:], mask[..., 4:])
-    )
+    ))
     assert float(jnp.abs(run(q, k, v)[:, :, :, 0]).max()) == 0.0
-    gradients = jax.grad(lambda *qkv: jnp.sum(jnp.sin(run(*qkv))), argnums=(0, 1, 2))(q, k, v)
+    gradients = jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(run(*qkv))), argnums=(0, 1, 2)))(q, k, v)
     assert all(bool(jnp.isfinite(gradient).all()) for gradient in gradients)
     assert float(jnp.abs(gradients[0][:, :, :, 0]).max()) == 0.0
 

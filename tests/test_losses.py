@@ -41,9 +41,10 @@ def _compare(rows, chunk, kind="cross_entropy") -> None:
     state, true, head, counts = rows
     weight = jnp.linspace(0.5, 2.0, M)
     chunked = lambda s: distribution_loss(s, true, head, counts, kind, chunk, ONE_DEVICE)[0]
-    np.testing.assert_allclose(chunked(state), _plain(state, true, head, counts, kind), rtol=1e-5, atol=1e-5)
-    gradient = jax.grad(lambda s: jnp.sum(weight * chunked(s)))(state)
-    expected = jax.grad(lambda s: jnp.sum(weight * _plain(s, true, head, counts, kind)))(state)
+    plain = lambda s: _plain(s, true, head, counts, kind)
+    with_gradient = lambda loss: jax.jit(jax.grad(lambda s: (jnp.sum(weight * (rows := loss(s))), rows), has_aux=True))(state)
+    (gradient, found), (expected, by_formula) = with_gradient(chunked), with_gradient(plain)
+    np.testing.assert_allclose(found, by_formula, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     assert float(jnp.abs(gradient[~counts]).max()) == 0.0 and float(jnp.abs(expected).max()) > 0.01
 

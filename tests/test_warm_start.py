@@ -40,13 +40,15 @@ def started(linear_text):
     return fresh, warm_start(fresh, SPEC, *linear_text)
 
 
-def _error(params, embed_VD, batch) -> float:
+@jax.jit
+def _error(params, embed_VD, batch):
     mask = early_block_mask(jnp.asarray(batch.length_B), WIDTH, 1, jnp.int32(0))
     states = BeagleBlock(SPEC).apply({"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask)
-    return float(jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:]))
+    return jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:])
 
 
-def _nearest_share(params, embed_VD, batch) -> float:
+@jax.jit
+def _nearest_share(params, embed_VD, batch):
     """Attention weight on the newest visible state, mean over the first head's queries."""
     block = BeagleBlock(SPEC).bind({"params": params})
     position = jnp.broadcast_to(jnp.arange(WIDTH), (ROWS, WIDTH))
@@ -56,7 +58,7 @@ def _nearest_share(params, embed_VD, batch) -> float:
     part = partial_attention(q_BKGTH, *rows, visible_TS[None, None, None])
     score = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, rows.k_BKHS) * SPEC.head_dim**-0.5
     weight = jnp.exp(score - part.peak_BKGT[..., None]) / part.total_BKGT[..., None]
-    return float(jnp.mean(jnp.diagonal(weight[:, 0, 0], offset=-1, axis1=1, axis2=2)))
+    return jnp.mean(jnp.diagonal(weight[:, 0, 0], offset=-1, axis1=1, axis2=2))
 
 
 def test_same_names_and_shapes(started):
