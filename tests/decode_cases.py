@@ -1,6 +1,7 @@
 """Targets and drafts for the decoding tests, and plain decoding written without any of the decoder's code."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,15 @@ from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
 NEVER = (10_000,)  # a stop token that is not in the vocabulary
+_stops = itertools.count(20_000)
 
 # Without layers the next token depends on the last one alone, so a draft without attention and MLP is always right.
 MARKOV = dataclasses.replace(TINY, num_layers=0, tie_embeddings=False)
+
+
+def next_stop() -> tuple[int]:
+    """Stop tokens of its own keep a planted bug in the program that was compiled with it: no other test meets it."""
+    return (next(_stops),)
 
 
 def target_of(spec=TINY, eos_ids=NEVER, seed=0, tokenizer=None) -> Target:
@@ -77,8 +84,9 @@ _argmax_next = jax.jit(
 
 def naive_greedy(target: Target, prompt: list[int], max_new: int) -> list[int]:
     """Greedy decoding by running the whole text again for each token: no cache, no loop of ours."""
-    tokens, capacity = list(prompt), len(prompt) + max_new
-    while len(tokens) < capacity and (len(tokens) == len(prompt) or tokens[-1] not in target.eos_ids):
-        padded = jnp.array([tokens + [0] * (capacity - len(tokens))], jnp.int32)
+    tokens, end = list(prompt), len(prompt) + max_new
+    width = -(-end // 64) * 64  # few widths, so that few programs are compiled
+    while len(tokens) < end and (len(tokens) == len(prompt) or tokens[-1] not in target.eos_ids):
+        padded = jnp.array([tokens + [0] * (width - len(tokens))], jnp.int32)
         tokens.append(int(_argmax_next(target.params, target.spec, padded, jnp.array([len(tokens)]))))
     return tokens[len(prompt) :]

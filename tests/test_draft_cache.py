@@ -1,17 +1,19 @@
 """Drafting with a cache computes what training simulates, and the caches hold true states only (method.md 13.2, 13.10)."""
 
+from functools import lru_cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, random_draft, right_draft, start, target_of
+from decode_cases import MARKOV, NEVER, next_stop, random_draft, right_draft, start, target_of
 
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
-from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import empty_rows, write_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward
@@ -21,31 +23,43 @@ LENGTH = 12
 TREE = static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)])
 
 
-def _draft(draft, embed_VD, head_VD, states_BLD, length, root, tree, **options):
+def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
     """What one round drafts, from a cache of true states below `length`."""
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     rows = block.keys_values(states_BLD, jnp.arange(states_BLD.shape[1])[None])
     empty = empty_rows(1, draft.spec.num_kv_heads, 32, draft.spec.head_dim, jnp.float32)
     cache = write_rows(empty, rows, jnp.zeros(1, jnp.int32))  # slots at and past `length` hold rows that must not show
     return draft_tree(
-        draft.params, draft.spec, tree, embed_VD, DraftHead(head_VD, None), cache, jnp.array([length]), jnp.array([root]), **options
+        draft.params, draft.spec, tree, embed_VD, DraftHead(embed_VD, None), cache, length[None], jnp.array([root]), **options
     )
 
 
-def _compare_with_training(length: int, steps: int) -> None:
+@lru_cache
+def _both_ways(steps: int, plant: str = ""):
+    """What is drafted and what the late stage simulates for the drafted text, as a jitted function of states and length.
+
+    plant: a program with a planted bug is none that another test may meet.
+    """
     target, draft = target_of(), random_draft()
-    states_BLD = jax.random.normal(jax.random.key(length), (1, LENGTH + 6, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
-    drafted = _draft(draft, embed_VD, embed_VD, states_BLD, length, 7, chain(steps))
-    state_BQD = drafted.state_BQD
-    # Training sees the text that the draft itself proposed, in a window that starts at the root.
-    tokens = jnp.zeros((1, LENGTH + 6), jnp.int32).at[0, length : length + steps].set(drafted.query_token_BQ[0])
-    offset = length % steps
-    late = late_states(
-        draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), jnp.array([0]), window=steps, steps=steps,
-        offset=jnp.int32(offset), detach=True,
-    )  # fmt: skip
-    window = (length - offset) // steps
+
+    @jax.jit
+    def both(states_BLD, length):
+        drafted = _draft(draft, embed_VD, states_BLD, length, 7, chain(steps))
+        # Training sees the text that the draft itself proposed, in a window that starts at the root.
+        tokens = jax.lax.dynamic_update_slice(jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length))
+        return drafted.state_BQD, late_states(
+            draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), jnp.array([0]), window=steps, steps=steps,
+            offset=length % steps, detach=True,
+        )  # fmt: skip
+
+    return both
+
+
+def _compare_with_training(length: int, steps: int, plant: str = "") -> None:
+    states_BLD = jax.random.normal(jax.random.key(length), (1, LENGTH + 6, TINY.hidden_size))
+    state_BQD, late = _both_ways(steps, plant)(states_BLD, jnp.int32(length))
+    window = length // steps
     assert late.query_UJ[window].tolist() == list(range(length, length + steps))
     np.testing.assert_allclose(state_BQD[0], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BQD).max()))
 
@@ -62,7 +76,7 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
     monkeypatch.setattr(drafting.BeagleBlock, "keys_values", wrong)
     monkeypatch.setattr("beagle_jax.training.late.BeagleBlock", type("Right", (BeagleBlock,), {"keys_values": right}))
     with pytest.raises(AssertionError):
-        _compare_with_training(5, 3)
+        _compare_with_training(5, 3, "late")
 
 
 @pytest.mark.parametrize("append_predicted", [True, False])
@@ -72,8 +86,8 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
-    drafted = _draft(draft, embed_VD, embed_VD, states_BLD, LENGTH, 7, tree, append_predicted=append_predicted)
-    block, seen = BeagleBlock(draft.spec), []
+    run = jax.jit(lambda states_BLD, length: _draft(draft, embed_VD, states_BLD, length, 7, tree, append_predicted=append_predicted))
+    drafted, block, seen = run(states_BLD, jnp.int32(LENGTH)), jax.jit(BeagleBlock(draft.spec).apply), []
     for query, sees_Q in enumerate(np.asarray(drafted.query_sees_BQQ[0])):
         path = np.array([*np.flatnonzero(sees_Q), query])
         memory_BSD = jnp.concatenate([states_BLD, drafted.state_BQD[:, path[:-1]]], axis=1)
@@ -81,29 +95,35 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
         mask = jnp.tril(jnp.ones((e_BSD.shape[1], memory_BSD.shape[1]), bool), -1)
         if not append_predicted:
             mask = mask & (jnp.arange(memory_BSD.shape[1]) < LENGTH)[None]
-        alone = block.apply({"params": draft.params}, e_BSD, memory_BSD, mask[None])[0, -1]
+        alone = block({"params": draft.params}, e_BSD, memory_BSD, mask[None])[0, -1]
         np.testing.assert_allclose(drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max()))
         seen.append(len(path))
     assert max(seen) == tree.depth
 
 
-def compare_caches(spec, draft, tree, rounds=4) -> None:
-    target, prompt = target_of(spec), [3, 1, 4, 1, 5]
+@partial(jax.jit, static_argnames="spec")
+def _rows_of_text(params, spec, draft_params, text_BL):
+    """The draft's and the target's rows of a text read at once, layer by layer."""
+    B, L = text_BL.shape
+    positions_BL = jnp.arange(L)[None]
+    states_BLD, rows = forward(params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))
+    return [BeagleBlock(DraftSpec.from_target(spec)).bind({"params": draft_params}).keys_values(states_BLD, positions_BL), *rows]
+
+
+def compare_caches(spec, draft, tree, rounds=4, eos_ids=NEVER) -> None:
+    target, prompt = target_of(spec, eos_ids), [3, 1, 4, 1, 5]
     models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
     shapes = loop.Shapes(target.spec, draft.spec, tree, target.eos_ids)
     limit = jnp.array([40])
     state = start(models, shapes, [prompt], limit, 64)
     state = loop.decode(models, shapes, state, np.int32(rounds))[0]
     cached = int(state.length_B[0])
-    text = jnp.array([prompt + state.out_BS[0].tolist()])[:, :cached]
-    positions = jnp.arange(cached)[None]
-    states_BLD, rows = forward(target.params, spec, text, positions, causal_mask(jnp.array([cached]), cached))
-    expected = BeagleBlock(draft.spec).bind({"params": draft.params}).keys_values(states_BLD, positions)
+    text = jnp.array([prompt + state.out_BS[0].tolist()])[:, :64]  # tokens past those cached are garbage, and later
     assert cached == len(prompt) + int(state.count_B[0]) - 1 > len(prompt) + rounds - 1
-    pairs = [(state.draft_cache, expected), *zip(state.target_cache, rows)]
-    for cache, right in pairs:
-        np.testing.assert_allclose(cache.k_BKHS[..., :cached], right.k_BKHS, atol=1e-4)
-        np.testing.assert_allclose(cache.v_BKSH[:, :, :cached], right.v_BKSH, atol=1e-4)
+    rows = _rows_of_text(target.params, spec, draft.params, text)
+    for cache, right in zip([state.draft_cache, *state.target_cache], rows, strict=True):
+        np.testing.assert_allclose(cache.k_BKHS[..., :cached], right.k_BKHS[..., :cached], atol=1e-4)
+        np.testing.assert_allclose(cache.v_BKSH[:, :, :cached], right.v_BKSH[:, :, :cached], atol=1e-4)
 
 
 @pytest.mark.parametrize("tree", [chain(3), TREE, dynamic_tree(3, 3, 7)], ids=["chain", "static", "dynamic"])
@@ -123,7 +143,5 @@ def test_planted_bug_keeps_the_wrong_path(monkeypatch):
         return found._replace(path_BP1=jnp.minimum(found.path_BP1 + 1, wanted_BW.shape[1] - 1))
 
     monkeypatch.setattr(loop, "accept_matching", wrong)
-    jax.clear_caches()
     with pytest.raises(AssertionError):
-        compare_caches(TINY, random_draft(), chain(3))
-    jax.clear_caches()
+        compare_caches(TINY, random_draft(), chain(3), eos_ids=next_stop())

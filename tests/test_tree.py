@@ -36,9 +36,11 @@ def _grown(tree):
     rows = BeagleBlock(draft.spec).bind({"params": draft.params}).keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
     cache = write_rows(empty_rows(2, draft.spec.num_kv_heads, 16, draft.spec.head_dim, jnp.float32), rows, jnp.zeros(2, jnp.int32))
     head = DraftHead(embed_VD, None)
-    drafted = draft_tree(draft.params, draft.spec, tree, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT]))
+    # A function of its own for each call, so that a plant in the module is traced and not taken from jit's memory.
+    grow = jax.jit(lambda params, *rest: draft_tree(params, draft.spec, tree, *rest))
+    nodes = jax.device_get(grow(draft.params, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT])).nodes)
     oracles = [PathOracle(draft, embed_VD, embed_VD, states_BLD[line], length, ROOT, tree.depth) for line, length in enumerate(LENGTHS)]
-    return drafted.nodes, oracles
+    return nodes, oracles
 
 
 def _check_nodes(tree) -> None:
