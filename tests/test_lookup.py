@@ -1,11 +1,10 @@
 """Prompt lookup: what it drafts against a search through Python lists, and that its output is plain decoding's."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, naive_greedy, target_of
+from decode_cases import MARKOV, NEVER, naive_greedy, next_stop, target_of
 
 from beagle_jax.config import load_config
 from beagle_jax.decoding import decoder as decoder_module
@@ -81,9 +80,9 @@ def test_a_text_that_repeats_itself_is_looked_up():
     assert answer.tau > 2.5
 
 
-def test_the_text_is_kept_over_chunks_and_rounds(monkeypatch):
+def _check_text(monkeypatch, eos_ids=NEVER) -> None:
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 64)
-    target, prompt = target_of(), np.random.default_rng(0).integers(0, 61, 150).tolist()
+    target, prompt = target_of(eos_ids=eos_ids), np.random.default_rng(0).integers(0, 61, 150).tolist()
     decoder = SpeculativeDecoder(target, Lookup(), chain(3))
     models, shapes, state = decoder.prefilled(prompt, max_new_tokens=20)
     for rounds in (0, 3, 100):
@@ -95,6 +94,10 @@ def test_the_text_is_kept_over_chunks_and_rounds(monkeypatch):
     assert whole == prompt + naive_greedy(target, prompt, 20)
 
 
+def test_the_text_is_kept_over_chunks_and_rounds(monkeypatch):
+    _check_text(monkeypatch)
+
+
 def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
     """The output stays right; the text no longer is what was written."""
     right = loop._emit
@@ -104,10 +107,8 @@ def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
         return after if now.text_BS is None else after._replace(text_BS=after.text_BS.at[0, now.length_B[0] + 1].add(1))
 
     monkeypatch.setattr(loop, "_emit", wrong)
-    jax.clear_caches()
     with pytest.raises(AssertionError):
-        test_the_text_is_kept_over_chunks_and_rounds(monkeypatch)
-    jax.clear_caches()
+        _check_text(monkeypatch, next_stop())
 
 
 def test_what_lookup_cannot_do():
