@@ -34,6 +34,7 @@ class DraftConfig:
     """The drafter that decoding uses, and how a new one begins."""
 
     path: str | None = None  # folder of a trained draft; lookup: none, what followed the same words before; null: <train.folder>/draft
+    kind: Literal["beagle", "eagle"] = "beagle"  # of a draft that is trained; one that is loaded says itself what it is
     init: str = "normal"  # normal; ridge: a closed-form start (training/warm_start.py); or a draft's folder, to go on from it
     init_std: float = 0.02  # standard deviation of the initial linear weights (method.md 2.4)
     hot_tokens: int = 0  # the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)
@@ -68,11 +69,11 @@ class StageConfig:
     learning_rate: float = 3e-5  # peak, after warm-up
     warmup: int = 100  # batches of linear warm-up
     schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine ends at zero
-    window: int = 5  # k: positions predicted from one context (method.md 3.1)
+    window: int = 5  # k: positions predicted from one context (method.md 3.1); EAGLE's early stage has 1
     simulation_steps: int = 1  # s: draft steps simulated; 1 in the early stage
     step_weights: tuple[float, ...] | None = None  # beta_1..beta_s of the late loss; null: s, s-1, .., 1
     detach: bool = True  # late: no gradient through predicted states (method.md 4.6)
-    dense: bool = False  # late: a window begins at every position, at s times the cost; to compare with training-time test
+    dense: bool = False  # late: drafts begin at every position, at s times the cost: what EAGLE's training-time test does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     loss_rows: int = 128  # positions whose logits exist at once
     early: StageConfig = field(default_factory=lambda: StageConfig(steps=1000))
+    # In place of the section: none, no late stage, or simulate, the one that the settings below or elsewhere make.
     late: StageConfig = field(default_factory=lambda: StageConfig(steps=500, window=4, simulation_steps=4))
     checkpoint_every: int = 200  # steps between checkpoints; one is written at the end of each stage too
     accept_changes: bool = False  # go on from checkpoints that were made with other settings; false: name them and refuse
@@ -197,9 +199,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path}: cannot be read ({error}); expected a YAML file in UTF-8") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping with the sections {', '.join(_names(Config))}")
-    settings = {ALIASES.get(key, key): value for key, value in _flatten(tree, "", Config)}
-    for override in overrides:
-        settings |= {ALIASES.get(key, key): value for key, value in _flatten(_parse_override(override), "", Config)}
+    settings: dict[str, Any] = {}
+    for part in (tree, *map(_parse_override, overrides)):
+        for key, value in _flatten(part, "", Config):
+            _set(settings, ALIASES.get(key, key), value, str(path))
     nested: dict[str, Any] = {}
     for key, value in settings.items():
         *sections, last = key.split(".")
@@ -226,6 +229,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return tree
+
+
+def _set(settings: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """One setting over those before it. In place of its section `train.late` takes a word, which speaks of its steps."""
+    if key != "train.late" or not isinstance(value, str):
+        settings[key] = value
+    elif value == "none":
+        settings["train.late.steps"] = 0
+    elif value != "simulate":
+        raise UsageError(f"{where}: train.late is {value!r}; expected none, simulate or a section with the keys "
+                         f"{', '.join(_names(StageConfig))}")
+    elif settings.get("train.late.steps") == 0:
+        del settings["train.late.steps"]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str, kind: type) -> typing.Iterator[tuple[str, Any]]:
@@ -354,6 +370,8 @@ def _check(config: Config, where: str) -> None:
     if not 0 < config.decode.top_p <= 1:
         raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
     _check_train(config.train, where)
+    if config.draft.kind == "eagle":
+        _check_eagle(config, where)
     _check_eval(config, where)
     _check_mesh(config.mesh, where)
 
@@ -385,6 +403,20 @@ def _check_train(train: TrainConfig, where: str) -> None:
         raise UsageError(f"{where}: train.clip_norm is {train.clip_norm}; expected more than 0")
 
 
+def _check_eagle(config: Config, where: str) -> None:
+    """Settings that only Beagle has a meaning for (training/eagle.py)."""
+    early, late = config.train.early, config.train.late
+    if config.draft.init == "ridge":
+        raise UsageError(f"{where}: draft.kind is eagle and draft.init is ridge, the closed-form start of a Beagle draft; expected normal or "
+                         "the folder of a trained EAGLE draft")
+    if early.steps and early.window != 1:
+        raise UsageError(f"{where}: draft.kind is eagle and train.early.window is {early.window}, but EAGLE predicts the next position only; "
+                         "set train.early.window to 1")
+    if late.steps and not late.dense:
+        raise UsageError(f"{where}: draft.kind is eagle and train.late.dense is false, but its late stage, training-time test, drafts from "
+                         "every position; set train.late.dense to true, or train.late to none")
+
+
 def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_negative: dict) -> None:
     """One training stage; adds what must be positive or not negative."""
     positive[f"{key}.window"] = stage.window
@@ -392,7 +424,7 @@ def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_n
     not_negative[f"{key}.steps"] = stage.steps
     not_negative[f"{key}.warmup"] = stage.warmup
     not_negative[f"{key}.learning_rate"] = stage.learning_rate
-    if stage.simulation_steps > stage.window:
+    if stage.simulation_steps > stage.window and not stage.dense:
         raise UsageError(f"{where}: {key}.simulation_steps is {stage.simulation_steps}, more than the window "
                          f"{stage.window}; a window of k positions has at most k draft steps")
     if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:

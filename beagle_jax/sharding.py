@@ -25,14 +25,14 @@ DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 
 # The one table: which axis splits each dimension of an array, by its name; anything else is on every device. Products that
-# end in the hidden size (o, down) are split along what they sum over, so one all-reduce follows each. The vocabulary is
+# end in the hidden size (o, down, fc) are split along what they sum over, so one all-reduce follows each. The vocabulary is
 # never split over fsdp: each row needs all of it, and gathering it would cost more memory than splitting it saves.
 _IN, _OUT, _VOCABULARY = (TENSOR, FSDP), (FSDP, TENSOR), (TENSOR, None)
 _TABLE = {
     "embed_VD": _VOCABULARY, "head_VD": _VOCABULARY,
     "q_FD": _IN, "k_FD": _IN, "v_FD": _IN, "o_DF": _OUT, "gate_FD": _IN, "up_FD": _IN, "down_DF": _OUT,  # the target
     "gate_EFD": (None, *_IN), "up_EFD": (None, *_IN), "down_EDF": (None, *_OUT),  # its experts
-    "q_proj": _IN, "k_proj": _IN, "v_proj": _IN, "o_proj": _OUT, "gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT,
+    "q_proj": _IN, "k_proj": _IN, "v_proj": _IN, "o_proj": _OUT, "gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT, "fc": _OUT,
 }  # fmt: skip
 
 

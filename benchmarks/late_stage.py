@@ -55,7 +55,7 @@ def predict_plain(params, spec, stage, e_BLD, h_BLD, length_B, first_B, offset) 
     picked = jnp.stack([per_step[j][:, query_UJ[:, j]] for j in range(steps)], axis=2)
     U = query_UJ.shape[0]
     return Prediction(
-        picked.reshape(e_BLD.shape[0], U * steps, -1), query_UJ.reshape(-1), valid_UJ.reshape(-1),
+        picked.reshape(e_BLD.shape[0], U * steps, -1), query_UJ.reshape(-1), valid_UJ.reshape(1, -1),
         jnp.tile(jnp.arange(steps), U), jnp.tile(jnp.arange(steps, 0, -1.0), U),
     )  # fmt: skip
 

@@ -3,12 +3,13 @@
     python benchmarks/step_memory.py --plot memory.png
 
 Four forms of the late step around the same loss and optimizer: ours with predicted states detached and with gradients through
-them, the plain form (method.md 4.1: every query at every step over two key banks), and a self-attention draft under
+them, the plain form (method.md 4.1: every query at every step over two key banks), and an EAGLE draft of the same sizes under
 training-time test (every step's states are new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
 """
 
 import argparse
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -21,41 +22,15 @@ from late_stage import MESH, predict_plain
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
-from beagle_jax.training.step import Prediction, predict_late, stage_loss
-
-
-def predict_ttt(params, spec, stage, e_BLD, h_BLD, length_B, first_B, offset) -> Prediction:
-    """Training-time test of a block of the same size with self-attention: at step t every position reads its own prediction."""
-    block = BeagleBlock(spec).bind({"params": {name: array for name, array in params.items() if name != "fuse_proj"}})
-    B, L, D = e_BLD.shape
-    position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-    causal_LL = jnp.tril(jnp.ones((L, L), bool))
-    state_BLD, memory, states = h_BLD, [], []
-    for step in range(stage.simulation_steps):
-        shifted_BLD = jnp.roll(e_BLD, -step, axis=1)
-        x_BLD = jnp.concatenate([shifted_BLD, state_BLD], axis=-1) @ params["fuse_proj"].T
-        q_BKGLH = block.queries(x_BLD, position_BL + step)
-        memory.append(block.keys_values(x_BLD, position_BL + step))
-        parts = [partial_attention(q_BKGLH, *memory[0], causal_LL)]
-        for rows in memory[1:]:  # its own column's later keys, along the diagonal
-            score_BKGL = jnp.einsum("BKGLH,BKHL->BKGL", q_BKGLH, rows.k_BKHS) * spec.head_dim**-0.5
-            value_BKGLH = jnp.broadcast_to(rows.v_BKSH[:, :, None], q_BKGLH.shape)
-            parts.append(PartialAttention(value_BKGLH, score_BKGL, jnp.ones_like(score_BKGL)))
-        state_BLD = block.predict(x_BLD, merge_attention(*parts))
-        states.append(state_BLD)
-    at_SL = jnp.arange(L)[None] + jnp.arange(stage.simulation_steps)[:, None]
-    beta_S = jnp.arange(stage.simulation_steps, 0, -1.0)
-    return Prediction(jnp.stack(states, axis=1).reshape(B, -1, D), jnp.minimum(at_SL, L - 1).reshape(-1), (at_SL < L).reshape(-1),
-                      jnp.repeat(jnp.arange(stage.simulation_steps), L), jnp.repeat(beta_S, L))  # fmt: skip
-
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.training.step import predict_eagle, predict_late, stage_loss
 
 FORMS = {
     "ours, detached": (predict_late, True),
     "ours, gradients kept": (predict_late, False),
     "plain form": (predict_plain, True),
-    "training-time test": (predict_ttt, False),
+    "training-time test": (predict_eagle, False),
 }
 
 
@@ -64,9 +39,9 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
     predict, detach = FORMS[form]
     stage = StageConfig(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
+    if predict is predict_eagle:
+        spec = EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
-    if predict is predict_ttt:
-        params["fuse_proj"] = shape((spec.hidden_size, 2 * spec.hidden_size), jnp.float32)
     table = shape((vocab, spec.hidden_size), jnp.float32)
     ints = lambda *size: shape(size, jnp.int32)
     batch = Batch(ints(rows, width), shape((rows, width, spec.hidden_size), jnp.float32), shape((rows, width), bool), ints(rows), ints(rows))

@@ -6,7 +6,7 @@
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import fresh_params
 from beagle_jax.sharding import born, make_mesh, place, place_rows, whole
 from beagle_jax.training import losses
 from beagle_jax.training.step import make_steps
@@ -23,11 +25,13 @@ from beagle_jax.training.step import make_steps
 SPEC = DraftSpec(
     hidden_size=16, intermediate_size=24, num_heads=8, num_kv_heads=8, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-5, init_std=0.3
 )
+EAGLE = EagleSpec(**asdict(SPEC) | {"input_norm": False, "init_std": 0.2})  # larger ones round by more than 1e-5
 V, B, L = 464, 8, 11  # 464, 232, 116 and 58 are the size of nothing else
 CONFIG = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
 STAGES = {
     "early": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3),
     "late": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=3, detach=False),
+    "eagle": StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3, detach=False, dense=True),
 }
 EIGHT = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is what takes long
@@ -47,10 +51,10 @@ def frozen_and_batch() -> tuple[dict, Batch]:
     return tables, Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
 
 
-def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG) -> dict:
+def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG, spec: DraftSpec = SPEC) -> dict:
     """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
     tables, batch = frozen_and_batch()
-    step, evaluate, init = make_steps(SPEC, config, STAGES[stage], mesh, late=stage == "late")
+    step, evaluate, init = make_steps(spec, config, STAGES[stage], mesh, late=stage != "early")
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)
     state = init(place(first_params, mesh))
     placed = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
@@ -67,7 +71,7 @@ def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG
         "first_gradient": moments,
         "updates": [(np.asarray(array) - np.asarray(first_params[name])).ravel().tolist() for name, array in state.params.items()],
         "on_fewer_devices": [name for name, sharding in placed.items() if len(sharding.device_set) < mesh.size],
-        "whole": [name for name, sharding in placed.items() if "_proj" in name and sharding.is_fully_replicated],
+        "whole": [name for name, sharding in placed.items() if ("_proj" in name or "'fc'" in name) and sharding.is_fully_replicated],
         "not_donated": sum(leaf.size > 1 and not leaf.is_deleted() for leaf in jax.tree.leaves(old)),
         "vocabulary_sent": vocabulary_sent(compiled.as_text()),
     }
@@ -87,7 +91,7 @@ def mesh_of(shape: tuple[int, int, int]) -> Mesh:
 
 def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
     """Shapes of a device's part of the parameters, and how far they are from those that one device made."""
-    spread = born(partial(init_draft, SPEC), mesh, jax.random.key(7))
+    spread = born(partial(fresh_params, SPEC), mesh, jax.random.key(7))
     parts = {name: array.addressable_shards[0].data.shape for name, array in spread.items()}
     return parts, max(float(np.abs(np.asarray(spread[name]) - params[name]).max()) for name in params)
 
@@ -111,13 +115,16 @@ def planted_parts(mesh: Mesh, params: dict) -> dict:
 
 
 def main(out: str, stage: str) -> None:
-    params = init_draft(SPEC, jax.random.key(7))
+    params = fresh_params(SPEC, jax.random.key(7))
     found = {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), (1, 1, 2), *EIGHT]}
     if stage == "early":
         found |= {"planted gather": planted_gather(mesh_of((1, 1, 2))), "planted parts": planted_parts(mesh_of((1, 1, 2)), params)}
         found["born"] = born_parts(mesh_of((2, 2, 2)), params)
         muon = replace(CONFIG, optimizer="muon")
         found |= {f"muon {shape}": run(mesh_of(shape), stage, params, muon) for shape in [(1, 1, 1), (2, 2, 2)]}
+    else:
+        eagle = fresh_params(EAGLE, jax.random.key(7))
+        found |= {f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE) for shape in [(1, 1, 1), (2, 2, 2)]}
     with open(out, "w") as stream:
         json.dump(found, stream)
 

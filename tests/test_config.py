@@ -155,6 +155,40 @@ def test_tau_while_training_needs_a_tree_and_measurements(load):
     load(TARGET, "eval.every=5", "eval.patience=3")
 
 
+EAGLE = ("draft.kind=eagle", "train.early.window=1", "train.late.dense=true")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("draft.init=ridge", "draft.init is ridge, the closed-form start of a Beagle draft; expected normal or the folder"),
+        ("train.early.window=3", "train.early.window is 3, but EAGLE predicts the next position only; set train.early.window to 1"),
+        ("train.late.dense=false", "train.late.dense is false, but its late stage, training-time test, drafts from every position; "
+                                   "set train.late.dense to true, or train.late to none"),
+    ],
+)  # fmt: skip
+def test_settings_that_only_beagle_has(load, override, message):
+    assert f"run.yaml: draft.kind is eagle and {message}" in refused(load, TARGET, *EAGLE, override)
+    load(TARGET, *EAGLE)
+    load(TARGET, override)
+    if not override.startswith("draft"):  # a stage that is not run may say what it likes
+        load(TARGET, *EAGLE, override, f"{override.rpartition('.')[0]}.steps=0")
+
+
+def test_a_dense_late_stage_simulates_as_many_steps_as_it_likes(load):
+    assert load(TARGET, "train.late.dense=true", "train.late.simulation_steps=9").train.late.window == 4
+
+
+def test_late_stage_in_one_word(load):
+    """`none` and `simulate` stand beside the section, and the last word counts."""
+    steps = lambda text, *overrides: load(TARGET + text, *overrides).train.late.steps
+    section = "train: {late: {steps: 7, window: 6}}"
+    assert steps("train: {late: none}") == steps(section, "train.late=none") == 0
+    assert steps("train: {late: simulate}") == 500 and steps(section, "train.late=simulate") == 7
+    assert steps("train: {late: none}", "train.late=simulate") == 500 and steps("train: {late: none}", "train.late.steps=9") == 9
+    assert load(TARGET + section, "train.late=none").train.late.window == 6
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "nan"])
 def test_a_learning_rate_must_be_a_number(load, value):
     assert "train.late.learning_rate is " in refused(load, TARGET, f"train.late.learning_rate={value}")
@@ -164,6 +198,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
     "override, message",
     [
         ("draft.init=nowhere", "draft.init is 'nowhere'; expected normal, ridge or the folder of a trained draft"),
+        ("draft.kind=medusa", "draft.kind is 'medusa'; expected one of beagle, eagle"),
+        ("train.late=never", "train.late is 'never'; expected none, simulate or a section with the keys steps, "),
         ("train.beta1=1", "train.beta1 is 1.0; expected 0 or more, and less than 1"),
         ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
         ("eval.suites=[]", "eval.suites is []; expected one name or more, each once"),

@@ -11,7 +11,7 @@ import pytest
 from conftest import ONE_DEVICE, TINY
 from safetensors.numpy import load_file, save_file
 
-from beagle_jax.commands.train import first_params
+from beagle_jax.commands.train import first_params, given_draft
 from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import ALONE, Share
@@ -398,6 +398,10 @@ def test_training_goes_on_from_a_draft(draft, tmp_path):
     save_draft(tmp_path, draft)
     fresh, target = config_for(tmp_path / "run"), SimpleNamespace(spec=TINY)
     config = replace(fresh, draft=DraftConfig(init=str(tmp_path)))
-    same_params(first_params(config, target, SPEC, ONE_DEVICE, None), draft.params)
+    same_params(given_draft(config, target).params, draft.params)
+    assert given_draft(fresh, target) is None
     with pytest.raises(AssertionError):
         same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)
+    other = replace(fresh, draft=DraftConfig(init=str(tmp_path), kind="eagle"))
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json: model_type is 'beagle_draft', expected 'eagle_draft'"):
+        given_draft(other, target)

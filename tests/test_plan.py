@@ -14,9 +14,10 @@ import pytest
 
 from beagle_jax import plan as entry
 from beagle_jax.commands.plan import table
-from beagle_jax.config import Config, MeshConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.config import Config, DraftConfig, MeshConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training import cost
@@ -45,8 +46,7 @@ def mesh():
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
-@pytest.fixture(scope="module", params=["early", "late"])
-def compiled(request, mesh):
+def cost_and_count(name: str, config: Config, mesh) -> tuple[cost.StageCost, float]:
     """A stage's cost, and how many operations XLA counts in its program."""
     counted = []
     compile_ = jax.stages.Lowered.compile
@@ -59,8 +59,12 @@ def compiled(request, mesh):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", counting)
-        found = stage_cost(request.param, config_of(), TARGET, V, mesh)
-    return request.param, found, counted[-1]
+        return stage_cost(name, config, TARGET, V, mesh), counted[-1]
+
+
+@pytest.fixture(scope="module", params=["early", "late"])
+def compiled(request, mesh):
+    return request.param, *cost_and_count(request.param, config_of(), mesh)
 
 
 def near(found: float, counted: float) -> bool:
@@ -76,6 +80,21 @@ def test_operations_are_those_that_xla_counts(compiled):
         asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1, late=name == "late") | planted
         if "late" not in planted:
             assert not near(2 * row_flops(**asked), counted), planted
+
+
+@pytest.mark.parametrize("name", ["early", "late"])
+def test_operations_of_an_eagle_step(name, mesh):
+    """All rows of the loss fill one chunk, as XLA counts a loop's body once."""
+    early, late = replace(EARLY, window=1), replace(LATE, dense=True)
+    config = replace(config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L), draft=DraftConfig(kind="eagle"))
+    found, counted = cost_and_count(name, config, mesh)
+    assert near(found.flops, counted), (found.flops, counted)
+    assert found.weights == 4 * sum(int(np.prod(shape)) for shape in EagleSpec.from_target(TARGET).param_shapes().values())
+    asked = dict(spec=EagleSpec.from_target(TARGET), vocab=V, L=L, T=L - 1)
+    by_stage = {"early": row_flops(stage=early, late=False, **asked), "late": row_flops(stage=late, late=True, **asked)}
+    assert found.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2  # s times the work
+    wider = asked | {"spec": replace(asked["spec"], intermediate_size=256)}
+    assert not near(2 * row_flops(stage=early if name == "early" else late, late=name == "late", **wider), counted)
 
 
 def test_bytes_are_those_of_the_shapes(compiled):

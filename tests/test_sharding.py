@@ -66,6 +66,14 @@ def test_muon_computes_the_same_step_too(found):
         same_numbers(found["early"]["(1, 1, 1)"], found["early"]["muon (2, 2, 2)"])
 
 
+def test_eagle_computes_the_same_step_too(found):
+    one, many = (found["late"][f"eagle {shape}"] for shape in ("(1, 1, 1)", "(2, 2, 2)"))
+    same_numbers(one, many)
+    assert many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == [] and many["not_donated"] == 0 and sum(one["agree"]) > 0
+    with pytest.raises(AssertionError):
+        same_numbers(found["late"]["(1, 1, 1)"], many)
+
+
 def test_planted_bug_each_device_alone_with_its_part_of_the_vocabulary(found):
     with pytest.raises(AssertionError):
         same_numbers(found["early"]["(1, 1, 1)"], found["early"]["planted parts"])

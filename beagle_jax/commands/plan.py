@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from beagle_jax.config import Config
 from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.kinds import spec_type
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.training.cost import CHIPS, StageCost, stage_cost, topology_devices
 from beagle_jax.weights.orbax_target import abstract_params
@@ -31,7 +31,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.train.batch, mesh)
     target = planned_spec(config.target)
-    spec = DraftSpec.from_target(target)
+    spec = spec_type(config.draft.kind).from_target(target)
     scored = config.draft.hot_tokens or target.vocab_size
     online = abstract_params(target, jnp.dtype(config.target.dtype), mesh) if config.data.states == "online" else None
     stages = {name: stage_cost(name, config, target, scored, mesh, online)

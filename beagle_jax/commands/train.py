@@ -27,7 +27,8 @@ from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.measure import Measurement
 from beagle_jax.evaluation.suites import suite, tokenize
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place
@@ -47,17 +48,18 @@ def train_draft(config: Config) -> dict:
     check_rows(config.train.batch, mesh)
     target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
+    start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
-    spec = DraftSpec.from_target(target.spec, config.draft.init_std)
+    spec = spec_type(config.draft.kind).from_target(target.spec, config.draft.init_std) if start is None else start.spec
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
     if hot_ids is not None:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
     best = best_draft(config, target, draft_of) if config.eval.every else None
-    draft = draft_of(host_copy(train(config, target, spec, mesh, rows, states, hot_ids, best)))
+    draft = draft_of(host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best)))
     folder = Path(config.train.folder) / "draft"
     if is_first():
-        save_draft(folder, load_draft(_best_folder(config), target.spec) if best is not None and best.tau else draft)
+        save_draft(folder, load_draft(_best_folder(config), target.spec, type(spec)) if best is not None and best.tau else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 
@@ -93,13 +95,14 @@ def train(
     config: Config,
     target: Target,
     spec: DraftSpec,
+    start: Draft | None,
     mesh: Mesh,
     rows: list[Row],
     states: list[StoredStates] | None,
     hot_ids: np.ndarray | None,
     best: Best | None,
 ) -> dict[str, jax.Array]:
-    """Both stages on these rows; the last `log.eval_rows` of them only measure."""
+    """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of the rows only measure."""
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
@@ -113,7 +116,7 @@ def train(
     online = target.spec if states is None else None
     frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD} | ({"target": target.params} if online else {})
     frozen = place(frozen, mesh)
-    params = first_params(config, target, spec, mesh, training)
+    params = first_params(config, target, spec, mesh, training) if start is None else place(start.params, mesh)
     log = Log(config)
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
@@ -122,13 +125,18 @@ def train(
     return params
 
 
+def given_draft(config: Config, target: Target) -> Draft | None:
+    """The draft to go on from, if `draft.init` is a folder. Raises UserError unless it is of the kind that `draft.kind` says."""
+    if config.draft.init in ("normal", "ridge"):
+        return None
+    return load_draft(config.draft.init, target.spec, spec_type(config.draft.kind))
+
+
 def first_params(
     config: Config, target: Target, spec: DraftSpec, mesh: Mesh, training: BatchLoader
 ) -> dict[str, jax.Array]:
-    """Where the early stage begins: `draft.init`, spread over the mesh."""
-    if config.draft.init not in ("normal", "ridge"):
-        return place(load_draft(config.draft.init, target.spec).params, mesh)
-    fresh, key = partial(init_draft, spec), jax.random.key(config.train.seed)
+    """Where the early stage of a new draft begins: `draft.init`, spread over the mesh."""
+    fresh, key = partial(fresh_params, spec), jax.random.key(config.train.seed)
     if config.draft.init == "normal":
         return born(fresh, mesh, key)
     sample = training.sample(FIT_ROWS)

@@ -20,6 +20,8 @@ from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import spec_type
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import rows, shardings
 from beagle_jax.training.step import make_steps
@@ -80,7 +82,7 @@ def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, 
     draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the step computes its states.
     """
     stage: StageConfig = getattr(config.train, name)
-    spec = DraftSpec.from_target(target)
+    spec = spec_type(config.draft.kind).from_target(target)
     train_step: Any  # jitted, which its type does not tell
     train_step, _, init = make_steps(
         spec, config.train, stage, mesh, late=name == "late", target=None if online is None else target
@@ -131,18 +133,21 @@ def batch_shapes(config: Config, width: int) -> Batch:
 
 
 def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool) -> float:
-    """Operations of the matrix products of one row: L states, T queries that all count (method.md 3 and 4.5b).
+    """Operations of the matrix products of one row: L states, T queries that all count (method.md 3, 4.5b and 8).
 
-    A product that is differentiated in both factors costs three times its forward pass; the keys and values of the target's
-    states only twice, as states have no gradient; a row of the loss three products with the head.
+    A product that is differentiated in both factors costs three times its forward pass; one with the target's states or
+    with detached ones only twice, as they have no gradient; a row of the loss three products with the head.
     """
     D, F = spec.hidden_size, spec.intermediate_size
     NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    windows = -(-T // stage.window)
-    queries = windows * stage.simulation_steps if late else T
     per_query = 3 * 2 * (2 * D * NH + 3 * D * F) + 3 * 2 * 2 * L * NH + 3 * 2 * D * vocab
-    predicted = windows * (stage.simulation_steps - 1) if late else 0  # keys that are simulated
-    return queries * per_query + (2 * L + (2 if stage.detach else 3) * predicted) * 2 * 2 * D * KH
+    drafts = T if stage.dense else -(-T // stage.window)
+    queries = drafts * stage.simulation_steps if late else T
+    predicted = drafts * (stage.simulation_steps - 1) if late else 0  # states that later steps read
+    read_again = 2 if stage.detach else 3
+    if isinstance(spec, EagleSpec):  # entries are fused of a token and a state, and keys are made of entries, which have gradients
+        return queries * per_query + (2 * L + read_again * predicted) * 2 * 2 * D * D + (L + predicted) * 3 * 2 * 2 * D * KH
+    return queries * per_query + (2 * L + read_again * predicted) * 2 * 2 * D * KH
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:

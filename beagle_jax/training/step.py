@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.data.states import states_at
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.masks import window_start
 from beagle_jax.model.target import TargetSpec, embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
+from beagle_jax.training.eagle import eagle_states
 from beagle_jax.training.early import early_states
-from beagle_jax.training.late import late_states
+from beagle_jax.training.late import late_states, window_queries
 from beagle_jax.training.losses import distribution_loss, smooth_l1
 
 _ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
@@ -56,7 +59,7 @@ class Prediction(NamedTuple):
 
     state_BND: jax.Array
     query_N: jax.Array  # which query
-    inside_N: jax.Array  # False where a window hangs over the last query
+    inside_BN: jax.Array  # False where a window hangs over the last query (EAGLE: and at position 0); B is 1 if rows do not differ
     group_N: jax.Array  # window offset or draft step
     weight_N: jax.Array  # beta
 
@@ -95,7 +98,7 @@ def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, len
     query_T = jnp.arange(e_BTD.shape[1])
     state_BTD = early_states(params, spec, e_BTD, h_BLD, length_B, first_B, window=stage.window, offset=offset)
     group_T = query_T - window_start(query_T, stage.window, offset)
-    return Prediction(state_BTD, query_T, query_T >= 0, group_T, jnp.ones(query_T.shape))
+    return Prediction(state_BTD, query_T, query_T[None] >= 0, group_T, jnp.ones(query_T.shape))
 
 
 def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
@@ -106,15 +109,24 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, leng
     late = late_states(
         params, spec, e_BTD, h_BLD, length_B, first_B, window=window, steps=steps, offset=offset, detach=stage.detach
     )
-    U, J = late.query_UJ.shape
-    beta_J = jnp.asarray(stage.step_weights or range(steps, 0, -1), jnp.float32)
-    return Prediction(
-        late.state_BUJD.reshape(e_BTD.shape[0], U * J, -1),
-        late.query_UJ.reshape(-1),
-        late.valid_UJ.reshape(-1),
-        jnp.tile(jnp.arange(J), U),
-        jnp.tile(beta_J, U),
-    )
+    return _by_step(stage, late.state_BUJD, late.query_UJ, late.valid_UJ[None])
+
+
+def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, length_B, first_B, offset, *, queries: int) -> Prediction:
+    """Draft steps 1..s from every query, one in the early stage (method.md 8). e_BLD: of whole rows, as keys are made of tokens."""
+    steps = stage.simulation_steps
+    state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, first_B, queries=queries, steps=steps, detach=stage.detach)
+    query_TJ, valid_TJ = window_queries(queries, 1, steps, 0)
+    after_a_state_BT = first_B[:, None] + jnp.arange(queries)[None] > 0
+    return _by_step(stage, state_BTJD, query_TJ, valid_TJ[None] & after_a_state_BT[..., None])
+
+
+def _by_step(stage: StageConfig, state_BUJD, query_UJ, inside_BUJ) -> Prediction:
+    """Predictions of U simulated drafts of J steps, weighted by step."""
+    U, J = query_UJ.shape
+    beta_J = jnp.asarray(stage.step_weights or range(J, 0, -1), jnp.float32)
+    flat = lambda x: x.reshape(x.shape[0], U * J, *x.shape[3:])
+    return Prediction(flat(state_BUJD), query_UJ.reshape(-1), flat(inside_BUJ), jnp.tile(jnp.arange(J), U), jnp.tile(beta_J, U))
 
 
 def at_queries(batch: Batch, x: jax.Array) -> jax.Array:
@@ -147,11 +159,17 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
-    e_BTD = embed(frozen["embed_VD"], at_queries(batch, jnp.asarray(batch.tokens_BL)), spec.embed_scale)
+    groups = stage.window if predict is predict_early else stage.simulation_steps
+    read_BT = jnp.asarray(batch.tokens_BL)
+    if predict is predict_eagle:  # its keys are made of tokens too
+        predict = partial(predict, queries=batch.counts_BT.shape[1])
+    else:
+        read_BT = at_queries(batch, read_BT)
+    e_BTD = embed(frozen["embed_VD"], read_BT, spec.embed_scale)
     e_BTD = jax.lax.with_sharding_constraint(e_BTD, rows(mesh))
     h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
     out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
-    counts_BN = batch.counts_BT[:, out.query_N] & out.inside_N[None]
+    counts_BN = batch.counts_BT[:, out.query_N] & out.inside_BN
     true_BND = at_queries(batch, true_BLD)[:, out.query_N]
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
@@ -160,7 +178,7 @@ def stage_loss(
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
     supervised = jnp.sum(batch.counts_BT)
-    group_NJ = jax.nn.one_hot(out.group_N, stage.window if predict is predict_early else stage.simulation_steps)
+    group_NJ = jax.nn.one_hot(out.group_N, groups)
     agree_BN = (counts_M & (rank_M == 0)).reshape(counts_BN.shape)
     metrics = Metrics(
         ploss=jnp.sum(ce_M),
@@ -219,7 +237,7 @@ def make_steps(
     The state is born sharded and stays so; `frozen` lives where the caller has put it (sharding.place).
     target: batches come without states, and the step computes them with the target's parameters, frozen["target"].
     """
-    predict = predict_late if late else predict_early
+    predict = predict_eagle if isinstance(spec, EagleSpec) else predict_late if late else predict_early
     optimizer = make_optimizer(config, stage)
 
     clean = replace(config, noise="none")  # noise is for training; measurements see the states as decoding does

@@ -1,0 +1,72 @@
+"""Both stages of the EAGLE draft (method.md section 8): the early one is the late one with a single step.
+
+What is learned is Beagle's, position for position: the prediction for position i is the state h_i, through the head the
+distribution of the token after x_i, and it counts where x_i is supervised. EAGLE's input for it is the entry (x_i, h_{i-1}),
+which stands at position i - 1 and sees the entries up to itself: the tokens up to x_i and the states before it. So the same
+positions are scored, and only position 0, which has no state before it, has no prediction. EAGLE's loss, 0.1 ploss + vloss,
+is a tenth of ours with its vloss_weight of 10.
+
+The late stage is training-time test, as HASS has it: from every position s draft steps, the first from the true state before
+it, the others from the step before. A step's queries are new, as they are made of the newest states; its keys are those of
+the true entries up to where the draft began, and of the entries that this draft has made itself, which over all positions are
+diagonals. Every step costs about what the early stage does; Beagle's late stage costs as much for all its steps (late.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.model.cache import KVRows
+from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
+
+
+def eagle_states(
+    params: dict[str, jax.Array],
+    spec: EagleSpec,
+    e_BLD: jax.Array,
+    h_BLD: jax.Array,
+    first_B: jax.Array,
+    *,
+    queries: int,
+    steps: int,
+    detach: bool,
+) -> jax.Array:
+    """Predicted states [B, T, J, D]: those of position first_B + t + j, by draft step j (0-based) of a draft that began at t.
+
+    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. queries: T, counted from first_B.
+    detach: cut the gradient through predicted states where later steps read them. What is past the row's end, and what
+    begins at position 0, means nothing.
+    """
+    block = EagleBlock(spec).bind({"params": params})
+    B, L = e_BLD.shape[:2]
+    # Entry j of the row: the token at j + 1 and the state at j. A draft that begins at position i begins with entry i - 1.
+    true_BED = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
+    true_rows = block.keys_values(true_BED, jnp.broadcast_to(jnp.arange(L - 1), (B, L - 1)))
+    begin_BT = first_B[:, None] - 1 + jnp.arange(queries)[None]
+    sees_BTE = jnp.arange(L - 1)[None, None] <= begin_BT[..., None]
+    f_BTD = _at(true_BED, begin_BT)
+    own: list[KVRows] = []
+    states = []
+    for step in range(steps):
+        with jax.named_scope(f"simulate_{step + 1}"):
+            entry_BT = begin_BT + step
+            if step:
+                read_BTD = jax.lax.stop_gradient(states[-1]) if detach else states[-1]
+                f_BTD = block.fuse(_at(e_BLD, entry_BT + 1), read_BTD)
+                own.append(block.keys_values(f_BTD, entry_BT))
+            q_BKGTH = block.queries(f_BTD, entry_BT)
+            seen = [partial_attention(q_BKGTH, *true_rows, sees_BTE[:, None, None]), *(_own_key(q_BKGTH, rows) for rows in own)]
+            states.append(block.predict(f_BTD, merge_attention(*seen)))
+    return jnp.stack(states, axis=2)
+
+
+def _at(x_BSD: jax.Array, place_BT: jax.Array) -> jax.Array:
+    """x at some places of each row [B, T, D]; those outside repeat its ends."""
+    return jax.vmap(lambda x_SD, place_T: x_SD[jnp.clip(place_T, 0, x_SD.shape[0] - 1)])(x_BSD, place_BT)
+
+
+def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
+    """Attention of each query to the one key of these that its own draft has made, the diagonal of the T x T scores."""
+    score_BKGT = jnp.einsum("BKGTH,BKHT->BKGT", q_BKGTH, rows.k_BKHS, preferred_element_type=jnp.float32) * q_BKGTH.shape[-1] ** -0.5
+    value_BKGTH = jnp.broadcast_to(rows.v_BKSH[:, :, None], q_BKGTH.shape).astype(jnp.float32)
+    return PartialAttention(value_BKGTH, score_BKGT, jnp.ones_like(score_BKGT))

@@ -1,0 +1,220 @@
+"""EAGLE's two stages against torch, against drafting token by token, and against what Beagle's stages score."""
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import ONE_DEVICE, TINY
+from test_benchmarks import _benchmark
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.kinds import fresh_params, spec_type
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.training import eagle
+from beagle_jax.training.eagle import eagle_states
+from beagle_jax.training.step import make_steps, predict_eagle, predict_early, predict_late, stage_loss
+
+# Moderate weights: float32 error of two summation orders then stays well below the tolerances.
+SPEC = replace(EagleSpec.from_target(TINY, init_std=0.15), fc_bias=False)
+B, L, D = 3, 14, TINY.hidden_size
+CLEAN = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise="none")
+NOISY = replace(CLEAN, noise="uniform", noise_scale=0.01)
+EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=1)
+LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3, dense=True)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return fresh_params(SPEC, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Rows of 14, 9 and 5 tokens; the second has a question between two answers, the first an answer from the start."""
+    rng = np.random.default_rng(5)
+    length_B = np.array([14, 9, 5], np.int32)
+    live_BL = np.arange(L) < length_B[:, None]
+    counts_BL = live_BL & (np.arange(L) >= np.array([0, 3, 3])[:, None]) & (np.arange(L) < length_B[:, None] - 1)
+    counts_BL[1, 5:7] = False
+    states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
+    tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
+    return Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_params) -> dict:
+    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:7]}
+
+
+@lru_cache
+def gradient_of(config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC, predict=predict_eagle):
+    """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
+    loss = lambda params, *rest: stage_loss(params, spec, config, stage, predict, *rest, ONE_DEVICE)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def test_kinds():
+    assert (spec_type("beagle"), spec_type("eagle")) == (DraftSpec, EagleSpec)
+    beagle = DraftSpec.from_target(TINY)
+    assert fresh_params(beagle, jax.random.key(0)).keys() == beagle.param_shapes().keys() != SPEC.param_shapes().keys()
+
+
+# Against torch
+
+IN_TORCH = {"fc": "fc", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
+            "down_proj": "down", "post_attention_layernorm": "norm"}  # fmt: skip
+
+
+def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
+    """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow through predicted states."""
+    bench = _benchmark("torch_eagle")
+    block = bench.EagleBlock(D, SPEC.intermediate_size, SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.rope_theta, SPEC.rms_norm_eps)
+    with torch.no_grad():
+        for name, its in IN_TORCH.items():
+            getattr(block, its).weight.copy_(torch.tensor(np.asarray(params[name])))
+    table_VD = np.asarray(frozen["embed_VD"])
+    inputs = [torch.tensor(np.asarray(x)) for x in (table_VD[batch.tokens_BL], batch.states_BLD, batch.counts_BT, frozen["head_VD"])]
+    loss = bench.eagle_loss(block, *inputs, steps)
+    loss.backward()
+    return float(loss.detach()), {name: getattr(block, its).weight.grad.numpy() for name, its in IN_TORCH.items()}
+
+
+def same_as_torch(params, frozen, batch, theirs: Batch, steps: int, **changes) -> None:
+    stage = EARLY if steps == 1 else replace(LATE, simulation_steps=steps, step_weights=(1.0,) * steps, detach=False, **changes)
+    (loss, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
+    expected, expected_gradient = by_torch(params, frozen, theirs, steps)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for name, one in expected_gradient.items():
+        np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_loss_and_gradient_are_those_of_torch(params, frozen, batch, steps):
+    same_as_torch(params, frozen, batch, batch, steps)
+
+
+@pytest.mark.parametrize("field", ["tokens_BL", "states_BLD", "counts_BT"])
+def test_planted_bug_anything_shifted(params, frozen, batch, field):
+    shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
+    with pytest.raises(AssertionError):
+        same_as_torch(params, frozen, batch, shifted, 1)
+
+
+@pytest.mark.parametrize("bug", ["detached", "weighted", "own keys forgotten", "own keys in one place"])
+def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch):
+    changes = {"detached": {"detach": True}, "weighted": {"step_weights": (3.0, 2.0, 1.0)}}.get(bug, {})
+    if bug == "own keys forgotten":
+        right = eagle._own_key
+        monkeypatch.setattr(eagle, "_own_key", lambda q, rows: right(q, rows)._replace(total_BKGT=jnp.zeros(q.shape[:4]), out_BKGTH=0 * q))
+    elif bug == "own keys in one place":
+        right = EagleBlock.keys_values
+        monkeypatch.setattr(EagleBlock, "keys_values", lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0))
+    gradient_of.cache_clear()
+    stage = replace(LATE, **{"step_weights": (1.0,) * 3, "detach": False} | changes)
+    (_, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
+    _, expected = by_torch(params, frozen, batch, 3)
+    gradient_of.cache_clear()
+    with pytest.raises(AssertionError):
+        for name, one in expected.items():
+            np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+# Against drafting
+
+FIRST, ASKED = np.array([4, 2, 1]), 6  # of each row six positions, from there on
+
+
+def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
+    """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so far in the place of true ones."""
+    row = jax.jit(lambda e, h: EagleBlock(SPEC).apply({"params": params}, e[None], h[None], causal_mask(jnp.array([L - 1]), L - 1), method="row")[0])
+    found = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
+    for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD)):
+        for query in range(ASKED):
+            known, at = np.array(h_LD), FIRST[line] + query
+            for step in range(min(LATE.simulation_steps, L - at)):
+                found[line, query, step] = row(e_LD, known)[at + step - 1]
+                if bug != "true states":
+                    known[at + step - (bug == "one early")] = found[line, query, step]
+    return found
+
+
+def simulated(params, e_BLD, h_BLD, first_B=FIRST, detach: bool = True) -> jax.Array:
+    settings = dict(queries=ASKED, steps=LATE.simulation_steps, detach=detach)
+    return jax.jit(partial(eagle_states, spec=SPEC, **settings))(params, e_BLD=e_BLD, h_BLD=h_BLD, first_B=jnp.asarray(first_B, jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def row() -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.random.default_rng(3).standard_normal((2, B, L, D)).astype(np.float32))
+
+
+def same_where_it_means_something(found, expected) -> None:
+    for line in range(B):
+        for query in range(ASKED):
+            steps = L - FIRST[line] - query
+            np.testing.assert_allclose(found[line, query, :steps], expected[line, query, :steps], atol=1e-5)
+
+
+def test_simulated_drafting_is_drafting(params, row):
+    same_where_it_means_something(simulated(params, *row), drafted(params, *row))
+
+
+@pytest.mark.parametrize("bug", ["true states", "one early"])
+def test_planted_bug_other_states_read(params, row, bug):
+    with pytest.raises(AssertionError):
+        same_where_it_means_something(simulated(params, *row), drafted(params, *row, bug))
+
+
+def test_planted_bug_one_start_for_all_rows(params, row):
+    with pytest.raises(AssertionError):
+        same_where_it_means_something(simulated(params, *row, first_B=FIRST[::-1].copy()), drafted(params, *row))
+
+
+def test_detach_changes_gradients_only(params, row):
+    score = lambda p, detach: jnp.sum(jnp.sin(simulated(p, *row, detach=detach)))
+    kept, cut = (jax.value_and_grad(lambda p: score(p, detach))(params) for detach in (False, True))
+    np.testing.assert_allclose(kept[0], cut[0], rtol=1e-5)
+    assert float(jnp.abs(kept[1]["fc"] - cut[1]["fc"]).max()) > 1e-3
+
+
+# What is scored
+
+
+def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
+    """Early in windows of one, late from every position: the same counts by step, but for position 0."""
+    beagle = DraftSpec.from_target(TINY)
+    for stage, predict in ((EARLY, predict_early), (LATE, predict_late)):
+        (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
+        (_, theirs), _ = gradient_of(CLEAN, stage, beagle, predict)(tiny_draft, frozen, batch, jax.random.key(0))
+        assert ours.supervised == theirs.supervised == batch.counts_BT.sum()
+        # Row 0 has an answer from position 0 on: one prediction less at the first step, and one draft less of each length.
+        assert (theirs.count_J - ours.count_J).tolist() == [1.0] * len(ours.count_J)
+        assert ours.count_J.tolist() == [batch.counts_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)]
+
+
+def test_noise_reaches_the_inputs_only(params, frozen, batch):
+    """With the state's half of the fusion zero nothing reads the states: noise then changes nothing, so the targets are clean."""
+    drafts = {"whole": params, "deaf": params | {"fc": params["fc"].at[:, D:].set(0)}}
+    loss = {(config.noise, name): float(gradient_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0][0])
+            for config in (NOISY, CLEAN) for name, draft in drafts.items()}  # fmt: skip
+    assert loss["none", "deaf"] == loss["uniform", "deaf"]
+    assert abs(loss["none", "whole"] - loss["uniform", "whole"]) > 1e-3
+
+
+@pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
+def test_the_step_trains_every_parameter(frozen, batch, stage):
+    spec = replace(SPEC, fc_bias=True)
+    first = fresh_params(spec, jax.random.key(1))
+    step, evaluate, init = make_steps(spec, CLEAN, stage, ONE_DEVICE, late=stage is LATE)
+    state, before = init(first), evaluate(first, frozen, batch)
+    for _ in range(8):
+        state, metrics = step(state, frozen, batch, 42)
+    assert all(not np.array_equal(state.params[name], first[name]) for name in first)
+    assert metrics.objective < before.objective and metrics.agree_J.shape == (stage.simulation_steps,)
