@@ -19,9 +19,11 @@ _SECONDS_BETWEEN_LINES = "30"  # where there is no terminal, every drawing of a 
 
 
 def prepare(arguments: Namespace) -> None:
-    """Settings of all progress bars, for this process and those it starts; what the user has set stands."""
+    """Settings of all progress bars, and of what libraries print, for this process and those it starts; what the user has set stands."""
     os.environ.setdefault("TQDM_BAR_FORMAT", _BAR)
     os.environ.setdefault("TQDM_MININTERVAL", "0.2" if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES)
+    # transformers notes at every start that torch is absent; here it is only a tokenizer.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"
 

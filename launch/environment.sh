@@ -35,11 +35,9 @@ make_environment() {
       }
     fi
     run "${PYTHON:-python3}" -m venv "$folder"
-    run "$folder/bin/python" -m pip install --quiet --editable ".$extra"
+    run "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extra"
     [ -n "$dry_run" ] || echo "$stamp" > "$folder/installed"
   fi
-  # transformers notes at every start that torch is absent; here it is only a tokenizer.
-  export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
   # Compiled programs are kept between runs, per user.
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/beagle_jax/xla}"
 }

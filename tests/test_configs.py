@@ -1,6 +1,7 @@
 """Every file in configs/: it loads, it names the folder of its own, and the paper's targets have the paper's settings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from beagle_jax import plan
 from beagle_jax.config import StageConfig, load_config
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import run_main
-from beagle_jax.weights.shape import parameter_count, planned_spec
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights import shape
+from beagle_jax.weights.shape import parameter_count
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +24,8 @@ def at_the_root(monkeypatch):
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PAPER = [path for path in CONFIGS if path.stem.startswith(("llama", "vicuna", "qwen"))]
+# Of the wheel that two configs name: these plan from the wheel itself, which is small.
+SMALL = "configs/shapes/smollm2_135m.json"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -44,22 +49,55 @@ def test_paper_settings(path):
     assert (decode.levels, decode.topk, decode.nodes) == (6, 10, 60)
 
 
-@pytest.mark.parametrize(
-    "name, millions",
-    [
-        ("smollm2_360m", 361.821_120), ("llama2_7b_chat", 6738.415_616), ("vicuna_7b", 6738.415_616),
-        ("llama3_8b_instruct", 8030.261_248), ("llama3_1_8b_instruct", 8030.261_248), ("qwen2_5_7b_instruct", 7615.616_512),
-        ("qwen3_8b", 8190.735_360),
-    ],
-)  # fmt: skip
-def test_shapes_have_the_published_number_of_parameters(name, millions):
-    assert parameter_count(planned_spec(load_config(ROOT / "configs" / f"{name}.yaml").target)) == round(millions * 1e6)
+# As the model's makers published it: parameters in millions, vocabulary, context, rope base, norm epsilon.
+PUBLISHED = {
+    "smollm2_135m": (134.515_008, 49_152, 8192, 1e5, 1e-5),
+    "smollm2_360m": (361.821_120, 49_152, 8192, 1e5, 1e-5),
+    "llama_2_7b": (6738.415_616, 32_000, 4096, 1e4, 1e-5),
+    "vicuna_7b": (6738.415_616, 32_000, 2048, 1e4, 1e-6),
+    "llama_3_8b": (8030.261_248, 128_256, 8192, 5e5, 1e-5),
+    "llama_3_1_8b": (8030.261_248, 128_256, 131_072, 5e5, 1e-5),
+    "qwen2_5_7b": (7615.616_512, 152_064, 32_768, 1e6, 1e-6),
+    "qwen3_8b": (8190.735_360, 151_936, 40_960, 1e6, 1e-6),
+}
+
+
+def shape_of(name: str) -> TargetSpec:
+    path = ROOT / "configs" / "shapes" / f"{name}.json"
+    return TargetSpec.from_hf_config(json.loads(path.read_text()), name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_the_published_numbers(name):
+    spec = shape_of(name)
+    found = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
+    assert (round(parameter_count(spec) / 1e6, 6), *found) == PUBLISHED[name]
+    assert (spec.rope_scaling is not None) == (name == "llama_3_1_8b") and spec.tie_embeddings == name.startswith("smollm2")
+
+
+def test_llama_3_1_scales_its_angles_as_published():
+    assert shape_of("llama_3_1_8b").rope_scaling == (8.0, 1.0, 4.0, 8192)
+
+
+def test_every_shape_is_checked_and_every_config_but_the_wheel_s_has_one():
+    assert {path.stem for path in (ROOT / "configs" / "shapes").glob("*.json")} == set(PUBLISHED)
+    without = [path.stem for path in CONFIGS if load_config(path).target.shape is None]
+    assert without == ["quickstart", "smollm2_135m"]
+
+
+def test_the_shape_of_the_wheel_is_the_wheel_s(real_target):
+    """Numbers of a GGUF are float32."""
+    assert replace(real_target.spec, rms_norm_eps=1e-5) == shape_of("smollm2_135m")
+    assert real_target.spec.rms_norm_eps == pytest.approx(1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_both_stages_compile_without_weights(path, capsys):
-    assert run_main(plan.main, ["--config", str(path), "--json", "-"]) == 0
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_both_stages_compile_without_weights(path, capsys, monkeypatch):
+    for name in ("open_source", "download"):
+        monkeypatch.setattr(shape, name, lambda *_: pytest.fail("something of the target was fetched"))
+    overrides = [] if load_config(path).target.shape else [f"target.shape={SMALL}"]
+    assert run_main(plan.main, ["--config", str(path), "--json", "-", *overrides]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert set(stages) == {"early", "late"}
     assert all(stage["temporaries"] > 0 and not stage["refusal"] for stage in stages.values())

@@ -1,6 +1,7 @@
 """Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory and error."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from gguf_files import llama_tensors, write_llama
 from test_loading import MOE
 from test_weights import Held
 
+from beagle_jax import evaluate, generate
 from beagle_jax.config import TargetConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.errors import UserError
+from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.quantised import PROJECTIONS, Quantised, dense, pick, quantise, quantise_layer
 from beagle_jax.model.target import forward, logits, param_table
@@ -131,6 +133,24 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
             load_target(source, "float32", "unused", quantize="int8", group_size=group)
     with pytest.raises(UserError, match="is for one device"):
         load_target(source, "float32", "unused", jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",)), quantize="int8", group_size=16)
+
+
+def test_evaluate_and_generate_report_it(tmp_path, capsys):
+    """With a draft that looks words up: nothing is trained."""
+    config, figures = tmp_path / "run.yaml", tmp_path / "figures.json"
+    prompt = tmp_path / "prompts.jsonl"
+    prompt.write_text('{"prompt": "ab"}\n')
+    config.write_text(json.dumps({"target": {"source": _write(tmp_path), "quantize": "int4", "group_size": 16},
+                                  "draft": {"path": "lookup"}, "decode": {"levels": 2, "max_new_tokens": 4},
+                                  "eval": {"suites": [str(prompt)], "max_new_tokens": 4}}))  # fmt: skip
+    assert run_main(generate.main, ["--config", str(config), "ab", "--json", str(figures)]) == 0
+    told = json.loads(figures.read_text())["quantised"]
+    assert (told["kind"], told["group"]) == ("int4", 16) and told["bytes_after"] < told["bytes_before"] and 0 < told["logit_error"]
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("target quantised to int4, groups of 16: "))
+    assert run_main(evaluate.main, ["--config", str(config)]) == 0
+    assert line.replace("target quantised", "The target, in plain decoding too, is quantised") in capsys.readouterr().out
+    assert run_main(generate.main, ["--config", str(config), "ab", "target.quantize=none", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["quantised"] is None
 
 
 def test_training_takes_the_target_as_it_is():

@@ -48,6 +48,12 @@ def test_help_fits_a_screen_shows_an_example_and_loads_nothing_heavy(name):
     assert len(printed.splitlines()) <= 40 and f"example:\n  python -m beagle_jax.{name} " in printed
 
 
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, beagle_jax; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    assert run(code).stdout.strip() == ""
+    assert run(code.replace("beagle_jax", "beagle_jax.commands.train")).stdout.strip() != ""
+
+
 def test_a_mistyped_setting_is_answered_before_jax_is_loaded():
     assert loaded("train", "--config", "configs/quickstart.yaml", "train.bach=4").endswith("loaded:\n")
 
@@ -97,6 +103,21 @@ def test_one_style_of_bar_off_when_quiet():
     assert "reading                  100%|" in shown and "3/3 file [" in shown
     assert run(BAR.format(quiet=True)).stderr == ""
     assert "mine 3" in run(BAR.format(quiet=False), TQDM_BAR_FORMAT="mine {n_fmt}").stderr  # the user's own stands
+
+
+WITHOUT_TORCH = """
+import argparse, importlib.util
+from beagle_jax import terminal
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *package: None if name == "torch" else find_spec(name, *package)
+{prepare}
+import transformers
+"""
+
+
+def test_transformers_does_not_advise_to_install_torch():
+    assert "PyTorch was not found" in run(WITHOUT_TORCH.format(prepare="")).stderr
+    assert run(WITHOUT_TORCH.format(prepare="terminal.prepare(argparse.Namespace(quiet=False, json=None))")).stderr == ""
 
 
 def test_errors_are_red_on_a_terminal_only(monkeypatch):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -272,6 +274,46 @@ def test_folder_errors(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         list(HFFolder(tmp_path).tensors())
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory):
+    """A model folder whose tokenizer is a tokenizer.model alone, as lmsys/vicuna-7b-v1.3's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = ["the quick brown fox jumps over the lazy dog", "Why is the sky blue?", "Name three rivers."] * 20
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=330,
+                                             model_type="bpe", byte_fallback=True, minloglevel=2)  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": false}')
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    save_file({"x": np.zeros(2, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer(sentencepiece_folder):
+    import sentencepiece
+
+    tokenizer = HFFolder(sentencepiece_folder).tokenizer()
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    for text in ("Why is the sky blue?", "the lazy fox's caf\u00e9 \u2603"):
+        assert tokenizer.encode(text, add_special_tokens=False) == model.encode(text)
+        assert tokenizer.decode(model.encode(text)) == text
+
+
+def test_a_sentencepiece_model_without_its_library_names_the_library(sentencepiece_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install sentencepiece; or use"):
+        HFFolder(sentencepiece_folder).tokenizer()
+
+
+def test_a_damaged_sentencepiece_model_is_named(sentencepiece_folder, tmp_path):
+    shutil.copytree(sentencepiece_folder, tmp_path / "cut")
+    whole = (sentencepiece_folder / "tokenizer.model").read_bytes()
+    for damaged in (whole[:100], b"", b"no model at all"):
+        (tmp_path / "cut" / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cut/tokenizer.model: cannot be read as a SentencePiece model \(.*\); is the file whole"):
+            HFFolder(tmp_path / "cut").tokenizer()
 
 
 def test_broken_gguf_files(tmp_path):

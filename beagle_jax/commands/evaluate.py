@@ -53,6 +53,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
         raise UserError(f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
                         f"eval.max_new_tokens {config.eval.max_new_tokens}; lower it, or choose other prompts")
     made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
+    if target.quantised:
+        made["notes"].append(f"The target, in plain decoding too, is quantised to {target.quantised}.")
     if audited:
         made["audit"] = audit(target, drafts, bench, measured, append_predicted=config.decode.append_predicted, rule=config.decode.rule)
     if out is not None:

@@ -24,6 +24,7 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
         show(fast.stream(arguments.prompt, sampling_of(config.decode), **_limits(config)))
     with terminal.working(arguments):
         text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt)
+    figures["quantised"] = target.quantised and target.quantised._asdict()
     terminal.show(arguments, text, figures)
 
 

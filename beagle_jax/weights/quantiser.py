@@ -19,14 +19,17 @@ _PROBE = 32  # random tokens that go through both versions
 class Cost(NamedTuple):
     """What quantisation did to a target."""
 
+    kind: str
+    group: int  # inputs of a matrix that share a scale
     bytes_before: int
     bytes_after: int
     logit_error: float  # root mean square of the logits' difference, over that of the logits around their mean
     agreement: float  # share of the probe's tokens after which the most likely next one is the same
 
     def __str__(self) -> str:
-        return (f"{self.bytes_before / 1e6:,.0f} MB -> {self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} random tokens logits are off by "
-                f"{self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the most likely next tokens are the same")
+        return (f"{self.kind}, groups of {self.group}: {self.bytes_before / 1e6:,.0f} MB -> {self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} "
+                f"random tokens logits are off by {self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the most likely next tokens "
+                "are the same")
 
 
 class Quantiser:
@@ -59,7 +62,7 @@ class Quantiser:
         error = jnp.sqrt(jnp.mean(jnp.square(small - full)) / jnp.var(full))
         same = jnp.mean(jnp.argmax(full, axis=-1) == jnp.argmax(small, axis=-1))
         after = _bytes(params)
-        return Cost(after + self._saved, after, float(error), float(same))
+        return Cost(self._kind, self._group, after + self._saved, after, float(error), float(same))
 
 
 def _bytes(tree: Any) -> int:

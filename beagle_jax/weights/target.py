@@ -26,7 +26,7 @@ from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
 from beagle_jax.weights.pypi import fetch_gguf
-from beagle_jax.weights.quantiser import Quantiser
+from beagle_jax.weights.quantiser import Cost, Quantiser
 from beagle_jax.weights.safetensors_file import aligned
 
 
@@ -40,6 +40,7 @@ class Target:
     eos_ids: tuple[int, ...]  # any of these ends an answer
     source: str  # the `target.source` it came from
     revision: str | None = None  # see `revision`
+    quantised: Cost | None = None  # what quantisation did to it, if it was asked for
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -95,9 +96,10 @@ def load_target(
         params = opened.params(spec, jnp.dtype(dtype), mesh)
     else:
         params = fill_params(spec, opened, jnp.dtype(dtype), source, mesh, quantiser)
-    if quantiser:
-        print(f"target quantised to {quantize}, groups of {group_size}: {quantiser.cost(params)}", file=sys.stderr)
-    return Target(spec, params, tokenizer, eos_ids, source, revision(opened))
+    cost = quantiser.cost(params) if quantiser else None
+    if cost:
+        print(f"target quantised to {cost}", file=sys.stderr)
+    return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost)
 
 
 def revision(opened: Source) -> str | None:

@@ -1,0 +1,134 @@
+"""`hf:` sources from a hub on this machine: a connection that breaks, a file that never comes whole, a name that is not there."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": save({"x": np.arange(300_000, dtype=np.float32)}),
+    "consolidated.safetensors": b"the same weights as their maker stores them",
+    "pytorch_model.bin": b"a pickle",
+}
+DOWNLOAD = """
+import sys
+from pathlib import Path
+import huggingface_hub.file_download
+huggingface_hub.file_download.time.sleep = lambda seconds: None  # between two attempts
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # what is written at once: 10 MB of a real file
+from beagle_jax.errors import run_main
+from beagle_jax.weights.hf import download
+sys.exit(run_main(lambda argv: print(download(argv[0], Path(argv[1])))))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as a snapshot of one public repository needs."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.server.asked[path] += 1
+        name = path.removeprefix(f"/org/name/resolve/{COMMIT}/")
+        if path.startswith("/api/models/org/name/revision/"):
+            return self.answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}).encode())
+        if path.startswith("/api/models/org/name/tree/"):
+            return self.answer(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                                           for name, content in FILES.items()]).encode())  # fmt: skip
+        if name in FILES:
+            return self.answer(FILES[name], {"ETag": f'"{hashlib.sha1(FILES[name]).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        self.answer(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, status=404)
+
+    def answer(self, content: bytes, headers: dict[str, str] | None = None, status: int = 200):
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.send_response(206 if start else status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        end = self.server.breaks(self.path.rpartition("/")[2], start, len(content))
+        self.server.sent.append((self.path.rpartition("/")[2], start, end))
+        self.wfile.write(content[start:end])
+        if end < len(content):
+            self.wfile.flush()
+            self.connection.shutdown(2)
+            self.close_connection = True
+
+
+@pytest.fixture
+def hub():
+    """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at `start` breaks off."""
+    server = ThreadingHTTPServer(("localhost", 0), Hub)
+    server.asked, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def download(hub, cache: Path, repo: str = "org/name") -> subprocess.CompletedProcess:
+    environment = {"HF_ENDPOINT": f"http://localhost:{hub.server_port}", "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_XET": "1",
+                   "PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)]), "PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HOME": str(cache)}  # fmt: skip
+    return subprocess.run([sys.executable, "-c", DOWNLOAD, repo, str(cache)], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_what_a_target_needs_and_nothing_else(hub, tmp_path):
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert folder.name == COMMIT and (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_a_broken_connection_is_gone_on_with_where_it_broke(hub, tmp_path):
+    half = len(FILES["model.safetensors"]) // 2
+    hub.breaks = lambda name, start, size: half if name == "model.safetensors" and start == 0 else size
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    first, second = [(start, end) for name, start, end in hub.sent if name == "model.safetensors"]
+    assert first == (0, half) and 0 < half - second[0] < 1 << 16 and second[1] == len(FILES["model.safetensors"])
+
+
+def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(hub, tmp_path):
+    hub.breaks = lambda name, start, size: start if name == "model.safetensors" else size
+    done = download(hub, tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    assert "error: target.source: hf:org/name could not be downloaded (" in done.stderr
+    assert "check the name and the network and run again, which goes on from the files that are whole" in done.stderr
+    assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
+    hub.breaks = lambda name, start, size: size
+    hub.sent.clear()
+    assert download(hub, tmp_path).returncode == 0
+    assert [name for name, *_ in hub.sent if name in FILES] == ["model.safetensors"]
+
+
+def test_a_repository_that_is_not_there(hub, tmp_path):
+    done = download(hub, tmp_path, "org/other@v1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: target.source: hf:org/other@v1 could not be downloaded (" in done.stderr
