@@ -1,0 +1,192 @@
+"""What a file of experiments says: drafts to train, how they decode, figures, and what the paper claims of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from beagle_jax.errors import UsageError
+
+_SHORTER = 120  # --short: a stage has this part of its steps
+_AFTER_SEED = 100  # added to the seed of a run that goes on from another: it shall not see the same batches again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One draft: one stage of training, from random weights or from another run's draft."""
+
+    stage: Literal["early", "late"]
+    steps: int  # batches
+    every: int | None = None  # batches between two measurements; null: one at the end
+    seeds: tuple[int, ...] = (0,)
+    after: str | None = None  # the run whose draft this one goes on from: that of the same seed, or its only one
+    set: Mapping[str, Any] = field(default_factory=dict)  # settings that differ from the base's, by dotted key
+
+    @property
+    def points(self) -> list[int]:
+        """Steps after which the draft is measured."""
+        every = self.every or self.steps
+        return sorted({*range(every, self.steps, every), self.steps})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Trained drafts as `beagle_jax.evaluate` measures them: prompt by prompt, timed, beside plain decoding."""
+
+    drafts: tuple[str, ...]  # runs; the draft of the first seed
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One picture. curve: over training steps; depth: by draft depth; phases: of a round; table: no picture."""
+
+    title: str
+    kind: Literal["curve", "depth", "phases", "table"]
+    of: tuple[str, ...]  # runs, or evaluation.run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence of the paper as a comparison of two measures (claims.py)."""
+
+    figure: str
+    says: str
+    measure: str = "tau"
+    more: str  # a run, or evaluation.run
+    less: tuple[str, ...]  # of several, the best
+    at_least: float = 0.0  # how much more it must be; less than 0: how much less it may be
+    alike: float | None = None  # in place of at_least: how far apart the two may be either way
+    unless: str | None = None  # why it cannot be decided at this scale, whatever the figures
+
+
+class Training(NamedTuple):
+    """A run with a seed: one folder."""
+
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole file."""
+
+    base: Mapping[str, Any]  # a normal config
+    folder: Path  # of the runs
+    results: Path  # of figures and table
+    runs: Mapping[str, Run]
+    evaluations: Mapping[str, Evaluation]
+    figures: Mapping[str, Figure]
+    claims: Sequence[Claim]
+
+    def trainings(self) -> Iterator[Training]:
+        """In the file's order: every run with its first seed, then all with their second, and so on."""
+        for place in range(max(len(run.seeds) for run in self.runs.values())):
+            yield from (Training(name, run.seeds[place]) for name, run in self.runs.items() if place < len(run.seeds))
+
+    def folder_of(self, training: Training) -> Path:
+        """Where a run keeps its config, checkpoints, log, draft and measurements."""
+        return self.folder / f"{training.name}-{training.seed}"
+
+    def above(self, training: Training) -> Training:
+        """What a run with `after` goes on from."""
+        name = self.runs[training.name].after
+        seeds = self.runs[name].seeds
+        return Training(name, seeds[0] if len(seeds) == 1 else training.seed)
+
+    def settings_of(self, training: Training, steps: int) -> dict[str, Any]:
+        """The config that trains a run up to so many steps: the base, and dotted keys that take precedence."""
+        run, folder = self.runs[training.name], self.folder_of(training)
+        other = "late" if run.stage == "early" else "early"
+        own = {
+            "train.seed": training.seed + (_AFTER_SEED if run.after else 0),
+            "train.folder": str(folder),
+            f"train.{run.stage}.steps": steps,
+            f"train.{other}.steps": 0,
+            "train.accept_changes": True,  # from one measurement to the next only the number of steps changes
+        }
+        if run.after:
+            own["draft.init"] = str(self.folder_of(self.above(training)) / "draft")
+        return {**self.base, **run.set, **own}
+
+    def only(self, figures: Sequence[str]) -> "Plan":
+        """What these figures and their claims need, and no more; all for none."""
+        if not figures:
+            return self
+        for name in figures:
+            if name not in self.figures:
+                raise UsageError(f"--only {name}: no such figure; expected {', '.join(self.figures)}")
+        claims = [claim for claim in self.claims if claim.figure in figures]
+        named = {name for figure in figures for name in self.figures[figure].of}
+        named |= {name for claim in claims for name in (claim.more, *claim.less)}
+        evaluations = {name: one for name, one in self.evaluations.items() if any(which.startswith(f"{name}.") for which in named)}
+        named |= {draft for one in evaluations.values() for draft in one.drafts}
+        runs = {name: run for name, run in self.runs.items() if name in named}
+        while above := {run.after for run in runs.values() if run.after} - runs.keys():
+            runs = {name: run for name, run in self.runs.items() if name in runs or name in above}
+        return replace(self, runs=runs, evaluations=evaluations, claims=claims,
+                       figures={name: one for name, one in self.figures.items() if name in figures})  # fmt: skip
+
+
+def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
+    """Reads the file. overrides: by dotted key, settings that all runs take, or `folder`, which then holds the results too.
+
+    short: few steps of the first seed, and the file's short settings. Raises UsageError for a name that is not there and for a
+    key that nothing reads.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        base = yaml.safe_load(Path(tree["base"]).read_text(encoding="utf-8"))
+        folder, results = Path(tree["folder"]), Path(tree["results"])
+        groups = {kind: tree.get(kind) or {} for kind in ("runs", "evaluations", "figures")}
+        claims = tree.get("claims") or []
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one") from error
+    if "folder" in overrides:
+        folder = Path(overrides["folder"])
+        results = folder / "results"
+    if short:
+        base, folder = {**base, **tree.get("short", {})}, folder.with_name(f"{folder.name}-short")
+        results = folder / "results"
+        for run in groups["runs"].values():
+            run["steps"] = max(run["steps"] // _SHORTER, 2)
+            run["every"] = max(run["every"] // _SHORTER, 1) if run.get("every") else None
+            run["seeds"] = run.get("seeds", [0])[:1]
+    made = {section: {name: _made(kind, one, f"{path}: {section}.{name}") for name, one in groups[section].items()}
+            for section, kind in (("runs", Run), ("evaluations", Evaluation), ("figures", Figure))}  # fmt: skip
+    plan = Plan(
+        base={**base, **{key: value for key, value in overrides.items() if key != "folder"}},
+        folder=folder,
+        results=results,
+        claims=[_made(Claim, one, f"{path}: claims[{place}]") for place, one in enumerate(claims)],
+        **made,
+    )
+    _check_names(plan, path)
+    return plan
+
+
+def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """The dataclass, lists as tuples; a single name stands for a list of one."""
+    tuples = {name for name, hint in kind.__annotations__.items() if str(hint).startswith("tuple")}
+    values = {key: tuple(value) if isinstance(value, list) else (value,) if key in tuples else value for key, value in values.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}; see experiments/plan.py") from error
+
+
+def _check_names(plan: Plan, path: Path) -> None:
+    """Every name that is used must be there."""
+    decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
+    uses = [(f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after]
+    uses += [(f"evaluations.{name}.drafts", draft, plan.runs) for name, one in plan.evaluations.items() for draft in one.drafts]
+    known = plan.runs.keys() | decoded
+    uses += [(f"figures.{name}.of", one, known) for name, figure in plan.figures.items() for one in figure.of]
+    for place, claim in enumerate(plan.claims):
+        uses += [(f"claims[{place}].figure", claim.figure, plan.figures)]
+        uses += [(f"claims[{place}]", one, known) for one in (claim.more, *claim.less)]
+    for where, name, there in uses:
+        if name not in there:
+            raise UsageError(f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}")

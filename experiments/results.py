@@ -1,0 +1,166 @@
+"""From what the runs have left in their folders to figures and the table of claims."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from claims import FAILS, HOLDS, OPEN, Points, judged, value_of
+from pictures import draw_curve, draw_depth
+from plan import Figure, Plan, Training
+
+from beagle_jax.evaluation.plots import plot_phases
+from beagle_jax.evaluation.report import environment
+from beagle_jax.files import write_text
+from beagle_jax.weights.model_card import TRAINED_WITH, installed
+
+Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order of steps
+
+
+def write_results(plan: Plan, failed: Mapping[str, str], note: str) -> str:
+    """Writes every figure's JSON and PNG and the table of claims; returns the table."""
+    plan.results.mkdir(parents=True, exist_ok=True)
+    found = measured(plan) | decoded(plan)
+    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": dict(plan.base)}
+    about |= {"note": note} if note else {}
+    lines, tables = [judged(claim, found) for claim in plan.claims], []
+    for name, figure in plan.figures.items():
+        runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
+        missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
+        made = {"figure": name, "title": figure.title, "runs": runs, "not_run": missing,
+                "claims": [line for line in lines if line["figure"] == name], **about}  # fmt: skip
+        write_text(plan.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
+        if runs and figure.kind == "table":
+            tables += ["", *systems_table(runs)]
+        elif runs:
+            draw(figure, runs, plan.results / f"{name}.png")
+    text = "\n".join([*claims_table(lines), *tables, "", sentence(lines, about)]) + "\n"
+    write_text(plan.results / "claims.md", text)
+    return text
+
+
+def _reason(name: str, failed: Mapping[str, str]) -> str:
+    """Why a run or a draft of an evaluation is not there."""
+    return next((why for one, why in failed.items() if one.rsplit("-", 1)[0] == name or one == name.split(".")[0]), "not run")
+
+
+def measured(plan: Plan) -> Found:
+    """Measurements of every training, as far as they are there."""
+    found: Found = {}
+    for training in plan.trainings():
+        paths = [plan.folder_of(training) / f"step-{step}.json" for step in plan.runs[training.name].points]
+        points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        if len(points) == len(paths):  # a run that is under way is not compared with those that are done
+            found.setdefault(training.name, {})[training.seed] = points
+    return found
+
+
+def decoded(plan: Plan) -> Found:
+    """Every draft of every evaluation as one measurement, under evaluation.run."""
+    found: Found = {}
+    for name, one in plan.evaluations.items():
+        folder = plan.folder / "evaluations" / name
+        if not (folder / "report.json").exists():
+            continue
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+        plain, *systems = report["systems"]
+        for draft, system in zip(one.drafts, systems, strict=True):
+            seed = plan.runs[draft].seeds[0]
+            found[f"{name}.{draft}"] = {seed: [_from_answers(answers, system, plain)]}
+    return found
+
+
+def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums by prompt over its turns, with the times of a round and the memory that the report has."""
+    own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
+    seconds = lambda turns: sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
+    return {
+        "step": 0,
+        "tokens": [sum(len(one["tokens"]) - 1 for one in turns) for turns in own],
+        "rounds": [sum(one["rounds"] for one in turns) for turns in own],
+        "accepted": [[sum(counts) for counts in zip(*(one["accepted"] for one in turns))] for turns in own],
+        "seconds": [seconds(turns) for turns in own],
+        "plain_seconds": [seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers],
+        "tokens_written": sum(len(one["tokens"]) for turns in own for one in turns),
+        "milliseconds": system["milliseconds"],
+        "bytes": _peak(system["bytes"]),
+        "plain_bytes": _peak(plain["bytes"]),
+    }
+
+
+def _peak(parts: Mapping[str, int | None]) -> int:
+    """Weights, caches and the larger of the two programs' temporaries."""
+    held = sum(parts[name] for name in ("target_weights", "draft_weights", "target_cache", "draft_cache"))
+    return held + max(parts["decode_temporaries"] or 0, parts["prefill_temporaries"] or 0)
+
+
+def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
+    """What a figure shows of a run: each value with the ends of its 95 % interval."""
+    run = found[name]
+    count = len(next(iter(run.values())))
+    made: dict[str, Any] = {"seeds": sorted(run), "prompts": len(next(iter(run.values()))[-1]["tokens"]), "curve": []}
+    for place in range(count):
+        upto = {seed: points[: place + 1] for seed, points in run.items()}
+        step = next(iter(run.values()))[place]["step"]
+        made["curve"].append({"step": step, **_figures(upto)})
+    last = next(iter(run.values()))[-1]
+    if last.get("training_tokens_per_second"):
+        made["training_tokens_per_second"] = value_of(run, "training_speed").rounded
+    if "seconds" in last:
+        made |= {"speedup": value_of(run, "speedup").rounded, "milliseconds": last["milliseconds"],
+                 "tokens_per_second": round(last["tokens_written"] / sum(last["seconds"]), 2),
+                 "plain_tokens_per_second": round(last["tokens_written"] / sum(last["plain_seconds"]), 2),
+                 "bytes": last["bytes"], "plain_bytes": last["plain_bytes"]}  # fmt: skip
+    before = {}
+    if name in plan.runs and plan.runs[name].after:
+        for above in {plan.above(Training(name, seed)) for seed in run}:
+            before |= {above.seed: found.get(above.name, {}).get(above.seed)}
+    if before and all(before.values()):  # its curve begins where that of the run before it ended
+        start = next(iter(before.values()))[-1]["step"]
+        made["curve"] = [{"step": start, **_figures(before)}, *({**point, "step": point["step"] + start} for point in made["curve"])]
+    return made
+
+
+def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
+    depths = len(next(iter(run.values()))[-1]["accepted"][0]) - 1
+    return {"tau": value_of(run, "tau").rounded, "step_alpha": [value_of(run, f"alpha_{depth}").rounded for depth in range(1, depths + 1)]}
+
+
+def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """The picture of a figure's values."""
+    if figure.kind == "curve":
+        draw_curve(figure.title, runs, path)
+    elif figure.kind == "depth":
+        draw_depth(figure.title, runs, path)
+    elif figure.kind == "phases":
+        label = lambda name, run: f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
+        plot_phases({"systems": [{"name": label(*item), "milliseconds": item[1]["milliseconds"]} for item in runs.items()]}, path)
+
+
+def claims_table(lines: list[dict[str, Any]]) -> list[str]:
+    """The verdicts, as Markdown."""
+    rows = ["| figure | the paper | here | verdict |", "| --- | --- | --- | --- |"]
+    return rows + [f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |" for line in lines]
+
+
+def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
+    """How many hold, and where."""
+    counts = ", ".join(f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN))
+    return f"Of {len(lines)} claims: {counts}. {about['environment']['machine']}. {about.get('note', '')}".rstrip()
+
+
+def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The columns of the paper's Table 1, as Markdown."""
+    first = next(iter(runs.values()))
+    rows = ["| draft | tau | tok/s | speedup | peak memory |", "| --- | ---: | ---: | ---: | ---: |",
+            f"| none | 1.00 | {first['plain_tokens_per_second']:.1f} | 1.00x | {first['plain_bytes'] / 2**20:.0f} MB |"]  # fmt: skip
+    for name, run in runs.items():
+        tau, speedup = run["curve"][-1]["tau"], run["speedup"]
+        rows.append(f"| {name.split('.')[1]} | {_with(tau, '')} | {run['tokens_per_second']:.1f} | {_with(speedup, 'x')} | "
+                    f"{run['bytes'] / 2**20:.0f} MB |")  # fmt: skip
+    return rows
+
+
+def _with(value: list[float], unit: str) -> str:
+    return f"{value[0]:.2f}{unit} [{value[1]:.2f}, {value[2]:.2f}]"

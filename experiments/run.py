@@ -1,0 +1,145 @@
+"""The paper's figures: trains what they compare, one draft after another, measures all alike, and says which claims hold.
+
+    python experiments/run.py experiments/paper.yaml                 # everything; hours on two cores
+    python experiments/run.py experiments/paper.yaml --only fig4     # what one figure needs
+    python experiments/run.py experiments/paper.yaml --short         # a few steps each, to see it run; in a folder of its own
+    python experiments/run.py experiments/paper.yaml --draw          # no training: figures and table of what is there
+    python experiments/run.py experiments/paper.yaml target.source=hf:org/name folder=runs/other data.folder=runs/other/data
+
+A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl, checkpoints, draft/, and step-N.json,
+what its draft accepted after N steps. What is there is not done again, a run that was cut off goes on from its last
+checkpoint, and a run that cannot be made is named in the figures. Comparing times takes a machine that does nothing else.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from plan import Evaluation, Plan, Training, load_plan
+from results import write_results
+
+from beagle_jax import terminal
+from beagle_jax.commands.evaluate import evaluate
+from beagle_jax.commands.train import train_draft
+from beagle_jax.config import Config, load_config
+from beagle_jax.decoding.sampling import sampling_of
+from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
+from beagle_jax.errors import UsageError, UserError, run_main
+from beagle_jax.evaluation.suites import suite, tokenize
+from beagle_jax.files import write_text
+from beagle_jax.weights.target import configured_target
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("plan", help="file of experiments, for example experiments/paper.yaml")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs; folder=..: where they and the results go")
+    made.add_argument("--only", action="append", default=[], metavar="FIGURE", help="what this figure needs, and no more")
+    made.add_argument("--short", action="store_true", help="a few steps and one seed, in a folder of its own")
+    made.add_argument("--draw", action="store_true", help="train nothing: figures and table of what is there")
+    made.add_argument("--note", default="", help="said in every result, for example what else ran on the machine")
+    arguments = made.parse_intermixed_args(argv)
+    terminal.prepare(argparse.Namespace(quiet=False))
+    plan = load_plan(Path(arguments.plan), dict(map(_setting, arguments.overrides)), short=arguments.short).only(arguments.only)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
+    failed = {} if arguments.draw else run_all(plan)
+    print(write_results(plan, failed, arguments.note))
+    if failed:
+        raise UserError(f"{len(failed)} could not be made:\n" + "\n".join(f"  {name}: {error}" for name, error in failed.items()))
+
+
+def _setting(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"override {override!r}: expected section.key=value")
+    return key, yaml.safe_load(text)
+
+
+def run_all(plan: Plan) -> dict[str, str]:
+    """Every training and evaluation that is not there yet; returns those that cannot be made, and why."""
+    trainings, failed = list(plan.trainings()), {}
+    for number, training in enumerate(trainings, 1):
+        name = f"{training.name}-{training.seed}"
+        print(f"[{number}/{len(trainings)}] {name}", flush=True)
+        try:
+            train_and_measure(plan, training)
+        except UserError as error:
+            failed[name] = str(error)
+            print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
+        jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
+        gc.collect()
+    for name, one in plan.evaluations.items():
+        print(f"[evaluation] {name}", flush=True)
+        try:
+            evaluate_drafts(plan, name, one)
+        except UserError as error:
+            failed[name] = str(error)
+            print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
+    return failed
+
+
+def train_and_measure(plan: Plan, training: Training) -> None:
+    """Trains a run from point to point, and writes what its draft accepts at each."""
+    folder, run = plan.folder_of(training), plan.runs[training.name]
+    folder.mkdir(parents=True, exist_ok=True)
+    for steps in run.points:
+        found = folder / f"step-{steps}.json"
+        config = _written(folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps")
+        if not found.exists():
+            train_draft(config)
+            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config), **training_speed(config, run.points)}))
+
+
+def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
+    """The config of a run, kept beside it. Raises UserError when the folder was made with settings other than the number of steps."""
+    if path.exists():
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = [key for key in {*there, *settings} - {steps} if there.get(key) != settings.get(key)]
+        if changed:
+            raise UserError(f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back")
+    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
+    return load_config(path)
+
+
+def accepted(config: Config) -> dict[str, list]:
+    """What the draft brings in real decoding, by prompt of the first suite, all prompts as one batch."""
+    target = configured_target(config.target, decoding=True)
+    prompts = tokenize(suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer)
+    decoder = decoder_of(config, target, drafter_of(config, target, draft_path(config)))
+    answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens, seed=config.decode.seed)
+    # The prefill's token is in no round.
+    return {"tokens": [len(one.tokens) - 1 for one in answers], "rounds": [one.rounds for one in answers],
+            "accepted": [one.accepted for one in answers]}  # fmt: skip
+
+
+def training_speed(config: Config, points: Sequence[int]) -> dict[str, list[float]]:
+    """Supervised tokens per second by line of the log, but for lines whose time holds a compilation."""
+    lines = [json.loads(line) for line in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = {config.log.every + start for start in (0, *points)}
+    return {"training_tokens_per_second": [line["tokens_per_second"] for line in lines
+                                           if "tokens_per_second" in line and line["step"] not in first]}  # fmt: skip
+
+
+def evaluate_drafts(plan: Plan, name: str, one: Evaluation) -> None:
+    """`evaluate` on the drafts of an evaluation, each of its run's first seed; answers that are there are kept."""
+    folder = plan.folder / "evaluations" / name
+    folders = [plan.folder_of(Training(draft, plan.runs[draft].seeds[0])) for draft in one.drafts]
+    settings = {**plan.base, **one.set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
+                "eval.compare": [str(folder / "draft") for folder in folders[1:]]}  # fmt: skip
+    if (folder / "report.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    evaluate(load_config(folder / "config.yaml"), str(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,217 @@
+"""The figures' runner: measures and verdicts on hand-made results, the committed file, and all of it at toy size."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+import claims
+import plan as plans
+import results
+import run as runner
+from claims import FAILS, HOLDS, OPEN, Value, judged, value_of, verdict
+
+from beagle_jax.config import load_config
+from beagle_jax.errors import UsageError, UserError, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = "experiments/paper.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Files of experiments name others from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
+    """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut short."""
+    tokens = [sum(count * (drafts + 1) for drafts, count in enumerate(row)) for row in accepted]
+    return {"step": step, "tokens": tokens, "rounds": [sum(row) for row in accepted], "accepted": accepted, **more}
+
+
+def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
+    """Histograms over 0..2 drafts whose tau is about 1 + mean."""
+    rng = np.random.default_rng(seed)
+    share = rng.normal(mean / 2, 0.03, count).clip(0.01, 0.99)
+    return [np.bincount(rng.binomial(2, one, 40), minlength=3).tolist() for one in share]
+
+
+def runs(**means: float) -> dict:
+    """Runs of two seeds, by their tau less one."""
+    return {name: {seed: [point(prompts(mean, seed))] for seed in (0, 1)} for name, mean in means.items()}
+
+
+@pytest.mark.parametrize(
+    "low, high, rule, expected",
+    [
+        (0.01, 0.2, {}, HOLDS), (-0.01, 0.2, {}, OPEN), (-0.2, -0.01, {}, FAILS),
+        (0.01, 0.2, {"at_least": 0.3}, FAILS), (-0.02, 0.2, {"at_least": -0.03}, HOLDS), (-0.04, 0.2, {"at_least": -0.03}, OPEN),
+        (-0.02, 0.02, {"alike": 0.03}, HOLDS), (-0.02, 0.04, {"alike": 0.03}, OPEN), (0.04, 0.06, {"alike": 0.03}, FAILS),
+        (-0.06, -0.04, {"alike": 0.03}, FAILS), (np.nan, np.nan, {}, OPEN),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_of_the_whole_interval(low, high, rule, expected):
+    assert verdict(Value((low + high) / 2, low, high), **rule) == expected
+
+
+def test_measures_by_hand():
+    one = point([[6, 3, 1], [2, 2, 6]], seconds=[2.0, 3.0], plain_seconds=[4.0, 4.0], bytes=700, training_tokens_per_second=[10.0, 20.0])
+    other = point([[8, 2, 0], [10, 0, 0]])
+    found = {0: [other, one]}
+    expected = {"tau": (6 + 6 + 3 + 2 + 4 + 18) / 20, "curve": (39 + 12 + 10) / 40, "alpha_1": 12 / 20, "alpha_2": 7 / 12,
+                "speedup": 8 / 5, "memory": 700, "training_speed": 15}  # fmt: skip
+    for measure, value in expected.items():
+        assert value_of(found, measure).value == pytest.approx(value), measure
+    assert value_of(found, "memory") == (700, 700, 700)
+
+
+def test_an_interval_is_as_wide_as_theory_says():
+    """Of a mean of many equal prompts: 1.96 standard errors to either side."""
+    rng = np.random.default_rng(0)
+    tokens = (10 + rng.normal(0, 2, 400)).tolist()
+    found = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.std(tokens) / 10 / 20, rel=0.1)
+
+
+@pytest.mark.parametrize("measure", ["tau", "curve", "alpha_1", "alpha_2"])
+def test_a_planted_result_flips_the_verdict(measure):
+    claim = plans.Claim(figure="fig", says="a beats b", measure=measure, more="a", less=("b",))
+    assert judged(claim, runs(a=0.9, b=0.5))["verdict"] == HOLDS
+    assert judged(claim, runs(a=0.5, b=0.9))["verdict"] == FAILS
+    same = runs(a=0.5)
+    assert judged(claim, {"a": same["a"], "b": same["a"]})["verdict"] == OPEN
+    assert judged(replace(claim, alike=0.02), {"a": same["a"], "b": same["a"]})["verdict"] == HOLDS
+
+
+def test_the_best_of_several_is_what_counts():
+    claim = plans.Claim(figure="fig", says="a is best", more="a", less=("b", "c"))
+    assert judged(claim, runs(a=0.9, b=0.5, c=0.7))["verdict"] == HOLDS
+    assert judged(claim, runs(a=0.9, b=0.5, c=1.3))["verdict"] == FAILS
+
+
+def test_both_sides_are_drawn_together():
+    """Prompts that differ widely leave the difference of two like runs certain; drawn apart they would not."""
+    hard = [[40, 0, 0]] * 12 + [[0, 0, 40]] * 12
+    better = [[39, 1, 0]] * 12 + [[0, 0, 40]] * 12
+    claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
+    assert judged(claim, {"a": {0: [point(better)]}, "b": {0: [point(hard)]}})["verdict"] == HOLDS
+    assert value_of({0: [point(hard)]}, "tau").high - value_of({0: [point(hard)]}, "tau").low > 0.5
+
+
+def test_what_was_not_run_or_cannot_be_decided_says_so():
+    claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
+    line = judged(claim, runs(a=0.9))
+    assert (line["verdict"], line["here"]) == (OPEN, "not run: b")
+    line = judged(replace(claim, unless="too short"), runs(a=0.9, b=0.5))
+    assert line["verdict"] == OPEN and line["here"].endswith("too short")
+    other = {seed + 2: points for seed, points in runs(b=0.5)["b"].items()}
+    assert judged(claim, {**runs(a=0.9), "b": other})["verdict"] == OPEN  # no seed in common
+
+
+def test_a_run_with_one_seed_stands_beside_each_of_another_s():
+    claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
+    line = judged(claim, {**runs(a=0.9), "b": {7: runs(b=0.5)["b"][0]}})
+    assert (line["verdict"], line["seeds"]) == (HOLDS, 2)
+
+
+def test_every_run_of_the_paper_is_a_config(tmp_path):
+    plan = plans.load_plan(Path(PAPER), {}, short=False)
+    assert set(plan.figures) >= {"fig3", "fig4", "fig5", "fig6", "fig10", "fig11", "detach", "table1"}
+    for training in plan.trainings():
+        settings = plan.settings_of(training, 100) | {"draft.init": "normal"}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        config = load_config(tmp_path / "config.yaml")
+        assert config.train.folder == f"runs/paper/{training.name}-{training.seed}" and config.decode.levels == 5
+        run = plan.runs[training.name]
+        assert {"early": config.train.early.steps, "late": config.train.late.steps} == {"early": 0, "late": 0, run.stage: 100}
+        if run.after:  # what was seen before comes in another order
+            assert config.train.seed not in plan.runs[run.after].seeds
+            above = plan.folder_of(plan.above(training))
+            assert plan.settings_of(training, 100)["draft.init"] == f"{above}/draft" and above.name in ("base-0", f"{run.after}-{training.seed}")
+
+
+def test_one_figure_needs_its_runs_and_those_before_them():
+    plan = plans.load_plan(Path(PAPER), {}, short=False)
+    assert list(plan.only(["detach"]).runs) == ["base", "late", "through"] and not plan.only(["detach"]).evaluations
+    table = plan.only(["table1"])
+    assert set(table.runs) == {"beagle", "beagle-late", "eagle", "eagle-late"} and set(table.evaluations) == {"systems"}
+    with pytest.raises(UsageError, match="--only fig99: no such figure; expected fig3"):
+        plan.only(["fig99"])
+
+
+def test_first_seeds_come_first():
+    order = [tuple(one) for one in plans.load_plan(Path(PAPER), {}, short=False).trainings()]
+    assert order[0] == ("beagle", 0) and order.index(("beagle", 1)) > order.index(("window-4", 0))
+    assert len(order) == len(set(order))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"claims": [{"figure": "fig3", "says": "x", "more": "beegle", "less": "eagle"}]}, r"claims\[0\] names 'beegle', which is not there"),
+        ({"runs": {"beagle": {"stage": "early", "steps": 3, "step": 4}}, "figures": {}, "claims": []}, "runs.beagle: .*'step'"),
+        ({"base": "experiments/none.yaml"}, "not a file of experiments"),
+    ],
+)
+def test_a_wrong_file_is_refused(change, message, tmp_path):
+    tree = yaml.safe_load(Path(PAPER).read_text()) | {"evaluations": {}}
+    tree["figures"] = {name: one for name, one in tree["figures"].items() if not any("." in run for run in one["of"])}
+    tree["claims"] = []
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(tree | change))
+    with pytest.raises(UsageError, match=message):
+        plans.load_plan(path, {}, short=False)
+
+
+def test_a_folder_made_with_other_settings_is_refused(tmp_path):
+    plan = plans.load_plan(Path(PAPER), {}, short=False)
+    settings = plan.settings_of(plans.Training("beagle", 0), 100)
+    path = tmp_path / "config.yaml"
+    runner._written(path, settings, "train.early.steps")
+    assert runner._written(path, settings | {"train.early.steps": 200}, "train.early.steps").train.early.steps == 200
+    with pytest.raises(UserError, match="made with other settings of train.early.window"):
+        runner._written(path, settings | {"train.early.window": 5}, "train.early.steps")
+
+
+@pytest.mark.slow
+def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
+    """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
+    from convert_cases import make_place
+
+    place = make_place(tmp_path)
+    tree = yaml.safe_load(Path(PAPER).read_text()) | {"folder": str(tmp_path / "runs" / "paper")}
+    tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))
+    ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={place.folder / 'target'}", "draft.hot_tokens=200",
+           f"data.folder={tmp_path / 'data'}", "data.max_answer_tokens=12", "data.batch=64", "train.row_tokens=96"]  # fmt: skip
+    assert run_main(runner.main, ask) == 1
+    assert "1 could not be made" in capsys.readouterr().err
+    folder = tmp_path / "runs" / "paper-short"
+    made = {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
+    assert set(made) == set(tree["figures"])
+    for name, figure in made.items():
+        assert set(figure["runs"]) | set(figure["not_run"]) == set(tree["figures"][name]["of"])
+        assert figure["environment"]["jax"] and figure["base"]
+        assert (folder / "results" / f"{name}.png").exists() == (tree["figures"][name]["kind"] != "table")
+    assert "train.early.window is 0" in made["fig4"]["not_run"]["window-5"]
+    assert [point["step"] for point in made["fig3"]["runs"]["beagle"]["curve"]] == [1, 2]
+    assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [8, 10]
+    table = (folder / "results" / "claims.md").read_text()
+    assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(tree["claims"])
+    assert "not run: window-5" in table and "| none | 1.00 |" in table
+
+    monkeypatch.setattr(runner, "train_draft", lambda config: pytest.fail("it was there"))
+    monkeypatch.setattr(runner, "evaluate", lambda *_: pytest.fail("it was there"))
+    assert run_main(runner.main, ask) == 1 and run_main(runner.main, [*ask, "--draw"]) == 0
+    assert (folder / "results" / "claims.md").read_text() == table
+
+
+def test_results_name_no_figure_that_is_not_there():
+    assert results._reason("eagle", {"eagle-0": "no kind"}) == "no kind" and results._reason("systems.late", {"systems": "x"}) == "x"
+    assert results._reason("late", {"eagle-0": "no kind"}) == "not run" and claims.HOLDS != claims.FAILS
