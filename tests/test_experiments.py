@@ -189,9 +189,9 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))
     ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={place.folder / 'target'}", "draft.hot_tokens=200",
-           f"data.folder={tmp_path / 'data'}", "data.max_answer_tokens=12", "data.batch=64", "train.row_tokens=96"]  # fmt: skip
+           f"data.folder={tmp_path / 'data'}", "data.max_answer_tokens=12", "data.batch=64"]  # fmt: skip
     assert run_main(runner.main, ask) == 1
-    assert "1 could not be made" in capsys.readouterr().err
+    assert "error: 1 could not be made" in capsys.readouterr().err
     folder = tmp_path / "runs" / "paper-short"
     made = {path.stem: json.loads(path.read_text()) for path in (folder / "results").glob("*.json")}
     assert set(made) == set(tree["figures"])
