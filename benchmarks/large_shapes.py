@@ -36,6 +36,7 @@ SHAPES = {
         rope_theta=1e4, rms_norm_eps=1e-5, max_positions=1024, tie_embeddings=False,
     ),
 }  # fmt: skip
+ROWS = (1, 8, 16, 32, 64, 128)  # that are verified at once
 PAPER_TAU = {"llama2-7b": 4.1, "llama3-8b": 3.5}  # Beagle on MT-Bench, method.md 7.2
 PAPER_SPEEDUP = {"llama2-7b": 3.0, "llama3-8b": 2.5}
 
@@ -64,7 +65,7 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     draft = Draft(draft_spec, jax.tree.map(lambda x: x.astype(dtype), init_draft(draft_spec, jax.random.key(0))), None, {})
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
-    verify = {rows: milliseconds(verifying(target, rows)) for rows in (1, 8, 16, 32, 64, 128)}
+    verify = {rows: milliseconds(verifying(target, rows)) for rows in ROWS}
     print("verify, ms by rows:   " + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items()))
     if bandwidth:
         floor = 1000 * (weights - spec.vocab_size * spec.hidden_size * target.dtype.itemsize / 1e9) / bandwidth  # no embedding
