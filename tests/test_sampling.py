@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from decode_cases import target_of
+from decode_cases import NEVER, next_stop, target_of
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from beagle_jax.decoding import decoder as decoder_module
@@ -25,7 +25,9 @@ from beagle_jax.model.target import forward, logits
 from beagle_jax.weights.draft import Draft
 
 VOCABULARY, TOKENS, PROMPT = 16, 4, [3, 1, 4]
-SMALL = dataclasses.replace(TINY, vocab_size=VOCABULARY)
+SMALL = dataclasses.replace(  # thousands of texts: here running is what takes long
+    TINY, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1
+)
 BATCH, BATCHES = 2048, 10
 pytestmark = pytest.mark.usefixtures("short_bucket")
 TREES = {"chain": chain(3), "static": static_tree([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]), "dynamic": dynamic_tree(3, 3, 8)}
@@ -39,10 +41,10 @@ def short_bucket(monkeypatch):
     monkeypatch.setattr(decoder_module, "_CAPACITY_BUCKET", 16)
 
 
-def small_target():
+def small_target(eos_ids=NEVER):
     """Scaled down so that its distributions are neither flat nor decided."""
-    target = target_of(SMALL)
-    return dataclasses.replace(target, params={**target.params, "norm_D": 0.35 * target.params["norm_D"]})
+    target = target_of(SMALL, eos_ids)
+    return dataclasses.replace(target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]})
 
 
 def small_draft() -> Draft:
@@ -89,9 +91,9 @@ def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.n
     return counts / counts.sum()
 
 
-def check_distribution(tree, sampling: Sampling, rule="match") -> None:
+def check_distribution(tree, sampling: Sampling, rule="match", eos_ids=NEVER) -> None:
     """Total variation below what an honest sample of this size shows on average, plus a fifth."""
-    exact, found = exact_joint(sampling), sampled_joint(small_target(), small_draft(), tree, sampling, rule)
+    exact, found = exact_joint(sampling), sampled_joint(small_target(eos_ids), small_draft(), tree, sampling, rule)
     # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is large, and never by more
     # than 2 p where it is small. 20,480 draws; the spread of the sum over all outcomes is some percent of it.
     honest = 0.5 * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
@@ -116,20 +118,15 @@ def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
     right = loop.accept_by_ratio
     wrong = lambda nodes, p, q, uniform, noise: right(nodes, p, q, jnp.ones_like(uniform), noise)
     monkeypatch.setattr(loop, "accept_by_ratio", wrong)
-    jax.clear_caches()
     with pytest.raises(AssertionError):
-        check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio")
-    jax.clear_caches()
+        check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", next_stop())
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_planted_bug_every_place_draws_with_the_same_noise(name, monkeypatch):
+def test_planted_bug_every_place_draws_with_the_same_noise(monkeypatch):
     right = loop.place_keys
     monkeypatch.setattr(loop, "place_keys", lambda key_B, place_BT: right(key_B, jnp.zeros_like(place_BT)))
-    jax.clear_caches()
     with pytest.raises(AssertionError):
-        check_distribution(TREES[name], SAMPLINGS["all"])
-    jax.clear_caches()
+        check_distribution(TREES["dynamic"], SAMPLINGS["all"], eos_ids=next_stop())
 
 
 @pytest.mark.parametrize("tree", [*TREES.values(), chain(5)], ids=[*TREES, "chain 5"])
