@@ -1,4 +1,4 @@
-"""Training steps per second beside PyTorch: our early and late stage, and the EAGLE step with and without simulated steps.
+"""Training steps per second beside PyTorch: both stages of Beagle and of EAGLE here, and the EAGLE step by torch.
 
     python benchmarks/train_step.py                                  # the box's sizes, float32
     python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32 --kv-heads 32 --vocab 32000
@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -23,7 +24,9 @@ from torch_eagle import EagleBlock, train_step
 
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import fresh_params
 from beagle_jax.sharding import make_mesh, place, place_rows
 from beagle_jax.training.step import make_steps
 
@@ -31,10 +34,10 @@ from beagle_jax.training.step import make_steps
 def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
     """One call is one step; steps = 0 is the early stage."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    stage = StageConfig(steps=1000, window=steps or 5, simulation_steps=max(steps, 1))
+    stage = StageConfig(steps=1000, window=steps or 5, simulation_steps=max(steps, 1), dense=isinstance(spec, EagleSpec))
     step, _, init = make_steps(spec, TrainConfig(), stage, mesh, late=steps > 0)
     frozen, batch = place({"embed_VD": table, "head_VD": table}, mesh), place_rows(batch, mesh)
-    state = init(init_draft(spec, jax.random.key(0)))
+    state = init(fresh_params(spec, jax.random.key(0)))
 
     def run() -> None:
         nonlocal state
@@ -84,7 +87,9 @@ def measure(spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repe
     """Prints the table; returns seconds by name."""
     batch = batch_of(rows, width, spec.hidden_size, vocab)
     table = 0.1 * np.random.default_rng(1).standard_normal((vocab, spec.hidden_size), dtype=np.float32)
-    runs = {"beagle early": ours(spec, batch, table, 0), f"beagle late s={steps}": ours(spec, batch, table, steps)}
+    kinds = {"beagle": spec, "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})}
+    runs = {f"{kind} {name}": ours(one, batch, table, count)
+            for kind, one in kinds.items() for name, count in (("early", 0), (f"late s={steps}", steps))}
     for how in ("eager", "compiled") if compile_it else ("eager",):
         runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
         runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
