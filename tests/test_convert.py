@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,6 +88,9 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, t
         assert sum(jax_answer.accepted[1:]) > 1, "the draft must be right sometimes, else acceptance is not tested"
 
 
+grow = jax.jit(draft_tree, static_argnums=(1, 2))
+
+
 def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
     """What torch, with its own form of a tree, and JAX draft below ten roots over random states."""
     draft, module = load_draft(place.folder / "hot", place.target.spec), torch_draft(exported["hot"])
@@ -95,7 +99,7 @@ def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
     h_BSD = np.random.default_rng(6).standard_normal((10, 6, 32), np.float32)
     roots, positions_BS = np.arange(10, dtype=np.int32) * 17, np.broadcast_to(np.arange(6), (10, 6))
     cache = BeagleBlock(draft.spec).apply({"params": draft.params}, h_BSD, positions_BS, method="keys_values")
-    found = draft_tree(draft.params, draft.spec, static_tree(PATHS), params["embed_VD"], head, cache, jnp.full(10, 6), jnp.asarray(roots))
+    found = grow(draft.params, draft.spec, static_tree(PATHS), params["embed_VD"], head, cache, jnp.full(10, 6), jnp.asarray(roots))
     rows_VD, embed = module.head_rows(place.model.lm_head.weight), place.model.get_input_embeddings()
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(6)) for h_SD in h_BSD]
     return [module.draft(tree, int(root), one, embed, rows_VD) for root, one in zip(roots, true)], found.nodes.token_BW.tolist()
