@@ -2,6 +2,8 @@
 
 import gc
 import os
+from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +28,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -67,10 +68,20 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
     return params
 
 
+# Files that take longest: begun first, so that two workers end together (launch/test.sh keeps the order of the files).
+LONGEST = ("test_decoder", "test_sharding", "test_command", "test_sampling", "test_target", "test_decoding", "test_families",
+           "test_resume", "test_late", "test_mutations", "test_convert", "test_benchmarks")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def optimized_where_it_pays(request):
     """The real model runs for longer than it compiles."""
-    jax.config.update("jax_disable_most_optimizations", "real_target" not in request.fixturenames)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +92,18 @@ def forget_programs():
     if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def shared_steps():
+    """Runs of a stage with the same settings share one compiled step; where a run writes is no part of it."""
+    from beagle_jax.training import loop
+
+    made = lru_cache(loop.make_steps)
+    anywhere = lambda config: replace(config, folder="", checkpoint_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_steps", lambda spec, config, *rest, **named: made(spec, anywhere(config), *rest, **named))
+        yield
 
 
 @pytest.fixture(scope="session")

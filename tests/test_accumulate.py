@@ -16,6 +16,8 @@ from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.step import make_optimizer, make_steps, updated
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 SPEC = DraftSpec.from_target(TINY, init_std=0.3)
 # No noise and windows of one: a row's part of the objective then depends on nothing but the row.
 CONFIG = TrainConfig(batch=2, row_tokens=10, loss_rows=8, noise="none")

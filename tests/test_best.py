@@ -27,6 +27,8 @@ from beagle_jax.training.best import Best
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 class Decoder:
     """Taus by stage and step, in place of a decoder; remembers what was kept."""

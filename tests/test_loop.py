@@ -25,6 +25,8 @@ from beagle_jax.training.metrics import Log
 from beagle_jax.weights import draft as draft_module
 from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 SPEC = DraftSpec.from_target(TINY)
 L = 12
 

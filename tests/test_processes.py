@@ -20,6 +20,8 @@ from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
 
 

@@ -36,6 +36,8 @@ from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage, settings_of
 from beagle_jax.training.metrics import Log
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 LATE = StageConfig(steps=6, learning_rate=1e-2, warmup=2, window=2, simulation_steps=2)
 
 
