@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment .venv-test "[test]"
-run exec .venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+run exec .venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

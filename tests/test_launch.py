@@ -55,7 +55,7 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
         ("slurm.sbatch", COMMAND, f"srun --kill-on-bad-exit=1 .venv-gpu/bin/python {PYTHON_M}"),
         ("tpu_pod.sh", ["--here", *COMMAND], f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}"),
         ("quickstart.sh", ["--short", "eval.limit=1"], "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000"),
-        ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile -k late"),
+        ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k late"),
     ],
 )  # fmt: skip
 def test_a_dry_run_prints_the_commands_and_does_nothing(script, arguments, expected):
