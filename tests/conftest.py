@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tiny models take longer to compile than to run: without LLVM's optimizer and the newer fusion code a decoding loop
-# compiles in a quarter of the time. XLA ends the process over a flag that it does not know, so only where it was seen.
+# Programs here take longer to compile than to run, the real target's too: without LLVM's optimizer and the newer fusion code
+# a decoding loop compiles in a quarter of the time. XLA ends the process over a flag that it does not know, so only where it was seen.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
@@ -76,12 +76,6 @@ LONGEST = ("test_decoder", "test_sharding", "test_command", "test_sampling", "te
 def pytest_collection_modifyitems(items) -> None:
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
-
-
-@pytest.fixture(autouse=True)
-def optimized_where_it_pays(request):
-    """The real model runs for longer than it compiles."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)
