@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.decoding import loop
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
 from beagle_jax.weights.draft import Draft
@@ -56,6 +57,21 @@ def right_draft(error: float = 0.0) -> Draft:
     draft = random_draft()
     off = {"o_proj": jnp.zeros_like(draft.params["o_proj"]), "down_proj": error * draft.params["down_proj"]}
     return Draft(draft.spec, {**draft.params, **off}, None, {})
+
+
+def random_eagle(seed=1, hot_ids=None) -> Draft:
+    """An EAGLE draft that is nearly always wrong."""
+    spec = EagleSpec.from_target(TINY, init_std=0.3)
+    params = init_eagle(spec, jax.random.key(seed))
+    return Draft(spec, {**params, "fc_bias": 0.3 * jax.random.normal(jax.random.key(seed), params["fc_bias"].shape)}, hot_ids, {})
+
+
+def right_eagle(error: float = 0.0) -> Draft:
+    """The EAGLE draft of a MARKOV target: always right, or with `error` > 0 misled now and then by states and entries before."""
+    draft, D = random_eagle(), TINY.hidden_size
+    fc = jnp.concatenate([jnp.eye(D), error * draft.params["fc"][:, D:]], axis=1)
+    off = {name: error * draft.params[name] for name in ("fc_bias", "o_proj", "down_proj")}
+    return Draft(draft.spec, {**draft.params, **off, "fc": fc}, None, {})
 
 
 def start(models, shapes, prompts, limit_B, capacity, seeds=None) -> loop.DecodeState:

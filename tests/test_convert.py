@@ -243,11 +243,11 @@ def test_the_card_shows_what_was_measured(place, tmp_path, capsys):
 
 def change_module(monkeypatch, *changes: tuple[str, str]) -> str:
     """The exported module with some of its text changed; the message that must come."""
-    right = wrong = torch_export.module_source()
+    right = wrong = torch_export.module_source("modeling_beagle")
     for old, new in changes:
         wrong = wrong.replace(old, new)
     assert wrong != right
-    monkeypatch.setattr(torch_export, "module_source", lambda: wrong)
+    monkeypatch.setattr(torch_export, "module_source", lambda name: wrong)
     return "does not compute what the JAX block computes: states by"
 
 

@@ -47,11 +47,6 @@ def read_draft(folder: Path) -> dict:
     return {"spec": draft.spec, **file_tensors(draft)}
 
 
-def read_eagle(folder: Path) -> dict:
-    draft = load_draft(folder, SPEC, EagleSpec)
-    return {"spec": draft.spec, **file_tensors(draft)}
-
-
 def read_exported(folder: Path) -> dict:
     draft = read_torch_draft(folder, SPEC, "a target")
     return {"spec": draft.spec, **file_tensors(draft)}
@@ -179,8 +174,8 @@ def anything(*_) -> None:
     [
         ("draft", "model.safetensors", read_draft, 120, same),
         ("draft", "config.json", read_draft, 60, same),
-        ("eagle", "model.safetensors", read_eagle, 40, same),
-        ("eagle", "config.json", read_eagle, 40, same),
+        ("eagle", "model.safetensors", read_draft, 40, same),
+        ("eagle", "config.json", read_draft, 40, same),
         ("exported", "model.safetensors", read_exported, 80, same),
         ("exported", "config.json", read_exported, 60, same),
         ("folder", "model-00001-of-00002.safetensors", read_folder, 80, where_its_bytes_changed),

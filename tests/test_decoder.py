@@ -166,7 +166,7 @@ def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
 _SHARDED = """
 import jax, numpy as np, sys
 sys.path.insert(0, {tests!r})
-from decode_cases import random_draft, target_of, right_draft, MARKOV
+from decode_cases import random_draft, random_eagle, target_of, right_draft, MARKOV
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import Sampling, GREEDY
 from beagle_jax.decoding.tree import dynamic_tree
@@ -178,6 +178,8 @@ for sampling in (GREEDY, Sampling(0.8, top_k=20)):
     one = ask(None)
     for size in (2, 8):
         assert ask(tensor_mesh(size)) == one, size
+eagle = lambda mesh: SpeculativeDecoder(target_of(), random_eagle(), dynamic_tree(3, 3, 8), mesh=mesh).generate(prompts, max_new_tokens=32)
+assert [(a.tokens, a.rounds) for a in eagle(None)] == [(a.tokens, a.rounds) for a in eagle(tensor_mesh(2))]
 decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(3, 3, 8), mesh=tensor_mesh(2))
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape

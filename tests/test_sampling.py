@@ -20,6 +20,7 @@ from beagle_jax.decoding.draft import Nodes
 from beagle_jax.decoding.sampling import Sampling, filtered
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
 from beagle_jax.weights.draft import Draft
@@ -91,9 +92,9 @@ def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.n
     return counts / counts.sum()
 
 
-def check_distribution(tree, sampling: Sampling, rule="match", eos_ids=NEVER) -> None:
+def check_distribution(tree, sampling: Sampling, rule="match", eos_ids=NEVER, draft: Draft | None = None) -> None:
     """Total variation below what an honest sample of this size shows on average, plus a fifth."""
-    exact, found = exact_joint(sampling), sampled_joint(small_target(eos_ids), small_draft(), tree, sampling, rule)
+    exact, found = exact_joint(sampling), sampled_joint(small_target(eos_ids), draft or small_draft(), tree, sampling, rule)
     # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is large, and never by more
     # than 2 p where it is small. 20,480 draws; the spread of the sum over all outcomes is some percent of it.
     honest = 0.5 * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
@@ -112,6 +113,11 @@ def test_joint_distribution_of_four_tokens(tree, sampling):
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_joint_distribution_under_the_ratio_rule(sampling):
     check_distribution(TREES["chain"], sampling, "ratio")
+
+
+def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
+    spec = EagleSpec.from_target(SMALL, init_std=0.1)
+    check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", draft=Draft(spec, init_eagle(spec, jax.random.key(1)), None, {}))
 
 
 def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):

@@ -37,13 +37,13 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     prompt, answer = text
     tokens, found = prompt + answer, []
-    grow = jax.jit(lambda rows, root_B, token_B: draft_tree(
-        draft.params, draft.spec, tree, target.params["embed_VD"], models.draft_head, rows, root_B, token_B).nodes)  # fmt: skip
+    grow = jax.jit(lambda rows, *where: draft_tree(
+        draft.params, draft.spec, tree, target.params["embed_VD"], models.draft_head, rows, *where).nodes)  # fmt: skip
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    rows = tuning._draft_rows(models, target.spec, draft.spec, padded)
+    rows, states_BLD = tuning._read_text(models, target.spec, draft.spec, padded)
     for root in range(len(prompt), len(tokens) - 3):
-        nodes = jax.device_get(grow(rows, np.array([root]), padded[0, root : root + 1]))
+        nodes = jax.device_get(grow(rows, np.array([root]), padded[0, root : root + 1], states_BLD[:, root - 1 : root]))
         above, count = 0, 0
         while True:
             fits = [

@@ -11,8 +11,7 @@ import jax
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
@@ -21,7 +20,7 @@ from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.model_card import acceptance, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import load_target, open_source, revision
-from beagle_jax.weights.torch_export import MODEL_TYPE, check_parity, require_torch, write_torch_folder
+from beagle_jax.weights.torch_export import FORMS, check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
 
@@ -65,9 +64,11 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
     draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle)
     with staged(out) as folder:
         save_draft(folder, draft)
-        load_draft(folder, target, EagleSpec)
+        load_draft(folder, target)
     count = sum(array.size for array in draft.params.values())
-    return f"EAGLE draft of {count:,} parameters written to {out}", {"out": str(out), "parameters": count}
+    text = (f"EAGLE draft of {count:,} parameters written to {out}; "
+            f'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}')
+    return text, {"out": str(out), "parameters": count}
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -134,7 +135,8 @@ def _is_ours(folder: Path) -> bool:
     if (folder / SETTINGS).is_file():
         return True
     config = folder / "config.json"
-    return config.is_file() and read_json(config, "").get("model_type") in (DraftSpec.kind, EagleSpec.kind, MODEL_TYPE)
+    kinds = [kind.kind for kind in KINDS] + [form.model_type for form in FORMS.values()]
+    return config.is_file() and read_json(config, "").get("model_type") in kinds
 
 
 @contextmanager

@@ -1,7 +1,10 @@
-"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md 6.2, 6.4).
+"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md 6.2, 6.4, 8).
 
 True states live in the draft's cache; predicted ones only in local arrays that end with the round, so nothing has
 to be rolled back. The states of the last level are never turned into keys (lazy append).
+
+Beagle and EAGLE grow the same trees. They differ in what a query is made of (`fuse`), where it stands, and in what it
+sees of its own round: Beagle's its strict ancestors' predicted states, EAGLE's itself too (`_with_own_rows`).
 """
 
 from typing import NamedTuple
@@ -13,6 +16,7 @@ from beagle_jax.decoding.sampling import Sampling, filtered
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, append_rows, visible_slots
+from beagle_jax.model.kinds import block_of
 from beagle_jax.model.layers import merge_attention, partial_attention
 from beagle_jax.model.target import embed, logit_columns
 
@@ -38,7 +42,7 @@ class Drafted(NamedTuple):
     """What drafting leaves behind. Q: all queries of a round, level by level, the root first."""
 
     nodes: Nodes
-    state_BQD: jax.Array  # predicted state of each query
+    state_BQD: jax.Array  # predicted state of each query's token
     query_token_BQ: jax.Array
     query_sees_BQQ: jax.Array  # draft mask: strict ancestors among the queries
     logits_BPV: jax.Array | None  # filtered draft logits along a sampled chain, over the draft's vocabulary
@@ -51,6 +55,7 @@ class _Level(NamedTuple):
     candidate_BT: jax.Array  # each query's place among all candidates, counted from 1; 0 for the root
     score_BT: jax.Array  # cumulative log-probability (zero in trees that do not ask)
     sees_BTQ: jax.Array  # its strict ancestors among all queries so far
+    before_BTD: jax.Array | None  # the state before it: its parent's predicted one, the root's a true one; EAGLE fuses both
 
 
 def draft_tree(
@@ -62,6 +67,7 @@ def draft_tree(
     cache: KVRows,
     length_B: jax.Array,
     root_B: jax.Array,
+    last_B1D: jax.Array | None = None,
     *,
     append_predicted: bool = True,
     sampling: Sampling | None = None,
@@ -69,23 +75,28 @@ def draft_tree(
 ) -> Drafted:
     """Drafts below the root: the best children of each query, or one draw from the draft's distribution in a chain.
 
-    cache: keys and values of the true states at positions below length_B; the root sits at position length_B.
-    append_predicted: predicted states become keys of the levels below (the paper's "concate"); off, all levels see
-    true states only. sampling, noise_BPV: a chain whose tokens are drawn (`Drafted.logits_BPV` is then set).
+    cache: rows of the true states at positions below length_B; the root sits at position length_B. last_B1D: the last of
+    these states, for EAGLE. append_predicted: predicted states become keys of the levels below (the paper's "concate");
+    off, all levels see true states only. sampling, noise_BPV: a chain whose tokens are drawn (`Drafted.logits_BPV` is
+    then set).
     """
-    block = BeagleBlock(spec).bind({"params": params})
+    block = block_of(spec).bind({"params": params})
     B = root_B.shape[0]
     slots = visible_slots(length_B, [cache])[:, None, None, None]
     zero_B1 = jnp.zeros((B, 1), jnp.int32)
-    level = _Level(root_B[:, None], zero_B1, jnp.zeros((B, 1), jnp.float32), jnp.zeros((B, 1, 0), bool))
+    level = _Level(root_B[:, None], zero_B1, jnp.zeros((B, 1), jnp.float32), jnp.zeros((B, 1, 0), bool), last_B1D)
     states, queries, sees, drawn = [], [], [], []
     candidates = [(level.token_BT, zero_B1, zero_B1, level.score_BT)]  # token, parent, depth, score; the root first
     memory: KVRows | None = None
     for depth in range(tree.depth):
         with jax.named_scope(f"draft_{depth + 1}"):
-            positions_BT = jnp.broadcast_to((length_B + depth)[:, None], level.token_BT.shape)
-            e_BTD = embed(embed_VD, level.token_BT, spec.embed_scale)
-            state_BTD = _predict(block, e_BTD, positions_BT, cache, slots, memory, level.sees_BTQ)
+            positions_BT = jnp.broadcast_to((length_B + depth - int(spec.fused))[:, None], level.token_BT.shape)
+            x_BTD = block.fuse(embed(embed_VD, level.token_BT, spec.embed_scale), level.before_BTD)
+            sees_BTQ = level.sees_BTQ
+            if spec.fused and depth:  # the root's own row is in the cache
+                kept = memory if append_predicted else None
+                memory, sees_BTQ = _with_own_rows(kept, sees_BTQ, block.keys_values(x_BTD, positions_BT))
+            state_BTD = _predict(block, x_BTD, positions_BT, cache, slots, memory, sees_BTQ)
             states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
             if noise_BPV is None:
                 children = _best_children(tree, depth, level, state_BTD, head)
@@ -95,22 +106,30 @@ def draft_tree(
             first = sum(token.shape[1] for token, *_ in candidates)
             candidates.append(_entries(level, depth, *children))
             if depth + 1 < tree.depth:
-                if append_predicted:
+                if append_predicted and not spec.fused:
                     memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
-                level = _next_level(tree, depth, level, first, *children)
+                level = _next_level(tree, depth, level, first, *children, state_BTD)
     token_BN, parent_BN, depth_BN, score_BN = (jnp.concatenate(each, axis=1) for each in zip(*candidates))
     nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth)
     queried = [jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))]
     return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)  # type: ignore[call-arg]  # three in the middle
 
 
-def _predict(block: BeagleBlock, e_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ) -> jax.Array:
-    """Predicted states [B, T, D] of one level's queries, over true states and the predicted ones they see."""
-    q_BKGTH = block.queries(e_BTD, positions_BT)
+def _with_own_rows(memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows) -> tuple[KVRows, jax.Array]:
+    """EAGLE's rows of this round and who sees them: a query its ancestors below the root, if they are kept, and itself."""
+    B, T, Q = sees_BTQ.shape
+    above_BTQ = sees_BTQ[:, :, Q if memory is None else 1 :]
+    itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
+    return append_rows(memory, own), jnp.concatenate([above_BTQ, itself_BTT], axis=2)
+
+
+def _predict(block: BeagleBlock, x_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ) -> jax.Array:
+    """Predicted states [B, T, D] of one level's queries, over the cache and the round's own rows that they see."""
+    q_BKGTH = block.queries(x_BTD, positions_BT)
     parts = [partial_attention(q_BKGTH, *cache, slots)]
     if memory is not None:
         parts.append(partial_attention(q_BKGTH, *memory, sees_BTQ[:, None, None]))
-    return block.predict(e_BTD, merge_attention(*parts))
+    return block.predict(x_BTD, merge_attention(*parts))
 
 
 def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
@@ -149,7 +168,7 @@ def _entries(level: _Level, depth: int, token_BC: jax.Array, score_BC: jax.Array
     return token_BC, parent_BC, jnp.full_like(parent_BC, depth + 1), score_BC
 
 
-def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC) -> _Level:
+def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC, state_BTD) -> _Level:
     """The children that are continued. first: the place of this level's first candidate among all."""
     T = level.token_BT.shape[1]
     pick_BN = tree.next_queries(depth, score_BC)
@@ -157,8 +176,8 @@ def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, sco
     # A child sees what its parent saw, and its parent.
     below_BTQ = jnp.concatenate([level.sees_BTQ, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (token_BC.shape[0], T, T))], axis=2)
     parent_BN = pick_BN // (token_BC.shape[1] // T)
-    sees_BNQ = jnp.take_along_axis(below_BTQ, parent_BN[..., None], axis=1)
-    return _Level(pick(token_BC), pick_BN + first, pick(score_BC), sees_BNQ)
+    of_parent = lambda x_BTQ: jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+    return _Level(pick(token_BC), pick_BN + first, pick(score_BC), of_parent(below_BTQ), of_parent(state_BTD))
 
 
 def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels: int) -> Nodes:

@@ -16,10 +16,11 @@ from beagle_jax.decoding.lookup import Lookup, lookup_chain
 from beagle_jax.decoding.sampling import Sampling, choose, filtered, gumbel, is_stop, place_keys
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.decoding.verify import Accepted, accept_by_ratio, accept_matching
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.cache import KVRows, empty_rows, take_rows, visible_slots, write_all, write_rows
+from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, head, init_cache, logits
+from beagle_jax.model.target import Params, TargetSpec, best_tokens, embed, forward, head, init_cache, logits
 from beagle_jax.sharding import shard_cache
 
 # What a place's key is folded with, so that its draws are independent of each other.
@@ -52,6 +53,7 @@ class DecodeState(NamedTuple):
 
     target_cache: list[KVRows]  # rows of the tokens at positions below length_B
     draft_cache: KVRows | None  # keys and values of their true states, never of predicted ones
+    last_B1D: jax.Array | None  # the last of these states; None for drafts whose root is not fused with it
     length_B: jax.Array  # tokens in the caches; the root sits at this position
     root_B: jax.Array  # last known token, without a state yet
     out_BS: jax.Array  # answer so far, the prefill's token first
@@ -89,12 +91,14 @@ def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, 
     """
     B, dtype = limit_B.shape[0], models.target["embed_VD"].dtype
     zeros = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
-    draft_cache = None
+    draft_cache, last_B1D = None, None
     if isinstance(shapes.draft, DraftSpec):
         draft_cache = empty_rows(B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype)
+        last_B1D = jnp.zeros((B, 1, shapes.draft.hidden_size), dtype) if shapes.draft.fused else None
     return DecodeState(
         target_cache=shard_cache(init_cache(shapes.target, B, capacity, dtype), shapes.mesh),
         draft_cache=draft_cache,
+        last_B1D=last_B1D,
         length_B=zeros(),
         root_B=zeros(),
         out_BS=zeros(capacity),
@@ -130,8 +134,15 @@ def read_prompt(
     root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
     draft_cache = state.draft_cache
     if draft_cache is not None:
-        block = BeagleBlock(shapes.draft).bind({"params": models.draft})
-        draft_cache = write_rows(draft_cache, block.keys_values(states_BTD, positions_BT), start_B)
+        # The token after a state belongs to EAGLE's row of it. After a chunk's last one it comes with the next chunk,
+        # which begins with that row; after a prompt's last one it is the root.
+        before = int(shapes.draft.fused and not first)
+        held_BTD = jnp.concatenate([state.last_B1D, states_BTD], axis=1) if before else states_BTD
+        held_BT = (offset - before + jnp.arange(T + before))[None]
+        next_BT = jnp.concatenate([tokens_BT, root_B[:, None]], axis=1)[:, 1 - before :]
+        next_BT = jnp.where(held_BT == length_B[:, None] - 1, root_B[:, None], next_BT)
+        draft_cache = write_rows(draft_cache, draft_rows(models, shapes.draft, held_BTD, next_BT, held_BT), start_B - before)
+    last_B1D = None if state.last_B1D is None else jnp.where((here_B > 0)[:, None, None], last_B1D, state.last_B1D)
     text_BS, length_now_B = state.text_BS, state.length_B + here_B
     if text_BS is not None:
         text_BS = jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset)).at[jnp.arange(B), length_now_B].set(root_B, mode="drop")
@@ -139,6 +150,7 @@ def read_prompt(
     return state._replace(
         target_cache=write_all(state.target_cache, rows, start_B),
         draft_cache=draft_cache,
+        last_B1D=last_B1D,
         text_BS=text_BS,
         length_B=length_now_B,
         root_B=root_B,
@@ -177,14 +189,22 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
         start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
         kept = [take_rows(layer, found.path_BP1) for layer in rows]
         target_cache = write_all(now.target_cache, kept, start_B)
-        draft_cache = now.draft_cache
+        draft_cache, last_B1D = now.draft_cache, now.last_B1D
         if draft_cache is not None:
-            block = BeagleBlock(shapes.draft).bind({"params": models.draft})
             states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
             positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
-            draft_cache = write_rows(draft_cache, block.keys_values(states_BPD, positions_BP), start_B)
-    now = now._replace(target_cache=target_cache, draft_cache=draft_cache)
+            rows = draft_rows(models, shapes.draft, states_BPD, found.token_BP1, positions_BP)
+            draft_cache = write_rows(draft_cache, rows, start_B)
+            last_B1D = None if last_B1D is None else states_BPD[:, -1:]  # the path ends with its last node, however short
+    now = now._replace(target_cache=target_cache, draft_cache=draft_cache, last_B1D=last_B1D)
     return _emit(now, found, finite_B, shapes.eos_ids)
+
+
+def draft_rows(models: Models, draft: DraftSpec, states_BTD, next_BT, positions_BT) -> KVRows:
+    """What the draft's cache keeps of true states. next_BT: the tokens after them."""
+    positions_BT = jnp.broadcast_to(positions_BT, next_BT.shape)
+    next_BTD = embed(models.target["embed_VD"], next_BT, draft.embed_scale)
+    return block_of(draft).bind({"params": models.draft}).true_rows(states_BTD, next_BTD, positions_BT)
 
 
 def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
@@ -201,7 +221,7 @@ def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
         drawing = dict(sampling=shapes.sampling, noise_BPV=gumbel(key_BP, models.draft_head.rows_VD.shape[0]))
     return draft_tree(
         models.draft, shapes.draft, shapes.tree, models.target["embed_VD"], models.draft_head,
-        now.draft_cache, now.length_B, now.root_B, append_predicted=shapes.append_predicted, **drawing,
+        now.draft_cache, now.length_B, now.root_B, now.last_B1D, append_predicted=shapes.append_predicted, **drawing,
     )  # fmt: skip
 
 

@@ -24,11 +24,10 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.lookup import Lookup
-from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.loop import Models, draft_head_of, draft_rows
 from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, chain, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
-from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import best_tokens, forward, init_cache
@@ -135,9 +134,10 @@ def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
 
 
 @partial(jax.jit, static_argnames=("spec", "tree"))
-def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B):
+def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
     """The tree below each root; nothing of it is left out."""
-    nodes = draft_tree(models.draft, spec, tree, models.target["embed_VD"], models.draft_head, cache, length_B, root_B).nodes
+    drafted = draft_tree(models.draft, spec, tree, models.target["embed_VD"], models.draft_head, cache, length_B, root_B, last_B1D)
+    nodes = drafted.nodes
     return nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW
 
 
@@ -146,8 +146,8 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
 
 
 @partial(jax.jit, static_argnames=("spec", "tree"))
-def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B):
-    read = lambda _, root_B: _grow(models, spec, tree, cache, length_B, root_B)[0][:, -1]
+def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
+    read = lambda _, root_B: _grow(models, spec, tree, cache, length_B, root_B, last_B1D)[0][:, -1]
     return jax.lax.fori_loop(0, PASSES, read, root_B)
 
 
@@ -155,7 +155,8 @@ def drafting(target: Target, draft: Draft, models: Models, tree: Tree) -> Callab
     """A call that drafts this tree `PASSES` times."""
     cache = empty_rows(1, draft.spec.num_kv_heads, _CAPACITY, draft.spec.head_dim, target.dtype)
     length, root = jnp.full(1, _CAPACITY - 8), jnp.zeros(1, jnp.int32)
-    return lambda: _drafted(models, draft.spec, tree, cache, length, root)
+    last = jnp.ones((1, 1, draft.spec.hidden_size), target.dtype)
+    return lambda: _drafted(models, draft.spec, tree, cache, length, root, last)
 
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
@@ -164,29 +165,31 @@ def small_tree(levels: int, topk: int) -> DynamicTree:
 
 
 @partial(jax.jit, static_argnames=("target_spec", "spec"))
-def _draft_rows(models: Models, target_spec, spec, text_BL) -> KVRows:
-    """The draft's cache rows of a text."""
+def _read_text(models: Models, target_spec, spec, text_BL) -> tuple[KVRows, jax.Array]:
+    """The draft's cache rows of a text, and the target's states [B, L, D]."""
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-    states = forward(models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))[0]
-    return BeagleBlock(spec).bind({"params": models.draft}).keys_values(states, positions_BL)
+    states_BLD = forward(models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))[0]
+    return draft_rows(models, spec, states_BLD, jnp.roll(text_BL, -1, axis=1), positions_BL), states_BLD
 
 
-def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]) -> tuple[KVRows, np.ndarray, np.ndarray]:
-    """The draft's cache rows of a text, `_BATCH` times; the padded text [1, L]; the answer's places that have a future."""
+def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]):
+    """The draft's rows of a text, `_BATCH` times; its states and tokens [1, L], padded; the answer's places that have a future."""
     tokens = (prompt + answer)[:_CAPACITY]
     padded_BL = np.zeros((1, _CAPACITY), np.int32)
     padded_BL[0, : len(tokens)] = tokens
-    rows = _draft_rows(models, target.spec, draft.spec, padded_BL)
-    return jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), rows), padded_BL, np.arange(len(prompt), len(tokens) - max(LEVELS))
+    rows, states_BLD = _read_text(models, target.spec, draft.spec, padded_BL)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), rows)
+    return rows, states_BLD, padded_BL, np.arange(len(prompt), len(tokens) - max(LEVELS))
 
 
-def _widest_trees(draft: Draft, models: Models, topk: int, rows: KVRows, padded_BL: np.ndarray, roots: np.ndarray):
+def _widest_trees(draft: Draft, models: Models, topk: int, rows: KVRows, states_BLD: jax.Array, padded_BL: np.ndarray, roots: np.ndarray):
     """token, parent, depth, score [places, W] of the full tree at each root of a text, and what really follows."""
     grown = []
     for start in range(0, len(roots), _BATCH):
         here = np.resize(roots[start : start + _BATCH], _BATCH)  # the last batch repeats places; they are cut off below
-        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded_BL[0, here])
+        last_B1D = states_BLD[0, here - 1][:, None]
+        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded_BL[0, here], last_B1D)
         grown.append([np.asarray(x) for x in out])
     follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
     return *(np.concatenate(each)[: len(roots)] for each in zip(*grown)), follows

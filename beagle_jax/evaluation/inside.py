@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import Models, decode, propose
+from beagle_jax.decoding.loop import DecodeState, Models, Shapes, decode, propose
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.cache import KVRows
-from beagle_jax.model.target import embed
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.kinds import block_of
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import embed, forward
 
 
 class Round(NamedTuple):
@@ -62,8 +63,8 @@ def attention(
 ) -> tuple[np.ndarray, list[int]] | None:
     """Where the draft's first step looks at each place of an answer: weights [T, S] over earlier states, mean over heads.
 
-    T: tokens of the answer that served as roots or could have. Returns the text's tokens too; None for decoders whose
-    draft has no attention of this kind.
+    T: tokens of the answer that served as roots or could have. EAGLE's entries stand at the states' places: the last one
+    that a token sees is its own. Returns the text's tokens too; None for decoders whose draft has no attention.
     """
     models, shapes, state = decoder.prefilled(prompt, max_new_tokens=max_new_tokens)
     if not isinstance(shapes.draft, DraftSpec):
@@ -72,15 +73,19 @@ def attention(
     tokens = [*prompt, *np.asarray(told.out_BS)[0, : int(told.count_B[0])].tolist()]
     length = min(int(state.length_B[0]), len(tokens) - 1)  # states of the last tokens may not be there
     places_1T = jnp.arange(len(prompt), length + 1)[None]
-    weights_TS = _weights(models, shapes.draft, state.draft_cache, jnp.asarray(tokens)[None, places_1T[0]], places_1T)
+    weights_TS = _weights(models, shapes, state, jnp.asarray(tokens)[None], places_1T)
     return np.asarray(weights_TS)[:, :length], tokens[: length + 1]
 
 
-@partial(jax.jit, static_argnames="spec")
-def _weights(models: Models, spec: DraftSpec, cache: KVRows, token_1T: jax.Array, places_1T: jax.Array) -> jax.Array:
-    block = BeagleBlock(spec).bind({"params": models.draft})
-    q_BKGTH = block.queries(embed(models.target["embed_VD"], token_1T, spec.embed_scale), places_1T)
-    score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, cache.k_BKHS) * spec.head_dim**-0.5
-    slot_1S = jnp.arange(cache.k_BKHS.shape[3])[None]
+@partial(jax.jit, static_argnames="shapes")
+def _weights(models: Models, shapes: Shapes, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array) -> jax.Array:
+    spec, L, k_BKHS = shapes.draft, text_1L.shape[1], state.draft_cache.k_BKHS
+    block = block_of(spec).bind({"params": models.draft})
+    states_1LD = forward(models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.full(1, L), L))[0]
+    e_1TD = embed(models.target["embed_VD"], text_1L[:, places_1T[0]], spec.embed_scale)
+    x_1TD = block.fuse(e_1TD, states_1LD[:, places_1T[0] - 1])
+    q_BKGTH = block.queries(x_1TD, places_1T - int(spec.fused))
+    score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * spec.head_dim**-0.5
+    slot_1S = jnp.arange(k_BKHS.shape[3])[None]
     seen_TS = slot_1S < places_1T[0][:, None]
     return jax.nn.softmax(jnp.where(seen_TS[None, None, None], score_BKGTS.astype(jnp.float32), -jnp.inf), axis=-1)[0].mean(axis=(0, 1))

@@ -14,7 +14,7 @@ import numpy as np
 
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import DynamicTree, Tree
-from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.kinds import block_of
 from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -33,11 +33,12 @@ def replayed(
 ) -> list[int]:
     """Accepted drafts of each round, as far as they were written. states_LD: the target's states of prompt and answer."""
     text, root, accepted = [*prompt, *answer], len(prompt), []
+    text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
     while root < len(text) - 1:
         if isinstance(draft, Lookup):
             paths = set(_prefixes(looked_up(text[: root + 1], draft.ngram, tree.depth)))
         else:
-            paths = _Grower(target, draft, states_LD, root, append_predicted).paths(text[root], tree)
+            paths = _Grower(target, draft, text_L, states_LD, root, append_predicted).paths(tree)
         count = 0
         while root + count + 1 < len(text) and tuple(text[root + 1 : root + count + 2]) in paths:
             count += 1
@@ -67,67 +68,80 @@ def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
 class _Grower:
     """Grows one tree below one root."""
 
-    def __init__(self, target: Target, draft: Draft, states_LD: jax.Array, root: int, append_predicted: bool):
-        self._target, self._draft, self._states_LD, self._root = target, draft, states_LD, root
+    def __init__(self, target: Target, draft: Draft, text_L: jax.Array, states_LD: jax.Array, root: int, append_predicted: bool):
+        self._target, self._draft, self._text_L, self._states_LD, self._root = target, draft, text_L, states_LD, root
         self._append = append_predicted
         self._predicted: dict[Path, np.ndarray] = {}  # state that was predicted for a path's last token
 
-    def paths(self, root_token: int, tree: Tree) -> set[Path]:
+    def paths(self, tree: Tree) -> set[Path]:
         """All paths of the tree's nodes."""
         if isinstance(tree, DynamicTree):
-            return self._dynamic(root_token, tree)
+            return self._dynamic(tree)
         found: dict[Path, Path] = {(): ()}  # tokens by ranks
         for depth in range(tree.depth):
             below = [ranks for ranks in tree.paths if len(ranks) == depth + 1]
             parents = sorted({ranks[:-1] for ranks in below})
-            best, _ = self._children(root_token, [found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below))
+            best, _ = self._children([found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below))
             found |= {ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]])) for ranks in below}
         return set(found.values()) - {()}
 
-    def _dynamic(self, root_token: int, tree: DynamicTree) -> set[Path]:
+    def _dynamic(self, tree: DynamicTree) -> set[Path]:
         """EAGLE-2's tree (method.md 6.4); of equal scores the first made wins."""
         beam: list[tuple[Path, float]] = [((), 0.0)]
         made: list[tuple[Path, float]] = []
         best_first = lambda pairs, count: sorted(pairs, key=lambda pair: -pair[1])[:count]
         for _ in range(tree.levels):
-            best, log_p = self._children(root_token, [path for path, _ in beam], tree.topk)
+            best, log_p = self._children([path for path, _ in beam], tree.topk)
             children = [((*path, int(token)), score + float(p))
                         for (path, score), tokens, shares in zip(beam, best, log_p) for token, p in zip(tokens, shares)]  # fmt: skip
             made += children
             beam = best_first(children, tree.topk)
         return {path for path, _ in best_first(made, tree.nodes - 1)}
 
-    def _children(self, root_token: int, paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _children(self, paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The best tokens after each path of one length, and their log-probabilities."""
-        tokens = [path[-1] if path else root_token for path in paths]
-        seen = [[self._predicted[path[:length]] for length in range(len(path))] for path in paths]
-        above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), len(paths[0]), self._states_LD.shape[1]), self._states_LD.dtype)
+        depth, D = len(paths[0]), self._states_LD.shape[1]
+        seen = [[self._predicted[path[:length]] for length in range(depth)] for path in paths]
+        above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), depth, D), self._states_LD.dtype)
+        below_Qt = jnp.asarray(np.array(paths, np.int32).reshape(len(paths), depth))
         states, best, log_p = _predict(
-            self._draft.params, self._draft.spec, self._target.params, self._draft.hot_ids, self._states_LD, jnp.int32(self._root),
-            jnp.asarray(tokens), above_QtD, self._append, count,
+            self._draft.params, self._draft.spec, self._target.params, self._draft.hot_ids, self._text_L, self._states_LD,
+            jnp.int32(self._root), below_Qt, above_QtD, self._append, count,
         )  # fmt: skip
         self._predicted |= dict(zip(paths, np.asarray(states)))
         return np.asarray(best), np.asarray(log_p)
 
 
 @partial(jax.jit, static_argnames=("spec", "append", "count"))
-def _predict(params, spec, target, hot_ids, states_LD, root, token_Q, above_QtD, append, count):
-    """States of queries that sit as many places below the root as `above_QtD` has predicted states for each of them."""
-    block, depth = BeagleBlock(spec).bind({"params": params}), above_QtD.shape[1]
-    e_Q1D, place_Q1 = embed(target["embed_VD"], token_Q, spec.embed_scale)[:, None], jnp.full((len(token_Q), 1), root + depth)
-    q_QKGH = block.queries(e_Q1D, place_Q1)[:, :, :, 0]
-    k_KHL, v_KLH = (x[0] for x in block.keys_values(states_LD[None], jnp.arange(len(states_LD))[None]))
-    score_QKGS = jnp.where(jnp.arange(len(states_LD)) < root, jnp.einsum("QKGH,KHL->QKGL", q_QKGH, k_KHL).astype(jnp.float32), -jnp.inf)
-    v_QKSH = jnp.broadcast_to(v_KLH[None], (len(token_Q), *v_KLH.shape))
-    if append and depth:
-        place_Qt = jnp.broadcast_to(root + jnp.arange(depth)[None], above_QtD.shape[:2])
-        k_QKHt, v_QKtH = block.keys_values(above_QtD, place_Qt)
-        score_QKGS = jnp.concatenate([score_QKGS, jnp.einsum("QKGH,QKHt->QKGt", q_QKGH, k_QKHt).astype(jnp.float32)], axis=-1)
-        v_QKSH = jnp.concatenate([v_QKSH, v_QKtH], axis=2)
-    weight_QKGS = jax.nn.softmax(score_QKGS * spec.head_dim**-0.5, axis=-1)
-    attended_QKGH = jnp.einsum("QKGS,QKSH->QKGH", weight_QKGS.astype(v_QKSH.dtype), v_QKSH)
-    states_QD = block.predict(e_Q1D, attended_QKGH[:, :, :, None])[:, 0]
+def _predict(params, spec, target, hot_ids, text_L, states_LD, root, below_Qt, above_QtD, append, count):
+    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was predicted above each."""
+    block, (Q, depth) = block_of(spec).bind({"params": params}), below_Qt.shape
+    embedded = lambda tokens: embed(target["embed_VD"], tokens, spec.embed_scale)
+    token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)  # with the root
+    place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
+    if spec.fused:  # entries: of the text, the root's among them, and of the path; a token stands where the state before it does
+        before_QtD = jnp.concatenate([jnp.broadcast_to(states_LD[root - 1], (Q, 1, states_LD.shape[1])), above_QtD], axis=1)
+        x_QtD, place_Qt = block.fuse(embedded(token_Qt), before_QtD), place_Qt - 1
+        true_LD, own_QtD, own_place_Qt = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0], x_QtD[:, 1:], place_Qt[:, 1:]
+        kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
+    else:  # states: of the text, and those predicted above
+        x_QtD, true_LD, own_QtD, own_place_Qt = embedded(token_Qt), states_LD, above_QtD, place_Qt[:, :-1]
+        kept = slice(None) if append else slice(0)
+    states_QD = _attend(block, x_QtD[:, -1:], place_Qt[:, -1:], true_LD, root, own_QtD[:, kept], own_place_Qt[:, kept])
     head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
     log_p_QV = jax.nn.log_softmax(jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1)
     top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
     return states_QD, best_Qk if hot_ids is None else hot_ids[best_Qk], top_Qk
+
+
+def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:
+    """Predicted states [Q, D] of queries over the text's memory below the root, and over what is each one's own."""
+    q_QKGH = block.queries(x_Q1D, place_Q1)[:, :, :, 0]
+    k_KHL, v_KLH = (x[0] for x in block.keys_values(true_LD[None], jnp.arange(len(true_LD))[None]))
+    k_QKHt, v_QKtH = block.keys_values(own_QtD, own_place_Qt)
+    true_QKGL = jnp.where(jnp.arange(len(true_LD)) < root, jnp.einsum("QKGH,KHL->QKGL", q_QKGH, k_KHL).astype(jnp.float32), -jnp.inf)
+    score_QKGS = jnp.concatenate([true_QKGL, jnp.einsum("QKGH,QKHt->QKGt", q_QKGH, k_QKHt).astype(jnp.float32)], axis=-1)
+    v_QKSH = jnp.concatenate([jnp.broadcast_to(v_KLH[None], (len(x_Q1D), *v_KLH.shape)), v_QKtH], axis=2)
+    weight_QKGS = jax.nn.softmax(score_QKGS * block.spec.head_dim**-0.5, axis=-1)
+    attended_QKGH = jnp.einsum("QKGS,QKSH->QKGH", weight_QKGS.astype(v_QKSH.dtype), v_QKSH)
+    return block.predict(x_Q1D, attended_QKGH[:, :, :, None])[:, 0]

@@ -30,6 +30,7 @@ class DraftSpec:
     """Shape of the draft block; the target's own sizes (method.md 2.2). Hashable."""
 
     kind: ClassVar[str] = "beagle_draft"  # model_type of a draft's config.json
+    fused: ClassVar[bool] = False  # queries are tokens fused with the state before them, and stand where that state stands
 
     hidden_size: int
     intermediate_size: int
@@ -89,6 +90,14 @@ class BeagleBlock(nn.Module):
         for name, shape in self.spec.param_shapes().items():
             vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
             setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
+
+    def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
+        """What queries are made of: the tokens' embeddings. EAGLE's are fused with the states before the tokens."""
+        return e_BTD
+
+    def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """What decoding keeps of true states at their positions. next_BTD: embeddings of the tokens after them, which EAGLE needs."""
+        return self.keys_values(h_BTD, positions_BT)
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""

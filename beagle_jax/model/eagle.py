@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec, project
+from beagle_jax.model.cache import KVRows
 from beagle_jax.model.layers import RopeScaling, rope_tables
 
 
@@ -20,6 +21,7 @@ class EagleSpec(DraftSpec):
     """Shape of the EAGLE draft. Published ones have settings of their own (rms_norm_eps, say), not always the target's."""
 
     kind: ClassVar[str] = "eagle_draft"
+    fused: ClassVar[bool] = True
 
     input_norm: bool = False
     fc_bias: bool = True  # of the fusion layer; published drafts of Llama 3 have none
@@ -40,15 +42,20 @@ class EagleBlock(BeagleBlock):
     """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row` runs them on whole rows.
 
     While decoding, the root x_n is fused with the true state h_{n-1}, a token below it with its parent's predicted state;
-    an entry sees those before it, its ancestors, and itself.
+    an entry sees those before it, its ancestors, and itself. The root's entry is true as well: with it the cache holds
+    an entry for each true state, as Beagle's does.
     """
 
     spec: EagleSpec
 
-    def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
         """Inputs f [B, T, D] of the layer, from each next token's embedding and the state before it (embedding first)."""
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
         return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
+
+    def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """Rows of entries: true states, each fused with the token after it."""
+        return self.keys_values(self.fuse(next_BTD, h_BTD), positions_BT)
 
     def row(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
         """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j + 1.

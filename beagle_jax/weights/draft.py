@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.json_file import read_json
@@ -81,15 +82,15 @@ def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
     return digest(tensors, json.dumps(settings(spec), sort_keys=True))
 
 
-def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] = DraftSpec) -> Draft:
-    """Reads a draft of this kind for this target.
+def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None) -> Draft:
+    """Reads a draft for this target, of the kind that its config.json says. kind: the only one that will do.
 
     Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made for another target.
     """
     folder = Path(folder)
     weights_path = folder / "model.safetensors"
     config = read_json(folder / "config.json", _TRAIN_FIRST)
-    spec = _spec(config, target, kind, folder)
+    spec = read_spec(config, target, folder, KINDS if kind is None else (kind,))
     if not weights_path.exists():
         raise UserError(f"{weights_path}: no such file; {_TRAIN_FIRST}")
     tensors = dict(read_tensors(weights_path, integers=(HOT_TOKENS,)))
@@ -103,11 +104,15 @@ def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] = D
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
 
 
-def _spec(config: dict[str, Any], target: TargetSpec, kind: type[DraftSpec], folder: Path) -> DraftSpec:
-    """What config.json says of the block; raises UserError unless that is a block of this kind, for this target."""
-    path, expected = folder / "config.json", kind.from_target(target)
-    if config.get("model_type") != kind.kind:
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}, expected {kind.kind!r}")
+def read_spec(
+    config: dict[str, Any], target: TargetSpec, folder: Path, kinds: tuple[type[DraftSpec], ...] = KINDS
+) -> DraftSpec:
+    """What config.json says of the block; raises UserError unless that is a block of one of these kinds, for this target."""
+    path, told_kind = folder / "config.json", config.get("model_type")
+    kind = next((kind for kind in kinds if kind.kind == told_kind), None)
+    if kind is None:
+        raise UserError(f"{path}: model_type is {told_kind!r}, expected {' or '.join(repr(kind.kind) for kind in kinds)}")
+    expected = kind.from_target(target)
     told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
     if told.get("rope_scaling") is not None:
         told["rope_scaling"] = _scaling(told["rope_scaling"], path)

@@ -6,12 +6,19 @@ from typing import Any
 import numpy as np
 
 from beagle_jax import __version__
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.weights.draft import Draft
 
 TRAINED_WITH = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
 EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
 
 _MISSING = "not recorded"
+_KINDS: dict[type[DraftSpec], dict[str, str]] = {
+    DraftSpec: {"kind": "A Beagle", "tag": "beagle", "what": "One cross-attention block", "paper": "Beagle, arXiv 2505.24544", "code": "`modeling_beagle.py` is"},
+    EagleSpec: {"kind": "An EAGLE", "tag": "eagle", "what": "A fusion layer and one decoder layer", "paper": "EAGLE-1 and EAGLE-2, arXiv 2401.15077",
+                "code": "`modeling_eagle.py` and `modeling_beagle.py` are"},
+}  # fmt: skip
 _DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
 _TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "optimizer", "clip_norm")
 _TOLD_ELSEWHERE = ("target", "target_revision", "draft", "data", "training", "versions")
@@ -40,6 +47,7 @@ def model_card(draft: Draft, measured: str | None = None, revision: str | None =
     name, _, asked = base.removeprefix("hf:").partition("@")
     trained_on = told.get("target_revision") or asked or _MISSING
     return _CARD.format(
+        **_KINDS[type(draft.spec)],
         base_model=f"base_model: {name}\n" if base.startswith("hf:") else "",
         target=base or _MISSING,
         revision=trained_on if trained_on != _MISSING or not revision else f"{_MISSING} in training; {revision} when exported",
@@ -110,12 +118,12 @@ def _other_facts(told: dict[str, Any]) -> str:
 _CARD = """\
 ---
 library_name: transformers
-tags: [speculative-decoding, beagle]
+tags: [speculative-decoding, {tag}]
 {base_model}---
 
-# A Beagle draft for `{target}`
+# {kind} draft for `{target}`
 
-One cross-attention block of {count:,} parameters that drafts for a frozen target (Beagle, arXiv 2505.24544); it scores {scored}.
+{what} of {count:,} parameters that drafts for a frozen target ({paper}); it scores {scored}.
 It works with this target only, whose tokenizer, embedding and head it uses; none of them is stored here.
 
 ```python
@@ -160,6 +168,6 @@ Trained with: {libraries}. Exported with, and compared with the JAX block under:
 
 ## Licence
 
-`modeling_beagle.py` is Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
+{code} Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
 the licences of both, which this folder does not record, say what may be done with them.
 """

@@ -100,6 +100,7 @@ class Tree:
         self.size = len(ordered)
         self.rank = [path[-1] if path else 0 for path in ordered]
         self.depth = [len(path) for path in ordered]
+        self.parent = [node_of[path[:-1]] for path in ordered]  # the root's own is the root
         self.children = [[node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered]
         self.ancestors = [{node_of[path[:end]] for end in range(len(path))} for path in ordered]  # strict
         inner = [node for node in range(self.size) if self.children[node]]
@@ -141,6 +142,7 @@ class BeagleDraft(PreTrainedModel):
     """The block, drafting with it, and speculative decoding."""
 
     config_class = BeagleConfig
+    fused = False  # True: queries are tokens fused with the states before them, and stand where those do
 
     def __init__(self, config: BeagleConfig):
         super().__init__(config)
@@ -155,6 +157,14 @@ class BeagleDraft(PreTrainedModel):
         self.post_init()
 
     # The block
+
+    def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
+        """What queries are made of: the tokens' embeddings."""
+        return e_BTD
+
+    def true_rows(self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
+        """What decoding keeps of true states. next_BSD: embeddings of the tokens after them."""
+        return self.keys_values(h_BSD, positions_S)
 
     def queries(self, e_BTD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Rotated queries [B, N, T, H] of token embeddings at their positions."""
@@ -203,38 +213,48 @@ class BeagleDraft(PreTrainedModel):
         H = self.config.head_dim
         even_H = torch.arange(0, H, 2, dtype=torch.float32, device=x_BTF.device)
         # float32 angles: bfloat16 would round position 257 to 256.
-        angle_TH = positions_T[:, None].float() * (1.0 / self.config.rope_theta ** (even_H / H))
+        angle_TH = positions_T[:, None].float() * self.frequencies(1.0 / self.config.rope_theta ** (even_H / H))
         angle_TH = torch.cat([angle_TH, angle_TH], dim=-1)
         first, second = x_BNTH.chunk(2, dim=-1)
         return (x_BNTH * angle_TH.cos() + torch.cat([-second, first], dim=-1) * angle_TH.sin()).to(x_BTF.dtype)
 
+    def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
+        """Rotary frequencies, of those without scaling."""
+        return plain_H
+
     # Drafting and decoding
 
     @torch.no_grad()
-    def draft(self, tree: Tree, root: int, true: KeysValues, embed: nn.Module, rows_VD: torch.Tensor) -> list[int]:
+    def draft(
+        self, tree: Tree, root: int, true: KeysValues, embed: nn.Module, rows_VD: torch.Tensor, last_BTD: torch.Tensor | None = None
+    ) -> list[int]:
         """The tokens of the tree's nodes below the root, which stands at the position after the true states.
 
-        rows_VD: what `head_rows` gave. Predicted states become keys for the levels below them, except the last level's.
+        rows_VD: what `head_rows` gave. last_BTD: the last true state [1, 1, D], for a block that fuses the root with it.
+        Predicted states become keys for the levels below them, except the last level's.
         """
         tokens, asked, memory = [root] + [-1] * (tree.size - 1), [], true
         first = true.k_BKSH.shape[2]
-        device = true.k_BKSH.device
+        device, states = true.k_BKSH.device, {}
         for depth, nodes in enumerate(tree.levels):
             e_BTD = embed(torch.tensor([[tokens[node] for node in nodes]], device=device)).to(self.dtype)
-            positions_T = torch.full((len(nodes),), first + depth, device=device)
-            above = [[before in tree.ancestors[node] for before in asked] for node in nodes]
+            x_BTD = self.fuse(e_BTD, torch.stack([states[tree.parent[node]] for node in nodes], dim=1) if depth else last_BTD)
+            positions_T = torch.full((len(nodes),), first + depth - int(self.fused), device=device)
+            if self.fused and depth:  # rows of queries: each sees its own, and the root's is among the true ones
+                memory, asked = memory.followed_by(self.keys_values(x_BTD, positions_T)), asked + nodes
+            above = [[other == node or other in tree.ancestors[node] for other in asked] for node in nodes]
             above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(len(nodes), len(asked))
             sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
-            state_BTD = self.predict(e_BTD, self.queries(e_BTD, positions_T), memory, sees_TS)
+            state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
+            states |= dict(zip(nodes, state_BTD.unbind(1)))
             kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
             best_Tk = functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD).topk(kept, dim=-1).indices
             best_Tk = self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
             for node, best in zip(nodes, best_Tk.tolist()):
                 for child in tree.children[node]:
                     tokens[child] = best[tree.rank[child]]
-            if depth + 1 < len(tree.levels):
-                memory = memory.followed_by(self.keys_values(state_BTD, positions_T))
-                asked += nodes
+            if not self.fused and depth + 1 < len(tree.levels):
+                memory, asked = memory.followed_by(self.keys_values(state_BTD, positions_T)), asked + nodes
         return tokens
 
     @torch.no_grad()
@@ -260,22 +280,27 @@ class BeagleDraft(PreTrainedModel):
         rows_VD = self.head_rows(target.get_output_embeddings().weight)
         self._check(target, input_ids, tree, limit, len(rows_VD))
         past = DynamicCache()  # without the config: layers with a window keep all, so that drafts can be dropped again
+        embed = target.get_input_embeddings()
         h_BTD, [root] = _read(target, input_ids, past, last_only=True)
-        true = self.keys_values(h_BTD.to(self.dtype), torch.arange(h_BTD.shape[1], device=h_BTD.device))
+        true = self._rows(h_BTD, input_ids[0, 1:].tolist() + [root], embed)
         answer, rounds = [root], 0
         while len(answer) < limit and answer[-1] not in stop:
-            tokens = self.draft(tree, answer[-1], true, target.get_input_embeddings(), rows_VD)
+            tokens = self.draft(tree, answer[-1], true, embed, rows_VD, h_BTD[:, -1:].to(self.dtype))
             h_BWD, best = _verified(target, tree, tokens, past)
             path = tree.accepted(tokens, best)
             first = true.k_BKSH.shape[2]
             _keep(past, first, path, tree.size)
-            positions = torch.arange(first, first + len(path), device=h_BWD.device)
-            true = true.followed_by(self.keys_values(h_BWD[:, path].to(self.dtype), positions))
-            new = [tokens[node] for node in path[1:]] + [best[path[-1]]]
+            h_BTD, new = h_BWD[:, path], [tokens[node] for node in path[1:]] + [best[path[-1]]]
+            true = true.followed_by(self._rows(h_BTD, new, embed, first))
             end = next((place + 1 for place, token in enumerate(new) if token in stop), len(new))
             answer, rounds = answer + new[:end], rounds + 1
         answer_BT = torch.tensor([answer[:limit]], dtype=input_ids.dtype, device=input_ids.device)
         return Generated(torch.cat([input_ids, answer_BT], dim=1), rounds)
+
+    def _rows(self, h_BTD: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0) -> KeysValues:
+        """Rows of true states from a position on. after: the tokens that follow them."""
+        next_BTD = embed(torch.tensor([after], device=h_BTD.device)).to(self.dtype)
+        return self.true_rows(h_BTD.to(self.dtype), next_BTD, torch.arange(first, first + len(after), device=h_BTD.device))
 
     def _check(self, target: PreTrainedModel, input_ids: torch.Tensor, tree: Tree, limit: int, scored: int) -> None:
         for key in ("hidden_size", "vocab_size"):

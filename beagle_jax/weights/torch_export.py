@@ -5,11 +5,12 @@ torch and must compute what the JAX block computes; only then does the folder ap
 """
 
 import json
+from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,26 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import BeagleBlock
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.kinds import block_of
+from beagle_jax.model.masks import causal_mask
 from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors, settings
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 
-MODEL_TYPE = "beagle_draft_torch"  # differs from the native folder's, so that neither is taken for the other
-MODULE = "modeling_beagle"
+
+class Form(NamedTuple):
+    """What the folder of one kind of draft is called by."""
+
+    model_type: str  # differs from the native folder's, so that neither is taken for the other
+    modules: tuple[str, ...]  # the first holds the classes
+    classes: str  # what their names begin with
+
+
+FORMS: dict[type[DraftSpec], Form] = {
+    DraftSpec: Form("beagle_draft_torch", ("modeling_beagle",), "Beagle"),
+    EagleSpec: Form("eagle_draft_torch", ("modeling_eagle", "modeling_beagle"), "Eagle"),
+}
 # DraftSpec field -> the name that transformers' configs use.
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
@@ -34,6 +49,8 @@ CONFIG_KEYS = {
     "rms_norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
     "input_norm": "input_norm",
+    "fc_bias": "fc_bias",
+    "rope_scaling": "frequency_scaling",  # by its own name transformers would read it
 }
 TOLERANCE = 1e-5  # of the largest value; float32 on both sides
 _POSITIONS = 16  # of the comparison
@@ -56,16 +73,18 @@ def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    (folder / f"{MODULE}.py").write_text(module_source(), encoding="utf-8")
+    for name in FORMS[type(draft.spec)].modules:
+        (folder / f"{name}.py").write_text(module_source(name), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """config.json: what AutoModel needs, the sizes, and all that is known of the training."""
+    model_type, (module, *_), classes = FORMS[type(draft.spec)]
     return {
-        "model_type": MODEL_TYPE,
-        "architectures": ["BeagleDraft"],
-        "auto_map": {"AutoConfig": f"{MODULE}.BeagleConfig", "AutoModel": f"{MODULE}.BeagleDraft"},
+        "model_type": model_type,
+        "architectures": [f"{classes}Draft"],
+        "auto_map": {"AutoConfig": f"{module}.{classes}Config", "AutoModel": f"{module}.{classes}Draft"},
         "dtype": str(tensors[TENSOR_NAMES["q_proj"]].dtype),
         **{CONFIG_KEYS[key]: value for key, value in settings(draft.spec).items()},
         "vocab_size": vocab_size,
@@ -77,9 +96,9 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
     }
 
 
-def module_source() -> str:
-    """The module that runs the folder's weights."""
-    return (files("beagle_jax.weights") / f"{MODULE}.py").read_text(encoding="utf-8")
+def module_source(name: str) -> str:
+    """A module that runs the folder's weights."""
+    return (files("beagle_jax.weights") / f"{name}.py").read_text(encoding="utf-8")
 
 
 # The comparison
@@ -118,12 +137,16 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 
 
 def _jax_outputs(draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray) -> dict[str, np.ndarray]:
-    """What the block of this library makes of the same inputs, each query over the states before it."""
+    """What the block of this library makes of the same inputs: each query over the states before it, each entry over itself too."""
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
-    before_TS = np.tri(e_BTD.shape[1], h_BSD.shape[1], -1, dtype=bool)
+    B, T, block = *e_BTD.shape[:2], block_of(draft.spec)
+    run = partial(block.apply, {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD))
     rows_VD = head_VD if draft.hot_ids is None else head_VD[np.asarray(draft.hot_ids)]
     with jax.default_matmul_precision("highest"):
-        states = BeagleBlock(draft.spec).apply({"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD), before_TS[None])
+        if isinstance(block, EagleBlock):
+            states = run(causal_mask(jnp.full(B, T - 1), T - 1), method="row")
+        else:
+            states = run(np.tri(T, T, -1, dtype=bool)[None])
         return {"states": np.asarray(states), "logits": np.asarray(states @ rows_VD.T)}
 
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest
+from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest, read_spec, settings
 from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.safetensors_file import read_tensors
-from beagle_jax.weights.torch_export import CONFIG_KEYS, MODEL_TYPE, require_torch
+from beagle_jax.weights.torch_export import CONFIG_KEYS, FORMS, require_torch
 
 Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
 
@@ -34,13 +36,14 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
-    spec = DraftSpec.from_target(target)
+    ours = next((kind for kind, form in FORMS.items() if config.get("model_type") == form.model_type), None)
+    spec = _eagle_spec(config, target, source) if ours is EagleSpec else DraftSpec.from_target(target)
     _check_config(config, spec, target.vocab_size, source)
-    ours = config.get("model_type") == MODEL_TYPE
     tensors = read_weights(files)
-    # Published files do not say whether queries are normed: the norm's weights are there, or they are not.
-    normed = config.get("input_norm") if ours else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
-    spec = replace(spec, input_norm=bool(normed))
+    if ours is not EagleSpec:
+        # Published files do not say whether queries are normed: the norm's weights are there, or they are not.
+        normed = config.get("input_norm") if ours else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
+        spec = replace(spec, input_norm=bool(normed))
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
     if ours:
@@ -117,14 +120,20 @@ def _array(tensor) -> np.ndarray:
 # What is in them
 
 
+def _eagle_spec(config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
+    """An EAGLE draft's settings are its own: our names for them are read as a native folder's."""
+    return read_spec({"model_type": EagleSpec.kind, **{key: config.get(name) for key, name in CONFIG_KEYS.items()}}, target, where)
+
+
 def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
     """Raises UserError for another target, another block, or a folder that needs no converting."""
-    if config.get("model_type") == "beagle_draft":
+    if config.get("model_type") in [kind.kind for kind in KINDS]:
         raise UserError(f"{where}: this is a native draft already; set draft.path to it")
     rope = config.get("rope_parameters")
     told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
-    wrong = [f"{name} {told[name]} there, {getattr(spec, key)} here" for key, name in CONFIG_KEYS.items()
-             if key not in ("init_std", "input_norm") and told.get(name) is not None and told[name] != getattr(spec, key)]
+    sizes = {CONFIG_KEYS[key]: value for key, value in settings(spec).items() if key not in ("init_std", "input_norm", "rope_scaling")}
+    wrong = [f"{name} {told[name]} there, {value} here" for name, value in sizes.items()
+             if told.get(name) is not None and told[name] != value]
     if told.get("vocab_size") not in (None, vocab_size):
         wrong.append(f"vocab_size {told['vocab_size']} there, {vocab_size} here")
     if wrong:
@@ -156,7 +165,7 @@ def _match(
     problems += [f"extra tensor {name} {list(array.shape)}: this block has no such part" for name, array in tensors
                  if name not in matched and not _copied_from_target(name, prefixes)]
     if problems:
-        raise UserError(f"{where}: not the weights of one Beagle block for this target:\n  " + "\n  ".join(problems))
+        raise UserError(f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this target:\n  " + "\n  ".join(problems))
     params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
 

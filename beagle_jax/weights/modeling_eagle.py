@@ -1,0 +1,70 @@
+"""An EAGLE-1/2 draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers, nothing else.
+
+EAGLE drafts with a fusion layer and one decoder layer with self-attention, without an input norm and an output norm.
+Entry j is made of the token at position j + 1 and the state at position j, it stands at position j, sees the entries
+before it and itself, and predicts the state at position j + 1. Everything else is as in modeling_beagle.py, beside this
+file: how to load and use the draft is written there.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .modeling_beagle import BeagleConfig, BeagleDraft, KeysValues
+
+
+class EagleConfig(BeagleConfig):
+    """Shape of the draft, and where it comes from."""
+
+    model_type = "eagle_draft_torch"
+
+    def __init__(self, fc_bias: bool = True, frequency_scaling: list | None = None, **kwargs):
+        """fc_bias: the fusion layer has one. frequency_scaling: of the rotary embedding, factor, low and high frequency
+        factor, and original positions (None: linear).
+        """
+        self.fc_bias = fc_bias
+        self.frequency_scaling = frequency_scaling
+        super().__init__(**kwargs)
+
+
+class EagleDraft(BeagleDraft):
+    """The fusion layer and the block; drafting and decoding are BeagleDraft's."""
+
+    config_class = EagleConfig
+    fused = True
+
+    def __init__(self, config: EagleConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.post_init()
+
+    def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
+        """Inputs of the layer [B, T, D], from each next token's embedding and the state before it."""
+        return self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
+
+    def true_rows(self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
+        """Rows of entries: true states, each fused with the token after it."""
+        return self.keys_values(self.fuse(next_BSD, h_BSD), positions_S)
+
+    def forward(self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None) -> torch.Tensor:
+        """Predicted states [B, L - 1, D] of rows of L positions: entry j is that of position j + 1.
+
+        e_BTD, h_BSD: embedding and true state of each position; the shift is made here. mask_BTS: which of the L - 1
+        entries each entry sees; None: those before it and itself.
+        """
+        f_BTD = self.fuse(e_BTD[:, 1:], h_BSD[:, :-1])
+        positions_T = torch.arange(f_BTD.shape[1], device=f_BTD.device)
+        if mask_BTS is None:
+            mask_BTS = (positions_T[None] <= positions_T[:, None])[None]
+        return self.predict(f_BTD, self.queries(f_BTD, positions_T), self.keys_values(f_BTD, positions_T), mask_BTS[:, None, None])
+
+    def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
+        """Slowed down by a factor: all of them (linear), or long waves only, blended between the two (Llama 3)."""
+        if self.config.frequency_scaling is None:
+            return plain_H
+        factor, low, high, original = self.config.frequency_scaling
+        if original is None:
+            return plain_H / factor
+        kept_H = ((original * plain_H / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        return (1 - kept_H) * plain_H / factor + kept_H * plain_H

@@ -1,0 +1,130 @@
+"""EAGLE drafts are audited, tuned and measured as Beagle's are, and the commands take their folders."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_tuning
+import yaml
+from decode_cases import MARKOV, random_eagle, right_eagle, target_of
+from test_audit import ACCEPTANCE, DRAWN, TREES, audited, buggy_target, failed
+from test_command import make_target
+from test_eagle_import import CONFIG, published, write
+from test_tuning import small  # noqa: F401  # a fixture
+
+from beagle_jax import convert, evaluate, generate, tune
+from beagle_jax.decoding import loop, tuning
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.sampling import GREEDY
+from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.evaluation.cost import memory, phases
+from beagle_jax.evaluation.forced import forced_states
+from beagle_jax.evaluation.replay import replayed
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.weights.draft import load_draft
+from beagle_jax.weights.target import load_target
+
+RAGGED = static_tree([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 0)])
+
+
+# Acceptance, computed a second time
+
+
+@pytest.mark.parametrize(("tree", "append_predicted"), [(RAGGED, True), (dynamic_tree(3, 3, 7), True), (RAGGED, False)])
+def test_replayed_rounds_are_those_that_were_run(tree, append_predicted):
+    target, draft, prompt = target_of(MARKOV), right_eagle(0.05), [5, 7]
+    decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
+    [answer] = decoder.generate([prompt], max_new_tokens=60)
+    accepted = replayed(target, draft, tree, prompt, answer.tokens, forced_states(target, [*prompt, *answer.tokens]), append_predicted)
+    assert np.bincount(accepted, minlength=tree.depth + 1).tolist() == answer.accepted
+    assert answer.accepted[0] and sum(answer.accepted[1:]) > 2, "right and wrong rounds must both be there"
+
+
+def test_the_audit_passes():
+    made = audited(target_of(MARKOV), {"dynamic": right_eagle(0.05)}, TREES)
+    assert made["passed"] and failed(made) == set()
+
+
+def test_the_audit_finds_a_stale_state(monkeypatch):
+    """The root is fused with the state before the round; the answers stay right."""
+    right = loop.draft_tree
+    monkeypatch.setattr(loop, "draft_tree", lambda *a, **o: right(*a[:8], -a[8], **o))
+    made = audited(target_of(MARKOV), {"chain": right_eagle(0.1)}, TREES, DRAWN, 48, buggy_target(MARKOV))
+    assert failed(made) == {ACCEPTANCE}
+
+
+# Costs and trees
+
+
+def test_smaller_trees_are_read_off_the_widest(small):  # noqa: F811
+    target, draft = target_of(MARKOV), right_eagle(0.05)
+    [text] = test_tuning._answers(target, 1)
+    models = Models(target.params, draft.params, draft_head_of(target.params, None))
+    grown = tuning._widest_trees(draft, models, 3, *tuning._read(target, draft, models, *text))
+    order = tuning._order_of_right_path(*grown, 3)
+    found = (order < 7).sum(axis=1).tolist()
+    assert found == test_tuning._accepted_by_drafting(target, draft, dynamic_tree(3, 3, 8), text) and 0 < sum(found) < 3 * len(found)
+
+
+def test_costs_are_of_the_programs_that_run():
+    decoder = SpeculativeDecoder(target_of(), random_eagle(), chain(2))
+    spent = phases(decoder, [5, 7], GREEDY, 8)
+    assert spent["draft"] > 0 and spent["verify"] > 0
+    sizes = memory(decoder, [5, 7], GREEDY, 8)
+    assert sizes["draft_weights"] == sum(array.nbytes for array in random_eagle().params.values())
+    assert sizes["draft_cache"] == 2 * 128 * 2 * 8 * 4
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    """A target, and an EAGLE draft of it that was imported from its authors' form."""
+    folder = tmp_path_factory.mktemp("eagle")
+    make_target(folder / "target")
+    (folder / "eval.jsonl").write_text('{"prompt": "What is 2?"}\n{"prompt": "Name a colour."}\n')
+    settings = {
+        "target": {"source": str(folder / "target"), "cache_dir": str(folder / "cache")},
+        "draft": {"path": str(folder / "draft")},
+        "decode": {"levels": 2, "max_new_tokens": 16},
+        "eval": {"suites": [str(folder / "eval.jsonl")], "max_new_tokens": 16, "compare": ["lookup"]},
+    }
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    source = write(folder / "there", published(), CONFIG)
+    assert run_main(convert.main, ["import-eagle", "--config", str(config), "--source", str(source), "--out", str(folder / "draft")]) == 0
+    return SimpleNamespace(folder=folder, config=str(config))
+
+
+def test_an_imported_draft_generates_what_plain_decoding_does(place, capsys):
+    assert run_main(generate.main, ["--config", place.config, "What is 3?", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] and found["tokens"] == 16
+
+
+def test_evaluation_reports_and_audits_it(place):
+    out = place.folder / "report"
+    assert run_main(evaluate.main, ["--config", place.config, "--audit", "--out", str(out)]) == 0
+    made = json.loads((out / "report.json").read_text())
+    assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft"), "lookup"]
+    assert (out / "pictures" / "attention.png").exists() and (out / "pictures" / "tree.png").exists()
+
+
+def test_tuning_takes_it(place, small, capsys):  # noqa: F811
+    assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["choices"] and load_draft(place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec).spec.kind == "eagle_draft"
+
+
+def test_a_folder_that_holds_no_draft_is_named(place):
+    target, other = load_target(str(place.folder / "target"), "float32", "x").spec, place.folder / "target"
+    with pytest.raises(UserError, match=f"{other}/config.json: model_type is 'llama', expected 'beagle_draft' or 'eagle_draft'"):
+        load_draft(other, target)
+    (place.folder / "beagle").mkdir()
+    (place.folder / "beagle" / "config.json").write_text('{"model_type": "beagle_draft"}')
+    with pytest.raises(UserError, match="model_type is 'beagle_draft', expected 'eagle_draft'"):
+        load_draft(place.folder / "beagle", target, EagleSpec)
