@@ -1,24 +1,24 @@
 """EAGLE drafts decode in Beagle's loop: the same answers as plain decoding, and states that its row computes (method.md 8)."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, letters, naive_greedy, random_eagle, right_eagle, start, target_of
+from decode_cases import MARKOV, letters, naive_greedy, next_stop, random_eagle, right_eagle, start, target_of
 
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.inside import attention
 from beagle_jax.evaluation.measure import CompileCounter
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
-from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import forward
 from beagle_jax.weights.draft import Draft
 
 STATIC = static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)])
@@ -65,45 +65,61 @@ def decoded(spec, draft, tree, rounds, append_predicted=True):
     models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
     shapes = loop.Shapes(target.spec, draft.spec, tree, target.eos_ids, append_predicted=append_predicted)
     state = start(models, shapes, PROMPTS, jnp.array([40, 40]), 64)
-    return models, shapes, loop.decode(models, shapes, state, np.int32(rounds))[0]
+    return target, models, shapes, loop.decode(models, shapes, state, np.int32(rounds))[0]
 
 
-def true_states(models, shapes, text) -> jax.Array:
-    text_1L = jnp.array([text])
-    L = text_1L.shape[1]
-    return forward(models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.array([L]), L))[0]
+@partial(jax.jit, static_argnums=0)
+def true_rows(spec, params, e_LD, h_LD):
+    """Rows of all entries of a text, by hand: each state and the embedding after it."""
+    block = EagleBlock(spec).bind({"params": params})
+    return block.keys_values(block.fuse(e_LD[None, 1:], h_LD[None, :-1]), jnp.arange(len(e_LD) - 1)[None])
 
 
-def check_states(models, shapes, state) -> None:
-    """All queries of the next round, and the rows in the cache."""
-    block = EagleBlock(shapes.draft).bind({"params": models.draft})
-    drafted, P = jax.jit(lambda state: loop.propose(models, shapes, state))(state), shapes.tree.depth
+@partial(jax.jit, static_argnums=0)
+def row_states(spec, params, e_QLD, h_QLD, mask_QTT):
+    return EagleBlock(spec).apply({"params": params}, e_QLD, h_QLD, mask_QTT, method="row")
+
+
+def check_known(spec, params, target, state, line: int, text: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """What a state holds of a text whose last token is the root, against all of it read at once: embeddings and true states of it."""
+    n = len(text) - 1
+    h_LD = np.asarray(forced_states(target, text))
+    e_LD = np.asarray(target.params["embed_VD"])[[*text, *[0] * (len(h_LD) - n - 1)]]
+    rows = true_rows(spec, params, e_LD, h_LD)
+    np.testing.assert_allclose(state.draft_cache.k_BKHS[line, ..., :n], rows.k_BKHS[0, ..., :n], atol=1e-4)
+    np.testing.assert_allclose(state.draft_cache.v_BKSH[line, :, :n], rows.v_BKSH[0, :, :n], atol=1e-4)
+    np.testing.assert_allclose(state.last_B1D[line, 0], h_LD[n - 1], atol=1e-4)
+    return e_LD, h_LD
+
+
+def check_drafted(target, models, shapes, state) -> None:
+    """All queries of the next round."""
+    drafted = jax.device_get(jax.jit(lambda state: loop.propose(models, shapes, state))(state))
+    embed_VD, P = np.asarray(target.params["embed_VD"]), shapes.tree.depth
     for line, prompt in enumerate(PROMPTS):
-        n = int(state.length_B[line])
         text = [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()]
-        assert len(text) == n + 1
-        h_1LD, e_LD = true_states(models, shapes, text), models.target["embed_VD"][jnp.array(text)]
-        rows = block.keys_values(block.fuse(e_LD[None, 1:], h_1LD[:, :n]), jnp.arange(n)[None])
-        np.testing.assert_allclose(state.draft_cache.k_BKHS[line, ..., :n], rows.k_BKHS[0], atol=1e-4)
-        np.testing.assert_allclose(state.draft_cache.v_BKSH[line, :, :n], rows.v_BKSH[0], atol=1e-4)
-        np.testing.assert_allclose(state.last_B1D[line, 0], h_1LD[0, n - 1], atol=1e-4)
+        n, h_LD = len(text) - 1, np.asarray(forced_states(target, text))
+        assert n == int(state.length_B[line])
         # One row for each query: the text, then the tokens of its path, with the states that were predicted for them.
-        sees_QQ = np.asarray(drafted.query_sees_BQQ[line])
-        Q, D = drafted.state_BQD.shape[1:]
-        e_QLD, h_QLD = np.zeros((2, Q, n + 1 + P, D), np.float32)
-        e_QLD[:, : n + 1], h_QLD[:, :n], mask_QTT = e_LD, h_1LD[0, :n], np.tile(np.tri(n + P, dtype=bool), (Q, 1, 1))
+        sees_QQ, Q, L = drafted.query_sees_BQQ[line], drafted.state_BQD.shape[1], len(h_LD)
+        e_QLD, h_QLD = np.zeros((2, Q, L, TINY.hidden_size), np.float32)
+        e_QLD[:, : n + 1], h_QLD[:, :n], mask_QTT = embed_VD[text], h_LD[:n], np.tile(np.tri(L - 1, dtype=bool), (Q, 1, 1))
         for query in range(Q):
-            path = [*np.flatnonzero(sees_QQ[query]), query]  # the root first
-            for depth, above in enumerate(path):
-                e_QLD[query, n + depth] = models.target["embed_VD"][drafted.query_token_BQ[line, above]]
+            for depth, above in enumerate([*np.flatnonzero(sees_QQ[query]), query]):  # the root first
+                e_QLD[query, n + depth] = embed_VD[drafted.query_token_BQ[line, above]]
                 h_QLD[query, n + depth] = drafted.state_BQD[line, above]
-            if not shapes.append_predicted:
-                mask_QTT[query, :, n:] &= np.eye(n + P, dtype=bool)[:, n:]
-        states_QTD = block.row(jnp.asarray(e_QLD), jnp.asarray(h_QLD), jnp.asarray(mask_QTT))
+        if not shapes.append_predicted:
+            mask_QTT[..., n:] &= np.eye(L - 1, dtype=bool)[:, n:]
         depth_Q = sees_QQ.sum(axis=1)
         assert depth_Q.max() == P - 1
-        expected_QD = np.asarray(states_QTD)[np.arange(Q), n - 1 + depth_Q]
+        expected_QD = np.asarray(row_states(shapes.draft, models.draft, e_QLD, h_QLD, mask_QTT))[np.arange(Q), n - 1 + depth_Q]
         np.testing.assert_allclose(drafted.state_BQD[line], expected_QD, atol=1e-5 * float(np.abs(expected_QD).max()))
+
+
+def check_cached(target, models, shapes, state) -> None:
+    """The rows in the cache, and the last state."""
+    for line, prompt in enumerate(PROMPTS):
+        check_known(shapes.draft, models.draft, target, state, line, [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()])
 
 
 @pytest.mark.parametrize(
@@ -113,8 +129,9 @@ def check_states(models, shapes, state) -> None:
 def test_drafting_is_the_row_computed_again(case, tree, append_predicted):
     spec, draft = (TINY, random_eagle()) if case == "rejecting" else (MARKOV, right_eagle(0.05))
     for rounds in (0, 4):
-        models, shapes, state = decoded(spec, draft, TREES[tree], rounds, append_predicted)
-        check_states(models, shapes, state)
+        target, models, shapes, state = decoded(spec, draft, TREES[tree], rounds, append_predicted)
+        check_drafted(target, models, shapes, state)
+        check_cached(target, models, shapes, state)
         assert case == "rejecting" or not rounds or 4 < int(state.count_B.max()) - 1
 
 
@@ -130,7 +147,7 @@ class _Late(EagleBlock):
 
 @pytest.mark.parametrize("bug", ["late positions", "another parent's state", "itself unseen", "stale last state", "stale row"])
 def test_planted_bugs(four_rounds, bug, monkeypatch):
-    models, shapes, state = four_rounds
+    target, models, shapes, state = four_rounds
     if bug == "late positions":
         monkeypatch.setattr(drafting, "block_of", _Late)
     elif bug == "another parent's state":
@@ -141,36 +158,33 @@ def test_planted_bugs(four_rounds, bug, monkeypatch):
         right = drafting._with_own_rows
         monkeypatch.setattr(drafting, "_with_own_rows", lambda *a: (found := right(*a))[:1] + (found[1].at[:, :, -1].set(False),))
     elif bug == "stale last state":
-        state = state._replace(last_B1D=decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[2].last_B1D)
+        state = state._replace(last_B1D=decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[3].last_B1D)
     else:
         place = int(state.length_B[0]) - 1
         state = state._replace(draft_cache=state.draft_cache._replace(v_BKSH=state.draft_cache.v_BKSH.at[0, :, place].set(0.0)))
     with pytest.raises(AssertionError):
-        check_states(models, shapes, state)
+        check_drafted(target, models, shapes, state)
+    if bug.startswith("stale"):
+        with pytest.raises(AssertionError):
+            check_cached(target, models, shapes, state)
 
 
 # Prompts in chunks
 
 
-def check_chunks(monkeypatch) -> None:
+def check_chunks(monkeypatch, target) -> None:
     """Rows of the batch end in different chunks and at their borders."""
     monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (150, 64, 65, 3, 128)]
-    decoder, draft = SpeculativeDecoder(target_of(), random_eagle(), chain(2)), random_eagle()
-    shapes, state = decoder._prefill(prompts, Sampling(), 12, 0)
-    block = EagleBlock(draft.spec).bind({"params": draft.params})
+    draft = random_eagle()
+    state = SpeculativeDecoder(target, draft, chain(2))._prefill(prompts, Sampling(), 12, 0)[1]
     for line, prompt in enumerate(prompts):
-        text, n = [*prompt, int(state.root_B[line])], len(prompt)
-        h_1LD = true_states(decoder._models, shapes, text + [0] * (151 - len(text)))
-        np.testing.assert_allclose(state.last_B1D[line], h_1LD[0, n - 1 : n], atol=1e-4)
-        f_1LD = block.fuse(target_of().params["embed_VD"][jnp.array(text[1:])][None], h_1LD[:, :n])
-        np.testing.assert_allclose(state.draft_cache.v_BKSH[line, :, :n], block.keys_values(f_1LD, jnp.arange(n)[None]).v_BKSH[0], atol=1e-4)
-        np.testing.assert_allclose(state.draft_cache.k_BKHS[line, ..., :n], block.keys_values(f_1LD, jnp.arange(n)[None]).k_BKHS[0], atol=1e-4)
+        check_known(draft.spec, draft.params, target, state, line, [*prompt, int(state.root_B[line])])
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
-    check_chunks(monkeypatch)
+    check_chunks(monkeypatch, target_of())
 
 
 def test_planted_bug_the_token_after_a_chunk(monkeypatch):
@@ -178,10 +192,8 @@ def test_planted_bug_the_token_after_a_chunk(monkeypatch):
     right = loop.draft_rows
     wrong = lambda models, draft, states, next_BT, *rest: right(models, draft, states, next_BT.at[:, 0].add(1) if next_BT.shape[1] == 65 else next_BT, *rest)
     monkeypatch.setattr(loop, "draft_rows", wrong)
-    jax.clear_caches()
     with pytest.raises(AssertionError):
-        check_chunks(monkeypatch)
-    jax.clear_caches()
+        check_chunks(monkeypatch, target_of(eos_ids=next_stop()))
 
 
 # Programs
@@ -217,13 +229,12 @@ def test_nothing_compiles_after_warm_up():
 
 def test_attention_is_that_of_the_block():
     target, draft, prompt = target_of(), random_eagle(), [5, 7, 9]
-    decoder = SpeculativeDecoder(target, draft, TREES["dynamic"])
-    weights_TS, tokens = attention(decoder, prompt, max_new_tokens=12)
+    weights_TS, tokens = attention(SpeculativeDecoder(target, draft, TREES["dynamic"]), prompt, max_new_tokens=12)
     assert weights_TS.shape == (len(tokens) - 3, len(tokens) - 1)
     block, L = EagleBlock(draft.spec).bind({"params": draft.params}), len(tokens)
-    f_1TD = block.fuse(target.params["embed_VD"][jnp.array([tokens[1:]])], true_states(decoder._models, decoder._shapes, tokens)[:, :-1])
-    q_KGTH = np.asarray(block.queries(f_1TD, jnp.arange(L - 1)[None]))[0]
-    k_KHT = np.asarray(block.keys_values(f_1TD, jnp.arange(L - 1)[None]).k_BKHS)[0]
+    f_1TD = block.fuse(target.params["embed_VD"][jnp.array([tokens[1:]])], forced_states(target, tokens)[None, : L - 1])
+    parts = jax.jit(lambda f_1TD, at_1T: (block.queries(f_1TD, at_1T)[0], block.keys_values(f_1TD, at_1T).k_BKHS[0]))
+    q_KGTH, k_KHT = jax.device_get(parts(f_1TD, jnp.arange(L - 1)[None]))
     for row, place in enumerate(range(3, L)):  # its entry stands one place before it, and is the last that it sees
         heads = [np.exp(q_KGTH[k, g, place - 1] @ k_KHT[k, :, :place] / np.sqrt(8)) for k in range(2) for g in range(2)]
         np.testing.assert_allclose(weights_TS[row, :place], np.mean([head / head.sum() for head in heads], axis=0), atol=1e-5)

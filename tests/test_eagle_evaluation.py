@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import test_tuning
 import yaml
-from decode_cases import MARKOV, random_eagle, right_eagle, target_of
-from test_audit import ACCEPTANCE, DRAWN, TREES, audited, buggy_target, failed
+from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
+from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed
 from test_command import make_target
 from test_eagle_import import CONFIG, published, write
 from test_tuning import small  # noqa: F401  # a fixture
@@ -52,7 +52,7 @@ def test_the_audit_finds_a_stale_state(monkeypatch):
     """The root is fused with the state before the round; the answers stay right."""
     right = loop.draft_tree
     monkeypatch.setattr(loop, "draft_tree", lambda *a, **o: right(*a[:8], -a[8], **o))
-    made = audited(target_of(MARKOV), {"chain": right_eagle(0.1)}, TREES, DRAWN, 48, buggy_target(MARKOV))
+    made = audited(target_of(MARKOV), {"chain": right_eagle(0.1)}, TREES, DRAWN, 48, target_of(MARKOV, eos_ids=next_stop()))
     assert failed(made) == {ACCEPTANCE}
 
 
