@@ -182,14 +182,16 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
 @pytest.mark.slow
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
-    from convert_cases import make_place
+    from test_command import make_target, write_lines
 
-    place = make_place(tmp_path)
+    make_target(tmp_path / "target")
+    questions = write_lines(tmp_path / "prompts.jsonl", [f"What is {number}?" for number in range(60)])
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"folder": str(tmp_path / "runs" / "paper")}
     tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))
-    ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={place.folder / 'target'}", "draft.hot_tokens=200",
-           f"data.folder={tmp_path / 'data'}", "data.max_answer_tokens=12", "data.batch=64"]  # fmt: skip
+    ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={tmp_path / 'target'}", "draft.hot_tokens=200",
+           f"data.folder={tmp_path / 'data'}", f"data.source={questions}", "data.max_answer_tokens=12", "data.batch=64",
+           f"eval.suites=[{questions}]", "train.row_tokens=64"]  # fmt: skip
     assert run_main(runner.main, ask) == 1
     assert "error: 1 could not be made" in capsys.readouterr().err
     folder = tmp_path / "runs" / "paper-short"
@@ -201,7 +203,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
         assert (folder / "results" / f"{name}.png").exists() == (tree["figures"][name]["kind"] != "table")
     assert "train.early.window is 0" in made["fig4"]["not_run"]["window-5"]
     assert [point["step"] for point in made["fig3"]["runs"]["beagle"]["curve"]] == [1, 2]
-    assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [8, 10]
+    assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [5, 7]
     table = (folder / "results" / "claims.md").read_text()
     assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(tree["claims"])
     assert "not run: window-5" in table and "| none | 1.00 |" in table
