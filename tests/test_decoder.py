@@ -12,13 +12,14 @@ from decode_cases import MARKOV, letters, naive_greedy, random_draft, right_draf
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.loop import read_prompt
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree
+from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.sharding import tensor_mesh
 from beagle_jax.weights.draft import load_draft
 
-TREES = {"plain": ROOT_ONLY, "chain": chain(3), "static": static_tree(EAGLE_PATHS), "dynamic": dynamic_tree(4, 3, 9)}
+STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2), (0, 0, 1)])  # EAGLE's own tree is decoded in test_decoding.py
+TREES = {"plain": ROOT_ONLY, "chain": chain(3), "static": STATIC, "dynamic": dynamic_tree(3, 3, 9)}
 DRAWN = Sampling(0.8, top_k=20)
 
 
@@ -37,26 +38,35 @@ def _lettered(error: float = 0.02):
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
+    """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
     prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(50)) * 2]
-    stop = naive_greedy(target_of(MARKOV), [5], 3)[2]
-    for target, draft in ((target_of(), random_draft()), (target_of(MARKOV, (stop,)), right_draft(0.02))):
-        decoder = _decoder(tree, target, draft)
-        together = decoder.generate(prompts, sampling, max_new_tokens=24, seed=7)
-        alone = [decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0] for line, prompt in enumerate(prompts)]
-        counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
-        assert list(map(counted, together)) == list(map(counted, alone))
+    target, draft = target_of(), random_draft()
+    if not sampling.greedy:
+        target, draft = target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)), right_draft(0.02)
+    decoder = _decoder(tree, target, draft, context=128)  # one cache size
+    together = decoder.generate(prompts, sampling, max_new_tokens=24, seed=7)
+    alone = [decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0] for line, prompt in enumerate(prompts)]
+    counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
+    assert list(map(counted, together)) == list(map(counted, alone))
+
+
+@pytest.fixture(scope="module")
+def two_hundred():
+    """Prompts, and what plain decoding answers."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, TINY.vocab_size, rng.integers(1, 30)).tolist() for _ in range(200)]
+    plain = SpeculativeDecoder(target_of()).generate(prompts, max_new_tokens=64)
+    assert plain[0].tokens == naive_greedy(target_of(), prompts[0], 64)
+    return prompts, plain
 
 
 @pytest.mark.parametrize("append_predicted", [True, False])
 @pytest.mark.parametrize("name", ["chain", "static", "dynamic"])
-def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(name, append_predicted):
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, TINY.vocab_size, rng.integers(1, 30)).tolist() for _ in range(200)]
-    plain = SpeculativeDecoder(target_of()).generate(prompts, max_new_tokens=64)
+def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(two_hundred, name, append_predicted):
+    prompts, plain = two_hundred if append_predicted else [each[:50] for each in two_hundred]  # fifty without
     fast = _decoder(TREES[name], append_predicted=append_predicted).generate(prompts, max_new_tokens=64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < sum(answer.rounds for answer in plain)
-    assert plain[0].tokens == naive_greedy(target_of(), prompts[0], 64)
 
 
 # Stops
@@ -172,15 +182,13 @@ from beagle_jax.decoding.sampling import Sampling, GREEDY
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.sharding import tensor_mesh
 prompts = [[5], [7, 8, 9], [1, 2, 3, 4]]
-for sampling in (GREEDY, Sampling(0.8, top_k=20)):
+for sampling, size in ((GREEDY, 8), (Sampling(0.8, top_k=20), 2)):
     ask = lambda mesh: [a.tokens for a in SpeculativeDecoder(
-        target_of(), random_draft(), dynamic_tree(3, 3, 8), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
-    one = ask(None)
-    for size in (2, 8):
-        assert ask(tensor_mesh(size)) == one, size
+        target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
+    assert ask(tensor_mesh(size)) == ask(None), size
 eagle = lambda mesh: SpeculativeDecoder(target_of(), random_eagle(), dynamic_tree(3, 3, 8), mesh=mesh).generate(prompts, max_new_tokens=32)
 assert [(a.tokens, a.rounds) for a in eagle(None)] == [(a.tokens, a.rounds) for a in eagle(tensor_mesh(2))]
-decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(3, 3, 8), mesh=tensor_mesh(2))
+decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
