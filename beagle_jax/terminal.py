@@ -49,6 +49,11 @@ def show(arguments: Namespace, text: str, figures: Any) -> None:
         write_text(Path(arguments.json), json.dumps(figures, indent=1) + "\n")
 
 
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 def coloured(text: str, code: str, stream: TextIO) -> str:
     """`text` in an ANSI colour (31 red, 1 bold) on a terminal; as it is elsewhere, and where NO_COLOR is set."""
     if not stream.isatty() or os.environ.get("NO_COLOR"):

@@ -18,6 +18,7 @@ from beagle_jax.data.folder import read_parts
 from beagle_jax.data.preview import preview
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.terminal import size
 from beagle_jax.weights.target import load_target
 
 QUESTIONS = [f"What is {number}?" for number in range(10)]
@@ -68,7 +69,7 @@ def test_text_and_states_lie_in_parts_and_their_size_was_announced(place, capsys
     sizes = [(place.data / f"part-000{number}.states").stat().st_size for number in parts]
     assert sum(sizes) == tokens * 32 * 4 and min(sizes) > 0
     captured = capsys.readouterr()
-    assert f"target states: {tokens:,} tokens x 32 in float32, 0.00 GB in 3 parts; 0.00 GB to write, " in captured.err
+    assert f"target states: {tokens:,} tokens x 32 in float32, {size(sum(sizes))} in 3 parts; {size(sum(sizes))} to write, " in captured.err
     assert captured.out == f"10 rows, {tokens:,} tokens ready in {place.data}\n"
     # Nothing is done twice.
     before = {path: path.stat().st_mtime_ns for path in place.data.iterdir()}
@@ -140,7 +141,7 @@ def test_what_cannot_fit_is_refused_before_it_is_written(place, capsys, monkeypa
     monkeypatch.setattr(prepare_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     more = [] if source == "chats" else ["data.source=self", "data.answer_tokens=9"]
     message = ended(place, capsys, *more)
-    assert "has 0.00 GB free, the target's states need " in message and "lower data.answer_tokens, set data.states_dtype: int8" in message
+    assert "has 0.00 MB free, the target's states need " in message and "lower data.answer_tokens, set data.states_dtype: int8" in message
     assert not list(place.data.glob("*.states"))
 
 
@@ -183,7 +184,7 @@ def test_answers_are_written_anew_when_asked(place):
 def test_online_states_take_no_disk(place, capsys):
     figures = prepared(place, "data.states=online")
     assert figures["states_dtype"] is None and not list(place.data.glob("*.states*"))
-    assert "GB" not in capsys.readouterr().err
+    assert "target states" not in capsys.readouterr().err
 
 
 # Preview

@@ -120,6 +120,10 @@ def test_transformers_does_not_advise_to_install_torch():
     assert run(WITHOUT_TORCH.format(prepare="terminal.prepare(argparse.Namespace(quiet=False, json=None))")).stderr == ""
 
 
+def test_sizes_are_told_in_what_a_reader_can_weigh():
+    assert [terminal.size(count) for count in (0, 4_600_000, 270_000_000, 13.5e9)] == ["0.00 MB", "4.60 MB", "0.27 GB", "13.50 GB"]
+
+
 def test_errors_are_red_on_a_terminal_only(monkeypatch):
     assert terminal.coloured("error:", "31", io.StringIO()) == "error:"
     parent, child = pty.openpty()

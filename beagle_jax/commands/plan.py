@@ -12,6 +12,7 @@ from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError
 from beagle_jax.model.kinds import spec_type
 from beagle_jax.sharding import check_rows, make_mesh
+from beagle_jax.terminal import size
 from beagle_jax.training.cost import CHIPS, StageCost, stage_cost, topology_devices
 from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count, planned_spec
@@ -83,13 +84,13 @@ def stage_figures(config: Config, name: str, cost: StageCost, devices: Sequence[
 def table(figures: dict) -> str:
     """The plan for a reader."""
     target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
-    sizes = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items())
+    sizes = " x ".join(f"{axis} {count}" for axis, count in devices["mesh"].items())
     memory = "" if devices["memory"] is None else f" of {devices['memory'] / 2**30:.0f} GiB"
     lines = [
-        f"target     {target['source']}: {target['parameters']:,} parameters, {_gb(target['bytes'])} in {target['dtype']}",
+        f"target     {target['source']}: {target['parameters']:,} parameters, {size(target['bytes'])} in {target['dtype']}",
         f"draft      {draft['parameters']:,} parameters; scores {draft['scored_tokens']:,} of {draft['vocabulary']:,} tokens",
-        f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {_gb(space['states_at_most'])} for data.answer_tokens at most; "
-        f"checkpoints {_gb(space['checkpoints'])}, {_gb(space['checkpoint'])} each; draft {_gb(space['draft'])}",
+        f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {size(space['states_at_most'])} for data.answer_tokens at most; "
+        f"checkpoints {size(space['checkpoints'])}, {size(space['checkpoint'])} each; draft {size(space['draft'])}",
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]
     rows = [("stage", lambda one: ""), ("steps", lambda one: f"{one['steps']:,}"),
@@ -118,8 +119,4 @@ def _verdict(entry: tuple[str, dict]) -> str:
 
 def _of(key: str) -> Callable[[dict], str]:
     """Bytes on one device."""
-    return lambda one: "-" if one[key] is None else _gb(one[key])
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    return lambda one: "-" if one[key] is None else size(one[key])

@@ -16,6 +16,7 @@ from beagle_jax.data.states import StoredStates, is_stored, record_bytes, states
 from beagle_jax.data.template import Row
 from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.errors import UserError
+from beagle_jax.terminal import size
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, configured_target, open_source
 
@@ -93,11 +94,11 @@ def _announce_writing(config: Config, target: Target) -> None:
     record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
     with_prompts = tokens * (1 + 2 * data.max_prompt_tokens / data.max_answer_tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
-    print(f"target states of {tokens:,} answer tokens to be written: {tokens * record / 1e9:.2f} GB, with their prompts at most about "
-          f"{with_prompts * record / 1e9:.2f} GB; {free / 1e9:.2f} GB are free in {data.folder}")
+    print(f"target states of {tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
+          f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}")
     if tokens * record > free:
-        raise UserError(f"data.folder: {data.folder} has {free / 1e9:.2f} GB free, the target's states need more than "
-                        f"{tokens * record / 1e9:.2f} GB; {_LESS_DISK}")
+        raise UserError(f"data.folder: {data.folder} has {size(free)} free, the target's states need more than "
+                        f"{size(tokens * record)}; {_LESS_DISK}")
 
 
 def _announce_states(config: Config, target: Target, parts: dict[int, list[Row]]) -> None:
@@ -108,10 +109,10 @@ def _announce_states(config: Config, target: Target, parts: dict[int, list[Row]]
     missing = sum(total[number] for number, rows in parts.items() if not is_stored(states_path(folder, number), rows, width, dtype))
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free
-    print(f"target states: {tokens:,} tokens x {width} in {dtype}, {sum(total.values()) / 1e9:.2f} GB in {len(parts)} parts; "
-          f"{missing / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free in {folder}")
+    print(f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} in {len(parts)} part{'s' * (len(parts) > 1)}; "
+          f"{size(missing)} to write, {size(free)} free in {folder}")
     if missing > free:
-        raise UserError(f"data.folder: {folder} has {free / 1e9:.2f} GB free, the target's states need {missing / 1e9:.2f} GB more; {_LESS_DISK}")
+        raise UserError(f"data.folder: {folder} has {size(free)} free, the target's states need {size(missing)} more; {_LESS_DISK}")
 
 
 def _existing(folder: str) -> Path:

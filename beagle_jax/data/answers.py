@@ -223,6 +223,7 @@ def _write_share(
             group, waiting = waiting[:count], waiting[count:]
             rows = _write_group(config, folder, part, group, write, bar)
             part, have = part + share.count, have + _answer_tokens(rows)
+        bar.total = bar.n  # the last answers go a little beyond the budget, and tqdm would show that as a share of nothing
     if config.source != "self":
         tqdm.write(f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of {config.source} is not used")
 
