@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
 
         figures = train_draft(config)
     if is_first():
-        show(arguments, f"draft written to {figures['draft']}; try: python -m beagle_jax.generate --config FILE \"your prompt\"", figures)
+        try_it = f"python -m beagle_jax.generate --config {arguments.config} \"your prompt\" draft.path={figures['draft']}"
+        show(arguments, f"draft written to {figures['draft']}; try:\n  {try_it}", figures)
 
 
 if __name__ == "__main__":

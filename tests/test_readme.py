@@ -71,7 +71,12 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
     [train] = [line for line in PYTHON_M if line.startswith("python -m beagle_jax.train")]
     with pytest.MonkeyPatch.context() as patch:
         status, printed = ran(train, toy, tmp_path_factory.mktemp("train"), patch)
-    assert status == 0 and printed.startswith(f"draft written to {toy['train.folder']}/draft; try: python -m beagle_jax.generate")
+    draft = f"{toy['train.folder']}/draft"
+    written, try_it = printed.splitlines()
+    assert (status, written) == (0, f"draft written to {draft}; try:")
+    assert try_it == f'  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" draft.path={draft}'
+    with pytest.MonkeyPatch.context() as patch:
+        assert ran(try_it, toy, tmp_path_factory.mktemp("try"), patch)[0] == 0
     return toy
 
 
