@@ -17,3 +17,6 @@ export PYTHONUNBUFFERED=1
 config=configs/quickstart.yaml
 run .venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"
+if [ ${#short[@]} -gt 0 ] && [ -z "$dry_run" ]; then
+  echo "this was --short, which trains too little to be faster: bash launch/quickstart.sh"
+fi
