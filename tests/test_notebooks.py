@@ -1,37 +1,144 @@
-"""The notebooks: clean, small, installing first; and executed end to end on a toy target with a draft of its own."""
+"""The notebooks: small, installing first, with the outputs of a full run; and executed end to end on a toy target with a draft of its own."""
 
 import ast
+import importlib.util
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from convert_cases import make_place
 from nbclient import NotebookClient
+from nbformat.v4 import new_output
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {"a_quick_start": 1, "b_masks_and_stages": 3, "c_trees": 3, "d_your_own": 0}
 
 
-def code(path: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+def runner():
+    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "notebooks" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN = runner()
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
 
 
 def test_all_four_are_here():
-    assert [path.stem for path in NOTEBOOKS] == ["a_quick_start", "b_masks_and_stages", "c_trees", "d_your_own"]
+    assert [path.stem for path in NOTEBOOKS] == list(PICTURES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_valid_installs_first_and_is_small(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    first, *rest = code(path)
-    assert '"pip", "install"' in first and 'find_spec("beagle_jax")' in first
+def test_a_notebook_is_valid_and_installs_first(path):
+    nbformat.validate(read(path))
+    first, *rest = [cell.source for cell in RUN.code_cells(read(path))]
+    assert '"pip", "install"' in first and "REPOSITORY" in first
     for source in [first, *rest]:
         ast.parse(source)
-    for cell in notebook.cells:
-        assert len(str(cell.get("outputs", ""))) < 1_000_000
-        assert not any(output.output_type == "error" for output in cell.get("outputs", []))
+
+
+# What is kept of a full run
+
+
+def check_outputs(path: Path, notebook) -> None:
+    cells = RUN.code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not every cell was run, in order"
+    assert notebook.metadata.get("outputs_of") == RUN.digest(notebook), "the outputs are of other code: python notebooks/run.py"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs and not any(output.output_type == "error" for output in outputs)
+    assert all(len(str(output)) < 1_000_000 for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= PICTURES[path.stem]
+    text = "\n".join(output.text for output in outputs if output.output_type == "stream")
+    assert text.startswith("0.") and "short form" not in text
+    assert not re.search(r"/(?:home|root|tmp|usr|work|mnt)/|\r|Warning|Traceback", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_outputs_of_a_full_run_are_there(path):
+    check_outputs(path, read(path))
+
+
+def wiped(notebook):
+    RUN.code_cells(notebook)[1].execution_count = None
+
+
+def changed(notebook):
+    RUN.code_cells(notebook)[1].source += "\nprint()"
+
+
+def failed(notebook):
+    RUN.code_cells(notebook)[0].outputs.append(new_output("error", ename="E", evalue="", traceback=[]))
+
+
+def large(notebook):
+    RUN.code_cells(notebook)[0].outputs.append(new_output("stream", name="stdout", text="x" * 1_000_000))
+
+
+def short(notebook):
+    RUN.code_cells(notebook)[0].outputs.append(new_output("stream", name="stdout", text="short form"))
+
+
+@pytest.mark.parametrize("spoil", [wiped, changed, failed, large, short])
+def test_planted_bugs_in_outputs(spoil):
+    notebook = read(NOTEBOOKS[1])
+    spoil(notebook)
+    with pytest.raises(AssertionError):
+        check_outputs(NOTEBOOKS[1], notebook)
+
+
+def test_bars_are_kept_as_they_ended_and_paths_without_the_machine():
+    pieces = ["loading:   0%|", "\rloading:  50%|", "\rloading: 100%|\n", "\rgone: 5%|", "\r        \r", f"at {ROOT}/runs\n", "\rwiped: 9%|\r   \r"]
+    outputs = [new_output("stream", name="stderr", text=text) for text in pieces]
+    outputs.insert(2, new_output("stream", name="stdout", text="one\n"))
+    found = RUN.tidy(outputs)
+    assert [(output.name, output.text) for output in found] == [("stderr", "loading: 100%|\nat ./runs"), ("stdout", "one\n")]
+
+
+# The first cell
+
+
+def install(monkeypatch, place: Path, *, repository: str = "", found: bool = False) -> list[list[str]]:
+    """The commands that the first cell runs when it is started in a folder where beagle_jax is found, or not."""
+    source = RUN.code_cells(read(NOTEBOOKS[0]))[0].source.partition("import beagle_jax\n")[0]
+    assert source.count('REPOSITORY = ""') == 1
+    ran = []
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
+    return ran
+
+
+def test_where_it_is_installed_nothing_is(monkeypatch, tmp_path):
+    assert install(monkeypatch, tmp_path, found=True) == []
+
+
+def test_a_clone_is_installed_as_it_is(monkeypatch):
+    [pip] = install(monkeypatch, ROOT / "notebooks")
+    assert pip[1:5] == ["-m", "pip", "install", "--quiet"] and pip[-2:] == ["--editable", str(ROOT)]
+
+
+def test_elsewhere_the_project_is_cloned_from_the_address_given(monkeypatch, tmp_path):
+    clone, pip = install(monkeypatch, tmp_path, repository="https://example.org/x")
+    assert clone == ["git", "clone", "--depth", "1", "https://example.org/x", "beagle_jax_clone"] and pip[-1] == "beagle_jax_clone"
+
+
+def test_without_an_address_one_message_says_what_to_set(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="Set REPOSITORY in this cell to the project's address"):
+        install(monkeypatch, tmp_path)
+
+
+# Executed
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +153,6 @@ def test_a_notebook_runs(path, toy, tmp_path, monkeypatch):
     for name, value in (toy | {"BEAGLE_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/beagle_jax/xla_tests"))
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    assert all(cell.execution_count for cell in RUN.code_cells(notebook))

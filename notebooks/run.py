@@ -1,0 +1,74 @@
+"""Runs the notebooks in full and keeps in them what they print and draw.
+
+    python notebooks/run.py                     # all four: half an hour on two CPU cores
+    python notebooks/run.py b_masks_and_stages  # one of them
+
+Needs the `test` extra. Run it after any change of a notebook's code: tests/test_notebooks.py compares.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(names: list[str]) -> None:
+    """names: stems of the notebooks to run; none: all."""
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would like a widget for its bars; text is what is kept
+    for path in sorted(HERE.glob("*.ipynb")):
+        if not names or path.stem in names:
+            notebook = nbformat.read(path, as_version=4)
+            NotebookClient(notebook, timeout=None, record_timing=False, resources={"metadata": {"path": str(HERE.parent)}}).execute()
+            for cell in code_cells(notebook):
+                cell.outputs = tidy(cell.outputs)
+            notebook.metadata["outputs_of"] = digest(notebook)
+            nbformat.write(notebook, path)
+            print(path.name)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """In order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def digest(notebook: NotebookNode) -> str:
+    """Of all code: what `outputs_of` in a notebook's metadata must be."""
+    return hashlib.sha256("\n\n".join(cell.source for cell in code_cells(notebook)).encode()).hexdigest()
+
+
+def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """Pieces of one stream as one text, of each progress bar its last state, and no path of this machine."""
+    streams: dict[str, NotebookNode] = {}
+    kept = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name in streams:
+            streams[output.name].text += output.text
+        else:
+            streams[output.name] = output
+            kept.append(output)
+    for stream in streams.values():
+        lines = [_last_state(line) for line in stream.text.split("\n")]
+        text = "\n".join(line for line in lines if line is not None)
+        stream.text = text.replace(str(HERE.parent), ".").replace(str(Path.home()), "~")
+    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
+def _last_state(line: str) -> str | None:
+    """Of a line that was written over; None if it was wiped in the end, as bars that leave nothing do."""
+    *before, last = [state.rstrip() for state in line.split("\r")]
+    if last or not before:
+        return last
+    return before[-1] or None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
