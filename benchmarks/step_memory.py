@@ -10,7 +10,7 @@ training-time test (every step's states are new queries and new keys). Peak: arg
 import argparse
 import sys
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -34,6 +34,7 @@ FORMS = {
 }
 
 
+@lru_cache
 def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
     """Bytes that the gradient of one late step needs at once."""
     predict, detach = FORMS[form]

@@ -85,8 +85,8 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
 
 
 def test_detach_changes_gradients_only(row):
-    kept = _both(*row, jnp.int32(1), window=4, steps=4, detach=False)
-    cut = _both(*row, jnp.int32(1), window=4, steps=4, detach=True)
+    kept = _both(*row, jnp.int32(1), window=4, steps=4, detach=False, plant="")
+    cut = _both(*row, jnp.int32(1), window=4, steps=4, detach=True, plant="")
     # Two programs: rounding differs where XLA fuses them differently, by a few 1e-7 (measured).
     np.testing.assert_allclose(kept[0][0], cut[0][0], atol=1e-5)
     assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
