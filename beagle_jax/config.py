@@ -82,9 +82,10 @@ class TrainConfig:
 
     folder: str = "runs/train"  # checkpoints, log.jsonl and the exported draft
     seed: int = 42  # of the initial weights, the order of rows, offsets and noise
-    batch: int = 16  # rows (chats) per step
+    batch: int = 16  # rows per step; a row is one chat, or several with pack
     accumulate: int = 1  # batches whose gradients are summed before the weights change; all steps count batches
     row_tokens: int = 224  # L: longer chats are cut here
+    pack: bool = False  # as many whole chats in a row as fit; none sees another
     noise: Literal["uniform", "gaussian", "none"] = "uniform"  # on keys and values only (method.md 3.3)
     noise_scale: float = 0.2  # uniform: U(-scale/2, scale/2) * 512 / chat length; gaussian: standard deviation
     loss: Literal["cross_entropy", "kl", "reverse_kl", "total_variation", "lk_hybrid"] = "cross_entropy"  # training/distances.py

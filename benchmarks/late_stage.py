@@ -24,6 +24,7 @@ from late_oracle import oracle_states
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.packing import of_row
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training.late import window_queries
 from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss
@@ -42,21 +43,21 @@ def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
     counts[:, width // 3 : -1] = True
     states = rng.standard_normal((rows, width, hidden), dtype=np.float32)
     tokens = rng.integers(0, vocab, (rows, width), np.int32)
-    return Batch(tokens, states, counts, np.full(rows, width, np.int32), np.zeros(rows, np.int32))
+    return Batch(tokens, states, counts, np.full((rows, 1), width, np.int32), np.zeros((rows, 1), np.int32))
 
 
-def predict_plain(params, spec, stage, e_BLD, h_BLD, length_B, first_B, offset) -> Prediction:
+def predict_plain(params, spec, stage, e_BLD, h_BLD, length_BC, first_BC, offset) -> Prediction:
     """The late stage as the paper describes it; rows picked afterwards, the same ones as in the fast form."""
     steps = stage.simulation_steps
     per_step = oracle_states(
-        params, spec, e_BLD, h_BLD, length_B, window=stage.window, steps=steps, offset=offset, detach=stage.detach
+        params, spec, e_BLD, h_BLD, length_BC[:, 0], window=stage.window, steps=steps, offset=offset, detach=stage.detach
     )
-    query_UJ, valid_UJ = window_queries(e_BLD.shape[1], stage.window, steps, offset)
-    picked = jnp.stack([per_step[j][:, query_UJ[:, j]] for j in range(steps)], axis=2)
-    U = query_UJ.shape[0]
+    at = window_queries(length_BC - first_BC, e_BLD.shape[1], stage.window, steps, offset)
+    picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
+    B, U, _ = at.query_BUJ.shape
     return Prediction(
-        picked.reshape(e_BLD.shape[0], U * steps, -1), query_UJ.reshape(-1), valid_UJ.reshape(1, -1),
-        jnp.tile(jnp.arange(steps), U), jnp.tile(jnp.arange(steps, 0, -1.0), U),
+        picked.reshape(B, U * steps, -1), at.query_BUJ.reshape(B, -1), at.valid_BUJ.reshape(B, -1),
+        jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)), jnp.tile(jnp.arange(steps, 0, -1.0), U),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
     table = shape((vocab, spec.hidden_size), jnp.float32)
     ints = lambda *size: shape(size, jnp.int32)
-    batch = Batch(ints(rows, width), shape((rows, width, spec.hidden_size), jnp.float32), shape((rows, width), bool), ints(rows), ints(rows))
+    batch = Batch(ints(rows, width), shape((rows, width, spec.hidden_size), jnp.float32), shape((rows, width), bool), ints(rows, 1), ints(rows, 1))
     loss = partial(stage_loss, mesh=MESH)
     gradient = jax.grad(lambda p, frozen, batch, key: loss(p, spec, TrainConfig(), stage, predict, frozen, batch, key)[0])
     key = jax.eval_shape(jax.random.key, 0)

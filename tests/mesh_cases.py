@@ -38,9 +38,10 @@ LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is 
 
 
 def frozen_and_batch() -> tuple[dict, Batch]:
-    """Ragged rows, some with nothing that counts, so that devices have different amounts to do."""
+    """Ragged rows, some of two chats, some with nothing that counts, so that devices have different amounts to do."""
     rng = np.random.default_rng(3)
     length_B = np.array([11, 9, 11, 6, 5, 11, 10, 8], np.int32)
+    length_BC = np.stack([length_B - [4, 0, 0, 2, 0, 7, 1, 0], [4, 0, 0, 2, 0, 7, 1, 0]], axis=1).astype(np.int32)
     live_BL = np.arange(L) < length_B[:, None]
     counts_BL = live_BL & (np.arange(L) >= 2) & (np.arange(L) < length_B[:, None] - 1)
     counts_BL[3:5] = False
@@ -48,7 +49,7 @@ def frozen_and_batch() -> tuple[dict, Batch]:
     tokens_BL = rng.integers(0, V, (B, L)).astype(np.int32)
     tables = {name: rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32) for name in ("embed_VD", "head_VD")}
     tables["head_VD"][::99] *= 6  # five tokens stand out, so that draft and target agree now and then
-    return tables, Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
+    return tables, Batch(tokens_BL, states_BLD, counts_BL, length_BC, np.zeros((B, 2), np.int32))
 
 
 def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG, spec: DraftSpec = SPEC) -> dict:

@@ -36,7 +36,7 @@ def six_rows() -> Batch:
     counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
     states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
     tokens_BL = rng.integers(0, TINY.vocab_size, (6, 10)).astype(np.int32)
-    return Batch(tokens_BL, states_BLD, counts_BT, np.full(6, 10, np.int32), np.zeros(6, np.int32))
+    return Batch(tokens_BL, states_BLD, counts_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32))
 
 
 def one_update(config: TrainConfig, batches: list[Batch], frozen) -> tuple[dict, float]:

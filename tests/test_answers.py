@@ -327,12 +327,12 @@ def test_batches_are_cut_padded_and_aligned():
         # Supervised from position 2 on; the last position of a row never counts: 3 positions at most.
         assert batch.tokens_BL.shape == (2, 6) and batch.states_BLD.shape == (2, 6, 3) and batch.counts_BT.shape == (2, 3)
         for line in range(2):
-            number, length = int(batch.tokens_BL[line, 0]), int(batch.length_B[line])
+            number, length = int(batch.tokens_BL[line, 0]), int(batch.length_BC[line, 0])
             assert length == min(6, len(rows[number].tokens))
             assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (6 - length)
             assert batch.states_BLD[line, :length, 0].tolist() == [3 * (starts[number] + i) + 1 for i in range(length)]
             assert not batch.states_BLD[line, length:].any()
-            assert batch.first_B[line] == 2
+            assert batch.first_BC[line].tolist() == [2]
             assert batch.counts_BT[line].tolist() == [position < length - 1 for position in (2, 3, 4)]
             seen.add(number)
     assert seen == {0, 1, 2, 3}
@@ -341,7 +341,7 @@ def test_batches_are_cut_padded_and_aligned():
 def test_the_share_of_padding_is_that_of_the_batches():
     loader = loader_of(rows_of_lengths(4, 9, 6, 5))
     batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
-    live = sum(int(batch.length_B.sum()) for batch in batches)
+    live = sum(int(batch.length_BC.sum()) for batch in batches)
     assert loader.padding == pytest.approx(1 - live / (4 * 6)) == 3 / 24
 
 

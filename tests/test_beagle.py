@@ -75,7 +75,7 @@ def block_case(tiny_draft_spec, tiny_draft):
     rng = np.random.default_rng(0)
     params = {name: array * 0.5 if array.ndim == 2 else array + 0.1 * jnp.arange(array.size) / array.size for name, array in tiny_draft.items()}
     e_LD, h_LD = (rng.standard_normal((9, tiny_draft_spec.hidden_size)) for _ in range(2))
-    mask_LL = np.asarray(early_block_mask(jnp.array([9]), 9, 3, jnp.int32(1))[0])
+    mask_LL = np.asarray(early_block_mask(jnp.array([[9]]), 9, 3, jnp.int32(1))[0])
     run = jax.jit(lambda p: BeagleBlock(tiny_draft_spec).apply({"params": p}, jnp.float32(e_LD)[None], jnp.float32(h_LD)[None], mask_LL[None])[0])
     return params, run, _numpy_block(params, tiny_draft_spec, e_LD, h_LD, mask_LL)
 
@@ -110,7 +110,7 @@ def _drafted(params, spec, embed_VD, times=1.0):
 def _trained_on(params, spec, embed_VD, times=1.0):
     """The loss of one row."""
     states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
-    one = np.ones(1, np.int32)
+    one = np.ones((1, 1), np.int32)
     batch = jax.tree.map(jnp.asarray, Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one))
     config, frozen = TrainConfig(noise="none"), {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD}
     return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0), ONE_DEVICE)[0]

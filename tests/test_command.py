@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import environment
 from safetensors.numpy import load_file
 from test_report import check_schema
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -101,7 +102,8 @@ def test_training_leaves_text_states_log_and_draft(trained):
     rows = [json.loads(line) for line in (data / "part-0000.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(1 <= sum(row["supervised"]) <= 12 for row in rows)
     assert (data / "part-0000.states").stat().st_size == sum(len(row["tokens"]) for row in rows) * 32 * 4
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    about, *log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert about["stage"] == "data" and 0 < about["padding"] == about["padding_unpacked"] < 1
     steps = [(line["stage"], line["step"], len(line["top1_by_offset"])) for line in log]
     assert steps == [("early", 1, 3), ("early", 2, 3), ("early", 3, 3), ("late", 1, 2), ("late", 2, 2)]
     draft = json.loads((run / "draft" / "config.json").read_text())
@@ -140,7 +142,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
                 batch = loader.batch_at(step)
-                for tokens, length, row_states in zip(batch.tokens_BL, batch.length_B, batch.states_BLD):
+                for tokens, length, row_states in zip(batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD):
                     found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
                     np.testing.assert_array_equal(row_states[:length], states_MD[starts[found[-1]] :][:length])
         order = list(range(12))
@@ -178,9 +180,57 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
     assert run_main(train.main, ["--config", trained.config, *options]) == 0
     assert not list((trained.folder / "online_text").glob("*.states*"))
     logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (trained.folder / "run", folder)]
-    assert len(logs[0]) == len(logs[1]) == 5
-    for disk, online in zip(*logs):
+    disk_steps, online_steps = ([line for line in log if "loss" in line] for log in logs)
+    assert len(disk_steps) == len(online_steps) == 5
+    for disk, online in zip(disk_steps, online_steps):
         assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)  # five steps apart, of rows that were summed in another order
+
+
+def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
+    """Twelve chats in four rows or fewer: one batch of all of them an epoch."""
+    folder = trained.folder / "packed"
+    options = [f"train.folder={folder}", "train.pack=true", "train.row_tokens=200", "train.batch=2"]
+    assert run_main(train.main, ["--config", trained.config, *options]) == 0
+    about, *log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert about["padding"] < 0.5 < 0.7 < about["padding_unpacked"] and len(log) == 5
+    told = f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} without train.pack)"
+    assert told in capsys.readouterr().err
+    assert load_file(folder / "draft" / "model.safetensors").keys() == load_file(trained.folder / "run" / "draft" / "model.safetensors").keys()
+
+
+ON_A_MESH = """
+import json, sys
+import jax
+from beagle_jax import train
+from beagle_jax.commands import train as command
+from beagle_jax.errors import run_main
+right, seen = command.configured_target, []
+held = lambda target: [[len(x.sharding.device_set), x.addressable_shards[0].data.size / x.size] for x in jax.tree.leaves(target.params) if x.ndim > 1]
+def noted(config, mesh, **settings):
+    target = right(config, mesh, **settings)
+    seen.extend([held(target), held(right(config, None, **settings))])
+    return target
+command.configured_target = noted
+status = run_main(train.main, sys.argv[2:])
+json.dump(seen, open(sys.argv[1], "w"))
+sys.exit(status)
+"""
+
+
+def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(trained):
+    folder = trained.folder / "mesh"
+    options = [f"train.folder={folder}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.late.steps=0"]
+    command = [sys.executable, "-c", ON_A_MESH, str(trained.folder / "held.json"), "--config", trained.config, *options]
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    on_mesh, on_one = json.loads((trained.folder / "held.json").read_text())
+    in_parts = lambda held: all(devices == 8 and share <= 0.5 for devices, share in held)
+    assert in_parts(on_mesh) and not in_parts(on_one)
+    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (trained.folder / "run", folder)]
+    one_device, eight = ([line for line in log if "loss" in line] for log in logs)
+    assert len(eight) == 3
+    for one, many in zip(one_device, eight):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
 def evaluated(trained, capsys) -> list[dict]:

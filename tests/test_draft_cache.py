@@ -49,7 +49,7 @@ def _both_ways(steps: int, plant: str = ""):
         # Training sees the text that the draft itself proposed, in a window that starts at the root.
         tokens = jax.lax.dynamic_update_slice(jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length))
         return drafted.state_BQD, late_states(
-            draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([LENGTH + 6]), jnp.array([0]), window=steps, steps=steps,
+            draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([[LENGTH + 6]]), jnp.array([[0]]), window=steps, steps=steps,
             offset=length % steps, detach=True,
         )  # fmt: skip
 
@@ -60,7 +60,7 @@ def _compare_with_training(length: int, steps: int, plant: str = "") -> None:
     states_BLD = jax.random.normal(jax.random.key(length), (1, LENGTH + 6, TINY.hidden_size))
     state_BQD, late = _both_ways(steps, plant)(states_BLD, jnp.int32(length))
     window = length // steps
-    assert late.query_UJ[window].tolist() == list(range(length, length + steps))
+    assert late.query_BUJ[0, window].tolist() == list(range(length, length + steps))
     np.testing.assert_allclose(state_BQD[0], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BQD).max()))
 
 

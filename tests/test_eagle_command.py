@@ -44,7 +44,8 @@ def trained(workplace) -> SimpleNamespace:
 
 
 def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] != "data"]
 
 
 def draft_of(trained, run: str) -> Draft:

@@ -45,7 +45,7 @@ def batch() -> Batch:
     counts_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
     tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
-    return Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
+    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,9 @@ def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
 
 
 def simulated(params, e_BLD, h_BLD, first_B=FIRST, detach: bool = True) -> jax.Array:
-    settings = dict(queries=ASKED, steps=LATE.simulation_steps, detach=detach)
-    return jax.jit(partial(eagle_states, spec=SPEC, **settings))(params, e_BLD=e_BLD, h_BLD=h_BLD, first_B=jnp.asarray(first_B, jnp.int32))
+    settings = dict(count=ASKED, steps=LATE.simulation_steps, detach=detach)
+    where = dict(length_BC=jnp.full((B, 1), L), first_BC=jnp.asarray(first_B, jnp.int32)[:, None])
+    return jax.jit(partial(eagle_states, spec=SPEC, **settings))(params, e_BLD=e_BLD, h_BLD=h_BLD, **where)
 
 
 @pytest.fixture(scope="module")

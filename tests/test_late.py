@@ -10,14 +10,15 @@ from conftest import TINY
 from late_oracle import oracle_states
 
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.packing import of_row
 from beagle_jax.training import late
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
 
 # Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
 SPEC = DraftSpec.from_target(TINY, init_std=0.15)
-LENGTH = jnp.array([13, 9], jnp.int32)  # 13 is no multiple of any window but 1; the second row is ragged
-START = jnp.zeros(2, jnp.int32)  # whole rows are asked for
+LENGTH = jnp.array([[13], [9]], jnp.int32)  # 13 is no multiple of any window but 1; the second row is ragged
+START = jnp.zeros((2, 1), jnp.int32)  # whole rows are asked for
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def row():
     return init_draft(SPEC, keys[2]), e_BLD, h_BLD
 
 
-def _gather(per_step, query_UJ):
-    return jnp.stack([states[:, query_UJ[:, step]] for step, states in enumerate(per_step)], axis=2)
+def _gather(per_step, query_BUJ):
+    return jnp.stack([of_row(states, query_BUJ[:, :, step]) for step, states in enumerate(per_step)], axis=2)
 
 
 _late = jax.jit(late_states, static_argnums=1, static_argnames=("window", "steps", "detach"))
@@ -43,12 +44,12 @@ def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, plant=""):
     plant: a program with a planted bug is none that another test may meet.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
-    query_UJ, valid_UJ = late.window_queries(e_BLD.shape[1], window, steps, offset)
-    inside_BUJ = valid_UJ[None] & (query_UJ[None] < LENGTH[:, None, None])
+    at = late.window_queries(LENGTH, e_BLD.shape[1], window, steps, offset)
+    inside_BUJ = at.valid_BUJ
     # A nonlinear function of every supervised state, weighted as the loss is.
     score = lambda s: jnp.sum(jnp.where(inside_BUJ[..., None], jnp.sin(s) * jnp.arange(steps, 0, -1.0)[None, None, :, None], 0))
     fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, **settings).state_BUJD
-    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH, **settings), query_UJ)
+    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings), at.query_BUJ)
     both = [jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params) for form in (fast, plain)]
     mask = inside_BUJ[..., None]
     return [jnp.where(mask, states, 0) for _, states in both], [gradient for gradient, _ in both]
@@ -71,7 +72,7 @@ def test_equals_plain_form(row, window, steps, detach):
 
 def test_planted_bug_true_key_of_own_position(row, monkeypatch):
     right = late.keys_before
-    monkeypatch.setattr(late, "keys_before", lambda start_BT, length_B, width: right(start_BT + 1, length_B, width))
+    monkeypatch.setattr(late, "keys_before", lambda chat_BT, start_BT, *rest: right(chat_BT, start_BT + 1, *rest))
     with pytest.raises(AssertionError):
         _compare(row, 3, 3, True, [1], "own position")
 
@@ -97,8 +98,8 @@ def test_first_step_is_the_early_stage(row, offset):
     params, e_BLD, h_BLD = row
     early = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, offset=jnp.int32(offset))
     simulated = _late(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, steps=1, offset=jnp.int32(offset), detach=True)
-    at_U, valid_U = simulated.query_UJ[:, 0], simulated.valid_UJ[:, 0]
-    np.testing.assert_allclose(simulated.state_BUJD[:, valid_U, 0], early[:, at_U[valid_U]], atol=1e-5)
+    valid_BU = simulated.valid_BUJ[:, :, 0]
+    np.testing.assert_allclose(simulated.state_BUJD[:, :, 0][valid_BU], of_row(early, simulated.query_BUJ[:, :, 0])[valid_BU], atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", [0, 4, 7])
@@ -107,10 +108,8 @@ def test_a_true_state_reaches_only_later_windows(row, changed):
     run = lambda h: _late(params, SPEC, e_BLD, h, LENGTH, START, window=3, steps=3, offset=jnp.int32(2), detach=True)
     before, after = run(h_BLD), run(h_BLD.at[:, changed].add(1.0))
     moved_BU = np.abs(before.state_BUJD - after.state_BUJD).max(axis=(2, 3)) > 0
-    expected_U = np.asarray(before.query_UJ[:, 0]) > changed
-    inside_U = np.asarray(before.valid_UJ[:, 0])
-    for line, length in enumerate(LENGTH):
-        np.testing.assert_array_equal(moved_BU[line, inside_U], (expected_U & (changed < int(length)))[inside_U])
+    expected_BU, inside_BU = np.asarray(before.query_BUJ[:, :, 0]) > changed, np.asarray(before.valid_BUJ[:, :, 0])
+    np.testing.assert_array_equal(moved_BU[inside_BU], (expected_BU & (changed < LENGTH))[inside_BU])
 
 
 def test_positions_are_relative(row):
@@ -139,7 +138,7 @@ def _check_dense(row, steps, shift=0):
     assert dense.state_BUJD.shape[1:3] == (13, steps)
     for offset in range(steps):
         windows = run(steps, offset)
-        for places, valid, states in zip(windows.query_UJ, windows.valid_UJ, np.moveaxis(windows.state_BUJD, 1, 0)):
+        for places, valid, states in zip(windows.query_BUJ[0], windows.valid_BUJ[0], np.moveaxis(windows.state_BUJD, 1, 0)):
             if valid.all():
                 np.testing.assert_allclose(dense.state_BUJD[:, places[0] + shift], states, atol=1e-5)
 
@@ -157,13 +156,13 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
     """Of a compiled gradient through `steps` simulated steps, in windows of as many."""
     B, L, D = 2, 128, SPEC.hidden_size
     rows = [jax.ShapeDtypeStruct((B, L, D), jnp.float32)] * 2
-    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((B, 1), jnp.int32)
 
-    def score(params, e_BLD, h_BLD, length_B, offset):
+    def score(params, e_BLD, h_BLD, length_BC, offset):
         settings = dict(window=max(steps, 1), offset=offset)
         if steps == 0:
-            return jnp.sum(jnp.square(early_states(params, SPEC, e_BLD, h_BLD, length_B, length_B * 0, **settings)))
-        late = late_states(params, SPEC, e_BLD, h_BLD, length_B, length_B * 0, steps=steps, detach=detach, **settings)
+            return jnp.sum(jnp.square(early_states(params, SPEC, e_BLD, h_BLD, length_BC, length_BC * 0, **settings)))
+        late = late_states(params, SPEC, e_BLD, h_BLD, length_BC, length_BC * 0, steps=steps, detach=detach, **settings)
         return jnp.sum(jnp.square(late.state_BUJD))
 
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SPEC.param_shapes().items()}
@@ -181,24 +180,24 @@ def test_memory_is_flat_in_the_steps(detach, within):
     assert max(flops for _, flops in found) <= 1.2 * early, (found, early)
 
 
-FIRST = jnp.array([5, 2], jnp.int32)
+FIRST = jnp.array([[5], [2]], jnp.int32)
 ASKED = 6  # queries of each row
 
 
-def _check_part_of_a_row(row, offset, first_B=FIRST):
+def _check_part_of_a_row(row, offset, first_BC=FIRST):
     """Asking for a few positions of each row gives what asking for all of it gives there."""
     params, e_BLD, h_BLD = row
-    e_BTD = jnp.stack([e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST)])
+    e_BTD = jnp.stack([e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST[:, 0])])
     settings = dict(window=3, offset=jnp.int32(offset))
-    early = _early(params, SPEC, e_BTD, h_BLD, LENGTH, first_B, **settings)
-    simulated = jax.device_get(_late(params, SPEC, e_BTD, h_BLD, LENGTH, first_B, steps=2, detach=True, **settings))
-    for line, first in enumerate(FIRST.tolist()):
+    early = _early(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, **settings)
+    simulated = jax.device_get(_late(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, steps=2, detach=True, **settings))
+    for line, first in enumerate(FIRST[:, 0].tolist()):
         whole = dict(window=3, offset=jnp.int32((first + offset) % 3))  # the same windows, counted from the row's start
         expected_TD = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, **whole)[line, first:]
         np.testing.assert_allclose(early[line, offset:], expected_TD[offset:ASKED], atol=1e-5)
         all_windows = jax.device_get(_late(params, SPEC, e_BLD, h_BLD, LENGTH, START, steps=2, detach=True, **whole))
-        at = {tuple(places): states for places, states in zip(all_windows.query_UJ.tolist(), all_windows.state_BUJD[line])}
-        for places, valid, states in zip(simulated.query_UJ, simulated.valid_UJ, simulated.state_BUJD[line]):
+        at = {tuple(places): states for places, states in zip(all_windows.query_BUJ[line].tolist(), all_windows.state_BUJD[line])}
+        for places, valid, states in zip(simulated.query_BUJ[line], simulated.valid_BUJ[line], simulated.state_BUJD[line]):
             if valid.all():
                 np.testing.assert_allclose(states, at[tuple((places + first).tolist())], atol=1e-5)
 
@@ -210,4 +209,4 @@ def test_a_part_of_a_row_equals_the_whole(row, offset):
 
 def test_planted_bug_one_start_for_all_rows(row):
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        _check_part_of_a_row(row, 1, first_B=FIRST[::-1])
+        _check_part_of_a_row(row, 1, first_BC=FIRST[::-1])

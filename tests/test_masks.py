@@ -25,7 +25,7 @@ def _seen(mask_LL) -> dict[int, list[int]]:
 
 
 def test_worked_example():
-    true_LL = early_block_mask(jnp.array([8]), 8, 3, jnp.int32(2))[0]
+    true_LL = early_block_mask(jnp.array([[8]]), 8, 3, jnp.int32(2))[0]
     assert _seen(true_LL) == {query: true for query, (true, _) in EXAMPLE.items()}
     for step in (1, 2, 3):
         bank_true, bank_predicted = bank_masks(8, 3, jnp.int32(2), step)
@@ -35,7 +35,7 @@ def test_worked_example():
 
 def test_planted_bug_offset_ignored():
     with pytest.raises(AssertionError):
-        wrong = early_block_mask(jnp.array([8]), 8, 3, jnp.int32(0))[0]
+        wrong = early_block_mask(jnp.array([[8]]), 8, 3, jnp.int32(0))[0]
         assert _seen(wrong) == {query: true for query, (true, _) in EXAMPLE.items()}
 
 
@@ -51,7 +51,7 @@ def test_window_start_example():
 def test_early_mask_by_brute_force(window):
     lengths = [11, 7]
     for offset in range(window):
-        mask_BLL = np.asarray(early_block_mask(jnp.array(lengths), 11, window, jnp.int32(offset)))
+        mask_BLL = np.asarray(early_block_mask(jnp.array(lengths)[:, None], 11, window, jnp.int32(offset)))
         for line, length in enumerate(lengths):
             for query in range(11):
                 start = query if query < offset else offset + (query - offset) // window * window
@@ -61,5 +61,5 @@ def test_early_mask_by_brute_force(window):
 
 
 def test_window_one_is_strictly_causal():
-    mask_LL = early_block_mask(jnp.array([9]), 9, 1, jnp.int32(0))[0]
+    mask_LL = early_block_mask(jnp.array([[9]]), 9, 1, jnp.int32(0))[0]
     np.testing.assert_array_equal(mask_LL, np.tril(np.ones((9, 9), bool), -1))

@@ -73,8 +73,8 @@ def on_eight_devices() -> None:
     settings = dict(batch=4, row_tokens=L, seed=0)
     online = BatchLoader(rows, None, **settings)
     everything = online.sample(4)
-    states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_B)
-    by_tokens = {tuple(tokens[:length]): one[:length] for tokens, length, one in zip(everything.tokens_BL, everything.length_B, states)}
+    states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
+    by_tokens = {tuple(tokens[:length]): one[:length] for tokens, length, one in zip(everything.tokens_BL, everything.length_BC[:, 0], states)}
     disk = BatchLoader(rows, [by_tokens[tuple(row.tokens)] for row in rows], **settings)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     check_same(stepped(online, draft, params, EARLY, TINY, mesh), stepped(disk, draft, params, EARLY, None), TOLERANCE["float32"])
@@ -99,8 +99,8 @@ def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, m
 
 def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
     sample = loaders[None].sample(99)
-    found_BLD = states_in_memory(tiny_params, TINY, sample.tokens_BL, sample.length_B)
-    live_BL1 = np.arange(L)[None, :, None] < sample.length_B[:, None, None]
+    found_BLD = states_in_memory(tiny_params, TINY, sample.tokens_BL, sample.length_BC)
+    live_BL1 = np.arange(L)[None, :, None] < sample.length_BC[:, :, None]
     # 1e-4: rows of another padded length are summed in another order
     np.testing.assert_allclose(np.where(live_BL1, found_BLD, 0), loaders["float32"].sample(99).states_BLD, rtol=1e-4, atol=1e-4)
 

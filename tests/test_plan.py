@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from beagle_jax import plan as entry
-from beagle_jax.commands.plan import table
-from beagle_jax.config import Config, DraftConfig, MeshConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.commands.plan import disk, table
+from beagle_jax.config import Config, DataConfig, DraftConfig, MeshConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.data.folder import write_part
+from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
@@ -22,6 +24,7 @@ from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training import cost
 from beagle_jax.training.cost import row_flops, stage_cost
+from beagle_jax.training.step import make_steps
 from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count
 
@@ -148,6 +151,37 @@ def test_the_papers_targets_are_planned_on_a_laptop_without_weights(capsys, monk
     assert "does NOT fit" not in table(found) and "early: compiles" in table(found)
 
 
+def told_disk(tmp_path, **changes) -> dict:
+    data = {"source": "self", "folder": str(tmp_path / "data"), "answer_tokens": 1000, "max_prompt_tokens": 100, "max_answer_tokens": 50}
+    accumulate = changes.pop("accumulate", 1)
+    return disk(replace(config_of(accumulate=accumulate, early=replace(EARLY, steps=4)), data=DataConfig(**data | changes)), 64, 1000)
+
+
+def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
+    """The paper's configs read chats as they are: their number of tokens says nothing about prompts at their longest."""
+    self_written = told_disk(tmp_path)
+    assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (5000, 5000 * 64 * 4)  # answers of half the length
+    assert told_disk(tmp_path, states="online")["states_at_most"] == 0
+    given = told_disk(tmp_path, source="hf:org/name")
+    assert given["text_tokens_at_most"] is None and given["states_at_most"] is None and given["state_of_a_token"] == 64 * 4
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "settings.json").write_text("{}")
+    write_part(tmp_path / "data", 0, [Row([1] * 30, [True] * 30)] * 7)
+    assert told_disk(tmp_path, source="hf:org/name")["text_tokens_at_most"] is None  # not whole yet
+    (tmp_path / "data" / "all").touch()
+    assert told_disk(tmp_path, source="hf:org/name")["text_tokens_at_most"] == told_disk(tmp_path)["text_tokens_at_most"] == 210
+
+
+def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
+    """As large as the state that is saved."""
+    for accumulate, numbers in ((1, 3), (2, 4)):
+        assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
+        init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh, late=False)[2]
+        params = {name: jnp.zeros(shape) for name, shape in SPEC.param_shapes().items()}
+        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        assert 0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10  # and counters
+
+
 def test_virtual_devices_split_the_draft(tmp_path):
     """In a process of its own, since the number of devices is decided once."""
     shape = tmp_path / "shape.json"
@@ -202,9 +236,11 @@ def test_verdicts_and_hours_are_told():
              "hours_at_40_percent": 3.25}  # fmt: skip
     refused = stage | {"temporaries": None, "compiler_total": None, "refusal": "RESOURCE_EXHAUSTED: hbm"}
     figures = {"target": {"source": "x", "parameters": 7, "dtype": "bfloat16", "bytes": 14}, "draft": {"parameters": 1, "scored_tokens": 2,
-               "vocabulary": 3}, "disk": {"state_of_a_token": 8192, "states_at_most": 5e9, "checkpoints": 6e9, "checkpoint": 1e9, "draft": 1e9},
+               "vocabulary": 3}, "disk": {"state_of_a_token": 8192, "states_at_most": None, "checkpoints": 6e9, "checkpoint": 1e9, "draft": 1e9},
                "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
                "stages": {"early": stage, "late": refused}}  # fmt: skip
     told = table(figures)
-    assert "16 x TPU v5 lite of 16 GiB, mesh data 16" in told and "3.2 h" in told and "17.00 GB" in told and "8.19 kB a token" in told
+    assert "16 x TPU v5 lite of 16 GiB, mesh data 16" in told and "3.2 h" in told and "17.00 GB" in told and "8.19 kB a token, as many as the source has" in told
+    figures["disk"]["states_at_most"] = 5e9
+    assert "8.19 kB a token, at most 5.00 GB; checkpoints 6.00 GB" in table(figures)
     assert "early: compiles and does NOT fit; lower train.batch" in told and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in told

@@ -36,7 +36,7 @@ def batch() -> Batch:
     counts_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
     tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
-    return Batch(tokens_BL, states_BLD, counts_BL, length_B, np.zeros(B, np.int32))
+    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
     """(loss, metrics) of the library, and the sums by hand with a bug planted."""
     noise_key, offset_key = jax.random.split(jax.random.key(seed))
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
-    h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_B, NOISY, noise_key)
+    h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_BC, NOISY, noise_key)
     e_BLD = frozen["embed_VD"][batch.tokens_BL]
-    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_B, batch.first_B, jnp.int32(offset))
+    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_BC, batch.first_BC, jnp.int32(offset))
     by_hand = metrics_by_hand(
         stage,
         offset + (bug == "offset"),
@@ -156,9 +156,9 @@ def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
 
 
 def test_uniform_noise_shrinks_with_the_row_length():
-    length_B = jnp.array([64, 256, 512, 2048])
+    length_B1 = jnp.array([[64], [256], [512], [2048]])
     config = TrainConfig()
-    noise = np.asarray(add_noise(jnp.zeros((4, 4000, 8)), length_B, config, jax.random.key(2)))
+    noise = np.asarray(add_noise(jnp.zeros((4, 4000, 8)), length_B1, config, jax.random.key(2)))
     for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048])):
         assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
         share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
@@ -167,15 +167,15 @@ def test_uniform_noise_shrinks_with_the_row_length():
 
 
 def test_gaussian_noise_and_none():
-    states_BLD, length_B, key = jnp.ones((2, 4000, 8)), jnp.array([64, 2048]), jax.random.key(2)
-    noise = np.asarray(add_noise(states_BLD, length_B, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
+    states_BLD, length_B1, key = jnp.ones((2, 4000, 8)), jnp.array([[64], [2048]]), jax.random.key(2)
+    noise = np.asarray(add_noise(states_BLD, length_B1, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
     for row in noise:
         # 0.01: five standard errors of 32,000 draws
         np.testing.assert_allclose(
             [row.mean(), row.std(), (row**4).mean() / row.var() ** 2 / 3], [0, 0.3, 1], atol=0.06
         )
         np.testing.assert_allclose([row.mean(), row.std()], [0, 0.3], atol=0.01)
-    assert add_noise(states_BLD, length_B, CLEAN, key) is states_BLD
+    assert add_noise(states_BLD, length_B1, CLEAN, key) is states_BLD
 
 
 @BOTH

@@ -30,7 +30,7 @@ def linear_text():
         states_BLD[:, position] = drive
     counts_BT = np.ones((ROWS, WIDTH), bool)
     counts_BT[:, -1] = False
-    batch = Batch(tokens_BL, states_BLD, counts_BT, np.full(ROWS, WIDTH, np.int32), np.zeros(ROWS, np.int32))
+    batch = Batch(tokens_BL, states_BLD, counts_BT, np.full((ROWS, 1), WIDTH, np.int32), np.zeros((ROWS, 1), np.int32))
     return jnp.asarray(embed_VD, jnp.float32), batch
 
 
@@ -42,7 +42,7 @@ def started(linear_text):
 
 @jax.jit
 def _error(params, embed_VD, batch):
-    mask = early_block_mask(jnp.asarray(batch.length_B), WIDTH, 1, jnp.int32(0))
+    mask = early_block_mask(jnp.asarray(batch.length_BC), WIDTH, 1, jnp.int32(0))
     states = BeagleBlock(SPEC).apply({"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask)
     return jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:])
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import Config
+from beagle_jax.data.answers import expected_tokens, is_complete
+from beagle_jax.data.folder import read_parts
 from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError
 from beagle_jax.model.kinds import spec_type
@@ -59,15 +61,25 @@ def memory_of(device: jax.Device) -> float | None:
 
 
 def disk(config: Config, width: int, draft_parameters: int) -> dict:
-    """Bytes that a run writes. States: of the text that is there, or of as much as the settings let the target write."""
+    """Bytes that a run writes."""
     online = config.data.states == "online"
     token = 0 if online else record_bytes(width, config.data.states_dtype or config.target.dtype)
-    longest = config.data.max_prompt_tokens + config.data.max_answer_tokens
-    tokens = -(-config.data.answer_tokens * longest // config.data.max_answer_tokens)
-    checkpoint = 3 * 4 * draft_parameters  # parameters and two moments in float32
-    return {"state_of_a_token": token, "text_tokens_at_most": tokens, "states_at_most": token * tokens, "checkpoint": checkpoint,
+    tokens = text_tokens(config)
+    held = 3 if config.train.accumulate == 1 else 4  # parameters, two moments, and a sum of gradients; all in float32
+    checkpoint = held * 4 * draft_parameters
+    return {"state_of_a_token": token, "text_tokens_at_most": tokens, "states_at_most": None if tokens is None else token * tokens,
+            "checkpoint": checkpoint,
             "checkpoints": checkpoint * sum(_CHECKPOINTS for stage in ("early", "late") if getattr(config.train, stage).steps),
             "draft": 4 * draft_parameters}
+
+
+def text_tokens(config: Config) -> int | None:
+    """Of the text that is there once it is whole; else as many as the target may write. None: the source has its own answers."""
+    parts = read_parts(config.data.folder)
+    if parts and is_complete(config.data, parts):
+        return sum(len(row.tokens) for rows in parts.values() for row in rows)
+    written = config.data.source == "self" or config.data.answers == "regenerate"
+    return expected_tokens(config.data, config.data.answer_tokens) if written else None
 
 
 def stage_figures(config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]) -> dict:
@@ -85,11 +97,12 @@ def table(figures: dict) -> str:
     """The plan for a reader."""
     target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
     sizes = " x ".join(f"{axis} {count}" for axis, count in devices["mesh"].items())
+    states = "as many as the source has (prepare says how many)" if space["states_at_most"] is None else f"at most {size(space['states_at_most'])}"
     memory = "" if devices["memory"] is None else f" of {devices['memory'] / 2**30:.0f} GiB"
     lines = [
         f"target     {target['source']}: {target['parameters']:,} parameters, {size(target['bytes'])} in {target['dtype']}",
         f"draft      {draft['parameters']:,} parameters; scores {draft['scored_tokens']:,} of {draft['vocabulary']:,} tokens",
-        f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {size(space['states_at_most'])} for data.answer_tokens at most; "
+        f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {states}; "
         f"checkpoints {size(space['checkpoints'])}, {size(space['checkpoint'])} each; draft {size(space['draft'])}",
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from beagle_jax.config import Config
-from beagle_jax.data.answers import is_complete, source_chats, source_rows, training_rows
+from beagle_jax.data.answers import expected_tokens, is_complete, source_chats, source_rows, training_rows
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.folder import read_parts, states_path
@@ -92,7 +92,7 @@ def _announce_writing(config: Config, target: Target) -> None:
     if tokens <= 0:
         return
     record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
-    with_prompts = tokens * (1 + 2 * data.max_prompt_tokens / data.max_answer_tokens)
+    with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
     print(f"target states of {tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
           f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}")

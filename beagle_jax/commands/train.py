@@ -6,7 +6,7 @@ disk and skipped when it is already there.
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.commands.prepare import rows_and_states
-from beagle_jax.config import Config
+from beagle_jax.config import Config, MeshConfig
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import this_process
@@ -46,7 +46,7 @@ def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
-    target = configured_target(config.target, decoding=False)
+    target = configured_target(config.target, own_part(mesh), decoding=False)
     check_shape(config.target, target.spec)
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
@@ -56,12 +56,19 @@ def train_draft(config: Config) -> dict:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
     best = best_draft(config, target, draft_of) if config.eval.every else None
+    if best is None and states is not None:  # the layers have done their work; their memory is training's
+        target = replace(target, params={"embed_VD": target.params["embed_VD"], "head_VD": head(target.params)})
     draft = draft_of(host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best)))
     folder = Path(config.train.folder) / "draft"
     if is_first():
         save_draft(folder, load_draft(_best_folder(config), target.spec, type(spec)) if best is not None and best.tau else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """Where text and states are written: on the whole mesh, or, of several processes, by each on its own devices."""
+    return mesh if jax.process_count() == 1 else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
 
 
 def best_draft(config: Config, target: Target, draft_of: Callable[..., Draft]) -> Best:
@@ -106,23 +113,35 @@ def train(
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
-    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=this_process())
+    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=this_process(),
+                    pack=config.train.pack)  # fmt: skip
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
     held_out = BatchLoader(rows[cut:], states and states[cut:], **settings) if config.log.eval_rows else None
-    print(f"{cut} rows, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
-          f"{training.padding:.0%} of the positions are padding")
-    # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
-    head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
+    unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
+    print(f"{cut} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
+          f"{training.padding:.0%} of the positions are padding{unpacked}")
     online = target.spec if states is None else None
-    frozen = {"embed_VD": target.params["embed_VD"], "head_VD": head_VD} | ({"target": target.params} if online else {})
-    frozen = place(frozen, mesh)
+    frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
     params = first_params(config, target, spec, mesh, training) if start is None else place(start.params, mesh)
     log = Log(config)
+    log.write({"stage": "data", "step": 0, "padding": round(training.padding, 4), "padding_unpacked": round(training.padding_unpacked, 4)})
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
             params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best, online)
     log.close()
     return params
+
+
+def frozen_parts(config: Config, target: Target, mesh: Mesh, hot_ids: np.ndarray | None, online: bool) -> dict:
+    """What a step reads of the target and never changes, spread over the mesh."""
+    params = target.params
+    if jax.process_count() > 1 and online:  # `target` is this process's alone; each reads its parts of the one that all share
+        params = configured_target(config.target, mesh, decoding=False).params
+    # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
+    tables = {"embed_VD": params["embed_VD"], "head_VD": head(params) if hot_ids is None else head(params)[hot_ids]}
+    if jax.process_count() > 1 and not online:
+        tables = jax.device_get(tables)
+    return place(tables | ({"target": params} if online else {}), mesh)
 
 
 def given_draft(config: Config, target: Target) -> Draft | None:
@@ -141,7 +160,7 @@ def first_params(
         return born(fresh, mesh, key)
     sample = training.sample(FIT_ROWS)
     if sample.states_BLD is None:
-        sample = sample._replace(states_BLD=states_in_memory(target.params, target.spec, sample.tokens_BL, sample.length_B))
+        sample = sample._replace(states_BLD=states_in_memory(target.params, target.spec, sample.tokens_BL, sample.length_BC))
     return place(warm_start(fresh(key), spec, target.params["embed_VD"], sample), mesh)
 
 

@@ -180,6 +180,11 @@ def _self_written_prompts(
         yield _short_enough(fresh, config.max_prompt_tokens)
 
 
+def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
+    """Tokens of the text in which the target writes so many, from above: prompts at their limit, half-length answers."""
+    return round(answer_tokens * (1 + 2 * config.max_prompt_tokens / config.max_answer_tokens))
+
+
 def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
     kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
     if len(kept) < len(prompts):

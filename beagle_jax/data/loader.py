@@ -1,9 +1,10 @@
-"""Fixed-shape training batches from rows and their states.
+"""Fixed-shape training batches from chats and their states: one chat a row, or as many as fit.
 
 The order is a function of (seed, epoch) and the position is the step number: resuming needs one integer. Of n processes
 each reads its own lines of every batch, so that together they see what one alone would.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,28 +17,34 @@ from beagle_jax.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One step's rows, right-padded to a common length L.
+    """One step's rows, right-padded to a common length L; each holds up to C chats, one behind another (model/packing.py).
 
-    Each row is asked for predictions at T neighbouring positions from `first_B` on, where all that count lie.
+    Each chat is asked for predictions from its first_BC on; a row's T queries are those of its chats, one behind another.
     """
 
     tokens_BL: np.ndarray  # int32
     states_BLD: np.ndarray | None  # the target's states, zeros in the padding; None: computed inside the step
-    counts_BT: np.ndarray  # bool: position first_B + t enters the loss (method.md 5.2)
-    length_B: np.ndarray  # int32: tokens that are not padding
-    first_B: np.ndarray  # int32: the first position that counts
+    counts_BT: np.ndarray  # bool: the query enters the loss (method.md 5.2)
+    length_BC: np.ndarray  # int32: tokens of each chat; 0: the row has no such chat
+    first_BC: np.ndarray  # int32: the first position in the chat that counts
 
 
 class _Entry(NamedTuple):
-    """A row that has something to learn from."""
+    """A chat that has something to learn from."""
 
     tokens: list[int]
     states_LD: np.ndarray | StoredStates | None
     counting: np.ndarray  # positions that enter the loss, ascending
+    length: int  # tokens that are used
+
+    @property
+    def queries(self) -> int:
+        """Positions that are asked for a prediction."""
+        return int(self.counting[-1] - self.counting[0]) + 1
 
 
 class BatchLoader:
-    """Batches of `batch` rows, cut at `row_tokens`, forever; every row once per epoch."""
+    """Batches of `batch` rows of `row_tokens`, forever; every row once per epoch."""
 
     def __init__(
         self,
@@ -48,66 +55,105 @@ class BatchLoader:
         row_tokens: int,
         seed: int,
         share: Share = ALONE,
+        pack: bool = False,
     ):
-        """states: of each row [length, D], as `states.target_states` returns them; None: batches come without.
+        """states: of each chat [length, D], as `states.target_states` returns them; None: batches come without.
 
         batch: lines over all processes; a batch has those of this process, batch / share.count of them.
+        pack: a line holds several chats; which ones go together is the same in every epoch.
         """
-        # The last position predicts a token that is not there; the others count where the row is supervised.
-        counting = [np.flatnonzero(row.supervised[: min(row_tokens, len(row.tokens)) - 1]) for row in rows]
-        # A row whose answer lies beyond the cut has nothing to learn from.
-        triples = zip(rows, [None] * len(rows) if states is None else states, counting, strict=True)
-        self._kept = [_Entry(row.tokens, states_LD, positions) for row, states_LD, positions in triples if len(positions)]
-        if len(self._kept) < batch:
+        self._chats: list[_Entry] = []
+        for row, states_LD in zip(rows, [None] * len(rows) if states is None else states, strict=True):
+            length = min(row_tokens, len(row.tokens))
+            # The last position predicts a token that is not there; the others count where the chat is supervised.
+            counting = np.flatnonzero(row.supervised[: length - 1])
+            if len(counting):  # else its answer lies beyond the cut: there is nothing to learn from
+                # Nothing sees what follows the last position that counts.
+                self._chats.append(_Entry(row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length))
+        alone = [[index] for index in range(len(self._chats))]
+        self._rows = best_fit([chat.length for chat in self._chats], row_tokens) if pack else alone
+        if len(self._rows) < batch:
             raise UserError(
-                f"train.batch is {batch}, but only {len(self._kept)} rows have an answer within train.row_tokens = {row_tokens}; "
-                "lower train.batch or write more answers (data.answer_tokens)"
+                f"train.batch is {batch}, but only {len(self._rows)} rows have an answer within train.row_tokens = {row_tokens}"
+                f"{' (train.pack put several chats in each)' if pack else ''}; lower train.batch or write more answers (data.answer_tokens)"
             )
         if batch % share.count:
             raise UserError(f"train.batch is {batch}, which {share.count} processes do not divide; make it a multiple of {share.count}")
         self._batch, self._width, self._seed, self._share = batch, row_tokens, seed, share
-        self._queries = max(entry.counting[-1] - entry.counting[0] + 1 for entry in self._kept)
+        self._most_chats = max(map(len, self._rows))
+        self._queries = max(sum(self._chats[at].queries for at in row) for row in self._rows)
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in one pass; the few rows left over are in another epoch's order."""
-        return len(self._kept) // self._batch
+        return len(self._rows) // self._batch
 
     @property
     def padding(self) -> float:
         """Share of the positions of all rows that is padding."""
-        return 1 - sum(min(self._width, len(entry.tokens)) for entry in self._kept) / (self._width * len(self._kept))
+        return self._share_left(len(self._rows))
+
+    @property
+    def padding_unpacked(self) -> float:
+        """What it would be with a row for each chat."""
+        return self._share_left(len(self._chats))
+
+    def _share_left(self, rows: int) -> float:
+        return 1 - sum(chat.length for chat in self._chats) / (self._width * rows)
 
     def batch_at(self, step: int) -> Batch:
         """This process's lines of the batch of a step, counted from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._kept))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
         lines = self._batch // self._share.count
         first = place * self._batch + self._share.index * lines
-        return self._pack([self._kept[index] for index in order[first : first + lines]])
+        return self._fill([self._rows[index] for index in order[first : first + lines]])
 
     def sample(self, count: int) -> Batch:
-        """The first `count` rows of epoch 0's order, or all there are, as one batch; the same for every process."""
-        order = np.random.default_rng([self._seed, 0]).permutation(len(self._kept))
-        return self._pack([self._kept[index] for index in order[:count]])
+        """The first `count` chats of epoch 0's order, or all there are, as one batch of a row each; the same for every process."""
+        order = np.random.default_rng([self._seed, 0]).permutation(len(self._chats))
+        return self._fill([[index] for index in order[:count]])
 
-    def _pack(self, picked: Sequence[_Entry]) -> Batch:
-        B, L = len(picked), self._width
+    def _fill(self, lines: Sequence[Sequence[int]]) -> Batch:
+        """A batch with these chats in each line."""
+        B, C = len(lines), self._most_chats
         batch = Batch(
-            tokens_BL=np.zeros((B, L), np.int32),
+            tokens_BL=np.zeros((B, self._width), np.int32),
             states_BLD=None,
             counts_BT=np.zeros((B, self._queries), bool),
-            length_B=np.array([min(L, len(entry.tokens)) for entry in picked], np.int32),
-            first_B=np.array([entry.counting[0] for entry in picked], np.int32),
+            length_BC=np.zeros((B, C), np.int32),
+            first_BC=np.zeros((B, C), np.int32),
         )
-        for line, entry in enumerate(picked):
-            length = batch.length_B[line]
-            batch.tokens_BL[line, :length] = entry.tokens[:length]
-            batch.counts_BT[line, entry.counting - entry.counting[0]] = True
-        if picked[0].states_LD is None:
-            return batch
-        states = [np.asarray(entry.states_LD)[:L] for entry in picked]
-        states_BLD = np.zeros((B, L, states[0].shape[1]), states[0].dtype)
-        for line, states_LD in enumerate(states):
+        for line, picked in enumerate(lines):
+            slot = query = 0
+            for place, chat in enumerate(self._chats[index] for index in picked):
+                batch.length_BC[line, place], batch.first_BC[line, place] = chat.length, chat.counting[0]
+                batch.tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
+                batch.counts_BT[line, query + chat.counting - chat.counting[0]] = True
+                slot, query = slot + chat.length, query + chat.queries
+        return batch._replace(states_BLD=self._states(lines))
+
+    def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
+        """The states of the same."""
+        read = lambda chat: np.asarray(chat.states_LD)[: chat.length]
+        if self._chats[0].states_LD is None:
+            return None
+        found = [np.concatenate([read(self._chats[index]) for index in picked]) for picked in lines]
+        states_BLD = np.zeros((len(lines), self._width, found[0].shape[1]), found[0].dtype)
+        for line, states_LD in enumerate(found):
             states_BLD[line, : len(states_LD)] = states_LD
-        return batch._replace(states_BLD=states_BLD)
+        return states_BLD
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Which chats share a row of `width` tokens, by index: longest first, each where the least space stays free."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # tokens left and the row, ascending
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        found = bisect_left(free, (lengths[index], 0))
+        space, row = free.pop(found) if found < len(free) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        insort(free, (space - lengths[index], row))
+    return rows

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +24,8 @@ from tqdm import tqdm
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
-from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.masks import chats_mask
+from beagle_jax.model.packing import places
 from beagle_jax.model.target import Params, TargetSpec, forward
 
 _TOKENS_PER_BATCH = 2048  # work of one forward: more adds memory, not speed
@@ -55,21 +55,20 @@ class StoredStates:
         return np.asarray(_decode(data, self.shape, self.dtype), dtype)
 
 
-def states_at(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_B: jax.Array) -> jax.Array:
-    """The target's states [B, L, D] of right-padded tokens; what stands in the padding is not zero. Not jitted."""
-    B, L = tokens_BL.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-    return forward(params, spec, tokens_BL, positions_BL, causal_mask(length_B, L))[0]
+def states_at(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_BC: jax.Array) -> jax.Array:
+    """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the padding is not zero. Not jitted."""
+    L = tokens_BL.shape[1]
+    return forward(params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L))[0]
 
 
 _states = partial(jax.jit, static_argnames=("spec",))(states_at)
 
 
-def states_in_memory(params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+def states_in_memory(params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_BC: np.ndarray) -> np.ndarray:
     """The same on the host, a few rows at a time; for what is small."""
     lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
     parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
-    return np.concatenate([np.asarray(_states(params, spec, tokens_BL[part], length_B[part])) for part in parts])
+    return np.concatenate([np.asarray(_states(params, spec, tokens_BL[part], length_BC[part])) for part in parts])
 
 
 def stored_dtype(params: Params, dtype: str | None) -> str:
@@ -192,11 +191,11 @@ def _compute(params: Params, spec: TargetSpec, rows: Sequence[Row]) -> Iterator[
             width = -(-len(rows[order[0]].tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
             lines = max(1, _TOKENS_PER_BATCH // width)
             picked, order = order[:lines], order[lines:]
-            tokens_BL, length_B = np.zeros((lines, width), np.int32), np.ones(lines, np.int32)
+            tokens_BL, length_B1 = np.zeros((lines, width), np.int32), np.ones((lines, 1), np.int32)
             for line, index in enumerate(picked):
-                length_B[line] = len(rows[index].tokens)
-                tokens_BL[line, : length_B[line]] = rows[index].tokens
-            states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B))
+                length_B1[line] = len(rows[index].tokens)
+                tokens_BL[line, : len(rows[index].tokens)] = rows[index].tokens
+            states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B1))
             for line, index in enumerate(picked):
-                yield index, states_BLD[line, : length_B[line]]
-            bar.update(int(length_B[: len(picked)].sum()))
+                yield index, states_BLD[line, : len(rows[index].tokens)]
+            bar.update(int(length_B1[: len(picked)].sum()))

@@ -68,7 +68,7 @@ def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
     steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states before it; queries
     further on are not trained and see true states only.
     """
-    seen_LL = np.asarray(early_block_mask(jnp.array([width]), width, window, jnp.int32(offset))[0]).astype(int)
+    seen_LL = np.asarray(early_block_mask(jnp.array([[width]]), width, window, jnp.int32(offset))[0]).astype(int)
     query_L1, key_1L = np.arange(width)[:, None], np.arange(width)[None]
     start_L1 = np.asarray(window_start(jnp.arange(width), window, jnp.int32(offset)))[:, None]
     predicted_LL = (key_1L >= start_L1) & (key_1L < query_L1) & (query_L1 - start_L1 < steps)

@@ -123,21 +123,19 @@ class BeagleBlock(nn.Module):
         return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
 
     def attend(
-        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
+        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, at_BT: jax.Array | None = None, at_BS: jax.Array | None = None
     ) -> jax.Array:
-        """Attention [B, K, G, T, H] of T positions from first_B (or 0) on over true states at 0..S-1."""
-        positions_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
-        if first_B is not None:
-            positions_BT = positions_BT + first_B[:, None]
-        positions_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
-        rows = self.keys_values(h_BSD, positions_BS)
-        return merge_attention(partial_attention(self.queries(e_BTD, positions_BT), *rows, mask_BTS[:, None, None]))
+        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions at_BS, both 0, 1, .. if None."""
+        at_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2]) if at_BT is None else at_BT
+        at_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2]) if at_BS is None else at_BS
+        rows = self.keys_values(h_BSD, at_BS)
+        return merge_attention(partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None]))
 
     def __call__(
-        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, first_B: jax.Array | None = None
+        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, at_BT: jax.Array | None = None, at_BS: jax.Array | None = None
     ) -> jax.Array:
-        """One pass over a row: queries at T positions from first_B (or 0) on, true states at 0..S-1 (method.md 2.1)."""
-        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, first_B))
+        """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
+        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
 
     def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)

@@ -6,6 +6,8 @@ Positions are 0-based, windows and offsets as in method.md 1: a window of size k
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.model.packing import places, queries
+
 
 def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
     """Mask [B, T, T] of right-padded tokens for the target: key <= query, and the key is not padding.
@@ -36,27 +38,47 @@ def window_start(position: jax.Array, window: int, offset: jax.Array) -> jax.Arr
 
 
 def early_block_mask(
-    length_B: jax.Array,
+    length_BC: jax.Array,
     width: int,
     window: int,
     offset: jax.Array,
-    first_B: jax.Array | None = None,
-    queries: int | None = None,
+    first_BC: jax.Array | None = None,
+    count: int | None = None,
 ) -> jax.Array:
-    """Mask [B, T, L] over true states: key j < s(i), and the key is not padding (method.md 3.1).
+    """Mask [B, T, L] over true states: a key of the query's own chat, before the start of its window (method.md 3.1).
 
-    first_B, queries: ask only for `queries` positions from first_B on, in windows counted from there; all if None.
+    length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: ask only for `count` queries, of each chat
+    those from first_BC on, in windows counted from there; all positions if None.
 
     width 8, window 3, offset 2 (the left half of example 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
         query 1: 0            query 5, 6, 7: 0 1 2 3 4
+    the same row with chats of 5 and 3 tokens:
+        query 5: nothing      query 6: 5      query 7: 5 6
     """
-    start_T = window_start(jnp.arange(queries or width), window, offset)
-    start_BT = start_T[None] + (jnp.zeros_like(length_B) if first_B is None else first_B)[:, None]
-    return keys_before(start_BT, length_B, width)
+    asked = queries(count or width, length_BC, jnp.zeros_like(length_BC) if first_BC is None else first_BC)
+    start_BT = asked.position_BT - asked.place_BT + window_start(asked.place_BT, window, offset)
+    return keys_before(asked.chat_BT, start_BT, length_BC, width)
 
 
-def keys_before(start_BT: jax.Array, length_B: jax.Array, width: int) -> jax.Array:
-    """Mask [B, T, L] over true states: key < the query's window start, and the key is not padding."""
-    key_11L = jnp.arange(width)[None, None]
-    return (key_11L < start_BT[..., None]) & (key_11L < length_B[:, None, None])
+def keys_before(chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int) -> jax.Array:
+    """Mask [B, T, L] over true states: of the query's own chat, before its window's start in that chat, and not padding."""
+    key_chat_BL, key_BL = _keys(length_BC, width)
+    return (key_chat_BL[:, None] == chat_BT[..., None]) & (key_BL[:, None] < start_BT[..., None])
+
+
+def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
+    """Mask [B, L, L] of the chats of a row for the target: key <= query in one chat, and the key is not padding.
+
+    width 6, chats of 2 and 3 tokens:   0: 0   1: 0 1   2: 2   3: 2 3   4: 2 3 4   5 (padding): 2 3 4
+    """
+    chat_BL, _ = places(width, length_BC)
+    key_chat_BL, _ = _keys(length_BC, width)
+    return causal_mask(length_BC.sum(axis=1), width) & (key_chat_BL[:, None] == chat_BL[..., None])
+
+
+def _keys(length_BC: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Chat and position in it of each token [B, L]; padding is of no chat."""
+    chat_BL, position_BL = places(width, length_BC)
+    live_BL = jnp.arange(width)[None] < length_BC.sum(axis=1, keepdims=True)
+    return jnp.where(live_BL, chat_BL, -1), position_BL

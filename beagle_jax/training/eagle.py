@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
+from beagle_jax.model.masks import keys_before
+from beagle_jax.model.packing import of_row, places, queries
 
 
 def eagle_states(
@@ -25,44 +27,40 @@ def eagle_states(
     spec: EagleSpec,
     e_BLD: jax.Array,
     h_BLD: jax.Array,
-    first_B: jax.Array,
+    length_BC: jax.Array,
+    first_BC: jax.Array,
     *,
-    queries: int,
+    count: int,
     steps: int,
     detach: bool,
 ) -> jax.Array:
-    """Predicted states [B, T, J, D]: those of position first_B + t + j, by draft step j (0-based) of a draft that began at t.
+    """Predicted states [B, T, J, D]: those j positions after query t, by draft step j (0-based) of a draft that began there.
 
-    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. queries: T, counted from first_B.
-    detach: cut the gradient through predicted states where later steps read them. What is past the row's end, and what
-    begins at position 0, means nothing.
+    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. count: T, queries of each row
+    (model/packing.py). detach: cut the gradient through predicted states where later steps read them. What is past the
+    chat's end, and what begins at position 0, means nothing.
     """
     block = EagleBlock(spec).bind({"params": params})
-    B, L = e_BLD.shape[:2]
+    L = e_BLD.shape[1]
     # Entry j of the row: the token at j + 1 and the state at j. A draft that begins at position i begins with entry i - 1.
     true_BED = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
-    true_rows = block.keys_values(true_BED, jnp.broadcast_to(jnp.arange(L - 1), (B, L - 1)))
-    begin_BT = first_B[:, None] - 1 + jnp.arange(queries)[None]
-    sees_BTE = jnp.arange(L - 1)[None, None] <= begin_BT[..., None]
-    f_BTD = _at(true_BED, begin_BT)
+    true_rows = block.keys_values(true_BED, places(L - 1, length_BC).place_BX)
+    asked = queries(count, length_BC, first_BC)
+    sees_BTE = keys_before(asked.chat_BT, asked.position_BT, length_BC, L - 1)
+    f_BTD = of_row(true_BED, asked.slot_BT - 1)
     own: list[KVRows] = []
     states = []
     for step in range(steps):
         with jax.named_scope(f"simulate_{step + 1}"):
-            entry_BT = begin_BT + step
+            entry_BT = asked.position_BT - 1 + step
             if step:
                 read_BTD = jax.lax.stop_gradient(states[-1]) if detach else states[-1]
-                f_BTD = block.fuse(_at(e_BLD, entry_BT + 1), read_BTD)
+                f_BTD = block.fuse(of_row(e_BLD, asked.slot_BT + step), read_BTD)
                 own.append(block.keys_values(f_BTD, entry_BT))
             q_BKGTH = block.queries(f_BTD, entry_BT)
             seen = [partial_attention(q_BKGTH, *true_rows, sees_BTE[:, None, None]), *(_own_key(q_BKGTH, rows) for rows in own)]
             states.append(block.predict(f_BTD, merge_attention(*seen)))
     return jnp.stack(states, axis=2)
-
-
-def _at(x_BSD: jax.Array, place_BT: jax.Array) -> jax.Array:
-    """x at some places of each row [B, T, D]; those outside repeat its ends."""
-    return jax.vmap(lambda x_SD, place_T: x_SD[jnp.clip(place_T, 0, x_SD.shape[0] - 1)])(x_BSD, place_BT)
 
 
 def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:

@@ -14,25 +14,39 @@ from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import append_rows
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
+from beagle_jax.model.packing import of_row, places
 
 
 class LateStates(NamedTuple):
     """Predicted states of every window, and which queries of the row they belong to."""
 
     state_BUJD: jax.Array  # window u, draft step j (0-based): the query at offset j, after j predicted keys
-    query_UJ: jax.Array  # which of the row's T queries that is, clipped to the last
-    valid_UJ: jax.Array  # False where the window hangs over the last query
+    query_BUJ: jax.Array  # which of the row's T queries that is, clipped to the last
+    valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
 
 
-def window_queries(width: int, window: int, steps: int, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices [U, J] of the first `steps` queries of each window among `width`, clipped, and their validity.
+class Windows(NamedTuple):
+    """The windows of each row, as many in every row."""
 
-    width 8, window 3, steps 2, offset 2:   [[2, 3], [5, 6], [7, 7]], valid [[1, 1], [1, 1], [0, 0]]
-    The number of windows is that of offset 0, so that the shape does not depend on the offset.
+    chat_BU: jax.Array
+    place_BUJ: jax.Array  # of its queries, counted from the chat's first
+    query_BUJ: jax.Array  # the same among the row's T queries, clipped to the last
+    valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
+
+
+def window_queries(size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array) -> Windows:
+    """The first `steps` queries of each window; size_BC: queries of each chat, `width` of a row at most.
+
+    one chat of 8 queries, window 3, steps 2, offset 2:   queries [[2, 3], [5, 6], [7, 7]], valid [[1, 1], [1, 1], [0, 0]]
+    The number of windows is that of offset 0 and of chats that end as badly as they can, so that the shape depends on neither.
     """
-    count = -(-width // window)
-    query_UJ = offset + window * jnp.arange(count)[:, None] + jnp.arange(steps)[None, :]
-    return jnp.minimum(query_UJ, width - 1), query_UJ < width
+    count = (width + size_BC.shape[1] * (window - 1)) // window
+    chat_BU, number_BU = places(count, -(-jnp.maximum(size_BC - offset, 0) // window))
+    place_BUJ = (offset + window * number_BU)[..., None] + jnp.arange(steps)[None, None]
+    begin_BC = jnp.cumsum(size_BC, axis=1) - size_BC
+    query_BUJ = of_row(begin_BC, chat_BU)[..., None] + place_BUJ
+    valid_BUJ = (place_BUJ < of_row(size_BC, chat_BU)[..., None]) & (query_BUJ < width)
+    return Windows(chat_BU, place_BUJ, jnp.minimum(query_BUJ, width - 1), valid_BUJ)
 
 
 def late_states(
@@ -40,8 +54,8 @@ def late_states(
     spec: DraftSpec,
     e_BTD: jax.Array,
     h_BLD: jax.Array,
-    length_B: jax.Array,
-    first_B: jax.Array,
+    length_BC: jax.Array,
+    first_BC: jax.Array,
     *,
     window: int,
     steps: int,
@@ -50,20 +64,20 @@ def late_states(
 ) -> LateStates:
     """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in 4.5b).
 
-    e_BTD: embeddings of the T tokens from position first_B on; windows are counted from there.
+    e_BTD: embeddings of the row's queries, each chat's from position first_BC on (model/packing.py); windows are counted from there.
     h_BLD: true states of the whole row, with the training noise if any; they serve as keys and values only.
     detach: cut the gradient through predicted states where later steps read them (method.md 4.6).
     """
     block = BeagleBlock(spec).bind({"params": params})
-    (B, L, D), T = h_BLD.shape, e_BTD.shape[1]
-    query_UJ, valid_UJ = window_queries(T, window, steps, offset)
-    U, J = query_UJ.shape
-    true_rows = block.keys_values(h_BLD, jnp.broadcast_to(jnp.arange(L), (B, L)))
-    position_BUJ = first_B[:, None, None] + query_UJ[None]
-    e_BUJD = e_BTD[:, query_UJ]
+    (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
+    at = window_queries(length_BC - first_BC, T, window, steps, offset)
+    B, U, J = at.query_BUJ.shape
+    true_rows = block.keys_values(h_BLD, places(L, length_BC).place_BX)
+    position_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ
+    e_BUJD = of_row(e_BTD, at.query_BUJ)
     q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
-    start_BT = jnp.repeat(position_BUJ[:, :, 0], J, axis=1)
-    mask_BTL = keys_before(start_BT, length_B, L)
+    chat_BT, start_BT = (jnp.repeat(x_BU, J, axis=1) for x_BU in (at.chat_BU, position_BUJ[:, :, 0]))
+    mask_BTL = keys_before(chat_BT, start_BT, length_BC, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
     states, memory = [], None
@@ -81,7 +95,7 @@ def late_states(
                 read_X1D = jax.lax.stop_gradient(state_X1D) if detach else state_X1D
                 at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
-    return LateStates(jnp.stack(states, axis=2), query_UJ, valid_UJ)
+    return LateStates(jnp.stack(states, axis=2), at.query_BUJ, at.valid_BUJ)
 
 
 def _windows_as_batch(part: PartialAttention, U: int, J: int, step: int) -> PartialAttention:

@@ -16,6 +16,7 @@ from beagle_jax.data.states import states_at
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.masks import window_start
+from beagle_jax.model.packing import of_row, places, queries
 from beagle_jax.model.target import TargetSpec, embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.eagle import eagle_states
@@ -55,12 +56,12 @@ class Metrics(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a stage predicts, in the form that both stages share. N predictions, each for one of the row's T queries."""
+    """What a stage predicts, in the form that both stages share. N predictions a row, each for one of its T queries."""
 
     state_BND: jax.Array
-    query_N: jax.Array  # which query
-    inside_BN: jax.Array  # False where a window hangs over the last query (EAGLE: and at position 0); B is 1 if rows do not differ
-    group_N: jax.Array  # window offset or draft step
+    query_BN: jax.Array  # which query
+    inside_BN: jax.Array  # False where a window hangs over the chat's last query (EAGLE: and at position 0)
+    group_BN: jax.Array  # window offset or draft step
     weight_N: jax.Array  # beta
 
 
@@ -83,61 +84,53 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def add_noise(states_BLD: jax.Array, length_B: jax.Array, config: TrainConfig, key: jax.Array) -> jax.Array:
+def add_noise(states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, key: jax.Array) -> jax.Array:
     """Training noise for keys and values; targets stay clean (method.md 3.3)."""
     if config.noise == "none":
         return states_BLD
     if config.noise == "gaussian":
         return states_BLD + config.noise_scale * jax.random.normal(key, states_BLD.shape, states_BLD.dtype)
-    width_B11 = (config.noise_scale * 512 / jnp.maximum(length_B, 1))[:, None, None]
-    return states_BLD + width_B11 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
+    length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)  # shorter chats get more
+    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, 1))[..., None]
+    return states_BLD + width_BL1 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
 
 
-def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
+def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_BC, first_BC, offset) -> Prediction:
     """Every query once, weight 1 (method.md 3.2)."""
-    query_T = jnp.arange(e_BTD.shape[1])
-    state_BTD = early_states(params, spec, e_BTD, h_BLD, length_B, first_B, window=stage.window, offset=offset)
-    group_T = query_T - window_start(query_T, stage.window, offset)
-    return Prediction(state_BTD, query_T, query_T[None] >= 0, group_T, jnp.ones(query_T.shape))
+    T = e_BTD.shape[1]
+    place_BT = queries(T, length_BC, first_BC).place_BT
+    state_BTD = early_states(params, spec, e_BTD, h_BLD, length_BC, first_BC, window=stage.window, offset=offset)
+    query_BT = jnp.broadcast_to(jnp.arange(T), place_BT.shape)
+    group_BT = place_BT - window_start(place_BT, stage.window, offset)
+    return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T))
 
 
-def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_B, first_B, offset) -> Prediction:
+def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_BC, first_BC, offset) -> Prediction:
     """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
     # Dense: a window begins at every position, and most positions are predicted s times.
     window, offset = (1, 0) if stage.dense else (stage.window, offset)
     late = late_states(
-        params, spec, e_BTD, h_BLD, length_B, first_B, window=window, steps=steps, offset=offset, detach=stage.detach
+        params, spec, e_BTD, h_BLD, length_BC, first_BC, window=window, steps=steps, offset=offset, detach=stage.detach
     )
-    return _by_step(stage, late.state_BUJD, late.query_UJ, late.valid_UJ[None])
+    return _by_step(stage, late.state_BUJD, late.query_BUJ, late.valid_BUJ)
 
 
-def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, length_B, first_B, offset, *, queries: int) -> Prediction:
-    """Draft steps 1..s from every query, one in the early stage (method.md 8). e_BLD: of whole rows, as keys are made of tokens."""
+def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, length_BC, first_BC, offset, *, count: int) -> Prediction:
+    """Draft steps 1..s from each of `count` queries, one in the early stage (method.md 8). e_BLD: of whole rows, as keys are made of tokens."""
     steps = stage.simulation_steps
-    state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, first_B, queries=queries, steps=steps, detach=stage.detach)
-    query_TJ, valid_TJ = window_queries(queries, 1, steps, 0)
-    after_a_state_BT = first_B[:, None] + jnp.arange(queries)[None] > 0
-    return _by_step(stage, state_BTJD, query_TJ, valid_TJ[None] & after_a_state_BT[..., None])
+    state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, length_BC, first_BC, count=count, steps=steps, detach=stage.detach)
+    at = window_queries(length_BC - first_BC, count, 1, steps, 0)
+    after_a_state_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ[:, :, :1] > 0
+    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BUJ)
 
 
-def _by_step(stage: StageConfig, state_BUJD, query_UJ, inside_BUJ) -> Prediction:
+def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ) -> Prediction:
     """Predictions of U simulated drafts of J steps, weighted by step."""
-    U, J = query_UJ.shape
+    B, U, J = query_BUJ.shape
     beta_J = jnp.asarray(stage.step_weights or range(J, 0, -1), jnp.float32)
-    flat = lambda x: x.reshape(x.shape[0], U * J, *x.shape[3:])
-    return Prediction(flat(state_BUJD), query_UJ.reshape(-1), flat(inside_BUJ), jnp.tile(jnp.arange(J), U), jnp.tile(beta_J, U))
-
-
-def at_queries(batch: Batch, x: jax.Array) -> jax.Array:
-    """x [B, L, ...] at each row's T queried positions: [B, T, ...].
-
-    Rows differ in where their answer begins; a query past the end of its row repeats the last position and never counts.
-    """
-    position_BT = batch.first_B[:, None] + jnp.arange(batch.counts_BT.shape[1])[None]
-    position_BT = jnp.minimum(position_BT, x.shape[1] - 1)
-    # Row by row, so that a device looks into its own rows only.
-    return jax.vmap(lambda x_L, position_T: x_L[position_T])(x, position_BT)
+    group_BN = jnp.broadcast_to(jnp.tile(jnp.arange(J), U), (B, U * J))
+    return Prediction(*(x.reshape(B, U * J, *x.shape[3:]) for x in (state_BUJD, query_BUJ, inside_BUJ)), group_BN, jnp.tile(beta_J, U))
 
 
 def stage_loss(
@@ -160,17 +153,18 @@ def stage_loss(
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
     groups = stage.window if predict is predict_early else stage.simulation_steps
+    slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
     read_BT = jnp.asarray(batch.tokens_BL)
     if predict is predict_eagle:  # its keys are made of tokens too
-        predict = partial(predict, queries=batch.counts_BT.shape[1])
+        predict = partial(predict, count=slot_BT.shape[1])
     else:
-        read_BT = at_queries(batch, read_BT)
+        read_BT = of_row(read_BT, slot_BT)
     e_BTD = embed(frozen["embed_VD"], read_BT, spec.embed_scale)
     e_BTD = jax.lax.with_sharding_constraint(e_BTD, rows(mesh))
-    h_BLD = add_noise(true_BLD, batch.length_B, config, noise_key)
-    out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_B, batch.first_B, offset)
-    counts_BN = batch.counts_BT[:, out.query_N] & out.inside_BN
-    true_BND = at_queries(batch, true_BLD)[:, out.query_N]
+    h_BLD = add_noise(true_BLD, batch.length_BC, config, noise_key)
+    out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_BC, batch.first_BC, offset)
+    counts_BN = of_row(jnp.asarray(batch.counts_BT), out.query_BN) & out.inside_BN
+    true_BND = of_row(true_BLD, of_row(slot_BT, out.query_BN))
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
     ce_M, rank_M = distribution_loss(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss, config.loss_rows, mesh)
@@ -178,15 +172,16 @@ def stage_loss(
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
     supervised = jnp.sum(batch.counts_BT)
-    group_NJ = jax.nn.one_hot(out.group_N, groups)
+    group_BNJ = jax.nn.one_hot(out.group_BN, groups, dtype=bool)
     agree_BN = (counts_M & (rank_M == 0)).reshape(counts_BN.shape)
+    by_group = lambda x_BN: jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
     metrics = Metrics(
         ploss=jnp.sum(ce_M),
         vloss=jnp.sum(l1_M),
         objective=objective,
         supervised=supervised,
-        count_J=counts_BN.sum(axis=0) @ group_NJ,
-        agree_J=agree_BN.sum(axis=0) @ group_NJ,
+        count_J=by_group(counts_BN),
+        agree_J=by_group(agree_BN),
         grad_norm=jnp.float32(0),
     )
     return objective / (supervised + 1e-5), metrics
@@ -225,7 +220,7 @@ def with_states(target: TargetSpec | None, frozen: dict[str, Any], batch: Batch)
     if target is None:
         return batch._replace(states_BLD=jnp.asarray(batch.states_BLD, frozen["embed_VD"].dtype))
     with jax.named_scope("target"):
-        return batch._replace(states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_B))
+        return batch._replace(states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_BC))
 
 
 def make_steps(

@@ -19,8 +19,8 @@ import numpy as np
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.masks import early_block_mask
+from beagle_jax.model.packing import of_row, queries
 from beagle_jax.model.target import embed
-from beagle_jax.training.step import at_queries
 
 FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
 _FIT_LINES = 20  # chats whose features exist at once
@@ -31,14 +31,14 @@ _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 
 
 def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Parameters to train from. `params` gives everything that is not fitted; `batch` some thousand tokens to fit on."""
+    """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a row, some thousand tokens to fit on."""
     fitted = _local_attention({name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch)
     # Features of unit scale; at init_std they would start nearly linear and tiny.
     rng = np.random.default_rng(0)
     for name in ("gate_proj", "up_proj"):
         fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
     fitted = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
-    parts = [Batch(*(field[line : line + _FIT_LINES] for field in batch)) for line in range(0, len(batch.first_B), _FIT_LINES)]
+    parts = [Batch(*(field[line : line + _FIT_LINES] for field in batch)) for line in range(0, len(batch.tokens_BL), _FIT_LINES)]
     moments = (map(np.asarray, _feature_moments(fitted, spec, embed_VD, part)) for part in parts)
     return fitted | {"down_proj": jnp.asarray(_ridge(moments).T, jnp.float32)}
 
@@ -69,18 +69,20 @@ def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, b
 def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that count: features x features, and features x what the MLP should add."""
     block = BeagleBlock(spec).bind({"params": params})
-    e_BTD = embed(embed_VD, at_queries(part, part.tokens_BL), spec.embed_scale)
-    mask_BTL = early_block_mask(part.length_B, part.tokens_BL.shape[1], 1, jnp.int32(0), part.first_B, e_BTD.shape[1])
-    y_BTD, gated_BTF = block.before_down(e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, part.first_B))
+    T, L = part.counts_BT.shape[1], part.tokens_BL.shape[1]
+    asked = queries(T, part.length_BC, part.first_BC)
+    e_BTD = embed(embed_VD, of_row(part.tokens_BL, asked.slot_BT), spec.embed_scale)
+    mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
+    y_BTD, gated_BTF = block.before_down(e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, asked.position_BT))
     feature_BTF = gated_BTF * part.counts_BT[..., None]
     product = lambda x: jnp.einsum("BTF,BTD->FD", feature_BTF, x)
-    return product(feature_BTF), product(at_queries(part, part.states_BLD) - y_BTD)
+    return product(feature_BTF), product(of_row(part.states_BLD, asked.slot_BT) - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each supervised position i: e(x_i), h_{i-1}, h_i."""
     line, query = np.nonzero(batch.counts_BT)
-    position = batch.first_B[line] + query
+    position = batch.first_BC[line, 0] + query
     line, position = line[position > 0], position[position > 0]
     states_BLD = np.asarray(batch.states_BLD, np.float32)
     e_MD = np.asarray(embed_VD[batch.tokens_BL[line, position]], np.float32)

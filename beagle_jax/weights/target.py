@@ -68,14 +68,14 @@ def open_source(source: str, cache_dir: Path) -> Source:
     )
 
 
-def configured_target(config: TargetConfig, *, decoding: bool) -> Target:
-    """The target that a config names. Raises UserError where it is to be quantised and not only decoded.
+def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decoding: bool) -> Target:
+    """The target that a config names, spread over the mesh if there is one. Raises UserError where it is to be quantised and not only decoded.
 
     What training keeps on disk, answers and states, is told apart by the source alone, so it comes from the target as it is.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here")
-    return load_target(config.source, config.dtype, config.cache_dir, quantize=config.quantize, group_size=config.group_size)
+    return load_target(config.source, config.dtype, config.cache_dir, mesh, quantize=config.quantize, group_size=config.group_size)
 
 
 def load_target(

@@ -1,0 +1,243 @@
+"""Several chats in a row: the same losses and gradients as one chat a row, and nothing of one chat seen in another."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ONE_DEVICE, TINY
+from test_train_step import CLEAN, SPEC, quick_jit
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch, BatchLoader, best_fit
+from beagle_jax.data.share import Share
+from beagle_jax.data.states import states_in_memory
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError
+from beagle_jax.model import masks
+from beagle_jax.model.eagle import EagleSpec, init_eagle
+from beagle_jax.model.packing import places, queries
+from beagle_jax.training import eagle, early, late
+from beagle_jax.training.step import add_noise, predict_eagle, predict_early, predict_late, stage_loss
+
+EAGLE = EagleSpec.from_target(TINY, init_std=0.15)
+L, T = 24, 22  # of the batches compared
+STAGES = {
+    "early": StageConfig(steps=1, window=3),
+    "late": StageConfig(steps=1, window=4, simulation_steps=3),
+    "gradients kept": StageConfig(steps=1, window=3, simulation_steps=3, detach=False),
+    "dense": StageConfig(steps=1, window=2, simulation_steps=2, dense=True),
+    "eagle": StageConfig(steps=1, window=1, simulation_steps=2, dense=True),
+}
+
+
+def some_rows(seed: int, count: int = 7) -> list[Row]:
+    """Chats of 4 to 12 tokens, any two of which fit in a row; some with a question between two answers, some that end in what is not supervised."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 13, count)
+    supervised = [(np.arange(n) >= rng.integers(1, n - 2)) & (rng.random(n) < 0.8) | (np.arange(n) == n - 2) for n in lengths]
+    return [Row(rng.integers(0, TINY.vocab_size, n).tolist(), flags.tolist()) for n, flags in zip(lengths, supervised)]
+
+
+def loader_of(rows: list[Row], **settings) -> BatchLoader:
+    """States that tell chats apart."""
+    rng = np.random.default_rng(len(rows))
+    states = [rng.standard_normal((len(row.tokens), TINY.hidden_size)).astype(np.float32) for row in rows]
+    return BatchLoader(rows, states, **dict(batch=1, row_tokens=L, seed=0, pack=True) | settings)
+
+
+def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
+    """All rows of a loader of one row a batch, in shapes that do not depend on the chats."""
+    steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
+    shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
+    fields = (np.concatenate(field) for field in zip(*steps))
+    return Batch(*(np.pad(x, [(0, n - m) for n, m in zip(size, x.shape)]) for x, size in zip(fields, shape)))
+
+
+@lru_cache
+def gradient_of(name: str):
+    """((loss, metrics), gradient) of a stage as a jitted function of (params, frozen, batch, key)."""
+    spec, predict = (EAGLE, predict_eagle) if name == "eagle" else (SPEC, predict_early if name == "early" else predict_late)
+    loss = lambda params, *rest: stage_loss(params, spec, CLEAN, STAGES[name], predict, *rest, ONE_DEVICE)
+    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def check_same(name: str, seed: int, draft: dict, tiny_params: dict, run_packed=None) -> None:
+    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with one offset of the windows."""
+    rows, key = some_rows(seed), jax.random.key(seed)
+    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+    alone, packed = everything(loader_of(rows, pack=False), 7, 1), everything(loader_of(rows), 4, 7)
+    assert (packed.length_BC > 0).sum(axis=1).max() > 1 and packed.counts_BT.sum() == alone.counts_BT.sum()
+    (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
+    (found, their), slope = (run_packed or gradient_of(name))(draft, frozen, packed, key)
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    for figure in ("ploss", "vloss", "objective", "supervised", "count_J", "agree_J"):
+        np.testing.assert_allclose(getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure)
+    for weight in gradient:
+        np.testing.assert_allclose(slope[weight], gradient[weight], atol=1e-5 * float(jnp.abs(gradient[weight]).max()), err_msg=weight)
+
+
+@pytest.fixture(scope="module")
+def drafts(tiny_draft) -> dict[str, dict]:
+    return dict.fromkeys(STAGES, tiny_draft) | {"eagle": init_eagle(EAGLE, jax.random.key(1))}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_packed_and_unpacked_losses_and_gradients_are_equal(drafts, tiny_params, name):
+    for seed in range(8):
+        check_same(name, seed, drafts[name], tiny_params)
+
+
+def one_chat(chat_BT, start_BT, length_BC, width, right=masks.keys_before):
+    """Keys of the chats before are seen too."""
+    begin_BC = jnp.cumsum(length_BC, axis=1) - length_BC
+    begin_BT = jnp.take_along_axis(begin_BC, chat_BT, axis=1)
+    return right(0 * chat_BT, begin_BT + start_BT, length_BC.sum(axis=1, keepdims=True), width)
+
+
+def running_windows(count, length_BC, first_BC):
+    """Windows are counted over the row, not over each chat."""
+    right = queries(count, length_BC, first_BC)
+    return right._replace(place_BT=jnp.broadcast_to(jnp.arange(count), right.place_BT.shape))
+
+
+def running_keys(count, size_BC):
+    """Keys are turned by their place in the row, queries by their place in the chat."""
+    right = places(count, size_BC)
+    return right._replace(place_BX=jnp.broadcast_to(jnp.arange(count), right.place_BX.shape)) if count == L else right
+
+
+BUGS = {
+    "attention crosses chats": ("early", [(masks, "keys_before", one_chat)]),
+    "late attention crosses chats": ("late", [(late, "keys_before", one_chat)]),
+    "windows cross chats": ("early", [(masks, "queries", running_windows)]),
+    "late windows cross chats": (
+        "late", [(late, "window_queries", lambda size_BC, *rest, right=late.window_queries: right(size_BC.sum(axis=1, keepdims=True), *rest))],
+    ),
+    "EAGLE's attention crosses chats": ("eagle", [(eagle, "keys_before", one_chat)]),
+    "positions do not restart": ("early", [(early, "places", running_keys)]),
+    "late positions do not restart": ("late", [(late, "places", running_keys)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
+    name, plants = BUGS[bug]
+    for module, function, wrong in plants:
+        monkeypatch.setattr(module, function, wrong)
+    planted = gradient_of.__wrapped__(name)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        for seed in range(3):
+            check_same(name, seed, drafts[name], tiny_params, planted)
+
+
+def test_the_drawn_examples():
+    assert [x.tolist() for x in places(6, jnp.array([[3, 0, 2]]))] == [[[0, 0, 0, 2, 2, 2]], [[0, 1, 2, 0, 1, 2]]]
+    seen = lambda mask_1LL: {query: np.flatnonzero(line).tolist() for query, line in enumerate(np.asarray(mask_1LL[0]))}
+    early_mask = masks.early_block_mask(jnp.array([[5, 3]]), 8, 3, jnp.int32(2))
+    assert seen(early_mask) == {0: [], 1: [0], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [], 6: [5], 7: [5, 6]}
+    target_mask = masks.chats_mask(jnp.array([[2, 3]]), 6)
+    assert seen(target_mask) == {0: [0], 1: [0, 1], 2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4]}
+    windows = late.window_queries(jnp.array([[8]]), 8, 3, 2, jnp.int32(2))
+    assert windows.query_BUJ.tolist() == [[[2, 3], [5, 6], [7, 7]]] and windows.valid_BUJ.tolist() == [[[True] * 2, [True] * 2, [False] * 2]]
+
+
+@pytest.mark.parametrize("window, steps", [(1, 1), (2, 2), (3, 1), (4, 3), (5, 5)])
+def test_every_window_of_every_chat_comes_once(window, steps):
+    rng = np.random.default_rng(window)
+    for offset in range(window):
+        size_BC = rng.integers(0, 9, (40, 4))
+        width = int(size_BC.sum(axis=1).max())
+        at = late.window_queries(jnp.asarray(size_BC), width, window, steps, jnp.int32(offset))
+        for sizes, chats, placed, asked, valid in zip(size_BC, *(np.asarray(x) for x in at)):
+            begin = np.cumsum(sizes) - sizes
+            expected = [(c, i, begin[c] + i) for c, n in enumerate(sizes) for start in range(offset, n, window)
+                        for i in range(start, min(start + steps, n))]  # fmt: skip
+            found = zip(np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid])
+            assert [tuple(map(int, one)) for one in found] == expected
+
+
+def test_noise_is_as_wide_as_the_chat_is_short():
+    length_BC = jnp.array([[100, 400], [500, 0]])
+    noise_BLD = np.abs(add_noise(jnp.zeros((2, 500, 64)), length_BC, TrainConfig(noise_scale=0.2), jax.random.key(0)))
+    for part, length in ((noise_BLD[0, :100], 100), (noise_BLD[0, 100:], 400), (noise_BLD[1], 500)):
+        width = 0.2 * 512 / length / 2
+        assert 0.99 * width < part.max() <= width
+
+
+def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
+    rows = some_rows(1)
+    packed, alone = everything(loader_of(rows), 4, 7), everything(loader_of(rows, pack=False), 7, 1)
+    of_chat = {tuple(tokens[: lengths[0]]): states for tokens, lengths, states in zip(
+        alone.tokens_BL, alone.length_BC, states_in_memory(tiny_params, TINY, alone.tokens_BL, alone.length_BC))}  # fmt: skip
+
+    def check(states_BLD) -> int:
+        chats = 0
+        for tokens, lengths, states in zip(packed.tokens_BL, packed.length_BC, states_BLD):
+            for begin, length in zip(np.cumsum(lengths) - lengths, lengths[lengths > 0]):
+                here = tuple(tokens[begin : begin + length])
+                whole = next(states for text, states in of_chat.items() if text[:length] == here)
+                # 1e-4: rows of another length are summed in another order
+                np.testing.assert_allclose(states[begin : begin + length], whole[:length], rtol=1e-4, atol=1e-4)
+                chats += 1
+        return chats
+
+    assert check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC)) == len(rows)
+    monkeypatch.setattr("beagle_jax.data.states.chats_mask", lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width))
+    jax.clear_caches()
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC))
+    jax.clear_caches()
+
+
+def test_chats_fit_their_rows_and_come_once():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        width, lengths = 100, rng.integers(1, 101, rng.integers(1, 60)).tolist()
+        rows = best_fit(lengths, width)
+        assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(sum(lengths[at] for at in row) <= width for row in rows)
+        assert len(rows) <= 1.25 * sum(lengths) / width + 1  # best fit decreasing needs at most 11/9 of the optimum
+
+
+def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
+    rows = some_rows(3, count=40)
+    loader, seen, live = loader_of(rows, batch=2), [], 0
+    of_tokens = {tuple(row.tokens): row for row in rows}
+    for step in range(loader.steps_per_epoch):
+        batch = loader.batch_at(step)
+        for line in range(2):
+            slot = query = 0
+            for length, first in zip(batch.length_BC[line], batch.first_BC[line]):
+                text = tuple(batch.tokens_BL[line, slot : slot + length])
+                if not length:
+                    continue
+                seen.append(next(whole for whole in of_tokens if whole[:length] == text))
+                counting = np.flatnonzero(of_tokens[seen[-1]].supervised[:-1])
+                assert (first, length) == (counting[0], counting[-1] + 1)
+                assert (np.flatnonzero(batch.counts_BT[line, query : query + length - first]) + first).tolist() == counting.tolist()
+                slot, query = slot + length, query + length - first
+            assert not batch.tokens_BL[line, slot:].any() and not batch.states_BLD[line, slot:].any() and not batch.counts_BT[line, query:].any()
+            live += slot
+    assert len(set(seen)) == len(seen) >= 38  # a last row may be left over
+    assert loader.padding < 0.15 < 0.5 < loader.padding_unpacked
+    if loader.steps_per_epoch * 2 == len(loader._rows):
+        assert loader.padding == pytest.approx(1 - live / (L * len(loader._rows)))
+
+
+def test_order_and_position_are_one_integer_and_processes_share_a_batch():
+    rows = some_rows(4, count=60)
+    loader, again = loader_of(rows, batch=4), loader_of(rows, batch=4)
+    parts = [loader_of(rows, batch=4, share=Share(index, 2)) for index in range(2)]
+    for step in (7, 0, 3, 2 * loader.steps_per_epoch + 1):
+        batch = loader.batch_at(step)
+        for name, field in batch._asdict().items():
+            np.testing.assert_array_equal(getattr(again.batch_at(step), name), field)
+            np.testing.assert_array_equal(np.concatenate([getattr(part.batch_at(step), name) for part in parts]), field)
+    sample = loader.sample(10)
+    assert (sample.length_BC[:, 0] > 0).all() and not sample.length_BC[:, 1:].any()  # one chat a row
+
+
+def test_packing_that_leaves_too_few_rows_is_told():
+    with pytest.raises(UserError, match=r"only \d rows have an answer within train.row_tokens = 24 \(train.pack put several chats in each\)"):
+        loader_of(some_rows(0), batch=5)
