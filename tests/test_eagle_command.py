@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from test_command import make_target
+from test_command import make_target, write_lines
 
 from beagle_jax import plan, train
 from beagle_jax.errors import run_main
@@ -31,6 +31,8 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
         "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 80, "checkpoint_every": 2,
                   "early": {"steps": 3, "window": 1, "warmup": 1, "learning_rate": 1e-3},
                   "late": {"steps": 2, "dense": True, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
+        "decode": {"levels": 2},
+        "eval": {"suites": [write_lines(folder / "eval.jsonl", ["Why is it so?", "Who are you?"])], "max_new_tokens": 16},
         "log": {"every": 1},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -90,6 +92,16 @@ def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):
     capsys.readouterr()
     assert run_main(train.main, [*options, "draft.kind=beagle"]) == 1
     assert f"{given}/config.json: model_type is 'eagle_draft', expected 'beagle_draft'" in capsys.readouterr().err
+
+
+def test_tau_is_measured_while_training(trained):
+    folder = trained.folder / "looking"
+    assert run_main(train.main, ["--config", trained.config, f"train.folder={folder}", "eval.every=2", "train.late=none"]) == 0
+    looked = [line for line in log_of(folder) if line.get("split") == "decoding"]
+    assert [(line["stage"], line["step"]) for line in looked] == [("early", 2), ("early", 3)]
+    assert all(1 <= line["tau"] <= 3 and line["tokens"] <= 2 * 15 for line in looked)
+    written = json.loads((folder / "draft" / "config.json").read_text())
+    assert written["model_type"] == "eagle_draft" and written["best"]["tau"] == max(line["tau"] for line in looked)
 
 
 def test_the_plan_is_of_an_eagle_draft(trained, capsys):
