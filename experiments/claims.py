@@ -12,6 +12,7 @@ from plan import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 RELATIVE = ("speedup", "training_speed", "memory")  # compared by their ratio; the others by their difference
+TIMED = ("speedup", "training_speed")
 _RESAMPLES = 2000
 
 Points = Sequence[Mapping[str, Any]]  # measurements of one run with one seed, in order of its steps (run.py)
@@ -61,16 +62,17 @@ def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> 
     return HOLDS if inside else FAILS if outside else OPEN
 
 
-def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, Any]:
-    """One line of the table of claims, as plain values."""
+def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]], *, shared: bool = False) -> dict[str, Any]:
+    """One line of the table of claims, as plain values. shared: other work ran on the machine, so times decide nothing."""
     line = {"figure": claim.figure, "says": claim.says, "measure": claim.measure, "more": claim.more, "less": list(claim.less)}
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
     found, sides, seeds = difference(runs[claim.more], [runs[name] for name in claim.less], claim.measure)
-    said = OPEN if claim.unless else verdict(found, claim.at_least, claim.alike)
+    reason = claim.unless or ("other work ran on the machine" if shared and claim.measure in TIMED else None)
+    said = OPEN if reason else verdict(found, claim.at_least, claim.alike)
     line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}
-    return line | {"verdict": said, "here": _sentence(claim, found, sides, seeds)}
+    return line | {"verdict": said, "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), reason)))}
 
 
 def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) -> str:
@@ -79,9 +81,8 @@ def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) ->
     figures = [f"{scale * one:+.{digits}f}" for one in found]
     # sides of a memory are bytes
     left, right = (f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides)
-    reason = f"; {claim.unless}" if claim.unless else ""
     return (f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} [{figures[1]}, {figures[2]}], "
-            f"{seeds} seed{'s' * (seeds > 1)}{reason}")  # fmt: skip
+            f"{seeds} seed{'s' * (seeds > 1)}")  # fmt: skip
 
 
 def _fractions(run: Mapping[int, Points], measure: str, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,13 +17,14 @@ from beagle_jax.weights.model_card import TRAINED_WITH, installed
 Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order of steps
 
 
-def write_results(plan: Plan, failed: Mapping[str, str], note: str) -> str:
+def write_results(plan: Plan, failed: Mapping[str, str], *, shared: bool) -> str:
     """Writes every figure's JSON and PNG and the table of claims; returns the table."""
     plan.results.mkdir(parents=True, exist_ok=True)
     found = measured(plan) | decoded(plan)
-    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": dict(plan.base)}
-    about |= {"note": note} if note else {}
-    lines, tables = [judged(claim, found) for claim in plan.claims], []
+    # Where the text lies is this machine's affair.
+    base = {key: value for key, value in plan.base.items() if key != "data.folder"}
+    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base, "shared_machine": shared}
+    lines, tables = [judged(claim, found, shared=shared) for claim in plan.claims], []
     for name, figure in plan.figures.items():
         runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
         missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
@@ -32,7 +33,7 @@ def write_results(plan: Plan, failed: Mapping[str, str], note: str) -> str:
         write_text(plan.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
         if runs and figure.kind == "table":
             tables += ["", *systems_table(runs)]
-        elif runs:
+        elif len(runs) > 1:
             draw(figure, runs, plan.results / f"{name}.png")
     text = "\n".join([*claims_table(lines), *tables, "", sentence(lines, about)]) + "\n"
     write_text(plan.results / "claims.md", text)
@@ -147,7 +148,8 @@ def claims_table(lines: list[dict[str, Any]]) -> list[str]:
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """How many hold, and where."""
     counts = ", ".join(f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN))
-    return f"Of {len(lines)} claims: {counts}. {about['environment']['machine']}. {about.get('note', '')}".rstrip()
+    shared = " Other work ran on the machine: no time here means anything." if about["shared_machine"] else ""
+    return f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. {about['environment']['machine']}.{shared}"
 
 
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,8 @@
 
 A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl, checkpoints, draft/, and step-N.json,
 what its draft accepted after N steps. What is there is not done again, a run that was cut off goes on from its last
-checkpoint, and a run that cannot be made is named in the figures. Comparing times takes a machine that does nothing else.
+checkpoint, and a run that cannot be made is named in the figures. Times mean something only on a machine that does nothing
+else: say --shared where that was not so.
 """
 
 import argparse
@@ -44,14 +45,14 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--only", action="append", default=[], metavar="FIGURE", help="what this figure needs, and no more")
     made.add_argument("--short", action="store_true", help="a few steps and one seed, in a folder of its own")
     made.add_argument("--draw", action="store_true", help="train nothing: figures and table of what is there")
-    made.add_argument("--note", default="", help="said in every result, for example what else ran on the machine")
+    made.add_argument("--shared", action="store_true", help="other work ran on this machine: claims about time are left open")
     arguments = made.parse_intermixed_args(argv)
     terminal.prepare(argparse.Namespace(quiet=False))
     plan = load_plan(Path(arguments.plan), dict(map(_setting, arguments.overrides)), short=arguments.short).only(arguments.only)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
     failed = {} if arguments.draw else run_all(plan)
-    print(write_results(plan, failed, arguments.note))
+    print(write_results(plan, failed, shared=arguments.shared))
     if failed:
         raise UserError(f"{len(failed)} could not be made:\n" + "\n".join(f"  {name}: {error}" for name, error in failed.items()))
 

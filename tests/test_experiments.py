@@ -114,6 +114,15 @@ def test_what_was_not_run_or_cannot_be_decided_says_so():
     assert judged(claim, {**runs(a=0.9), "b": other})["verdict"] == OPEN  # no seed in common
 
 
+def test_times_of_a_shared_machine_decide_nothing():
+    claim = plans.Claim(figure="fig", says="a is faster", measure="speedup", more="a", less=("b",))
+    timed = {name: {0: [point(prompts(0.5, 0), seconds=[seconds] * 24, plain_seconds=[2.0] * 24)]} for name, seconds in (("a", 1), ("b", 2))}
+    assert judged(claim, timed)["verdict"] == HOLDS
+    line = judged(claim, timed, shared=True)
+    assert line["verdict"] == OPEN and line["here"].endswith("other work ran on the machine")
+    assert judged(replace(claim, measure="tau"), runs(a=0.9, b=0.5), shared=True)["verdict"] == HOLDS
+
+
 def test_a_run_with_one_seed_stands_beside_each_of_another_s():
     claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
     line = judged(claim, {**runs(a=0.9), "b": {7: runs(b=0.5)["b"][0]}})
@@ -217,3 +226,10 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
 def test_results_name_no_figure_that_is_not_there():
     assert results._reason("eagle", {"eagle-0": "no kind"}) == "no kind" and results._reason("systems.late", {"systems": "x"}) == "x"
     assert results._reason("late", {"eagle-0": "no kind"}) == "not run" and claims.HOLDS != claims.FAILS
+
+
+def test_the_guide_shows_the_table_as_it_was_written():
+    written = (ROOT / "benchmarks" / "results" / "paper" / "claims.md").read_text()
+    assert written in (ROOT / "docs" / "guide" / "reproduce.md").read_text()
+    claimed = [line["says"] for line in yaml.safe_load(Path(PAPER).read_text())["claims"]]
+    assert all(f"| {says} |" in written for says in claimed)
