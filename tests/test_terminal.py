@@ -29,7 +29,9 @@ print("loaded:", *[name for name in {heavy!r} if name in sys.modules])
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, **environment}
+    # Without what the commands of other tests have set for this process and those it starts.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "TRANSFORMERS_"))}
+    settings = clean | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env=settings)
 
 
