@@ -81,7 +81,7 @@ def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=8, help="of a batch; with one, gradients of weights outweigh the states")
     parser.add_argument("--steps", type=int, nargs="+", default=list(range(1, 9)))
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")

@@ -189,6 +189,7 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eighteen trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
     from test_command import make_target, write_lines
