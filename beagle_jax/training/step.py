@@ -130,7 +130,8 @@ def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ) -> Predictio
     B, U, J = query_BUJ.shape
     beta_J = jnp.asarray(stage.step_weights or range(J, 0, -1), jnp.float32)
     group_BN = jnp.broadcast_to(jnp.tile(jnp.arange(J), U), (B, U * J))
-    return Prediction(*(x.reshape(B, U * J, *x.shape[3:]) for x in (state_BUJD, query_BUJ, inside_BUJ)), group_BN, jnp.tile(beta_J, U))
+    flat = lambda x_BUJ: x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
+    return Prediction(flat(state_BUJD), flat(query_BUJ), flat(inside_BUJ), group_BN, jnp.tile(beta_J, U))
 
 
 def stage_loss(
