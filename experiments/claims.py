@@ -46,7 +46,10 @@ def difference(more: Mapping[int, Points], less: Sequence[Mapping[int, Points]],
     if not seeds:
         return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
     paired = [run if len(run) > 1 else dict.fromkeys(seeds, *run.values()) for run in (more, *less)]
-    drawn = _drawn([_fractions(run, measure, seeds) for run in paired])
+    fractions = [_fractions(run, measure, seeds) for run in paired]
+    if not all(above_SN.size for above_SN, _ in fractions):  # too short a training has no line of its log to go by
+        return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
+    drawn = _drawn(fractions)
     best_R = np.max(drawn[1:], axis=0)
     change_R = drawn[0] / best_R - 1 if measure in RELATIVE else drawn[0] - best_R
     return _interval(change_R), [float(drawn[0][0]), float(best_R[0])], len(seeds)
@@ -69,6 +72,8 @@ def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]], *, shared: bo
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
     found, sides, seeds = difference(runs[claim.more], [runs[name] for name in claim.less], claim.measure)
+    if not seeds:
+        return line | {"verdict": OPEN, "here": "nothing that both have"}
     reason = claim.unless or ("other work ran on the machine" if shared and claim.measure in TIMED else None)
     said = OPEN if reason else verdict(found, claim.at_least, claim.alike)
     line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}

@@ -106,7 +106,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         step = next(iter(run.values()))[place]["step"]
         made["curve"].append({"step": step, **_figures(upto)})
     last = next(iter(run.values()))[-1]
-    if last.get("training_tokens_per_second"):
+    if all(points[-1].get("training_tokens_per_second") for points in run.values()):
         made["training_tokens_per_second"] = value_of(run, "training_speed").rounded
     if "seconds" in last:
         made |= {"speedup": value_of(run, "speedup").rounded, "milliseconds": last["milliseconds"],

@@ -112,6 +112,8 @@ def test_what_was_not_run_or_cannot_be_decided_says_so():
     assert line["verdict"] == OPEN and line["here"].endswith("too short")
     other = {seed + 2: points for seed, points in runs(b=0.5)["b"].items()}
     assert judged(claim, {**runs(a=0.9), "b": other})["verdict"] == OPEN  # no seed in common
+    short = {name: {0: [point(prompts(0.5, 0), training_tokens_per_second=logged)]} for name, logged in (("a", [5.0]), ("b", []))}
+    assert judged(replace(claim, measure="training_speed"), short)["here"] == "nothing that both have"
 
 
 def test_times_of_a_shared_machine_decide_nothing():
@@ -211,7 +213,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
         assert set(figure["runs"]) | set(figure["not_run"]) == set(tree["figures"][name]["of"])
         assert figure["environment"]["jax"] and figure["base"]
         assert (folder / "results" / f"{name}.png").exists() == (tree["figures"][name]["kind"] != "table")
-    assert "train.early.window is 0" in made["fig4"]["not_run"]["window-5"]
+    assert "the window 0" in made["fig4"]["not_run"]["window-5"]
     assert [point["step"] for point in made["fig3"]["runs"]["beagle"]["curve"]] == [1, 2]
     assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [5, 7]
     table = (folder / "results" / "claims.md").read_text()
