@@ -99,13 +99,12 @@ def _peak(parts: Mapping[str, int | None]) -> int:
 def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     """What a figure shows of a run: each value with the ends of its 95 % interval."""
     run = found[name]
-    count = len(next(iter(run.values())))
-    made: dict[str, Any] = {"seeds": sorted(run), "prompts": len(next(iter(run.values()))[-1]["tokens"]), "curve": []}
-    for place in range(count):
+    points_of_one = next(iter(run.values()))  # all seeds are measured at the same steps
+    last = points_of_one[-1]
+    made: dict[str, Any] = {"seeds": sorted(run), "prompts": len(last["tokens"]), "curve": []}
+    for place, point in enumerate(points_of_one):
         upto = {seed: points[: place + 1] for seed, points in run.items()}
-        step = next(iter(run.values()))[place]["step"]
-        made["curve"].append({"step": step, **_figures(upto)})
-    last = next(iter(run.values()))[-1]
+        made["curve"].append({"step": point["step"], **_figures(upto)})
     if all(points[-1].get("training_tokens_per_second") for points in run.values()):
         made["training_tokens_per_second"] = value_of(run, "training_speed").rounded
     if "seconds" in last:

@@ -16,7 +16,8 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,23 @@ def _setting(override: str) -> tuple[str, Any]:
 def run_all(plan: Plan) -> dict[str, str]:
     """Every training and evaluation that is not there yet; returns those that cannot be made, and why."""
     trainings, failed = list(plan.trainings()), {}
-    for number, training in enumerate(trainings, 1):
-        name = f"{training.name}-{training.seed}"
-        print(f"[{number}/{len(trainings)}] {name}", flush=True)
+
+    def attempt(name: str, make: Callable[[], None]) -> None:
         try:
-            train_and_measure(plan, training)
+            make()
         except UserError as error:
             failed[name] = str(error)
             print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
+
+    for number, training in enumerate(trainings, 1):
+        name = f"{training.name}-{training.seed}"
+        print(f"[{number}/{len(trainings)}] {name}", flush=True)
+        attempt(name, partial(train_and_measure, plan, training))
         jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
         gc.collect()
     for name, one in plan.evaluations.items():
         print(f"[evaluation] {name}", flush=True)
-        try:
-            evaluate_drafts(plan, name, one)
-        except UserError as error:
-            failed[name] = str(error)
-            print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
+        attempt(name, partial(evaluate_drafts, plan, name, one))
     return failed
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ONE_DEVICE, TINY
 from test_benchmarks import _benchmark
+from test_train_step import CLEAN, NOISY, B, D, L, three_rows
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
@@ -23,9 +24,6 @@ from beagle_jax.training.step import make_steps, predict_eagle, predict_early, p
 
 # Moderate weights: float32 error of two summation orders then stays well below the tolerances.
 SPEC = replace(EagleSpec.from_target(TINY, init_std=0.15), fc_bias=False)
-B, L, D = 3, 14, TINY.hidden_size
-CLEAN = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise="none")
-NOISY = replace(CLEAN, noise="uniform", noise_scale=0.01)
 EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=1)
 LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3, dense=True)
 
@@ -37,15 +35,8 @@ def params() -> dict:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """Rows of 14, 9 and 5 tokens; the second has a question between two answers, the first an answer from the start."""
-    rng = np.random.default_rng(5)
-    length_B = np.array([14, 9, 5], np.int32)
-    live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = live_BL & (np.arange(L) >= np.array([0, 3, 3])[:, None]) & (np.arange(L) < length_B[:, None] - 1)
-    counts_BL[1, 5:7] = False
-    states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
-    tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
-    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
+    """The first row has an answer from the start."""
+    return three_rows(0, 3, 3)
 
 
 @pytest.fixture(scope="module")

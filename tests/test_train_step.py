@@ -26,17 +26,21 @@ PREDICT = {EARLY: predict_early, EARLY_ONE: predict_early, LATE: predict_late, L
 BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
 
 
-@pytest.fixture(scope="module")
-def batch() -> Batch:
-    """Rows of 14, 9 and 5 tokens; the second has a question between two answers."""
+def three_rows(*begin: int) -> Batch:
+    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a question between two answers."""
     rng = np.random.default_rng(5)
     length_B = np.array([14, 9, 5], np.int32)
     live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = live_BL & (np.arange(L) >= 3) & (np.arange(L) < length_B[:, None] - 1)
+    counts_BL = live_BL & (np.arange(L) >= np.array(begin)[:, None]) & (np.arange(L) < length_B[:, None] - 1)
     counts_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
     tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
     return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return three_rows(3, 3, 3)
 
 
 @pytest.fixture(scope="module")

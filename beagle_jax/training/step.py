@@ -121,8 +121,8 @@ def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, len
     steps = stage.simulation_steps
     state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, length_BC, first_BC, count=count, steps=steps, detach=stage.detach)
     at = window_queries(length_BC - first_BC, count, 1, steps, 0)
-    after_a_state_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ[:, :, :1] > 0
-    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BUJ)
+    after_a_state_BT = queries(count, length_BC, first_BC).position_BT > 0
+    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BT[..., None])
 
 
 def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ) -> Prediction:
