@@ -114,6 +114,7 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
     names_in_sentences = ["python -m beagle_jax.tune"]
     assert [line for line in left if line not in names_in_sentences] == [
         "source .venv/bin/activate", "bash launch/local_cpu.sh train --config configs/quickstart.yaml",
+        "python experiments/run.py experiments/paper.yaml",  # tests/test_experiments.py runs it, in its toy form
     ]  # fmt: skip
 
 
