@@ -12,7 +12,6 @@ from plan import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 RELATIVE = ("speedup", "training_speed", "memory")  # compared by their ratio; the others by their difference
-TIMED = ("speedup", "training_speed")
 _RESAMPLES = 2000
 
 Points = Sequence[Mapping[str, Any]]  # measurements of one run with one seed, in order of its steps (run.py)
@@ -39,16 +38,16 @@ def value_of(run: Mapping[int, Points], measure: str) -> Value:
 def difference(more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str) -> tuple[Value, list[float], int]:
     """How much more the first has than the best of the others, on the seeds that all have; both sides; number of seeds.
 
-    A run with one seed stands beside each of another's.
+    A run with one seed stands beside each of another's. A seed without the measure (a training too short to have logged its
+    speed, or made while other work ran) does not count.
     """
-    several = [set(run) for run in (more, *less) if len(run) > 1]
+    has = lambda run: {seed for seed, points in run.items() if len(_fraction(points, measure)[0])}
+    several = [has(run) for run in (more, *less) if len(run) > 1]
     seeds = sorted(set.intersection(*several)) if several else [0]
-    if not seeds:
+    if not seeds or not all(map(has, (more, *less))):
         return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
     paired = [run if len(run) > 1 else dict.fromkeys(seeds, *run.values()) for run in (more, *less)]
     fractions = [_fractions(run, measure, seeds) for run in paired]
-    if not all(above_SN.size for above_SN, _ in fractions):  # too short a training has no line of its log to go by
-        return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
     drawn = _drawn(fractions)
     best_R = np.max(drawn[1:], axis=0)
     change_R = drawn[0] / best_R - 1 if measure in RELATIVE else drawn[0] - best_R
@@ -65,8 +64,8 @@ def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> 
     return HOLDS if inside else FAILS if outside else OPEN
 
 
-def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]], *, shared: bool = False) -> dict[str, Any]:
-    """One line of the table of claims, as plain values. shared: other work ran on the machine, so times decide nothing."""
+def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, Any]:
+    """One line of the table of claims, as plain values."""
     line = {"figure": claim.figure, "says": claim.says, "measure": claim.measure, "more": claim.more, "less": list(claim.less)}
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
@@ -74,10 +73,9 @@ def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]], *, shared: bo
     found, sides, seeds = difference(runs[claim.more], [runs[name] for name in claim.less], claim.measure)
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
-    reason = claim.unless or ("other work ran on the machine" if shared and claim.measure in TIMED else None)
-    said = OPEN if reason else verdict(found, claim.at_least, claim.alike)
+    said = OPEN if claim.unless else verdict(found, claim.at_least, claim.alike)
     line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}
-    return line | {"verdict": said, "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), reason)))}
+    return line | {"verdict": said, "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), claim.unless)))}
 
 
 def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) -> str:

@@ -10,7 +10,7 @@ import yaml
 from beagle_jax.errors import UsageError
 
 _SHORTER = 120  # --short: a stage has this part of its steps
-_AFTER_SEED = 100  # added to the seed of a run that goes on from another: it shall not see the same batches again
+_AFTER_SEED = 100  # added to the seed for every run that one goes on from: it shall not see the same batches again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +96,17 @@ class Plan:
         seeds = self.runs[name].seeds
         return Training(name, seeds[0] if len(seeds) == 1 else training.seed)
 
+    def before(self, name: str) -> list[str]:
+        """The runs that a run goes on from, the nearest first."""
+        above = self.runs[name].after
+        return [above, *self.before(above)] if above else []
+
     def settings_of(self, training: Training, steps: int) -> dict[str, Any]:
         """The config that trains a run up to so many steps: the base, and dotted keys that take precedence."""
         run, folder = self.runs[training.name], self.folder_of(training)
         other = "late" if run.stage == "early" else "early"
         own = {
-            "train.seed": training.seed + (_AFTER_SEED if run.after else 0),
+            "train.seed": training.seed + _AFTER_SEED * len(self.before(training.name)),
             "train.folder": str(folder),
             f"train.{run.stage}.steps": steps,
             f"train.{other}.steps": 0,

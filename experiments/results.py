@@ -17,14 +17,14 @@ from beagle_jax.weights.model_card import TRAINED_WITH, installed
 Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order of steps
 
 
-def write_results(plan: Plan, failed: Mapping[str, str], *, shared: bool) -> str:
+def write_results(plan: Plan, failed: Mapping[str, str]) -> str:
     """Writes every figure's JSON and PNG and the table of claims; returns the table."""
     plan.results.mkdir(parents=True, exist_ok=True)
     found = measured(plan) | decoded(plan)
     # Where the text lies is this machine's affair.
     base = {key: value for key, value in plan.base.items() if key != "data.folder"}
-    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base, "shared_machine": shared}
-    lines, tables = [judged(claim, found, shared=shared) for claim in plan.claims], []
+    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base}
+    lines, tables = [judged(claim, found) for claim in plan.claims], []
     for name, figure in plan.figures.items():
         runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
         missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
@@ -105,8 +105,8 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     for place, point in enumerate(points_of_one):
         upto = {seed: points[: place + 1] for seed, points in run.items()}
         made["curve"].append({"step": point["step"], **_figures(upto)})
-    if all(points[-1].get("training_tokens_per_second") for points in run.values()):
-        made["training_tokens_per_second"] = value_of(run, "training_speed").rounded
+    if timed := {seed: points for seed, points in run.items() if points[-1].get("training_tokens_per_second")}:
+        made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
         made |= {"speedup": value_of(run, "speedup").rounded, "milliseconds": last["milliseconds"],
                  "tokens_per_second": round(last["tokens_written"] / sum(last["seconds"]), 2),
@@ -117,7 +117,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         for above in {plan.above(Training(name, seed)) for seed in run}:
             before |= {above.seed: found.get(above.name, {}).get(above.seed)}
     if before and all(before.values()):  # its curve begins where that of the run before it ended
-        start = next(iter(before.values()))[-1]["step"]
+        start = sum(plan.runs[above].steps for above in plan.before(name))
         made["curve"] = [{"step": start, **_figures(before)}, *({**point, "step": point["step"] + start} for point in made["curve"])]
     return made
 
@@ -147,8 +147,7 @@ def claims_table(lines: list[dict[str, Any]]) -> list[str]:
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """How many hold, and where."""
     counts = ", ".join(f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN))
-    shared = " Other work ran on the machine: no time here means anything." if about["shared_machine"] else ""
-    return f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. {about['environment']['machine']}.{shared}"
+    return f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. {about['environment']['machine']}."
 
 
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@
 A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl, checkpoints, draft/, and step-N.json,
 what its draft accepted after N steps. What is there is not done again, a run that was cut off goes on from its last
 checkpoint, and a run that cannot be made is named in the figures. Times mean something only on a machine that does nothing
-else: say --shared where that was not so.
+else: --shared keeps none, and leaves what is there only for its times to another call.
 """
 
 import argparse
@@ -46,14 +46,14 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--only", action="append", default=[], metavar="FIGURE", help="what this figure needs, and no more")
     made.add_argument("--short", action="store_true", help="a few steps and one seed, in a folder of its own")
     made.add_argument("--draw", action="store_true", help="train nothing: figures and table of what is there")
-    made.add_argument("--shared", action="store_true", help="other work ran on this machine: claims about time are left open")
+    made.add_argument("--shared", action="store_true", help="other work runs on this machine: keep no times, leave the evaluations for later")
     arguments = made.parse_intermixed_args(argv)
     terminal.prepare(argparse.Namespace(quiet=False))
     plan = load_plan(Path(arguments.plan), dict(map(_setting, arguments.overrides)), short=arguments.short).only(arguments.only)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
-    failed = {} if arguments.draw else run_all(plan)
-    print(write_results(plan, failed, shared=arguments.shared))
+    failed = {} if arguments.draw else run_all(plan, shared=arguments.shared)
+    print(write_results(plan, failed))
     if failed:
         raise UserError(f"{len(failed)} could not be made:\n" + "\n".join(f"  {name}: {error}" for name, error in failed.items()))
 
@@ -65,8 +65,8 @@ def _setting(override: str) -> tuple[str, Any]:
     return key, yaml.safe_load(text)
 
 
-def run_all(plan: Plan) -> dict[str, str]:
-    """Every training and evaluation that is not there yet; returns those that cannot be made, and why."""
+def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
+    """Every training and evaluation that is not there yet; returns those that cannot be made, and why. shared: takes no times."""
     trainings, failed = list(plan.trainings()), {}
 
     def attempt(name: str, make: Callable[[], None]) -> None:
@@ -79,17 +79,17 @@ def run_all(plan: Plan) -> dict[str, str]:
     for number, training in enumerate(trainings, 1):
         name = f"{training.name}-{training.seed}"
         print(f"[{number}/{len(trainings)}] {name}", flush=True)
-        attempt(name, partial(train_and_measure, plan, training))
+        attempt(name, partial(train_and_measure, plan, training, shared=shared))
         jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
         gc.collect()
-    for name, one in plan.evaluations.items():
+    for name, one in () if shared else plan.evaluations.items():
         print(f"[evaluation] {name}", flush=True)
         attempt(name, partial(evaluate_drafts, plan, name, one))
     return failed
 
 
-def train_and_measure(plan: Plan, training: Training) -> None:
-    """Trains a run from point to point, and writes what its draft accepts at each."""
+def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
+    """Trains a run from point to point, and writes what its draft accepts at each, with the speed of training unless `shared`."""
     folder, run = plan.folder_of(training), plan.runs[training.name]
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
@@ -97,7 +97,8 @@ def train_and_measure(plan: Plan, training: Training) -> None:
         config = _written(folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps")
         if not found.exists():
             train_draft(config)
-            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config), **training_speed(config, run.points)}))
+            speed = {"training_tokens_per_second": [] if shared else training_speed(config, run.points)}
+            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config), **speed}))
 
 
 def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
@@ -122,12 +123,11 @@ def accepted(config: Config) -> dict[str, list]:
             "accepted": [one.accepted for one in answers]}  # fmt: skip
 
 
-def training_speed(config: Config, points: Sequence[int]) -> dict[str, list[float]]:
+def training_speed(config: Config, points: Sequence[int]) -> list[float]:
     """Supervised tokens per second by line of the log, but for lines whose time holds a compilation."""
     lines = [json.loads(line) for line in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     first = {config.log.every + start for start in (0, *points)}
-    return {"training_tokens_per_second": [line["tokens_per_second"] for line in lines
-                                           if "tokens_per_second" in line and line["step"] not in first]}  # fmt: skip
+    return [line["tokens_per_second"] for line in lines if "tokens_per_second" in line and line["step"] not in first]
 
 
 def evaluate_drafts(plan: Plan, name: str, one: Evaluation) -> None:

@@ -225,6 +225,13 @@ def test_a_larger_budget_adds_to_what_is_there(text, tokenizer, two_sources, whi
     assert sum(sum(row.supervised) for row in rows) == (50 if which == 0 else 35)
 
 
+def test_a_smaller_budget_takes_the_first_of_what_is_there(text, writer, two_sources, monkeypatch):
+    monkeypatch.setattr(answers, "PART_ROWS", 4)  # of five answer tokens each: parts of 20
+    rows = text(writer, **two_sources[0])
+    for budget, count in ((1, 4), (20, 4), (21, 8), (999, 10)):
+        assert text(writer, **two_sources[0] | {"answer_tokens": budget}) == rows[:count]
+
+
 def test_a_folder_with_other_settings_is_refused(text, writer, tmp_path):
     text(writer)
     for changed, named in (

@@ -64,7 +64,7 @@ def training_rows(
 ) -> dict[int, list[Row]]:
     """Rows to train on, by part: read from `data.folder` if it is complete, else this process's share is written first.
 
-    made_for: the target's source and hashes; text written for another target is refused. With several processes the
+    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. made_for: the target's source and hashes; text written for another target is refused. With several processes the
     result holds what the others have written so far.
     """
     folder = Path(config.folder)
@@ -79,7 +79,19 @@ def training_rows(
             parts = read_parts(folder)
     if not parts and share.count == 1:
         raise UserError(f"data.source: {config.source!r} gave no row to train on")
-    return parts
+    return _asked_for(config, parts)
+
+
+def _asked_for(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
+    """Each process's parts up to its part of the budget: the text that a new folder would have, to the end of a part."""
+    kept, processes = {}, filled_by(config.folder)
+    for index in range(processes):
+        have, share = 0, Share(index, processes)
+        for number, rows in sorted(parts.items()):
+            if number % processes == index and have < _budget(config, share):
+                kept[number] = rows
+                have += _answer_tokens(rows)
+    return dict(sorted(kept.items()))
 
 
 def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
