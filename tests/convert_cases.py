@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import yaml
-from test_command import make_target
+from command_cases import make_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax import convert

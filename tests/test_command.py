@@ -10,13 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from command_cases import EVAL_QUESTIONS, QUESTIONS, make_target, write_lines
 from conftest import environment
 from safetensors.numpy import load_file
 from test_report import check_schema
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from beagle_jax import convert, evaluate, generate, prepare, train, tune
 from beagle_jax.commands import prepare as prepare_command
@@ -34,39 +32,6 @@ from beagle_jax.weights.target import load_target
 
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
             "convert": convert.main, "prepare": prepare.main}  # fmt: skip
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QUESTIONS = [f"What is {number}?" for number in range(12)]
-EVAL_QUESTIONS = [
-    "Why is it so?",
-    "Who are you?",
-    "And a much longer question, which takes more than sixty-four tokens of one byte?",
-]
-
-
-def make_target(folder: Path) -> None:
-    """A random Llama of two layers with a byte-level tokenizer, as transformers writes it."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], chat_template=CHATML
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def write_lines(path: Path, questions: list[str]) -> str:
-    path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +72,7 @@ def test_training_leaves_text_states_log_and_draft(trained):
     steps = [(line["stage"], line["step"], len(line["top1_by_offset"])) for line in log]
     assert steps == [("early", 1, 3), ("early", 2, 3), ("early", 3, 3), ("late", 1, 2), ("late", 2, 2)]
     draft = json.loads((run / "draft" / "config.json").read_text())
-    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == (
-        "beagle_draft",
-        32,
-        str(trained.folder / "target"),
-    )
+    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == ("beagle_draft", 32, str(trained.folder / "target"))
     assert draft["data"]["rows"] == 12 and draft["training"]["late"]["steps"] == 2
 
 
@@ -236,10 +197,7 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
 def evaluated(trained, capsys) -> list[dict]:
     """The figures by system that `evaluate` writes, which are also those that it prints."""
     figures = trained.folder / "figures.json"
-    assert (
-        run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"])
-        == 0
-    )
+    assert run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"]) == 0
     report = json.loads(figures.read_text())
     systems = report["suites"][0]["groups"][0]["systems"]
     plain, draft = summaries = [{**systems[system["name"]], **system} for system in report["systems"]]
@@ -332,9 +290,7 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
     tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
     answer = SpeculativeDecoder(target).generate([tokens], max_new_tokens=20)[0].tokens
     assert len(answer) > 3
-    assert printed.startswith(
-        target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"
-    )
+    assert printed.startswith(target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n")
     assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith("token sequences equal: yes\n")
 
 
@@ -450,26 +406,11 @@ def test_no_config_is_a_usage_error(name, capsys):
         ("generate", ["Hi", "decode.temperature=-1"], 2, "decode.temperature is -1.0; expected 0 or more"),
         ("evaluate", ["decode.top_p=0"], 2, "decode.top_p is 0.0; expected more than 0 and at most 1"),
         ("evaluate", ["decode.tree=dynamic", "decode.nodes=99"], 1, "decode.nodes is 99; 2 levels of topk 4 make 20 candidates"),
-        (
-            "evaluate",
-            ["--json", "/no/such/folder/x.json"],
-            2,
-            "--json /no/such/folder/x.json: there is no folder /no/such/folder",
-        ),
-        (
-            "train",
-            ["target.source=/no/such/model"],
-            1,
-            "target.source: '/no/such/model' is neither a folder nor a .gguf file",
-        ),
+        ("evaluate", ["--json", "/no/such/folder/x.json"], 2, "--json /no/such/folder/x.json: there is no folder /no/such/folder"),
+        ("train", ["target.source=/no/such/model"], 1, "target.source: '/no/such/model' is neither a folder nor a .gguf file"),
         ("evaluate", ["eval.suites=[/no/such/file]"], 1, "'/no/such/file' is not a file or folder"),
         ("evaluate", ["draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
-        (
-            "generate",
-            ["Hi", "draft.path=/no/such/draft"],
-            1,
-            "/no/such/draft/config.json: no such file; train a draft first",
-        ),
+        ("generate", ["Hi", "draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
     ],
 )
 def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
@@ -519,13 +460,8 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
 
 def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
     """The command as a user starts it, from another folder than the repository."""
-    return subprocess.run(
-        [sys.executable, "-m", f"beagle_jax.{name}", *argv],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parent.parent,
-    )
+    command = [sys.executable, "-m", f"beagle_jax.{name}", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
 
 
 def test_python_m_evaluate_without_a_draft_names_the_path(workplace):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from test_command import make_target, write_lines
+from command_cases import make_target, write_lines
 
 from beagle_jax import plan, train
 from beagle_jax.errors import run_main

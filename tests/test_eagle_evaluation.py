@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import test_tuning
 import yaml
+from command_cases import make_target
 from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
 from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed
-from test_command import make_target
 from test_eagle_import import CONFIG, published, write
 from test_tuning import small  # noqa: F401  # a fixture
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_cases import make_target
 from convert_cases import refused
 from safetensors.numpy import save_file
-from test_command import make_target
 from test_torch_import import Trap
 
 from beagle_jax import convert

@@ -195,7 +195,7 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
 @pytest.mark.timeout(900)  # eighteen trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
-    from test_command import make_target, write_lines
+    from command_cases import make_target, write_lines
 
     make_target(tmp_path / "target")
     questions = write_lines(tmp_path / "prompts.jsonl", [f"What is {number}?" for number in range(60)])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from test_command import make_target
+from command_cases import make_target
 
 from beagle_jax import prepare
 from beagle_jax.commands import prepare as prepare_command
