@@ -21,16 +21,17 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\n{self.format_usage().strip()}\n(--help shows an example)")
 
 
-def parser(name: str, purpose: str, example: str) -> argparse.ArgumentParser:
-    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes."""
+def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.ArgumentParser:
+    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes. takes: what stands between them and the overrides."""
     made = _Parser(
         prog=f"python -m beagle_jax.{name}",
+        usage=f"python -m beagle_jax.{name} --config FILE [option ..]{takes and ' ' + takes} [key=value ..]",
         description=purpose,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/quickstart.yaml")
-    made.add_argument("--json", metavar="FILE", help="also write the figures to this file; -: to stdout, in place of the text")
+    made.add_argument("--json", metavar="FILE", help="figures to this file too; -: to stdout, without text")
     made.add_argument("--quiet", action="store_true", help="no progress, the result alone")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made

@@ -11,11 +11,11 @@ from beagle_jax.terminal import show, working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("prepare", "Write the training text and the target's states to data.folder, as train would do first.",
+    made = parser("prepare", "Write the training text and the target's states, as train would do first.",
                   "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview")
     made.add_argument("--preview", type=int, nargs="?", const=3, metavar="N",
                       help="write nothing; print the first N rows (3 unless given) with their supervised tokens in colour")
-    made.add_argument("--part", metavar="I/N", help="do share I (0 to N-1) of N; the other shares are other processes'")
+    made.add_argument("--part", metavar="I/N", help="do share I (0 to N-1) of N and leave the others")
     add_distributed(made)
     add_overrides(made)
     arguments = made.parse_args(argv)

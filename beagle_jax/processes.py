@@ -16,8 +16,8 @@ _VARIABLES = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_I
 
 def add_distributed(made: ArgumentParser) -> None:
     """The flag for clusters that do not show in the environment."""
-    made.add_argument("--distributed", action="store_true", help="wait for the other processes of this run, as jax finds them on Cloud "
-                      "TPU, Open MPI and Kubernetes; under srun, and where JAX_COORDINATOR_ADDRESS is set, this is the default")
+    made.add_argument("--distributed", action="store_true", help="wait for the run's other processes (Cloud TPU, Open MPI, Kubernetes); "
+                      "the default under srun and where JAX_COORDINATOR_ADDRESS is set")
 
 
 def join(arguments: Namespace) -> None:

@@ -31,7 +31,7 @@ print("loaded:", *[name for name in {heavy!r} if name in sys.modules])
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     # Without what the commands of other tests have set for this process and those it starts.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "TRANSFORMERS_"))}
-    settings = clean | environment
+    settings = clean | {"COLUMNS": "80"} | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env=settings)
 
 
@@ -47,7 +47,10 @@ def test_every_entry_point_is_here():
 def test_help_fits_a_screen_shows_an_example_and_loads_nothing_heavy(name):
     printed = loaded(name, "--help")
     assert printed.endswith("loaded:\n"), "something imported before the command line is read loads more than it needs"
-    assert len(printed.splitlines()) <= 40 and f"example:\n  python -m beagle_jax.{name} " in printed
+    lines = printed.removesuffix("loaded:\n").splitlines()
+    assert sum(max(1, -(-len(line) // 80)) for line in lines) <= 24, "too long for a screen of 80 columns"
+    assert printed.startswith(f"usage: python -m beagle_jax.{name} --config FILE") and f"example:\n  python -m beagle_jax.{name} " in printed
+    assert "--json FILE" in printed and "--quiet" in printed
 
 
 def test_importing_the_package_loads_nothing_heavy():
