@@ -9,19 +9,21 @@ import zipfile
 from types import SimpleNamespace
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf_files import HEADS, llama_tensors, write_llama
 from safetensors.numpy import save_file
 
+from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import gguf as gguf_module
 from beagle_jax.weights import pypi
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder
-from beagle_jax.weights.target import check_vocabulary, fill_params, load_target, open_source
+from beagle_jax.weights.target import check_vocabulary, configured_target, fill_params, load_target, open_source
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -347,3 +349,27 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
         check_vocabulary(tokenizer, 12, "here")
     with pytest.raises(UserError, match=r"it has 2 tokens beyond the embedding of 11 rows"):
         check_vocabulary(tokenizer, 11, "here")
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, decoding, expected",
+    [("tpu", "float32", True, "highest"), ("gpu", "float32", True, "highest"), ("cpu", "float32", True, None),
+     ("gpu", "bfloat16", True, None), ("gpu", "float32", False, None)],
+)  # fmt: skip
+def test_an_accelerator_that_decodes_in_float32_keeps_all_bits_of_a_product(backend, dtype, decoding, expected, monkeypatch):
+    monkeypatch.setattr("beagle_jax.weights.target.load_target", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    try:
+        configured_target(TargetConfig(source="any", dtype=dtype), decoding=decoding)
+        assert jax.config.jax_default_matmul_precision == expected
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
+def test_a_precision_that_the_user_has_set_stands(monkeypatch):
+    monkeypatch.setattr("beagle_jax.weights.target.load_target", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with jax.default_matmul_precision("bfloat16"):
+        configured_target(TargetConfig(source="any"), decoding=True)
+        assert jax.config.jax_default_matmul_precision == "bfloat16"
+    assert jax.config.jax_default_matmul_precision is None

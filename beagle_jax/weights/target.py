@@ -72,9 +72,12 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
     """The target that a config names, spread over the mesh if there is one. Raises UserError where it is to be quantised and not only decoded.
 
     What training keeps on disk, answers and states, is told apart by the source alone, so it comes from the target as it is.
+    To decode in float32 is to write the very tokens of plain decoding, so there products keep all bits, unless the user has said otherwise.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here")
+    if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+        jax.config.update("jax_default_matmul_precision", "highest")  # TPUs would round factors to bfloat16, newer GPUs to TF32
     return load_target(config.source, config.dtype, config.cache_dir, mesh, quantize=config.quantize, group_size=config.group_size)
 
 
