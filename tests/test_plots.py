@@ -12,7 +12,16 @@ from test_masks import EXAMPLE
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation.inside import Round, attention, rounds
-from beagle_jax.evaluation.plots import _heights, mask_levels, plot_attention, plot_masks, plot_training, plot_tree
+from beagle_jax.evaluation.plots import (
+    _heights,
+    mask_levels,
+    plot_acceptance,
+    plot_attention,
+    plot_masks,
+    plot_phases,
+    plot_training,
+    plot_tree,
+)
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward
@@ -86,3 +95,24 @@ def test_training_curves(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     plot_training(tmp_path / "log.jsonl", tmp_path / "c.png")
     assert is_picture(tmp_path / "c.png")
+
+
+def drawn_with_long_names(folder) -> None:
+    name = "/one/folder/of/many" * 6 + "/draft"
+    figures = {"step_alpha": [0.5, 0.4], "tau": 1.5}
+    milliseconds = {"draft": 1.0, "verify": 2.0, "rest": 0.5}
+    report = {"suites": [{"name": name, "groups": [{"systems": {name: figures}}]}], "systems": [{"name": name, "milliseconds": milliseconds}]}
+    plot_acceptance(report, folder / "a.png")
+    plot_phases(report, folder / "p.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_what_is_drawn(tmp_path):
+    drawn_with_long_names(tmp_path)
+    assert is_picture(tmp_path / "a.png") and is_picture(tmp_path / "p.png")
+
+
+def test_names_that_take_all_room_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("beagle_jax.evaluation.plots._NAME", 999)
+    with pytest.warns(UserWarning, match="constrained_layout not applied"):
+        drawn_with_long_names(tmp_path)

@@ -15,6 +15,7 @@ from beagle_jax.evaluation.inside import Round
 from beagle_jax.model.masks import early_block_mask, window_start
 
 _PHASES = ("draft", "verify", "rest")
+_NAME = 36  # characters of a system's name that leave room for what is drawn
 
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
@@ -40,8 +41,8 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
     for panel, suite in zip(figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"]):
         for name, one in suite["groups"][0]["systems"].items():
             if one["step_alpha"]:
-                panel.plot(range(1, len(one["step_alpha"]) + 1), one["step_alpha"], "o-", label=f"{name}, tau {one['tau']:.2f}")
-        panel.set(xlabel="draft depth", ylabel="step-alpha", title=suite["name"], ylim=(0, 1))
+                panel.plot(range(1, len(one["step_alpha"]) + 1), one["step_alpha"], "o-", label=f"{_short(name)}, tau {one['tau']:.2f}")
+        panel.set(xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
     figure.savefig(path)
@@ -54,12 +55,18 @@ def plot_phases(report: dict[str, Any], path: str | Path) -> None:
     panel, left = figure.subplots(), np.zeros(len(systems))
     for phase in _PHASES:
         width = np.array([max(system["milliseconds"][phase], 0.0) for system in systems])
-        panel.barh([system["name"] for system in systems], width, left=left, label=phase)
+        panel.barh(range(len(systems)), width, left=left, label=phase)
         left += width
+    panel.set_yticks(range(len(systems)), [_short(system["name"]) for system in systems])
     panel.set(xlabel="ms per round", title="time by phase")
     panel.invert_yaxis()
     panel.legend()
     figure.savefig(path)
+
+
+def _short(name: str) -> str:
+    """The end of a long name, such as that of a folder in many others."""
+    return name if len(name) <= _NAME else f"..{name[2 - _NAME :]}"
 
 
 def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
