@@ -2,12 +2,14 @@
 
 import copy
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -52,7 +54,7 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
         ("local_cpu.sh", COMMAND, f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 .venv/bin/python {PYTHON_M}"),
         ("gpu.sh", COMMAND, f"env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
         ("gpu.sh", ["--gpus", "2", *COMMAND], "CUDA_VISIBLE_DEVICES=0\\,1 .venv-gpu/bin/python"),
-        ("slurm.sbatch", COMMAND, f"srun --kill-on-bad-exit=1 .venv-gpu/bin/python {PYTHON_M}"),
+        ("slurm.sbatch", COMMAND, f"srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
         ("tpu_pod.sh", ["--here", *COMMAND], f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}"),
         ("quickstart.sh", ["--short", "eval.limit=1"], "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000"),
         ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k late"),
@@ -75,6 +77,23 @@ def test_a_pod_runs_on_every_worker_what_was_asked_for():
     printed = subprocess.run(["bash", "-c", f"bash {script}"], capture_output=True, text=True, cwd=ROOT).stdout
     expected = PYTHON_M.replace("train --", "train --distributed --")
     assert f".venv-tpu/bin/python {expected} data.source=a\\ b" in printed
+
+
+def test_a_pod_s_workers_use_the_python_that_was_named():
+    lines = bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, PYTHON="python3.12").stdout.splitlines()
+    command = shlex.split(lines[2])[-1]
+    assert "cd beagle_jax && env PYTHON=python3.12 bash launch/tpu_pod.sh --here train" in command
+
+
+def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+    dry_run = lambda: bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
+    git("init")
+    assert "changes that are not committed stay here" in dry_run()
+    git("add", ".")
+    git("commit", "--message", "all")
+    assert dry_run() == ""
 
 
 @pytest.mark.parametrize(
@@ -134,7 +153,7 @@ def test_a_slurm_job_at_its_time_limit_saves_and_is_queued_again(cluster):
     job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@300 does
     assert job.wait(30) == 0
     calls = (cluster / "calls").read_text().splitlines()
-    assert calls[0] == f"srun --kill-on-bad-exit=1 .venv-gpu/bin/python {PYTHON_M}" and calls[1] == f"python {PYTHON_M}"
+    assert calls[0] == f"srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda,cpu .venv-gpu/bin/python {PYTHON_M}" and calls[1] == f"python {PYTHON_M}"
     assert calls[2:] == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
 
 
@@ -249,7 +268,8 @@ def test_pods_of_the_gpu_jobset_find_each_other():
     job = workers["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
     variables = {one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")}
-    assert variables.pop("JAX_COMPILATION_CACHE_DIR") and variables.pop("JAX_PROCESS_ID") is None  # the pod's own number
+    assert variables.pop("JAX_PLATFORMS") == "cuda,cpu" and variables.pop("JAX_COMPILATION_CACHE_DIR")
+    assert variables.pop("JAX_PROCESS_ID") is None  # the pod's own number
     host, port = variables.pop("JAX_COORDINATOR_ADDRESS").split(":")
     assert host == f"beagle-{workers['name']}-0-0.beagle" and container["ports"] == [{"containerPort": int(port)}]
     assert variables == {"JAX_NUM_PROCESSES": str(job["parallelism"])}
@@ -271,6 +291,11 @@ def test_the_image_copies_what_exists_and_installs_extras_that_exist():
     assert steps[0][0] == "FROM" and {step[0] for step in steps} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "ENTRYPOINT", "CMD"}
     copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
-    pyproject = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     [extras] = [step[1].partition("=")[2].split(",") for step in steps if step[0] == "ARG"]
-    assert all(f"\n{extra} = [" in pyproject for extra in extras)
+    assert set(extras) <= set(project["project"]["optional-dependencies"])
+    # What the install reads must be there before it runs, and what the launch files name after it.
+    installs = next(number for number, step in enumerate(steps) if step[0] == "RUN")
+    before = {name for step in steps[:installs] if step[0] == "COPY" for name in step[1:-1]}
+    read = {project["project"]["readme"], project["project"]["license"]["file"], *project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]}
+    assert before == {"pyproject.toml", "beagle_jax", *read} and set(copied) - before == {"configs", "drafts"}
