@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from command_cases import make_target
 from convert_cases import PROVENANCE, from_torch, make_place, refused, to_torch
 from safetensors.numpy import load_file, save_file
-from test_command import make_target
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from beagle_jax import convert
@@ -296,7 +296,7 @@ def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, bu
 def test_without_torch_the_message_says_how_to_get_it(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     status = to_torch(place, "hot", tmp_path / "out")
-    assert "PyTorch is not installed, and converting needs it; install the `test` extra: pip install" in refused(capsys, status)
+    assert "PyTorch is not installed, and converting needs it: pip install torch" in refused(capsys, status)
     assert not any(tmp_path.iterdir())
 
 

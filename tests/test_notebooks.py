@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import nbformat
@@ -13,10 +14,12 @@ import pytest
 from convert_cases import make_place
 from nbclient import NotebookClient
 from nbformat.v4 import new_output
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURES = {"a_quick_start": 1, "b_masks_and_stages": 3, "c_trees": 3, "d_your_own": 0}
+PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
 
 
 def runner():
@@ -106,13 +109,16 @@ def test_bars_are_kept_as_they_ended_and_paths_without_the_machine():
 # The first cell
 
 
-def install(monkeypatch, place: Path, *, repository: str = "", found: bool = False) -> list[list[str]]:
-    """The commands that the first cell runs when it is started in a folder where beagle_jax is found, or not."""
-    source = RUN.code_cells(read(NOTEBOOKS[0]))[0].source.partition("import beagle_jax\n")[0]
+def install(monkeypatch, place: Path, *, devices=(), path: Path = NOTEBOOKS[0], repository: str = "", found: bool = False) -> list[list[str]]:
+    """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a machine with these device files."""
+    source = RUN.code_cells(read(path))[0].source.partition("import beagle_jax\n")[0]
     assert source.count('REPOSITORY = ""') == 1
-    ran = []
+    ran, exists = [], os.path.exists
     monkeypatch.chdir(place)
+    monkeypatch.setenv(PRECISION, "")  # so that it is gone again after the test
+    monkeypatch.delenv(PRECISION)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+    monkeypatch.setattr(os.path, "exists", lambda name: name in devices if str(name).startswith("/dev/") else exists(name))
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
     monkeypatch.setattr(sys, "path", list(sys.path))
     exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
@@ -123,19 +129,51 @@ def test_where_it_is_installed_nothing_is(monkeypatch, tmp_path):
     assert install(monkeypatch, tmp_path, found=True) == []
 
 
-def test_a_clone_is_installed_as_it_is(monkeypatch):
-    [pip] = install(monkeypatch, ROOT / "notebooks")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("devices, extra", [((), ""), (("/dev/nvidia0",), "[cuda12]"), (("/dev/accel0",), "[tpu]"), (("/dev/vfio/0",), "[tpu]")])
+def test_a_clone_is_installed_as_it_is_with_the_jax_of_the_runtime(path, devices, extra, monkeypatch):
+    [pip] = install(monkeypatch, ROOT / "notebooks", devices=devices, path=path)
     assert pip[1:5] == ["-m", "pip", "install", "--quiet"] and pip[-2:] == ["--editable", str(ROOT)]
+    asked, bounds = Requirement(pip[5]), re.search(r"^jax(\S+)", (ROOT / "requirements.txt").read_text(), re.M).group(1)
+    assert asked.specifier == Requirement(f"jax{bounds}").specifier and "".join(f"[{one}]" for one in asked.extras) == extra
+    assert asked.extras <= set(metadata("jax").get_all("Provides-Extra"))
+    assert pip[6:-2] == (["torch"] if path.stem == "d_your_own" else [])
+    # Losslessness in float32 is shown on every runtime: where float32 would be multiplied in fewer bits, it is asked for.
+    assert os.environ.get(PRECISION) == ("highest" if devices else None)
 
 
-def test_elsewhere_the_project_is_cloned_from_the_address_given(monkeypatch, tmp_path):
-    clone, pip = install(monkeypatch, tmp_path, repository="https://example.org/x")
-    assert clone == ["git", "clone", "--depth", "1", "https://example.org/x", "beagle_jax_clone"] and pip[-1] == "beagle_jax_clone"
+@pytest.mark.parametrize("how", ["field", "variable"])
+def test_elsewhere_the_project_is_cloned_from_the_address_given(how, monkeypatch, tmp_path):
+    address = "https://example.org/x"
+    monkeypatch.setenv("BEAGLE_REPOSITORY", address if how == "variable" else "")
+    clone, pip = install(monkeypatch, tmp_path, repository=address if how == "field" else "")
+    assert clone == ["git", "clone", "--depth", "1", address, str(tmp_path / "beagle_jax_clone")] and pip[-1] == clone[-1]
 
 
-def test_without_an_address_one_message_says_what_to_set(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="Set REPOSITORY in this cell to the project's address"):
+def test_a_clone_that_was_made_before_is_used_again(monkeypatch, tmp_path):
+    (tmp_path / "beagle_jax_clone" / "beagle_jax").mkdir(parents=True)
+    (tmp_path / "beagle_jax_clone" / "beagle_jax" / "config.py").touch()
+    [pip] = install(monkeypatch, tmp_path)
+    assert pip[-1] == str(tmp_path / "beagle_jax_clone")
+
+
+def test_without_an_address_one_message_says_what_to_give(monkeypatch, tmp_path):
+    monkeypatch.delenv("BEAGLE_REPOSITORY", raising=False)
+    with pytest.raises(SystemExit, match="Type the address that `git clone` takes into REPOSITORY, at the top of this cell"):
         install(monkeypatch, tmp_path)
+
+
+def test_a_session_with_older_modules_loaded_is_to_be_restarted(monkeypatch):
+    monkeypatch.setattr(sys.modules["numpy"], "__version__", "1.0")
+    with pytest.raises(SystemExit, match="an older numpy. Restart it"):
+        install(monkeypatch, ROOT / "notebooks")
+
+
+def test_an_accelerator_is_left_to_the_notebook_that_holds_it():
+    """A TPU takes one process: a second one that asks for it fails."""
+    started = [call for path in NOTEBOOKS for cell in RUN.code_cells(read(path)) for call in ast.walk(ast.parse(cell.source))
+               if isinstance(call, ast.Call) and ast.unparse(call.func) == "subprocess.run" and "beagle_jax." in ast.unparse(call)]  # fmt: skip
+    assert started and all("'JAX_PLATFORMS': 'cpu'" in ast.unparse(call) for call in started)
 
 
 # Executed

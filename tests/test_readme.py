@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from test_command import EVAL_QUESTIONS, QUESTIONS, make_target, write_lines
+from command_cases import EVAL_QUESTIONS, QUESTIONS, make_target, write_lines
 from test_docs import commands
 
 from beagle_jax.errors import run_main
@@ -46,9 +47,9 @@ def overrides(toy: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in toy.items()]
 
 
-def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch) -> tuple[int, str]:
-    """Status and standard output of a `python -m beagle_jax.NAME` line in its toy form."""
-    _, _, module, *arguments = shlex.split(line)
+def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -> tuple[int, str]:
+    """Status and standard output of a `python -m beagle_jax.NAME` line in its toy form, with more options."""
+    _, _, module, *arguments = [*shlex.split(line), *more]
     name = module.removeprefix("beagle_jax.")
     if name == "plan":  # in a process of its own: the number of devices is decided once
         done = subprocess.run([sys.executable, "-m", module, *arguments, *SMALL_PLAN], cwd=ROOT, capture_output=True, text=True, timeout=280)
@@ -88,9 +89,12 @@ SHOWS = {
 
 @pytest.mark.parametrize("line", PYTHON_M)
 def test_a_command_runs(line, trained, tmp_path, monkeypatch):
-    status, printed = ran(line, trained, tmp_path, monkeypatch)
+    """And leaves its figures where --json says; a chat has none."""
+    figures = tmp_path / "figures.json"
+    status, printed = ran(line, trained, tmp_path, monkeypatch, *([] if "--chat" in line else ["--json", str(figures)]))
     shown = "tok/s, tau" if "--chat" in line else SHOWS[shlex.split(line)[2].removeprefix("beagle_jax.")]
     assert status == 0 and shown in printed
+    assert "--chat" in line or json.loads(figures.read_text())
 
 
 def test_a_command_that_does_not_work_is_seen(trained, tmp_path, monkeypatch, capsys):
@@ -113,7 +117,7 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
     left = [line for line in LINES if line not in (*PYTHON_M, *SCRIPTS) and not line.startswith(ELSEWHERE)]
     names_in_sentences = ["python -m beagle_jax.tune"]
     assert [line for line in left if line not in names_in_sentences] == [
-        "source .venv/bin/activate", "bash launch/local_cpu.sh train --config configs/quickstart.yaml",
+        "source .venv/bin/activate", "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
         "python experiments/run.py experiments/paper.yaml",  # tests/test_experiments.py runs it, in its toy form
     ]  # fmt: skip
 

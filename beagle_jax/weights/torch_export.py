@@ -61,10 +61,7 @@ def require_torch() -> ModuleType:
     try:
         return import_module("torch")
     except ImportError as error:
-        raise UserError(
-            "PyTorch is not installed, and converting needs it; install the `test` extra: "
-            "pip install 'beagle-jax[test]', or pip install -e '.[test]' in a clone (a CPU build is enough)"
-        ) from error
+        raise UserError("PyTorch is not installed, and converting needs it: pip install torch (a CPU build is enough)") from error
 
 
 def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -> None:
