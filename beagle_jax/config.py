@@ -74,6 +74,7 @@ class StageConfig:
     step_weights: tuple[float, ...] | None = None  # beta_1..beta_s of the late loss; null: s, s-1, .., 1
     detach: bool = True  # late: no gradient through predicted states (method.md 4.6)
     dense: bool = False  # late: drafts begin at every position, at s times the cost: what EAGLE's training-time test does
+    multi_token: bool = False  # late: a simulated step predicts the rest of its window too, l = k in place of l = i (method.md 4.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +394,11 @@ def _check_train(train: TrainConfig, where: str) -> None:
                          "simulation belongs to the late stage")
     if train.early.dense:
         raise UsageError(f"{where}: train.early.dense is true; only the late stage has a dense form")
+    if train.early.multi_token:
+        raise UsageError(f"{where}: train.early.multi_token is true; the early stage always predicts its whole window, leave it out")
+    if train.late.multi_token and train.late.dense:
+        raise UsageError(f"{where}: train.late.multi_token and train.late.dense are both true, but a draft that begins at every position has "
+                         "no window to predict the rest of; set one of them to false")
     for name, stage in (("early", train.early), ("late", train.late)):
         if train.accumulate > 0 and stage.steps % train.accumulate:
             raise UsageError(f"{where}: train.{name}.steps is {stage.steps}, no multiple of train.accumulate = {train.accumulate}: "

@@ -179,6 +179,12 @@ def test_a_dense_late_stage_simulates_as_many_steps_as_it_likes(load):
     assert load(TARGET, "train.late.dense=true", "train.late.simulation_steps=9").train.late.window == 4
 
 
+def test_a_dense_late_stage_has_no_windows(load):
+    both = refused(load, TARGET, "train.late.dense=true", "train.late.multi_token=true")
+    assert "train.late.multi_token and train.late.dense are both true, but a draft that begins at every position has no window" in both
+    assert load(TARGET, "train.late.multi_token=true").train.late.multi_token
+
+
 def test_late_stage_in_one_word(load):
     """`none` and `simulate` stand beside the section, and the last word counts."""
     steps = lambda text, *overrides: load(TARGET + text, *overrides).train.late.steps
@@ -207,6 +213,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("train.accumulate=0", "train.accumulate is 0; expected at least 1"),
         ("train.accumulate=3", "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches would change nothing"),
         ("train.early.dense=true", "train.early.dense is true; only the late stage has a dense form"),
+        ("train.early.multi_token=true", "train.early.multi_token is true; the early stage always predicts its whole window, leave it out"),
         ("mesh.fsdp=0", "mesh.fsdp is 0; expected at least 1, or -1 for the devices that the others leave"),
         ("mesh.tensor=-1", "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave"),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),

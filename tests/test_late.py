@@ -29,35 +29,37 @@ def row():
     return init_draft(SPEC, keys[2]), e_BLD, h_BLD
 
 
-def _gather(per_step, query_BUJ):
-    return jnp.stack([of_row(states, query_BUJ[:, :, step]) for step, states in enumerate(per_step)], axis=2)
+def _scored(window: int, steps: int, multi_token: bool) -> list[tuple[int, int]]:
+    """Draft step and window offset of each prediction, as method.md 4.2 sums them: l = i, or l = k."""
+    return [(step, offset) for step in range(steps) for offset in range(step, window if multi_token else step + 1)]
 
 
-_late = jax.jit(late_states, static_argnums=1, static_argnames=("window", "steps", "detach"))
+_late = jax.jit(late_states, static_argnums=1, static_argnames=("window", "steps", "detach", "multi_token"))
 _early = jax.jit(early_states, static_argnums=1, static_argnames=("window",))
 
 
-@partial(jax.jit, static_argnames=("window", "steps", "detach", "plant"))
-def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, plant=""):
+@partial(jax.jit, static_argnames=("window", "steps", "detach", "multi_token", "plant"))
+def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=False, plant=""):
     """States and gradients of the fast and of the plain form, on the same rows.
 
     plant: a program with a planted bug is none that another test may meet.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
-    at = late.window_queries(LENGTH, e_BLD.shape[1], window, steps, offset)
-    inside_BUJ = at.valid_BUJ
+    at, scored = late.window_queries(LENGTH, e_BLD.shape[1], window, window, offset), _scored(window, steps, multi_token)
+    pick = lambda per_step: jnp.stack([of_row(per_step[step], at.query_BUJ[:, :, offset]) for step, offset in scored], axis=2)
+    mask = jnp.stack([at.valid_BUJ[:, :, offset] for _, offset in scored], axis=2)[..., None]
     # A nonlinear function of every supervised state, weighted as the loss is.
-    score = lambda s: jnp.sum(jnp.where(inside_BUJ[..., None], jnp.sin(s) * jnp.arange(steps, 0, -1.0)[None, None, :, None], 0))
-    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, **settings).state_BUJD
-    plain = lambda p: _gather(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings), at.query_BUJ)
+    beta = jnp.array([steps - step for step, _ in scored], jnp.float32)[None, None, :, None]
+    score = lambda s: jnp.sum(jnp.where(mask, jnp.sin(s) * beta, 0))
+    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, multi_token=multi_token, **settings).state_BUJD
+    plain = lambda p: pick(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings))
     both = [jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params) for form in (fast, plain)]
-    mask = inside_BUJ[..., None]
     return [jnp.where(mask, states, 0) for _, states in both], [gradient for gradient, _ in both]
 
 
-def _compare(row, window, steps, detach, offsets, plant="") -> None:
+def _compare(row, window, steps, detach, offsets, **options) -> None:
     for offset in offsets:
-        values, gradients = _both(*row, jnp.int32(offset), window=window, steps=steps, detach=detach, plant=plant)
+        values, gradients = _both(*row, jnp.int32(offset), window=window, steps=steps, detach=detach, **options)
         np.testing.assert_allclose(values[0], values[1], atol=1e-5)
         for name in gradients[0]:
             scale = float(jnp.abs(gradients[1][name]).max())
@@ -70,11 +72,23 @@ def test_equals_plain_form(row, window, steps, detach):
     _compare(row, window, steps, detach, range(window))
 
 
+@pytest.mark.parametrize(("window", "steps", "detach"), [(3, 3, True), (3, 3, False), (4, 2, True)])
+def test_multi_token_equals_plain_form(row, window, steps, detach):
+    """The loss form l = k: at each step the queries after its own too (Fig. 12 of the paper)."""
+    _compare(row, window, steps, detach, range(window), multi_token=True)
+
+
+def test_planted_bug_multi_token_forgets_all_but_the_newest_key(row, monkeypatch):
+    monkeypatch.setattr(late, "append_rows", lambda rows, more: more)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _compare(row, 3, 3, True, [1], multi_token=True, plant="newest key")
+
+
 def test_planted_bug_true_key_of_own_position(row, monkeypatch):
     right = late.keys_before
     monkeypatch.setattr(late, "keys_before", lambda chat_BT, start_BT, *rest: right(chat_BT, start_BT + 1, *rest))
     with pytest.raises(AssertionError):
-        _compare(row, 3, 3, True, [1], "own position")
+        _compare(row, 3, 3, True, [1], plant="own position")
 
 
 def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
@@ -82,7 +96,7 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
     wrong = lambda self, h, at: right(self, h, at + (h.shape[1] == 1))
     monkeypatch.setattr(late.BeagleBlock, "keys_values", wrong)
     with pytest.raises(AssertionError):
-        _compare(row, 4, 4, True, [2], "late key")
+        _compare(row, 4, 4, True, [2], plant="late key")
 
 
 def test_detach_changes_gradients_only(row):
@@ -93,13 +107,19 @@ def test_detach_changes_gradients_only(row):
     assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
 
 
+@pytest.mark.parametrize("multi_token", [False, True])
 @pytest.mark.parametrize("offset", [0, 2])
-def test_first_step_is_the_early_stage(row, offset):
+def test_first_step_is_the_early_stage(row, offset, multi_token):
+    """At the windows' starts; with l = k in whole windows (method.md 13.3)."""
     params, e_BLD, h_BLD = row
     early = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, offset=jnp.int32(offset))
-    simulated = _late(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, steps=1, offset=jnp.int32(offset), detach=True)
-    valid_BU = simulated.valid_BUJ[:, :, 0]
-    np.testing.assert_allclose(simulated.state_BUJD[:, :, 0][valid_BU], of_row(early, simulated.query_BUJ[:, :, 0])[valid_BU], atol=1e-5)
+    settings = dict(window=3, steps=1, offset=jnp.int32(offset), detach=True, multi_token=multi_token)
+    simulated = jax.device_get(_late(params, SPEC, e_BLD, h_BLD, LENGTH, START, **settings))
+    seen = [set() for _ in LENGTH]
+    for line, places, valid, states in zip((0, 1), simulated.query_BUJ, simulated.valid_BUJ, simulated.state_BUJD):
+        np.testing.assert_allclose(states[valid], early[line][places[valid]], atol=1e-5)
+        seen[line] |= set(places[valid].tolist())
+    assert seen == [set(range(offset, length, 1 if multi_token else 3)) for length in LENGTH[:, 0].tolist()]
 
 
 @pytest.mark.parametrize("changed", [0, 4, 7])

@@ -100,6 +100,14 @@ def test_operations_of_an_eagle_step(name, mesh):
     assert not near(2 * row_flops(stage=early if name == "early" else late, late=name == "late", **wider), counted)
 
 
+def test_operations_of_a_multi_token_step(mesh):
+    """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the loss."""
+    late = replace(LATE, multi_token=True)
+    found, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
+    assert near(found.flops, counted), (found.flops, counted)
+    assert not near(2 * row_flops(SPEC, LATE, V, L, L - 1, late=True), counted)
+
+
 def test_bytes_are_those_of_the_shapes(compiled):
     _, found, _ = compiled
     numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())

@@ -77,7 +77,8 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
     if stage.simulation_steps == 1:
         return [(i, i, (i - offset) % stage.window if i >= offset else 0, 1.0) for i in range(L)]
     steps, beta = stage.simulation_steps, stage.step_weights or range(stage.simulation_steps, 0, -1)
-    listed = [(u * steps + j, offset + u * stage.window + j, j, beta[j]) for u in range(L) for j in range(steps)]
+    scored = [(j, r) for j in range(steps) for r in range(j, stage.window if stage.multi_token else j + 1)]
+    listed = [(u * len(scored) + n, offset + u * stage.window + r, j, beta[j]) for u in range(L) for n, (j, r) in enumerate(scored)]
     return [one for one in listed if one[1] < L]
 
 
@@ -197,10 +198,11 @@ def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
         np.testing.assert_allclose(loss_all, loss_once, rtol=1e-5)
 
 
-def test_step_weights_replace_the_default(tiny_draft, frozen, batch):
-    weighted = replace(LATE, step_weights=(0.5, 0.0, 4.0))
-    PREDICT[weighted] = predict_late
-    (_, metrics), by_hand = both_ways(tiny_draft, frozen, batch, weighted, 1)
+@pytest.mark.parametrize("change", [{"step_weights": (0.5, 0.0, 4.0)}, {"multi_token": True}], ids=["step_weights", "multi_token"])
+def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change):
+    changed = replace(LATE, **change)
+    PREDICT[changed] = predict_late
+    (_, metrics), by_hand = both_ways(tiny_draft, frozen, batch, changed, 1)
     check_metrics(metrics, by_hand)
     (_, default), _ = both_ways(tiny_draft, frozen, batch, LATE, 1)
     with pytest.raises(AssertionError):

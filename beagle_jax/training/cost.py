@@ -140,14 +140,15 @@ def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *
     """
     D, F = spec.hidden_size, spec.intermediate_size
     NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    per_query = 3 * 2 * (2 * D * NH + 3 * D * F) + 3 * 2 * 2 * L * NH + 3 * 2 * D * vocab
-    drafts = T if stage.dense else -(-T // stage.window)
-    queries = drafts * stage.simulation_steps if late else T
-    predicted = drafts * (stage.simulation_steps - 1) if late else 0  # states that later steps read
-    read_again = 2 if stage.detach else 3
+    per_query, per_output = 3 * 2 * (D * NH + 2 * L * NH), 3 * 2 * (D * NH + 3 * D * F + D * vocab)
+    steps, drafts = stage.simulation_steps, T if stage.dense else -(-T // stage.window)
+    queries = drafts * (stage.window if stage.multi_token else steps) if late else T
+    outputs = drafts * sum(range(stage.window, stage.window - steps, -1)) if stage.multi_token else queries
+    predicted = drafts * (steps - 1) if late else 0  # states that later steps read
+    work, read_again = queries * per_query + outputs * per_output, 2 if stage.detach else 3
     if isinstance(spec, EagleSpec):  # entries are fused of a token and a state, and keys are made of entries, which have gradients
-        return queries * per_query + (2 * L + read_again * predicted) * 2 * 2 * D * D + (L + predicted) * 3 * 2 * 2 * D * KH
-    return queries * per_query + (2 * L + read_again * predicted) * 2 * 2 * D * KH
+        return work + (2 * L + read_again * predicted) * 2 * 2 * D * D + (L + predicted) * 3 * 2 * 2 * D * KH
+    return work + (2 * L + read_again * predicted) * 2 * 2 * D * KH
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:

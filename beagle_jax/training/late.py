@@ -3,6 +3,8 @@
 With the loss at step i only on window offset i - 1, each query is needed at exactly one step, and true keys never
 change. So attention over true keys is computed once for all queries; step i adds the at most i - 1 predicted keys
 of the query's own window through the log-sum-exp merge, predicts, and appends one key per window.
+
+The loss form that the paper rejects (Fig. 12) scores at step i the offsets after i - 1 as well, from the same keys.
 """
 
 from typing import NamedTuple
@@ -18,11 +20,12 @@ from beagle_jax.model.packing import of_row, places
 
 
 class LateStates(NamedTuple):
-    """Predicted states of every window, and which queries of the row they belong to."""
+    """Predicted states of every window, J of each, and which queries of the row they belong to."""
 
     state_BUJD: jax.Array  # window u, draft step j (0-based): the query at offset j, after j predicted keys
     query_BUJ: jax.Array  # which of the row's T queries that is, clipped to the last
     valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
+    step_J: jax.Array  # the draft step: j itself, or with multi_token one for several queries
 
 
 class Windows(NamedTuple):
@@ -61,16 +64,18 @@ def late_states(
     steps: int,
     offset: jax.Array,
     detach: bool,
+    multi_token: bool = False,
 ) -> LateStates:
     """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in 4.5b).
 
     e_BTD: embeddings of the row's queries, each chat's from position first_BC on (model/packing.py); windows are counted from there.
     h_BLD: true states of the whole row, with the training noise if any; they serve as keys and values only.
     detach: cut the gradient through predicted states where later steps read them (method.md 4.6).
+    multi_token: step i predicts from window offset i - 1 up to the window's end, not that offset alone (l = k in method.md 4.2).
     """
     block = BeagleBlock(spec).bind({"params": params})
     (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
-    at = window_queries(length_BC - first_BC, T, window, steps, offset)
+    at = window_queries(length_BC - first_BC, T, window, window if multi_token else steps, offset)
     B, U, J = at.query_BUJ.shape
     true_rows = block.keys_values(h_BLD, places(L, length_BC).place_BX)
     position_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ
@@ -80,31 +85,29 @@ def late_states(
     mask_BTL = keys_before(chat_BT, start_BT, length_BC, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
+    spans = [range(step, J if multi_token else step + 1) for step in range(steps)]  # window offsets that each step predicts
     states, memory = [], None
-    for step in range(J):
+    for step, span in enumerate(spans):
         with jax.named_scope(f"simulate_{step + 1}"):
-            seen = _windows_as_batch(on_true, U, J, step)
+            seen = PartialAttention(*(_of_windows(part, U, span) for part in on_true))
             if memory is None:
                 attended = merge_attention(seen)
             else:
-                q_step = q_BKGTH.reshape(*q_BKGTH.shape[:3], U, J, -1)[..., step, :]
-                attended = merge_attention(seen, partial_attention(_fold(q_step), *memory, True))
-            state_X1D = block.predict(e_BUJD[:, :, step].reshape(B * U, 1, D), attended)
-            states.append(state_X1D.reshape(B, U, D))
-            if step + 1 < J:  # the last state is never read (lazy append, method.md 6.2)
-                read_X1D = jax.lax.stop_gradient(state_X1D) if detach else state_X1D
+                attended = merge_attention(seen, partial_attention(_of_windows(q_BKGTH, U, span), *memory, True))
+            state_XND = block.predict(e_BUJD[:, :, span.start : span.stop].reshape(B * U, len(span), D), attended)
+            states.append(state_XND.reshape(B, U, len(span), D))
+            if step + 1 < steps:  # the last state is never read (lazy append, method.md 6.2)
+                own_X1D = state_XND[:, :1]
+                read_X1D = jax.lax.stop_gradient(own_X1D) if detach else own_X1D
                 at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
-    return LateStates(jnp.stack(states, axis=2), at.query_BUJ, at.valid_BUJ)
+    offset_J = jnp.array([offset for span in spans for offset in span])
+    step_J = jnp.array([span.start for span in spans for _ in span])
+    return LateStates(jnp.concatenate(states, axis=2), at.query_BUJ[:, :, offset_J], at.valid_BUJ[:, :, offset_J], step_J)
 
 
-def _windows_as_batch(part: PartialAttention, U: int, J: int, step: int) -> PartialAttention:
-    """The partial attention of the queries at one window offset, each window a batch entry of one query."""
-    pick = lambda x: _fold(x.reshape(*x.shape[:3], U, J, *x.shape[4:])[:, :, :, :, step])
-    return PartialAttention(*(pick(x) for x in part))
-
-
-def _fold(x_BKGU: jax.Array) -> jax.Array:
-    """[B, K, G, U, ...] -> [B * U, K, G, 1, ...]."""
-    B, K, G, U = x_BKGU.shape[:4]
-    return jnp.moveaxis(x_BKGU, 3, 1).reshape(B * U, K, G, 1, *x_BKGU.shape[4:])
+def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
+    """[B, K, G, U * J, ...] -> [B * U, K, G, N, ...]: each window a batch entry, and of it the queries at N offsets."""
+    B, K, G, _, *rest = x_BKGT.shape
+    x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]
+    return jnp.moveaxis(x_BKGUJ, 3, 1).reshape(B * U, K, G, len(span), *rest)

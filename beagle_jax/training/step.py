@@ -106,14 +106,15 @@ def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, len
 
 
 def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_BC, first_BC, offset) -> Prediction:
-    """Draft steps 1..s of every window, weights beta_i = s - i + 1 unless given (method.md 4.2)."""
+    """Draft steps 1..s of every window, all that step i predicts weighted beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
     # Dense: a window begins at every position, and most positions are predicted s times.
     window, offset = (1, 0) if stage.dense else (stage.window, offset)
     late = late_states(
-        params, spec, e_BTD, h_BLD, length_BC, first_BC, window=window, steps=steps, offset=offset, detach=stage.detach
-    )
-    return _by_step(stage, late.state_BUJD, late.query_BUJ, late.valid_BUJ)
+        params, spec, e_BTD, h_BLD, length_BC, first_BC, window=window, steps=steps, offset=offset, detach=stage.detach,
+        multi_token=stage.multi_token,
+    )  # fmt: skip
+    return _by_step(stage, *late)
 
 
 def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, length_BC, first_BC, offset, *, count: int) -> Prediction:
@@ -122,14 +123,14 @@ def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, len
     state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, length_BC, first_BC, count=count, steps=steps, detach=stage.detach)
     at = window_queries(length_BC - first_BC, count, 1, steps, 0)
     after_a_state_BT = queries(count, length_BC, first_BC).position_BT > 0
-    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BT[..., None])
+    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BT[..., None], jnp.arange(steps))
 
 
-def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ) -> Prediction:
-    """Predictions of U simulated drafts of J steps, weighted by step."""
+def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ, step_J) -> Prediction:
+    """Predictions of U simulated drafts, J of each, weighted by the draft step that they are of."""
     B, U, J = query_BUJ.shape
-    beta_J = jnp.asarray(stage.step_weights or range(J, 0, -1), jnp.float32)
-    group_BN = jnp.broadcast_to(jnp.tile(jnp.arange(J), U), (B, U * J))
+    beta_J = jnp.asarray(stage.step_weights or range(stage.simulation_steps, 0, -1), jnp.float32)[step_J]
+    group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
     flat = lambda x_BUJ: x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
     return Prediction(flat(state_BUJD), flat(query_BUJ), flat(inside_BUJ), group_BN, jnp.tile(beta_J, U))
 

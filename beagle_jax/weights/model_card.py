@@ -87,7 +87,8 @@ def _losses(training: dict[str, Any]) -> str:
     if isinstance(late, dict) and late.get("steps"):
         steps = late.get("simulation_steps", _MISSING)
         weights = late.get("step_weights") or (list(range(steps, 0, -1)) if isinstance(steps, int) else _MISSING)
-        lines.append(f"In the late stage at each of {steps} simulated draft steps, weighted {weights}.")
+        rest = ", of all that is left of its window" if late.get("multi_token") else ""
+        lines.append(f"In the late stage at each of {steps} simulated draft steps{rest}, weighted {weights}.")
     return " ".join(lines)
 
 
