@@ -27,7 +27,7 @@ from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.packing import of_row
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training.late import window_queries
-from beagle_jax.training.step import Prediction, TrainState, make_optimizer, make_steps, stage_loss
+from beagle_jax.training.step import Inputs, Prediction, TrainState, make_optimizer, make_steps, stage_loss
 
 SPEC = DraftSpec(
     hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5
@@ -46,18 +46,19 @@ def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
     return Batch(tokens, states, counts, np.full((rows, 1), width, np.int32), np.zeros((rows, 1), np.int32))
 
 
-def predict_plain(params, spec, stage, e_BLD, h_BLD, length_BC, first_BC, offset) -> Prediction:
+def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
     """The late stage as the paper describes it; rows picked afterwards, the same ones as in the fast form."""
     steps = stage.simulation_steps
     per_step = oracle_states(
-        params, spec, e_BLD, h_BLD, length_BC[:, 0], window=stage.window, steps=steps, offset=offset, detach=stage.detach
-    )
-    at = window_queries(length_BC - first_BC, e_BLD.shape[1], stage.window, steps, offset)
+        params, spec, of.embedded(of.tokens_BL), of.h_BLD, of.length_BC[:, 0], window=stage.window, steps=steps, offset=offset,
+        detach=stage.detach,
+    )  # fmt: skip
+    at = window_queries(of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset)
     picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
     B, U, _ = at.query_BUJ.shape
     return Prediction(
         picked.reshape(B, U * steps, -1), at.query_BUJ.reshape(B, -1), at.valid_BUJ.reshape(B, -1),
-        jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)), jnp.tile(jnp.arange(steps, 0, -1.0), U),
+        jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)), jnp.tile(jnp.arange(steps, 0, -1.0), U), steps,
     )  # fmt: skip
 
 

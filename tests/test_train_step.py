@@ -12,7 +12,15 @@ from conftest import ONE_DEVICE, TINY
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.training.step import add_noise, make_optimizer, make_steps, predict_early, predict_late, stage_loss
+from beagle_jax.training.step import (
+    Inputs,
+    add_noise,
+    make_optimizer,
+    make_steps,
+    predict_early,
+    predict_late,
+    stage_loss,
+)
 
 SPEC = DraftSpec.from_target(TINY)
 B, L, D = 3, 14, TINY.hidden_size
@@ -68,8 +76,13 @@ def gradient_of(config: TrainConfig, stage: StageConfig):
 
 @lru_cache
 def predicted_by(stage: StageConfig):
-    """Predicted states as a jitted function of (params, embeddings, states, lengths, offset)."""
-    return quick_jit(lambda params, *rest: PREDICT[stage](params, SPEC, stage, *rest).state_BND)
+    """Predicted states as a jitted function of (params, embeddings [V, D], batch, states, offset); every place is queried."""
+
+    def predicted(params, embed_VD, batch, h_BLD, offset):
+        read = Inputs(batch.tokens_BL, h_BLD, batch.length_BC, batch.first_BC, jnp.tile(jnp.arange(L), (B, 1)), lambda tokens: embed_VD[tokens])
+        return PREDICT[stage](params, SPEC, stage, read, offset).state_BND
+
+    return quick_jit(predicted)
 
 
 def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]]:
@@ -115,8 +128,7 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
     noise_key, offset_key = jax.random.split(jax.random.key(seed))
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
     h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_BC, NOISY, noise_key)
-    e_BLD = frozen["embed_VD"][batch.tokens_BL]
-    state_BTD = predicted_by(stage)(draft, e_BLD, h_BLD, batch.length_BC, batch.first_BC, jnp.int32(offset))
+    state_BTD = predicted_by(stage)(draft, frozen["embed_VD"], batch, h_BLD, jnp.int32(offset))
     by_hand = metrics_by_hand(
         stage,
         offset + (bug == "offset"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +54,17 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # before clipping; of the batches since the last update
 
 
+class Inputs(NamedTuple):
+    """What a stage predicts from: rows of L places, of which T are queried (model/packing.py)."""
+
+    tokens_BL: jax.Array
+    h_BLD: jax.Array  # true states, with the training noise if any
+    length_BC: jax.Array
+    first_BC: jax.Array
+    slot_BT: jax.Array  # place of each query
+    embedded: Callable[[jax.Array], jax.Array]  # the target's embeddings [B, X, D] of tokens [B, X]
+
+
 class Prediction(NamedTuple):
     """What a stage predicts, in the form that both stages share. N predictions a row, each for one of its T queries."""
 
@@ -63,6 +73,7 @@ class Prediction(NamedTuple):
     inside_BN: jax.Array  # False where a window hangs over the chat's last query (EAGLE: and at position 0)
     group_BN: jax.Array  # window offset or draft step
     weight_N: jax.Array  # beta
+    groups: int  # how many there are
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
@@ -95,34 +106,36 @@ def add_noise(states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, 
     return states_BLD + width_BL1 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
 
 
-def predict_early(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_BC, first_BC, offset) -> Prediction:
+def predict_early(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
     """Every query once, weight 1 (method.md 3.2)."""
-    T = e_BTD.shape[1]
-    place_BT = queries(T, length_BC, first_BC).place_BT
-    state_BTD = early_states(params, spec, e_BTD, h_BLD, length_BC, first_BC, window=stage.window, offset=offset)
+    T = of.slot_BT.shape[1]
+    e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
+    place_BT = queries(T, of.length_BC, of.first_BC).place_BT
+    state_BTD = early_states(params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=stage.window, offset=offset)
     query_BT = jnp.broadcast_to(jnp.arange(T), place_BT.shape)
     group_BT = place_BT - window_start(place_BT, stage.window, offset)
-    return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T))
+    return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T), stage.window)
 
 
-def predict_late(params, spec: DraftSpec, stage: StageConfig, e_BTD, h_BLD, length_BC, first_BC, offset) -> Prediction:
+def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
     """Draft steps 1..s of every window, all that step i predicts weighted beta_i = s - i + 1 unless given (method.md 4.2)."""
     steps = stage.simulation_steps
     # Dense: a window begins at every position, and most positions are predicted s times.
     window, offset = (1, 0) if stage.dense else (stage.window, offset)
+    e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
     late = late_states(
-        params, spec, e_BTD, h_BLD, length_BC, first_BC, window=window, steps=steps, offset=offset, detach=stage.detach,
+        params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=window, steps=steps, offset=offset, detach=stage.detach,
         multi_token=stage.multi_token,
     )  # fmt: skip
     return _by_step(stage, *late)
 
 
-def predict_eagle(params, spec: EagleSpec, stage: StageConfig, e_BLD, h_BLD, length_BC, first_BC, offset, *, count: int) -> Prediction:
-    """Draft steps 1..s from each of `count` queries, one in the early stage (method.md 8). e_BLD: of whole rows, as keys are made of tokens."""
-    steps = stage.simulation_steps
-    state_BTJD = eagle_states(params, spec, e_BLD, h_BLD, length_BC, first_BC, count=count, steps=steps, detach=stage.detach)
-    at = window_queries(length_BC - first_BC, count, 1, steps, 0)
-    after_a_state_BT = queries(count, length_BC, first_BC).position_BT > 0
+def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+    """Draft steps 1..s from each query, one in the early stage (method.md 8). Keys are made of tokens too, so whole rows are embedded."""
+    steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
+    state_BTJD = eagle_states(params, spec, e_BLD, of.h_BLD, of.length_BC, of.first_BC, count=count, steps=steps, detach=stage.detach)
+    at = window_queries(of.length_BC - of.first_BC, count, 1, steps, 0)
+    after_a_state_BT = queries(count, of.length_BC, of.first_BC).position_BT > 0
     return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BT[..., None], jnp.arange(steps))
 
 
@@ -132,7 +145,7 @@ def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ, step_J) -> P
     beta_J = jnp.asarray(stage.step_weights or range(stage.simulation_steps, 0, -1), jnp.float32)[step_J]
     group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
     flat = lambda x_BUJ: x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
-    return Prediction(flat(state_BUJD), flat(query_BUJ), flat(inside_BUJ), group_BN, jnp.tile(beta_J, U))
+    return Prediction(flat(state_BUJD), flat(query_BUJ), flat(inside_BUJ), group_BN, jnp.tile(beta_J, U), stage.simulation_steps)
 
 
 def stage_loss(
@@ -154,17 +167,11 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.states_BLD)
-    groups = stage.window if predict is predict_early else stage.simulation_steps
-    slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
-    read_BT = jnp.asarray(batch.tokens_BL)
-    if predict is predict_eagle:  # its keys are made of tokens too
-        predict = partial(predict, count=slot_BT.shape[1])
-    else:
-        read_BT = of_row(read_BT, slot_BT)
-    e_BTD = embed(frozen["embed_VD"], read_BT, spec.embed_scale)
-    e_BTD = jax.lax.with_sharding_constraint(e_BTD, rows(mesh))
     h_BLD = add_noise(true_BLD, batch.length_BC, config, noise_key)
-    out = predict(params, spec, stage, e_BTD, h_BLD, batch.length_BC, batch.first_BC, offset)
+    slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
+    embedded = lambda tokens: jax.lax.with_sharding_constraint(embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh))
+    inputs = Inputs(jnp.asarray(batch.tokens_BL), h_BLD, batch.length_BC, batch.first_BC, slot_BT, embedded)
+    out = predict(params, spec, stage, inputs, offset)
     counts_BN = of_row(jnp.asarray(batch.counts_BT), out.query_BN) & out.inside_BN
     true_BND = of_row(true_BLD, of_row(slot_BT, out.query_BN))
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
@@ -174,7 +181,7 @@ def stage_loss(
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
     supervised = jnp.sum(batch.counts_BT)
-    group_BNJ = jax.nn.one_hot(out.group_BN, groups, dtype=bool)
+    group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
     agree_BN = (counts_M & (rank_M == 0)).reshape(counts_BN.shape)
     by_group = lambda x_BN: jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
     metrics = Metrics(
