@@ -1,6 +1,7 @@
 """Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates changes nothing."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,14 @@ def six_rows() -> Batch:
     return Batch(tokens_BL, states_BLD, counts_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32))
 
 
-def one_update(config: TrainConfig, batches: list[Batch], frozen) -> tuple[dict, float]:
+@lru_cache
+def steps_of(config: TrainConfig):
+    return make_steps(SPEC, config, EARLY, ONE_DEVICE, late=False)
+
+
+def one_update(config: TrainConfig, batches: list[Batch], frozen, steps_of=steps_of) -> tuple[dict, float]:
     """Parameters and gradient norm after these batches, from the same start."""
-    step, _, init = make_steps(SPEC, config, EARLY, ONE_DEVICE, late=False)
+    step, _, init = steps_of(config)
     state = init(init_draft(SPEC, jax.random.key(1)))
     for batch in batches:
         state, metrics = step(state, frozen, batch, 42)
@@ -73,11 +79,11 @@ def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
     whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
     monkeypatch.setattr("beagle_jax.training.step.updated", wrong)
     with pytest.raises(AssertionError):
-        check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen))
+        check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen, steps_of.__wrapped__))
 
 
 def test_weights_wait_for_the_last_batch(frozen, six_rows):
-    step, _, init = make_steps(SPEC, replace(CONFIG, accumulate=3), EARLY, ONE_DEVICE, late=False)
+    step, _, init = steps_of(replace(CONFIG, accumulate=3))
     start = init_draft(SPEC, jax.random.key(1))
     state, moved = init(start), []
     for batch in micro(six_rows):

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save
 
-ROOT = Path(__file__).resolve().parent.parent
+from beagle_jax.errors import run_main
+from beagle_jax.weights import hf
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -21,16 +22,6 @@ FILES = {
     "consolidated.safetensors": b"the same weights as their maker stores them",
     "pytorch_model.bin": b"a pickle",
 }
-DOWNLOAD = """
-import sys
-from pathlib import Path
-import huggingface_hub.file_download
-huggingface_hub.file_download.time.sleep = lambda seconds: None  # between two attempts
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # what is written at once: 10 MB of a real file
-from beagle_jax.errors import run_main
-from beagle_jax.weights.hf import download
-sys.exit(run_main(lambda argv: print(download(argv[0], Path(argv[1])))))
-"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -78,10 +69,18 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
     """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at `start` breaks off."""
     server = ThreadingHTTPServer(("localhost", 0), Hub)
     server.asked, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
+    url = f"http://localhost:{server.server_port}"
+    # The chunk is what is written at once: 10 MB of a real file.
+    settings = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_OFFLINE": False,
+                "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_IMPLICIT_TOKEN": True, "HF_HUB_DOWNLOAD_TIMEOUT": 5,
+                "DOWNLOAD_CHUNK_SIZE": 1 << 16}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between two attempts
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -90,45 +89,48 @@ def hub():
     server.server_close()
 
 
-def download(hub, cache: Path, repo: str = "org/name") -> subprocess.CompletedProcess:
-    environment = {"HF_ENDPOINT": f"http://localhost:{hub.server_port}", "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_XET": "1",
-                   "PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)]), "PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HOME": str(cache)}  # fmt: skip
-    return subprocess.run([sys.executable, "-c", DOWNLOAD, repo, str(cache)], capture_output=True, text=True, timeout=120, env=environment)
+@pytest.fixture
+def download(hub, tmp_path, capsys):
+    def download(repo: str = "org/name") -> tuple[int, str, str]:
+        """Status, standard output and standard error."""
+        status = run_main(lambda argv: print(hf.download(argv[0], tmp_path)), [repo])
+        return status, *capsys.readouterr()
+
+    return download
 
 
-def test_what_a_target_needs_and_nothing_else(hub, tmp_path):
-    done = download(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = Path(done.stdout.strip())
+def test_what_a_target_needs_and_nothing_else(download):
+    status, printed, told = download()
+    assert status == 0, told
+    folder = Path(printed.strip())
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert folder.name == COMMIT and (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
 
-def test_a_broken_connection_is_gone_on_with_where_it_broke(hub, tmp_path):
+def test_a_broken_connection_is_gone_on_with_where_it_broke(hub, download):
     half = len(FILES["model.safetensors"]) // 2
     hub.breaks = lambda name, start, size: half if name == "model.safetensors" and start == 0 else size
-    done = download(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    status, printed, told = download()
+    assert status == 0, told
+    assert (Path(printed.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     first, second = [(start, end) for name, start, end in hub.sent if name == "model.safetensors"]
     assert first == (0, half) and 0 < half - second[0] < 1 << 16 and second[1] == len(FILES["model.safetensors"])
 
 
-def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(hub, tmp_path):
+def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(hub, download, tmp_path):
     hub.breaks = lambda name, start, size: start if name == "model.safetensors" else size
-    done = download(hub, tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stdout == ""
-    assert "error: target.source: hf:org/name could not be downloaded (" in done.stderr
-    assert "check the name and the network and run again, which goes on from the files that are whole" in done.stderr
+    status, printed, told = download()
+    assert status == 1 and "Traceback" not in told and printed == ""
+    assert "error: target.source: hf:org/name could not be downloaded (" in told
+    assert "check the name and the network and run again, which goes on from the files that are whole" in told
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     hub.breaks = lambda name, start, size: size
     hub.sent.clear()
-    assert download(hub, tmp_path).returncode == 0
+    assert download()[0] == 0
     assert [name for name, *_ in hub.sent if name in FILES] == ["model.safetensors"]
 
 
-def test_a_repository_that_is_not_there(hub, tmp_path):
-    done = download(hub, tmp_path, "org/other@v1")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: target.source: hf:org/other@v1 could not be downloaded (" in done.stderr
+def test_a_repository_that_is_not_there(download):
+    status, _, told = download("org/other@v1")
+    assert status == 1 and "Traceback" not in told
+    assert "error: target.source: hf:org/other@v1 could not be downloaded (" in told

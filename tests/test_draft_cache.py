@@ -79,6 +79,11 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
         _compare_with_training(5, 3, "late")
 
 
+@partial(jax.jit, static_argnums=1)
+def _alone(params, spec, *rest):
+    return BeagleBlock(spec).apply({"params": params}, *rest)
+
+
 @pytest.mark.parametrize("append_predicted", [True, False])
 @pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
 def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
@@ -87,15 +92,16 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
     run = jax.jit(lambda states_BLD, length: _draft(draft, embed_VD, states_BLD, length, 7, tree, append_predicted=append_predicted))
-    drafted, block, seen = run(states_BLD, jnp.int32(LENGTH)), jax.jit(BeagleBlock(draft.spec).apply), []
-    for query, sees_Q in enumerate(np.asarray(drafted.query_sees_BQQ[0])):
+    drafted, seen = jax.device_get(run(states_BLD, jnp.int32(LENGTH))), []
+    true_LD, table_VD = np.asarray(states_BLD[0]), np.asarray(embed_VD)
+    for query, sees_Q in enumerate(drafted.query_sees_BQQ[0]):
         path = np.array([*np.flatnonzero(sees_Q), query])
-        memory_BSD = jnp.concatenate([states_BLD, drafted.state_BQD[:, path[:-1]]], axis=1)
-        e_BSD = jnp.concatenate([jnp.zeros_like(states_BLD), embed_VD[drafted.query_token_BQ[:, path]]], axis=1)
-        mask = jnp.tril(jnp.ones((e_BSD.shape[1], memory_BSD.shape[1]), bool), -1)
+        memory_SD = np.concatenate([true_LD, drafted.state_BQD[0, path[:-1]]])
+        e_SD = np.concatenate([np.zeros_like(true_LD), table_VD[drafted.query_token_BQ[0, path]]])
+        mask = np.tri(len(e_SD), len(memory_SD), -1, dtype=bool)
         if not append_predicted:
-            mask = mask & (jnp.arange(memory_BSD.shape[1]) < LENGTH)[None]
-        alone = block({"params": draft.params}, e_BSD, memory_BSD, mask[None])[0, -1]
+            mask = mask & (np.arange(len(memory_SD)) < LENGTH)[None]
+        alone = _alone(draft.params, draft.spec, e_SD[None], memory_SD[None], mask[None])[0, -1]
         np.testing.assert_allclose(drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max()))
         seen.append(len(path))
     assert max(seen) == tree.depth

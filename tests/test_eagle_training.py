@@ -1,7 +1,7 @@
 """EAGLE's two stages against torch, against drafting token by token, and against what Beagle's stages score."""
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -107,11 +107,9 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
     elif bug == "own keys in one place":
         right = EagleBlock.keys_values
         monkeypatch.setattr(EagleBlock, "keys_values", lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0))
-    gradient_of.cache_clear()
     stage = replace(LATE, **{"step_weights": (1.0,) * 3, "detach": False} | changes)
-    (_, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
+    (_, _), gradient = gradient_of.__wrapped__(CLEAN, stage)(params, frozen, batch, jax.random.key(0))  # remembered by no other test
     _, expected = by_torch(params, frozen, batch, 3)
-    gradient_of.cache_clear()
     with pytest.raises(AssertionError):
         for name, one in expected.items():
             np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max())
@@ -122,15 +120,22 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
 FIRST, ASKED = np.array([4, 2, 1]), 6  # of each row six positions, from there on
 
 
+@jax.jit
+def _row(params, e_LD, h_LD):
+    return EagleBlock(SPEC).apply({"params": params}, e_LD[None], h_LD[None], causal_mask(jnp.array([L - 1]), L - 1), method="row")[0]
+
+
+_simulated = jax.jit(eagle_states, static_argnames=("spec", "count", "steps", "detach"))
+
+
 def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
     """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so far in the place of true ones."""
-    row = jax.jit(lambda e, h: EagleBlock(SPEC).apply({"params": params}, e[None], h[None], causal_mask(jnp.array([L - 1]), L - 1), method="row")[0])
     found = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
     for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD)):
         for query in range(ASKED):
             known, at = np.array(h_LD), FIRST[line] + query
             for step in range(min(LATE.simulation_steps, L - at)):
-                found[line, query, step] = row(e_LD, known)[at + step - 1]
+                found[line, query, step] = _row(params, e_LD, known)[at + step - 1]
                 if bug != "true states":
                     known[at + step - (bug == "one early")] = found[line, query, step]
     return found
@@ -138,8 +143,7 @@ def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
 
 def simulated(params, e_BLD, h_BLD, first_B=FIRST, detach: bool = True) -> jax.Array:
     settings = dict(count=ASKED, steps=LATE.simulation_steps, detach=detach)
-    where = dict(length_BC=jnp.full((B, 1), L), first_BC=jnp.asarray(first_B, jnp.int32)[:, None])
-    return jax.jit(partial(eagle_states, spec=SPEC, **settings))(params, e_BLD=e_BLD, h_BLD=h_BLD, **where)
+    return _simulated(params, SPEC, e_BLD, h_BLD, jnp.full((B, 1), L), jnp.asarray(first_B, jnp.int32)[:, None], **settings)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from beagle_jax.data.chats import Chat, read_chats
 from beagle_jax.data.hub import hub_chats
 from beagle_jax.errors import UserError
 
-datasets = pytest.importorskip("datasets")
 QUESTION, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 RECORDS = [
     {"messages": [QUESTION, ANSWER], "prompt": None, "conversations": None},
@@ -19,7 +18,13 @@ RECORDS = [
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> str:
+def datasets():
+    """Not imported above: it takes seconds, which only the worker that runs these tests should pay."""
+    return pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def saved(datasets, tmp_path_factory) -> str:
     """A folder of save_to_disk with one split."""
     folder = tmp_path_factory.mktemp("saved")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(folder)
@@ -27,7 +32,7 @@ def saved(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> str:
+def files(datasets, tmp_path_factory) -> str:
     """A folder with a data file, as a dataset's repository has it."""
     folder = tmp_path_factory.mktemp("files")
     datasets.Dataset.from_list(RECORDS).to_parquet(folder / "train.parquet")
@@ -35,7 +40,7 @@ def files(tmp_path_factory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -51,7 +56,7 @@ def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
     assert "left out 1 of 4 conversations, which hold no question" in capsys.readouterr().out
 
 
-def test_streaming_reads_no_further_than_asked(files, monkeypatch):
+def test_streaming_reads_no_further_than_asked(datasets, files, monkeypatch):
     dataset = datasets.load_dataset(files, split="train", streaming=True)
     read = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset.map(lambda record: read.append(1) or record))
@@ -71,14 +76,14 @@ def test_a_slice_of_a_split(files):
         ("{saved}", "test", "data.split: 'test' is not in .*; it holds train"),
     ],
 )
-def test_what_is_not_there_is_named(name, split, message, files, saved, monkeypatch):
+def test_what_is_not_there_is_named(datasets, name, split, message, files, saved, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         list(hub_chats(name.format(files=files, saved=saved), split, False))
 
 
-def test_a_bad_record_is_named(tmp_path):
+def test_a_bad_record_is_named(datasets, tmp_path):
     datasets.Dataset.from_list([{"text": "Hi"}]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"\[train\], record 1: the keys are text; expected"):
         list(hub_chats(str(tmp_path), "train", False))

@@ -1,6 +1,6 @@
 """The late stage against its plain form, and against the early stage (method.md 13.2, 13.3, 13.6)."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,7 @@ def test_planted_bug_dense_windows_one_later(row):
         _check_dense(row, 3, shift=-1)
 
 
+@lru_cache
 def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
     """Of a compiled gradient through `steps` simulated steps, in windows of as many."""
     B, L, D = 2, 128, SPEC.hidden_size
@@ -193,10 +194,11 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
 @pytest.mark.parametrize("detach, within", [(True, 1.15), (False, 1.3)])
 def test_memory_is_flat_in_the_steps(detach, within):
     """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that grow."""
-    found = [_temporaries_and_flops(steps, detach) for steps in (1, 2, 4, 8)]
+    # The first step's program is the same with and without: no predicted state is read.
+    found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 2, 4, 8)]
     memory = [bytes_ for bytes_, _ in found]
     assert max(memory) <= within * min(memory), memory
-    early = _temporaries_and_flops(0, detach)[1]
+    early = _temporaries_and_flops(0, False)[1]
     assert max(flops for _, flops in found) <= 1.2 * early, (found, early)
 
 

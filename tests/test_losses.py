@@ -1,5 +1,7 @@
 """The chunked loss against the plain one, in value, gradient and memory."""
 
+from functools import lru_cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +39,21 @@ def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
     return jnp.where(counts_M, distance_M, 0.0)
 
 
+def _with_gradient(loss):
+    """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows` holds."""
+    weighted = lambda state, *rest: (jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))), summed)
+    return jax.jit(jax.grad(weighted, has_aux=True))
+
+
+@lru_cache
+def _by_formula(kind):
+    return _with_gradient(partial(_plain, kind=kind))
+
+
 def _compare(rows, chunk, kind="cross_entropy") -> None:
-    state, true, head, counts = rows
-    weight = jnp.linspace(0.5, 2.0, M)
-    chunked = lambda s: distribution_loss(s, true, head, counts, kind, chunk, ONE_DEVICE)[0]
-    plain = lambda s: _plain(s, true, head, counts, kind)
-    with_gradient = lambda loss: jax.jit(jax.grad(lambda s: (jnp.sum(weight * (rows := loss(s))), rows), has_aux=True))(state)
-    (gradient, found), (expected, by_formula) = with_gradient(chunked), with_gradient(plain)
+    counts = rows[3]
+    gradient, found = _with_gradient(lambda *rows: distribution_loss(*rows, kind, chunk, ONE_DEVICE)[0])(*rows)
+    expected, by_formula = _by_formula(kind)(*rows)
     np.testing.assert_allclose(found, by_formula, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     assert float(jnp.abs(gradient[~counts]).max()) == 0.0 and float(jnp.abs(expected).max()) > 0.01

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -43,9 +44,12 @@ def loaders(tiny_params, tmp_path_factory):
     return made
 
 
-def stepped(loader, params, tiny_params, stage, target, mesh=ONE_DEVICE):
+steps_of = lru_cache(make_steps)
+
+
+def stepped(loader, params, tiny_params, stage, target, mesh=ONE_DEVICE, steps_of=steps_of):
     """Metrics and parameters after one step."""
-    train_step, _, init = make_steps(SPEC, CLEAN, stage, mesh, late=stage is LATE, target=target)
+    train_step, _, init = steps_of(SPEC, CLEAN, stage, mesh, late=stage is LATE, target=target)
     frozen = place({"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}, mesh)
     state, metrics = train_step(init(params), frozen, place_rows(loader.batch_at(0), mesh), 0)
     return jax.device_get(metrics), jax.device_get(state.params)
@@ -94,7 +98,7 @@ def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, m
     right = step.states_at
     monkeypatch.setattr(step, "states_at", lambda params, spec, tokens_BL, *rest: right(params, spec, tokens_BL ^ 1, *rest))
     with pytest.raises(AssertionError):
-        check_same(stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY), disk, TOLERANCE["int8"])
+        check_same(stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY, steps_of=make_steps), disk, TOLERANCE["int8"])
 
 
 def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
@@ -107,8 +111,7 @@ def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
 
 def test_the_target_is_computed_once_and_not_differentiated(loaders, tiny_draft, tiny_params):
     """In the compiled step the target's products stand once: no gradient goes through it."""
-    _, _, init = make_steps(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False)
+    train_step, _, init = steps_of(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False, target=TINY)
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}
-    train_step = make_steps(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False, target=TINY)[0]
     text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(debug_info=True)
     assert "target" in text and "transpose(target)" not in text and "jvp(target)" not in text

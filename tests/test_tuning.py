@@ -21,9 +21,9 @@ from beagle_jax.evaluation.plots import plot_tuning
 @pytest.fixture
 def small(monkeypatch):
     """A grid that compiles fast."""
-    monkeypatch.setattr(tuning, "VERIFY_ROWS", (1, 2, 4, 8))
+    monkeypatch.setattr(tuning, "VERIFY_ROWS", (1, 4, 8))
     monkeypatch.setattr(tuning, "LEVELS", range(1, 4))
-    monkeypatch.setattr(tuning, "TOPKS", (1, 2, 3))
+    monkeypatch.setattr(tuning, "TOPKS", (1, 3))
     monkeypatch.setattr(tuning, "_CAPACITY", 64)
     monkeypatch.setattr(tuning, "_REPEATS", 2)
 
