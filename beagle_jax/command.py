@@ -18,6 +18,7 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str):
+        self.color = False  # Python 3.14 colours the usage where stdout is a terminal; this goes to stderr
         raise UsageError(f"{message}\n{self.format_usage().strip()}\n(--help shows an example)")
 
 

@@ -389,6 +389,11 @@ def test_no_config_is_a_usage_error(name, capsys):
     assert message.endswith("(--help shows an example)\n")
 
 
+def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what argparse does from Python 3.14 on
+    assert "\033" not in ended(capsys, "train")[1]
+
+
 @pytest.mark.parametrize(
     "name, more, status, expected",
     [
