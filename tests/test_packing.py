@@ -145,11 +145,10 @@ def test_the_drawn_examples():
 
 @pytest.mark.parametrize("window, steps", [(1, 1), (2, 2), (3, 1), (4, 3), (5, 5)])
 def test_every_window_of_every_chat_comes_once(window, steps):
-    rng = np.random.default_rng(window)
+    rng, windows_of = np.random.default_rng(window), jax.jit(late.window_queries, static_argnums=(1, 2, 3))
     for offset in range(window):
         size_BC = rng.integers(0, 9, (40, 4))
-        width = int(size_BC.sum(axis=1).max())
-        at = late.window_queries(jnp.asarray(size_BC), width, window, steps, jnp.int32(offset))
+        at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
         for sizes, chats, placed, asked, valid in zip(size_BC, *(np.asarray(x) for x in at)):
             begin = np.cumsum(sizes) - sizes
             expected = [(c, i, begin[c] + i) for c, n in enumerate(sizes) for start in range(offset, n, window)
@@ -185,7 +184,8 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
 
     assert check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC)) == len(rows)
     monkeypatch.setattr("beagle_jax.data.states.chats_mask", lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width))
-    monkeypatch.setattr("beagle_jax.data.states._states", states_at)  # the jitted one would not be traced again
+    planted = jax.jit(lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1)  # the other is traced already
+    monkeypatch.setattr("beagle_jax.data.states._states", planted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC))
 
