@@ -1,8 +1,10 @@
 """EAGLE drafts are audited, tuned and measured as Beagle's are, and the commands take their folders."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import test_tuning
@@ -11,9 +13,12 @@ from command_cases import make_target
 from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
 from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed
 from test_eagle_import import CONFIG, published, write
+from test_suites import RECORDS
 from test_tuning import small  # noqa: F401  # a fixture
 
 from beagle_jax import convert, evaluate, generate, tune
+from beagle_jax.commands.evaluate import evaluate as evaluated
+from beagle_jax.config import load_config
 from beagle_jax.decoding import loop, tuning
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.loop import Models, draft_head_of
@@ -23,8 +28,10 @@ from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation.cost import memory, phases
 from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.replay import replayed
+from beagle_jax.evaluation.suites import SUITES
+from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.weights.draft import load_draft
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.target import load_target
 
 RAGGED = static_tree([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 0)])
@@ -112,6 +119,33 @@ def test_evaluation_reports_and_audits_it(place):
     made = json.loads((out / "report.json").read_text())
     assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft"), "lookup"]
     assert (out / "pictures" / "attention.png").exists() and (out / "pictures" / "tree.png").exists()
+
+
+@pytest.fixture(scope="module")
+def beside(place) -> list[str]:
+    """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on a record of every suite that is published."""
+    spec = DraftSpec.from_target(load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3)
+    save_draft(place.folder / "beside", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))
+    for name, (record, *_) in RECORDS.items():
+        with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+    return [f"eval.compare=[{place.folder / 'beside'}, lookup]", f"eval.suites=[{', '.join(RECORDS)}]", f"eval.folder={place.folder}",
+            "eval.max_new_tokens=6"]  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperature):
+    """All turns, greedy and drawn: the answers of plain decoding from either draft, and an audit that passes."""
+    made = evaluated(load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True)
+    names = ["plain", *(str(place.folder / name) for name in ("draft", "beside")), "lookup"]
+    assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], made["audit"]
+    assert [one["name"] for one in made["suites"]] == list(RECORDS)
+    for one, (_, category, turns) in zip(made["suites"], RECORDS.values()):
+        assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
+        for name in names:
+            figures = one["groups"][0]["systems"][name]
+            assert (figures["answers"], figures["identical_to_plain"]) == (len(turns), len(turns)), (category, name)
+            assert figures["rounds"] > 0 and len(figures["step_alpha"]) == (0 if name == "plain" else 2), (category, name)
 
 
 def test_tuning_takes_it(place, small, capsys):  # noqa: F811

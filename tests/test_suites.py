@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,15 @@ def test_a_record_becomes_what_the_user_says(name, tmp_path):
     chats = suite(name, None, str(tmp_path))
     assert [(said(chat), chat.kind) for chat in chats] == 2 * [(turns, category)]
     assert chats[1].where.endswith(f"{SUITES[name].file}:2") and len(suite(name, 1, str(tmp_path))) == 1
+
+
+def test_mt_bench_is_one_of_the_six_tasks_of_spec_bench(tmp_path):
+    categories = ["writing", "humanities", "translation", "summarization", "qa", "math_reasoning", "rag"]
+    for name in ("spec_bench", "mt_bench"):
+        with gzip.open(tmp_path / SUITES[name].file, "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"category": category, "turns": ["What?"]}) + "\n" for category in categories)
+    assert [chat.kind for chat in suite("spec_bench", None, str(tmp_path))] == ["mt_bench", "mt_bench", *categories[2:]]
+    assert [chat.kind for chat in suite("mt_bench", None, str(tmp_path))] == categories
 
 
 @pytest.mark.parametrize("limit", [None, 1])
@@ -99,6 +109,9 @@ def test_the_published_files(name, count):
     assert len(chats) == count
     if name == "mt_bench":
         assert all(len(chat.later) == 1 for chat in chats) and len({chat.kind for chat in chats}) == 8
+    if name == "spec_bench":
+        tasks = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+        assert Counter(chat.kind for chat in chats) == dict.fromkeys(tasks, 80)
 
 
 def test_the_suites_of_the_report_have_their_definitions():

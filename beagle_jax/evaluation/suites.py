@@ -4,8 +4,8 @@ A suite's prompts come from a file in `eval.folder` where there is one, else fro
 part of this repository.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ class Suite:
     dataset: tuple[str, str | None, str] | None = None  # on the hub: id, configuration, split
     turns: str = "turns"  # the dataset's column of user turns
     wording: str = ""
+    tasks: Mapping[str, str] = field(default_factory=dict)  # categories that are told as part of another one
 
+
+# Spec-Bench lists MT-Bench, which is one of its six tasks, under these.
+_OF_MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 SUITES = {
     "mt_bench": Suite("mt_bench.jsonl.gz", ("HuggingFaceH4/mt_bench_prompts", None, "train"), turns="prompt"),
@@ -41,7 +45,7 @@ SUITES = {
     "eagle_gsm8k": Suite("eagle_gsm8k.jsonl.gz"),
     "eagle_humaneval": Suite("eagle_humaneval.jsonl.gz"),
     "eagle_cnn_dm": Suite("eagle_sum.jsonl.gz"),
-    "spec_bench": Suite("spec_bench.jsonl.gz"),
+    "spec_bench": Suite("spec_bench.jsonl.gz", tasks=dict.fromkeys(_OF_MT_BENCH, "mt_bench")),
 }
 
 
@@ -84,7 +88,8 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
                 raise UserError(f"{where}: no field {error} among {', '.join(record)}; this is not a record of {name}") from None
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
-        yield Chat(({"role": "user", "content": turns[0]},), where, str(record.get("category", name)), tuple(turns[1:]))
+        category = str(record.get("category", name))
+        yield Chat(({"role": "user", "content": turns[0]},), where, made.tasks.get(category, category), tuple(turns[1:]))
 
 
 def _downloaded(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
