@@ -65,7 +65,7 @@ def test_groups_and_figures(made):
 def test_the_schema_holds_and_describes_everything(made):
     check_schema(made)
     check_schema({**made, "systems": [{**system, "bytes": None} for system in made["systems"]]})
-    check_schema({**made, "audit": {"passed": True, "noise": 0.1, "divergences": [], "checks": [{"name": "x", "passed": True, "found": "y"}]}})
+    check_schema({**made, "audit": {"passed": True, "noise": 0.1, "reach": 0.2, "divergences": [], "checks": [{"name": "x", "passed": True, "found": "y"}]}})
     text = (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8")
     undescribed = []
 
@@ -115,12 +115,17 @@ def test_the_table_has_a_block_for_each_suite(made):
 
 
 def test_pages_hold_every_figure(made, tmp_path):
-    made["audit"] = {"passed": False, "noise": 0.0, "divergences": [], "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}]}
+    parted = {"system": "a|<b>", "suite": "s", "number": 3, "turn": 1, "place": 7, "plain": 11, "system_token": 12, "gap": 0.25,
+              "top_2_gap": 0.125, "within_noise": False}  # fmt: skip
+    made["audit"] = {"passed": False, "noise": 0.01, "reach": 0.0321, "divergences": [parted],
+                     "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}]}  # fmt: skip
+    check_schema(made)
     pictures = {"Acceptance": tmp_path / "a.png", "Phases": tmp_path / "p.png"}
     plot_acceptance(made, pictures["Acceptance"])
     plot_phases(made, pictures["Phases"])
     text, shown = markdown(made), page(made, pictures)
-    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", made["notes"][0]):
+    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", made["notes"][0],
+                 "up to 0.0321", "s prompt 3, turn 1, token 7", "11 became 12", "0.25", "0.125", "NO"):  # fmt: skip
         assert cell in text.replace("a\\|<b>", "a|<b>") and cell.replace("<", "&lt;").replace(">", "&gt;") in shown, cell
     assert "a\\|<b>" in text and "a|&lt;b&gt;" in shown and "<b>" not in shown
     # One file that needs nothing else: every source is in it.

@@ -14,7 +14,6 @@ from beagle_jax.model.target import forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
 _ROWS = 64  # places whose logits exist at once
-_NOISE_TOKENS = 64  # at the end of a text, that are read token by token
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
@@ -47,25 +46,25 @@ def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -
 
 @partial(jax.jit, static_argnames="spec")
 def _step(params, spec, token, length, cache):
-    """One token after those in the cache: the logits of the next, and the cache with it."""
+    """One token after those in the cache: its state, the logits of the next, and the cache with it."""
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
     states_B1D, rows = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
-    return logits(params, spec, states_B1D)[0, 0], write_all(cache, rows, length_B)
+    return states_B1D[0, 0], logits(params, spec, states_B1D)[0, 0], write_all(cache, rows, length_B)
 
 
-def rounding_noise(target: Target, tokens: Sequence[int]) -> float:
-    """Largest logit difference between reading a text at once and reading its last tokens one by one."""
-    first, text_1L = max(0, len(tokens) - _NOISE_TOKENS), _padded(tokens)
-    states_1LD, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
-    at_once = forced_logits(target, states_1LD[0], first, len(tokens))
+def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Array, np.ndarray]:
+    """States [T, D] and logits [T, V] of a text's last tokens, `most` of them or all, each read alone after those before it."""
+    first, text_1L = max(0, len(tokens) - most), _padded(tokens)
+    _, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
     # The cache begins with the rows of all tokens: those from `first` on are not seen until they are written again.
     cache = write_all(init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32))
-    largest = 0.0
+    states, found = [], []
     for place in range(first, len(tokens)):
-        alone_V, cache = _step(target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache)
-        largest = max(largest, float(np.abs(np.asarray(alone_V) - at_once[place - first]).max()))
-    return largest
+        state_D, logits_V, cache = _step(target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache)
+        states.append(state_D)
+        found.append(np.asarray(logits_V))
+    return jnp.stack(states), np.stack(found)
 
 
 def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -29,7 +29,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
             made.append(_group(suite["name"], group, left_out if group["by"] == "all" else []))
     made += [_times(report), _memory(report)]
     if report["audit"] is not None:
-        made.append(_audit(report["audit"]))
+        made += [_audit(report["audit"]), _divergences(report["audit"])]
     return [section for section in made if section.rows or section.sentences]
 
 
@@ -120,4 +120,13 @@ def _memory(report: dict[str, Any]) -> Section:
 
 def _audit(audit: dict[str, Any]) -> Section:
     rows = [[check["name"], "passed" if check["passed"] else "FAILED", check["found"]] for check in audit["checks"]]
-    return Section("Audit", [], ["check", "", "found"], rows)
+    sentence = f"Rounding moves a logit by up to {audit['noise']:.3g}; gaps of two logits up to {audit['reach']:.3g} are explained by it."
+    return Section("Audit", [sentence], ["check", "", "found"], rows)
+
+
+def _divergences(audit: dict[str, Any]) -> Section:
+    rows = [[one["system"], f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
+             f"{one['plain']} became {one['system_token']}", f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
+             {True: "yes", False: "NO", None: ""}[one["within_noise"]]] for one in audit["divergences"]]  # fmt: skip
+    head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
+    return Section("Where answers part from plain decoding's", [], head, rows)

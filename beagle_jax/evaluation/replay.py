@@ -30,15 +30,19 @@ def replayed(
     answer: Sequence[int],
     states_LD: jax.Array,
     append_predicted: bool,
+    favour: float = 0.0,
 ) -> list[int]:
-    """Accepted drafts of each round, as far as they were written. states_LD: the target's states of prompt and answer."""
+    """Accepted drafts of each round, as far as they were written. states_LD: the target's states of prompt and answer.
+
+    favour: added to the draft's log-probability of each token that was written: near ties then fall to its side, or below 0 to
+    the other.
+    """
     text, root, accepted = [*prompt, *answer], len(prompt), []
-    text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
     while root < len(text) - 1:
         if isinstance(draft, Lookup):
             paths = set(_prefixes(looked_up(text[: root + 1], draft.ngram, tree.depth)))
         else:
-            paths = _Grower(target, draft, text_L, states_LD, root, append_predicted).paths(tree)
+            paths = Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(tree)
         count = 0
         while root + count + 1 < len(text) and tuple(text[root + 1 : root + count + 2]) in paths:
             count += 1
@@ -65,12 +69,15 @@ def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
     return longer[len(text) :]
 
 
-class _Grower:
-    """Grows one tree below one root."""
+class Grower:
+    """Grows one tree below one root of a written text."""
 
-    def __init__(self, target: Target, draft: Draft, text_L: jax.Array, states_LD: jax.Array, root: int, append_predicted: bool):
-        self._target, self._draft, self._text_L, self._states_LD, self._root = target, draft, text_L, states_LD, root
-        self._append = append_predicted
+    def __init__(
+        self, target: Target, draft: Draft, text: Sequence[int], states_LD: jax.Array, root: int, append_predicted: bool, favour: float = 0.0
+    ):
+        self._target, self._draft, self._states_LD, self._root = target, draft, states_LD, root
+        self._text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
+        self._append, self._favour = append_predicted, favour
         self._predicted: dict[Path, np.ndarray] = {}  # state that was predicted for a path's last token
 
     def paths(self, tree: Tree) -> set[Path]:
@@ -84,6 +91,10 @@ class _Grower:
             best, _ = self._children([found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below))
             found |= {ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]])) for ranks in below}
         return set(found.values()) - {()}
+
+    def scores(self, path: Path, copies: int = 1) -> np.ndarray:
+        """Log-probabilities [V] after a path, over the draft's own vocabulary; to be asked for from the root down."""
+        return np.asarray(self._after([path] * copies, 1)[2][0])
 
     def _dynamic(self, tree: DynamicTree) -> set[Path]:
         """EAGLE-2's tree (method.md 6.4); of equal scores the first made wins."""
@@ -100,21 +111,29 @@ class _Grower:
 
     def _children(self, paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
         """The best tokens after each path of one length, and their log-probabilities."""
+        best, log_p, _ = self._after(paths, count)
+        return np.asarray(best), np.asarray(log_p)
+
+    def _after(self, paths: list[Path], count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same, and all log-probabilities."""
         depth, D = len(paths[0]), self._states_LD.shape[1]
         seen = [[self._predicted[path[:length]] for length in range(depth)] for path in paths]
         above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), depth, D), self._states_LD.dtype)
         below_Qt = jnp.asarray(np.array(paths, np.int32).reshape(len(paths), depth))
-        states, best, log_p = _predict(
+        states, best, log_p, every_QV = _predict(
             self._draft.params, self._draft.spec, self._target.params, self._draft.hot_ids, self._text_L, self._states_LD,
-            jnp.int32(self._root), below_Qt, above_QtD, self._append, count,
+            jnp.int32(self._root), below_Qt, above_QtD, self._favour, self._append, count,
         )  # fmt: skip
         self._predicted |= dict(zip(paths, np.asarray(states)))
-        return np.asarray(best), np.asarray(log_p)
+        return best, log_p, every_QV
 
 
 @partial(jax.jit, static_argnames=("spec", "append", "count"))
-def _predict(params, spec, target, hot_ids, text_L, states_LD, root, below_Qt, above_QtD, append, count):
-    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was predicted above each."""
+def _predict(params, spec, target, hot_ids, text_L, states_LD, root, below_Qt, above_QtD, favour, append, count):
+    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was predicted above each.
+
+    With them the best tokens after each, their log-probabilities, and all log-probabilities.
+    """
     block, (Q, depth) = block_of(spec).bind({"params": params}), below_Qt.shape
     embedded = lambda tokens: embed(target["embed_VD"], tokens, spec.embed_scale)
     token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)  # with the root
@@ -130,8 +149,12 @@ def _predict(params, spec, target, hot_ids, text_L, states_LD, root, below_Qt, a
     states_QD = _attend(block, x_QtD[:, -1:], place_Qt[:, -1:], true_LD, root, own_QtD[:, kept], own_place_Qt[:, kept])
     head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
     log_p_QV = jax.nn.log_softmax(jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1)
+    token_V = jnp.arange(len(head_VD)) if hot_ids is None else hot_ids
+    written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
+    written_QV = (below_Qt == written_t1[None, :depth]).all(axis=1, keepdims=True) & (token_V == written_t1[depth])[None]
+    log_p_QV += jnp.where(written_QV, favour, 0.0)
     top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
-    return states_QD, best_Qk if hot_ids is None else hot_ids[best_Qk], top_Qk
+    return states_QD, token_V[best_Qk], top_Qk, log_p_QV
 
 
 def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:
