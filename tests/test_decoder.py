@@ -14,9 +14,7 @@ from beagle_jax.decoding.loop import read_prompt
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
-from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.sharding import tensor_mesh
-from beagle_jax.weights.draft import load_draft
 
 STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2), (0, 0, 1)])  # EAGLE's own tree is decoded in test_decoding.py
 TREES = {"plain": ROOT_ONLY, "chain": chain(3), "static": STATIC, "dynamic": dynamic_tree(3, 3, 9)}
@@ -206,15 +204,3 @@ def test_a_target_over_eight_devices_writes_the_same():
 def test_too_many_devices():
     with pytest.raises(UserError, match="a mesh of 999 devices was asked for"):
         tensor_mesh(999)
-
-
-# The real target
-
-
-def test_smollm2_twenty_prompts_of_64_tokens(real_target):
-    prompts = tokenize(suite("held_out", 20), real_target.tokenizer)
-    draft = load_draft(os.path.join(os.path.dirname(__file__), "..", "drafts", "smollm2-135m"), real_target.spec)
-    ask = lambda tree: SpeculativeDecoder(real_target, draft, tree).generate(prompts, max_new_tokens=64)
-    plain, fast = ask(ROOT_ONLY), ask(dynamic_tree(2, 3, 4))
-    assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
-    assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in plain)

