@@ -30,6 +30,8 @@ from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
             "convert": convert.main, "prepare": prepare.main}  # fmt: skip
 

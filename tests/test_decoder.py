@@ -37,7 +37,7 @@ def _lettered(error: float = 0.02):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
     """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
-    prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(50)) * 2]
+    prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(60))]  # of one padded length: others are compiled in test_decoding.py
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)), right_draft(0.02)
@@ -184,7 +184,7 @@ for sampling, size in ((GREEDY, 8), (Sampling(0.8, top_k=20), 2)):
     ask = lambda mesh: [a.tokens for a in SpeculativeDecoder(
         target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
     assert ask(tensor_mesh(size)) == ask(None), size
-eagle = lambda mesh: SpeculativeDecoder(target_of(), random_eagle(), dynamic_tree(3, 3, 8), mesh=mesh).generate(prompts, max_new_tokens=32)
+eagle = lambda mesh: SpeculativeDecoder(target_of(), random_eagle(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, max_new_tokens=32)
 assert [(a.tokens, a.rounds) for a in eagle(None)] == [(a.tokens, a.rounds) for a in eagle(tensor_mesh(2))]
 decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2

@@ -160,7 +160,7 @@ def test_nothing_compiles_after_warm_up():
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_caches_are_donated_and_updated_in_place(tree, sampling):
     # Heads wide enough that the scores of a tree over all slots are small beside the keys.
-    spec = dataclasses.replace(TINY, head_dim=64, num_layers=4)
+    spec = dataclasses.replace(TINY, head_dim=64)
     draft_spec = DraftSpec.from_target(spec)
     draft = Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {}) if tree.depth else None
     models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8)
