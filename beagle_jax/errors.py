@@ -1,13 +1,17 @@
 """The one exception that a user is meant to read, and the wrapper that prints it.
 
 A `UserError` says what is wrong, where, what was expected and what to do. Entry points call `run_main`,
-which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage, 1 for the rest.
+which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage, 1 for the rest. What the file
+system refuses, wherever it happens, is told in the same way.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from beagle_jax.terminal import coloured
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write that ends so names no file
 
 
 class UserError(Exception):
@@ -32,9 +36,18 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except UserError as error:
         if debug:
             raise
-        print(f"{coloured('error:', '31', sys.stderr)} {error}", file=sys.stderr)
-        return error.exit_status
+        return _told(str(error), error.exit_status)
+    except OSError as error:
+        if debug or (error.filename is None and error.errno not in _FULL):
+            raise
+        return _told(f"{error.filename or 'a file that was being written'}: {error.strerror}; what was whole before is kept. Free some space, or "
+                     "name a place that can be read and written; --debug shows what was being done")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(message: str, status: int = UserError.exit_status) -> int:
+    print(f"{coloured('error:', '31', sys.stderr)} {message}", file=sys.stderr)
+    return status

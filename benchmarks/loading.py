@@ -1,6 +1,7 @@
 """Time and memory that loading a target takes, beside the time to read its file.
 
     python benchmarks/loading.py                       # SmolLM2 of configs/quickstart.yaml
+    python benchmarks/loading.py --shape smollm2       # its shapes as a bfloat16 checkpoint, which nothing has to be made of
     python benchmarks/loading.py --shape 7b            # writes and loads a bfloat16 checkpoint of Llama-2-7B's shapes, 13.5 GB
     python benchmarks/loading.py --source FOLDER --dtype bfloat16
 
@@ -31,6 +32,8 @@ from beagle_jax.weights.target import fill_params, open_source
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 4096, "hidden_act": "silu"}
 SHAPES = {
     "7b": _LLAMA | dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "smollm2": _LLAMA | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                             num_key_value_heads=3, tie_word_embeddings=True),
     "middle": _LLAMA | dict(vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16),
     "toy": _LLAMA | dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
 }
@@ -38,16 +41,16 @@ _FILES = 4  # of a synthetic checkpoint
 _BLOCK = 64 << 20  # bytes; random ones are made once
 
 
-def write_checkpoint(folder: Path, config: dict, sparse: bool) -> None:
-    """A bfloat16 checkpoint without a tokenizer: numbers that mean nothing, small and finite."""
+def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF16") -> None:
+    """A checkpoint, bfloat16 or F32, without a tokenizer: numbers that mean nothing, small and finite."""
     folder.mkdir(parents=True, exist_ok=True)
     table = list(param_table(TargetSpec.from_hf_config(config, str(folder))).items())
     block = (np.random.default_rng(0).integers(0, 1 << 10, _BLOCK // 2, np.uint16) | 0x3C00).tobytes()
     for number in range(_FILES):
         header, end = {}, 0
         for name, (_, shape) in table[number::_FILES]:
-            size = 2 * math.prod(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            size = {"BF16": 2, "F32": 4}[stored] * math.prod(shape)
+            header[name] = {"dtype": stored, "shape": shape, "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(header).encode()
         with (folder / f"model-{number + 1:05d}-of-{_FILES:05d}.safetensors").open("wb") as stream:

@@ -346,7 +346,7 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     free = total * 32 * 4 - 1
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(
-        UserError, match=r"the target's states need 0.00 GB, .* lower data.answer_tokens, set data.states_dtype: int8"
+        UserError, match=r"the target's states need 0.0\d MB, 0.0\d MB are free; lower data.answer_tokens, set data.states_dtype: int8"
     ):
         target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
     assert list(tmp_path.iterdir()) == []

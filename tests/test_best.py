@@ -54,6 +54,12 @@ def test_only_a_better_tau_replaces_the_best_and_stages_are_told_apart(tmp_path)
     assert found == {"early": {"step": 6, "tau": 1.5}, "late": {"step": 6, "tau": 1.6}}
 
 
+def test_a_damaged_list_of_taus_is_named(tmp_path):
+    (tmp_path / "best.json").write_text('{"stages": {')
+    with pytest.raises(UserError, match="best.json: not JSON .*; delete it, and tau is compared anew"):
+        Best(tmp_path / "best.json", EvalConfig(every=1), None, None)
+
+
 def test_a_stage_is_exhausted_after_so_many_measurements(tmp_path):
     one = Decoder(tmp_path / "best.json", [1.5], patience=2)
     one.best.look("early", 6, {})

@@ -17,8 +17,11 @@ from safetensors.numpy import load_file
 from test_report import check_schema
 
 from beagle_jax import convert, evaluate, generate, prepare, train, tune
+from beagle_jax.commands import evaluate as evaluate_command
+from beagle_jax.commands import generate as generate_command
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
+from beagle_jax.commands import tune as tune_command
 from beagle_jax.config import load_config
 from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
@@ -425,6 +428,29 @@ def test_exit_status_and_message(workplace, capsys, name, more, status, expected
     assert found == status and expected in message
 
 
+@pytest.mark.parametrize(
+    "name, more, expected",
+    [
+        ("train", ["log.wandb=x"], "log.wandb is 'x', but wandb is not installed"),
+        ("train", ["log.tensorboard=true"], "log.tensorboard is true, but tensorboardX is not installed"),
+        ("train", ["data.source=/no/chats"], "data.source: '/no/chats' is not a file or folder"),
+        ("train", ["eval.every=2", "eval.suites=[/no/prompts]"], "eval.suites: '/no/prompts' is not a file or folder"),
+        ("prepare", ["data.source=/no/chats"], "data.source: '/no/chats' is not a file or folder"),
+        ("generate", ["Hi", "draft.path=/no/draft"], "/no/draft/config.json: no such file"),
+        ("evaluate", ["draft.path=lookup", "eval.compare=[/no/draft]"], "/no/draft/config.json: no such file"),
+        ("tune", ["draft.path=/no/draft"], "/no/draft/config.json: no such file"),
+        ("tune", ["eval.suites=[/no/prompts]"], "eval.suites: '/no/prompts' is not a file or folder"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_target_is_loaded(workplace, capsys, monkeypatch, name, more, expected):
+    for module in (prepare_command, train_command, generate_command, evaluate_command, tune_command):
+        monkeypatch.setattr(module, "configured_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    for package in ("wandb", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    status, message = ended(capsys, name, "--config", workplace.config, *more, f"data.folder={workplace.folder}/never")
+    assert status == 1 and expected in message and not (workplace.folder / "never").exists()
+
+
 def test_a_missing_config_names_one_to_start_from(capsys):
     status, message = ended(capsys, "train", "--config", "none.yaml")
     assert status == 2 and message == "none.yaml: no such config file; configs/quickstart.yaml is one to start from\n"
@@ -462,6 +488,31 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
+        run_main(main, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(13, "Permission denied", "/a/place"), "error: /a/place: Permission denied; what was whole before is kept. Free some"),
+        (OSError(28, "No space left on device"), "error: a file that was being written: No space left on device; what was whole"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_message(capsys, error, told):
+    def main(argv):
+        raise error
+
+    assert run_main(main, []) == 1
+    assert told in capsys.readouterr().err
+    with pytest.raises(OSError):
+        run_main(main, ["--debug"])
+
+
+def test_other_failures_of_the_system_keep_their_traceback():
+    def main(argv):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
         run_main(main, [])
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ import torch
 from command_cases import make_target
 from convert_cases import PROVENANCE, from_torch, make_place, refused, to_torch
 from safetensors.numpy import load_file, save_file
+from test_resume import small_disk
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from beagle_jax import convert
 from beagle_jax.commands import convert as converting
+from beagle_jax.config import TrainConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain, static_tree
@@ -219,6 +222,15 @@ def test_a_card_without_provenance_says_so():
         assert "`, revision v1\n" in model_card(Draft(spec, {}, None, told), None, "1a2b")
 
 
+@pytest.mark.parametrize("loss", get_args(get_type_hints(TrainConfig)["loss"]))
+def test_the_card_names_the_loss_that_was_asked_for(place, loss):
+    told = {**PROVENANCE, "training": {**PROVENANCE["training"], "loss": loss}}
+    draft = Draft(load_draft(place.folder / "hot", place.target.spec).spec, {}, None, told)
+    line = model_card(draft).partition("### Losses\n\n")[2].partition(" the target's distribution, plus 10.0 times")[0]
+    assert line == {"cross_entropy": "Soft cross-entropy with", "kl": "Kullback-Leibler divergence from", "reverse_kl": "Reverse Kullback-Leibler divergence from",
+                    "total_variation": "Total variation distance to", "lk_hybrid": "LK hybrid (Kullback-Leibler, then total variation) distance to"}[loss]  # fmt: skip
+
+
 def report_of(name: str) -> dict:
     """As report.schema.json says, without what a card does not show."""
     figures = {"tau": 1.6101, "tau_interval": [1.55, 1.674], "speedup": 1.124, "identical_to_plain": 39, "answers": 40}
@@ -269,13 +281,13 @@ def wrong_rows(monkeypatch):
 
 def swapped_in_file(monkeypatch):
     """The file holds keys and values the wrong way round."""
-    save = torch_export.save_file
+    write = torch_export.write_tensors
 
-    def wrong(tensors, *arguments, **options):
+    def wrong(path, tensors):
         names = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
-        save({**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]}, *arguments, **options)
+        write(path, {**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]})
 
-    monkeypatch.setattr(torch_export, "save_file", wrong)
+    monkeypatch.setattr(torch_export, "write_tensors", wrong)
     return "does not hold what the JAX draft holds (self_attn.k_proj.weight, self_attn.v_proj.weight)"
 
 
@@ -332,6 +344,19 @@ def test_a_folder_that_cannot_be_made_is_named(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     status = to_torch(place, "hot", tmp_path / "file" / "out")
     assert f"--out {tmp_path}/file/out: cannot be written" in refused(capsys, status)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
+def test_a_full_disk_leaves_no_half_folder(place, exported, tmp_path, capsys, before):
+    """Both directions, and what was there stays."""
+    if before:
+        shutil.copytree(exported["hot"], tmp_path / "out")
+    with small_disk(4000):
+        statuses = [to_torch(place, "hot", tmp_path / "out", "--overwrite"), from_torch(place, exported["hot"], tmp_path / "out", "--overwrite")]
+    message = refused(capsys, max(statuses))
+    assert statuses == [1, 1] and message.count("cannot be written (") == 2 and message.count("free some space or choose another folder") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * before
+    assert not before or (tmp_path / "out" / "model.safetensors").read_bytes() == (exported["hot"] / "model.safetensors").read_bytes()
 
 
 def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):

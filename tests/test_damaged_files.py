@@ -1,4 +1,4 @@
-"""Damaged files, 700 of them: bytes flipped and ends cut off, in every file that is read for a draft or a target.
+"""Damaged files, 800 of them: bytes flipped and ends cut off, in every file that is read for a draft or a target.
 
 Each must end in our own error, or in exactly what the bytes still say. The drafts' own folders carry a digest, so there
 only the undamaged draft may come out; in foreign formats a weight may change where its own bytes did, and nowhere else.

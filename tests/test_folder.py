@@ -69,13 +69,28 @@ def test_parts_come_by_number(config, tmp_path):
     assert list(read_parts(config.folder).items()) == list(rows.items())
 
 
-@pytest.mark.parametrize("line", ["{", '{"tokens": [1]}', "[]", '{"tokens": [1], "supervised": 1}'])
+DAMAGED_LINES = ["{", '{"tokens": [1]}', "[]", '{"tokens": [1], "supervised": 1}', '{"tokens": [1, 2], "supervised": [1]}',
+                 '{"tokens": [-1], "supervised": [1]}', '{"tokens": "1", "supervised": [1]}', '{"tokens": [1], "supervised": [7]}',
+                 '{"tokens": [], "supervised": []}', '{"tokens": [1], "supervised": [1]\xff}']  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
 def test_a_damaged_part_names_its_line(config, tmp_path, line):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "part-0000.jsonl"
-    path.write_text('{"tokens": [1], "supervised": [1]}\n' + line + "\n")
+    path.write_bytes(b'{"tokens": [1], "supervised": [1]}\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(UserError, match=f"{path}:2: not a row of training text .*; delete"):
         read_parts(config.folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"target": "a\xff"}'])
+def test_a_damaged_list_of_settings_is_named(config, tmp_path, text):
+    claim(config, MADE_FOR, ALONE)
+    path = tmp_path / "data" / "settings.json"
+    path.write_bytes(text.encode("latin-1"))
+    for read in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
+        with pytest.raises(UserError, match=f"{path}: .*; delete data.folder, or set another"):
+            read()
 
 
 class Words:

@@ -1,5 +1,6 @@
 """Loading straight into place: what is read, by whom, and how much memory it takes."""
 
+import io
 import json
 import os
 import socket
@@ -16,10 +17,13 @@ from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
 from test_benchmarks import _benchmark
 from test_weights import LLAMA, Held, _write_gguf
+from tqdm import tqdm
 
+from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import tensor_mesh
 from beagle_jax.weights import safetensors_file
+from beagle_jax.weights import target as target_module
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder
 from beagle_jax.weights.safetensors_file import places
@@ -113,17 +117,36 @@ def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
     array = np.arange(7 * 40, dtype=np.float32).reshape(7, 40)
     save_file({"before": np.ones(7, np.float32), "x": array}, tmp_path / "model.safetensors")
     monkeypatch.setattr(safetensors_file, "_PIECE", 100)  # neither a row nor a part of one
-    found = places(tmp_path / "model.safetensors")["x"].read((slice(1, 6), slice(None)), np.dtype(np.float32))
-    np.testing.assert_array_equal(found, array[1:6])
-    assert found.ctypes.data % 64 == 0
+    monkeypatch.setattr(safetensors_file, "_VALUES", 30)
+    for dtype in (np.float32, jnp.bfloat16):
+        found = places(tmp_path / "model.safetensors")["x"].read((slice(1, 6), slice(None)), np.dtype(dtype))
+        np.testing.assert_array_equal(found, array[1:6].astype(dtype))
+        assert found.ctypes.data % 64 == 0
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"x": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
     place = places(tmp_path / "model.safetensors")["x"]
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(safetensors_file.UserError, match="ends in the middle of a tensor, 100 bytes early"):
+    with pytest.raises(UserError, match="ends in the middle of a tensor, 100 bytes early"):
         place.read((slice(None), slice(None)), np.dtype(np.float32))
+
+
+@pytest.mark.parametrize(("stored", "width"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1), ("F64", 8)])
+def test_what_is_no_weights_dtype_is_refused_by_the_tensor_s_name(tmp_path, stored, width):
+    entry = lambda dtype, start, end: {"dtype": dtype, "shape": [4], "data_offsets": [start, end]}
+    header = json.dumps({"model.norm.weight": entry("F32", 0, 16), "lm_head.weight": entry(stored, 16, 16 + 4 * width)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16 + 4 * width))
+    with pytest.raises(UserError, match=f"model.safetensors: tensor lm_head.weight is stored as {stored}; expected F32 or F16 or BF16"):
+        fill_params(SPEC, HFFolder(tmp_path), jnp.dtype("float32"), "here")
+
+
+def test_loading_shows_a_bar_that_ends_full(tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(target_module, "tqdm", lambda **named: bars.append(tqdm(**named, disable=False, file=io.StringIO())) or bars[-1])
+    found = fill_params(SPEC, _folder(tmp_path, llama_tensors()), jnp.dtype("bfloat16"), "here")
+    (bar,) = bars
+    assert bar.desc == "loading target" and bar.n == bar.total == sum(x.nbytes for x in jax.tree.leaves(found))
 
 
 # Each of two processes loads its half: it prints the bytes that it read.
@@ -184,11 +207,35 @@ def test_peak_memory_is_little_more_than_the_arrays(tmp_path, capsys):
     found = loading.measure(str(tmp_path), "bfloat16")
     assert found["bytes"] > 4e8
     assert 0.9 < found["peak"] / found["bytes"] < 1.2
-    benchmarks = str(Path(__file__).parent.parent / "benchmarks")
-    planted = _HOLD_ALL.format(tests=str(Path(__file__).parent), benchmarks=benchmarks, source=str(tmp_path))
-    printed = subprocess.run([sys.executable, "-c", planted], stdout=subprocess.PIPE, text=True, check=True).stdout
-    found = json.loads(printed.splitlines()[-1])
+    found = _planted(_HOLD_ALL, tmp_path)
     assert found["peak"] / found["bytes"] > 1.7
+
+
+_WHOLE_TENSORS = """
+import sys; sys.path[:0] = [{tests!r}, {benchmarks!r}]
+import json, loading
+from beagle_jax.weights import safetensors_file
+safetensors_file._VALUES = 1 << 40
+print(json.dumps(loading.load({source!r}, "bfloat16")))
+"""
+
+
+def test_peak_memory_where_a_large_head_is_converted(tmp_path):
+    """Planted: a whole tensor at once in both dtypes."""
+    loading = _benchmark("loading")
+    loading.write_checkpoint(tmp_path, loading.SHAPES["middle"] | dict(vocab_size=90_000, num_hidden_layers=2), sparse=True, stored="F32")
+    found = loading.measure(str(tmp_path), "bfloat16")
+    assert 0.9 < found["peak"] / found["bytes"] < 1.2
+    found = _planted(_WHOLE_TENSORS, tmp_path)
+    assert found["peak"] / found["bytes"] > 1.5
+
+
+def _planted(program: str, source: Path) -> dict:
+    """What a process says that loads in another way."""
+    here = Path(__file__).parent
+    program = program.format(tests=str(here), benchmarks=str(here.parent / "benchmarks"), source=str(source))
+    printed = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_loading_benchmark_at_toy_size(tmp_path, capsys):

@@ -336,11 +336,11 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
 def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatch):
     save_draft(tmp_path, draft)
 
-    def broken(tensors, path, metadata):
+    def broken(path, tensors):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(draft_module, "save_file", broken)
+    monkeypatch.setattr(draft_module, "write_tensors", broken)
     with pytest.raises(KeyboardInterrupt):
         save_draft(tmp_path, replace(draft, params={name: array + 1 for name, array in draft.params.items()}))
     same_draft(load_draft(tmp_path, TINY), draft)

@@ -161,6 +161,25 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(whol
     assert f"has {100 if how == 'cut' else 0} bytes of" in told and (folder / "cut-10").is_dir()
 
 
+def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen, half_done, capsys):
+    config, folder = half_done
+    note = folder / "5" / "sizes.json"
+    for damaged in (folder / "10", folder / "5"):
+        (damaged / "sizes.json").write_text(note.read_text()[:20])
+    same_params(both_stages(config, frozen), whole[1])
+    told = capsys.readouterr().out
+    assert f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON" in told
+    assert (folder / "cut-5").is_dir() and "going on" not in told.partition("late stage")[0]
+
+
+def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
+    config, folder = half_done
+    settings_file(folder).write_text("{")
+    (folder / "10" / "sizes.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint to go on"):
+        both_stages(config, frozen)
+
+
 def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(whole, frozen, half_done, capsys):
     config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves

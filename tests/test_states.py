@@ -96,6 +96,22 @@ def test_a_file_cut_off_is_not_taken_for_whole(path, monkeypatch):
     check_close(read(path), "float32")  # written anew
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"shape": [15, 16'])
+def test_a_damaged_index_is_named(path, text):
+    keep_states(path, ROWS, some_states())
+    path.with_suffix(".states.json").write_text(text)
+    with pytest.raises(UserError, match="part-0000.states.json: .*; delete it and run prepare or train again"):
+        target_states(PARAMS, SPEC, ROWS, path)
+
+
+def test_an_index_that_lacks_a_row_is_not_taken_for_whole(path):
+    keep_states(path, ROWS, some_states())
+    index = path.with_suffix(".states.json")
+    found = json.loads(index.read_text())
+    index.write_text(json.dumps(found | {"crc32": found["crc32"][:-1]}))
+    assert not is_stored(path, ROWS, WIDTH, "float32")
+
+
 def test_files_without_checksums_are_still_read(path, monkeypatch):
     """What versions before checksums wrote: the same records, a shorter index."""
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))

@@ -14,8 +14,9 @@ from conftest import environment
 from convert_cases import refused
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
+from test_resume import small_disk
 
-from beagle_jax import convert
+from beagle_jax import convert, generate, train
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.orbax_target import OrbaxFolder, _by_name
@@ -56,16 +57,13 @@ def test_bit_equal_to_the_source(sources, tmp_path, kind):
         same_target(load_target(str(tmp_path / "out"), dtype, "unused"), load_target(str(sources[kind]), dtype, "unused"))
 
 
-# What a process with four devices makes of a folder that another wrote: arrays born in parts, and the values.
+# What a process with four devices makes of a folder that another wrote, as training loads it: arrays born in parts, and the values.
 RESTORE = """
 import sys, jax, numpy as np
-from beagle_jax.config import MeshConfig
+from beagle_jax.config import MeshConfig, TargetConfig
 from beagle_jax.sharding import make_mesh
-from beagle_jax.weights.target import open_source
-from beagle_jax.model.target import TargetSpec
-opened = open_source(sys.argv[1], None)
-spec = TargetSpec.from_hf_config(opened.config(), "here")
-params = opened.params(spec, np.dtype("float32"), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)))
+from beagle_jax.weights.target import configured_target
+params = configured_target(TargetConfig(source=sys.argv[1]), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), decoding=False).params
 gate_FD = params["layers"][0]["gate_FD"]
 assert gate_FD.shape == (96, 64) and gate_FD.addressable_shards[0].data.shape[0] == 48
 np.savez(sys.argv[2], *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
@@ -93,6 +91,42 @@ def test_a_mesh_writes_in_parts_and_another_reads_in_its_own(sources, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
+CHATS = [{"messages": [{"role": "user", "content": "ab a"}, {"role": "assistant", "content": answer}]} for answer in ("b ab 1", "2 a b")]
+
+
+def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
+    """What two steps of training logged, and what a draft that looks words up then decoded."""
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    settings = {
+        "target": {"source": str(target)}, "data": {"source": str(folder / "chats.jsonl"), "folder": str(folder / "data"), "answer_tokens": 8},
+        "train": {"folder": str(folder / "run"), "batch": 2, "row_tokens": 16, "early": {"steps": 2, "window": 2}, "late": "none"},
+        "decode": {"levels": 2, "max_new_tokens": 6}, "log": {"every": 1},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run_main(train.main, ["--config", str(folder / "run.yaml")]) == 0
+    assert run_main(generate.main, ["--config", str(folder / "run.yaml"), "ab", "--json", str(folder / "answer.json")]) == 0
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return [line for line in log if "loss" in line], json.loads((folder / "answer.json").read_text())
+
+
+@pytest.mark.usefixtures("shared_steps")
+def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path, capsys):
+    assert to_jax(sources["folder"], tmp_path / "out") == 0
+    (expected_log, expected), (log, found) = (commands(target, tmp_path / name) for name, target in (("hf", sources["folder"]), ("jax", tmp_path / "out")))
+    assert len(log) == 2 and [line["loss"] for line in log] == [line["loss"] for line in expected_log]
+    assert found["equal"] and {key: found[key] for key in ("text", "tokens", "rounds")} == {key: expected[key] for key in ("text", "tokens", "rounds")}
+    assert "loading target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000], ids=["tokenizer", "arrays"])
+def test_a_full_disk_leaves_no_half_folder(sources, tmp_path, capsys, limit):
+    with small_disk(limit):
+        message = refused(capsys, to_jax(sources["folder"], tmp_path / "out"))
+    assert "out: cannot be written (" in message and "free some space or choose another folder" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
 def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out", "target.dtype=bfloat16") == 0
     same_target(load_target(str(tmp_path / "out"), "bfloat16", "unused"), load_target(str(sources["folder"]), "bfloat16", "unused"))
@@ -104,6 +138,11 @@ def test_other_folders_are_refused(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     out = tmp_path / "out"
     assert "was written by convert to-jax already" in refused(capsys, to_jax(out, tmp_path / "again"))
+    assert "target.quantize is int8, which is for decoding; set target.quantize=none" in refused(
+        capsys, to_jax(sources["folder"], tmp_path / "again", "target.quantize=int8", "target.group_size=16"))
+    assert "this folder exists; choose another, or give --overwrite" in refused(capsys, to_jax(sources["folder"], out))
+    (out / "stale").write_text("")
+    assert to_jax(sources["folder"], out, "--overwrite") == 0 and not (out / "stale").exists()
     settings = json.loads((out / "target.json").read_text())
     (out / "target.json").write_text(json.dumps({**settings, "model_type": "beagle_draft"}))
     with pytest.raises(UserError, match="target.json: model_type is 'beagle_draft', expected 'beagle_target'"):

@@ -13,9 +13,10 @@ from beagle_jax.decoding import tuning
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import Choice, decoder_of, remember, tuned_path
+from beagle_jax.decoding.tuning import Choice, decoder_of, drafter_of, remember, tuned_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
+from beagle_jax.weights.draft import save_draft
 
 
 @pytest.fixture
@@ -98,6 +99,23 @@ def test_auto_takes_the_remembered_tree(tmp_path):
     assert decoder_of(config, target, draft)._shapes.tree == dynamic_tree(2, 3, 6)
     with pytest.raises(UserError, match="no tree was tuned"):
         decoder_of(config, target, random_draft(seed=2))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"levels": "2", "topk": 3, "nodes": 6}'])
+def test_a_damaged_memory_is_named(tmp_path, text):
+    (tmp_path / "tuned.json").write_text(text)
+    with pytest.raises(UserError, match="tuned.json: .*; run python -m beagle_jax.tune"):
+        tuning.tuned_tree(tmp_path / "tuned.json")
+
+
+@pytest.mark.parametrize(("source", "warned"), [("hf:org/code", True), ("hf:org/chat", False), ("a/folder", False)])
+def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warned):
+    target, draft = dataclasses.replace(target_of(), source=source), random_draft()
+    save_draft(tmp_path / "draft", dataclasses.replace(draft, provenance={"target": "hf:org/chat"}))
+    (tmp_path / "c.yaml").write_text(f"target: {{source: '{source}'}}\ndraft: {{path: {tmp_path}/draft}}\n")
+    drafter_of(load_config(tmp_path / "c.yaml"), target)
+    told = f"warning: {tmp_path}/draft: this draft belongs to another target (hf:org/chat, and target.source is hf:org/code)"
+    assert (told in capsys.readouterr().err) == warned
 
 
 def test_the_written_config_has_the_tree(tmp_path):

@@ -60,6 +60,11 @@ def test_gguf_tensors_are_exact(tmp_path, kind):
     _compare_gguf(tmp_path, gguf.GGMLQuantizationType[kind])
 
 
+def test_gguf_tensors_are_dequantised_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "_VALUES", 5 * 64)  # of five rows, which divide no tensor
+    _compare_gguf(tmp_path, gguf.GGMLQuantizationType.Q8_0)
+
+
 def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "_unpermute_rows", lambda weight, heads: weight)
     with pytest.raises(AssertionError):
@@ -169,9 +174,10 @@ def test_unpinned_wheel(tmp_path):
         open_source("pypi:other==1.0", tmp_path)
 
 
-def test_hub_failure(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_hub_failure(tmp_path, monkeypatch, kind):
     def offline(*_, **__):
-        raise OSError("offline")
+        raise kind("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(UserError, match=r"hf:org/name@main could not be downloaded \(offline\)"):
@@ -318,6 +324,20 @@ def test_broken_gguf_files(tmp_path):
     write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="llama-bpe")
     with pytest.raises(UserError, match="tokenizer 'gpt2'/'llama-bpe' cannot be rebuilt"):
         GGUFFile(tmp_path / "pre.gguf").tokenizer()
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
+    """GGUF names how text is split and does not say it: what is not known here is read from the model's own files."""
+    write_llama(tmp_path / "tiny.gguf", llama_tensors())
+    expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")
+    (tmp_path / "other").mkdir()
+    write_llama(tmp_path / "other" / "pre.gguf", llama_tensors(), pre="llama-bpe")
+    with pytest.raises(UserError, match="put the model's tokenizer files .* beside it, or use its Hugging Face folder"):
+        load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
+    expected.tokenizer.save_pretrained(tmp_path / "other")
+    found = load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
+    assert found.tokenizer.encode("ab\n\n1 2") == expected.tokenizer.encode("ab\n\n1 2") and found.eos_ids == expected.eos_ids
+    assert found.tokenizer.chat_template == expected.tokenizer.chat_template
 
 
 def test_a_header_that_names_a_tensor_twice(tmp_path):

@@ -11,15 +11,16 @@ import jax
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
-from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.terminal import size
+from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
-from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.model_card import acceptance, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
-from beagle_jax.weights.target import load_target, open_source, revision
+from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import FORMS, check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
@@ -78,12 +79,12 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     if isinstance(opened, OrbaxFolder):
         raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
-    target = load_target(source, dtype, config.target.cache_dir, mesh)
+    target = configured_target(config.target, mesh, decoding=False)
     told = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
         save_target(folder, target.params, opened.config(), target.tokenizer, target.eos_ids, told)
-    size = sum(array.nbytes for array in jax.tree.leaves(target.params))
-    return f"target written to {out}, {size / 1e9:.2f} GB in {dtype}; use it with target.source={out}", {"out": str(out), "bytes": size}
+    count = sum(array.nbytes for array in jax.tree.leaves(target.params))
+    return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {"out": str(out), "bytes": count}
 
 
 def target_spec(config: TargetConfig) -> TargetSpec:
@@ -92,14 +93,8 @@ def target_spec(config: TargetConfig) -> TargetSpec:
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
-    """Raises UserError when the draft says that it was trained for another target of the same shape.
-
-    Folders and files may hold anything under any name: they are not compared.
-    """
-    told = str(draft.provenance.get("target"))
-    (ours, _, our_revision), (theirs, _, their_revision) = source.partition("@"), told.partition("@")
-    public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
-    if public and (ours != theirs or (our_revision and their_revision and our_revision != their_revision)):
+    """Raises UserError when the draft says that it was trained for another target of the same shape."""
+    if told := other_target(draft, source):
         raise UserError(f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}")
 
 

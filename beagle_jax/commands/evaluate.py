@@ -8,7 +8,7 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
+from beagle_jax.decoding.tuning import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog
 from beagle_jax.evaluation.audit import audit
@@ -40,8 +40,11 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     all answers are also held against teacher forcing (evaluation/audit.py).
     """
     suites = {name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites}
+    names = (draft_path(config), *config.eval.compare)
+    for name in names:
+        check_drafter(name)
     target = configured_target(config.target, decoding=True)
-    drafts = {name: drafter_of(config, target, name) for name in (draft_path(config), *config.eval.compare)}
+    drafts = {name: drafter_of(config, target, name) for name in names}
     context = context_for(suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions)
     bench = _bench(config, target, drafts, context)
     log = None

@@ -7,13 +7,14 @@ from beagle_jax import terminal
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import decoder_of, drafter_of
+from beagle_jax.decoding.tuning import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError
 from beagle_jax.weights.target import Target, configured_target
 
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """The target, and its decoder with the draft."""
+    check_drafter(draft_path(config))
     target = configured_target(config.target, decoding=True)
     return target, decoder_of(config, target, drafter_of(config, target))
 

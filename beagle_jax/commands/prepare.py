@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from beagle_jax.config import Config
-from beagle_jax.data.answers import expected_tokens, is_complete, source_chats, source_rows, training_rows
+from beagle_jax.data.answers import check_source, expected_tokens, is_complete, source_chats, source_rows, training_rows
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.folder import read_parts, states_path
@@ -25,6 +25,7 @@ _LESS_DISK = "lower data.answer_tokens, set data.states_dtype: int8 or data.stat
 
 def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, dict]:
     """Writes the share `part` (this process's if None) of text and states; returns a line about it and its figures."""
+    check_source(config.data)
     target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
     share = Share(*part) if part else this_process()

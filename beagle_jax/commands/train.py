@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from beagle_jax.commands.prepare import rows_and_states
 from beagle_jax.config import Config, MeshConfig
+from beagle_jax.data.answers import check_source
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import this_process
@@ -34,7 +35,7 @@ from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place
 from beagle_jax.training.best import Best
 from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
+from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
@@ -46,6 +47,7 @@ def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
+    check_beforehand(config)
     target = configured_target(config.target, own_part(mesh), decoding=False)
     check_shape(config.target, target.spec)
     start = given_draft(config, target)
@@ -64,6 +66,14 @@ def train_draft(config: Config) -> dict:
         save_draft(folder, load_draft(_best_folder(config), target.spec, type(spec)) if best is not None and best.tau else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+
+
+def check_beforehand(config: Config) -> None:
+    """Raises UserError for what is not there, before the target is loaded and writes: packages, text, prompts of tau."""
+    check_writers(config)
+    check_source(config.data)
+    if config.eval.every:
+        suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
 
 
 def own_part(mesh: Mesh) -> Mesh:

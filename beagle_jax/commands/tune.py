@@ -20,7 +20,7 @@ from beagle_jax.decoding.tuning import (
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
-from beagle_jax.weights.draft import load_draft
+from beagle_jax.weights.draft import check_there, load_draft
 from beagle_jax.weights.target import configured_target
 
 _SHOWN = 8  # trees in the table
@@ -28,9 +28,10 @@ _SHOWN = 8  # trees in the table
 
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Measures, remembers the best tree, writes and draws what was asked for; returns the table and its figures."""
+    chats = suite(config.eval.suites[0], arguments.prompts, config.eval.folder)
+    check_there(draft_path(config))
     target = configured_target(config.target, decoding=True)
-    draft = load_draft(draft_path(config), target.spec)
-    prompts = tokenize(suite(config.eval.suites[0], arguments.prompts, config.eval.folder), target.tokenizer)
+    draft, prompts = load_draft(draft_path(config), target.spec), tokenize(chats, target.tokenizer)
     found = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
     path = tuned_path(config.target.cache_dir, target, draft)
     remember(path, found.choices[0])

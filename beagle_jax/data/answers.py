@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.data.chats import Chat, own_prompts, read_chats
-from beagle_jax.data.folder import claim, exhausted_path, filled_by, read_parts, states_path, write_part
+from beagle_jax.data.chats import Chat, local_source, own_prompts, read_chats
+from beagle_jax.data.folder import claim, exhausted_path, filled_by, is_claimed, read_parts, states_path, write_part
 from beagle_jax.data.hub import hub_chats
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.states import keep_states
@@ -118,6 +118,12 @@ def source_chats(config: DataConfig) -> Iterable[Chat]:
     if config.source.startswith("hf:"):
         return hub_chats(config.source.removeprefix("hf:"), config.split, config.streaming)
     return read_chats(config.source)
+
+
+def check_source(config: DataConfig) -> None:
+    """Raises UserError for a text that is neither there nor written already: asked before a target is loaded for it, which takes long."""
+    if config.source != "self" and not config.source.startswith("hf:") and not is_claimed(config.folder):
+        local_source(config.source)
 
 
 def source_rows(

@@ -56,7 +56,7 @@ def read_chats(source: str) -> list[Chat]:
 
     Raises UserError naming file and line for anything that is not a chat.
     """
-    path = Path(source).expanduser()
+    path = local_source(source)
     if path.is_dir():
         files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
         if not files:
@@ -64,10 +64,16 @@ def read_chats(source: str) -> list[Chat]:
         # In turn, so that a token budget takes from every file, and shuffled, as files are often sorted by kind.
         in_turn = zip_longest(*(_shuffled(_read_file(file)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
-    if not path.is_file():
+    return _read_file(path)
+
+
+def local_source(source: str) -> Path:
+    """The file or folder that `data.source` names. Raises UserError when there is none."""
+    path = Path(source).expanduser()
+    if not (path.is_dir() or path.is_file()):
         raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
                         "a folder of .jsonl[.gz] files, or hf:org/name")
-    return _read_file(path)
+    return path
 
 
 def own_prompts(split: str) -> list[Chat]:

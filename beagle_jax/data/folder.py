@@ -13,12 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from beagle_jax.config import DataConfig
 from beagle_jax.data.share import Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 
 # Settings that may change between two runs: the text that is there stays valid, and a larger budget adds to it.
 _FREE = ("folder", "batch", "answer_tokens", "streaming", "states")
@@ -45,7 +47,7 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
         return
     # A setting that did not exist when the folder was made had its default; a hash that was not kept cannot be checked.
     defaults = {field.name: field.default for field in fields(DataConfig)}
-    found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | json.loads(path.read_text(encoding="utf-8"))
+    found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | _settings(folder)
     for key in _HASHES.keys() & wanted.keys():
         if found[key] != wanted[key]:
             raise UserError(f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, {wanted[key]:.12} now); "
@@ -56,9 +58,18 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
         raise UserError(f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder")
 
 
+def is_claimed(folder: str | Path) -> bool:
+    """Somebody has begun to write text there."""
+    return (Path(folder) / "settings.json").exists()
+
+
 def filled_by(folder: str | Path) -> int:
     """How many processes share the writing of a claimed folder's text."""
-    return json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8")).get("processes", 1)
+    return _settings(folder).get("processes", 1)
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    return read_json(Path(folder) / "settings.json", "prepare writes it", "delete data.folder, or set another")
 
 
 def states_path(folder: str | Path, part: int) -> Path:
@@ -85,10 +96,18 @@ def read_parts(folder: str | Path) -> dict[int, list[Row]]:
 
 def _read_part(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            record = json.loads(line)
-            rows.append(Row(record["tokens"], [bool(flag) for flag in record["supervised"]]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            record = json.loads(line.decode("utf-8"))
+            rows.append(_row(record["tokens"], record["supervised"]))
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a row of training text ({error!r}); delete {path} to write it anew") from error
     return rows
+
+
+def _row(tokens: list[int], supervised: list[int]) -> Row:
+    if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        raise ValueError("tokens are not a list of ids")
+    if len(supervised) != len(tokens) or not set(supervised) <= {0, 1}:
+        raise ValueError(f"supervised is not a 0 or 1 for each of {len(tokens)} tokens")
+    return Row(tokens, [bool(flag) for flag in supervised])

@@ -24,13 +24,16 @@ from tqdm import tqdm
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.model.masks import chats_mask
 from beagle_jax.model.packing import places
 from beagle_jax.model.target import Params, TargetSpec, forward
+from beagle_jax.terminal import size
 
 _TOKENS_PER_BATCH = 2048  # work of one forward: more adds memory, not speed
 _WIDTH_MULTIPLE = 32  # row lengths are padded to a multiple of this: one compile each
 _INT8_MAX = 127
+_AGAIN = "run prepare or train again"
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ class StoredStates:
     crc: int | None  # None in files of before there was one
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        size = self.shape[0] * record_bytes(self.shape[1], self.dtype)
+        wanted = self.shape[0] * record_bytes(self.shape[1], self.dtype)
         with self.path.open("rb") as stream:
             stream.seek(self.start)
-            data = stream.read(size)
-        if len(data) < size or (self.crc is not None and zlib.crc32(data) != self.crc):
+            data = stream.read(wanted)
+        if len(data) < wanted or (self.crc is not None and zlib.crc32(data) != self.crc):
             raise UserError(f"{self.path}, row {self.row}: the states are not those that were written (cut off or changed); "
-                            f"delete {self.path.name} and run prepare or train again")
+                            f"delete {self.path.name} and {_AGAIN}")
         return np.asarray(_decode(data, self.shape, self.dtype), dtype)
 
 
@@ -84,7 +87,7 @@ def target_states(
     if not is_stored(path, rows, spec.hidden_size, dtype):
         _reserve(path, rows, spec.hidden_size, dtype)
         _write(path, rows, spec.hidden_size, dtype, _compute(params, spec, rows))
-    index = json.loads(_index(path).read_text())
+    index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     record = record_bytes(spec.hidden_size, dtype)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
     return [
@@ -104,8 +107,8 @@ def is_stored(path: Path, rows: Sequence[Row], width: int, dtype: str) -> bool:
     """There is a whole file for these rows in this dtype."""
     if not path.exists() or not _index(path).exists():
         return False
-    found, wanted = json.loads(_index(path).read_text()), _description(rows, width, dtype)
-    whole_file = path.stat().st_size == states_bytes(rows, width, dtype)
+    found, wanted = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}"), _description(rows, width, dtype)
+    whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(found.get("crc32", rows)) == len(rows)
     return whole_file and all(found.get(key) == wanted[key] for key in wanted)
 
 
@@ -126,10 +129,9 @@ def _index(path: Path) -> Path:
 
 def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: str) -> None:
     """Refuses a disk that is too small before anything is written to it."""
-    size = states_bytes(rows, width, dtype)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise UserError(f"{path}: the target's states need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; lower "
+    needed, free = states_bytes(rows, width, dtype), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(f"{path}: the target's states need {size(needed)}, {size(free)} are free; lower "
                         "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk")
 
 

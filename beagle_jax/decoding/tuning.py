@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +29,11 @@ from beagle_jax.decoding.loop import Models, draft_head_of, draft_rows
 from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, chain, dynamic_tree, tree_of
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import best_tokens, forward, init_cache
-from beagle_jax.weights.draft import Draft, load_draft
+from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
@@ -40,6 +42,7 @@ TOPKS = (1, 2, 3, 4, 6, 8)
 _CAPACITY = 256  # cache slots while measuring
 _REPEATS = 7
 PASSES = 4  # passes of one timed call
+_TUNE = "run python -m beagle_jax.tune --config FILE"
 _BATCH = 16  # places of a text whose trees are grown at once
 
 
@@ -237,7 +240,19 @@ def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarr
 def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft | Lookup:
     """What drafts: a trained draft's folder (`draft.path` if none is given), or prompt lookup."""
     path = path or draft_path(config)
-    return Lookup(config.decode.ngram) if path == "lookup" else load_draft(path, target.spec)
+    if path == "lookup":
+        return Lookup(config.decode.ngram)
+    draft = load_draft(path, target.spec)
+    if told := other_target(draft, target.source):
+        print(f"warning: {path}: this draft belongs to another target ({told}, and target.source is {target.source}): the text stays right, but "
+              "few drafts will be", file=sys.stderr)
+    return draft
+
+
+def check_drafter(path: str) -> None:
+    """Raises UserError for a draft that is not there."""
+    if path != "lookup":
+        check_there(path)
 
 
 def draft_path(config: Config) -> str:
@@ -296,8 +311,10 @@ def tuned_tree(path: Path) -> DynamicTree:
     """The remembered choice. Raises UserError when there is none."""
     if not path.exists():
         raise UserError(
-            f"decode.tree is auto, but no tree was tuned for this draft on this machine ({machine()}); "
-            "run python -m beagle_jax.tune --config FILE"
+            f"decode.tree is auto, but no tree was tuned for this draft on this machine ({machine()}); {_TUNE}"
         )
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return dynamic_tree(kept["levels"], kept["topk"], kept["nodes"])
+    kept = read_json(path, "", _TUNE)
+    try:
+        return dynamic_tree(kept["levels"], kept["topk"], kept["nodes"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tuned tree ({error!r}); {_TUNE}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from beagle_jax.config import EvalConfig
 from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.processes import from_first, is_first
 
 Params = dict[str, Any]
@@ -26,7 +27,7 @@ class Best:
         self._path, self._config, self._measure, self._keep = path, config, measure, keep
         self._made_with = {"suites": list(config.suites), "every": config.every, "prompts": config.train_prompts,
                            "max_new_tokens": config.max_new_tokens}  # fmt: skip
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
         self._stages: dict[str, dict] = found["stages"] if found.get("made_with") == self._made_with else {}
 
     @property

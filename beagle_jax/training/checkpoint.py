@@ -19,6 +19,7 @@ from tqdm import tqdm
 from beagle_jax.data.share import wait_for_all
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.processes import is_first
 from beagle_jax.training.step import TrainState
 
@@ -90,15 +91,20 @@ class StageCheckpoints:
         if step is None:
             return None
         # The settings first: the state of another target may not even fit.
-        self._compare(self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore()))["settings"])
+        self._compare(self._read(step, settings=ocp.args.JsonRestore())["settings"])
         items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict()))}
         if (self._folder / str(step) / "log").exists():  # older versions kept none
             items["log"] = ocp.args.JsonRestore()
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except ValueError as error:
-            raise UserError(f"{self._folder}/{step}: this state does not fit the run ({error}); take another train.folder") from error
+        restored = self._read(step, **items)
         return TrainState(**restored["state"]), restored["log"] if "log" in items else []
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        """These parts of a checkpoint."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError) as error:  # what is no JSON is a ValueError too
+            raise UserError(f"{self._folder}/{step}: this state does not fit the run, or is damaged ({error}); take another train.folder, or "
+                            "remove this checkpoint to go on from the one before it") from error
 
     def _newest_whole(self) -> int | None:
         whole = None
@@ -120,7 +126,11 @@ class StageCheckpoints:
         """What is missing of a checkpoint; None for one that is whole, or that was killed before its sizes were noted."""
         folder = self._folder / str(step)
         note = folder / _SIZES
-        for name, size in (json.loads(note.read_text()) if note.exists() else {}).items():
+        try:
+            sizes = read_json(note, "") if note.exists() else {}
+        except UserError as error:
+            return str(error)
+        for name, size in sizes.items():
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found != size:
                 return f"{name} has {found} bytes of {size}"

@@ -22,9 +22,9 @@ class Log:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         if config.log.tensorboard:
-            self._board = _tensorboard(self._folder / "tensorboard")
+            self._board = _tensorboard().SummaryWriter(str(self._folder / "tensorboard"))
         if config.log.wandb:
-            self._run = _wandb(config)
+            self._run = _wandb(config).init(project=config.log.wandb, dir=config.train.folder, config=asdict(config))
 
     def write(self, line: dict[str, Any]) -> None:
         """line: "stage", "step", maybe "split", and figures: numbers or lists of numbers."""
@@ -63,13 +63,21 @@ def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-def _tensorboard(folder: Path) -> Any:
+def check_writers(config: Config) -> None:
+    """Raises UserError when a package that `log` asks for is not installed: asked before the work that there would be to log."""
+    if config.log.tensorboard:
+        _tensorboard()
+    if config.log.wandb:
+        _wandb(config)
+
+
+def _tensorboard() -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX
     except ImportError:
         raise UserError("log.tensorboard is true, but tensorboardX is not installed: pip install 'beagle-jax[log]', or set it to "
                         "false; log.jsonl is written anyway") from None
-    return SummaryWriter(str(folder))
+    return tensorboardX
 
 
 def _wandb(config: Config) -> Any:
@@ -78,4 +86,4 @@ def _wandb(config: Config) -> Any:
     except ImportError:
         raise UserError(f"log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install 'beagle-jax[log]', or set it to "
                         "null; log.jsonl is written anyway") from None
-    return wandb.init(project=config.log.wandb, dir=config.train.folder, config=asdict(config))
+    return wandb

@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.json_file import read_json
-from beagle_jax.weights.safetensors_file import digest, read_tensors
+from beagle_jax.weights.safetensors_file import digest, read_tensors, write_tensors
 
 TENSOR_NAMES = {
     "fc": "fc.weight",
@@ -58,7 +57,7 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        write_tensors(partial, tensors)
     config = {"model_type": draft.spec.kind, **settings(draft.spec), DIGEST: draft_digest(draft.spec, tensors), **draft.provenance}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
@@ -102,6 +101,22 @@ def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | N
                         f"the vocabulary ends at {target.vocab_size - 1})")
     provenance = {key: value for key, value in config.items() if key not in asdict(spec) and key not in ("model_type", DIGEST)}
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
+
+
+def check_there(folder: str | Path) -> None:
+    """Raises UserError for a folder without a draft: asked before a target is loaded for it, which takes long."""
+    read_json(Path(folder) / "config.json", _TRAIN_FIRST)
+
+
+def other_target(draft: Draft, source: str) -> str | None:
+    """The target that a draft says it was trained for, where it is another one than `source`, of the same shape.
+
+    Folders and files may hold anything under any name: they are not compared.
+    """
+    told = str(draft.provenance.get("target"))
+    (ours, _, our_revision), (theirs, _, their_revision) = source.partition("@"), told.partition("@")
+    public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
+    return told if public and (ours != theirs or (our_revision and their_revision and our_revision != their_revision)) else None
 
 
 def read_spec(

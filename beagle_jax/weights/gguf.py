@@ -4,6 +4,7 @@ Dequantisation is the `gguf` package's. What is done here is the renaming, the u
 (llama.cpp interleaves the rotary pairs, Hugging Face halves them), and the tokenizer.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,11 @@ from typing import Any
 import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from beagle_jax.errors import UserError
 from beagle_jax.weights.gguf_header import check_header
+from beagle_jax.weights.hf import HFTokenizer
 from beagle_jax.weights.safetensors_file import aligned
 
 _TOP_NAMES = {
@@ -38,11 +40,12 @@ _LAYER_NAMES = {
 }
 # GGUF token types (the format's own numbers).
 _CONTROL, _USER_DEFINED = 3, 4
+_MOST_THREADS = 8
 _VALUES = 1 << 18  # dequantised at a time: the package makes several arrays of that size on the way
 
 
 class GGUFFile:
-    """One GGUF file, memory-mapped. Raises UserError when it is not a llama GGUF with a BPE tokenizer."""
+    """One GGUF file, memory-mapped. Raises UserError when it is not a llama GGUF."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -113,7 +116,7 @@ class GGUFFile:
             rows = stored[order[start : start + step]]
             found[start : start + step] = self._dequantised(tensor, rows).reshape(len(rows), shape[1])[:, index[1]]
 
-        with ThreadPoolExecutor(max_workers=2) as workers:
+        with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _MOST_THREADS)) as workers:
             list(workers.map(fill, range(0, len(order), step)))
         return found
 
@@ -127,9 +130,10 @@ class GGUFFile:
             yield name, self.read(name, tuple(map(slice, shape)), np.dtype(np.float32))
 
     def _dequantised(self, tensor: gguf.ReaderTensor, rows: np.ndarray) -> np.ndarray:
-        """Some of a tensor's rows in float32."""
+        """Some of a tensor's rows in float32, one behind another."""
         try:
-            return gguf.quants.dequantize(rows, tensor.tensor_type).astype(np.float32, copy=False)
+            # As one long row: the package goes through matrices by sixteen rows at a time, each with a dozen calls of numpy.
+            return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError:
             raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
                             "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
@@ -144,13 +148,15 @@ class GGUFFile:
             raise UserError(f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit {count!r} heads; download it again")
         return _unpermute_rows(order[:, None], count)[:, 0]
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The byte-level BPE tokenizer with the file's chat template."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the file; without one, the file's own byte-level BPE with its chat template."""
+        if (self.path.parent / "tokenizer_config.json").exists():
+            return HFTokenizer(self.path.parent).tokenizer()
         model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
         if (model, pre) != ("gpt2", "smollm"):
             raise UserError(
-                f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here (only 'gpt2'/'smollm'); "
-                "use the model's Hugging Face folder"
+                f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here (only 'gpt2'/'smollm'); put the model's "
+                "tokenizer files (tokenizer.json, tokenizer_config.json, ..) beside it, or use its Hugging Face folder"
             )
         tokens = self._list("tokenizer.ggml.tokens")
         return PreTrainedTokenizerFast(

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
-from beagle_jax.weights.json_file import read_json
+from beagle_jax.json_file import read_json
 from beagle_jax.weights.safetensors_file import Place, places
 
 _INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: which one holds which tensor
@@ -127,7 +127,8 @@ _OTHER_FORMS = ("consolidated*", "original/*")  # the same weights again, as the
 def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
     """Local snapshot of `org/name[@revision]` through huggingface_hub. files: name patterns.
 
-    The library goes on with a file where a connection broke, and keeps whole files for the next run.
+    Within a run the library goes on with a file where a connection broke. Files that are whole are kept for the next run; one
+    that the process ended in is begun again (huggingface_hub 2 gives what is not whole a name of its own and removes it).
     """
     # Imported here: everything but this source works without the hub client.
     from huggingface_hub import snapshot_download
@@ -137,6 +138,6 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files), ignore_patterns=list(_OTHER_FORMS),
                                       cache_dir=cache_dir))  # fmt: skip
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:  # the last is what its other transport, hf_xet, raises
         raise UserError(f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network and run again, "
                         "which goes on from the files that are whole; or give a local folder") from error

@@ -19,6 +19,13 @@ _KINDS: dict[type[DraftSpec], dict[str, str]] = {
     EagleSpec: {"kind": "An EAGLE", "tag": "eagle", "what": "A fusion layer and one decoder layer", "paper": "EAGLE-1 and EAGLE-2, arXiv 2401.15077",
                 "code": "`modeling_eagle.py` and `modeling_beagle.py` are"},
 }  # fmt: skip
+_DISTANCES = {  # of `train.loss`
+    "cross_entropy": "Soft cross-entropy with",
+    "kl": "Kullback-Leibler divergence from",
+    "reverse_kl": "Reverse Kullback-Leibler divergence from",
+    "total_variation": "Total variation distance to",
+    "lk_hybrid": "LK hybrid (Kullback-Leibler, then total variation) distance to",
+}
 _DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
 _TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "optimizer", "clip_norm")
 _TOLD_ELSEWHERE = ("target", "target_revision", "draft", "data", "training", "versions")
@@ -81,7 +88,8 @@ def _losses(training: dict[str, Any]) -> str:
     """What was minimised (method.md 3.2, 4.2)."""
     if "vloss_weight" not in training:
         return _MISSING
-    lines = [f"Soft cross-entropy with the target's distribution, plus {training['vloss_weight']} times the smooth-L1 distance to "
+    kind = training.get("loss", "cross_entropy")  # older versions had only that
+    lines = [f"{_DISTANCES.get(kind, kind)} the target's distribution, plus {training['vloss_weight']} times the smooth-L1 distance to "
              "its states, both per supervised token."]  # fmt: skip
     late = training.get("late")
     if isinstance(late, dict) and late.get("steps"):

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
+from tqdm import tqdm
 
 from beagle_jax.errors import UserError
+from beagle_jax.json_file import read_json
 from beagle_jax.model.target import Params, TargetSpec, param_table
 from beagle_jax.sharding import shardings
 from beagle_jax.weights.hf import HFTokenizer
-from beagle_jax.weights.json_file import read_json
 
 SETTINGS = "target.json"  # what makes a folder one of these
 _KIND = "beagle_target"
@@ -46,10 +47,12 @@ class OrbaxFolder(HFTokenizer):
             raise UserError(f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
                             "or convert again with another")
         wanted = abstract_params(spec, jnp.dtype(stored), mesh)
+        total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(wanted))
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer() as checkpointer, tqdm(total=total, desc="loading target", unit="B", unit_scale=True, leave=False) as bar:
                 self._check_shapes(checkpointer, wanted)
                 params = checkpointer.restore((self.path / _ARRAYS).absolute(), wanted)
+                bar.update(total)  # orbax reads all at once, and tells nothing on the way
         except Exception as error:
             # tensorstore raises bare Exceptions for some damage.
             if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
@@ -80,15 +83,23 @@ class OrbaxFolder(HFTokenizer):
 
 
 def save_target(folder: Path, params: Params, config: dict[str, Any], tokenizer, eos_ids: tuple[int, ...], told: dict[str, Any]) -> None:
-    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of source and dtype."""
-    tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(eos_ids)}) + "\n", encoding="utf-8")
-    checksums = {name: _checksum(array) for name, array in _by_name(params).items()}
-    settings = {"model_type": _KIND, **told, "crc32": checksums}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / _ARRAYS).absolute(), params)
+    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of source and dtype.
+
+    Raises UserError when it cannot be written.
+    """
+    settings = {"model_type": _KIND, **told, "crc32": {name: _checksum(array) for name, array in _by_name(params).items()}}
+    files = {"config.json": config, "generation_config.json": {"eos_token_id": list(eos_ids)}, SETTINGS: settings}
+    try:
+        tokenizer.save_pretrained(folder)
+        for name, held in files.items():
+            (folder / name).write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((folder / _ARRAYS).absolute(), params)
+    except Exception as error:
+        # On a full disk tokenizers raises a bare Exception, and tensorstore a ValueError.
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
+            raise
+        raise UserError(f"{folder}: cannot be written ({error}); free some space or choose another folder, then run again") from error
 
 
 def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:

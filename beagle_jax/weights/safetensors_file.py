@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 
@@ -24,6 +25,7 @@ _NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 WEIGHT_DTYPES = tuple(_NUMPY)
 _LENGTH_BYTES = 8  # the file begins with the length of its JSON header
 _PIECE = 16 << 20  # bytes read by one call
+_VALUES = 1 << 20  # converted at a time
 
 
 def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
@@ -44,9 +46,17 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
         raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A file of tensors, contiguous ones, in PyTorch's form. Raises UserError when it cannot be written."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); free some space or choose another folder, then run again") from error
+
+
 class Place(NamedTuple):
-    """Where a tensor lies in a file. Reading it touches those bytes alone, and leaves no map of the file behind: pages that
-    a map has touched would count as the process's memory for as long as the file is open."""
+    """Where a tensor lies in a file. Reading it touches those bytes alone, of a part of every row the pages that they lie on, and
+    leaves no map of the file behind: pages that a map has touched would count as the process's memory for as long as the file is open."""
 
     path: Path
     dtype: np.dtype
@@ -57,19 +67,29 @@ class Place(NamedTuple):
         """The part `index` (a slice for each dimension, step 1), converted."""
         picked = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
         shape = tuple(map(len, picked))
-        if shape[1:] == self.shape[1:]:  # rows side by side: from the file into the array, without a copy on the way
-            found = aligned(shape, self.dtype)
-            row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-            start = self.offset + (picked[0].start * row_bytes if picked else 0)
-            with self.path.open("rb", buffering=0) as stream:
-                _read_into(stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path)
-        else:
-            found = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
-        if found.dtype == dtype and not isinstance(found, np.memmap):
+        found = aligned(shape, dtype)
+        if shape[1:] != self.shape[1:]:
+            found[...] = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
             return found
-        converted = aligned(shape, dtype)
-        converted[...] = found
-        return converted
+        # Rows side by side: from the file into the array, without a copy on the way, or converted piece by piece.
+        start = self.offset + (picked[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if picked else 0)
+        with self.path.open("rb", buffering=0) as stream:
+            if dtype == self.dtype:
+                _read_into(stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path)
+            else:
+                self._convert_into(stream.fileno(), start, found.reshape(-1))
+        return found
+
+    def _convert_into(self, descriptor: int, start: int, found: np.ndarray) -> None:
+        """Fills `found` with the numbers from byte `start` on; of a large tensor only some pieces are in memory in two dtypes."""
+
+        def convert(begin: int) -> None:
+            part = found[begin : begin + _VALUES]
+            stored = np.empty(len(part), self.dtype)
+            _read_into(descriptor, start + begin * self.dtype.itemsize, memoryview(stored.view(np.uint8)), self.path)
+            part[...] = stored
+
+        _in_turns(convert, len(found), _VALUES)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -89,8 +109,17 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
+def _in_turns(work: Callable[[int], None], count: int, step: int) -> None:
+    """work(0), work(step), .. below `count`; two threads take turns, so that the disk never waits for the memory."""
+    if count <= step:
+        work(0)
+        return
+    with ThreadPoolExecutor(max_workers=2) as workers:
+        list(workers.map(work, range(0, count, step)))
+
+
 def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> None:
-    """Fills `part` from byte `start` on; two readers take turns, so that the disk never waits for the memory."""
+    """Fills `part` from byte `start` on."""
 
     def read_piece(begin: int) -> None:
         at, end = begin, min(begin + _PIECE, len(part))
@@ -100,11 +129,7 @@ def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> Non
                 raise UserError(f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} bytes early; was it replaced while it was read?")
             at += count
 
-    if len(part) <= _PIECE:
-        read_piece(0)
-        return
-    with ThreadPoolExecutor(max_workers=2) as readers:
-        list(readers.map(read_piece, range(0, len(part), _PIECE)))
+    _in_turns(read_piece, len(part), _PIECE)
 
 
 def places(path: Path) -> dict[str, Place]:

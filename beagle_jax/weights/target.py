@@ -157,7 +157,7 @@ def fill_params(
 
 
 def _read_array(source: Weights, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """One parameter: a tensor, or the same matrix of all experts on top of each other."""
+    """One parameter: a tensor, or the same matrix of all experts on top of each other, one read after the other."""
     held: dict[tuple, np.ndarray] = {}  # several devices may hold the same part
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -165,9 +165,12 @@ def _read_array(source: Weights, names: Sequence[str], shape: tuple[int, ...], d
         if key not in held and len(shape) < 3:
             held[key] = source.read(names[0], index, dtype)
         elif key not in held:
-            pieces = [source.read(name, index[1:], dtype) for name in names[index[0]]]
-            held[key] = aligned((len(pieces), *pieces[0].shape), dtype)
-            np.stack(pieces, out=held[key])
+            wanted = names[index[0]]
+            for number, name in enumerate(wanted):
+                piece = source.read(name, index[1:], dtype)
+                if number == 0:
+                    held[key] = aligned((len(wanted), *piece.shape), dtype)
+                held[key][number] = piece
         return held[key]
 
     # A host array that the device takes over is not copied; done when the next is read, so that only one is on the way.

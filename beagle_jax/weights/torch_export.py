@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec
@@ -24,6 +23,7 @@ from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors, settings
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
+from beagle_jax.weights.safetensors_file import write_tensors
 
 
 class Form(NamedTuple):
@@ -67,7 +67,7 @@ def require_torch() -> ModuleType:
 def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -> None:
     """Fills an empty folder. vocab_size: the target's. card: its README.md."""
     tensors = file_tensors(draft)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors)
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
     for name in FORMS[type(draft.spec)].modules:

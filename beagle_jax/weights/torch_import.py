@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.errors import UserError
+from beagle_jax.json_file import read_json
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest, read_spec, settings
-from beagle_jax.weights.json_file import read_json
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import CONFIG_KEYS, FORMS, require_torch
 
