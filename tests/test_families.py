@@ -50,6 +50,7 @@ LLAMA3_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 # Every window is shorter than the texts, and longer than some rounds and not others.
 FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),  # heads as Llama 2 and Vicuna, head as SmolLM2
     "llama 3 rope": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
     "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
     "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -95,11 +96,11 @@ PROMPTS = [[5, 17, 60, 3], [8], list(range(40))]
 def family(request, tmp_path_factory):
     """A random model of transformers, and the same loaded from the folder it wrote."""
     model_class, config_class, settings = FAMILIES[request.param]
-    config = config_class(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-3, max_position_embeddings=256, eos_token_id=NEVER[0], bos_token_id=None,
-        pad_token_id=None, **settings,
-    )  # fmt: skip
+    config = config_class(**{
+        **dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, rms_norm_eps=1e-3, max_position_embeddings=256, eos_token_id=NEVER[0], bos_token_id=None,
+               pad_token_id=None), **settings,
+    })  # fmt: skip
     model = random_torch(model_class, config)
     folder = tmp_path_factory.mktemp("family")
     model.save_pretrained(folder)

@@ -1,0 +1,64 @@
+"""Exported drafts beside targets of other families: what they change, embedding scale and windows, reaches torch too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from test_families import PROMPTS, family  # noqa: F401  (the fixture)
+from transformers import AutoModel
+
+from beagle_jax.decoding.draft import draft_tree
+from beagle_jax.decoding.loop import draft_head_of
+from beagle_jax.decoding.tree import static_tree
+from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.torch_export import check_parity, write_torch_folder
+
+PATHS = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0))
+ROOTS, TRUE = 8, 5
+grow = jax.jit(draft_tree, static_argnums=(1, 2))
+
+
+def exported(target, folder):
+    """A random draft of a target, and torch's of its folder, which passed the converter's comparison."""
+    spec = DraftSpec.from_target(target.spec, init_std=0.3)
+    draft = Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
+    (folder / "draft").mkdir()
+    write_torch_folder(folder / "draft", draft, target.spec.vocab_size, "")
+    check_parity(folder / "draft", draft, target.spec.vocab_size)
+    return draft, AutoModel.from_pretrained(folder / "draft", trust_remote_code=True).eval()
+
+
+def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[list[int]]]:
+    """The nodes below some roots over random states, of torch and of JAX."""
+    h_BSD = np.random.default_rng(6).standard_normal((ROOTS, TRUE, target.spec.hidden_size), np.float32)
+    roots = np.arange(ROOTS, dtype=np.int32) * 7
+    tree = __import__(type(module).__module__, fromlist=["Tree"]).Tree(PATHS)
+    rows_VD = model.get_output_embeddings().weight
+    true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(TRUE)) for h_SD in h_BSD]
+    theirs = [module.draft(tree, int(root), one, embed, rows_VD) for root, one in zip(roots, true)]
+    cache = BeagleBlock(draft.spec).apply({"params": draft.params}, h_BSD, np.broadcast_to(np.arange(TRUE), (ROOTS, TRUE)), method="keys_values")
+    models = (target.params["embed_VD"], draft_head_of(target.params, None))
+    ours = grow(draft.params, draft.spec, static_tree(PATHS), *models, cache, jnp.full(ROOTS, TRUE), jnp.asarray(roots))
+    return theirs, ours.nodes.token_BW.tolist()
+
+
+@pytest.mark.parametrize("family", ["llama 3 rope", "gemma 3"], indirect=True)
+def test_torch_drafts_what_jax_drafts_and_writes_what_the_target_writes(family, tmp_path):  # noqa: F811
+    model, target = family
+    draft, module = exported(target, tmp_path)
+    theirs, ours = drafted(model, target, draft, module, model.get_input_embeddings())
+    assert theirs == ours
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24)
+        assert torch.equal(module.generate(model, tokens, 24).sequences, expected)
+
+
+@pytest.mark.parametrize("family", ["gemma 3"], indirect=True)
+def test_planted_bug_the_embedding_without_its_scale(family, tmp_path):  # noqa: F811
+    model, target = family
+    bare = torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight)
+    theirs, ours = drafted(model, target, *exported(target, tmp_path), bare)
+    assert theirs != ours
