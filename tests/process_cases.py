@@ -1,9 +1,12 @@
 """One of two processes that train together: python tests/process_cases.py FOLDER, with JAX_COORDINATOR_ADDRESS and so on set.
 
-Trains the early stage of a tiny draft and leaves at its ninth step, so that the checkpoint of step 5 is the last.
+Trains the early stage of a tiny draft, whose second process is asked to stop by SIGTERM when it reads its seventh batch.
 """
 
+import os
+import signal
 import sys
+import time
 from argparse import Namespace
 
 import jax
@@ -16,16 +19,27 @@ from beagle_jax.sharding import make_mesh, place
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
+ASKED_AT = 6  # the batch
+PAUSE = 0.5  # seconds before each batch from then on: jax looks for the signal once a second
 
-def leave(batch):
-    raise SystemExit(0)
+
+def interrupted(batch_at):
+    """The same batches, more slowly at the end."""
+
+    def read(step: int):
+        if step == ASKED_AT and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PAUSE * (step >= ASKED_AT))
+        return batch_at(step)
+
+    return read
 
 
 def main(folder: str) -> None:
     arguments = Namespace(distributed=False, quiet=False)
     join(arguments)
     from conftest import TINY, random_params  # looks at the devices, which only exist from here on
-    from test_loop import SPEC, Breaking, config_for, loader_of
+    from test_loop import SPEC, config_for, loader_of
 
     config, mesh = config_for(folder), make_mesh(MeshConfig(data=1, fsdp=-1))
     embed_VD = random_params(TINY)["embed_VD"]
@@ -34,7 +48,8 @@ def main(folder: str) -> None:
     whole = host_copy(params)["q_proj"].shape == params["q_proj"].shape
     part = params["q_proj"].addressable_shards[0].data.shape
     print("process", jax.process_index(), len(jax.devices()), arguments.quiet, from_first(jax.process_index() + 7.0), whole, *part, flush=True)
-    training = Breaking(loader_of(20, 1, this_process()), 8, leave)
+    training = loader_of(20, 1, this_process())
+    training.batch_at = interrupted(training.batch_at)
     run_stage("early", config, SPEC, params, frozen, mesh, training, None, Log(config))
 
 
