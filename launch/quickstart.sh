@@ -17,6 +17,11 @@ export PYTHONUNBUFFERED=1
 config=configs/quickstart.yaml
 run .venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"
-if [ ${#short[@]} -gt 0 ] && [ -z "$dry_run" ]; then
+if [ -n "$dry_run" ]; then
+  exit
+fi
+if [ ${#short[@]} -gt 0 ]; then
   echo "this was --short, which trains too little to be faster: bash launch/quickstart.sh"
+else
+  echo "to talk with it: source .venv/bin/activate && python -m beagle_jax.generate --config $config --chat $*"
 fi
