@@ -70,7 +70,7 @@ def check(line: str, monkeypatch) -> None:
         paths = [word for word in words[1:] if "/" in word and not word.startswith(".venv")]
         assert all((ROOT / path).exists() for path in paths)
     else:
-        assert words[0] in ("git", "docker", "mkdocs"), f"no check for {line}"
+        assert words[0] in ("git", "docker", "mkdocs", "export"), f"no check for {line}"
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -117,7 +117,8 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
     left = [line for line in LINES if line not in (*PYTHON_M, *SCRIPTS) and not line.startswith(ELSEWHERE)]
     names_in_sentences = ["python -m beagle_jax.tune"]
     assert [line for line in left if line not in names_in_sentences] == [
-        "source .venv/bin/activate", "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
+        "source .venv/bin/activate", "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
+        "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
         "python experiments/run.py experiments/paper.yaml",  # tests/test_experiments.py runs it, in its toy form
     ]  # fmt: skip
 
