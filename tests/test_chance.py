@@ -40,6 +40,12 @@ def test_noisy_places_count():
     assert noise.reach(1000) == pytest.approx(noise.deviation * np.sqrt(2) * 5.2, rel=0.01)  # 1e-7 of a normal distribution lies beyond 5.2
 
 
+def test_what_moves_all_logits_alike_is_no_noise():
+    differences_TV = np.random.default_rng(4).normal(0, 0.1, (192, V))
+    shifted = noise_of(differences_TV + np.linspace(-1, 1, 192)[:, None])
+    assert shifted.deviation == pytest.approx(noise_of(differences_TV).deviation) and shifted.largest > 1
+
+
 def test_no_noise_explains_nothing():
     assert noise_of(np.zeros((3, 4))).reach(10) == 0
 

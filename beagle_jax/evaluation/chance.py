@@ -1,11 +1,11 @@
 """How far rounding and chance alone may move what the audit compares: measured on the spot, and derived from a stated rate.
 
 Rounding: two right ways of computing a logit differ a little. How much is measured between a text that is read at once and
-its last tokens read one by one. At one place the differences are spread over the vocabulary like a normal distribution about
-zero; its standard deviation is taken at the noisiest of the places. Two logits that two ways order differently lie no
-further apart than their two differences, whose sum has sqrt(2) times that deviation. So of n pairs that are compared one lies
-further apart than z sqrt(2) deviations with probability n Q(z) at most, Q being the normal distribution's upper tail: the
-audit takes the z at which that is the rate of false alarms.
+its last tokens read one by one. At one place the differences are spread over the vocabulary like a normal distribution; its
+standard deviation is taken at the noisiest of the places (its mean, most of the noise in bfloat16, moves all logits alike and
+decides nothing). Two logits that two ways order differently lie no further apart than their differences do, which takes
+sqrt(2) such deviations. So of n pairs that are compared one lies further apart than z sqrt(2) deviations with probability
+n Q(z) at most, Q being the normal distribution's upper tail: the audit takes the z at which that is the rate of false alarms.
 """
 
 import math
@@ -40,8 +40,7 @@ class Noise(NamedTuple):
 
 def noise_of(differences_TV: np.ndarray) -> Noise:
     """Of T places; V differences at each."""
-    differences_TV = differences_TV.astype(np.float64)
-    return Noise(float(np.abs(differences_TV).max()), float(np.sqrt(np.square(differences_TV).mean(axis=1)).max()))
+    return Noise(float(np.abs(differences_TV).max()), float(differences_TV.astype(np.float64).std(axis=1).max()))
 
 
 def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
