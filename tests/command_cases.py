@@ -2,11 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from beagle_jax import convert, evaluate, generate, prepare, train, tune
+from beagle_jax.errors import run_main
+
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
+            "convert": convert.main, "prepare": prepare.main}  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -44,3 +51,30 @@ def make_target(folder: Path) -> None:
 def write_lines(path: Path, questions: list[str]) -> str:
     path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     return str(path)
+
+
+def make_workplace(folder: Path) -> SimpleNamespace:
+    """A folder with a target, prompts and a config of very few steps."""
+    make_target(folder / "target")
+    settings = {
+        "target": {"source": str(folder / "target")},
+        "draft": {"hot_tokens": 200},
+        "data": {"source": write_lines(folder / "prompts.jsonl", QUESTIONS), "folder": str(folder / "data"),
+                 "answer_tokens": 200, "max_answer_tokens": 12, "batch": 16},
+        "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 48, "checkpoint_every": 2,
+                  "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 1e-3},
+                  "late": {"steps": 2, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
+        "decode": {"levels": 2, "max_new_tokens": 20},
+        "eval": {"suites": [write_lines(folder / "eval.jsonl", EVAL_QUESTIONS)], "max_new_tokens": 20},
+        "log": {"every": 1},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return SimpleNamespace(folder=folder, config=str(folder / "run.yaml"))
+
+
+def ended(capsys, name: str, *argv: str) -> tuple[int, str]:
+    """Exit status and the message on stderr, which begins with `error: ` and has no traceback."""
+    status = run_main(COMMANDS[name], list(argv))
+    message = capsys.readouterr().err
+    assert "error: " in message and "Traceback" not in message
+    return status, message[message.index("error: ") + len("error: ") :]
