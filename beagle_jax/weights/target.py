@@ -76,7 +76,8 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
     """
     if config.quantize != "none" and not decoding:
         raise UserError(f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here")
-    if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # jax adds its settings when it is imported
+    if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and asked is None:
         jax.config.update("jax_default_matmul_precision", "highest")  # TPUs would round factors to bfloat16, newer GPUs to TF32
     return load_target(config.source, config.dtype, config.cache_dir, mesh, quantize=config.quantize, group_size=config.group_size)
 
