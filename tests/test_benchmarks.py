@@ -1,6 +1,7 @@
 """Benchmarks that need a large device run here at toy size, so that they still run when one can be had."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -76,3 +77,26 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
     grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
     assert grown["ours, detached"] < 1.15 and grown["ours, gradients kept"] < 1.3 and grown["training-time test"] > 1.5, grown
     assert (tmp_path / "memory.png").stat().st_size > 1000 and "training-time test" in capsys.readouterr().out
+
+
+def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
+    """One topology at a time; a stage that does not fit is said. The README has the table of what was planned."""
+    bench = _benchmark("plan_tpu")
+    seen = []
+
+    def plan(config, asked):
+        seen.append((config.train.row_tokens, config.mesh.fsdp, asked.topology))
+        stage = {"compiler_total": 3 * 2**30, "refusal": "", "tokens_a_step": config.train.batch * 2048, "fits": True}
+        devices = {"count": 16, "mesh": {"data": 1, "fsdp": config.mesh.fsdp, "tensor": 1}, "memory": 16 * 2**30}
+        return "plan", {"devices": devices, "stages": {"early": stage, "late": stage | {"fits": asked.topology == "v5e:4x4"}}}
+
+    monkeypatch.setattr(bench, "plan", plan)
+    for topology in ("v5e:4x4", "v5p:2x2x2"):
+        ask = ["plan_tpu.py", "--json", str(tmp_path / "plans.json"), "--configs", "llama2_7b_chat", "--topologies", topology]
+        monkeypatch.setattr("sys.argv", ask)
+        bench.main()
+    assert seen == [(2048, 16, "v5e:4x4"), (2048, 8, "v5p:2x2x2")]
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |" and second.endswith("| NO |")
+    kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
+    assert kept and bench.table(kept) in (bench.ROOT / "README.md").read_text()

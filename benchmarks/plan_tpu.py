@@ -1,0 +1,65 @@
+"""Whether the paper's training steps fit TPUs: batch rows of 2048 tokens at Llama-2-7B and Llama-3-8B shapes, compiled without a TPU.
+
+    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    # needs the tpu extra, Linux on x86
+
+For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan --config CONFIG --topology NAME
+OVERRIDES` would, from the repository's root; what the compiler says it needs on one chip is shown against the chip's HBM. Entries of the file that are not
+planned anew are kept, so that one row can be done at a time.
+"""
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+
+from beagle_jax.commands.plan import plan
+from beagle_jax.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ("llama2_7b_chat", "llama3_8b_instruct")
+TOPOLOGIES = {
+    "v5e:4x4": ("mesh.data=1", "mesh.fsdp=16"),
+    "v5p:2x2x2": ("mesh.data=1", "mesh.fsdp=8"),
+    "v5e:16x16": ("mesh.data=16", "mesh.fsdp=16", "train.batch=256"),
+}
+
+
+def row(config: str, topology: str, found: dict) -> str:
+    """One line of the table."""
+    devices, stages = found["devices"], found["stages"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
+    batch = stages["early"]["tokens_a_step"] // 2048
+    need = [f"{stages[stage]['compiler_total'] / 2**30:.1f}" if not stages[stage]["refusal"] else "refused" for stage in ("early", "late")]
+    fits = "yes" if all(one["fits"] for one in stages.values()) else "NO"
+    return f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | {' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
+
+
+def table(kept: dict) -> str:
+    """What the README shows."""
+    head = "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | fits |\n|---|---|---|---|---|---|---|"
+    return "\n".join([head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES))
+    parser.add_argument("--json", required=True, help="where the figures are kept")
+    asked = parser.parse_args()
+    path = Path(asked.json)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for name in asked.configs:
+        for topology in asked.topologies:
+            config = load_config(ROOT / "configs" / f"{name}.yaml", list(TOPOLOGIES[topology]))
+            text, figures = plan(config, Namespace(devices=None, topology=topology))
+            print(f"{name}, {topology}\n{text}\n", flush=True)
+            kept[f"{name} {topology}"] = figures | {"overrides": TOPOLOGIES[topology], "jax": jax.__version__}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
