@@ -195,3 +195,7 @@ def _check_names(plan: Plan, path: Path) -> None:
     for where, name, there in uses:
         if name not in there:
             raise UsageError(f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}")
+    order = list(plan.runs)
+    for name, run in plan.runs.items():
+        if run.after and order.index(run.after) > order.index(name):
+            raise UsageError(f"{path}: runs.{name} goes on from {run.after}, which stands below it; runs are made in the file's order, move it up")

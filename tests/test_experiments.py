@@ -169,6 +169,10 @@ def test_first_seeds_come_first():
         ({"claims": [{"figure": "fig3", "says": "x", "more": "beegle", "less": "eagle"}]}, r"claims\[0\] names 'beegle', which is not there"),
         ({"runs": {"beagle": {"stage": "early", "steps": 3, "step": 4}}, "figures": {}, "claims": []}, "runs.beagle: .*'step'"),
         ({"base": "experiments/none.yaml"}, "not a file of experiments"),
+        (
+            {"runs": {"late": {"stage": "late", "steps": 3, "after": "base"}, "base": {"stage": "early", "steps": 3}}, "figures": {}},
+            "runs.late goes on from base, which stands below it",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(change, message, tmp_path):
@@ -176,7 +180,7 @@ def test_a_wrong_file_is_refused(change, message, tmp_path):
     tree["figures"] = {name: one for name, one in tree["figures"].items() if not any("." in run for run in one["of"])}
     tree["claims"] = []
     path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump(tree | change))
+    path.write_text(yaml.safe_dump(tree | change, sort_keys=False))
     with pytest.raises(UsageError, match=message):
         plans.load_plan(path, {}, short=False)
 
@@ -192,7 +196,7 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # eighteen trainings and all that is measured: minutes alone, and more beside other work
+@pytest.mark.timeout(900)  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
     from command_cases import make_target, write_lines
@@ -201,7 +205,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     questions = write_lines(tmp_path / "prompts.jsonl", [f"What is {number}?" for number in range(60)])
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"folder": str(tmp_path / "runs" / "paper")}
     tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
-    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={tmp_path / 'target'}", "draft.hot_tokens=200",
            f"data.folder={tmp_path / 'data'}", f"data.source={questions}", "data.max_answer_tokens=12", "data.batch=64",
            f"eval.suites=[{questions}]", "train.row_tokens=64"]  # fmt: skip
