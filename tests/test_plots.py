@@ -93,8 +93,13 @@ def test_training_curves(tmp_path):
     lines = [{"stage": stage, "step": step, "loss": 1 / step, "top1_by_offset": [0.5, 0.4], **split}
              for stage in ("early", "late") for split in ({}, {"split": "held_out"}) for step in (1, 2, 3)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    plot_training(tmp_path / "log.jsonl", tmp_path / "c.png")
-    assert is_picture(tmp_path / "c.png")
+    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") and is_picture(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("logged", ['{"stage": "data"}\n', "", '{"stage": "early", "st'])
+def test_a_log_without_a_loss_or_with_a_cut_line_is_no_picture(tmp_path, logged):
+    (tmp_path / "log.jsonl").write_text(logged)
+    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") is False and not (tmp_path / "c.png").exists()
 
 
 def drawn_with_long_names(folder) -> None:

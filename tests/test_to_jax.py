@@ -119,6 +119,8 @@ def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path,
     assert "loading target" in capsys.readouterr().err
 
 
+# A thread of orbax that has lost its event loop says so when the write it waited for has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("limit", [1000, 20_000], ids=["tokenizer", "arrays"])
 def test_a_full_disk_leaves_no_half_folder(sources, tmp_path, capsys, limit):
     with small_disk(limit):

@@ -117,7 +117,6 @@ def _pictures(config: Config, bench: Bench, measured: Measured, made: dict, fold
     late = config.train.late
     plot_masks(config.train.early.window, late.window, late.simulation_steps, pictures["Masks of both training stages"])
     log = Path(config.train.folder) / "log.jsonl"
-    if log.exists():
+    if log.exists() and plot_training(log, folder / "training.png"):
         pictures["Training"] = folder / "training.png"
-        plot_training(log, pictures["Training"])
     return pictures

@@ -99,10 +99,15 @@ def plot_masks(early_window: int, late_window: int, steps: int, path: str | Path
     figure.savefig(path)
 
 
-def plot_training(log: str | Path, path: str | Path) -> None:
-    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl; dashed: held out."""
-    lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "loss" in line]
+def plot_training(log: str | Path, path: str | Path) -> bool:
+    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl; dashed: held out.
+
+    Returns whether there was anything to draw: a run that has just begun has logged no loss.
+    """
+    whole = [line for line in Path(log).read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in map(json.loads, whole) if "loss" in line]  # without a last line that a killed run cut off
+    if not lines:
+        return False
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure = Figure(figsize=(10, 3.5 * len(stages)), layout="constrained")
     for (loss, agree), stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages):
@@ -120,6 +125,7 @@ def plot_training(log: str | Path, path: str | Path) -> None:
         loss.legend()
         agree.legend(fontsize="small")
     figure.savefig(path)
+    return True
 
 
 def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> None:
