@@ -35,16 +35,19 @@ def value_of(run: Mapping[int, Points], measure: str) -> Value:
     return _interval(_drawn([_fractions(run, measure, sorted(run))])[0])
 
 
+def having(run: Mapping[int, Points], measure: str) -> dict[int, Points]:
+    """A run's seeds that have a measure: a training that was too short, or not alone on its machine, has no speed."""
+    return {seed: points for seed, points in run.items() if len(_fraction(points, measure)[0])}
+
+
 def difference(more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str) -> tuple[Value, list[float], int]:
     """How much more the first has than the best of the others, on the seeds that all have; both sides; number of seeds.
 
-    A run with one seed stands beside each of another's. A seed without the measure (a training too short to have logged its
-    speed, or made while other work ran) does not count.
+    A run with one seed stands beside each of another's. A seed without the measure does not count.
     """
-    has = lambda run: {seed for seed, points in run.items() if len(_fraction(points, measure)[0])}
-    several = [has(run) for run in (more, *less) if len(run) > 1]
+    several = [set(having(run, measure)) for run in (more, *less) if len(run) > 1]
     seeds = sorted(set.intersection(*several)) if several else [0]
-    if not seeds or not all(map(has, (more, *less))):
+    if not seeds or not all(having(run, measure) for run in (more, *less)):
         return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
     paired = [run if len(run) > 1 else dict.fromkeys(seeds, *run.values()) for run in (more, *less)]
     fractions = [_fractions(run, measure, seeds) for run in paired]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from claims import FAILS, HOLDS, OPEN, Points, judged, value_of
+from claims import FAILS, HOLDS, OPEN, Points, having, judged, value_of
 from pictures import draw_curve, draw_depth
 from plan import Figure, Plan, Training
 
@@ -105,7 +105,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     for place, point in enumerate(points_of_one):
         upto = {seed: points[: place + 1] for seed, points in run.items()}
         made["curve"].append({"step": point["step"], **_figures(upto)})
-    if timed := {seed: points for seed, points in run.items() if points[-1].get("training_tokens_per_second")}:
+    if "training_tokens_per_second" in last and (timed := having(run, "training_speed")):
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
         made |= {"speedup": value_of(run, "speedup").rounded, "milliseconds": last["milliseconds"],

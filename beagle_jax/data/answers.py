@@ -6,6 +6,7 @@ caller's: `write` is passed in (see decoding/batch.py).
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -64,8 +65,9 @@ def training_rows(
 ) -> dict[int, list[Row]]:
     """Rows to train on, by part: read from `data.folder` if it is complete, else this process's share is written first.
 
-    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. made_for: the target's source and hashes; text written for another target is refused. With several processes the
-    result holds what the others have written so far.
+    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. With several processes the result
+    holds what the others have written so far. made_for: the target's source and hashes; text written for another target is
+    refused.
     """
     folder = Path(config.folder)
     claim(config, made_for, share)
@@ -84,14 +86,13 @@ def training_rows(
 
 def _asked_for(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
     """Each process's parts up to its part of the budget: the text that a new folder would have, to the end of a part."""
-    kept, processes = {}, filled_by(config.folder)
-    for index in range(processes):
-        have, share = 0, Share(index, processes)
-        for number, rows in sorted(parts.items()):
-            if number % processes == index and have < _budget(config, share):
-                kept[number] = rows
-                have += _answer_tokens(rows)
-    return dict(sorted(kept.items()))
+    kept, have, processes = {}, Counter(), filled_by(config.folder)
+    for number, rows in sorted(parts.items()):
+        share = Share(number % processes, processes)
+        if have[share.index] < _budget(config, share):
+            kept[number] = rows
+            have[share.index] += _answer_tokens(rows)
+    return kept
 
 
 def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
