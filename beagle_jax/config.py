@@ -185,6 +185,23 @@ ALIASES = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Of two equal keys of a mapping YAML's own would silently take the last."""
+
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands there twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError also for a key that stands twice in one mapping."""
+    return yaml.load(text, _Loader)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides (values are YAML).
 
@@ -192,7 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such config file; configs/quickstart.yaml is one to start from") from None
     except yaml.YAMLError as error:
@@ -202,7 +219,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping with the sections {', '.join(_names(Config))}")
     settings: dict[str, Any] = {}
-    for part in (tree, *map(_parse_override, overrides)):
+    for part in (tree, *(_nested(*parse_override(override)) for override in overrides)):
         for key, value in _flatten(part, "", Config):
             _set(settings, ALIASES.get(key, key), value, str(path))
     nested: dict[str, Any] = {}
@@ -219,17 +236,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    """`a.b=value` as {"a": {"b": value}}."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`. Raises UsageError for anything else."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UsageError(f"override {override!r}: expected section.key=value")
     try:
-        tree = yaml.safe_load(text)
+        return key.strip(), parse_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    for part in reversed(key.strip().split(".")):
-        tree = {part: tree}
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as {"a": {"b": value}}."""
+    *sections, last = key.split(".")
+    tree = {last: value}
+    for section in reversed(sections):
+        tree = {section: tree}
     return tree
 
 

@@ -303,6 +303,8 @@ def test_missing_file_names_one_to_start_from(tmp_path):
     "content, message",
     [
         (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
+        (b"train:\n  batch: 1\n  batch: 2", r"run\.yaml: not valid YAML: the key 'batch' stands there twice.*line 3, column 3"),
+        (b"train: {batch: 1}\ntrain: {seed: 2}", r"run\.yaml: not valid YAML: the key 'train' stands there twice"),
         (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
         (b"", r"run\.yaml: expected a mapping with the sections target, draft, data, train, mesh, decode, eval, log"),
         (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
