@@ -93,6 +93,14 @@ def stage(frozen, start):
     return stage
 
 
+def test_a_part_of_a_line_that_a_killed_run_left_is_taken_away(tmp_path):
+    config, path = config_for(tmp_path), tmp_path / "log.jsonl"
+    for left, kept in (('{"step": 1}\n{"st', [1]), ('{"st', []), ('{"step": 1}\n', [1]), ("", [])):
+        path.write_text(left)
+        Log(config).write({"step": 2})
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 2]
+
+
 @pytest.fixture(scope="module")
 def whole(stage, tmp_path_factory):
     """Config and parameters of an early stage of 12 steps that nothing interrupted."""

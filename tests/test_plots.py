@@ -1,12 +1,15 @@
 """Pictures show what is there: masks against the worked example, trees and attention against decoding itself."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_cases import MARKOV, random_draft, right_draft, target_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_masks import EXAMPLE
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -94,6 +97,31 @@ def test_training_curves(tmp_path):
              for stage in ("early", "late") for split in ({}, {"split": "held_out"}) for step in (1, 2, 3)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") and is_picture(tmp_path / "c.png")
+
+
+def test_steps_that_were_logged_again_are_drawn_once(tmp_path, monkeypatch):
+    """Killed after step 3, gone on from a checkpoint after step 1."""
+    lines = [{"stage": "early", "step": step, "loss": loss, "top1_by_offset": [0.5]} for step, loss in ((1, 9), (2, 8), (3, 7), (2, 8.5), (3, 7.5), (4, 6))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, right = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *a, **o: drawn.append((x, y)) or right(self, x, y, *a, **o))
+    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png")
+    assert drawn[0] == ([1, 2, 3, 4], [9, 8.5, 7.5, 6])
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "m.png"
+    plot_masks(3, 3, 2, path)
+    before = path.read_bytes()
+
+    def cut_off(self, where, **options):
+        Path(where).write_bytes(before[:99])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Figure, "savefig", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        plot_masks(4, 4, 2, path)
+    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["m.png"]
 
 
 @pytest.mark.parametrize("logged", ['{"stage": "data"}\n', "", '{"stage": "early", "st'])

@@ -12,10 +12,18 @@ from matplotlib.figure import Figure
 
 from beagle_jax.decoding.tuning import Tuning
 from beagle_jax.evaluation.inside import Round
+from beagle_jax.files import whole
 from beagle_jax.model.masks import early_block_mask, window_start
 
 _PHASES = ("draft", "verify", "rest")
 _NAME = 36  # characters of a system's name that leave room for what is drawn
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a picture, whole or not at all."""
+    path = Path(path)
+    with whole(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix("."))
 
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
@@ -32,7 +40,7 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
     promise.axhline(found.plain_tokens_per_second, color="black", linestyle="--", label="plain")
     promise.set(xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels")
     promise.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
@@ -45,7 +53,7 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
         panel.set(xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_phases(report: dict[str, Any], path: str | Path) -> None:
@@ -61,7 +69,7 @@ def plot_phases(report: dict[str, Any], path: str | Path) -> None:
     panel.set(xlabel="ms per round", title="time by phase")
     panel.invert_yaxis()
     panel.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _short(name: str) -> str:
@@ -96,7 +104,7 @@ def plot_masks(early_window: int, late_window: int, steps: int, path: str | Path
         panel.set_yticks(np.arange(-0.5, width), minor=True)
         panel.grid(which="minor", color="lightgray", linewidth=0.5)
     figure.supxlabel("blue: true states; orange: states predicted in the same window", fontsize="small")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_training(log: str | Path, path: str | Path) -> bool:
@@ -112,10 +120,11 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
     figure = Figure(figsize=(10, 3.5 * len(stages)), layout="constrained")
     for (loss, agree), stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages):
         for split, style in ((None, "-"), ("held_out", "--")):
-            here = [line for line in lines if line["stage"] == stage and line.get("split") == split]
-            if not here:
+            # A killed run goes on from its checkpoint and logs the steps after it again.
+            by_step = {line["step"]: line for line in lines if line["stage"] == stage and line.get("split") == split}
+            if not by_step:
                 continue
-            steps = [line["step"] for line in here]
+            steps, here = sorted(by_step), [by_step[step] for step in sorted(by_step)]
             loss.plot(steps, [line["loss"] for line in here], style, label=split or "training")
             for offset in range(len(here[0]["top1_by_offset"])):
                 agree.plot(steps, [line["top1_by_offset"][offset] for line in here], style, color=f"C{offset}",
@@ -124,7 +133,7 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
         agree.set(xlabel="step", ylabel="top-1 agreement with the target", ylim=(0, 1), title=f"{stage} stage")
         loss.legend()
         agree.legend(fontsize="small")
-    figure.savefig(path)
+    save(figure, path)
     return True
 
 
@@ -136,7 +145,7 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
     drawn = panel.imshow(np.sqrt(weights_TS), aspect="auto", cmap="magma", extent=(0, S, first + T, first), interpolation="nearest")
     panel.set(xlabel="position of the state", ylabel="position of the query", title="attention of the draft, mean over heads")
     figure.colorbar(drawn, label="square root of the weight")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) -> None:
@@ -154,7 +163,7 @@ def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) ->
     panel.set_xticks(range(one.depth_W.max() + 1))
     written = "".join(name(token) for token in one.written)
     panel.set_title(f"one round: {len(one.path) - 1} drafts accepted, wrote {written!r}", fontsize="medium", parse_math=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _heights(one: Round) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Where the figures of a run go: log.jsonl always; TensorBoard and Weights & Biases when asked."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Log:
         if not self._writes:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        _end_with_a_line(self._path)
         if config.log.tensorboard:
             self._board = _tensorboard().SummaryWriter(str(self._folder / "tensorboard"))
         if config.log.wandb:
@@ -49,6 +51,13 @@ class Log:
             self._board.close()
         if self._run is not None:
             self._run.finish()
+
+
+def _end_with_a_line(path: Path) -> None:
+    """A killed run may have left a part of a line, which the next line would continue: it is taken away."""
+    text = path.read_bytes() if path.exists() else b""
+    if not text.endswith(b"\n") and text:
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
