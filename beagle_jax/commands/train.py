@@ -5,7 +5,7 @@ disk and skipped when it is already there.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from beagle_jax.commands.prepare import rows_and_states
 from beagle_jax.config import Config, MeshConfig
 from beagle_jax.data.answers import check_source
+from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import this_process
@@ -47,7 +48,7 @@ def train_draft(config: Config) -> dict:
     """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
-    check_beforehand(config)
+    prompts = check_beforehand(config)
     target = configured_target(config.target, own_part(mesh), decoding=False)
     check_shape(config.target, target.spec)
     start = given_draft(config, target)
@@ -57,7 +58,7 @@ def train_draft(config: Config) -> dict:
     if hot_ids is not None:
         print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
     draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
-    best = best_draft(config, target, draft_of) if config.eval.every else None
+    best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
     if best is None and states is not None:  # the layers have done their work; their memory is training's
         target = replace(target, params={"embed_VD": target.params["embed_VD"], "head_VD": head(target.params)})
     draft = draft_of(host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best)))
@@ -68,12 +69,12 @@ def train_draft(config: Config) -> dict:
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
 
 
-def check_beforehand(config: Config) -> None:
-    """Raises UserError for what is not there, before the target is loaded and writes: packages, text, prompts of tau."""
+def check_beforehand(config: Config) -> list[Chat]:
+    """The prompts of tau, none if it is not measured. Raises UserError for what is not there, packages, text and these prompts, before the
+    target is loaded and writes."""
     check_writers(config)
     check_source(config.data)
-    if config.eval.every:
-        suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
+    return suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder) if config.eval.every else []
 
 
 def own_part(mesh: Mesh) -> Mesh:
@@ -81,13 +82,13 @@ def own_part(mesh: Mesh) -> Mesh:
     return mesh if jax.process_count() == 1 else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
 
 
-def best_draft(config: Config, target: Target, draft_of: Callable[..., Draft]) -> Best:
-    """Measures tau on the first prompts of `eval.suites`, as `decode` decodes, and keeps the best draft in <train.folder>/best."""
-    prompts = tokenize(suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder), target.tokenizer)
+def best_draft(config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]) -> Best:
+    """Measures tau on these prompts, as `decode` decodes, and keeps the best draft in <train.folder>/best."""
+    tokens = tokenize(prompts, target.tokenizer)
 
     def measure(params: dict) -> dict:
         decoder = decoder_of(config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()}))
-        answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens)
+        answers = decoder.generate(tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens)
         found = Measurement("draft", "", [[answer] for answer in answers])
         return {"tau": round(found.tau, 4), "rounds": found.rounds, "tokens": found.tokens - len(answers)}  # the prefill's are in no round
 
