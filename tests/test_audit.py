@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY
 from decode_cases import MARKOV, letters, random_draft, right_draft, target_of
 from test_measure import chat
+from test_report import check_schema
 
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -92,6 +93,7 @@ def test_wrong_mask(monkeypatch):
     first = made["divergences"][0]
     assert not first["within_noise"] and first["gap"] >= first["top_2_gap"] and first["plain"] != first["system_token"]
     assert f"{first['plain']} became {first['system_token']}" in "\n".join(lines(made))
+    check_schema(made, "audit")
 
 
 def test_stale_cache_row(monkeypatch):
@@ -187,7 +189,16 @@ def test_what_a_filter_removes_is_drawn_only_where_rounding_decides():
 
 
 def test_a_token_that_was_never_drawn(measured):
-    assert TOKENS in failed(checked(measured, lambda answer: dataclasses.replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])))
+    made = checked(measured, lambda answer: dataclasses.replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]))
+    assert TOKENS in failed(made) and made["divergences"][0]["within_noise"] is None
+    check_schema(made, "audit")
+
+
+def test_an_answer_that_ends_too_early(measured):
+    made = checked(measured, lambda answer: dataclasses.replace(answer, tokens=answer.tokens[:-1]))
+    assert TOKENS in failed(made) and {one["system_token"] for one in made["divergences"]} == {None}
+    assert "became the end" in "\n".join(lines(made))
+    check_schema(made, "audit")
 
 
 # Half precision

@@ -10,22 +10,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_cases import EVAL_QUESTIONS, ended, make_workplace
+from command_cases import EVAL_QUESTIONS, ended, make_workplace, write_lines
 from conftest import environment
+from decode_cases import MARKOV, letters, target_of
 from safetensors.numpy import load_file
 from test_report import check_schema
 
 from beagle_jax import evaluate, generate, train, tune
+from beagle_jax.commands import evaluate as evaluate_command
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
-from beagle_jax.config import load_config
+from beagle_jax.config import Config, TargetConfig, load_config
 from beagle_jax.data import states
 from beagle_jax.data.answers import training_rows
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.lookup import Lookup
+from beagle_jax.decoding.tree import chain
 from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import run_main
+from beagle_jax.evaluation.measure import Bench
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
@@ -93,9 +98,11 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         assert sorted(found[:8]) == sorted(order[:8]) and sorted(found[8:]) == sorted(order[8:])
 
 
-def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained):
-    run = trained.folder / "looking"
+def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained, monkeypatch):
+    run, read, right = trained.folder / "looking", [], train_command.suite
+    monkeypatch.setattr(train_command, "suite", lambda *arguments: read.append(arguments) or right(*arguments))
     assert run_main(train.main, ["--config", trained.config, f"train.folder={run}", "eval.every=2", "eval.train_prompts=2"]) == 0
+    assert len(read) == 1, "the prompts are read once"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     looked = [line for line in log if line.get("split") == "decoding"]
     assert [(line["stage"], line["step"]) for line in looked] == [("early", 2), ("early", 3), ("late", 2)]
@@ -235,7 +242,8 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 
 def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
-    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=2", "eval.compare=[lookup]"]
+    own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
+    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=2", "eval.compare=[lookup]", f"eval.suites=[{own}]"]
     assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
@@ -254,7 +262,30 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     again = json.loads((out / "report.json").read_text())
     assert again["suites"] == report["suites"]
     status, message = ended(capsys, "evaluate", *command, "decode.levels=1", "--out", str(out))
-    assert status == 1 and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here)" in message
+    assert status == 1 and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here; trees." in message
+    write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS[::-1])
+    status, message = ended(capsys, "evaluate", *command, "--out", str(out))
+    assert status == 1 and f"answers.jsonl: was begun with other settings (prompts_sha256.{own} " in message
+
+
+def test_answers_belong_to_a_target_and_its_tree(tmp_path):
+    """Other weights or another tuned tree under the same names are other settings."""
+    config = Config(target=TargetConfig(source="x"))
+    found = []
+    for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
+        target = target_of(MARKOV, seed=seed, tokenizer=letters())
+        bench = Bench({"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8)
+        found.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
+    assert [sum(one[key] != found[0][key] for key in one) for one in found] == [0, 1, 1, 0]
+    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {"lookup": "chain of 3"}
+
+
+def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
+    """It would stand where plain decoding does."""
+    (trained.folder / "plain").symlink_to(trained.folder / "run" / "draft")
+    monkeypatch.chdir(trained.folder)
+    assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (1, "plain is what decoding without a draft is "
+                                                                                             "called; write ./plain for the folder\n")  # fmt: skip
 
 
 def test_evaluate_shows_a_second_draft(trained, capsys):

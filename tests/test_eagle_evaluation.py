@@ -13,6 +13,7 @@ from command_cases import make_target
 from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
 from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed
 from test_eagle_import import CONFIG, published, write
+from test_report import check_schema
 from test_suites import RECORDS
 from test_tuning import small  # noqa: F401  # a fixture
 
@@ -117,6 +118,7 @@ def test_evaluation_reports_and_audits_it(place):
     out = place.folder / "report"
     assert run_main(evaluate.main, ["--config", place.config, "--audit", "--out", str(out)]) == 0
     made = json.loads((out / "report.json").read_text())
+    check_schema(made)
     assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft"), "lookup"]
     assert (out / "pictures" / "attention.png").exists() and (out / "pictures" / "tree.png").exists()
 

@@ -107,6 +107,21 @@ def test_a_later_turn_follows_the_systems_own_answer():
     assert [turn["plain"].answer.tokens for turn in cases[0].turns] == [turn["chain"].answer.tokens for turn in cases[0].turns]
 
 
+def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
+    suites = {"s": [chat("AB", "C")]}
+    bench = bench_for(suites)
+    [cut], _, _ = measure(bench, suites)
+    first, second = (turn["plain"] for turn in cut.turns)
+    assert first.answer.stopped_by == "length" and len(first.answer.text) == 12
+    assert second.prompt == bench.tokenizer.encode(f"uABa{first.answer.text}uCa", add_special_tokens=False)
+    stopping = target_of(MARKOV, tokenizer=letters(), eos_ids=(first.answer.tokens[0],))
+    mute = dataclasses.replace(bench, decoders={"plain": SpeculativeDecoder(stopping, context=bench.context)})
+    [empty], _, _ = measure(mute, suites)
+    first, second = (turn["plain"] for turn in empty.turns)
+    assert (first.answer.text, first.answer.rounds) == ("", 0)
+    assert second.prompt == bench.tokenizer.encode("uABa.uCa", add_special_tokens=False)
+
+
 def test_turns_that_do_not_fit_are_left_out_for_all():
     suites = {"s": [chat("A" * 60, "B" * 160), chat("C" * 300)]}
     cases, _, left_out = measure(bench_for(suites, 40), suites)

@@ -27,8 +27,10 @@ COST = {
 }
 
 
-def check_schema(made: dict) -> None:
+def check_schema(made: dict, part: str | None = None) -> None:
+    """part: a field of the report, which `made` then is."""
     schema = json.loads((resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8"))
+    schema = schema if part is None else schema["properties"][part]
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(json.dumps(made)), schema, jsonschema.Draft202012Validator)
 
@@ -45,7 +47,7 @@ def made() -> dict:
     cases = [case("s", 0, "math", [10, 200]), case("s", 1, "code", [30]), case("t", 0, "t", [65])]
     decoders = {"plain": SimpleNamespace(tree=ROOT_ONLY), "a|<b>": SimpleNamespace(tree=chain(2))}
     bench = Bench(decoders, None, 512, 9, trained_tokens={"a|<b>": 100})
-    measured = Measured(cases, {"plain": 0, "a|<b>": 1}, {"s": 2, "t": 0})
+    measured = Measured(cases, {"plain": 0, "a|<b>": 1}, {"s": 2, "t": 0, "long": 5})
     return report(bench, measured, asdict(Config(target=TargetConfig(source="x"))), {"plain": COST, "a|<b>": COST})
 
 
@@ -59,7 +61,8 @@ def test_groups_and_figures(made):
     assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (2.0, [2.0, 2.0], 12, 27, 3)
     assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [0.75, round(1 / 3, 4)]
     assert made["systems"][1]["milliseconds"] == {"prefill": 250.0, "round": 500.0, "draft": 1.0, "verify": 2.0, "rest": 497.0}
-    assert made["notes"] == ["1 of 4 texts are longer than the 100 tokens that a|<b> was trained on."]
+    assert made["notes"] == ["long is not there: none of its 5 turns fits the context.",
+                             "1 of 4 texts are longer than the 100 tokens that a|<b> was trained on."]  # fmt: skip
 
 
 def test_the_schema_holds_and_describes_everything(made):
@@ -111,24 +114,26 @@ def test_the_table_has_a_block_for_each_suite(made):
     assert lines[0] == "s" and lines.count("t") == 1
     assert lines[3] == "plain   1.00      2.1      2.0    1.00x      24      27         0  3/3"
     assert sum(line.startswith("a|<b>  ") for line in lines) == 2 and "2 turns did not fit the context and were left out" in lines
-    assert lines[-2].startswith("tok/s: ") and lines[-1] == made["notes"][0]
+    assert lines[-3].startswith("tok/s: ") and lines[-2:] == made["notes"]
 
 
 def test_pages_hold_every_figure(made, tmp_path):
     parted = {"system": "a|<b>", "suite": "s", "number": 3, "turn": 1, "place": 7, "plain": 11, "system_token": 12, "gap": 0.25,
               "top_2_gap": 0.125, "within_noise": False}  # fmt: skip
-    made["audit"] = {"passed": False, "noise": 0.01, "reach": 0.0321, "divergences": [parted],
+    ended = parted | {"system_token": None, "gap": 3.4e38, "within_noise": None}
+    made["audit"] = {"passed": False, "noise": 0.01, "reach": 0.0321, "divergences": [parted, ended],
                      "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}]}  # fmt: skip
     check_schema(made)
     pictures = {"Acceptance": tmp_path / "a.png", "Phases": tmp_path / "p.png"}
     plot_acceptance(made, pictures["Acceptance"])
     plot_phases(made, pictures["Phases"])
     text, shown = markdown(made), page(made, pictures)
-    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", made["notes"][0],
-                 "up to 0.0321", "s prompt 3, turn 1, token 7", "11 became 12", "0.25", "0.125", "NO"):  # fmt: skip
+    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", *made["notes"],
+                 "up to 0.0321", "s prompt 3, turn 1, token 7", "11 became 12", "11 became the end", "0.25", "0.125", "NO"):  # fmt: skip
         assert cell in text.replace("a\\|<b>", "a|<b>") and cell.replace("<", "&lt;").replace(">", "&gt;") in shown, cell
     assert "a\\|<b>" in text and "a|&lt;b&gt;" in shown and "<b>" not in shown
     # One file that needs nothing else: every source is in it.
     assert re.findall(r'(?:src|href)="(.{10})', shown) == ["data:image"] * 2 and "http" not in shown
+    assert "One prompt: no intervals." in text and "2 prompts; in brackets" in text and "None" not in text
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|") and "speedup" in line}
     assert columns == {10}

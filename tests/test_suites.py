@@ -33,10 +33,10 @@ def said(chat) -> list[str]:
 def test_a_record_becomes_what_the_user_says(name, tmp_path):
     record, category, turns = RECORDS[name]
     with gzip.open(tmp_path / SUITES[name].file, "wt", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n" + json.dumps(record) + "\n")
+        stream.write(json.dumps(record) + "\n\n \n" + json.dumps(record) + "\n")  # empty lines are none
     chats = suite(name, None, str(tmp_path))
     assert [(said(chat), chat.kind) for chat in chats] == 2 * [(turns, category)]
-    assert chats[1].where.endswith(f"{SUITES[name].file}:2") and len(suite(name, 1, str(tmp_path))) == 1
+    assert chats[1].where.endswith(f"{SUITES[name].file}:4") and len(suite(name, 1, str(tmp_path))) == 1
 
 
 def test_mt_bench_is_one_of_the_six_tasks_of_spec_bench(tmp_path):
@@ -67,7 +67,7 @@ def test_without_a_file_the_hub_is_asked(monkeypatch, tmp_path, limit):
 
 
 def test_any_file_of_turns_is_a_suite(tmp_path):
-    (tmp_path / "own.jsonl").write_text('{"turns": ["One?", "Two?"], "category": "x"}\n{"prompt": "Three?"}\n')
+    (tmp_path / "own.jsonl").write_text('{"turns": ["One?", "Two?"], "category": "x"}\n\n{"prompt": "Three?"}\n')
     assert [said(chat) for chat in suite(str(tmp_path / "own.jsonl"), None)] == [["One?", "Two?"], ["Three?"]]
 
 
@@ -76,7 +76,9 @@ def test_any_file_of_turns_is_a_suite(tmp_path):
     [
         ("spec_bench", None, "eval.suites: spec_bench is not on the hub and there is no .*spec_bench.jsonl.gz; set eval.folder"),
         ("specbench", None, "eval.suites: 'specbench' is not a file or folder; expected held_out, mt_bench, gsm8k"),
-        ("gsm8k", '{"answer": "2"}', "gsm8k_test.jsonl.gz:1: no field 'question' among answer; this is not a record of gsm8k"),
+        ("gsm8k", '{"answer": "2"}', "gsm8k_test.jsonl.gz:1: no text 'question' among answer; this is not a record of gsm8k"),
+        ("gsm8k", '{"question": null}', "gsm8k_test.jsonl.gz:1: no text 'question' among question; this is not a record of gsm8k"),
+        ("gsm8k", "\n", "eval.suites: gsm8k holds no prompts; is its file in eval.folder whole"),
         ("gsm8k", "[1]", "gsm8k_test.jsonl.gz:1: the line is a list, not an object; this is not a record of gsm8k"),
         ("mt_bench", '{"turns": ["Hi", " "]}', "mt_bench.jsonl.gz:1: expected user turns that are not empty, found"),
         ("mt_bench", '{"turns": ["Hi"]}\n{"turns"', "mt_bench.jsonl.gz:2: not JSON"),

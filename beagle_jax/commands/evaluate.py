@@ -1,10 +1,14 @@
 """Evaluation from a config to a report."""
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from beagle_jax.config import Config
+from beagle_jax.data.chats import Chat
+from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.sampling import sampling_of
@@ -43,6 +47,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     names = (draft_path(config), *config.eval.compare)
     for name in names:
         check_drafter(name)
+    if "plain" in names:
+        raise UserError("plain is what decoding without a draft is called; write ./plain for the folder")
     target = configured_target(config.target, decoding=True)
     drafts = {name: drafter_of(config, target, name) for name in names}
     context = context_for(suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions)
@@ -50,7 +56,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     log = None
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        log = AnswerLog(Path(out) / "answers.jsonl", _settings(config, drafts))
+        log = AnswerLog(Path(out) / "answers.jsonl", _settings(config, target, drafts, bench, suites))
     measured = measure(bench, suites, log)
     if not measured.cases:
         raise UserError(f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
@@ -75,11 +81,21 @@ def _bench(config: Config, target: Target, drafts: dict[str, Draft | Lookup], co
     return Bench(decoders, target.tokenizer, context, config.eval.max_new_tokens, sampling, config.decode.seed, trained)
 
 
-def _settings(config: Config, drafts: dict[str, Draft | Lookup]) -> dict:
-    """All that decides answers and times."""
+def _settings(
+    config: Config, target: Target, drafts: dict[str, Draft | Lookup], bench: Bench, suites: Mapping[str, Sequence[Chat]]
+) -> dict:
+    """All that decides answers and times: under the same names there may be other weights, prompts and tuned trees by now."""
     kept = {section: asdict(getattr(config, section)) for section in ("target", "decode", "eval")}
     weights = {name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft) for name, draft in drafts.items()}
-    return {**kept, "drafts": weights, "environment": environment()}
+    digest = lambda chats: hashlib.sha256(json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()).hexdigest()
+    return {
+        **kept,
+        "drafts": weights,
+        "trees": {name: str(decoder.tree) for name, decoder in bench.decoders.items()},
+        "prompts_sha256": {name: digest(chats) for name, chats in suites.items()},
+        **fingerprints(target.params, target.tokenizer),
+        "environment": environment(),
+    }
 
 
 def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:

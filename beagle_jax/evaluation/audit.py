@@ -217,7 +217,8 @@ def lines(made: dict[str, Any]) -> list[str]:
     width = max(len(check["name"]) for check in made["checks"])
     shown = [f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}" for check in made["checks"]]
     for one in made["divergences"]:
+        change = " became ".join("the end" if one[key] is None else str(one[key]) for key in ("plain", "system_token"))
         shown.append(f"        {one['system']}: {one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}: "
-                     f"{one['plain']} became {one['system_token']}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"
+                     f"{change}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"
                      f"{_VERDICT[one['within_noise']]}")  # fmt: skip
     return ["", "audit", *shown]

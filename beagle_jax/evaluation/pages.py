@@ -87,18 +87,15 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
     rows = []
     for name, one in group["systems"].items():
         alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
+        between = lambda edges: f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
         rows.append([
-            name, f"{one['tau']:.2f} {_between(one['tau_interval'])}", f"{one['tokens_per_second']:.1f}",
-            f"{one['decode_tokens_per_second']:.1f}", f"{one['speedup']:.2f}x {_between(one['speedup_interval'])}", str(one["rounds"]),
+            name, f"{one['tau']:.2f}{between(one['tau_interval'])}", f"{one['tokens_per_second']:.1f}",
+            f"{one['decode_tokens_per_second']:.1f}", f"{one['speedup']:.2f}x{between(one['speedup_interval'])}", str(one["rounds"]),
             str(one["tokens"]), f"{one['identical_to_plain']}/{one['answers']}", alpha,
         ])  # fmt: skip
     unit = "turn" if group["by"] == "context" else "prompt"
-    prompts = f"{group['prompts']} {unit}{'s' * (group['prompts'] != 1)}; in brackets 95 % intervals over {unit}s."
-    return Section(what, [prompts, *sentences], head, rows)
-
-
-def _between(edges: list[float]) -> str:
-    return f"[{edges[0]:.2f}, {edges[1]:.2f}]"
+    told = f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s." if group["prompts"] > 1 else f"One {unit}: no intervals."
+    return Section(what, [told, *sentences], head, rows)
 
 
 def _times(report: dict[str, Any]) -> Section:
@@ -126,7 +123,8 @@ def _audit(audit: dict[str, Any]) -> Section:
 
 def _divergences(audit: dict[str, Any]) -> Section:
     rows = [[one["system"], f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
-             f"{one['plain']} became {one['system_token']}", f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
+             " became ".join("the end" if one[key] is None else str(one[key]) for key in ("plain", "system_token")),
+             f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
              {True: "yes", False: "NO", None: ""}[one["within_noise"]]] for one in audit["divergences"]]  # fmt: skip
     head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
     return Section("Where answers part from plain decoding's", [], head, rows)

@@ -52,8 +52,9 @@ def environment() -> dict[str, Any]:
 
 
 def _notes(bench: Bench, measured: Measured) -> list[str]:
-    """Acceptance falls where texts grow beyond those of the training."""
-    notes = []
+    """Suites that are not there; texts beyond those of the training, where acceptance falls."""
+    there = {case.suite for case in measured.cases}
+    notes = [f"{name} is not there: none of its {count} turns fits the context." for name, count in measured.left_out.items() if name not in there]
     for name, trained in bench.trained_tokens.items():
         texts = [len(turn[name].prompt) + len(turn[name].answer.tokens) for case in measured.cases for turn in case.turns]
         longer = sum(length > trained for length in texts)

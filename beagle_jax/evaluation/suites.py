@@ -52,8 +52,8 @@ SUITES = {
 def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
     """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
 
-    folder: where files of suites are looked for. Raises UserError for chats with answers, and for a suite that can
-    neither be found nor downloaded.
+    folder: where files of suites are looked for. Raises UserError for chats with answers, for a suite that can neither be
+    found nor downloaded, and for one without prompts.
     """
     if source == "held_out":
         chats = own_prompts("held_out")
@@ -64,6 +64,8 @@ def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
             raise UserError(f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a "
                             ".jsonl[.gz] file")
         chats = read_chats(source)
+    if not chats:
+        raise UserError(f"eval.suites: {source} holds no prompts; is its file in eval.folder whole?")
     for chat in chats:
         if not chat.waits_for_answer:
             raise UserError(f"{chat.where}: the chat ends with an answer; evaluation needs prompts that wait for one")
@@ -83,12 +85,12 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
         turns = record.get("turns", record.get(made.turns))
         if not isinstance(turns, list):
             try:
-                turns = [made.wording.format_map(record).strip()]
+                turns = [made.wording.format_map({key: value for key, value in record.items() if isinstance(value, str)}).strip()]
             except KeyError as error:
-                raise UserError(f"{where}: no field {error} among {', '.join(record)}; this is not a record of {name}") from None
+                raise UserError(f"{where}: no text {error} among {', '.join(record)}; this is not a record of {name}") from None
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
-        category = str(record.get("category", name))
+        category = str(record.get("category") or name)
         yield Chat(({"role": "user", "content": turns[0]},), where, made.tasks.get(category, category), tuple(turns[1:]))
 
 
