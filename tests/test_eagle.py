@@ -109,17 +109,27 @@ def test_only_the_rows_that_may_change_do(case):
         assert changed.tolist() == [position >= first for position in range(1, ROW)], name
 
 
-def test_drafting_from_parts_equals_the_row(case):
-    """Cached entries, then one more: the root's token fused with the last true state, as decoding does it."""
+def check_parts(case, late: int = 0, merged=merge_attention) -> None:
+    """Cached entries, then one more: the root's token fused with the last true state, as decoding does it. late: planted, its place."""
     params, e_LD, h_LD, expected = case
     block, last = EagleBlock(SPEC).bind({"params": params}), ROW - 2
     f_BTD = block.fuse(e_LD[None, 1:], h_LD[None, :-1])
     cached = block.keys_values(f_BTD[:, :last], jnp.arange(last)[None])
-    at = jnp.full((1, 1), last)
+    at = jnp.full((1, 1), last + late)
     own = block.keys_values(f_BTD[:, last:], at)
     q_BKGTH = block.queries(f_BTD[:, last:], at)
-    state_BTD = block.predict(f_BTD[:, last:], merge_attention(partial_attention(q_BKGTH, *cached, True), partial_attention(q_BKGTH, *own, True)))
+    state_BTD = block.predict(f_BTD[:, last:], merged(partial_attention(q_BKGTH, *cached, True), partial_attention(q_BKGTH, *own, True)))
     np.testing.assert_allclose(state_BTD[0, 0], expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_drafting_from_parts_equals_the_row(case):
+    check_parts(case)
+
+
+@pytest.mark.parametrize("bug", [{"late": 1}, {"merged": lambda cached, own: merge_attention(cached, cached)}], ids=["late", "itself unseen"])
+def test_planted_bugs_of_the_parts(case, bug):
+    with pytest.raises(AssertionError):
+        check_parts(case, **bug)
 
 
 def test_the_beagle_block_is_another(tiny_draft_spec):

@@ -15,6 +15,7 @@ from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+from beagle_jax.evaluation import inside
 from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.inside import attention
 from beagle_jax.evaluation.measure import CompileCounter
@@ -229,6 +230,13 @@ def test_nothing_compiles_after_warm_up():
 
 
 # Where it looks
+
+
+def test_planted_bug_attention_one_place_on(monkeypatch):
+    right = inside._weights
+    monkeypatch.setattr(inside, "_weights", lambda *a: jnp.roll(right(*a), 1, axis=0))
+    with pytest.raises(AssertionError):
+        test_attention_is_that_of_the_block()
 
 
 def test_attention_is_that_of_the_block():

@@ -14,6 +14,7 @@ from test_masks import EXAMPLE
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.evaluation import inside
 from beagle_jax.evaluation.inside import Round, attention, rounds
 from beagle_jax.evaluation.plots import (
     _heights,
@@ -43,17 +44,30 @@ def test_masks_are_the_worked_example(steps, tmp_path):
         assert np.flatnonzero(levels[query] == 1).tolist() == true
         trained = query < 2 or (query - 2) % 3 < steps
         assert np.flatnonzero(levels[query] == 2).tolist() == (predicted[steps - 1] if trained else [])
+    assert not np.array_equal(levels, mask_levels(8, 3, steps, 1)) and not np.array_equal(levels, mask_levels(8, 2, min(steps, 2), 2))
     plot_masks(3, 3, steps, tmp_path / "m.png")
     assert is_picture(tmp_path / "m.png")
 
 
-def test_rounds_are_those_of_the_answer(tmp_path):
-    decoder = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE)
+def check_rounds(decoder) -> list[Round]:
     [answer] = decoder.generate([[5, 7]], max_new_tokens=30)
     played = rounds(decoder, [5, 7], most=99, max_new_tokens=30)
     assert [token for one in played for token in one.written] == answer.tokens[1:] and len(played) == answer.rounds
     # A round cut short by the limit may have accepted all that it wrote.
     assert np.bincount([len(one.path) - 1 for one in played], minlength=4).tolist() == answer.accepted
+    return played
+
+
+def test_planted_bug_the_tree_of_another_round(monkeypatch):
+    decoder, kept, right = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE), [], inside._propose
+    monkeypatch.setattr(inside, "_propose", lambda *a: kept.append(right(*a)) or kept[max(0, len(kept) - 2)])
+    with pytest.raises(AssertionError):
+        check_rounds(decoder)
+
+
+def test_rounds_are_those_of_the_answer(tmp_path):
+    decoder = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE)
+    played = check_rounds(decoder)
     assert len(rounds(decoder, [5, 7], most=2, max_new_tokens=30)) == 2
     one = max(played, key=lambda one: len(one.path))
     for above, node, token in zip(one.path, one.path[1:], one.written):
@@ -65,6 +79,15 @@ def test_rounds_are_those_of_the_answer(tmp_path):
 def test_a_tree_is_drawn_without_crossings():
     one = Round(np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0])
     assert _heights(one).tolist() == [1.25, 0.5, 2.0, 2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("bug", ["another place", "itself seen"])
+def test_planted_bugs_in_attention(tmp_path, monkeypatch, bug):
+    right = inside._weights
+    wrong = {"another place": lambda w_TS: jnp.roll(w_TS, 1, axis=0), "itself seen": lambda w_TS: jnp.roll(w_TS, 1, axis=1)}[bug]
+    monkeypatch.setattr(inside, "_weights", lambda *a: wrong(right(*a)))
+    with pytest.raises(AssertionError):
+        test_attention_is_that_of_the_block(tmp_path)
 
 
 def test_attention_is_that_of_the_block(tmp_path):

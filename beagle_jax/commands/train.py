@@ -70,8 +70,10 @@ def train_draft(config: Config) -> dict:
 
 
 def check_beforehand(config: Config) -> list[Chat]:
-    """The prompts of tau, none if it is not measured. Raises UserError for what is not there, packages, text and these prompts, before the
-    target is loaded and writes."""
+    """The prompts of tau; none if it is not measured.
+
+    Raises UserError, before the target is loaded and writes, for what is not there: packages, text, these prompts.
+    """
     check_writers(config)
     check_source(config.data)
     return suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder) if config.eval.every else []
