@@ -108,12 +108,14 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
     if measure.startswith("alpha_"):  # of the rounds that reached a depth, the share that accepted it
         depth = int(measure.removeprefix("alpha_"))
         reached_NP = np.array(last["accepted"])[:, ::-1].cumsum(axis=1)[:, ::-1]
+        if depth >= reached_NP.shape[1]:
+            return [], []  # no draft goes that deep
         return reached_NP[:, depth], reached_NP[:, depth - 1]
     if measure == "speedup":
         return last["plain_seconds"], last["seconds"]
     if measure == "memory":
         return [last["bytes"]], [1.0]
-    assert measure == "training_speed", measure
+    assert measure == "training_speed", measure  # plan.py refuses others
     return last["training_tokens_per_second"], np.ones(len(last["training_tokens_per_second"]))
 
 

@@ -7,21 +7,24 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_DEPTHS = 3  # of step-alpha, beside tau, over training
+from beagle_jax.evaluation.plots import save
+
+_DEPTHS = 3  # of step-alpha at most, beside tau, over training
 
 
 def draw_curve(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """tau and step-alpha of the first depths over training steps; bands: 95 % intervals."""
-    figure = Figure(figsize=(4 * (1 + _DEPTHS), 3.6), layout="constrained")
-    panels = figure.subplots(1, 1 + _DEPTHS)
-    for panel, name in zip(panels, ("tau", *(f"step-alpha {depth}" for depth in range(1, 1 + _DEPTHS)))):
+    depths = min(_DEPTHS, *(len(point["step_alpha"]) for run in runs.values() for point in run["curve"]))
+    figure = Figure(figsize=(4 * (1 + depths), 3.6), layout="constrained")
+    panels = figure.subplots(1, 1 + depths)
+    for panel, name in zip(panels, ("tau", *(f"step-alpha {depth}" for depth in range(1, 1 + depths)))):
         for colour, (label, run) in enumerate(runs.items()):
             values = [point["tau"] if name == "tau" else point["step_alpha"][int(name[-1]) - 1] for point in run["curve"]]
             _line(panel, [point["step"] for point in run["curve"]], values, label, colour)
         panel.set(xlabel="training steps", title=name)
     panels[0].legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_depth(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -39,7 +42,7 @@ def draw_depth(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) ->
     tau.set(title="tau", xlim=(1, None))
     tau.invert_yaxis()
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _line(panel: Axes, places: Sequence[int], values: Sequence[Sequence[float]], label: str, colour: int) -> None:

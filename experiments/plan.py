@@ -1,15 +1,18 @@
 """What a file of experiments says: drafts to train, how they decode, figures, and what the paper claims of them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
+from beagle_jax.config import parse_yaml
 from beagle_jax.errors import UsageError
 
 _SHORTER = 120  # --short: a stage has this part of its steps
+_MEASURES = re.compile(r"tau|curve|alpha_[1-9]\d*|speedup|memory|training_speed")
 _AFTER_SEED = 100  # added to the seed for every run that one goes on from: it shall not see the same batches again
 
 
@@ -142,12 +145,14 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
     key that nothing reads.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        base = yaml.safe_load(Path(tree["base"]).read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        base = parse_yaml(Path(tree["base"]).read_text(encoding="utf-8"))
         folder, results = Path(tree["folder"]), Path(tree["results"])
         groups = {kind: tree.get(kind) or {} for kind in ("runs", "evaluations", "figures")}
         claims = tree.get("claims") or []
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML, or its base is not: {error}") from error
+    except (OSError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one") from error
     if "folder" in overrides:
         folder = Path(overrides["folder"])
@@ -176,6 +181,9 @@ def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """The dataclass, lists as tuples; a single name stands for a list of one."""
     tuples = {name for name, hint in kind.__annotations__.items() if str(hint).startswith("tuple")}
     values = {key: tuple(value) if isinstance(value, list) else (value,) if key in tuples else value for key, value in values.items()}
+    for name, hint in kind.__annotations__.items():
+        if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
+            raise UsageError(f"{where}: {name} is {values[name]!r}; expected one of {', '.join(get_args(hint))}")
     try:
         return kind(**values)
     except TypeError as error:
@@ -183,7 +191,7 @@ def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_names(plan: Plan, path: Path) -> None:
-    """Every name that is used must be there."""
+    """Every name that is used must be there, and have what is asked of it: found out now, and not after hours of training."""
     decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
     uses = [(f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after]
     uses += [(f"evaluations.{name}.drafts", draft, plan.runs) for name, one in plan.evaluations.items() for draft in one.drafts]
@@ -195,6 +203,20 @@ def _check_names(plan: Plan, path: Path) -> None:
     for where, name, there in uses:
         if name not in there:
             raise UsageError(f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}")
+    for name, one in plan.evaluations.items():
+        if len(set(one.drafts)) < len(one.drafts):
+            raise UsageError(f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once")
+    for name, figure in plan.figures.items():
+        if figure.kind in ("phases", "table") and not decoded.issuperset(figure.of):
+            raise UsageError(f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of {', '.join(sorted(decoded)) or 'evaluations'}")
+    for place, claim in enumerate(plan.claims):
+        if not _MEASURES.fullmatch(claim.measure):
+            raise UsageError(f"{path}: claims[{place}].measure is {claim.measure!r}; expected tau, curve, alpha_1, alpha_2, .., speedup, memory or "
+                             "training_speed")
+        having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(claim.measure, known)
+        for one in (claim.more, *claim.less):
+            if one not in having:
+                raise UsageError(f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of {', '.join(sorted(having))}")
     order = list(plan.runs)
     for name, run in plan.runs.items():
         if run.after and order.index(run.after) > order.index(name):

@@ -17,8 +17,8 @@ from beagle_jax.weights.model_card import TRAINED_WITH, installed
 Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order of steps
 
 
-def write_results(plan: Plan, failed: Mapping[str, str]) -> str:
-    """Writes every figure's JSON and PNG and the table of claims; returns the table."""
+def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) -> str:
+    """Writes every figure's JSON and PNG and the table of claims; returns the table. whole: the plan is; part of a table replaces none."""
     plan.results.mkdir(parents=True, exist_ok=True)
     found = measured(plan) | decoded(plan)
     # Where the text lies is this machine's affair.
@@ -36,7 +36,8 @@ def write_results(plan: Plan, failed: Mapping[str, str]) -> str:
         elif len(runs) > 1:
             draw(figure, runs, plan.results / f"{name}.png")
     text = "\n".join([*claims_table(lines), *tables, "", sentence(lines, about)]) + "\n"
-    write_text(plan.results / "claims.md", text)
+    if whole:
+        write_text(plan.results / "claims.md", text)
     return text
 
 

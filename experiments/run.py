@@ -28,14 +28,16 @@ from results import write_results
 
 from beagle_jax import terminal
 from beagle_jax.commands.evaluate import evaluate
-from beagle_jax.commands.train import train_draft
-from beagle_jax.config import Config, load_config
+from beagle_jax.commands.train import train_draft, training_target
+from beagle_jax.config import Config, load_config, parse_override
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
-from beagle_jax.errors import UsageError, UserError, run_main
+from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
-from beagle_jax.weights.target import configured_target
+from beagle_jax.json_file import read_json
+from beagle_jax.weights.draft import DIGEST
+from beagle_jax.weights.target import Target
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,20 +51,13 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("--shared", action="store_true", help="other work runs on this machine: keep no times, leave the evaluations for later")
     arguments = made.parse_intermixed_args(argv)
     terminal.prepare(argparse.Namespace(quiet=False))
-    plan = load_plan(Path(arguments.plan), dict(map(_setting, arguments.overrides)), short=arguments.short).only(arguments.only)
+    plan = load_plan(Path(arguments.plan), dict(map(parse_override, arguments.overrides)), short=arguments.short).only(arguments.only)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
     failed = {} if arguments.draw else run_all(plan, shared=arguments.shared)
-    print(write_results(plan, failed))
+    print(write_results(plan, failed, whole=not arguments.only))
     if failed:
         raise UserError(f"{len(failed)} could not be made:\n" + "\n".join(f"  {name}: {error}" for name, error in failed.items()))
-
-
-def _setting(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"override {override!r}: expected section.key=value")
-    return key, yaml.safe_load(text)
 
 
 def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
@@ -90,31 +85,35 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
 
 def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
     """Trains a run from point to point, and writes what its draft accepts at each, with the speed of training unless `shared`."""
-    folder, run = plan.folder_of(training), plan.runs[training.name]
+    folder, run, target = plan.folder_of(training), plan.runs[training.name], None
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
         found = folder / f"step-{steps}.json"
         config = _written(folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps")
         if not found.exists():
-            train_draft(config)
-            speed = {"training_tokens_per_second": [] if shared else training_speed(config, run.points)}
-            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config), **speed}))
+            target = target or training_target(config)
+            train_draft(config, target)
+            speed = {"training_tokens_per_second": [] if shared else training_speed(config)}
+            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config, target), **speed}))
 
 
 def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
     """The config of a run, kept beside it. Raises UserError when the folder was made with settings other than the number of steps."""
     if path.exists():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key in {*there, *settings} - {steps} if there.get(key) != settings.get(key)]
-        if changed:
-            raise UserError(f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back")
+        _check_settings(path, settings, lambda key: key != steps)
     write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
     return load_config(path)
 
 
-def accepted(config: Config) -> dict[str, list]:
+def _check_settings(path: Path, settings: Mapping[str, Any], matters: Callable[[str], bool]) -> None:
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = [key for key in {*there, *settings} if matters(key) and there.get(key) != settings.get(key)]
+    if changed:
+        raise UserError(f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back")
+
+
+def accepted(config: Config, target: Target) -> dict[str, list]:
     """What the draft brings in real decoding, by prompt of the first suite, all prompts as one batch."""
-    target = configured_target(config.target, decoding=True)
     prompts = tokenize(suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer)
     decoder = decoder_of(config, target, drafter_of(config, target, draft_path(config)))
     answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens, seed=config.decode.seed)
@@ -123,20 +122,34 @@ def accepted(config: Config) -> dict[str, list]:
             "accepted": [one.accepted for one in answers]}  # fmt: skip
 
 
-def training_speed(config: Config, points: Sequence[int]) -> list[float]:
-    """Supervised tokens per second by line of the log, but for lines whose time holds a compilation."""
-    lines = [json.loads(line) for line in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    first = {config.log.every + start for start in (0, *points)}
-    return [line["tokens_per_second"] for line in lines if "tokens_per_second" in line and line["step"] not in first]
+def training_speed(config: Config) -> list[float]:
+    """Supervised tokens per second by line of the log, but for the first after each start of the program: its time holds a compilation."""
+    found, compiled = [], False
+    for text in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["stage"] == "data":
+            compiled = False
+        elif "tokens_per_second" in line:
+            found += [line["tokens_per_second"]] if compiled else []
+            compiled = True
+    return found
 
 
 def evaluate_drafts(plan: Plan, name: str, one: Evaluation) -> None:
-    """`evaluate` on the drafts of an evaluation, each of its run's first seed; answers that are there are kept."""
+    """`evaluate` on the drafts of an evaluation, each of its run's first seed; answers that are there are kept.
+
+    Raises UserError when what is there was measured with other settings, or the drafts were trained again since.
+    """
     folder = plan.folder / "evaluations" / name
     folders = [plan.folder_of(Training(draft, plan.runs[draft].seeds[0])) for draft in one.drafts]
     settings = {**plan.base, **one.set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
                 "eval.compare": [str(folder / "draft") for folder in folders[1:]]}  # fmt: skip
     if (folder / "report.json").exists():
+        _check_settings(folder / "config.yaml", settings, lambda key: key.partition(".")[0] in ("target", "draft", "decode", "eval"))
+        with (folder / "answers.jsonl").open(encoding="utf-8") as stream:
+            measured = json.loads(stream.readline())["drafts"].values()
+        if list(measured) != [read_json(draft / "draft" / "config.json", "train it again")[DIGEST] for draft in folders]:
+            raise UserError(f"{folder}: its drafts were trained again since they were measured; delete it to have them measured again")
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

@@ -11,6 +11,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import claims
+import pictures
 import plan as plans
 import results
 import run as runner
@@ -104,6 +105,14 @@ def test_both_sides_are_drawn_together():
     assert value_of({0: [point(hard)]}, "tau").high - value_of({0: [point(hard)]}, "tau").low > 0.5
 
 
+def test_a_depth_that_no_draft_reaches_decides_nothing(tmp_path):
+    claim = plans.Claim(figure="fig", says="a beats b", measure="alpha_3", more="a", less=("b",))
+    assert judged(claim, runs(a=0.9, b=0.5))["here"] == "nothing that both have"  # drafts of two
+    curve = [{"step": 1, "tau": [1.5, 1.4, 1.6], "step_alpha": [[0.5, 0.4, 0.6]] * 2}]
+    pictures.draw_curve("t", {"a": {"curve": curve}, "b": {"curve": curve}}, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_was_not_run_or_cannot_be_decided_says_so():
     claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
     line = judged(claim, runs(a=0.9))
@@ -173,6 +182,12 @@ def test_first_seeds_come_first():
             {"runs": {"late": {"stage": "late", "steps": 3, "after": "base"}, "base": {"stage": "early", "steps": 3}}, "figures": {}},
             "runs.late goes on from base, which stands below it",
         ),
+        ({"claims": [{"figure": "fig4", "says": "x", "measure": "taus", "more": "beagle", "less": "eagle"}]}, r"claims\[0\].measure is 'taus'; expected"),
+        ({"claims": [{"figure": "fig4", "says": "x", "measure": "alpha_0", "more": "beagle", "less": "eagle"}]}, "measure is 'alpha_0'"),
+        ({"claims": [{"figure": "fig4", "says": "x", "measure": "memory", "more": "beagle", "less": "eagle"}]}, "beagle has no memory"),
+        ({"figures": {"fig4": {"title": "x", "kind": "phases", "of": ["beagle"]}}}, "fig4 is of kind phases, which needs times: of evaluations"),
+        ({"figures": {"fig4": {"title": "x", "kind": "curves", "of": ["beagle"]}}}, "fig4: kind is 'curves'; expected one of curve, depth"),
+        ({"evaluations": {"e": {"drafts": ["beagle", "beagle"]}}}, "evaluations.e.drafts is beagle, beagle; expected each once"),
     ],
 )
 def test_a_wrong_file_is_refused(change, message, tmp_path):
@@ -193,6 +208,85 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     assert runner._written(path, settings | {"train.early.steps": 200}, "train.early.steps").train.early.steps == 200
     with pytest.raises(UserError, match="made with other settings of train.early.window"):
         runner._written(path, settings | {"train.early.window": 5}, "train.early.steps")
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    text = Path(PAPER).read_text()
+    (tmp_path / "x.yaml").write_text(text.replace("  window-5:", "  window-1:", 1))
+    with pytest.raises(UsageError, match="(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"):
+        plans.load_plan(tmp_path / "x.yaml", {}, short=False)
+
+
+def test_a_part_of_the_table_does_not_replace_it(tmp_path):
+    plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path / "runs", results=tmp_path)
+    whole = results.write_results(plan, {})
+    part = results.write_results(plan.only(["detach"]), {}, whole=False)
+    assert part.count("| detach |") == 1 < whole.count("\n| fig") and (tmp_path / "claims.md").read_text() == whole
+
+
+def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
+    """Trained to 20; stopped before 40 and gone on from a checkpoint at 20; and further."""
+    (tmp_path / "c.yaml").write_text(f"target: {{source: x}}\ntrain: {{folder: {tmp_path}}}")
+    data, timed = {"stage": "data", "step": 0}, lambda step, speed: {"stage": "early", "step": step, "tokens_per_second": speed}
+    lines = [data, timed(10, 1.0), timed(20, 50.0), {"stage": "early", "step": 20, "split": "held_out"},
+             data, timed(30, 1.0), data, timed(30, 1.0), timed(40, 60.0), timed(50, 70.0)]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runner.training_speed(load_config(tmp_path / "c.yaml")) == [50.0, 60.0, 70.0]
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A plan whose evaluation was made, by hand."""
+    plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
+    draft, folder = tmp_path / "late-0" / "draft", tmp_path / "evaluations" / "dynamic-append"
+    for one in (draft, folder):
+        one.mkdir(parents=True)
+    (draft / "config.json").write_text('{"sha256": "a"}')
+    runner.evaluate_drafts(plan, folder.name, plan.evaluations[folder.name])
+    (folder / "answers.jsonl").write_text('{"drafts": {"late": "a"}}\n')
+    (folder / "report.json").write_text("{}")
+    return plan, folder
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Calls of `evaluate`."""
+    found = []
+    monkeypatch.setattr(runner, "evaluate", lambda *arguments: found.append(arguments))
+    return found
+
+
+def test_an_evaluation_is_not_made_again(asked, evaluated):
+    plan, folder = evaluated
+    runner.evaluate_drafts(plan, folder.name, plan.evaluations[folder.name])
+    assert len(asked) == 1
+    # What only trainings are told of is no reason.
+    runner.evaluate_drafts(replace(plan, base={**plan.base, "train": {}}), folder.name, plan.evaluations[folder.name])
+    assert len(asked) == 1
+
+
+def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
+    plan, folder = evaluated
+    one = plan.evaluations[folder.name]
+    with pytest.raises(UserError, match="dynamic-append/config.yaml: made with other settings of decode.nodes; delete"):
+        runner.evaluate_drafts(plan, folder.name, replace(one, set={**one.set, "decode.nodes": 5}))
+    (plan.folder / "late-0" / "draft" / "config.json").write_text('{"sha256": "b"}')
+    with pytest.raises(UserError, match="dynamic-append: its drafts were trained again since they were measured; delete it"):
+        runner.evaluate_drafts(plan, folder.name, one)
+    assert len(asked) == 1
+
+
+def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
+    """For all that is trained and measured of it."""
+    plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
+    seen = []
+    monkeypatch.setattr(runner, "training_target", lambda config: seen.append("load") or "target")
+    monkeypatch.setattr(runner, "train_draft", lambda config, target: seen.append((config.train.early.steps, target)))
+    monkeypatch.setattr(runner, "accepted", lambda config, target: seen.append(target) or {"tokens": [1]})
+    for _ in range(2):
+        runner.train_and_measure(plan, plans.Training("beagle", 0), shared=True)
+    assert seen == ["load", (120, "target"), "target", (240, "target"), "target"]
+    assert json.loads((tmp_path / "beagle-0" / "step-240.json").read_text()) == {"step": 240, "seed": 0, "tokens": [1], "training_tokens_per_second": []}
 
 
 @pytest.mark.slow
@@ -226,7 +320,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(tree["claims"])
     assert "not run: window-5" in table and "| none | 1.00 |" in table
 
-    monkeypatch.setattr(runner, "train_draft", lambda config: pytest.fail("it was there"))
+    monkeypatch.setattr(runner, "train_draft", lambda *_: pytest.fail("it was there"))
     monkeypatch.setattr(runner, "evaluate", lambda *_: pytest.fail("it was there"))
     assert run_main(runner.main, ask) == 1 and run_main(runner.main, [*ask, "--draw"]) == 0
     assert (folder / "results" / "claims.md").read_text() == table

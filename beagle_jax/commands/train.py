@@ -44,12 +44,15 @@ from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, configured_target
 
 
-def train_draft(config: Config) -> dict:
-    """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary."""
+def train_draft(config: Config, target: Target | None = None) -> dict:
+    """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary.
+
+    target: what `training_target` gives, for a caller who needs it too; its layers then stay in memory.
+    """
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
     prompts = check_beforehand(config)
-    target = configured_target(config.target, own_part(mesh), decoding=False)
+    target = target or training_target(config)
     check_shape(config.target, target.spec)
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
@@ -67,6 +70,11 @@ def train_draft(config: Config) -> dict:
         save_draft(folder, load_draft(_best_folder(config), target.spec, type(spec)) if best is not None and best.tau else draft)
     return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
             "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+
+
+def training_target(config: Config) -> Target:
+    """The target that writes text and states."""
+    return configured_target(config.target, own_part(make_mesh(config.mesh)), decoding=False)
 
 
 def check_beforehand(config: Config) -> list[Chat]:
