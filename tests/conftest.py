@@ -1,6 +1,7 @@
 """What all tests share: strict JAX settings and a tiny random target."""
 
 import gc
+import itertools
 import os
 from dataclasses import replace
 from functools import lru_cache
@@ -12,6 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # a decoding loop compiles in a quarter of the time. In one part instead of 32 it takes another tenth less, and a dozen memory maps
 # instead of 200. XLA ends the process over a flag that it does not know, so only where it was seen.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Two workers on two cores: threads of torch and numpy would only take the other's time, some of it to wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
@@ -73,11 +76,17 @@ LONGEST = ("test_real_target", "test_decoder", "test_families", "test_sampling",
            "test_eagle_evaluation", "test_target")  # fmt: skip
 
 
+def pytest_configure() -> None:
+    """Imports leave nothing to collect."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays, and tracing makes many objects that live for a second: the collector need not look through them so often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -85,12 +94,18 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
+_ended = itertools.count(1)
+
+
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and two megabytes: 10,000 are 2.4 GB in all."""
+    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and two megabytes: 10,000 are 2.4 GB in all.
+
+    Counting so many takes ten milliseconds, so only every twentieth test does it.
+    """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 10_000:
+    if next(_ended) % 20 == 0 and maps.exists() and len(maps.read_text().splitlines()) > 10_000:
         jax.clear_caches()
         gc.collect()
 
