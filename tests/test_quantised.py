@@ -27,10 +27,14 @@ from beagle_jax.weights.target import configured_target, fill_params, load_targe
 GROUP = 8
 
 
+_quantised_layer = jax.jit(quantise_layer, static_argnums=(1, 2))
+
+
 def _quantised(params, kind, group=GROUP):
-    return {**params, "layers": [quantise_layer(layer, kind, group) for layer in params["layers"]]}
+    return {**params, "layers": [_quantised_layer(layer, kind, group) for layer in params["layers"]]}
 
 
+@jax.jit
 def _turned_back(params):
     """Every quantised matrix as plain float32."""
     one = lambda x: dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
@@ -105,7 +109,8 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
         assert f"target quantised to {kind}, groups of 16: " in told and "MB at rest; on 32 random tokens logits are off by" in told
         assert all(isinstance(layer["q_FD"], Quantised) and not isinstance(layer["input_norm_D"], Quantised) for layer in target.params["layers"])
         tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, whole.spec.vocab_size)
-        run = lambda params: logits(params, whole.spec, forward(params, whole.spec, tokens, jnp.arange(32)[None], causal_mask(jnp.array([32]), 32))[0])
+        at, mask = jnp.arange(32)[None], causal_mask(jnp.array([32]), 32)
+        run = jax.jit(lambda params: logits(params, whole.spec, forward(params, whole.spec, tokens, at, mask)[0]))
         full, small = run(whole.params), run(target.params)
         errors[kind] = float(jnp.sqrt(jnp.mean((small - full) ** 2) / jnp.var(full)))
         assert f"off by {errors[kind]:.1%} of their spread" in told
