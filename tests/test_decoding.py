@@ -30,13 +30,13 @@ START = 5  # MARKOV: eight different tokens follow it
 PROMPTS = {"one token": [5], "short": [7, 8, 9], "a bucket": list(range(60)) + [3, 1, 4, 1], "one more": list(range(60)) + [3, 1, 4, 1, 5]}
 
 
-def _generate(target, draft, tree, prompt, max_new=20, limit=None) -> Generation:
-    [answer] = SpeculativeDecoder(target, draft, tree).generate([prompt], max_new_tokens=limit or max_new)
+def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None) -> Generation:
+    [answer] = SpeculativeDecoder(target, draft, tree, context=context).generate([prompt], max_new_tokens=limit or max_new)
     return answer
 
 
-def _check_lossless(target, draft, tree, prompt, max_new=20) -> Generation:
-    found = _generate(target, draft, tree, prompt, max_new)
+def _check_lossless(target, draft, tree, prompt, max_new=20, context=None) -> Generation:
+    found = _generate(target, draft, tree, prompt, max_new, context=context)
     assert found.tokens == naive_greedy(target, prompt, max_new)
     assert sum(found.accepted) == found.rounds
     return found
@@ -46,7 +46,7 @@ def _check_lossless(target, draft, tree, prompt, max_new=20) -> Generation:
 @pytest.mark.parametrize("tree", [ROOT_ONLY, *TREES.values()], ids=["plain", *TREES])
 def test_equals_plain_decoding(tree, prompt):
     draft = random_draft() if tree.depth else None
-    _check_lossless(target_of(), draft, tree, prompt)
+    _check_lossless(target_of(), draft, tree, prompt, context=120)  # one cache size
 
 
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.2])
