@@ -15,6 +15,8 @@ from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.weights.draft import Draft, load_draft
 from beagle_jax.weights.target import load_target
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> SimpleNamespace:

@@ -247,11 +247,16 @@ def _decoded(target, tree=ROOT_ONLY):
 
 
 @each_family
-def test_greedy_tokens_equal_torch_plainly_and_with_a_tree(family):
+def test_greedy_tokens_equal_torch_with_a_tree(family):
     model, target = family
-    expected = _torch_answers(model)
-    assert _decoded(target) == expected
-    assert _decoded(target, static_tree([(0,), (1,), (0, 0), (0, 0, 0)])) == expected
+    assert _decoded(target, static_tree([(0,), (1,), (0, 0), (0, 0, 0)])) == _torch_answers(model)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3 moe with all", "gemma 3"], indirect=True)
+def test_greedy_tokens_equal_torch_plainly(family):
+    """What a family brings is in `forward`, which a tree asks for more rows: windows, experts and Gemma's layers stand for all."""
+    model, target = family
+    assert _decoded(target) == _torch_answers(model)
 
 
 @pytest.mark.parametrize("far", [-1, 1])

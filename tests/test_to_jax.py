@@ -57,16 +57,20 @@ def test_bit_equal_to_the_source(sources, tmp_path, kind):
         same_target(load_target(str(tmp_path / "out"), dtype, "unused"), load_target(str(sources[kind]), dtype, "unused"))
 
 
-# What a process with four devices makes of a folder that another wrote, as training loads it: arrays born in parts, and the values.
-RESTORE = """
+# A process with four devices writes a folder, and takes it as training does on another mesh: arrays born in parts, and the values.
+WRITE_AND_RESTORE = """
 import sys, jax, numpy as np
+from beagle_jax import convert
 from beagle_jax.config import MeshConfig, TargetConfig
+from beagle_jax.errors import run_main
 from beagle_jax.sharding import make_mesh
 from beagle_jax.weights.target import configured_target
-params = configured_target(TargetConfig(source=sys.argv[1]), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), decoding=False).params
+config, out, read = sys.argv[1:]
+assert run_main(convert.main, ["to-jax", "--config", config, "--out", out]) == 0
+params = configured_target(TargetConfig(source=out), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), decoding=False).params
 gate_FD = params["layers"][0]["gate_FD"]
 assert gate_FD.shape == (96, 64) and gate_FD.addressable_shards[0].data.shape[0] == 48
-np.savez(sys.argv[2], *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+np.savez(read, *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
 """
 
 
@@ -80,10 +84,9 @@ def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
 def test_a_mesh_writes_in_parts_and_another_reads_in_its_own(sources, tmp_path):
     config, out = tmp_path / "run.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}, "mesh": {"data": 1, "tensor": 4}}))
-    write = ["-m", "beagle_jax.convert", "to-jax", "--config", str(config), "--out", str(out)]
-    for arguments in (write, ["-c", RESTORE, str(out), str(tmp_path / "read.npz")]):
-        done = subprocess.run([sys.executable, *arguments], env=environment(4), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", WRITE_AND_RESTORE, str(config), str(out), str(tmp_path / "read.npz")]
+    done = subprocess.run(command, env=environment(4), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     parts, expected = stored_parts(out), load_target(str(sources["folder"]), "float32", "unused")
     assert (parts["layers.0.gate_FD"], parts["layers.0.down_DF"]) == ((24, 64), (64, 24))
     same_target(load_target(str(out), "float32", "unused"), expected)
