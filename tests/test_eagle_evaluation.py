@@ -132,7 +132,7 @@ def beside(place) -> list[str]:
         with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
     return [f"eval.compare=[{place.folder / 'beside'}, lookup]", f"eval.suites=[{', '.join(RECORDS)}]", f"eval.folder={place.folder}",
-            "eval.max_new_tokens=6"]  # fmt: skip
+            "eval.max_new_tokens=6", "decode.stop=[e]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -141,7 +141,7 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
     made = evaluated(load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True)
     names = ["plain", *(str(place.folder / name) for name in ("draft", "beside")), "lookup"]
     assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], made["audit"]
-    assert [one["name"] for one in made["suites"]] == list(RECORDS)
+    assert [one["name"] for one in made["suites"]] == list(RECORDS) and [note[:11] for note in made["notes"]] == ["decode.stop"]
     for one, (_, category, turns) in zip(made["suites"], RECORDS.values()):
         assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
         for name in names:

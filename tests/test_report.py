@@ -117,6 +117,11 @@ def test_the_table_has_a_block_for_each_suite(made):
     assert lines[-3].startswith("tok/s: ") and lines[-2:] == made["notes"]
 
 
+def test_prompts_without_a_category_have_a_heading(made):
+    made["suites"][0]["groups"][1]["of"] = ""
+    assert "\n## s: no category\n" in markdown(made)
+
+
 def test_pages_hold_every_figure(made, tmp_path):
     parted = {"system": "a|<b>", "suite": "s", "number": 3, "turn": 1, "place": 7, "plain": 11, "system_token": 12, "gap": 0.25,
               "top_2_gap": 0.125, "within_noise": False}  # fmt: skip

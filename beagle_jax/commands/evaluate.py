@@ -64,6 +64,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
     if target.quantised:
         made["notes"].append(f"The target, in plain decoding too, is quantised to {target.quantised}.")
+    if config.decode.stop:
+        made["notes"].append("decode.stop is for generate: answers here end at stop tokens and at eval.max_new_tokens alone.")
     if audited:
         made["audit"] = audit(target, drafts, bench, measured, append_predicted=config.decode.append_predicted, rule=config.decode.rule)
     if out is not None:

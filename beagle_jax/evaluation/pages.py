@@ -82,7 +82,7 @@ def _environment(report: dict[str, Any]) -> Section:
 
 
 def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
-    what = {"all": suite, "category": f"{suite}: {group['of']}", "context": f"{suite}: prompts up to {group['of']} tokens"}[group["by"]]
+    what = {"all": suite, "category": f"{suite}: {group['of'] or 'no category'}", "context": f"{suite}: prompts up to {group['of']} tokens"}[group["by"]]
     head = ["system", "tau", "tok/s", "decode tok/s", "speedup", "rounds", "tokens", "identical", "step-alpha by depth"]
     rows = []
     for name, one in group["systems"].items():
