@@ -1,6 +1,5 @@
 """Several processes, one run: how they find each other."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, TINY
+from conftest import ONE_DEVICE, TINY, environment
 from process_cases import ASKED_AT
 from test_loop import SPEC, config_for, lines_of, loader_of, saved_steps
 
@@ -83,10 +82,10 @@ def together(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = "127.0.0.1:{}".format(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "XLA_FLAGS": "", "TQDM_DISABLE": "1",
-                                "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}  # fmt: skip
+    variables = environment(1) | {"PYTHONPATH": f"{here.parent}:{here}", "TQDM_DISABLE": "1",
+                                  "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}  # fmt: skip
     command = [sys.executable, str(here / "process_cases.py"), str(folder)]
-    started = [subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    started = [subprocess.Popen(command, env=variables | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True) for number in range(2)]  # fmt: skip
     ended = [one.communicate(timeout=280) for one in started]
     assert [one.returncode for one in started] == [0, 0], "\n".join(stderr[-2000:] for _, stderr in ended)
