@@ -221,10 +221,10 @@ class Wrong(SpeculativeDecoder):
 
 
 def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
-    command = ["--config", trained.config, "eval.limit=2", "--audit"]
+    command = ["--config", trained.config, "eval.limit=3", "--audit"]
     assert run_main(evaluate.main, command) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "2/2" in printed
+    assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "3/3" in printed
     monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
     assert run_main(evaluate.main, command) == 1
     told = capsys.readouterr()
@@ -243,7 +243,7 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
     own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
-    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=2", "eval.compare=[lookup]", f"eval.suites=[{own}]"]
+    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=3", "eval.compare=[lookup]", f"eval.suites=[{own}]"]
     assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
@@ -254,7 +254,7 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
         assert abs(phases["draft"] + phases["verify"] + phases["rest"] - phases["round"]) < 0.01 and phases["verify"] > 0
         assert memory["target_weights"] > memory["target_cache"] > 0 and memory["decode_temporaries"] > 0
         assert (memory["draft_cache"] > 0) == (memory["draft_weights"] > 0) == (system["trained_tokens"] == 48) == ("run" in system["name"])
-    assert "2/2" in printed and "texts are longer than the 48 tokens" in printed
+    assert "3/3" in printed and "texts are longer than the 48 tokens" in printed
     pictures = {path.stem for path in (out / "pictures").glob("*.png")}
     assert pictures == {"acceptance", "phases", "tree", "attention", "masks", "training"}
     assert (out / "report.html").read_text().count("data:image/png;base64,") == len(pictures)

@@ -99,7 +99,7 @@ def place(tmp_path_factory) -> SimpleNamespace:
         "target": {"source": str(folder / "target"), "cache_dir": str(folder / "cache")},
         "draft": {"path": str(folder / "draft")},
         "decode": {"levels": 2, "max_new_tokens": 16},
-        "eval": {"suites": [str(folder / "eval.jsonl")], "max_new_tokens": 16, "compare": ["lookup"]},
+        "eval": {"suites": [str(folder / "eval.jsonl")], "max_new_tokens": 16},
     }
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -114,25 +114,30 @@ def test_an_imported_draft_generates_what_plain_decoding_does(place, capsys):
     assert found["equal"] and found["tokens"] == 16
 
 
-def test_evaluation_reports_and_audits_it(place):
+@pytest.fixture(scope="module")
+def suites(place) -> list[str]:
+    """Overrides: a record of every suite that is published."""
+    for name, (record, *_) in RECORDS.items():
+        with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+    return [f"eval.suites=[{', '.join(RECORDS)}]", f"eval.folder={place.folder}", "eval.max_new_tokens=6"]
+
+
+def test_evaluation_reports_and_audits_it(place, suites):
     out = place.folder / "report"
-    assert run_main(evaluate.main, ["--config", place.config, "--audit", "--out", str(out)]) == 0
+    assert run_main(evaluate.main, ["--config", place.config, *suites, "--audit", "--out", str(out)]) == 0
     made = json.loads((out / "report.json").read_text())
     check_schema(made)
-    assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft"), "lookup"]
+    assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft")]
     assert (out / "pictures" / "attention.png").exists() and (out / "pictures" / "tree.png").exists()
 
 
 @pytest.fixture(scope="module")
-def beside(place) -> list[str]:
-    """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on a record of every suite that is published."""
+def beside(place, suites) -> list[str]:
+    """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on those suites."""
     spec = DraftSpec.from_target(load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3)
     save_draft(place.folder / "beside", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))
-    for name, (record, *_) in RECORDS.items():
-        with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-    return [f"eval.compare=[{place.folder / 'beside'}, lookup]", f"eval.suites=[{', '.join(RECORDS)}]", f"eval.folder={place.folder}",
-            "eval.max_new_tokens=6", "decode.stop=[e]"]  # fmt: skip
+    return [f"eval.compare=[{place.folder / 'beside'}, lookup]", "decode.stop=[e]", *suites]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
