@@ -82,10 +82,10 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, t
     module = torch_draft(exported[name])
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        found = module.generate(place.model, ids, max_new_tokens=40, **options)
-        [jax_answer] = fast.generate([prompt], max_new_tokens=40)
-        [plain] = place.plain.generate([prompt], max_new_tokens=40)
-        theirs = place.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        found = module.generate(place.model, ids, max_new_tokens=24, **options)
+        [jax_answer] = fast.generate([prompt], max_new_tokens=24)
+        [plain] = place.plain.generate([prompt], max_new_tokens=24)
+        theirs = place.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         assert found.sequences[0].tolist() == prompt + jax_answer.tokens == prompt + plain.tokens == theirs[0].tolist()
         assert found.rounds == jax_answer.rounds < len(plain.tokens) - 1
         assert sum(jax_answer.accepted[1:]) > 1, "the draft must be right sometimes, else acceptance is not tested"

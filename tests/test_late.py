@@ -67,7 +67,7 @@ def _compare(row, window, steps, detach, offsets, **options) -> None:
 
 
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize(("window", "steps"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (5, 3)])
+@pytest.mark.parametrize(("window", "steps"), [(1, 1), (2, 2), (5, 3), (4, 4), (5, 5)])
 def test_equals_plain_form(row, window, steps, detach):
     _compare(row, window, steps, detach, range(window))
 
