@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
@@ -30,6 +30,8 @@ class HFTokenizer:
         """The folder's tokenizer."""
         if (self.path / "tokenizer.model").exists() and not (self.path / "tokenizer.json").exists():
             _check_sentencepiece(self.path / "tokenizer.model")
+        from transformers import AutoTokenizer  # here, since it imports torch where that is installed: two seconds
+
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except Exception as error:
