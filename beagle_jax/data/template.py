@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.data.chats import Chat, Message
+from beagle_jax.data.chats import Chat, Message, check_text
 from beagle_jax.errors import UserError
 
 # Stands in for a user's text while the template's header is cut out.
@@ -67,6 +67,8 @@ def _render(
 ) -> list[int]:
     if tokenizer.chat_template is None:
         raise UserError("the target's tokenizer has no chat template; use an instruction-tuned model")
+    for message in messages:
+        check_text(message.get("content"), where)
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
