@@ -83,6 +83,7 @@ def test_exit_status_and_message(workplace, capsys, name, more, status, expected
         ("generate", ["Hi", "draft.path=/no/draft"], "/no/draft/config.json: no such file"),
         ("evaluate", ["draft.path=lookup", "eval.compare=[/no/draft]"], "/no/draft/config.json: no such file"),
         ("tune", ["draft.path=/no/draft"], "/no/draft/config.json: no such file"),
+        ("tune", ["decode.append_predicted=false"], "decode.append_predicted is false, but tune measures trees whose deeper levels see"),
         ("tune", ["eval.suites=[/no/prompts]"], "eval.suites: '/no/prompts' is not a file or folder"),
     ],
 )

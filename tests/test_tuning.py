@@ -17,6 +17,7 @@ from beagle_jax.decoding.tuning import Choice, decoder_of, drafter_of, remember,
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.weights.draft import save_draft
+from beagle_jax.weights.quantiser import Cost
 
 
 @pytest.fixture
@@ -66,14 +67,23 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     [text] = _answers(target, 1)
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
-    order = tuning._order_of_right_path(*grown, levels)
-    assert (order < nodes - 1).sum(axis=1).tolist() == _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
+    accepted = lambda token_MW, parent_MW, depth_MW, score_MW, follows_MP: (
+        tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels) < nodes - 1).sum(axis=1).tolist()  # fmt: skip
+    assert accepted(*grown) == (expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text))
+    *tree, score_MW, follows_MP = grown
+    if (levels, topk, nodes) == (3, 3, 8):
+        assert accepted(*tree, -score_MW, follows_MP) != expected  # planted bug: the worst first
 
 
 def test_a_right_draft_is_always_first(small):
     target = target_of(MARKOV)
-    found = tuning.tune(target, right_draft(), _answers(target))
+    texts = _answers(target)
+    short, long = ([5], [7, 2]), (list(range(61)), [3] * 30)  # their places have no future, or lie past what is looked at
+    found = tuning.tune(target, right_draft(), [short, *texts, long])
     np.testing.assert_allclose(found.rank_share[:, 0], 1.0)
+    assert found.places == 3 * (30 - 3)
+    with pytest.raises(UserError, match="no answer to the sample prompts is longer than 3 tokens within the first 64 of its text, .* raise eval.max"):
+        tuning.tune(target, right_draft(), [short, long])
     chain = [choice for choice in found.choices if (choice.levels, choice.topk, choice.nodes) == (3, 1, 4)]
     assert chain[0].tau == 4.0
     assert found.choices == sorted(found.choices, key=lambda choice: -choice.tokens_per_second)
@@ -89,7 +99,7 @@ def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
     assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_auto_takes_the_remembered_tree(tmp_path):
+def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     target, draft = target_of(), random_draft()
     (tmp_path / "c.yaml").write_text(f"target: {{source: test, cache_dir: {tmp_path}}}\ndecode: {{tree: auto}}\n")
     config = load_config(tmp_path / "c.yaml")
@@ -97,8 +107,14 @@ def test_auto_takes_the_remembered_tree(tmp_path):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
     assert decoder_of(config, target, draft)._shapes.tree == dynamic_tree(2, 3, 6)
-    with pytest.raises(UserError, match="no tree was tuned"):
-        decoder_of(config, target, random_draft(seed=2))
+    int8, int4 = (dataclasses.replace(target, quantised=Cost(kind, 64, 1, 1, 0.0, 1.0)) for kind in ("int8", "int4"))
+    for others in ((target, random_draft(seed=2)), (int8, draft), (int4, draft)):
+        with pytest.raises(UserError, match="no tree was tuned"):
+            decoder_of(config, *others)
+    assert tuned_path(str(tmp_path), int8, draft) != tuned_path(str(tmp_path), int4, draft)
+    monkeypatch.setattr(tuning, "_processor", lambda: "another")
+    with pytest.raises(UserError, match="no tree was tuned for this draft on this machine .cpu another"):
+        decoder_of(config, target, draft)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"levels": "2", "topk": 3, "nodes": 6}'])

@@ -17,6 +17,7 @@ from beagle_jax.decoding.tuning import (
     tune,
     tuned_path,
 )
+from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
@@ -28,6 +29,8 @@ _SHOWN = 8  # trees in the table
 
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Measures, remembers the best tree, writes and draws what was asked for; returns the table and its figures."""
+    if not config.decode.append_predicted:
+        raise UserError("decode.append_predicted is false, but tune measures trees whose deeper levels see predicted states; leave it true")
     chats = suite(config.eval.suites[0], arguments.prompts, config.eval.folder)
     check_there(draft_path(config))
     target = configured_target(config.target, decoding=True)

@@ -79,12 +79,15 @@ class Tuning:
 
 
 def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
-    """texts: prompts and the target's answers, as tokens."""
+    """texts: prompts and the target's answers, as tokens. Raises UserError when all of them are too short."""
     models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
+    read = [_read(target, draft, models, *text) for text in texts if len(_places(*text))]
+    if not read:
+        raise UserError(f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the first {_CAPACITY} of its text, so there is "
+                        "nothing to measure acceptance on; raise eval.max_new_tokens or --prompts, or set other eval.suites")
     verify_ms = {rows: milliseconds(verifying(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
-    read = [_read(target, draft, models, *text) for text in texts]
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
         one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4))
         for levels in LEVELS:
@@ -183,7 +186,12 @@ def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answe
     padded_BL[0, : len(tokens)] = tokens
     rows, states_BLD = _read_text(models, target.spec, draft.spec, padded_BL)
     rows = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), rows)
-    return rows, states_BLD, padded_BL, np.arange(len(prompt), len(tokens) - max(LEVELS))
+    return rows, states_BLD, padded_BL, _places(prompt, answer)
+
+
+def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
+    """Places of an answer that have a future. None of a short answer, or after a long prompt."""
+    return np.arange(len(prompt), min(len(prompt) + len(answer), _CAPACITY) - max(LEVELS))
 
 
 def _widest_trees(draft: Draft, models: Models, topk: int, rows: KVRows, states_BLD: jax.Array, padded_BL: np.ndarray, roots: np.ndarray):
@@ -297,7 +305,8 @@ def _processor() -> str:
 
 def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
     """Where the tree for this machine, target and draft is remembered."""
-    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}|{draft.fingerprint}".encode())
+    quantised = "" if target.quantised is None else f" {target.quantised.kind} {target.quantised.group}"
+    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}{quantised}|{draft.fingerprint}".encode())
     return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
 
 
