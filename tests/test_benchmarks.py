@@ -1,16 +1,24 @@
-"""Benchmarks that need a large device run here at toy size, so that they still run when one can be had."""
+"""Benchmarks that need a large device or a quiet machine run here at toy size, so that they still run when one can be had."""
 
 import importlib.util
 import json
 import math
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
+from command_cases import make_workplace
 
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.evaluation.suites import suite
+from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import param_table
+from beagle_jax.weights.draft import Draft, save_draft
+from beagle_jax.weights.target import load_target
 
 
 def _benchmark(name: str):
@@ -100,3 +108,49 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     assert first == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |" and second.endswith("| NO |")
     kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
     assert kept and bench.table(kept) in (bench.ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> SimpleNamespace:
+    """A tiny target and a random draft of it."""
+    made = make_workplace(tmp_path_factory.mktemp("run"))
+    spec = DraftSpec.from_target(load_target(str(made.folder / "target"), "float32", "unused").spec)
+    save_draft(made.folder / "run" / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))
+    return made
+
+
+def _printed(bench, monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    bench.main()
+    return capsys.readouterr().out
+
+
+def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
+    bench = _benchmark("oracle_draft")
+    monkeypatch.setattr(bench.loop, "propose", bench.loop.propose)  # put back whatever happens
+    monkeypatch.setattr(bench, "suite", lambda *_: suite(str(workplace.folder / "eval.jsonl"), 3))
+    printed = _printed(bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13)
+    whole, verify, draft, *_, ratio = map(float, re.search(
+        r"chain of 2: round ([\d.]+) ms, verify alone ([\d.]+), draft alone ([\d.]+), accept ([\d.]+), append ([\d.]+), left for the loop "
+        r"(-?[\d.]+); ratio ([\d.]+)", printed).groups())  # fmt: skip
+    assert ratio > 0 and whole > 0 <= verify + draft
+
+
+def test_speeds_beside_transformers_at_toy_size(workplace, monkeypatch, capsys):
+    options = ["--config", workplace.config, "--prompts", workplace.folder / "eval.jsonl", "--limit", 2, "--new-tokens", 8]
+    printed = _printed(_benchmark("against_transformers"), monkeypatch, capsys, *options)
+    for way in ("transformers ", "transformers, prompt lookup", "plain ", "speculative "):
+        assert re.search(rf"^{way} .* tok/s .*x of plain   same tokens as plain 2/2$", printed, re.M), printed
+    assert re.search(r"^plain / transformers +[\d.]+x\nspeculative / plain +[\d.]+x$", printed, re.M)
+
+
+def test_tau_on_first_turns_at_toy_size(workplace, monkeypatch, capsys):
+    path = workplace.folder / "turns.jsonl"
+    path.write_text(json.dumps({"turns": ["Why is it so?", "And now?"]}) + "\n")
+    printed = _printed(_benchmark("mt_bench"), monkeypatch, capsys, path, "--config", workplace.config, "--levels", 2)
+    assert "chain of 2; step-alpha by depth" in printed and printed.count(" 1/1\n") == 2
+
+
+def test_speed_of_writing_at_toy_size(workplace, monkeypatch, capsys):
+    printed = _printed(_benchmark("writing_answers"), monkeypatch, capsys, "--config", workplace.config, "--prompts", 4)
+    assert re.search(r"4 prompts, batch 16: \d+ tokens in [\d.]+ s = \d+ tok/s", printed)

@@ -183,20 +183,7 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     with jax.named_scope("accept"):
         found, finite_B = accept(models, shapes, now, drafted, states_BWD)
     with jax.named_scope("append"):
-        # Rows of the accepted path only, and their true states: rows past it are overwritten by the next round.
-        # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
-        # all reads and can do it in place. Without drafts nothing else ties the two, and it would copy the caches each round.
-        start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
-        kept = [take_rows(layer, found.path_BP1) for layer in rows]
-        target_cache = write_all(now.target_cache, kept, start_B)
-        draft_cache, last_B1D = now.draft_cache, now.last_B1D
-        if draft_cache is not None:
-            states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
-            positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
-            rows = draft_rows(models, shapes.draft, states_BPD, found.token_BP1, positions_BP)
-            draft_cache = write_rows(draft_cache, rows, start_B)
-            last_B1D = None if last_B1D is None else states_BPD[:, -1:]  # the path ends with its last node, however short
-    now = now._replace(target_cache=target_cache, draft_cache=draft_cache, last_B1D=last_B1D)
+        now = append(models, shapes, now, found, states_BWD, rows)
     return _emit(now, found, finite_B, shapes.eos_ids)
 
 
@@ -249,6 +236,22 @@ def accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, s
     noise_BWV = gumbel(_keys(now.key_B, now.count_B[:, None] + nodes.depth_BW, _FOR_TARGET), V)
     found = accept_by_ratio(nodes, target_BWV, draft_BPV, uniform_BP, noise_BWV)
     return found, jnp.isfinite(raw_BWV.max(axis=-1)).all(axis=1)
+
+
+def append(models: Models, shapes: Shapes, now: DecodeState, found: Accepted, states_BWD, rows: list[KVRows]) -> DecodeState:
+    """Writes the rows of the accepted path only, and their true states: rows past it are overwritten by the next round."""
+    # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
+    # all reads and can do it in place. Without drafts nothing else ties the two, and it would copy the caches each round.
+    start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
+    target_cache = write_all(now.target_cache, [take_rows(layer, found.path_BP1) for layer in rows], start_B)
+    draft_cache, last_B1D = now.draft_cache, now.last_B1D
+    if draft_cache is not None:
+        states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
+        positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
+        kept = draft_rows(models, shapes.draft, states_BPD, found.token_BP1, positions_BP)
+        draft_cache = write_rows(draft_cache, kept, start_B)
+        last_B1D = None if last_B1D is None else states_BPD[:, -1:]  # the path ends with its last node, however short
+    return now._replace(target_cache=target_cache, draft_cache=draft_cache, last_B1D=last_B1D)
 
 
 def _target_choice(models: Models, shapes: Shapes, states_BWD, key_B, place_BW) -> tuple[jax.Array, jax.Array]:
