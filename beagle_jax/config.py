@@ -171,6 +171,8 @@ class Config:
     log: LogConfig = LogConfig()
 
 
+COLDEST = 1e-6  # temperature above 0; logits over a far smaller one overflow, and tokens of any logit are tied
+
 # Names that users of other projects type (product.md, last section).
 ALIASES = {
     "base_model": "target.source",
@@ -392,13 +394,20 @@ def _check(config: Config, where: str) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:  # not a number fails too
             raise UsageError(f"{where}: {key} is {value}; expected 0 or more")
-    if not 0 < config.decode.top_p <= 1:
-        raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
+    _check_sampling(config, where)
     _check_train(config.train, where)
     if config.draft.kind == "eagle":
         _check_eagle(config, where)
     _check_eval(config, where)
     _check_mesh(config.mesh, where)
+
+
+def _check_sampling(config: Config, where: str) -> None:
+    for key, value in (("data.temperature", config.data.temperature), ("decode.temperature", config.decode.temperature)):
+        if 0 < value < COLDEST:
+            raise UsageError(f"{where}: {key} is {value}; expected 0 (greedy), or at least {COLDEST}")
+    if not 0 < config.decode.top_p <= 1:
+        raise UsageError(f"{where}: decode.top_p is {config.decode.top_p}; expected more than 0 and at most 1")
 
 
 def _check_mesh(mesh: MeshConfig, where: str) -> None:

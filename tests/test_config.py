@@ -226,6 +226,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
             "train.late.simulation_steps is 4, more than the window 3; a window of k positions has at most k",
         ),
         ("train.early.window=0", "train.early.simulation_steps is 1, more than the window 0"),
+        ("decode.temperature=1e-40", "decode.temperature is 1e-40; expected 0 (greedy), or at least 1e-06"),
+        ("data.temperature=1e-9", "data.temperature is 1e-09; expected 0 (greedy), or at least 1e-06"),
         ("train.late.simulation_steps=0", "train.late.simulation_steps is 0; expected at least 1"),
         ("train.late.step_weights=[2, 1]", "train.late.step_weights has 2 entries, expected 4 (simulation_steps)"),
         (

@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import TINY, environment
-from decode_cases import MARKOV, letters, naive_greedy, random_draft, right_draft, target_of
+from decode_cases import MARKOV, letters, naive_greedy, next_stop, random_draft, right_draft, target_of
 
+from beagle_jax.decoding import decoder as decoder_module
+from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.loop import read_prompt
 from beagle_jax.decoding.sampling import GREEDY, Sampling
@@ -37,11 +39,21 @@ def _lettered(error: float = 0.02):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
     """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
-    prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(60))]  # of one padded length: others are compiled in test_decoding.py
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)), right_draft(0.02)
-    decoder = _decoder(tree, target, draft, context=128)  # one cache size
+    _check_batch(_decoder(tree, target, draft, context=128), sampling)  # one cache size
+
+
+def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first(monkeypatch):
+    right = loop.visible_slots
+    monkeypatch.setattr(loop, "visible_slots", lambda length_B, *rest: right(length_B * 0 + length_B[:1], *rest))
+    with pytest.raises(AssertionError):
+        _check_batch(_decoder(ROOT_ONLY, target_of(eos_ids=next_stop()), context=128), GREEDY)
+
+
+def _check_batch(decoder, sampling) -> None:
+    prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(60))]  # of one padded length: others are compiled in test_decoding.py
     together = decoder.generate(prompts, sampling, max_new_tokens=24, seed=7)
     alone = [decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0] for line, prompt in enumerate(prompts)]
     counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
@@ -105,7 +117,7 @@ def test_each_row_of_a_batch_has_its_own_stop():
 def test_the_context_ends_an_answer():
     decoder = _decoder(chain(3), context=32)
     prompt = [1, 2, 3, 4, 5]
-    [found] = decoder.generate([prompt], max_new_tokens=500)
+    [found] = decoder.generate([prompt], max_new_tokens=10**10)
     assert found.tokens == naive_greedy(target_of(), prompt, 27) and found.stopped_by == "context"
     [short] = decoder.generate([prompt], max_new_tokens=4)
     assert short.stopped_by == "length" and len(short.tokens) == 4
@@ -123,7 +135,34 @@ def test_a_stop_token_is_named():
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_stream_is_generate_in_pieces(tree, sampling):
-    decoder = _decoder(tree, *_lettered())
+    _check_stream(_decoder(tree, *_lettered()), sampling)
+
+
+def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
+    right = decoder_module.report
+    monkeypatch.setattr(decoder_module, "report", lambda state: right(state)._replace(out_BS=state.out_BS + 1))
+    with pytest.raises(AssertionError):
+        _check_stream(_decoder(ROOT_ONLY, *_lettered()), GREEDY)
+
+
+def test_a_stream_reads_the_rounds_before_those_that_run(monkeypatch):
+    started, run, fetch = [], decoder_module.decode, decoder_module._fetched
+
+    def noted(*arguments):
+        after = run(*arguments)
+        started.append(after[1])
+        return after
+
+    def read(report):
+        assert started and report is not started[-1]
+        return fetch(report)
+
+    monkeypatch.setattr(decoder_module, "decode", noted)
+    monkeypatch.setattr(decoder_module, "_fetched", read)
+    assert "".join(_decoder(ROOT_ONLY, *_lettered()).stream([5, 6], max_new_tokens=40)) and len(started) > 2
+
+
+def _check_stream(decoder, sampling) -> None:
     stream, pieces = decoder.stream([5, 6], sampling, max_new_tokens=40, seed=3), []
     try:
         while True:
@@ -145,6 +184,10 @@ def test_messages_and_plain_text_go_through_the_chat_template():
     [by_text], [by_tokens] = decoder.generate(["AB"], max_new_tokens=9), decoder.generate([[33, 34]], max_new_tokens=9)
     told = target.tokenizer.encode("uABa", add_special_tokens=False)
     assert by_text.tokens == decoder.generate([told], max_new_tokens=9)[0].tokens
+    with pytest.raises(UserError, match="prompt: the text of a message is not Unicode .*surrogates"):
+        decoder.generate(["caf\udce9"])  # how Python hands over a byte of a command line that is not UTF-8
+    with pytest.raises(UserError, match="prompt: the text of a message is 5; expected a string"):
+        decoder.generate([[{"role": "user", "content": 5}]])
 
 
 # Long prompts
@@ -191,6 +234,10 @@ decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 5),
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
+ask = lambda decoder: [a.tokens for a in decoder.generate(prompts, Sampling(0.8, top_k=20), max_new_tokens=32)]
+right, layer = ask(decoder), decoder._models.target["layers"][0]
+layer["gate_FD"] = jax.device_put(np.roll(layer["gate_FD"], 24, axis=0), layer["gate_FD"].sharding)
+assert ask(decoder) != right, "the planted bug, each device with the other's part, was not seen"
 print("equal")
 """
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY
 from decode_cases import MARKOV, NEVER, naive_greedy, next_stop, random_draft, right_draft, start, target_of
 
+from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.sampling import GREEDY, Sampling
@@ -25,7 +26,9 @@ TREES = {
     "ragged": static_tree([(0,), (1,), (3,), (1, 0), (1, 2), (1, 2, 0)]),
     "dynamic": dynamic_tree(4, 3, 10),
 }
+KINDS = {name: TREES[name] for name in ("chain 5", "ragged", "dynamic")}
 DRAWN = Sampling(0.4, top_k=20, top_p=0.95)
+MODES = pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 START = 5  # MARKOV: eight different tokens follow it
 PROMPTS = {"one token": [5], "short": [7, 8, 9], "a bucket": list(range(60)) + [3, 1, 4, 1], "one more": list(range(60)) + [3, 1, 4, 1, 5]}
 
@@ -85,11 +88,12 @@ def test_stop_token_anywhere_in_an_accepted_run():
         assert sum(answer.accepted) == answer.rounds == -(-(7 - place) // 6)
 
 
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_drawn_stop_tokens_and_limits_inside_a_round(tree):
+@MODES
+@pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
+def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
     """A seed writes what plain sampling writes with it; answers to all tokens come to one stop token at different places."""
     ask = lambda target, limit, *parts: SpeculativeDecoder(target, *parts).generate(
-        [[token] for token in range(TINY.vocab_size)], DRAWN, max_new_tokens=limit, seed=4)  # fmt: skip
+        [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4)  # fmt: skip
     free = [answer.tokens for answer in ask(target_of(MARKOV), 16)]
     places = lambda token: {tokens.index(token) for tokens in free if token in tokens}
     stop = max(range(TINY.vocab_size), key=lambda token: ({0, 1, 2} <= places(token), len(places(token))))
@@ -112,24 +116,71 @@ def test_length_limit_inside_a_round(limit):
     assert found.tau == ((limit - 1) / found.rounds if found.rounds else 1.0)
 
 
-def _state(target, draft, tree, prompts, capacity, max_new):
+def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
     if draft is None:
         models, draft_spec = loop.Models(target.params, None, None), None
     else:
         models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
         draft_spec = draft.spec
-    shapes = loop.Shapes(target.spec, draft_spec, tree, target.eos_ids)
+    shapes = loop.Shapes(target.spec, draft_spec, tree, target.eos_ids, sampling)
     return models, shapes, start(models, shapes, prompts, jnp.full(len(prompts), max_new, jnp.int32), capacity)
 
 
-@pytest.mark.parametrize("spec", [TINY, MARKOV], ids=["rejecting", "accepting"])
-def test_cache_exactly_full(spec):
-    target, draft, tree, prompt, max_new = target_of(spec), right_draft(), chain(4), [3, 1, 4], 11
-    # The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth.
-    capacity = len(prompt) + max_new - 2 + tree.depth + 1
-    models, shapes, state = _state(target, draft, tree, [prompt], capacity, max_new)
+def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> loop.DecodeState:
+    """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a slot is left."""
+    prompt, max_new = [3, 1, 4], 11
+    [plain] = SpeculativeDecoder(target).generate([prompt], sampling, max_new_tokens=max_new)
+    assert not sampling.greedy or plain.tokens == naive_greedy(target, prompt, max_new)
+    capacity = len(prompt) + max_new - 2 + tree.depth + 1 - missing
+    models, shapes, state = _state(target, draft, tree, [prompt], capacity, max_new, sampling)
     state = loop.decode(models, shapes, state, np.int32(100))[0]
-    assert state.out_BS[0, : state.count_B[0]].tolist() == naive_greedy(target, prompt, max_new)
+    assert state.out_BS[0, : state.count_B[0]].tolist() == plain.tokens
+    return state
+
+
+def test_cache_exactly_full_with_drafts_accepted():
+    _check_full_cache(target_of(MARKOV), right_draft(), chain(4), GREEDY)
+
+
+def _never_right(sampling):
+    """A draft of TINY that knows none of the answer's tokens."""
+    [plain] = SpeculativeDecoder(target_of()).generate([[3, 1, 4]], sampling, max_new_tokens=11)
+    return random_draft(hot_ids=jnp.array([token for token in range(TINY.vocab_size) if token not in plain.tokens][:5]))
+
+
+@MODES
+@pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
+def test_cache_exactly_full_with_all_drafts_rejected(tree, sampling):
+    state = _check_full_cache(target_of(), _never_right(sampling), tree, sampling)
+    assert (state.rounds_B[0], state.accepted_BS[0, :10].tolist()) == (10, [0] * 10)
+
+
+def test_planted_bug_a_cache_of_too_few_slots():
+    with pytest.raises(AssertionError):
+        _check_full_cache(target_of(), _never_right(GREEDY), KINDS["chain 5"], GREEDY, missing=6)
+
+
+def test_a_draft_that_overflows_changes_no_token(monkeypatch):
+    """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds only the one planted here."""
+    right = drafting.logit_columns
+
+    def broken(*arguments):
+        columns_VM = right(*arguments)
+        return jnp.where(jnp.argmax(columns_VM, axis=0)[None] % 2 == 1, jnp.nan, columns_VM)
+
+    monkeypatch.setattr(drafting, "logit_columns", broken)
+    found = _check_lossless(target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30)
+    assert found.rounds < 29  # of the children that are numbers some are right
+
+
+def test_logits_that_turn_infinite_on_the_way_are_named():
+    free = naive_greedy(target_of(MARKOV), [START], 8)
+    target = target_of(MARKOV)
+    target = dataclasses.replace(target, params={**target.params, "embed_VD": target.params["embed_VD"].at[free[5]].set(jnp.inf)})
+    plain = SpeculativeDecoder(target)
+    assert plain.generate([[START]], max_new_tokens=6)[0].tokens == free[:6]  # nothing follows the last one
+    with pytest.raises(UserError, match="logits are not finite"):
+        plain.generate([[START]], max_new_tokens=7)
 
 
 def test_reduced_vocabulary_is_still_exact():
@@ -157,16 +208,24 @@ def test_nothing_compiles_after_warm_up():
 
 
 @pytest.mark.parametrize("tree", [ROOT_ONLY, chain(3), dynamic_tree(3, 3, 8)], ids=["plain", "chain", "dynamic"])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@MODES
 def test_caches_are_donated_and_updated_in_place(tree, sampling):
+    _check_in_place(loop.decode, tree, sampling)
+
+
+def test_planted_bug_caches_that_are_not_given_away():
+    with pytest.raises(AssertionError):
+        _check_in_place(jax.jit(loop.decode.__wrapped__, static_argnames="shapes"), ROOT_ONLY, GREEDY)
+
+
+def _check_in_place(decode, tree, sampling) -> None:
     # Heads wide enough that the scores of a tree over all slots are small beside the keys.
     spec = dataclasses.replace(TINY, head_dim=64)
     draft_spec = DraftSpec.from_target(spec)
     draft = Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {}) if tree.depth else None
-    models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8)
-    shapes = shapes._replace(sampling=sampling)
+    models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8, sampling)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache)))
-    compiled = loop.decode.lower(models, shapes, state, np.int32(9)).compile()
+    compiled = decode.lower(models, shapes, state, np.int32(9)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
@@ -207,6 +266,9 @@ def _broken_target():
         (lambda: _generate(target_of(), random_draft(), chain(1), []), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([" "]), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([]), "there are no prompts"),
+        (lambda: SpeculativeDecoder(target_of()).generate("Why?"), r"takes a list of prompts, and was given one, 'Why\?'; write generate\(\[prompt\]"),
+        (lambda: SpeculativeDecoder(target_of()).generate([{"role": "user", "content": "Hi"}]), "takes a list of prompts"),
+        (lambda: SpeculativeDecoder(target_of()).generate([5, 6]), r"takes a list of prompts, and was given one, \[5, 6\]"),
         (lambda: SpeculativeDecoder(target_of()).generate([[1, 61]]), "the prompt holds token 61, and the target's vocabulary ends at 60"),
         (lambda: SpeculativeDecoder(target_of(), None, chain(1)), "needs a draft"),
         (lambda: SpeculativeDecoder(target_of(), context=300), "a context of 300 tokens does not fit: the target's is 256"),
@@ -225,9 +287,11 @@ def _broken_target():
         (lambda: SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 4), rule="ratio"), "is for chains"),
         (lambda: SpeculativeDecoder(target_of(), random_draft(), chain(2), rule="ratio").generate([[1]]), "set a temperature"),
         (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(-1.0)), "temperature is -1.0"),
+        (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1e-40)), "temperature is 1e-40; expected 0 .greedy. or .* at least 1e-06"),
         (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_k=-1)), "top_k is -1"),
         (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_p=0.0)), "top_p is 0.0"),
         (lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]]), "logits are not finite .prompt 1 of the batch"),
+        (lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]], Sampling(1.0)), "logits are not finite .prompt 1 of the batch"),
     ],
 )
 def test_error_messages(call, message):

@@ -152,7 +152,8 @@ def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
 def test_a_seed_repeats_under_the_ratio_rule():
     decoder = SpeculativeDecoder(small_target(), small_draft(), chain(3), rule="ratio")
     ask = lambda seed: [a.tokens for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)]
-    assert ask(1) == ask(1) != ask(2)
+    assert ask(1) == ask(1) == ask(1 + 2**32) != ask(2)  # any whole number will do
+    assert ask(-1) == ask(-1)
 
 
 def test_ratio_rule_rejects_what_the_target_never_writes():
@@ -169,9 +170,20 @@ def test_ratio_rule_rejects_what_the_target_never_writes():
 def test_filters_are_those_of_transformers(top_k, top_p):
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32) * 3
     found = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
+    np.testing.assert_allclose(found, _by_transformers(raw, top_k, top_p), rtol=1e-6)
+
+
+def test_planted_bug_top_p_before_top_k():
+    raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32)
+    found = np.asarray(filtered(filtered(jnp.asarray(raw), Sampling(0.7, top_p=0.3)) * 0.7, Sampling(0.7, top_k=5)))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(found, _by_transformers(raw, 5, 0.3), rtol=1e-6)
+
+
+def _by_transformers(raw: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     expected = torch.from_numpy(raw) / 0.7
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    return expected.numpy()

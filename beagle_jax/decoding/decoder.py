@@ -133,6 +133,8 @@ class SpeculativeDecoder:
         target's logits are not finite.
         """
         clock = time.perf_counter()
+        if isinstance(prompts, str) or any(isinstance(prompt, (Mapping, int)) for prompt in prompts):
+            raise UserError(f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write generate([prompt])")
         rows = [self._tokens(prompt) for prompt in prompts]
         shapes, state = self._prefill(rows, sampling, max_new_tokens, seed)
         state.root_B.block_until_ready()
@@ -230,8 +232,8 @@ class SpeculativeDecoder:
         if shapes.rule == "ratio" and sampling.greedy:
             raise UserError("rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule 'match'")
         length_B = np.array([len(row) for row in rows], np.int32)
-        limit_B = np.minimum(limit or max_new_tokens, self._context - length_B).astype(np.int32)
-        key_B = jax.vmap(jax.random.key)(np.array([seed + line for line in range(len(rows))], np.uint32))
+        limit_B = np.minimum(min(limit or max_new_tokens, self._context), self._context - length_B).astype(np.int32)
+        key_B = jax.vmap(jax.random.key)(np.array([(seed + line) % 2**32 for line in range(len(rows))], np.uint32))
         state = begin(self._models, shapes, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
         width = padded(max(length_B))
         tokens_BT = np.zeros((len(rows), width), np.int32)

@@ -153,6 +153,8 @@ def _best_children(tree: Tree, depth: int, level: _Level, state_BTD, head: Draft
         if tree.scored:
             total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
             score_BTk = level.score_BT[..., None] + jnp.minimum(top_BTk - total_BT[..., None], 0.0)
+            # A draft that overflows may be wrong, but not choose a child without its parent: NaN would come before all numbers.
+            score_BTk = jnp.where(score_BTk > -jnp.inf, score_BTk, -jnp.inf)
     return _tokens(head, best_BTk.reshape(B, T * k)), score_BTk.reshape(B, T * k)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.config import DecodeConfig
+from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.errors import UserError
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
@@ -32,8 +32,8 @@ class Sampling(NamedTuple):
 
     def check(self) -> "Sampling":
         """Itself. Raises UserError for values that mean nothing."""
-        if not (self.temperature >= 0 and self.temperature < float("inf")):
-            raise UserError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
+        if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; expected 0 (greedy) or a number of at least {COLDEST}")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or how many to keep")
         if not 0 < self.top_p <= 1:
