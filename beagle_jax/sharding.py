@@ -104,8 +104,22 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(_ROWS))
 
 
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process's devices hold, and of how many: processes along `tensor` hold the same ones.
+
+    Raises UserError for a mesh on which two processes hold some rows in common and others not.
+    """
+    owner_RT = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, mesh.shape[TENSOR])
+    held = {process: np.flatnonzero((owner_RT == process).any(axis=1)) for process in np.unique(owner_RT)}
+    mine = held[jax.process_index()]
+    if any(len(rows) != len(mine) or rows[0] % len(mine) or rows[-1] - rows[0] >= len(mine) for rows in held.values()):
+        raise UserError(f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several processes unevenly; set it to a "
+                        "divisor or a multiple of the devices that each process has")
+    return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
+
+
 def place_rows(batch, mesh: Mesh):
-    """A batch of host arrays on the devices. With several processes each gives its own rows."""
+    """A batch of host arrays on the devices. With several processes each gives the rows that `share_of_rows` says."""
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), batch)
 
 

@@ -106,15 +106,15 @@ def main() -> None:
     base = cost(step, init, frozen, batch, arguments.repeats)
     print(f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
           f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})")
-    print(f"{'ratio to early':16}{'late 4.5b':^36}{'plain form 4.1':^36}")
-    print(f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}")
+    print(f"{'ratio to early':16}{'late 4.5b':^36}{'plain form 4.1':^36}{'tokens/s':>9}")
+    print(f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}{'4.5b/4.1':>9}")
     for s in range(1, 6):
         stage = StageConfig(steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients)
         step, _, init = make_steps(SPEC, config, stage, MESH, late=True)
         late = cost(step, init, frozen, batch, arguments.repeats)
         plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
         ratios = lambda x: f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
-        print(f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}", flush=True)
+        print(f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}{plain[2] / late[2]:8.2f}x", flush=True)
 
 
 if __name__ == "__main__":

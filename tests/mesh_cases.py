@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict, replace
@@ -67,7 +68,7 @@ def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG
         moments = moments or [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.opt_state) if x.ndim]
     return {
         "losses": losses,
-        "agree": np.asarray(metrics.agree_J).tolist(),
+        "agree": np.asarray(metrics.agree_JK).tolist(),
         "grad_norm": float(metrics.grad_norm),
         "first_gradient": moments,
         "updates": [(np.asarray(array) - np.asarray(first_params[name])).ravel().tolist() for name, array in state.params.items()],
@@ -75,6 +76,7 @@ def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG
         "whole": [name for name, sharding in placed.items() if ("_proj" in name or "'fc'" in name) and sharding.is_fully_replicated],
         "not_donated": sum(leaf.size > 1 and not leaf.is_deleted() for leaf in jax.tree.leaves(old)),
         "vocabulary_sent": vocabulary_sent(compiled.as_text()),
+        "logits": logits(compiled.as_text()),
     }
 
 
@@ -83,6 +85,15 @@ def vocabulary_sent(program: str) -> list[str]:
     sent = re.findall(r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program)
     sizes = {str(V // parts) for parts in (1, 2, 4, 8)}
     return [f"{kind} {shapes}" for shapes, kind in sent if sizes & set(re.findall(r"[\[,](\d+)(?=[,\]])", shapes))]
+
+
+def logits(program: str) -> list[str]:
+    """Arrays of a compiled program with a part of the vocabulary for more rows than a chunk of the loss, or the tables, have."""
+    most = max(CONFIG.loss_rows, SPEC.hidden_size)
+    found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
+    sizes = lambda shape: [int(size) for size in shape.split(",")]
+    parts = lambda shape: [part for part in (V, V // 2, V // 4, V // 8) if part in sizes(shape)]
+    return [shape for shape in found if any(math.prod(sizes(shape)) > most * part for part in parts(shape))]
 
 
 def mesh_of(shape: tuple[int, int, int]) -> Mesh:
@@ -97,12 +108,13 @@ def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
     return parts, max(float(np.abs(np.asarray(spread[name]) - params[name]).max()) for name in params)
 
 
-def planted_gather(mesh: Mesh) -> list[str]:
-    """What is sent when logits are put together on every device."""
+def planted_gather(mesh: Mesh) -> list[list[str]]:
+    """What is sent when logits are put together on every device, and the logits."""
     gather = lambda x_MD, head_VD: jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
     tables, batch = frozen_and_batch()
     states_MD = batch.states_BLD.reshape(-1, SPEC.hidden_size)
-    return vocabulary_sent(jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text())
+    program = jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text()
+    return [vocabulary_sent(program), logits(program)]
 
 
 def planted_parts(mesh: Mesh, params: dict) -> dict:

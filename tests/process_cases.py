@@ -12,10 +12,10 @@ from argparse import Namespace
 import jax
 
 from beagle_jax.config import MeshConfig
-from beagle_jax.data.share import this_process
+from beagle_jax.data.share import Share, this_process
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import from_first, host_copy, join
-from beagle_jax.sharding import make_mesh, place
+from beagle_jax.sharding import make_mesh, place, place_rows, share_of_rows
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
@@ -48,7 +48,11 @@ def main(folder: str) -> None:
     whole = host_copy(params)["q_proj"].shape == params["q_proj"].shape
     part = params["q_proj"].addressable_shards[0].data.shape
     print("process", jax.process_index(), len(jax.devices()), arguments.quiet, from_first(jax.process_index() + 7.0), whole, *part, flush=True)
-    training = loader_of(20, 1, this_process())
+    along_tensor = make_mesh(MeshConfig(data=1, tensor=-1))  # both processes hold every row
+    for name, share in (("rows", Share(*share_of_rows(along_tensor))), ("planted", this_process())):
+        tokens_BL = place_rows(loader_of(20, 1, share).batch_at(0), along_tensor).tokens_BL
+        print(name, tokens_BL.addressable_data(0).tolist(), flush=True)
+    training = loader_of(20, 1, Share(*share_of_rows(mesh)))
     training.batch_at = interrupted(training.batch_at)
     run_stage("early", config, SPEC, params, frozen, mesh, training, None, Log(config))
 

@@ -13,6 +13,7 @@ import pytest
 from command_cases import EVAL_QUESTIONS, ended, make_workplace, write_lines
 from conftest import environment
 from decode_cases import MARKOV, letters, target_of
+from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file
 from test_report import check_schema
 
@@ -79,7 +80,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     seen = []
     monkeypatch.setattr(train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
-    assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99"]) == 0
+    assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99", f"train.folder={trained.folder}/held"]) == 0
     made_for = {"target": str(trained.folder / "target")}
     (rows,) = training_rows(load_config(trained.config).data, made_for, None, (), None).values()
     states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
@@ -96,6 +97,30 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         order = list(range(12))
         random.Random(0).shuffle(order)  # as `train` does
         assert sorted(found[:8]) == sorted(order[:8]) and sorted(found[8:]) == sorted(order[8:])
+
+
+def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "run_stage", lambda *arguments: arguments[3])
+    monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
+    lines = (trained.folder / "data" / "part-0000.jsonl").read_text().splitlines()
+    learned = sum(any(json.loads(line)["supervised"][:30]) for line in lines)
+    assert run_main(train.main, ["--config", trained.config, "train.row_tokens=31", f"train.folder={trained.folder}/cut"]) == 0
+    told = capsys.readouterr().err
+    assert f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens (train.row_tokens)" in told
+    assert f"{learned} chats, " in told and 0 < learned < 12
+
+
+@pytest.mark.parametrize("more, expected", [
+    (["data.answer_tokens=400"], "checkpoints/early holds a run with other settings (data.answer_tokens: 200 there, 400 now)"),
+    (["train.late.detach=false"], "checkpoints/late holds a run with other settings (train.late.detach: True there, False now)"),
+    (["train.batch=6"], "train.batch is 6, but the mesh splits rows over 4 devices"),
+])  # fmt: skip
+def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(trained, capsys, monkeypatch, more, expected):
+    monkeypatch.setattr(train_command, "configured_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    if more == ["train.batch=6"]:
+        monkeypatch.setattr(train_command, "make_mesh", lambda *_: AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor")))
+    status, message = ended(capsys, "train", "--config", trained.config, *more)
+    assert status == 1 and expected in message
 
 
 def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained, monkeypatch):
@@ -139,10 +164,11 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
 def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
     """Twelve chats in four rows or fewer: one batch of all of them an epoch."""
     folder = trained.folder / "packed"
-    options = [f"train.folder={folder}", "train.pack=true", "train.row_tokens=200", "train.batch=2"]
+    options = [f"train.folder={folder}", "train.pack=true", "train.row_tokens=200", "train.batch=2", "log.eval_rows=2"]
     assert run_main(train.main, ["--config", trained.config, *options]) == 0
     about, *log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert about["padding"] < 0.5 < 0.7 < about["padding_unpacked"] and len(log) == 5
+    held_out = [line for line in log if line.get("split") == "held_out"]  # whose two chats would share one row
+    assert about["padding"] < 0.5 < 0.7 < about["padding_unpacked"] and len(log) - len(held_out) == 5 and held_out
     told = f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} without train.pack)"
     assert told in capsys.readouterr().err
     assert load_file(folder / "draft" / "model.safetensors").keys() == load_file(trained.folder / "run" / "draft" / "model.safetensors").keys()
@@ -381,7 +407,7 @@ def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
 
 
 def test_more_held_out_rows_than_rows_are_refused(trained, capsys):
-    status, message = ended(capsys, "train", "--config", trained.config, "log.eval_rows=12")
+    status, message = ended(capsys, "train", "--config", trained.config, "log.eval_rows=12", f"train.folder={trained.folder}/none")
     assert status == 1 and message == "log.eval_rows is 12, but there are only 12 rows; lower it\n"
 
 

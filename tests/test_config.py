@@ -155,6 +155,13 @@ def test_tau_while_training_needs_a_tree_and_measurements(load):
     load(TARGET, "eval.every=5", "eval.patience=3")
 
 
+def test_chats_kept_out_fill_a_batch(load):
+    assert "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured in whole batches" in refused(
+        load, TARGET, "log.eval_rows=3", "train.batch=4"
+    )
+    load(TARGET, "log.eval_rows=4", "train.batch=4")
+
+
 EAGLE = ("draft.kind=eagle", "train.early.window=1", "train.late.dense=true")
 
 

@@ -213,4 +213,4 @@ def test_the_step_trains_every_parameter(frozen, batch, stage):
     for _ in range(8):
         state, metrics = step(state, frozen, batch, 42)
     assert all(not np.array_equal(state.params[name], first[name]) for name in first)
-    assert metrics.objective < before.objective and metrics.agree_J.shape == (stage.simulation_steps,)
+    assert metrics.objective < before.objective and metrics.agree_JK.shape == (stage.simulation_steps, 3)

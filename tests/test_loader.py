@@ -78,7 +78,7 @@ def test_left_over_rows_come_in_another_epoch():
 def test_rows_without_an_answer_before_the_cut_are_left_out():
     rows = rows_of_lengths(4, 9, 9, prompt=2) + rows_of_lengths(9, prompt=6) + rows_of_lengths(9, prompt=5)
     loader = loader_of(rows, batch=3)
-    assert loader.steps_per_epoch == 1 and sorted(first_tokens(loader, [0])) == [0, 1, 2]
+    assert loader.steps_per_epoch == 1 and sorted(first_tokens(loader, [0])) == [0, 1, 2] and loader.left_out == 2
 
 
 def test_too_few_rows_are_an_error():

@@ -1,6 +1,7 @@
 """Running a stage: progress, log, checkpoints, resuming and stopping; and the draft on disk that comes of it."""
 
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from beagle_jax.commands.train import first_params, given_draft
 from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.prefetch import AHEAD
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
@@ -22,6 +24,8 @@ from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.progress import Progress
+from beagle_jax.training.step import Metrics
 from beagle_jax.weights import draft as draft_module
 from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
 
@@ -140,6 +144,8 @@ def test_the_loss_goes_down_and_is_logged(stage, tmp_path):
         assert line["tokens_per_second"] > 0 < line["grad_norm"] and all(
             0 <= share <= 1 for share in line["top1_by_offset"]
         )
+    within = [[max(line[f"top{count}_by_offset"]) for line in lines] for count in (1, 4, 10)]
+    assert all(one <= four <= ten for one, four, ten in zip(*within)) and sum(within[0]) < sum(within[1]) < sum(within[2])
     held_out = [line for line in lines_of(config) if line.get("split") == "held_out"]
     assert [line["step"] for line in held_out] == [30, 60] and held_out[1]["loss"] < held_out[0]["loss"]
 
@@ -251,6 +257,36 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
     assert saved_steps(config) == []
 
 
+def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
+    training = BatchLoader([Row([1, 2, 3], [True] * 3)] * 4, None, batch=4, row_tokens=L, seed=1)
+    progress = Progress("early", config_for(tmp_path), None, training, 0, [])
+    message = r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate, unless it is the target's states, made in the step"
+    with pytest.raises(UserError, match=message):
+        progress.add(7, Metrics(*[np.float32("nan")] * len(Metrics._fields)))
+
+
+def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
+    """Whether the batches after a step's own are asked for while the step is under way, for so many seconds."""
+    training, found = Breaking(loader_of(20, 1)), []
+
+    def look(state, metrics):
+        end = time.monotonic() + patience
+        while not found and len(training.asked) < 1 + AHEAD and time.monotonic() < end:
+            time.sleep(0.01)
+        found.append(len(training.asked) >= 1 + AHEAD)
+        return state, metrics
+
+    after_each_step(monkeypatch, look)
+    stage(config, training=training)
+    return found[0]
+
+
+def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, monkeypatch):
+    assert reads_ahead(stage, config_for(tmp_path / "a"), 20, monkeypatch)
+    monkeypatch.setattr(loop, "read_ahead", map)  # planted: read when the step is over
+    assert not reads_ahead(stage, config_for(tmp_path / "b"), 0, monkeypatch)
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [
@@ -260,6 +296,10 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
         (
             {"early": StageConfig(steps=13, learning_rate=1e-2, warmup=2, window=3)},
             "train.early.steps: 12 there, 13 now",
+        ),
+        (
+            {"early": StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3, step_weights=(2.0,))},
+            r"train.early.step_weights: None there, \[2.0\] now",
         ),
     ],
 )

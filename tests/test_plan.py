@@ -16,6 +16,8 @@ from beagle_jax import plan as entry
 from beagle_jax.commands.plan import disk, table
 from beagle_jax.config import Config, DataConfig, DraftConfig, MeshConfig, StageConfig, TargetConfig, TrainConfig
 from beagle_jax.data.folder import write_part
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.states import keep_states, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.beagle import DraftSpec
@@ -117,6 +119,17 @@ def test_bytes_are_those_of_the_shapes(compiled):
     assert found.compiler_total >= found.held and found.temporaries > 0 and not found.refusal
 
 
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8"])
+def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dtype):
+    rows, states = [Row([1] * 9, [True] * 9)] * 2, [np.ones((9, 64), jnp.bfloat16)] * 2
+    keep_states(tmp_path / "part-0000.states", rows, states, dtype)
+    stored = target_states({"embed_VD": np.zeros((1, 64), jnp.bfloat16)}, TARGET, rows, tmp_path / "part-0000.states", dtype)
+    batch = BatchLoader(rows, stored, batch=2, row_tokens=L, seed=0).batch_at(0)
+    config = replace(config_of(), target=TargetConfig(source="x", dtype="bfloat16"), data=DataConfig(states_dtype=dtype))
+    planned = cost.batch_shapes(config, 64)
+    assert (planned.states_BLD.shape, planned.states_BLD.dtype) == (batch.states_BLD.shape, batch.states_BLD.dtype)
+
+
 def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
     name, stored, counted = compiled
     online = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
@@ -125,6 +138,20 @@ def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
     assert found.frozen == stored.frozen + whole and found.batch == stored.batch - 2 * L * 64 * 4
     per_token = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two layers
     assert found.flops - stored.flops == 2 * L * (per_token + 2 * 4 * L * 64)
+
+
+def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkeypatch):
+    """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens is a copy."""
+    params = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
+    config = config_of(row_tokens=16)
+    alone, beside = (stage_cost("early", config, TARGET, V, mesh, None, kept) for kept in (None, params))
+    more = 4 * (parameter_count(TARGET) - V * 64)
+    assert (beside.frozen - alone.frozen, beside.compiler_total - alone.compiler_total) == (more, more) and beside.flops == alone.flops
+    asked = []
+    monkeypatch.setattr("beagle_jax.commands.plan.stage_cost", lambda *arguments: asked.append(arguments) or alone)
+    for every in (0, 7):
+        planned(capsys, "--config", str(ROOT / "configs" / "quickstart.yaml"), f"target.shape={ROOT}/configs/shapes/llama_2_7b.json", f"eval.every={every}")
+    assert [arguments[-1] is None for arguments in asked] == [True, True, False, False]
 
 
 def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):

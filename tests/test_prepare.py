@@ -145,6 +145,16 @@ def test_what_cannot_fit_is_refused_before_it_is_written(place, capsys, monkeypa
     assert not list(place.data.glob("*.states"))
 
 
+def test_prompts_that_the_target_answers_are_announced_before_their_states_are_kept(place, capsys, monkeypatch):
+    (place.folder / "chats.jsonl").write_text("".join(json.dumps(chat(number, answered=False)) + "\n" for number in range(5)))
+    right, said = answers.keep_states, []
+    monkeypatch.setattr(answers, "keep_states", lambda *arguments: said.append(capsys.readouterr().err) or right(*arguments))
+    prepared(place, "data.answer_tokens=1000")
+    most = size(1000 * (1 + 2 * 128 / 6) * 32 * 4)
+    told = f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, with their prompts at most about {most}; "
+    assert len(said) == 2 and told in said[0] and " are free in " in said[0] and "to be written" not in said[1]
+
+
 def test_another_template_is_refused_by_hash(place, capsys, target_folder, tmp_path):
     prepared(place)
     other = tmp_path / "other"

@@ -1,10 +1,12 @@
 """Several processes, one run: how they find each other."""
 
+import json
 import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,12 +15,15 @@ from conftest import ONE_DEVICE, TINY, environment
 from process_cases import ASKED_AT
 from test_loop import SPEC, config_for, lines_of, loader_of, saved_steps
 
+from beagle_jax.config import MeshConfig
 from beagle_jax.data.share import Share
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import add_distributed, is_first, join
+from beagle_jax.sharding import make_mesh, share_of_rows
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -77,7 +82,8 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them said, and after which step it stopped."""
+    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them said, after which step it stopped, and which
+    tokens it holds of a batch on a mesh whose processes lie along `tensor`."""
     folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,7 +97,8 @@ def together(tmp_path_factory):
     assert [one.returncode for one in started] == [0, 0], "\n".join(stderr[-2000:] for _, stderr in ended)
     said = [line for stdout, _ in ended for line in stdout.splitlines()]
     stops = [int(line.partition("stopped by SIGTERM after step ")[2].split(",")[0]) for line in said if "stopped by SIGTERM" in line]
-    return config_for(folder), [line.split()[1:] for line in said if line.startswith("process ")], stops
+    held = {name: [json.loads(line.partition(" ")[2]) for line in said if line.startswith(f"{name} ")] for name in ("rows", "planted")}
+    return config_for(folder), [line.split()[1:] for line in said if line.startswith("process ")], stops, held
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +130,21 @@ def test_two_processes_train_the_losses_of_one(together, alone):
 
 
 def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together):
-    config, _, (first, second) = together
+    config, _, (first, second), _ = together
     assert first == second == saved_steps(config)[-1] and ASKED_AT - 2 < first < 12  # batches are read ahead of their steps
+
+
+def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
+    """jax stops all processes at one number to come: one that began anew with each stage might never come."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("beagle_jax.training.stop.multihost_utils.reached_preemption_sync_point", lambda number: asked.append(number) or len(asked) == 4)
+    said = []
+    for _ in ("early", "late"):
+        with StopSignal() as stop:
+            said += [stop.asked(), stop.asked()]
+    assert said == [False, False, False, True] and stop.seen
+    assert asked == list(range(asked[0], asked[0] + 4))
 
 
 def test_processes_read_different_halves_of_the_batch():
@@ -132,6 +152,46 @@ def test_processes_read_different_halves_of_the_batch():
     whole = loader_of(20, 1).batch_at(0)
     np.testing.assert_array_equal(np.concatenate([half.tokens_BL for half in halves]), whole.tokens_BL)
     assert not np.array_equal(halves[0].tokens_BL, halves[1].tokens_BL)
+
+
+def check_held(parts: list) -> None:
+    whole = loader_of(20, 1).batch_at(0).tokens_BL.tolist()
+    assert parts == [whole, whole]
+
+
+def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
+    """Each reads the whole batch; by their numbers alone each would read another half, and call it the whole."""
+    check_held(together[3]["rows"])
+    with pytest.raises(AssertionError):
+        check_held(together[3]["planted"])
+
+
+class Device(NamedTuple):
+    """As far as a mesh looks at it."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    "data, tensor, of_each, shares",
+    [(4, 1, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]), (4, 2, 4, [(0, 2), (1, 2)]), (2, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]), (1, 4, 1, [(0, 1)] * 4)],
+)
+def test_which_rows_a_process_reads(monkeypatch, data, tensor, of_each, shares):
+    assert [shared(monkeypatch, data, tensor, of_each, process) for process in range(len(shares))] == shares
+
+
+def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> tuple[int, int]:
+    """The share of a process on a mesh of devices that belong to processes in order, so many to each."""
+    devices = [Device(number, number // of_each) for number in range(data * tensor)]
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    return share_of_rows(make_mesh(MeshConfig(data=data, tensor=tensor), devices))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
+    with pytest.raises(UserError, match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; set it to a divisor"):
+        shared(monkeypatch, 3, 2, 3, process)
 
 
 def test_what_two_processes_saved_goes_on_in_one(together, alone):

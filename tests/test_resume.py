@@ -33,7 +33,7 @@ from beagle_jax.config import Config, LogConfig, StageConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
-from beagle_jax.training.loop import run_stage, settings_of
+from beagle_jax.training.loop import check_settings, run_stage, settings_of
 from beagle_jax.training.metrics import Log
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -133,6 +133,25 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
     assert figures_of(config) == figures_of(whole[0])
 
 
+def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(whole, frozen, tmp_path, monkeypatch):
+    """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next stage, nor end the write."""
+    config, leave = config_of(tmp_path), StageCheckpoints.__exit__
+
+    def signalled(self, *exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave(self, *exception)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the program"))
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(StageCheckpoints, "__exit__", signalled)
+            both_stages(config, frozen)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 0 and saved_steps(config) == [10, 12] and not (tmp_path / "checkpoints" / "late").exists()
+    same_params(both_stages(config, frozen), whole[1])
+
+
 # Checkpoints that are not whole
 
 
@@ -153,6 +172,7 @@ def largest_of(folder: Path) -> Path:
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(whole, frozen, half_done, capsys, how):
     config, folder = half_done
+    (folder / "cut-10" / "state").mkdir(parents=True)  # it has happened before
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
     same_params(both_stages(config, frozen), whole[1])
@@ -231,8 +251,10 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
     config, folder = half_done
     changed = replace(config, train=replace(config.train, seed=7, clip_norm=0.25))
-    with pytest.raises(UserError, match="train.clip_norm: 0.5 there, 0.25 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
-        both_stages(changed, frozen)
+    for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
+        with pytest.raises(UserError, match="train.clip_norm: 0.5 there, 0.25 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
+            run()
+    check_settings(config)
     told = replace(changed, train=replace(changed.train, accept_changes=True))
     both_stages(told, frozen)
     assert "warning: going on with other settings than" in (said := capsys.readouterr().out) and "train.seed: 42 there, 7 now" in said

@@ -54,8 +54,8 @@ def same_numbers(one: dict, many: dict) -> None:
 def test_every_mesh_computes_the_same_step(found, stage, shape):
     one, many = found[stage]["(1, 1, 1)"], found[stage][str(shape)]
     same_numbers(one, many)
-    assert sum(one["agree"]) > 0
-    assert many["vocabulary_sent"] == [] and many["on_fewer_devices"] == [] and many["not_donated"] == 0
+    assert np.sum(one["agree"]) > 0
+    assert one["logits"] == many["logits"] == [] and many["vocabulary_sent"] == [] and many["on_fewer_devices"] == [] and many["not_donated"] == 0
     assert (many["whole"] == []) == (shape != (8, 1, 1))  # matrices are split as soon as fsdp or tensor is
 
 
@@ -68,7 +68,7 @@ def test_muon_computes_the_same_step_too(found):
 def test_eagle_computes_the_same_step_too(found):
     one, many = (found["late"][f"eagle {shape}"] for shape in ("(1, 1, 1)", "(2, 2, 2)"))
     same_numbers(one, many)
-    assert many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == [] and many["not_donated"] == 0 and sum(one["agree"]) > 0
+    assert many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == [] and many["not_donated"] == 0 and np.sum(one["agree"]) > 0
     with pytest.raises(AssertionError):
         same_numbers(found["late"]["(1, 1, 1)"], many)
 
@@ -79,7 +79,8 @@ def test_planted_bug_each_device_alone_with_its_part_of_the_vocabulary(found):
 
 
 def test_planted_bug_logits_put_together(found):
-    assert found["early"]["planted gather"] != []
+    sent, logits = found["early"]["planted gather"]
+    assert sent != [] and logits == ["88,464"]
 
 
 @pytest.mark.parametrize("sizes", [dict(data=2), dict(fsdp=3, tensor=2), dict(data=3, fsdp=3, tensor=-1)])

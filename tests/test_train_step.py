@@ -98,7 +98,7 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
 def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0) -> dict:
     """The sums of method.md 3.2 and 4.2 in float64, position after position."""
     groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
-    out = {"ploss": 0.0, "vloss": 0.0, "objective": 0.0, "count_J": np.zeros(groups), "agree_J": np.zeros(groups)}
+    out = {"ploss": 0.0, "vloss": 0.0, "objective": 0.0, "count_J": np.zeros(groups), "agree_JK": np.zeros((groups, 3))}
     state_BTD, true_BLD, head_VD = (np.asarray(x, np.float64) for x in (state_BTD, true_BLD, head_VD))
     for row in range(B):
         for place, position, group, weight in queries(stage, offset):
@@ -113,7 +113,7 @@ def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vlos
             out["vloss"] += l1
             out["objective"] += weight * (ce + vloss_weight * l1)
             out["count_J"][group] += 1
-            out["agree_J"][group] += draft.argmax() == true.argmax()
+            out["agree_JK"][group] += [true.argmax() in np.argsort(-draft)[:within] for within in (1, 4, 10)]
     return out | {"supervised": counts_BL.sum()}
 
 
@@ -148,7 +148,7 @@ def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, 
         (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
         check_metrics(metrics, by_hand)
         np.testing.assert_allclose(loss, by_hand["objective"] / batch.counts_BT.sum(), rtol=1e-4)  # as in check_metrics
-        agree += [by_hand["agree_J"].sum() / by_hand["count_J"].sum()]
+        agree += [by_hand["agree_JK"][:, 0].sum() / by_hand["count_J"].sum()]
     assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
 
 

@@ -36,8 +36,9 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     target = planned_spec(config.target)
     spec = spec_type(config.draft.kind).from_target(target)
     scored = config.draft.hot_tokens or target.vocab_size
-    online = abstract_params(target, jnp.dtype(config.target.dtype), mesh) if config.data.states == "online" else None
-    stages = {name: stage_cost(name, config, target, scored, mesh, online)
+    params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
+    online, beside = (params, None) if config.data.states == "online" else (None, params if config.eval.every else None)
+    stages = {name: stage_cost(name, config, target, scored, mesh, online, beside)
               for name in ("early", "late") if getattr(config.train, name).steps}
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
     figures = {

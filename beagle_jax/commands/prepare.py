@@ -67,9 +67,17 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
 
 def write_text_and_states(config: Config, target: Target, share: Share) -> dict[int, list[Row]]:
     """Writes what is missing of a share: text, then states. Says how much disk they take before it is taken."""
-    if config.data.states == "disk" and config.data.source == "self":
-        _announce_writing(config, target)
-    write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
+    answers = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
+    announced = config.data.states == "online"
+
+    def write(prompts, **settings):
+        """Only here is it certain that the target writes; answers bring their states along."""
+        nonlocal announced
+        if not announced:
+            _announce_writing(config, target)
+        announced = True
+        return answers(prompts, **settings)
+
     made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
     parts = training_rows(config.data, made_for, target.tokenizer, target.eos_ids, write, share)
     if config.data.states == "disk":
@@ -86,18 +94,19 @@ def _states_of(config: Config, target: Target, parts: dict[int, list[Row]], numb
 
 
 def _announce_writing(config: Config, target: Target) -> None:
-    """The size of the states before the target writes the text that they belong to: known from below, guessed from above."""
-    data = config.data
+    """The size of the states before the target writes the text that they belong to: known from below, guessed from above.
+
+    Of a source that may end before the budget of answer tokens is met, nothing is known from below.
+    """
+    data, endless = config.data, config.data.source == "self"
     there = read_parts(data.folder)
-    tokens = data.answer_tokens - sum(sum(row.supervised) for rows in there.values() for row in rows)
-    if tokens <= 0:
-        return
+    tokens = max(data.answer_tokens - sum(sum(row.supervised) for rows in there.values() for row in rows), 0)
     record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
     with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
-    print(f"target states of {tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
+    print(f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
           f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}")
-    if tokens * record > free:
+    if endless and tokens * record > free:
         raise UserError(f"data.folder: {data.folder} has {size(free)} free, the target's states need more than "
                         f"{size(tokens * record)}; {_LESS_DISK}")
 

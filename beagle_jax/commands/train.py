@@ -21,7 +21,7 @@ from beagle_jax.data.answers import check_source
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
-from beagle_jax.data.share import this_process
+from beagle_jax.data.share import Share
 from beagle_jax.data.states import StoredStates, states_in_memory
 from beagle_jax.data.template import Row
 from beagle_jax.decoding.sampling import sampling_of
@@ -33,9 +33,9 @@ from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
-from beagle_jax.sharding import born, check_rows, make_mesh, place
+from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.training.best import Best
-from beagle_jax.training.loop import run_stage
+from beagle_jax.training.loop import check_settings, run_stage
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.warm_start import FIT_ROWS, warm_start
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
@@ -51,6 +51,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     """
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
+    share_of_rows(mesh)  # or refuses it
     prompts = check_beforehand(config)
     target = target or training_target(config)
     check_shape(config.target, target.spec)
@@ -80,9 +81,10 @@ def training_target(config: Config) -> Target:
 def check_beforehand(config: Config) -> list[Chat]:
     """The prompts of tau; none if it is not measured.
 
-    Raises UserError, before the target is loaded and writes, for what is not there: packages, text, these prompts.
+    Raises UserError, before the target is loaded and writes, for what is missing or of another run: packages, checkpoints, text, these prompts.
     """
     check_writers(config)
+    check_settings(config)
     check_source(config.data)
     return suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder) if config.eval.every else []
 
@@ -134,13 +136,15 @@ def train(
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
-    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=this_process(),
+    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=Share(*share_of_rows(mesh)),
                     pack=config.train.pack)  # fmt: skip
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
-    held_out = BatchLoader(rows[cut:], states and states[cut:], **settings) if config.log.eval_rows else None
+    held_out = BatchLoader(rows[cut:], states and states[cut:], **settings | {"pack": False}) if config.log.eval_rows else None
     unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
-    print(f"{cut} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
+    print(f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
           f"{training.padding:.0%} of the positions are padding{unpacked}")
+    if training.left_out:
+        print(f"left out {training.left_out} of {cut} chats without an answer in their first {config.train.row_tokens} tokens (train.row_tokens)")
     online = target.spec if states is None else None
     frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
     params = first_params(config, target, spec, mesh, training) if start is None else place(start.params, mesh)

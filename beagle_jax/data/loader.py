@@ -1,7 +1,7 @@
 """Fixed-shape training batches from chats and their states: one chat a row, or as many as fit.
 
 The order is a function of (seed, epoch) and the position is the step number: resuming needs one integer. Of n processes
-each reads its own lines of every batch, so that together they see what one alone would.
+each reads its own lines of every batch (those that its devices hold), so that together they see what one alone would.
 """
 
 from bisect import bisect_left, insort
@@ -70,6 +70,7 @@ class BatchLoader:
             if len(counting):  # else its answer lies beyond the cut: there is nothing to learn from
                 # Nothing sees what follows the last position that counts.
                 self._chats.append(_Entry(row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length))
+        self.left_out = len(rows) - len(self._chats)  # chats that teach nothing here
         alone = [[index] for index in range(len(self._chats))]
         self._rows = best_fit([chat.length for chat in self._chats], row_tokens) if pack else alone
         if len(self._rows) < batch:

@@ -6,6 +6,7 @@ noted once a checkpoint is whole; one that was cut off later (a copy that ended 
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,21 @@ class StageCheckpoints:
         """The newest whole state and its log, or None when there is none. `fresh` gives structure and placement."""
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             tqdm.write(f"warning: {left}: this checkpoint was cut off while it was written; it is ignored")
-        step = self._newest_whole()
+        step = self.newest()  # whose settings come first: the state of another target may not even fit
         if step is None:
             return None
-        # The settings first: the state of another target may not even fit.
-        self._compare(self._read(step, settings=ocp.args.JsonRestore())["settings"])
         items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict()))}
         if (self._folder / str(step) / "log").exists():  # older versions kept none
             items["log"] = ocp.args.JsonRestore()
         restored = self._read(step, **items)
         return TrainState(**restored["state"]), restored["log"] if "log" in items else []
+
+    def newest(self) -> int | None:
+        """The step of the newest whole checkpoint, None when there is none. Raises UserError when it was made with other settings."""
+        step = self._newest_whole()
+        if step is not None:
+            self._compare(self._read(step, settings=ocp.args.JsonRestore())["settings"])
+        return step
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         """These parts of a checkpoint."""
@@ -117,6 +123,7 @@ class StageCheckpoints:
             tqdm.write(f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
                        "before it used")
             if is_first():
+                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
                 (self._folder / str(step)).rename(aside)
         wait_for_all("checkpoints set aside")
         self._manager.reload()

@@ -49,10 +49,10 @@ class StageCost(NamedTuple):
     flops: float  # matrix products on all devices together, every token an answer
     weights: int  # the trained draft
     optimizer: int
-    frozen: int  # the target's embedding and head; all of it when the step computes its states
+    frozen: int  # the target's embedding and head; all of it when the step computes its states, or tau is measured on the way
     batch: int  # tokens and states
     temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
-    compiler_total: int | None  # everything at once, as the compiler counts it
+    compiler_total: int | None  # everything at once, as the compiler counts it, and what it does not see
     refusal: str  # what the compiler said when it ran out; else empty
     compile_seconds: float
 
@@ -76,10 +76,13 @@ def topology_devices(name: str) -> list[jax.Device]:
                          "v4:2x2x2") from error
 
 
-def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, mesh: Mesh, online: Any = None) -> StageCost:
+def stage_cost(
+    name: str, config: Config, target: TargetSpec, draft_vocab: int, mesh: Mesh, online: Any = None, beside: Any = None
+) -> StageCost:
     """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated.
 
-    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the step computes its states.
+    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the step computes its states;
+    beside: when they only stay in memory, for tau to be measured with (eval.every).
     """
     stage: StageConfig = getattr(config.train, name)
     spec = spec_type(config.draft.kind).from_target(target)
@@ -92,6 +95,8 @@ def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, 
     frozen = {"embed_VD": jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
               "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)}
     frozen |= {} if online is None else {"target": online}
+    # Tables that the step reads are the target's own, unless they are cut to hot tokens.
+    beside = {key: x for key, x in (beside or {}).items() if key not in frozen or x.shape != frozen[key].shape}
     state, frozen = (_placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen))
     batch = batch_shapes(config, spec.hidden_size)
     batch = batch if online is None else batch._replace(states_BLD=None)
@@ -102,7 +107,7 @@ def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, 
     try:
         memory = train_step.lower(state, frozen, batch, config.train.seed).compile().memory_analysis()
         temporaries = memory.temp_size_in_bytes
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries + _bytes(beside)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -113,7 +118,7 @@ def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, 
                    + (0 if online is None else target_flops(target, config.train.row_tokens))),  # fmt: skip
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
-        frozen=_bytes(frozen),
+        frozen=_bytes(frozen) + _bytes(beside),
         batch=_bytes(batch),
         temporaries=temporaries,
         compiler_total=total,
@@ -124,8 +129,8 @@ def stage_cost(name: str, config: Config, target: TargetSpec, draft_vocab: int, 
 
 def batch_shapes(config: Config, width: int) -> Batch:
     """The shapes of a batch whose rows are full and answers throughout, as the loader makes them."""
-    L = config.train.row_tokens
-    narrow_L1 = np.zeros((L, 1), jnp.dtype(config.target.dtype))  # the loader copies states: one channel is enough
+    L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
+    narrow_L1 = np.zeros((L, 1), jnp.dtype("float32" if stored == "int8" else stored))  # the loader copies states: one channel is enough
     full = [Row([0] * L, [True] * L)] * config.train.batch
     made = BatchLoader(full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0).batch_at(0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)

@@ -46,8 +46,8 @@ def run_stage(
     """
     stage: StageConfig = getattr(config.train, name)
     train_step, eval_step, init = make_steps(spec, config.train, stage, mesh, late=name == "late", target=target)
-    folder = Path(config.train.folder) / "checkpoints" / name
-    with StageCheckpoints(folder, settings_of(name, config), config.train.accept_changes) as checkpoints, StopSignal() as stop:
+    # The signal is minded to the end of the last write.
+    with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         fresh = init(params)
         state, waiting = checkpoints.restore(fresh) or (fresh, [])
         first = int(state.step)
@@ -62,7 +62,7 @@ def run_stage(
             if last_metrics is not None:
                 progress.add(step, last_metrics)  # read only now, with the next step already under way
             last_metrics, done = metrics, step + 1
-            stopping, looking = stop.asked(done), best is not None and best.due(done, stage.steps)
+            stopping, looking = stop.asked(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
             if not (saving or looking):
                 continue
@@ -80,10 +80,26 @@ def run_stage(
             if finished or stopping:
                 break
         progress.close()
-    if stopping:
-        tqdm.write(f"{name} stage: stopped by SIGTERM after step {done}, which is saved; the same command goes on from there")
+    if stop.seen:  # maybe only after the last step
+        tqdm.write(f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; the same command goes on from there")
         raise SystemExit(0)
     return state.params
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work that would be for nothing."""
+    for name in ("early", "late"):
+        if getattr(config.train, name).steps and not config.train.accept_changes and _folder(name, config).exists():
+            with _checkpoints(name, config) as checkpoints:
+                checkpoints.newest()
+
+
+def _folder(name: str, config: Config) -> Path:
+    return Path(config.train.folder) / "checkpoints" / name
+
+
+def _checkpoints(name: str, config: Config) -> StageCheckpoints:
+    return StageCheckpoints(_folder(name, config), settings_of(name, config), config.train.accept_changes)
 
 
 def settings_of(name: str, config: Config) -> Settings:

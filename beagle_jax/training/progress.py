@@ -12,7 +12,7 @@ from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.errors import UserError
 from beagle_jax.training.metrics import Log
-from beagle_jax.training.step import Metrics
+from beagle_jax.training.step import AGREE_WITHIN, Metrics
 
 
 class Progress:
@@ -23,7 +23,8 @@ class Progress:
         stage: StageConfig = getattr(config.train, name)
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
         self._bar = tqdm(total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05)
-        self._since = [Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in waiting]
+        known = [one for one in waiting if one.keys() == set(Metrics._fields)]  # an older version's have other figures
+        self._since = [Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in known]
         self._clock, self._timed = time.perf_counter(), 0.0
 
     @property
@@ -50,8 +51,9 @@ class Progress:
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
-        states_BLD = np.zeros((0, 0, 0)) if batch.states_BLD is None else np.asarray(batch.states_BLD, np.float32)
-        broken = np.flatnonzero(~np.isfinite(states_BLD).all(axis=(1, 2)))
+        if batch.states_BLD is None:
+            return f"{where}. Lower train.{self._name}.learning_rate, unless it is the target's states, made in the step, that are not finite"
+        broken = np.flatnonzero(~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2)))
         if not len(broken):
             return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
@@ -89,9 +91,9 @@ def summary(batches: list[Metrics]) -> dict[str, Any]:
     """Sums over batches, divided once."""
     total = lambda field: np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)
     rows = max(float(total("count_J").sum()), 1.0)
+    share_JK = total("agree_JK") / np.maximum(total("count_J"), 1)[:, None]
     return {
         "loss": round(float(total("objective") / np.maximum(total("supervised"), 1)), 5),
         "ploss": round(float(total("ploss") / rows), 5),
         "vloss": round(float(total("vloss") / rows), 6),
-        "top1_by_offset": [round(float(x), 4) for x in total("agree_J") / np.maximum(total("count_J"), 1)],
-    }
+    } | {f"top{within}_by_offset": [round(float(x), 4) for x in share_J] for within, share_J in zip(AGREE_WITHIN, share_JK.T)}

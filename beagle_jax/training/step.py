@@ -23,6 +23,7 @@ from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states, window_queries
 from beagle_jax.training.losses import distribution_loss, smooth_l1
 
+AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices (method.md 5.5)
 _ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
 
 
@@ -50,7 +51,7 @@ class Metrics(NamedTuple):
     objective: jax.Array  # what is minimised, before the division by `supervised`
     supervised: jax.Array  # supervised tokens of the batch: the divisor of the loss
     count_J: jax.Array  # rows that entered the loss
-    agree_J: jax.Array  # of them, rows whose draft argmax is the target's
+    agree_JK: jax.Array  # of them, rows whose draft has the target's most likely token among its first AGREE_WITHIN[k]
     grad_norm: jax.Array  # before clipping; of the batches since the last update
 
 
@@ -182,7 +183,7 @@ def stage_loss(
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
     supervised = jnp.sum(batch.counts_BT)
     group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
-    agree_BN = (counts_M & (rank_M == 0)).reshape(counts_BN.shape)
+    agree_KBN = [(counts_M & (rank_M < within)).reshape(counts_BN.shape) for within in AGREE_WITHIN]
     by_group = lambda x_BN: jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
     metrics = Metrics(
         ploss=jnp.sum(ce_M),
@@ -190,7 +191,7 @@ def stage_loss(
         objective=objective,
         supervised=supervised,
         count_J=by_group(counts_BN),
-        agree_J=by_group(agree_BN),
+        agree_JK=jnp.stack([by_group(agree_BN) for agree_BN in agree_KBN], axis=1),
         grad_norm=jnp.float32(0),
     )
     return objective / (supervised + 1e-5), metrics

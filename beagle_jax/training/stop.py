@@ -10,8 +10,10 @@ from jax.experimental import multihost_utils
 class StopSignal:
     """A context manager; inside it SIGTERM sets a mark instead of ending the process."""
 
+    _asked = 0  # how often, over all stages: several processes agree on one of these numbers to stop at, so they never begin anew
+
     def __init__(self) -> None:
-        self._seen = False
+        self.seen = False  # somebody wishes to stop
 
     def __enter__(self) -> "StopSignal":
         # With several processes jax's own service catches the signal: all must stop after the same step.
@@ -23,9 +25,12 @@ class StopSignal:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks after every step and gets the same answer."""
-        return self._seen if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    def asked(self) -> bool:
+        """Whether to stop now; every process asks after every step and gets the same answer."""
+        if jax.process_count() > 1:
+            StopSignal._asked += 1
+            self.seen = multihost_utils.reached_preemption_sync_point(StopSignal._asked)
+        return self.seen
 
     def _see(self, *_: object) -> None:
-        self._seen = True
+        self.seen = True
