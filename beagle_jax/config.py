@@ -395,9 +395,6 @@ def _check(config: Config, where: str) -> None:
         if not 0 <= value < math.inf:  # not a number fails too
             raise UsageError(f"{where}: {key} is {value}; expected 0 or more")
     _check_sampling(config, where)
-    if 0 < config.log.eval_rows < config.train.batch:
-        raise UsageError(f"{where}: log.eval_rows is {config.log.eval_rows}, less than train.batch = {config.train.batch}: chats that are kept "
-                         "out are measured in whole batches; raise it, or set it to 0")
     _check_train(config.train, where)
     if config.draft.kind == "eagle":
         _check_eagle(config, where)
@@ -476,6 +473,9 @@ def _check_stage(stage: StageConfig, key: str, where: str, positive: dict, not_n
 
 def _check_eval(config: Config, where: str) -> None:
     """What is measured, while training and after."""
+    if 0 < config.log.eval_rows < config.train.batch:
+        raise UsageError(f"{where}: log.eval_rows is {config.log.eval_rows}, less than train.batch = {config.train.batch}: chats that are kept "
+                         "out are measured in whole batches; raise it, or set it to 0")
     if not config.eval.suites or len(set(config.eval.suites)) < len(config.eval.suites):
         raise UsageError(f"{where}: eval.suites is {list(config.eval.suites)}; expected one name or more, each once")
     if config.eval.every and config.decode.tree == "auto":

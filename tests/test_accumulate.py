@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from test_loop import config_for, loader_of, same_params, saved_steps
+from test_loop import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
+from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
@@ -115,6 +116,9 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     with pytest.raises(KeyboardInterrupt):
         run(cut, Stopping())
     assert 4 in saved_steps(cut)
+    with pytest.raises(UserError, match="early stage, step 5: the loss is"):  # the second of its three
+        run(cut, Breaking(loader_of(20, 1), 4, infinite_state))
+    assert saved_steps(cut)[-1] == 4
     same_params(run(cut, training), whole)
 
 

@@ -63,8 +63,11 @@ def gradient_of(name: str):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def check_same(name: str, seed: int, draft: dict, tiny_params: dict, run_packed=None) -> None:
-    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with one offset of the windows."""
+def check_same(name: str, seed: int, draft: dict, tiny_params: dict, run_packed=None) -> bool:
+    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with one offset of the windows.
+
+    Returns whether chats fill a row to its last place.
+    """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
     alone, packed = everything(loader_of(rows, pack=False), 7, 1), everything(loader_of(rows), 4, 7)
@@ -76,6 +79,7 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, run_packed=
         np.testing.assert_allclose(getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure)
     for weight in gradient:
         np.testing.assert_allclose(slope[weight], gradient[weight], atol=1e-5 * float(jnp.abs(gradient[weight]).max()), err_msg=weight)
+    return bool((packed.length_BC.sum(axis=1) == L).any())
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +89,7 @@ def drafts(tiny_draft) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_packed_and_unpacked_losses_and_gradients_are_equal(drafts, tiny_params, name):
-    for seed in range(8):
-        check_same(name, seed, drafts[name], tiny_params)
+    assert any([check_same(name, seed, drafts[name], tiny_params) for seed in range(8)])
 
 
 def one_chat(chat_BT, start_BT, length_BC, width, right=masks.keys_before):

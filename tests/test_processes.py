@@ -5,8 +5,8 @@ import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -166,7 +166,8 @@ def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
         check_held(together[3]["planted"])
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     """As far as a mesh looks at it."""
 
     id: int

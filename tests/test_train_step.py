@@ -13,6 +13,7 @@ from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.training.step import (
+    AGREE_WITHIN,
     Inputs,
     add_noise,
     make_optimizer,
@@ -95,7 +96,7 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
     return [one for one in listed if one[1] < L]
 
 
-def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0) -> dict:
+def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0, within=AGREE_WITHIN) -> dict:
     """The sums of method.md 3.2 and 4.2 in float64, position after position."""
     groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
     out = {"ploss": 0.0, "vloss": 0.0, "objective": 0.0, "count_J": np.zeros(groups), "agree_JK": np.zeros((groups, 3))}
@@ -113,7 +114,7 @@ def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vlos
             out["vloss"] += l1
             out["objective"] += weight * (ce + vloss_weight * l1)
             out["count_J"][group] += 1
-            out["agree_JK"][group] += [true.argmax() in np.argsort(-draft)[:within] for within in (1, 4, 10)]
+            out["agree_JK"][group] += [true.argmax() in np.argsort(-draft)[:count] for count in within]
     return out | {"supervised": counts_BL.sum()}
 
 
@@ -229,6 +230,17 @@ def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
     assert metrics.count_J.tolist() == [batch.counts_BT[:, step:].sum() for step in range(3)]
     _, windows = loss_of(NOISY, LATE)(tiny_draft, frozen, batch, jax.random.key(1))
     assert windows.count_J.sum() < 0.5 * metrics.count_J.sum()
+
+
+def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monkeypatch):
+    """Of four hot tokens, so within one, two and three."""
+    monkeypatch.setattr("beagle_jax.training.step.AGREE_WITHIN", (1, 2, 3))
+    _, metrics = loss_of.__wrapped__(CLEAN, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
+    offset = int(jax.random.randint(jax.random.split(jax.random.key(1))[1], (), 0, EARLY.window))
+    state_BTD = predicted_by(EARLY)(tiny_draft, frozen["embed_VD"], batch, batch.states_BLD, jnp.int32(offset))
+    hand = lambda within: metrics_by_hand(EARLY, offset, state_BTD, batch.states_BLD, frozen["head_VD"], batch.counts_BT, within=within)["agree_JK"]
+    np.testing.assert_array_equal(metrics.agree_JK, hand((1, 2, 3)))
+    assert not np.array_equal(hand((1, 2, 3)), hand((1, 3, 2))) and not np.array_equal(hand((1, 2, 3)), hand((2, 3, 4)))
 
 
 def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):

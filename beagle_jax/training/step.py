@@ -23,7 +23,7 @@ from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states, window_queries
 from beagle_jax.training.losses import distribution_loss, smooth_l1
 
-AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices (method.md 5.5)
+AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices; the paper's figures show four and ten
 _ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
 
 
