@@ -42,7 +42,7 @@ class Best:
     def look(self, stage: str, done: int, params: Params) -> dict:
         """Measures, and keeps the draft if it is better than all before; returns the figures."""
         figures = self._measure(params) if is_first() else {"tau": 0.0}
-        figures["tau"] = from_first(figures["tau"])
+        figures["tau"] = round(from_first(figures["tau"]), 4)  # on its way it is a float32
         if is_first() and figures["tau"] > self.tau:
             self._keep(params, {"stage": stage, "step": done, **figures})
         if figures["tau"] > self._stages.get(stage, {"tau": 0.0})["tau"]:
