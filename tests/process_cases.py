@@ -19,8 +19,8 @@ from beagle_jax.sharding import make_mesh, place, place_rows, share_of_rows
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
-ASKED_AT = 6  # the batch
-PAUSE = 0.5  # seconds before each batch from then on: jax looks for the signal once a second
+ASKED_AT = 8  # the batch; two are read ahead, so six steps are logged at least
+PAUSE = 0.8  # seconds before each batch from then on: jax looks for the signal once a second
 
 
 def interrupted(batch_at):
