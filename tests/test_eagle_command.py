@@ -92,7 +92,7 @@ def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):
     for name, array in draft_of(trained, "further").params.items():
         np.testing.assert_array_equal(array, draft_of(trained, "run").params[name])
     capsys.readouterr()
-    assert run_main(train.main, [*options, "draft.kind=beagle"]) == 1
+    assert run_main(train.main, [*options, "draft.kind=beagle", f"train.folder={trained.folder}/other"]) == 1
     assert f"{given}/config.json: model_type is 'eagle_draft', expected 'beagle_draft'" in capsys.readouterr().err
 
 
