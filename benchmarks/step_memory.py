@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from late_stage import MESH, predict_plain
@@ -57,9 +58,13 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
 def measure(spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int) -> dict[str, dict]:
     """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to the first column."""
     found: dict[str, dict] = {"s": {}, "width": {}}
-    for form in FORMS:
-        found["s"][form] = [peak(spec, vocab, form, s, rows, widths[0]) for s in steps]
-        found["width"][form] = [peak(spec, vocab, form, at_steps, rows, width) for width in widths]
+    with tqdm(total=len(FORMS) * (len(steps) + len(widths)), desc="compiling", unit="program") as bar:
+        for form in FORMS:
+            for axis, places in (("s", [(s, widths[0]) for s in steps]), ("width", [(at_steps, width) for width in widths])):
+                found[axis][form] = []
+                for s, width in places:
+                    found[axis][form].append(peak(spec, vocab, form, s, rows, width))
+                    bar.update()
     for axis, places in (("s", steps), ("width", widths)):
         print(f"peak of the step, MB ({rows} rows; " + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})"))
         print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))
