@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    # needs the tpu extra, Linux on x86
 
 For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan --config CONFIG --topology NAME
-OVERRIDES` would, from the repository's root; what the compiler says it needs on one chip is shown against the chip's HBM. Entries of the file that are not
-planned anew are kept, so that one row can be done at a time.
+OVERRIDES` would, from the repository's root; what the compiler says it needs on one chip is shown against the chip's HBM. Entries of
+the file that are not planned anew are kept, so that one row can be done at a time.
 """
 
 import argparse

@@ -8,6 +8,7 @@ training-time test (every step's states are new queries and new keys). Peak: arg
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -57,14 +58,10 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
 
 def measure(spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int) -> dict[str, dict]:
     """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to the first column."""
-    found: dict[str, dict] = {"s": {}, "width": {}}
-    with tqdm(total=len(FORMS) * (len(steps) + len(widths)), desc="compiling", unit="program") as bar:
-        for form in FORMS:
-            for axis, places in (("s", [(s, widths[0]) for s in steps]), ("width", [(at_steps, width) for width in widths])):
-                found[axis][form] = []
-                for s, width in places:
-                    found[axis][form].append(peak(spec, vocab, form, s, rows, width))
-                    bar.update()
+    found: dict[str, dict] = {"s": {form: [] for form in FORMS}, "width": {form: [] for form in FORMS}}
+    places = [("s", s, widths[0]) for s in steps] + [("width", at_steps, width) for width in widths]
+    for form, (axis, s, width) in tqdm(list(itertools.product(FORMS, places)), desc="compiling", unit="program"):
+        found[axis][form].append(peak(spec, vocab, form, s, rows, width))
     for axis, places in (("s", steps), ("width", widths)):
         print(f"peak of the step, MB ({rows} rows; " + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})"))
         print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))

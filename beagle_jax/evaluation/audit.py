@@ -20,6 +20,7 @@ from beagle_jax.evaluation.answers import Asked
 from beagle_jax.evaluation.chance import allowed_distance, distance_from_uniform, logit_noise, score_noise
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement
+from beagle_jax.evaluation.pages import change
 from beagle_jax.evaluation.replay import replayed
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -217,8 +218,7 @@ def lines(made: dict[str, Any]) -> list[str]:
     width = max(len(check["name"]) for check in made["checks"])
     shown = [f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}" for check in made["checks"]]
     for one in made["divergences"]:
-        change = " became ".join("the end" if one[key] is None else str(one[key]) for key in ("plain", "system_token"))
         shown.append(f"        {one['system']}: {one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}: "
-                     f"{change}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"
+                     f"{change(one)}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"
                      f"{_VERDICT[one['within_noise']]}")  # fmt: skip
     return ["", "audit", *shown]

@@ -121,10 +121,14 @@ def _audit(audit: dict[str, Any]) -> Section:
     return Section("Audit", [sentence], ["check", "", "found"], rows)
 
 
+def change(divergence: dict[str, Any]) -> str:
+    """Plain decoding's token and the other: "11 became 12", or the end where an answer had ended."""
+    return " became ".join("the end" if divergence[key] is None else str(divergence[key]) for key in ("plain", "system_token"))
+
+
 def _divergences(audit: dict[str, Any]) -> Section:
     rows = [[one["system"], f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
-             " became ".join("the end" if one[key] is None else str(one[key]) for key in ("plain", "system_token")),
-             f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
+             change(one), f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
              {True: "yes", False: "NO", None: ""}[one["within_noise"]]] for one in audit["divergences"]]  # fmt: skip
     head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
     return Section("Where answers part from plain decoding's", [], head, rows)
