@@ -1,6 +1,7 @@
 """Two steps of a tiny draft on any mesh, and what its program sends between devices. Run on eight virtual devices.
 
-    python tests/mesh_cases.py OUT.json     # both stages on every mesh of one and of eight devices, and one of two
+    python tests/mesh_cases.py OUT.json         # both stages on one device, on two, and on eight along each axis and along all
+    python tests/mesh_cases.py OUT.json rest    # on one device, and on eight along the other ways to split them
 """
 
 import json
@@ -34,7 +35,8 @@ STAGES = {
     "late": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=2, detach=False),
     "eagle": StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=2, detach=False, dense=True),
 }
-EIGHT = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+EACH_AXIS = [(1, 1, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+REST = [shape for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8 and (shape := (d, f, 8 // d // f)) not in EACH_AXIS]
 LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is what takes long
 
 
@@ -127,14 +129,23 @@ def planted_parts(mesh: Mesh, params: dict) -> dict:
     return found
 
 
-def main(out: str) -> None:
-    params, eagle = fresh_params(SPEC, jax.random.key(7)), fresh_params(EAGLE, jax.random.key(7))
-    found = {stage: {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), (1, 1, 2), *EIGHT]} for stage in ("early", "late")}
+def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
+    return {stage: {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), *shapes]} for stage in ("early", "late")}
+
+
+def each_axis(params: dict) -> dict:
+    """With what stands beside the two stages: planted bugs, where parameters are born, Muon, EAGLE."""
+    found, eagle, muon = each_stage(EACH_AXIS, params), fresh_params(EAGLE, jax.random.key(7)), replace(CONFIG, optimizer="muon")
     found["early"] |= {"planted gather": planted_gather(mesh_of((1, 1, 2))), "planted parts": planted_parts(mesh_of((1, 1, 2)), params)}
     found["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
-    muon = replace(CONFIG, optimizer="muon")
     found["early"] |= {f"muon {shape}": run(mesh_of(shape), "early", params, muon) for shape in [(1, 1, 1), (2, 2, 2)]}
     found["late"] |= {f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE) for shape in [(1, 1, 1), (2, 2, 2)]}
+    return found
+
+
+def main(out: str, which: str = "") -> None:
+    params = fresh_params(SPEC, jax.random.key(7))
+    found = each_stage(REST, params) if which == "rest" else each_axis(params)
     with open(out, "w") as stream:
         json.dump(found, stream)
 

@@ -10,30 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import environment
-from mesh_cases import EIGHT
+from mesh_cases import EACH_AXIS, REST
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import check_rows, make_mesh, shardings
 
-pytestmark = pytest.mark.timeout(600)  # two dozen programs are compiled, unless the cache has them
+pytestmark = pytest.mark.timeout(600)  # a dozen programs and more are compiled, unless the cache has them
 TESTS = Path(__file__).parent
-SHAPES = [(1, 1, 2), *EIGHT]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def measured(folder: Path, *which: str) -> dict:
     """What tests/mesh_cases.py measures, by stage and mesh, on eight virtual devices in a process of its own."""
-    out = tmp_path_factory.mktemp("meshes") / "found.json"
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
-    command = [sys.executable, str(TESTS / "mesh_cases.py"), str(out)]
+    command = [sys.executable, str(TESTS / "mesh_cases.py"), str(folder / "found.json"), *which]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    return measured(tmp_path_factory.mktemp("meshes"))
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory) -> dict:
+    return measured(tmp_path_factory.mktemp("rest"), "rest")
 
 
 def same_numbers(one: dict, many: dict) -> None:
@@ -49,14 +56,25 @@ def same_numbers(one: dict, many: dict) -> None:
             assert size > 1e-6
 
 
-@pytest.mark.parametrize("stage", ["early", "late"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_mesh_computes_the_same_step(found, stage, shape):
-    one, many = found[stage]["(1, 1, 1)"], found[stage][str(shape)]
+def check_mesh(of_stage: dict, shape: tuple[int, int, int]) -> None:
+    one, many = of_stage["(1, 1, 1)"], of_stage[str(shape)]
     same_numbers(one, many)
     assert np.sum(one["agree"]) > 0
     assert one["logits"] == many["logits"] == [] and many["vocabulary_sent"] == [] and many["on_fewer_devices"] == [] and many["not_donated"] == 0
     assert (many["whole"] == []) == (shape != (8, 1, 1))  # matrices are split as soon as fsdp or tensor is
+
+
+@pytest.mark.parametrize("stage", ["early", "late"])
+@pytest.mark.parametrize("shape", EACH_AXIS, ids=str)
+def test_a_mesh_along_each_axis_computes_the_same_step(found, stage, shape):
+    check_mesh(found[stage], shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["early", "late"])
+@pytest.mark.parametrize("shape", REST, ids=str)
+def test_every_other_mesh_of_eight_computes_the_same_step(rest, stage, shape):
+    check_mesh(rest[stage], shape)
 
 
 def test_muon_computes_the_same_step_too(found):
