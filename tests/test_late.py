@@ -66,8 +66,9 @@ def _compare(row, window, steps, detach, offsets, **options) -> None:
             np.testing.assert_allclose(gradients[0][name], gradients[1][name], atol=1e-4 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize(("window", "steps"), [(1, 1), (2, 2), (5, 3), (4, 4), (5, 5)])
+@pytest.mark.parametrize(
+    ("window", "steps", "detach"), [(1, 1, True), (2, 2, False), (5, 3, True), (5, 3, False), (4, 4, True), (5, 5, False)]
+)
 def test_equals_plain_form(row, window, steps, detach):
     _compare(row, window, steps, detach, range(window))
 
@@ -100,8 +101,7 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
 
 
 def test_detach_changes_gradients_only(row):
-    kept = _both(*row, jnp.int32(1), window=4, steps=4, detach=False, plant="")
-    cut = _both(*row, jnp.int32(1), window=4, steps=4, detach=True, plant="")
+    kept, cut = (_both(*row, jnp.int32(1), window=5, steps=3, detach=detach) for detach in (False, True))
     # Two programs: rounding differs where XLA fuses them differently, by a few 1e-7 (measured).
     np.testing.assert_allclose(kept[0][0], cut[0][0], atol=1e-5)
     assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
@@ -195,7 +195,7 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
 def test_memory_is_flat_in_the_steps(detach, within):
     """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that grow."""
     # The first step's program is the same with and without: no predicted state is read.
-    found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 2, 4, 8)]
+    found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
     memory = [bytes_ for bytes_, _ in found]
     assert max(memory) <= within * min(memory), memory
     early = _temporaries_and_flops(0, False)[1]
