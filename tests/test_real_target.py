@@ -3,19 +3,22 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from test_configs import shape_of
-from test_target import _interleaved, _pad, _states
+from test_target import _interleaved, _pad
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.suites import suite, tokenize
-from beagle_jax.model.target import logits
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward, logits
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import Target, load_target, open_source
 
@@ -58,7 +61,9 @@ def llama(target):
     file = open_source(SOURCE, CACHE)
     config = {**file.config(), "eos_token_id": file.eos_ids()[0], "pad_token_id": file.eos_ids()[0]}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    with no_init_weights():
+        model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    model.tie_weights()
     tensors = {name: torch.tensor(array) for name, array in file.tensors()}
     missing, extra = model.load_state_dict(tensors, strict=False)
     assert (missing, extra) == (["lm_head.weight"], []) and model.lm_head.weight is model.model.embed_tokens.weight
@@ -96,7 +101,10 @@ def expected_logits(llama, prompts):
 
 def difference(params, spec, prompts, expected) -> float:
     """Largest difference of any logit at any position."""
-    states_BTD, _ = _states(params, spec, *_pad(prompts))
+    tokens_BT, length_B = _pad(prompts)
+    B, T = tokens_BT.shape
+    # One operation after the other: thirty layers share them all, and as one program they take ten seconds to compile.
+    states_BTD, _ = forward(params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T))
     found_BTV = np.asarray(logits(params, spec, states_BTD))
     return max(float(np.abs(found_TV[: len(there_TV)] - there_TV).max()) for found_TV, there_TV in zip(found_BTV, expected, strict=True))
 
@@ -111,7 +119,30 @@ def test_planted_bug_in_logits(target, prompts, expected_logits):
     assert difference(params, spec, prompts, expected_logits) > 100 * TOLERANCE
 
 
-# Answers of 64 tokens
+# Answers
+
+
+def by_torch(target, llama, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers' generate, to the stop token."""
+    width, stop = max(map(len, prompts)), target.eos_ids[0]
+    left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in prompts])
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        full = llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=max_new_tokens)[:, width:].tolist()
+    return [line[: line.index(stop) + 1] if stop in line else line for line in full]
+
+
+def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
+    draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
+    return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(prompts, max_new_tokens=max_new_tokens)  # each node is work here
+
+
+def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
+    """Three short answers; more and longer ones, and those of plain decoding, are slow."""
+    found = by_the_box(target, prompts[:3], 24)
+    assert [answer.tokens for answer in found] == by_torch(target, llama, prompts[:3], 24)
+    assert "Paris" in target.tokenizer.decode(found[0].tokens)
+    assert sum(answer.rounds for answer in found) < 0.8 * sum(len(answer.tokens) - 1 for answer in found)
 
 
 @pytest.fixture(scope="module")
@@ -125,19 +156,15 @@ def plain(target, asked) -> list[Generation]:
     return SpeculativeDecoder(target).generate(asked, max_new_tokens=64)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_torch(target, llama, prompts, plain):
-    width, stop = max(map(len, prompts)), target.eos_ids[0]
-    left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in prompts])
-    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with torch.no_grad():
-        full = llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=64)[:, width:].tolist()
     found = [answer.tokens for answer in plain[: len(prompts)]]
-    assert found == [line[: line.index(stop) + 1] if stop in line else line for line in full]
+    assert found == by_torch(target, llama, prompts, 64)
     assert sum(map(len, found)) > 150 and "Paris" in target.tokenizer.decode(found[0])
 
 
+@pytest.mark.slow
 def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, asked, plain):
-    draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
-    fast = SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(asked, max_new_tokens=64)  # each node is work here
+    fast = by_the_box(target, asked, 64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in plain)
