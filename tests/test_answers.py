@@ -61,6 +61,10 @@ class FakeWriter:
         return [text.removeprefix("<user/").removesuffix(">/<assistant/") for text in texts if text != "<user/"]
 
 
+def makes_up(settings) -> bool:
+    return settings["max_new"] == answers._MADE_UP_TOKENS
+
+
 def fake_states(tokens) -> np.ndarray:
     """States [length, 2] that tell which token they belong to."""
     return np.stack([tokens, np.arange(len(tokens))], axis=1).astype(np.float32)
@@ -133,7 +137,7 @@ def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
         "One two three 4",
     ]
     assert len(rows) == 8
-    settings = [settings for prompts, settings in writer.calls if len(prompts) == 256]
+    settings = [settings for _, settings in writer.calls if makes_up(settings)]
     assert [one["temperature"] for one in settings] == [1.0] * 4
     assert len({one["seed"] for one in settings}) == 4
 
@@ -144,12 +148,20 @@ def test_the_budget_stops_the_writing(text, writer, tmp_path):
     writer.calls.clear()
     rows = text(writer, answer_tokens=16, folder=str(tmp_path / "more"))
     assert sum(sum(row.supervised) for row in rows) == 20  # one more row, not the 2 made-up prompts that there were
-    assert [len(prompts) for prompts, _ in writer.calls] == [3, 256, 1]
+    assert [len(prompts) for prompts, _ in writer.calls] == [3, answers._MADE_UP_AT_LEAST, 1]
+
+
+def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkeypatch):
+    monkeypatch.setattr(answers, "_MADE_UP_AT_LEAST", 2)
+    writer = FakeWriter(tokenizer, [f"Tell me of {place} {{n}}" for place in range(40)])
+    text(writer, answer_tokens=100)  # 15 from OWN; answers of 10 tokens at most, so of 5 for what is known
+    assert [len(prompts) for prompts, _ in writer.calls] == [3, 17, 17]
+    assert len(set(writer.answered)) == 20
 
 
 def test_the_writer_is_told_the_settings(text, writer):
     text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
-    told = [settings for prompts, settings in writer.calls if len(prompts) < 256]
+    told = [settings for _, settings in writer.calls if not makes_up(settings)]
     assert (
         told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))] and len(told) > 1
     )

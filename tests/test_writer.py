@@ -10,7 +10,7 @@ from test_target import GREEDY, NEVER, _answers, _pad, _states
 from beagle_jax.decoding import batch as batch_module
 from beagle_jax.decoding.batch import _visible, _write_slot, write_answers
 from beagle_jax.decoding.sampling import Sampling
-from beagle_jax.model.target import logits
+from beagle_jax.model.target import init_cache, logits
 
 MAX_NEW = 24
 
@@ -75,6 +75,58 @@ def test_planted_bug_in_answers(tiny_params, alone, stops, plant, monkeypatch):
     assert found != [_cut(answer, stops) for answer in answers]
 
 
+HEADER = [7, 3, 11]
+
+
+@pytest.fixture(scope="module")
+def with_header(alone):
+    """The same prompts behind one header, and after them one that begins otherwise in the header's third token."""
+    return [HEADER + prompt for prompt in alone[0][:19]], [7, 3, 12]
+
+
+@jax.jit
+def _of_whole_text(params, tokens_1T, length_1):
+    """The states of a text, and the best token after each."""
+    states_1TD = _states(params, TINY, tokens_1T, length_1)[0]
+    return states_1TD[0], jnp.argmax(logits(params, TINY, states_1TD[0]), axis=-1)
+
+
+def _check_against_whole_texts(params, asked):
+    """What a greedy writer chose is the best choice at each place of the whole text, and its states are the text's."""
+    found = list(write_answers(params, TINY, asked, eos_ids=NEVER, max_new=9, batch=16, sampling=GREEDY, seed=0))
+    assert sorted(answer.index for answer in found) == list(range(len(asked)))
+    for answer in found:
+        text = asked[answer.index] + answer.tokens
+        states_LD, best_L = map(np.asarray, _of_whole_text(params, *_pad([text], width=64)))
+        assert answer.tokens == best_L[len(asked[answer.index]) - 1 : len(text) - 1].tolist()
+        np.testing.assert_allclose(answer.states_LD[:-1], states_LD[: len(text) - 1], atol=1e-4)  # 1e-4: another order of summation
+
+
+@pytest.mark.parametrize("begins", ["with a header", "in two tokens", "alike and ends so"])
+def test_what_all_prompts_begin_with_is_read_once(tiny_params, with_header, begins, monkeypatch):
+    asked, other = with_header
+    asked = {"with a header": asked, "in two tokens": [*asked, other], "alike and ends so": [HEADER] * 17}[begins]
+    beginnings, read = [], batch_module._read_beginning
+    monkeypatch.setattr(batch_module, "_read_beginning", lambda *rest: beginnings.append(read(*rest)) or beginnings[-1])
+    _check_against_whole_texts(tiny_params, asked)
+    assert [len(one.states_PD) for one in beginnings] == [3 if begins == "with a header" else 2]
+
+
+BEGINNING_PLANTS = {
+    "its states in another order": lambda rows, states_PD: (rows, states_PD[::-1]),
+    "its keys at the wrong places": lambda rows, states_PD: ([one._replace(k_BKHS=one.k_BKHS[..., ::-1]) for one in rows], states_PD),
+    "values of another token": lambda rows, states_PD: ([one._replace(v_BKSH=one.v_BKSH[:, :, ::-1]) for one in rows], states_PD),
+}
+
+
+@pytest.mark.parametrize("plant", BEGINNING_PLANTS)
+def test_planted_bug_in_the_beginning(tiny_params, with_header, plant, monkeypatch):
+    read = batch_module._read_beginning
+    monkeypatch.setattr(batch_module, "_read_beginning", lambda *rest: batch_module.Beginning(*BEGINNING_PLANTS[plant](*read(*rest))))
+    with pytest.raises(AssertionError):
+        _check_against_whole_texts(tiny_params, with_header[0])
+
+
 def _check_answer_states(params, asked, stops, shift=0):
     for answer in write_answers(params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=20, sampling=GREEDY, seed=0):
         text = asked[answer.index] + answer.tokens
@@ -128,7 +180,7 @@ def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]
     """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that reuse inputs."""
     static = ("spec", "sampling", "eos_ids")
     jitted = jax.jit(batch_module._segment.__wrapped__, static_argnames=static, donate_argnames=donate)
-    state = batch_module._empty_state(TINY, jnp.float32, 16, 1024, 0)
+    state = batch_module._empty_state(TINY, init_cache(TINY, 1, 0, jnp.float32), 16, 1024, 0)
     memory = jitted.lower(params, TINY, state, sampling, NEVER).compile().memory_analysis()
     cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache))
     return cache_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes

@@ -30,7 +30,7 @@ PART_ROWS = 1024  # rows of one part
 _MADE_UP_TEMPERATURE = 1.0
 _MADE_UP_TOKENS = 48
 _MADE_UP_WORDS = 3  # shorter ones are noise
-_MADE_UP_BATCH = 256  # asked for at once
+_MADE_UP_AT_LEAST = 64  # asked for at once: of a few, none might be usable
 
 
 class Answer(Protocol):
@@ -169,8 +169,13 @@ def _self_written_prompts(
     write: Writer,
     mine: Sequence[Sequence[Row]],
     share: Share,
+    missing: Callable[[], int],
 ) -> Iterator[list[Row]]:
-    """Our own prompts first, then group after group that the target makes up after its user header; none twice."""
+    """Our own prompts first, then group after group that the target makes up after its user header; none twice.
+
+    missing: how many answer tokens are still to be written. A group is as large as they need, at half-length answers: few
+    large ones keep the writer's rows busy.
+    """
     chats = own_prompts("train")
     random.Random(config.seed).shuffle(chats)
     own = [prompt_tokens(tokenizer, chat.messages) for chat in chats[share.index :: share.count]]
@@ -181,9 +186,10 @@ def _self_written_prompts(
     header = user_header(tokenizer)
     # A part holds prompts of one round at most, so no run draws with the seed of an earlier one.
     for round_number in range(max(len(mine), 1), 1_000_000):
+        wanted = min(max(2 * missing() // config.max_answer_tokens, _MADE_UP_AT_LEAST), PART_ROWS)
         with tqdm(desc="making up prompts", unit="tok", leave=False) as bar:
             made = write(
-                [header] * _MADE_UP_BATCH,
+                [header] * wanted,
                 max_new=_MADE_UP_TOKENS,
                 temperature=_MADE_UP_TEMPERATURE,
                 seed=config.seed * 1_000_003 + round_number * share.count + share.index,
@@ -229,13 +235,13 @@ def _write_share(
 ) -> None:
     """Writes part after part of this process until its budget is met or the source has no more."""
     mine = _mine(parts, share)
+    budget, have = _budget(config, share), sum(map(_answer_tokens, mine))
     if config.source == "self":
-        groups = _self_written_prompts(config, tokenizer, eos_ids, write, mine, share)
+        groups = _self_written_prompts(config, tokenizer, eos_ids, write, mine, share, lambda: budget - have)
     else:
         chats = islice(source_chats(config), share.index, None, share.count)
         rows = source_rows(config, chats, tokenizer, eos_ids)
         groups = _in_groups(islice(rows, sum(map(len, mine)), None))
-    budget, have = _budget(config, share), sum(map(_answer_tokens, mine))
     part, waiting = share.index + share.count * len(mine), []
     with tqdm(total=budget, initial=have, desc="training text", unit="tok", smoothing=0.05) as bar:
         while have < budget:

@@ -7,6 +7,8 @@ device. Knows nothing of drafts.
 The cache has two zones. Answers lie in a ring that all rows share: every step writes one slot, the same for each row,
 so the write is one slice and not a scatter (0.3 s of 0.9 for 256 rows of a 135M model). Prompts lie behind the ring.
 Where a key lies does not matter, it carries its position; what a row sees is its prompt and its own last steps.
+
+What all prompts begin with, a chat template's header, is read once: a token read costs as much as a token written.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,14 @@ import numpy as np
 
 from beagle_jax.decoding.sampling import Sampling, choose_from_top, is_stop
 from beagle_jax.errors import UserError
-from beagle_jax.model.cache import KVRows
+from beagle_jax.model.cache import KVRows, append_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, logits
 
 SEGMENT_STEPS = 8  # tokens per row between two looks of the host
 ADMIT_ROWS = 16  # prompts read in one prefill
-PROMPT_BUCKET = 32  # prompt lengths are padded to a multiple of this: one compile each
+PROMPT_BUCKET = 16  # what is read of a prompt is padded to a multiple of this: one compile each
+_ROOM_BUCKET = 32  # and the cache's room for it to a multiple of this: a compile of everything each
 
 
 class Answer(NamedTuple):
@@ -49,10 +52,38 @@ class WriterState(NamedTuple):
     key: jax.Array
 
 
-def _empty_state(spec: TargetSpec, dtype, batch: int, max_new: int, seed: int) -> WriterState:
+class Beginning(NamedTuple):
+    """What all prompts begin with, P tokens: its rows in each layer, of one sequence, and its states."""
+
+    rows: list[KVRows]
+    states_PD: np.ndarray
+
+
+_read = jax.jit(forward, static_argnames="spec")
+
+
+def _read_beginning(params: Params, spec: TargetSpec, prompts: Sequence[Sequence[int]]) -> Beginning:
+    """Reads what all prompts begin with, perhaps nothing. One token of each is left: what comes next is read off that."""
+    shortest = min(map(len, prompts))
+    first, last = min(prompts), max(prompts)  # what these two share, those between them in order share too
+    P = next((place for place in range(shortest - 1) if first[place] != last[place]), shortest - 1)
+    if not P:
+        dtype = params["embed_VD"].dtype
+        return Beginning(init_cache(spec, 1, 0, dtype), np.zeros((0, spec.hidden_size), dtype))
+    tokens_1P = jnp.asarray([first[:P]], jnp.int32)
+    states_1PD, rows = _read(params, spec, tokens_1P, jnp.arange(P)[None], causal_mask(jnp.full(1, P), P))
+    return Beginning(rows, np.asarray(states_1PD[0]))
+
+
+def _repeated(rows: list[KVRows], count: int) -> list[KVRows]:
+    return [KVRows(jnp.repeat(one.k_BKHS, count, 0), jnp.repeat(one.v_BKSH, count, 0)) for one in rows]
+
+
+def _empty_state(spec: TargetSpec, beginning: list[KVRows], batch: int, max_new: int, seed: int) -> WriterState:
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # a new buffer each time: donated buffers must differ
+    rings = init_cache(spec, batch, max_new, beginning[0].v_BKSH.dtype)
     return WriterState(
-        cache=init_cache(spec, batch, max_new, dtype),
+        cache=list(map(append_rows, rings, _repeated(beginning, batch))),
         step=zeros(),
         prompt_len_B=zeros(batch),
         token_B=zeros(batch),
@@ -63,11 +94,10 @@ def _empty_state(spec: TargetSpec, dtype, batch: int, max_new: int, seed: int) -
     )
 
 
-@partial(jax.jit, static_argnames=("prompt_room",))
-def _resize(state: WriterState, row_B: jax.Array, prompt_room: int) -> WriterState:
-    """Keeps these rows only, with room for prompts of this length (never less than there is)."""
-    ring = state.out_BT.shape[1]
-    more = max(0, ring + prompt_room - state.cache[0].v_BKSH.shape[2])
+@partial(jax.jit, static_argnames=("slots",))
+def _resize(state: WriterState, row_B: jax.Array, slots: int) -> WriterState:
+    """Keeps these rows only, with so many slots (never less than there are)."""
+    more = max(0, slots - state.cache[0].v_BKSH.shape[2])
     longer = lambda kept: KVRows(
         jnp.pad(kept.k_BKHS[row_B], ((0, 0), (0, 0), (0, 0), (0, more))),
         jnp.pad(kept.v_BKSH[row_B], ((0, 0), (0, 0), (0, more), (0, 0))),
@@ -83,26 +113,27 @@ def _resize(state: WriterState, row_B: jax.Array, prompt_room: int) -> WriterSta
 
 
 @partial(jax.jit, static_argnames=("spec", "sampling", "eos_ids"), donate_argnames=("state",))
-def _admit(params, spec, state, slot_R, tokens_RT, length_R, sampling, eos_ids) -> tuple[WriterState, jax.Array]:
-    """Prefills R prompts into rows slot_R; a slot equal to the batch size is out of range and dropped.
+def _admit(params, spec, state, beginning, slot_R, tokens_RT, length_R, sampling, eos_ids) -> tuple[WriterState, jax.Array]:
+    """Prefills what follows the beginning in R prompts into rows slot_R; a slot equal to the batch size is dropped.
 
-    Returns the prompts' states [R, T, D] too.
+    Returns the states [R, T, D] of what it read too.
     """
-    R, T = tokens_RT.shape
+    (R, T), P = tokens_RT.shape, beginning[0].v_BKSH.shape[2]
     ring = state.out_BT.shape[1]
-    positions_RT = jnp.broadcast_to(jnp.arange(T), (R, T))
-    states_RTD, rows = forward(params, spec, tokens_RT, positions_RT, causal_mask(length_R, T))
+    positions_RT = jnp.broadcast_to(P + jnp.arange(T), (R, T))
+    past = (_repeated(beginning, R), jnp.ones((R, P), bool)) if P else ()
+    states_RTD, rows = forward(params, spec, tokens_RT, positions_RT, causal_mask(length_R, T), *past)
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     key, sub = jax.random.split(state.key)
     token_R = choose_from_top(logits(params, spec, last_RD), sampling, sub)
     put = lambda old, new: old.at[slot_R].set(new, mode="drop")
     put_rows = lambda old, new: KVRows(
-        old.k_BKHS.at[slot_R, :, :, ring : ring + T].set(new.k_BKHS, mode="drop"),
-        old.v_BKSH.at[slot_R, :, ring : ring + T].set(new.v_BKSH, mode="drop"),
+        old.k_BKHS.at[slot_R, :, :, ring + P : ring + P + T].set(new.k_BKHS, mode="drop"),
+        old.v_BKSH.at[slot_R, :, ring + P : ring + P + T].set(new.v_BKSH, mode="drop"),
     )
     admitted = state._replace(
         cache=[put_rows(old, new) for old, new in zip(state.cache, rows)],
-        prompt_len_B=put(state.prompt_len_B, length_R),
+        prompt_len_B=put(state.prompt_len_B, P + length_R),
         token_B=put(state.token_B, token_R),
         out_BT=state.out_BT.at[slot_R, 0].set(token_R, mode="drop"),
         count_B=put(state.count_B, jnp.ones(R, jnp.int32)),
@@ -197,8 +228,12 @@ def write_answers(
     """
     _check_window(spec, prompts, max_new)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batch = min(batch, -(-max(len(prompts), 1) // ADMIT_ROWS) * ADMIT_ROWS)
-    state = _empty_state(spec, params["embed_VD"].dtype, batch, max_new, seed)
+    if not order:
+        return
+    beginning = _read_beginning(params, spec, prompts)
+    P = len(beginning.states_PD)
+    batch = _rows(batch, len(prompts))
+    state = _empty_state(spec, beginning.rows, batch, max_new, seed)
     lines: list[_Line | None] = [None] * batch
     while order or any(lines):
         free = [row for row, line in enumerate(lines) if line is None]
@@ -206,12 +241,13 @@ def write_answers(
         while order and len(free) >= min(ADMIT_ROWS, batch, len(order)):
             rows, free = free[:ADMIT_ROWS], free[ADMIT_ROWS:]
             taken, order = order[: len(rows)], order[len(rows) :]
-            slots, tokens, lengths = _pack([prompts[index] for index in taken], rows, batch)
-            if max_new + tokens.shape[1] > state.cache[0].v_BKSH.shape[2]:
-                state = _resize(state, np.arange(batch), tokens.shape[1])
-            state, states_RTD = _admit(params, spec, state, slots, tokens, lengths, sampling, eos_ids)
+            slots, tokens, lengths = _pack([prompts[index][P:] for index in taken], rows, batch)
+            needed = max_new + P + _bucket(tokens.shape[1], _ROOM_BUCKET)
+            if needed > state.cache[0].v_BKSH.shape[2]:
+                state = _resize(state, np.arange(batch), needed)
+            state, states_RTD = _admit(params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids)
             for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD)):
-                lines[row] = _Line(index, states_TD[: len(prompts[index])].copy())
+                lines[row] = _Line(index, np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]))
             on_tokens(len(taken))
         if not order and len(free) >= len(lines) // 2 >= ADMIT_ROWS:
             keep = sorted(range(len(lines)), key=lambda row: lines[row] is None)[: -(-len(lines) // 2)]
@@ -249,15 +285,22 @@ def answer_writer(params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], ba
     return write
 
 
-def _bucket(length: int) -> int:
-    return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET
+def _rows(batch: int, prompts: int) -> int:
+    """Rows for so many prompts: the batch, or its half, quarter, .., the very sizes it shrinks to when prompts run out."""
+    while -(-batch // 2) >= max(prompts, ADMIT_ROWS):
+        batch = -(-batch // 2)
+    return batch
+
+
+def _bucket(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _pack(prompts: list[Sequence[int]], rows: list[int], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slots, right-padded tokens and lengths of one prefill; unused lines point at slot `batch`, out of range."""
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
-    tokens = np.zeros((ADMIT_ROWS, _bucket(max(map(len, prompts)))), np.int32)
+    tokens = np.zeros((ADMIT_ROWS, _bucket(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
     for line, (prompt, row) in enumerate(zip(prompts, rows)):
         slots[line], lengths[line] = row, len(prompt)
         tokens[line, : len(prompt)] = prompt
