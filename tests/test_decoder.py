@@ -21,6 +21,10 @@ from beagle_jax.sharding import tensor_mesh
 STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2), (0, 0, 1)])  # EAGLE's own tree is decoded in test_decoding.py
 TREES = {"plain": ROOT_ONLY, "chain": chain(3), "static": STATIC, "dynamic": dynamic_tree(3, 3, 9)}
 DRAWN = Sampling(0.8, top_k=20)
+# Draws take the same way through every tree: with none, and with the kind that is the hardest.
+EACH_TREE = pytest.mark.parametrize(
+    ("tree", "sampling"), [*((name, GREEDY) for name in TREES), ("plain", DRAWN), ("dynamic", DRAWN)],
+    ids=[*(f"{name}-greedy" for name in TREES), "plain-drawn", "dynamic-drawn"])  # fmt: skip
 
 
 def _decoder(tree, target=None, draft=None, **options) -> SpeculativeDecoder:
@@ -35,14 +39,13 @@ def _lettered(error: float = 0.02):
 # Batches
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@EACH_TREE
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
     """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)), right_draft(0.02)
-    _check_batch(_decoder(tree, target, draft, context=128), sampling)  # one cache size
+    _check_batch(_decoder(TREES[tree], target, draft, context=128), sampling)  # one cache size
 
 
 def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first(monkeypatch):
@@ -70,11 +73,26 @@ def two_hundred():
     return prompts, plain
 
 
-@pytest.mark.parametrize("append_predicted", [True, False])
-@pytest.mark.parametrize("tree", [chain(2), static_tree([(0,), (1,), (0, 0)]), dynamic_tree(2, 2, 4)], ids=["chain", "static", "dynamic"])
-def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(two_hundred, tree, append_predicted):
-    """Small trees: here running is what takes long."""
-    prompts, plain = two_hundred if append_predicted else [each[:50] for each in two_hundred]  # fifty without
+SMALL_TREES = {"chain": chain(2), "static": static_tree([(0,), (1,), (0, 0)]), "dynamic": dynamic_tree(2, 2, 4)}  # here running takes long
+
+
+def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(two_hundred):
+    _check_many(two_hundred, SMALL_TREES["dynamic"], True)
+
+
+@pytest.mark.parametrize(("tree", "append_predicted"), [("chain", True), ("static", True), *((tree, False) for tree in SMALL_TREES)])
+def test_forty_prompts_of_64_tokens_equal_plain_decoding(two_hundred, tree, append_predicted):
+    _check_many([each[:40] for each in two_hundred], SMALL_TREES[tree], append_predicted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["chain", "static"])
+def test_two_hundred_prompts_with_the_other_trees(two_hundred, tree):
+    _check_many(two_hundred, SMALL_TREES[tree], True)
+
+
+def _check_many(asked, tree, append_predicted: bool) -> None:
+    prompts, plain = asked
     fast = _decoder(tree, append_predicted=append_predicted).generate(prompts, max_new_tokens=64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < sum(answer.rounds for answer in plain)
@@ -132,10 +150,9 @@ def test_a_stop_token_is_named():
 # Streams and chats
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@EACH_TREE
 def test_a_stream_is_generate_in_pieces(tree, sampling):
-    _check_stream(_decoder(tree, *_lettered()), sampling)
+    _check_stream(_decoder(TREES[tree], *_lettered()), sampling)
 
 
 def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
@@ -218,19 +235,22 @@ def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
 _SHARDED = """
 import jax, numpy as np, sys
 sys.path.insert(0, {tests!r})
-from decode_cases import random_draft, random_eagle, target_of, right_draft, MARKOV
+from dataclasses import replace
+from conftest import TINY
+from decode_cases import random_draft, random_eagle, target_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import Sampling, GREEDY
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.sharding import tensor_mesh
 prompts = [[5], [7, 8, 9], [1, 2, 3, 4]]
+one_layer = target_of(replace(TINY, num_layers=1))
 for sampling, size in ((GREEDY, 8), (Sampling(0.8, top_k=20), 2)):
     ask = lambda mesh: [a.tokens for a in SpeculativeDecoder(
-        target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
+        one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
     assert ask(tensor_mesh(size)) == ask(None), size
-eagle = lambda mesh: SpeculativeDecoder(target_of(), random_eagle(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, max_new_tokens=32)
+eagle = lambda mesh: SpeculativeDecoder(one_layer, random_eagle(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, max_new_tokens=32)
 assert [(a.tokens, a.rounds) for a in eagle(None)] == [(a.tokens, a.rounds) for a in eagle(tensor_mesh(2))]
-decoder = SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
+decoder = SpeculativeDecoder(one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
