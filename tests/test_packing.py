@@ -70,8 +70,8 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, run_packed=
     """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
-    alone, packed = everything(loader_of(rows, pack=False), 7, 1), everything(loader_of(rows), 4, 7)
-    assert (packed.length_BC > 0).sum(axis=1).max() > 1 and packed.counts_BT.sum() == alone.counts_BT.sum()
+    alone, packed = (everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True))  # of one shape, so of one program
+    assert not alone.length_BC[:, 1:].any() and (packed.length_BC > 0).sum(axis=1).max() > 1 and packed.counts_BT.sum() == alone.counts_BT.sum()
     (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
     (found, their), slope = (run_packed or gradient_of(name))(draft, frozen, packed, key)
     np.testing.assert_allclose(found, loss, rtol=1e-5)
@@ -138,11 +138,11 @@ def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
 def test_the_drawn_examples():
     assert [x.tolist() for x in places(6, jnp.array([[3, 0, 2]]))] == [[[0, 0, 0, 2, 2, 2]], [[0, 1, 2, 0, 1, 2]]]
     seen = lambda mask_1LL: {query: np.flatnonzero(line).tolist() for query, line in enumerate(np.asarray(mask_1LL[0]))}
-    early_mask = masks.early_block_mask(jnp.array([[5, 3]]), 8, 3, jnp.int32(2))
+    early_mask = jax.jit(masks.early_block_mask, static_argnums=(1, 2))(jnp.array([[5, 3]]), 8, 3, jnp.int32(2))
     assert seen(early_mask) == {0: [], 1: [0], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [], 6: [5], 7: [5, 6]}
     target_mask = masks.chats_mask(jnp.array([[2, 3]]), 6)
     assert seen(target_mask) == {0: [0], 1: [0, 1], 2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4]}
-    windows = late.window_queries(jnp.array([[8]]), 8, 3, 2, jnp.int32(2))
+    windows = jax.jit(late.window_queries, static_argnums=(1, 2, 3))(jnp.array([[8]]), 8, 3, 2, jnp.int32(2))
     assert windows.query_BUJ.tolist() == [[[2, 3], [5, 6], [7, 7]]] and windows.valid_BUJ.tolist() == [[[True] * 2, [True] * 2, [False] * 2]]
 
 
