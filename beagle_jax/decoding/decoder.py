@@ -234,14 +234,15 @@ class SpeculativeDecoder:
         length_B = np.array([len(row) for row in rows], np.int32)
         limit_B = np.minimum(min(limit or max_new_tokens, self._context), self._context - length_B).astype(np.int32)
         key_B = jax.vmap(jax.random.key)(np.array([(seed + line) % 2**32 for line in range(len(rows))], np.uint32))
-        state = begin(self._models, shapes, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
+        reading = shapes._replace(tree=ROOT_ONLY, rule="match", append_predicted=True)  # a prompt's program is that of any tree
+        state = begin(self._models, reading, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
         width = padded(max(length_B))
         tokens_BT = np.zeros((len(rows), width), np.int32)
         for line, row in enumerate(rows):
             tokens_BT[line, : len(row)] = row
         for start in range(0, width, PREFILL_CHUNK):
             chunk_BT = tokens_BT[:, start : start + PREFILL_CHUNK]
-            state = read_prompt(self._models, shapes, state, chunk_BT, np.int32(start), length_B, first=start == 0)
+            state = read_prompt(self._models, reading, state, chunk_BT, np.int32(start), length_B, first=start == 0)
         return shapes, state
 
     def _finish(self, state: DecodeState, shapes: Shapes) -> Report:
