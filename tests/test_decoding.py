@@ -46,7 +46,7 @@ def _check_lossless(target, draft, tree, prompt, max_new=20, context=None) -> Ge
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("tree", [ROOT_ONLY, *TREES.values()], ids=["plain", *TREES])
+@pytest.mark.parametrize("tree", [ROOT_ONLY, TREES["eagle"], *KINDS.values()], ids=["plain", "eagle", *KINDS])
 def test_equals_plain_decoding(tree, prompt):
     draft = random_draft() if tree.depth else None
     _check_lossless(target_of(), draft, tree, prompt, context=120)  # one cache size
@@ -207,8 +207,9 @@ def test_nothing_compiles_after_warm_up():
     assert counter.count > 0
 
 
-@pytest.mark.parametrize("tree", [ROOT_ONLY, chain(3), dynamic_tree(3, 3, 8)], ids=["plain", "chain", "dynamic"])
-@MODES
+@pytest.mark.parametrize(
+    ("tree", "sampling"), [(ROOT_ONLY, GREEDY), (ROOT_ONLY, DRAWN), (chain(3), GREEDY), (dynamic_tree(3, 3, 8), DRAWN)],
+    ids=["plain-greedy", "plain-drawn", "chain-greedy", "dynamic-drawn"])  # fmt: skip
 def test_caches_are_donated_and_updated_in_place(tree, sampling):
     _check_in_place(loop.decode, tree, sampling)
 
