@@ -113,6 +113,8 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
         return reached_NP[:, depth], reached_NP[:, depth - 1]
     if measure == "speedup":
         return last["plain_seconds"], last["seconds"]
+    if measure in ("tokens_per_second", "plain_tokens_per_second"):
+        return last["written"], last["plain_seconds" if measure.startswith("plain") else "seconds"]
     if measure == "memory":
         return [last["bytes"]], [1.0]
     assert measure == "training_speed", measure  # plan.py refuses others

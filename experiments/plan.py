@@ -38,7 +38,7 @@ class Run:
 class Evaluation:
     """Trained drafts as `beagle_jax.evaluate` measures them: prompt by prompt, timed, beside plain decoding."""
 
-    drafts: tuple[str, ...]  # runs; the draft of the first seed
+    drafts: tuple[str, ...]  # runs, each with all its seeds
     set: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +92,18 @@ class Plan:
     def folder_of(self, training: Training) -> Path:
         """Where a run keeps its config, checkpoints, log, draft and measurements."""
         return self.folder / f"{training.name}-{training.seed}"
+
+    def evaluated(self, name: str) -> dict[Path, list[Training]]:
+        """By folder, the drafts that an evaluation times side by side: of every run the first seed's, then the second's, and so on.
+
+        A seed that is added has a folder, and plain decoding, of its own: what was timed before stays as it is.
+        """
+        seeds = {draft: self.runs[draft].seeds for draft in self.evaluations[name].drafts}
+        found: dict[Path, list[Training]] = {}
+        for place in range(max(map(len, seeds.values()))):
+            folder = self.folder / "evaluations" / (f"{name}-{place}" if place else name)
+            found[folder] = [Training(draft, own[place]) for draft, own in seeds.items() if place < len(own)]
+        return found
 
     def above(self, training: Training) -> Training:
         """What a run with `after` goes on from."""
@@ -206,6 +218,10 @@ def _check_names(plan: Plan, path: Path) -> None:
     for name, one in plan.evaluations.items():
         if len(set(one.drafts)) < len(one.drafts):
             raise UsageError(f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once")
+    folders = [folder.name for name in plan.evaluations for folder in plan.evaluated(name)]
+    for one in folders:
+        if folders.count(one) > 1:
+            raise UsageError(f"{path}: evaluations.{one} would share its folder with seeds of another evaluation; give it another name")
     for name, figure in plan.figures.items():
         if figure.kind in ("phases", "table") and not decoded.issuperset(figure.of):
             raise UsageError(f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of {', '.join(sorted(decoded)) or 'evaluations'}")

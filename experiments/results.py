@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from claims import FAILS, HOLDS, OPEN, Points, having, judged, value_of
@@ -58,23 +59,22 @@ def measured(plan: Plan) -> Found:
 
 
 def decoded(plan: Plan) -> Found:
-    """Every draft of every evaluation as one measurement, under evaluation.run."""
+    """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far as they are there."""
     found: Found = {}
-    for name, one in plan.evaluations.items():
-        folder = plan.folder / "evaluations" / name
-        if not (folder / "report.json").exists():
-            continue
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
-        plain, *systems = report["systems"]
-        for draft, system in zip(one.drafts, systems, strict=True):
-            seed = plan.runs[draft].seeds[0]
-            found[f"{name}.{draft}"] = {seed: [_from_answers(answers, system, plain)]}
+    for name in plan.evaluations:
+        for folder, drafts in plan.evaluated(name).items():
+            if not (folder / "report.json").exists():
+                continue
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+            plain, *systems = report["systems"]
+            for draft, system in zip(drafts, systems, strict=True):
+                found.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [_from_answers(answers, system, plain)]
     return found
 
 
 def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums by prompt over its turns, with the times of a round and the memory that the report has."""
+    """Sums by prompt over its turns, with the times of a round and the memory that the report has; plain: of the same process."""
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
     seconds = lambda turns: sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
     return {
@@ -84,7 +84,7 @@ def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping
         "accepted": [[sum(counts) for counts in zip(*(one["accepted"] for one in turns))] for turns in own],
         "seconds": [seconds(turns) for turns in own],
         "plain_seconds": [seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers],
-        "tokens_written": sum(len(one["tokens"]) for turns in own for one in turns),
+        "written": [sum(len(one["tokens"]) for one in turns) for turns in own],
         "milliseconds": system["milliseconds"],
         "bytes": _peak(system["bytes"]),
         "plain_bytes": _peak(plain["bytes"]),
@@ -106,13 +106,10 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     for place, point in enumerate(points_of_one):
         upto = {seed: points[: place + 1] for seed, points in run.items()}
         made["curve"].append({"step": point["step"], **_figures(upto)})
-    if "training_tokens_per_second" in last and (timed := having(run, "training_speed")):
+    if timed := having(found.get(name.rpartition(".")[2], {}), "training_speed"):  # of an evaluation's draft: of its run
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
-        made |= {"speedup": value_of(run, "speedup").rounded, "milliseconds": last["milliseconds"],
-                 "tokens_per_second": round(last["tokens_written"] / sum(last["seconds"]), 2),
-                 "plain_tokens_per_second": round(last["tokens_written"] / sum(last["plain_seconds"]), 2),
-                 "bytes": last["bytes"], "plain_bytes": last["plain_bytes"]}  # fmt: skip
+        made |= _costs(run)
     before = {}
     if name in plan.runs and plan.runs[name].after:
         for above in {plan.above(Training(name, seed)) for seed in run}:
@@ -121,6 +118,14 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         start = sum(plan.runs[above].steps for above in plan.before(name))
         made["curve"] = [{"step": start, **_figures(before)}, *({**point, "step": point["step"] + start} for point in made["curve"])]
     return made
+
+
+def _costs(run: Mapping[int, Points]) -> dict[str, Any]:
+    """Times and memory of an evaluation's draft over all its seeds."""
+    lasts = [points[-1] for points in run.values()]
+    made = {measure: value_of(run, measure).rounded for measure in ("speedup", "tokens_per_second", "plain_tokens_per_second")}
+    made["milliseconds"] = {phase: round(fmean(one["milliseconds"][phase] for one in lasts), 3) for phase in lasts[0]["milliseconds"]}
+    return made | {key: round(fmean(one[key] for one in lasts)) for key in ("bytes", "plain_bytes")}
 
 
 def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
@@ -154,14 +159,15 @@ def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The columns of the paper's Table 1, as Markdown."""
     first = next(iter(runs.values()))
-    rows = ["| draft | tau | tok/s | speedup | peak memory |", "| --- | ---: | ---: | ---: | ---: |",
-            f"| none | 1.00 | {first['plain_tokens_per_second']:.1f} | 1.00x | {first['plain_bytes'] / 2**20:.0f} MB |"]  # fmt: skip
+    rows = ["| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | {first['plain_bytes'] / 2**20:.0f} MB | |"]  # fmt: skip
     for name, run in runs.items():
-        tau, speedup = run["curve"][-1]["tau"], run["speedup"]
-        rows.append(f"| {name.split('.')[1]} | {_with(tau, '')} | {run['tokens_per_second']:.1f} | {_with(speedup, 'x')} | "
-                    f"{run['bytes'] / 2**20:.0f} MB |")  # fmt: skip
+        tau, speed = _with(run["curve"][-1]["tau"], 2), _with(run["tokens_per_second"], 1)
+        trains = _with(run["training_tokens_per_second"], 0) if "training_tokens_per_second" in run else "not timed"
+        rows.append(f"| {name.split('.')[1]} | {len(run['seeds'])} | {tau} | {speed} | {_with(run['speedup'], 2, 'x')} | "
+                    f"{run['bytes'] / 2**20:.0f} MB | {trains} |")  # fmt: skip
     return rows
 
 
-def _with(value: list[float], unit: str) -> str:
-    return f"{value[0]:.2f}{unit} [{value[1]:.2f}, {value[2]:.2f}]"
+def _with(value: list[float], digits: int, unit: str = "") -> str:
+    return f"{value[0]:.{digits}f}{unit} [{value[1]:.{digits}f}, {value[2]:.{digits}f}]"

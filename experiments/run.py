@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import yaml
-from plan import Evaluation, Plan, Training, load_plan
+from plan import Plan, Training, load_plan
 from results import write_results
 
 from beagle_jax import terminal
@@ -70,16 +70,17 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
         except UserError as error:
             failed[name] = str(error)
             print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
+        jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
+        gc.collect()
 
     for number, training in enumerate(trainings, 1):
         name = f"{training.name}-{training.seed}"
         print(f"[{number}/{len(trainings)}] {name}", flush=True)
         attempt(name, partial(train_and_measure, plan, training, shared=shared))
-        jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
-        gc.collect()
-    for name, one in () if shared else plan.evaluations.items():
-        print(f"[evaluation] {name}", flush=True)
-        attempt(name, partial(evaluate_drafts, plan, name, one))
+    for name in () if shared else plan.evaluations:
+        for folder, drafts in plan.evaluated(name).items():
+            print(f"[evaluation] {folder.name}", flush=True)
+            attempt(folder.name, partial(evaluate_drafts, plan, name, folder, drafts))
     return failed
 
 
@@ -135,14 +136,13 @@ def training_speed(config: Config) -> list[float]:
     return found
 
 
-def evaluate_drafts(plan: Plan, name: str, one: Evaluation) -> None:
-    """`evaluate` on the drafts of an evaluation, each of its run's first seed; answers that are there are kept.
+def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Training]) -> None:
+    """`evaluate` on drafts that an evaluation times side by side (`Plan.evaluated`); answers that are in the folder are kept.
 
     Raises UserError when what is there was measured with other settings, or the drafts were trained again since.
     """
-    folder = plan.folder / "evaluations" / name
-    folders = [plan.folder_of(Training(draft, plan.runs[draft].seeds[0])) for draft in one.drafts]
-    settings = {**plan.base, **one.set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
+    folders = [plan.folder_of(draft) for draft in drafts]
+    settings = {**plan.base, **plan.evaluations[name].set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
                 "eval.compare": [str(folder / "draft") for folder in folders[1:]]}  # fmt: skip
     if (folder / "report.json").exists():
         _check_settings(folder / "config.yaml", settings, lambda key: key.partition(".")[0] in ("target", "draft", "decode", "eval"))

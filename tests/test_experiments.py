@@ -70,6 +70,8 @@ def test_measures_by_hand():
     for measure, value in expected.items():
         assert value_of(found, measure).value == pytest.approx(value), measure
     assert value_of(found, "memory") == (700, 700, 700)
+    written = {0: [{"written": [30, 20], "seconds": [2.0, 3.0], "plain_seconds": [4.0, 4.0]}]}
+    assert value_of(written, "tokens_per_second").value == 10 and value_of(written, "plain_tokens_per_second").value == 50 / 8
 
 
 def test_an_interval_is_as_wide_as_theory_says():
@@ -188,6 +190,7 @@ def test_first_seeds_come_first():
         ({"figures": {"fig4": {"title": "x", "kind": "phases", "of": ["beagle"]}}}, "fig4 is of kind phases, which needs times: of evaluations"),
         ({"figures": {"fig4": {"title": "x", "kind": "curves", "of": ["beagle"]}}}, "fig4: kind is 'curves'; expected one of curve, depth"),
         ({"evaluations": {"e": {"drafts": ["beagle", "beagle"]}}}, "evaluations.e.drafts is beagle, beagle; expected each once"),
+        ({"evaluations": {"e": {"drafts": "beagle"}, "e-2": {"drafts": "eagle"}}}, "evaluations.e-2 would share its folder with seeds of another"),
     ],
 )
 def test_a_wrong_file_is_refused(change, message, tmp_path):
@@ -236,16 +239,21 @@ def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """A plan whose evaluation was made, by hand."""
+    """A plan whose evaluation of first seeds was made, by hand."""
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     draft, folder = tmp_path / "late-0" / "draft", tmp_path / "evaluations" / "dynamic-append"
     for one in (draft, folder):
         one.mkdir(parents=True)
     (draft / "config.json").write_text('{"sha256": "a"}')
-    runner.evaluate_drafts(plan, folder.name, plan.evaluations[folder.name])
+    ask_first(plan, folder)
     (folder / "answers.jsonl").write_text('{"drafts": {"late": "a"}}\n')
     (folder / "report.json").write_text("{}")
     return plan, folder
+
+
+def ask_first(plan, folder: Path) -> None:
+    """The evaluation of that name, of first seeds."""
+    runner.evaluate_drafts(plan, folder.name, folder, plan.evaluated(folder.name)[folder])
 
 
 @pytest.fixture
@@ -258,21 +266,107 @@ def asked(monkeypatch):
 
 def test_an_evaluation_is_not_made_again(asked, evaluated):
     plan, folder = evaluated
-    runner.evaluate_drafts(plan, folder.name, plan.evaluations[folder.name])
+    ask_first(plan, folder)
     assert len(asked) == 1
     # What only trainings are told of is no reason.
-    runner.evaluate_drafts(replace(plan, base={**plan.base, "train": {}}), folder.name, plan.evaluations[folder.name])
+    ask_first(replace(plan, base={**plan.base, "train": {}}), folder)
     assert len(asked) == 1
+
+
+def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(asked, evaluated, monkeypatch):
+    """All runs of an evaluation side by side, seed by seed; the answers that are there are no reason to ask again."""
+    plan, folder = evaluated
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(runner, "train_and_measure", lambda *_, **__: None)
+    assert runner.run_all(plan, shared=True) == {} and len(asked) == 1
+    assert runner.run_all(plan, shared=False) == {}
+    asks = {Path(out).name: (config.draft.path, *config.eval.compare) for config, out in asked[1:]}
+    at = lambda name, seed: f"{plan.folder}/{name}-{seed}/draft"
+    systems = plan.evaluations["systems"].drafts
+    of = {name: [f"{name}{place}" for place in ("", "-1", "-2")] for name in plan.evaluations}
+    assert set(asks) == {each for names in of.values() for each in names} - {folder.name}
+    for seed in range(3):
+        assert asks[of["systems"][seed]] == tuple(at(name, seed) for name in systems)
+        assert asks[of["static-append"][seed]] == (at("late", seed),)
+    assert asks["dynamic-append-1"] == (at("late", 1),)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+
+
+def test_a_run_with_fewer_seeds_stands_beside_the_first_ones_only():
+    plan = plans.load_plan(Path(PAPER), {}, short=False)
+    plan = replace(plan, runs={**plan.runs, "eagle-late": replace(plan.runs["eagle-late"], seeds=(7,))})
+    first, second, third = plan.evaluated("systems").values()
+    assert ("eagle-late", 7) in first and {one.name for one in third} == {one.name for one in second} == {one.name for one in first} - {"eagle-late"}
+    short = plans.load_plan(Path(PAPER), {}, short=True)
+    assert [folder.name for name in short.evaluations for folder in short.evaluated(name)] == list(short.evaluations)
+
+
+def answer(tokens: int, rounds: int, seconds: float) -> dict:
+    """An answer to one turn; a token is of the prefill."""
+    accepted = [2 * rounds - tokens + 1, tokens - 1 - rounds]
+    return {"tokens": [5] * tokens, "rounds": rounds, "accepted": accepted, "prefill_seconds": 0.0, "decode_seconds": seconds}
+
+
+def measured_by_hand(plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]) -> None:
+    """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike; milliseconds and bytes with the seed."""
+    bytes_of = lambda draft: dict.fromkeys(["target_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries"], 0) | {
+        "draft_weights": draft}  # fmt: skip
+    for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
+        folder.mkdir(parents=True)
+        turn = {"plain": answer(13, 12, plain[taken]), "d": answer(13, rounds[taken], speed[taken])}
+        case = json.dumps({"turns": [{system: {"answer": one} for system, one in turn.items()}]})
+        (folder / "answers.jsonl").write_text("{}\n" + 2 * f"{case}\n")
+        systems = [{"name": system, "milliseconds": {"verify": 10.0 + draft.seed}, "bytes": bytes_of(size + draft.seed)}
+                   for system, size in (("plain", 0), ("d", 100))]  # fmt: skip
+        (folder / "report.json").write_text(json.dumps({"systems": systems}))
+
+
+def seeds_count(plan) -> None:
+    """What the results make of an evaluation's three seeds: each beside its own plain decoding."""
+    rounds, seconds, plain = {0: 6, 1: 8, 2: 10}, {0: 2.0, 1: 4.0, 2: 6.0}, {0: 4.0, 1: 12.0, 2: 8.0}
+    measured_by_hand(plan, "dynamic-append", rounds, seconds, plain)
+    found = results.decoded(plan) | {"late": {seed: [{"training_tokens_per_second": [speed]}] for seed, speed in ((0, 90.0), (2, 110.0))}}
+    assert {seed: value_of({seed: points}, "speedup").value for seed, points in found["dynamic-append.late"].items()} == {0: 2, 1: 3, 2: 4 / 3}
+    made = results.values(plan, found, "dynamic-append.late")
+    tau, low, high = made["curve"][-1]["tau"]
+    assert made["seeds"] == [0, 1, 2] and tau == 1.5 and (low, high) == (12 / 10, 12 / 6)
+    assert (made["speedup"][0], made["tokens_per_second"][0], made["plain_tokens_per_second"][0]) == (2, 3.25, 1.625)
+    assert (made["milliseconds"], made["bytes"], made["plain_bytes"]) == ({"verify": 11.0}, 101, 1)
+    assert made["training_tokens_per_second"] == [100, 90, 110]
+    [*_, row] = results.systems_table({"dynamic-append.late": made})
+    assert row == "| late | 3 | 1.50 [1.20, 2.00] | 3.2 [2.2, 6.5] | 2.00x [1.33, 3.00] | 0 MB | 100 [90, 110] |"
+
+
+def test_results_are_of_every_seed(tmp_path):
+    seeds_count(replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path))
+
+
+@pytest.mark.parametrize("bug", ["the first seed only", "plain decoding of the first", "costs of the first"])
+def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
+    """Each must fail the test above."""
+    decoded, from_answers, costs, plain = results.decoded, results._from_answers, results._costs, []
+
+    def beside_the_first(*arguments):
+        plain.append(from_answers(*arguments))
+        return plain[-1] | {"plain_seconds": plain[0]["plain_seconds"]}
+
+    first = lambda run: dict(list(run.items())[:1])
+    plants = {"the first seed only": ("decoded", lambda plan: {name: first(run) for name, run in decoded(plan).items()}),
+              "plain decoding of the first": ("_from_answers", beside_the_first),
+              "costs of the first": ("_costs", lambda run: costs(first(run)))}  # fmt: skip
+    monkeypatch.setattr(results, *plants[bug])
+    with pytest.raises(AssertionError):
+        seeds_count(replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path))
 
 
 def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
     plan, folder = evaluated
     one = plan.evaluations[folder.name]
     with pytest.raises(UserError, match="dynamic-append/config.yaml: made with other settings of decode.nodes; delete"):
-        runner.evaluate_drafts(plan, folder.name, replace(one, set={**one.set, "decode.nodes": 5}))
+        ask_first(replace(plan, evaluations={folder.name: replace(one, set={**one.set, "decode.nodes": 5})}), folder)
     (plan.folder / "late-0" / "draft" / "config.json").write_text('{"sha256": "b"}')
     with pytest.raises(UserError, match="dynamic-append: its drafts were trained again since they were measured; delete it"):
-        runner.evaluate_drafts(plan, folder.name, one)
+        ask_first(plan, folder)
     assert len(asked) == 1
 
 
