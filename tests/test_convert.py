@@ -74,8 +74,7 @@ def test_torch_predicts_the_states_and_logits_of_jax(place, exported, name):
     assert np.abs(found.numpy() - e_BTD).max() > 0.1
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("name", ["whole", "hot"])
+@pytest.mark.parametrize(("name", "tree"), [("whole", "static"), ("hot", "chain")])
 def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, tree):
     shape, options = TREES[tree]
     fast = SpeculativeDecoder(place.target, load_draft(place.folder / name, place.target.spec), shape)

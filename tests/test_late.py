@@ -42,7 +42,7 @@ _early = jax.jit(early_states, static_argnums=1, static_argnames=("window",))
 def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=False, plant=""):
     """States and gradients of the fast and of the plain form, on the same rows.
 
-    plant: a program with a planted bug is none that another test may meet.
+    plant: a program with a planted bug is none that another test may meet. It has no gradients: the states tell.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
     at, scored = late.window_queries(LENGTH, e_BLD.shape[1], window, window, offset), _scored(window, steps, multi_token)
@@ -53,7 +53,8 @@ def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=Fa
     score = lambda s: jnp.sum(jnp.where(mask, jnp.sin(s) * beta, 0))
     fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, multi_token=multi_token, **settings).state_BUJD
     plain = lambda p: pick(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings))
-    both = [jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params) for form in (fast, plain)]
+    graded = lambda form: jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params)
+    both = [({}, form(params)) if plant else graded(form) for form in (fast, plain)]
     return [jnp.where(mask, states, 0) for _, states in both], [gradient for gradient, _ in both]
 
 
