@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.decoding import loop
+from beagle_jax.decoding.tree import ROOT_ONLY
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
@@ -79,6 +80,7 @@ def start(models, shapes, prompts, limit_B, capacity, seeds=None) -> loop.Decode
     width = max(map(len, prompts))
     tokens = jnp.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], jnp.int32)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)) if seeds is None else seeds)
+    shapes = shapes._replace(tree=ROOT_ONLY)  # as the decoder does: prompts are read alike for all trees
     state = loop.begin(models, shapes, limit_B, keys, capacity=capacity)
     lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
     return loop.read_prompt(models, shapes, state, tokens, jnp.int32(0), lengths, first=True)

@@ -22,8 +22,10 @@ def _expected(spec) -> list[list[int]]:
     return [naive_greedy(target_of(spec), prompt, 24) for prompt in PROMPTS]
 
 
-def _check_lossless(tree, eos_ids=NEVER) -> None:
-    for spec, draft in ((TINY, random_draft()), (MARKOV, right_draft(0.02))):
+def _check_lossless(tree, eos_ids=NEVER, specs=(TINY, MARKOV)) -> None:
+    """specs: with drafts that are mostly wrong for TINY, and mostly right for MARKOV."""
+    for spec in specs:
+        draft = random_draft() if spec == TINY else right_draft(0.02)
         answers = SpeculativeDecoder(target_of(spec, eos_ids), draft, tree).generate(PROMPTS, max_new_tokens=24)
         assert [answer.tokens for answer in answers] == _expected(spec)
 
@@ -55,7 +57,7 @@ def test_wrong_acceptance(name, bug, monkeypatch):
     right = loop.accept_matching
     monkeypatch.setattr(loop, "accept_matching", lambda *arguments: bug(*arguments, right))
     with pytest.raises(AssertionError):
-        _check_lossless(TREES[name], next_stop())
+        _check_lossless(TREES[name], next_stop(), [MARKOV])
 
 
 @on("chain", "dynamic")
@@ -90,7 +92,7 @@ def test_predicted_states_left_in_the_draft_cache(tree, monkeypatch):
     right = loop.write_rows
     wrong = lambda cache, rows, start_B: right(cache, jax.tree.map(lambda x: 1.1 * x, rows), start_B)
     monkeypatch.setattr(loop, "write_rows", wrong)
-    _check_lossless(tree, next_stop())
+    _check_lossless(tree, next_stop(), [TINY])
     with pytest.raises(AssertionError):
         compare_caches(TINY, random_draft(), tree, eos_ids=next_stop())
 
