@@ -209,6 +209,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UsageError naming file and key for anything unknown, missing, of the wrong type or out of range.
     """
+    config = _build(Config, read_settings(path, overrides), str(path), "")
+    _check(config, str(path))
+    return config
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file and overrides set, section by section, without defaults. Raises UsageError for a file that is no such thing."""
     path = Path(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -233,9 +240,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise UsageError(f"{path}: {key}: {section} is not a section")
         node[last] = value
-    config = _build(Config, nested, str(path), "")
-    _check(config, str(path))
-    return config
+    return nested
 
 
 def parse_override(override: str) -> tuple[str, Any]:

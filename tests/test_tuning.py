@@ -8,7 +8,7 @@ import pytest
 from decode_cases import MARKOV, random_draft, right_draft, target_of
 
 from beagle_jax.commands import tune as tune_command
-from beagle_jax.config import load_config
+from beagle_jax.config import load_config, read_settings
 from beagle_jax.decoding import tuning
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import Models, draft_head_of
@@ -134,8 +134,11 @@ def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warn
     assert (told in capsys.readouterr().err) == warned
 
 
-def test_the_written_config_has_the_tree(tmp_path):
-    text = tune_command.with_tree("target: {source: x}\ndecode: {max_new_tokens: 7}\n", Choice(2, 3, 6, 1.5, 10.0))
-    (tmp_path / "tuned.yaml").write_text(text)
-    decode = load_config(tmp_path / "tuned.yaml").decode
-    assert (decode.tree, decode.levels, decode.topk, decode.nodes, decode.max_new_tokens) == ("dynamic", 2, 3, 6, 7)
+def test_the_written_config_has_the_tree_and_what_the_command_line_set(tmp_path):
+    (tmp_path / "c.yaml").write_text("target: {source: x}\ndecode: {max_new_tokens: 7, topk: 9}\n")
+    settings = read_settings(tmp_path / "c.yaml", ["draft.path=mine", "eval.limit=2"])
+    (tmp_path / "tuned.yaml").write_text(tune_command.with_tree(settings, Choice(2, 3, 6, 1.5, 10.0)))
+    config = load_config(tmp_path / "tuned.yaml")
+    assert config == load_config(
+        tmp_path / "c.yaml", ["draft.path=mine", "eval.limit=2", "decode.tree=dynamic", "decode.levels=2", "decode.topk=3", "decode.nodes=6"])
+    assert (config.decode.max_new_tokens, config.decode.levels, config.draft.path) == (7, 2, "mine")

@@ -3,10 +3,11 @@
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from beagle_jax.config import Config
+from beagle_jax.config import Config, read_settings
 from beagle_jax.decoding.tuning import (
     Choice,
     Tuning,
@@ -41,7 +42,7 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     if arguments.plot:
         plot_tuning(found, arguments.plot)
     if arguments.write:
-        write_text(Path(arguments.write), with_tree(Path(arguments.config).read_text(encoding="utf-8"), found.choices[0]))
+        write_text(Path(arguments.write), with_tree(read_settings(arguments.config, arguments.overrides), found.choices[0]))
     figures = {"machine": machine(), "plain_tokens_per_second": found.plain_tokens_per_second, "remembered": str(path)}
     return (f"{table(found)}\nremembered for decode.tree=auto in {path}",
             figures | {"choices": [asdict(choice) for choice in found.choices]})
@@ -68,8 +69,7 @@ def table(found: Tuning) -> str:
     return "\n".join(lines)
 
 
-def with_tree(text: str, choice: Choice) -> str:
-    """A config file's text with this tree; comments are lost."""
-    tree = yaml.safe_load(text)
-    tree["decode"] = {**tree.get("decode", {}), "tree": "dynamic", "levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
-    return yaml.safe_dump(tree, sort_keys=False)
+def with_tree(settings: dict[str, Any], choice: Choice) -> str:
+    """A config with these settings and this tree, as YAML."""
+    tree = {"tree": "dynamic", "levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
+    return yaml.safe_dump(settings | {"decode": settings.get("decode", {}) | tree}, sort_keys=False)
