@@ -78,9 +78,9 @@ def test_a_second_run_goes_on_from_the_checkpoints(trained, capsys):
 
 def test_states_computed_in_the_step_give_the_same_losses(trained):
     folder = trained.folder / "online"
-    assert run_main(train.main, ["--config", trained.config, "data.states=online", f"train.folder={folder}"]) == 0
-    for disk, online in zip(log_of(trained.folder / "run"), log_of(folder), strict=True):
-        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)  # five steps apart, of rows that were summed in another order
+    assert run_main(train.main, ["--config", trained.config, "data.states=online", f"train.folder={folder}", "train.late=none"]) == 0
+    for disk, online in zip(log_of(trained.folder / "run")[:3], log_of(folder), strict=True):
+        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)  # three steps apart, of rows that were summed in another order
 
 
 def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):
@@ -107,7 +107,7 @@ def test_tau_is_measured_while_training(trained):
 
 
 def test_the_plan_is_of_an_eagle_draft(trained, capsys):
-    assert run_main(plan.main, ["--config", trained.config, "--json", "-"]) == 0
+    assert run_main(plan.main, ["--config", trained.config, "train.late=none", "--json", "-"]) == 0
     figures, numbers = json.loads(capsys.readouterr().out), sum(array.size for array in draft_of(trained, "run").params.values())
     assert figures["draft"]["parameters"] == numbers and figures["disk"]["draft"] == 4 * numbers
-    assert set(figures["stages"]) == {"early", "late"} and figures["stages"]["early"]["weights"] == 4 * numbers
+    assert set(figures["stages"]) == {"early"} and figures["stages"]["early"]["weights"] == 4 * numbers

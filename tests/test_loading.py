@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmark_cases import benchmark
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
-from test_benchmarks import _benchmark
 from test_weights import LLAMA, Held, _write_gguf
 from tqdm import tqdm
 
@@ -202,7 +202,7 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 
 
 def test_peak_memory_is_little_more_than_the_arrays(tmp_path, capsys):
-    loading = _benchmark("loading")
+    loading = benchmark("loading")
     loading.write_checkpoint(tmp_path, loading.SHAPES["middle"], sparse=True)
     found, printed = loading.measure(str(tmp_path), "bfloat16"), capsys.readouterr().out
     assert "x of the arrays" in printed and "read " in printed
@@ -223,7 +223,7 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 
 def test_peak_memory_where_a_large_head_is_converted(tmp_path):
     """Planted: a whole tensor at once in both dtypes."""
-    loading = _benchmark("loading")
+    loading = benchmark("loading")
     loading.write_checkpoint(tmp_path, loading.SHAPES["middle"] | dict(vocab_size=90_000, num_hidden_layers=2), sparse=True, stored="F32")
     found = loading.measure(str(tmp_path), "bfloat16")
     assert 0.9 < found["peak"] / found["bytes"] < 1.2
@@ -240,7 +240,7 @@ def _planted(program: str, source: Path) -> dict:
 
 
 def test_the_benchmark_s_checkpoint_is_finite(tmp_path):
-    loading = _benchmark("loading")
+    loading = benchmark("loading")
     loading.write_checkpoint(tmp_path, loading.SHAPES["toy"], sparse=False)
     params = fill_params(TargetSpec.from_hf_config(loading.SHAPES["toy"], "x"), HFFolder(tmp_path), jnp.dtype("float32"), "x")
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))

@@ -55,7 +55,7 @@ def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -
         done = subprocess.run([sys.executable, "-m", module, *arguments, *SMALL_PLAN], cwd=ROOT, capture_output=True, text=True, timeout=280)
         return done.returncode, done.stdout
     if name == "tune":
-        for constant, value in {"VERIFY_ROWS": (1, 4), "LEVELS": range(1, 3), "TOPKS": (1, 2), "_CAPACITY": 128}.items():
+        for constant, value in {"VERIFY_ROWS": (1, 4), "LEVELS": range(1, 3), "TOPKS": (2,), "_CAPACITY": 128}.items():
             monkeypatch.setattr(f"beagle_jax.decoding.tuning.{constant}", value)
         arguments += ["--prompts", "2"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n"))

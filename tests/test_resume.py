@@ -250,9 +250,9 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
     config, folder = half_done
-    changed = replace(config, train=replace(config.train, seed=7, clip_norm=0.25))
+    changed = replace(config, train=replace(config.train, seed=7), data=replace(config.data, seed=3))  # in no step's program
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
-        with pytest.raises(UserError, match="train.clip_norm: 0.5 there, 0.25 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
+        with pytest.raises(UserError, match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
             run()
     check_settings(config)
     told = replace(changed, train=replace(changed.train, accept_changes=True))

@@ -60,6 +60,7 @@ def frozen(tiny_params) -> dict:
 
 # The programs here are small and run once or twice: compiling them without optimisation halves the time.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+_noisy = quick_jit(add_noise, static_argnums=2)
 
 
 @lru_cache
@@ -128,7 +129,7 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
     """(loss, metrics) of the library, and the sums by hand with a bug planted."""
     noise_key, offset_key = jax.random.split(jax.random.key(seed))
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
-    h_BLD = add_noise(jnp.asarray(batch.states_BLD), batch.length_BC, NOISY, noise_key)
+    h_BLD = _noisy(batch.states_BLD, batch.length_BC, NOISY, noise_key)
     state_BTD = predicted_by(stage)(draft, frozen["embed_VD"], batch, h_BLD, jnp.int32(offset))
     by_hand = metrics_by_hand(
         stage,
@@ -176,7 +177,7 @@ def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
 def test_uniform_noise_shrinks_with_the_row_length():
     length_B1 = jnp.array([[64], [256], [512], [2048]])
     config = TrainConfig()
-    noise = np.asarray(add_noise(jnp.zeros((4, 4000, 8)), length_B1, config, jax.random.key(2)))
+    noise = np.asarray(_noisy(jnp.zeros((4, 4000, 8)), length_B1, config, jax.random.key(2)))
     for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048])):
         assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
         share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
@@ -186,7 +187,7 @@ def test_uniform_noise_shrinks_with_the_row_length():
 
 def test_gaussian_noise_and_none():
     states_BLD, length_B1, key = jnp.ones((2, 4000, 8)), jnp.array([[64], [2048]]), jax.random.key(2)
-    noise = np.asarray(add_noise(states_BLD, length_B1, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
+    noise = np.asarray(_noisy(states_BLD, length_B1, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
     for row in noise:
         # 0.01: five standard errors of 32,000 draws
         np.testing.assert_allclose(

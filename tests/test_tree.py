@@ -1,5 +1,7 @@
 """Trees: their shapes, the trees that drafting grows against slow oracles, masks, and error messages (method.md 13.8)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +30,18 @@ TREES = {
 ROOT, LENGTHS = 7, (5, 9)
 
 
+@partial(jax.jit, static_argnums=0)
+def _cached(spec, params, states_BLD):
+    rows = BeagleBlock(spec).bind({"params": params}).keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
+    return write_rows(empty_rows(2, spec.num_kv_heads, 16, spec.head_dim, jnp.float32), rows, jnp.zeros(2, jnp.int32))
+
+
 def _grown(tree):
     """The tree drafted for two sequences at once, and what the oracle needs to draft each."""
     target, draft = target_of(), random_draft()
     embed_VD = target.params["embed_VD"]
     states_BLD = jax.random.normal(jax.random.key(3), (2, 10, TINY.hidden_size))
-    rows = BeagleBlock(draft.spec).bind({"params": draft.params}).keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
-    cache = write_rows(empty_rows(2, draft.spec.num_kv_heads, 16, draft.spec.head_dim, jnp.float32), rows, jnp.zeros(2, jnp.int32))
+    cache = _cached(draft.spec, draft.params, states_BLD)
     head = DraftHead(embed_VD, None)
     # A function of its own for each call, so that a plant in the module is traced and not taken from jit's memory.
     grow = jax.jit(lambda params, *rest: draft_tree(params, draft.spec, tree, *rest))
