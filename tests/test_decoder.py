@@ -18,8 +18,8 @@ from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import tensor_mesh
 
-STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2), (0, 0, 1)])  # EAGLE's own tree is decoded in test_decoding.py
-TREES = {"plain": ROOT_ONLY, "chain": chain(3), "static": STATIC, "dynamic": dynamic_tree(3, 3, 9)}
+STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2)])  # EAGLE's own tree is decoded in test_decoding.py
+TREES = {"plain": ROOT_ONLY, "chain": chain(2), "static": STATIC, "dynamic": dynamic_tree(2, 3, 7)}  # each level is compiled for a quarter of a second
 DRAWN = Sampling(0.8, top_k=20)
 # Draws take the same way through every tree: with none, and with the kind that is the hardest.
 EACH_TREE = pytest.mark.parametrize(

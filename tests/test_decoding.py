@@ -22,12 +22,12 @@ from beagle_jax.weights.draft import Draft
 
 TREES = {
     "chain 1": chain(1),
-    "chain 5": chain(5),
+    "chain 3": chain(3),
     "eagle": static_tree(EAGLE_PATHS),
     "ragged": static_tree([(0,), (1,), (3,), (1, 0), (1, 2), (1, 2, 0)]),
-    "dynamic": dynamic_tree(4, 3, 10),
+    "dynamic": dynamic_tree(3, 3, 8),
 }
-KINDS = {name: TREES[name] for name in ("chain 5", "ragged", "dynamic")}
+KINDS = {name: TREES[name] for name in ("chain 3", "ragged", "dynamic")}
 DRAWN = Sampling(0.4, top_k=20, top_p=0.95)
 MODES = pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 START = 5  # MARKOV: eight different tokens follow it
@@ -158,7 +158,7 @@ def test_cache_exactly_full_with_all_drafts_rejected(tree, sampling):
 
 def test_planted_bug_a_cache_of_too_few_slots():
     with pytest.raises(AssertionError):
-        _check_full_cache(target_of(), _never_right(GREEDY), KINDS["chain 5"], GREEDY, missing=6)
+        _check_full_cache(target_of(), _never_right(GREEDY), KINDS["chain 3"], GREEDY, missing=4)
 
 
 def test_a_draft_that_overflows_changes_no_token(monkeypatch):
