@@ -110,8 +110,14 @@ def check_distribution(tree, sampling: Sampling, rule="match", eos_ids=NEVER, dr
 
 @pytest.mark.parametrize(("tree", "sampling"), [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")])
 def test_joint_distribution_of_four_tokens(tree, sampling):
-    """Filters act on the target's logits alone, before any tree: of each one tree tells."""
+    """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with the other trees is slow."""
     check_distribution(TREES[tree], SAMPLINGS[sampling])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", ["chain", "static"])
+def test_joint_distribution_under_top_p_with_the_other_trees(tree):
+    check_distribution(TREES[tree], SAMPLINGS["top-p"])
 
 
 @pytest.mark.parametrize("sampling", ["all", "top-k"])

@@ -259,13 +259,13 @@ def _write_share(
 
 
 def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
-    """How many of the rows may be needed for so many answer tokens, at half-length answers where there is none yet."""
+    """How many of the rows make a part: what so many answer tokens may need, at half-length answers where there is none yet."""
     expected = 0.0
-    for count, row in enumerate(rows, 1):
+    for count, row in enumerate(rows[:PART_ROWS], 1):
         expected += sum(row.supervised) or config.max_answer_tokens / 2
         if expected >= tokens:
             return count
-    return len(rows)
+    return min(len(rows), PART_ROWS)
 
 
 def _write_group(
