@@ -1,16 +1,15 @@
 """Benchmarks that need a large device or a quiet machine run here at toy size, so that they still run when one can be had."""
 
-import importlib.util
 import json
 import math
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from benchmark_cases import benchmark
 from command_cases import make_workplace
 
 from beagle_jax.decoding.tree import dynamic_tree
@@ -21,15 +20,8 @@ from beagle_jax.weights.draft import Draft, save_draft
 from beagle_jax.weights.target import load_target
 
 
-def _benchmark(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_large_shapes_at_toy_size(capsys, monkeypatch):
-    bench = _benchmark("large_shapes")
+    bench = benchmark("large_shapes")
     monkeypatch.setattr(bench, "ROWS", (1, 8))
     bench.measure("toy", jnp.dtype("bfloat16"), 20.0, dynamic_tree(2, 2, 5), 8)
     printed = capsys.readouterr().out
@@ -38,13 +30,13 @@ def test_large_shapes_at_toy_size(capsys, monkeypatch):
 
 
 def test_shapes_are_the_published_sizes():
-    shapes = _benchmark("large_shapes").SHAPES
+    shapes = benchmark("large_shapes").SHAPES
     count = lambda spec: sum(math.prod(shape) for _, shape in param_table(spec).values())
     assert (count(shapes["llama2-7b"]), count(shapes["llama3-8b"])) == (6_738_415_616, 8_030_261_248)
 
 
 def test_export_at_toy_size(tmp_path, capsys):
-    bench = _benchmark("export_draft")
+    bench = benchmark("export_draft")
     bench.write_inputs(tmp_path, "toy")
     assert bench.measure(tmp_path, 120.0, 1e9) and not bench.measure(tmp_path, 120.0, 1e9), "the second finds the folder in its way"
     assert "export and parity check" in capsys.readouterr().out and (tmp_path / "out" / "modeling_beagle.py").exists()
@@ -55,7 +47,7 @@ TOY = DraftSpec(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=
 
 def test_train_step_at_toy_size(capsys):
     pytest.importorskip("torch")
-    found = _benchmark("train_step").measure(TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False)
+    found = benchmark("train_step").measure(TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False)
     assert set(found) == {"beagle early", "beagle late s=2", "eagle early", "eagle late s=2", "torch EAGLE eager", "torch EAGLE eager s=2"}
     assert "times the tokens/s of the faster torch step s=2" in capsys.readouterr().out
 
@@ -63,7 +55,7 @@ def test_train_step_at_toy_size(capsys):
 def test_torch_step_simulates():
     """Without simulated steps the draft never reads its own states; with them its second step does."""
     torch = pytest.importorskip("torch")
-    bench = _benchmark("train_step")
+    bench = benchmark("train_step")
     torch.manual_seed(0)
     block = bench.EagleBlock(32, 48, 4, 2, 8, 1e4, 1e-5)
     e, h = torch.randn(1, 9, 32), torch.randn(1, 9, 32)
@@ -78,9 +70,9 @@ def test_torch_step_simulates():
 
 
 def test_step_memory_at_toy_size(tmp_path, capsys):
-    bench = _benchmark("step_memory")
-    steps, widths = [1, 4], [64]
-    found = bench.measure(TOY, 64, 1, steps, widths, 4)
+    bench = benchmark("step_memory")
+    steps, widths = [1, 3], [64]
+    found = bench.measure(TOY, 64, 1, steps, widths, 3)
     bench.plot(found, steps, widths, tmp_path / "memory.png")
     grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
     assert grown["ours, detached"] < 1.15 and grown["ours, gradients kept"] < 1.3 and grown["training-time test"] > 1.5, grown
@@ -89,7 +81,7 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     """One topology at a time; a stage that does not fit is said. The README has the table of what was planned."""
-    bench = _benchmark("plan_tpu")
+    bench = benchmark("plan_tpu")
     seen = []
 
     def plan(config, asked):
@@ -126,7 +118,7 @@ def _printed(bench, monkeypatch, capsys, *arguments) -> str:
 
 
 def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
-    bench = _benchmark("oracle_draft")
+    bench = benchmark("oracle_draft")
     monkeypatch.setattr(bench.loop, "propose", bench.loop.propose)  # put back whatever happens
     monkeypatch.setattr(bench, "suite", lambda *_: suite(str(workplace.folder / "eval.jsonl"), 3))
     printed = _printed(bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13)
@@ -138,7 +130,7 @@ def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
 
 def test_speeds_beside_transformers_at_toy_size(workplace, monkeypatch, capsys):
     options = ["--config", workplace.config, "--prompts", workplace.folder / "eval.jsonl", "--limit", 2, "--new-tokens", 8]
-    printed = _printed(_benchmark("against_transformers"), monkeypatch, capsys, *options)
+    printed = _printed(benchmark("against_transformers"), monkeypatch, capsys, *options)
     for way in ("transformers ", "transformers, prompt lookup", "plain ", "speculative "):
         assert re.search(rf"^{way} .* tok/s .*x of plain   same tokens as plain 2/2$", printed, re.M), printed
     assert re.search(r"^plain / transformers +[\d.]+x\nspeculative / plain +[\d.]+x$", printed, re.M)
@@ -147,10 +139,10 @@ def test_speeds_beside_transformers_at_toy_size(workplace, monkeypatch, capsys):
 def test_tau_on_first_turns_at_toy_size(workplace, monkeypatch, capsys):
     path = workplace.folder / "turns.jsonl"
     path.write_text(json.dumps({"turns": ["Why is it so?", "And now?"]}) + "\n")
-    printed = _printed(_benchmark("mt_bench"), monkeypatch, capsys, path, "--config", workplace.config, "--levels", 2)
+    printed = _printed(benchmark("mt_bench"), monkeypatch, capsys, path, "--config", workplace.config, "--levels", 2)
     assert "chain of 2; step-alpha by depth" in printed and printed.count(" 1/1\n") == 2
 
 
 def test_speed_of_writing_at_toy_size(workplace, monkeypatch, capsys):
-    printed = _printed(_benchmark("writing_answers"), monkeypatch, capsys, "--config", workplace.config, "--prompts", 4)
+    printed = _printed(benchmark("writing_answers"), monkeypatch, capsys, "--config", workplace.config, "--prompts", 4)
     assert re.search(r"4 prompts, batch 16: \d+ tokens in [\d.]+ s = \d+ tok/s", printed)

@@ -11,7 +11,7 @@ import test_tuning
 import yaml
 from command_cases import make_target
 from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
-from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed
+from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed, no_draws
 from test_eagle_import import CONFIG, published, write
 from test_report import check_schema
 from test_suites import RECORDS
@@ -26,6 +26,7 @@ from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.sampling import GREEDY
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.evaluation import audit as audit_module
 from beagle_jax.evaluation.cost import memory, phases
 from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.replay import replayed
@@ -51,7 +52,9 @@ def test_replayed_rounds_are_those_that_were_run(tree, append_predicted):
     assert answer.accepted[0] and sum(answer.accepted[1:]) > 2, "right and wrong rounds must both be there"
 
 
-def test_the_audit_passes():
+def test_the_audit_passes(monkeypatch):
+    """Of its draws the commands tell below."""
+    monkeypatch.setattr(audit_module, "_draws", no_draws)
     made = audited(target_of(MARKOV), {"dynamic": right_eagle(0.05)}, TREES)
     assert made["passed"] and failed(made) == set()
 
@@ -155,7 +158,9 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
             assert figures["rounds"] > 0 and len(figures["step_alpha"]) == (0 if name == "plain" else 2), (category, name)
 
 
-def test_tuning_takes_it(place, small, capsys):  # noqa: F811
+def test_tuning_takes_it(place, small, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
+    monkeypatch.setattr(tuning, "TOPKS", (2,))
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["choices"] and load_draft(place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec).spec.kind == "eagle_draft"

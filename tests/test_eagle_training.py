@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from benchmark_cases import benchmark
 from conftest import ONE_DEVICE, TINY
-from test_benchmarks import _benchmark
 from test_train_step import CLEAN, NOISY, B, D, L, three_rows
 
 from beagle_jax.config import StageConfig, TrainConfig
@@ -65,7 +65,7 @@ IN_TORCH = {"fc": "fc", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "
 
 def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
     """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow through predicted states."""
-    bench = _benchmark("torch_eagle")
+    bench = benchmark("torch_eagle")
     block = bench.EagleBlock(D, SPEC.intermediate_size, SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.rope_theta, SPEC.rms_norm_eps)
     with torch.no_grad():
         for name, its in IN_TORCH.items():
