@@ -20,7 +20,7 @@ from beagle_jax.weights.target import load_target
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--prompts", type=int, default=192)
+    parser.add_argument("--prompts", type=int, default=256)
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)

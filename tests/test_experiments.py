@@ -412,7 +412,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [5, 7]
     table = (folder / "results" / "claims.md").read_text()
     assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(tree["claims"])
-    assert "not run: window-5" in table and "| none | 1.00 |" in table
+    assert "not run: window-5" in table and "| none | | 1.00 |" in table
 
     monkeypatch.setattr(runner, "train_draft", lambda *_: pytest.fail("it was there"))
     monkeypatch.setattr(runner, "evaluate", lambda *_: pytest.fail("it was there"))
