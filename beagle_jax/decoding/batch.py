@@ -21,7 +21,7 @@ import numpy as np
 
 from beagle_jax.decoding.sampling import Sampling, choose_from_top, is_stop
 from beagle_jax.errors import UserError
-from beagle_jax.model.cache import KVRows, append_rows
+from beagle_jax.model.cache import KVRows, append_rows, round_up
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, logits
 
@@ -242,15 +242,15 @@ def write_answers(
             rows, free = free[:ADMIT_ROWS], free[ADMIT_ROWS:]
             taken, order = order[: len(rows)], order[len(rows) :]
             slots, tokens, lengths = _pack([prompts[index][P:] for index in taken], rows, batch)
-            needed = max_new + P + _bucket(tokens.shape[1], _ROOM_BUCKET)
+            needed = max_new + P + round_up(tokens.shape[1], _ROOM_BUCKET)
             if needed > state.cache[0].v_BKSH.shape[2]:
                 state = _resize(state, np.arange(batch), needed)
             state, states_RTD = _admit(params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids)
             for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD)):
                 lines[row] = _Line(index, np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]))
             on_tokens(len(taken))
-        if not order and len(free) >= len(lines) // 2 >= ADMIT_ROWS:
-            keep = sorted(range(len(lines)), key=lambda row: lines[row] is None)[: -(-len(lines) // 2)]
+        if not order and (fewer := _rows(len(lines), len(lines) - len(free))) < len(lines):
+            keep = sorted(range(len(lines)), key=lambda row: lines[row] is None)[:fewer]
             state, lines = _resize(state, np.array(keep), 0), [lines[row] for row in keep]
         state, states_SBD = _segment(params, spec, state, sampling, eos_ids)
         done_B, count_B, out_BT, states_SBD = jax.device_get((state.done_B, state.count_B, state.out_BT, states_SBD))
@@ -286,21 +286,17 @@ def answer_writer(params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], ba
 
 
 def _rows(batch: int, prompts: int) -> int:
-    """Rows for so many prompts: the batch, or its half, quarter, .., the very sizes it shrinks to when prompts run out."""
+    """Rows for so many prompts: the batch, or its half, quarter, ..: few sizes, as each is compiled."""
     while -(-batch // 2) >= max(prompts, ADMIT_ROWS):
         batch = -(-batch // 2)
     return batch
-
-
-def _bucket(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def _pack(prompts: list[Sequence[int]], rows: list[int], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slots, right-padded tokens and lengths of one prefill; unused lines point at slot `batch`, out of range."""
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
-    tokens = np.zeros((ADMIT_ROWS, _bucket(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
+    tokens = np.zeros((ADMIT_ROWS, round_up(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
     for line, (prompt, row) in enumerate(zip(prompts, rows)):
         slots[line], lengths[line] = row, len(prompt)
         tokens[line, : len(prompt)] = prompt

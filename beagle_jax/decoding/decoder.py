@@ -27,6 +27,7 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree
 from beagle_jax.errors import UserError
+from beagle_jax.model.cache import round_up
 from beagle_jax.sharding import place, replicate
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -96,7 +97,7 @@ class SpeculativeDecoder:
                 f"and a round of this tree adds up to {tree.depth + 1}; choose one between"
             )
         self._target, self._context = target, context or target.spec.max_positions
-        self._fixed_capacity = None if context is None else _round_up(context + tree.depth + 1, 64)
+        self._fixed_capacity = None if context is None else round_up(context + tree.depth + 1, 64)
         self._models = Models(place(target.params, mesh), None, None)
         draft_shape = draft if tree.depth else None
         if isinstance(draft_shape, Draft):
@@ -319,12 +320,8 @@ def _check_fit(target: Target, draft: Draft | Lookup | None, tree: Tree, rule: s
 
 def padded(length: int) -> int:
     """Columns that a prompt takes in the prefill."""
-    return _round_up(length, PREFILL_CHUNK) if length > PREFILL_CHUNK else _doubled(PROMPT_BUCKET, length)
+    return round_up(length, PREFILL_CHUNK) if length > PREFILL_CHUNK else _doubled(PROMPT_BUCKET, length)
 
 
 def _doubled(start: int, need: int) -> int:
     return max(start, 1 << (int(need) - 1).bit_length())
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-int(value) // multiple) * multiple

@@ -24,6 +24,11 @@ class KVRows(NamedTuple):
     v_BKSH: jax.Array
 
 
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple: capacities and padded lengths come in steps, as each is compiled."""
+    return -(-int(length) // multiple) * multiple
+
+
 def empty_rows(batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> KVRows:
     """Zeroed key and value rows [batch, K, capacity, H]."""
     k_BKHS = jnp.zeros((batch, num_kv_heads, head_dim, capacity), dtype)
