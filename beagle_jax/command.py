@@ -18,7 +18,9 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str):
-        self.color = False  # Python 3.14 colours the usage where stdout is a terminal; this goes to stderr
+        self.color = (
+            False  # Python 3.14 colours the usage where stdout is a terminal; this goes to stderr
+        )
         raise UsageError(f"{message}\n{self.format_usage().strip()}\n(--help shows an example)")
 
 
@@ -31,8 +33,15 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/quickstart.yaml")
-    made.add_argument("--json", metavar="FILE", help="figures to this file too; -: to stdout, without text")
+    made.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML file, for example configs/quickstart.yaml",
+    )
+    made.add_argument(
+        "--json", metavar="FILE", help="figures to this file too; -: to stdout, without text"
+    )
     made.add_argument("--quiet", action="store_true", help="no progress, the result alone")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -40,7 +49,13 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
 
 def add_overrides(made: argparse.ArgumentParser) -> None:
     """The overrides come after a command's own arguments."""
-    made.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="change a setting of the file")
+    made.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="change a setting of the file",
+    )
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

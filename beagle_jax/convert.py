@@ -8,20 +8,43 @@ from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
 # What each direction takes beside --out and --overwrite.
-_OPTIONS = {"to-torch": ("report",), "from-torch": ("source", "allow_pickle"), "import-eagle": ("source", "allow_pickle"),
-            "to-jax": ()}
+_OPTIONS = {
+    "to-torch": ("report",),
+    "from-torch": ("source", "allow_pickle"),
+    "import-eagle": ("source", "allow_pickle"),
+    "to-jax": (),
+}
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("convert", "Take drafts to PyTorch and back; write a target so that it loads fast (to-jax).",
-                  "python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out exported", takes="DIRECTION --out FOLDER")
-    made.add_argument("direction", choices=_OPTIONS, metavar="DIRECTION", help="to-torch, to-jax; with --source from-torch, import-eagle")
+    made = parser(
+        "convert",
+        "Take drafts to PyTorch and back; write a target so that it loads fast (to-jax).",
+        "python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out exported",
+        takes="DIRECTION --out FOLDER",
+    )
+    made.add_argument(
+        "direction",
+        choices=_OPTIONS,
+        metavar="DIRECTION",
+        help="to-torch, to-jax; with --source from-torch, import-eagle",
+    )
     made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
-    made.add_argument("--overwrite", action="store_true", help="replace that folder, as a whole, if it exists")
-    made.add_argument("--source", metavar="PATH", help="from-torch, import-eagle: folder or weights file")
-    made.add_argument("--allow-pickle", action="store_true", help="from-torch, import-eagle: read .bin and .pt too")
-    made.add_argument("--report", metavar="FILE", help="to-torch: what evaluate --json wrote, for the card")
+    made.add_argument(
+        "--overwrite", action="store_true", help="replace that folder, as a whole, if it exists"
+    )
+    made.add_argument(
+        "--source", metavar="PATH", help="from-torch, import-eagle: folder or weights file"
+    )
+    made.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="from-torch, import-eagle: read .bin and .pt too",
+    )
+    made.add_argument(
+        "--report", metavar="FILE", help="to-torch: what evaluate --json wrote, for the card"
+    )
     add_overrides(made)
     arguments = made.parse_args(argv)
     direction = arguments.direction

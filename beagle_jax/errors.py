@@ -40,8 +40,10 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except OSError as error:
         if debug or (error.filename is None and error.errno not in _FULL):
             raise
-        return _told(f"{error.filename or 'a file that was being written'}: {error.strerror}; what was whole before is kept. Free some space, or "
-                     "name a place that can be read and written; --debug shows what was being done")
+        return _told(
+            f"{error.filename or 'a file that was being written'}: {error.strerror}; what was whole before is kept. Free some space, or "
+            "name a place that can be read and written; --debug shows what was being done"
+        )
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -10,12 +10,23 @@ from beagle_jax.terminal import show, working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("evaluate", "Compare speculative with plain decoding on the same prompts.",
-                  "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10")
-    made.add_argument("--out", metavar="FOLDER", help="keep every answer there, go on from those that are, and write the whole report: "
-                      "report.json, report.md, report.html")
-    made.add_argument("--audit", action="store_true", help="hold every answer and every round against a second way of computing it; "
-                      "exit status 1 when one differs")
+    made = parser(
+        "evaluate",
+        "Compare speculative with plain decoding on the same prompts.",
+        "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10",
+    )
+    made.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="keep every answer there, go on from those that are, and write the whole report: "
+        "report.json, report.md, report.html",
+    )
+    made.add_argument(
+        "--audit",
+        action="store_true",
+        help="hold every answer and every round against a second way of computing it; "
+        "exit status 1 when one differs",
+    )
     add_overrides(made)
     arguments = made.parse_args(argv)
     config = read_config(arguments)
@@ -25,7 +36,11 @@ def main(argv: Sequence[str]) -> None:
         from beagle_jax.evaluation.report import table
 
         report = evaluate(config, arguments.out, audited=arguments.audit)
-    show(arguments, "\n".join([table(report), *(lines(report["audit"]) if arguments.audit else [])]), report)
+    show(
+        arguments,
+        "\n".join([table(report), *(lines(report["audit"]) if arguments.audit else [])]),
+        report,
+    )
     if arguments.audit and not report["audit"]["passed"]:
         raise UserError("the audit failed; the lines above that begin with FAILED say where")
 

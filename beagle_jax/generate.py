@@ -10,9 +10,15 @@ from beagle_jax.terminal import working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("generate", "Answer a prompt by speculative decoding and compare with plain; or chat.",
-                  'python -m beagle_jax.generate --config configs/smollm2_135m.yaml "Why is the sky blue?"', takes='["prompt"]')
-    made.add_argument("--chat", action="store_true", help="talk with the model instead, without a prompt")
+    made = parser(
+        "generate",
+        "Answer a prompt by speculative decoding and compare with plain; or chat.",
+        'python -m beagle_jax.generate --config configs/smollm2_135m.yaml "Why is the sky blue?"',
+        takes='["prompt"]',
+    )
+    made.add_argument(
+        "--chat", action="store_true", help="talk with the model instead, without a prompt"
+    )
     made.add_argument("prompt", nargs="?", help="the user's message")
     add_overrides(made)
     arguments = made.parse_args(argv)

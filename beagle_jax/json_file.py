@@ -17,11 +17,21 @@ def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> 
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {missing}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON (line {error.lineno}, character {error.pos}: {error.msg}); {damaged}") from error
+        raise UserError(
+            f"{path}: not JSON (line {error.lineno}, character {error.pos}: {error.msg}); {damaged}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8 (byte {error.start}: {error.reason}); {damaged}") from error
-    except (OSError, ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(
+            f"{path}: not text in UTF-8 (byte {error.start}: {error.reason}); {damaged}"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
         raise UserError(f"{path}: cannot be read ({error}); {damaged}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a JSON {type(found).__name__}, expected an object; {damaged}")
+        raise UserError(
+            f"{path}: holds a JSON {type(found).__name__}, expected an object; {damaged}"
+        )
     return found

@@ -11,11 +11,22 @@ from beagle_jax.terminal import show, working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("prepare", "Write the training text and the target's states, as train would do first.",
-                  "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview")
-    made.add_argument("--preview", type=int, nargs="?", const=3, metavar="N",
-                      help="write nothing; print the first N rows (3 unless given) with their supervised tokens in colour")
-    made.add_argument("--part", metavar="I/N", help="do share I (0 to N-1) of N and leave the others")
+    made = parser(
+        "prepare",
+        "Write the training text and the target's states, as train would do first.",
+        "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview",
+    )
+    made.add_argument(
+        "--preview",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="write nothing; print the first N rows (3 unless given) with their supervised tokens in colour",
+    )
+    made.add_argument(
+        "--part", metavar="I/N", help="do share I (0 to N-1) of N and leave the others"
+    )
     add_distributed(made)
     add_overrides(made)
     arguments = made.parse_args(argv)
@@ -27,7 +38,11 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands.prepare import prepare_share, preview_rows
 
-        done = preview_rows(config, arguments.preview) if arguments.preview else prepare_share(config, share)
+        done = (
+            preview_rows(config, arguments.preview)
+            if arguments.preview
+            else prepare_share(config, share)
+        )
     if share or is_first():
         show(arguments, *done)
 
@@ -37,7 +52,9 @@ def _share(text: str | None) -> tuple[int, int] | None:
         return None
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UsageError(f"--part is {text!r}; expected I/N, for example 0/4 to 3/4 for four processes")
+        raise UsageError(
+            f"--part is {text!r}; expected I/N, for example 0/4 to 3/4 for four processes"
+        )
     return int(index), int(count)
 
 

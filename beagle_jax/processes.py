@@ -16,8 +16,12 @@ _VARIABLES = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_I
 
 def add_distributed(made: ArgumentParser) -> None:
     """The flag for clusters that do not show in the environment."""
-    made.add_argument("--distributed", action="store_true", help="wait for the run's other processes (Cloud TPU, Open MPI, Kubernetes); "
-                      "the default under srun and where JAX_COORDINATOR_ADDRESS is set")
+    made.add_argument(
+        "--distributed",
+        action="store_true",
+        help="wait for the run's other processes (Cloud TPU, Open MPI, Kubernetes); "
+        "the default under srun and where JAX_COORDINATOR_ADDRESS is set",
+    )
 
 
 def join(arguments: Namespace) -> None:
@@ -26,15 +30,19 @@ def join(arguments: Namespace) -> None:
     JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright;
     what they leave out is jax.distributed's to detect. Raises UserError when the processes do not find each other.
     """
-    if not (arguments.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or _one_of_many_tasks()):
+    if not (
+        arguments.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or _one_of_many_tasks()
+    ):
         return
     import jax
 
     try:
         jax.distributed.initialize(**_said_outright())
     except (ValueError, RuntimeError) as error:  # nothing detected; nobody answered
-        raise UserError(f"the processes of this run did not find each other ({error}); start each with JAX_COORDINATOR_ADDRESS="
-                        "host:port of the first, JAX_NUM_PROCESSES and JAX_PROCESS_ID=0, 1, ..") from error
+        raise UserError(
+            f"the processes of this run did not find each other ({error}); start each with JAX_COORDINATOR_ADDRESS="
+            "host:port of the first, JAX_NUM_PROCESSES and JAX_PROCESS_ID=0, 1, .."
+        ) from error
     if jax.process_index():
         arguments.quiet = True
         terminal.prepare(arguments)

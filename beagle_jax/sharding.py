@@ -45,8 +45,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = [size if size > 0 else rest for size in sizes.values()]
     if math.prod(shape) != len(devices):
         asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to their number; "
-                        "-1 stands for what the others leave")
+        raise UserError(
+            f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to their number; "
+            "-1 stands for what the others leave"
+        )
     # Auto axes: XLA completes the shardings. jax.make_mesh would make Explicit ones, under which flax's init fails.
     return Mesh(np.array(devices).reshape(shape), (DATA, FSDP, TENSOR))
 
@@ -63,13 +65,17 @@ def check_rows(batch: int, mesh: Mesh) -> None:
     """Raises UserError unless the mesh can split `train.batch` rows evenly."""
     parts = math.prod(mesh.shape[axis] for axis in _ROWS)
     if batch % parts:
-        raise UserError(f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data {mesh.shape[DATA]} x "
-                        f"fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, or mesh.data and mesh.fsdp to less")
+        raise UserError(
+            f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data {mesh.shape[DATA]} x "
+            f"fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, or mesh.data and mesh.fsdp to less"
+        )
 
 
 def shardings(tree, mesh: Mesh):
     """Where each array of a tree lives: parameters and their optimizer state by name, the rest on every device."""
-    return jax.tree_util.tree_map_with_path(lambda path, array: NamedSharding(mesh, _spec(path, array.shape, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: NamedSharding(mesh, _spec(path, array.shape, mesh)), tree
+    )
 
 
 def place(tree, mesh: Mesh | None):
@@ -79,7 +85,9 @@ def place(tree, mesh: Mesh | None):
 
 def born(make: Callable, mesh: Mesh, *arguments):
     """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more than its part."""
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(*arguments)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(
+        *arguments
+    )
 
 
 def target_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
@@ -109,12 +117,22 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
 
     Raises UserError for a mesh on which two processes hold some rows in common and others not.
     """
-    owner_RT = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, mesh.shape[TENSOR])
-    held = {process: np.flatnonzero((owner_RT == process).any(axis=1)) for process in np.unique(owner_RT)}
+    owner_RT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
+        -1, mesh.shape[TENSOR]
+    )
+    held = {
+        process: np.flatnonzero((owner_RT == process).any(axis=1))
+        for process in np.unique(owner_RT)
+    }
     mine = held[jax.process_index()]
-    if any(len(rows) != len(mine) or rows[0] % len(mine) or rows[-1] - rows[0] >= len(mine) for rows in held.values()):
-        raise UserError(f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several processes unevenly; set it to a "
-                        "divisor or a multiple of the devices that each process has")
+    if any(
+        len(rows) != len(mine) or rows[0] % len(mine) or rows[-1] - rows[0] >= len(mine)
+        for rows in held.values()
+    ):
+        raise UserError(
+            f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several processes unevenly; set it to a "
+            "divisor or a multiple of the devices that each process has"
+        )
     return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
 
 
@@ -127,8 +145,14 @@ def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     """Inside jit: parameters put together along fsdp, as their use needs them; gradients come back split."""
     if mesh.shape[FSDP] == 1:
         return params
-    used = {name: P(*(None if axis == FSDP else axis for axis in _spec_of(name, x.shape, mesh))) for name, x in params.items()}
-    return {name: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, used[name])) for name, x in params.items()}
+    used = {
+        name: P(*(None if axis == FSDP else axis for axis in _spec_of(name, x.shape, mesh)))
+        for name, x in params.items()
+    }
+    return {
+        name: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, used[name]))
+        for name, x in params.items()
+    }
 
 
 class OwnShare(NamedTuple):
@@ -136,7 +160,9 @@ class OwnShare(NamedTuple):
 
     vocabulary: tuple[str, ...]  # each holds a part of the vocabulary, for the same rows
     rows: tuple[str, ...]  # each holds other rows
-    first_token: Callable[[int], jax.Array | int]  # id of the first token of this device's part, given the part's size
+    first_token: Callable[
+        [int], jax.Array | int
+    ]  # id of the first token of this device's part, given the part's size
 
 
 def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
@@ -147,7 +173,9 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
 
     def on_all(head_VD, *arrays_M):
         specs = (P(vocabulary or None), *(P(_ROWS) for _ in arrays_M))
-        return jax.shard_map(partial(function, share), mesh=mesh, in_specs=specs, out_specs=P(_ROWS), check_vma=False)(head_VD, *arrays_M)
+        return jax.shard_map(
+            partial(function, share), mesh=mesh, in_specs=specs, out_specs=P(_ROWS), check_vma=False
+        )(head_VD, *arrays_M)
 
     return on_all
 
@@ -156,13 +184,17 @@ def shard_cache(cache: Sequence[KVRows], mesh: Mesh | None) -> list[KVRows]:
     """Inside jit: key and value rows split by head."""
     if mesh is None:
         return list(cache)
-    put = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh)))
+    put = lambda x: jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
+    )
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
 
 
 def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     """By the last name in the path that the table knows: the optimizer keeps trees shaped like the parameters."""
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in _TABLE]
+    names = [
+        key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in _TABLE
+    ]
     return _spec_of(names[-1], shape, mesh) if names else P()
 
 
@@ -172,4 +204,9 @@ def _spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _divided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)))
+    return P(
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape)
+        )
+    )

@@ -15,13 +15,17 @@ from typing import Any, TextIO
 from beagle_jax.files import write_text
 
 _BAR = "{desc:<24} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
-_SECONDS_BETWEEN_LINES = "30"  # where there is no terminal, every drawing of a bar is a line of its own in some log
+_SECONDS_BETWEEN_LINES = (
+    "30"  # where there is no terminal, every drawing of a bar is a line of its own in some log
+)
 
 
 def prepare(arguments: Namespace) -> None:
     """Settings of all progress bars, and of what libraries print, for this process and those it starts; what the user has set stands."""
     os.environ.setdefault("TQDM_BAR_FORMAT", _BAR)
-    os.environ.setdefault("TQDM_MININTERVAL", "0.2" if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES)
+    os.environ.setdefault(
+        "TQDM_MININTERVAL", "0.2" if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    )
     # transformers notes at every start that torch is absent; here it is only a tokenizer.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if arguments.quiet:

@@ -11,8 +11,11 @@ from beagle_jax.terminal import show, working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("train", "Train a Beagle draft for a frozen target.",
-                  "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200")
+    made = parser(
+        "train",
+        "Train a Beagle draft for a frozen target.",
+        "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200",
+    )
     add_distributed(made)
     add_overrides(made)
     arguments = made.parse_args(argv)
@@ -23,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
         figures = train_draft(config)
     if is_first():
-        try_it = f"python -m beagle_jax.generate --config {arguments.config} \"your prompt\" draft.path={figures['draft']}"
+        try_it = f'python -m beagle_jax.generate --config {arguments.config} "your prompt" draft.path={figures["draft"]}'
         show(arguments, f"draft written to {figures['draft']}; try:\n  {try_it}", figures)
 
 

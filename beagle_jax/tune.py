@@ -10,11 +10,24 @@ from beagle_jax.terminal import show, working
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = parser("tune", "Measure this machine and this draft, and choose levels, topk and nodes of the draft tree.",
-                  "python -m beagle_jax.tune --config configs/smollm2_135m.yaml --write tuned.yaml")
-    made.add_argument("--prompts", type=int, default=12, metavar="N", help="sample prompts, of the first of eval.suites")
-    made.add_argument("--write", metavar="FILE", help="also write the config, with the chosen tree in it")
-    made.add_argument("--plot", metavar="FILE", help="also draw costs and promises, as .png or .svg")
+    made = parser(
+        "tune",
+        "Measure this machine and this draft, and choose levels, topk and nodes of the draft tree.",
+        "python -m beagle_jax.tune --config configs/smollm2_135m.yaml --write tuned.yaml",
+    )
+    made.add_argument(
+        "--prompts",
+        type=int,
+        default=12,
+        metavar="N",
+        help="sample prompts, of the first of eval.suites",
+    )
+    made.add_argument(
+        "--write", metavar="FILE", help="also write the config, with the chosen tree in it"
+    )
+    made.add_argument(
+        "--plot", metavar="FILE", help="also draw costs and promises, as .png or .svg"
+    )
     add_overrides(made)
     arguments = made.parse_args(argv)
     for option, name in (("--write", arguments.write), ("--plot", arguments.plot)):

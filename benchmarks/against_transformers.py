@@ -55,7 +55,9 @@ def our_way(decoder: SpeculativeDecoder, new_tokens: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/smollm2_135m.yaml")
     parser.add_argument("--prompts", default="held_out")
     parser.add_argument("--limit", type=int, default=10)
@@ -77,7 +79,9 @@ def main() -> None:
     model = torch_model(config)
     ways = {
         "transformers": torch_way(model, target.eos_ids, arguments.new_tokens),
-        "transformers, prompt lookup": torch_way(model, target.eos_ids, arguments.new_tokens, prompt_lookup_num_tokens=arguments.lookup),
+        "transformers, prompt lookup": torch_way(
+            model, target.eos_ids, arguments.new_tokens, prompt_lookup_num_tokens=arguments.lookup
+        ),
         **{name: our_way(decoder, arguments.new_tokens) for name, decoder in ours.items()},
     }
     for way in ways.values():  # once, untimed
@@ -92,14 +96,26 @@ def main() -> None:
             tokens[name] += len(answers[name])
         for name in ways:
             same[name] += answers[name] == answers["plain"]
-    report(config, len(prompts), arguments.new_tokens, {name: tokens[name] / seconds[name] for name in ways}, same)
+    report(
+        config,
+        len(prompts),
+        arguments.new_tokens,
+        {name: tokens[name] / seconds[name] for name in ways},
+        same,
+    )
 
 
-def report(config: Config, prompts: int, new_tokens: int, speed: dict[str, float], same: dict[str, int]) -> None:
+def report(
+    config: Config, prompts: int, new_tokens: int, speed: dict[str, float], same: dict[str, int]
+) -> None:
     """Prints the table and the ratios."""
-    print(f"{prompts} prompts of at most {new_tokens} new tokens, float32, {torch.get_num_threads()} threads, {config.decode}")
+    print(
+        f"{prompts} prompts of at most {new_tokens} new tokens, float32, {torch.get_num_threads()} threads, {config.decode}"
+    )
     for name, value in speed.items():
-        print(f"{name:28} {value:6.1f} tok/s   {value / speed['plain']:.2f}x of plain   same tokens as plain {same[name]}/{prompts}")
+        print(
+            f"{name:28} {value:6.1f} tok/s   {value / speed['plain']:.2f}x of plain   same tokens as plain {same[name]}/{prompts}"
+        )
     print(f"plain / transformers      {speed['plain'] / speed['transformers']:.2f}x")
     print(f"speculative / plain       {speed['speculative'] / speed['plain']:.2f}x")
 

@@ -17,8 +17,20 @@ import time
 from pathlib import Path
 
 SHAPES = {
-    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
-    "toy": dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
+    "llama2-7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+    "toy": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    ),
 }
 
 
@@ -32,13 +44,24 @@ def write_inputs(folder: Path, shape: str) -> None:
     from beagle_jax.model.target import TargetSpec
     from beagle_jax.weights.draft import Draft, save_draft
 
-    config = {"model_type": "llama", "num_hidden_layers": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **SHAPES[shape]}
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        **SHAPES[shape],
+    }
     (folder / "target").mkdir()
     (folder / "target" / "config.json").write_text(json.dumps(config))
     save_file({"none": np.zeros(1, np.float32)}, folder / "target" / "model.safetensors")
     spec = DraftSpec.from_target(TargetSpec.from_hf_config(config, "here"))
-    save_draft(folder / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {"target": "random"}))
-    (folder / "run.yaml").write_text(f"target:\n  source: {folder / 'target'}\ndraft:\n  path: {folder / 'draft'}\n")
+    save_draft(
+        folder / "draft",
+        Draft(spec, init_draft(spec, jax.random.key(0)), None, {"target": "random"}),
+    )
+    (folder / "run.yaml").write_text(
+        f"target:\n  source: {folder / 'target'}\ndraft:\n  path: {folder / 'draft'}\n"
+    )
 
 
 def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
@@ -49,7 +72,10 @@ def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
     from beagle_jax import convert
     from beagle_jax.errors import run_main
 
-    status = run_main(convert.main, ["to-torch", "--config", str(folder / "run.yaml"), "--out", str(folder / "out"), "--quiet"])
+    status = run_main(
+        convert.main,
+        ["to-torch", "--config", str(folder / "run.yaml"), "--out", str(folder / "out"), "--quiet"],
+    )
     seconds = time.perf_counter() - clock
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
     print(f"file {size / 1e9:.2f} GB; export and parity check, imports included: {seconds:.1f} s, {seconds / limit_seconds:.2f} of what "
@@ -59,7 +85,9 @@ def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--gigabytes", type=float, default=8.0)
@@ -69,7 +97,10 @@ def main() -> int:
         write_inputs(Path(arguments.inputs_only), arguments.shape)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "--shape", arguments.shape, "--inputs-only", folder], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--shape", arguments.shape, "--inputs-only", folder],
+            check=True,
+        )
         return 0 if measure(Path(folder), arguments.seconds, arguments.gigabytes) else 1
 
 

@@ -27,7 +27,14 @@ from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-_LLAMA = dict(head_dim=128, num_layers=32, hidden_size=4096, num_heads=32, max_positions=4096, tie_embeddings=False)
+_LLAMA = dict(
+    head_dim=128,
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    max_positions=4096,
+    tie_embeddings=False,
+)
 SHAPES = {
     "llama2-7b": TargetSpec(**_LLAMA, vocab_size=32000, intermediate_size=11008, num_kv_heads=32, rope_theta=1e4, rms_norm_eps=1e-5),
     "llama3-8b": TargetSpec(**_LLAMA, vocab_size=128256, intermediate_size=14336, num_kv_heads=8, rope_theta=5e5, rms_norm_eps=1e-5),
@@ -43,7 +50,11 @@ PAPER_SPEEDUP = {"llama2-7b": 3.0, "llama3-8b": 2.5}
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _random(key, shape, dtype):
-    return jnp.ones(shape, dtype) if len(shape) == 1 else (0.02 * jax.random.normal(key, shape)).astype(dtype)
+    return (
+        jnp.ones(shape, dtype)
+        if len(shape) == 1
+        else (0.02 * jax.random.normal(key, shape)).astype(dtype)
+    )
 
 
 def random_target(spec: TargetSpec, dtype) -> Target:
@@ -62,39 +73,73 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     spec = SHAPES[name]
     target = random_target(spec, dtype)
     draft_spec = DraftSpec.from_target(spec)
-    draft = Draft(draft_spec, jax.tree.map(lambda x: x.astype(dtype), init_draft(draft_spec, jax.random.key(0))), None, {})
+    draft = Draft(
+        draft_spec,
+        jax.tree.map(lambda x: x.astype(dtype), init_draft(draft_spec, jax.random.key(0))),
+        None,
+        {},
+    )
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
     verify = {rows: milliseconds(verifying(target, rows)) for rows in ROWS}
-    print("verify, ms by rows:   " + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items()))
+    print(
+        "verify, ms by rows:   "
+        + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items())
+    )
     if bandwidth:
-        floor = 1000 * (weights - spec.vocab_size * spec.hidden_size * target.dtype.itemsize / 1e9) / bandwidth  # no embedding
-        print(f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes {verify[1] / floor:.2f} times that")
+        floor = (
+            1000
+            * (weights - spec.vocab_size * spec.hidden_size * target.dtype.itemsize / 1e9)
+            / bandwidth
+        )  # no embedding
+        print(
+            f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes {verify[1] / floor:.2f} times that"
+        )
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
-    one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, tree.topk))) for levels in (1, 4))
-    print(f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} (topk {tree.topk})")
+    one, many = (
+        milliseconds(drafting(target, draft, models, small_tree(levels, tree.topk)))
+        for levels in (1, 4)
+    )
+    print(
+        f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} (topk {tree.topk})"
+    )
     times = {}
-    for label, decoder in (("plain", SpeculativeDecoder(target)), ("speculative", SpeculativeDecoder(target, draft, tree))):
+    for label, decoder in (
+        ("plain", SpeculativeDecoder(target)),
+        ("speculative", SpeculativeDecoder(target, draft, tree)),
+    ):
         decoder.generate([[1] * 32], max_new_tokens=new_tokens)
         runs = [decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0] for _ in range(4)][1:]
         times[label] = 1000 * float(np.median([run.decode_seconds / run.rounds for run in runs]))
     print(f"round, ms:            plain {times['plain']:.2f}, this tree {times['speculative']:.2f}")
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
-        print(f"speedup at tau {tau}:   {tau * times['plain'] / times['speculative']:.2f}x (the paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)")
+        print(
+            f"speedup at tau {tau}:   {tau * times['plain'] / times['speculative']:.2f}x (the paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["toy"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--bandwidth", type=float, help="GB/s of the device's memory")
-    parser.add_argument("--tree", type=int, nargs=3, default=[6, 10, 60], metavar=("LEVELS", "TOPK", "NODES"))
+    parser.add_argument(
+        "--tree", type=int, nargs=3, default=[6, 10, 60], metavar=("LEVELS", "TOPK", "NODES")
+    )
     parser.add_argument("--new-tokens", type=int, default=96)
     arguments = parser.parse_args()
     print(time.strftime("%Y-%m-%d"), machine(), "XLA_FLAGS=" + os.environ.get("XLA_FLAGS", ""))
     for name in arguments.shapes:
-        measure(name, jnp.dtype(arguments.dtype), arguments.bandwidth, dynamic_tree(*arguments.tree), arguments.new_tokens)
+        measure(
+            name,
+            jnp.dtype(arguments.dtype),
+            arguments.bandwidth,
+            dynamic_tree(*arguments.tree),
+            arguments.new_tokens,
+        )
 
 
 if __name__ == "__main__":

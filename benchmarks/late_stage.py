@@ -27,10 +27,23 @@ from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.packing import of_row
 from beagle_jax.sharding import make_mesh
 from beagle_jax.training.late import window_queries
-from beagle_jax.training.step import Inputs, Prediction, TrainState, make_optimizer, make_steps, stage_loss
+from beagle_jax.training.step import (
+    Inputs,
+    Prediction,
+    TrainState,
+    make_optimizer,
+    make_steps,
+    stage_loss,
+)
 
 SPEC = DraftSpec(
-    hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5
+    hidden_size=576,
+    intermediate_size=1536,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rope_theta=1e5,
+    rms_norm_eps=1e-5,
 )
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 VOCAB = 8192  # a reduced head, so that the block's share is not drowned
@@ -43,7 +56,9 @@ def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
     counts[:, width // 3 : -1] = True
     states = rng.standard_normal((rows, width, hidden), dtype=np.float32)
     tokens = rng.integers(0, vocab, (rows, width), np.int32)
-    return Batch(tokens, states, counts, np.full((rows, 1), width, np.int32), np.zeros((rows, 1), np.int32))
+    return Batch(
+        tokens, states, counts, np.full((rows, 1), width, np.int32), np.zeros((rows, 1), np.int32)
+    )
 
 
 def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
@@ -53,7 +68,9 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
         params, spec, of.embedded(of.tokens_BL), of.h_BLD, of.length_BC[:, 0], window=stage.window, steps=steps, offset=offset,
         detach=stage.detach,
     )  # fmt: skip
-    at = window_queries(of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset)
+    at = window_queries(
+        of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset
+    )
     picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
     B, U, _ = at.query_BUJ.shape
     return Prediction(
@@ -68,12 +85,18 @@ def plain_step(config: TrainConfig, stage: StageConfig):
 
     def step(state: TrainState, frozen, batch: Batch, seed):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss = lambda params: stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH)
+        loss = lambda params: stage_loss(
+            params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH
+        )
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        return TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state, state.step + 1), metrics
+        return TrainState(
+            jax.tree.map(jnp.add, state.params, updates), opt_state, state.step + 1
+        ), metrics
 
-    return jax.jit(step, donate_argnums=0), lambda params: TrainState(params, optimizer.init(params), jnp.int32(0))
+    return jax.jit(step, donate_argnums=0), lambda params: TrainState(
+        params, optimizer.init(params), jnp.int32(0)
+    )
 
 
 def cost(step, init, frozen, batch: Batch, repeats: int) -> tuple[float, float, float]:
@@ -86,15 +109,23 @@ def cost(step, init, frozen, batch: Batch, repeats: int) -> tuple[float, float, 
         state, _ = step(state, frozen, batch, 0)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - clock)
-    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes, statistics.median(seconds[2:])
+    return (
+        compiled.cost_analysis()["flops"],
+        compiled.memory_analysis().temp_size_in_bytes,
+        statistics.median(seconds[2:]),
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--width", type=int, default=240)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--keep-gradients", action="store_true", help="let gradients flow through predicted states")
+    parser.add_argument(
+        "--keep-gradients", action="store_true", help="let gradients flow through predicted states"
+    )
     arguments = parser.parse_args()
     config = TrainConfig()
     batch = batch_of(arguments.rows, arguments.width, SPEC.hidden_size, VOCAB)
@@ -104,17 +135,28 @@ def main() -> None:
     stage = StageConfig(steps=1000, window=5)
     step, _, init = make_steps(SPEC, config, stage, MESH, late=False)
     base = cost(step, init, frozen, batch, arguments.repeats)
-    print(f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
-          f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})")
+    print(
+        f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
+        f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})"
+    )
     print(f"{'ratio to early':16}{'late 4.5b':^36}{'plain form 4.1':^36}{'tokens/s':>9}")
-    print(f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}{'4.5b/4.1':>9}")
+    print(
+        f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}{'4.5b/4.1':>9}"
+    )
     for s in range(1, 6):
-        stage = StageConfig(steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients)
+        stage = StageConfig(
+            steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients
+        )
         step, _, init = make_steps(SPEC, config, stage, MESH, late=True)
         late = cost(step, init, frozen, batch, arguments.repeats)
         plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
-        ratios = lambda x: f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
-        print(f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}{plain[2] / late[2]:8.2f}x", flush=True)
+        ratios = lambda x: (
+            f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
+        )
+        print(
+            f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}{plain[2] / late[2]:8.2f}x",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -29,13 +29,48 @@ from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.target import fill_params, open_source
 
-_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 4096, "hidden_act": "silu"}
+_LLAMA = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+}
 SHAPES = {
-    "7b": _LLAMA | dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "smollm2": _LLAMA | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                             num_key_value_heads=3, tie_word_embeddings=True),
-    "middle": _LLAMA | dict(vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16),
-    "toy": _LLAMA | dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+    "7b": _LLAMA
+    | dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    "smollm2": _LLAMA
+    | dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "middle": _LLAMA
+    | dict(
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+    ),
+    "toy": _LLAMA
+    | dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
 }
 _FILES = 4  # of a synthetic checkpoint
 _BLOCK = 64 << 20  # bytes; random ones are made once
@@ -45,7 +80,9 @@ def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF
     """A checkpoint, bfloat16 or F32, without a tokenizer: numbers that mean nothing, small and finite."""
     folder.mkdir(parents=True, exist_ok=True)
     table = list(param_table(TargetSpec.from_hf_config(config, str(folder))).items())
-    block = (np.random.default_rng(0).integers(0, 1 << 10, _BLOCK // 2, np.uint16) | 0x3C00).tobytes()
+    block = (
+        np.random.default_rng(0).integers(0, 1 << 10, _BLOCK // 2, np.uint16) | 0x3C00
+    ).tobytes()
     for number in range(_FILES):
         header, end = {}, 0
         for name, (_, shape) in table[number::_FILES]:
@@ -64,7 +101,9 @@ def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF
 def files_of(source: str) -> list[Path]:
     """The files that hold the weights."""
     opened = open_source(source, Path("~/.cache/beagle_jax").expanduser())
-    return [opened.path] if isinstance(opened, GGUFFile) else sorted(opened.path.glob("*.safetensors"))
+    return (
+        [opened.path] if isinstance(opened, GGUFFile) else sorted(opened.path.glob("*.safetensors"))
+    )
 
 
 def forget(files: list[Path]) -> None:
@@ -97,7 +136,11 @@ def load(source: str, dtype: str) -> dict[str, float]:
     before, clock = peak_bytes(), time.perf_counter()
     params = fill_params(spec, opened, jnp.dtype(dtype), source)
     seconds = time.perf_counter() - clock
-    return {"seconds": seconds, "bytes": sum(x.nbytes for x in jax.tree.leaves(params)), "peak": peak_bytes() - before}
+    return {
+        "seconds": seconds,
+        "bytes": sum(x.nbytes for x in jax.tree.leaves(params)),
+        "peak": peak_bytes() - before,
+    }
 
 
 def peak_bytes() -> int:
@@ -115,19 +158,33 @@ def measure(source: str, dtype: str) -> dict[str, float]:
     reading = read_seconds(files)
     forget(files)
     command = [sys.executable, __file__, "--load", "--source", source, "--dtype", dtype]
-    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    found = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[
+            -1
+        ]
+    )
     on_disk = sum(file.stat().st_size for file in files)
-    print(f"{source}: {on_disk / 1e9:.2f} GB on disk, {found['bytes'] / 1e9:.2f} GB of {dtype} arrays")
-    print(f"read {reading:.2f} s, load {found['seconds']:.2f} s: {found['seconds'] / reading:.2f}x; "
-          f"peak memory {found['peak'] / 1e9:.2f} GB: {found['peak'] / found['bytes']:.2f}x of the arrays")
+    print(
+        f"{source}: {on_disk / 1e9:.2f} GB on disk, {found['bytes'] / 1e9:.2f} GB of {dtype} arrays"
+    )
+    print(
+        f"read {reading:.2f} s, load {found['seconds']:.2f} s: {found['seconds'] / reading:.2f}x; "
+        f"peak memory {found['peak'] / 1e9:.2f} GB: {found['peak'] / found['bytes']:.2f}x of the arrays"
+    )
     return found | {"reading": reading}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", help="as target.source; default: that of configs/quickstart.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", help="as target.source; default: that of configs/quickstart.yaml"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--shape", choices=SHAPES, help="write and load a bfloat16 checkpoint of these shapes")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="write and load a bfloat16 checkpoint of these shapes"
+    )
     parser.add_argument("--folder", default="runs/loading", help="where it is kept")
     parser.add_argument("--sparse", action="store_true", help="without data on the disk")
     parser.add_argument("--load", action="store_true", help="load in this process and print JSON")

@@ -17,7 +17,9 @@ from beagle_jax.evaluation.report import table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompts")
     parser.add_argument("--config", default="configs/smollm2_135m.yaml")
     parser.add_argument("--levels", type=int, default=5)
@@ -26,15 +28,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "turns.jsonl"
-        records = [{**record, "turns": record["turns"][: arguments.turns]} for record, _ in json_lines(Path(arguments.prompts))]
+        records = [
+            {**record, "turns": record["turns"][: arguments.turns]}
+            for record, _ in json_lines(Path(arguments.prompts))
+        ]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         print(table(evaluate(load_config(arguments.config, overrides(path, arguments)))))
 
 
 def overrides(path: Path, arguments: argparse.Namespace) -> list[str]:
     """A greedy chain on these prompts."""
-    return [f"eval.suites=[{path}]", "eval.max_new_tokens=96", f"eval.limit={arguments.limit}",
-            "decode.tree=chain", f"decode.levels={arguments.levels}"]
+    return [
+        f"eval.suites=[{path}]",
+        "eval.max_new_tokens=96",
+        f"eval.limit={arguments.limit}",
+        "decode.tree=chain",
+        f"decode.levels={arguments.levels}",
+    ]
 
 
 if __name__ == "__main__":

@@ -34,21 +34,32 @@ def knows(tokens: list[int], count: int):
         drafted = right(models, shapes, now)
         nodes = drafted.nodes
         told_BW = known_S[jnp.minimum(now.count_B[:, None] - 1 + nodes.depth_BW, len(known_S) - 1)]
-        return drafted._replace(nodes=nodes._replace(token_BW=jnp.where(nodes.token_BW < 0, nodes.token_BW, told_BW)))
+        return drafted._replace(
+            nodes=nodes._replace(token_BW=jnp.where(nodes.token_BW < 0, nodes.token_BW, told_BW))
+        )
 
     return draft
 
 
 @partial(jax.jit, static_argnames="depth")
 def _accepted(nodes, wanted_BW, depth: int):
-    again = lambda _, wanted_BW: jnp.maximum(wanted_BW, accept_matching(nodes, wanted_BW, depth).bonus_B[:, None])
+    again = lambda _, wanted_BW: jnp.maximum(
+        wanted_BW, accept_matching(nodes, wanted_BW, depth).bonus_B[:, None]
+    )
     return jax.lax.fori_loop(0, PASSES, again, wanted_BW)
 
 
 @partial(jax.jit, static_argnames="shapes", donate_argnames="state")
 def _appended(models, shapes, state, found, states_BWD, rows):
     """The path depends on the pass only in form, or a compiler would take it once for all."""
-    again = lambda index, now: loop.append(models, shapes, now, found._replace(path_BP1=found.path_BP1 - index // PASSES), states_BWD, rows)
+    again = lambda index, now: loop.append(
+        models,
+        shapes,
+        now,
+        found._replace(path_BP1=found.path_BP1 - index // PASSES),
+        states_BWD,
+        rows,
+    )
     return jax.lax.fori_loop(0, PASSES, again, state)
 
 
@@ -73,7 +84,9 @@ def ending(models, shapes, state) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/smollm2_135m.yaml")
     parser.add_argument("--levels", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -95,15 +108,21 @@ def main() -> None:
         rounds = [decoder.generate([prompt], max_new_tokens=len(answer.tokens)) for _ in range(5)]
         loop.propose = right
         [first] = rounds[0]
-        assert first.tokens == answer.tokens and first.rounds == -(-(len(answer.tokens) - 1) // (levels + 1)), first
+        assert first.tokens == answer.tokens and first.rounds == -(
+            -(len(answer.tokens) - 1) // (levels + 1)
+        ), first
         whole = 1000 * float(np.median([one.decode_seconds for [one] in rounds])) / first.rounds
         verify = milliseconds(verifying(target, levels + 1))
-        models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
+        models = loop.Models(
+            target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids)
+        )
         steps = milliseconds(drafting(target, draft, models, chain(levels)))
         accepting, appending = ending(*decoder.prefilled(prompt, max_new_tokens=len(answer.tokens)))
-        print(f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone {steps:.1f}, accept {accepting:.2f}, "
-              f"append {appending:.2f}, left for the loop {whole - verify - steps - accepting - appending:.1f}; "
-              f"ratio {whole / (verify + steps):.3f}")
+        print(
+            f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone {steps:.1f}, accept {accepting:.2f}, "
+            f"append {appending:.2f}, left for the loop {whole - verify - steps - accepting - appending:.1f}; "
+            f"ratio {whole / (verify + steps):.3f}"
+        )
 
 
 if __name__ == "__main__":

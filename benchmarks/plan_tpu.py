@@ -31,7 +31,12 @@ def row(config: str, topology: str, found: dict) -> str:
     devices, stages = found["devices"], found["stages"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
     batch = stages["early"]["tokens_a_step"] // 2048
-    need = [f"{stages[stage]['compiler_total'] / 2**30:.1f}" if not stages[stage]["refusal"] else "refused" for stage in ("early", "late")]
+    need = [
+        f"{stages[stage]['compiler_total'] / 2**30:.1f}"
+        if not stages[stage]["refusal"]
+        else "refused"
+        for stage in ("early", "late")
+    ]
     fits = "yes" if all(one["fits"] for one in stages.values()) else "NO"
     return f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | {' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
 
@@ -39,13 +44,19 @@ def row(config: str, topology: str, found: dict) -> str:
 def table(kept: dict) -> str:
     """What the README shows."""
     head = "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | fits |\n|---|---|---|---|---|---|---|"
-    return "\n".join([head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))])
+    return "\n".join(
+        [head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
-    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES))
+    parser.add_argument(
+        "--topologies", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES)
+    )
     parser.add_argument("--json", required=True, help="where the figures are kept")
     asked = parser.parse_args()
     path = Path(asked.json)
@@ -55,7 +66,10 @@ def main() -> None:
             config = load_config(ROOT / "configs" / f"{name}.yaml", list(TOPOLOGIES[topology]))
             text, figures = plan(config, Namespace(devices=None, topology=topology))
             print(f"{name}, {topology}\n{text}\n", flush=True)
-            kept[f"{name} {topology}"] = figures | {"overrides": TOPOLOGIES[topology], "jax": jax.__version__}
+            kept[f"{name} {topology}"] = figures | {
+                "overrides": TOPOLOGIES[topology],
+                "jax": jax.__version__,
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(kept, indent=1) + "\n")
     print(table(kept))

@@ -47,26 +47,59 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
     table = shape((vocab, spec.hidden_size), jnp.float32)
     ints = lambda *size: shape(size, jnp.int32)
-    batch = Batch(ints(rows, width), shape((rows, width, spec.hidden_size), jnp.float32), shape((rows, width), bool), ints(rows, 1), ints(rows, 1))
+    batch = Batch(
+        ints(rows, width),
+        shape((rows, width, spec.hidden_size), jnp.float32),
+        shape((rows, width), bool),
+        ints(rows, 1),
+        ints(rows, 1),
+    )
     loss = partial(stage_loss, mesh=MESH)
-    gradient = jax.grad(lambda p, frozen, batch, key: loss(p, spec, TrainConfig(), stage, predict, frozen, batch, key)[0])
+    gradient = jax.grad(
+        lambda p, frozen, batch, key: loss(
+            p, spec, TrainConfig(), stage, predict, frozen, batch, key
+        )[0]
+    )
     key = jax.eval_shape(jax.random.key, 0)
-    planned = jax.jit(gradient).lower(params, {"embed_VD": table, "head_VD": table}, batch, key).compile().memory_analysis()
-    sizes = (planned.argument_size_in_bytes, planned.output_size_in_bytes, planned.temp_size_in_bytes, -planned.alias_size_in_bytes)
+    planned = (
+        jax.jit(gradient)
+        .lower(params, {"embed_VD": table, "head_VD": table}, batch, key)
+        .compile()
+        .memory_analysis()
+    )
+    sizes = (
+        planned.argument_size_in_bytes,
+        planned.output_size_in_bytes,
+        planned.temp_size_in_bytes,
+        -planned.alias_size_in_bytes,
+    )
     return sum(sizes)
 
 
-def measure(spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int) -> dict[str, dict]:
+def measure(
+    spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
+) -> dict[str, dict]:
     """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to the first column."""
-    found: dict[str, dict] = {"s": {form: [] for form in FORMS}, "width": {form: [] for form in FORMS}}
+    found: dict[str, dict] = {
+        "s": {form: [] for form in FORMS},
+        "width": {form: [] for form in FORMS},
+    }
     places = [("s", s, widths[0]) for s in steps] + [("width", at_steps, width) for width in widths]
-    for form, (axis, s, width) in tqdm(list(itertools.product(FORMS, places)), desc="compiling", unit="program"):
+    for form, (axis, s, width) in tqdm(
+        list(itertools.product(FORMS, places)), desc="compiling", unit="program"
+    ):
         found[axis][form].append(peak(spec, vocab, form, s, rows, width))
     for axis, places in (("s", steps), ("width", widths)):
-        print(f"peak of the step, MB ({rows} rows; " + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})"))
+        print(
+            f"peak of the step, MB ({rows} rows; "
+            + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})")
+        )
         print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))
         for form, sizes in found[axis].items():
-            print(f"{form:24}" + "".join(f"{size / 1e6:8.1f} {size / sizes[0]:6.2f}x" for size in sizes))
+            print(
+                f"{form:24}"
+                + "".join(f"{size / 1e6:8.1f} {size / sizes[0]:6.2f}x" for size in sizes)
+            )
     return found
 
 
@@ -76,20 +109,39 @@ def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
     for axes, (axis, places) in zip(figure.subplots(1, 2), (("s", steps), ("width", widths))):
         for form, sizes in found[axis].items():
             axes.plot(places, [size / 1e6 for size in sizes], "o-", label=form)
-        axes.set(xlabel="simulated steps s" if axis == "s" else "row length, tokens", ylabel="peak of the step, MB", ylim=(0, None))
+        axes.set(
+            xlabel="simulated steps s" if axis == "s" else "row length, tokens",
+            ylabel="peak of the step, MB",
+            ylim=(0, None),
+        )
     axes.legend()
     figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="of a batch; with one, gradients of weights outweigh the states")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=8,
+        help="of a batch; with one, gradients of weights outweigh the states",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=list(range(1, 9)))
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")
     parser.add_argument("--plot", help="a .png or .svg to write")
     asked = parser.parse_args()
-    spec = DraftSpec(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rope_theta=1e5, rms_norm_eps=1e-5)
+    spec = DraftSpec(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=1e5,
+        rms_norm_eps=1e-5,
+    )
     found = measure(spec, 8192, asked.rows, asked.steps, asked.widths, asked.at_steps)
     if asked.plot:
         plot(found, asked.steps, asked.widths, asked.plot)

@@ -11,20 +11,38 @@ import torch.nn.functional as F
 class EagleBlock(torch.nn.Module):
     """Fusion, causal self-attention without an input norm, gated MLP."""
 
-    def __init__(self, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, theta: float, eps: float):
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        theta: float,
+        eps: float,
+    ):
         super().__init__()
         linear = lambda into, out: torch.nn.Linear(into, out, bias=False)
         self.heads, self.kv_heads, self.head_dim, self.theta = heads, kv_heads, head_dim, theta
         self.fc = linear(2 * hidden, hidden)
-        self.q, self.k, self.v = (linear(hidden, count * head_dim) for count in (heads, kv_heads, kv_heads))
+        self.q, self.k, self.v = (
+            linear(hidden, count * head_dim) for count in (heads, kv_heads, kv_heads)
+        )
         self.o, self.norm = linear(heads * head_dim, hidden), torch.nn.RMSNorm(hidden, eps=eps)
-        self.gate, self.up, self.down = linear(hidden, inner), linear(hidden, inner), linear(inner, hidden)
+        self.gate, self.up, self.down = (
+            linear(hidden, inner),
+            linear(hidden, inner),
+            linear(inner, hidden),
+        )
 
     def rotate(self, x_BNTH, at_T):
         """Rotary embedding, half-split pairs."""
         half = self.head_dim // 2
         angle = at_T[:, None] / self.theta ** (torch.arange(half, device=x_BNTH.device) / half)
-        cos, sin = torch.cat([angle, angle], 1).cos().to(x_BNTH.dtype), torch.cat([angle, angle], 1).sin().to(x_BNTH.dtype)
+        cos, sin = (
+            torch.cat([angle, angle], 1).cos().to(x_BNTH.dtype),
+            torch.cat([angle, angle], 1).sin().to(x_BNTH.dtype),
+        )
         first, second = x_BNTH.chunk(2, dim=-1)
         return x_BNTH * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -36,13 +54,20 @@ class EagleBlock(torch.nn.Module):
         split = lambda y, count: y.view(B, T, count, self.head_dim).transpose(1, 2)
         widen = lambda y: y.repeat_interleave(self.heads // self.kv_heads, dim=1)
         q = self.rotate(split(self.q(x_BTD), self.heads), at_T)
-        memory.append((widen(self.rotate(split(self.k(x_BTD), self.kv_heads), at_T)), widen(split(self.v(x_BTD), self.kv_heads))))
+        memory.append(
+            (
+                widen(self.rotate(split(self.k(x_BTD), self.kv_heads), at_T)),
+                widen(split(self.v(x_BTD), self.kv_heads)),
+            )
+        )
         (first_k, first_v), later = memory[0], memory[1:]
         score = (q @ first_k.transpose(2, 3)).masked_fill(
             torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), torch.finfo(q.dtype).min
         )
         diagonal = [(q * k).sum(-1, keepdim=True) for k, _ in later]
-        weight = F.softmax(torch.cat([score, *diagonal], dim=-1).float() * self.head_dim**-0.5, dim=-1).to(q.dtype)
+        weight = F.softmax(
+            torch.cat([score, *diagonal], dim=-1).float() * self.head_dim**-0.5, dim=-1
+        ).to(q.dtype)
         out = weight[..., :T] @ first_v
         for place, (_, v) in enumerate(later):
             out = out + weight[..., T + place, None] * v

@@ -34,7 +34,12 @@ from beagle_jax.training.step import make_steps
 def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
     """One call is one step; steps = 0 is the early stage."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    stage = StageConfig(steps=1000, window=steps or 5, simulation_steps=max(steps, 1), dense=isinstance(spec, EagleSpec))
+    stage = StageConfig(
+        steps=1000,
+        window=steps or 5,
+        simulation_steps=max(steps, 1),
+        dense=isinstance(spec, EagleSpec),
+    )
     step, _, init = make_steps(spec, TrainConfig(), stage, mesh, late=steps > 0)
     frozen, batch = place({"embed_VD": table, "head_VD": table}, mesh), place_rows(batch, mesh)
     state = init(fresh_params(spec, jax.random.key(0)))
@@ -54,7 +59,10 @@ def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile
     block = EagleBlock(spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
                        spec.rope_theta, spec.rms_norm_eps).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(block.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.0)
-    e_BLD, inputs = put(table[batch.tokens_BL]), [put(x) for x in (batch.states_BLD, batch.counts_BT, table)]
+    e_BLD, inputs = (
+        put(table[batch.tokens_BL]),
+        [put(x) for x in (batch.states_BLD, batch.counts_BT, table)],
+    )
     step = train_step(block, optimizer, compile_it, steps)
 
     def run() -> None:
@@ -83,37 +91,69 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def measure(spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool) -> dict[str, float]:
+def measure(
+    spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool
+) -> dict[str, float]:
     """Prints the table; returns seconds by name."""
     batch = batch_of(rows, width, spec.hidden_size, vocab)
-    table = 0.1 * np.random.default_rng(1).standard_normal((vocab, spec.hidden_size), dtype=np.float32)
-    kinds = {"beagle": spec, "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})}
-    runs = {f"{kind} {name}": ours(one, batch, table, count)
-            for kind, one in kinds.items() for name, count in (("early", 0), (f"late s={steps}", steps))}
+    table = 0.1 * np.random.default_rng(1).standard_normal(
+        (vocab, spec.hidden_size), dtype=np.float32
+    )
+    kinds = {
+        "beagle": spec,
+        "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False}),
+    }
+    runs = {
+        f"{kind} {name}": ours(one, batch, table, count)
+        for kind, one in kinds.items()
+        for name, count in (("early", 0), (f"late s={steps}", steps))
+    }
     for how in ("eager", "compiled") if compile_it else ("eager",):
         runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
         runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
     found = seconds_of(runs, repeats)
-    print(f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
-          f"torch {torch.__version__} on {torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}")
+    print(
+        f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
+        f"torch {torch.__version__} on {torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}"
+    )
     for name, seconds in found.items():
         print(f"{name:28}{1 / seconds:9.3f} steps/s{rows * width / seconds:12.0f} tokens/s")
     for stage, plain in (("beagle early", ""), (f"beagle late s={steps}", f" s={steps}")):
-        best = min(seconds for name, seconds in found.items() if name.startswith("torch") and name.endswith(f"s={steps}") == bool(plain))
-        print(f"{stage}: {best / found[stage]:.2f} times the tokens/s of the faster torch step{plain}")
+        best = min(
+            seconds
+            for name, seconds in found.items()
+            if name.startswith("torch") and name.endswith(f"s={steps}") == bool(plain)
+        )
+        print(
+            f"{stage}: {best / found[stage]:.2f} times the tokens/s of the faster torch step{plain}"
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = dict(rows=4, width=240, hidden=576, inner=1536, heads=9, kv_heads=3, vocab=8192, steps=4, repeats=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = dict(
+        rows=4,
+        width=240,
+        hidden=576,
+        inner=1536,
+        heads=9,
+        kv_heads=3,
+        vocab=8192,
+        steps=4,
+        repeats=5,
+    )
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     asked = parser.parse_args()
     spec = DraftSpec(hidden_size=asked.hidden, intermediate_size=asked.inner, num_heads=asked.heads, num_kv_heads=asked.kv_heads,
                      head_dim=asked.hidden // asked.heads, rope_theta=1e5, rms_norm_eps=1e-5)  # fmt: skip
-    measure(spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile)
+    measure(
+        spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile
+    )
 
 
 if __name__ == "__main__":

@@ -18,24 +18,41 @@ from beagle_jax.weights.target import load_target
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--prompts", type=int, default=256)
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
-    prompts = [prompt_tokens(target.tokenizer, chat.messages) for chat in own_prompts("train")[: arguments.prompts]]
-    write = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
+    prompts = [
+        prompt_tokens(target.tokenizer, chat.messages)
+        for chat in own_prompts("train")[: arguments.prompts]
+    ]
+    write = answer_writer(
+        target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k
+    )
 
     def timed(max_new: int) -> tuple[int, float]:
         clock = time.perf_counter()
         with tqdm(desc="writing", unit="tok", leave=False) as bar:
-            answers = list(write(prompts, max_new=max_new, temperature=config.data.temperature, seed=0, on_tokens=bar.update))
+            answers = list(
+                write(
+                    prompts,
+                    max_new=max_new,
+                    temperature=config.data.temperature,
+                    seed=0,
+                    on_tokens=bar.update,
+                )
+            )
         return sum(len(answer.tokens) for answer in answers), time.perf_counter() - clock
 
     timed(config.data.max_answer_tokens)
     tokens, seconds = timed(config.data.max_answer_tokens)
-    print(f"{len(prompts)} prompts, batch {config.data.batch}: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tok/s")
+    print(
+        f"{len(prompts)} prompts, batch {config.data.batch}: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tok/s"
+    )
 
 
 if __name__ == "__main__":

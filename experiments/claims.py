@@ -11,10 +11,16 @@ import numpy as np
 from plan import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
-RELATIVE = ("speedup", "training_speed", "memory")  # compared by their ratio; the others by their difference
+RELATIVE = (
+    "speedup",
+    "training_speed",
+    "memory",
+)  # compared by their ratio; the others by their difference
 _RESAMPLES = 2000
 
-Points = Sequence[Mapping[str, Any]]  # measurements of one run with one seed, in order of its steps (run.py)
+Points = Sequence[
+    Mapping[str, Any]
+]  # measurements of one run with one seed, in order of its steps (run.py)
 
 
 class Value(NamedTuple):
@@ -40,7 +46,9 @@ def having(run: Mapping[int, Points], measure: str) -> dict[int, Points]:
     return {seed: points for seed, points in run.items() if len(_fraction(points, measure)[0])}
 
 
-def difference(more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str) -> tuple[Value, list[float], int]:
+def difference(
+    more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str
+) -> tuple[Value, list[float], int]:
     """How much more the first has than the best of the others, on the seeds that all have; both sides; number of seeds.
 
     A run with one seed stands beside each of another's. A seed without the measure does not count.
@@ -63,22 +71,36 @@ def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> 
         return OPEN
     inside, outside = (found.low > at_least, found.high < at_least)
     if alike is not None:
-        inside, outside = (-alike < found.low and found.high < alike, found.low > alike or found.high < -alike)
+        inside, outside = (
+            -alike < found.low and found.high < alike,
+            found.low > alike or found.high < -alike,
+        )
     return HOLDS if inside else FAILS if outside else OPEN
 
 
 def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, Any]:
     """One line of the table of claims, as plain values."""
-    line = {"figure": claim.figure, "says": claim.says, "measure": claim.measure, "more": claim.more, "less": list(claim.less)}
+    line = {
+        "figure": claim.figure,
+        "says": claim.says,
+        "measure": claim.measure,
+        "more": claim.more,
+        "less": list(claim.less),
+    }
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
-    found, sides, seeds = difference(runs[claim.more], [runs[name] for name in claim.less], claim.measure)
+    found, sides, seeds = difference(
+        runs[claim.more], [runs[name] for name in claim.less], claim.measure
+    )
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
     said = OPEN if claim.unless else verdict(found, claim.at_least, claim.alike)
     line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}
-    return line | {"verdict": said, "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), claim.unless)))}
+    return line | {
+        "verdict": said,
+        "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), claim.unless))),
+    }
 
 
 def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) -> str:
@@ -86,16 +108,24 @@ def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) ->
     digits = 1 if claim.measure in RELATIVE else 3
     figures = [f"{scale * one:+.{digits}f}" for one in found]
     # sides of a memory are bytes
-    left, right = (f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides)
+    left, right = (
+        f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides
+    )
     return (f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} [{figures[1]}, {figures[2]}], "
             f"{seeds} seed{'s' * (seeds > 1)}")  # fmt: skip
 
 
-def _fractions(run: Mapping[int, Points], measure: str, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _fractions(
+    run: Mapping[int, Points], measure: str, seeds: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Numerators and denominators [seeds, prompts] of a measure."""
     pairs = [_fraction(run[seed], measure) for seed in seeds]
-    shared = min(len(above) for above, _ in pairs)  # a resumed run has fewer lines of its log to go by
-    above, below = (np.array([list(pair[side])[:shared] for pair in pairs], float) for side in (0, 1))
+    shared = min(
+        len(above) for above, _ in pairs
+    )  # a resumed run has fewer lines of its log to go by
+    above, below = (
+        np.array([list(pair[side])[:shared] for pair in pairs], float) for side in (0, 1)
+    )
     return above, below
 
 
@@ -104,8 +134,12 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
     if measure == "tau":
         return last["tokens"], last["rounds"]
     if measure == "curve":  # tau over all that was measured on the way
-        return np.sum([point["tokens"] for point in points], axis=0), np.sum([point["rounds"] for point in points], axis=0)
-    if measure.startswith("alpha_"):  # of the rounds that reached a depth, the share that accepted it
+        return np.sum([point["tokens"] for point in points], axis=0), np.sum(
+            [point["rounds"] for point in points], axis=0
+        )
+    if measure.startswith(
+        "alpha_"
+    ):  # of the rounds that reached a depth, the share that accepted it
         depth = int(measure.removeprefix("alpha_"))
         reached_NP = np.array(last["accepted"])[:, ::-1].cumsum(axis=1)[:, ::-1]
         if depth >= reached_NP.shape[1]:
@@ -126,7 +160,9 @@ def _drawn(fractions: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarra
     found = []
     for above_SN, below_SN in fractions:
         draw_RS, draw_RN = (_draws(axis, count) for axis, count in enumerate(above_SN.shape))
-        above_R, below_R = (np.einsum("rs,sn,rn->r", draw_RS, x_SN, draw_RN) for x_SN in (above_SN, below_SN))
+        above_R, below_R = (
+            np.einsum("rs,sn,rn->r", draw_RS, x_SN, draw_RN) for x_SN in (above_SN, below_SN)
+        )
         found.append(np.where(below_R > 0, above_R, 0.0) / np.where(below_R > 0, below_R, 1.0))
     return found
 
@@ -134,8 +170,15 @@ def _drawn(fractions: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarra
 def _draws(axis: int, count: int) -> np.ndarray:
     """How often each of `count` was drawn [1 + resamples, count]; the first row is once each. The same at every call."""
     rng = np.random.default_rng([axis, count])
-    return np.concatenate([np.ones((1, count), int), rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)])
+    return np.concatenate(
+        [
+            np.ones((1, count), int),
+            rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES),
+        ]
+    )
 
 
 def _interval(value_R: np.ndarray) -> Value:
-    return Value(float(value_R[0]), *(float(edge) for edge in np.percentile(value_R[1:], [2.5, 97.5])))
+    return Value(
+        float(value_R[0]), *(float(edge) for edge in np.percentile(value_R[1:], [2.5, 97.5]))
+    )

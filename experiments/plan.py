@@ -24,8 +24,12 @@ class Run:
     steps: int  # batches
     every: int | None = None  # batches between two measurements; null: one at the end
     seeds: tuple[int, ...] = (0,)
-    after: str | None = None  # the run whose draft this one goes on from: that of the same seed, or its only one
-    set: Mapping[str, Any] = field(default_factory=dict)  # settings that differ from the base's, by dotted key
+    after: str | None = (
+        None  # the run whose draft this one goes on from: that of the same seed, or its only one
+    )
+    set: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # settings that differ from the base's, by dotted key
 
     @property
     def points(self) -> list[int]:
@@ -87,7 +91,11 @@ class Plan:
     def trainings(self) -> Iterator[Training]:
         """In the file's order: every run with its first seed, then all with their second, and so on."""
         for place in range(max(len(run.seeds) for run in self.runs.values())):
-            yield from (Training(name, run.seeds[place]) for name, run in self.runs.items() if place < len(run.seeds))
+            yield from (
+                Training(name, run.seeds[place])
+                for name, run in self.runs.items()
+                if place < len(run.seeds)
+            )
 
     def folder_of(self, training: Training) -> Path:
         """Where a run keeps its config, checkpoints, log, draft and measurements."""
@@ -102,7 +110,9 @@ class Plan:
         found: dict[Path, list[Training]] = {}
         for place in range(max(map(len, seeds.values()))):
             folder = self.folder / "evaluations" / (f"{name}-{place}" if place else name)
-            found[folder] = [Training(draft, own[place]) for draft, own in seeds.items() if place < len(own)]
+            found[folder] = [
+                Training(draft, own[place]) for draft, own in seeds.items() if place < len(own)
+            ]
         return found
 
     def above(self, training: Training) -> Training:
@@ -137,11 +147,17 @@ class Plan:
             return self
         for name in figures:
             if name not in self.figures:
-                raise UsageError(f"--only {name}: no such figure; expected {', '.join(self.figures)}")
+                raise UsageError(
+                    f"--only {name}: no such figure; expected {', '.join(self.figures)}"
+                )
         claims = [claim for claim in self.claims if claim.figure in figures]
         named = {name for figure in figures for name in self.figures[figure].of}
         named |= {name for claim in claims for name in (claim.more, *claim.less)}
-        evaluations = {name: one for name, one in self.evaluations.items() if any(which.startswith(f"{name}.") for which in named)}
+        evaluations = {
+            name: one
+            for name, one in self.evaluations.items()
+            if any(which.startswith(f"{name}.") for which in named)
+        }
         named |= {draft for one in evaluations.values() for draft in one.drafts}
         runs = {name: run for name, run in self.runs.items() if name in named}
         while above := {run.after for run in runs.values() if run.after} - runs.keys():
@@ -165,7 +181,9 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML, or its base is not: {error}") from error
     except (OSError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one") from error
+        raise UsageError(
+            f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one"
+        ) from error
     if "folder" in overrides:
         folder = Path(overrides["folder"])
         results = folder / "results"
@@ -192,10 +210,15 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
 def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """The dataclass, lists as tuples; a single name stands for a list of one."""
     tuples = {name for name, hint in kind.__annotations__.items() if str(hint).startswith("tuple")}
-    values = {key: tuple(value) if isinstance(value, list) else (value,) if key in tuples else value for key, value in values.items()}
+    values = {
+        key: tuple(value) if isinstance(value, list) else (value,) if key in tuples else value
+        for key, value in values.items()
+    }
     for name, hint in kind.__annotations__.items():
         if get_origin(hint) is Literal and name in values and values[name] not in get_args(hint):
-            raise UsageError(f"{where}: {name} is {values[name]!r}; expected one of {', '.join(get_args(hint))}")
+            raise UsageError(
+                f"{where}: {name} is {values[name]!r}; expected one of {', '.join(get_args(hint))}"
+            )
     try:
         return kind(**values)
     except TypeError as error:
@@ -205,35 +228,61 @@ def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
 def _check_names(plan: Plan, path: Path) -> None:
     """Every name that is used must be there, and have what is asked of it: found out now, and not after hours of training."""
     decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
-    uses = [(f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after]
-    uses += [(f"evaluations.{name}.drafts", draft, plan.runs) for name, one in plan.evaluations.items() for draft in one.drafts]
+    uses = [
+        (f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after
+    ]
+    uses += [
+        (f"evaluations.{name}.drafts", draft, plan.runs)
+        for name, one in plan.evaluations.items()
+        for draft in one.drafts
+    ]
     known = plan.runs.keys() | decoded
-    uses += [(f"figures.{name}.of", one, known) for name, figure in plan.figures.items() for one in figure.of]
+    uses += [
+        (f"figures.{name}.of", one, known)
+        for name, figure in plan.figures.items()
+        for one in figure.of
+    ]
     for place, claim in enumerate(plan.claims):
         uses += [(f"claims[{place}].figure", claim.figure, plan.figures)]
         uses += [(f"claims[{place}]", one, known) for one in (claim.more, *claim.less)]
     for where, name, there in uses:
         if name not in there:
-            raise UsageError(f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}")
+            raise UsageError(
+                f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}"
+            )
     for name, one in plan.evaluations.items():
         if len(set(one.drafts)) < len(one.drafts):
-            raise UsageError(f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once")
+            raise UsageError(
+                f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once"
+            )
     folders = [folder.name for name in plan.evaluations for folder in plan.evaluated(name)]
     for one in folders:
         if folders.count(one) > 1:
-            raise UsageError(f"{path}: evaluations.{one} would share its folder with seeds of another evaluation; give it another name")
+            raise UsageError(
+                f"{path}: evaluations.{one} would share its folder with seeds of another evaluation; give it another name"
+            )
     for name, figure in plan.figures.items():
         if figure.kind in ("phases", "table") and not decoded.issuperset(figure.of):
-            raise UsageError(f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of {', '.join(sorted(decoded)) or 'evaluations'}")
+            raise UsageError(
+                f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of {', '.join(sorted(decoded)) or 'evaluations'}"
+            )
     for place, claim in enumerate(plan.claims):
         if not _MEASURES.fullmatch(claim.measure):
-            raise UsageError(f"{path}: claims[{place}].measure is {claim.measure!r}; expected tau, curve, alpha_1, alpha_2, .., speedup, memory or "
-                             "training_speed")
-        having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(claim.measure, known)
+            raise UsageError(
+                f"{path}: claims[{place}].measure is {claim.measure!r}; expected tau, curve, alpha_1, alpha_2, .., speedup, memory or "
+                "training_speed"
+            )
+        having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(
+            claim.measure, known
+        )
         for one in (claim.more, *claim.less):
             if one not in having:
-                raise UsageError(f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of {', '.join(sorted(having))}")
+                raise UsageError(
+                    f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of {', '.join(sorted(having))}"
+                )
     order = list(plan.runs)
     for name, run in plan.runs.items():
         if run.after and order.index(run.after) > order.index(name):
-            raise UsageError(f"{path}: runs.{name} goes on from {run.after}, which stands below it; runs are made in the file's order, move it up")
+            raise UsageError(
+                f"{path}: runs.{name} goes on from {run.after}, which stands below it; runs are made in the file's order, move it up"
+            )

@@ -44,16 +44,28 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
 
 def _reason(name: str, failed: Mapping[str, str]) -> str:
     """Why a run or a draft of an evaluation is not there."""
-    return next((why for one, why in failed.items() if one.rsplit("-", 1)[0] == name or one == name.split(".")[0]), "not run")
+    return next(
+        (
+            why
+            for one, why in failed.items()
+            if one.rsplit("-", 1)[0] == name or one == name.split(".")[0]
+        ),
+        "not run",
+    )
 
 
 def measured(plan: Plan) -> Found:
     """Measurements of every training, as far as they are there."""
     found: Found = {}
     for training in plan.trainings():
-        paths = [plan.folder_of(training) / f"step-{step}.json" for step in plan.runs[training.name].points]
+        paths = [
+            plan.folder_of(training) / f"step-{step}.json"
+            for step in plan.runs[training.name].points
+        ]
         points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-        if len(points) == len(paths):  # a run that is under way is not compared with those that are done
+        if len(points) == len(
+            paths
+        ):  # a run that is under way is not compared with those that are done
             found.setdefault(training.name, {})[training.seed] = points
     return found
 
@@ -66,14 +78,21 @@ def decoded(plan: Plan) -> Found:
             if not (folder / "report.json").exists():
                 continue
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+            answers = [
+                json.loads(line)
+                for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+            ]
             plain, *systems = report["systems"]
             for draft, system in zip(drafts, systems, strict=True):
-                found.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [_from_answers(answers, system, plain)]
+                found.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [
+                    _from_answers(answers, system, plain)
+                ]
     return found
 
 
-def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+def _from_answers(
+    answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]
+) -> dict[str, Any]:
     """Sums by prompt over its turns, with the times of a round and the memory that the report has; plain: of the same process."""
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
     seconds = lambda turns: sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
@@ -81,9 +100,13 @@ def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping
         "step": 0,
         "tokens": [sum(len(one["tokens"]) - 1 for one in turns) for turns in own],
         "rounds": [sum(one["rounds"] for one in turns) for turns in own],
-        "accepted": [[sum(counts) for counts in zip(*(one["accepted"] for one in turns))] for turns in own],
+        "accepted": [
+            [sum(counts) for counts in zip(*(one["accepted"] for one in turns))] for turns in own
+        ],
         "seconds": [seconds(turns) for turns in own],
-        "plain_seconds": [seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers],
+        "plain_seconds": [
+            seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers
+        ],
         "written": [sum(len(one["tokens"]) for one in turns) for turns in own],
         "milliseconds": system["milliseconds"],
         "bytes": _peak(system["bytes"]),
@@ -93,7 +116,9 @@ def _from_answers(answers: list[dict], system: Mapping[str, Any], plain: Mapping
 
 def _peak(parts: Mapping[str, int | None]) -> int:
     """Weights, caches and the larger of the two programs' temporaries."""
-    held = sum(parts[name] for name in ("target_weights", "draft_weights", "target_cache", "draft_cache"))
+    held = sum(
+        parts[name] for name in ("target_weights", "draft_weights", "target_cache", "draft_cache")
+    )
     return held + max(parts["decode_temporaries"] or 0, parts["prefill_temporaries"] or 0)
 
 
@@ -106,7 +131,9 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     for place, point in enumerate(points_of_one):
         upto = {seed: points[: place + 1] for seed, points in run.items()}
         made["curve"].append({"step": point["step"], **_figures(upto)})
-    if timed := having(found.get(name.rpartition(".")[2], {}), "training_speed"):  # of an evaluation's draft: of its run
+    if timed := having(
+        found.get(name.rpartition(".")[2], {}), "training_speed"
+    ):  # of an evaluation's draft: of its run
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
         made |= _costs(run)
@@ -116,21 +143,33 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
             before |= {above.seed: found.get(above.name, {}).get(above.seed)}
     if before and all(before.values()):  # its curve begins where that of the run before it ended
         start = sum(plan.runs[above].steps for above in plan.before(name))
-        made["curve"] = [{"step": start, **_figures(before)}, *({**point, "step": point["step"] + start} for point in made["curve"])]
+        made["curve"] = [
+            {"step": start, **_figures(before)},
+            *({**point, "step": point["step"] + start} for point in made["curve"]),
+        ]
     return made
 
 
 def _costs(run: Mapping[int, Points]) -> dict[str, Any]:
     """Times and memory of an evaluation's draft over all its seeds."""
     lasts = [points[-1] for points in run.values()]
-    made = {measure: value_of(run, measure).rounded for measure in ("speedup", "tokens_per_second", "plain_tokens_per_second")}
-    made["milliseconds"] = {phase: round(fmean(one["milliseconds"][phase] for one in lasts), 3) for phase in lasts[0]["milliseconds"]}
+    made = {
+        measure: value_of(run, measure).rounded
+        for measure in ("speedup", "tokens_per_second", "plain_tokens_per_second")
+    }
+    made["milliseconds"] = {
+        phase: round(fmean(one["milliseconds"][phase] for one in lasts), 3)
+        for phase in lasts[0]["milliseconds"]
+    }
     return made | {key: round(fmean(one[key] for one in lasts)) for key in ("bytes", "plain_bytes")}
 
 
 def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
     depths = len(next(iter(run.values()))[-1]["accepted"][0]) - 1
-    return {"tau": value_of(run, "tau").rounded, "step_alpha": [value_of(run, f"alpha_{depth}").rounded for depth in range(1, depths + 1)]}
+    return {
+        "tau": value_of(run, "tau").rounded,
+        "step_alpha": [value_of(run, f"alpha_{depth}").rounded for depth in range(1, depths + 1)],
+    }
 
 
 def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -140,19 +179,34 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
     elif figure.kind == "depth":
         draw_depth(figure.title, runs, path)
     elif figure.kind == "phases":
-        label = lambda name, run: f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
-        plot_phases({"systems": [{"name": label(*item), "milliseconds": item[1]["milliseconds"]} for item in runs.items()]}, path)
+        label = lambda name, run: (
+            f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
+        )
+        plot_phases(
+            {
+                "systems": [
+                    {"name": label(*item), "milliseconds": item[1]["milliseconds"]}
+                    for item in runs.items()
+                ]
+            },
+            path,
+        )
 
 
 def claims_table(lines: list[dict[str, Any]]) -> list[str]:
     """The verdicts, as Markdown."""
     rows = ["| figure | the paper | here | verdict |", "| --- | --- | --- | --- |"]
-    return rows + [f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |" for line in lines]
+    return rows + [
+        f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |"
+        for line in lines
+    ]
 
 
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """How many hold, and where."""
-    counts = ", ".join(f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN))
+    counts = ", ".join(
+        f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN)
+    )
     return f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. {about['environment']['machine']}."
 
 
@@ -163,7 +217,11 @@ def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | {first['plain_bytes'] / 2**20:.0f} MB | |"]  # fmt: skip
     for name, run in runs.items():
         tau, speed = _with(run["curve"][-1]["tau"], 2), _with(run["tokens_per_second"], 1)
-        trains = _with(run["training_tokens_per_second"], 0) if "training_tokens_per_second" in run else "not timed"
+        trains = (
+            _with(run["training_tokens_per_second"], 0)
+            if "training_tokens_per_second" in run
+            else "not timed"
+        )
         rows.append(f"| {name.split('.')[1]} | {len(run['seeds'])} | {tau} | {speed} | {_with(run['speedup'], 2, 'x')} | "
                     f"{run['bytes'] / 2**20:.0f} MB | {trains} |")  # fmt: skip
     return rows

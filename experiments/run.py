@@ -42,22 +42,48 @@ from beagle_jax.weights.target import Target
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("plan", help="file of experiments, for example experiments/paper.yaml")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs; folder=..: where they and the results go")
-    made.add_argument("--only", action="append", default=[], metavar="FIGURE", help="what this figure needs, and no more")
-    made.add_argument("--short", action="store_true", help="a few steps and one seed, in a folder of its own")
-    made.add_argument("--draw", action="store_true", help="train nothing: figures and table of what is there")
-    made.add_argument("--shared", action="store_true", help="other work runs on this machine: keep no times, leave the evaluations for later")
+    made.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings of all runs; folder=..: where they and the results go",
+    )
+    made.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIGURE",
+        help="what this figure needs, and no more",
+    )
+    made.add_argument(
+        "--short", action="store_true", help="a few steps and one seed, in a folder of its own"
+    )
+    made.add_argument(
+        "--draw", action="store_true", help="train nothing: figures and table of what is there"
+    )
+    made.add_argument(
+        "--shared",
+        action="store_true",
+        help="other work runs on this machine: keep no times, leave the evaluations for later",
+    )
     arguments = made.parse_intermixed_args(argv)
     terminal.prepare(argparse.Namespace(quiet=False))
-    plan = load_plan(Path(arguments.plan), dict(map(parse_override, arguments.overrides)), short=arguments.short).only(arguments.only)
+    plan = load_plan(
+        Path(arguments.plan), dict(map(parse_override, arguments.overrides)), short=arguments.short
+    ).only(arguments.only)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
     failed = {} if arguments.draw else run_all(plan, shared=arguments.shared)
     print(write_results(plan, failed, whole=not arguments.only))
     if failed:
-        raise UserError(f"{len(failed)} could not be made:\n" + "\n".join(f"  {name}: {error}" for name, error in failed.items()))
+        raise UserError(
+            f"{len(failed)} could not be made:\n"
+            + "\n".join(f"  {name}: {error}" for name, error in failed.items())
+        )
 
 
 def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
@@ -90,12 +116,19 @@ def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
         found = folder / f"step-{steps}.json"
-        config = _written(folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps")
+        config = _written(
+            folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps"
+        )
         if not found.exists():
             target = target or training_target(config)
             train_draft(config, target)
             speed = {"training_tokens_per_second": [] if shared else training_speed(config)}
-            write_text(found, json.dumps({"step": steps, "seed": training.seed, **accepted(config, target), **speed}))
+            write_text(
+                found,
+                json.dumps(
+                    {"step": steps, "seed": training.seed, **accepted(config, target), **speed}
+                ),
+            )
 
 
 def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
@@ -106,18 +139,31 @@ def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
     return load_config(path)
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any], matters: Callable[[str], bool]) -> None:
+def _check_settings(
+    path: Path, settings: Mapping[str, Any], matters: Callable[[str], bool]
+) -> None:
     there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = [key for key in {*there, *settings} if matters(key) and there.get(key) != settings.get(key)]
+    changed = [
+        key for key in {*there, *settings} if matters(key) and there.get(key) != settings.get(key)
+    ]
     if changed:
-        raise UserError(f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back")
+        raise UserError(
+            f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back"
+        )
 
 
 def accepted(config: Config, target: Target) -> dict[str, list]:
     """What the draft brings in real decoding, by prompt of the first suite, all prompts as one batch."""
-    prompts = tokenize(suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer)
+    prompts = tokenize(
+        suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer
+    )
     decoder = decoder_of(config, target, drafter_of(config, target, draft_path(config)))
-    answers = decoder.generate(prompts, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens, seed=config.decode.seed)
+    answers = decoder.generate(
+        prompts,
+        sampling_of(config.decode),
+        max_new_tokens=config.eval.max_new_tokens,
+        seed=config.decode.seed,
+    )
     # The prefill's token is in no round.
     return {"tokens": [len(one.tokens) - 1 for one in answers], "rounds": [one.rounds for one in answers],
             "accepted": [one.accepted for one in answers]}  # fmt: skip
@@ -145,11 +191,20 @@ def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Traini
     settings = {**plan.base, **plan.evaluations[name].set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
                 "eval.compare": [str(folder / "draft") for folder in folders[1:]]}  # fmt: skip
     if (folder / "report.json").exists():
-        _check_settings(folder / "config.yaml", settings, lambda key: key.partition(".")[0] in ("target", "draft", "decode", "eval"))
+        _check_settings(
+            folder / "config.yaml",
+            settings,
+            lambda key: key.partition(".")[0] in ("target", "draft", "decode", "eval"),
+        )
         with (folder / "answers.jsonl").open(encoding="utf-8") as stream:
             measured = json.loads(stream.readline())["drafts"].values()
-        if list(measured) != [read_json(draft / "draft" / "config.json", "train it again")[DIGEST] for draft in folders]:
-            raise UserError(f"{folder}: its drafts were trained again since they were measured; delete it to have them measured again")
+        if list(measured) != [
+            read_json(draft / "draft" / "config.json", "train it again")[DIGEST]
+            for draft in folders
+        ]:
+            raise UserError(
+                f"{folder}: its drafts were trained again since they were measured; delete it to have them measured again"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

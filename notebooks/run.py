@@ -21,11 +21,18 @@ HERE = Path(__file__).resolve().parent
 
 def main(names: list[str]) -> None:
     """names: stems of the notebooks to run; none: all."""
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm would like a widget for its bars; text is what is kept
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:IProgress not found"  # tqdm would like a widget for its bars; text is what is kept
+    )
     for path in sorted(HERE.glob("*.ipynb")):
         if not names or path.stem in names:
             notebook = nbformat.read(path, as_version=4)
-            NotebookClient(notebook, timeout=None, record_timing=False, resources={"metadata": {"path": str(HERE.parent)}}).execute()
+            NotebookClient(
+                notebook,
+                timeout=None,
+                record_timing=False,
+                resources={"metadata": {"path": str(HERE.parent)}},
+            ).execute()
             for cell in code_cells(notebook):
                 cell.outputs = tidy(cell.outputs)
             notebook.metadata["outputs_of"] = digest(notebook)
@@ -40,7 +47,9 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 def digest(notebook: NotebookNode) -> str:
     """Of all code after the first cell, which installs: what `outputs_of` in a notebook's metadata must be."""
-    return hashlib.sha256("\n\n".join(cell.source for cell in code_cells(notebook)[1:]).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n\n".join(cell.source for cell in code_cells(notebook)[1:]).encode()
+    ).hexdigest()
 
 
 def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:

@@ -28,9 +28,14 @@ EVAL_QUESTIONS = [
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for every byte, and ChatML."""
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
     return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHATML, **special)
 

@@ -16,7 +16,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Two workers on two cores: threads of torch and numpy would only take the other's time, some of it to wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if version("jax").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,9 @@ from beagle_jax.sharding import make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
-jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser()))
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser())
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -117,9 +122,17 @@ def shared_steps():
     from beagle_jax.training import loop
 
     made = lru_cache(loop.make_steps)
-    alike = lambda config, stage: replace(config, folder="", seed=0, early=stage, late=stage, checkpoint_every=1, accept_changes=False)
+    alike = lambda config, stage: replace(
+        config, folder="", seed=0, early=stage, late=stage, checkpoint_every=1, accept_changes=False
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_steps", lambda spec, config, stage, *rest, **named: made(spec, alike(config, stage), stage, *rest, **named))
+        patch.setattr(
+            loop,
+            "make_steps",
+            lambda spec, config, stage, *rest, **named: made(
+                spec, alike(config, stage), stage, *rest, **named
+            ),
+        )
         yield
 
 

@@ -47,22 +47,39 @@ def make_place(folder: Path) -> SimpleNamespace:
         params[name] = 0.1 * params[name]
     for name in ("input_layernorm", "post_attention_layernorm"):
         params[name] = params[name] + 0.2 * jax.random.normal(jax.random.key(4), params[name].shape)
-    hot_ids = jnp.asarray(np.random.default_rng(0).permutation(target.spec.vocab_size)[:220], jnp.int32)
+    hot_ids = jnp.asarray(
+        np.random.default_rng(0).permutation(target.spec.vocab_size)[:220], jnp.int32
+    )
     for name, ids in (("whole", None), ("hot", hot_ids)):
         save_draft(folder / name, Draft(spec, params, ids, PROVENANCE))
-    (folder / "run.yaml").write_text(yaml.safe_dump({"target": {"source": str(folder / "target")}, "train": {"folder": str(folder)}}))
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(
+            {"target": {"source": str(folder / "target")}, "train": {"folder": str(folder)}}
+        )
+    )
     plain = SpeculativeDecoder(target)
-    return SimpleNamespace(folder=folder, target=target, plain=plain, model=model.eval(), config=str(folder / "run.yaml"))
+    return SimpleNamespace(
+        folder=folder,
+        target=target,
+        plain=plain,
+        model=model.eval(),
+        config=str(folder / "run.yaml"),
+    )
 
 
 def to_torch(place, name: str | Path, out: Path, *more: str) -> int:
     """name: of one of the two drafts, or a folder."""
     draft = f"draft.path={place.folder / name}"
-    return run_main(convert.main, ["to-torch", "--config", place.config, "--out", str(out), draft, *more])
+    return run_main(
+        convert.main, ["to-torch", "--config", place.config, "--out", str(out), draft, *more]
+    )
 
 
 def from_torch(place, source: Path, out: Path, *more: str) -> int:
-    return run_main(convert.main, ["from-torch", "--config", place.config, "--source", str(source), "--out", str(out), *more])
+    return run_main(
+        convert.main,
+        ["from-torch", "--config", place.config, "--source", str(source), "--out", str(out), *more],
+    )
 
 
 def refused(capsys, status: int) -> str:

@@ -44,7 +44,9 @@ def letters() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     template = "{% for message in messages %}{{ message['role'][0] + message['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
-    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=template, clean_up_tokenization_spaces=False
+    )
 
 
 def random_draft(seed=1, hot_ids=None) -> Draft:
@@ -56,7 +58,10 @@ def random_draft(seed=1, hot_ids=None) -> Draft:
 def right_draft(error: float = 0.0) -> Draft:
     """The draft of a MARKOV target: always right, or with `error` > 0 wrong now and then."""
     draft = random_draft()
-    off = {"o_proj": jnp.zeros_like(draft.params["o_proj"]), "down_proj": error * draft.params["down_proj"]}
+    off = {
+        "o_proj": jnp.zeros_like(draft.params["o_proj"]),
+        "down_proj": error * draft.params["down_proj"],
+    }
     return Draft(draft.spec, {**draft.params, **off}, None, {})
 
 
@@ -64,7 +69,15 @@ def random_eagle(seed=1, hot_ids=None) -> Draft:
     """An EAGLE draft that is nearly always wrong."""
     spec = EagleSpec.from_target(TINY, init_std=0.3)
     params = init_eagle(spec, jax.random.key(seed))
-    return Draft(spec, {**params, "fc_bias": 0.3 * jax.random.normal(jax.random.key(seed), params["fc_bias"].shape)}, hot_ids, {})
+    return Draft(
+        spec,
+        {
+            **params,
+            "fc_bias": 0.3 * jax.random.normal(jax.random.key(seed), params["fc_bias"].shape),
+        },
+        hot_ids,
+        {},
+    )
 
 
 def right_eagle(error: float = 0.0) -> Draft:
@@ -80,7 +93,9 @@ def start(models, shapes, prompts, limit_B, capacity, seeds=None) -> loop.Decode
     width = max(map(len, prompts))
     tokens = jnp.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], jnp.int32)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)) if seeds is None else seeds)
-    shapes = shapes._replace(tree=ROOT_ONLY)  # as the decoder does: prompts are read alike for all trees
+    shapes = shapes._replace(
+        tree=ROOT_ONLY
+    )  # as the decoder does: prompts are read alike for all trees
     state = loop.begin(models, shapes, limit_B, keys, capacity=capacity)
     lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
     return loop.read_prompt(models, shapes, state, tokens, jnp.int32(0), lengths, first=True)
@@ -91,9 +106,13 @@ _argmax_next = jax.jit(
         logits(
             params,
             spec,
-            forward(params, spec, tokens, jnp.arange(tokens.shape[1])[None], causal_mask(length, tokens.shape[1]))[0][
-                :, length[0] - 1
-            ],
+            forward(
+                params,
+                spec,
+                tokens,
+                jnp.arange(tokens.shape[1])[None],
+                causal_mask(length, tokens.shape[1]),
+            )[0][:, length[0] - 1],
         )
     ),
     static_argnums=1,
@@ -106,5 +125,7 @@ def naive_greedy(target: Target, prompt: list[int], max_new: int) -> list[int]:
     width = -(-end // 64) * 64  # few widths, so that few programs are compiled
     while len(tokens) < end and (len(tokens) == len(prompt) or tokens[-1] not in target.eos_ids):
         padded = jnp.array([tokens + [0] * (width - len(tokens))], jnp.int32)
-        tokens.append(int(_argmax_next(target.params, target.spec, padded, jnp.array([len(tokens)]))))
+        tokens.append(
+            int(_argmax_next(target.params, target.spec, padded, jnp.array([len(tokens)])))
+        )
     return tokens[len(prompt) :]

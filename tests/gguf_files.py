@@ -23,12 +23,17 @@ def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     }  # fmt: skip
     shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for layer in range(LAYERS):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()}
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": shape for name, shape in per_layer.items()
+        }
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def _gguf_name(name: str) -> str:
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
     if name in top:
         return top[name]
     _, _, layer, *rest, _ = name.split(".")
@@ -43,7 +48,14 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
-def write_llama(path: Path, tensors: dict[str, np.ndarray], *, kind=gguf.GGMLQuantizationType.F32, architecture="llama", pre="smollm"):
+def write_llama(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    *,
+    kind=gguf.GGMLQuantizationType.F32,
+    architecture="llama",
+    pre="smollm",
+):
     """Writes the file as llama.cpp's converter would: permuted q and k, matrices in `kind`, vectors in float32."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 
 
-def bank_masks(width: int, window: int, offset: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+def bank_masks(
+    width: int, window: int, offset: jax.Array, step: int
+) -> tuple[jax.Array, jax.Array]:
     """(visible_T, visible_P), each [L, L], at simulation step 1..s, as method.md 4.1 writes them.
 
     Rows before the first window see true keys causally and no predicted one (method.md 12.6).
@@ -48,7 +50,8 @@ def oracle_states(
     for step in range(1, steps + 1):
         visible_true, visible_predicted = bank_masks(L, window, offset, step)
         mask_BLS = jnp.concatenate(
-            [visible_true[None] & real_BL[:, None], jnp.broadcast_to(visible_predicted, (B, L, L))], axis=2
+            [visible_true[None] & real_BL[:, None], jnp.broadcast_to(visible_predicted, (B, L, L))],
+            axis=2,
         )
         state_BLD = _one_softmax(block, e_BLD, h_BLD, predicted_BLD, position_BL, mask_BLS)
         per_step.append(state_BLD)

@@ -1,7 +1,7 @@
 """Two steps of a tiny draft on any mesh, and what its program sends between devices. Run on eight virtual devices.
 
-    python tests/mesh_cases.py OUT.json         # both stages on one device, on two, and on eight along each axis and along all
-    python tests/mesh_cases.py OUT.json rest    # on one device, and on eight along the other ways to split them
+python tests/mesh_cases.py OUT.json         # both stages on one device, on two, and on eight along each axis and along all
+python tests/mesh_cases.py OUT.json rest    # on one device, and on eight along the other ways to split them
 """
 
 import json
@@ -25,18 +25,36 @@ from beagle_jax.training import losses
 from beagle_jax.training.step import make_steps
 
 SPEC = DraftSpec(
-    hidden_size=16, intermediate_size=24, num_heads=8, num_kv_heads=8, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-5, init_std=0.3
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=2,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    init_std=0.3,
 )
-EAGLE = EagleSpec(**asdict(SPEC) | {"input_norm": False, "init_std": 0.2})  # larger ones round by more than 1e-5
+EAGLE = EagleSpec(
+    **asdict(SPEC) | {"input_norm": False, "init_std": 0.2}
+)  # larger ones round by more than 1e-5
 V, B, L = 464, 8, 11  # 464, 232, 116 and 58 are the size of nothing else
 CONFIG = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
 STAGES = {
     "early": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3),
-    "late": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=2, detach=False),
-    "eagle": StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=2, detach=False, dense=True),
+    "late": StageConfig(
+        steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=2, detach=False
+    ),
+    "eagle": StageConfig(
+        steps=10, learning_rate=1e-3, warmup=0, simulation_steps=2, detach=False, dense=True
+    ),
 }
 EACH_AXIS = [(1, 1, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-REST = [shape for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8 and (shape := (d, f, 8 // d // f)) not in EACH_AXIS]
+REST = [
+    shape
+    for d in (1, 2, 4, 8)
+    for f in (1, 2, 4, 8)
+    if d * f <= 8 and (shape := (d, f, 8 // d // f)) not in EACH_AXIS
+]
 LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is what takes long
 
 
@@ -44,39 +62,66 @@ def frozen_and_batch() -> tuple[dict, Batch]:
     """Ragged rows, some of two chats, some with nothing that counts, so that devices have different amounts to do."""
     rng = np.random.default_rng(3)
     length_B = np.array([11, 9, 11, 6, 5, 11, 10, 8], np.int32)
-    length_BC = np.stack([length_B - [4, 0, 0, 2, 0, 7, 1, 0], [4, 0, 0, 2, 0, 7, 1, 0]], axis=1).astype(np.int32)
+    length_BC = np.stack(
+        [length_B - [4, 0, 0, 2, 0, 7, 1, 0], [4, 0, 0, 2, 0, 7, 1, 0]], axis=1
+    ).astype(np.int32)
     live_BL = np.arange(L) < length_B[:, None]
     counts_BL = live_BL & (np.arange(L) >= 2) & (np.arange(L) < length_B[:, None] - 1)
     counts_BL[3:5] = False
-    states_BLD = rng.standard_normal((B, L, SPEC.hidden_size)).astype(np.float32) * live_BL[..., None]
+    states_BLD = (
+        rng.standard_normal((B, L, SPEC.hidden_size)).astype(np.float32) * live_BL[..., None]
+    )
     tokens_BL = rng.integers(0, V, (B, L)).astype(np.int32)
-    tables = {name: rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32) for name in ("embed_VD", "head_VD")}
-    tables["head_VD"][::99] *= 6  # five tokens stand out, so that draft and target agree now and then
+    tables = {
+        name: rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32)
+        for name in ("embed_VD", "head_VD")
+    }
+    tables["head_VD"][::99] *= (
+        6  # five tokens stand out, so that draft and target agree now and then
+    )
     return tables, Batch(tokens_BL, states_BLD, counts_BL, length_BC, np.zeros((B, 2), np.int32))
 
 
-def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG, spec: DraftSpec = SPEC) -> dict:
+def run(
+    mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG, spec: DraftSpec = SPEC
+) -> dict:
     """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
     tables, batch = frozen_and_batch()
     step, evaluate, init = make_steps(spec, config, STAGES[stage], mesh, late=stage != "early")
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)
     state = init(place(first_params, mesh))
-    placed = {jax.tree_util.keystr(path): leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    placed = {
+        jax.tree_util.keystr(path): leaf.sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
     compiled = step.lower(state, frozen, batch, 42).compile(LEVEL_0)
     old, losses, moments = state, [], None
     for _ in range(2):
         state, metrics = compiled(state, frozen, batch, 42)
         losses.append(float(metrics.objective) / float(metrics.supervised))
-        moments = moments or [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.opt_state) if x.ndim]
+        moments = moments or [
+            np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.opt_state) if x.ndim
+        ]
     return {
         "losses": losses,
         "agree": np.asarray(metrics.agree_JK).tolist(),
         "grad_norm": float(metrics.grad_norm),
         "first_gradient": moments,
-        "updates": [(np.asarray(array) - np.asarray(first_params[name])).ravel().tolist() for name, array in state.params.items()],
-        "on_fewer_devices": [name for name, sharding in placed.items() if len(sharding.device_set) < mesh.size],
-        "whole": [name for name, sharding in placed.items() if ("_proj" in name or "'fc'" in name) and sharding.is_fully_replicated],
-        "not_donated": sum(leaf.size > 1 and not leaf.is_deleted() for leaf in jax.tree.leaves(old)),
+        "updates": [
+            (np.asarray(array) - np.asarray(first_params[name])).ravel().tolist()
+            for name, array in state.params.items()
+        ],
+        "on_fewer_devices": [
+            name for name, sharding in placed.items() if len(sharding.device_set) < mesh.size
+        ],
+        "whole": [
+            name
+            for name, sharding in placed.items()
+            if ("_proj" in name or "'fc'" in name) and sharding.is_fully_replicated
+        ],
+        "not_donated": sum(
+            leaf.size > 1 and not leaf.is_deleted() for leaf in jax.tree.leaves(old)
+        ),
         "vocabulary_sent": vocabulary_sent(compiled.as_text()),
         "logits": logits(compiled.as_text()),
     }
@@ -84,9 +129,16 @@ def run(mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG
 
 def vocabulary_sent(program: str) -> list[str]:
     """Collectives of a compiled program that move an array as long as the vocabulary, or as a device's part of it."""
-    sent = re.findall(r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program)
+    sent = re.findall(
+        r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        program,
+    )
     sizes = {str(V // parts) for parts in (1, 2, 4, 8)}
-    return [f"{kind} {shapes}" for shapes, kind in sent if sizes & set(re.findall(r"[\[,](\d+)(?=[,\]])", shapes))]
+    return [
+        f"{kind} {shapes}"
+        for shapes, kind in sent
+        if sizes & set(re.findall(r"[\[,](\d+)(?=[,\]])", shapes))
+    ]
 
 
 def logits(program: str) -> list[str]:
@@ -95,27 +147,39 @@ def logits(program: str) -> list[str]:
     found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
     sizes = lambda shape: [int(size) for size in shape.split(",")]
     parts = lambda shape: [part for part in (V, V // 2, V // 4, V // 8) if part in sizes(shape)]
-    return [shape for shape in found if any(math.prod(sizes(shape)) > most * part for part in parts(shape))]
+    return [
+        shape
+        for shape in found
+        if any(math.prod(sizes(shape)) > most * part for part in parts(shape))
+    ]
 
 
 def mesh_of(shape: tuple[int, int, int]) -> Mesh:
     data, fsdp, tensor = shape
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+    return make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor]
+    )
 
 
 def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
     """Shapes of a device's part of the parameters, and how far they are from those that one device made."""
     spread = born(partial(fresh_params, SPEC), mesh, jax.random.key(7))
     parts = {name: array.addressable_shards[0].data.shape for name, array in spread.items()}
-    return parts, max(float(np.abs(np.asarray(spread[name]) - params[name]).max()) for name in params)
+    return parts, max(
+        float(np.abs(np.asarray(spread[name]) - params[name]).max()) for name in params
+    )
 
 
 def planted_gather(mesh: Mesh) -> list[list[str]]:
     """What is sent when logits are put together on every device, and the logits."""
-    gather = lambda x_MD, head_VD: jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
+    gather = lambda x_MD, head_VD: jax.lax.with_sharding_constraint(
+        x_MD @ head_VD.T, whole(mesh)
+    ).sum()
     tables, batch = frozen_and_batch()
     states_MD = batch.states_BLD.reshape(-1, SPEC.hidden_size)
-    program = jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text()
+    program = (
+        jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text()
+    )
     return [vocabulary_sent(program), logits(program)]
 
 
@@ -123,23 +187,41 @@ def planted_parts(mesh: Mesh, params: dict) -> dict:
     """A run whose devices forget the others' parts of the vocabulary."""
     right = losses.over_rows
     alone = lambda share, function, *arrays: function(share._replace(vocabulary=()), *arrays)
-    losses.over_rows = lambda function, *rest: right(lambda share, *arrays: alone(share, function, *arrays), *rest)
+    losses.over_rows = lambda function, *rest: right(
+        lambda share, *arrays: alone(share, function, *arrays), *rest
+    )
     found = run(mesh, "early", params)
     losses.over_rows = right
     return found
 
 
 def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
-    return {stage: {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), *shapes]} for stage in ("early", "late")}
+    return {
+        stage: {str(shape): run(mesh_of(shape), stage, params) for shape in [(1, 1, 1), *shapes]}
+        for stage in ("early", "late")
+    }
 
 
 def each_axis(params: dict) -> dict:
     """With what stands beside the two stages: planted bugs, where parameters are born, Muon, EAGLE."""
-    found, eagle, muon = each_stage(EACH_AXIS, params), fresh_params(EAGLE, jax.random.key(7)), replace(CONFIG, optimizer="muon")
-    found["early"] |= {"planted gather": planted_gather(mesh_of((1, 1, 2))), "planted parts": planted_parts(mesh_of((1, 1, 2)), params)}
+    found, eagle, muon = (
+        each_stage(EACH_AXIS, params),
+        fresh_params(EAGLE, jax.random.key(7)),
+        replace(CONFIG, optimizer="muon"),
+    )
+    found["early"] |= {
+        "planted gather": planted_gather(mesh_of((1, 1, 2))),
+        "planted parts": planted_parts(mesh_of((1, 1, 2)), params),
+    }
     found["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
-    found["early"] |= {f"muon {shape}": run(mesh_of(shape), "early", params, muon) for shape in [(1, 1, 1), (2, 2, 2)]}
-    found["late"] |= {f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE) for shape in [(1, 1, 1), (2, 2, 2)]}
+    found["early"] |= {
+        f"muon {shape}": run(mesh_of(shape), "early", params, muon)
+        for shape in [(1, 1, 1), (2, 2, 2)]
+    }
+    found["late"] |= {
+        f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE)
+        for shape in [(1, 1, 1), (2, 2, 2)]
+    }
     return found
 
 

@@ -47,7 +47,16 @@ def main(folder: str) -> None:
     params = place(init_draft(SPEC, jax.random.key(3)), mesh)
     whole = host_copy(params)["q_proj"].shape == params["q_proj"].shape
     part = params["q_proj"].addressable_shards[0].data.shape
-    print("process", jax.process_index(), len(jax.devices()), arguments.quiet, from_first(jax.process_index() + 7.0), whole, *part, flush=True)
+    print(
+        "process",
+        jax.process_index(),
+        len(jax.devices()),
+        arguments.quiet,
+        from_first(jax.process_index() + 7.0),
+        whole,
+        *part,
+        flush=True,
+    )
     along_tensor = make_mesh(MeshConfig(data=1, tensor=-1))  # both processes hold every row
     for name, share in (("rows", Share(*share_of_rows(along_tensor))), ("planted", this_process())):
         tokens_BL = place_rows(loader_of(20, 1, share).batch_at(0), along_tensor).tokens_BL

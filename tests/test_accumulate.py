@@ -38,7 +38,9 @@ def six_rows() -> Batch:
     counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
     states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
     tokens_BL = rng.integers(0, TINY.vocab_size, (6, 10)).astype(np.int32)
-    return Batch(tokens_BL, states_BLD, counts_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32))
+    return Batch(
+        tokens_BL, states_BLD, counts_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32)
+    )
 
 
 @lru_cache
@@ -46,7 +48,9 @@ def steps_of(config: TrainConfig):
     return make_steps(SPEC, config, EARLY, ONE_DEVICE, late=False)
 
 
-def one_update(config: TrainConfig, batches: list[Batch], frozen, steps_of=steps_of) -> tuple[dict, float]:
+def one_update(
+    config: TrainConfig, batches: list[Batch], frozen, steps_of=steps_of
+) -> tuple[dict, float]:
     """Parameters and gradient norm after these batches, from the same start."""
     step, _, init = steps_of(config)
     state = init(init_draft(SPEC, jax.random.key(1)))
@@ -80,7 +84,12 @@ def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
     whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
     monkeypatch.setattr("beagle_jax.training.step.updated", wrong)
     with pytest.raises(AssertionError):
-        check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen, steps_of.__wrapped__))
+        check_equal(
+            whole,
+            one_update(
+                replace(CONFIG, accumulate=3), micro(six_rows), frozen, steps_of.__wrapped__
+            ),
+        )
 
 
 def test_weights_wait_for_the_last_batch(frozen, six_rows):
@@ -97,9 +106,13 @@ def test_weights_wait_for_the_last_batch(frozen, six_rows):
 
 def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the state."""
-    accumulated = lambda config: replace(config, train=replace(config.train, accumulate=3, checkpoint_every=2))
+    accumulated = lambda config: replace(
+        config, train=replace(config.train, accumulate=3, checkpoint_every=2)
+    )
     start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
-    run = lambda config, loader: run_stage("early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config))
+    run = lambda config, loader: run_stage(
+        "early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config)
+    )
     whole = run(accumulated(config_for(tmp_path / "whole")), training)
 
     class Stopping:
@@ -116,7 +129,9 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     with pytest.raises(KeyboardInterrupt):
         run(cut, Stopping())
     assert 4 in saved_steps(cut)
-    with pytest.raises(UserError, match="early stage, step 5: the loss is"):  # the second of its three
+    with pytest.raises(
+        UserError, match="early stage, step 5: the loss is"
+    ):  # the second of its three
         run(cut, Breaking(loader_of(20, 1), 4, infinite_state))
     assert saved_steps(cut)[-1] == 4
     same_params(run(cut, training), whole)
@@ -125,7 +140,11 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
 def test_the_schedule_counts_batches(frozen):
     """Every third batch changes the weights, with the learning rate of that many batches."""
     stage = StageConfig(steps=12, learning_rate=0.6, warmup=6)
-    optimizer, params, found = make_optimizer(replace(CONFIG, accumulate=3), stage), {"w": jnp.zeros(1)}, []
+    optimizer, params, found = (
+        make_optimizer(replace(CONFIG, accumulate=3), stage),
+        {"w": jnp.zeros(1)},
+        [],
+    )
     state = optimizer.init(params)
     for _ in range(4):
         updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)

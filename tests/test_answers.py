@@ -35,22 +35,33 @@ def tokenizer():
 class FakeWriter:
     """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a header."""
 
-    def __init__(self, tokenizer, made_up=("Tell me more {n}", "Tell me more {n}", "too short", "Why so {n} now?")):
+    def __init__(
+        self,
+        tokenizer,
+        made_up=("Tell me more {n}", "Tell me more {n}", "too short", "Why so {n} now?"),
+    ):
         self._tokenizer, self._made_up, self._eos = tokenizer, made_up, tokenizer.eos_token_id
         self.calls = []  # (prompts, settings) of every call
         self.fails_at = None  # the call that breaks off after one answer
 
     def __call__(self, prompts, *, max_new, temperature, seed, on_tokens):
-        self.calls.append((list(prompts), {"max_new": max_new, "temperature": temperature, "seed": seed}))
+        self.calls.append(
+            (list(prompts), {"max_new": max_new, "temperature": temperature, "seed": seed})
+        )
         makes_up = spell(self._tokenizer, prompts[0]).endswith("<user/")
         for index in reversed(range(len(prompts))):
             if makes_up:
                 text = self._made_up[index % len(self._made_up)].format(n=seed)
-                tokens = [*self._tokenizer.encode(text), *([self._eos] if "endless" not in text else [])]
+                tokens = [
+                    *self._tokenizer.encode(text),
+                    *([self._eos] if "endless" not in text else []),
+                ]
             else:
                 tokens = [sum(prompts[index]) % 200, *[7] * 3, self._eos]
             on_tokens(len(tokens))
-            yield SimpleNamespace(index=index, tokens=tokens, states_LD=fake_states(prompts[index] + tokens))
+            yield SimpleNamespace(
+                index=index, tokens=tokens, states_LD=fake_states(prompts[index] + tokens)
+            )
             if len(self.calls) == self.fails_at:
                 raise KeyboardInterrupt
 
@@ -58,7 +69,11 @@ class FakeWriter:
     def answered(self) -> list[str]:
         """Every prompt that was to be answered, as text."""
         texts = [spell(self._tokenizer, prompt) for prompts, _ in self.calls for prompt in prompts]
-        return [text.removeprefix("<user/").removesuffix(">/<assistant/") for text in texts if text != "<user/"]
+        return [
+            text.removeprefix("<user/").removesuffix(">/<assistant/")
+            for text in texts
+            if text != "<user/"
+        ]
 
 
 def makes_up(settings) -> bool:
@@ -71,7 +86,12 @@ def fake_states(tokens) -> np.ndarray:
 
 
 def spell(tokenizer, tokens) -> str:
-    return tokenizer.decode(tokens).replace("<|im_start|>", "<").replace("<|im_end|>", ">").replace("\n", "/")
+    return (
+        tokenizer.decode(tokens)
+        .replace("<|im_start|>", "<")
+        .replace("<|im_end|>", ">")
+        .replace("\n", "/")
+    )
 
 
 @pytest.fixture
@@ -82,14 +102,20 @@ def writer(tokenizer):
 @pytest.fixture
 def text(tmp_path, tokenizer, monkeypatch):
     """Writes (or reads back) the training text of a config in tmp_path."""
-    own = [Chat(({"role": "user", "content": prompt},), f"prompts.jsonl:{line}") for line, prompt in enumerate(OWN, 1)]
+    own = [
+        Chat(({"role": "user", "content": prompt},), f"prompts.jsonl:{line}")
+        for line, prompt in enumerate(OWN, 1)
+    ]
     monkeypatch.setattr(answers, "own_prompts", lambda split: list(own) if split == "train" else [])
 
     def text(writer, target="a-target", **settings):
         config = DataConfig(
-            **{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10} | settings
+            **{"folder": str(tmp_path / "data"), "answer_tokens": 20, "max_answer_tokens": 10}
+            | settings
         )
-        parts = training_rows(config, {"target": target}, tokenizer, [tokenizer.eos_token_id], writer)
+        parts = training_rows(
+            config, {"target": target}, tokenizer, [tokenizer.eos_token_id], writer
+        )
         return [row for part in parts.values() for row in part]
 
     return text
@@ -125,7 +151,14 @@ def test_own_prompts_come_first_then_made_up_ones(text, writer, tokenizer):
 
 def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
     writer = FakeWriter(
-        tokenizer, ("Tell me more", "Tell me more", "too short", "an endless line of words", " One two three {n} ")
+        tokenizer,
+        (
+            "Tell me more",
+            "Tell me more",
+            "too short",
+            "an endless line of words",
+            " One two three {n} ",
+        ),
     )
     rows = text(writer, answer_tokens=40)
     # 15 tokens from OWN; one round gives two prompts, and later rounds only what they have not given before.
@@ -147,14 +180,18 @@ def test_the_budget_stops_the_writing(text, writer, tmp_path):
     assert len(writer.calls) == 1 and sum(sum(row.supervised) for row in rows) == 15
     writer.calls.clear()
     rows = text(writer, answer_tokens=16, folder=str(tmp_path / "more"))
-    assert sum(sum(row.supervised) for row in rows) == 20  # one more row, not the 2 made-up prompts that there were
+    assert (
+        sum(sum(row.supervised) for row in rows) == 20
+    )  # one more row, not the 2 made-up prompts that there were
     assert [len(prompts) for prompts, _ in writer.calls] == [3, answers._MADE_UP_AT_LEAST, 1]
 
 
 def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkeypatch):
     monkeypatch.setattr(answers, "_MADE_UP_AT_LEAST", 2)
     writer = FakeWriter(tokenizer, [f"Tell me of {place} {{n}}" for place in range(40)])
-    text(writer, answer_tokens=100)  # 15 from OWN; answers of 10 tokens at most, so of 5 for what is known
+    text(
+        writer, answer_tokens=100
+    )  # 15 from OWN; answers of 10 tokens at most, so of 5 for what is known
     assert [len(prompts) for prompts, _ in writer.calls] == [3, 17, 17]
     assert len(set(writer.answered)) == 20
 
@@ -163,7 +200,8 @@ def test_the_writer_is_told_the_settings(text, writer):
     text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
     told = [settings for _, settings in writer.calls if not makes_up(settings)]
     assert (
-        told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))] and len(told) > 1
+        told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))]
+        and len(told) > 1
     )
 
 
@@ -177,7 +215,10 @@ def test_a_second_run_writes_nothing(text, writer):
 def two_sources(tmp_path):
     """Settings of a run from a file (three parts of at most four prompts) and of a self-written one."""
     return [
-        {"source": source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(10))), "answer_tokens": 999},
+        {
+            "source": source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(10))),
+            "answer_tokens": 999,
+        },
         {"source": "self", "answer_tokens": 33},
     ]
 
@@ -188,7 +229,10 @@ def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **sett
     with pytest.raises(KeyboardInterrupt):
         text(broken, folder=folder, **settings)
     rows = text(fresh, folder=folder, **settings)
-    assert fresh.calls and Counter(fresh.answered).keys() & Counter(broken.answered[:3]).keys() == set()
+    assert (
+        fresh.calls
+        and Counter(fresh.answered).keys() & Counter(broken.answered[:3]).keys() == set()
+    )
     return rows
 
 
@@ -199,20 +243,31 @@ def test_an_interrupted_run_goes_on_after_its_last_part(
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
-    fails_at = 2 if which == 0 else 3  # the second part: of our own source the second call makes up prompts
+    fails_at = (
+        2 if which == 0 else 3
+    )  # the second part: of our own source the second call makes up prompts
     rows = interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), fails_at, **settings)
     same_rows(rows, expected)
     assert not list(tmp_path.glob("*/*.partial"))
 
 
-def test_a_resumed_run_that_starts_over_is_seen(text, writer, tokenizer, two_sources, tmp_path, monkeypatch):
+def test_a_resumed_run_that_starts_over_is_seen(
+    text, writer, tokenizer, two_sources, tmp_path, monkeypatch
+):
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     expected = text(writer, **two_sources[0])
     # Rows are skipped with islice(rows, done, None).
-    from_the_start = lambda rows, *bounds: islice(rows, *((0, None) if len(bounds) == 2 else bounds))
+    from_the_start = lambda rows, *bounds: islice(
+        rows, *((0, None) if len(bounds) == 2 else bounds)
+    )
     monkeypatch.setattr(answers, "islice", from_the_start)
     with pytest.raises(AssertionError):
-        same_rows(interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), 2, **two_sources[0]), expected)
+        same_rows(
+            interrupted_then_resumed(
+                text, tokenizer, str(tmp_path / "broken"), 2, **two_sources[0]
+            ),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -252,22 +307,37 @@ def test_long_prompts_are_left_out_and_counted(text, writer, tmp_path, capsys):
 
 
 def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
-    with pytest.raises(UserError, match="data.max_prompt_tokens is 5, but every prompt is longer; raise it"):
+    with pytest.raises(
+        UserError, match="data.max_prompt_tokens is 5, but every prompt is longer; raise it"
+    ):
         text(writer, source=source(tmp_path, {"prompt": "Why?"}), max_prompt_tokens=5)
 
 
 @pytest.mark.parametrize("budgets", [(6, 17, 29, 46), (46,)])
-def test_no_prompt_comes_twice_however_often_the_writing_goes_on(text, tokenizer, tmp_path, monkeypatch, budgets):
+def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
+    text, tokenizer, tmp_path, monkeypatch, budgets
+):
     """Answers shorter than expected leave prompts of a cut group over; they come next, here and after a resume."""
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
-    for settings in ({"source": path, "max_answer_tokens": 40}, {"source": "self", "max_answer_tokens": 40}):
+    for settings in (
+        {"source": path, "max_answer_tokens": 40},
+        {"source": "self", "max_answer_tokens": 40},
+    ):
         folder = str(tmp_path / f"data of {settings['source'][-5:]}")
         for budget in budgets:
             rows = text(FakeWriter(tokenizer), answer_tokens=budget, folder=folder, **settings)
         assert len({tuple(row.tokens) for row in rows}) == len(rows) == 10
-    questions = [spell(tokenizer, row.tokens) for row in text(None, answer_tokens=46, folder=str(tmp_path / "data of jsonl"),
-                                                              source=path, max_answer_tokens=40)]
+    questions = [
+        spell(tokenizer, row.tokens)
+        for row in text(
+            None,
+            answer_tokens=46,
+            folder=str(tmp_path / "data of jsonl"),
+            source=path,
+            max_answer_tokens=40,
+        )
+    ]
     assert sorted(question[:12] for question in questions) == [f"<user/Why {n}?" for n in range(10)]
 
 
@@ -282,7 +352,9 @@ def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, mon
 
     monkeypatch.setattr(answers, "_enough", forgets)
     with pytest.raises(AssertionError):
-        test_no_prompt_comes_twice_however_often_the_writing_goes_on(text, tokenizer, tmp_path, monkeypatch, (6, 17, 29, 46))
+        test_no_prompt_comes_twice_however_often_the_writing_goes_on(
+            text, tokenizer, tmp_path, monkeypatch, (6, 17, 29, 46)
+        )
 
 
 def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
@@ -291,7 +363,9 @@ def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
 
 
 def test_answers_of_the_file_are_used_as_they_are(text, writer, tokenizer, tmp_path):
-    answered = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    answered = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    }
     path = source(tmp_path, answered, {"prompt": "Why?"}, answered)
     rows = text(writer, source=path)
     assert writer.answered == ["Why?"]
@@ -302,7 +376,9 @@ def test_answers_of_the_file_are_used_as_they_are(text, writer, tokenizer, tmp_p
 
 
 def test_a_file_of_answers_needs_no_writer(text, tmp_path):
-    answered = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    answered = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    }
     assert len(text(None, source=source(tmp_path, answered))) == 1
 
 
@@ -319,7 +395,11 @@ def check_states(row_states, rows, params) -> None:
         length = len(row.tokens)
         positions = jnp.arange(length)[None]
         direct = direct_forward(
-            params, TINY, jnp.asarray([row.tokens]), positions, causal_mask(jnp.asarray([length]), length)
+            params,
+            TINY,
+            jnp.asarray([row.tokens]),
+            positions,
+            causal_mask(jnp.asarray([length]), length),
         )[0][0]
         # 1e-4: two layers in another order of summation
         np.testing.assert_allclose(states_LD, direct, rtol=1e-4, atol=1e-4)
@@ -333,7 +413,11 @@ def test_states_equal_a_direct_forward(tiny_params, tmp_path):
 
 @pytest.mark.parametrize("bug", ["shifted", "sorted by length", "one row twice"])
 def test_misplaced_states_are_seen(tiny_params, tmp_path, bug):
-    rows = sorted(STATE_ROWS, key=lambda row: -len(row.tokens)) if bug == "sorted by length" else STATE_ROWS
+    rows = (
+        sorted(STATE_ROWS, key=lambda row: -len(row.tokens))
+        if bug == "sorted by length"
+        else STATE_ROWS
+    )
     row_states = target_states(tiny_params, TINY, rows, tmp_path / "a.states")
     if bug == "shifted":
         row_states = [np.roll(states_LD, 1, axis=0) for states_LD in row_states]
@@ -350,7 +434,9 @@ def test_states_are_read_back_until_the_rows_change(tiny_params, tmp_path, monke
         again = target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
         np.testing.assert_array_equal(np.concatenate(again), first)
     changed = [Row([60, *row.tokens[1:]], row.supervised) for row in STATE_ROWS]
-    check_states(target_states(tiny_params, TINY, changed, tmp_path / "a.states"), changed, tiny_params)
+    check_states(
+        target_states(tiny_params, TINY, changed, tmp_path / "a.states"), changed, tiny_params
+    )
 
 
 def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch):
@@ -358,12 +444,15 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     free = total * 32 * 4 - 1
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(
-        UserError, match=r"the target's states need 0.0\d MB, 0.0\d MB are free; lower data.answer_tokens, set data.states_dtype: int8"
+        UserError,
+        match=r"the target's states need 0.0\d MB, 0.0\d MB are free; lower data.answer_tokens, set data.states_dtype: int8",
     ):
         target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free + 1))
-    assert len(target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")) == len(STATE_ROWS)
+    assert len(target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")) == len(
+        STATE_ROWS
+    )
 
 
 def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypatch):
@@ -376,7 +465,11 @@ def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypat
         patch.setattr(states, "_compute", broken_compute)
         with pytest.raises(KeyboardInterrupt):
             target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
-        check_states(target_states(tiny_params, TINY, STATE_ROWS[:3], tmp_path / "a.states"), STATE_ROWS[:3], tiny_params)
+        check_states(
+            target_states(tiny_params, TINY, STATE_ROWS[:3], tmp_path / "a.states"),
+            STATE_ROWS[:3],
+            tiny_params,
+        )
 
 
 def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
@@ -396,7 +489,9 @@ def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
     check_states(target_states(tiny_params, TINY, first, tmp_path / "a.states"), first, tiny_params)
 
 
-def test_states_that_came_with_the_answers_are_used(text, writer, tmp_path, tiny_params, monkeypatch):
+def test_states_that_came_with_the_answers_are_used(
+    text, writer, tmp_path, tiny_params, monkeypatch
+):
     parts = [text(writer, answer_tokens=15)]
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     spec = SimpleNamespace(hidden_size=2)
@@ -409,4 +504,9 @@ def test_kept_states_in_another_order_are_seen(text, writer, tmp_path, tiny_para
     rows = text(writer, answer_tokens=15)
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        target_states(tiny_params, SimpleNamespace(hidden_size=2), rows[::-1], answers.states_path(tmp_path / "data", 0))
+        target_states(
+            tiny_params,
+            SimpleNamespace(hidden_size=2),
+            rows[::-1],
+            answers.states_path(tmp_path / "data", 0),
+        )

@@ -24,21 +24,38 @@ from beagle_jax.evaluation.forced import forced_logits, forced_states, probabili
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement, context_for, measure
 
 PROMPTS = {"s": [chat("AB", "C"), chat("DEF"), chat("G" * 30), chat("H"), chat("KLM"), chat("N")]}
-TREES = {"chain": chain(2), "static": static_tree([(0,), (1,), (0, 0), (0, 2)]), "dynamic": dynamic_tree(2, 3, 5)}
+TREES = {
+    "chain": chain(2),
+    "static": static_tree([(0,), (1,), (0, 0), (0, 2)]),
+    "dynamic": dynamic_tree(2, 3, 5),
+}
 DRAWN = Sampling(1.2, top_k=30, top_p=0.95)
-_stop = itertools.count(20_000)  # a planted bug stays in what was compiled with it; a stop token of its own keeps it there
+_stop = itertools.count(
+    20_000
+)  # a planted bug stays in what was compiled with it; a stop token of its own keeps it there
 
 
-def audited(target, drafts, trees, sampling=GREEDY, max_new_tokens=24, buggy=None, append_predicted=True) -> dict:
+def audited(
+    target, drafts, trees, sampling=GREEDY, max_new_tokens=24, buggy=None, append_predicted=True
+) -> dict:
     """The audit of these systems; `buggy`: the target that those with a draft decode."""
     target = dataclasses.replace(target, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, max_new_tokens, 256)
     decoders = {"plain": SpeculativeDecoder(target, context=context)}
     for name, draft in drafts.items():
         options = dict(context=context, append_predicted=append_predicted)
-        decoders[name] = SpeculativeDecoder(dataclasses.replace(buggy or target, tokenizer=letters()), draft, trees[name], **options)
+        decoders[name] = SpeculativeDecoder(
+            dataclasses.replace(buggy or target, tokenizer=letters()), draft, trees[name], **options
+        )
     bench = Bench(decoders, target.tokenizer, context, max_new_tokens, sampling, 3)
-    return audit(target, drafts, bench, measure(bench, PROMPTS), append_predicted=append_predicted, rule="match")
+    return audit(
+        target,
+        drafts,
+        bench,
+        measure(bench, PROMPTS),
+        append_predicted=append_predicted,
+        rule="match",
+    )
 
 
 def failed(made: dict) -> set[str]:
@@ -54,11 +71,16 @@ DRAWS, ACCEPTANCE = "draws have the target's distribution", "acceptance recomput
 
 
 def test_right_decoding_passes():
-    made = audited(target_of(MARKOV), {"static": right_draft(0.15)}, TREES)  # words looked up: tests/test_eagle_evaluation.py
+    made = audited(
+        target_of(MARKOV), {"static": right_draft(0.15)}, TREES
+    )  # words looked up: tests/test_eagle_evaluation.py
     assert made["passed"] and made["divergences"] == [] and failed(made) == set()
     assert len(made["checks"]) == 2 + 4 and made["noise"] < 1e-3
     recomputed = [check["found"] for check in made["checks"] if ACCEPTANCE in check["name"]]
-    assert all("; 0 of 7 answers have other rounds" in found and not found.startswith("tau 1.0") for found in recomputed)
+    assert all(
+        "; 0 of 7 answers have other rounds" in found and not found.startswith("tau 1.0")
+        for found in recomputed
+    )
 
 
 @pytest.mark.parametrize(("tree", "append_predicted"), [("dynamic", True), ("chain", False)])
@@ -66,7 +88,9 @@ def test_right_draws_of_a_target_with_layers_pass(tree, append_predicted):
     draft = dataclasses.replace(random_draft(), hot_ids=jnp.arange(3, 40))
     made = audited(target_of(), {tree: draft}, TREES, DRAWN, append_predicted=append_predicted)
     assert made["passed"] and len(made["checks"]) == 1 + 3
-    assert "0 of 7 answers have other rounds" in lines(made)[-1] and lines(made)[2].startswith("passed  ")
+    assert "0 of 7 answers have other rounds" in lines(made)[-1] and lines(made)[2].startswith(
+        "passed  "
+    )
 
 
 # Planted bugs in the loop
@@ -84,13 +108,19 @@ def buggy_target(spec=TINY):
 def test_wrong_mask(monkeypatch):
     """Every node of a chain sees all others."""
     right, size = loop.forward, TREES["chain"].size
-    everything = lambda *a: right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == size else right(*a)
+    everything = lambda *a: (
+        right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == size else right(*a)
+    )
     monkeypatch.setattr(loop, "forward", everything)
     monkeypatch.setattr(audit_module, "_draws", no_draws)
     made = audited(target_of(), {"chain": random_draft()}, TREES, buggy=buggy_target())
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not made["passed"]
     first = made["divergences"][0]
-    assert not first["within_noise"] and first["gap"] >= first["top_2_gap"] and first["plain"] != first["system_token"]
+    assert (
+        not first["within_noise"]
+        and first["gap"] >= first["top_2_gap"]
+        and first["plain"] != first["system_token"]
+    )
     assert f"{first['plain']} became {first['system_token']}" in "\n".join(lines(made))
     check_schema(made, "audit")
 
@@ -98,7 +128,13 @@ def test_wrong_mask(monkeypatch):
 def test_stale_cache_row(monkeypatch):
     """After the first round a row too many is taken for known."""
     right = loop._emit
-    monkeypatch.setattr(loop, "_emit", lambda now, *rest: (after := right(now, *rest))._replace(length_B=after.length_B + (after.rounds_B == 1)))
+    monkeypatch.setattr(
+        loop,
+        "_emit",
+        lambda now, *rest: (after := right(now, *rest))._replace(
+            length_B=after.length_B + (after.rounds_B == 1)
+        ),
+    )
     made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, buggy=buggy_target())
     assert TOKENS in failed(made)
 
@@ -106,10 +142,25 @@ def test_stale_cache_row(monkeypatch):
 def test_stale_rows_of_the_draft_alone(monkeypatch):
     """The output stays right; only the recomputed acceptance can tell."""
     right = loop.write_rows
-    monkeypatch.setattr(loop, "write_rows", lambda cache, rows, start: right(cache, jax.tree.map(lambda x: -3 * x, rows), start))
+    monkeypatch.setattr(
+        loop,
+        "write_rows",
+        lambda cache, rows, start: right(cache, jax.tree.map(lambda x: -3 * x, rows), start),
+    )
     draft = random_draft()
-    attentive = {**draft.params, "o_proj": 3 * draft.params["o_proj"], "down_proj": 0 * draft.params["down_proj"]}
-    made = audited(target_of(MARKOV), {"chain": dataclasses.replace(draft, params=attentive)}, TREES, DRAWN, 48, buggy_target(MARKOV))
+    attentive = {
+        **draft.params,
+        "o_proj": 3 * draft.params["o_proj"],
+        "down_proj": 0 * draft.params["down_proj"],
+    }
+    made = audited(
+        target_of(MARKOV),
+        {"chain": dataclasses.replace(draft, params=attentive)},
+        TREES,
+        DRAWN,
+        48,
+        buggy_target(MARKOV),
+    )
     assert failed(made) == {ACCEPTANCE}
 
 
@@ -138,24 +189,42 @@ def measured():
 
 def checked(measured, spoil=lambda answer: answer) -> dict:
     target, bench, told = measured
-    spoilt = [{**turn, "chain": turn["chain"]._replace(answer=spoil(turn["chain"].answer))} for case in told.cases for turn in case.turns]
+    spoilt = [
+        {**turn, "chain": turn["chain"]._replace(answer=spoil(turn["chain"].answer))}
+        for case in told.cases
+        for turn in case.turns
+    ]
     cases = [dataclasses.replace(told.cases[0], turns=tuple(spoilt))]
-    return audit(target, {"chain": right_draft(0.15)}, bench, Measured(cases, {}, {}), append_predicted=True, rule="match")
+    return audit(
+        target,
+        {"chain": right_draft(0.15)},
+        bench,
+        Measured(cases, {}, {}),
+        append_predicted=True,
+        rule="match",
+    )
 
 
 def test_tau_off_by_one(measured, monkeypatch):
     assert checked(measured)["passed"]
     right = Measurement.tau.fget
-    for wrong in (lambda self: right(self) - 1, lambda self: self.tokens / self.rounds):  # no bonus token; the prefill's counted
+    for wrong in (
+        lambda self: right(self) - 1,
+        lambda self: self.tokens / self.rounds,
+    ):  # no bonus token; the prefill's counted
         with monkeypatch.context() as planted:
             planted.setattr(Measurement, "tau", property(wrong))
             assert failed(checked(measured)) == {ACCEPTANCE}
 
 
 def test_rounds_and_accepted_drafts_are_counted_again(measured):
-    moved = lambda answer: dataclasses.replace(answer, accepted=[*answer.accepted[1:], answer.accepted[0]])
+    moved = lambda answer: dataclasses.replace(
+        answer, accepted=[*answer.accepted[1:], answer.accepted[0]]
+    )
     assert failed(checked(measured, moved)) == {ACCEPTANCE}
-    fewer = lambda answer: dataclasses.replace(answer, rounds=answer.rounds - 1, accepted=[answer.accepted[0] - 1, *answer.accepted[1:]])
+    fewer = lambda answer: dataclasses.replace(
+        answer, rounds=answer.rounds - 1, accepted=[answer.accepted[0] - 1, *answer.accepted[1:]]
+    )
     assert failed(checked(measured, fewer)) == {ACCEPTANCE}
 
 
@@ -172,23 +241,44 @@ def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
     monkeypatch.setattr(replay_module, "_predict", noisy)
     made = [checked(measured) for _ in range(4)]
     assert not any(failed(one) for one in made)
-    assert any(" 0 of 7 answers have other rounds" not in check["found"] for one in made for check in one["checks"] if ACCEPTANCE in check["name"])
+    assert any(
+        " 0 of 7 answers have other rounds" not in check["found"]
+        for one in made
+        for check in one["checks"]
+        if ACCEPTANCE in check["name"]
+    )
     deviation = 0.05  # what explains a tie does not explain that nothing was accepted
-    none = lambda answer: dataclasses.replace(answer, rounds=len(answer.tokens) - 1, accepted=[len(answer.tokens) - 1, 0, 0])
+    none = lambda answer: dataclasses.replace(
+        answer, rounds=len(answer.tokens) - 1, accepted=[len(answer.tokens) - 1, 0, 0]
+    )
     assert failed(checked(measured, none)) == {ACCEPTANCE}
 
 
 def test_what_a_filter_removes_is_drawn_only_where_rounding_decides():
     inside = audit_module._inside
-    assert [inside(np.array([3, 2, 1, 0.9, -5]), 3, Sampling(1.0, top_k=3), reach) for reach in (0.05, 0.15)] == [False, True]
+    assert [
+        inside(np.array([3, 2, 1, 0.9, -5]), 3, Sampling(1.0, top_k=3), reach)
+        for reach in (0.05, 0.15)
+    ] == [False, True]
     assert not inside(np.array([3, 2, 1, 0.9, -5]), 4, Sampling(1.0, top_k=3), 0.15)
     # 0.9 of the probability lies before the third; it has its place from exp(0.107) times its weight on.
-    assert [inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(1.0, top_p=0.89), reach) for reach in (0.05, 0.15)] == [False, True]
-    assert [inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(2.0, top_p=0.75), reach) for reach in (0.05, 0.9)] == [False, True]
+    assert [
+        inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(1.0, top_p=0.89), reach)
+        for reach in (0.05, 0.15)
+    ] == [False, True]
+    assert [
+        inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(2.0, top_p=0.75), reach)
+        for reach in (0.05, 0.9)
+    ] == [False, True]
 
 
 def test_a_token_that_was_never_drawn(measured):
-    made = checked(measured, lambda answer: dataclasses.replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]))
+    made = checked(
+        measured,
+        lambda answer: dataclasses.replace(
+            answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1]
+        ),
+    )
     assert TOKENS in failed(made) and made["divergences"][0]["within_noise"] is None
     check_schema(made, "audit")
 
@@ -206,19 +296,29 @@ def test_an_answer_that_ends_too_early(measured):
 def test_bfloat16_flips_are_near_ties(monkeypatch):
     """In bfloat16 a verified block may round unlike single steps; where texts part, both tokens were nearly tied."""
     monkeypatch.setattr(audit_module, "_draws", no_draws)
-    half = lambda target: dataclasses.replace(target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params))
+    half = lambda target: dataclasses.replace(
+        target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
+    )
     target = half(target_of())
     made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     print(*lines(made), sep="\n")
-    assert made["passed"] and made["noise"] > 1e-3 and all(one["within_noise"] for one in made["divergences"])
+    assert (
+        made["passed"]
+        and made["noise"] > 1e-3
+        and all(one["within_noise"] for one in made["divergences"])
+    )
     # Tokens that part for no reason of rounding: the same audit must object.
-    wrong = lambda answer: dataclasses.replace(answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]])
+    wrong = lambda answer: dataclasses.replace(
+        answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
+    )
     right = SpeculativeDecoder.generate
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(SpeculativeDecoder, "generate", lambda self, *a, **o: [
             wrong(one) if self.tree.depth else one for one in right(self, *a, **o)])  # fmt: skip
         made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
-    assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(one["within_noise"] for one in made["divergences"])
+    assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(
+        one["within_noise"] for one in made["divergences"]
+    )
 
 
 # The second way itself
@@ -237,7 +337,19 @@ def test_what_comes_later_does_not_change_a_forced_reading():
         assert 0 < noise.deviation < noise.largest < 1e-3
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=3), Sampling(1.5, top_p=0.6), Sampling(1.0, top_k=4, top_p=0.5)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.7, top_k=3),
+        Sampling(1.5, top_p=0.6),
+        Sampling(1.0, top_k=4, top_p=0.5),
+    ],
+)
 def test_probabilities_are_those_of_the_filters(sampling):
     logits_TV = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
-    np.testing.assert_allclose(probabilities(logits_TV, sampling), jax.nn.softmax(filtered(jnp.asarray(logits_TV), sampling), axis=-1), atol=1e-6)
+    np.testing.assert_allclose(
+        probabilities(logits_TV, sampling),
+        jax.nn.softmax(filtered(jnp.asarray(logits_TV), sampling), axis=-1),
+        atol=1e-6,
+    )

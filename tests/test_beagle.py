@@ -45,13 +45,17 @@ def test_initial_weights(tiny_draft_spec):
 def _numpy_block(params, spec, e_LD, h_LD, mask_LL) -> np.ndarray:
     """method.md 2.1 for one row, in float64."""
     w = {name: np.asarray(array, np.float64) for name, array in params.items()}
-    norm = lambda x, weight: x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * weight
+    norm = lambda x, weight: (
+        x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * weight
+    )
     H, G = spec.head_dim, spec.num_heads // spec.num_kv_heads
 
     def rotate(x, position):
         angle = position / spec.rope_theta ** (np.arange(H // 2) / (H // 2))
         a, b = x[: H // 2], x[H // 2 :]
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+        return np.concatenate(
+            [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+        )
 
     u, out = norm(e_LD, w["input_layernorm"]), np.zeros((len(e_LD), spec.num_heads * H))
     for i in range(len(e_LD)):
@@ -61,9 +65,13 @@ def _numpy_block(params, spec, e_LD, h_LD, mask_LL) -> np.ndarray:
             keys = [j for j in range(len(h_LD)) if mask_LL[i, j]]
             if not keys:
                 continue
-            score = np.array([q @ rotate(w["k_proj"][g * H : (g + 1) * H] @ h_LD[j], j) for j in keys]) / np.sqrt(H)
+            score = np.array(
+                [q @ rotate(w["k_proj"][g * H : (g + 1) * H] @ h_LD[j], j) for j in keys]
+            ) / np.sqrt(H)
             share = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
-            out[i, n * H : (n + 1) * H] = share @ np.array([w["v_proj"][g * H : (g + 1) * H] @ h_LD[j] for j in keys])
+            out[i, n * H : (n + 1) * H] = share @ np.array(
+                [w["v_proj"][g * H : (g + 1) * H] @ h_LD[j] for j in keys]
+            )
     y = e_LD + out @ w["o_proj"].T
     v = norm(y, w["post_attention_layernorm"])
     gate = v @ w["gate_proj"].T
@@ -73,10 +81,17 @@ def _numpy_block(params, spec, e_LD, h_LD, mask_LL) -> np.ndarray:
 @pytest.fixture(scope="module")
 def block_case(tiny_draft_spec, tiny_draft):
     rng = np.random.default_rng(0)
-    params = {name: array * 0.5 if array.ndim == 2 else array + 0.1 * jnp.arange(array.size) / array.size for name, array in tiny_draft.items()}
+    params = {
+        name: array * 0.5 if array.ndim == 2 else array + 0.1 * jnp.arange(array.size) / array.size
+        for name, array in tiny_draft.items()
+    }
     e_LD, h_LD = (rng.standard_normal((9, tiny_draft_spec.hidden_size)) for _ in range(2))
     mask_LL = np.asarray(early_block_mask(jnp.array([[9]]), 9, 3, jnp.int32(1))[0])
-    run = jax.jit(lambda p: BeagleBlock(tiny_draft_spec).apply({"params": p}, jnp.float32(e_LD)[None], jnp.float32(h_LD)[None], mask_LL[None])[0])
+    run = jax.jit(
+        lambda p: BeagleBlock(tiny_draft_spec).apply(
+            {"params": p}, jnp.float32(e_LD)[None], jnp.float32(h_LD)[None], mask_LL[None]
+        )[0]
+    )
     return params, run, _numpy_block(params, tiny_draft_spec, e_LD, h_LD, mask_LL)
 
 
@@ -102,8 +117,20 @@ def test_row_that_sees_nothing_is_embedding_plus_mlp(block_case, tiny_draft_spec
 @partial(jax.jit, static_argnums=1)
 def _drafted(params, spec, embed_VD, times=1.0):
     """Predicted states of a chain after one token."""
-    cache, length_B = empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32), jnp.zeros(1, jnp.int32)
-    return draft_tree(params, spec, chain(2), times * embed_VD, DraftHead(embed_VD, None), cache, length_B, jnp.array([5])).state_BQD
+    cache, length_B = (
+        empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32),
+        jnp.zeros(1, jnp.int32),
+    )
+    return draft_tree(
+        params,
+        spec,
+        chain(2),
+        times * embed_VD,
+        DraftHead(embed_VD, None),
+        cache,
+        length_B,
+        jnp.array([5]),
+    ).state_BQD
 
 
 @partial(jax.jit, static_argnums=1)
@@ -111,9 +138,25 @@ def _trained_on(params, spec, embed_VD, times=1.0):
     """The loss of one row."""
     states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
     one = np.ones((1, 1), np.int32)
-    batch = jax.tree.map(jnp.asarray, Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one))
-    config, frozen = TrainConfig(noise="none"), {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD}
-    return stage_loss(params, spec, config, StageConfig(steps=1), predict_early, frozen, batch, jax.random.key(0), ONE_DEVICE)[0]
+    batch = jax.tree.map(
+        jnp.asarray,
+        Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one),
+    )
+    config, frozen = (
+        TrainConfig(noise="none"),
+        {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD},
+    )
+    return stage_loss(
+        params,
+        spec,
+        config,
+        StageConfig(steps=1),
+        predict_early,
+        frozen,
+        batch,
+        jax.random.key(0),
+        ONE_DEVICE,
+    )[0]
 
 
 @pytest.mark.parametrize("run", [_drafted, _trained_on], ids=["drafted", "trained on"])

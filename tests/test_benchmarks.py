@@ -32,23 +32,48 @@ def test_large_shapes_at_toy_size(capsys, monkeypatch):
 def test_shapes_are_the_published_sizes():
     shapes = benchmark("large_shapes").SHAPES
     count = lambda spec: sum(math.prod(shape) for _, shape in param_table(spec).values())
-    assert (count(shapes["llama2-7b"]), count(shapes["llama3-8b"])) == (6_738_415_616, 8_030_261_248)
+    assert (count(shapes["llama2-7b"]), count(shapes["llama3-8b"])) == (
+        6_738_415_616,
+        8_030_261_248,
+    )
 
 
 def test_export_at_toy_size(tmp_path, capsys):
     bench = benchmark("export_draft")
     bench.write_inputs(tmp_path, "toy")
-    assert bench.measure(tmp_path, 120.0, 1e9) and not bench.measure(tmp_path, 120.0, 1e9), "the second finds the folder in its way"
-    assert "export and parity check" in capsys.readouterr().out and (tmp_path / "out" / "modeling_beagle.py").exists()
+    assert bench.measure(tmp_path, 120.0, 1e9) and not bench.measure(tmp_path, 120.0, 1e9), (
+        "the second finds the folder in its way"
+    )
+    assert (
+        "export and parity check" in capsys.readouterr().out
+        and (tmp_path / "out" / "modeling_beagle.py").exists()
+    )
 
 
-TOY = DraftSpec(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-5)
+TOY = DraftSpec(
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+)
 
 
 def test_train_step_at_toy_size(capsys):
     pytest.importorskip("torch")
-    found = benchmark("train_step").measure(TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False)
-    assert set(found) == {"beagle early", "beagle late s=2", "eagle early", "eagle late s=2", "torch EAGLE eager", "torch EAGLE eager s=2"}
+    found = benchmark("train_step").measure(
+        TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False
+    )
+    assert set(found) == {
+        "beagle early",
+        "beagle late s=2",
+        "eagle early",
+        "eagle late s=2",
+        "torch EAGLE eager",
+        "torch EAGLE eager s=2",
+    }
     assert "times the tokens/s of the faster torch step s=2" in capsys.readouterr().out
 
 
@@ -64,7 +89,9 @@ def test_torch_step_simulates():
     changed = h.clone()
     changed[:, 5] += 1
     other = block(e, changed, [], 0)
-    assert torch.equal(first[:, :5], other[:, :5]) and not torch.allclose(first[:, 5], other[:, 5])  # causal
+    assert torch.equal(first[:, :5], other[:, :5]) and not torch.allclose(
+        first[:, 5], other[:, 5]
+    )  # causal
     second = block(e, first, memory, 1)
     assert len(memory) == 2 and not torch.allclose(first, second)
 
@@ -75,8 +102,14 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
     found = bench.measure(TOY, 64, 1, steps, widths, 3)
     bench.plot(found, steps, widths, tmp_path / "memory.png")
     grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
-    assert grown["ours, detached"] < 1.15 and grown["ours, gradients kept"] < 1.3 and grown["training-time test"] > 1.5, grown
-    assert (tmp_path / "memory.png").stat().st_size > 1000 and "training-time test" in capsys.readouterr().out
+    assert (
+        grown["ours, detached"] < 1.15
+        and grown["ours, gradients kept"] < 1.3
+        and grown["training-time test"] > 1.5
+    ), grown
+    assert (
+        tmp_path / "memory.png"
+    ).stat().st_size > 1000 and "training-time test" in capsys.readouterr().out
 
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
@@ -86,18 +119,42 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
 
     def plan(config, asked):
         seen.append((config.train.row_tokens, config.mesh.fsdp, asked.topology))
-        stage = {"compiler_total": 3 * 2**30, "refusal": "", "tokens_a_step": config.train.batch * 2048, "fits": True}
-        devices = {"count": 16, "mesh": {"data": 1, "fsdp": config.mesh.fsdp, "tensor": 1}, "memory": 16 * 2**30}
-        return "plan", {"devices": devices, "stages": {"early": stage, "late": stage | {"fits": asked.topology == "v5e:4x4"}}}
+        stage = {
+            "compiler_total": 3 * 2**30,
+            "refusal": "",
+            "tokens_a_step": config.train.batch * 2048,
+            "fits": True,
+        }
+        devices = {
+            "count": 16,
+            "mesh": {"data": 1, "fsdp": config.mesh.fsdp, "tensor": 1},
+            "memory": 16 * 2**30,
+        }
+        return "plan", {
+            "devices": devices,
+            "stages": {"early": stage, "late": stage | {"fits": asked.topology == "v5e:4x4"}},
+        }
 
     monkeypatch.setattr(bench, "plan", plan)
     for topology in ("v5e:4x4", "v5p:2x2x2"):
-        ask = ["plan_tpu.py", "--json", str(tmp_path / "plans.json"), "--configs", "llama2_7b_chat", "--topologies", topology]
+        ask = [
+            "plan_tpu.py",
+            "--json",
+            str(tmp_path / "plans.json"),
+            "--configs",
+            "llama2_7b_chat",
+            "--topologies",
+            topology,
+        ]
         monkeypatch.setattr("sys.argv", ask)
         bench.main()
     assert seen == [(2048, 16, "v5e:4x4"), (2048, 8, "v5p:2x2x2")]
     first, second = capsys.readouterr().out.splitlines()[-2:]
-    assert first == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |" and second.endswith("| NO |")
+    assert (
+        first
+        == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |"
+        and second.endswith("| NO |")
+    )
     kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
     assert kept and bench.table(kept) in (bench.ROOT / "README.md").read_text()
 
@@ -107,7 +164,9 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
     """A tiny target and a random draft of it."""
     made = make_workplace(tmp_path_factory.mktemp("run"))
     spec = DraftSpec.from_target(load_target(str(made.folder / "target"), "float32", "unused").spec)
-    save_draft(made.folder / "run" / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))
+    save_draft(
+        made.folder / "run" / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {})
+    )
     return made
 
 
@@ -121,7 +180,9 @@ def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
     bench = benchmark("oracle_draft")
     monkeypatch.setattr(bench.loop, "propose", bench.loop.propose)  # put back whatever happens
     monkeypatch.setattr(bench, "suite", lambda *_: suite(str(workplace.folder / "eval.jsonl"), 3))
-    printed = _printed(bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13)
+    printed = _printed(
+        bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13
+    )
     whole, verify, draft, *_, ratio = map(float, re.search(
         r"chain of 2: round ([\d.]+) ms, verify alone ([\d.]+), draft alone ([\d.]+), accept ([\d.]+), append ([\d.]+), left for the loop "
         r"(-?[\d.]+); ratio ([\d.]+)", printed).groups())  # fmt: skip
@@ -129,20 +190,50 @@ def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
 
 
 def test_speeds_beside_transformers_at_toy_size(workplace, monkeypatch, capsys):
-    options = ["--config", workplace.config, "--prompts", workplace.folder / "eval.jsonl", "--limit", 2, "--new-tokens", 8]
+    options = [
+        "--config",
+        workplace.config,
+        "--prompts",
+        workplace.folder / "eval.jsonl",
+        "--limit",
+        2,
+        "--new-tokens",
+        8,
+    ]
     printed = _printed(benchmark("against_transformers"), monkeypatch, capsys, *options)
     for way in ("transformers ", "transformers, prompt lookup", "plain ", "speculative "):
-        assert re.search(rf"^{way} .* tok/s .*x of plain   same tokens as plain 2/2$", printed, re.M), printed
-    assert re.search(r"^plain / transformers +[\d.]+x\nspeculative / plain +[\d.]+x$", printed, re.M)
+        assert re.search(
+            rf"^{way} .* tok/s .*x of plain   same tokens as plain 2/2$", printed, re.M
+        ), printed
+    assert re.search(
+        r"^plain / transformers +[\d.]+x\nspeculative / plain +[\d.]+x$", printed, re.M
+    )
 
 
 def test_tau_on_first_turns_at_toy_size(workplace, monkeypatch, capsys):
     path = workplace.folder / "turns.jsonl"
     path.write_text(json.dumps({"turns": ["Why is it so?", "And now?"]}) + "\n")
-    printed = _printed(benchmark("mt_bench"), monkeypatch, capsys, path, "--config", workplace.config, "--levels", 2)
+    printed = _printed(
+        benchmark("mt_bench"),
+        monkeypatch,
+        capsys,
+        path,
+        "--config",
+        workplace.config,
+        "--levels",
+        2,
+    )
     assert "chain of 2; step-alpha by depth" in printed and printed.count(" 1/1\n") == 2
 
 
 def test_speed_of_writing_at_toy_size(workplace, monkeypatch, capsys):
-    printed = _printed(benchmark("writing_answers"), monkeypatch, capsys, "--config", workplace.config, "--prompts", 4)
+    printed = _printed(
+        benchmark("writing_answers"),
+        monkeypatch,
+        capsys,
+        "--config",
+        workplace.config,
+        "--prompts",
+        4,
+    )
     assert re.search(r"4 prompts, batch 16: \d+ tokens in [\d.]+ s = \d+ tok/s", printed)

@@ -49,14 +49,18 @@ def test_only_a_better_tau_replaces_the_best_and_stages_are_told_apart(tmp_path)
     one = Decoder(tmp_path / "best.json", [1.2, 1.5, 1.4, 1.3, 1.6], patience=2)
     for stage, step in (("early", 3), ("early", 6), ("early", 9), ("late", 3), ("late", 6)):
         one.best.look(stage, step, {})
-    assert one.kept == [("early", 3, 1.2), ("early", 6, 1.5), ("late", 6, 1.6)] and one.best.tau == 1.6
+    assert (
+        one.kept == [("early", 3, 1.2), ("early", 6, 1.5), ("late", 6, 1.6)] and one.best.tau == 1.6
+    )
     found = json.loads((tmp_path / "best.json").read_text())["stages"]
     assert found == {"early": {"step": 6, "tau": 1.5}, "late": {"step": 6, "tau": 1.6}}
 
 
 def test_a_damaged_list_of_taus_is_named(tmp_path):
     (tmp_path / "best.json").write_text('{"stages": {')
-    with pytest.raises(UserError, match="best.json: not JSON .*; delete it, and tau is compared anew"):
+    with pytest.raises(
+        UserError, match="best.json: not JSON .*; delete it, and tau is compared anew"
+    ):
         Best(tmp_path / "best.json", EvalConfig(every=1), None, None)
 
 
@@ -81,13 +85,17 @@ def run(tiny_params):
 
     def run(config: Config, best: Best | None, training=None) -> dict:
         params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
-        return run_stage("early", config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config), best)
+        return run_stage(
+            "early", config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config), best
+        )
 
     return run
 
 
 def looks_of(config: Config) -> list[tuple[int, float]]:
-    return [(line["step"], line["tau"]) for line in lines_of(config) if line.get("split") == "decoding"]
+    return [
+        (line["step"], line["tau"]) for line in lines_of(config) if line.get("split") == "decoding"
+    ]
 
 
 def test_measuring_changes_nothing_that_is_trained_and_is_logged(run, tmp_path):
@@ -95,7 +103,9 @@ def test_measuring_changes_nothing_that_is_trained_and_is_logged(run, tmp_path):
     one = Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2, 1.25])
     same_params(run(config, one.best), run(other, None))
     assert looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (12, 1.25)]
-    plain = lambda of: [{**line, "tokens_per_second": 0} for line in lines_of(of) if "split" not in line]
+    plain = lambda of: [
+        {**line, "tokens_per_second": 0} for line in lines_of(of) if "split" not in line
+    ]
     assert plain(config) == plain(other) and saved_steps(config) == [10, 12]
     assert one.kept == [("early", 3, 1.1), ("early", 6, 1.3)]
 
@@ -111,12 +121,20 @@ def test_a_stage_ends_early_and_stays_ended(run, tmp_path):
 
 def test_a_resumed_run_measures_what_was_lost_and_ends_the_same(run, tmp_path):
     config = config_for(tmp_path)
-    with pytest.raises(KeyboardInterrupt):  # after the measurement of step 9, with the checkpoint of step 5
-        run(replace(config, train=replace(config.train, checkpoint_every=5)), Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2]).best,
-            Breaking(loader_of(20, 1), 9, interrupt))
+    with pytest.raises(
+        KeyboardInterrupt
+    ):  # after the measurement of step 9, with the checkpoint of step 5
+        run(
+            replace(config, train=replace(config.train, checkpoint_every=5)),
+            Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2]).best,
+            Breaking(loader_of(20, 1), 9, interrupt),
+        )
     again = Decoder(tmp_path / "best.json", [1.3, 1.2, 1.25])
     run(config, again.best)
-    assert looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (6, 1.3), (9, 1.2), (12, 1.25)] and again.kept == []
+    assert (
+        looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (6, 1.3), (9, 1.2), (12, 1.25)]
+        and again.kept == []
+    )
 
 
 def test_a_broken_draft_is_never_measured(run, tmp_path, monkeypatch):
@@ -124,6 +142,9 @@ def test_a_broken_draft_is_never_measured(run, tmp_path, monkeypatch):
     after_each_step(monkeypatch, broken_at(3, jnp.nan))
     one = Decoder(tmp_path / "best.json", [1.0])
     config = config_for(tmp_path, checkpoint_every=100)
-    with pytest.raises(UserError, match="step 3: a parameter or its optimizer state is not finite although the loss was"):
+    with pytest.raises(
+        UserError,
+        match="step 3: a parameter or its optimizer state is not finite although the loss was",
+    ):
         run(replace(config, log=replace(config.log, every=100)), one.best)
     assert one.measured == [] and one.kept == []

@@ -19,7 +19,9 @@ def write(tmp_path):
     """Writes lines (objects become JSON) to a file in tmp_path and returns its path as text."""
 
     def write(*lines, name: str = "chats.jsonl") -> str:
-        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        text = "".join(
+            (line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines
+        )
         data = text.encode("utf-8")
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
         return str(tmp_path / name)
@@ -42,9 +44,18 @@ def error_of(source: str) -> str:
         ({"messages": [USER, ANSWER, USER]}, [USER, ANSWER, USER], True),
         ({"messages": [USER | {"name": "x"}]}, [USER], True),
         ({"messages": [{"role": "human", "content": "Hi"}]}, [USER], True),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, [USER, ANSWER], False),
         (
-            {"conversations": [{"from": "system", "value": "Be brief"}, {"from": "human", "value": "Hi"}]},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+            [USER, ANSWER],
+            False,
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief"},
+                    {"from": "human", "value": "Hi"},
+                ]
+            },
             [SYSTEM, USER],
             True,
         ),
@@ -61,14 +72,20 @@ def test_input_forms(write, record, messages, waits):
 
 
 def test_sharegpt_leading_answer_is_dropped(write):
-    turns = [{"from": "gpt", "value": "cut off"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    turns = [
+        {"from": "gpt", "value": "cut off"},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Yo"},
+    ]
     (chat,) = read_chats(write({"conversations": turns}))
     assert chat.messages == (USER, ANSWER)
 
 
 def test_conversations_without_a_question_are_left_out_and_counted(write, capsys):
     answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
-    path = write({"conversations": [answer]}, {"conversations": []}, {"conversations": [question, answer]})
+    path = write(
+        {"conversations": [answer]}, {"conversations": []}, {"conversations": [question, answer]}
+    )
     (chat,) = read_chats(path)
     assert chat == Chat((USER, ANSWER), f"{path}:3")
     assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
@@ -78,7 +95,11 @@ def test_conversations_without_a_question_are_left_out_and_counted(write, capsys
 def test_a_conversation_of_answers_alone_does_not_end_the_reading(write, capsys):
     answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
     system = {"from": "system", "value": "Be brief"}
-    path = write({"conversations": [answer, answer]}, {"conversations": [system, answer]}, {"conversations": [question, answer]})
+    path = write(
+        {"conversations": [answer, answer]},
+        {"conversations": [system, answer]},
+        {"conversations": [question, answer]},
+    )
     assert [chat.where for chat in read_chats(path)] == [f"{path}:3"]
     assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
 
@@ -86,14 +107,21 @@ def test_a_conversation_of_answers_alone_does_not_end_the_reading(write, capsys)
 def test_a_json_file_is_one_list(write, tmp_path):
     answer, question = {"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}
     path = tmp_path / "sharegpt.json"
-    path.write_text(json.dumps([{"id": "x", "conversations": [question, answer]}, {"prompt": "Hi"}], indent=1))
-    assert list(read_chats(str(path))) == [Chat((USER, ANSWER), f"{path}, entry 1"), Chat((USER,), f"{path}, entry 2")]
+    path.write_text(
+        json.dumps([{"id": "x", "conversations": [question, answer]}, {"prompt": "Hi"}], indent=1)
+    )
+    assert list(read_chats(str(path))) == [
+        Chat((USER, ANSWER), f"{path}, entry 1"),
+        Chat((USER,), f"{path}, entry 2"),
+    ]
     path.write_text(json.dumps([{"prompt": "Hi"}, {"text": "Hi"}]))
     assert error_of(str(path)).startswith(f"{path}, entry 2: the keys are text; expected")
     path.write_text(json.dumps({"prompt": "Hi"}))
     assert "a .json file must be one list of chats, found a dict" in error_of(str(path))
     path.write_text("[\n{]")
-    assert error_of(str(path)).startswith(f"{path}: not JSON (") and "line 2, column 2" in error_of(str(path))
+    assert error_of(str(path)).startswith(f"{path}: not JSON (") and "line 2, column 2" in error_of(
+        str(path)
+    )
 
 
 def test_the_question_is_what_stands_before_the_first_answer():
@@ -102,7 +130,9 @@ def test_the_question_is_what_stands_before_the_first_answer():
 
 
 def test_kind_comes_from_category_or_kind(write):
-    path = write({"prompt": "Hi", "category": "math"}, {"prompt": "Hi", "kind": "poem"}, {"prompt": "Hi"})
+    path = write(
+        {"prompt": "Hi", "category": "math"}, {"prompt": "Hi", "kind": "poem"}, {"prompt": "Hi"}
+    )
     assert [chat.kind for chat in read_chats(path)] == ["math", "poem", ""]
 
 
@@ -138,36 +168,60 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
     [
         ('{"prompt": "Hi"', "not JSON (Expecting ',' delimiter at column 16)"),
         ("Hi", "not JSON (Expecting value at column 1)"),
-        ([USER], 'the line is a list, not an object; expected "messages", "conversations", "turns" or "prompt"'),
+        (
+            [USER],
+            'the line is a list, not an object; expected "messages", "conversations", "turns" or "prompt"',
+        ),
         ("null", "the line is a NoneType, not an object"),
-        ({"text": "Hi", "id": 3}, 'the keys are text, id; expected "messages", "conversations", "turns" or "prompt"'),
+        (
+            {"text": "Hi", "id": 3},
+            'the keys are text, id; expected "messages", "conversations", "turns" or "prompt"',
+        ),
         ({}, 'the keys are none; expected "messages"'),
         ({"messages": []}, "'messages' must have at least one entry"),
         ({"messages": "Hi"}, "'messages' must be a list"),
         ({"conversations": "Hi"}, "'conversations' must be a list"),
         ({"turns": []}, "'turns' must have at least one entry"),
         ({"messages": ["Hi"]}, "a message needs 'role' and 'content', found 'Hi'"),
-        ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content', found {'role': 'user'}"),
+        (
+            {"messages": [{"role": "user"}]},
+            "a message needs 'role' and 'content', found {'role': 'user'}",
+        ),
         ({"conversations": [USER]}, "a message needs 'from' and 'value', found {'role': 'user'"),
         (
             {"messages": [USER, {"role": "tool", "content": "4"}]},
             "unknown role 'tool'; expected one of user, human, assistant",
         ),
-        ({"messages": [{"role": ["user"], "content": "4"}]}, "unknown role ['user']; expected one of user"),
-        ({"messages": [{"role": "user", "content": " \n"}]}, "'content' of a message must be a non-empty string"),
+        (
+            {"messages": [{"role": ["user"], "content": "4"}]},
+            "unknown role ['user']; expected one of user",
+        ),
+        (
+            {"messages": [{"role": "user", "content": " \n"}]},
+            "'content' of a message must be a non-empty string",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
             "'content' of a message must be a non-empty string",
         ),
-        ({"conversations": [{"from": "human", "value": ""}]}, "'value' of a message must be a non-empty string"),
+        (
+            {"conversations": [{"from": "human", "value": ""}]},
+            "'value' of a message must be a non-empty string",
+        ),
         ({"prompt": None}, "'content' of a message must be a non-empty string"),
-        ('{"prompt": "caf\\udce9"}', "the text of a message is not Unicode ('utf-8' codec can't encode character '\\udce9' in position 3"),
+        (
+            '{"prompt": "caf\\udce9"}',
+            "the text of a message is not Unicode ('utf-8' codec can't encode character '\\udce9' in position 3",
+        ),
         ('{"prompt": %s}' % ("1" * 5000), "cannot be read (Exceeds the limit"),
         ("[" * 200_000, "cannot be read (maximum recursion depth exceeded"),
         ({"turns": [""]}, "'content' of a message must be a non-empty string"),
         ({"messages": [ANSWER]}, "the chat has no user message"),
         ({"messages": [SYSTEM]}, "the chat has no user message"),
-        ({"messages": [USER, SYSTEM]}, "the chat ends with a system message; expected user or assistant"),
+        (
+            {"messages": [USER, SYSTEM]},
+            "the chat ends with a system message; expected user or assistant",
+        ),
     ],
 )
 def test_bad_line_is_named(write, line, message):
@@ -183,13 +237,17 @@ def test_error_in_a_packed_file_names_the_line(write):
 def test_not_utf8_names_the_line(write, tmp_path):
     path = write(*[GOOD] * 4)
     data = (tmp_path / "chats.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "chats.jsonl").write_bytes(b"".join([*data[:2], b'{"prompt": "caf\xe9"}\n', *data[2:]]))
+    (tmp_path / "chats.jsonl").write_bytes(
+        b"".join([*data[:2], b'{"prompt": "caf\xe9"}\n', *data[2:]])
+    )
     assert error_of(path).startswith(f"{path}:3: not UTF-8")
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten", "not gzip"])
 def test_broken_gzip_is_named(write, tmp_path, damage):
-    path = write(*({"prompt": f"{number * 7919 % 1000003}"} for number in range(2000)), name="chats.jsonl.gz")
+    path = write(
+        *({"prompt": f"{number * 7919 % 1000003}"} for number in range(2000)), name="chats.jsonl.gz"
+    )
     whole = (tmp_path / "chats.jsonl.gz").read_bytes()
     half = len(whole) // 2
     broken = {
@@ -199,7 +257,9 @@ def test_broken_gzip_is_named(write, tmp_path, damage):
     }
     (tmp_path / "chats.jsonl.gz").write_bytes(broken[damage])
     message = error_of(path)
-    assert message.startswith(path) and "cannot be read" in message and "is the file whole?" in message
+    assert (
+        message.startswith(path) and "cannot be read" in message and "is the file whole?" in message
+    )
 
 
 def test_empty_sources(write, tmp_path):
@@ -209,7 +269,10 @@ def test_empty_sources(write, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").touch()
     folder = tmp_path / "folder"
-    assert error_of(str(folder)) == f"data.source: the folder {folder} holds no .jsonl or .jsonl.gz file"
+    assert (
+        error_of(str(folder))
+        == f"data.source: the folder {folder} holds no .jsonl or .jsonl.gz file"
+    )
 
 
 def test_missing_source_names_the_choices(tmp_path):

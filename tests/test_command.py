@@ -54,13 +54,25 @@ def test_training_leaves_text_states_log_and_draft(trained):
     data, run = trained.folder / "data", trained.folder / "run"
     rows = [json.loads(line) for line in (data / "part-0000.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(1 <= sum(row["supervised"]) <= 12 for row in rows)
-    assert (data / "part-0000.states").stat().st_size == sum(len(row["tokens"]) for row in rows) * 32 * 4
+    assert (data / "part-0000.states").stat().st_size == sum(
+        len(row["tokens"]) for row in rows
+    ) * 32 * 4
     about, *log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert about["stage"] == "data" and 0 < about["padding"] == about["padding_unpacked"] < 1
     steps = [(line["stage"], line["step"], len(line["top1_by_offset"])) for line in log]
-    assert steps == [("early", 1, 3), ("early", 2, 3), ("early", 3, 3), ("late", 1, 2), ("late", 2, 2)]
+    assert steps == [
+        ("early", 1, 3),
+        ("early", 2, 3),
+        ("early", 3, 3),
+        ("late", 1, 2),
+        ("late", 2, 2),
+    ]
     draft = json.loads((run / "draft" / "config.json").read_text())
-    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == ("beagle_draft", 32, str(trained.folder / "target"))
+    assert (draft["model_type"], draft["hidden_size"], draft["target"]) == (
+        "beagle_draft",
+        32,
+        str(trained.folder / "target"),
+    )
     assert draft["data"]["rows"] == 12 and draft["training"]["late"]["steps"] == 2
 
 
@@ -68,7 +80,9 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     draft = trained.folder / "run" / "draft" / "model.safetensors"
     before = draft.read_bytes()
     never = lambda what: lambda *arguments, **settings: pytest.fail(f"{what} again")
-    monkeypatch.setattr(prepare_command, "answer_writer", lambda *arguments: never("answers were written"))
+    monkeypatch.setattr(
+        prepare_command, "answer_writer", lambda *arguments: never("answers were written")
+    )
     monkeypatch.setattr(states, "_compute", never("states were computed"))
     monkeypatch.setattr(BatchLoader, "batch_at", never("a step was run"))
     assert run_main(train.main, ["--config", trained.config]) == 0
@@ -78,12 +92,28 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
 
 def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3])
+    monkeypatch.setattr(
+        train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3]
+    )
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
-    assert run_main(train.main, ["--config", trained.config, "log.eval_rows=4", "train.row_tokens=99", f"train.folder={trained.folder}/held"]) == 0
+    assert (
+        run_main(
+            train.main,
+            [
+                "--config",
+                trained.config,
+                "log.eval_rows=4",
+                "train.row_tokens=99",
+                f"train.folder={trained.folder}/held",
+            ],
+        )
+        == 0
+    )
     made_for = {"target": str(trained.folder / "target")}
     (rows,) = training_rows(load_config(trained.config).data, made_for, None, (), None).values()
-    states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(-1, 32)
+    states_MD = np.fromfile(trained.folder / "data" / "part-0000.states", np.float32).reshape(
+        -1, 32
+    )
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
     for *_, training, held_out, _, _, _ in seen:
@@ -91,9 +121,13 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
                 batch = loader.batch_at(step)
-                for tokens, length, row_states in zip(batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD):
+                for tokens, length, row_states in zip(
+                    batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD
+                ):
                     found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
-                    np.testing.assert_array_equal(row_states[:length], states_MD[starts[found[-1]] :][:length])
+                    np.testing.assert_array_equal(
+                        row_states[:length], states_MD[starts[found[-1]] :][:length]
+                    )
         order = list(range(12))
         random.Random(0).shuffle(order)  # as `train` does
         assert sorted(found[:8]) == sorted(order[:8]) and sorted(found[8:]) == sorted(order[8:])
@@ -104,9 +138,23 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
     lines = (trained.folder / "data" / "part-0000.jsonl").read_text().splitlines()
     learned = sum(any(json.loads(line)["supervised"][:30]) for line in lines)
-    assert run_main(train.main, ["--config", trained.config, "train.row_tokens=31", f"train.folder={trained.folder}/cut"]) == 0
+    assert (
+        run_main(
+            train.main,
+            [
+                "--config",
+                trained.config,
+                "train.row_tokens=31",
+                f"train.folder={trained.folder}/cut",
+            ],
+        )
+        == 0
+    )
     told = capsys.readouterr().err
-    assert f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens (train.row_tokens)" in told
+    assert (
+        f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens (train.row_tokens)"
+        in told
+    )
     assert f"{learned} chats, " in told and 0 < learned < 12
 
 
@@ -115,22 +163,48 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
     (["train.late.detach=false"], "checkpoints/late holds a run with other settings (train.late.detach: True there, False now)"),
     (["train.batch=6"], "train.batch is 6, but the mesh splits rows over 4 devices"),
 ])  # fmt: skip
-def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(trained, capsys, monkeypatch, more, expected):
-    monkeypatch.setattr(train_command, "configured_target", lambda *_, **__: pytest.fail("the target was loaded"))
+def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(
+    trained, capsys, monkeypatch, more, expected
+):
+    monkeypatch.setattr(
+        train_command, "configured_target", lambda *_, **__: pytest.fail("the target was loaded")
+    )
     if more == ["train.batch=6"]:
-        monkeypatch.setattr(train_command, "make_mesh", lambda *_: AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor")))
+        monkeypatch.setattr(
+            train_command,
+            "make_mesh",
+            lambda *_: AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor")),
+        )
     status, message = ended(capsys, "train", "--config", trained.config, *more)
     assert status == 1 and expected in message
 
 
 def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained, monkeypatch):
     run, read, right = trained.folder / "looking", [], train_command.suite
-    monkeypatch.setattr(train_command, "suite", lambda *arguments: read.append(arguments) or right(*arguments))
-    assert run_main(train.main, ["--config", trained.config, f"train.folder={run}", "eval.every=2", "eval.train_prompts=2"]) == 0
+    monkeypatch.setattr(
+        train_command, "suite", lambda *arguments: read.append(arguments) or right(*arguments)
+    )
+    assert (
+        run_main(
+            train.main,
+            [
+                "--config",
+                trained.config,
+                f"train.folder={run}",
+                "eval.every=2",
+                "eval.train_prompts=2",
+            ],
+        )
+        == 0
+    )
     assert len(read) == 1, "the prompts are read once"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     looked = [line for line in log if line.get("split") == "decoding"]
-    assert [(line["stage"], line["step"]) for line in looked] == [("early", 2), ("early", 3), ("late", 2)]
+    assert [(line["stage"], line["step"]) for line in looked] == [
+        ("early", 2),
+        ("early", 3),
+        ("late", 2),
+    ]
     assert all(1 <= line["tau"] <= 3 and line["tokens"] <= 2 * 19 for line in looked)
     best = max(looked, key=lambda line: line["tau"])  # the first of equals
     draft = json.loads((run / "draft" / "config.json").read_text())
@@ -145,33 +219,62 @@ def evaluated_tau(trained, run: Path, draft: str) -> float:
     config = load_config(trained.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     decoder = decoder_of(config, target, load_draft(run / draft, target.spec))
-    answers = [decoder.generate([question], max_new_tokens=20)[0] for question in EVAL_QUESTIONS[:2]]
-    return sum(len(answer.tokens) - 1 for answer in answers) / sum(answer.rounds for answer in answers)
+    answers = [
+        decoder.generate([question], max_new_tokens=20)[0] for question in EVAL_QUESTIONS[:2]
+    ]
+    return sum(len(answer.tokens) - 1 for answer in answers) / sum(
+        answer.rounds for answer in answers
+    )
 
 
 def test_training_online_logs_the_losses_of_training_from_disk(trained):
     folder = trained.folder / "online"
-    options = ["data.states=online", f"train.folder={folder}", f"data.folder={trained.folder}/online_text"]
+    options = [
+        "data.states=online",
+        f"train.folder={folder}",
+        f"data.folder={trained.folder}/online_text",
+    ]
     assert run_main(train.main, ["--config", trained.config, *options]) == 0
     assert not list((trained.folder / "online_text").glob("*.states*"))
-    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (trained.folder / "run", folder)]
+    logs = [
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        for place in (trained.folder / "run", folder)
+    ]
     disk_steps, online_steps = ([line for line in log if "loss" in line] for log in logs)
     assert len(disk_steps) == len(online_steps) == 5
     for disk, online in zip(disk_steps, online_steps):
-        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)  # five steps apart, of rows that were summed in another order
+        assert online["loss"] == pytest.approx(
+            disk["loss"], rel=1e-3
+        )  # five steps apart, of rows that were summed in another order
 
 
 def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
     """Twelve chats in four rows or fewer: one batch of all of them an epoch."""
     folder = trained.folder / "packed"
-    options = [f"train.folder={folder}", "train.pack=true", "train.row_tokens=200", "train.batch=2", "log.eval_rows=2", "train.late=none"]
+    options = [
+        f"train.folder={folder}",
+        "train.pack=true",
+        "train.row_tokens=200",
+        "train.batch=2",
+        "log.eval_rows=2",
+        "train.late=none",
+    ]
     assert run_main(train.main, ["--config", trained.config, *options]) == 0
     about, *log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    held_out = [line for line in log if line.get("split") == "held_out"]  # whose two chats would share one row
-    assert about["padding"] < 0.5 < 0.7 < about["padding_unpacked"] and len(log) - len(held_out) == 3 and held_out
+    held_out = [
+        line for line in log if line.get("split") == "held_out"
+    ]  # whose two chats would share one row
+    assert (
+        about["padding"] < 0.5 < 0.7 < about["padding_unpacked"]
+        and len(log) - len(held_out) == 3
+        and held_out
+    )
     told = f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} without train.pack)"
     assert told in capsys.readouterr().err
-    assert load_file(folder / "draft" / "model.safetensors").keys() == load_file(trained.folder / "run" / "draft" / "model.safetensors").keys()
+    assert (
+        load_file(folder / "draft" / "model.safetensors").keys()
+        == load_file(trained.folder / "run" / "draft" / "model.safetensors").keys()
+    )
 
 
 ON_A_MESH = """
@@ -197,14 +300,31 @@ sys.exit(status)
 def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(trained):
     """As tests/test_to_jax.py sees of loading and tests/test_sharding.py of a step, here through the command."""
     folder = trained.folder / "mesh"
-    options = [f"train.folder={folder}", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.late.steps=0"]
-    command = [sys.executable, "-c", ON_A_MESH, str(trained.folder / "held.json"), "--config", trained.config, *options]
+    options = [
+        f"train.folder={folder}",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "train.late.steps=0",
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        ON_A_MESH,
+        str(trained.folder / "held.json"),
+        "--config",
+        trained.config,
+        *options,
+    ]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     on_mesh, on_one = json.loads((trained.folder / "held.json").read_text())
     in_parts = lambda held: all(devices == 8 and share <= 0.5 for devices, share in held)
     assert in_parts(on_mesh) and not in_parts(on_one)
-    logs = [[json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()] for place in (trained.folder / "run", folder)]
+    logs = [
+        [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
+        for place in (trained.folder / "run", folder)
+    ]
     one_device, eight = ([line for line in log if "loss" in line] for log in logs)
     assert len(eight) == 3
     for one, many in zip(one_device, eight):
@@ -214,13 +334,24 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
 def evaluated(trained, capsys) -> list[dict]:
     """The figures by system that `evaluate` writes, which are also those that it prints."""
     figures = trained.folder / "figures.json"
-    assert run_main(evaluate.main, ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"]) == 0
+    assert (
+        run_main(
+            evaluate.main,
+            ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"],
+        )
+        == 0
+    )
     report = json.loads(figures.read_text())
     systems = report["suites"][0]["groups"][0]["systems"]
-    plain, draft = summaries = [{**systems[system["name"]], **system} for system in report["systems"]]
+    plain, draft = summaries = [
+        {**systems[system["name"]], **system} for system in report["systems"]
+    ]
     printed = capsys.readouterr().out
     for one in summaries:
-        assert f"{one['identical_to_plain']}/{one['answers']}" in printed and f"{one['tau']:5.2f}" in printed
+        assert (
+            f"{one['identical_to_plain']}/{one['answers']}" in printed
+            and f"{one['tau']:5.2f}" in printed
+        )
     names = ("plain", str(trained.folder / "run" / "draft"))
     assert (plain["name"], draft["name"]) == names
     assert (plain["tau"], plain["rounds"]) == (1.0, plain["tokens"] - 3)
@@ -271,17 +402,41 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
     own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
-    out, command = tmp_path / "out", ["--config", trained.config, "eval.limit=3", "eval.compare=[lookup]", f"eval.suites=[{own}]"]
+    out, command = (
+        tmp_path / "out",
+        [
+            "--config",
+            trained.config,
+            "eval.limit=3",
+            "eval.compare=[lookup]",
+            f"eval.suites=[{own}]",
+        ],
+    )
     assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
-    assert [system["name"] for system in report["systems"]] == ["plain", str(trained.folder / "run" / "draft"), "lookup"]
+    assert [system["name"] for system in report["systems"]] == [
+        "plain",
+        str(trained.folder / "run" / "draft"),
+        "lookup",
+    ]
     check_schema(report)
     for system in report["systems"]:
         phases, memory = system["milliseconds"], system["bytes"]
-        assert abs(phases["draft"] + phases["verify"] + phases["rest"] - phases["round"]) < 0.01 and phases["verify"] > 0
-        assert memory["target_weights"] > memory["target_cache"] > 0 and memory["decode_temporaries"] > 0
-        assert (memory["draft_cache"] > 0) == (memory["draft_weights"] > 0) == (system["trained_tokens"] == 48) == ("run" in system["name"])
+        assert (
+            abs(phases["draft"] + phases["verify"] + phases["rest"] - phases["round"]) < 0.01
+            and phases["verify"] > 0
+        )
+        assert (
+            memory["target_weights"] > memory["target_cache"] > 0
+            and memory["decode_temporaries"] > 0
+        )
+        assert (
+            (memory["draft_cache"] > 0)
+            == (memory["draft_weights"] > 0)
+            == (system["trained_tokens"] == 48)
+            == ("run" in system["name"])
+        )
     assert "3/3" in printed and "texts are longer than the 48 tokens" in printed
     pictures = {path.stem for path in (out / "pictures").glob("*.png")}
     assert pictures == {"acceptance", "phases", "tree", "attention", "masks", "training"}
@@ -290,10 +445,17 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     again = json.loads((out / "report.json").read_text())
     assert again["suites"] == report["suites"]
     status, message = ended(capsys, "evaluate", *command, "decode.levels=1", "--out", str(out))
-    assert status == 1 and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here; trees." in message
+    assert (
+        status == 1
+        and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here; trees."
+        in message
+    )
     write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS[::-1])
     status, message = ended(capsys, "evaluate", *command, "--out", str(out))
-    assert status == 1 and f"answers.jsonl: was begun with other settings (prompts_sha256.{own} " in message
+    assert (
+        status == 1
+        and f"answers.jsonl: was begun with other settings (prompts_sha256.{own} " in message
+    )
 
 
 def test_answers_belong_to_a_target_and_its_tree(tmp_path):
@@ -302,10 +464,14 @@ def test_answers_belong_to_a_target_and_its_tree(tmp_path):
     found = []
     for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
         target = target_of(MARKOV, seed=seed, tokenizer=letters())
-        bench = Bench({"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8)
+        bench = Bench(
+            {"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8
+        )
         found.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
     assert [sum(one[key] != found[0][key] for key in one) for one in found] == [0, 1, 1, 0]
-    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {"lookup": "chain of 3"}
+    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {
+        "lookup": "chain of 3"
+    }
 
 
 def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
@@ -320,19 +486,30 @@ def test_evaluate_shows_a_second_draft(trained, capsys):
     first = str(trained.folder / "run" / "draft")
     second = str(trained.folder / "run" / ".." / "run" / "draft")
     assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare=[{second}]"]) == 0
-    rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines() if line.endswith("3/3")]
+    rows = [
+        line.split("  ")[0].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if line.endswith("3/3")
+    ]
     assert rows == ["plain", first, second]
 
 
 def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
-    assert run_main(generate.main, ["--config", trained.config, EVAL_QUESTIONS[2], "decode.levels=2"]) == 0
+    assert (
+        run_main(generate.main, ["--config", trained.config, EVAL_QUESTIONS[2], "decode.levels=2"])
+        == 0
+    )
     printed = capsys.readouterr().out
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
     answer = SpeculativeDecoder(target).generate([tokens], max_new_tokens=20)[0].tokens
     assert len(answer) > 3
-    assert printed.startswith(target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n")
-    assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith("token sequences equal: yes\n")
+    assert printed.startswith(
+        target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"
+    )
+    assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith(
+        "token sequences equal: yes\n"
+    )
 
 
 def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
@@ -353,17 +530,30 @@ def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
 def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
     asked = []
     right = SpeculativeDecoder.stream
-    monkeypatch.setattr(SpeculativeDecoder, "stream", lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o))
-    chatted(trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8")
+    monkeypatch.setattr(
+        SpeculativeDecoder,
+        "stream",
+        lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o),
+    )
+    chatted(
+        trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8"
+    )
     printed = capsys.readouterr().out
-    assert [[message["role"] for message in history] for history in asked] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert [[message["role"] for message in history] for history in asked] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
     assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
     with monkeypatch.context() as patch:
         patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
         assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1
-    assert "error: what was typed is not text in this terminal's encoding ('utf-8' codec" in capsys.readouterr().err
+    assert (
+        "error: what was typed is not text in this terminal's encoding ('utf-8' codec"
+        in capsys.readouterr().err
+    )
     assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3
 
 
@@ -382,15 +572,31 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
     monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
     chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])
     printed = capsys.readouterr().out
-    assert "[cut short]" in printed and "which leaves no room for an answer" in printed and printed.count("tau") == 1
+    assert (
+        "[cut short]" in printed
+        and "which leaves no room for an answer" in printed
+        and printed.count("tau") == 1
+    )
     # What was cut before its first word is forgotten: templates refuse an empty answer.
     assert calls == [["user"], ["user"], ["user", "assistant", "user"], ["user"]]
 
 
 def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp_path):
-    for name, value in {"VERIFY_ROWS": (1, 4), "LEVELS": range(1, 3), "TOPKS": (1, 2), "_CAPACITY": 128}.items():
+    for name, value in {
+        "VERIFY_ROWS": (1, 4),
+        "LEVELS": range(1, 3),
+        "TOPKS": (1, 2),
+        "_CAPACITY": 128,
+    }.items():
         monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", value)
-    files = ["--plot", str(tmp_path / "t.svg"), "--write", str(tmp_path / "t.yaml"), "--prompts", "2"]
+    files = [
+        "--plot",
+        str(tmp_path / "t.svg"),
+        "--write",
+        str(tmp_path / "t.yaml"),
+        "--prompts",
+        "2",
+    ]
     cache = f"target.cache_dir={tmp_path}"
     assert run_main(tune.main, ["--config", trained.config, cache, *files]) == 0
     printed = capsys.readouterr().out
@@ -398,7 +604,12 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
     assert "<svg" in (tmp_path / "t.svg").read_text()
     written = load_config(tmp_path / "t.yaml").decode
     assert written.tree == "dynamic"
-    assert run_main(evaluate.main, ["--config", trained.config, cache, "decode.tree=auto", "eval.limit=3"]) == 0
+    assert (
+        run_main(
+            evaluate.main, ["--config", trained.config, cache, "decode.tree=auto", "eval.limit=3"]
+        )
+        == 0
+    )
     assert "3/3" in capsys.readouterr().out
 
 
@@ -411,10 +622,19 @@ def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
 
 
 def test_more_held_out_rows_than_rows_are_refused(trained, capsys):
-    status, message = ended(capsys, "train", "--config", trained.config, "log.eval_rows=12", f"train.folder={trained.folder}/none")
+    status, message = ended(
+        capsys,
+        "train",
+        "--config",
+        trained.config,
+        "log.eval_rows=12",
+        f"train.folder={trained.folder}/none",
+    )
     assert status == 1 and message == "log.eval_rows is 12, but there are only 12 rows; lower it\n"
 
 
 def test_a_tree_of_more_nodes_than_candidates_is_refused(trained, capsys):
-    status, message = ended(capsys, "evaluate", "--config", trained.config, "decode.tree=dynamic", "decode.nodes=99")
+    status, message = ended(
+        capsys, "evaluate", "--config", trained.config, "decode.tree=dynamic", "decode.nodes=99"
+    )
     assert status == 1 and "decode.nodes is 99; 2 levels of topk 4 make 20 candidates" in message

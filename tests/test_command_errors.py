@@ -35,7 +35,10 @@ def test_help_shows_an_example(name, capsys):
 def test_no_config_is_a_usage_error(name, capsys):
     status, message = ended(capsys, name)
     assert status == 2
-    assert "arguments are required: --config" in message and f"usage: python -m beagle_jax.{name}" in message
+    assert (
+        "arguments are required: --config" in message
+        and f"usage: python -m beagle_jax.{name}" in message
+    )
     assert message.endswith("(--help shows an example)\n")
 
 
@@ -47,7 +50,12 @@ def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "name, more, status, expected",
     [
-        ("train", ["train.bach=4"], 2, "run.yaml: unknown key train.bach; did you mean train.batch?"),
+        (
+            "train",
+            ["train.bach=4"],
+            2,
+            "run.yaml: unknown key train.bach; did you mean train.batch?",
+        ),
         ("train", ["train.batch=none"], 2, "run.yaml: train.batch is 'none'; expected int"),
         ("train", ["batch"], 2, "override 'batch': expected section.key=value"),
         ("train", ["--fast"], 2, "unrecognized arguments: --fast"),
@@ -56,15 +64,55 @@ def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):
         ("tune", ["--prompts", "0"], 2, "--prompts is 0; expected at least 1"),
         ("prepare", ["--preview", "0"], 2, "--preview is 0; expected at least 1"),
         ("prepare", ["--part", "4/4"], 2, "--part is '4/4'; expected I/N, for example 0/4 to 3/4"),
-        ("prepare", ["data.states=online", "data.states_dtype=int8"], 2, "data.states: online keeps none; remove one"),
-        ("tune", ["--plot", "/no/such/folder/x.png"], 2, "--plot /no/such/folder/x.png: there is no folder"),
-        ("generate", ["Hi", "decode.temperature=-1"], 2, "decode.temperature is -1.0; expected 0 or more"),
-        ("evaluate", ["decode.top_p=0"], 2, "decode.top_p is 0.0; expected more than 0 and at most 1"),
-        ("evaluate", ["--json", "/no/such/folder/x.json"], 2, "--json /no/such/folder/x.json: there is no folder /no/such/folder"),
-        ("train", ["target.source=/no/such/model"], 1, "target.source: '/no/such/model' is neither a folder nor a .gguf file"),
+        (
+            "prepare",
+            ["data.states=online", "data.states_dtype=int8"],
+            2,
+            "data.states: online keeps none; remove one",
+        ),
+        (
+            "tune",
+            ["--plot", "/no/such/folder/x.png"],
+            2,
+            "--plot /no/such/folder/x.png: there is no folder",
+        ),
+        (
+            "generate",
+            ["Hi", "decode.temperature=-1"],
+            2,
+            "decode.temperature is -1.0; expected 0 or more",
+        ),
+        (
+            "evaluate",
+            ["decode.top_p=0"],
+            2,
+            "decode.top_p is 0.0; expected more than 0 and at most 1",
+        ),
+        (
+            "evaluate",
+            ["--json", "/no/such/folder/x.json"],
+            2,
+            "--json /no/such/folder/x.json: there is no folder /no/such/folder",
+        ),
+        (
+            "train",
+            ["target.source=/no/such/model"],
+            1,
+            "target.source: '/no/such/model' is neither a folder nor a .gguf file",
+        ),
         ("evaluate", ["eval.suites=[/no/such/file]"], 1, "'/no/such/file' is not a file or folder"),
-        ("evaluate", ["draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
-        ("generate", ["Hi", "draft.path=/no/such/draft"], 1, "/no/such/draft/config.json: no such file; train a draft first"),
+        (
+            "evaluate",
+            ["draft.path=/no/such/draft"],
+            1,
+            "/no/such/draft/config.json: no such file; train a draft first",
+        ),
+        (
+            "generate",
+            ["Hi", "draft.path=/no/such/draft"],
+            1,
+            "/no/such/draft/config.json: no such file; train a draft first",
+        ),
     ],
 )
 def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
@@ -76,43 +124,88 @@ def test_exit_status_and_message(workplace, capsys, name, more, status, expected
     "name, more, expected",
     [
         ("train", ["log.wandb=x"], "log.wandb is 'x', but wandb is not installed"),
-        ("train", ["log.tensorboard=true"], "log.tensorboard is true, but tensorboardX is not installed"),
+        (
+            "train",
+            ["log.tensorboard=true"],
+            "log.tensorboard is true, but tensorboardX is not installed",
+        ),
         ("train", ["data.source=/no/chats"], "data.source: '/no/chats' is not a file or folder"),
-        ("train", ["eval.every=2", "eval.suites=[/no/prompts]"], "eval.suites: '/no/prompts' is not a file or folder"),
+        (
+            "train",
+            ["eval.every=2", "eval.suites=[/no/prompts]"],
+            "eval.suites: '/no/prompts' is not a file or folder",
+        ),
         ("prepare", ["data.source=/no/chats"], "data.source: '/no/chats' is not a file or folder"),
         ("generate", ["Hi", "draft.path=/no/draft"], "/no/draft/config.json: no such file"),
-        ("evaluate", ["draft.path=lookup", "eval.compare=[/no/draft]"], "/no/draft/config.json: no such file"),
+        (
+            "evaluate",
+            ["draft.path=lookup", "eval.compare=[/no/draft]"],
+            "/no/draft/config.json: no such file",
+        ),
         ("tune", ["draft.path=/no/draft"], "/no/draft/config.json: no such file"),
-        ("tune", ["decode.append_predicted=false"], "decode.append_predicted is false, but tune measures trees whose deeper levels see"),
-        ("tune", ["eval.suites=[/no/prompts]"], "eval.suites: '/no/prompts' is not a file or folder"),
+        (
+            "tune",
+            ["decode.append_predicted=false"],
+            "decode.append_predicted is false, but tune measures trees whose deeper levels see",
+        ),
+        (
+            "tune",
+            ["eval.suites=[/no/prompts]"],
+            "eval.suites: '/no/prompts' is not a file or folder",
+        ),
     ],
 )
-def test_what_is_missing_is_said_before_the_target_is_loaded(workplace, capsys, monkeypatch, name, more, expected):
-    for module in (prepare_command, train_command, generate_command, evaluate_command, tune_command):
-        monkeypatch.setattr(module, "configured_target", lambda *_, **__: pytest.fail("the target was loaded"))
+def test_what_is_missing_is_said_before_the_target_is_loaded(
+    workplace, capsys, monkeypatch, name, more, expected
+):
+    for module in (
+        prepare_command,
+        train_command,
+        generate_command,
+        evaluate_command,
+        tune_command,
+    ):
+        monkeypatch.setattr(
+            module, "configured_target", lambda *_, **__: pytest.fail("the target was loaded")
+        )
     for package in ("wandb", "tensorboardX"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    status, message = ended(capsys, name, "--config", workplace.config, *more, f"data.folder={workplace.folder}/never")
+    status, message = ended(
+        capsys, name, "--config", workplace.config, *more, f"data.folder={workplace.folder}/never"
+    )
     assert status == 1 and expected in message and not (workplace.folder / "never").exists()
 
 
 def test_a_missing_config_names_one_to_start_from(capsys):
     status, message = ended(capsys, "train", "--config", "none.yaml")
-    assert status == 2 and message == "none.yaml: no such config file; configs/quickstart.yaml is one to start from\n"
+    assert (
+        status == 2
+        and message
+        == "none.yaml: no such config file; configs/quickstart.yaml is one to start from\n"
+    )
 
 
 def test_prompts_with_answers_cannot_be_evaluated(workplace, capsys):
     path = workplace.folder / "answered.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n')
-    status, message = ended(capsys, "evaluate", "--config", workplace.config, f"eval.suites=[{path}]")
-    assert status == 1 and message.startswith(f"{path}:1: the chat ends with an answer; evaluation needs prompts")
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+    )
+    status, message = ended(
+        capsys, "evaluate", "--config", workplace.config, f"eval.suites=[{path}]"
+    )
+    assert status == 1 and message.startswith(
+        f"{path}:1: the chat ends with an answer; evaluation needs prompts"
+    )
 
 
 def test_debug_keeps_the_traceback(workplace):
     with pytest.raises(UsageError, match="did you mean train.batch"):
         run_main(COMMANDS["train"], ["--debug", "--config", workplace.config, "train.bach=4"])
     with pytest.raises(UserError, match="neither a folder"):
-        run_main(COMMANDS["train"], ["--config", workplace.config, "target.source=/no/such/model", "--debug"])
+        run_main(
+            COMMANDS["train"],
+            ["--config", workplace.config, "target.source=/no/such/model", "--debug"],
+        )
 
 
 def test_interrupting_is_not_an_error(capsys):
@@ -134,8 +227,14 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (PermissionError(13, "Permission denied", "/a/place"), "error: /a/place: Permission denied; what was whole before is kept. Free some"),
-        (OSError(28, "No space left on device"), "error: a file that was being written: No space left on device; what was whole"),
+        (
+            PermissionError(13, "Permission denied", "/a/place"),
+            "error: /a/place: Permission denied; what was whole before is kept. Free some",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            "error: a file that was being written: No space left on device; what was whole",
+        ),
     ],
 )
 def test_what_the_file_system_refuses_is_one_message(capsys, error, told):
@@ -159,14 +258,19 @@ def test_other_failures_of_the_system_keep_their_traceback():
 def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
     """The command as a user starts it, from another folder than the repository."""
     command = [sys.executable, "-m", f"beagle_jax.{name}", *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent
+    )
 
 
 def test_python_m_evaluate_without_a_draft_names_the_path(workplace):
     path = str(workplace.folder / "nowhere")
     done = python_m("evaluate", "--config", workplace.config, f"draft.path={path}")
     assert done.returncode == 1
-    assert f"error: {path}/config.json: no such file; train a draft first (python -m beagle_jax.train)" in done.stderr
+    assert (
+        f"error: {path}/config.json: no such file; train a draft first (python -m beagle_jax.train)"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 

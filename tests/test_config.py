@@ -47,10 +47,24 @@ def test_empty_sections_give_the_documented_defaults(load):
         0.0,
     )
     assert (train.noise, train.noise_scale, train.seed, train.batch) == ("uniform", 0.2, 42, 16)
-    assert (train.early.learning_rate, train.early.window, train.early.simulation_steps) == (3e-5, 5, 1)
-    assert (train.late.learning_rate, train.late.window, train.late.simulation_steps) == (3e-5, 4, 4)
-    assert train.late.detach and train.late.step_weights is None and train.early.schedule == "constant"
-    assert (config.target.dtype, config.data.source, config.data.temperature) == ("float32", "self", 0.0)
+    assert (train.early.learning_rate, train.early.window, train.early.simulation_steps) == (
+        3e-5,
+        5,
+        1,
+    )
+    assert (train.late.learning_rate, train.late.window, train.late.simulation_steps) == (
+        3e-5,
+        4,
+        4,
+    )
+    assert (
+        train.late.detach and train.late.step_weights is None and train.early.schedule == "constant"
+    )
+    assert (config.target.dtype, config.data.source, config.data.temperature) == (
+        "float32",
+        "self",
+        0.0,
+    )
     assert (config.draft.path, config.draft.init_std, config.draft.hot_tokens) == (None, 0.02, 0)
     assert (config.decode.tree, config.decode.levels, config.decode.paths) == ("chain", 5, None)
     assert (config.eval.suites, config.eval.limit, config.log.every) == (("held_out",), None, 10)
@@ -59,7 +73,9 @@ def test_empty_sections_give_the_documented_defaults(load):
 def test_part_of_a_stage_keeps_that_stages_other_defaults(load):
     late = load(TARGET, "train.late.steps=7").train.late
     assert late == StageConfig(steps=7, window=4, simulation_steps=4)
-    assert load(TARGET + "train: {early: {window: 3}}").train.early == StageConfig(steps=1000, window=3)
+    assert load(TARGET + "train: {early: {window: 3}}").train.early == StageConfig(
+        steps=1000, window=3
+    )
 
 
 def test_a_config_cannot_be_changed(load):
@@ -81,10 +97,16 @@ def test_there_are_committed_files():
     [
         ("trian: {batch: 4}", "unknown key trian; did you mean train?"),
         ("train: {bach: 4}", "unknown key train.bach; did you mean train.batch?"),
-        ("train: {early: {stpes: 4}}", "unknown key train.early.stpes; did you mean train.early.steps?"),
+        (
+            "train: {early: {stpes: 4}}",
+            "unknown key train.early.stpes; did you mean train.early.steps?",
+        ),
         ("train: {erly: {steps: 4}}", "unknown key train.erly; did you mean train.early?"),
         ("draft: {zzz: 4}", "unknown key draft.zzz; valid keys: path, "),
-        ("qqq: 4", "unknown key qqq; valid keys: target, draft, data, train, mesh, decode, eval, log"),
+        (
+            "qqq: 4",
+            "unknown key qqq; valid keys: target, draft, data, train, mesh, decode, eval, log",
+        ),
         ("7: 4", "unknown key 7; valid keys: target, draft"),
     ],
 )
@@ -93,14 +115,18 @@ def test_unknown_key_names_the_nearest(load, text, message):
 
 
 def test_unknown_key_in_an_override(load):
-    assert "unknown key decode.level; did you mean decode.levels?" in refused(load, TARGET, "decode.level=3")
+    assert "unknown key decode.level; did you mean decode.levels?" in refused(
+        load, TARGET, "decode.level=3"
+    )
     assert "unknown key data.batch.size" not in refused(load, TARGET, "data.batch.size=3")
     assert "data.batch is {'size': 3}; expected int" in refused(load, TARGET, "data.batch.size=3")
 
 
 def test_missing_section_and_key(load):
     assert "target is missing" in refused(load, "train: {batch: 4}")
-    assert "target.source is missing; TargetConfig needs it" in refused(load, "target: {dtype: float32}")
+    assert "target.source is missing; TargetConfig needs it" in refused(
+        load, "target: {dtype: float32}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,14 +176,17 @@ def test_negative_is_too_small(load, key):
 
 
 def test_tau_while_training_needs_a_tree_and_measurements(load):
-    assert "eval.every is 5 and decode.tree is auto" in refused(load, TARGET, "eval.every=5", "decode.tree=auto")
+    assert "eval.every is 5 and decode.tree is auto" in refused(
+        load, TARGET, "eval.every=5", "decode.tree=auto"
+    )
     assert "eval.patience is 3, but eval.every is 0" in refused(load, TARGET, "eval.patience=3")
     load(TARGET, "eval.every=5", "eval.patience=3")
 
 
 def test_chats_kept_out_fill_a_batch(load):
-    assert "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured in whole batches" in refused(
-        load, TARGET, "log.eval_rows=3", "train.batch=4"
+    assert (
+        "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured in whole batches"
+        in refused(load, TARGET, "log.eval_rows=3", "train.batch=4")
     )
     load(TARGET, "log.eval_rows=4", "train.batch=4")
 
@@ -183,12 +212,18 @@ def test_settings_that_only_beagle_has(load, override, message):
 
 
 def test_a_dense_late_stage_simulates_as_many_steps_as_it_likes(load):
-    assert load(TARGET, "train.late.dense=true", "train.late.simulation_steps=9").train.late.window == 4
+    assert (
+        load(TARGET, "train.late.dense=true", "train.late.simulation_steps=9").train.late.window
+        == 4
+    )
 
 
 def test_a_dense_late_stage_has_no_windows(load):
     both = refused(load, TARGET, "train.late.dense=true", "train.late.multi_token=true")
-    assert "train.late.multi_token and train.late.dense are both true, but a draft that begins at every position has no window" in both
+    assert (
+        "train.late.multi_token and train.late.dense are both true, but a draft that begins at every position has no window"
+        in both
+    )
     assert load(TARGET, "train.late.multi_token=true").train.late.multi_token
 
 
@@ -198,45 +233,86 @@ def test_late_stage_in_one_word(load):
     section = "train: {late: {steps: 7, window: 6}}"
     assert steps("train: {late: none}") == steps(section, "train.late=none") == 0
     assert steps("train: {late: simulate}") == 500 and steps(section, "train.late=simulate") == 7
-    assert steps("train: {late: none}", "train.late=simulate") == 500 and steps("train: {late: none}", "train.late.steps=9") == 9
+    assert (
+        steps("train: {late: none}", "train.late=simulate") == 500
+        and steps("train: {late: none}", "train.late.steps=9") == 9
+    )
     assert load(TARGET + section, "train.late=none").train.late.window == 6
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "nan"])
 def test_a_learning_rate_must_be_a_number(load, value):
-    assert "train.late.learning_rate is " in refused(load, TARGET, f"train.late.learning_rate={value}")
+    assert "train.late.learning_rate is " in refused(
+        load, TARGET, f"train.late.learning_rate={value}"
+    )
 
 
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("draft.init=nowhere", "draft.init is 'nowhere'; expected normal, ridge or the folder of a trained draft"),
+        (
+            "draft.init=nowhere",
+            "draft.init is 'nowhere'; expected normal, ridge or the folder of a trained draft",
+        ),
         ("draft.kind=medusa", "draft.kind is 'medusa'; expected one of beagle, eagle"),
-        ("train.late=never", "train.late is 'never'; expected none, simulate or a section with the keys steps, "),
+        (
+            "train.late=never",
+            "train.late is 'never'; expected none, simulate or a section with the keys steps, ",
+        ),
         ("train.beta1=1", "train.beta1 is 1.0; expected 0 or more, and less than 1"),
         ("train.beta2=-0.1", "train.beta2 is -0.1; expected 0 or more, and less than 1"),
         ("eval.suites=[]", "eval.suites is []; expected one name or more, each once"),
-        ("eval.suites=[a, b, a]", "eval.suites is ['a', 'b', 'a']; expected one name or more, each once"),
+        (
+            "eval.suites=[a, b, a]",
+            "eval.suites is ['a', 'b', 'a']; expected one name or more, each once",
+        ),
         ("train.accumulate=0", "train.accumulate is 0; expected at least 1"),
-        ("train.accumulate=3", "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches would change nothing"),
-        ("train.early.dense=true", "train.early.dense is true; only the late stage has a dense form"),
-        ("train.early.multi_token=true", "train.early.multi_token is true; the early stage always predicts its whole window, leave it out"),
-        ("mesh.fsdp=0", "mesh.fsdp is 0; expected at least 1, or -1 for the devices that the others leave"),
-        ("mesh.tensor=-1", "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave"),
+        (
+            "train.accumulate=3",
+            "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches would change nothing",
+        ),
+        (
+            "train.early.dense=true",
+            "train.early.dense is true; only the late stage has a dense form",
+        ),
+        (
+            "train.early.multi_token=true",
+            "train.early.multi_token is true; the early stage always predicts its whole window, leave it out",
+        ),
+        (
+            "mesh.fsdp=0",
+            "mesh.fsdp is 0; expected at least 1, or -1 for the devices that the others leave",
+        ),
+        (
+            "mesh.tensor=-1",
+            "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave",
+        ),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
         ("data.answers=rewrite", "data.answers is 'rewrite'; expected one of keep, regenerate"),
         ("data.states=memory", "data.states is 'memory'; expected one of disk, online"),
-        ("data.states_dtype=int4", "data.states_dtype is 'int4'; expected one of float32, bfloat16, int8"),
+        (
+            "data.states_dtype=int4",
+            "data.states_dtype is 'int4'; expected one of float32, bfloat16, int8",
+        ),
         ("train.late.window=0", "train.late.simulation_steps is 4, more than the window 0"),
         (
             "train.late.window=3",
             "train.late.simulation_steps is 4, more than the window 3; a window of k positions has at most k",
         ),
         ("train.early.window=0", "train.early.simulation_steps is 1, more than the window 0"),
-        ("decode.temperature=1e-40", "decode.temperature is 1e-40; expected 0 (greedy), or at least 1e-06"),
-        ("data.temperature=1e-9", "data.temperature is 1e-09; expected 0 (greedy), or at least 1e-06"),
+        (
+            "decode.temperature=1e-40",
+            "decode.temperature is 1e-40; expected 0 (greedy), or at least 1e-06",
+        ),
+        (
+            "data.temperature=1e-9",
+            "data.temperature is 1e-09; expected 0 (greedy), or at least 1e-06",
+        ),
         ("train.late.simulation_steps=0", "train.late.simulation_steps is 0; expected at least 1"),
-        ("train.late.step_weights=[2, 1]", "train.late.step_weights has 2 entries, expected 4 (simulation_steps)"),
+        (
+            "train.late.step_weights=[2, 1]",
+            "train.late.step_weights has 2 entries, expected 4 (simulation_steps)",
+        ),
         (
             "train.early.simulation_steps=2",
             "train.early.simulation_steps is 2, expected 1; simulation belongs to the late stage",
@@ -248,21 +324,34 @@ def test_out_of_range_says_what_is_expected(load, override, message):
 
 
 def test_override_errors(load):
-    assert "override 'train.batch': expected section.key=value" in refused(load, TARGET, "train.batch")
-    assert "override 'train.batch=[1': the value is not valid YAML" in refused(load, TARGET, "train.batch=[1")
+    assert "override 'train.batch': expected section.key=value" in refused(
+        load, TARGET, "train.batch"
+    )
+    assert "override 'train.batch=[1': the value is not valid YAML" in refused(
+        load, TARGET, "train.batch=[1"
+    )
     assert "train must be a section" in refused(load, TARGET, "train=4")
-    assert "train.batch: train is not a section" in refused(load, TARGET + "train: 5", "train.batch=4")
+    assert "train.batch: train is not a section" in refused(
+        load, TARGET + "train: 5", "train.batch=4"
+    )
     assert "unknown key ; valid keys: target" in refused(load, TARGET, "=4")
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(load):
     text = TARGET + "train: {batch: 4, seed: 5, late: {steps: 9}}"
     config = load(text, "train.batch=8", "train.late.steps=3", "train.batch=16", " log.every = 2")
-    assert (config.train.batch, config.train.seed, config.train.late.steps, config.log.every) == (16, 5, 3, 2)
+    assert (config.train.batch, config.train.seed, config.train.late.steps, config.log.every) == (
+        16,
+        5,
+        3,
+        2,
+    )
 
 
 def test_overriding_a_section_keeps_its_other_keys(load):
-    config = load(TARGET + "train: {batch: 4, late: {steps: 9, window: 6}}", "train={late: {steps: 3}}")
+    config = load(
+        TARGET + "train: {batch: 4, late: {steps: 9, window: 6}}", "train={late: {steps: 3}}"
+    )
     assert (config.train.batch, config.train.late.steps, config.train.late.window) == (4, 3, 6)
 
 
@@ -283,7 +372,10 @@ def test_aliases_work_in_the_file_and_give_way_to_overrides(load):
 
 
 def test_lists_become_tuples(load):
-    config = load(TARGET + "decode: {tree: static, paths: [[0], [0, 1]]}", "train.late.step_weights=[4, 3.5, 2, 1]")
+    config = load(
+        TARGET + "decode: {tree: static, paths: [[0], [0, 1]]}",
+        "train.late.step_weights=[4, 3.5, 2, 1]",
+    )
     assert config.decode.paths == ((0,), (0, 1))
     assert config.train.late.step_weights == (4.0, 3.5, 2.0, 1.0)
     assert {type(weight) for weight in config.train.late.step_weights} == {float}
@@ -291,7 +383,10 @@ def test_lists_become_tuples(load):
 
 
 def test_numbers_that_yaml_reads_as_text_or_int(load):
-    config = load(TARGET + "train: {early: {learning_rate: 1e-3}, clip_norm: 1}", "train.late.learning_rate=5e-4")
+    config = load(
+        TARGET + "train: {early: {learning_rate: 1e-3}, clip_norm: 1}",
+        "train.late.learning_rate=5e-4",
+    )
     assert (config.train.early.learning_rate, config.train.late.learning_rate) == (0.001, 0.0005)
     assert type(config.train.clip_norm) is float
 
@@ -303,7 +398,8 @@ def test_null_where_it_is_allowed(load):
 
 def test_missing_file_names_one_to_start_from(tmp_path):
     with pytest.raises(
-        UsageError, match=r"none\.yaml: no such config file; configs/quickstart\.yaml is one to start from"
+        UsageError,
+        match=r"none\.yaml: no such config file; configs/quickstart\.yaml is one to start from",
     ):
         load_config(tmp_path / "none.yaml")
 
@@ -312,10 +408,19 @@ def test_missing_file_names_one_to_start_from(tmp_path):
     "content, message",
     [
         (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
-        (b"train:\n  batch: 1\n  batch: 2", r"run\.yaml: not valid YAML: the key 'batch' stands there twice.*line 3, column 3"),
-        (b"train: {batch: 1}\ntrain: {seed: 2}", r"run\.yaml: not valid YAML: the key 'train' stands there twice"),
+        (
+            b"train:\n  batch: 1\n  batch: 2",
+            r"run\.yaml: not valid YAML: the key 'batch' stands there twice.*line 3, column 3",
+        ),
+        (
+            b"train: {batch: 1}\ntrain: {seed: 2}",
+            r"run\.yaml: not valid YAML: the key 'train' stands there twice",
+        ),
         (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
-        (b"", r"run\.yaml: expected a mapping with the sections target, draft, data, train, mesh, decode, eval, log"),
+        (
+            b"",
+            r"run\.yaml: expected a mapping with the sections target, draft, data, train, mesh, decode, eval, log",
+        ),
         (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
     ],
 )

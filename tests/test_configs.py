@@ -30,7 +30,10 @@ SMALL = "configs/shapes/smollm2_135m.json"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_loads_keeps_to_its_folder_and_has_a_tree(path):
     config = load_config(path)
-    assert config.train.folder == f"runs/{path.stem}" and config.data.folder == f"runs/{path.stem}/data"
+    assert (
+        config.train.folder == f"runs/{path.stem}"
+        and config.data.folder == f"runs/{path.stem}/data"
+    )
     assert config.decode.tree == "dynamic"
     assert dynamic_tree(config.decode.levels, config.decode.topk, config.decode.nodes)
 
@@ -39,9 +42,16 @@ def test_loads_keeps_to_its_folder_and_has_a_tree(path):
 def test_paper_settings(path):
     """method.md 5.4 and 6.4."""
     train, decode = load_config(path).train, load_config(path).decode
-    stage = StageConfig(steps=42_500, learning_rate=3e-5, warmup=2000, schedule="constant", window=5)
+    stage = StageConfig(
+        steps=42_500, learning_rate=3e-5, warmup=2000, schedule="constant", window=5
+    )
     assert train.early == stage
-    assert (train.late.steps, train.late.learning_rate, train.late.warmup, train.late.simulation_steps) == (42_500, 3e-5, 2000, 4)
+    assert (
+        train.late.steps,
+        train.late.learning_rate,
+        train.late.warmup,
+        train.late.simulation_steps,
+    ) == (42_500, 3e-5, 2000, 4)
     assert (train.batch, train.row_tokens, train.optimizer, train.seed) == (16, 2048, "adamw", 42)
     assert (train.beta1, train.beta2, train.clip_norm, train.weight_decay) == (0.9, 0.95, 0.5, 0.0)
     assert (train.noise, train.noise_scale, train.vloss_weight) == ("uniform", 0.2, 10.0)
@@ -71,7 +81,9 @@ def test_shapes_have_the_published_numbers(name):
     spec = shape_of(name)
     found = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
     assert (round(parameter_count(spec) / 1e6, 6), *found) == PUBLISHED[name]
-    assert (spec.rope_scaling is not None) == (name == "llama_3_1_8b") and spec.tie_embeddings == name.startswith("smollm2")
+    assert (spec.rope_scaling is not None) == (
+        name == "llama_3_1_8b"
+    ) and spec.tie_embeddings == name.startswith("smollm2")
 
 
 def test_llama_3_1_scales_its_angles_as_published():
@@ -88,7 +100,9 @@ def test_every_shape_is_checked_and_every_config_but_the_wheel_s_has_one():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_both_stages_compile_without_weights(path, capsys, monkeypatch):
     for name in ("open_source", "download"):
-        monkeypatch.setattr(shape, name, lambda *_: pytest.fail("something of the target was fetched"))
+        monkeypatch.setattr(
+            shape, name, lambda *_: pytest.fail("something of the target was fetched")
+        )
     overrides = [] if load_config(path).target.shape else [f"target.shape={SMALL}"]
     assert run_main(plan.main, ["--config", str(path), "--json", "-", *overrides]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]

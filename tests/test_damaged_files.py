@@ -67,11 +67,19 @@ def read_gguf(folder: Path) -> dict:
     opened = GGUFFile(folder / "model.gguf")
     spec = TargetSpec.from_hf_config(opened.config(), str(folder))
     params = fill_params(spec, opened, jnp.dtype("float32"), str(folder))
-    return {"spec": spec, "eos": opened.eos_ids(), "vocabulary": opened.tokenizer().get_vocab(), **_leaves(params)}
+    return {
+        "spec": spec,
+        "eos": opened.eos_ids(),
+        "vocabulary": opened.tokenizer().get_vocab(),
+        **_leaves(params),
+    }
 
 
 def _leaves(params) -> dict:
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +87,33 @@ def sources(tmp_path_factory) -> SimpleNamespace:
     """One folder of each kind, whole."""
     root = tmp_path_factory.mktemp("whole")
     spec = DraftSpec.from_target(SPEC)
-    draft = Draft(spec, init_draft(spec, jax.random.key(0)), jnp.array([3, 1, 7], jnp.int32), {"target": "a target"})
+    draft = Draft(
+        spec,
+        init_draft(spec, jax.random.key(0)),
+        jnp.array([3, 1, 7], jnp.int32),
+        {"target": "a target"},
+    )
     save_draft(root / "draft", draft)
     eagle = EagleSpec.from_target(SPEC)
-    save_draft(root / "eagle", Draft(eagle, init_eagle(eagle, jax.random.key(0)), None, {"target": "a target"}))
+    save_draft(
+        root / "eagle",
+        Draft(eagle, init_eagle(eagle, jax.random.key(0)), None, {"target": "a target"}),
+    )
     for name in ("exported", "folder", "gguf"):
         (root / name).mkdir()
     write_torch_folder(root / "exported", draft, SPEC.vocab_size, "")
     tensors = llama_tensors()
     names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, held in shards.items():
         save_file({name: tensors[name] for name in held}, root / "folder" / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, held in shards.items() for name in held},
+    }
     (root / "folder" / "model.safetensors.index.json").write_text(json.dumps(index))
     (root / "folder" / "config.json").write_text(json.dumps(CONFIG))
     (root / "folder" / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
@@ -136,22 +158,37 @@ def outcomes(folder: Path, file: str, read: Callable[[Path], dict], cases: int, 
 def same(expected: dict, found: dict, _whole=b"", _changed=b"", where: str = "") -> None:
     assert expected.keys() == found.keys(), where
     for name, value in expected.items():
-        equal = np.array_equal(value, found[name], equal_nan=True) if isinstance(value, np.ndarray) else value == found[name]
+        equal = (
+            np.array_equal(value, found[name], equal_nan=True)
+            if isinstance(value, np.ndarray)
+            else value == found[name]
+        )
         assert equal, f"{where}: {name} changed without a word"
 
 
-def as_the_config_says(expected: dict, found: dict, _whole: bytes, changed: bytes, where: str) -> None:
+def as_the_config_says(
+    expected: dict, found: dict, _whole: bytes, changed: bytes, where: str
+) -> None:
     """The weights are the old ones, and each size and number is what stands in the file under its key."""
     same({name: value for name, value in expected.items() if name not in ("spec", "eos")},
          {name: value for name, value in found.items() if name not in ("spec", "eos")}, where=where)  # fmt: skip
     told, spec = json.loads(changed), found["spec"]
     rope = told.get("rope_parameters") or {}
-    assert spec.rope_theta == rope.get("rope_theta", 10000.0) and spec.rms_norm_eps == told.get("rms_norm_eps", 1e-6), where
-    assert spec.max_positions == told.get("max_position_embeddings", 2048) and spec.rope_scaling is None, where
-    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.hidden_size) == (4, 2, 16, 64), where
+    assert spec.rope_theta == rope.get("rope_theta", 10000.0) and spec.rms_norm_eps == told.get(
+        "rms_norm_eps", 1e-6
+    ), where
+    assert (
+        spec.max_positions == told.get("max_position_embeddings", 2048)
+        and spec.rope_scaling is None
+    ), where
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.hidden_size) == (4, 2, 16, 64), (
+        where
+    )
 
 
-def where_its_bytes_changed(expected: dict, found: dict, whole: bytes, changed: bytes, where: str) -> None:
+def where_its_bytes_changed(
+    expected: dict, found: dict, whole: bytes, changed: bytes, where: str
+) -> None:
     """Weights may differ in as many values as bytes were changed in the data; shapes, names and all else may not."""
     assert len(whole) == len(changed) and expected.keys() == found.keys(), where
     count = sum(a != b for a, b in zip(whole, changed))
@@ -160,7 +197,11 @@ def where_its_bytes_changed(expected: dict, found: dict, whole: bytes, changed: 
         if isinstance(value, np.ndarray):
             values += int((value.view(np.uint32) != found[name].view(np.uint32)).sum())
         elif name == "spec":
-            numbers = [field for field in ("rope_theta", "rms_norm_eps", "max_positions") if getattr(value, field) != getattr(found[name], field)]
+            numbers = [
+                field
+                for field in ("rope_theta", "rms_norm_eps", "max_positions")
+                if getattr(value, field) != getattr(found[name], field)
+            ]
             assert value == found[name] or len(numbers) <= count, where
     assert values <= count, f"{where}: {values} values changed for {count} bytes"
 
@@ -188,7 +229,9 @@ def anything(*_) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_damage_ends_in_our_error_or_in_what_the_bytes_say(sources, tmp_path, source, file, read, cases, judge):
+def test_damage_ends_in_our_error_or_in_what_the_bytes_say(
+    sources, tmp_path, source, file, read, cases, judge
+):
     shutil.copytree(sources / source, tmp_path / source)
     ended = outcomes(tmp_path / source, file, read, cases, judge)
     assert len(ended) == cases and ended.count("refused") >= cases / 10
@@ -220,12 +263,21 @@ def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
     whole = path.read_bytes()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     changed = bytearray(whole)
-    places = [whole.index(name.encode()) + len(name) + 4 + 16 + 4 for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight")]
+    places = [
+        whole.index(name.encode()) + len(name) + 4 + 16 + 4
+        for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight")
+    ]
     first, second = (whole[place : place + 8] for place in places)
     changed[places[0] : places[0] + 8], changed[places[1] : places[1] + 8] = second, first
-    assert tensors["blk.0.ffn_gate.weight"].n_bytes == tensors["blk.0.ffn_up.weight"].n_bytes and first != second
+    assert (
+        tensors["blk.0.ffn_gate.weight"].n_bytes == tensors["blk.0.ffn_up.weight"].n_bytes
+        and first != second
+    )
     path.write_bytes(changed)
-    with pytest.raises(UserError, match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: tensor blk.0.ffn_gate.weight should begin at"):
+    with pytest.raises(
+        UserError,
+        match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: tensor blk.0.ffn_gate.weight should begin at",
+    ):
         read_gguf(tmp_path / "gguf")
     monkeypatch.setattr(gguf_module, "check_header", lambda path: None)
     with pytest.raises(AssertionError, match="changed without a word"):
@@ -242,7 +294,10 @@ def test_a_gguf_that_promises_too_much_is_refused_at_once(sources, tmp_path, cou
         promising = whole[:]
         promising[place : place + 8] = count.to_bytes(8, "little")
         path.write_bytes(promising)
-        with pytest.raises(UserError, match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: .*\); is the file whole"):
+        with pytest.raises(
+            UserError,
+            match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: .*\); is the file whole",
+        ):
             read_gguf(tmp_path / "gguf")
 
 
@@ -257,7 +312,10 @@ def test_a_gguf_that_promises_too_much_is_refused_at_once(sources, tmp_path, cou
         ({"hidden_size": 63, "head_dim": None}, "hidden_size 63 is no multiple of 4 heads"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number above zero"),
         ({"rope_parameters": [1]}, "rope_parameters is \\[1\\], expected an object"),
-        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x', expected a number above zero"),
+        (
+            {"rope_parameters": {"rope_theta": "x"}},
+            "rope_parameters.rope_theta is 'x', expected a number above zero",
+        ),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
         ({"model_type": ["llama"]}, "model_type is \\['llama'\\], expected a name"),
     ],

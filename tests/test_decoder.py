@@ -7,7 +7,15 @@ import sys
 import numpy as np
 import pytest
 from conftest import TINY, environment
-from decode_cases import MARKOV, letters, naive_greedy, next_stop, random_draft, right_draft, target_of
+from decode_cases import (
+    MARKOV,
+    letters,
+    naive_greedy,
+    next_stop,
+    random_draft,
+    right_draft,
+    target_of,
+)
 
 from beagle_jax.decoding import decoder as decoder_module
 from beagle_jax.decoding import loop
@@ -18,8 +26,15 @@ from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import tensor_mesh
 
-STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2)])  # EAGLE's own tree is decoded in test_decoding.py
-TREES = {"plain": ROOT_ONLY, "chain": chain(2), "static": STATIC, "dynamic": dynamic_tree(2, 3, 7)}  # each level is compiled for a quarter of a second
+STATIC = static_tree(
+    [(0,), (1,), (3,), (0, 0), (1, 0), (1, 2)]
+)  # EAGLE's own tree is decoded in test_decoding.py
+TREES = {
+    "plain": ROOT_ONLY,
+    "chain": chain(2),
+    "static": STATIC,
+    "dynamic": dynamic_tree(2, 3, 7),
+}  # each level is compiled for a quarter of a second
 DRAWN = Sampling(0.8, top_k=20)
 # Draws take the same way through every tree: with none, and with the kind that is the hardest.
 EACH_TREE = pytest.mark.parametrize(
@@ -44,21 +59,34 @@ def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
     """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
-        target, draft = target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)), right_draft(0.02)
+        target, draft = (
+            target_of(MARKOV, (naive_greedy(target_of(MARKOV), [5], 3)[2],)),
+            right_draft(0.02),
+        )
     _check_batch(_decoder(TREES[tree], target, draft, context=128), sampling)  # one cache size
 
 
 def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first(monkeypatch):
     right = loop.visible_slots
-    monkeypatch.setattr(loop, "visible_slots", lambda length_B, *rest: right(length_B * 0 + length_B[:1], *rest))
+    monkeypatch.setattr(
+        loop, "visible_slots", lambda length_B, *rest: right(length_B * 0 + length_B[:1], *rest)
+    )
     with pytest.raises(AssertionError):
         _check_batch(_decoder(ROOT_ONLY, target_of(eos_ids=next_stop()), context=128), GREEDY)
 
 
 def _check_batch(decoder, sampling) -> None:
-    prompts = [[5], [7, 8, 9, 10, 11], [2, 3], list(range(60))]  # of one padded length: others are compiled in test_decoding.py
+    prompts = [
+        [5],
+        [7, 8, 9, 10, 11],
+        [2, 3],
+        list(range(60)),
+    ]  # of one padded length: others are compiled in test_decoding.py
     together = decoder.generate(prompts, sampling, max_new_tokens=24, seed=7)
-    alone = [decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0] for line, prompt in enumerate(prompts)]
+    alone = [
+        decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0]
+        for line, prompt in enumerate(prompts)
+    ]
     counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
     assert list(map(counted, together)) == list(map(counted, alone))
 
@@ -73,14 +101,21 @@ def two_hundred():
     return prompts, plain
 
 
-SMALL_TREES = {"chain": chain(2), "static": static_tree([(0,), (1,), (0, 0)]), "dynamic": dynamic_tree(2, 2, 4)}  # here running takes long
+SMALL_TREES = {
+    "chain": chain(2),
+    "static": static_tree([(0,), (1,), (0, 0)]),
+    "dynamic": dynamic_tree(2, 2, 4),
+}  # here running takes long
 
 
 def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(two_hundred):
     _check_many(two_hundred, SMALL_TREES["dynamic"], True)
 
 
-@pytest.mark.parametrize(("tree", "append_predicted"), [("chain", True), ("static", True), *((tree, False) for tree in SMALL_TREES)])
+@pytest.mark.parametrize(
+    ("tree", "append_predicted"),
+    [("chain", True), ("static", True), *((tree, False) for tree in SMALL_TREES)],
+)
 def test_forty_prompts_of_64_tokens_equal_plain_decoding(two_hundred, tree, append_predicted):
     _check_many([each[:40] for each in two_hundred], SMALL_TREES[tree], append_predicted)
 
@@ -144,7 +179,9 @@ def test_the_context_ends_an_answer():
 def test_a_stop_token_is_named():
     stop = naive_greedy(target_of(MARKOV), [5], 9)[5]
     [found] = _decoder(chain(3), target_of(MARKOV, (stop,)), right_draft()).generate([[5]])
-    assert found.stopped_by == "token" and found.tokens[-1] == stop and found.tokens.count(stop) == 1
+    assert (
+        found.stopped_by == "token" and found.tokens[-1] == stop and found.tokens.count(stop) == 1
+    )
 
 
 # Streams and chats
@@ -157,7 +194,9 @@ def test_a_stream_is_generate_in_pieces(tree, sampling):
 
 def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
     right = decoder_module.report
-    monkeypatch.setattr(decoder_module, "report", lambda state: right(state)._replace(out_BS=state.out_BS + 1))
+    monkeypatch.setattr(
+        decoder_module, "report", lambda state: right(state)._replace(out_BS=state.out_BS + 1)
+    )
     with pytest.raises(AssertionError):
         _check_stream(_decoder(ROOT_ONLY, *_lettered()), GREEDY)
 
@@ -176,7 +215,10 @@ def test_a_stream_reads_the_rounds_before_those_that_run(monkeypatch):
 
     monkeypatch.setattr(decoder_module, "decode", noted)
     monkeypatch.setattr(decoder_module, "_fetched", read)
-    assert "".join(_decoder(ROOT_ONLY, *_lettered()).stream([5, 6], max_new_tokens=40)) and len(started) > 2
+    assert (
+        "".join(_decoder(ROOT_ONLY, *_lettered()).stream([5, 6], max_new_tokens=40))
+        and len(started) > 2
+    )
 
 
 def _check_stream(decoder, sampling) -> None:
@@ -188,21 +230,39 @@ def _check_stream(decoder, sampling) -> None:
         streamed = end.value
     [whole] = decoder.generate([[5, 6]], sampling, max_new_tokens=40, seed=3)
     assert len(pieces) > 1 and "".join(pieces) == whole.text == streamed.text
-    assert (streamed.tokens, streamed.rounds, streamed.accepted) == (whole.tokens, whole.rounds, whole.accepted)
+    assert (streamed.tokens, streamed.rounds, streamed.accepted) == (
+        whole.tokens,
+        whole.rounds,
+        whole.accepted,
+    )
 
 
 def test_messages_and_plain_text_go_through_the_chat_template():
     target, draft = _lettered()
     decoder = _decoder(chain(2), target, draft)
-    chat = [{"role": "user", "content": "AB"}, {"role": "assistant", "content": "C"}, {"role": "user", "content": "D"}]
+    chat = [
+        {"role": "user", "content": "AB"},
+        {"role": "assistant", "content": "C"},
+        {"role": "user", "content": "D"},
+    ]
     told = target.tokenizer.encode("uABaCuDa", add_special_tokens=False)
-    [by_chat], [by_tokens] = decoder.generate([chat], max_new_tokens=9), decoder.generate([told], max_new_tokens=9)
+    [by_chat], [by_tokens] = (
+        decoder.generate([chat], max_new_tokens=9),
+        decoder.generate([told], max_new_tokens=9),
+    )
     assert by_chat.tokens == by_tokens.tokens
-    [by_text], [by_tokens] = decoder.generate(["AB"], max_new_tokens=9), decoder.generate([[33, 34]], max_new_tokens=9)
+    [by_text], [by_tokens] = (
+        decoder.generate(["AB"], max_new_tokens=9),
+        decoder.generate([[33, 34]], max_new_tokens=9),
+    )
     told = target.tokenizer.encode("uABa", add_special_tokens=False)
     assert by_text.tokens == decoder.generate([told], max_new_tokens=9)[0].tokens
-    with pytest.raises(UserError, match="prompt: the text of a message is not Unicode .*surrogates"):
-        decoder.generate(["caf\udce9"])  # how Python hands over a byte of a command line that is not UTF-8
+    with pytest.raises(
+        UserError, match="prompt: the text of a message is not Unicode .*surrogates"
+    ):
+        decoder.generate(
+            ["caf\udce9"]
+        )  # how Python hands over a byte of a command line that is not UTF-8
     with pytest.raises(UserError, match="prompt: the text of a message is 5; expected a string"):
         decoder.generate([[{"role": "user", "content": 5}]])
 
@@ -215,9 +275,13 @@ def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
     """Four chunks, the last one not full; rows of the batch end in different chunks."""
     monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (200, 64, 65, 3, 128)]
+    prompts = [
+        rng.integers(0, TINY.vocab_size, length).tolist() for length in (200, 64, 65, 3, 128)
+    ]
     answers = _decoder(tree).generate(prompts, max_new_tokens=12)
-    assert [answer.tokens for answer in answers] == [naive_greedy(target_of(), prompt, 12) for prompt in prompts]
+    assert [answer.tokens for answer in answers] == [
+        naive_greedy(target_of(), prompt, 12) for prompt in prompts
+    ]
 
 
 def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
@@ -227,7 +291,9 @@ def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
     )
     monkeypatch.setattr("beagle_jax.decoding.decoder.read_prompt", wrong)
     prompt = np.random.default_rng(0).integers(0, TINY.vocab_size, 200).tolist()
-    assert _decoder(chain(2)).generate([prompt], max_new_tokens=12)[0].tokens != naive_greedy(target_of(), prompt, 12)
+    assert _decoder(chain(2)).generate([prompt], max_new_tokens=12)[0].tokens != naive_greedy(
+        target_of(), prompt, 12
+    )
 
 
 # Several devices
@@ -265,7 +331,13 @@ print("equal")
 def test_a_target_over_eight_devices_writes_the_same():
     tests = os.path.dirname(__file__)
     variables = environment(8) | {"PYTHONPATH": os.path.dirname(tests)}
-    done = subprocess.run([sys.executable, "-c", _SHARDED.format(tests=tests)], env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARDED.format(tests=tests)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, NEVER, naive_greedy, next_stop, random_draft, right_draft, start, target_of
+from decode_cases import (
+    MARKOV,
+    NEVER,
+    naive_greedy,
+    next_stop,
+    random_draft,
+    right_draft,
+    start,
+    target_of,
+)
 
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
@@ -31,11 +40,18 @@ KINDS = {name: TREES[name] for name in ("chain 3", "ragged", "dynamic")}
 DRAWN = Sampling(0.4, top_k=20, top_p=0.95)
 MODES = pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 START = 5  # MARKOV: eight different tokens follow it
-PROMPTS = {"one token": [5], "short": [7, 8, 9], "a bucket": list(range(60)) + [3, 1, 4, 1], "one more": list(range(60)) + [3, 1, 4, 1, 5]}
+PROMPTS = {
+    "one token": [5],
+    "short": [7, 8, 9],
+    "a bucket": list(range(60)) + [3, 1, 4, 1],
+    "one more": list(range(60)) + [3, 1, 4, 1, 5],
+}
 
 
 def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None) -> Generation:
-    [answer] = SpeculativeDecoder(target, draft, tree, context=context).generate([prompt], max_new_tokens=limit or max_new)
+    [answer] = SpeculativeDecoder(target, draft, tree, context=context).generate(
+        [prompt], max_new_tokens=limit or max_new
+    )
     return answer
 
 
@@ -47,7 +63,9 @@ def _check_lossless(target, draft, tree, prompt, max_new=20, context=None) -> Ge
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("tree", [ROOT_ONLY, TREES["eagle"], *KINDS.values()], ids=["plain", "eagle", *KINDS])
+@pytest.mark.parametrize(
+    "tree", [ROOT_ONLY, TREES["eagle"], *KINDS.values()], ids=["plain", "eagle", *KINDS]
+)
 def test_equals_plain_decoding(tree, prompt):
     draft = random_draft() if tree.depth else None
     _check_lossless(target_of(), draft, tree, prompt, context=120)  # one cache size
@@ -57,14 +75,21 @@ def test_equals_plain_decoding(tree, prompt):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
     found = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
-    if error == 0.0 and tree not in (TREES["ragged"], TREES["dynamic"]):  # those do not always hold the best path to its end
-        assert found.accepted[-1] >= found.rounds - 1  # every round but perhaps the last goes all the way
+    if error == 0.0 and tree not in (
+        TREES["ragged"],
+        TREES["dynamic"],
+    ):  # those do not always hold the best path to its end
+        assert (
+            found.accepted[-1] >= found.rounds - 1
+        )  # every round but perhaps the last goes all the way
         assert found.rounds == -(-29 // (tree.depth + 1))
 
 
 def test_planted_bug_accepts_one_too_many(monkeypatch):
     right = loop.accept_matching
-    wrong = lambda nodes, wanted, depth: right(nodes, wanted.at[:, 0].set(nodes.token_BW[:, 1]) if depth else wanted, depth)
+    wrong = lambda nodes, wanted, depth: right(
+        nodes, wanted.at[:, 0].set(nodes.token_BW[:, 1]) if depth else wanted, depth
+    )
     monkeypatch.setattr(loop, "accept_matching", wrong)
     with pytest.raises(AssertionError):
         _check_lossless(target_of(eos_ids=next_stop()), random_draft(), chain(2), [5])
@@ -72,7 +97,9 @@ def test_planted_bug_accepts_one_too_many(monkeypatch):
 
 def test_all_drafts_rejected():
     target = target_of()
-    never = next(token for token in range(TINY.vocab_size) if token not in naive_greedy(target, [5], 20))
+    never = next(
+        token for token in range(TINY.vocab_size) if token not in naive_greedy(target, [5], 20)
+    )
     found = _check_lossless(target, random_draft(hot_ids=jnp.array([never])), chain(3), [5])
     assert found.accepted == [19, 0, 0, 0]
     assert found.tau == 1.0
@@ -85,7 +112,10 @@ def test_stop_token_anywhere_in_an_accepted_run():
     target = target_of(MARKOV, eos_ids=(9_999, stop))
     found = SpeculativeDecoder(target, right_draft(), chain(5)).generate(prompts, max_new_tokens=12)
     for place, answer in enumerate(found):
-        assert answer.tokens == naive_greedy(target, prompts[place], 12) == free[place:] and answer.stopped_by == "token"
+        assert (
+            answer.tokens == naive_greedy(target, prompts[place], 12) == free[place:]
+            and answer.stopped_by == "token"
+        )
         assert sum(answer.accepted) == answer.rounds == -(-(7 - place) // 6)
 
 
@@ -97,14 +127,22 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
         [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4)  # fmt: skip
     free = [answer.tokens for answer in ask(target_of(MARKOV), 16)]
     places = lambda token: {tokens.index(token) for tokens in free if token in tokens}
-    stop = max(range(TINY.vocab_size), key=lambda token: ({0, 1, 2} <= places(token), len(places(token))))
+    stop = max(
+        range(TINY.vocab_size), key=lambda token: ({0, 1, 2} <= places(token), len(places(token)))
+    )
     assert {0, 1, 2} < places(stop) and max(places(stop)) > tree.depth
     target = target_of(MARKOV, eos_ids=(stop,))
     for limit in (1, 2, 3, 5, 8, 16):
-        for found, plain, tokens in zip(ask(target, limit, right_draft(0.02), tree), ask(target, limit), free, strict=True):
+        for found, plain, tokens in zip(
+            ask(target, limit, right_draft(0.02), tree), ask(target, limit), free, strict=True
+        ):
             ended = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
             assert found.tokens == plain.tokens == ended[:limit]
-            assert found.stopped_by == plain.stopped_by == ("token" if found.tokens[-1] == stop else "length")
+            assert (
+                found.stopped_by
+                == plain.stopped_by
+                == ("token" if found.tokens[-1] == stop else "length")
+            )
             assert sum(found.accepted) == found.rounds <= plain.rounds == len(plain.tokens) - 1
 
 
@@ -121,10 +159,16 @@ def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
     if draft is None:
         models, draft_spec = loop.Models(target.params, None, None), None
     else:
-        models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids))
+        models = loop.Models(
+            target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids)
+        )
         draft_spec = draft.spec
     shapes = loop.Shapes(target.spec, draft_spec, tree, target.eos_ids, sampling)
-    return models, shapes, start(models, shapes, prompts, jnp.full(len(prompts), max_new, jnp.int32), capacity)
+    return (
+        models,
+        shapes,
+        start(models, shapes, prompts, jnp.full(len(prompts), max_new, jnp.int32), capacity),
+    )
 
 
 def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> loop.DecodeState:
@@ -146,7 +190,11 @@ def test_cache_exactly_full_with_drafts_accepted():
 def _never_right(sampling):
     """A draft of TINY that knows none of the answer's tokens."""
     [plain] = SpeculativeDecoder(target_of()).generate([[3, 1, 4]], sampling, max_new_tokens=11)
-    return random_draft(hot_ids=jnp.array([token for token in range(TINY.vocab_size) if token not in plain.tokens][:5]))
+    return random_draft(
+        hot_ids=jnp.array(
+            [token for token in range(TINY.vocab_size) if token not in plain.tokens][:5]
+        )
+    )
 
 
 @MODES
@@ -170,16 +218,23 @@ def test_a_draft_that_overflows_changes_no_token(monkeypatch):
         return jnp.where(jnp.argmax(columns_VM, axis=0)[None] % 2 == 1, jnp.nan, columns_VM)
 
     monkeypatch.setattr(drafting, "logit_columns", broken)
-    found = _check_lossless(target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30)
+    found = _check_lossless(
+        target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30
+    )
     assert found.rounds < 29  # of the children that are numbers some are right
 
 
 def test_logits_that_turn_infinite_on_the_way_are_named():
     free = naive_greedy(target_of(MARKOV), [START], 8)
     target = target_of(MARKOV)
-    target = dataclasses.replace(target, params={**target.params, "embed_VD": target.params["embed_VD"].at[free[5]].set(jnp.inf)})
+    target = dataclasses.replace(
+        target,
+        params={**target.params, "embed_VD": target.params["embed_VD"].at[free[5]].set(jnp.inf)},
+    )
     plain = SpeculativeDecoder(target)
-    assert plain.generate([[START]], max_new_tokens=6)[0].tokens == free[:6]  # nothing follows the last one
+    assert (
+        plain.generate([[START]], max_new_tokens=6)[0].tokens == free[:6]
+    )  # nothing follows the last one
     with pytest.raises(UserError, match="logits are not finite"):
         plain.generate([[START]], max_new_tokens=7)
 
@@ -217,7 +272,9 @@ def test_caches_are_donated_and_updated_in_place(tree, sampling):
 
 def test_planted_bug_caches_that_are_not_given_away():
     with pytest.raises(AssertionError):
-        _check_in_place(jax.jit(loop.decode.__wrapped__, static_argnames="shapes"), ROOT_ONLY, GREEDY)
+        _check_in_place(
+            jax.jit(loop.decode.__wrapped__, static_argnames="shapes"), ROOT_ONLY, GREEDY
+        )
 
 
 @lru_cache
@@ -226,15 +283,23 @@ def _check_in_place(decode, tree, sampling) -> str:
     # Heads wide enough that the scores of a tree over all slots are small beside the keys.
     spec = dataclasses.replace(TINY, head_dim=64)
     draft_spec = DraftSpec.from_target(spec)
-    draft = Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {}) if tree.depth else None
+    draft = (
+        Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {})
+        if tree.depth
+        else None
+    )
     models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8, sampling)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache)))
+    cache_bytes = sum(
+        leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache))
+    )
     compiled = decode.lower(models, shapes, state, np.int32(9)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
     compiled(models, state, np.int32(9))
-    assert state.target_cache[0].k_BKHS.is_deleted() and (draft is None or state.draft_cache.v_BKSH.is_deleted())
+    assert state.target_cache[0].k_BKHS.is_deleted() and (
+        draft is None or state.draft_cache.v_BKSH.is_deleted()
+    )
     return compiled.as_text()
 
 
@@ -261,7 +326,9 @@ def _wide_draft():
 
 def _broken_target():
     target = target_of()
-    return dataclasses.replace(target, params={**target.params, "norm_D": target.params["norm_D"].at[3].set(jnp.nan)})
+    return dataclasses.replace(
+        target, params={**target.params, "norm_D": target.params["norm_D"].at[3].set(jnp.nan)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,32 +337,100 @@ def _broken_target():
         (lambda: _generate(target_of(), random_draft(), chain(1), []), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([" "]), "the prompt is empty"),
         (lambda: SpeculativeDecoder(target_of()).generate([]), "there are no prompts"),
-        (lambda: SpeculativeDecoder(target_of()).generate("Why?"), r"takes a list of prompts, and was given one, 'Why\?'; write generate\(\[prompt\]"),
-        (lambda: SpeculativeDecoder(target_of()).generate([{"role": "user", "content": "Hi"}]), "takes a list of prompts"),
-        (lambda: SpeculativeDecoder(target_of()).generate([5, 6]), r"takes a list of prompts, and was given one, \[5, 6\]"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1, 61]]), "the prompt holds token 61, and the target's vocabulary ends at 60"),
-        (lambda: SpeculativeDecoder(target_of(), None, chain(1)), "needs a draft"),
-        (lambda: SpeculativeDecoder(target_of(), context=300), "a context of 300 tokens does not fit: the target's is 256"),
-        (lambda: SpeculativeDecoder(target_of(), random_draft(), chain(5), context=6), "a round of this tree adds up to 6"),
-        (lambda: SpeculativeDecoder(target_of(), context=5).generate([[1] * 5]), "has 5 tokens and the context ends at 5"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], max_new_tokens=0), "max_new_tokens is 0"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], stop=["x"]), "no tokenizer, so stop strings"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], stop="x"), "expected a list of strings"),
-        (lambda: next(SpeculativeDecoder(target_of()).stream([1])), "no text to stream"),
-        (lambda: SpeculativeDecoder(target_of(), _wide_draft(), chain(1)), "hidden size 64, the target's is 32"),
-        (lambda: SpeculativeDecoder(target_of(), random_draft(hot_ids=jnp.array([99])), chain(1)), "it scores token 99"),
         (
-            lambda: SpeculativeDecoder(target_of(), random_draft(hot_ids=jnp.arange(3)), dynamic_tree(2, 4, 6)),
+            lambda: SpeculativeDecoder(target_of()).generate("Why?"),
+            r"takes a list of prompts, and was given one, 'Why\?'; write generate\(\[prompt\]",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([{"role": "user", "content": "Hi"}]),
+            "takes a list of prompts",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([5, 6]),
+            r"takes a list of prompts, and was given one, \[5, 6\]",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1, 61]]),
+            "the prompt holds token 61, and the target's vocabulary ends at 60",
+        ),
+        (lambda: SpeculativeDecoder(target_of(), None, chain(1)), "needs a draft"),
+        (
+            lambda: SpeculativeDecoder(target_of(), context=300),
+            "a context of 300 tokens does not fit: the target's is 256",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of(), random_draft(), chain(5), context=6),
+            "a round of this tree adds up to 6",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of(), context=5).generate([[1] * 5]),
+            "has 5 tokens and the context ends at 5",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], max_new_tokens=0),
+            "max_new_tokens is 0",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], stop=["x"]),
+            "no tokenizer, so stop strings",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], stop="x"),
+            "expected a list of strings",
+        ),
+        (lambda: next(SpeculativeDecoder(target_of()).stream([1])), "no text to stream"),
+        (
+            lambda: SpeculativeDecoder(target_of(), _wide_draft(), chain(1)),
+            "hidden size 64, the target's is 32",
+        ),
+        (
+            lambda: SpeculativeDecoder(
+                target_of(), random_draft(hot_ids=jnp.array([99])), chain(1)
+            ),
+            "it scores token 99",
+        ),
+        (
+            lambda: SpeculativeDecoder(
+                target_of(), random_draft(hot_ids=jnp.arange(3)), dynamic_tree(2, 4, 6)
+            ),
             "keeps 4 children of a node, but the draft scores only 3",
         ),
-        (lambda: SpeculativeDecoder(target_of(), random_draft(), dynamic_tree(2, 2, 4), rule="ratio"), "is for chains"),
-        (lambda: SpeculativeDecoder(target_of(), random_draft(), chain(2), rule="ratio").generate([[1]]), "set a temperature"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(-1.0)), "temperature is -1.0"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1e-40)), "temperature is 1e-40; expected 0 .greedy. or .* at least 1e-06"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_k=-1)), "top_k is -1"),
-        (lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_p=0.0)), "top_p is 0.0"),
-        (lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]]), "logits are not finite .prompt 1 of the batch"),
-        (lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]], Sampling(1.0)), "logits are not finite .prompt 1 of the batch"),
+        (
+            lambda: SpeculativeDecoder(
+                target_of(), random_draft(), dynamic_tree(2, 2, 4), rule="ratio"
+            ),
+            "is for chains",
+        ),
+        (
+            lambda: SpeculativeDecoder(
+                target_of(), random_draft(), chain(2), rule="ratio"
+            ).generate([[1]]),
+            "set a temperature",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(-1.0)),
+            "temperature is -1.0",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1e-40)),
+            "temperature is 1e-40; expected 0 .greedy. or .* at least 1e-06",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_k=-1)),
+            "top_k is -1",
+        ),
+        (
+            lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_p=0.0)),
+            "top_p is 0.0",
+        ),
+        (
+            lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]]),
+            "logits are not finite .prompt 1 of the batch",
+        ),
+        (
+            lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]], Sampling(1.0)),
+            "logits are not finite .prompt 1 of the batch",
+        ),
     ],
 )
 def test_error_messages(call, message):

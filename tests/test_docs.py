@@ -18,7 +18,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 def commands(text: str) -> list[str]:
     """Lines of ```bash blocks and `code` that starts like a command."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.split("  #")[0].strip()
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
     sentences = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).replace("\n", " ")
     lines += re.findall(r"`((?:bash|sbatch|kubectl|python) [^`]+)`", sentences)
     return [line for line in lines if line and not line.startswith("#")]
@@ -45,7 +49,13 @@ def check_python_m(name: str, arguments: list[str], monkeypatch) -> None:
 
 def check_script(script: str, arguments: list[str]) -> None:
     """Dry-runs a launch script, and returns the `python -m` lines that it prints."""
-    done = subprocess.run(["bash", script, "--dry-run", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        ["bash", script, "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -59,12 +69,18 @@ def check(line: str, monkeypatch) -> None:
         assert importlib.util.find_spec(words[2])
     elif words[0] == "python":
         text = (ROOT / words[1]).read_text(encoding="utf-8")
-        assert [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in text] == []
+        assert [
+            word for word in words[2:] if word.startswith("--") and f'"{word}"' not in text
+        ] == []
     elif words[0] in ("bash", "sbatch") and words[-1] != ".ci/run":
-        script, *arguments = itertools.dropwhile(lambda word: word.startswith("--"), words[1:])  # sbatch's own options
+        script, *arguments = itertools.dropwhile(
+            lambda word: word.startswith("--"), words[1:]
+        )  # sbatch's own options
         check_script(script, [argument for argument in arguments if argument != "--dry-run"])
         if {"train", "evaluate"} & set(arguments):
-            first = min(arguments.index(name) for name in ("train", "evaluate") if name in arguments)
+            first = min(
+                arguments.index(name) for name in ("train", "evaluate") if name in arguments
+            )
             check_python_m(f"beagle_jax.{arguments[first]}", arguments[first + 1 :], monkeypatch)
     elif words[0] in ("source", "bash", "kubectl") or words[0].startswith(".venv"):
         paths = [word for word in words[1:] if "/" in word and not word.startswith(".venv")]
@@ -98,7 +114,16 @@ def test_a_wrong_command_is_seen(line, error, monkeypatch):
 
 def test_the_readme_has_the_commands_that_matter():
     found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    for needed in ("quickstart.sh", "test.sh", "gpu.sh", "slurm.sbatch", "tpu_pod.sh", "gke_jobset.yaml", "beagle_jax.train", "--chat"):
+    for needed in (
+        "quickstart.sh",
+        "test.sh",
+        "gpu.sh",
+        "slurm.sbatch",
+        "tpu_pod.sh",
+        "gke_jobset.yaml",
+        "beagle_jax.train",
+        "--chat",
+    ):
         assert any(needed in line for line in found), needed
 
 
@@ -111,16 +136,33 @@ def test_links_lead_to_files(page):
 def test_the_faq_answers_what_users_of_such_tools_report():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
     asked = [section.partition("\n") for section in text.split("\n## ")[1:]]
-    for subject in ("memory", "disk", "trained on", "tau", "template", "resume"):  # "trained on": masks
+    for subject in (
+        "memory",
+        "disk",
+        "trained on",
+        "tau",
+        "template",
+        "resume",
+    ):  # "trained on": masks
         [(_, _, answer)] = [one for one in asked if subject in one[0] and "GPU" not in one[0]][:1]
         assert len(answer.split()) > 30, subject
-    assert "mask" in text and len(re.findall(r"\]\(https://github.com/[\w./-]+/issues/\d+\)", text)) > 10
+    assert (
+        "mask" in text
+        and len(re.findall(r"\]\(https://github.com/[\w./-]+/issues/\d+\)", text)) > 10
+    )
 
 
 def test_sections_that_the_code_cites_are_in_the_method_page():
-    numbers = set(re.findall(r"^#+ ([\d.]+\w?)\.? ", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), re.M))
-    cited = {number for path in (ROOT / "beagle_jax").rglob("*.py")
-             for number in re.findall(r"method\.md (\d+(?:\.\d+\w?)?)", path.read_text(encoding="utf-8"))}
+    numbers = set(
+        re.findall(
+            r"^#+ ([\d.]+\w?)\.? ", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), re.M
+        )
+    )
+    cited = {
+        number
+        for path in (ROOT / "beagle_jax").rglob("*.py")
+        for number in re.findall(r"method\.md (\d+(?:\.\d+\w?)?)", path.read_text(encoding="utf-8"))
+    }
     assert cited and sorted(cited - {number.rstrip(".") for number in numbers}) == []
 
 
@@ -132,7 +174,17 @@ ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "train", "
 
 
 def test_every_module_of_the_library_is_in_the_reference_or_not_meant_to_be():
-    named = [name for page in (ROOT / "docs" / "reference").glob("*.md") for name in re.findall(r"^::: beagle_jax\.([\w.]+)$", page.read_text(), re.M)]
+    named = [
+        name
+        for page in (ROOT / "docs" / "reference").glob("*.md")
+        for name in re.findall(r"^::: beagle_jax\.([\w.]+)$", page.read_text(), re.M)
+    ]
     paths = [path.relative_to(ROOT / "beagle_jax") for path in (ROOT / "beagle_jax").rglob("*.py")]
-    modules = {".".join(path.with_suffix("").parts) for path in paths if path.name != "__init__.py" and path.parts[0] != "commands"}
-    assert len(named) == len(set(named)) and set(named) == modules - INTERNAL - ENTRY_POINTS, "name it in docs/reference, or in INTERNAL"
+    modules = {
+        ".".join(path.with_suffix("").parts)
+        for path in paths
+        if path.name != "__init__.py" and path.parts[0] != "commands"
+    }
+    assert len(named) == len(set(named)) and set(named) == modules - INTERNAL - ENTRY_POINTS, (
+        "name it in docs/reference, or in INTERNAL"
+    )

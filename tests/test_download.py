@@ -40,13 +40,26 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked[path] += 1
         name = path.removeprefix(f"/org/name/resolve/{COMMIT}/")
         if path.startswith("/api/models/org/name/revision/"):
-            return self.answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}).encode())
+            return self.answer(
+                json.dumps(
+                    {
+                        "id": "org/name",
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": name} for name in FILES],
+                    }
+                ).encode()
+            )
         if path.startswith("/api/models/org/name/tree/"):
             return self.answer(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                                            for name, content in FILES.items()]).encode())  # fmt: skip
         if name in FILES:
-            return self.answer(FILES[name], {"ETag": f'"{hashlib.sha1(FILES[name]).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        self.answer(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, status=404)
+            return self.answer(
+                FILES[name],
+                {"ETag": f'"{hashlib.sha1(FILES[name]).hexdigest()}"', "X-Repo-Commit": COMMIT},
+            )
+        self.answer(
+            b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, status=404
+        )
 
     def answer(self, content: bytes, headers: dict[str, str] | None = None, status: int = 200):
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
@@ -104,25 +117,39 @@ def test_what_a_target_needs_and_nothing_else(download):
     assert status == 0, told
     folder = Path(printed.strip())
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert folder.name == COMMIT and (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert (
+        folder.name == COMMIT
+        and (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    )
 
 
 def test_a_broken_connection_is_gone_on_with_where_it_broke(hub, download):
     half = len(FILES["model.safetensors"]) // 2
-    hub.breaks = lambda name, start, size: half if name == "model.safetensors" and start == 0 else size
+    hub.breaks = lambda name, start, size: (
+        half if name == "model.safetensors" and start == 0 else size
+    )
     status, printed, told = download()
     assert status == 0, told
     assert (Path(printed.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     first, second = [(start, end) for name, start, end in hub.sent if name == "model.safetensors"]
-    assert first == (0, half) and 0 < half - second[0] < 1 << 16 and second[1] == len(FILES["model.safetensors"])
+    assert (
+        first == (0, half)
+        and 0 < half - second[0] < 1 << 16
+        and second[1] == len(FILES["model.safetensors"])
+    )
 
 
-def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(hub, download, tmp_path):
+def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(
+    hub, download, tmp_path
+):
     hub.breaks = lambda name, start, size: start if name == "model.safetensors" else size
     status, printed, told = download()
     assert status == 1 and "Traceback" not in told and printed == ""
     assert "error: target.source: hf:org/name could not be downloaded (" in told
-    assert "check the name and the network and run again, which goes on from the files that are whole" in told
+    assert (
+        "check the name and the network and run again, which goes on from the files that are whole"
+        in told
+    )
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     hub.breaks = lambda name, start, size: size
     hub.sent.clear()

@@ -28,9 +28,19 @@ def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     rows = block.keys_values(states_BLD, jnp.arange(states_BLD.shape[1])[None])
     empty = empty_rows(1, draft.spec.num_kv_heads, 32, draft.spec.head_dim, jnp.float32)
-    cache = write_rows(empty, rows, jnp.zeros(1, jnp.int32))  # slots at and past `length` hold rows that must not show
+    cache = write_rows(
+        empty, rows, jnp.zeros(1, jnp.int32)
+    )  # slots at and past `length` hold rows that must not show
     return draft_tree(
-        draft.params, draft.spec, tree, embed_VD, DraftHead(embed_VD, None), cache, length[None], jnp.array([root]), **options
+        draft.params,
+        draft.spec,
+        tree,
+        embed_VD,
+        DraftHead(embed_VD, None),
+        cache,
+        length[None],
+        jnp.array([root]),
+        **options,
     )
 
 
@@ -47,7 +57,9 @@ def _both_ways(steps: int, plant: str = ""):
     def both(states_BLD, length):
         drafted = _draft(draft, embed_VD, states_BLD, length, 7, chain(steps))
         # Training sees the text that the draft itself proposed, in a window that starts at the root.
-        tokens = jax.lax.dynamic_update_slice(jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length))
+        tokens = jax.lax.dynamic_update_slice(
+            jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length)
+        )
         return drafted.state_BQD, late_states(
             draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([[LENGTH + 6]]), jnp.array([[0]]), window=steps, steps=steps,
             offset=length % steps, detach=True,
@@ -61,7 +73,9 @@ def _compare_with_training(length: int, steps: int, plant: str = "") -> None:
     state_BQD, late = _both_ways(steps, plant)(states_BLD, jnp.int32(length))
     window = length // steps
     assert late.query_BUJ[0, window].tolist() == list(range(length, length + steps))
-    np.testing.assert_allclose(state_BQD[0], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BQD).max()))
+    np.testing.assert_allclose(
+        state_BQD[0], late.state_BUJD[0, window], atol=1e-5 * float(jnp.abs(state_BQD).max())
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
@@ -74,7 +88,10 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
     right = drafting.BeagleBlock.keys_values
     wrong = lambda self, h, at: right(self, h, at + (h.shape[1] == 1))
     monkeypatch.setattr(drafting.BeagleBlock, "keys_values", wrong)
-    monkeypatch.setattr("beagle_jax.training.late.BeagleBlock", type("Right", (BeagleBlock,), {"keys_values": right}))
+    monkeypatch.setattr(
+        "beagle_jax.training.late.BeagleBlock",
+        type("Right", (BeagleBlock,), {"keys_values": right}),
+    )
     with pytest.raises(AssertionError):
         _compare_with_training(5, 3, "late")
 
@@ -91,7 +108,11 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]
-    run = jax.jit(lambda states_BLD, length: _draft(draft, embed_VD, states_BLD, length, 7, tree, append_predicted=append_predicted))
+    run = jax.jit(
+        lambda states_BLD, length: _draft(
+            draft, embed_VD, states_BLD, length, 7, tree, append_predicted=append_predicted
+        )
+    )
     drafted, seen = jax.device_get(run(states_BLD, jnp.int32(LENGTH))), []
     true_LD, table_VD = np.asarray(states_BLD[0]), np.asarray(embed_VD)
     for query, sees_Q in enumerate(drafted.query_sees_BQQ[0]):
@@ -102,7 +123,9 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
         if not append_predicted:
             mask = mask & (np.arange(len(memory_SD)) < LENGTH)[None]
         alone = _alone(draft.params, draft.spec, e_SD[None], memory_SD[None], mask[None])[0, -1]
-        np.testing.assert_allclose(drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max()))
+        np.testing.assert_allclose(
+            drafted.state_BQD[0, query], alone, atol=1e-5 * float(jnp.abs(alone).max())
+        )
         seen.append(len(path))
     assert max(seen) == tree.depth
 
@@ -113,7 +136,12 @@ def _rows_of_text(params, spec, draft_params, text_BL):
     B, L = text_BL.shape
     positions_BL = jnp.arange(L)[None]
     states_BLD, rows = forward(params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))
-    return [BeagleBlock(DraftSpec.from_target(spec)).bind({"params": draft_params}).keys_values(states_BLD, positions_BL), *rows]
+    return [
+        BeagleBlock(DraftSpec.from_target(spec))
+        .bind({"params": draft_params})
+        .keys_values(states_BLD, positions_BL),
+        *rows,
+    ]
 
 
 def compare_caches(spec, draft, tree, rounds=4, eos_ids=NEVER) -> None:
@@ -124,15 +152,23 @@ def compare_caches(spec, draft, tree, rounds=4, eos_ids=NEVER) -> None:
     state = start(models, shapes, [prompt], limit, 64)
     state = loop.decode(models, shapes, state, np.int32(rounds))[0]
     cached = int(state.length_B[0])
-    text = jnp.array([prompt + state.out_BS[0].tolist()])[:, :64]  # tokens past those cached are garbage, and later
+    text = jnp.array([prompt + state.out_BS[0].tolist()])[
+        :, :64
+    ]  # tokens past those cached are garbage, and later
     assert cached == len(prompt) + int(state.count_B[0]) - 1 > len(prompt) + rounds - 1
     rows = _rows_of_text(target.params, spec, draft.params, text)
     for cache, right in zip([state.draft_cache, *state.target_cache], rows, strict=True):
-        np.testing.assert_allclose(cache.k_BKHS[..., :cached], right.k_BKHS[..., :cached], atol=1e-4)
-        np.testing.assert_allclose(cache.v_BKSH[:, :, :cached], right.v_BKSH[:, :, :cached], atol=1e-4)
+        np.testing.assert_allclose(
+            cache.k_BKHS[..., :cached], right.k_BKHS[..., :cached], atol=1e-4
+        )
+        np.testing.assert_allclose(
+            cache.v_BKSH[:, :, :cached], right.v_BKSH[:, :, :cached], atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("tree", [chain(3), TREE, dynamic_tree(3, 3, 7)], ids=["chain", "static", "dynamic"])
+@pytest.mark.parametrize(
+    "tree", [chain(3), TREE, dynamic_tree(3, 3, 7)], ids=["chain", "static", "dynamic"]
+)
 @pytest.mark.parametrize("case", ["rejecting", "accepting"])
 def test_caches_hold_true_states_only(case, tree):
     if case == "rejecting":

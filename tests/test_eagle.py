@@ -15,8 +15,17 @@ from beagle_jax.model.layers import RopeScaling, merge_attention, partial_attent
 from beagle_jax.model.masks import causal_mask
 
 LLAMA = dict(hidden_size=4096, num_heads=32, head_dim=128)
-LLAMA_2_7B = EagleSpec(**LLAMA, intermediate_size=11008, num_kv_heads=32, rope_theta=1e4, rms_norm_eps=1e-6)
-LLAMA_3_8B = EagleSpec(**LLAMA, intermediate_size=14336, num_kv_heads=8, rope_theta=5e5, rms_norm_eps=1e-5, fc_bias=False)
+LLAMA_2_7B = EagleSpec(
+    **LLAMA, intermediate_size=11008, num_kv_heads=32, rope_theta=1e4, rms_norm_eps=1e-6
+)
+LLAMA_3_8B = EagleSpec(
+    **LLAMA,
+    intermediate_size=14336,
+    num_kv_heads=8,
+    rope_theta=5e5,
+    rms_norm_eps=1e-5,
+    fc_bias=False,
+)
 SPEC = replace(EagleSpec.from_target(TINY, init_std=0.2), rope_scaling=RopeScaling(2.0))
 ROW = 8
 
@@ -36,24 +45,35 @@ def test_initial_vectors():
 
 def reference(params, spec: EagleSpec, e_LD, h_LD) -> torch.Tensor:
     """Predicted states [L, D] by position, in float64: row i is that of position i; row 0, which nothing predicts, is zero."""
-    w = {name: torch.tensor(np.asarray(array), dtype=torch.float64) for name, array in params.items()}
+    w = {
+        name: torch.tensor(np.asarray(array), dtype=torch.float64) for name, array in params.items()
+    }
     e_LD, h_LD = torch.tensor(e_LD).double(), torch.tensor(h_LD).double()
     H, G = spec.head_dim, spec.num_heads // spec.num_kv_heads
     turn = lambda x, place: torch.view_as_real(torch.view_as_complex(torch.stack([x[: H // 2], x[H // 2 :]], -1)) * torch.polar(
         torch.ones(H // 2).double(), place / 2.0 / spec.rope_theta ** (torch.arange(H // 2).double() / (H // 2)))).T.reshape(-1)  # fmt: skip
     # The state at position p, and the token that was chosen after seeing it.
-    fused = [w["fc"] @ torch.cat([e_LD[p + 1], h_LD[p]]) + w["fc_bias"] for p in range(len(e_LD) - 1)]
+    fused = [
+        w["fc"] @ torch.cat([e_LD[p + 1], h_LD[p]]) + w["fc_bias"] for p in range(len(e_LD) - 1)
+    ]
     out = torch.zeros_like(h_LD)
     for p, f in enumerate(fused):
         heads = []
         for n in range(spec.num_heads):
             rows = slice(n // G * H, (n // G + 1) * H)
             q = turn(w["q_proj"][n * H : (n + 1) * H] @ f, p)
-            score = torch.stack([q @ turn(w["k_proj"][rows] @ fused[s], s) for s in range(p + 1)]) / H**0.5
-            heads.append(score.softmax(0) @ torch.stack([w["v_proj"][rows] @ fused[s] for s in range(p + 1)]))
+            score = (
+                torch.stack([q @ turn(w["k_proj"][rows] @ fused[s], s) for s in range(p + 1)])
+                / H**0.5
+            )
+            heads.append(
+                score.softmax(0) @ torch.stack([w["v_proj"][rows] @ fused[s] for s in range(p + 1)])
+            )
         y = f + w["o_proj"] @ torch.cat(heads)
         z = y / torch.sqrt((y**2).mean() + spec.rms_norm_eps) * w["post_attention_layernorm"]
-        out[p + 1] = y + w["down_proj"] @ (torch.nn.functional.silu(w["gate_proj"] @ z) * (w["up_proj"] @ z))
+        out[p + 1] = y + w["down_proj"] @ (
+            torch.nn.functional.silu(w["gate_proj"] @ z) * (w["up_proj"] @ z)
+        )
     return out
 
 
@@ -68,7 +88,9 @@ def case():
 
 def run(params, e_LD, h_LD, mask_BTT=None, spec=SPEC):
     mask_BTT = causal_mask(jnp.array([ROW - 1]), ROW - 1) if mask_BTT is None else mask_BTT
-    return EagleBlock(spec).apply({"params": params}, e_LD[None], h_LD[None], mask_BTT, method="row")[0]
+    return EagleBlock(spec).apply(
+        {"params": params}, e_LD[None], h_LD[None], mask_BTT, method="row"
+    )[0]
 
 
 def test_entry_j_predicts_the_state_at_j_plus_1(case):
@@ -76,7 +98,18 @@ def test_entry_j_predicts_the_state_at_j_plus_1(case):
     np.testing.assert_allclose(run(params, e_LD, h_LD), expected[1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bug", ["no shift", "state first", "own entry hidden", "input norm", "no bias", "no scaling", "later token seen"])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "no shift",
+        "state first",
+        "own entry hidden",
+        "input norm",
+        "no bias",
+        "no scaling",
+        "later token seen",
+    ],
+)
 def test_planted_bugs(case, bug):
     params, e_LD, h_LD, expected = case
     mask_BTT, spec = causal_mask(jnp.array([ROW - 1]), ROW - 1), SPEC
@@ -87,15 +120,23 @@ def test_planted_bugs(case, bug):
     elif bug == "own entry hidden":
         mask_BTT = mask_BTT & ~jnp.eye(ROW - 1, dtype=bool)[None]
     elif bug == "input norm":
-        spec, params = replace(SPEC, input_norm=True), {**params, "input_layernorm": jnp.ones(SPEC.hidden_size)}
+        spec, params = (
+            replace(SPEC, input_norm=True),
+            {**params, "input_layernorm": jnp.ones(SPEC.hidden_size)},
+        )
     elif bug == "no bias":
-        spec, params = replace(SPEC, fc_bias=False), {name: array for name, array in params.items() if name != "fc_bias"}
+        spec, params = (
+            replace(SPEC, fc_bias=False),
+            {name: array for name, array in params.items() if name != "fc_bias"},
+        )
     elif bug == "no scaling":
         spec = replace(SPEC, rope_scaling=None)
     else:
         mask_BTT = jnp.ones_like(mask_BTT)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(run(params, e_LD, h_LD, mask_BTT, spec), expected[1:], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            run(params, e_LD, h_LD, mask_BTT, spec), expected[1:], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_only_the_rows_that_may_change_do(case):
@@ -118,7 +159,10 @@ def check_parts(case, late: int = 0, merged=merge_attention) -> None:
     at = jnp.full((1, 1), last + late)
     own = block.keys_values(f_BTD[:, last:], at)
     q_BKGTH = block.queries(f_BTD[:, last:], at)
-    state_BTD = block.predict(f_BTD[:, last:], merged(partial_attention(q_BKGTH, *cached, True), partial_attention(q_BKGTH, *own, True)))
+    state_BTD = block.predict(
+        f_BTD[:, last:],
+        merged(partial_attention(q_BKGTH, *cached, True), partial_attention(q_BKGTH, *own, True)),
+    )
     np.testing.assert_allclose(state_BTD[0, 0], expected[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -126,11 +170,17 @@ def test_drafting_from_parts_equals_the_row(case):
     check_parts(case)
 
 
-@pytest.mark.parametrize("bug", [{"late": 1}, {"merged": lambda cached, own: merge_attention(cached, cached)}], ids=["late", "itself unseen"])
+@pytest.mark.parametrize(
+    "bug",
+    [{"late": 1}, {"merged": lambda cached, own: merge_attention(cached, cached)}],
+    ids=["late", "itself unseen"],
+)
 def test_planted_bugs_of_the_parts(case, bug):
     with pytest.raises(AssertionError):
         check_parts(case, **bug)
 
 
 def test_the_beagle_block_is_another(tiny_draft_spec):
-    assert tiny_draft_spec.kind != SPEC.kind and tiny_draft_spec == DraftSpec.from_target(TINY, init_std=0.3)
+    assert tiny_draft_spec.kind != SPEC.kind and tiny_draft_spec == DraftSpec.from_target(
+        TINY, init_std=0.3
+    )

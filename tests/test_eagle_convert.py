@@ -33,14 +33,20 @@ def place(tmp_path_factory):
     hot_ids = jnp.asarray(np.random.default_rng(0).permutation(300)[:220], jnp.int32)
     for name, ids, more in (("whole", None, bias), ("hot", hot_ids, {})):
         spec = replace(spec, fc_bias=bool(more), rope_scaling=SCALINGS[name])
-        held = {key: value for key, value in {**params, **small, "fc": fc, **more}.items() if key in spec.param_shapes()}
+        held = {
+            key: value
+            for key, value in {**params, **small, "fc": fc, **more}.items()
+            if key in spec.param_shapes()
+        }
         save_draft(place.folder / f"eagle-{name}", Draft(spec, held, ids, PROVENANCE))
         assert to_torch(place, f"eagle-{name}", place.folder / f"eagle-{name}-torch") == 0
     return place
 
 
 def drafts(place, name: str):
-    return load_draft(place.folder / f"eagle-{name}", place.target.spec), torch_draft(place.folder / f"eagle-{name}-torch")
+    return load_draft(place.folder / f"eagle-{name}", place.target.spec), torch_draft(
+        place.folder / f"eagle-{name}-torch"
+    )
 
 
 @pytest.mark.parametrize("name", ["whole", "hot"])
@@ -49,37 +55,64 @@ def test_torch_predicts_the_states_of_jax(place, name):
     e_BLD, h_BLD = np.random.default_rng(5).standard_normal((2, 2, 12, 32), np.float32)
     mask_BTT = np.array(causal_mask(jnp.array([11, 11]), 11))
     mask_BTT[0, 7, 2:5] = False
-    expected = EagleBlock(draft.spec).apply({"params": draft.params}, e_BLD, h_BLD, jnp.asarray(mask_BTT), method="row")
+    expected = EagleBlock(draft.spec).apply(
+        {"params": draft.params}, e_BLD, h_BLD, jnp.asarray(mask_BTT), method="row"
+    )
     with torch.no_grad():
         found = module(*map(torch.from_numpy, (e_BLD, h_BLD, mask_BTT)))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "tree"), [("whole", "chain"), ("whole", "static"), ("hot", "static")])
+@pytest.mark.parametrize(
+    ("name", "tree"), [("whole", "chain"), ("whole", "static"), ("hot", "static")]
+)
 def test_torch_writes_what_jax_and_plain_decoding_write(place, name, tree):
     (draft, module), (shape, options) = drafts(place, name), TREES[tree]
     fast = SpeculativeDecoder(place.target, draft, shape)
     for prompt in PROMPTS:
         found = module.generate(place.model, torch.tensor([prompt]), max_new_tokens=40, **options)
-        [jax_answer], [plain] = (decoder.generate([prompt], max_new_tokens=40) for decoder in (fast, place.plain))
+        [jax_answer], [plain] = (
+            decoder.generate([prompt], max_new_tokens=40) for decoder in (fast, place.plain)
+        )
         assert found.sequences[0].tolist() == prompt + jax_answer.tokens == prompt + plain.tokens
         assert found.rounds == jax_answer.rounds < len(plain.tokens) - 1
-        assert sum(jax_answer.accepted[1:]) > 1, "the draft must be right sometimes, else acceptance is not tested"
+        assert sum(jax_answer.accepted[1:]) > 1, (
+            "the draft must be right sometimes, else acceptance is not tested"
+        )
 
 
 @pytest.mark.parametrize("bug", ["its own row unseen", "a state too old", "another parent"])
 def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
     """Planted bugs: the answer stays right, its rounds do not."""
     draft, module = drafts(place, "whole")
-    ask = lambda: [module.generate(place.model, torch.tensor([prompt]), max_new_tokens=60, paths=PATHS) for prompt in PROMPTS]
+    ask = lambda: [
+        module.generate(place.model, torch.tensor([prompt]), max_new_tokens=60, paths=PATHS)
+        for prompt in PROMPTS
+    ]
     before, kind = ask(), type(module)
     right = kind.fuse
     if bug == "its own row unseen":
-        monkeypatch.setattr(kind, "keys_values", lambda self, x, at, old=kind.keys_values: old(self, -5 * x, at) if x.shape[1] < 4 else old(self, x, at))
+        monkeypatch.setattr(
+            kind,
+            "keys_values",
+            lambda self, x, at, old=kind.keys_values: (
+                old(self, -5 * x, at) if x.shape[1] < 4 else old(self, x, at)
+            ),
+        )
     elif bug == "a state too old":
-        monkeypatch.setattr(kind, "fuse", lambda self, e, h: right(self, e, 20 * h.roll(1, dims=1) if h.shape[1] > 4 else -20 * h))
+        monkeypatch.setattr(
+            kind,
+            "fuse",
+            lambda self, e, h: right(
+                self, e, 20 * h.roll(1, dims=1) if h.shape[1] > 4 else -20 * h
+            ),
+        )
     else:
-        monkeypatch.setattr(kind, "fuse", lambda self, e, h: right(self, e, -30 * h.flip(1) if 1 < h.shape[1] < 4 else h))
+        monkeypatch.setattr(
+            kind,
+            "fuse",
+            lambda self, e, h: right(self, e, -30 * h.flip(1) if 1 < h.shape[1] < 4 else h),
+        )
     after = ask()
     assert all(torch.equal(one.sequences, two.sequences) for one, two in zip(before, after))
     assert [one.rounds for one in before] != [two.rounds for two in after]
@@ -89,7 +122,9 @@ def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
 def test_back_again_it_is_the_same_draft(place, tmp_path, name):
     assert from_torch(place, place.folder / f"eagle-{name}-torch", tmp_path / "back") == 0
     for file in ("config.json", "model.safetensors"):
-        assert (tmp_path / "back" / file).read_bytes() == (place.folder / f"eagle-{name}" / file).read_bytes()
+        assert (tmp_path / "back" / file).read_bytes() == (
+            place.folder / f"eagle-{name}" / file
+        ).read_bytes()
 
 
 def test_the_folder_says_what_it_is(place):
@@ -97,22 +132,38 @@ def test_the_folder_says_what_it_is(place):
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md", "config.json", "model.safetensors", "modeling_beagle.py", "modeling_eagle.py"
     ]  # fmt: skip
-    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
-    assert (config["model_type"], config["fc_bias"], config["frequency_scaling"]) == ("eagle_draft_torch", False, [2.0, 1.0, 1.0, None])
-    assert "# An EAGLE draft for `a tiny one`" in card and "`modeling_eagle.py` and `modeling_beagle.py` are Apache-2.0" in card
+    config, card = (
+        json.loads((folder / "config.json").read_text()),
+        (folder / "README.md").read_text(),
+    )
+    assert (config["model_type"], config["fc_bias"], config["frequency_scaling"]) == (
+        "eagle_draft_torch",
+        False,
+        [2.0, 1.0, 1.0, None],
+    )
+    assert (
+        "# An EAGLE draft for `a tiny one`" in card
+        and "`modeling_eagle.py` and `modeling_beagle.py` are Apache-2.0" in card
+    )
     assert "beagle_jax" not in (folder / "modeling_eagle.py").read_text()
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("[e_BTD, h_BTD]", "[h_BTD, e_BTD]"), ("positions_T[None] <= positions_T", "positions_T[None] < positions_T"), ("+ kept_H * plain_H", "")],
+    [
+        ("[e_BTD, h_BTD]", "[h_BTD, e_BTD]"),
+        ("positions_T[None] <= positions_T", "positions_T[None] < positions_T"),
+        ("+ kept_H * plain_H", ""),
+    ],
     ids=["state first", "own entry hidden", "no scaling"],
 )
 def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, old, new):
     right = torch_export.module_source
     assert old in right("modeling_eagle")
     monkeypatch.setattr(torch_export, "module_source", lambda name: right(name).replace(old, new))
-    assert "does not compute what the JAX block computes: states by" in refused(capsys, to_torch(place, "eagle-whole", tmp_path / "out"))
+    assert "does not compute what the JAX block computes: states by" in refused(
+        capsys, to_torch(place, "eagle-whole", tmp_path / "out")
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -122,7 +173,10 @@ def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, ol
         ({"hidden_size": 64}, "belongs to another target (hidden_size 64 there, 32 here)"),
         ({"vocab_size": 301}, "belongs to another target (vocab_size 301 there, 300 here)"),
         ({"fc_bias": False}, "extra tensor fc.bias"),
-        ({"rope_theta": 5.0}, "settings and tensors are not those that config.json was written with"),
+        (
+            {"rope_theta": 5.0},
+            "settings and tensors are not those that config.json was written with",
+        ),
         ({"frequency_scaling": "linear"}, "rope_scaling is 'linear'; expected the numbers factor"),
         ({"model_type": "eagle_draft"}, "this is a native draft already; set draft.path to it"),
     ],
@@ -132,6 +186,8 @@ def test_folders_that_do_not_fit(place, tmp_path, capsys, changes, expected):
     folder.mkdir()
     whole = place.folder / "eagle-whole-torch"
     (folder / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
-    (folder / "config.json").write_text(json.dumps(json.loads((whole / "config.json").read_text()) | changes))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((whole / "config.json").read_text()) | changes)
+    )
     assert expected in refused(capsys, from_torch(place, folder, tmp_path / "back"))
     assert not (tmp_path / "back").exists()

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, letters, naive_greedy, next_stop, random_eagle, right_eagle, start, target_of
+from decode_cases import (
+    MARKOV,
+    letters,
+    naive_greedy,
+    next_stop,
+    random_eagle,
+    right_eagle,
+    start,
+    target_of,
+)
 
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
@@ -34,25 +43,54 @@ DRAWN = Sampling(0.4, top_k=20, top_p=0.95)
 
 @pytest.mark.parametrize(
     ("tree", "case", "append_predicted"),
-    [("chain", "accepting", True), ("static", "rejecting", True), ("dynamic", "rejecting", True), ("dynamic", "accepting", True),
-     ("dynamic", "accepting", False)],
+    [
+        ("chain", "accepting", True),
+        ("static", "rejecting", True),
+        ("dynamic", "rejecting", True),
+        ("dynamic", "accepting", True),
+        ("dynamic", "accepting", False),
+    ],
 )
 def test_equals_plain_decoding(tree, case, append_predicted):
-    target, draft = (target_of(), random_eagle(hot_ids=HOT)) if case == "rejecting" else (target_of(MARKOV), right_eagle(0.03))
-    answers = SpeculativeDecoder(target, draft, TREES[tree], append_predicted=append_predicted).generate(PROMPTS, max_new_tokens=20)
-    assert [answer.tokens for answer in answers] == [naive_greedy(target, prompt, 20) for prompt in PROMPTS]
+    target, draft = (
+        (target_of(), random_eagle(hot_ids=HOT))
+        if case == "rejecting"
+        else (target_of(MARKOV), right_eagle(0.03))
+    )
+    answers = SpeculativeDecoder(
+        target, draft, TREES[tree], append_predicted=append_predicted
+    ).generate(PROMPTS, max_new_tokens=20)
+    assert [answer.tokens for answer in answers] == [
+        naive_greedy(target, prompt, 20) for prompt in PROMPTS
+    ]
     if case == "accepting":
-        assert sum(answer.rounds for answer in answers) < 32 and all(answer.accepted[0] for answer in answers)
+        assert sum(answer.rounds for answer in answers) < 32 and all(
+            answer.accepted[0] for answer in answers
+        )
 
 
 def test_a_right_draft_goes_all_the_way_in_every_round():
-    for prompt, found in zip(PROMPTS, SpeculativeDecoder(target_of(MARKOV), right_eagle(), chain(3)).generate(PROMPTS, max_new_tokens=21), strict=True):
-        assert found.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and found.accepted == [0, 0, 0, 5]
+    for prompt, found in zip(
+        PROMPTS,
+        SpeculativeDecoder(target_of(MARKOV), right_eagle(), chain(3)).generate(
+            PROMPTS, max_new_tokens=21
+        ),
+        strict=True,
+    ):
+        assert found.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and found.accepted == [
+            0,
+            0,
+            0,
+            5,
+        ]
 
 
 def test_draws_and_streams_are_those_of_plain_decoding():
     target = target_of(MARKOV, tokenizer=letters())
-    fast, plain = SpeculativeDecoder(target, right_eagle(0.03), TREES["dynamic"]), SpeculativeDecoder(target)
+    fast, plain = (
+        SpeculativeDecoder(target, right_eagle(0.03), TREES["dynamic"]),
+        SpeculativeDecoder(target),
+    )
     ask = lambda decoder: decoder.generate([[5, 6]], DRAWN, max_new_tokens=30, seed=3)[0]
     assert ask(fast).tokens == ask(plain).tokens and ask(fast).rounds < ask(plain).rounds
     assert "".join(fast.stream([5, 6], DRAWN, max_new_tokens=30, seed=3)) == ask(plain).text
@@ -66,14 +104,21 @@ def decoded(spec, draft, tree, rounds, append_predicted=True):
     target = target_of(spec)
     decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
     shapes, state = decoder._prefill(PROMPTS, GREEDY, 40, 0)
-    return target, decoder._models, shapes, loop.decode(decoder._models, shapes, state, np.int32(rounds))[0]
+    return (
+        target,
+        decoder._models,
+        shapes,
+        loop.decode(decoder._models, shapes, state, np.int32(rounds))[0],
+    )
 
 
 @partial(jax.jit, static_argnums=0)
 def true_rows(spec, params, e_LD, h_LD):
     """Rows of all entries of a text, by hand: each state and the embedding after it."""
     block = EagleBlock(spec).bind({"params": params})
-    return block.keys_values(block.fuse(e_LD[None, 1:], h_LD[None, :-1]), jnp.arange(len(e_LD) - 1)[None])
+    return block.keys_values(
+        block.fuse(e_LD[None, 1:], h_LD[None, :-1]), jnp.arange(len(e_LD) - 1)[None]
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -81,14 +126,20 @@ def row_states(spec, params, e_QLD, h_QLD, mask_QTT):
     return EagleBlock(spec).apply({"params": params}, e_QLD, h_QLD, mask_QTT, method="row")
 
 
-def check_known(spec, params, target, state, line: int, text: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def check_known(
+    spec, params, target, state, line: int, text: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """What a state holds of a text whose last token is the root, against all of it read at once: embeddings and true states of it."""
     n = len(text) - 1
     h_LD = np.asarray(forced_states(target, text))
     e_LD = np.asarray(target.params["embed_VD"])[[*text, *[0] * (len(h_LD) - n - 1)]]
     rows = true_rows(spec, params, e_LD, h_LD)
-    np.testing.assert_allclose(state.draft_cache.k_BKHS[line, ..., :n], rows.k_BKHS[0, ..., :n], atol=1e-4)
-    np.testing.assert_allclose(state.draft_cache.v_BKSH[line, :, :n], rows.v_BKSH[0, :, :n], atol=1e-4)
+    np.testing.assert_allclose(
+        state.draft_cache.k_BKHS[line, ..., :n], rows.k_BKHS[0, ..., :n], atol=1e-4
+    )
+    np.testing.assert_allclose(
+        state.draft_cache.v_BKSH[line, :, :n], rows.v_BKSH[0, :, :n], atol=1e-4
+    )
     np.testing.assert_allclose(state.last_B1D[line, 0], h_LD[n - 1], atol=1e-4)
     return e_LD, h_LD
 
@@ -107,31 +158,55 @@ def check_drafted(target, models, shapes, state, propose=_propose) -> None:
         # One row for each query: the text, then the tokens of its path, with the states that were predicted for them.
         sees_QQ, Q, L = drafted.query_sees_BQQ[line], drafted.state_BQD.shape[1], len(h_LD)
         e_QLD, h_QLD = np.zeros((2, Q, L, TINY.hidden_size), np.float32)
-        e_QLD[:, : n + 1], h_QLD[:, :n], mask_QTT = embed_VD[text], h_LD[:n], np.tile(np.tri(L - 1, dtype=bool), (Q, 1, 1))
+        e_QLD[:, : n + 1], h_QLD[:, :n], mask_QTT = (
+            embed_VD[text],
+            h_LD[:n],
+            np.tile(np.tri(L - 1, dtype=bool), (Q, 1, 1)),
+        )
         for query in range(Q):
-            for depth, above in enumerate([*np.flatnonzero(sees_QQ[query]), query]):  # the root first
+            for depth, above in enumerate(
+                [*np.flatnonzero(sees_QQ[query]), query]
+            ):  # the root first
                 e_QLD[query, n + depth] = embed_VD[drafted.query_token_BQ[line, above]]
                 h_QLD[query, n + depth] = drafted.state_BQD[line, above]
         if not shapes.append_predicted:
             mask_QTT[..., n:] &= np.eye(L - 1, dtype=bool)[:, n:]
         depth_Q = sees_QQ.sum(axis=1)
         assert depth_Q.max() == P - 1
-        expected_QD = np.asarray(row_states(shapes.draft, models.draft, e_QLD, h_QLD, mask_QTT))[np.arange(Q), n - 1 + depth_Q]
-        np.testing.assert_allclose(drafted.state_BQD[line], expected_QD, atol=1e-5 * float(np.abs(expected_QD).max()))
+        expected_QD = np.asarray(row_states(shapes.draft, models.draft, e_QLD, h_QLD, mask_QTT))[
+            np.arange(Q), n - 1 + depth_Q
+        ]
+        np.testing.assert_allclose(
+            drafted.state_BQD[line], expected_QD, atol=1e-5 * float(np.abs(expected_QD).max())
+        )
 
 
 def check_cached(target, models, shapes, state) -> None:
     """The rows in the cache, and the last state."""
     for line, prompt in enumerate(PROMPTS):
-        check_known(shapes.draft, models.draft, target, state, line, [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()])
+        check_known(
+            shapes.draft,
+            models.draft,
+            target,
+            state,
+            line,
+            [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()],
+        )
 
 
 @pytest.mark.parametrize(
     ("case", "tree", "append_predicted"),
-    [("accepting", "chain", True), ("rejecting", "static", True), ("accepting", "dynamic", True), ("accepting", "dynamic", False)],
+    [
+        ("accepting", "chain", True),
+        ("rejecting", "static", True),
+        ("accepting", "dynamic", True),
+        ("accepting", "dynamic", False),
+    ],
 )
 def test_drafting_is_the_row_computed_again(case, tree, append_predicted):
-    spec, draft = (TINY, random_eagle(hot_ids=HOT)) if case == "rejecting" else (MARKOV, right_eagle(0.05))
+    spec, draft = (
+        (TINY, random_eagle(hot_ids=HOT)) if case == "rejecting" else (MARKOV, right_eagle(0.05))
+    )
     for rounds in (0, 4):
         target, models, shapes, state = decoded(spec, draft, TREES[tree], rounds, append_predicted)
         check_drafted(target, models, shapes, state)
@@ -149,26 +224,49 @@ class _Late(EagleBlock):
         return super().queries(e_BTD, positions_BT + 1)
 
 
-@pytest.mark.parametrize("bug", ["late positions", "another parent's state", "itself unseen", "stale last state", "stale row"])
+@pytest.mark.parametrize(
+    "bug",
+    ["late positions", "another parent's state", "itself unseen", "stale last state", "stale row"],
+)
 def test_planted_bugs(four_rounds, bug, monkeypatch):
     target, models, shapes, state = four_rounds
     if bug == "late positions":
         monkeypatch.setattr(drafting, "block_of", _Late)
     elif bug == "another parent's state":
         right = drafting._next_level
-        wrong = lambda *a: (level := right(*a))._replace(before_BTD=jnp.roll(level.before_BTD, 1, axis=1))
+        wrong = lambda *a: (level := right(*a))._replace(
+            before_BTD=jnp.roll(level.before_BTD, 1, axis=1)
+        )
         monkeypatch.setattr(drafting, "_next_level", wrong)
     elif bug == "itself unseen":
         right = drafting._with_own_rows
-        monkeypatch.setattr(drafting, "_with_own_rows", lambda *a: (found := right(*a))[:1] + (found[1].at[:, :, -1].set(False),))
+        monkeypatch.setattr(
+            drafting,
+            "_with_own_rows",
+            lambda *a: (found := right(*a))[:1] + (found[1].at[:, :, -1].set(False),),
+        )
     elif bug == "stale last state":
-        state = state._replace(last_B1D=decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[3].last_B1D)
+        state = state._replace(
+            last_B1D=decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[3].last_B1D
+        )
     else:
         place = int(state.length_B[0]) - 1
-        state = state._replace(draft_cache=state.draft_cache._replace(v_BKSH=state.draft_cache.v_BKSH.at[0, :, place].set(0.0)))
+        state = state._replace(
+            draft_cache=state.draft_cache._replace(
+                v_BKSH=state.draft_cache.v_BKSH.at[0, :, place].set(0.0)
+            )
+        )
     with pytest.raises(AssertionError):
         # A function of its own, so that a plant in the module is traced and not taken from jit's memory.
-        check_drafted(target, models, shapes, state, _propose if bug.startswith("stale") else jax.jit(lambda *a: loop.propose(*a), static_argnums=1))
+        check_drafted(
+            target,
+            models,
+            shapes,
+            state,
+            _propose
+            if bug.startswith("stale")
+            else jax.jit(lambda *a: loop.propose(*a), static_argnums=1),
+        )
     if bug.startswith("stale"):
         with pytest.raises(AssertionError):
             check_cached(target, models, shapes, state)
@@ -181,11 +279,15 @@ def check_chunks(monkeypatch, target) -> None:
     """Rows of the batch end in different chunks and at their borders."""
     monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, TINY.vocab_size, length).tolist() for length in (150, 64, 65, 3, 128)]
+    prompts = [
+        rng.integers(0, TINY.vocab_size, length).tolist() for length in (150, 64, 65, 3, 128)
+    ]
     draft = random_eagle()
     state = SpeculativeDecoder(target, draft, chain(2))._prefill(prompts, Sampling(), 12, 0)[1]
     for line, prompt in enumerate(prompts):
-        check_known(draft.spec, draft.params, target, state, line, [*prompt, int(state.root_B[line])])
+        check_known(
+            draft.spec, draft.params, target, state, line, [*prompt, int(state.root_B[line])]
+        )
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
@@ -195,7 +297,9 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
 def test_planted_bug_the_token_after_a_chunk(monkeypatch):
     """The row that crosses the border is made of another token."""
     right = loop.draft_rows
-    wrong = lambda models, draft, states, next_BT, *rest: right(models, draft, states, next_BT.at[:, 0].add(1) if next_BT.shape[1] == 65 else next_BT, *rest)
+    wrong = lambda models, draft, states, next_BT, *rest: right(
+        models, draft, states, next_BT.at[:, 0].add(1) if next_BT.shape[1] == 65 else next_BT, *rest
+    )
     monkeypatch.setattr(loop, "draft_rows", wrong)
     with pytest.raises(AssertionError):
         check_chunks(monkeypatch, target_of(eos_ids=next_stop()))
@@ -211,7 +315,10 @@ def test_caches_are_donated_and_updated_in_place():
     models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
     shapes = loop.Shapes(target.spec, draft.spec, TREES["dynamic"], target.eos_ids)
     state = start(models, shapes, [[5]], jnp.array([8]), 2048)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache, state.last_B1D)))
+    cache_bytes = sum(
+        leaf.nbytes
+        for leaf in jax.tree.leaves((state.target_cache, state.draft_cache, state.last_B1D))
+    )
     compiled = loop.decode.lower(models, shapes, state, np.int32(9)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -222,7 +329,9 @@ def test_caches_are_donated_and_updated_in_place():
 
 def test_nothing_compiles_after_warm_up():
     decoder = SpeculativeDecoder(target_of(), random_eagle(), TREES["dynamic"])
-    prompts = [[(7 * length + place) % 61 for place in range(length)] for length in (1, 2, 30, 63, 64)]
+    prompts = [
+        [(7 * length + place) % 61 for place in range(length)] for length in (1, 2, 30, 63, 64)
+    ]
     decoder.warm_up(prompts[:1], max_new_tokens=8)
     with CompileCounter() as counter:
         for prompt in prompts:
@@ -242,13 +351,33 @@ def test_planted_bug_attention_one_place_on(monkeypatch):
 
 def test_attention_is_that_of_the_block():
     target, draft, prompt = target_of(), random_eagle(), [5, 7, 9]
-    weights_TS, tokens = attention(SpeculativeDecoder(target, draft, TREES["dynamic"]), prompt, max_new_tokens=12)
+    weights_TS, tokens = attention(
+        SpeculativeDecoder(target, draft, TREES["dynamic"]), prompt, max_new_tokens=12
+    )
     assert weights_TS.shape == (len(tokens) - 3, len(tokens) - 1)
     block, L = EagleBlock(draft.spec).bind({"params": draft.params}), len(tokens)
-    f_1TD = block.fuse(target.params["embed_VD"][jnp.array([tokens[1:]])], forced_states(target, tokens)[None, : L - 1])
-    parts = jax.jit(lambda f_1TD, at_1T: (block.queries(f_1TD, at_1T)[0], block.keys_values(f_1TD, at_1T).k_BKHS[0]))
+    f_1TD = block.fuse(
+        target.params["embed_VD"][jnp.array([tokens[1:]])],
+        forced_states(target, tokens)[None, : L - 1],
+    )
+    parts = jax.jit(
+        lambda f_1TD, at_1T: (
+            block.queries(f_1TD, at_1T)[0],
+            block.keys_values(f_1TD, at_1T).k_BKHS[0],
+        )
+    )
     q_KGTH, k_KHT = jax.device_get(parts(f_1TD, jnp.arange(L - 1)[None]))
-    for row, place in enumerate(range(3, L)):  # its entry stands one place before it, and is the last that it sees
-        heads = [np.exp(q_KGTH[k, g, place - 1] @ k_KHT[k, :, :place] / np.sqrt(8)) for k in range(2) for g in range(2)]
-        np.testing.assert_allclose(weights_TS[row, :place], np.mean([head / head.sum() for head in heads], axis=0), atol=1e-5)
+    for row, place in enumerate(
+        range(3, L)
+    ):  # its entry stands one place before it, and is the last that it sees
+        heads = [
+            np.exp(q_KGTH[k, g, place - 1] @ k_KHT[k, :, :place] / np.sqrt(8))
+            for k in range(2)
+            for g in range(2)
+        ]
+        np.testing.assert_allclose(
+            weights_TS[row, :place],
+            np.mean([head / head.sum() for head in heads], axis=0),
+            atol=1e-5,
+        )
         assert not weights_TS[row, place:].any()

@@ -42,14 +42,26 @@ RAGGED = static_tree([(0,), (1,), (0, 0), (0, 2), (1, 0), (0, 2, 0)])
 # Acceptance, computed a second time
 
 
-@pytest.mark.parametrize(("tree", "append_predicted"), [(RAGGED, True), (dynamic_tree(3, 3, 7), True), (RAGGED, False)])
+@pytest.mark.parametrize(
+    ("tree", "append_predicted"), [(RAGGED, True), (dynamic_tree(3, 3, 7), True), (RAGGED, False)]
+)
 def test_replayed_rounds_are_those_that_were_run(tree, append_predicted):
     target, draft, prompt = target_of(MARKOV), right_eagle(0.05), [5, 7]
     decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
     [answer] = decoder.generate([prompt], max_new_tokens=60)
-    accepted = replayed(target, draft, tree, prompt, answer.tokens, forced_states(target, [*prompt, *answer.tokens]), append_predicted)
+    accepted = replayed(
+        target,
+        draft,
+        tree,
+        prompt,
+        answer.tokens,
+        forced_states(target, [*prompt, *answer.tokens]),
+        append_predicted,
+    )
     assert np.bincount(accepted, minlength=tree.depth + 1).tolist() == answer.accepted
-    assert answer.accepted[0] and sum(answer.accepted[1:]) > 2, "right and wrong rounds must both be there"
+    assert answer.accepted[0] and sum(answer.accepted[1:]) > 2, (
+        "right and wrong rounds must both be there"
+    )
 
 
 def test_the_audit_passes(monkeypatch):
@@ -63,7 +75,14 @@ def test_the_audit_finds_a_stale_state(monkeypatch):
     """The root is fused with the state before the round; the answers stay right."""
     right = loop.draft_tree
     monkeypatch.setattr(loop, "draft_tree", lambda *a, **o: right(*a[:8], -a[8], **o))
-    made = audited(target_of(MARKOV), {"chain": right_eagle(0.1)}, TREES, DRAWN, 48, target_of(MARKOV, eos_ids=next_stop()))
+    made = audited(
+        target_of(MARKOV),
+        {"chain": right_eagle(0.1)},
+        TREES,
+        DRAWN,
+        48,
+        target_of(MARKOV, eos_ids=next_stop()),
+    )
     assert failed(made) == {ACCEPTANCE}
 
 
@@ -77,7 +96,9 @@ def test_smaller_trees_are_read_off_the_widest(small):  # noqa: F811
     grown = tuning._widest_trees(draft, models, 3, *tuning._read(target, draft, models, *text))
     order = tuning._order_of_right_path(*grown, 3)
     found = (order < 7).sum(axis=1).tolist()
-    assert found == test_tuning._accepted_by_drafting(target, draft, dynamic_tree(3, 3, 8), text) and 0 < sum(found) < 3 * len(found)
+    assert found == test_tuning._accepted_by_drafting(
+        target, draft, dynamic_tree(3, 3, 8), text
+    ) and 0 < sum(found) < 3 * len(found)
 
 
 def test_costs_are_of_the_programs_that_run():
@@ -107,7 +128,21 @@ def place(tmp_path_factory) -> SimpleNamespace:
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
     source = write(folder / "there", published(), CONFIG)
-    assert run_main(convert.main, ["import-eagle", "--config", str(config), "--source", str(source), "--out", str(folder / "draft")]) == 0
+    assert (
+        run_main(
+            convert.main,
+            [
+                "import-eagle",
+                "--config",
+                str(config),
+                "--source",
+                str(source),
+                "--out",
+                str(folder / "draft"),
+            ],
+        )
+        == 0
+    )
     return SimpleNamespace(folder=folder, config=str(config))
 
 
@@ -123,22 +158,36 @@ def suites(place) -> list[str]:
     for name, (record, *_) in RECORDS.items():
         with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-    return [f"eval.suites=[{', '.join(RECORDS)}]", f"eval.folder={place.folder}", "eval.max_new_tokens=6"]
+    return [
+        f"eval.suites=[{', '.join(RECORDS)}]",
+        f"eval.folder={place.folder}",
+        "eval.max_new_tokens=6",
+    ]
 
 
 def test_evaluation_reports_and_audits_it(place, suites):
     out = place.folder / "report"
-    assert run_main(evaluate.main, ["--config", place.config, *suites, "--audit", "--out", str(out)]) == 0
+    assert (
+        run_main(evaluate.main, ["--config", place.config, *suites, "--audit", "--out", str(out)])
+        == 0
+    )
     made = json.loads((out / "report.json").read_text())
     check_schema(made)
-    assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == ["plain", str(place.folder / "draft")]
-    assert (out / "pictures" / "attention.png").exists() and (out / "pictures" / "tree.png").exists()
+    assert made["audit"]["passed"] and [system["name"] for system in made["systems"]] == [
+        "plain",
+        str(place.folder / "draft"),
+    ]
+    assert (out / "pictures" / "attention.png").exists() and (
+        out / "pictures" / "tree.png"
+    ).exists()
 
 
 @pytest.fixture(scope="module")
 def beside(place, suites) -> list[str]:
     """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on those suites."""
-    spec = DraftSpec.from_target(load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3)
+    spec = DraftSpec.from_target(
+        load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3
+    )
     save_draft(place.folder / "beside", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))
     return [f"eval.compare=[{place.folder / 'beside'}, lookup]", "decode.stop=[e]", *suites]
 
@@ -146,16 +195,27 @@ def beside(place, suites) -> list[str]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperature):
     """All turns, greedy and drawn: the answers of plain decoding from either draft, and an audit that passes."""
-    made = evaluated(load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True)
+    made = evaluated(
+        load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True
+    )
     names = ["plain", *(str(place.folder / name) for name in ("draft", "beside")), "lookup"]
-    assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], made["audit"]
-    assert [one["name"] for one in made["suites"]] == list(RECORDS) and [note[:11] for note in made["notes"]] == ["decode.stop"]
+    assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], (
+        made["audit"]
+    )
+    assert [one["name"] for one in made["suites"]] == list(RECORDS) and [
+        note[:11] for note in made["notes"]
+    ] == ["decode.stop"]
     for one, (_, category, turns) in zip(made["suites"], RECORDS.values()):
         assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
         for name in names:
             figures = one["groups"][0]["systems"][name]
-            assert (figures["answers"], figures["identical_to_plain"]) == (len(turns), len(turns)), (category, name)
-            assert figures["rounds"] > 0 and len(figures["step_alpha"]) == (0 if name == "plain" else 2), (category, name)
+            assert (figures["answers"], figures["identical_to_plain"]) == (
+                len(turns),
+                len(turns),
+            ), (category, name)
+            assert figures["rounds"] > 0 and len(figures["step_alpha"]) == (
+                0 if name == "plain" else 2
+            ), (category, name)
 
 
 def test_tuning_takes_it(place, small, monkeypatch, capsys):  # noqa: F811
@@ -163,12 +223,24 @@ def test_tuning_takes_it(place, small, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(tuning, "TOPKS", (2,))
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["choices"] and load_draft(place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec).spec.kind == "eagle_draft"
+    assert (
+        found["choices"]
+        and load_draft(
+            place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec
+        ).spec.kind
+        == "eagle_draft"
+    )
 
 
 def test_a_folder_that_holds_no_draft_is_named(place):
-    target, other = load_target(str(place.folder / "target"), "float32", "x").spec, place.folder / "target"
-    with pytest.raises(UserError, match=f"{other}/config.json: model_type is 'llama', expected 'beagle_draft' or 'eagle_draft'"):
+    target, other = (
+        load_target(str(place.folder / "target"), "float32", "x").spec,
+        place.folder / "target",
+    )
+    with pytest.raises(
+        UserError,
+        match=f"{other}/config.json: model_type is 'llama', expected 'beagle_draft' or 'eagle_draft'",
+    ):
         load_draft(other, target)
     (place.folder / "beagle").mkdir()
     (place.folder / "beagle" / "config.json").write_text('{"model_type": "beagle_draft"}')

@@ -29,8 +29,19 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06,
     "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": 300,
 }  # fmt: skip
-SPEC = EagleSpec(hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6)
-PARAMS = {name: np.asarray(array, np.float16) for name, array in init_eagle(SPEC, jax.random.key(0)).items()}
+SPEC = EagleSpec(
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+)
+PARAMS = {
+    name: np.asarray(array, np.float16)
+    for name, array in init_eagle(SPEC, jax.random.key(0)).items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +53,16 @@ def target(tmp_path_factory) -> Path:
 
 def published() -> dict[str, np.ndarray]:
     """The tensors of method.md 9.3."""
-    names = {"fc": "fc.weight", "fc_bias": "fc.bias", "post_attention_layernorm": "layers.0.post_attention_layernorm.weight"}
+    names = {
+        "fc": "fc.weight",
+        "fc_bias": "fc.bias",
+        "post_attention_layernorm": "layers.0.post_attention_layernorm.weight",
+    }
     for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         names |= {f"{one}_proj": f"layers.0.{part}.{one}_proj.weight" for one in projections}
-    return {"embed_tokens.weight": np.zeros((300, 32), np.float16)} | {name: PARAMS[key] for key, name in names.items()}
+    return {"embed_tokens.weight": np.zeros((300, 32), np.float16)} | {
+        name: PARAMS[key] for key, name in names.items()
+    }
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> Path:
@@ -62,13 +79,28 @@ def spec_of(target: Path) -> TargetSpec:
 
 def run(target: Path, source: Path, out: Path, *more: str) -> int:
     (out.parent / "run.yaml").write_text(yaml.safe_dump({"target": {"source": str(target)}}))
-    return run_main(convert.main, ["import-eagle", "--config", str(out.parent / "run.yaml"), "--source", str(source), "--out", str(out), *more])
+    return run_main(
+        convert.main,
+        [
+            "import-eagle",
+            "--config",
+            str(out.parent / "run.yaml"),
+            "--source",
+            str(source),
+            "--out",
+            str(out),
+            *more,
+        ],
+    )
 
 
 def test_published_drafts_are_read_exactly(target, tmp_path):
     assert run(target, write(tmp_path / "there", published(), CONFIG), tmp_path / "here") == 0
     draft = load_draft(tmp_path / "here", spec_of(target))
-    assert draft.spec == SPEC and draft.provenance == {"target": str(target), "imported_from": "there"}
+    assert draft.spec == SPEC and draft.provenance == {
+        "target": str(target),
+        "imported_from": "there",
+    }
     assert draft.params.keys() == PARAMS.keys()
     for name, array in PARAMS.items():
         assert draft.params[name].dtype == np.float32
@@ -76,12 +108,30 @@ def test_published_drafts_are_read_exactly(target, tmp_path):
 
 
 def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
-    tensors = {name.replace("fc.", "eagle_fc."): array for name, array in published().items() if name not in ("fc.bias", "embed_tokens.weight")}
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    source = write(tmp_path / "there", tensors, {**CONFIG, "bias": False, "rope_theta": 500000.0, "rope_scaling": scaling})
+    tensors = {
+        name.replace("fc.", "eagle_fc."): array
+        for name, array in published().items()
+        if name not in ("fc.bias", "embed_tokens.weight")
+    }
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    source = write(
+        tmp_path / "there",
+        tensors,
+        {**CONFIG, "bias": False, "rope_theta": 500000.0, "rope_scaling": scaling},
+    )
     assert run(target, source, tmp_path / "here") == 0
     spec = load_draft(tmp_path / "here", spec_of(target)).spec
-    assert (spec.fc_bias, spec.rope_theta, spec.rope_scaling) == (False, 5e5, RopeScaling(8.0, 1.0, 4.0, 64.0))
+    assert (spec.fc_bias, spec.rope_theta, spec.rope_scaling) == (
+        False,
+        5e5,
+        RopeScaling(8.0, 1.0, 4.0, 64.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +150,9 @@ def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
 def test_tensors_that_do_not_fit(target, tmp_path, capsys, change, expected):
     tensors = published()
     change(tensors)
-    assert expected in refused(capsys, run(target, write(tmp_path / "there", tensors, CONFIG), tmp_path / "here"))
+    assert expected in refused(
+        capsys, run(target, write(tmp_path / "there", tensors, CONFIG), tmp_path / "here")
+    )
     assert not (tmp_path / "here").exists()
 
 
@@ -117,7 +169,9 @@ def test_tensors_that_do_not_fit(target, tmp_path, capsys, change, expected):
     ],
 )  # fmt: skip
 def test_configs_that_do_not_fit(target, tmp_path, capsys, change, expected):
-    source = write(tmp_path / "there", published(), None if change is None else {**CONFIG, **change})
+    source = write(
+        tmp_path / "there", published(), None if change is None else {**CONFIG, **change}
+    )
     assert expected in refused(capsys, run(target, source, tmp_path / "here"))
 
 
@@ -125,11 +179,19 @@ def test_pickles_only_when_allowed(target, tmp_path, capsys):
     source = tmp_path / "there"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(CONFIG))
-    torch.save({name: torch.from_numpy(array) for name, array in published().items()}, source / "pytorch_model.bin")
-    assert "pytorch_model.bin is a pickle, which may run code" in refused(capsys, run(target, source, tmp_path / "here"))
+    torch.save(
+        {name: torch.from_numpy(array) for name, array in published().items()},
+        source / "pytorch_model.bin",
+    )
+    assert "pytorch_model.bin is a pickle, which may run code" in refused(
+        capsys, run(target, source, tmp_path / "here")
+    )
     assert run(target, source, tmp_path / "here", "--allow-pickle") == 0
     draft = load_draft(tmp_path / "here", spec_of(target))
-    assert all(np.array_equal(draft.params[name], array.astype(np.float32)) for name, array in PARAMS.items())
+    assert all(
+        np.array_equal(draft.params[name], array.astype(np.float32))
+        for name, array in PARAMS.items()
+    )
     torch.save({"fc.weight": Trap(tmp_path / "sprung")}, source / "pytorch_model.bin")
     with pytest.raises(UserError, match="weights_only=True"):
         read_eagle_draft(source, spec_of(target), "x", allow_pickle=True)

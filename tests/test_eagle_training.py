@@ -20,7 +20,13 @@ from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.training import eagle
 from beagle_jax.training.eagle import eagle_states
-from beagle_jax.training.step import make_steps, predict_eagle, predict_early, predict_late, stage_loss
+from beagle_jax.training.step import (
+    make_steps,
+    predict_eagle,
+    predict_early,
+    predict_late,
+    stage_loss,
+)
 
 # Moderate weights: float32 error of two summation orders then stays well below the tolerances.
 SPEC = replace(EagleSpec.from_target(TINY, init_std=0.15), fc_bias=False)
@@ -45,7 +51,9 @@ def frozen(tiny_params) -> dict:
 
 
 @lru_cache
-def gradient_of(config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC, predict=predict_eagle):
+def gradient_of(
+    config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC, predict=predict_eagle
+):
     """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
     loss = lambda params, *rest: stage_loss(params, spec, config, stage, predict, *rest, ONE_DEVICE)
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -54,7 +62,11 @@ def gradient_of(config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC,
 def test_kinds():
     assert (spec_type("beagle"), spec_type("eagle")) == (DraftSpec, EagleSpec)
     beagle = DraftSpec.from_target(TINY)
-    assert fresh_params(beagle, jax.random.key(0)).keys() == beagle.param_shapes().keys() != SPEC.param_shapes().keys()
+    assert (
+        fresh_params(beagle, jax.random.key(0)).keys()
+        == beagle.param_shapes().keys()
+        != SPEC.param_shapes().keys()
+    )
 
 
 # Against torch
@@ -66,24 +78,45 @@ IN_TORCH = {"fc": "fc", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "
 def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
     """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow through predicted states."""
     bench = benchmark("torch_eagle")
-    block = bench.EagleBlock(D, SPEC.intermediate_size, SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim, SPEC.rope_theta, SPEC.rms_norm_eps)
+    block = bench.EagleBlock(
+        D,
+        SPEC.intermediate_size,
+        SPEC.num_heads,
+        SPEC.num_kv_heads,
+        SPEC.head_dim,
+        SPEC.rope_theta,
+        SPEC.rms_norm_eps,
+    )
     with torch.no_grad():
         for name, its in IN_TORCH.items():
             getattr(block, its).weight.copy_(torch.tensor(np.asarray(params[name])))
     table_VD = np.asarray(frozen["embed_VD"])
-    inputs = [torch.tensor(np.asarray(x)) for x in (table_VD[batch.tokens_BL], batch.states_BLD, batch.counts_BT, frozen["head_VD"])]
+    inputs = [
+        torch.tensor(np.asarray(x))
+        for x in (table_VD[batch.tokens_BL], batch.states_BLD, batch.counts_BT, frozen["head_VD"])
+    ]
     loss = bench.eagle_loss(block, *inputs, steps)
     loss.backward()
-    return float(loss.detach()), {name: getattr(block, its).weight.grad.numpy() for name, its in IN_TORCH.items()}
+    return float(loss.detach()), {
+        name: getattr(block, its).weight.grad.numpy() for name, its in IN_TORCH.items()
+    }
 
 
 def same_as_torch(params, frozen, batch, theirs: Batch, steps: int, **changes) -> None:
-    stage = EARLY if steps == 1 else replace(LATE, simulation_steps=steps, step_weights=(1.0,) * steps, detach=False, **changes)
+    stage = (
+        EARLY
+        if steps == 1
+        else replace(
+            LATE, simulation_steps=steps, step_weights=(1.0,) * steps, detach=False, **changes
+        )
+    )
     (loss, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
     expected, expected_gradient = by_torch(params, frozen, theirs, steps)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for name, one in expected_gradient.items():
-        np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -98,17 +131,33 @@ def test_planted_bug_anything_shifted(params, frozen, batch, field):
         same_as_torch(params, frozen, batch, shifted, 1)
 
 
-@pytest.mark.parametrize("bug", ["detached", "weighted", "own keys forgotten", "own keys in one place"])
+@pytest.mark.parametrize(
+    "bug", ["detached", "weighted", "own keys forgotten", "own keys in one place"]
+)
 def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch):
-    changes = {"detached": {"detach": True}, "weighted": {"step_weights": (3.0, 2.0, 1.0)}}.get(bug, {})
+    changes = {"detached": {"detach": True}, "weighted": {"step_weights": (3.0, 2.0, 1.0)}}.get(
+        bug, {}
+    )
     if bug == "own keys forgotten":
         right = eagle._own_key
-        monkeypatch.setattr(eagle, "_own_key", lambda q, rows: right(q, rows)._replace(total_BKGT=jnp.zeros(q.shape[:4]), out_BKGTH=0 * q))
+        monkeypatch.setattr(
+            eagle,
+            "_own_key",
+            lambda q, rows: right(q, rows)._replace(
+                total_BKGT=jnp.zeros(q.shape[:4]), out_BKGTH=0 * q
+            ),
+        )
     elif bug == "own keys in one place":
         right = EagleBlock.keys_values
-        monkeypatch.setattr(EagleBlock, "keys_values", lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0))
+        monkeypatch.setattr(
+            EagleBlock,
+            "keys_values",
+            lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0),
+        )
     stage = replace(LATE, **{"step_weights": (1.0,) * 3, "detach": False} | changes)
-    (_, _), gradient = gradient_of.__wrapped__(CLEAN, stage)(params, frozen, batch, jax.random.key(0))  # remembered by no other test
+    (_, _), gradient = gradient_of.__wrapped__(CLEAN, stage)(
+        params, frozen, batch, jax.random.key(0)
+    )  # remembered by no other test
     _, expected = by_torch(params, frozen, batch, 3)
     with pytest.raises(AssertionError):
         for name, one in expected.items():
@@ -122,7 +171,13 @@ FIRST, ASKED = np.array([4, 2, 1]), 6  # of each row six positions, from there o
 
 @jax.jit
 def _row(params, e_LD, h_LD):
-    return EagleBlock(SPEC).apply({"params": params}, e_LD[None], h_LD[None], causal_mask(jnp.array([L - 1]), L - 1), method="row")[0]
+    return EagleBlock(SPEC).apply(
+        {"params": params},
+        e_LD[None],
+        h_LD[None],
+        causal_mask(jnp.array([L - 1]), L - 1),
+        method="row",
+    )[0]
 
 
 _simulated = jax.jit(eagle_states, static_argnames=("spec", "count", "steps", "detach"))
@@ -143,7 +198,15 @@ def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
 
 def simulated(params, e_BLD, h_BLD, first_B=FIRST, detach: bool = True) -> jax.Array:
     settings = dict(count=ASKED, steps=LATE.simulation_steps, detach=detach)
-    return _simulated(params, SPEC, e_BLD, h_BLD, jnp.full((B, 1), L), jnp.asarray(first_B, jnp.int32)[:, None], **settings)
+    return _simulated(
+        params,
+        SPEC,
+        e_BLD,
+        h_BLD,
+        jnp.full((B, 1), L),
+        jnp.asarray(first_B, jnp.int32)[:, None],
+        **settings,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +218,9 @@ def same_where_it_means_something(found, expected) -> None:
     for line in range(B):
         for query in range(ASKED):
             steps = L - FIRST[line] - query
-            np.testing.assert_allclose(found[line, query, :steps], expected[line, query, :steps], atol=1e-5)
+            np.testing.assert_allclose(
+                found[line, query, :steps], expected[line, query, :steps], atol=1e-5
+            )
 
 
 def test_simulated_drafting_is_drafting(params, row):
@@ -170,7 +235,9 @@ def test_planted_bug_other_states_read(params, row, bug):
 
 def test_planted_bug_one_start_for_all_rows(params, row):
     with pytest.raises(AssertionError):
-        same_where_it_means_something(simulated(params, *row, first_B=FIRST[::-1].copy()), drafted(params, *row))
+        same_where_it_means_something(
+            simulated(params, *row, first_B=FIRST[::-1].copy()), drafted(params, *row)
+        )
 
 
 def test_detach_changes_gradients_only(params, row):
@@ -188,11 +255,15 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
     beagle = DraftSpec.from_target(TINY)
     for stage, predict in ((EARLY, predict_early), (LATE, predict_late)):
         (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
-        (_, theirs), _ = gradient_of(CLEAN, stage, beagle, predict)(tiny_draft, frozen, batch, jax.random.key(0))
+        (_, theirs), _ = gradient_of(CLEAN, stage, beagle, predict)(
+            tiny_draft, frozen, batch, jax.random.key(0)
+        )
         assert ours.supervised == theirs.supervised == batch.counts_BT.sum()
         # Row 0 has an answer from position 0 on: one prediction less at the first step, and one draft less of each length.
         assert (theirs.count_J - ours.count_J).tolist() == [1.0] * len(ours.count_J)
-        assert ours.count_J.tolist() == [batch.counts_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)]
+        assert ours.count_J.tolist() == [
+            batch.counts_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)
+        ]
 
 
 def test_noise_reaches_the_inputs_only(params, frozen, batch):
@@ -213,4 +284,7 @@ def test_the_step_trains_every_parameter(frozen, batch, stage):
     for _ in range(8):
         state, metrics = step(state, frozen, batch, 42)
     assert all(not np.array_equal(state.params[name], first[name]) for name in first)
-    assert metrics.objective < before.objective and metrics.agree_JK.shape == (stage.simulation_steps, 3)
+    assert metrics.objective < before.objective and metrics.agree_JK.shape == (
+        stage.simulation_steps,
+        3,
+    )

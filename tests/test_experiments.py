@@ -33,7 +33,13 @@ def at_the_root(monkeypatch):
 def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
     """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut short."""
     tokens = [sum(count * (drafts + 1) for drafts, count in enumerate(row)) for row in accepted]
-    return {"step": step, "tokens": tokens, "rounds": [sum(row) for row in accepted], "accepted": accepted, **more}
+    return {
+        "step": step,
+        "tokens": tokens,
+        "rounds": [sum(row) for row in accepted],
+        "accepted": accepted,
+        **more,
+    }
 
 
 def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
@@ -45,7 +51,10 @@ def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
 
 def runs(**means: float) -> dict:
     """Runs of two seeds, by their tau less one."""
-    return {name: {seed: [point(prompts(mean, seed))] for seed in (0, 1)} for name, mean in means.items()}
+    return {
+        name: {seed: [point(prompts(mean, seed))] for seed in (0, 1)}
+        for name, mean in means.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,13 @@ def test_a_verdict_is_of_the_whole_interval(low, high, rule, expected):
 
 
 def test_measures_by_hand():
-    one = point([[6, 3, 1], [2, 2, 6]], seconds=[2.0, 3.0], plain_seconds=[4.0, 4.0], bytes=700, training_tokens_per_second=[10.0, 20.0])
+    one = point(
+        [[6, 3, 1], [2, 2, 6]],
+        seconds=[2.0, 3.0],
+        plain_seconds=[4.0, 4.0],
+        bytes=700,
+        training_tokens_per_second=[10.0, 20.0],
+    )
     other = point([[8, 2, 0], [10, 0, 0]])
     found = {0: [other, one]}
     expected = {"tau": (6 + 6 + 3 + 2 + 4 + 18) / 20, "curve": (39 + 12 + 10) / 40, "alpha_1": 12 / 20, "alpha_2": 7 / 12,
@@ -71,7 +86,10 @@ def test_measures_by_hand():
         assert value_of(found, measure).value == pytest.approx(value), measure
     assert value_of(found, "memory") == (700, 700, 700)
     written = {0: [{"written": [30, 20], "seconds": [2.0, 3.0], "plain_seconds": [4.0, 4.0]}]}
-    assert value_of(written, "tokens_per_second").value == 10 and value_of(written, "plain_tokens_per_second").value == 50 / 8
+    assert (
+        value_of(written, "tokens_per_second").value == 10
+        and value_of(written, "plain_tokens_per_second").value == 50 / 8
+    )
 
 
 def test_an_interval_is_as_wide_as_theory_says():
@@ -123,13 +141,20 @@ def test_what_was_not_run_or_cannot_be_decided_says_so():
     assert line["verdict"] == OPEN and line["here"].endswith("too short")
     other = {seed + 2: points for seed, points in runs(b=0.5)["b"].items()}
     assert judged(claim, {**runs(a=0.9), "b": other})["verdict"] == OPEN  # no seed in common
-    short = {name: {0: [point(prompts(0.5, 0), training_tokens_per_second=logged)]} for name, logged in (("a", [5.0]), ("b", []))}
-    assert judged(replace(claim, measure="training_speed"), short)["here"] == "nothing that both have"
+    short = {
+        name: {0: [point(prompts(0.5, 0), training_tokens_per_second=logged)]}
+        for name, logged in (("a", [5.0]), ("b", []))
+    }
+    assert (
+        judged(replace(claim, measure="training_speed"), short)["here"] == "nothing that both have"
+    )
 
 
 def test_times_of_a_shared_machine_decide_nothing():
     """Such a training keeps none; what was timed alone is compared without it."""
-    claim = plans.Claim(figure="fig", says="a is faster", measure="training_speed", more="a", less=("b",))
+    claim = plans.Claim(
+        figure="fig", says="a is faster", measure="training_speed", more="a", less=("b",)
+    )
     logged = {name: {seed: [point(prompts(0.5, 0), training_tokens_per_second=lines)] for seed, lines in enumerate(times)}
               for name, times in (("a", [[9.0, 9.5], []]), ("b", [[5.0, 5.5], [99.0, 99.0]]))}  # fmt: skip
     line = judged(claim, logged)
@@ -145,25 +170,53 @@ def test_a_run_with_one_seed_stands_beside_each_of_another_s():
 
 def test_every_run_of_the_paper_is_a_config(tmp_path):
     plan = plans.load_plan(Path(PAPER), {}, short=False)
-    assert set(plan.figures) >= {"fig3", "fig4", "fig5", "fig6", "fig10", "fig11", "detach", "table1"}
+    assert set(plan.figures) >= {
+        "fig3",
+        "fig4",
+        "fig5",
+        "fig6",
+        "fig10",
+        "fig11",
+        "detach",
+        "table1",
+    }
     for training in plan.trainings():
         settings = plan.settings_of(training, 100) | {"draft.init": "normal"}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         config = load_config(tmp_path / "config.yaml")
-        assert config.train.folder == f"runs/paper/{training.name}-{training.seed}" and config.decode.levels == 5
+        assert (
+            config.train.folder == f"runs/paper/{training.name}-{training.seed}"
+            and config.decode.levels == 5
+        )
         run = plan.runs[training.name]
-        assert {"early": config.train.early.steps, "late": config.train.late.steps} == {"early": 0, "late": 0, run.stage: 100}
+        assert {"early": config.train.early.steps, "late": config.train.late.steps} == {
+            "early": 0,
+            "late": 0,
+            run.stage: 100,
+        }
         if run.after:  # what was seen before comes in another order
             above = plan.folder_of(plan.above(training))
             assert config.train.seed > plan.settings_of(plan.above(training), 100)["train.seed"]
-            assert plan.settings_of(training, 100)["draft.init"] == f"{above}/draft" and above.name in ("base-0", f"{run.after}-{training.seed}")
+            assert plan.settings_of(training, 100)[
+                "draft.init"
+            ] == f"{above}/draft" and above.name in ("base-0", f"{run.after}-{training.seed}")
 
 
 def test_one_figure_needs_its_runs_and_those_before_them():
     plan = plans.load_plan(Path(PAPER), {}, short=False)
-    assert list(plan.only(["detach"]).runs) == ["base", "late", "through"] and not plan.only(["detach"]).evaluations
+    assert (
+        list(plan.only(["detach"]).runs) == ["base", "late", "through"]
+        and not plan.only(["detach"]).evaluations
+    )
     table = plan.only(["table1"])
-    assert set(table.runs) == {"beagle", "beagle-longer", "beagle-late", "eagle", "eagle-longer", "eagle-late"} and set(table.evaluations) == {"systems"}
+    assert set(table.runs) == {
+        "beagle",
+        "beagle-longer",
+        "beagle-late",
+        "eagle",
+        "eagle-longer",
+        "eagle-late",
+    } and set(table.evaluations) == {"systems"}
     with pytest.raises(UsageError, match="--only fig99: no such figure; expected fig3"):
         plan.only(["fig99"])
 
@@ -177,25 +230,96 @@ def test_first_seeds_come_first():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"claims": [{"figure": "fig3", "says": "x", "more": "beegle", "less": "eagle"}]}, r"claims\[0\] names 'beegle', which is not there"),
-        ({"runs": {"beagle": {"stage": "early", "steps": 3, "step": 4}}, "figures": {}, "claims": []}, "runs.beagle: .*'step'"),
+        (
+            {"claims": [{"figure": "fig3", "says": "x", "more": "beegle", "less": "eagle"}]},
+            r"claims\[0\] names 'beegle', which is not there",
+        ),
+        (
+            {
+                "runs": {"beagle": {"stage": "early", "steps": 3, "step": 4}},
+                "figures": {},
+                "claims": [],
+            },
+            "runs.beagle: .*'step'",
+        ),
         ({"base": "experiments/none.yaml"}, "not a file of experiments"),
         (
-            {"runs": {"late": {"stage": "late", "steps": 3, "after": "base"}, "base": {"stage": "early", "steps": 3}}, "figures": {}},
+            {
+                "runs": {
+                    "late": {"stage": "late", "steps": 3, "after": "base"},
+                    "base": {"stage": "early", "steps": 3},
+                },
+                "figures": {},
+            },
             "runs.late goes on from base, which stands below it",
         ),
-        ({"claims": [{"figure": "fig4", "says": "x", "measure": "taus", "more": "beagle", "less": "eagle"}]}, r"claims\[0\].measure is 'taus'; expected"),
-        ({"claims": [{"figure": "fig4", "says": "x", "measure": "alpha_0", "more": "beagle", "less": "eagle"}]}, "measure is 'alpha_0'"),
-        ({"claims": [{"figure": "fig4", "says": "x", "measure": "memory", "more": "beagle", "less": "eagle"}]}, "beagle has no memory"),
-        ({"figures": {"fig4": {"title": "x", "kind": "phases", "of": ["beagle"]}}}, "fig4 is of kind phases, which needs times: of evaluations"),
-        ({"figures": {"fig4": {"title": "x", "kind": "curves", "of": ["beagle"]}}}, "fig4: kind is 'curves'; expected one of curve, depth"),
-        ({"evaluations": {"e": {"drafts": ["beagle", "beagle"]}}}, "evaluations.e.drafts is beagle, beagle; expected each once"),
-        ({"evaluations": {"e": {"drafts": "beagle"}, "e-2": {"drafts": "eagle"}}}, "evaluations.e-2 would share its folder with seeds of another"),
+        (
+            {
+                "claims": [
+                    {
+                        "figure": "fig4",
+                        "says": "x",
+                        "measure": "taus",
+                        "more": "beagle",
+                        "less": "eagle",
+                    }
+                ]
+            },
+            r"claims\[0\].measure is 'taus'; expected",
+        ),
+        (
+            {
+                "claims": [
+                    {
+                        "figure": "fig4",
+                        "says": "x",
+                        "measure": "alpha_0",
+                        "more": "beagle",
+                        "less": "eagle",
+                    }
+                ]
+            },
+            "measure is 'alpha_0'",
+        ),
+        (
+            {
+                "claims": [
+                    {
+                        "figure": "fig4",
+                        "says": "x",
+                        "measure": "memory",
+                        "more": "beagle",
+                        "less": "eagle",
+                    }
+                ]
+            },
+            "beagle has no memory",
+        ),
+        (
+            {"figures": {"fig4": {"title": "x", "kind": "phases", "of": ["beagle"]}}},
+            "fig4 is of kind phases, which needs times: of evaluations",
+        ),
+        (
+            {"figures": {"fig4": {"title": "x", "kind": "curves", "of": ["beagle"]}}},
+            "fig4: kind is 'curves'; expected one of curve, depth",
+        ),
+        (
+            {"evaluations": {"e": {"drafts": ["beagle", "beagle"]}}},
+            "evaluations.e.drafts is beagle, beagle; expected each once",
+        ),
+        (
+            {"evaluations": {"e": {"drafts": "beagle"}, "e-2": {"drafts": "eagle"}}},
+            "evaluations.e-2 would share its folder with seeds of another",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(change, message, tmp_path):
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"evaluations": {}}
-    tree["figures"] = {name: one for name, one in tree["figures"].items() if not any("." in run for run in one["of"])}
+    tree["figures"] = {
+        name: one
+        for name, one in tree["figures"].items()
+        if not any("." in run for run in one["of"])
+    }
     tree["claims"] = []
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(tree | change, sort_keys=False))
@@ -208,7 +332,12 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
     settings = plan.settings_of(plans.Training("beagle", 0), 100)
     path = tmp_path / "config.yaml"
     runner._written(path, settings, "train.early.steps")
-    assert runner._written(path, settings | {"train.early.steps": 200}, "train.early.steps").train.early.steps == 200
+    assert (
+        runner._written(
+            path, settings | {"train.early.steps": 200}, "train.early.steps"
+        ).train.early.steps
+        == 200
+    )
     with pytest.raises(UserError, match="made with other settings of train.early.window"):
         runner._written(path, settings | {"train.early.window": 5}, "train.early.steps")
 
@@ -216,21 +345,31 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
 def test_two_runs_of_one_name_are_refused(tmp_path):
     text = Path(PAPER).read_text()
     (tmp_path / "x.yaml").write_text(text.replace("  window-5:", "  window-1:", 1))
-    with pytest.raises(UsageError, match="(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"):
+    with pytest.raises(
+        UsageError, match="(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"
+    ):
         plans.load_plan(tmp_path / "x.yaml", {}, short=False)
 
 
 def test_a_part_of_the_table_does_not_replace_it(tmp_path):
-    plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path / "runs", results=tmp_path)
+    plan = replace(
+        plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path / "runs", results=tmp_path
+    )
     whole = results.write_results(plan, {})
     part = results.write_results(plan.only(["detach"]), {}, whole=False)
-    assert part.count("| detach |") == 1 < whole.count("\n| fig") and (tmp_path / "claims.md").read_text() == whole
+    assert (
+        part.count("| detach |") == 1 < whole.count("\n| fig")
+        and (tmp_path / "claims.md").read_text() == whole
+    )
 
 
 def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
     """Trained to 20; stopped before 40 and gone on from a checkpoint at 20; and further."""
     (tmp_path / "c.yaml").write_text(f"target: {{source: x}}\ntrain: {{folder: {tmp_path}}}")
-    data, timed = {"stage": "data", "step": 0}, lambda step, speed: {"stage": "early", "step": step, "tokens_per_second": speed}
+    data, timed = (
+        {"stage": "data", "step": 0},
+        lambda step, speed: {"stage": "early", "step": step, "tokens_per_second": speed},
+    )
     lines = [data, timed(10, 1.0), timed(20, 50.0), {"stage": "early", "step": 20, "split": "held_out"},
              data, timed(30, 1.0), data, timed(30, 1.0), timed(40, 60.0), timed(50, 70.0)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -273,7 +412,9 @@ def test_an_evaluation_is_not_made_again(asked, evaluated):
     assert len(asked) == 1
 
 
-def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(asked, evaluated, monkeypatch):
+def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
+    asked, evaluated, monkeypatch
+):
     """All runs of an evaluation side by side, seed by seed; the answers that are there are no reason to ask again."""
     plan, folder = evaluated
     kept = {path: path.read_bytes() for path in folder.iterdir()}
@@ -294,20 +435,34 @@ def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(asked, e
 
 def test_a_run_with_fewer_seeds_stands_beside_the_first_ones_only():
     plan = plans.load_plan(Path(PAPER), {}, short=False)
-    plan = replace(plan, runs={**plan.runs, "eagle-late": replace(plan.runs["eagle-late"], seeds=(7,))})
+    plan = replace(
+        plan, runs={**plan.runs, "eagle-late": replace(plan.runs["eagle-late"], seeds=(7,))}
+    )
     first, second, third = plan.evaluated("systems").values()
-    assert ("eagle-late", 7) in first and {one.name for one in third} == {one.name for one in second} == {one.name for one in first} - {"eagle-late"}
+    assert ("eagle-late", 7) in first and {one.name for one in third} == {
+        one.name for one in second
+    } == {one.name for one in first} - {"eagle-late"}
     short = plans.load_plan(Path(PAPER), {}, short=True)
-    assert [folder.name for name in short.evaluations for folder in short.evaluated(name)] == list(short.evaluations)
+    assert [folder.name for name in short.evaluations for folder in short.evaluated(name)] == list(
+        short.evaluations
+    )
 
 
 def answer(tokens: int, rounds: int, seconds: float) -> dict:
     """An answer to one turn; a token is of the prefill."""
     accepted = [2 * rounds - tokens + 1, tokens - 1 - rounds]
-    return {"tokens": [5] * tokens, "rounds": rounds, "accepted": accepted, "prefill_seconds": 0.0, "decode_seconds": seconds}
+    return {
+        "tokens": [5] * tokens,
+        "rounds": rounds,
+        "accepted": accepted,
+        "prefill_seconds": 0.0,
+        "decode_seconds": seconds,
+    }
 
 
-def measured_by_hand(plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]) -> None:
+def measured_by_hand(
+    plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]
+) -> None:
     """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike; milliseconds and bytes with the seed."""
     bytes_of = lambda draft: dict.fromkeys(["target_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries"], 0) | {
         "draft_weights": draft}  # fmt: skip
@@ -323,25 +478,46 @@ def measured_by_hand(plan, name: str, rounds: dict[int, int], speed: dict[int, f
 
 def seeds_count(plan) -> None:
     """What the results make of an evaluation's three seeds: each beside its own plain decoding."""
-    rounds, seconds, plain = {0: 6, 1: 8, 2: 10}, {0: 2.0, 1: 4.0, 2: 6.0}, {0: 4.0, 1: 12.0, 2: 8.0}
+    rounds, seconds, plain = (
+        {0: 6, 1: 8, 2: 10},
+        {0: 2.0, 1: 4.0, 2: 6.0},
+        {0: 4.0, 1: 12.0, 2: 8.0},
+    )
     measured_by_hand(plan, "dynamic-append", rounds, seconds, plain)
-    found = results.decoded(plan) | {"late": {seed: [{"training_tokens_per_second": [speed]}] for seed, speed in ((0, 90.0), (2, 110.0))}}
-    assert {seed: value_of({seed: points}, "speedup").value for seed, points in found["dynamic-append.late"].items()} == {0: 2, 1: 3, 2: 4 / 3}
+    found = results.decoded(plan) | {
+        "late": {
+            seed: [{"training_tokens_per_second": [speed]}]
+            for seed, speed in ((0, 90.0), (2, 110.0))
+        }
+    }
+    assert {
+        seed: value_of({seed: points}, "speedup").value
+        for seed, points in found["dynamic-append.late"].items()
+    } == {0: 2, 1: 3, 2: 4 / 3}
     made = results.values(plan, found, "dynamic-append.late")
     tau, low, high = made["curve"][-1]["tau"]
     assert made["seeds"] == [0, 1, 2] and tau == 1.5 and (low, high) == (12 / 10, 12 / 6)
-    assert (made["speedup"][0], made["tokens_per_second"][0], made["plain_tokens_per_second"][0]) == (2, 3.25, 1.625)
+    assert (
+        made["speedup"][0],
+        made["tokens_per_second"][0],
+        made["plain_tokens_per_second"][0],
+    ) == (2, 3.25, 1.625)
     assert (made["milliseconds"], made["bytes"], made["plain_bytes"]) == ({"verify": 11.0}, 101, 1)
     assert made["training_tokens_per_second"] == [100, 90, 110]
     [*_, row] = results.systems_table({"dynamic-append.late": made})
-    assert row == "| late | 3 | 1.50 [1.20, 2.00] | 3.2 [2.2, 6.5] | 2.00x [1.33, 3.00] | 0 MB | 100 [90, 110] |"
+    assert (
+        row
+        == "| late | 3 | 1.50 [1.20, 2.00] | 3.2 [2.2, 6.5] | 2.00x [1.33, 3.00] | 0 MB | 100 [90, 110] |"
+    )
 
 
 def test_results_are_of_every_seed(tmp_path):
     seeds_count(replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path))
 
 
-@pytest.mark.parametrize("bug", ["the first seed only", "plain decoding of the first", "costs of the first"])
+@pytest.mark.parametrize(
+    "bug", ["the first seed only", "plain decoding of the first", "costs of the first"]
+)
 def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
     """Each must fail the test above."""
     decoded, from_answers, costs, plain = results.decoded, results._from_answers, results._costs, []
@@ -362,10 +538,21 @@ def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
 def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
     plan, folder = evaluated
     one = plan.evaluations[folder.name]
-    with pytest.raises(UserError, match="dynamic-append/config.yaml: made with other settings of decode.nodes; delete"):
-        ask_first(replace(plan, evaluations={folder.name: replace(one, set={**one.set, "decode.nodes": 5})}), folder)
+    with pytest.raises(
+        UserError,
+        match="dynamic-append/config.yaml: made with other settings of decode.nodes; delete",
+    ):
+        ask_first(
+            replace(
+                plan, evaluations={folder.name: replace(one, set={**one.set, "decode.nodes": 5})}
+            ),
+            folder,
+        )
     (plan.folder / "late-0" / "draft" / "config.json").write_text('{"sha256": "b"}')
-    with pytest.raises(UserError, match="dynamic-append: its drafts were trained again since they were measured; delete it"):
+    with pytest.raises(
+        UserError,
+        match="dynamic-append: its drafts were trained again since they were measured; delete it",
+    ):
         ask_first(plan, folder)
     assert len(asked) == 1
 
@@ -375,22 +562,37 @@ def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     seen = []
     monkeypatch.setattr(runner, "training_target", lambda config: seen.append("load") or "target")
-    monkeypatch.setattr(runner, "train_draft", lambda config, target: seen.append((config.train.early.steps, target)))
-    monkeypatch.setattr(runner, "accepted", lambda config, target: seen.append(target) or {"tokens": [1]})
+    monkeypatch.setattr(
+        runner,
+        "train_draft",
+        lambda config, target: seen.append((config.train.early.steps, target)),
+    )
+    monkeypatch.setattr(
+        runner, "accepted", lambda config, target: seen.append(target) or {"tokens": [1]}
+    )
     for _ in range(2):
         runner.train_and_measure(plan, plans.Training("beagle", 0), shared=True)
     assert seen == ["load", (120, "target"), "target", (240, "target"), "target"]
-    assert json.loads((tmp_path / "beagle-0" / "step-240.json").read_text()) == {"step": 240, "seed": 0, "tokens": [1], "training_tokens_per_second": []}
+    assert json.loads((tmp_path / "beagle-0" / "step-240.json").read_text()) == {
+        "step": 240,
+        "seed": 0,
+        "tokens": [1],
+        "training_tokens_per_second": [],
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
+@pytest.mark.timeout(
+    900
+)  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
     from command_cases import make_target, write_lines
 
     make_target(tmp_path / "target")
-    questions = write_lines(tmp_path / "prompts.jsonl", [f"What is {number}?" for number in range(60)])
+    questions = write_lines(
+        tmp_path / "prompts.jsonl", [f"What is {number}?" for number in range(60)]
+    )
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"folder": str(tmp_path / "runs" / "paper")}
     tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -405,13 +607,22 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     for name, figure in made.items():
         assert set(figure["runs"]) | set(figure["not_run"]) == set(tree["figures"][name]["of"])
         assert figure["environment"]["jax"] and figure["base"]
-        assert (folder / "results" / f"{name}.png").exists() == (tree["figures"][name]["kind"] != "table")
+        assert (folder / "results" / f"{name}.png").exists() == (
+            tree["figures"][name]["kind"] != "table"
+        )
     assert "the window 0" in made["fig4"]["not_run"]["window-5"]
     assert [point["step"] for point in made["fig6"]["runs"]["beagle"]["curve"]] == [1, 2]
-    assert [point["step"] for point in made["fig3"]["runs"]["beagle-longer"]["curve"]] == [2, 4, 6, 8]
+    assert [point["step"] for point in made["fig3"]["runs"]["beagle-longer"]["curve"]] == [
+        2,
+        4,
+        6,
+        8,
+    ]
     assert [point["step"] for point in made["fig5"]["runs"]["late"]["curve"]] == [5, 7]
     table = (folder / "results" / "claims.md").read_text()
-    assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(tree["claims"])
+    assert table.count("\n| fig") + table.count("\n| detach") + table.count("\n| table1") == len(
+        tree["claims"]
+    )
     assert "not run: window-5" in table and "| none | | 1.00 |" in table
 
     monkeypatch.setattr(runner, "train_draft", lambda *_: pytest.fail("it was there"))
@@ -421,8 +632,14 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
 
 
 def test_results_name_no_figure_that_is_not_there():
-    assert results._reason("eagle", {"eagle-0": "no kind"}) == "no kind" and results._reason("systems.late", {"systems": "x"}) == "x"
-    assert results._reason("late", {"eagle-0": "no kind"}) == "not run" and claims.HOLDS != claims.FAILS
+    assert (
+        results._reason("eagle", {"eagle-0": "no kind"}) == "no kind"
+        and results._reason("systems.late", {"systems": "x"}) == "x"
+    )
+    assert (
+        results._reason("late", {"eagle-0": "no kind"}) == "not run"
+        and claims.HOLDS != claims.FAILS
+    )
 
 
 def test_the_guide_shows_the_table_as_it_was_written():

@@ -15,7 +15,11 @@ EXPERTS = Experts(COUNT, 2, 4, True, (), ("", "", "", ""))
 @pytest.fixture(scope="module")
 def arrays():
     rng = np.random.default_rng(0)
-    return rng.standard_normal((COUNT, D), np.float32), rng.standard_normal((COUNT, D, D), np.float32), rng.standard_normal((D, M), np.float32)
+    return (
+        rng.standard_normal((COUNT, D), np.float32),
+        rng.standard_normal((COUNT, D, D), np.float32),
+        rng.standard_normal((D, M), np.float32),
+    )
 
 
 def _by_hand(router_ED, map_EDD, y_DM, experts):
@@ -35,10 +39,18 @@ def _by_hand(router_ED, map_EDD, y_DM, experts):
 def test_experts_equal_their_definition(arrays, renormalised):
     router_ED, map_EDD, y_DM = arrays
     experts = EXPERTS._replace(renormalised=renormalised)
-    found_DM = routed(shares(router_ED, experts, y_DM, M), lambda e: jnp.asarray(map_EDD)[e] @ y_DM, jnp.asarray(y_DM))
+    found_DM = routed(
+        shares(router_ED, experts, y_DM, M),
+        lambda e: jnp.asarray(map_EDD)[e] @ y_DM,
+        jnp.asarray(y_DM),
+    )
     np.testing.assert_allclose(found_DM, _by_hand(router_ED, map_EDD, y_DM, experts), atol=1e-5)
     with pytest.raises(AssertionError):  # planted: the other rule
-        np.testing.assert_allclose(found_DM, _by_hand(router_ED, map_EDD, y_DM, experts._replace(renormalised=not renormalised)), atol=1e-5)
+        np.testing.assert_allclose(
+            found_DM,
+            _by_hand(router_ED, map_EDD, y_DM, experts._replace(renormalised=not renormalised)),
+            atol=1e-5,
+        )
 
 
 def test_padding_columns_ask_for_nothing(arrays):

@@ -132,9 +132,13 @@ def test_states_and_logits_equal_torch(family):
 
 def _without(key):
     """Leaves one tensor out of the last layer, as if the loader did not know it."""
+
     def plant(spec, params):
         *rest, last = params["layers"]
-        return spec, {**params, "layers": [*rest, {name: array for name, array in last.items() if name != key}]}
+        return spec, {
+            **params,
+            "layers": [*rest, {name: array for name, array in last.items() if name != key}],
+        }
 
     return plant
 
@@ -146,20 +150,32 @@ def _norms_swapped(spec, params):
 
 def _norm_ignored(key):
     drop = lambda layer: {**layer, key: jnp.zeros_like(layer[key])}
-    return lambda spec, params: (spec, {**params, "layers": [drop(layer) for layer in params["layers"]]})
+    return lambda spec, params: (
+        spec,
+        {**params, "layers": [drop(layer) for layer in params["layers"]]},
+    )
 
 
 def _experts_swapped(spec, params):
-    swap = lambda layer: {**layer, "up_EFD": layer["up_EFD"][jnp.array([1, 0, *range(2, spec.experts.count)])]}
+    swap = lambda layer: {
+        **layer,
+        "up_EFD": layer["up_EFD"][jnp.array([1, 0, *range(2, spec.experts.count)])],
+    }
     return spec, {**params, "layers": [swap(layer) for layer in params["layers"]]}
 
 
 def _experts(**changes):
-    return lambda spec, params: (dataclasses.replace(spec, experts=spec.experts._replace(**changes)), params)
+    return lambda spec, params: (
+        dataclasses.replace(spec, experts=spec.experts._replace(**changes)),
+        params,
+    )
 
 
 def _scaling(**changes):
-    return lambda spec, params: (dataclasses.replace(spec, rope_scaling=spec.rope_scaling._replace(**changes)), params)
+    return lambda spec, params: (
+        dataclasses.replace(spec, rope_scaling=spec.rope_scaling._replace(**changes)),
+        params,
+    )
 
 
 _change = lambda **changes: lambda spec, params: (dataclasses.replace(spec, **changes), params)
@@ -221,7 +237,11 @@ def test_planted_bug_norm_after_rope(family, monkeypatch):
         return rms_norm(x, jnp.ones_like(weight_D), *rest, **named)
 
     monkeypatch.setattr(target_module, "rms_norm", norm)
-    monkeypatch.setattr(target_module, "apply_rope", lambda x, *rotary: apply_rope(x, *rotary) * late.pop(0).reshape(1, 1, 1, 1, -1))
+    monkeypatch.setattr(
+        target_module,
+        "apply_rope",
+        lambda x, *rotary: apply_rope(x, *rotary) * late.pop(0).reshape(1, 1, 1, 1, -1),
+    )
     model, target = family
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         _check_states_and_logits(model, target.spec, target.params)
@@ -233,7 +253,9 @@ def _torch_answers(model):
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
         with torch.no_grad():  # with the mask given, generate does not take token 0 for padding
-            full = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32)
+            full = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32
+            )
         answers.append(full[0, len(prompt) :].tolist())
     assert len(set(sum(answers, []))) > 7  # a token that repeats for ever would equal anything
     return answers
@@ -242,12 +264,23 @@ def _torch_answers(model):
 def _decoded(target, tree=ROOT_ONLY):
     """Our tokens, with a random draft where the tree needs one."""
     spec = DraftSpec.from_target(target.spec, init_std=0.3)
-    decoder = SpeculativeDecoder(target, Draft(spec, init_draft(spec, jax.random.key(1)), None, {}), tree)
+    decoder = SpeculativeDecoder(
+        target, Draft(spec, init_draft(spec, jax.random.key(1)), None, {}), tree
+    )
     return [answer.tokens for answer in decoder.generate(PROMPTS, max_new_tokens=32)]
 
 
 # What these bring is in the products of a layer, which know of no cache and no tree; the window of one of them others have too.
-LAYERS_ALONE = ("llama 3 rope", "linear rope", "llama with biases", "mistral without window", "qwen2", "qwen3", "qwen3 with all", "qwen3 moe")
+LAYERS_ALONE = (
+    "llama 3 rope",
+    "linear rope",
+    "llama with biases",
+    "mistral without window",
+    "qwen2",
+    "qwen3",
+    "qwen3 with all",
+    "qwen3 moe",
+)
 
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) if name in LAYERS_ALONE else name for name in FAMILIES],
@@ -268,11 +301,15 @@ def test_greedy_tokens_equal_torch_plainly(family):
 @pytest.mark.parametrize("family", ["mistral"], indirect=True)
 def test_planted_bug_in_the_window_over_the_cache(family, far, monkeypatch):
     """New tokens see right, slots are cut off one too early or too late."""
-    wrong = lambda position_BT, key_BS, window: within_window(position_BT, key_BS, window + (far if key_BS.shape[0] == 1 else 0))
+    wrong = lambda position_BT, key_BS, window: within_window(
+        position_BT, key_BS, window + (far if key_BS.shape[0] == 1 else 0)
+    )
     monkeypatch.setattr(target_module, "within_window", wrong)
     model, target = family
     # A stop token of its own keeps the planted program apart from the right one.
-    assert _decoded(dataclasses.replace(target, eos_ids=(20_000 + far,)), chain(3)) != _torch_answers(model)
+    assert _decoded(
+        dataclasses.replace(target, eos_ids=(20_000 + far,)), chain(3)
+    ) != _torch_answers(model)
 
 
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
@@ -302,7 +339,9 @@ def _rope_difference(scaling) -> float:
 
 def test_llama3_rope_equals_torch():
     assert _rope_difference(RopeScaling(8.0, 1.0, 4.0, 8192)) < 1e-5
-    assert _rope_difference(RopeScaling(8.0, 1.0, 2.0, 8192)) > 1e-3  # planted: another end of the blend
+    assert (
+        _rope_difference(RopeScaling(8.0, 1.0, 2.0, 8192)) > 1e-3
+    )  # planted: another end of the blend
 
 
 # Configs
@@ -319,7 +358,13 @@ def _read(**changes) -> TargetSpec:
 
 def test_plain_llama_has_no_extras():
     spec = _read(sliding_window=4)  # Llama has none, whatever the config says
-    assert (spec.biases, spec.qk_norm, spec.rope_scaling, spec.windows, spec.shortest_window) == ((), False, None, (), None)
+    assert (spec.biases, spec.qk_norm, spec.rope_scaling, spec.windows, spec.shortest_window) == (
+        (),
+        False,
+        None,
+        (),
+        None,
+    )
     assert (spec.num_kv_heads, spec.head_dim) == (4, 16)
 
 
@@ -335,16 +380,29 @@ def test_gemma_3_as_old_files_say_it():
     assert (bare.rope_theta, bare.local_rope_theta, bare.windows) == (1e6, 1e4, (4096,) * 3)
     assert (bare.score_cap, bare.logit_cap) == (None, None)
     assert _read(model_type="gemma3_text", attn_logit_softcapping=50.0).score_cap == 50.0
-    assert (_read(model_type="gemma2").score_cap, _read(model_type="gemma2").logit_cap) == (50.0, 30.0)
+    assert (_read(model_type="gemma2").score_cap, _read(model_type="gemma2").logit_cap) == (
+        50.0,
+        30.0,
+    )
 
 
 def test_what_moe_configs_ask_for():
     moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     experts = _read(model_type="qwen3_moe", **moe, decoder_sparse_step=2).experts
-    assert (experts.count, experts.per_token, experts.width, experts.dense_layers) == (8, 2, 24, (0, 2))
+    assert (experts.count, experts.per_token, experts.width, experts.dense_layers) == (
+        8,
+        2,
+        24,
+        (0, 2),
+    )
     assert not experts.renormalised
     mixtral = _read(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
-    assert (mixtral.experts.width, mixtral.experts.renormalised, mixtral.rope_theta, mixtral.windows) == (96, True, 1e6, ())
+    assert (
+        mixtral.experts.width,
+        mixtral.experts.renormalised,
+        mixtral.rope_theta,
+        mixtral.windows,
+    ) == (96, True, 1e6, ())
     asked = _read(model_type="qwen3_moe", **moe, use_sliding_window=True, max_window_layers=2)
     assert asked.windows == (4096,) * 3  # this family knows no first layers without a window
 
@@ -359,7 +417,9 @@ def test_what_configs_ask_for():
     asked = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
     assert _read(**asked).windows == ()  # the first 28 layers see everything
     assert _read(**asked, max_window_layers=2).windows == (None, None, 9)
-    assert _read(**asked, layer_types=["sliding_attention", "full_attention", "full_attention"]).windows == (9, None, None)
+    assert _read(
+        **asked, layer_types=["sliding_attention", "full_attention", "full_attention"]
+    ).windows == (9, None, None)
     assert _read(**asked, max_window_layers=2).shortest_window == 9
     assert _read(model_type="qwen3").head_dim == 128
 
@@ -392,10 +452,15 @@ def test_configs_refused_by_name(changes, message):
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 def test_a_bias_that_the_config_does_not_name_is_an_extra_tensor(family):
     spec, opened = family[1].spec, open_source(family[1].source, None)
-    with pytest.raises(UserError, match=r"extra tensor model.layers.0.self_attn.q_proj.bias \[32\]"):
+    with pytest.raises(
+        UserError, match=r"extra tensor model.layers.0.self_attn.q_proj.bias \[32\]"
+    ):
         fill_params(dataclasses.replace(spec, biases=()), opened, jnp.dtype("float32"), "here")
     more = dataclasses.replace(spec, biases=(*spec.biases, "mlp.up_proj"), qk_norm=True)
-    with pytest.raises(UserError, match=r"(?s)missing tensor model.layers.0.mlp.up_proj.bias \[48\].*layers.0.self_attn.k_norm.weight \[8\]"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)missing tensor model.layers.0.mlp.up_proj.bias \[48\].*layers.0.self_attn.k_norm.weight \[8\]",
+    ):
         fill_params(more, opened, jnp.dtype("float32"), "here")
 
 
@@ -403,7 +468,16 @@ def test_a_bias_that_the_config_does_not_name_is_an_extra_tensor(family):
 
 
 def _written(spec, prompts, max_new):
-    writer = write_answers(random_params(spec), spec, prompts, eos_ids=NEVER, max_new=max_new, batch=16, sampling=Sampling(0.0, 1), seed=0)
+    writer = write_answers(
+        random_params(spec),
+        spec,
+        prompts,
+        eos_ids=NEVER,
+        max_new=max_new,
+        batch=16,
+        sampling=Sampling(0.0, 1),
+        seed=0,
+    )
     return {answer.index: answer.tokens for answer in writer}
 
 
@@ -428,7 +502,9 @@ def test_planted_bug_window_over_the_ring(monkeypatch):
 
 def test_param_table_names_every_extra():
     spec = dataclasses.replace(TINY, biases=("self_attn.o_proj",), qk_norm=True)
-    extra = {name: entry for name, entry in param_table(spec).items() if name not in param_table(TINY)}
+    extra = {
+        name: entry for name, entry in param_table(spec).items() if name not in param_table(TINY)
+    }
     assert len(extra) == 3 * spec.num_layers
     assert extra["model.layers.1.self_attn.o_proj.bias"] == (("layers", 1, "o_bias_D"), (32,))
     assert extra["model.layers.0.self_attn.q_norm.weight"] == (("layers", 0, "q_norm_H"), (8,))

@@ -32,15 +32,30 @@ def exported(target, folder):
 
 def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[list[int]]]:
     """The nodes below some roots over random states, of torch and of JAX."""
-    h_BSD = np.random.default_rng(6).standard_normal((ROOTS, TRUE, target.spec.hidden_size), np.float32)
+    h_BSD = np.random.default_rng(6).standard_normal(
+        (ROOTS, TRUE, target.spec.hidden_size), np.float32
+    )
     roots = np.arange(ROOTS, dtype=np.int32) * 7
     tree = __import__(type(module).__module__, fromlist=["Tree"]).Tree(PATHS)
     rows_VD = model.get_output_embeddings().weight
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(TRUE)) for h_SD in h_BSD]
     theirs = [module.draft(tree, int(root), one, embed, rows_VD) for root, one in zip(roots, true)]
-    cache = BeagleBlock(draft.spec).apply({"params": draft.params}, h_BSD, np.broadcast_to(np.arange(TRUE), (ROOTS, TRUE)), method="keys_values")
+    cache = BeagleBlock(draft.spec).apply(
+        {"params": draft.params},
+        h_BSD,
+        np.broadcast_to(np.arange(TRUE), (ROOTS, TRUE)),
+        method="keys_values",
+    )
     models = (target.params["embed_VD"], draft_head_of(target.params, None))
-    ours = grow(draft.params, draft.spec, static_tree(PATHS), *models, cache, jnp.full(ROOTS, TRUE), jnp.asarray(roots))
+    ours = grow(
+        draft.params,
+        draft.spec,
+        static_tree(PATHS),
+        *models,
+        cache,
+        jnp.full(ROOTS, TRUE),
+        jnp.asarray(roots),
+    )
     return theirs, ours.nodes.token_BW.tolist()
 
 
@@ -52,7 +67,9 @@ def test_torch_drafts_what_jax_drafts_and_writes_what_the_target_writes(family, 
     assert theirs == ours
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
-        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24)
+        expected = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24
+        )
         assert torch.equal(module.generate(model, tokens, 24).sequences, expected)
 
 

@@ -27,15 +27,22 @@ def _torch_parts(model, tokens_BT):
 
     parts = {"embedding": model.model.embed_tokens}
     for index, layer in enumerate(model.model.layers):
-        named = {"norm": layer.input_layernorm, "attention": layer.self_attn, "mlp": layer.mlp, "block": layer}
+        named = {
+            "norm": layer.input_layernorm,
+            "attention": layer.self_attn,
+            "mlp": layer.mlp,
+            "block": layer,
+        }
         parts |= {f"{name} {index}": module for name, module in named.items()}
-    hooks = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in parts.items()]
+    hooks = [
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in parts.items()
+    ]
     with torch.no_grad():
         model.model(torch.from_numpy(tokens_BT))
     for hook in hooks:
         hook.remove()
     return {name: (x.numpy(), out.numpy()) for name, (x, out) in seen.items()}
-
 
 
 def _our_parts(spec, params, inputs):
@@ -49,8 +56,12 @@ def _our_parts(spec, params, inputs):
     for index, layer in enumerate(params["layers"]):
         at = lambda name: columns(inputs[f"{name} {index}"])
         around = ((B, T), rotary[index], None, *masks[index])
-        out[f"norm {index}"] = rows(target_module._norm(spec, at("norm"), layer["input_norm_D"], axis=0))
-        out[f"attention {index}"] = rows(target_module._attention(layer, spec, at("attention"), *around)[0])
+        out[f"norm {index}"] = rows(
+            target_module._norm(spec, at("norm"), layer["input_norm_D"], axis=0)
+        )
+        out[f"attention {index}"] = rows(
+            target_module._attention(layer, spec, at("attention"), *around)[0]
+        )
         out[f"mlp {index}"] = rows(target_module._mlp(layer, spec, at("mlp"), B * T))
         out[f"block {index}"] = rows(target_module._block(layer, spec, at("block"), *around)[0])
     return out
@@ -60,7 +71,9 @@ def _differences(pair, change=lambda spec, params: (spec, params)):
     model, target = pair
     spec, params = change(target.spec, target.params)
     expected = _torch_parts(model, np.random.default_rng(3).integers(0, spec.vocab_size, (B, T)))
-    found = jax.jit(lambda params, inputs: _our_parts(spec, params, inputs))(params, {name: x for name, (x, _) in expected.items()})
+    found = jax.jit(lambda params, inputs: _our_parts(spec, params, inputs))(
+        params, {name: x for name, (x, _) in expected.items()}
+    )
     assert found.keys() == expected.keys()
     return {name: float(np.abs(found[name] - out).max()) for name, (_, out) in expected.items()}
 
@@ -76,7 +89,9 @@ def test_rope_equals_torch(family):  # noqa: F811
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     for index, found in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
         kind = (model.config.layer_types[index],) if target.spec.local_rope_theta else ()
-        expected = model.model.rotary_emb(torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind)
+        expected = model.model.rotary_emb(
+            torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind
+        )
         for ours, theirs in zip(found, expected):
             np.testing.assert_allclose(ours[:, 0, 0], theirs.numpy(), atol=1e-5)
 
@@ -85,5 +100,7 @@ def test_rope_equals_torch(family):  # noqa: F811
 def test_planted_bug_shows_in_its_part_alone(family):  # noqa: F811
     first, *rest = family[1].params["layers"]
     shifted = {**first, "up_FD": jnp.roll(first["up_FD"], 1, axis=0)}
-    found = _differences(family, lambda spec, params: (spec, {**params, "layers": [shifted, *rest]}))
+    found = _differences(
+        family, lambda spec, params: (spec, {**params, "layers": [shifted, *rest]})
+    )
     assert {name for name, difference in found.items() if difference > 1e-3} == {"mlp 0", "block 0"}

@@ -13,7 +13,12 @@ from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 
-MADE_FOR = {"target": "a", "target_sha256": "1" * 64, "tokenizer_sha256": "2" * 64, "template_sha256": "3" * 64}
+MADE_FOR = {
+    "target": "a",
+    "target_sha256": "1" * 64,
+    "tokenizer_sha256": "2" * 64,
+    "template_sha256": "3" * 64,
+}
 
 
 @pytest.fixture
@@ -37,14 +42,20 @@ def test_the_same_settings_are_welcome_again(config):
 )
 def test_a_folder_made_for_something_else_is_refused_by_hash(config, key, named):
     claim(config, MADE_FOR, ALONE)
-    with pytest.raises(UserError, match=rf"data was made for {named} \({key} {MADE_FOR[key][:12]} there, 999999999999 now\); delete"):
+    with pytest.raises(
+        UserError,
+        match=rf"data was made for {named} \({key} {MADE_FOR[key][:12]} there, 999999999999 now\); delete",
+    ):
         claim(config, MADE_FOR | {key: "9" * 64}, ALONE)
 
 
 def test_a_folder_of_before_there_were_hashes_is_still_taken(config, tmp_path):
     """settings.json as it was: no hashes, no processes, none of the newer keys."""
     newer = ("split", "streaming", "answers", "max_chat_tokens", "states", "states_dtype")
-    old = {"target": "a", **{key: value for key, value in asdict(config).items() if key not in newer}}
+    old = {
+        "target": "a",
+        **{key: value for key, value in asdict(config).items() if key not in newer},
+    }
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "settings.json").write_text(json.dumps(old))
     claim(config, MADE_FOR, ALONE)
@@ -109,9 +120,15 @@ class Words:
 def test_each_hash_follows_what_it_names(tiny_params):
     base = fingerprints(tiny_params, Words())
     assert fingerprints(tiny_params, Words()) == base
-    half = {"embed_VD": tiny_params["embed_VD"].astype(jnp.bfloat16), **{k: v for k, v in tiny_params.items() if k != "embed_VD"}}
+    half = {
+        "embed_VD": tiny_params["embed_VD"].astype(jnp.bfloat16),
+        **{k: v for k, v in tiny_params.items() if k != "embed_VD"},
+    }
     assert fingerprints(half, Words()) == base  # computing in another dtype is no other target
-    layers = [*tiny_params["layers"][:-1], tiny_params["layers"][-1] | {"q_FD": tiny_params["layers"][-1]["q_FD"] * 1.01}]
+    layers = [
+        *tiny_params["layers"][:-1],
+        tiny_params["layers"][-1] | {"q_FD": tiny_params["layers"][-1]["q_FD"] * 1.01},
+    ]
     changed = {
         "target_sha256": fingerprints(tiny_params | {"layers": layers}, Words()),
         "tokenizer_sha256": fingerprints(tiny_params, Words("a c b")),
@@ -119,4 +136,6 @@ def test_each_hash_follows_what_it_names(tiny_params):
     }
     for key, found in changed.items():
         assert {name for name in base if found[name] != base[name]} == {key}
-    assert fingerprints(tiny_params, Words(split=list))["tokenizer_sha256"] != base["tokenizer_sha256"]
+    assert (
+        fingerprints(tiny_params, Words(split=list))["tokenizer_sha256"] != base["tokenizer_sha256"]
+    )

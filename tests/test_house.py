@@ -8,15 +8,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "beagle_jax").rglob("*.py"))
-ENTRY_POINTS = sorted(path for path in (ROOT / "beagle_jax").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+ENTRY_POINTS = sorted(
+    path
+    for path in (ROOT / "beagle_jax").glob("*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+)
 
 
 def too_long(root: Path) -> list[str]:
     """Files of more than 500 lines among what is written by hand: not the licence, data, weights, notebooks or results."""
-    folders = ("beagle_jax", "benchmarks", "configs", "docs", "experiments", "launch", "notebooks", "tests")
-    written = [path for folder in folders for path in (root / folder).rglob("*")] + list(root.glob("*"))
+    folders = (
+        "beagle_jax",
+        "benchmarks",
+        "configs",
+        "docs",
+        "experiments",
+        "launch",
+        "notebooks",
+        "tests",
+    )
+    written = [path for folder in folders for path in (root / folder).rglob("*")] + list(
+        root.glob("*")
+    )
     kinds = (".py", ".sh", ".sbatch", ".md", ".yaml", ".yml", ".toml", ".txt")
-    return [str(path) for path in written if path.suffix in kinds and len(path.read_text(encoding="utf-8").splitlines()) > 500]
+    return [
+        str(path)
+        for path in written
+        if path.suffix in kinds and len(path.read_text(encoding="utf-8").splitlines()) > 500
+    ]
 
 
 def test_no_file_exceeds_500_lines():
@@ -48,7 +67,10 @@ def test_layers_of_the_package_know_only_those_below():
     }
     for folder, allowed in below.items():
         for path in (ROOT / "beagle_jax" / folder).glob("*.py"):
-            used = set(re.findall(r"from beagle_jax\.(\w+)[. ]", path.read_text(encoding="utf-8"))) & below.keys()
+            used = (
+                set(re.findall(r"from beagle_jax\.(\w+)[. ]", path.read_text(encoding="utf-8")))
+                & below.keys()
+            )
             assert used <= allowed, f"{path} imports {used - allowed}"
 
 
@@ -59,10 +81,14 @@ def test_entry_points_parse_call_and_print(path):
 
 def test_every_requirement_has_its_reason():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line and not line.startswith("#") and "  # " not in line] == []
+    assert [
+        line for line in lines if line and not line.startswith("#") and "  # " not in line
+    ] == []
 
 
 def test_readme_names_files_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"(?<!/)(?:beagle_jax|configs|launch|benchmarks|drafts|tests)/[\w./-]+\w", text)
+    named = re.findall(
+        r"(?<!/)(?:beagle_jax|configs|launch|benchmarks|drafts|tests)/[\w./-]+\w", text
+    )
     assert named and [name for name in named if not (ROOT / name).exists()] == []

@@ -12,8 +12,16 @@ QUESTION, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "con
 RECORDS = [
     {"messages": [QUESTION, ANSWER], "prompt": None, "conversations": None},
     {"messages": None, "prompt": "Why?", "conversations": None},
-    {"messages": None, "prompt": None, "conversations": [{"from": "gpt", "value": "cut"}, {"from": "gpt", "value": "off"}]},
-    {"messages": None, "prompt": None, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    {
+        "messages": None,
+        "prompt": None,
+        "conversations": [{"from": "gpt", "value": "cut"}, {"from": "gpt", "value": "off"}],
+    },
+    {
+        "messages": None,
+        "prompt": None,
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}],
+    },
 ]
 
 
@@ -59,7 +67,11 @@ def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
 def test_streaming_reads_no_further_than_asked(datasets, files, monkeypatch):
     dataset = datasets.load_dataset(files, split="train", streaming=True)
     read = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset.map(lambda record: read.append(1) or record))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, **__: dataset.map(lambda record: read.append(1) or record),
+    )
     next(hub_chats(files, "train", True))
     assert len(read) < len(RECORDS)
 
@@ -71,7 +83,11 @@ def test_a_slice_of_a_split(files):
 @pytest.mark.parametrize(
     "name, split, message",
     [
-        ("/no/such/folder/at-all", "train", "data.source: hf:/no/such/folder/at-all, split 'train', cannot be opened"),
+        (
+            "/no/such/folder/at-all",
+            "train",
+            "data.source: hf:/no/such/folder/at-all, split 'train', cannot be opened",
+        ),
         ("{files}", "test", "split 'test', cannot be opened"),
         ("{saved}", "test", "data.split: 'test' is not in .*; it holds train"),
     ],

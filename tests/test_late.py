@@ -17,7 +17,9 @@ from beagle_jax.training.late import late_states
 
 # Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
 SPEC = DraftSpec.from_target(TINY, init_std=0.15)
-LENGTH = jnp.array([[13], [9]], jnp.int32)  # 13 is no multiple of any window but 1; the second row is ragged
+LENGTH = jnp.array(
+    [[13], [9]], jnp.int32
+)  # 13 is no multiple of any window but 1; the second row is ragged
 START = jnp.zeros((2, 1), jnp.int32)  # whole rows are asked for
 
 
@@ -31,10 +33,16 @@ def row():
 
 def _scored(window: int, steps: int, multi_token: bool) -> list[tuple[int, int]]:
     """Draft step and window offset of each prediction, as method.md 4.2 sums them: l = i, or l = k."""
-    return [(step, offset) for step in range(steps) for offset in range(step, window if multi_token else step + 1)]
+    return [
+        (step, offset)
+        for step in range(steps)
+        for offset in range(step, window if multi_token else step + 1)
+    ]
 
 
-_late = jax.jit(late_states, static_argnums=1, static_argnames=("window", "steps", "detach", "multi_token"))
+_late = jax.jit(
+    late_states, static_argnums=1, static_argnames=("window", "steps", "detach", "multi_token")
+)
 _early = jax.jit(early_states, static_argnums=1, static_argnames=("window",))
 
 
@@ -45,30 +53,46 @@ def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=Fa
     plant: a program with a planted bug is none that another test may meet. It has no gradients: the states tell.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
-    at, scored = late.window_queries(LENGTH, e_BLD.shape[1], window, window, offset), _scored(window, steps, multi_token)
-    pick = lambda per_step: jnp.stack([of_row(per_step[step], at.query_BUJ[:, :, offset]) for step, offset in scored], axis=2)
+    at, scored = (
+        late.window_queries(LENGTH, e_BLD.shape[1], window, window, offset),
+        _scored(window, steps, multi_token),
+    )
+    pick = lambda per_step: jnp.stack(
+        [of_row(per_step[step], at.query_BUJ[:, :, offset]) for step, offset in scored], axis=2
+    )
     mask = jnp.stack([at.valid_BUJ[:, :, offset] for _, offset in scored], axis=2)[..., None]
     # A nonlinear function of every supervised state, weighted as the loss is.
     beta = jnp.array([steps - step for step, _ in scored], jnp.float32)[None, None, :, None]
     score = lambda s: jnp.sum(jnp.where(mask, jnp.sin(s) * beta, 0))
-    fast = lambda p: late_states(p, SPEC, e_BLD, h_BLD, LENGTH, START, multi_token=multi_token, **settings).state_BUJD
+    fast = lambda p: (
+        late_states(
+            p, SPEC, e_BLD, h_BLD, LENGTH, START, multi_token=multi_token, **settings
+        ).state_BUJD
+    )
     plain = lambda p: pick(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings))
-    graded = lambda form: jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params)
+    graded = lambda form: jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(
+        params
+    )
     both = [({}, form(params)) if plant else graded(form) for form in (fast, plain)]
     return [jnp.where(mask, states, 0) for _, states in both], [gradient for gradient, _ in both]
 
 
 def _compare(row, window, steps, detach, offsets, **options) -> None:
     for offset in offsets:
-        values, gradients = _both(*row, jnp.int32(offset), window=window, steps=steps, detach=detach, **options)
+        values, gradients = _both(
+            *row, jnp.int32(offset), window=window, steps=steps, detach=detach, **options
+        )
         np.testing.assert_allclose(values[0], values[1], atol=1e-5)
         for name in gradients[0]:
             scale = float(jnp.abs(gradients[1][name]).max())
-            np.testing.assert_allclose(gradients[0][name], gradients[1][name], atol=1e-4 * scale, err_msg=name)
+            np.testing.assert_allclose(
+                gradients[0][name], gradients[1][name], atol=1e-4 * scale, err_msg=name
+            )
 
 
 @pytest.mark.parametrize(
-    ("window", "steps", "detach"), [(1, 1, True), (2, 2, False), (5, 3, True), (5, 3, False), (4, 4, True), (5, 5, False)]
+    ("window", "steps", "detach"),
+    [(1, 1, True), (2, 2, False), (5, 3, True), (5, 3, False), (4, 4, True), (5, 5, False)],
 )
 def test_equals_plain_form(row, window, steps, detach):
     _compare(row, window, steps, detach, range(window))
@@ -88,7 +112,9 @@ def test_planted_bug_multi_token_forgets_all_but_the_newest_key(row, monkeypatch
 
 def test_planted_bug_true_key_of_own_position(row, monkeypatch):
     right = late.keys_before
-    monkeypatch.setattr(late, "keys_before", lambda chat_BT, start_BT, *rest: right(chat_BT, start_BT + 1, *rest))
+    monkeypatch.setattr(
+        late, "keys_before", lambda chat_BT, start_BT, *rest: right(chat_BT, start_BT + 1, *rest)
+    )
     with pytest.raises(AssertionError):
         _compare(row, 3, 3, True, [1], plant="own position")
 
@@ -102,7 +128,9 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
 
 
 def test_detach_changes_gradients_only(row):
-    kept, cut = (_both(*row, jnp.int32(1), window=5, steps=3, detach=detach) for detach in (False, True))
+    kept, cut = (
+        _both(*row, jnp.int32(1), window=5, steps=3, detach=detach) for detach in (False, True)
+    )
     # Two programs: rounding differs where XLA fuses them differently, by a few 1e-7 (measured).
     np.testing.assert_allclose(kept[0][0], cut[0][0], atol=1e-5)
     assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
@@ -114,23 +142,36 @@ def test_first_step_is_the_early_stage(row, offset, multi_token):
     """At the windows' starts; with l = k in whole windows (method.md 13.3)."""
     params, e_BLD, h_BLD = row
     early = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, offset=jnp.int32(offset))
-    settings = dict(window=3, steps=1, offset=jnp.int32(offset), detach=True, multi_token=multi_token)
+    settings = dict(
+        window=3, steps=1, offset=jnp.int32(offset), detach=True, multi_token=multi_token
+    )
     simulated = jax.device_get(_late(params, SPEC, e_BLD, h_BLD, LENGTH, START, **settings))
     seen = [set() for _ in LENGTH]
-    for line, places, valid, states in zip((0, 1), simulated.query_BUJ, simulated.valid_BUJ, simulated.state_BUJD):
+    for line, places, valid, states in zip(
+        (0, 1), simulated.query_BUJ, simulated.valid_BUJ, simulated.state_BUJD
+    ):
         np.testing.assert_allclose(states[valid], early[line][places[valid]], atol=1e-5)
         seen[line] |= set(places[valid].tolist())
-    assert seen == [set(range(offset, length, 1 if multi_token else 3)) for length in LENGTH[:, 0].tolist()]
+    assert seen == [
+        set(range(offset, length, 1 if multi_token else 3)) for length in LENGTH[:, 0].tolist()
+    ]
 
 
 @pytest.mark.parametrize("changed", [0, 4, 7])
 def test_a_true_state_reaches_only_later_windows(row, changed):
     params, e_BLD, h_BLD = row
-    run = lambda h: _late(params, SPEC, e_BLD, h, LENGTH, START, window=3, steps=3, offset=jnp.int32(2), detach=True)
+    run = lambda h: _late(
+        params, SPEC, e_BLD, h, LENGTH, START, window=3, steps=3, offset=jnp.int32(2), detach=True
+    )
     before, after = run(h_BLD), run(h_BLD.at[:, changed].add(1.0))
     moved_BU = np.abs(before.state_BUJD - after.state_BUJD).max(axis=(2, 3)) > 0
-    expected_BU, inside_BU = np.asarray(before.query_BUJ[:, :, 0]) > changed, np.asarray(before.valid_BUJ[:, :, 0])
-    np.testing.assert_array_equal(moved_BU[inside_BU], (expected_BU & (changed < LENGTH))[inside_BU])
+    expected_BU, inside_BU = (
+        np.asarray(before.query_BUJ[:, :, 0]) > changed,
+        np.asarray(before.valid_BUJ[:, :, 0]),
+    )
+    np.testing.assert_array_equal(
+        moved_BU[inside_BU], (expected_BU & (changed < LENGTH))[inside_BU]
+    )
 
 
 def test_positions_are_relative(row):
@@ -139,10 +180,15 @@ def test_positions_are_relative(row):
     positions = jnp.broadcast_to(jnp.arange(13), (2, 13))
 
     def scores(shift):
-        q, rows = block.queries(e_BLD, positions + shift), block.keys_values(h_BLD, positions + shift)
+        q, rows = (
+            block.queries(e_BLD, positions + shift),
+            block.keys_values(h_BLD, positions + shift),
+        )
         return jnp.einsum("BKGTH,BKHS->BKGTS", q, rows.k_BKHS)
 
-    np.testing.assert_allclose(scores(0), scores(100), atol=1e-4)  # angles near 100 lose two digits in float32
+    np.testing.assert_allclose(
+        scores(0), scores(100), atol=1e-4
+    )  # angles near 100 lose two digits in float32
     with pytest.raises(AssertionError):
         q = block.queries(e_BLD, positions + 1)
         shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
@@ -153,15 +199,30 @@ def _check_dense(row, steps, shift=0):
     """With a window at every position, each window of every offset is among them."""
     params, e_BLD, h_BLD = row
     run = lambda window, offset: jax.device_get(
-        _late(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=window, steps=steps, offset=jnp.int32(offset), detach=True)
+        _late(
+            params,
+            SPEC,
+            e_BLD,
+            h_BLD,
+            LENGTH,
+            START,
+            window=window,
+            steps=steps,
+            offset=jnp.int32(offset),
+            detach=True,
+        )
     )
     dense = run(1, 0)
     assert dense.state_BUJD.shape[1:3] == (13, steps)
     for offset in range(steps):
         windows = run(steps, offset)
-        for places, valid, states in zip(windows.query_BUJ[0], windows.valid_BUJ[0], np.moveaxis(windows.state_BUJD, 1, 0)):
+        for places, valid, states in zip(
+            windows.query_BUJ[0], windows.valid_BUJ[0], np.moveaxis(windows.state_BUJD, 1, 0)
+        ):
             if valid.all():
-                np.testing.assert_allclose(dense.state_BUJD[:, places[0] + shift], states, atol=1e-5)
+                np.testing.assert_allclose(
+                    dense.state_BUJD[:, places[0] + shift], states, atol=1e-5
+                )
 
 
 def test_dense_holds_the_windows_of_every_offset(row):
@@ -183,12 +244,33 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
     def score(params, e_BLD, h_BLD, length_BC, offset):
         settings = dict(window=max(steps, 1), offset=offset)
         if steps == 0:
-            return jnp.sum(jnp.square(early_states(params, SPEC, e_BLD, h_BLD, length_BC, length_BC * 0, **settings)))
-        late = late_states(params, SPEC, e_BLD, h_BLD, length_BC, length_BC * 0, steps=steps, detach=detach, **settings)
+            return jnp.sum(
+                jnp.square(
+                    early_states(params, SPEC, e_BLD, h_BLD, length_BC, length_BC * 0, **settings)
+                )
+            )
+        late = late_states(
+            params,
+            SPEC,
+            e_BLD,
+            h_BLD,
+            length_BC,
+            length_BC * 0,
+            steps=steps,
+            detach=detach,
+            **settings,
+        )
         return jnp.sum(jnp.square(late.state_BUJD))
 
-    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SPEC.param_shapes().items()}
-    compiled = jax.jit(jax.grad(score)).lower(params, *rows, lengths, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in SPEC.param_shapes().items()
+    }
+    compiled = (
+        jax.jit(jax.grad(score))
+        .lower(params, *rows, lengths, jax.ShapeDtypeStruct((), jnp.int32))
+        .compile()
+    )
     return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
 
@@ -213,14 +295,27 @@ def _check_part_of_a_row(row, offset, first_BC=FIRST):
     e_BTD = jnp.stack([e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST[:, 0])])
     settings = dict(window=3, offset=jnp.int32(offset))
     early = _early(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, **settings)
-    simulated = jax.device_get(_late(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, steps=2, detach=True, **settings))
+    simulated = jax.device_get(
+        _late(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, steps=2, detach=True, **settings)
+    )
     for line, first in enumerate(FIRST[:, 0].tolist()):
-        whole = dict(window=3, offset=jnp.int32((first + offset) % 3))  # the same windows, counted from the row's start
+        whole = dict(
+            window=3, offset=jnp.int32((first + offset) % 3)
+        )  # the same windows, counted from the row's start
         expected_TD = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, **whole)[line, first:]
         np.testing.assert_allclose(early[line, offset:], expected_TD[offset:ASKED], atol=1e-5)
-        all_windows = jax.device_get(_late(params, SPEC, e_BLD, h_BLD, LENGTH, START, steps=2, detach=True, **whole))
-        at = {tuple(places): states for places, states in zip(all_windows.query_BUJ[line].tolist(), all_windows.state_BUJD[line])}
-        for places, valid, states in zip(simulated.query_BUJ[line], simulated.valid_BUJ[line], simulated.state_BUJD[line]):
+        all_windows = jax.device_get(
+            _late(params, SPEC, e_BLD, h_BLD, LENGTH, START, steps=2, detach=True, **whole)
+        )
+        at = {
+            tuple(places): states
+            for places, states in zip(
+                all_windows.query_BUJ[line].tolist(), all_windows.state_BUJD[line]
+            )
+        }
+        for places, valid, states in zip(
+            simulated.query_BUJ[line], simulated.valid_BUJ[line], simulated.state_BUJD[line]
+        ):
             if valid.all():
                 np.testing.assert_allclose(states, at[tuple((places + first).tolist())], atol=1e-5)
 

@@ -19,14 +19,18 @@ import yaml
 from beagle_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+)
 JOBSETS = sorted((ROOT / "launch").glob("gke_*.yaml"))
 SCHEMA = yaml.safe_load((ROOT / "tests" / "jobset.schema.yaml").read_text())
 COMMAND = ["train", "--config", "configs/quickstart.yaml", "train.seed=1"]
 PYTHON_M = "-m beagle_jax.train --config configs/quickstart.yaml train.seed=1"
 
 
-def bash(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def bash(
+    script: str, *arguments: str, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", f"launch/{script}", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd,
                           env={**os.environ, **environment})  # fmt: skip
 
@@ -35,7 +39,9 @@ def shellcheck(path: Path) -> str:
     program = Path(sys.executable).parent / "shellcheck"
     if not program.exists():
         pytest.skip("shellcheck is not installed; the test extra brings it")
-    return subprocess.run([program, "--external-sources", path], capture_output=True, text=True, cwd=ROOT).stdout
+    return subprocess.run(
+        [program, "--external-sources", path], capture_output=True, text=True, cwd=ROOT
+    ).stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -68,27 +74,44 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(script, arguments, expec
 
 
 def test_a_pod_runs_on_every_worker_what_was_asked_for():
-    lines = bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, "data.source=a b").stdout.splitlines()
+    lines = bash(
+        "tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, "data.source=a b"
+    ).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["git", "gcloud", "gcloud", "rm"]
     assert all("--zone=us-west4-a --worker=all" in line for line in lines[1:3])
     # What the workers' shell would do, with `bash` seen through to the script's own dry run.
-    remote = subprocess.run(["bash", "-c", f"printf '%s' {lines[2].split('--command=')[1]}"], capture_output=True, text=True).stdout
+    remote = subprocess.run(
+        ["bash", "-c", f"printf '%s' {lines[2].split('--command=')[1]}"],
+        capture_output=True,
+        text=True,
+    ).stdout
     script = remote.split("&& bash ")[1].replace("--here", "--dry-run --here")
-    printed = subprocess.run(["bash", "-c", f"bash {script}"], capture_output=True, text=True, cwd=ROOT).stdout
+    printed = subprocess.run(
+        ["bash", "-c", f"bash {script}"], capture_output=True, text=True, cwd=ROOT
+    ).stdout
     expected = PYTHON_M.replace("train --", "train --distributed --")
     assert f".venv-tpu/bin/python {expected} data.source=a\\ b" in printed
 
 
 def test_a_pod_s_workers_use_the_python_that_was_named():
-    lines = bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, PYTHON="python3.12").stdout.splitlines()
+    lines = bash(
+        "tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, PYTHON="python3.12"
+    ).stdout.splitlines()
     command = shlex.split(lines[2])[-1]
     assert "cd beagle_jax && env PYTHON=python3.12 bash launch/tpu_pod.sh --here train" in command
 
 
 def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
-    dry_run = lambda: bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    dry_run = lambda: (
+        bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
+    )
     git("init")
     assert "changes that are not committed stay here" in dry_run()
     git("add", ".")
@@ -129,14 +152,26 @@ def cluster(tmp_path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'#!/usr/bin/env bash\necho "{path.name} $*" >> calls\n{body}\n')
         path.chmod(0o755)
-    stamp = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    stamp = subprocess.run(
+        "cat requirements.txt pyproject.toml | cksum",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     (tmp_path / ".venv-gpu" / "installed").write_text(stamp.stdout)
     return tmp_path
 
 
 def submitted(folder: Path) -> subprocess.Popen:
-    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder)}
-    return subprocess.Popen(["bash", "launch/slurm.sbatch", *COMMAND], cwd=folder, env={**os.environ, **environment})
+    environment = {
+        "PATH": f"{folder}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
+    return subprocess.Popen(
+        ["bash", "launch/slurm.sbatch", *COMMAND], cwd=folder, env={**os.environ, **environment}
+    )
 
 
 def waited_for(path: Path) -> str:
@@ -153,7 +188,11 @@ def test_a_slurm_job_at_its_time_limit_saves_and_is_queued_again(cluster):
     job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@300 does
     assert job.wait(30) == 0
     calls = (cluster / "calls").read_text().splitlines()
-    assert calls[0] == f"srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda,cpu .venv-gpu/bin/python {PYTHON_M}" and calls[1] == f"python {PYTHON_M}"
+    assert (
+        calls[0]
+        == f"srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda,cpu .venv-gpu/bin/python {PYTHON_M}"
+        and calls[1] == f"python {PYTHON_M}"
+    )
     assert calls[2:] == ["scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
 
 
@@ -167,9 +206,17 @@ def test_a_slurm_job_that_fails_is_not_queued_again(cluster):
 def test_sbatch_reads_its_options():
     """SLURM stops at the first line that is neither a comment nor empty."""
     lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
-    head = lines[: next(number for number, line in enumerate(lines) if line and not line.startswith("#"))]
-    options = dict(line.removeprefix("#SBATCH --").split("=") for line in head if line.startswith("#SBATCH --") and "=" in line)
-    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"  # one task a GPU, each sees all of its host
+    head = lines[
+        : next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    ]
+    options = dict(
+        line.removeprefix("#SBATCH --").split("=")
+        for line in head
+        if line.startswith("#SBATCH --") and "=" in line
+    )
+    assert (
+        options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+    )  # one task a GPU, each sees all of its host
     assert "#SBATCH --requeue" in head and options["signal"] == "B:USR1@300"
 
 
@@ -183,7 +230,10 @@ def test_jobsets_follow_the_schema_and_restart(path):
     jsonschema.Draft202012Validator(SCHEMA).validate(made)
     [workers] = made["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
-    assert made["spec"]["network"]["enableDNSHostnames"] and made["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert (
+        made["spec"]["network"]["enableDNSHostnames"]
+        and made["spec"]["failurePolicy"]["maxRestarts"] > 0
+    )
     assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] > 1
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["backoffLimit"] == 0
 
@@ -198,8 +248,13 @@ def test_jobsets_ask_for_a_run_that_exists(path):
     assert (module, option) == ("beagle_jax.train", "--config")
     shared = container["volumeMounts"][0]["mountPath"]
     loaded = load_config(ROOT / config, overrides)
-    assert all(one.startswith(shared) for one in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir))
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert all(
+        one.startswith(shared)
+        for one in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir)
+    )
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,7 +262,9 @@ def test_jobsets_ask_for_a_run_that_exists(path):
     [
         lambda made: made["spec"]["replicatedJobs"][0]["template"]["spec"].update(paralelism=4),
         lambda made: made["spec"]["network"].update(enableDNSHostnames="yes"),
-        lambda made: made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"].update(restartPolicy="Always"),
+        lambda made: made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+            "spec"
+        ].update(restartPolicy="Always"),
         lambda made: made.update(apiVersion="batch/v1"),
     ],
 )
@@ -241,7 +298,11 @@ ON_A_TPU_VM = "from jax._src.clusters import cloud_tpu_cluster, cluster\ncloud_t
 
 def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False) -> list[str]:
     """What each of these processes, started together on this machine, knows of the others."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "JAX_", "TPU_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "JAX_", "TPU_"))
+    }
     clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
     code = JOIN.format(before=before, flag=flag)
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | more)
@@ -259,36 +320,63 @@ def free_port() -> int:
 
 def test_tasks_of_srun_find_each_other():
     port = str(free_port())
-    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
-    assert joined([task | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01"]) == ["0 2 8", "1 2 8"]
+    task = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": port,
+    }
+    assert joined(
+        [task | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in "01"]
+    ) == ["0 2 8", "1 2 8"]
 
 
 def test_pods_of_the_gpu_jobset_find_each_other():
     [workers] = jobset(ROOT / "launch" / "gke_jobset_gpu.yaml")["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
-    variables = {one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")}
-    assert variables.pop("JAX_PLATFORMS") == "cuda,cpu" and variables.pop("JAX_COMPILATION_CACHE_DIR")
+    variables = {
+        one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")
+    }
+    assert variables.pop("JAX_PLATFORMS") == "cuda,cpu" and variables.pop(
+        "JAX_COMPILATION_CACHE_DIR"
+    )
     assert variables.pop("JAX_PROCESS_ID") is None  # the pod's own number
     host, port = variables.pop("JAX_COORDINATOR_ADDRESS").split(":")
-    assert host == f"beagle-{workers['name']}-0-0.beagle" and container["ports"] == [{"containerPort": int(port)}]
+    assert host == f"beagle-{workers['name']}-0-0.beagle" and container["ports"] == [
+        {"containerPort": int(port)}
+    ]
     assert variables == {"JAX_NUM_PROCESSES": str(job["parallelism"])}
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}
-    assert joined([variables | address | {"JAX_PROCESS_ID": number} for number in "01"]) == ["0 2 8", "1 2 8"]
+    assert joined([variables | address | {"JAX_PROCESS_ID": number} for number in "01"]) == [
+        "0 2 8",
+        "1 2 8",
+    ]
 
 
 def test_workers_of_a_tpu_slice_find_each_other():
     port = str(free_port())
     worker = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1", "JAX_COORDINATOR_PORT": port,
               "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}  # fmt: skip
-    found = joined([worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True)
+    found = joined(
+        [worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True
+    )
     assert found == ["0 2 8", "1 2 8"]
 
 
 def test_the_image_copies_what_exists_and_installs_extras_that_exist():
     lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
     steps = [line.split() for line in lines if line and not line.startswith("#")]
-    assert steps[0][0] == "FROM" and {step[0] for step in steps} <= {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENV", "ENTRYPOINT", "CMD"}
+    assert steps[0][0] == "FROM" and {step[0] for step in steps} <= {
+        "FROM",
+        "ARG",
+        "WORKDIR",
+        "COPY",
+        "RUN",
+        "ENV",
+        "ENTRYPOINT",
+        "CMD",
+    }
     copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -297,5 +385,12 @@ def test_the_image_copies_what_exists_and_installs_extras_that_exist():
     # What the install reads must be there before it runs, and what the launch files name after it.
     installs = next(number for number, step in enumerate(steps) if step[0] == "RUN")
     before = {name for step in steps[:installs] if step[0] == "COPY" for name in step[1:-1]}
-    read = {project["project"]["readme"], project["project"]["license"]["file"], *project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]}
-    assert before == {"pyproject.toml", "beagle_jax", *read} and set(copied) - before == {"configs", "drafts"}
+    read = {
+        project["project"]["readme"],
+        project["project"]["license"]["file"],
+        *project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"],
+    }
+    assert before == {"pyproject.toml", "beagle_jax", *read} and set(copied) - before == {
+        "configs",
+        "drafts",
+    }

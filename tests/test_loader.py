@@ -16,7 +16,10 @@ def rows_of_lengths(*lengths: int, prompt: int = 2) -> list[Row]:
     """Rows whose first token is their number and whose others count up."""
     rng = np.random.default_rng(3)
     return [
-        Row([number, *rng.integers(0, 61, length - 1).tolist()], [position >= prompt for position in range(length)])
+        Row(
+            [number, *rng.integers(0, 61, length - 1).tolist()],
+            [position >= prompt for position in range(length)],
+        )
         for number, length in enumerate(lengths)
     ]
 
@@ -35,15 +38,25 @@ def test_batches_are_cut_padded_and_aligned():
     for step in range(loader.steps_per_epoch):
         batch = loader.batch_at(step)
         # Supervised from position 2 on; the last position of a row never counts: 3 positions at most.
-        assert batch.tokens_BL.shape == (2, 6) and batch.states_BLD.shape == (2, 6, 3) and batch.counts_BT.shape == (2, 3)
+        assert (
+            batch.tokens_BL.shape == (2, 6)
+            and batch.states_BLD.shape == (2, 6, 3)
+            and batch.counts_BT.shape == (2, 3)
+        )
         for line in range(2):
             number, length = int(batch.tokens_BL[line, 0]), int(batch.length_BC[line, 0])
             assert length == min(6, len(rows[number].tokens))
-            assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (6 - length)
-            assert batch.states_BLD[line, :length, 0].tolist() == [3 * (starts[number] + i) + 1 for i in range(length)]
+            assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (
+                6 - length
+            )
+            assert batch.states_BLD[line, :length, 0].tolist() == [
+                3 * (starts[number] + i) + 1 for i in range(length)
+            ]
             assert not batch.states_BLD[line, length:].any()
             assert batch.first_BC[line].tolist() == [2]
-            assert batch.counts_BT[line].tolist() == [position < length - 1 for position in (2, 3, 4)]
+            assert batch.counts_BT[line].tolist() == [
+                position < length - 1 for position in (2, 3, 4)
+            ]
             seen.add(number)
     assert seen == {0, 1, 2, 3}
 
@@ -76,15 +89,21 @@ def test_left_over_rows_come_in_another_epoch():
 
 
 def test_rows_without_an_answer_before_the_cut_are_left_out():
-    rows = rows_of_lengths(4, 9, 9, prompt=2) + rows_of_lengths(9, prompt=6) + rows_of_lengths(9, prompt=5)
+    rows = (
+        rows_of_lengths(4, 9, 9, prompt=2)
+        + rows_of_lengths(9, prompt=6)
+        + rows_of_lengths(9, prompt=5)
+    )
     loader = loader_of(rows, batch=3)
-    assert loader.steps_per_epoch == 1 and sorted(first_tokens(loader, [0])) == [0, 1, 2] and loader.left_out == 2
+    assert (
+        loader.steps_per_epoch == 1
+        and sorted(first_tokens(loader, [0])) == [0, 1, 2]
+        and loader.left_out == 2
+    )
 
 
 def test_too_few_rows_are_an_error():
-    message = (
-        "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
-    )
+    message = "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
     with pytest.raises(UserError, match=message):
         loader_of(rows_of_lengths(4, 5), batch=3)
 
@@ -105,13 +124,18 @@ def test_processes_together_read_the_batch_of_one(count):
 
 def test_processes_with_orders_of_their_own_are_seen(monkeypatch):
     right = BatchLoader.batch_at
-    monkeypatch.setattr(BatchLoader, "batch_at", lambda self, step: right(self, step + self._share.index))
+    monkeypatch.setattr(
+        BatchLoader, "batch_at", lambda self, step: right(self, step + self._share.index)
+    )
     with pytest.raises(AssertionError):
         check_dealt(rows_of_lengths(*range(4, 17)), 2, batch=4)
 
 
 def test_a_batch_that_processes_do_not_divide_is_an_error():
-    with pytest.raises(UserError, match="train.batch is 4, which 3 processes do not divide; make it a multiple of 3"):
+    with pytest.raises(
+        UserError,
+        match="train.batch is 4, which 3 processes do not divide; make it a multiple of 3",
+    ):
         loader_of(rows_of_lengths(5, 5, 5, 5), batch=4, share=Share(0, 3))
 
 

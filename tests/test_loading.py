@@ -31,7 +31,14 @@ from beagle_jax.weights.target import fill_params
 
 SPEC = TargetSpec.from_hf_config(LLAMA, "test")
 MOE = TargetSpec.from_hf_config(
-    {**LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, "test"
+    {
+        **LLAMA,
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "test",
 )
 
 
@@ -39,7 +46,10 @@ def _folder(path: Path, tensors, dtype=np.float32) -> HFFolder:
     """Two files, as large checkpoints come."""
     names = sorted(tensors)
     for number in range(2):
-        save_file({name: tensors[name].astype(dtype) for name in names[number::2]}, path / f"model-{number}.safetensors")
+        save_file(
+            {name: tensors[name].astype(dtype) for name in names[number::2]},
+            path / f"model-{number}.safetensors",
+        )
     return HFFolder(path)
 
 
@@ -53,21 +63,52 @@ def _equal(found, expected) -> None:
 def test_arrays_are_those_of_the_files(tmp_path, stored, dtype):
     tensors = llama_tensors()
     found = fill_params(SPEC, _folder(tmp_path, tensors, stored), jnp.dtype(dtype), "here")
-    _equal(found, fill_params(SPEC, Held((name, x.astype(stored)) for name, x in tensors.items()), jnp.dtype(dtype), "here"))
+    _equal(
+        found,
+        fill_params(
+            SPEC,
+            Held((name, x.astype(stored)) for name, x in tensors.items()),
+            jnp.dtype(dtype),
+            "here",
+        ),
+    )
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
 def _moe_tensors():
     rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape, np.float32) for name, (_, shape) in param_table(MOE).items()}
+    return {
+        name: rng.standard_normal(shape, np.float32)
+        for name, (_, shape) in param_table(MOE).items()
+    }
 
 
-on_two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: the next test runs it in a process that has them")
+on_two_devices = pytest.mark.skipif(
+    jax.device_count() < 2,
+    reason="needs two devices: the next test runs it in a process that has them",
+)
 
 
 def test_with_two_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-n", "0", "-p", "no:cacheprovider", __file__, "-k", "mesh"]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "mesh",
+    ]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
 
@@ -77,11 +118,17 @@ def test_with_two_devices():
 def test_a_mesh_of_devices_gets_its_parts_and_no_more_is_read(tmp_path, experts, monkeypatch):
     spec, tensors = (MOE, _moe_tensors()) if experts else (SPEC, llama_tensors())
     opened, mesh, read = _folder(tmp_path, tensors), tensor_mesh(2), []
-    monkeypatch.setattr(HFFolder, "read", lambda self, name, index, dtype: read.append(_read(self, name, index, dtype)) or read[-1])
+    monkeypatch.setattr(
+        HFFolder,
+        "read",
+        lambda self, name, index, dtype: read.append(_read(self, name, index, dtype)) or read[-1],
+    )
     found = fill_params(spec, opened, jnp.dtype("float32"), "here", mesh)
     _equal(found, fill_params(spec, Held(tensors.items()), jnp.dtype("float32"), "here"))
     layer = found["layers"][1]
-    split = {"q_FD": 0, "o_DF": 1} | ({"gate_EFD": 1, "down_EDF": 2} if experts else {"gate_FD": 0, "down_DF": 1})
+    split = {"q_FD": 0, "o_DF": 1} | (
+        {"gate_EFD": 1, "down_EDF": 2} if experts else {"gate_FD": 0, "down_DF": 1}
+    )
     for key, dimension in split.items():
         whole, part = layer[key].shape, layer[key].addressable_shards[0].data.shape
         assert part == (*whole[:dimension], whole[dimension] // 2, *whole[dimension + 1 :]), key
@@ -95,9 +142,13 @@ _read = HFFolder.read
 @on_two_devices
 def test_planted_bug_a_mesh_with_parts_from_the_wrong_place(tmp_path, monkeypatch):
     tensors = llama_tensors()
-    shifted = lambda self, name, index, dtype: _read(self, name, (slice(None), *index[1:]), dtype)[: len(range(64)[index[0]])]
+    shifted = lambda self, name, index, dtype: _read(self, name, (slice(None), *index[1:]), dtype)[
+        : len(range(64)[index[0]])
+    ]
     monkeypatch.setattr(HFFolder, "read", lambda *a: shifted(*a) if "q_proj" in a[1] else _read(*a))
-    found = fill_params(SPEC, _folder(tmp_path, tensors), jnp.dtype("float32"), "here", tensor_mesh(2))
+    found = fill_params(
+        SPEC, _folder(tmp_path, tensors), jnp.dtype("float32"), "here", tensor_mesh(2)
+    )
     with pytest.raises(AssertionError):
         _equal(found, fill_params(SPEC, Held(tensors.items()), jnp.dtype("float32"), "here"))
 
@@ -106,7 +157,12 @@ def test_any_part_of_a_tensor(tmp_path):
     array = np.arange(60, dtype=np.float32).reshape(6, 10)
     save_file({"before": np.ones(7, np.float32), "x": array}, tmp_path / "model.safetensors")
     place = places(tmp_path / "model.safetensors")["x"]
-    for index in [(slice(None), slice(None)), (slice(2, 5), slice(None)), (slice(None), slice(3, 8)), (slice(1, 2), slice(9, 10))]:
+    for index in [
+        (slice(None), slice(None)),
+        (slice(2, 5), slice(None)),
+        (slice(None), slice(3, 8)),
+        (slice(1, 2), slice(9, 10)),
+    ]:
         for dtype in (np.float32, jnp.bfloat16):
             found = place.read(index, np.dtype(dtype))
             np.testing.assert_array_equal(found, array[index].astype(dtype))
@@ -119,7 +175,9 @@ def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "_PIECE", 100)  # neither a row nor a part of one
     monkeypatch.setattr(safetensors_file, "_VALUES", 30)
     for dtype in (np.float32, jnp.bfloat16):
-        found = places(tmp_path / "model.safetensors")["x"].read((slice(1, 6), slice(None)), np.dtype(dtype))
+        found = places(tmp_path / "model.safetensors")["x"].read(
+            (slice(1, 6), slice(None)), np.dtype(dtype)
+        )
         np.testing.assert_array_equal(found, array[1:6].astype(dtype))
         assert found.ctypes.data % 64 == 0
 
@@ -127,26 +185,46 @@ def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     save_file({"x": np.ones((8, 8), np.float32)}, tmp_path / "model.safetensors")
     place = places(tmp_path / "model.safetensors")["x"]
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    (tmp_path / "model.safetensors").write_bytes(
+        (tmp_path / "model.safetensors").read_bytes()[:-100]
+    )
     with pytest.raises(UserError, match="ends in the middle of a tensor, 100 bytes early"):
         place.read((slice(None), slice(None)), np.dtype(np.float32))
 
 
-@pytest.mark.parametrize(("stored", "width"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1), ("F64", 8)])
+@pytest.mark.parametrize(
+    ("stored", "width"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1), ("F64", 8)]
+)
 def test_what_is_no_weights_dtype_is_refused_by_the_tensor_s_name(tmp_path, stored, width):
     entry = lambda dtype, start, end: {"dtype": dtype, "shape": [4], "data_offsets": [start, end]}
-    header = json.dumps({"model.norm.weight": entry("F32", 0, 16), "lm_head.weight": entry(stored, 16, 16 + 4 * width)}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16 + 4 * width))
-    with pytest.raises(UserError, match=f"model.safetensors: tensor lm_head.weight is stored as {stored}; expected F32 or F16 or BF16"):
+    header = json.dumps(
+        {
+            "model.norm.weight": entry("F32", 0, 16),
+            "lm_head.weight": entry(stored, 16, 16 + 4 * width),
+        }
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(16 + 4 * width)
+    )
+    with pytest.raises(
+        UserError,
+        match=f"model.safetensors: tensor lm_head.weight is stored as {stored}; expected F32 or F16 or BF16",
+    ):
         fill_params(SPEC, HFFolder(tmp_path), jnp.dtype("float32"), "here")
 
 
 def test_loading_shows_a_bar_that_ends_full(tmp_path, monkeypatch):
     bars = []
-    monkeypatch.setattr(target_module, "tqdm", lambda **named: bars.append(tqdm(**named, disable=False, file=io.StringIO())) or bars[-1])
+    monkeypatch.setattr(
+        target_module,
+        "tqdm",
+        lambda **named: bars.append(tqdm(**named, disable=False, file=io.StringIO())) or bars[-1],
+    )
     found = fill_params(SPEC, _folder(tmp_path, llama_tensors()), jnp.dtype("bfloat16"), "here")
     (bar,) = bars
-    assert bar.desc == "loading target" and bar.n == bar.total == sum(x.nbytes for x in jax.tree.leaves(found))
+    assert bar.desc == "loading target" and bar.n == bar.total == sum(
+        x.nbytes for x in jax.tree.leaves(found)
+    )
 
 
 # Each of two processes loads its half: it prints the bytes that it read.
@@ -171,8 +249,17 @@ def test_each_process_reads_only_what_it_holds(tmp_path, free_port):
     _folder(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     command = [sys.executable, "-c", _PROCESS.format(port=free_port)]
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"}
-    running = [subprocess.Popen([*command, str(n), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment) for n in range(2)]
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+        "PATH": "/usr/bin:/bin",
+    }
+    running = [
+        subprocess.Popen(
+            [*command, str(n), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for n in range(2)
+    ]
     found = [int(process.communicate(timeout=120)[0].split()[-1]) for process in running]
     whole = sum(x.nbytes for x in tensors.values())
     norms = sum(x.nbytes for name, x in tensors.items() if "norm" in name)
@@ -224,7 +311,12 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 def test_peak_memory_where_a_large_head_is_converted(tmp_path):
     """Planted: a whole tensor at once in both dtypes."""
     loading = benchmark("loading")
-    loading.write_checkpoint(tmp_path, loading.SHAPES["middle"] | dict(vocab_size=90_000, num_hidden_layers=2), sparse=True, stored="F32")
+    loading.write_checkpoint(
+        tmp_path,
+        loading.SHAPES["middle"] | dict(vocab_size=90_000, num_hidden_layers=2),
+        sparse=True,
+        stored="F32",
+    )
     found = loading.measure(str(tmp_path), "bfloat16")
     assert 0.9 < found["peak"] / found["bytes"] < 1.2
     found = _planted(_WHOLE_TENSORS, tmp_path)
@@ -234,15 +326,24 @@ def test_peak_memory_where_a_large_head_is_converted(tmp_path):
 def _planted(program: str, source: Path) -> dict:
     """What a process says that loads in another way."""
     here = Path(__file__).parent
-    program = program.format(tests=str(here), benchmarks=str(here.parent / "benchmarks"), source=str(source))
-    printed = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    program = program.format(
+        tests=str(here), benchmarks=str(here.parent / "benchmarks"), source=str(source)
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     return json.loads(printed.splitlines()[-1])
 
 
 def test_the_benchmark_s_checkpoint_is_finite(tmp_path):
     loading = benchmark("loading")
     loading.write_checkpoint(tmp_path, loading.SHAPES["toy"], sparse=False)
-    params = fill_params(TargetSpec.from_hf_config(loading.SHAPES["toy"], "x"), HFFolder(tmp_path), jnp.dtype("float32"), "x")
+    params = fill_params(
+        TargetSpec.from_hf_config(loading.SHAPES["toy"], "x"),
+        HFFolder(tmp_path),
+        jnp.dtype("float32"),
+        "x",
+    )
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
 
 
@@ -268,7 +369,7 @@ def test_k_quants_load_as_gguf_decodes_them(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     raw = np.random.default_rng(0).integers(0, 40, (4, 2 * size), np.uint8)
     _write_gguf(tmp_path / "k.gguf", {"output_norm.weight": raw}, kind=TYPES[kind])
-    (name, found), = GGUFFile(tmp_path / "k.gguf").tensors()
+    ((name, found),) = GGUFFile(tmp_path / "k.gguf").tensors()
     assert (name, found.shape, found.dtype) == ("model.norm.weight", (4, 2 * block), np.float32)
     np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, TYPES[kind]))
     assert np.isfinite(found).all() and found.std() > 0

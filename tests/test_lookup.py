@@ -46,7 +46,13 @@ def test_the_chain_is_what_a_search_finds(ngram):
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths - 1), ngram, DEPTH)
     for row, length, found in zip(rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist()):
         assert found == [row[length - 1], *search(row[:length], ngram)]
-    assert nodes.parent_BW[0].tolist() == [0, 0, 1, 2, 3] and nodes.depth_BW[0].tolist() == [0, 1, 2, 3, 4]
+    assert nodes.parent_BW[0].tolist() == [0, 0, 1, 2, 3] and nodes.depth_BW[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert np.array_equal(nodes.above_BWW[0], np.tril(np.ones((5, 5), bool)))
 
 
@@ -64,10 +70,16 @@ def test_the_drawn_example():
     assert "".join(map(chr, found.tolist())) == "xab"
 
 
-@pytest.mark.parametrize(("spec", "sampling"), [(TINY, Sampling()), (MARKOV, Sampling(0.5, top_k=8))], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("spec", "sampling"),
+    [(TINY, Sampling()), (MARKOV, Sampling(0.5, top_k=8))],
+    ids=["greedy", "drawn"],
+)
 def test_output_is_that_of_plain_decoding(spec, sampling):
     target, prompts = target_of(spec), [[5], [7, 8, 9, 7, 8], list(range(50)) * 2]
-    fast = SpeculativeDecoder(target, Lookup(), chain(3)).generate(prompts, sampling, max_new_tokens=40, seed=2)
+    fast = SpeculativeDecoder(target, Lookup(), chain(3)).generate(
+        prompts, sampling, max_new_tokens=40, seed=2
+    )
     plain = SpeculativeDecoder(target).generate(prompts, sampling, max_new_tokens=40, seed=2)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     if sampling.greedy:
@@ -76,13 +88,18 @@ def test_output_is_that_of_plain_decoding(spec, sampling):
 
 def test_a_text_that_repeats_itself_is_looked_up():
     """A target whose next token depends on the last one alone runs in circles; most rounds then bring four tokens."""
-    [answer] = SpeculativeDecoder(target_of(MARKOV), Lookup(), chain(3)).generate([[5]], max_new_tokens=150)
+    [answer] = SpeculativeDecoder(target_of(MARKOV), Lookup(), chain(3)).generate(
+        [[5]], max_new_tokens=150
+    )
     assert answer.tau > 2.5
 
 
 def _check_text(monkeypatch, eos_ids=NEVER) -> None:
     monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 64)
-    target, prompt = target_of(eos_ids=eos_ids), np.random.default_rng(0).integers(0, 61, 150).tolist()
+    target, prompt = (
+        target_of(eos_ids=eos_ids),
+        np.random.default_rng(0).integers(0, 61, 150).tolist(),
+    )
     decoder = SpeculativeDecoder(target, Lookup(), chain(3))
     models, shapes, state = decoder.prefilled(prompt, max_new_tokens=20)
     for rounds in (0, 3, 100):
@@ -104,7 +121,11 @@ def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
 
     def wrong(now, found, *rest):
         after = right(now, found, *rest)
-        return after if now.text_BS is None else after._replace(text_BS=after.text_BS.at[0, now.length_B[0] + 1].add(1))
+        return (
+            after
+            if now.text_BS is None
+            else after._replace(text_BS=after.text_BS.at[0, now.length_B[0] + 1].add(1))
+        )
 
     monkeypatch.setattr(loop, "_emit", wrong)
     with pytest.raises(AssertionError):
@@ -112,15 +133,23 @@ def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
 
 
 def test_what_lookup_cannot_do():
-    with pytest.raises(UserError, match="prompt lookup drafts a chain and knows no probabilities, but was given a dynamic tree"):
+    with pytest.raises(
+        UserError,
+        match="prompt lookup drafts a chain and knows no probabilities, but was given a dynamic tree",
+    ):
         SpeculativeDecoder(target_of(), Lookup(), dynamic_tree(2, 2, 4))
     with pytest.raises(UserError, match="and rule 'ratio'"):
         SpeculativeDecoder(target_of(), Lookup(), chain(2), rule="ratio")
 
 
-@pytest.mark.parametrize(("tree", "drafted"), [("tree: chain, levels: 4", 4), ("tree: dynamic, nodes: 7", 6), ("tree: auto, levels: 2", 2)])
+@pytest.mark.parametrize(
+    ("tree", "drafted"),
+    [("tree: chain, levels: 4", 4), ("tree: dynamic, nodes: 7", 6), ("tree: auto, levels: 2", 2)],
+)
 def test_a_config_asks_for_it(tmp_path, tree, drafted):
-    (tmp_path / "c.yaml").write_text(f"target: {{source: test}}\ndraft: {{path: lookup}}\ndecode: {{{tree}, ngram: 2}}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"target: {{source: test}}\ndraft: {{path: lookup}}\ndecode: {{{tree}, ngram: 2}}\n"
+    )
     config, target = load_config(tmp_path / "c.yaml"), target_of()
     assert drafter_of(config, target) == Lookup(2)
     decoder = decoder_of(config, target, drafter_of(config, target))

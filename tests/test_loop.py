@@ -38,7 +38,13 @@ L = 12
 def config_for(folder, **changes) -> Config:
     stage = StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3)
     # noise_scale: rows this short would get noise of width 9 at the default.
-    settings = {"batch": 4, "row_tokens": L, "loss_rows": 16, "noise_scale": 0.002, "checkpoint_every": 5}
+    settings = {
+        "batch": 4,
+        "row_tokens": L,
+        "loss_rows": 16,
+        "noise_scale": 0.002,
+        "checkpoint_every": 5,
+    }
     train = TrainConfig(folder=str(folder), **settings | {"early": stage} | changes)
     return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
 
@@ -46,12 +52,19 @@ def config_for(folder, **changes) -> Config:
 def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
     """Rows whose states depend on their tokens, so that there is something to learn."""
     rng = np.random.default_rng(seed)
-    table_VD = np.random.default_rng(0).standard_normal((TINY.vocab_size, TINY.hidden_size)).astype(np.float32)
+    table_VD = (
+        np.random.default_rng(0)
+        .standard_normal((TINY.vocab_size, TINY.hidden_size))
+        .astype(np.float32)
+    )
     lengths = rng.integers(L - 4, L + 3, count)
     rows = [
-        Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)]) for n in lengths
+        Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)])
+        for n in lengths
     ]
-    return BatchLoader(rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share)
+    return BatchLoader(
+        rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
+    )
 
 
 class Breaking:
@@ -92,7 +105,9 @@ def stage(frozen, start):
     training = loader_of(20, 1)
 
     def stage(config, training=training, held_out=None):
-        return run_stage("early", config, SPEC, start, frozen, ONE_DEVICE, training, held_out, Log(config))
+        return run_stage(
+            "early", config, SPEC, start, frozen, ONE_DEVICE, training, held_out, Log(config)
+        )
 
     return stage
 
@@ -118,7 +133,9 @@ def lines_of(config) -> list[dict]:
 
 
 def saved_steps(config) -> list[int]:
-    with StageCheckpoints(f"{config.train.folder}/checkpoints/early", Settings({}, {})) as checkpoints:
+    with StageCheckpoints(
+        f"{config.train.folder}/checkpoints/early", Settings({}, {})
+    ) as checkpoints:
         return checkpoints.steps()
 
 
@@ -131,7 +148,9 @@ def same_params(found, expected) -> None:
 
 def test_the_loss_goes_down_and_is_logged(stage, tmp_path):
     config = config_for(
-        tmp_path, early=StageConfig(steps=60, learning_rate=1e-2, warmup=2, window=3), checkpoint_every=30
+        tmp_path,
+        early=StageConfig(steps=60, learning_rate=1e-2, warmup=2, window=3),
+        checkpoint_every=30,
     )
     stage(config, held_out=loader_of(8, 2))
     lines = [line for line in lines_of(config) if "split" not in line]
@@ -145,7 +164,9 @@ def test_the_loss_goes_down_and_is_logged(stage, tmp_path):
             0 <= share <= 1 for share in line["top1_by_offset"]
         )
     held_out = [line for line in lines_of(config) if line.get("split") == "held_out"]
-    assert [line["step"] for line in held_out] == [30, 60] and held_out[1]["loss"] < held_out[0]["loss"]
+    assert [line["step"] for line in held_out] == [30, 60] and held_out[1]["loss"] < held_out[0][
+        "loss"
+    ]
 
 
 def test_the_newest_two_checkpoints_stay_and_the_callers_parameters_too(whole, start):
@@ -172,17 +193,29 @@ def interrupted_then_resumed(stage, folder, step: int):
 
 
 def test_every_step_takes_its_own_batch_once(stage, tmp_path):
-    config, broken, resumed = config_for(tmp_path), Breaking(loader_of(20, 1), 8, interrupt), Breaking(loader_of(20, 1))
+    config, broken, resumed = (
+        config_for(tmp_path),
+        Breaking(loader_of(20, 1), 8, interrupt),
+        Breaking(loader_of(20, 1)),
+    )
     with pytest.raises(KeyboardInterrupt):
         stage(config, training=broken)
     stage(config, training=resumed)
-    assert broken.asked[:9] == list(range(9)) and resumed.asked == list(range(5, 12))  # the next batches are read ahead
+    assert broken.asked[:9] == list(range(9)) and resumed.asked == list(
+        range(5, 12)
+    )  # the next batches are read ahead
 
 
 def test_stop_and_resume_is_bit_equal(whole, stage, tmp_path):
     config, params = interrupted_then_resumed(stage, tmp_path, 8)
     same_params(params, whole[1])
-    assert [line["step"] for line in lines_of(config)] == [3, 6, 6, 9, 12]  # steps 6 to 8 were run twice
+    assert [line["step"] for line in lines_of(config)] == [
+        3,
+        6,
+        6,
+        9,
+        12,
+    ]  # steps 6 to 8 were run twice
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "step"])
@@ -194,7 +227,9 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
         if found is None:
             return None
         state, waiting = found
-        if lost == "optimizer":  # zeroed in place: a new array would lie elsewhere and compile the step again
+        if (
+            lost == "optimizer"
+        ):  # zeroed in place: a new array would lie elsewhere and compile the step again
             return state._replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state)), waiting
         return state._replace(step=state.step + 1), waiting
 
@@ -245,11 +280,14 @@ def broken_at(step: int, value: float):
 
 
 def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
-    infinite = lambda state, metrics: metrics._replace(grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm))
+    infinite = lambda state, metrics: metrics._replace(
+        grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm)
+    )
     after_each_step(monkeypatch, lambda state, metrics: (state, infinite(state, metrics)))
     config = config_for(tmp_path)
     with pytest.raises(
-        UserError, match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are finite: lower train.early.learn"
+        UserError,
+        match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are finite: lower train.early.learn",
     ):
         stage(config)
     assert saved_steps(config) == []
@@ -258,7 +296,11 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
 def test_shares_by_offset_are_of_what_was_counted():
     batch = lambda *agree: Metrics(1.0, 1.0, 1.0, 5, np.array([4, 1]), np.array(agree), 1.0)
     line = summary([batch([1, 2, 3], [0, 1, 1]), batch([0, 0, 3], [1, 1, 1])])
-    shares = {"top1_by_offset": [0.125, 0.5], "top4_by_offset": [0.25, 1.0], "top10_by_offset": [0.75, 1.0]}
+    shares = {
+        "top1_by_offset": [0.125, 0.5],
+        "top4_by_offset": [0.25, 1.0],
+        "top10_by_offset": [0.75, 1.0],
+    }
     assert {key: line[key] for key in line if key.startswith("top")} == shares
 
 
@@ -303,7 +345,11 @@ def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, mo
             "train.early.steps: 12 there, 13 now",
         ),
         (
-            {"early": StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3, step_weights=(2.0,))},
+            {
+                "early": StageConfig(
+                    steps=12, learning_rate=1e-2, warmup=2, window=3, step_weights=(2.0,)
+                )
+            },
             r"train.early.step_weights: None there, \[2.0\] now",
         ),
     ],
@@ -311,7 +357,8 @@ def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, mo
 def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
     config, _ = whole
     with pytest.raises(
-        UserError, match=f"checkpoints/early holds a run with other settings .{named}.; delete it, set another"
+        UserError,
+        match=f"checkpoints/early holds a run with other settings .{named}.; delete it, set another",
     ):
         stage(replace(config, train=replace(config.train, **changes)))
 
@@ -322,14 +369,26 @@ def test_another_target_is_refused_by_name(whole, frozen):
     spec = DraftSpec.from_target(replace(TINY, intermediate_size=16))
     other = replace(config, target=TargetConfig(source="other"))
     with pytest.raises(UserError, match="target.source: 'tiny' there, 'other' now"):
-        run_stage("early", other, spec, init_draft(spec, jax.random.key(3)), frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config))
+        run_stage(
+            "early",
+            other,
+            spec,
+            init_draft(spec, jax.random.key(3)),
+            frozen,
+            ONE_DEVICE,
+            loader_of(20, 1),
+            None,
+            Log(config),
+        )
 
 
 def test_settings_that_change_no_number_are_free(whole, stage):
     config, params = whole
     late = replace(config.train.late, steps=99)
     freed = replace(
-        config, train=replace(config.train, late=late, checkpoint_every=7, loss_rows=99), log=LogConfig(every=1)
+        config,
+        train=replace(config.train, late=late, checkpoint_every=7, loss_rows=99),
+        log=LogConfig(every=1),
     )
     same_params(stage(freed), params)
 
@@ -340,8 +399,16 @@ def test_settings_that_change_no_number_are_free(whole, stage):
 @pytest.fixture
 def draft() -> Draft:
     rng = np.random.default_rng(4)
-    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in SPEC.param_shapes().items()}
-    return Draft(SPEC, params, jnp.array([7, 3, 60, 0], jnp.int32), {"target": "tiny", "training": {"seed": 3}})
+    params = {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for name, shape in SPEC.param_shapes().items()
+    }
+    return Draft(
+        SPEC,
+        params,
+        jnp.array([7, 3, 60, 0], jnp.int32),
+        {"target": "tiny", "training": {"seed": 3}},
+    )
 
 
 def same_draft(found: Draft, expected: Draft) -> None:
@@ -358,7 +425,10 @@ def test_a_draft_survives_the_disk_bit_for_bit(draft, tmp_path, hot):
     draft = draft if hot else replace(draft, hot_ids=None)
     save_draft(tmp_path / "new" / "draft", draft)
     same_draft(load_draft(tmp_path / "new" / "draft", TINY), draft)
-    assert sorted(path.name for path in (tmp_path / "new" / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new" / "draft").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_transposed_views_are_written_as_what_they_are(draft, tmp_path):
@@ -372,16 +442,24 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
     save_draft(tmp_path, draft)
     tensors = load_file(tmp_path / "model.safetensors")
     if bug == "transposed":
-        tensors["self_attn.q_proj.weight"] = np.ascontiguousarray(tensors["self_attn.q_proj.weight"].T)
+        tensors["self_attn.q_proj.weight"] = np.ascontiguousarray(
+            tensors["self_attn.q_proj.weight"].T
+        )
     elif bug == "rounded":
-        tensors["mlp.up_proj.weight"] = tensors["mlp.up_proj.weight"].astype(np.float16).astype(np.float32)
+        tensors["mlp.up_proj.weight"] = (
+            tensors["mlp.up_proj.weight"].astype(np.float16).astype(np.float32)
+        )
     else:
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="settings and tensors are not those that config.json was written with"):
+    with pytest.raises(
+        UserError, match="settings and tensors are not those that config.json was written with"
+    ):
         load_draft(tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": draft_digest(SPEC, tensors)}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "sha256": draft_digest(SPEC, tensors)})
+    )
     with pytest.raises(AssertionError):
         same_draft(load_draft(tmp_path, TINY), draft)
 
@@ -395,7 +473,10 @@ def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatc
 
     monkeypatch.setattr(draft_module, "write_tensors", broken)
     with pytest.raises(KeyboardInterrupt):
-        save_draft(tmp_path, replace(draft, params={name: array + 1 for name, array in draft.params.items()}))
+        save_draft(
+            tmp_path,
+            replace(draft, params={name: array + 1 for name, array in draft.params.items()}),
+        )
     same_draft(load_draft(tmp_path, TINY), draft)
 
 
@@ -403,7 +484,10 @@ def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatc
 def test_a_missing_file_is_named(draft, tmp_path, name):
     save_draft(tmp_path, draft)
     (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=rf"{tmp_path}/{name}: no such file; train a draft first .* or set draft.path"):
+    with pytest.raises(
+        UserError,
+        match=rf"{tmp_path}/{name}: no such file; train a draft first .* or set draft.path",
+    ):
         load_draft(tmp_path, TINY)
 
 
@@ -411,13 +495,17 @@ def test_a_broken_file_is_named(draft, tmp_path):
     save_draft(tmp_path, draft)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match=rf"{weights}: cannot be read as safetensors .*; is the file whole\?"):
+    with pytest.raises(
+        UserError, match=rf"{weights}: cannot be read as safetensors .*; is the file whole\?"
+    ):
         load_draft(tmp_path, TINY)
     config.write_text(config.read_text()[:100])
     with pytest.raises(UserError, match=rf"{config}: not JSON .*; is the file whole\?"):
         load_draft(tmp_path, TINY)
     config.write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=rf"{config}: model_type is 'llama', expected 'beagle_draft'"):
+    with pytest.raises(
+        UserError, match=rf"{config}: model_type is 'llama', expected 'beagle_draft'"
+    ):
         load_draft(tmp_path, TINY)
 
 
@@ -429,7 +517,10 @@ def test_a_draft_of_another_target_is_refused(draft, tmp_path):
         load_draft(tmp_path, other)
     save_draft(tmp_path, replace(draft, spec=replace(SPEC, init_std=0.5)))
     assert load_draft(tmp_path, TINY).params  # how a draft began does not matter
-    with pytest.raises(UserError, match=r"belongs to another target \(it scores token 60, the vocabulary ends at 59\)"):
+    with pytest.raises(
+        UserError,
+        match=r"belongs to another target \(it scores token 60, the vocabulary ends at 59\)",
+    ):
         load_draft(tmp_path, replace(TINY, vocab_size=60))
 
 
@@ -458,5 +549,8 @@ def test_training_goes_on_from_a_draft(draft, tmp_path):
     with pytest.raises(AssertionError):
         same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)
     other = replace(fresh, draft=DraftConfig(init=str(tmp_path), kind="eagle"))
-    with pytest.raises(UserError, match=f"{tmp_path}/config.json: model_type is 'beagle_draft', expected 'eagle_draft'"):
+    with pytest.raises(
+        UserError,
+        match=f"{tmp_path}/config.json: model_type is 'beagle_draft', expected 'eagle_draft'",
+    ):
         given_draft(other, target)

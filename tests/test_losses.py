@@ -19,12 +19,20 @@ M, D, V = 23, 12, 57
 def rows():
     keys = jax.random.split(jax.random.key(0), 4)
     counts = jax.random.bernoulli(keys[3], 0.6, (M,))
-    return jax.random.normal(keys[0], (M, D)), jax.random.normal(keys[1], (M, D)), jax.random.normal(keys[2], (V, D)), counts
+    return (
+        jax.random.normal(keys[0], (M, D)),
+        jax.random.normal(keys[1], (M, D)),
+        jax.random.normal(keys[2], (V, D)),
+        counts,
+    )
 
 
 def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
     """Every option of `train.loss` as its formula reads, over whole logits; differentiated by jax."""
-    log_p_MV, log_q_MV = jax.nn.log_softmax(true_MD @ head_VD.T), jax.nn.log_softmax(state_MD @ head_VD.T)
+    log_p_MV, log_q_MV = (
+        jax.nn.log_softmax(true_MD @ head_VD.T),
+        jax.nn.log_softmax(state_MD @ head_VD.T),
+    )
     p_MV, q_MV = jnp.exp(log_p_MV), jnp.exp(log_q_MV)
     acceptance_M = jnp.minimum(p_MV, q_MV).sum(axis=-1)
     kl_M = jnp.sum(p_MV * (log_p_MV - log_q_MV), axis=-1)
@@ -41,7 +49,10 @@ def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
 
 def _with_gradient(loss):
     """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows` holds."""
-    weighted = lambda state, *rest: (jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))), summed)
+    weighted = lambda state, *rest: (
+        jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))),
+        summed,
+    )
     return jax.jit(jax.grad(weighted, has_aux=True))
 
 
@@ -52,7 +63,9 @@ def _by_formula(kind):
 
 def _compare(rows, chunk, kind="cross_entropy") -> None:
     counts = rows[3]
-    gradient, found = _with_gradient(lambda *rows: distribution_loss(*rows, kind, chunk, ONE_DEVICE)[0])(*rows)
+    gradient, found = _with_gradient(
+        lambda *rows: distribution_loss(*rows, kind, chunk, ONE_DEVICE)[0]
+    )(*rows)
     expected, by_formula = _by_formula(kind)(*rows)
     np.testing.assert_allclose(found, by_formula, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * float(jnp.abs(expected).max()))
@@ -71,7 +84,13 @@ def test_every_option_equals_its_formula(rows, kind):
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_planted_bug_another_distance(rows, kind, monkeypatch):
-    others = {"cross_entropy": "kl", "kl": "cross_entropy", "reverse_kl": "kl", "total_variation": "lk_hybrid", "lk_hybrid": "kl"}
+    others = {
+        "cross_entropy": "kl",
+        "kl": "cross_entropy",
+        "reverse_kl": "kl",
+        "total_variation": "lk_hybrid",
+        "lk_hybrid": "kl",
+    }
     monkeypatch.setitem(DISTANCES, kind, DISTANCES[others[kind]])
     with pytest.raises(AssertionError):
         _compare(rows, 8, kind)
@@ -80,10 +99,18 @@ def test_planted_bug_another_distance(rows, kind, monkeypatch):
 def test_distances_by_hand():
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): numbers to check with a pencil."""
     p, q, ln2 = jnp.array([[0.5, 0.25, 0.25]]), jnp.array([[0.25, 0.25, 0.5]]), np.log(2)
-    found = {kind: float(f(Distributions(p, jnp.log(p), q, jnp.log(q), lambda x: x.sum(axis=-1)))[0][0]) for kind, f in DISTANCES.items()}
+    found = {
+        kind: float(f(Distributions(p, jnp.log(p), q, jnp.log(q), lambda x: x.sum(axis=-1)))[0][0])
+        for kind, f in DISTANCES.items()
+    }
     share = np.exp(-3 * 0.75)
-    expected = {"cross_entropy": 1.75 * ln2, "kl": 0.25 * ln2, "reverse_kl": 0.25 * ln2, "total_variation": 0.25,
-                "lk_hybrid": share * 0.25 * ln2 + (1 - share) * 0.25}
+    expected = {
+        "cross_entropy": 1.75 * ln2,
+        "kl": 0.25 * ln2,
+        "reverse_kl": 0.25 * ln2,
+        "total_variation": 0.25,
+        "lk_hybrid": share * 0.25 * ln2 + (1 - share) * 0.25,
+    }
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -102,7 +129,9 @@ def test_planted_bug_gradient_without_the_target(rows, monkeypatch):
 def test_no_row_counts(rows):
     state, true, head, _ = rows
     none = jnp.zeros(M, bool)
-    loss = lambda s: jnp.sum(distribution_loss(s, true, head, none, "cross_entropy", 4, ONE_DEVICE)[0])
+    loss = lambda s: jnp.sum(
+        distribution_loss(s, true, head, none, "cross_entropy", 4, ONE_DEVICE)[0]
+    )
     value, gradient = jax.jit(jax.value_and_grad(loss))(state)
     assert float(value) == 0.0 and not np.asarray(gradient).any()
 
@@ -117,16 +146,30 @@ def test_rank_of_the_targets_token(rows):
 
 
 def test_logits_of_all_rows_never_exist_at_once():
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 16), (512, 16), (4096, 16))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 16), (512, 16), (4096, 16))
+    ]
     counts = jax.ShapeDtypeStruct((512,), bool)
     temporaries = lambda loss: (
-        jax.jit(jax.grad(lambda s, t, h, c: jnp.sum(loss(s, t, h, c)))).lower(*shapes, counts).compile().memory_analysis()
-    ).temp_size_in_bytes
+        (
+            jax.jit(jax.grad(lambda s, t, h, c: jnp.sum(loss(s, t, h, c))))
+            .lower(*shapes, counts)
+            .compile()
+            .memory_analysis()
+        ).temp_size_in_bytes
+    )
     all_logits = 512 * 4096 * 4
-    assert temporaries(lambda s, t, h, c: distribution_loss(s, t, h, c, "lk_hybrid", 32, ONE_DEVICE)[0]) < 0.5 * all_logits
+    assert (
+        temporaries(
+            lambda s, t, h, c: distribution_loss(s, t, h, c, "lk_hybrid", 32, ONE_DEVICE)[0]
+        )
+        < 0.5 * all_logits
+    )
     assert temporaries(_plain) >= all_logits  # the measure does see them where they exist
 
 
 def test_smooth_l1():
     state = jnp.array([[0.5, -2.0, 0.0, 1.0]])
-    np.testing.assert_allclose(smooth_l1(state, jnp.zeros((1, 4))), [(0.125 + 1.5 + 0.0 + 0.5) / 4], atol=1e-6)
+    np.testing.assert_allclose(
+        smooth_l1(state, jnp.zeros((1, 4))), [(0.125 + 1.5 + 0.0 + 0.5) / 4], atol=1e-6
+    )

@@ -30,7 +30,9 @@ def test_worked_example():
     for step in (1, 2, 3):
         bank_true, bank_predicted = bank_masks(8, 3, jnp.int32(2), step)
         assert _seen(bank_true) == _seen(true_LL)
-        assert _seen(bank_predicted) == {query: predicted[step - 1] for query, (_, predicted) in EXAMPLE.items()}
+        assert _seen(bank_predicted) == {
+            query: predicted[step - 1] for query, (_, predicted) in EXAMPLE.items()
+        }
 
 
 def test_planted_bug_offset_ignored():
@@ -44,14 +46,18 @@ def test_causal_example():
 
 
 def test_window_start_example():
-    np.testing.assert_array_equal(window_start(jnp.arange(8), 3, jnp.int32(2)), [0, 1, 2, 2, 2, 5, 5, 5])
+    np.testing.assert_array_equal(
+        window_start(jnp.arange(8), 3, jnp.int32(2)), [0, 1, 2, 2, 2, 5, 5, 5]
+    )
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
 def test_early_mask_by_brute_force(window):
     lengths = [11, 7]
     for offset in range(window):
-        mask_BLL = np.asarray(early_block_mask(jnp.array(lengths)[:, None], 11, window, jnp.int32(offset)))
+        mask_BLL = np.asarray(
+            early_block_mask(jnp.array(lengths)[:, None], 11, window, jnp.int32(offset))
+        )
         for line, length in enumerate(lengths):
             for query in range(11):
                 start = query if query < offset else offset + (query - offset) // window * window

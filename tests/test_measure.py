@@ -65,7 +65,9 @@ def test_a_depth_that_no_round_reached_has_no_share():
 
 
 def test_speedup_is_time_over_time_of_the_same_tokens():
-    plain = Measurement("plain", "", [[answer([1] * 7, 0, seconds=7.5)], [answer([1] * 7, 0, seconds=7.5)]])
+    plain = Measurement(
+        "plain", "", [[answer([1] * 7, 0, seconds=7.5)], [answer([1] * 7, 0, seconds=7.5)]]
+    )
     fast = Measurement("fast", "", [[answer([4, 3], seconds=3.5)], [answer([4, 3], seconds=3.5)]])
     made = figures(fast, plain)
     assert (made["tokens_per_second"], made["decode_tokens_per_second"]) == (2.0, 2.0)
@@ -78,7 +80,9 @@ def test_intervals_are_paired_and_cover():
     """Prompts that are slow for both systems widen neither; an interval of means has the width that theory gives."""
     slow = [[answer([2] * 6, seconds=float(n))] for n in (1, 5, 9, 30)]
     plain = [[answer([2] * 6, seconds=2.0 * n + 0.5)] for n in (1, 5, 9, 30)]
-    assert figures(Measurement("x", "", slow), Measurement("plain", "", plain))["speedup_interval"] == [2.0, 2.0]
+    assert figures(Measurement("x", "", slow), Measurement("plain", "", plain))[
+        "speedup_interval"
+    ] == [2.0, 2.0]
     values = np.random.default_rng(1).normal(3, 1, 400)
     low, high = interval(lambda draw: draw @ values / draw.sum(axis=1), 400)
     assert abs((high - low) - 2 * 1.96 / 20) < 0.02 and low < values.mean() < high
@@ -98,13 +102,19 @@ def test_a_later_turn_follows_the_systems_own_answer():
     suites = {"s": [chat("AB", "C"), chat("D")]}
     bench = bench_for(suites)
     cases, compiles, left_out = measure(bench, suites)
-    assert [len(case.turns) for case in cases] == [2, 1] and left_out == {"s": 0} and compiles == {"plain": 0, "chain": 0}
+    assert (
+        [len(case.turns) for case in cases] == [2, 1]
+        and left_out == {"s": 0}
+        and compiles == {"plain": 0, "chain": 0}
+    )
     for name in bench.decoders:
         first, second = (turn[name] for turn in cases[0].turns)
         history = [("user", "AB"), ("assistant", first.answer.text), ("user", "C")]
         text = "".join(role[0] + said for role, said in history) + "a"
         assert second.prompt == bench.tokenizer.encode(text, add_special_tokens=False)
-    assert [turn["plain"].answer.tokens for turn in cases[0].turns] == [turn["chain"].answer.tokens for turn in cases[0].turns]
+    assert [turn["plain"].answer.tokens for turn in cases[0].turns] == [
+        turn["chain"].answer.tokens for turn in cases[0].turns
+    ]
 
 
 def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
@@ -113,9 +123,13 @@ def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
     [cut], _, _ = measure(bench, suites)
     first, second = (turn["plain"] for turn in cut.turns)
     assert first.answer.stopped_by == "length" and len(first.answer.text) == 12
-    assert second.prompt == bench.tokenizer.encode(f"uABa{first.answer.text}uCa", add_special_tokens=False)
+    assert second.prompt == bench.tokenizer.encode(
+        f"uABa{first.answer.text}uCa", add_special_tokens=False
+    )
     stopping = target_of(MARKOV, tokenizer=letters(), eos_ids=(first.answer.tokens[0],))
-    mute = dataclasses.replace(bench, decoders={"plain": SpeculativeDecoder(stopping, context=bench.context)})
+    mute = dataclasses.replace(
+        bench, decoders={"plain": SpeculativeDecoder(stopping, context=bench.context)}
+    )
     [empty], _, _ = measure(mute, suites)
     first, second = (turn["plain"] for turn in empty.turns)
     assert (first.answer.text, first.answer.rounds) == ("", 0)
@@ -131,9 +145,14 @@ def test_turns_that_do_not_fit_are_left_out_for_all():
 def test_draws_differ_from_prompt_to_prompt_and_repeat_from_run_to_run():
     suites = {"s": [chat("AB"), chat("AB")]}
     bench = bench_for(suites, 12, Sampling(1.5))
-    told = [[turn[name].answer.tokens for case in measure(bench, suites).cases for turn in case.turns] for name in bench.decoders]
+    told = [
+        [turn[name].answer.tokens for case in measure(bench, suites).cases for turn in case.turns]
+        for name in bench.decoders
+    ]
     assert told[0] == told[1] and told[0][0] != told[0][1]
-    assert told[0] == [turn["plain"].answer.tokens for case in measure(bench, suites).cases for turn in case.turns]
+    assert told[0] == [
+        turn["plain"].answer.tokens for case in measure(bench, suites).cases for turn in case.turns
+    ]
 
 
 # Going on
@@ -155,7 +174,11 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
     suites, path, bench, whole = cut_off
     asked = []
     right = SpeculativeDecoder.generate
-    monkeypatch.setattr(SpeculativeDecoder, "generate", lambda self, prompts, *a, **o: asked.append(1) or right(self, prompts, *a, **o))
+    monkeypatch.setattr(
+        SpeculativeDecoder,
+        "generate",
+        lambda self, prompts, *a, **o: asked.append(1) or right(self, prompts, *a, **o),
+    )
     again = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
     assert len(asked) == 2 * len(bench.decoders)
     untimed = lambda measured: [[{name: (asked.prompt, dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0))
@@ -165,11 +188,23 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
 
 
 def test_other_settings_are_refused(cut_off):
-    with pytest.raises(UserError, match=r"was begun with other settings \(a.b 1 there, 2 here; c None there, 3 here\); give another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"was begun with other settings \(a.b 1 there, 2 here; c None there, 3 here\); give another --out",
+    ):
         AnswerLog(cut_off[1], {"a": {"b": 2}, "c": 3})
 
 
-@pytest.mark.parametrize("content", [b"dear diary\n", b"\xff\xfe\n", b"", b"{}\n[1]\n", b'{}\n{"suite": "s", "number": 0, "category": "", "turns": ["x"]}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"dear diary\n",
+        b"\xff\xfe\n",
+        b"",
+        b"{}\n[1]\n",
+        b'{}\n{"suite": "s", "number": 0, "category": "", "turns": ["x"]}\n',
+    ],
+)
 def test_another_file_is_not_overwritten(tmp_path, content):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)

@@ -54,8 +54,12 @@ def test_a_notebook_is_valid_and_installs_first(path):
 
 def check_outputs(path: Path, notebook) -> None:
     cells = RUN.code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not every cell was run, in order"
-    assert notebook.metadata.get("outputs_of") == RUN.digest(notebook), "the outputs are of other code: python notebooks/run.py"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
+        "not every cell was run, in order"
+    )
+    assert notebook.metadata.get("outputs_of") == RUN.digest(notebook), (
+        "the outputs are of other code: python notebooks/run.py"
+    )
     outputs = [output for cell in cells for output in cell.outputs]
     assert outputs and not any(output.output_type == "error" for output in outputs)
     assert all(len(str(output)) < 1_000_000 for output in outputs)
@@ -79,15 +83,21 @@ def changed(notebook):
 
 
 def failed(notebook):
-    RUN.code_cells(notebook)[0].outputs.append(new_output("error", ename="E", evalue="", traceback=[]))
+    RUN.code_cells(notebook)[0].outputs.append(
+        new_output("error", ename="E", evalue="", traceback=[])
+    )
 
 
 def large(notebook):
-    RUN.code_cells(notebook)[0].outputs.append(new_output("stream", name="stdout", text="x" * 1_000_000))
+    RUN.code_cells(notebook)[0].outputs.append(
+        new_output("stream", name="stdout", text="x" * 1_000_000)
+    )
 
 
 def short(notebook):
-    RUN.code_cells(notebook)[0].outputs.append(new_output("stream", name="stdout", text="short form"))
+    RUN.code_cells(notebook)[0].outputs.append(
+        new_output("stream", name="stdout", text="short form")
+    )
 
 
 @pytest.mark.parametrize("spoil", [wiped, changed, failed, large, short])
@@ -99,17 +109,36 @@ def test_planted_bugs_in_outputs(spoil):
 
 
 def test_bars_are_kept_as_they_ended_and_paths_without_the_machine():
-    pieces = ["loading:   0%|", "\rloading:  50%|", "\rloading: 100%|\n", "\rgone: 5%|", "\r        \r", f"at {ROOT}/runs\n", "\rwiped: 9%|\r   \r"]
+    pieces = [
+        "loading:   0%|",
+        "\rloading:  50%|",
+        "\rloading: 100%|\n",
+        "\rgone: 5%|",
+        "\r        \r",
+        f"at {ROOT}/runs\n",
+        "\rwiped: 9%|\r   \r",
+    ]
     outputs = [new_output("stream", name="stderr", text=text) for text in pieces]
     outputs.insert(2, new_output("stream", name="stdout", text="one\n"))
     found = RUN.tidy(outputs)
-    assert [(output.name, output.text) for output in found] == [("stderr", "loading: 100%|\nat ./runs"), ("stdout", "one\n")]
+    assert [(output.name, output.text) for output in found] == [
+        ("stderr", "loading: 100%|\nat ./runs"),
+        ("stdout", "one\n"),
+    ]
 
 
 # The first cell
 
 
-def install(monkeypatch, place: Path, *, devices=(), path: Path = NOTEBOOKS[0], repository: str = "", found: bool = False) -> list[list[str]]:
+def install(
+    monkeypatch,
+    place: Path,
+    *,
+    devices=(),
+    path: Path = NOTEBOOKS[0],
+    repository: str = "",
+    found: bool = False,
+) -> list[list[str]]:
     """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a machine with these device files."""
     source = RUN.code_cells(read(path))[0].source.partition("import beagle_jax\n")[0]
     assert source.count('REPOSITORY = ""') == 1
@@ -118,7 +147,11 @@ def install(monkeypatch, place: Path, *, devices=(), path: Path = NOTEBOOKS[0], 
     monkeypatch.setenv(PRECISION, "")  # so that it is gone again after the test
     monkeypatch.delenv(PRECISION)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
-    monkeypatch.setattr(os.path, "exists", lambda name: name in devices if str(name).startswith("/dev/") else exists(name))
+    monkeypatch.setattr(
+        os.path,
+        "exists",
+        lambda name: name in devices if str(name).startswith("/dev/") else exists(name),
+    )
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
     monkeypatch.setattr(sys, "path", list(sys.path))
     exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
@@ -130,12 +163,28 @@ def test_where_it_is_installed_nothing_is(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("devices, extra", [((), ""), (("/dev/nvidia0",), "[cuda12]"), (("/dev/accel0",), "[tpu]"), (("/dev/vfio/0",), "[tpu]")])
-def test_a_clone_is_installed_as_it_is_with_the_jax_of_the_runtime(path, devices, extra, monkeypatch):
+@pytest.mark.parametrize(
+    "devices, extra",
+    [
+        ((), ""),
+        (("/dev/nvidia0",), "[cuda12]"),
+        (("/dev/accel0",), "[tpu]"),
+        (("/dev/vfio/0",), "[tpu]"),
+    ],
+)
+def test_a_clone_is_installed_as_it_is_with_the_jax_of_the_runtime(
+    path, devices, extra, monkeypatch
+):
     [pip] = install(monkeypatch, ROOT / "notebooks", devices=devices, path=path)
     assert pip[1:5] == ["-m", "pip", "install", "--quiet"] and pip[-2:] == ["--editable", str(ROOT)]
-    asked, bounds = Requirement(pip[5]), re.search(r"^jax(\S+)", (ROOT / "requirements.txt").read_text(), re.M).group(1)
-    assert asked.specifier == Requirement(f"jax{bounds}").specifier and "".join(f"[{one}]" for one in asked.extras) == extra
+    asked, bounds = (
+        Requirement(pip[5]),
+        re.search(r"^jax(\S+)", (ROOT / "requirements.txt").read_text(), re.M).group(1),
+    )
+    assert (
+        asked.specifier == Requirement(f"jax{bounds}").specifier
+        and "".join(f"[{one}]" for one in asked.extras) == extra
+    )
     assert asked.extras <= set(metadata("jax").get_all("Provides-Extra"))
     assert pip[6:-2] == (["torch"] if path.stem == "d_your_own" else [])
     # Losslessness in float32 is shown on every runtime: where float32 would be multiplied in fewer bits, it is asked for.
@@ -147,7 +196,10 @@ def test_elsewhere_the_project_is_cloned_from_the_address_given(how, monkeypatch
     address = "https://example.org/x"
     monkeypatch.setenv("BEAGLE_REPOSITORY", address if how == "variable" else "")
     clone, pip = install(monkeypatch, tmp_path, repository=address if how == "field" else "")
-    assert clone == ["git", "clone", "--depth", "1", address, str(tmp_path / "beagle_jax_clone")] and pip[-1] == clone[-1]
+    assert (
+        clone == ["git", "clone", "--depth", "1", address, str(tmp_path / "beagle_jax_clone")]
+        and pip[-1] == clone[-1]
+    )
 
 
 def test_a_clone_that_was_made_before_is_used_again(monkeypatch, tmp_path):
@@ -159,7 +211,10 @@ def test_a_clone_that_was_made_before_is_used_again(monkeypatch, tmp_path):
 
 def test_without_an_address_one_message_says_what_to_give(monkeypatch, tmp_path):
     monkeypatch.delenv("BEAGLE_REPOSITORY", raising=False)
-    with pytest.raises(SystemExit, match="Type the address that `git clone` takes into REPOSITORY, at the top of this cell"):
+    with pytest.raises(
+        SystemExit,
+        match="Type the address that `git clone` takes into REPOSITORY, at the top of this cell",
+    ):
         install(monkeypatch, tmp_path)
 
 
@@ -182,15 +237,25 @@ def test_an_accelerator_is_left_to_the_notebook_that_holds_it():
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> dict[str, str]:
     place = make_place(tmp_path_factory.mktemp("notebooks"))
-    return {"BEAGLE_SHORT": "1", "BEAGLE_TARGET": str(place.folder / "target"), "BEAGLE_DRAFT": str(place.folder / "whole")}
+    return {
+        "BEAGLE_SHORT": "1",
+        "BEAGLE_TARGET": str(place.folder / "target"),
+        "BEAGLE_DRAFT": str(place.folder / "whole"),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, toy, tmp_path, monkeypatch):
-    for name, value in (toy | {"BEAGLE_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}).items():
+    for name, value in (
+        toy | {"BEAGLE_FOLDER": str(tmp_path), "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    ).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/beagle_jax/xla_tests"))
+    monkeypatch.setenv(
+        "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/beagle_jax/xla_tests")
+    )
     notebook = read(path)
-    NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     assert all(cell.execution_count for cell in RUN.code_cells(notebook))

@@ -30,7 +30,10 @@ TESTS = Path(__file__).parent
 
 def some_rows() -> list[Row]:
     rng = np.random.default_rng(2)
-    return [Row(rng.integers(0, TINY.vocab_size, n).tolist(), [i >= 3 for i in range(n)]) for n in (14, 9, 6, 11)]
+    return [
+        Row(rng.integers(0, TINY.vocab_size, n).tolist(), [i >= 3 for i in range(n)])
+        for n in (14, 9, 6, 11)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,9 @@ def loaders(tiny_params, tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("states"), dict(batch=4, row_tokens=L, seed=0)
     made = {None: BatchLoader(rows, None, **settings)}
     for dtype in TOLERANCE:
-        made[dtype] = BatchLoader(rows, target_states(tiny_params, TINY, rows, folder / dtype, dtype), **settings)
+        made[dtype] = BatchLoader(
+            rows, target_states(tiny_params, TINY, rows, folder / dtype, dtype), **settings
+        )
     return made
 
 
@@ -50,14 +55,23 @@ steps_of = lru_cache(make_steps)
 def stepped(loader, params, tiny_params, stage, target, mesh=ONE_DEVICE, steps_of=steps_of):
     """Metrics and parameters after one step."""
     train_step, _, init = steps_of(SPEC, CLEAN, stage, mesh, late=stage is LATE, target=target)
-    frozen = place({"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}, mesh)
+    frozen = place(
+        {
+            "embed_VD": tiny_params["embed_VD"],
+            "head_VD": tiny_params["embed_VD"],
+            "target": tiny_params,
+        },
+        mesh,
+    )
     state, metrics = train_step(init(params), frozen, place_rows(loader.batch_at(0), mesh), 0)
     return jax.device_get(metrics), jax.device_get(state.params)
 
 
 def check_same(online, disk, tolerance: float) -> None:
     for name in ("objective", "ploss", "vloss", "grad_norm"):
-        np.testing.assert_allclose(getattr(online[0], name), getattr(disk[0], name), rtol=tolerance, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(online[0], name), getattr(disk[0], name), rtol=tolerance, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
@@ -67,7 +81,9 @@ def test_online_and_stored_states_give_the_same_losses(stage, loaders, tiny_draf
         disk = stepped(loaders[dtype], tiny_draft, tiny_params, stage, None)
         check_same(online, disk, tolerance)
         if dtype == "float32":
-            for name in online[1]:  # 1e-4: AdamW's first step has the size of the learning rate, 1e-3, whatever the gradient's
+            for name in online[
+                1
+            ]:  # 1e-4: AdamW's first step has the size of the learning rate, 1e-3, whatever the gradient's
                 np.testing.assert_allclose(online[1][name], disk[1][name], atol=1e-4, err_msg=name)
 
 
@@ -78,10 +94,17 @@ def on_eight_devices() -> None:
     online = BatchLoader(rows, None, **settings)
     everything = online.sample(4)
     states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
-    by_tokens = {tuple(tokens[:length]): one[:length] for tokens, length, one in zip(everything.tokens_BL, everything.length_BC[:, 0], states)}
+    by_tokens = {
+        tuple(tokens[:length]): one[:length]
+        for tokens, length, one in zip(everything.tokens_BL, everything.length_BC[:, 0], states)
+    }
     disk = BatchLoader(rows, [by_tokens[tuple(row.tokens)] for row in rows], **settings)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    check_same(stepped(online, draft, params, EARLY, TINY, mesh), stepped(disk, draft, params, EARLY, None), TOLERANCE["float32"])
+    check_same(
+        stepped(online, draft, params, EARLY, TINY, mesh),
+        stepped(disk, draft, params, EARLY, None),
+        TOLERANCE["float32"],
+    )
 
 
 def test_the_target_runs_on_the_mesh_of_the_step():
@@ -96,9 +119,17 @@ def test_the_target_runs_on_the_mesh_of_the_step():
 def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, monkeypatch):
     disk = stepped(loaders["float32"], tiny_draft, tiny_params, EARLY, None)
     right = step.states_at
-    monkeypatch.setattr(step, "states_at", lambda params, spec, tokens_BL, *rest: right(params, spec, tokens_BL ^ 1, *rest))
+    monkeypatch.setattr(
+        step,
+        "states_at",
+        lambda params, spec, tokens_BL, *rest: right(params, spec, tokens_BL ^ 1, *rest),
+    )
     with pytest.raises(AssertionError):
-        check_same(stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY, steps_of=make_steps), disk, TOLERANCE["int8"])
+        check_same(
+            stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY, steps_of=make_steps),
+            disk,
+            TOLERANCE["int8"],
+        )
 
 
 def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
@@ -106,12 +137,23 @@ def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
     found_BLD = states_in_memory(tiny_params, TINY, sample.tokens_BL, sample.length_BC)
     live_BL1 = np.arange(L)[None, :, None] < sample.length_BC[:, :, None]
     # 1e-4: rows of another padded length are summed in another order
-    np.testing.assert_allclose(np.where(live_BL1, found_BLD, 0), loaders["float32"].sample(99).states_BLD, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.where(live_BL1, found_BLD, 0),
+        loaders["float32"].sample(99).states_BLD,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_the_target_is_computed_once_and_not_differentiated(loaders, tiny_draft, tiny_params):
     """In the compiled step the target's products stand once: no gradient goes through it."""
     train_step, _, init = steps_of(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False, target=TINY)
-    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"], "target": tiny_params}
-    text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(debug_info=True)
+    frozen = {
+        "embed_VD": tiny_params["embed_VD"],
+        "head_VD": tiny_params["embed_VD"],
+        "target": tiny_params,
+    }
+    text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(
+        debug_info=True
+    )
     assert "target" in text and "transpose(target)" not in text and "jvp(target)" not in text

@@ -19,7 +19,13 @@ from beagle_jax.model import masks
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.packing import places, queries
 from beagle_jax.training import eagle, early, late
-from beagle_jax.training.step import add_noise, predict_eagle, predict_early, predict_late, stage_loss
+from beagle_jax.training.step import (
+    add_noise,
+    predict_eagle,
+    predict_early,
+    predict_late,
+    stage_loss,
+)
 
 EAGLE = EagleSpec.from_target(TINY, init_std=0.15)
 L, T = 24, 22  # of the batches compared
@@ -36,14 +42,22 @@ def some_rows(seed: int, count: int = 7) -> list[Row]:
     """Chats of 4 to 12 tokens, any two of which fit in a row; some with a question between two answers, some that end in what is not supervised."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 13, count)
-    supervised = [(np.arange(n) >= rng.integers(1, n - 2)) & (rng.random(n) < 0.8) | (np.arange(n) == n - 2) for n in lengths]
-    return [Row(rng.integers(0, TINY.vocab_size, n).tolist(), flags.tolist()) for n, flags in zip(lengths, supervised)]
+    supervised = [
+        (np.arange(n) >= rng.integers(1, n - 2)) & (rng.random(n) < 0.8) | (np.arange(n) == n - 2)
+        for n in lengths
+    ]
+    return [
+        Row(rng.integers(0, TINY.vocab_size, n).tolist(), flags.tolist())
+        for n, flags in zip(lengths, supervised)
+    ]
 
 
 def loader_of(rows: list[Row], **settings) -> BatchLoader:
     """States that tell chats apart."""
     rng = np.random.default_rng(len(rows))
-    states = [rng.standard_normal((len(row.tokens), TINY.hidden_size)).astype(np.float32) for row in rows]
+    states = [
+        rng.standard_normal((len(row.tokens), TINY.hidden_size)).astype(np.float32) for row in rows
+    ]
     return BatchLoader(rows, states, **dict(batch=1, row_tokens=L, seed=0, pack=True) | settings)
 
 
@@ -52,13 +66,21 @@ def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
     steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
     fields = (np.concatenate(field) for field in zip(*steps))
-    return Batch(*(np.pad(x, [(0, n - m) for n, m in zip(size, x.shape)]) for x, size in zip(fields, shape)))
+    return Batch(
+        *(np.pad(x, [(0, n - m) for n, m in zip(size, x.shape)]) for x, size in zip(fields, shape))
+    )
 
 
 def loss_of(name: str):
     """(loss, metrics) of a stage as a function of (params, frozen, batch, key)."""
-    spec, predict = (EAGLE, predict_eagle) if name == "eagle" else (SPEC, predict_early if name == "early" else predict_late)
-    return lambda params, *rest: stage_loss(params, spec, CLEAN, STAGES[name], predict, *rest, ONE_DEVICE)
+    spec, predict = (
+        (EAGLE, predict_eagle)
+        if name == "eagle"
+        else (SPEC, predict_early if name == "early" else predict_late)
+    )
+    return lambda params, *rest: stage_loss(
+        params, spec, CLEAN, STAGES[name], predict, *rest, ONE_DEVICE
+    )
 
 
 @lru_cache
@@ -75,15 +97,32 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
     """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
-    alone, packed = (everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True))  # of one shape, so of one program
-    assert not alone.length_BC[:, 1:].any() and (packed.length_BC > 0).sum(axis=1).max() > 1 and packed.counts_BT.sum() == alone.counts_BT.sum()
+    alone, packed = (
+        everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True)
+    )  # of one shape, so of one program
+    assert (
+        not alone.length_BC[:, 1:].any()
+        and (packed.length_BC > 0).sum(axis=1).max() > 1
+        and packed.counts_BT.sum() == alone.counts_BT.sum()
+    )
     (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
-    (found, their), slope = (planted(draft, frozen, packed, key), {}) if planted else gradient_of(name)(draft, frozen, packed, key)
+    (found, their), slope = (
+        (planted(draft, frozen, packed, key), {})
+        if planted
+        else gradient_of(name)(draft, frozen, packed, key)
+    )
     np.testing.assert_allclose(found, loss, rtol=1e-5)
     for figure in ("ploss", "vloss", "objective", "supervised", "count_J", "agree_JK"):
-        np.testing.assert_allclose(getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure)
+        np.testing.assert_allclose(
+            getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure
+        )
     for weight in slope:
-        np.testing.assert_allclose(slope[weight], gradient[weight], atol=1e-5 * float(jnp.abs(gradient[weight]).max()), err_msg=weight)
+        np.testing.assert_allclose(
+            slope[weight],
+            gradient[weight],
+            atol=1e-5 * float(jnp.abs(gradient[weight]).max()),
+            err_msg=weight,
+        )
     return bool((packed.length_BC.sum(axis=1) == L).any())
 
 
@@ -113,7 +152,11 @@ def running_windows(count, length_BC, first_BC):
 def running_keys(count, size_BC):
     """Keys are turned by their place in the row, queries by their place in the chat."""
     right = places(count, size_BC)
-    return right._replace(place_BX=jnp.broadcast_to(jnp.arange(count), right.place_BX.shape)) if count == L else right
+    return (
+        right._replace(place_BX=jnp.broadcast_to(jnp.arange(count), right.place_BX.shape))
+        if count == L
+        else right
+    )
 
 
 BUGS = {
@@ -132,7 +175,9 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
     name, plants = BUGS[bug]
-    check_same(name, 0, drafts[name], tiny_params)  # the right program is traced before anything is planted
+    check_same(
+        name, 0, drafts[name], tiny_params
+    )  # the right program is traced before anything is planted
     for module, function, wrong in plants:
         monkeypatch.setattr(module, function, wrong)
     planted = quick_jit(loss_of(name))
@@ -142,19 +187,42 @@ def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
 
 
 def test_the_drawn_examples():
-    assert [x.tolist() for x in places(6, jnp.array([[3, 0, 2]]))] == [[[0, 0, 0, 2, 2, 2]], [[0, 1, 2, 0, 1, 2]]]
-    seen = lambda mask_1LL: {query: np.flatnonzero(line).tolist() for query, line in enumerate(np.asarray(mask_1LL[0]))}
-    early_mask = jax.jit(masks.early_block_mask, static_argnums=(1, 2))(jnp.array([[5, 3]]), 8, 3, jnp.int32(2))
-    assert seen(early_mask) == {0: [], 1: [0], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [], 6: [5], 7: [5, 6]}
+    assert [x.tolist() for x in places(6, jnp.array([[3, 0, 2]]))] == [
+        [[0, 0, 0, 2, 2, 2]],
+        [[0, 1, 2, 0, 1, 2]],
+    ]
+    seen = lambda mask_1LL: {
+        query: np.flatnonzero(line).tolist() for query, line in enumerate(np.asarray(mask_1LL[0]))
+    }
+    early_mask = jax.jit(masks.early_block_mask, static_argnums=(1, 2))(
+        jnp.array([[5, 3]]), 8, 3, jnp.int32(2)
+    )
+    assert seen(early_mask) == {
+        0: [],
+        1: [0],
+        2: [0, 1],
+        3: [0, 1],
+        4: [0, 1],
+        5: [],
+        6: [5],
+        7: [5, 6],
+    }
     target_mask = masks.chats_mask(jnp.array([[2, 3]]), 6)
     assert seen(target_mask) == {0: [0], 1: [0, 1], 2: [2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 4]}
-    windows = jax.jit(late.window_queries, static_argnums=(1, 2, 3))(jnp.array([[8]]), 8, 3, 2, jnp.int32(2))
-    assert windows.query_BUJ.tolist() == [[[2, 3], [5, 6], [7, 7]]] and windows.valid_BUJ.tolist() == [[[True] * 2, [True] * 2, [False] * 2]]
+    windows = jax.jit(late.window_queries, static_argnums=(1, 2, 3))(
+        jnp.array([[8]]), 8, 3, 2, jnp.int32(2)
+    )
+    assert windows.query_BUJ.tolist() == [
+        [[2, 3], [5, 6], [7, 7]]
+    ] and windows.valid_BUJ.tolist() == [[[True] * 2, [True] * 2, [False] * 2]]
 
 
 @pytest.mark.parametrize("window, steps", [(1, 1), (2, 2), (3, 1), (4, 3), (5, 5)])
 def test_every_window_of_every_chat_comes_once(window, steps):
-    rng, windows_of = np.random.default_rng(window), jax.jit(late.window_queries, static_argnums=(1, 2, 3))
+    rng, windows_of = (
+        np.random.default_rng(window),
+        jax.jit(late.window_queries, static_argnums=(1, 2, 3)),
+    )
     for offset in range(window):
         size_BC = rng.integers(0, 9, (40, 4))
         at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
@@ -168,7 +236,11 @@ def test_every_window_of_every_chat_comes_once(window, steps):
 
 def test_noise_is_as_wide_as_the_chat_is_short():
     length_BC = jnp.array([[100, 400], [500, 0]])
-    noise_BLD = np.abs(add_noise(jnp.zeros((2, 500, 64)), length_BC, TrainConfig(noise_scale=0.2), jax.random.key(0)))
+    noise_BLD = np.abs(
+        add_noise(
+            jnp.zeros((2, 500, 64)), length_BC, TrainConfig(noise_scale=0.2), jax.random.key(0)
+        )
+    )
     for part, length in ((noise_BLD[0, :100], 100), (noise_BLD[0, 100:], 400), (noise_BLD[1], 500)):
         width = 0.2 * 512 / length / 2
         assert 0.99 * width < part.max() <= width
@@ -187,13 +259,22 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
                 here = tuple(tokens[begin : begin + length])
                 whole = next(states for text, states in of_chat.items() if text[:length] == here)
                 # 1e-4: rows of another length are summed in another order
-                np.testing.assert_allclose(states[begin : begin + length], whole[:length], rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(
+                    states[begin : begin + length], whole[:length], rtol=1e-4, atol=1e-4
+                )
                 chats += 1
         return chats
 
-    assert check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC)) == len(rows)
-    monkeypatch.setattr("beagle_jax.data.states.chats_mask", lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width))
-    planted = jax.jit(lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1)  # the other is traced already
+    assert check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC)) == len(
+        rows
+    )
+    monkeypatch.setattr(
+        "beagle_jax.data.states.chats_mask",
+        lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width),
+    )
+    planted = jax.jit(
+        lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1
+    )  # the other is traced already
     monkeypatch.setattr("beagle_jax.data.states._states", planted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC))
@@ -204,8 +285,12 @@ def test_chats_fit_their_rows_and_come_once():
     for _ in range(50):
         width, lengths = 100, rng.integers(1, 101, rng.integers(1, 60)).tolist()
         rows = best_fit(lengths, width)
-        assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(sum(lengths[at] for at in row) <= width for row in rows)
-        assert len(rows) <= 1.25 * sum(lengths) / width + 1  # best fit decreasing needs at most 11/9 of the optimum
+        assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(
+            sum(lengths[at] for at in row) <= width for row in rows
+        )
+        assert (
+            len(rows) <= 1.25 * sum(lengths) / width + 1
+        )  # best fit decreasing needs at most 11/9 of the optimum
 
 
 def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
@@ -223,9 +308,15 @@ def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
                 seen.append(next(whole for whole in of_tokens if whole[:length] == text))
                 counting = np.flatnonzero(of_tokens[seen[-1]].supervised[:-1])
                 assert (first, length) == (counting[0], counting[-1] + 1)
-                assert (np.flatnonzero(batch.counts_BT[line, query : query + length - first]) + first).tolist() == counting.tolist()
+                assert (
+                    np.flatnonzero(batch.counts_BT[line, query : query + length - first]) + first
+                ).tolist() == counting.tolist()
                 slot, query = slot + length, query + length - first
-            assert not batch.tokens_BL[line, slot:].any() and not batch.states_BLD[line, slot:].any() and not batch.counts_BT[line, query:].any()
+            assert (
+                not batch.tokens_BL[line, slot:].any()
+                and not batch.states_BLD[line, slot:].any()
+                and not batch.counts_BT[line, query:].any()
+            )
             live += slot
     assert len(set(seen)) == len(seen) == 40
     assert loader.padding < 0.15 < 0.5 < loader.padding_unpacked
@@ -240,11 +331,18 @@ def test_order_and_position_are_one_integer_and_processes_share_a_batch():
         batch = loader.batch_at(step)
         for name, field in batch._asdict().items():
             np.testing.assert_array_equal(getattr(again.batch_at(step), name), field)
-            np.testing.assert_array_equal(np.concatenate([getattr(part.batch_at(step), name) for part in parts]), field)
+            np.testing.assert_array_equal(
+                np.concatenate([getattr(part.batch_at(step), name) for part in parts]), field
+            )
     sample = loader.sample(10)
-    assert (sample.length_BC[:, 0] > 0).all() and not sample.length_BC[:, 1:].any()  # one chat a row
+    assert (sample.length_BC[:, 0] > 0).all() and not sample.length_BC[
+        :, 1:
+    ].any()  # one chat a row
 
 
 def test_packing_that_leaves_too_few_rows_is_told():
-    with pytest.raises(UserError, match=r"only \d rows have an answer within train.row_tokens = 24 \(train.pack put several chats in each\)"):
+    with pytest.raises(
+        UserError,
+        match=r"only \d rows have an answer within train.row_tokens = 24 \(train.pack put several chats in each\)",
+    ):
         loader_of(some_rows(0), batch=5)

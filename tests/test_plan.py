@@ -14,7 +14,15 @@ import pytest
 
 from beagle_jax import plan as entry
 from beagle_jax.commands.plan import disk, table
-from beagle_jax.config import Config, DataConfig, DraftConfig, MeshConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.config import (
+    Config,
+    DataConfig,
+    DraftConfig,
+    MeshConfig,
+    StageConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from beagle_jax.data.folder import write_part
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import keep_states, target_states
@@ -42,7 +50,17 @@ LATE = StageConfig(steps=2, window=4, simulation_steps=4)
 
 
 def config_of(**changes) -> Config:
-    train = TrainConfig(**{"batch": 2, "row_tokens": L, "loss_rows": 2 * L, "early": EARLY, "late": LATE, "noise": "none"} | changes)
+    train = TrainConfig(
+        **{
+            "batch": 2,
+            "row_tokens": L,
+            "loss_rows": 2 * L,
+            "early": EARLY,
+            "late": LATE,
+            "noise": "none",
+        }
+        | changes
+    )
     return Config(target=TargetConfig(source="x"), train=train)
 
 
@@ -81,7 +99,11 @@ def test_operations_are_those_that_xla_counts(compiled):
     name, found, counted = compiled
     assert near(found.flops, counted), (found.flops, counted)
     stage = EARLY if name == "early" else LATE
-    for planted in (dict(spec=replace(SPEC, intermediate_size=256)), dict(vocab=2 * V), dict(late=name != "late")):
+    for planted in (
+        dict(spec=replace(SPEC, intermediate_size=256)),
+        dict(vocab=2 * V),
+        dict(late=name != "late"),
+    ):
         asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1, late=name == "late") | planted
         if "late" not in planted:
             assert not near(2 * row_flops(**asked), counted), planted
@@ -91,15 +113,28 @@ def test_operations_are_those_that_xla_counts(compiled):
 def test_operations_of_an_eagle_step(name, mesh):
     """All rows of the loss fill one chunk, as XLA counts a loop's body once."""
     early, late = replace(EARLY, window=1), replace(LATE, dense=True)
-    config = replace(config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L), draft=DraftConfig(kind="eagle"))
+    config = replace(
+        config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L),
+        draft=DraftConfig(kind="eagle"),
+    )
     found, counted = cost_and_count(name, config, mesh)
     assert near(found.flops, counted), (found.flops, counted)
-    assert found.weights == 4 * sum(int(np.prod(shape)) for shape in EagleSpec.from_target(TARGET).param_shapes().values())
+    assert found.weights == 4 * sum(
+        int(np.prod(shape)) for shape in EagleSpec.from_target(TARGET).param_shapes().values()
+    )
     asked = dict(spec=EagleSpec.from_target(TARGET), vocab=V, L=L, T=L - 1)
-    by_stage = {"early": row_flops(stage=early, late=False, **asked), "late": row_flops(stage=late, late=True, **asked)}
-    assert found.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2  # s times the work
+    by_stage = {
+        "early": row_flops(stage=early, late=False, **asked),
+        "late": row_flops(stage=late, late=True, **asked),
+    }
+    assert (
+        found.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
+    )  # s times the work
     wider = asked | {"spec": replace(asked["spec"], intermediate_size=256)}
-    assert not near(2 * row_flops(stage=early if name == "early" else late, late=name == "late", **wider), counted)
+    assert not near(
+        2 * row_flops(stage=early if name == "early" else late, late=name == "late", **wider),
+        counted,
+    )
 
 
 def test_operations_of_a_multi_token_step(mesh):
@@ -123,11 +158,24 @@ def test_bytes_are_those_of_the_shapes(compiled):
 def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dtype):
     rows, states = [Row([1] * 9, [True] * 9)] * 2, [np.ones((9, 64), jnp.bfloat16)] * 2
     keep_states(tmp_path / "part-0000.states", rows, states, dtype)
-    stored = target_states({"embed_VD": np.zeros((1, 64), jnp.bfloat16)}, TARGET, rows, tmp_path / "part-0000.states", dtype)
+    stored = target_states(
+        {"embed_VD": np.zeros((1, 64), jnp.bfloat16)},
+        TARGET,
+        rows,
+        tmp_path / "part-0000.states",
+        dtype,
+    )
     batch = BatchLoader(rows, stored, batch=2, row_tokens=L, seed=0).batch_at(0)
-    config = replace(config_of(), target=TargetConfig(source="x", dtype="bfloat16"), data=DataConfig(states_dtype=dtype))
+    config = replace(
+        config_of(),
+        target=TargetConfig(source="x", dtype="bfloat16"),
+        data=DataConfig(states_dtype=dtype),
+    )
     planned = cost.batch_shapes(config, 64)
-    assert (planned.states_BLD.shape, planned.states_BLD.dtype) == (batch.states_BLD.shape, batch.states_BLD.dtype)
+    assert (planned.states_BLD.shape, planned.states_BLD.dtype) == (
+        batch.states_BLD.shape,
+        batch.states_BLD.dtype,
+    )
 
 
 def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
@@ -144,24 +192,46 @@ def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkey
     """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens is a copy."""
     params = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
     config = config_of(row_tokens=16)
-    alone, beside = (stage_cost("early", config, TARGET, V, mesh, None, kept) for kept in (None, params))
+    alone, beside = (
+        stage_cost("early", config, TARGET, V, mesh, None, kept) for kept in (None, params)
+    )
     more = 4 * (parameter_count(TARGET) - V * 64)
-    assert (beside.frozen - alone.frozen, beside.compiler_total - alone.compiler_total) == (more, more) and beside.flops == alone.flops
+    assert (beside.frozen - alone.frozen, beside.compiler_total - alone.compiler_total) == (
+        more,
+        more,
+    ) and beside.flops == alone.flops
     asked = []
-    monkeypatch.setattr("beagle_jax.commands.plan.stage_cost", lambda *arguments: asked.append(arguments) or alone)
+    monkeypatch.setattr(
+        "beagle_jax.commands.plan.stage_cost", lambda *arguments: asked.append(arguments) or alone
+    )
     for every in (0, 7):
-        planned(capsys, "--config", str(ROOT / "configs" / "quickstart.yaml"), f"target.shape={ROOT}/configs/shapes/llama_2_7b.json", f"eval.every={every}")
+        planned(
+            capsys,
+            "--config",
+            str(ROOT / "configs" / "quickstart.yaml"),
+            f"target.shape={ROOT}/configs/shapes/llama_2_7b.json",
+            f"eval.every={every}",
+        )
     assert [arguments[-1] is None for arguments in asked] == [True, True, False, False]
 
 
 def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):
     def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G hbm.")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 16G hbm."
+        )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", full)
     found = stage_cost("early", config_of(), TARGET, V, mesh)
-    assert found.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" and found.temporaries is None
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug")))
+    assert (
+        found.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"
+        and found.temporaries is None
+    )
+    monkeypatch.setattr(
+        jax.stages.Lowered,
+        "compile",
+        lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug")),
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         stage_cost("early", config_of(), TARGET, V, mesh)
 
@@ -175,37 +245,74 @@ def planned(capsys, *arguments: str) -> dict:
     ("llama2_7b_chat", 6_738_415_616, 202_383_360), ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
     pytest.param("vicuna_7b", 6_738_415_616, 202_383_360, marks=pytest.mark.slow),  # of Llama 2's shape
 ])  # fmt: skip
-def test_the_papers_targets_are_planned_on_a_laptop_without_weights(capsys, monkeypatch, name, parameters, drafted):
+def test_the_papers_targets_are_planned_on_a_laptop_without_weights(
+    capsys, monkeypatch, name, parameters, drafted
+):
     monkeypatch.chdir(ROOT)  # target.shape is relative
-    short = ("train.batch=1", "train.row_tokens=16", "train.loss_rows=16", "train.late.steps=0", "mesh.data=-1", "mesh.fsdp=1")
+    short = (
+        "train.batch=1",
+        "train.row_tokens=16",
+        "train.loss_rows=16",
+        "train.late.steps=0",
+        "mesh.data=-1",
+        "mesh.fsdp=1",
+    )
     found = planned(capsys, "--config", str(ROOT / "configs" / f"{name}.yaml"), *short)
-    assert found["target"]["parameters"] == parameters and found["target"]["bytes"] == 2 * parameters
+    assert (
+        found["target"]["parameters"] == parameters and found["target"]["bytes"] == 2 * parameters
+    )
     assert found["draft"]["parameters"] == drafted and found["disk"]["state_of_a_token"] == 2 * 4096
     early = found["stages"]["early"]
-    assert early["weights"] == 4 * drafted and early["compiler_total"] > early["held"] > 12 * drafted
+    assert (
+        early["weights"] == 4 * drafted and early["compiler_total"] > early["held"] > 12 * drafted
+    )
     assert found["disk"]["checkpoint"] == 12 * drafted and "late" not in found["stages"]
     assert "does NOT fit" not in table(found) and "early: compiles" in table(found)
 
 
 def told_disk(tmp_path, **changes) -> dict:
-    data = {"source": "self", "folder": str(tmp_path / "data"), "answer_tokens": 1000, "max_prompt_tokens": 100, "max_answer_tokens": 50}
+    data = {
+        "source": "self",
+        "folder": str(tmp_path / "data"),
+        "answer_tokens": 1000,
+        "max_prompt_tokens": 100,
+        "max_answer_tokens": 50,
+    }
     accumulate = changes.pop("accumulate", 1)
-    return disk(replace(config_of(accumulate=accumulate, early=replace(EARLY, steps=4)), data=DataConfig(**data | changes)), 64, 1000)
+    return disk(
+        replace(
+            config_of(accumulate=accumulate, early=replace(EARLY, steps=4)),
+            data=DataConfig(**data | changes),
+        ),
+        64,
+        1000,
+    )
 
 
 def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
     """The paper's configs read chats as they are: their number of tokens says nothing about prompts at their longest."""
     self_written = told_disk(tmp_path)
-    assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (5000, 5000 * 64 * 4)  # answers of half the length
+    assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
+        5000,
+        5000 * 64 * 4,
+    )  # answers of half the length
     assert told_disk(tmp_path, states="online")["states_at_most"] == 0
     given = told_disk(tmp_path, source="hf:org/name")
-    assert given["text_tokens_at_most"] is None and given["states_at_most"] is None and given["state_of_a_token"] == 64 * 4
+    assert (
+        given["text_tokens_at_most"] is None
+        and given["states_at_most"] is None
+        and given["state_of_a_token"] == 64 * 4
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "settings.json").write_text("{}")
     write_part(tmp_path / "data", 0, [Row([1] * 30, [True] * 30)] * 7)
     assert told_disk(tmp_path, source="hf:org/name")["text_tokens_at_most"] is None  # not whole yet
     (tmp_path / "data" / "all").touch()
-    assert told_disk(tmp_path, source="hf:org/name")["text_tokens_at_most"] == told_disk(tmp_path)["text_tokens_at_most"] == 210
+    assert (
+        told_disk(tmp_path, source="hf:org/name")["text_tokens_at_most"]
+        == told_disk(tmp_path)["text_tokens_at_most"]
+        == 210
+    )
 
 
 def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
@@ -215,23 +322,62 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
         init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh, late=False)[2]
         params = {name: jnp.zeros(shape) for name, shape in SPEC.param_shapes().items()}
         count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        assert 0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10  # and counters
+        assert (
+            0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10
+        )  # and counters
 
 
 def test_virtual_devices_split_the_draft(tmp_path):
     """In a process of its own, since the number of devices is decided once."""
     shape = tmp_path / "shape.json"
-    shape.write_text(json.dumps({"model_type": "llama", "vocab_size": V, "hidden_size": 64, "intermediate_size": 128,
-                                 "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}))
+    shape.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": V,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+        )
+    )
     config = tmp_path / "run.yaml"
-    config.write_text(f"target: {{source: x, shape: {shape}}}\ntrain: {{batch: 4, row_tokens: {L}, late: {{steps: 0}}}}\n")
-    command = [sys.executable, "-m", "beagle_jax.plan", "--config", str(config), "--devices", "4", "mesh.fsdp=4", "--json", "-"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    config.write_text(
+        f"target: {{source: x, shape: {shape}}}\ntrain: {{batch: 4, row_tokens: {L}, late: {{steps: 0}}}}\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "beagle_jax.plan",
+        "--config",
+        str(config),
+        "--devices",
+        "4",
+        "mesh.fsdp=4",
+        "--json",
+        "-",
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["devices"] == {"count": 4, "kind": "cpu", "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "memory": None}
+    assert found["devices"] == {
+        "count": 4,
+        "kind": "cpu",
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "memory": None,
+    }
     numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
-    assert found["stages"]["early"]["weights"] == numbers + 3 * 2 * 64  # a quarter of each matrix; the two norms are on every device
+    assert (
+        found["stages"]["early"]["weights"] == numbers + 3 * 2 * 64
+    )  # a quarter of each matrix; the two norms are on every device
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, capsys):
@@ -254,14 +400,19 @@ def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, ca
         raise ValueError("no topology v9")
 
     monkeypatch.setattr(cost.topologies, "get_topology_desc", unknown)
-    with pytest.raises(UserError, match=r"--topology v9:4x4: libtpu does not know it \(no topology v9\); examples: v5e:4x4"):
+    with pytest.raises(
+        UserError,
+        match=r"--topology v9:4x4: libtpu does not know it \(no topology v9\); examples: v5e:4x4",
+    ):
         cost.topology_devices("v9:4x4")
 
 
 def test_a_tpu_that_is_not_there_compiles_the_step():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     devices = cost.topology_devices("v5e:2x2")
-    found = stage_cost("late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices))
+    found = stage_cost(
+        "late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices)
+    )
     assert len(devices) == 4 and devices[0].device_kind in cost.CHIPS
     assert found.held <= found.compiler_total < cost.CHIPS[devices[0].device_kind].memory
 
@@ -270,13 +421,25 @@ def test_verdicts_and_hours_are_told():
     stage = {"flops": 1e15, "weights": 4e9, "optimizer": 8e9, "frozen": 1e8, "batch": 1e6, "temporaries": 5e9, "compiler_total": 17e9,
              "refusal": "", "compile_seconds": 2.0, "held": 1, "steps": 1000, "tokens_a_step": 4096, "fits": False,
              "hours_at_40_percent": 3.25}  # fmt: skip
-    refused = stage | {"temporaries": None, "compiler_total": None, "refusal": "RESOURCE_EXHAUSTED: hbm"}
+    refused = stage | {
+        "temporaries": None,
+        "compiler_total": None,
+        "refusal": "RESOURCE_EXHAUSTED: hbm",
+    }
     figures = {"target": {"source": "x", "parameters": 7, "dtype": "bfloat16", "bytes": 14}, "draft": {"parameters": 1, "scored_tokens": 2,
                "vocabulary": 3}, "disk": {"state_of_a_token": 8192, "states_at_most": None, "checkpoints": 6e9, "checkpoint": 1e9, "draft": 1e9},
                "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
                "stages": {"early": stage, "late": refused}}  # fmt: skip
     told = table(figures)
-    assert "16 x TPU v5 lite of 16 GiB, mesh data 16" in told and "3.2 h" in told and "17.00 GB" in told and "8.19 kB a token, as many as the source has" in told
+    assert (
+        "16 x TPU v5 lite of 16 GiB, mesh data 16" in told
+        and "3.2 h" in told
+        and "17.00 GB" in told
+        and "8.19 kB a token, as many as the source has" in told
+    )
     figures["disk"]["states_at_most"] = 5e9
     assert "8.19 kB a token, at most 5.00 GB; checkpoints 6.00 GB" in table(figures)
-    assert "early: compiles and does NOT fit; lower train.batch" in told and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in told
+    assert (
+        "early: compiles and does NOT fit; lower train.batch" in told
+        and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in told
+    )

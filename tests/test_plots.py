@@ -43,8 +43,12 @@ def test_masks_are_the_worked_example(steps, tmp_path):
     for query, (true, predicted) in EXAMPLE.items():
         assert np.flatnonzero(levels[query] == 1).tolist() == true
         trained = query < 2 or (query - 2) % 3 < steps
-        assert np.flatnonzero(levels[query] == 2).tolist() == (predicted[steps - 1] if trained else [])
-    assert not np.array_equal(levels, mask_levels(8, 3, steps, 1)) and not np.array_equal(levels, mask_levels(8, 2, min(steps, 2), 2))
+        assert np.flatnonzero(levels[query] == 2).tolist() == (
+            predicted[steps - 1] if trained else []
+        )
+    assert not np.array_equal(levels, mask_levels(8, 3, steps, 1)) and not np.array_equal(
+        levels, mask_levels(8, 2, min(steps, 2), 2)
+    )
     plot_masks(3, 3, steps, tmp_path / "m.png")
     assert is_picture(tmp_path / "m.png")
 
@@ -52,15 +56,25 @@ def test_masks_are_the_worked_example(steps, tmp_path):
 def check_rounds(decoder) -> list[Round]:
     [answer] = decoder.generate([[5, 7]], max_new_tokens=30)
     played = rounds(decoder, [5, 7], most=99, max_new_tokens=30)
-    assert [token for one in played for token in one.written] == answer.tokens[1:] and len(played) == answer.rounds
+    assert [token for one in played for token in one.written] == answer.tokens[1:] and len(
+        played
+    ) == answer.rounds
     # A round cut short by the limit may have accepted all that it wrote.
-    assert np.bincount([len(one.path) - 1 for one in played], minlength=4).tolist() == answer.accepted
+    assert (
+        np.bincount([len(one.path) - 1 for one in played], minlength=4).tolist() == answer.accepted
+    )
     return played
 
 
 def test_planted_bug_the_tree_of_another_round(monkeypatch):
-    decoder, kept, right = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE), [], inside._propose
-    monkeypatch.setattr(inside, "_propose", lambda *a: kept.append(right(*a)) or kept[max(0, len(kept) - 2)])
+    decoder, kept, right = (
+        SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE),
+        [],
+        inside._propose,
+    )
+    monkeypatch.setattr(
+        inside, "_propose", lambda *a: kept.append(right(*a)) or kept[max(0, len(kept) - 2)]
+    )
     with pytest.raises(AssertionError):
         check_rounds(decoder)
 
@@ -84,7 +98,10 @@ def test_a_tree_is_drawn_without_crossings():
 @pytest.mark.parametrize("bug", ["another place", "itself seen"])
 def test_planted_bugs_in_attention(tmp_path, monkeypatch, bug):
     right = inside._weights
-    wrong = {"another place": lambda w_TS: jnp.roll(w_TS, 1, axis=0), "itself seen": lambda w_TS: jnp.roll(w_TS, 1, axis=1)}[bug]
+    wrong = {
+        "another place": lambda w_TS: jnp.roll(w_TS, 1, axis=0),
+        "itself seen": lambda w_TS: jnp.roll(w_TS, 1, axis=1),
+    }[bug]
     monkeypatch.setattr(inside, "_weights", lambda *a: wrong(right(*a)))
     with pytest.raises(AssertionError):
         test_attention_is_that_of_the_block(tmp_path)
@@ -92,20 +109,32 @@ def test_planted_bugs_in_attention(tmp_path, monkeypatch, bug):
 
 def test_attention_is_that_of_the_block(tmp_path):
     target, draft, prompt = target_of(), random_draft(), [5, 7, 9]
-    weights_TS, tokens = attention(SpeculativeDecoder(target, draft, TREE), prompt, max_new_tokens=12)
+    weights_TS, tokens = attention(
+        SpeculativeDecoder(target, draft, TREE), prompt, max_new_tokens=12
+    )
     np.testing.assert_allclose(weights_TS.sum(axis=1), 1.0, rtol=1e-5)
     assert weights_TS.shape == (len(tokens) - 3, len(tokens) - 1)
     # By hand: the true states of the text, and one head after another.
     text_1L = jnp.array([tokens])
     places_1L = jnp.arange(len(tokens))[None]
     mask = causal_mask(jnp.array([len(tokens)]), len(tokens))
-    states = jax.jit(lambda params: forward(params, target.spec, text_1L, places_1L, mask)[0])(target.params)
+    states = jax.jit(lambda params: forward(params, target.spec, text_1L, places_1L, mask)[0])(
+        target.params
+    )
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     q_KGLH = np.asarray(block.queries(target.params["embed_VD"][text_1L], places_1L))[0]
     k_KHL = np.asarray(block.keys_values(states, places_1L).k_BKHS)[0]
     for row, place in enumerate(range(3, len(tokens))):
-        heads = [np.exp(q_KGLH[k, g, place] @ k_KHL[k, :, :place] / np.sqrt(8)) for k in range(2) for g in range(2)]
-        np.testing.assert_allclose(weights_TS[row, :place], np.mean([head / head.sum() for head in heads], axis=0), atol=1e-5)
+        heads = [
+            np.exp(q_KGLH[k, g, place] @ k_KHL[k, :, :place] / np.sqrt(8))
+            for k in range(2)
+            for g in range(2)
+        ]
+        np.testing.assert_allclose(
+            weights_TS[row, :place],
+            np.mean([head / head.sum() for head in heads], axis=0),
+            atol=1e-5,
+        )
         assert not weights_TS[row, place:].any()
     plot_attention(weights_TS, tmp_path / "a.png", first=3)
     assert is_picture(tmp_path / "a.png")
@@ -119,15 +148,22 @@ def test_training_curves(tmp_path):
     lines = [{"stage": stage, "step": step, "loss": 1 / step, "top1_by_offset": [0.5, 0.4], **split}
              for stage in ("early", "late") for split in ({}, {"split": "held_out"}) for step in (1, 2, 3)]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") and is_picture(tmp_path / "c.png")
+    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") and is_picture(
+        tmp_path / "c.png"
+    )
 
 
 def test_steps_that_were_logged_again_are_drawn_once(tmp_path, monkeypatch):
     """Killed after step 3, gone on from a checkpoint after step 1."""
-    lines = [{"stage": "early", "step": step, "loss": loss, "top1_by_offset": [0.5]} for step, loss in ((1, 9), (2, 8), (3, 7), (2, 8.5), (3, 7.5), (4, 6))]
+    lines = [
+        {"stage": "early", "step": step, "loss": loss, "top1_by_offset": [0.5]}
+        for step, loss in ((1, 9), (2, 8), (3, 7), (2, 8.5), (3, 7.5), (4, 6))
+    ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn, right = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *a, **o: drawn.append((x, y)) or right(self, x, y, *a, **o))
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, *a, **o: drawn.append((x, y)) or right(self, x, y, *a, **o)
+    )
     assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png")
     assert drawn[0] == ([1, 2, 3, 4], [9, 8.5, 7.5, 6])
 
@@ -150,14 +186,20 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 @pytest.mark.parametrize("logged", ['{"stage": "data"}\n', "", '{"stage": "early", "st'])
 def test_a_log_without_a_loss_or_with_a_cut_line_is_no_picture(tmp_path, logged):
     (tmp_path / "log.jsonl").write_text(logged)
-    assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") is False and not (tmp_path / "c.png").exists()
+    assert (
+        plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") is False
+        and not (tmp_path / "c.png").exists()
+    )
 
 
 def drawn_with_long_names(folder) -> None:
     name = "/one/folder/of/many" * 6 + "/draft"
     figures = {"step_alpha": [0.5, 0.4], "tau": 1.5}
     milliseconds = {"draft": 1.0, "verify": 2.0, "rest": 0.5}
-    report = {"suites": [{"name": name, "groups": [{"systems": {name: figures}}]}], "systems": [{"name": name, "milliseconds": milliseconds}]}
+    report = {
+        "suites": [{"name": name, "groups": [{"systems": {name: figures}}]}],
+        "systems": [{"name": name, "milliseconds": milliseconds}],
+    }
     plot_acceptance(report, folder / "a.png")
     plot_phases(report, folder / "p.png")
 

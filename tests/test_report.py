@@ -22,14 +22,27 @@ from beagle_jax.evaluation.report import report, table
 COST = {
     "milliseconds": {"draft": 1.0, "verify": 2.0},
     "bytes": dict.fromkeys(
-        ["target_weights", "draft_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries", "device_peak"], 2**20
+        [
+            "target_weights",
+            "draft_weights",
+            "target_cache",
+            "draft_cache",
+            "decode_temporaries",
+            "prefill_temporaries",
+            "device_peak",
+        ],
+        2**20,
     ),
 }
 
 
 def check_schema(made: dict, part: str | None = None) -> None:
     """part: a field of the report, which `made` then is."""
-    schema = json.loads((resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(
+        (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(
+            encoding="utf-8"
+        )
+    )
     schema = schema if part is None else schema["properties"][part]
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(json.loads(json.dumps(made)), schema, jsonschema.Draft202012Validator)
@@ -39,7 +52,12 @@ def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
     """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds of a chain of 2."""
     plain = Generation(list(range(9)), 8, [8], 0.25, 4.0, "text", "length")
     fast = Generation(list(range(9)), 4, [1, 2, 1], 0.25, 2.0, "text", "length")
-    return Case(suite, number, category, tuple({"plain": Asked([1] * n, plain), "a|<b>": Asked([1] * n, fast)} for n in lengths))
+    return Case(
+        suite,
+        number,
+        category,
+        tuple({"plain": Asked([1] * n, plain), "a|<b>": Asked([1] * n, fast)} for n in lengths),
+    )
 
 
 @pytest.fixture
@@ -48,7 +66,12 @@ def made() -> dict:
     decoders = {"plain": SimpleNamespace(tree=ROOT_ONLY), "a|<b>": SimpleNamespace(tree=chain(2))}
     bench = Bench(decoders, None, 512, 9, trained_tokens={"a|<b>": 100})
     measured = Measured(cases, {"plain": 0, "a|<b>": 1}, {"s": 2, "t": 0, "long": 5})
-    return report(bench, measured, asdict(Config(target=TargetConfig(source="x"))), {"plain": COST, "a|<b>": COST})
+    return report(
+        bench,
+        measured,
+        asdict(Config(target=TargetConfig(source="x"))),
+        {"plain": COST, "a|<b>": COST},
+    )
 
 
 def test_groups_and_figures(made):
@@ -58,9 +81,24 @@ def test_groups_and_figures(made):
     ]  # fmt: skip
     assert [(group["by"], group["prompts"]) for group in second["groups"]] == [("all", 1)]
     one = first["groups"][0]["systems"]["a|<b>"]
-    assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (2.0, [2.0, 2.0], 12, 27, 3)
-    assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [0.75, round(1 / 3, 4)]
-    assert made["systems"][1]["milliseconds"] == {"prefill": 250.0, "round": 500.0, "draft": 1.0, "verify": 2.0, "rest": 497.0}
+    assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (
+        2.0,
+        [2.0, 2.0],
+        12,
+        27,
+        3,
+    )
+    assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [
+        0.75,
+        round(1 / 3, 4),
+    ]
+    assert made["systems"][1]["milliseconds"] == {
+        "prefill": 250.0,
+        "round": 500.0,
+        "draft": 1.0,
+        "verify": 2.0,
+        "rest": 497.0,
+    }
     assert made["notes"] == ["long is not there: none of its 5 turns fits the context.",
                              "1 of 4 texts are longer than the 100 tokens that a|<b> was trained on."]  # fmt: skip
 
@@ -68,8 +106,21 @@ def test_groups_and_figures(made):
 def test_the_schema_holds_and_describes_everything(made):
     check_schema(made)
     check_schema({**made, "systems": [{**system, "bytes": None} for system in made["systems"]]})
-    check_schema({**made, "audit": {"passed": True, "noise": 0.1, "reach": 0.2, "divergences": [], "checks": [{"name": "x", "passed": True, "found": "y"}]}})
-    text = (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(encoding="utf-8")
+    check_schema(
+        {
+            **made,
+            "audit": {
+                "passed": True,
+                "noise": 0.1,
+                "reach": 0.2,
+                "divergences": [],
+                "checks": [{"name": "x", "passed": True, "found": "y"}],
+            },
+        }
+    )
+    text = (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(
+        encoding="utf-8"
+    )
     undescribed = []
 
     def walk(node, where):
@@ -77,7 +128,12 @@ def test_the_schema_holds_and_describes_everything(made):
             if not any(key in field for key in ("description", "$ref")):
                 undescribed.append(f"{where}.{name}")
             walk(field, f"{where}.{name}")
-        for inner in (node.get("items"), node.get("additionalProperties"), *node.get("anyOf", []), *node.get("$defs", {}).values()):
+        for inner in (
+            node.get("items"),
+            node.get("additionalProperties"),
+            *node.get("anyOf", []),
+            *node.get("$defs", {}).values(),
+        ):
             if isinstance(inner, dict):
                 walk(inner, where)
 
@@ -113,7 +169,10 @@ def test_the_table_has_a_block_for_each_suite(made):
     lines = table(made).splitlines()
     assert lines[0] == "s" and lines.count("t") == 1
     assert lines[3] == "plain   1.00      2.1      2.0    1.00x      24      27         0  3/3"
-    assert sum(line.startswith("a|<b>  ") for line in lines) == 2 and "2 turns did not fit the context and were left out" in lines
+    assert (
+        sum(line.startswith("a|<b>  ") for line in lines) == 2
+        and "2 turns did not fit the context and were left out" in lines
+    )
     assert lines[-3].startswith("tok/s: ") and lines[-2:] == made["notes"]
 
 
@@ -135,10 +194,21 @@ def test_pages_hold_every_figure(made, tmp_path):
     text, shown = markdown(made), page(made, pictures)
     for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", *made["notes"],
                  "up to 0.0321", "s prompt 3, turn 1, token 7", "11 became 12", "11 became the end", "0.25", "0.125", "NO"):  # fmt: skip
-        assert cell in text.replace("a\\|<b>", "a|<b>") and cell.replace("<", "&lt;").replace(">", "&gt;") in shown, cell
+        assert (
+            cell in text.replace("a\\|<b>", "a|<b>")
+            and cell.replace("<", "&lt;").replace(">", "&gt;") in shown
+        ), cell
     assert "a\\|<b>" in text and "a|&lt;b&gt;" in shown and "<b>" not in shown
     # One file that needs nothing else: every source is in it.
     assert re.findall(r'(?:src|href)="(.{10})', shown) == ["data:image"] * 2 and "http" not in shown
-    assert "One prompt: no intervals." in text and "2 prompts; in brackets" in text and "None" not in text
-    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|") and "speedup" in line}
+    assert (
+        "One prompt: no intervals." in text
+        and "2 prompts; in brackets" in text
+        and "None" not in text
+    )
+    columns = {
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in text.splitlines()
+        if line.startswith("|") and "speedup" in line
+    }
     assert columns == {10}

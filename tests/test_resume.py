@@ -49,13 +49,18 @@ def both_stages(config: Config, frozen: dict, training=None) -> dict:
     """Early and late, as the train command runs them, from parameters that depend on nothing."""
     params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
     for stage in ("early", "late"):
-        params = run_stage(stage, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config))
+        params = run_stage(
+            stage, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
+        )
     return params
 
 
 def figures_of(config: Config) -> dict[tuple[str, int], dict]:
     """The last line of every step that the log has one of, without what depends on the clock."""
-    return {(line["stage"], line["step"]): {**line, "tokens_per_second": None} for line in lines_of(config)}
+    return {
+        (line["stage"], line["step"]): {**line, "tokens_per_second": None}
+        for line in lines_of(config)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,9 @@ def stopped_at(stage: str, step: int, config: Config, frozen: dict, how) -> None
     params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
     for name in ("early", "late"):
         training = Breaking(loader_of(20, 1), step, how) if name == stage else calm
-        params = run_stage(name, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config))
+        params = run_stage(
+            name, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
+        )
 
 
 def kill(batch):
@@ -85,14 +92,23 @@ def kill(batch):
 def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path):
     """Really killed, in a process of its own, in the middle of an epoch and of a window of the log."""
     here = Path(__file__).parent
-    program = ("import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;"
-               "p = conftest.random_params(conftest.TINY);"
-               "t.stopped_at('early', 11, t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, t.kill)")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;"
+        "p = conftest.random_params(conftest.TINY);"
+        "t.stopped_at('early', 11, t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, t.kill)"
+    )
     environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}
-    died = subprocess.run([sys.executable, "-c", program, str(here), str(tmp_path)], env=environment, capture_output=True, timeout=240)
+    died = subprocess.run(
+        [sys.executable, "-c", program, str(here), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        timeout=240,
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
     config = config_of(tmp_path)
-    assert lines_of(config)[-1]["step"] > 5 and saved_steps(config)[-1:] != [12]  # batches may be read ahead of their step
+    assert lines_of(config)[-1]["step"] > 5 and saved_steps(config)[-1:] != [
+        12
+    ]  # batches may be read ahead of their step
     same_params(both_stages(config, frozen), whole[1])
     assert figures_of(config) == figures_of(whole[0])
 
@@ -106,9 +122,15 @@ def test_stopped_anywhere_is_bit_equal(whole, frozen, tmp_path, stage, step):
     assert figures_of(config) == figures_of(whole[0])
 
 
-def test_a_log_that_forgets_the_steps_before_the_checkpoint_is_seen(whole, frozen, tmp_path, monkeypatch):
+def test_a_log_that_forgets_the_steps_before_the_checkpoint_is_seen(
+    whole, frozen, tmp_path, monkeypatch
+):
     restore = StageCheckpoints.restore
-    monkeypatch.setattr(StageCheckpoints, "restore", lambda self, fresh: (found := restore(self, fresh)) and (found[0], []))
+    monkeypatch.setattr(
+        StageCheckpoints,
+        "restore",
+        lambda self, fresh: (found := restore(self, fresh)) and (found[0], []),
+    )
     config = config_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         stopped_at("early", 8, config, frozen, interrupt)
@@ -125,15 +147,22 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
     config = config_of(tmp_path)
     with pytest.raises(SystemExit) as end:
         stopped_at("early", 6, config, frozen, terminate)
-    last = saved_steps(config)[-1]  # the step under way; the batch that brought the signal may have been read ahead of it
+    last = saved_steps(config)[
+        -1
+    ]  # the step under way; the batch that brought the signal may have been read ahead of it
     assert end.value.code == 0 and 5 <= last <= 7
-    assert f"early stage: stopped by SIGTERM after step {last}, which is saved" in capsys.readouterr().out
+    assert (
+        f"early stage: stopped by SIGTERM after step {last}, which is saved"
+        in capsys.readouterr().out
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     same_params(both_stages(config, frozen), whole[1])
     assert figures_of(config) == figures_of(whole[0])
 
 
-def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(whole, frozen, tmp_path, monkeypatch):
+def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(
+    whole, frozen, tmp_path, monkeypatch
+):
     """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next stage, nor end the write."""
     config, leave = config_of(tmp_path), StageCheckpoints.__exit__
 
@@ -141,14 +170,20 @@ def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(whol
         os.kill(os.getpid(), signal.SIGTERM)
         leave(self, *exception)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the program"))
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the program")
+    )
     try:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(StageCheckpoints, "__exit__", signalled)
             both_stages(config, frozen)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 0 and saved_steps(config) == [10, 12] and not (tmp_path / "checkpoints" / "late").exists()
+    assert (
+        end.value.code == 0
+        and saved_steps(config) == [10, 12]
+        and not (tmp_path / "checkpoints" / "late").exists()
+    )
     same_params(both_stages(config, frozen), whole[1])
 
 
@@ -166,18 +201,25 @@ def half_done(frozen, tmp_path):
 
 
 def largest_of(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(whole, frozen, half_done, capsys, how):
+def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
+    whole, frozen, half_done, capsys, how
+):
     config, folder = half_done
     (folder / "cut-10" / "state").mkdir(parents=True)  # it has happened before
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
     same_params(both_stages(config, frozen), whole[1])
     told = capsys.readouterr().out
-    assert f"warning: {folder}/10: this checkpoint is not whole" in told and "going on from step 5 of 12" in told
+    assert (
+        f"warning: {folder}/10: this checkpoint is not whole" in told
+        and "going on from step 5 of 12" in told
+    )
     assert f"has {100 if how == 'cut' else 0} bytes of" in told and (folder / "cut-10").is_dir()
 
 
@@ -188,7 +230,10 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
         (damaged / "sizes.json").write_text(note.read_text()[:20])
     same_params(both_stages(config, frozen), whole[1])
     told = capsys.readouterr().out
-    assert f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON" in told
+    assert (
+        f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON"
+        in told
+    )
     assert (folder / "cut-5").is_dir() and "going on" not in told.partition("late stage")[0]
 
 
@@ -196,16 +241,24 @@ def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
     config, folder = half_done
     settings_file(folder).write_text("{")
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint to go on"):
+    with pytest.raises(
+        UserError,
+        match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint to go on",
+    ):
         both_stages(config, frozen)
 
 
-def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(whole, frozen, half_done, capsys):
+def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
+    whole, frozen, half_done, capsys
+):
     config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
     same_params(both_stages(config, frozen), whole[1])
     told = capsys.readouterr().out
-    assert "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored" in told
+    assert (
+        "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored"
+        in told
+    )
     assert "going on from step 5 of 12" in told
 
 
@@ -240,7 +293,10 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
     """Both moments are finite and the gradient is; only the update overflows."""
     after_each_step(monkeypatch, broken_at(10, jnp.inf))
     config = config_of(tmp_path)
-    with pytest.raises(UserError, match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) is kept"):
+    with pytest.raises(
+        UserError,
+        match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) is kept",
+    ):
         both_stages(config, frozen)
     assert saved_steps(config) == [5]
 
@@ -250,14 +306,22 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
     config, folder = half_done
-    changed = replace(config, train=replace(config.train, seed=7), data=replace(config.data, seed=3))  # in no step's program
+    changed = replace(
+        config, train=replace(config.train, seed=7), data=replace(config.data, seed=3)
+    )  # in no step's program
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
-        with pytest.raises(UserError, match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 now.*train.accept_changes=true"):
+        with pytest.raises(
+            UserError,
+            match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 now.*train.accept_changes=true",
+        ):
             run()
     check_settings(config)
     told = replace(changed, train=replace(changed.train, accept_changes=True))
     both_stages(told, frozen)
-    assert "warning: going on with other settings than" in (said := capsys.readouterr().out) and "train.seed: 42 there, 7 now" in said
+    assert (
+        "warning: going on with other settings than" in (said := capsys.readouterr().out)
+        and "train.seed: 42 there, 7 now" in said
+    )
 
 
 def test_changes_that_make_another_state_say_so(frozen, half_done):
@@ -272,7 +336,9 @@ def settings_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("value, fits", [("default", True), ("other", False)])
-def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(whole, frozen, half_done, value, fits):
+def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
+    whole, frozen, half_done, value, fits
+):
     config, folder = half_done
     found = json.loads(settings_file(folder).read_text())
     del found["train.vloss_weight"]  # as if it had been added since
@@ -290,7 +356,9 @@ def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(whole,
 def test_settings_name_what_decides_and_nothing_else():
     early, late = (settings_of(name, config_of("x")).now for name in ("early", "late"))
     assert "train.early.steps" in early and "data.seed" in early and "draft.hot_tokens" in early
-    assert not [key for key in early if key.startswith("train.late")] and late["train.late.steps"] == 6
+    assert (
+        not [key for key in early if key.startswith("train.late")] and late["train.late.steps"] == 6
+    )
     for free in ("train.folder", "train.checkpoint_every", "train.accept_changes", "draft.path"):
         assert free not in late
     elsewhere = replace(config_of("y", checkpoint_every=1), log=LogConfig(every=99))
@@ -304,7 +372,10 @@ def test_optional_writers_say_what_is_missing(tmp_path, monkeypatch):
     for name, key, value in (("tensorboardX", "tensorboard", True), ("wandb", "wandb", "beagle")):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
         config = replace(config_of(tmp_path), log=LogConfig(**{key: value}))
-        with pytest.raises(UserError, match=rf"log.{key} is .*, but {name} is not installed: pip install 'beagle-jax\[log\]'"):
+        with pytest.raises(
+            UserError,
+            match=rf"log.{key} is .*, but {name} is not installed: pip install 'beagle-jax\[log\]'",
+        ):
             Log(config)
 
 
@@ -316,24 +387,43 @@ def test_optional_writers_get_the_same_figures(tmp_path, monkeypatch):
 
         SummaryWriter = staticmethod(lambda folder: Fake())
         init = staticmethod(lambda **settings: Fake())
-        add_scalar = staticmethod(lambda name, value, step: written.append(("board", name, value, step)))
+        add_scalar = staticmethod(
+            lambda name, value, step: written.append(("board", name, value, step))
+        )
         log = staticmethod(lambda figures: written.append(("run", figures)))
         flush = close = finish = staticmethod(lambda: None)
 
     monkeypatch.setitem(sys.modules, "tensorboardX", Fake)
     monkeypatch.setitem(sys.modules, "wandb", Fake)
     log = Log(replace(config_of(tmp_path), log=LogConfig(tensorboard=True, wandb="beagle")))
-    log.write({"stage": "late", "step": 4, "split": "held_out", "loss": 1.5, "top1_by_offset": [0.5, 0.25]})
+    log.write(
+        {
+            "stage": "late",
+            "step": 4,
+            "split": "held_out",
+            "loss": 1.5,
+            "top1_by_offset": [0.5, 0.25],
+        }
+    )
     log.close()
-    figures = {"late/held_out/loss": 1.5, "late/held_out/top1_by_offset_1": 0.5, "late/held_out/top1_by_offset_2": 0.25}
-    assert written == [*(("board", name, value, 4) for name, value in figures.items()), ("run", {"late/step": 4, **figures})]
+    figures = {
+        "late/held_out/loss": 1.5,
+        "late/held_out/top1_by_offset_1": 0.5,
+        "late/held_out/top1_by_offset_2": 0.25,
+    }
+    assert written == [
+        *(("board", name, value, 4) for name, value in figures.items()),
+        ("run", {"late/step": 4, **figures}),
+    ]
     assert json.loads((tmp_path / "log.jsonl").read_text())["loss"] == 1.5
 
 
 def test_a_log_on_a_full_disk_is_named(tmp_path):
     log = Log(config_of(tmp_path))
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="log.jsonl: the log cannot be written .*No space left.*free some space"):
+    with pytest.raises(
+        UserError, match="log.jsonl: the log cannot be written .*No space left.*free some space"
+    ):
         log.write({"stage": "late", "step": 4, "loss": 1.5})
 
 

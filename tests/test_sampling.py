@@ -27,12 +27,26 @@ from beagle_jax.weights.draft import Draft
 
 VOCABULARY, TOKENS, PROMPT = 16, 4, [3, 1, 4]
 SMALL = dataclasses.replace(  # thousands of texts: here running is what takes long
-    TINY, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1
+    TINY,
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
 )
 BATCH, BATCHES = 2048, 10
 pytestmark = pytest.mark.usefixtures("short_bucket")
-TREES = {"chain": chain(3), "static": static_tree([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]), "dynamic": dynamic_tree(3, 3, 8)}
-SAMPLINGS = {"all": Sampling(1.0), "top-p": Sampling(1.3, top_p=0.8), "top-k": Sampling(0.7, top_k=5, top_p=0.95)}
+TREES = {
+    "chain": chain(3),
+    "static": static_tree([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)]),
+    "dynamic": dynamic_tree(3, 3, 8),
+}
+SAMPLINGS = {
+    "all": Sampling(1.0),
+    "top-p": Sampling(1.3, top_p=0.8),
+    "top-k": Sampling(0.7, top_k=5, top_p=0.95),
+}
 
 
 @pytest.fixture
@@ -45,7 +59,9 @@ def short_bucket(monkeypatch):
 def small_target(eos_ids=NEVER):
     """Scaled down so that its distributions are neither flat nor decided."""
     target = target_of(SMALL, eos_ids)
-    return dataclasses.replace(target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]})
+    return dataclasses.replace(
+        target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]}
+    )
 
 
 def small_draft() -> Draft:
@@ -65,7 +81,9 @@ def last_logits(params, spec, text_BL):
 def exact_joint(sampling: Sampling) -> np.ndarray:
     """P(x1..x4 | prompt) [16, 16, 16, 16] by running every text of three; filters written anew in numpy."""
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS - 1))
-    text_BL = jnp.asarray(np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1), jnp.int32)
+    text_BL = jnp.asarray(
+        np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1), jnp.int32
+    )
     raw_B4V = np.asarray(last_logits(small_target().params, SMALL, text_BL), np.float64)
     raw, joint = raw_B4V.reshape(*(VOCABULARY,) * (TOKENS - 1), TOKENS, VOCABULARY), np.ones(())
     for place in range(TOKENS):  # what comes later changes nothing
@@ -87,7 +105,10 @@ def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.ndarray:
     """Read as arrays: to make a Generation of each draw would take longer than to draw it."""
-    decoder, counts = SpeculativeDecoder(target, draft, tree, rule=rule), np.zeros((VOCABULARY,) * TOKENS)
+    decoder, counts = (
+        SpeculativeDecoder(target, draft, tree, rule=rule),
+        np.zeros((VOCABULARY,) * TOKENS),
+    )
     for number in range(BATCHES):
         shapes, state = decoder._prefill([PROMPT] * BATCH, sampling, TOKENS, number * BATCH)
         drawn = decoder._finish(state, shapes)
@@ -96,19 +117,30 @@ def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.n
     return counts / counts.sum()
 
 
-def check_distribution(tree, sampling: Sampling, rule="match", eos_ids=NEVER, draft: Draft | None = None) -> None:
+def check_distribution(
+    tree, sampling: Sampling, rule="match", eos_ids=NEVER, draft: Draft | None = None
+) -> None:
     """Total variation below what an honest sample of this size shows on average, plus a fifth."""
-    exact, found = exact_joint(sampling), sampled_joint(small_target(eos_ids), draft or small_draft(), tree, sampling, rule)
+    exact, found = (
+        exact_joint(sampling),
+        sampled_joint(small_target(eos_ids), draft or small_draft(), tree, sampling, rule),
+    )
     # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is large, and never by more
     # than 2 p where it is small. 20,480 draws; the spread of the sum over all outcomes is some percent of it.
-    honest = 0.5 * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
+    honest = (
+        0.5
+        * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
+    )
     assert 0.5 * np.abs(found - exact).sum() < 1.2 * honest
     # Margins of the first and the last place are far sharper.
     for places in ((1, 2, 3), (0, 1, 2)):
         assert 0.5 * np.abs(found.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
 
 
-@pytest.mark.parametrize(("tree", "sampling"), [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")])
+@pytest.mark.parametrize(
+    ("tree", "sampling"),
+    [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")],
+)
 def test_joint_distribution_of_four_tokens(tree, sampling):
     """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with the other trees is slow."""
     check_distribution(TREES[tree], SAMPLINGS[sampling])
@@ -128,7 +160,12 @@ def test_joint_distribution_under_the_ratio_rule(sampling):
 
 def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
     spec = EagleSpec.from_target(SMALL, init_std=0.1)
-    check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", draft=Draft(spec, init_eagle(spec, jax.random.key(1)), None, {}))
+    check_distribution(
+        TREES["chain"],
+        SAMPLINGS["all"],
+        "ratio",
+        draft=Draft(spec, init_eagle(spec, jax.random.key(1)), None, {}),
+    )
 
 
 def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
@@ -141,7 +178,9 @@ def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
 
 def test_planted_bug_every_place_draws_with_the_same_noise(monkeypatch):
     right = loop.place_keys
-    monkeypatch.setattr(loop, "place_keys", lambda key_B, place_BT: right(key_B, jnp.zeros_like(place_BT)))
+    monkeypatch.setattr(
+        loop, "place_keys", lambda key_B, place_BT: right(key_B, jnp.zeros_like(place_BT))
+    )
     with pytest.raises(AssertionError):
         check_distribution(TREES["dynamic"], SAMPLINGS["all"], eos_ids=next_stop())
 
@@ -149,8 +188,14 @@ def test_planted_bug_every_place_draws_with_the_same_noise(monkeypatch):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
     target, sampling = small_target(), Sampling(0.9, top_p=0.9)
-    ask = lambda decoder, seed: [answer.tokens for answer in decoder.generate([[5], [6, 7], [5]], sampling, max_new_tokens=40, seed=seed)]
-    plain, fast = SpeculativeDecoder(target, None, ROOT_ONLY), SpeculativeDecoder(target, small_draft(), tree)
+    ask = lambda decoder, seed: [
+        answer.tokens
+        for answer in decoder.generate([[5], [6, 7], [5]], sampling, max_new_tokens=40, seed=seed)
+    ]
+    plain, fast = (
+        SpeculativeDecoder(target, None, ROOT_ONLY),
+        SpeculativeDecoder(target, small_draft(), tree),
+    )
     first, other = ask(plain, 1), ask(plain, 2)
     assert ask(fast, 1) == ask(fast, 1) == first != other
     assert first[0] != first[2]  # the same prompt, another seed
@@ -158,17 +203,28 @@ def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
 
 def test_a_seed_repeats_under_the_ratio_rule():
     decoder = SpeculativeDecoder(small_target(), small_draft(), chain(3), rule="ratio")
-    ask = lambda seed: [a.tokens for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)]
+    ask = lambda seed: [
+        a.tokens
+        for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)
+    ]
     assert ask(1) == ask(1) == ask(1 + 2**32) != ask(2)  # any whole number will do
     assert ask(-1) == ask(-1)
 
 
 def test_ratio_rule_rejects_what_the_target_never_writes():
     """A uniform draw of exactly 0 must not accept a token of probability 0."""
-    nodes = Nodes(jnp.array([[0, 2]]), jnp.zeros((1, 2), jnp.int32), jnp.array([[0, 1]]), jnp.tril(jnp.ones((1, 2, 2), bool)), jnp.zeros((1, 2)))
+    nodes = Nodes(
+        jnp.array([[0, 2]]),
+        jnp.zeros((1, 2), jnp.int32),
+        jnp.array([[0, 1]]),
+        jnp.tril(jnp.ones((1, 2, 2), bool)),
+        jnp.zeros((1, 2)),
+    )
     target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
     draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
-    found = verify.accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))
+    found = verify.accept_by_ratio(
+        nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3))
+    )
     assert found.count_B[0] == 0 and found.bonus_B[0] in (0, 1)
 
 
@@ -182,7 +238,9 @@ def test_filters_are_those_of_transformers(top_k, top_p):
 
 def test_planted_bug_top_p_before_top_k():
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32)
-    found = np.asarray(filtered(filtered(jnp.asarray(raw), Sampling(0.7, top_p=0.3)) * 0.7, Sampling(0.7, top_k=5)))
+    found = np.asarray(
+        filtered(filtered(jnp.asarray(raw), Sampling(0.7, top_p=0.3)) * 0.7, Sampling(0.7, top_k=5))
+    )
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(found, _by_transformers(raw, 5, 0.3), rtol=1e-6)
 

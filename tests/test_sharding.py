@@ -16,7 +16,9 @@ from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import check_rows, make_mesh, shardings
 
-pytestmark = pytest.mark.timeout(600)  # a dozen programs and more are compiled, unless the cache has them
+pytestmark = pytest.mark.timeout(
+    600
+)  # a dozen programs and more are compiled, unless the cache has them
 TESTS = Path(__file__).parent
 
 
@@ -52,7 +54,9 @@ def same_numbers(one: dict, many: dict) -> None:
         for ours, theirs in zip(many[kind], one[kind], strict=True):
             size = np.abs(theirs).max()
             # Adam divides a small gradient by its own size, so updates (of 1e-3 a step) are compared as they stand.
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 if kind == "updates" else 1e-5 * size, err_msg=kind)
+            np.testing.assert_allclose(
+                ours, theirs, rtol=0, atol=1e-5 if kind == "updates" else 1e-5 * size, err_msg=kind
+            )
             assert size > 1e-6
 
 
@@ -60,8 +64,15 @@ def check_mesh(of_stage: dict, shape: tuple[int, int, int]) -> None:
     one, many = of_stage["(1, 1, 1)"], of_stage[str(shape)]
     same_numbers(one, many)
     assert np.sum(one["agree"]) > 0
-    assert one["logits"] == many["logits"] == [] and many["vocabulary_sent"] == [] and many["on_fewer_devices"] == [] and many["not_donated"] == 0
-    assert (many["whole"] == []) == (shape != (8, 1, 1))  # matrices are split as soon as fsdp or tensor is
+    assert (
+        one["logits"] == many["logits"] == []
+        and many["vocabulary_sent"] == []
+        and many["on_fewer_devices"] == []
+        and many["not_donated"] == 0
+    )
+    assert (many["whole"] == []) == (
+        shape != (8, 1, 1)
+    )  # matrices are split as soon as fsdp or tensor is
 
 
 @pytest.mark.parametrize("stage", ["early", "late"])
@@ -86,7 +97,11 @@ def test_muon_computes_the_same_step_too(found):
 def test_eagle_computes_the_same_step_too(found):
     one, many = (found["late"][f"eagle {shape}"] for shape in ("(1, 1, 1)", "(2, 2, 2)"))
     same_numbers(one, many)
-    assert many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == [] and many["not_donated"] == 0 and np.sum(one["agree"]) > 0
+    assert (
+        many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == []
+        and many["not_donated"] == 0
+        and np.sum(one["agree"]) > 0
+    )
     with pytest.raises(AssertionError):
         same_numbers(found["late"]["(1, 1, 1)"], many)
 
@@ -101,15 +116,24 @@ def test_planted_bug_logits_put_together(found):
     assert sent != [] and logits == ["88,464"]
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2), dict(fsdp=3, tensor=2), dict(data=3, fsdp=3, tensor=-1)])
+@pytest.mark.parametrize(
+    "sizes", [dict(data=2), dict(fsdp=3, tensor=2), dict(data=3, fsdp=3, tensor=-1)]
+)
 def test_sizes_that_do_not_fit_the_devices(sizes):
-    with pytest.raises(UserError, match="does not fit 8 devices: the three sizes must multiply to their number"):
+    with pytest.raises(
+        UserError, match="does not fit 8 devices: the three sizes must multiply to their number"
+    ):
         make_mesh(MeshConfig(**sizes), jax.devices()[:1] * 8)
 
 
 @pytest.mark.parametrize(
     "sizes, shape",
-    [(dict(), (8, 1, 1)), (dict(tensor=2), (4, 1, 2)), (dict(data=2, fsdp=-1), (2, 4, 1)), (dict(data=1, fsdp=2, tensor=4), (1, 2, 4))],
+    [
+        (dict(), (8, 1, 1)),
+        (dict(tensor=2), (4, 1, 2)),
+        (dict(data=2, fsdp=-1), (2, 4, 1)),
+        (dict(data=1, fsdp=2, tensor=4), (1, 2, 4)),
+    ],
 )
 def test_the_rest_goes_to_the_axis_that_is_left_open(sizes, shape):
     class Device:
@@ -129,14 +153,19 @@ def test_parameters_are_born_in_parts(found):
 def test_rows_that_the_mesh_cannot_split():
     mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     check_rows(12, mesh)
-    with pytest.raises(UserError, match="train.batch is 10, but the mesh splits rows over 4 devices .*a multiple of 4"):
+    with pytest.raises(
+        UserError,
+        match="train.batch is 10, but the mesh splits rows over 4 devices .*a multiple of 4",
+    ):
         check_rows(10, mesh)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
     shapes = {"q_proj": (6, 8), "down_proj": (6, 7), "head_VD": (61, 8), "input_layernorm": (8,)}
-    found = shardings({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}, mesh)
+    found = shardings(
+        {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}, mesh
+    )
     assert {name: tuple(sharding.spec) for name, sharding in found.items()} == {
         "q_proj": ("tensor", "fsdp"),
         "down_proj": (None, None),

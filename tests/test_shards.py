@@ -25,7 +25,10 @@ def shards() -> dict[str, dict[str, np.ndarray]]:
     """The tensors of two files."""
     tensors = llama_tensors()
     names = sorted(tensors)
-    return {FIRST: {name: tensors[name] for name in names[::2]}, SECOND: {name: tensors[name] for name in names[1::2]}}
+    return {
+        FIRST: {name: tensors[name] for name in names[::2]},
+        SECOND: {name: tensors[name] for name in names[1::2]},
+    }
 
 
 def weight_map(held: dict[str, dict]) -> dict[str, str]:
@@ -35,7 +38,9 @@ def weight_map(held: dict[str, dict]) -> dict[str, str]:
 def written(folder: Path, held: dict[str, dict[str, np.ndarray]], weight_map: object) -> HFFolder:
     for file, tensors in held.items():
         save_file(tensors, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return HFFolder(folder)
 
 
@@ -59,7 +64,10 @@ def test_a_table_of_angles_is_listed_and_not_read(tmp_path):
 def moved(held, listed):
     """A tensor lies in another file than the index says."""
     held[SECOND][Q_PROJ] = held[FIRST].pop(Q_PROJ)
-    return [f"{Q_PROJ} is listed in {FIRST}, which lacks it", f"{Q_PROJ} is in {SECOND}, but listed in {FIRST}"]
+    return [
+        f"{Q_PROJ} is listed in {FIRST}, which lacks it",
+        f"{Q_PROJ} is in {SECOND}, but listed in {FIRST}",
+    ]
 
 
 def doubled(held, listed):
@@ -100,7 +108,10 @@ def test_an_index_that_contradicts_the_files(tmp_path, change, monkeypatch):
     with pytest.raises(UserError) as caught:
         loaded(written(tmp_path, held, listed))
     message = str(caught.value)
-    assert f"model.safetensors.index.json: the index contradicts the files ({len(expected)} places)" in message
+    assert (
+        f"model.safetensors.index.json: the index contradicts the files ({len(expected)} places)"
+        in message
+    )
     assert message.split("\n  ")[1:] == expected
     # The planted bug: nobody looks. What is left is seen only where a tensor is missing or there twice.
     monkeypatch.setattr(hf, "_check_index", lambda *_: None)
@@ -117,10 +128,16 @@ def test_many_contradictions_are_counted_and_some_are_shown(tmp_path):
     with pytest.raises(UserError) as caught:
         loaded(written(tmp_path, held, swapped))
     lines = str(caught.value).split("\n  ")
-    assert f"({2 * len(swapped)} places)" in lines[0] and len(lines) == 12 and lines[-1] == f"and {2 * len(swapped) - 10} more"
+    assert (
+        f"({2 * len(swapped)} places)" in lines[0]
+        and len(lines) == 12
+        and lines[-1] == f"and {2 * len(swapped) - 10} more"
+    )
 
 
 @pytest.mark.parametrize("content", [None, [], {"x": 1}])
 def test_an_index_without_a_list(tmp_path, content):
-    with pytest.raises(UserError, match="index.json: weight_map is not a list of tensors with the file of each"):
+    with pytest.raises(
+        UserError, match="index.json: weight_map is not a list of tensors with the file of each"
+    ):
         loaded(written(tmp_path, shards(), content))

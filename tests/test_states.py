@@ -84,7 +84,9 @@ def test_a_changed_byte_names_its_row(path):
     path.write_bytes(data)
     stored = target_states(PARAMS, SPEC, ROWS, path)
     np.testing.assert_array_equal(stored[1], some_states()[1])
-    with pytest.raises(UserError, match=r"part-0000.states, row 2: the states are not those that were written"):
+    with pytest.raises(
+        UserError, match=r"part-0000.states, row 2: the states are not those that were written"
+    ):
         np.asarray(stored[2])
 
 
@@ -100,7 +102,9 @@ def test_a_file_cut_off_is_not_taken_for_whole(path, monkeypatch):
 def test_a_damaged_index_is_named(path, text):
     keep_states(path, ROWS, some_states())
     path.with_suffix(".states.json").write_text(text)
-    with pytest.raises(UserError, match="part-0000.states.json: .*; delete it and run prepare or train again"):
+    with pytest.raises(
+        UserError, match="part-0000.states.json: .*; delete it and run prepare or train again"
+    ):
         target_states(PARAMS, SPEC, ROWS, path)
 
 
@@ -117,7 +121,11 @@ def test_files_without_checksums_are_still_read(path, monkeypatch):
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     keep_states(path, ROWS, some_states())
     index = path.with_suffix(".states.json")
-    old = {key: value for key, value in json.loads(index.read_text()).items() if key in ("shape", "dtype", "tokens_sha256")}
+    old = {
+        key: value
+        for key, value in json.loads(index.read_text()).items()
+        if key in ("shape", "dtype", "tokens_sha256")
+    }
     index.write_text(json.dumps(old))
     check_close(read(path), "float32")
 
@@ -127,7 +135,10 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(UserError, match="part-0000.states: the target's states cannot be written .*; the parts before it are kept"):
+        with pytest.raises(
+            UserError,
+            match="part-0000.states: the target's states cannot be written .*; the parts before it are kept",
+        ):
             keep_states(path, ROWS, some_states())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -14,7 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.decoding.batch import write_answers
 from beagle_jax.decoding.sampling import Sampling
-from beagle_jax.model.cache import KVRows, append_rows, take_rows, visible_slots, write_all, write_rows
+from beagle_jax.model.cache import (
+    KVRows,
+    append_rows,
+    take_rows,
+    visible_slots,
+    write_all,
+    write_rows,
+)
 from beagle_jax.model.layers import apply_rope, rope_tables
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import TargetSpec, best_tokens, forward, init_cache, logits
@@ -47,11 +54,32 @@ def _pad(prompts, width=None):
     return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
 
 
-def _answers(params, spec, prompts, *, eos_ids=NEVER, max_new, batch, sampling=GREEDY, on_tokens=lambda count: None):
+def _answers(
+    params,
+    spec,
+    prompts,
+    *,
+    eos_ids=NEVER,
+    max_new,
+    batch,
+    sampling=GREEDY,
+    on_tokens=lambda count: None,
+):
     """Tokens of `write_answers` in the order of the prompts."""
-    found = {answer.index: answer.tokens for answer in write_answers(
-        params, spec, prompts, eos_ids=eos_ids, max_new=max_new, batch=batch, sampling=sampling, seed=0, on_tokens=on_tokens
-    )}
+    found = {
+        answer.index: answer.tokens
+        for answer in write_answers(
+            params,
+            spec,
+            prompts,
+            eos_ids=eos_ids,
+            max_new=max_new,
+            batch=batch,
+            sampling=sampling,
+            seed=0,
+            on_tokens=on_tokens,
+        )
+    }
     assert sorted(found) == list(range(len(prompts)))
     return [found[index] for index in range(len(prompts))]
 
@@ -60,9 +88,18 @@ def _answers(params, spec, prompts, *, eos_ids=NEVER, max_new, batch, sampling=G
 def tiny_llama(request, tmp_path_factory):
     """A random Llama of transformers, and the same weights read from the folder it wrote."""
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-3, tie_word_embeddings=request.param, eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, max_position_embeddings=128,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-3,
+        tie_word_embeddings=request.param,
+        eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        max_position_embeddings=128,
     )
     model = random_torch(LlamaForCausalLM, config)
     folder = tmp_path_factory.mktemp("llama")
@@ -86,7 +123,9 @@ def _check_torch_greedy(model, spec, params):
     for prompt in prompts:
         tokens = torch.tensor([prompt])
         with torch.no_grad():  # with the mask given, generate does not take token 0 for padding
-            full = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32)
+            full = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32
+            )
         expected.append(full[0, len(prompt) :].tolist())
     assert _answers(params, spec, prompts, max_new=32, batch=3) == expected
 
@@ -100,16 +139,25 @@ def _with_layer(params, index, **changes):
 def _interleaved(spec, params, layer=0):
     """The query rows of one layer in llama.cpp's order, as if a converter had forgotten them."""
     q_FD = params["layers"][layer]["q_FD"]
-    rows = q_FD.reshape(spec.num_heads, 2, spec.head_dim // 2, -1).swapaxes(1, 2).reshape(q_FD.shape)
+    rows = (
+        q_FD.reshape(spec.num_heads, 2, spec.head_dim // 2, -1).swapaxes(1, 2).reshape(q_FD.shape)
+    )
     return spec, _with_layer(params, layer, q_FD=rows)
 
 
 PLANTS = {
-    "rope base ignored": lambda spec, params: (dataclasses.replace(spec, rope_theta=10_000.0), params),
+    "rope base ignored": lambda spec, params: (
+        dataclasses.replace(spec, rope_theta=10_000.0),
+        params,
+    ),
     "eps ignored": lambda spec, params: (dataclasses.replace(spec, rms_norm_eps=1e-6), params),
-    "norm weight ignored": lambda spec, params: (spec, _with_layer(params, 1, input_norm_D=jnp.ones(spec.hidden_size))),
+    "norm weight ignored": lambda spec, params: (
+        spec,
+        _with_layer(params, 1, input_norm_D=jnp.ones(spec.hidden_size)),
+    ),
     "kv heads swapped": lambda spec, params: (
-        spec, _with_layer(params, 2, k_FD=jnp.roll(params["layers"][2]["k_FD"], spec.head_dim, axis=0))
+        spec,
+        _with_layer(params, 2, k_FD=jnp.roll(params["layers"][2]["k_FD"], spec.head_dim, axis=0)),
     ),
     "interleaved queries": _interleaved,
 }
@@ -148,7 +196,9 @@ def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
 def prompts():
     """Three prompts of unlike length and the four tokens that follow each."""
     rng = np.random.default_rng(3)
-    return [rng.integers(0, TINY.vocab_size, length).tolist() for length in (7, 1, 10)], rng.integers(0, 61, (3, 4))
+    return [
+        rng.integers(0, TINY.vocab_size, length).tolist() for length in (7, 1, 10)
+    ], rng.integers(0, 61, (3, 4))
 
 
 def _alone(params, tokens):
@@ -157,7 +207,9 @@ def _alone(params, tokens):
     return states_1TD[0], rows
 
 
-def _decoded(params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cached=lambda length_B: length_B):
+def _decoded(
+    params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cached=lambda length_B: length_B
+):
     """States [B, T, D] of `next_BT` over a cache that a padded prefill filled; the other arguments plant bugs."""
     tokens_BT, length_B = _pad(prompts)
     _, rows = _states(params, TINY, tokens_BT, length_B)
@@ -166,7 +218,9 @@ def _decoded(params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cache
     T = next_BT.shape[1]
     positions_BT = length_B[:, None] + jnp.arange(T)[None] + shift
     mask_BTT = causal_mask(jnp.full(3, T), T)
-    return _over_cache(params, TINY, jnp.asarray(next_BT), positions_BT, mask_BTT, cache, cached(length_B))[0]
+    return _over_cache(
+        params, TINY, jnp.asarray(next_BT), positions_BT, mask_BTT, cache, cached(length_B)
+    )[0]
 
 
 def _check_decoded(params, prompts, found_BTD):
@@ -204,10 +258,18 @@ def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
     starts, next_BT = prompts
     tokens_BT, length_B = _pad(starts)
     _, rows = _states(tiny_params, TINY, tokens_BT, length_B)
-    cache, found = write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32)), []
+    cache, found = (
+        write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32)),
+        [],
+    )
     for column in range(next_BT.shape[1]):
-        tokens_B1, mask_B11 = jnp.asarray(next_BT[:, column : column + 1]), jnp.ones((3, 1, 1), bool)
-        states_B1D, rows = _over_cache(tiny_params, TINY, tokens_B1, length_B[:, None], mask_B11, cache, length_B)
+        tokens_B1, mask_B11 = (
+            jnp.asarray(next_BT[:, column : column + 1]),
+            jnp.ones((3, 1, 1), bool),
+        )
+        states_B1D, rows = _over_cache(
+            tiny_params, TINY, tokens_B1, length_B[:, None], mask_B11, cache, length_B
+        )
         cache, length_B = write_all(cache, rows, length_B), length_B + 1
         found.append(states_B1D)
     _check_decoded(tiny_params, prompts, jnp.concatenate(found, axis=1))
@@ -219,8 +281,12 @@ def _check_padded(params, starts, mask_BTT=None):
         expected_TD, expected_rows = _alone(params, start)
         np.testing.assert_allclose(states_BTD[line, : len(start)], expected_TD, atol=1e-4)
         for layer, expected in zip(rows, expected_rows, strict=True):
-            np.testing.assert_allclose(layer.k_BKHS[line, ..., : len(start)], expected.k_BKHS[0], atol=1e-4)
-            np.testing.assert_allclose(layer.v_BKSH[line, :, : len(start)], expected.v_BKSH[0], atol=1e-4)
+            np.testing.assert_allclose(
+                layer.k_BKHS[line, ..., : len(start)], expected.k_BKHS[0], atol=1e-4
+            )
+            np.testing.assert_allclose(
+                layer.v_BKSH[line, :, : len(start)], expected.v_BKSH[0], atol=1e-4
+            )
 
 
 def test_padded_prefill_equals_each_row_alone(tiny_params, prompts):
@@ -248,7 +314,10 @@ def test_write_rows_equals_numpy(batch):
     start_B = np.arange(batch) % 10  # the last is the highest slot with room
     k_BKHS, v_BKSH = np.array(cache.k_BKHS), np.array(cache.v_BKSH)
     for row, start in enumerate(start_B):
-        k_BKHS[row, ..., start : start + 3], v_BKSH[row, :, start : start + 3] = new.k_BKHS[row], new.v_BKSH[row]
+        k_BKHS[row, ..., start : start + 3], v_BKSH[row, :, start : start + 3] = (
+            new.k_BKHS[row],
+            new.v_BKSH[row],
+        )
     _same_rows(write_rows(cache, new, jnp.asarray(start_B)), KVRows(k_BKHS, v_BKSH))
 
 
@@ -257,7 +326,11 @@ def _first_eight(rows: KVRows) -> KVRows:
 
 
 def _check_both_paths(start_of_eight_B):
-    cache, new, start_B = _random_rows(9, 12, 0), _random_rows(9, 3, 1), jnp.array([0, 9, 3, 3, 7, 1, 2, 8, 5])
+    cache, new, start_B = (
+        _random_rows(9, 12, 0),
+        _random_rows(9, 3, 1),
+        jnp.array([0, 9, 3, 3, 7, 1, 2, 8, 5]),
+    )
     mapped = write_rows(cache, new, start_B)
     unrolled = write_rows(_first_eight(cache), _first_eight(new), start_of_eight_B(start_B[:8]))
     _same_rows(unrolled, _first_eight(mapped))

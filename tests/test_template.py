@@ -20,11 +20,19 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.pre_tokenizer, model.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], chat_template=CHATML
+        tokenizer_object=model,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
     )
 
 
@@ -36,14 +44,23 @@ def using(tokenizer, monkeypatch):
 
 def chat(*texts: str, system: str | None = None) -> Chat:
     """User and assistant in turn, after a system message if there is one."""
-    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(texts)]
+    messages = [
+        {"role": ("user", "assistant")[turn % 2], "content": text}
+        for turn, text in enumerate(texts)
+    ]
     return Chat(
-        tuple(messages if system is None else [{"role": "system", "content": system}, *messages]), "chats.jsonl:7"
+        tuple(messages if system is None else [{"role": "system", "content": system}, *messages]),
+        "chats.jsonl:7",
     )
 
 
 def spell(tokenizer, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens).replace("<|im_start|>", "<").replace("<|im_end|>", ">").replace("\n", "/")
+    return (
+        tokenizer.decode(tokens)
+        .replace("<|im_start|>", "<")
+        .replace("<|im_end|>", ">")
+        .replace("\n", "/")
+    )
 
 
 def check(tokenizer, row: Row, text: str, marks: str) -> None:
@@ -95,7 +112,11 @@ def test_without_a_stop_token_all_of_the_answer_counts(tokenizer):
 
 @pytest.mark.parametrize(
     "bug",
-    [lambda flags: [False, *flags[:-1]], lambda flags: [*flags[1:], False], lambda flags: flags[:-2] + [False, False]],
+    [
+        lambda flags: [False, *flags[:-1]],
+        lambda flags: [*flags[1:], False],
+        lambda flags: flags[:-2] + [False, False],
+    ],
 )
 def test_a_shifted_mask_is_seen(tokenizer, bug):
     row = row_of(tokenizer, chat("Hi", "Yo!"))
@@ -130,7 +151,9 @@ def test_supervised_tokens_are_those_that_a_template_marks(tokenizer, using):
     row = row_of(tokenizer, asked)
     check_against_markers(tokenizer, row, asked)
     with pytest.raises(AssertionError):
-        check_against_markers(tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), asked)
+        check_against_markers(
+            tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), asked
+        )
 
 
 def test_prompt_tokens_end_where_the_answer_begins(tokenizer):
@@ -147,15 +170,23 @@ def test_user_header_ends_where_the_question_begins(tokenizer, using):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, using):
-    using(CHATML.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"))
+    using(
+        CHATML.replace(
+            "m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"
+        )
+    )
     assert row_of(tokenizer, chat("Hi", "Yo!")).supervised.count(True) == 4
-    with pytest.raises(UserError, match="chats.jsonl:7: the chat template renders message 2 differently"):
+    with pytest.raises(
+        UserError, match="chats.jsonl:7: the chat template renders message 2 differently"
+    ):
         row_of(tokenizer, chat("Hi", "Yo!", "a", "b"))
 
 
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(tokenizer, using):
     using(CHATML.replace("assistant\n", "assistant\n<think>\n"))
-    with pytest.raises(UserError, match="chats.jsonl:7: the chat template renders message 2 differently"):
+    with pytest.raises(
+        UserError, match="chats.jsonl:7: the chat template renders message 2 differently"
+    ):
         row_of(tokenizer, chat("Hi", "Yo!"))
 
 
@@ -166,16 +197,26 @@ def test_a_chat_without_an_answer_is_refused(tokenizer):
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, using):
     using(None)
-    for ask in (lambda: prompt_tokens(tokenizer, chat("Hi").messages), lambda: row_of(tokenizer, chat("Hi", "Yo"))):
-        with pytest.raises(UserError, match="tokenizer has no chat template; use an instruction-tuned model"):
+    for ask in (
+        lambda: prompt_tokens(tokenizer, chat("Hi").messages),
+        lambda: row_of(tokenizer, chat("Hi", "Yo")),
+    ):
+        with pytest.raises(
+            UserError, match="tokenizer has no chat template; use an instruction-tuned model"
+        ):
             ask()
     with pytest.raises(UserError, match="tokenizer has no chat template"):
         user_header(tokenizer)
 
 
 def test_messages_that_the_template_refuses_are_named(tokenizer, using):
-    using("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML)
-    with pytest.raises(UserError, match=r"chats.jsonl:7: the target's chat template refuses .* \(no system role\)"):
+    using(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + CHATML
+    )
+    with pytest.raises(
+        UserError, match=r"chats.jsonl:7: the target's chat template refuses .* \(no system role\)"
+    ):
         row_of(tokenizer, chat("Hi", "Yo", system="S"))
     with pytest.raises(UserError, match=r"prompt: the target's chat template refuses"):
         prompt_tokens(tokenizer, chat("Hi", system="S").messages)

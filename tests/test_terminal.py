@@ -14,7 +14,9 @@ import pytest
 from beagle_jax import terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = sorted(path.stem for path in (ROOT / "beagle_jax").glob("*.py") if "run_main(main)" in path.read_text())
+ENTRY_POINTS = sorted(
+    path.stem for path in (ROOT / "beagle_jax").glob("*.py") if "run_main(main)" in path.read_text()
+)
 HEAVY = ("jax", "flax", "transformers", "numpy", "tqdm")
 LOADED = """
 import sys
@@ -30,9 +32,20 @@ print("loaded:", *[name for name in {heavy!r} if name in sys.modules])
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     # Without what the commands of other tests have set for this process and those it starts.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM_", "TRANSFORMERS_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TQDM_", "TRANSFORMERS_"))
+    }
     settings = clean | {"COLUMNS": "80"} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env=settings)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=settings,
+    )
 
 
 def loaded(name: str, *argv: str) -> str:
@@ -46,10 +59,17 @@ def test_every_entry_point_is_here():
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_help_fits_a_screen_shows_an_example_and_loads_nothing_heavy(name):
     printed = loaded(name, "--help")
-    assert printed.endswith("loaded:\n"), "something imported before the command line is read loads more than it needs"
+    assert printed.endswith("loaded:\n"), (
+        "something imported before the command line is read loads more than it needs"
+    )
     lines = printed.removesuffix("loaded:\n").splitlines()
-    assert sum(max(1, -(-len(line) // 80)) for line in lines) <= 24, "too long for a screen of 80 columns"
-    assert printed.startswith(f"usage: python -m beagle_jax.{name} --config FILE") and f"example:\n  python -m beagle_jax.{name} " in printed
+    assert sum(max(1, -(-len(line) // 80)) for line in lines) <= 24, (
+        "too long for a screen of 80 columns"
+    )
+    assert (
+        printed.startswith(f"usage: python -m beagle_jax.{name} --config FILE")
+        and f"example:\n  python -m beagle_jax.{name} " in printed
+    )
     assert "--json FILE" in printed and "--quiet" in printed
 
 
@@ -60,12 +80,16 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_a_mistyped_setting_is_answered_before_jax_is_loaded():
-    assert loaded("train", "--config", "configs/quickstart.yaml", "train.bach=4").endswith("loaded:\n")
+    assert loaded("train", "--config", "configs/quickstart.yaml", "train.bach=4").endswith(
+        "loaded:\n"
+    )
 
 
 def test_what_loads_jax_is_seen():
     """The planted bug of the tests above: an import at the top."""
-    code = "import beagle_jax.commands.train\n" + LOADED.format(name="train", argv=["--help"], heavy=HEAVY)
+    code = "import beagle_jax.commands.train\n" + LOADED.format(
+        name="train", argv=["--help"], heavy=HEAVY
+    )
     assert "loaded: jax" in run(code).stdout
 
 
@@ -89,7 +113,9 @@ def test_quiet_drops_progress(capsys):
 
 def test_figures_go_to_a_file_or_replace_the_text(capsys, tmp_path):
     terminal.show(arguments(json=str(tmp_path / "x.json")), "done", {"rows": 3})
-    assert capsys.readouterr().out == "done\n" and json.loads((tmp_path / "x.json").read_text()) == {"rows": 3}
+    assert capsys.readouterr().out == "done\n" and json.loads(
+        (tmp_path / "x.json").read_text()
+    ) == {"rows": 3}
     terminal.show(arguments(json="-"), "done", {"rows": 3})
     assert json.loads(capsys.readouterr().out) == {"rows": 3}
 
@@ -107,7 +133,9 @@ def test_one_style_of_bar_off_when_quiet():
     shown = run(BAR.format(quiet=False)).stderr
     assert "reading                  100%|" in shown and "3/3 file [" in shown
     assert run(BAR.format(quiet=True)).stderr == ""
-    assert "mine 3" in run(BAR.format(quiet=False), TQDM_BAR_FORMAT="mine {n_fmt}").stderr  # the user's own stands
+    assert (
+        "mine 3" in run(BAR.format(quiet=False), TQDM_BAR_FORMAT="mine {n_fmt}").stderr
+    )  # the user's own stands
 
 
 WITHOUT_TORCH = """
@@ -122,11 +150,23 @@ import transformers
 
 def test_transformers_does_not_advise_to_install_torch():
     assert "PyTorch was not found" in run(WITHOUT_TORCH.format(prepare="")).stderr
-    assert run(WITHOUT_TORCH.format(prepare="terminal.prepare(argparse.Namespace(quiet=False, json=None))")).stderr == ""
+    assert (
+        run(
+            WITHOUT_TORCH.format(
+                prepare="terminal.prepare(argparse.Namespace(quiet=False, json=None))"
+            )
+        ).stderr
+        == ""
+    )
 
 
 def test_sizes_are_told_in_what_a_reader_can_weigh():
-    assert [terminal.size(count) for count in (0, 4_600_000, 270_000_000, 13.5e9)] == ["0.00 MB", "4.60 MB", "0.27 GB", "13.50 GB"]
+    assert [terminal.size(count) for count in (0, 4_600_000, 270_000_000, 13.5e9)] == [
+        "0.00 MB",
+        "4.60 MB",
+        "0.27 GB",
+        "13.50 GB",
+    ]
 
 
 def test_errors_are_red_on_a_terminal_only(monkeypatch):

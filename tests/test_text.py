@@ -14,9 +14,15 @@ HALF = "\ufffd"
 def byte_tokenizer():
     """One token per byte, so that every character beyond ASCII arrives in pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(alphabet)} | {"<stop>": STOP, "<other>": OTHER_STOP}
+    vocab = {letter: index for index, letter in enumerate(alphabet)} | {
+        "<stop>": STOP,
+        "<other>": OTHER_STOP,
+    }
     made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
 
 
@@ -51,7 +57,13 @@ def test_planted_bug_shows_half_a_character(byte_tokenizer):
 
 def test_an_emoji_appears_with_its_last_byte(byte_tokenizer):
     stream = TextStream(byte_tokenizer, [STOP])
-    assert [stream.add([token]) for token in byte_tokenizer.encode("🐶!")] == ["", "", "", "🐶", "!"]
+    assert [stream.add([token]) for token in byte_tokenizer.encode("🐶!")] == [
+        "",
+        "",
+        "",
+        "🐶",
+        "!",
+    ]
     assert stream.close() == ""
 
 

@@ -43,7 +43,10 @@ def to_jax(source: Path, out: Path, *more: str) -> int:
 
 def same_target(found, expected) -> None:
     assert (found.spec, found.eos_ids) == (expected.spec, expected.eos_ids)
-    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab() and found.tokenizer.chat_template == expected.tokenizer.chat_template
+    assert (
+        found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        and found.tokenizer.chat_template == expected.tokenizer.chat_template
+    )
     assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
     for mine, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params)):
         assert mine.dtype == theirs.dtype
@@ -54,7 +57,10 @@ def same_target(found, expected) -> None:
 def test_bit_equal_to_the_source(sources, tmp_path, kind):
     assert to_jax(sources[kind], tmp_path / "out") == 0
     for dtype in ("float32", "bfloat16"):
-        same_target(load_target(str(tmp_path / "out"), dtype, "unused"), load_target(str(sources[kind]), dtype, "unused"))
+        same_target(
+            load_target(str(tmp_path / "out"), dtype, "unused"),
+            load_target(str(sources[kind]), dtype, "unused"),
+        )
 
 
 # A process with four devices writes a folder, and takes it as training does on another mesh: arrays born in parts, and the values.
@@ -83,18 +89,34 @@ def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def test_a_mesh_writes_in_parts_and_another_reads_in_its_own(sources, tmp_path):
     config, out = tmp_path / "run.yaml", tmp_path / "out"
-    config.write_text(yaml.safe_dump({"target": {"source": str(sources["folder"])}, "mesh": {"data": 1, "tensor": 4}}))
-    command = [sys.executable, "-c", WRITE_AND_RESTORE, str(config), str(out), str(tmp_path / "read.npz")]
+    config.write_text(
+        yaml.safe_dump(
+            {"target": {"source": str(sources["folder"])}, "mesh": {"data": 1, "tensor": 4}}
+        )
+    )
+    command = [
+        sys.executable,
+        "-c",
+        WRITE_AND_RESTORE,
+        str(config),
+        str(out),
+        str(tmp_path / "read.npz"),
+    ]
     done = subprocess.run(command, env=environment(4), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     parts, expected = stored_parts(out), load_target(str(sources["folder"]), "float32", "unused")
     assert (parts["layers.0.gate_FD"], parts["layers.0.down_DF"]) == ((24, 64), (64, 24))
     same_target(load_target(str(out), "float32", "unused"), expected)
-    for mine, theirs in zip(np.load(tmp_path / "read.npz").values(), jax.tree.leaves(expected.params), strict=True):
+    for mine, theirs in zip(
+        np.load(tmp_path / "read.npz").values(), jax.tree.leaves(expected.params), strict=True
+    ):
         np.testing.assert_array_equal(mine, theirs)
 
 
-CHATS = [{"messages": [{"role": "user", "content": "ab a"}, {"role": "assistant", "content": answer}]} for answer in ("b ab 1", "2 a b")]
+CHATS = [
+    {"messages": [{"role": "user", "content": "ab a"}, {"role": "assistant", "content": answer}]}
+    for answer in ("b ab 1", "2 a b")
+]
 
 
 def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
@@ -108,17 +130,32 @@ def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     assert run_main(train.main, ["--config", str(folder / "run.yaml")]) == 0
-    assert run_main(generate.main, ["--config", str(folder / "run.yaml"), "ab", "--json", str(folder / "answer.json")]) == 0
+    assert (
+        run_main(
+            generate.main,
+            ["--config", str(folder / "run.yaml"), "ab", "--json", str(folder / "answer.json")],
+        )
+        == 0
+    )
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return [line for line in log if "loss" in line], json.loads((folder / "answer.json").read_text())
+    return [line for line in log if "loss" in line], json.loads(
+        (folder / "answer.json").read_text()
+    )
 
 
 @pytest.mark.usefixtures("shared_steps")
 def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
-    (expected_log, expected), (log, found) = (commands(target, tmp_path / name) for name, target in (("hf", sources["folder"]), ("jax", tmp_path / "out")))
-    assert len(log) == 2 and [line["loss"] for line in log] == [line["loss"] for line in expected_log]
-    assert found["equal"] and {key: found[key] for key in ("text", "tokens", "rounds")} == {key: expected[key] for key in ("text", "tokens", "rounds")}
+    (expected_log, expected), (log, found) = (
+        commands(target, tmp_path / name)
+        for name, target in (("hf", sources["folder"]), ("jax", tmp_path / "out"))
+    )
+    assert len(log) == 2 and [line["loss"] for line in log] == [
+        line["loss"] for line in expected_log
+    ]
+    assert found["equal"] and {key: found[key] for key in ("text", "tokens", "rounds")} == {
+        key: expected[key] for key in ("text", "tokens", "rounds")
+    }
     assert "loading target" in capsys.readouterr().err
 
 
@@ -128,29 +165,48 @@ def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path,
 def test_a_full_disk_leaves_no_half_folder(sources, tmp_path, capsys, limit):
     with small_disk(limit):
         message = refused(capsys, to_jax(sources["folder"], tmp_path / "out"))
-    assert "out: cannot be written (" in message and "free some space or choose another folder" in message
+    assert (
+        "out: cannot be written (" in message
+        and "free some space or choose another folder" in message
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out", "target.dtype=bfloat16") == 0
-    same_target(load_target(str(tmp_path / "out"), "bfloat16", "unused"), load_target(str(sources["folder"]), "bfloat16", "unused"))
-    with pytest.raises(UserError, match="its arrays are bfloat16, and target.dtype is float32; set target.dtype=bfloat16"):
+    same_target(
+        load_target(str(tmp_path / "out"), "bfloat16", "unused"),
+        load_target(str(sources["folder"]), "bfloat16", "unused"),
+    )
+    with pytest.raises(
+        UserError,
+        match="its arrays are bfloat16, and target.dtype is float32; set target.dtype=bfloat16",
+    ):
         load_target(str(tmp_path / "out"), "float32", "unused")
 
 
 def test_other_folders_are_refused(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     out = tmp_path / "out"
-    assert "was written by convert to-jax already" in refused(capsys, to_jax(out, tmp_path / "again"))
+    assert "was written by convert to-jax already" in refused(
+        capsys, to_jax(out, tmp_path / "again")
+    )
     assert "target.quantize is int8, which is for decoding; set target.quantize=none" in refused(
-        capsys, to_jax(sources["folder"], tmp_path / "again", "target.quantize=int8", "target.group_size=16"))
-    assert "this folder exists; choose another, or give --overwrite" in refused(capsys, to_jax(sources["folder"], out))
+        capsys,
+        to_jax(
+            sources["folder"], tmp_path / "again", "target.quantize=int8", "target.group_size=16"
+        ),
+    )
+    assert "this folder exists; choose another, or give --overwrite" in refused(
+        capsys, to_jax(sources["folder"], out)
+    )
     (out / "stale").write_text("")
     assert to_jax(sources["folder"], out, "--overwrite") == 0 and not (out / "stale").exists()
     settings = json.loads((out / "target.json").read_text())
     (out / "target.json").write_text(json.dumps({**settings, "model_type": "beagle_draft"}))
-    with pytest.raises(UserError, match="target.json: model_type is 'beagle_draft', expected 'beagle_target'"):
+    with pytest.raises(
+        UserError, match="target.json: model_type is 'beagle_draft', expected 'beagle_target'"
+    ):
         OrbaxFolder(out)
     (out / "target.json").unlink()
     with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
@@ -160,10 +216,16 @@ def test_other_folders_are_refused(sources, tmp_path, capsys):
 def test_a_config_that_contradicts_the_arrays(sources, tmp_path):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     path = tmp_path / "out" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 32, "num_hidden_layers": 3}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "intermediate_size": 32, "num_hidden_layers": 3}
+        )
+    )
     with pytest.raises(UserError, match="its arrays do not fit its config") as caught:
         load_target(str(tmp_path / "out"), "float32", "unused")
-    assert "missing array layers.2.q_FD" in str(caught.value) and "layers.0.gate_FD is float32 [96, 64], expected float32 [32, 64]" in str(caught.value)
+    assert "missing array layers.2.q_FD" in str(
+        caught.value
+    ) and "layers.0.gate_FD is float32 [96, 64], expected float32 [32, 64]" in str(caught.value)
 
 
 # tensorstore leaves an exception in a future that nobody asks.
@@ -172,7 +234,11 @@ def test_damaged_arrays_are_noticed(sources, tmp_path):
     """Every byte of what orbax wrote is either needed and checked, or makes no difference."""
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     expected = load_target(str(tmp_path / "out"), "float32", "unused")
-    files = sorted(path for path in (tmp_path / "out" / "arrays").rglob("*") if path.is_file() and path.stat().st_size)
+    files = sorted(
+        path
+        for path in (tmp_path / "out" / "arrays").rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
     ended = []
     for case in range(24):
         rng = np.random.default_rng(case)

@@ -22,10 +22,23 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("import"))
 
 
-def published(place, folder: Path, change=lambda tensors: None, prefix: str = PUBLISHED, config: dict | None = None) -> Path:
+def published(
+    place,
+    folder: Path,
+    change=lambda tensors: None,
+    prefix: str = PUBLISHED,
+    config: dict | None = None,
+) -> Path:
     """A checkpoint in the published naming, with copies of the target's frozen parts."""
-    tensors = {prefix + name: array for name, array in load_file(place.folder / "whole" / "model.safetensors").items()}
-    copies = {"model.embed_tokens.weight": (300, 32), "lm_head.weight": (300, 32), "model.norm.weight": (32,)}
+    tensors = {
+        prefix + name: array
+        for name, array in load_file(place.folder / "whole" / "model.safetensors").items()
+    }
+    copies = {
+        "model.embed_tokens.weight": (300, 32),
+        "lm_head.weight": (300, 32),
+        "model.norm.weight": (32,),
+    }
     tensors |= {name: np.ones(shape, np.float32) for name, shape in copies.items()}
     change(tensors)
     folder.mkdir()
@@ -37,12 +50,20 @@ def published(place, folder: Path, change=lambda tensors: None, prefix: str = PU
 
 @pytest.mark.parametrize("prefix", [PUBLISHED, "layers.0.", "", "speculative_decoder."])
 def test_published_names_are_accepted(place, tmp_path, prefix):
-    config = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "beagle_use_lower_layers": 0}
+    config = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "beagle_use_lower_layers": 0,
+    }
     source = published(place, tmp_path / "there", prefix=prefix, config=config)
     assert from_torch(place, source, tmp_path / "here") == 0
     draft = load_draft(tmp_path / "here", place.target.spec)
     expected = load_draft(place.folder / "whole", place.target.spec)
-    assert all(np.array_equal(draft.params[name], expected.params[name]) for name in expected.params)
+    assert all(
+        np.array_equal(draft.params[name], expected.params[name]) for name in expected.params
+    )
     assert draft.provenance == {"target": str(place.folder / "target"), "imported_from": "there"}
 
 
@@ -53,35 +74,55 @@ def test_half_precision_widens_exactly(place, tmp_path):
 
     source = published(place, tmp_path / "there", halve)
     assert from_torch(place, source, tmp_path / "here") == 0
-    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "here", source))
+    found, expected = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "here", source)
+    )
     for name, array in found.items():
-        assert array.dtype == np.float32 and np.array_equal(array, expected[PUBLISHED + name].astype(np.float32))
+        assert array.dtype == np.float32 and np.array_equal(
+            array, expected[PUBLISHED + name].astype(np.float32)
+        )
 
 
 def test_drafts_without_an_input_norm_project_embeddings_as_they_are(place, tmp_path):
     """method.md 9.1: absent means identity, which no norm weights are."""
-    source = published(place, tmp_path / "there", lambda tensors: tensors.pop(PUBLISHED + "input_layernorm.weight"))
+    source = published(
+        place, tmp_path / "there", lambda tensors: tensors.pop(PUBLISHED + "input_layernorm.weight")
+    )
     assert from_torch(place, source, tmp_path / "here") == 0
-    bare, normed = (load_draft(folder, place.target.spec) for folder in (tmp_path / "here", place.folder / "whole"))
+    bare, normed = (
+        load_draft(folder, place.target.spec)
+        for folder in (tmp_path / "here", place.folder / "whole")
+    )
     assert not bare.spec.input_norm and "input_layernorm" not in bare.params
     e_BTD, h_BSD = np.random.default_rng(5).standard_normal((2, 1, 6, 32), np.float32)
     # Embeddings whose norm is themselves.
     e_BTD /= np.sqrt(np.mean(np.square(e_BTD), axis=-1, keepdims=True))
-    run = lambda draft: BeagleBlock(draft.spec).apply({"params": draft.params}, e_BTD, h_BSD, np.tri(6, 6, -1, dtype=bool)[None])
-    with_ones = replace(normed, params={**normed.params, "input_layernorm": np.ones(32, np.float32)})
+    run = lambda draft: BeagleBlock(draft.spec).apply(
+        {"params": draft.params}, e_BTD, h_BSD, np.tri(6, 6, -1, dtype=bool)[None]
+    )
+    with_ones = replace(
+        normed, params={**normed.params, "input_layernorm": np.ones(32, np.float32)}
+    )
     np.testing.assert_allclose(run(bare), run(with_ones), rtol=1e-4, atol=1e-4)
     assert np.abs(run(bare) - run(normed)).max() > 1e-2
     assert to_torch(place, tmp_path / "here", tmp_path / "torch") == 0  # compares them
     assert from_torch(place, tmp_path / "torch", tmp_path / "back") == 0
-    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "here" / "config.json").read_bytes()
+    assert (tmp_path / "back" / "config.json").read_bytes() == (
+        tmp_path / "here" / "config.json"
+    ).read_bytes()
 
 
 def test_a_dtype_that_holds_no_weights_is_named(place, tmp_path, capsys):
     for dtype, stored in ((np.float64, "F64"), (np.int32, "I32")):
-        change = lambda t, dtype=dtype: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), dtype)})
+        change = lambda t, dtype=dtype: t.update(
+            {PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), dtype)}
+        )
         source = published(place, tmp_path / stored, change)
         message = refused(capsys, from_torch(place, source, tmp_path / "here"))
-        assert f"tensor {PUBLISHED}mlp.up_proj.weight is stored as {stored}; expected F32 or F16 or BF16" in message
+        assert (
+            f"tensor {PUBLISHED}mlp.up_proj.weight is stored as {stored}; expected F32 or F16 or BF16"
+            in message
+        )
 
 
 def renamed(tensors: dict, old: str, new: str) -> None:
@@ -105,7 +146,9 @@ def renamed(tensors: dict, old: str, new: str) -> None:
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, expected):
-    message = refused(capsys, from_torch(place, published(place, tmp_path / "there", change), tmp_path / "here"))
+    message = refused(
+        capsys, from_torch(place, published(place, tmp_path / "there", change), tmp_path / "here")
+    )
     assert "not the weights of one Beagle block for this target" in message
     assert all(words in message for words in expected), message
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -130,15 +173,32 @@ def test_broken_files(place, tmp_path, capsys):
     whole = (place.folder / "whole" / "model.safetensors").read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])
-        message = refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
-        assert f"{tmp_path}/cut.safetensors: cannot be read as safetensors" in message and "is the file whole" in message
-        assert ("its header should end at byte" if size < len(whole) - 1 else f"should end at byte {len(whole):,}, the file ends at byte {size:,}") in message
+        message = refused(
+            capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here")
+        )
+        assert (
+            f"{tmp_path}/cut.safetensors: cannot be read as safetensors" in message
+            and "is the file whole" in message
+        )
+        assert (
+            "its header should end at byte"
+            if size < len(whole) - 1
+            else f"should end at byte {len(whole):,}, the file ends at byte {size:,}"
+        ) in message
     (tmp_path / "config.json").write_text("{")
-    assert "config.json: not JSON (line 1" in refused(capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here"))
-    assert "no such file or folder" in refused(capsys, from_torch(place, tmp_path / "none", tmp_path / "here"))
-    assert "expected a folder, or a file" in refused(capsys, from_torch(place, tmp_path / "config.json", tmp_path / "here"))
+    assert "config.json: not JSON (line 1" in refused(
+        capsys, from_torch(place, tmp_path / "cut.safetensors", tmp_path / "here")
+    )
+    assert "no such file or folder" in refused(
+        capsys, from_torch(place, tmp_path / "none", tmp_path / "here")
+    )
+    assert "expected a folder, or a file" in refused(
+        capsys, from_torch(place, tmp_path / "config.json", tmp_path / "here")
+    )
     (tmp_path / "empty").mkdir()
-    assert "no weights in this folder" in refused(capsys, from_torch(place, tmp_path / "empty", tmp_path / "here"))
+    assert "no weights in this folder" in refused(
+        capsys, from_torch(place, tmp_path / "empty", tmp_path / "here")
+    )
 
 
 class Trap:
@@ -152,20 +212,38 @@ class Trap:
 
 
 def test_pickles_are_read_only_when_allowed_and_as_weights_only(place, tmp_path, capsys):
-    tensors = {name: torch.from_numpy(array) for name, array in load_file(place.folder / "whole" / "model.safetensors").items()}
+    tensors = {
+        name: torch.from_numpy(array)
+        for name, array in load_file(place.folder / "whole" / "model.safetensors").items()
+    }
     file = tmp_path / "states.pt"
     torch.save({PUBLISHED + name: tensor for name, tensor in tensors.items()}, file)
     for source in (file, tmp_path):
         message = refused(capsys, from_torch(place, source, tmp_path / "here"))
-        assert f"{file} is a pickle, which may run code when it is read" in message and "--allow-pickle" in message
+        assert (
+            f"{file} is a pickle, which may run code when it is read" in message
+            and "--allow-pickle" in message
+        )
     assert from_torch(place, file, tmp_path / "here", "--allow-pickle") == 0
-    draft, expected = (load_draft(folder, place.target.spec) for folder in (tmp_path / "here", place.folder / "whole"))
-    assert all(np.array_equal(draft.params[name], expected.params[name]) for name in expected.params)
+    draft, expected = (
+        load_draft(folder, place.target.spec)
+        for folder in (tmp_path / "here", place.folder / "whole")
+    )
+    assert all(
+        np.array_equal(draft.params[name], expected.params[name]) for name in expected.params
+    )
     trapped = tmp_path / "trap.bin"
     torch.save({"x": Trap(tmp_path / "sprung")}, trapped)
     message = refused(capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle"))
-    assert f"{trapped}: torch.load(weights_only=True) cannot read it" in message and not (tmp_path / "sprung").exists()
+    assert (
+        f"{trapped}: torch.load(weights_only=True) cannot read it" in message
+        and not (tmp_path / "sprung").exists()
+    )
     torch.save([1], trapped)
-    assert "something else than named tensors" in refused(capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle"))
+    assert "something else than named tensors" in refused(
+        capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle")
+    )
     file.write_bytes(file.read_bytes()[:-100])
-    assert "cannot read it" in refused(capsys, from_torch(place, file, tmp_path / "there", "--allow-pickle"))
+    assert "cannot read it" in refused(
+        capsys, from_torch(place, file, tmp_path / "there", "--allow-pickle")
+    )

@@ -30,8 +30,16 @@ NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
 CLEAN = replace(NOISY, noise="none")
 EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3)
 LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
-EARLY_ONE, LATE_ONE = replace(EARLY, window=1), replace(LATE, window=1, simulation_steps=1, detach=False)
-PREDICT = {EARLY: predict_early, EARLY_ONE: predict_early, LATE: predict_late, LATE_ONE: predict_late}
+EARLY_ONE, LATE_ONE = (
+    replace(EARLY, window=1),
+    replace(LATE, window=1, simulation_steps=1, detach=False),
+)
+PREDICT = {
+    EARLY: predict_early,
+    EARLY_ONE: predict_early,
+    LATE: predict_late,
+    LATE_ONE: predict_late,
+}
 BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
 
 
@@ -40,7 +48,11 @@ def three_rows(*begin: int) -> Batch:
     rng = np.random.default_rng(5)
     length_B = np.array([14, 9, 5], np.int32)
     live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = live_BL & (np.arange(L) >= np.array(begin)[:, None]) & (np.arange(L) < length_B[:, None] - 1)
+    counts_BL = (
+        live_BL
+        & (np.arange(L) >= np.array(begin)[:, None])
+        & (np.arange(L) < length_B[:, None] - 1)
+    )
     counts_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
     tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
@@ -66,13 +78,19 @@ _noisy = quick_jit(add_noise, static_argnums=2)
 @lru_cache
 def loss_of(config: TrainConfig, stage: StageConfig):
     """(loss, metrics) as a jitted function of (params, frozen, batch, key)."""
-    return quick_jit(lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE))
+    return quick_jit(
+        lambda params, *rest: stage_loss(
+            params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE
+        )
+    )
 
 
 @lru_cache
 def gradient_of(config: TrainConfig, stage: StageConfig):
     """((loss, metrics), gradient), likewise."""
-    loss = lambda params, *rest: stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE)
+    loss = lambda params, *rest: stage_loss(
+        params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE
+    )
     return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -81,7 +99,14 @@ def predicted_by(stage: StageConfig):
     """Predicted states as a jitted function of (params, embeddings [V, D], batch, states, offset); every place is queried."""
 
     def predicted(params, embed_VD, batch, h_BLD, offset):
-        read = Inputs(batch.tokens_BL, h_BLD, batch.length_BC, batch.first_BC, jnp.tile(jnp.arange(L), (B, 1)), lambda tokens: embed_VD[tokens])
+        read = Inputs(
+            batch.tokens_BL,
+            h_BLD,
+            batch.length_BC,
+            batch.first_BC,
+            jnp.tile(jnp.arange(L), (B, 1)),
+            lambda tokens: embed_VD[tokens],
+        )
         return PREDICT[stage](params, SPEC, stage, read, offset).state_BND
 
     return quick_jit(predicted)
@@ -92,16 +117,32 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
     if stage.simulation_steps == 1:
         return [(i, i, (i - offset) % stage.window if i >= offset else 0, 1.0) for i in range(L)]
     steps, beta = stage.simulation_steps, stage.step_weights or range(stage.simulation_steps, 0, -1)
-    scored = [(j, r) for j in range(steps) for r in range(j, stage.window if stage.multi_token else j + 1)]
-    listed = [(u * len(scored) + n, offset + u * stage.window + r, j, beta[j]) for u in range(L) for n, (j, r) in enumerate(scored)]
+    scored = [
+        (j, r) for j in range(steps) for r in range(j, stage.window if stage.multi_token else j + 1)
+    ]
+    listed = [
+        (u * len(scored) + n, offset + u * stage.window + r, j, beta[j])
+        for u in range(L)
+        for n, (j, r) in enumerate(scored)
+    ]
     return [one for one in listed if one[1] < L]
 
 
-def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0, within=AGREE_WITHIN) -> dict:
+def metrics_by_hand(
+    stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0, within=AGREE_WITHIN
+) -> dict:
     """The sums of method.md 3.2 and 4.2 in float64, position after position."""
     groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
-    out = {"ploss": 0.0, "vloss": 0.0, "objective": 0.0, "count_J": np.zeros(groups), "agree_JK": np.zeros((groups, 3))}
-    state_BTD, true_BLD, head_VD = (np.asarray(x, np.float64) for x in (state_BTD, true_BLD, head_VD))
+    out = {
+        "ploss": 0.0,
+        "vloss": 0.0,
+        "objective": 0.0,
+        "count_J": np.zeros(groups),
+        "agree_JK": np.zeros((groups, 3)),
+    }
+    state_BTD, true_BLD, head_VD = (
+        np.asarray(x, np.float64) for x in (state_BTD, true_BLD, head_VD)
+    )
     for row in range(B):
         for place, position, group, weight in queries(stage, offset):
             if not counts_BL[row, position]:
@@ -115,7 +156,9 @@ def metrics_by_hand(stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vlos
             out["vloss"] += l1
             out["objective"] += weight * (ce + vloss_weight * l1)
             out["count_J"][group] += 1
-            out["agree_JK"][group] += [true.argmax() in np.argsort(-draft)[:count] for count in within]
+            out["agree_JK"][group] += [
+                true.argmax() in np.argsort(-draft)[:count] for count in within
+            ]
     return out | {"supervised": counts_BL.sum()}
 
 
@@ -149,7 +192,9 @@ def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, 
     for seed in range(4):
         (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
         check_metrics(metrics, by_hand)
-        np.testing.assert_allclose(loss, by_hand["objective"] / batch.counts_BT.sum(), rtol=1e-4)  # as in check_metrics
+        np.testing.assert_allclose(
+            loss, by_hand["objective"] / batch.counts_BT.sum(), rtol=1e-4
+        )  # as in check_metrics
         agree += [by_hand["agree_JK"][:, 0].sum() / by_hand["count_J"].sum()]
     assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
 
@@ -164,9 +209,14 @@ def test_a_wrong_loss_is_seen(tiny_draft, frozen, batch, stage, bug):
 
 def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
     """With o_proj zero the block ignores its memory: noise then changes nothing, so the targets are clean."""
-    drafts = {"whole": tiny_draft, "deaf": tiny_draft | {"o_proj": jnp.zeros_like(tiny_draft["o_proj"])}}
+    drafts = {
+        "whole": tiny_draft,
+        "deaf": tiny_draft | {"o_proj": jnp.zeros_like(tiny_draft["o_proj"])},
+    }
     loss = {
-        (config.noise, name): float(loss_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0])
+        (config.noise, name): float(
+            loss_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0]
+        )
         for config in (NOISY, CLEAN)
         for name, draft in drafts.items()
     }
@@ -181,13 +231,26 @@ def test_uniform_noise_shrinks_with_the_row_length():
     for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048])):
         assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
         share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
-        np.testing.assert_allclose(share / row.size, 1 / 8, atol=0.01)  # 0.01: five standard errors of 32,000 draws
-    assert not np.allclose(noise[0, :, 0] / noise[0].std(), noise[1, :, 0] / noise[1].std(), atol=0.1)
+        np.testing.assert_allclose(
+            share / row.size, 1 / 8, atol=0.01
+        )  # 0.01: five standard errors of 32,000 draws
+    assert not np.allclose(
+        noise[0, :, 0] / noise[0].std(), noise[1, :, 0] / noise[1].std(), atol=0.1
+    )
 
 
 def test_gaussian_noise_and_none():
-    states_BLD, length_B1, key = jnp.ones((2, 4000, 8)), jnp.array([[64], [2048]]), jax.random.key(2)
-    noise = np.asarray(_noisy(states_BLD, length_B1, TrainConfig(noise="gaussian", noise_scale=0.3), key)) - 1
+    states_BLD, length_B1, key = (
+        jnp.ones((2, 4000, 8)),
+        jnp.array([[64], [2048]]),
+        jax.random.key(2),
+    )
+    noise = (
+        np.asarray(
+            _noisy(states_BLD, length_B1, TrainConfig(noise="gaussian", noise_scale=0.3), key)
+        )
+        - 1
+    )
     for row in noise:
         # 0.01: five standard errors of 32,000 draws
         np.testing.assert_allclose(
@@ -202,7 +265,9 @@ def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
     """A row three times, or once beside rows that are not supervised: the same loss."""
     thrice = Batch(*(np.repeat(field[:1], B, axis=0) for field in batch))
     once = batch._replace(counts_BT=batch.counts_BT * np.array([[True], [False], [False]]))
-    loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(tiny_draft, frozen, thrice, jax.random.key(1))
+    loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(
+        tiny_draft, frozen, thrice, jax.random.key(1)
+    )
     loss_once, metrics_once = loss_of(CLEAN, stage)(tiny_draft, frozen, once, jax.random.key(1))
     np.testing.assert_allclose(loss_thrice, loss_once, rtol=1e-5)
     np.testing.assert_allclose(metrics_thrice.objective, 3 * metrics_once.objective, rtol=1e-5)
@@ -212,7 +277,11 @@ def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
         np.testing.assert_allclose(loss_all, loss_once, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"step_weights": (0.5, 0.0, 4.0)}, {"multi_token": True}], ids=["step_weights", "multi_token"])
+@pytest.mark.parametrize(
+    "change",
+    [{"step_weights": (0.5, 0.0, 4.0)}, {"multi_token": True}],
+    ids=["step_weights", "multi_token"],
+)
 def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change):
     changed = replace(LATE, **change)
     PREDICT[changed] = predict_late
@@ -238,10 +307,22 @@ def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monke
     monkeypatch.setattr("beagle_jax.training.step.AGREE_WITHIN", (1, 2, 3))
     _, metrics = loss_of.__wrapped__(CLEAN, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
     offset = int(jax.random.randint(jax.random.split(jax.random.key(1))[1], (), 0, EARLY.window))
-    state_BTD = predicted_by(EARLY)(tiny_draft, frozen["embed_VD"], batch, batch.states_BLD, jnp.int32(offset))
-    hand = lambda within: metrics_by_hand(EARLY, offset, state_BTD, batch.states_BLD, frozen["head_VD"], batch.counts_BT, within=within)["agree_JK"]
+    state_BTD = predicted_by(EARLY)(
+        tiny_draft, frozen["embed_VD"], batch, batch.states_BLD, jnp.int32(offset)
+    )
+    hand = lambda within: metrics_by_hand(
+        EARLY,
+        offset,
+        state_BTD,
+        batch.states_BLD,
+        frozen["head_VD"],
+        batch.counts_BT,
+        within=within,
+    )["agree_JK"]
     np.testing.assert_array_equal(metrics.agree_JK, hand((1, 2, 3)))
-    assert not np.array_equal(hand((1, 2, 3)), hand((1, 3, 2))) and not np.array_equal(hand((1, 2, 3)), hand((2, 3, 4)))
+    assert not np.array_equal(hand((1, 2, 3)), hand((1, 3, 2))) and not np.array_equal(
+        hand((1, 2, 3)), hand((2, 3, 4))
+    )
 
 
 def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):
@@ -251,12 +332,18 @@ def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):
 
 def same_loss_and_gradient(draft, frozen, batch, late_batch) -> None:
     """Windows of one position: early on `batch` equals late on `late_batch` (method.md 13.3)."""
-    (early, _), early_gradient = gradient_of(CLEAN, EARLY_ONE)(draft, frozen, batch, jax.random.key(1))
-    (late, _), late_gradient = gradient_of(CLEAN, LATE_ONE)(draft, frozen, late_batch, jax.random.key(1))
+    (early, _), early_gradient = gradient_of(CLEAN, EARLY_ONE)(
+        draft, frozen, batch, jax.random.key(1)
+    )
+    (late, _), late_gradient = gradient_of(CLEAN, LATE_ONE)(
+        draft, frozen, late_batch, jax.random.key(1)
+    )
     np.testing.assert_allclose(late, early, rtol=1e-5)
     for name, gradient in early_gradient.items():
         # 1e-4: a whole block and its loss, summed in another order
-        np.testing.assert_allclose(late_gradient[name], gradient, rtol=1e-4, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            late_gradient[name], gradient, rtol=1e-4, atol=1e-4, err_msg=name
+        )
         assert np.abs(gradient).max() > 1e-2
 
 
@@ -285,7 +372,9 @@ def copy_of(draft: dict) -> dict:
 
 def rms(tree) -> float:
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-    return float(np.sqrt(sum((leaf**2).sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)))
+    return float(
+        np.sqrt(sum((leaf**2).sum() for leaf in leaves) / sum(leaf.size for leaf in leaves))
+    )
 
 
 GOLDEN = {
@@ -328,7 +417,9 @@ def test_golden_step(tiny_draft, frozen, batch, name, stage):
 def test_a_step_is_a_function_of_state_seed_and_step(tiny_draft, frozen, batch):
     train_step, _, init = steps_of(NOISY, EARLY)
     run = lambda seed, step: (
-        train_step(init(copy_of(tiny_draft))._replace(step=jnp.int32(step)), frozen, batch, seed)[1].objective
+        train_step(init(copy_of(tiny_draft))._replace(step=jnp.int32(step)), frozen, batch, seed)[
+            1
+        ].objective
     )
     assert run(3, 5) == run(3, 5)
     assert len({float(run(seed, step)) for seed, step in ((3, 5), (3, 6), (4, 5))}) == 3
@@ -356,7 +447,9 @@ def test_the_state_is_donated(tiny_draft, frozen, batch):
     train_step, _, init = steps_of(NOISY, EARLY)
     old = init(copy_of(tiny_draft))
     train_step(old, frozen, batch, 42)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)) if leaf.size > 1)
+    assert all(
+        leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)) if leaf.size > 1
+    )
     assert not any(leaf.is_deleted() for leaf in frozen.values())
 
 
@@ -369,9 +462,13 @@ def test_evaluation_step_measures_without_noise(tiny_draft, frozen, batch):
 def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
     train_step, _, init = steps_of(NOISY, EARLY)
     _, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
-    _, gradient = gradient_of(NOISY, EARLY)(tiny_draft, frozen, batch, jax.random.fold_in(jax.random.key(42), 0))
+    _, gradient = gradient_of(NOISY, EARLY)(
+        tiny_draft, frozen, batch, jax.random.fold_in(jax.random.key(42), 0)
+    )
     norm = np.sqrt(sum((np.asarray(one, np.float64) ** 2).sum() for one in gradient.values()))
-    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)  # 1e-4: a whole backward pass, fused differently
+    np.testing.assert_allclose(
+        metrics.grad_norm, norm, rtol=1e-4
+    )  # 1e-4: a whole backward pass, fused differently
     assert norm > NOISY.clip_norm
 
 
@@ -391,7 +488,10 @@ def learning_rates(stage: StageConfig, steps: int) -> list[float]:
 @pytest.mark.parametrize(
     "stage, expected",
     [
-        (StageConfig(steps=8, learning_rate=0.4, warmup=4), [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4]),
+        (
+            StageConfig(steps=8, learning_rate=0.4, warmup=4),
+            [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4],
+        ),
         (StageConfig(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
         (
             StageConfig(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"),
@@ -411,7 +511,11 @@ def clipped(gradient: dict, clip_norm: float) -> dict:
     """The gradient that Adam receives, read off its first moment."""
     optimizer = make_optimizer(replace(CLEAN, clip_norm=clip_norm), EARLY)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
-    (moments,) = [leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(leaf, "mu")]
+    (moments,) = [
+        leaf
+        for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(leaf, "mu")
+    ]
     return {name: moment / (1 - CLEAN.beta1) for name, moment in moments.mu.items()}
 
 
@@ -424,7 +528,10 @@ def test_clipping_is_by_the_norm_of_all_tensors_together():
     gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
     check_clipped(clipped(gradient, 0.5), {"a": [0.3, 0.0], "b": [[0.4]]})
     check_clipped(clipped(gradient, 6.0), gradient)
-    for wrong in ({"a": [0.5, 0.0], "b": [[0.5]]}, {"a": [0.3, 0.0], "b": [[0.5]]}):  # by value, by tensor
+    for wrong in (
+        {"a": [0.5, 0.0], "b": [[0.5]]},
+        {"a": [0.3, 0.0], "b": [[0.5]]},
+    ):  # by value, by tensor
         with pytest.raises(AssertionError):
             check_clipped(clipped(gradient, 0.5), wrong)
 

@@ -13,7 +13,14 @@ from tree_oracle import PathOracle, eagle2_paths, static_paths
 from beagle_jax.config import DecodeConfig
 from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding.draft import DraftHead, draft_tree
-from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree, tree_of
+from beagle_jax.decoding.tree import (
+    EAGLE_PATHS,
+    ROOT_ONLY,
+    chain,
+    dynamic_tree,
+    static_tree,
+    tree_of,
+)
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock
 from beagle_jax.model.cache import empty_rows, write_rows
@@ -32,8 +39,16 @@ ROOT, LENGTHS = 7, (5, 9)
 
 @partial(jax.jit, static_argnums=0)
 def _cached(spec, params, states_BLD):
-    rows = BeagleBlock(spec).bind({"params": params}).keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
-    return write_rows(empty_rows(2, spec.num_kv_heads, 16, spec.head_dim, jnp.float32), rows, jnp.zeros(2, jnp.int32))
+    rows = (
+        BeagleBlock(spec)
+        .bind({"params": params})
+        .keys_values(states_BLD, jnp.broadcast_to(jnp.arange(10), (2, 10)))
+    )
+    return write_rows(
+        empty_rows(2, spec.num_kv_heads, 16, spec.head_dim, jnp.float32),
+        rows,
+        jnp.zeros(2, jnp.int32),
+    )
 
 
 def _grown(tree):
@@ -45,8 +60,13 @@ def _grown(tree):
     head = DraftHead(embed_VD, None)
     # A function of its own for each call, so that a plant in the module is traced and not taken from jit's memory.
     grow = jax.jit(lambda params, *rest: draft_tree(params, draft.spec, tree, *rest))
-    nodes = jax.device_get(grow(draft.params, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT])).nodes)
-    oracles = [PathOracle(draft, embed_VD, embed_VD, states_BLD[line], length, ROOT, tree.depth) for line, length in enumerate(LENGTHS)]
+    nodes = jax.device_get(
+        grow(draft.params, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT])).nodes
+    )
+    oracles = [
+        PathOracle(draft, embed_VD, embed_VD, states_BLD[line], length, ROOT, tree.depth)
+        for line, length in enumerate(LENGTHS)
+    ]
     return nodes, oracles
 
 
@@ -64,9 +84,15 @@ def _check_nodes(tree) -> None:
                 upward.append(int(parent_W[upward[-1]]))
             assert depth_W[node] == len(paths[node]) == len(upward) - 1
             assert np.flatnonzero(nodes.above_BWW[line, node]).tolist() == sorted(upward)
-        assert parent_W[0] == depth_W[0] == 0 and np.flatnonzero(nodes.above_BWW[line, 0]).tolist() == [0]
+        assert parent_W[0] == depth_W[0] == 0 and np.flatnonzero(
+            nodes.above_BWW[line, 0]
+        ).tolist() == [0]
         assert len(set(paths)) == tree.size
-        wanted = static_paths(oracle, tree.paths) if not tree.scored else eagle2_paths(oracle, tree.levels, tree.topk, tree.nodes)
+        wanted = (
+            static_paths(oracle, tree.paths)
+            if not tree.scored
+            else eagle2_paths(oracle, tree.levels, tree.topk, tree.nodes)
+        )
         assert set(paths[1:]) == wanted
 
 
@@ -81,7 +107,9 @@ def test_planted_bug_siblings_in_another_order(name, monkeypatch):
 
     def swapped(tree, depth, level, *rest):
         token_BC, score_BC = right(tree, depth, level, *rest)
-        per_query = lambda x_BC: x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+        per_query = lambda x_BC: x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(
+            x_BC.shape
+        )
         return per_query(token_BC), score_BC
 
     monkeypatch.setattr(drafting, "_best_children", swapped)
@@ -121,7 +149,10 @@ def test_eagle_tree_has_the_published_sizes():
 
 def test_siblings_have_different_ranks():
     tree = static_tree(EAGLE_PATHS)
-    assert len({(parent, rank) for parent, rank in zip(tree.parent_W[1:], tree.rank_W[1:])}) == tree.size - 1
+    assert (
+        len({(parent, rank) for parent, rank in zip(tree.parent_W[1:], tree.rank_W[1:])})
+        == tree.size - 1
+    )
 
 
 def test_order_of_the_given_paths_does_not_matter():
@@ -136,8 +167,15 @@ def test_chain_and_root():
 
 
 def test_names_of_trees():
-    names = ["no draft", "chain of 3", "static tree, 5 levels, 26 nodes", "dynamic tree, 2 levels, topk 3, 5 nodes"]
-    assert [str(tree) for tree in (ROOT_ONLY, chain(3), static_tree(EAGLE_PATHS), dynamic_tree(2, 3, 5))] == names
+    names = [
+        "no draft",
+        "chain of 3",
+        "static tree, 5 levels, 26 nodes",
+        "dynamic tree, 2 levels, topk 3, 5 nodes",
+    ]
+    assert [
+        str(tree) for tree in (ROOT_ONLY, chain(3), static_tree(EAGLE_PATHS), dynamic_tree(2, 3, 5))
+    ] == names
 
 
 def test_tree_of_config():
@@ -164,7 +202,10 @@ def test_bad_paths(paths, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 2, 12), "3 levels of topk 2 make 10 candidates, so nodes .root included. must be 2 to 11"),
+        (
+            (3, 2, 12),
+            "3 levels of topk 2 make 10 candidates, so nodes .root included. must be 2 to 11",
+        ),
         ((3, 2, 1), "decode.nodes is 1"),
         ((0, 2, 3), "drafts nothing"),
         ((2, 0, 3), "drafts nothing"),

@@ -45,7 +45,9 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
     padded[0, : len(tokens)] = tokens
     rows, states_BLD = tuning._read_text(models, target.spec, draft.spec, padded)
     for root in range(len(prompt), len(tokens) - 3):
-        nodes = jax.device_get(grow(rows, np.array([root]), padded[0, root : root + 1], states_BLD[:, root - 1 : root]))
+        nodes = jax.device_get(
+            grow(rows, np.array([root]), padded[0, root : root + 1], states_BLD[:, root - 1 : root])
+        )
         above, count = 0, 0
         while True:
             fits = [
@@ -69,7 +71,9 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
     accepted = lambda token_MW, parent_MW, depth_MW, score_MW, follows_MP: (
         tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels) < nodes - 1).sum(axis=1).tolist()  # fmt: skip
-    assert accepted(*grown) == (expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text))
+    assert accepted(*grown) == (
+        expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
+    )
     *tree, score_MW, follows_MP = grown
     if (levels, topk, nodes) == (3, 3, 8):
         assert accepted(*tree, -score_MW, follows_MP) != expected  # planted bug: the worst first
@@ -78,13 +82,23 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
 def test_a_right_draft_is_always_first(small):
     target = target_of(MARKOV)
     texts = _answers(target)
-    short, long = ([5], [7, 2]), (list(range(61)), [3] * 30)  # their places have no future, or lie past what is looked at
+    short, long = (
+        ([5], [7, 2]),
+        (list(range(61)), [3] * 30),
+    )  # their places have no future, or lie past what is looked at
     found = tuning.tune(target, right_draft(), [short, *texts, long])
     np.testing.assert_allclose(found.rank_share[:, 0], 1.0)
     assert found.places == 3 * (30 - 3)
-    with pytest.raises(UserError, match="no answer to the sample prompts is longer than 3 tokens within the first 64 of its text, .* raise eval.max"):
+    with pytest.raises(
+        UserError,
+        match="no answer to the sample prompts is longer than 3 tokens within the first 64 of its text, .* raise eval.max",
+    ):
         tuning.tune(target, right_draft(), [short, long])
-    chain = [choice for choice in found.choices if (choice.levels, choice.topk, choice.nodes) == (3, 1, 4)]
+    chain = [
+        choice
+        for choice in found.choices
+        if (choice.levels, choice.topk, choice.nodes) == (3, 1, 4)
+    ]
     assert chain[0].tau == 4.0
     assert found.choices == sorted(found.choices, key=lambda choice: -choice.tokens_per_second)
 
@@ -93,27 +107,42 @@ def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
     target = target_of()
     found = tuning.tune(target, random_draft(), _answers(target))
     assert found.rank_share[0].sum() < 0.5
-    slow = dataclasses.replace(found, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)])
-    assert "no tree pays here: the best round takes 20.00 times a plain step and brings 1.01 tokens" in tune_command.table(slow)
+    slow = dataclasses.replace(
+        found, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)]
+    )
+    assert (
+        "no tree pays here: the best round takes 20.00 times a plain step and brings 1.01 tokens"
+        in tune_command.table(slow)
+    )
     plot_tuning(found, tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     target, draft = target_of(), random_draft()
-    (tmp_path / "c.yaml").write_text(f"target: {{source: test, cache_dir: {tmp_path}}}\ndecode: {{tree: auto}}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"target: {{source: test, cache_dir: {tmp_path}}}\ndecode: {{tree: auto}}\n"
+    )
     config = load_config(tmp_path / "c.yaml")
-    with pytest.raises(UserError, match="no tree was tuned for this draft on this machine .cpu .*; run python -m beagle_jax.tune"):
+    with pytest.raises(
+        UserError,
+        match="no tree was tuned for this draft on this machine .cpu .*; run python -m beagle_jax.tune",
+    ):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
     assert decoder_of(config, target, draft)._shapes.tree == dynamic_tree(2, 3, 6)
-    int8, int4 = (dataclasses.replace(target, quantised=Cost(kind, 64, 1, 1, 0.0, 1.0)) for kind in ("int8", "int4"))
+    int8, int4 = (
+        dataclasses.replace(target, quantised=Cost(kind, 64, 1, 1, 0.0, 1.0))
+        for kind in ("int8", "int4")
+    )
     for others in ((target, random_draft(seed=2)), (int8, draft), (int4, draft)):
         with pytest.raises(UserError, match="no tree was tuned"):
             decoder_of(config, *others)
     assert tuned_path(str(tmp_path), int8, draft) != tuned_path(str(tmp_path), int4, draft)
     monkeypatch.setattr(tuning, "_processor", lambda: "another")
-    with pytest.raises(UserError, match="no tree was tuned for this draft on this machine .cpu another"):
+    with pytest.raises(
+        UserError, match="no tree was tuned for this draft on this machine .cpu another"
+    ):
         decoder_of(config, target, draft)
 
 
@@ -124,11 +153,15 @@ def test_a_damaged_memory_is_named(tmp_path, text):
         tuning.tuned_tree(tmp_path / "tuned.json")
 
 
-@pytest.mark.parametrize(("source", "warned"), [("hf:org/code", True), ("hf:org/chat", False), ("a/folder", False)])
+@pytest.mark.parametrize(
+    ("source", "warned"), [("hf:org/code", True), ("hf:org/chat", False), ("a/folder", False)]
+)
 def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warned):
     target, draft = dataclasses.replace(target_of(), source=source), random_draft()
     save_draft(tmp_path / "draft", dataclasses.replace(draft, provenance={"target": "hf:org/chat"}))
-    (tmp_path / "c.yaml").write_text(f"target: {{source: '{source}'}}\ndraft: {{path: {tmp_path}/draft}}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"target: {{source: '{source}'}}\ndraft: {{path: {tmp_path}/draft}}\n"
+    )
     drafter_of(load_config(tmp_path / "c.yaml"), target)
     told = f"warning: {tmp_path}/draft: this draft belongs to another target (hf:org/chat, and target.source is hf:org/code)"
     assert (told in capsys.readouterr().err) == warned
@@ -137,8 +170,19 @@ def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warn
 def test_the_written_config_has_the_tree_and_what_the_command_line_set(tmp_path):
     (tmp_path / "c.yaml").write_text("target: {source: x}\ndecode: {max_new_tokens: 7, topk: 9}\n")
     settings = read_settings(tmp_path / "c.yaml", ["draft.path=mine", "eval.limit=2"])
-    (tmp_path / "tuned.yaml").write_text(tune_command.with_tree(settings, Choice(2, 3, 6, 1.5, 10.0)))
+    (tmp_path / "tuned.yaml").write_text(
+        tune_command.with_tree(settings, Choice(2, 3, 6, 1.5, 10.0))
+    )
     config = load_config(tmp_path / "tuned.yaml")
     assert config == load_config(
-        tmp_path / "c.yaml", ["draft.path=mine", "eval.limit=2", "decode.tree=dynamic", "decode.levels=2", "decode.topk=3", "decode.nodes=6"])
+        tmp_path / "c.yaml",
+        [
+            "draft.path=mine",
+            "eval.limit=2",
+            "decode.tree=dynamic",
+            "decode.levels=2",
+            "decode.topk=3",
+            "decode.nodes=6",
+        ],
+    )
     assert (config.decode.max_new_tokens, config.decode.levels, config.draft.path) == (7, 2, "mine")

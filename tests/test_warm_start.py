@@ -12,7 +12,13 @@ from beagle_jax.model.masks import early_block_mask
 from beagle_jax.training.warm_start import warm_start
 
 SPEC = DraftSpec(
-    hidden_size=48, intermediate_size=96, num_heads=6, num_kv_heads=3, head_dim=16, rope_theta=10000.0, rms_norm_eps=1e-5
+    hidden_size=48,
+    intermediate_size=96,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=16,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
 )
 VOCAB, ROWS, WIDTH = 40, 24, 64
 
@@ -26,11 +32,19 @@ def linear_text():
     tokens_BL = rng.integers(0, VOCAB, (ROWS, WIDTH), np.int32)
     states_BLD = np.zeros((ROWS, WIDTH, SPEC.hidden_size), np.float32)
     for position in range(1, WIDTH):
-        drive = 2.0 + 3.0 * embed_VD[tokens_BL[:, position]] + states_BLD[:, position - 1] @ carry_DD.T
+        drive = (
+            2.0 + 3.0 * embed_VD[tokens_BL[:, position]] + states_BLD[:, position - 1] @ carry_DD.T
+        )
         states_BLD[:, position] = drive
     counts_BT = np.ones((ROWS, WIDTH), bool)
     counts_BT[:, -1] = False
-    batch = Batch(tokens_BL, states_BLD, counts_BT, np.full((ROWS, 1), WIDTH, np.int32), np.zeros((ROWS, 1), np.int32))
+    batch = Batch(
+        tokens_BL,
+        states_BLD,
+        counts_BT,
+        np.full((ROWS, 1), WIDTH, np.int32),
+        np.zeros((ROWS, 1), np.int32),
+    )
     return jnp.asarray(embed_VD, jnp.float32), batch
 
 
@@ -43,7 +57,9 @@ def started(linear_text):
 @jax.jit
 def _error(params, embed_VD, batch):
     mask = early_block_mask(jnp.asarray(batch.length_BC), WIDTH, 1, jnp.int32(0))
-    states = BeagleBlock(SPEC).apply({"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask)
+    states = BeagleBlock(SPEC).apply(
+        {"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask
+    )
     return jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:])
 
 

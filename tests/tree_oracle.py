@@ -14,7 +14,12 @@ def _state(spec, params, e_PD, memory_SD, seen_S, depth):
     block = BeagleBlock(spec)
     rows = memory_SD.shape[0]
     e_1SD = jnp.zeros((1, rows, e_PD.shape[-1])).at[0, depth].set(e_PD)
-    return block.apply({"params": params}, e_1SD, memory_SD[None], jnp.broadcast_to(seen_S[None, None], (1, rows, rows)))[0, depth]
+    return block.apply(
+        {"params": params},
+        e_1SD,
+        memory_SD[None],
+        jnp.broadcast_to(seen_S[None, None], (1, rows, rows)),
+    )[0, depth]
 
 
 class PathOracle:
@@ -22,7 +27,9 @@ class PathOracle:
 
     def __init__(self, draft, embed_VD, head_VD, states_LD, length, root, depth):
         self.draft, self.embed_VD, self.head_VD, self.root = draft, embed_VD, head_VD, root
-        rows = -(-(length + depth) // 16) * 16  # few sizes, so that few programs are compiled; what lies past the end is not seen
+        rows = (
+            -(-(length + depth) // 16) * 16
+        )  # few sizes, so that few programs are compiled; what lies past the end is not seen
         self.memory_SD = np.zeros((rows, embed_VD.shape[1]), np.float32)
         self.memory_SD[:length] = states_LD[:length]
         self.length = length
@@ -35,7 +42,14 @@ class PathOracle:
             for above in range(len(tokens)):
                 memory[self.length + above] = self.state(tokens[:above])
             seen, token = np.arange(len(memory)) < depth, tokens[-1] if tokens else self.root
-            state_D = _state(self.draft.spec, self.draft.params, self.embed_VD[token], jnp.asarray(memory), jnp.asarray(seen), depth)
+            state_D = _state(
+                self.draft.spec,
+                self.draft.params,
+                self.embed_VD[token],
+                jnp.asarray(memory),
+                jnp.asarray(seen),
+                depth,
+            )
             self._states[tokens] = np.asarray(state_D)
         return self._states[tokens]
 

@@ -36,12 +36,19 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     _check_target(draft, config.target.source, source)
     report = _read_report(arguments.report) if arguments.report else None
     with staged(out) as folder:
-        write_torch_folder(folder, draft, target.vocab_size, model_card(draft, report, revision(opened)))
+        write_torch_folder(
+            folder, draft, target.vocab_size, model_card(draft, report, revision(opened))
+        )
         found = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
-    text = (f"largest difference from the JAX block, of the scale: {measured}\n"
-            f"draft written to {out}; load it with transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)")
-    return text, {"out": str(out), "largest_difference": {name: float(value) for name, value in found.items()}}
+    text = (
+        f"largest difference from the JAX block, of the scale: {measured}\n"
+        f"draft written to {out}; load it with transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+    )
+    return text, {
+        "out": str(out),
+        "largest_difference": {name: float(value) for name, value in found.items()},
+    }
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -54,7 +61,10 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
-    return f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}', {"out": str(out)}
+    return (
+        f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}',
+        {"out": str(out)},
+    )
 
 
 def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -67,8 +77,10 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
         save_draft(folder, draft)
         load_draft(folder, target)
     count = sum(array.size for array in draft.params.values())
-    text = (f"EAGLE draft of {count:,} parameters written to {out}; "
-            f'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}')
+    text = (
+        f"EAGLE draft of {count:,} parameters written to {out}; "
+        f'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}'
+    )
     return text, {"out": str(out), "parameters": count}
 
 
@@ -77,25 +89,34 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     source, dtype = config.target.source, config.target.dtype
     opened = open_source(source, Path(config.target.cache_dir).expanduser())
     if isinstance(opened, OrbaxFolder):
-        raise UserError(f"target.source: {source} was written by convert to-jax already; name the model that it came from")
+        raise UserError(
+            f"target.source: {source} was written by convert to-jax already; name the model that it came from"
+        )
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = configured_target(config.target, mesh, decoding=False)
     told = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
         save_target(folder, target.params, opened.config(), target.tokenizer, target.eos_ids, told)
     count = sum(array.nbytes for array in jax.tree.leaves(target.params))
-    return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {"out": str(out), "bytes": count}
+    return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {
+        "out": str(out),
+        "bytes": count,
+    }
 
 
 def target_spec(config: TargetConfig) -> TargetSpec:
     """The target's shape; its weights are not read."""
-    return TargetSpec.from_hf_config(open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source)
+    return TargetSpec.from_hf_config(
+        open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source
+    )
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
     """Raises UserError when the draft says that it was trained for another target of the same shape."""
     if told := other_target(draft, source):
-        raise UserError(f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}")
+        raise UserError(
+            f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}"
+        )
 
 
 def _read_report(path: str) -> str:
@@ -105,8 +126,12 @@ def _read_report(path: str) -> str:
         if report["format"] == 1:
             return acceptance(report)
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"--report {path}: not a report on a draft ({error!r}); expected what evaluate --json wrote") from error
-    raise UserError(f"--report {path}: not a report of this version (format {report['format']!r}); expected what evaluate --json wrote")
+        raise UserError(
+            f"--report {path}: not a report on a draft ({error!r}); expected what evaluate --json wrote"
+        ) from error
+    raise UserError(
+        f"--report {path}: not a report of this version (format {report['format']!r}); expected what evaluate --json wrote"
+    )
 
 
 def _free(arguments: Namespace, source: Path) -> Path:
@@ -117,11 +142,17 @@ def _free(arguments: Namespace, source: Path) -> Path:
     if not out.is_dir():
         raise UserError(f"--out {out}: there is a file of this name; choose another folder")
     if not arguments.overwrite:
-        raise UserError(f"--out {out}: this folder exists; choose another, or give --overwrite to replace it as a whole")
+        raise UserError(
+            f"--out {out}: this folder exists; choose another, or give --overwrite to replace it as a whole"
+        )
     if source.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--out {out}: what is to be converted is in this folder, and --overwrite would remove it; choose another")
+        raise UserError(
+            f"--out {out}: what is to be converted is in this folder, and --overwrite would remove it; choose another"
+        )
     if any(out.iterdir()) and not _is_ours(out):
-        raise UserError(f"--out {out}: nothing that convert or train wrote is in this folder, so it is not replaced; choose another")
+        raise UserError(
+            f"--out {out}: nothing that convert or train wrote is in this folder, so it is not replaced; choose another"
+        )
     return out
 
 
@@ -142,7 +173,9 @@ def staged(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error}); choose another folder") from error
+        raise UserError(
+            f"--out {out}: cannot be written ({error}); choose another folder"
+        ) from error
     with temporary as beside:
         # The same name as `out`: transformers names the module that it loads after the folder.
         folder = Path(beside, out.name)

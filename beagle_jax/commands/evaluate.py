@@ -43,53 +43,97 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     out: a folder that keeps every answer as it comes, goes on from those it has, and gets the report's files. audited:
     all answers are also held against teacher forcing (evaluation/audit.py).
     """
-    suites = {name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites}
+    suites = {
+        name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
+    }
     names = (draft_path(config), *config.eval.compare)
     for name in names:
         check_drafter(name)
     if "plain" in names:
-        raise UserError("plain is what decoding without a draft is called; write ./plain for the folder")
+        raise UserError(
+            "plain is what decoding without a draft is called; write ./plain for the folder"
+        )
     target = configured_target(config.target, decoding=True)
     drafts = {name: drafter_of(config, target, name) for name in names}
-    context = context_for(suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions)
+    context = context_for(
+        suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions
+    )
     bench = _bench(config, target, drafts, context)
     log = None
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        log = AnswerLog(Path(out) / "answers.jsonl", _settings(config, target, drafts, bench, suites))
+        log = AnswerLog(
+            Path(out) / "answers.jsonl", _settings(config, target, drafts, bench, suites)
+        )
     measured = measure(bench, suites, log)
     if not measured.cases:
-        raise UserError(f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
-                        f"eval.max_new_tokens {config.eval.max_new_tokens}; lower it, or choose other prompts")
+        raise UserError(
+            f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
+            f"eval.max_new_tokens {config.eval.max_new_tokens}; lower it, or choose other prompts"
+        )
     made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
     if target.quantised:
-        made["notes"].append(f"The target, in plain decoding too, is quantised to {target.quantised}.")
+        made["notes"].append(
+            f"The target, in plain decoding too, is quantised to {target.quantised}."
+        )
     if config.decode.stop:
-        made["notes"].append("decode.stop is for generate: answers here end at stop tokens and at eval.max_new_tokens alone.")
+        made["notes"].append(
+            "decode.stop is for generate: answers here end at stop tokens and at eval.max_new_tokens alone."
+        )
     if audited:
-        made["audit"] = audit(target, drafts, bench, measured, append_predicted=config.decode.append_predicted, rule=config.decode.rule)
+        made["audit"] = audit(
+            target,
+            drafts,
+            bench,
+            measured,
+            append_predicted=config.decode.append_predicted,
+            rule=config.decode.rule,
+        )
     if out is not None:
         _write(config, bench, measured, made, Path(out))
     return made
 
 
-def _bench(config: Config, target: Target, drafts: dict[str, Draft | Lookup], context: int) -> Bench:
+def _bench(
+    config: Config, target: Target, drafts: dict[str, Draft | Lookup], context: int
+) -> Bench:
     decoders = {"plain": SpeculativeDecoder(target, context=context)}
     for name, draft in drafts.items():
         decoders[name] = decoder_of(config, target, draft, context=context)
-    rows = {name: draft.provenance.get("training", {}).get("row_tokens") for name, draft in drafts.items() if isinstance(draft, Draft)}
+    rows = {
+        name: draft.provenance.get("training", {}).get("row_tokens")
+        for name, draft in drafts.items()
+        if isinstance(draft, Draft)
+    }
     trained = {name: tokens for name, tokens in rows.items() if tokens is not None}
     sampling = sampling_of(config.decode)
-    return Bench(decoders, target.tokenizer, context, config.eval.max_new_tokens, sampling, config.decode.seed, trained)
+    return Bench(
+        decoders,
+        target.tokenizer,
+        context,
+        config.eval.max_new_tokens,
+        sampling,
+        config.decode.seed,
+        trained,
+    )
 
 
 def _settings(
-    config: Config, target: Target, drafts: dict[str, Draft | Lookup], bench: Bench, suites: Mapping[str, Sequence[Chat]]
+    config: Config,
+    target: Target,
+    drafts: dict[str, Draft | Lookup],
+    bench: Bench,
+    suites: Mapping[str, Sequence[Chat]],
 ) -> dict:
     """All that decides answers and times: under the same names there may be other weights, prompts and tuned trees by now."""
     kept = {section: asdict(getattr(config, section)) for section in ("target", "decode", "eval")}
-    weights = {name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft) for name, draft in drafts.items()}
-    digest = lambda chats: hashlib.sha256(json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()).hexdigest()
+    weights = {
+        name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft)
+        for name, draft in drafts.items()
+    }
+    digest = lambda chats: hashlib.sha256(
+        json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()
+    ).hexdigest()
     return {
         **kept,
         "drafts": weights,
@@ -102,9 +146,15 @@ def _settings(
 
 def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
     """Phases and memory of each system, after a prompt of middle length."""
-    prompts = sorted((asked.prompt for case in measured.cases for turn in case.turns for asked in turn.values()), key=len)
+    prompts = sorted(
+        (asked.prompt for case in measured.cases for turn in case.turns for asked in turn.values()),
+        key=len,
+    )
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
-    return {name: {"milliseconds": phases(decoder, *ask), "bytes": memory(decoder, *ask)} for name, decoder in bench.decoders.items()}
+    return {
+        name: {"milliseconds": phases(decoder, *ask), "bytes": memory(decoder, *ask)}
+        for name, decoder in bench.decoders.items()
+    }
 
 
 def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> None:
@@ -115,25 +165,41 @@ def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder:
     write_text(folder / "report.html", page(made, pictures))
 
 
-def _pictures(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> dict[str, Path]:
+def _pictures(
+    config: Config, bench: Bench, measured: Measured, made: dict, folder: Path
+) -> dict[str, Path]:
     """Pictures by title: of the figures, and of the first draft at work on the first prompt."""
     folder.mkdir(exist_ok=True)
-    pictures = {"Acceptance by depth": folder / "acceptance.png", "Time by phase": folder / "phases.png"}
+    pictures = {
+        "Acceptance by depth": folder / "acceptance.png",
+        "Time by phase": folder / "phases.png",
+    }
     plot_acceptance(made, pictures["Acceptance by depth"])
     plot_phases(made, pictures["Time by phase"])
     name = list(bench.decoders)[1]
     decoder, prompt = bench.decoders[name], measured.cases[0].turns[0][name].prompt
-    played = rounds(decoder, prompt, bench.sampling, max_new_tokens=bench.max_new_tokens, seed=bench.seed)
+    played = rounds(
+        decoder, prompt, bench.sampling, max_new_tokens=bench.max_new_tokens, seed=bench.seed
+    )
     if played:
         pictures["A drafted tree"] = folder / "tree.png"
-        plot_tree(max(played, key=lambda one: len(one.path)), pictures["A drafted tree"], lambda token: bench.tokenizer.decode([token]))
+        plot_tree(
+            max(played, key=lambda one: len(one.path)),
+            pictures["A drafted tree"],
+            lambda token: bench.tokenizer.decode([token]),
+        )
     looked = attention(decoder, prompt, max_new_tokens=min(bench.max_new_tokens, _SHOWN_TOKENS))
     if looked is not None:
         pictures["Attention of the draft"] = folder / "attention.png"
         plot_attention(looked[0], pictures["Attention of the draft"], first=len(prompt))
     pictures["Masks of both training stages"] = folder / "masks.png"
     late = config.train.late
-    plot_masks(config.train.early.window, late.window, late.simulation_steps, pictures["Masks of both training stages"])
+    plot_masks(
+        config.train.early.window,
+        late.window,
+        late.simulation_steps,
+        pictures["Masks of both training stages"],
+    )
     log = Path(config.train.folder) / "log.jsonl"
     if log.exists() and plot_training(log, folder / "training.png"):
         pictures["Training"] = folder / "training.png"

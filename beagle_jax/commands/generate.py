@@ -29,20 +29,37 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
     terminal.show(arguments, text, figures)
 
 
-def compare(config: Config, fast: SpeculativeDecoder, plain: SpeculativeDecoder, prompt: str) -> tuple[str, dict]:
+def compare(
+    config: Config, fast: SpeculativeDecoder, plain: SpeculativeDecoder, prompt: str
+) -> tuple[str, dict]:
     """Times both ways of decoding."""
     sampling, limits = sampling_of(config.decode), _limits(config)
     for decoder in (fast, plain):  # compiled by now, but for what streaming does not use
         decoder.warm_up([prompt], sampling, max_new_tokens=config.decode.max_new_tokens)
-    [speculative], [baseline] = (decoder.generate([prompt], sampling, **limits) for decoder in (fast, plain))
-    ratio, equal = speculative.tokens_per_second / baseline.tokens_per_second, speculative.tokens == baseline.tokens
-    text = (f"plain        {baseline.tokens_per_second:7.1f} tok/s  {len(baseline.tokens)} tokens\n"
-            f"speculative  {speculative.tokens_per_second:7.1f} tok/s  {len(speculative.tokens)} tokens, "
-            f"{speculative.rounds} rounds, tau {speculative.tau:.2f}, speedup {ratio:.2f}x\n"
-            f"token sequences equal: {'yes' if equal else 'NO'}")
-    figures = {"prompt": prompt, "text": speculative.text, "tokens": len(speculative.tokens), "rounds": speculative.rounds,
-               "tau": speculative.tau, "tokens_per_second": speculative.tokens_per_second,
-               "plain_tokens_per_second": baseline.tokens_per_second, "speedup": ratio, "equal": equal}
+    [speculative], [baseline] = (
+        decoder.generate([prompt], sampling, **limits) for decoder in (fast, plain)
+    )
+    ratio, equal = (
+        speculative.tokens_per_second / baseline.tokens_per_second,
+        speculative.tokens == baseline.tokens,
+    )
+    text = (
+        f"plain        {baseline.tokens_per_second:7.1f} tok/s  {len(baseline.tokens)} tokens\n"
+        f"speculative  {speculative.tokens_per_second:7.1f} tok/s  {len(speculative.tokens)} tokens, "
+        f"{speculative.rounds} rounds, tau {speculative.tau:.2f}, speedup {ratio:.2f}x\n"
+        f"token sequences equal: {'yes' if equal else 'NO'}"
+    )
+    figures = {
+        "prompt": prompt,
+        "text": speculative.text,
+        "tokens": len(speculative.tokens),
+        "rounds": speculative.rounds,
+        "tau": speculative.tau,
+        "tokens_per_second": speculative.tokens_per_second,
+        "plain_tokens_per_second": baseline.tokens_per_second,
+        "speedup": ratio,
+        "equal": equal,
+    }
     return text, figures
 
 
@@ -59,7 +76,9 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
         shown: list[str] = []
         try:
             done = show(decoder.stream(history, sampling, **limits), shown)
-            print(f"[{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau {done.tau:.2f}]")
+            print(
+                f"[{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau {done.tau:.2f}]"
+            )
         except KeyboardInterrupt:
             print("\n[cut short]")
         except UserError as error:  # the conversation has outgrown the context: say so and go on
@@ -92,8 +111,14 @@ def _ask() -> str:
         print()
         return ""
     except UnicodeDecodeError as error:
-        raise UserError(f"what was typed is not text in this terminal's encoding ({error})") from error
+        raise UserError(
+            f"what was typed is not text in this terminal's encoding ({error})"
+        ) from error
 
 
 def _limits(config: Config) -> dict:
-    return dict(max_new_tokens=config.decode.max_new_tokens, stop=config.decode.stop, seed=config.decode.seed)
+    return dict(
+        max_new_tokens=config.decode.max_new_tokens,
+        stop=config.decode.stop,
+        seed=config.decode.seed,
+    )

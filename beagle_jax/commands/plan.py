@@ -26,7 +26,9 @@ _CHECKPOINTS = 3  # of each stage on disk at once: two kept, one being written
 def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Plans both stages for this machine's devices, `--devices` virtual ones or a `--topology`; returns text and figures."""
     if arguments.devices and arguments.topology:
-        raise UsageError("--devices and --topology were both given; a topology has its own number of devices")
+        raise UsageError(
+            "--devices and --topology were both given; a topology has its own number of devices"
+        )
     if arguments.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
@@ -37,17 +39,39 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     spec = spec_type(config.draft.kind).from_target(target)
     scored = config.draft.hot_tokens or target.vocab_size
     params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
-    online, beside = (params, None) if config.data.states == "online" else (None, params if config.eval.every else None)
-    stages = {name: stage_cost(name, config, target, scored, mesh, online, beside)
-              for name in ("early", "late") if getattr(config.train, name).steps}
+    online, beside = (
+        (params, None)
+        if config.data.states == "online"
+        else (None, params if config.eval.every else None)
+    )
+    stages = {
+        name: stage_cost(name, config, target, scored, mesh, online, beside)
+        for name in ("early", "late")
+        if getattr(config.train, name).steps
+    }
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
     figures = {
-        "target": {"source": config.target.source, "parameters": parameter_count(target), "dtype": config.target.dtype,
-                   "bytes": parameter_count(target) * jnp.dtype(config.target.dtype).itemsize},
-        "draft": {"parameters": draft_parameters, "scored_tokens": scored, "vocabulary": target.vocab_size},
+        "target": {
+            "source": config.target.source,
+            "parameters": parameter_count(target),
+            "dtype": config.target.dtype,
+            "bytes": parameter_count(target) * jnp.dtype(config.target.dtype).itemsize,
+        },
+        "draft": {
+            "parameters": draft_parameters,
+            "scored_tokens": scored,
+            "vocabulary": target.vocab_size,
+        },
         "disk": disk(config, target.hidden_size, draft_parameters),
-        "devices": {"count": len(devices), "kind": devices[0].device_kind, "mesh": dict(mesh.shape), "memory": memory_of(devices[0])},
-        "stages": {name: stage_figures(config, name, cost, devices) for name, cost in stages.items()},
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "mesh": dict(mesh.shape),
+            "memory": memory_of(devices[0]),
+        },
+        "stages": {
+            name: stage_figures(config, name, cost, devices) for name, cost in stages.items()
+        },
     }
     return table(figures), figures
 
@@ -66,12 +90,19 @@ def disk(config: Config, width: int, draft_parameters: int) -> dict:
     online = config.data.states == "online"
     token = 0 if online else record_bytes(width, config.data.states_dtype or config.target.dtype)
     tokens = text_tokens(config)
-    held = 3 if config.train.accumulate == 1 else 4  # parameters, two moments, and a sum of gradients; all in float32
+    held = (
+        3 if config.train.accumulate == 1 else 4
+    )  # parameters, two moments, and a sum of gradients; all in float32
     checkpoint = held * 4 * draft_parameters
-    return {"state_of_a_token": token, "text_tokens_at_most": tokens, "states_at_most": None if tokens is None else token * tokens,
-            "checkpoint": checkpoint,
-            "checkpoints": checkpoint * sum(_CHECKPOINTS for stage in ("early", "late") if getattr(config.train, stage).steps),
-            "draft": 4 * draft_parameters}
+    return {
+        "state_of_a_token": token,
+        "text_tokens_at_most": tokens,
+        "states_at_most": None if tokens is None else token * tokens,
+        "checkpoint": checkpoint,
+        "checkpoints": checkpoint
+        * sum(_CHECKPOINTS for stage in ("early", "late") if getattr(config.train, stage).steps),
+        "draft": 4 * draft_parameters,
+    }
 
 
 def text_tokens(config: Config) -> int | None:
@@ -83,11 +114,19 @@ def text_tokens(config: Config) -> int | None:
     return expected_tokens(config.data, config.data.answer_tokens) if written else None
 
 
-def stage_figures(config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]) -> dict:
+def stage_figures(
+    config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]
+) -> dict:
     """A stage's cost, and what follows from it."""
     steps, memory = getattr(config.train, name).steps, memory_of(devices[0])
-    found = cost._asdict() | {"held": cost.held, "steps": steps, "tokens_a_step": config.train.batch * config.train.row_tokens}
-    found["fits"] = False if cost.refusal else None if memory is None else cost.compiler_total <= memory
+    found = cost._asdict() | {
+        "held": cost.held,
+        "steps": steps,
+        "tokens_a_step": config.train.batch * config.train.row_tokens,
+    }
+    found["fits"] = (
+        False if cost.refusal else None if memory is None else cost.compiler_total <= memory
+    )
     if devices[0].device_kind in CHIPS:
         rate = _UTILISATION * CHIPS[devices[0].device_kind].peak * len(devices)
         found["hours_at_40_percent"] = steps * cost.flops / rate / 3600
@@ -98,7 +137,11 @@ def table(figures: dict) -> str:
     """The plan for a reader."""
     target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
     sizes = " x ".join(f"{axis} {count}" for axis, count in devices["mesh"].items())
-    states = "as many as the source has (prepare says how many)" if space["states_at_most"] is None else f"at most {size(space['states_at_most'])}"
+    states = (
+        "as many as the source has (prepare says how many)"
+        if space["states_at_most"] is None
+        else f"at most {size(space['states_at_most'])}"
+    )
     memory = "" if devices["memory"] is None else f" of {devices['memory'] / 2**30:.0f} GiB"
     lines = [
         f"target     {target['source']}: {target['parameters']:,} parameters, {size(target['bytes'])} in {target['dtype']}",
@@ -107,14 +150,23 @@ def table(figures: dict) -> str:
         f"checkpoints {size(space['checkpoints'])}, {size(space['checkpoint'])} each; draft {size(space['draft'])}",
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]
-    rows = [("stage", lambda one: ""), ("steps", lambda one: f"{one['steps']:,}"),
-            ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
-            ("operations a step", lambda one: f"{one['flops']:.3g}"),
-            ("draft weights", _of("weights")), ("optimizer", _of("optimizer")), ("frozen parts of the target", _of("frozen")),
-            ("tokens and states", _of("batch")), ("temporaries", _of("temporaries")), ("all, by the compiler", _of("compiler_total")),
-            ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s")]
+    rows = [
+        ("stage", lambda one: ""),
+        ("steps", lambda one: f"{one['steps']:,}"),
+        ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
+        ("operations a step", lambda one: f"{one['flops']:.3g}"),
+        ("draft weights", _of("weights")),
+        ("optimizer", _of("optimizer")),
+        ("frozen parts of the target", _of("frozen")),
+        ("tokens and states", _of("batch")),
+        ("temporaries", _of("temporaries")),
+        ("all, by the compiler", _of("compiler_total")),
+        ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s"),
+    ]
     if any("hours_at_40_percent" in one for one in figures["stages"].values()):
-        rows.append(("at 40 % of the chips' peak", lambda one: f"{one['hours_at_40_percent']:.1f} h"))
+        rows.append(
+            ("at 40 % of the chips' peak", lambda one: f"{one['hours_at_40_percent']:.1f} h")
+        )
     for label, show in rows:
         cells = figures["stages"].items() if label != "stage" else ()
         values = [show(one) for _, one in cells] or list(figures["stages"])

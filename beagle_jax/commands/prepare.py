@@ -6,13 +6,27 @@ from itertools import islice
 from pathlib import Path
 
 from beagle_jax.config import Config
-from beagle_jax.data.answers import check_source, expected_tokens, is_complete, source_chats, source_rows, training_rows
+from beagle_jax.data.answers import (
+    check_source,
+    expected_tokens,
+    is_complete,
+    source_chats,
+    source_rows,
+    training_rows,
+)
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.folder import read_parts, states_path
 from beagle_jax.data.preview import preview
 from beagle_jax.data.share import Share, this_process, wait_for_all
-from beagle_jax.data.states import StoredStates, is_stored, record_bytes, states_bytes, stored_dtype, target_states
+from beagle_jax.data.states import (
+    StoredStates,
+    is_stored,
+    record_bytes,
+    states_bytes,
+    stored_dtype,
+    target_states,
+)
 from beagle_jax.data.template import Row
 from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.errors import UserError
@@ -37,7 +51,10 @@ def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, di
         "states_dtype": None if config.data.states == "online" else stored_dtype(target.params, config.data.states_dtype),
     }  # fmt: skip
     whose = f"share {share.index} of {share.count}: " if share.count > 1 else ""
-    return f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in {config.data.folder}", figures
+    return (
+        f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in {config.data.folder}",
+        figures,
+    )
 
 
 def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
@@ -46,7 +63,9 @@ def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
     tokenizer = opened.tokenizer()
     chats = own_prompts("train") if config.data.source == "self" else source_chats(config.data)
     rows = list(islice(source_rows(config.data, chats, tokenizer, opened.eos_ids()), count))
-    figures = [{"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]} for row in rows]
+    figures = [
+        {"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]} for row in rows
+    ]
     return preview(rows, tokenizer, sys.__stdout__), figures
 
 
@@ -58,16 +77,22 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
         wait_for_all("training text and states")
         parts = read_parts(config.data.folder)
         if not is_complete(config.data, parts):
-            raise UserError(f"data.folder: {config.data.folder} lacks what other processes wrote; it must be a folder that all of them see")
+            raise UserError(
+                f"data.folder: {config.data.folder} lacks what other processes wrote; it must be a folder that all of them see"
+            )
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":
         return rows, None
-    return rows, [states for number in parts for states in _states_of(config, target, parts, number)]
+    return rows, [
+        states for number in parts for states in _states_of(config, target, parts, number)
+    ]
 
 
 def write_text_and_states(config: Config, target: Target, share: Share) -> dict[int, list[Row]]:
     """Writes what is missing of a share: text, then states. Says how much disk they take before it is taken."""
-    answers = answer_writer(target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k)
+    answers = answer_writer(
+        target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k
+    )
     announced = config.data.states == "online"
 
     def write(prompts, **settings):
@@ -88,7 +113,9 @@ def write_text_and_states(config: Config, target: Target, share: Share) -> dict[
     return parts
 
 
-def _states_of(config: Config, target: Target, parts: dict[int, list[Row]], number: int) -> list[StoredStates]:
+def _states_of(
+    config: Config, target: Target, parts: dict[int, list[Row]], number: int
+) -> list[StoredStates]:
     path = states_path(config.data.folder, number)
     return target_states(target.params, target.spec, parts[number], path, config.data.states_dtype)
 
@@ -100,15 +127,21 @@ def _announce_writing(config: Config, target: Target) -> None:
     """
     data, endless = config.data, config.data.source == "self"
     there = read_parts(data.folder)
-    tokens = max(data.answer_tokens - sum(sum(row.supervised) for rows in there.values() for row in rows), 0)
+    tokens = max(
+        data.answer_tokens - sum(sum(row.supervised) for rows in there.values() for row in rows), 0
+    )
     record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
     with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
-    print(f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
-          f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}")
+    print(
+        f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
+        f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}"
+    )
     if endless and tokens * record > free:
-        raise UserError(f"data.folder: {data.folder} has {size(free)} free, the target's states need more than "
-                        f"{size(tokens * record)}; {_LESS_DISK}")
+        raise UserError(
+            f"data.folder: {data.folder} has {size(free)} free, the target's states need more than "
+            f"{size(tokens * record)}; {_LESS_DISK}"
+        )
 
 
 def _announce_states(config: Config, target: Target, parts: dict[int, list[Row]]) -> None:
@@ -116,13 +149,21 @@ def _announce_states(config: Config, target: Target, parts: dict[int, list[Row]]
     folder, width = config.data.folder, target.spec.hidden_size
     dtype = stored_dtype(target.params, config.data.states_dtype)
     total = {number: states_bytes(rows, width, dtype) for number, rows in parts.items()}
-    missing = sum(total[number] for number, rows in parts.items() if not is_stored(states_path(folder, number), rows, width, dtype))
+    missing = sum(
+        total[number]
+        for number, rows in parts.items()
+        if not is_stored(states_path(folder, number), rows, width, dtype)
+    )
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free
-    print(f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} in {len(parts)} part{'s' * (len(parts) > 1)}; "
-          f"{size(missing)} to write, {size(free)} free in {folder}")
+    print(
+        f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} in {len(parts)} part{'s' * (len(parts) > 1)}; "
+        f"{size(missing)} to write, {size(free)} free in {folder}"
+    )
     if missing > free:
-        raise UserError(f"data.folder: {folder} has {size(free)} free, the target's states need {size(missing)} more; {_LESS_DISK}")
+        raise UserError(
+            f"data.folder: {folder} has {size(free)} free, the target's states need {size(missing)} more; {_LESS_DISK}"
+        )
 
 
 def _existing(folder: str) -> Path:

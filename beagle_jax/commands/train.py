@@ -57,20 +57,43 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     check_shape(config.target, target.spec)
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
-    spec = spec_type(config.draft.kind).from_target(target.spec, config.draft.init_std) if start is None else start.spec
+    spec = (
+        spec_type(config.draft.kind).from_target(target.spec, config.draft.init_std)
+        if start is None
+        else start.spec
+    )
     hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
     if hot_ids is not None:
-        print(f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers")
-    draft_of = lambda params, **more: Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
+        print(
+            f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers"
+        )
+    draft_of = lambda params, **more: Draft(
+        spec, params, hot_ids, provenance(config, rows, target.revision) | more
+    )
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
-    if best is None and states is not None:  # the layers have done their work; their memory is training's
-        target = replace(target, params={"embed_VD": target.params["embed_VD"], "head_VD": head(target.params)})
-    draft = draft_of(host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best)))
+    if (
+        best is None and states is not None
+    ):  # the layers have done their work; their memory is training's
+        target = replace(
+            target, params={"embed_VD": target.params["embed_VD"], "head_VD": head(target.params)}
+        )
+    draft = draft_of(
+        host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best))
+    )
     folder = Path(config.train.folder) / "draft"
     if is_first():
-        save_draft(folder, load_draft(_best_folder(config), target.spec, type(spec)) if best is not None and best.tau else draft)
-    return {"draft": str(folder), "rows": len(rows), "answer_tokens": _answer_tokens(rows),
-            "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids)}
+        save_draft(
+            folder,
+            load_draft(_best_folder(config), target.spec, type(spec))
+            if best is not None and best.tau
+            else draft,
+        )
+    return {
+        "draft": str(folder),
+        "rows": len(rows),
+        "answer_tokens": _answer_tokens(rows),
+        "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids),
+    }
 
 
 def training_target(config: Config) -> Target:
@@ -86,23 +109,41 @@ def check_beforehand(config: Config) -> list[Chat]:
     check_writers(config)
     check_settings(config)
     check_source(config.data)
-    return suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder) if config.eval.every else []
+    return (
+        suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
+        if config.eval.every
+        else []
+    )
 
 
 def own_part(mesh: Mesh) -> Mesh:
     """Where text and states are written: on the whole mesh, or, of several processes, by each on its own devices."""
-    return mesh if jax.process_count() == 1 else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
+    return (
+        mesh
+        if jax.process_count() == 1
+        else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
+    )
 
 
-def best_draft(config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]) -> Best:
+def best_draft(
+    config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]
+) -> Best:
     """Measures tau on these prompts, as `decode` decodes, and keeps the best draft in <train.folder>/best."""
     tokens = tokenize(prompts, target.tokenizer)
 
     def measure(params: dict) -> dict:
-        decoder = decoder_of(config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()}))
-        answers = decoder.generate(tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens)
+        decoder = decoder_of(
+            config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()})
+        )
+        answers = decoder.generate(
+            tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens
+        )
         found = Measurement("draft", "", [[answer] for answer in answers])
-        return {"tau": round(found.tau, 4), "rounds": found.rounds, "tokens": found.tokens - len(answers)}  # the prefill's are in no round
+        return {
+            "tau": round(found.tau, 4),
+            "rounds": found.rounds,
+            "tokens": found.tokens - len(answers),
+        }  # the prefill's are in no round
 
     keep = lambda params, figures: save_draft(_best_folder(config), draft_of(params, best=figures))
     return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
@@ -135,35 +176,65 @@ def train(
     """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of the rows only measure."""
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
-        raise UserError(f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it")
+        raise UserError(
+            f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it"
+        )
     settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=Share(*share_of_rows(mesh)),
                     pack=config.train.pack)  # fmt: skip
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
-    held_out = BatchLoader(rows[cut:], states and states[cut:], **settings | {"pack": False}) if config.log.eval_rows else None
+    held_out = (
+        BatchLoader(rows[cut:], states and states[cut:], **settings | {"pack": False})
+        if config.log.eval_rows
+        else None
+    )
     unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
-    print(f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
-          f"{training.padding:.0%} of the positions are padding{unpacked}")
+    print(
+        f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
+        f"{training.padding:.0%} of the positions are padding{unpacked}"
+    )
     if training.left_out:
-        print(f"left out {training.left_out} of {cut} chats without an answer in their first {config.train.row_tokens} tokens (train.row_tokens)")
+        print(
+            f"left out {training.left_out} of {cut} chats without an answer in their first {config.train.row_tokens} tokens (train.row_tokens)"
+        )
     online = target.spec if states is None else None
     frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
-    params = first_params(config, target, spec, mesh, training) if start is None else place(start.params, mesh)
+    params = (
+        first_params(config, target, spec, mesh, training)
+        if start is None
+        else place(start.params, mesh)
+    )
     log = Log(config)
-    log.write({"stage": "data", "step": 0, "padding": round(training.padding, 4), "padding_unpacked": round(training.padding_unpacked, 4)})
+    log.write(
+        {
+            "stage": "data",
+            "step": 0,
+            "padding": round(training.padding, 4),
+            "padding_unpacked": round(training.padding_unpacked, 4),
+        }
+    )
     for stage in ("early", "late"):
         if getattr(config.train, stage).steps:
-            params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best, online)
+            params = run_stage(
+                stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
+            )
     log.close()
     return params
 
 
-def frozen_parts(config: Config, target: Target, mesh: Mesh, hot_ids: np.ndarray | None, online: bool) -> dict:
+def frozen_parts(
+    config: Config, target: Target, mesh: Mesh, hot_ids: np.ndarray | None, online: bool
+) -> dict:
     """What a step reads of the target and never changes, spread over the mesh."""
     params = target.params
-    if jax.process_count() > 1 and online:  # `target` is this process's alone; each reads its parts of the one that all share
+    if (
+        jax.process_count() > 1 and online
+    ):  # `target` is this process's alone; each reads its parts of the one that all share
         params = configured_target(config.target, mesh, decoding=False).params
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
-    tables = {"embed_VD": params["embed_VD"], "head_VD": head(params) if hot_ids is None else head(params)[hot_ids]}
+    tables = {
+        "embed_VD": params["embed_VD"],
+        "head_VD": head(params) if hot_ids is None else head(params)[hot_ids],
+    }
     if jax.process_count() > 1 and not online:
         tables = jax.device_get(tables)
     return place(tables | ({"target": params} if online else {}), mesh)
@@ -185,7 +256,11 @@ def first_params(
         return born(fresh, mesh, key)
     sample = training.sample(FIT_ROWS)
     if sample.states_BLD is None:
-        sample = sample._replace(states_BLD=states_in_memory(target.params, target.spec, sample.tokens_BL, sample.length_BC))
+        sample = sample._replace(
+            states_BLD=states_in_memory(
+                target.params, target.spec, sample.tokens_BL, sample.length_BC
+            )
+        )
     return place(warm_start(fresh(key), spec, target.params["embed_VD"], sample), mesh)
 
 
@@ -195,7 +270,11 @@ def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
         "target": config.target.source,
         "target_revision": revision,
         "draft": asdict(config.draft),
-        "data": {**asdict(config.data), "rows": len(rows), "answer_tokens_written": _answer_tokens(rows)},
+        "data": {
+            **asdict(config.data),
+            "rows": len(rows),
+            "answer_tokens_written": _answer_tokens(rows),
+        },
         "training": asdict(config.train),
         "versions": installed(TRAINED_WITH),
     }

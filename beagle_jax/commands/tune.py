@@ -31,7 +31,9 @@ _SHOWN = 8  # trees in the table
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Measures, remembers the best tree, writes and draws what was asked for; returns the table and its figures."""
     if not config.decode.append_predicted:
-        raise UserError("decode.append_predicted is false, but tune measures trees whose deeper levels see predicted states; leave it true")
+        raise UserError(
+            "decode.append_predicted is false, but tune measures trees whose deeper levels see predicted states; leave it true"
+        )
     chats = suite(config.eval.suites[0], arguments.prompts, config.eval.folder)
     check_there(draft_path(config))
     target = configured_target(config.target, decoding=True)
@@ -42,30 +44,57 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     if arguments.plot:
         plot_tuning(found, arguments.plot)
     if arguments.write:
-        write_text(Path(arguments.write), with_tree(read_settings(arguments.config, arguments.overrides), found.choices[0]))
-    figures = {"machine": machine(), "plain_tokens_per_second": found.plain_tokens_per_second, "remembered": str(path)}
-    return (f"{table(found)}\nremembered for decode.tree=auto in {path}",
-            figures | {"choices": [asdict(choice) for choice in found.choices]})
+        write_text(
+            Path(arguments.write),
+            with_tree(read_settings(arguments.config, arguments.overrides), found.choices[0]),
+        )
+    figures = {
+        "machine": machine(),
+        "plain_tokens_per_second": found.plain_tokens_per_second,
+        "remembered": str(path),
+    }
+    return (
+        f"{table(found)}\nremembered for decode.tree=auto in {path}",
+        figures | {"choices": [asdict(choice) for choice in found.choices]},
+    )
 
 
 def table(found: Tuning) -> str:
     """What was measured, and the best trees."""
-    lines = [machine(), "", "verify, ms:      " + "  ".join(f"{rows}: {ms:.1f}" for rows, ms in found.verify_ms.items())]
-    lines += ["draft, ms:       " + "  ".join(f"topk {topk}: {found.draft_ms[1, topk]:.1f} + "
-              f"{found.draft_ms[2, topk] - found.draft_ms[1, topk]:.1f} a level" for topk in sorted({k for _, k in found.draft_ms}))]
+    lines = [
+        machine(),
+        "",
+        "verify, ms:      "
+        + "  ".join(f"{rows}: {ms:.1f}" for rows, ms in found.verify_ms.items()),
+    ]
+    lines += [
+        "draft, ms:       "
+        + "  ".join(
+            f"topk {topk}: {found.draft_ms[1, topk]:.1f} + "
+            f"{found.draft_ms[2, topk] - found.draft_ms[1, topk]:.1f} a level"
+            for topk in sorted({k for _, k in found.draft_ms})
+        )
+    ]
     lines += ["", f"right token by rank, {found.places} places (share of those right above):"]
-    lines += [f"  depth {depth + 1}:  " + "  ".join(f"{share:.2f}" for share in row) for depth, row in enumerate(found.rank_share)]
+    lines += [
+        f"  depth {depth + 1}:  " + "  ".join(f"{share:.2f}" for share in row)
+        for depth, row in enumerate(found.rank_share)
+    ]
     lines += ["", "levels  topk  nodes    tau   ms/round   tok/s   against plain"]
     plain = found.plain_tokens_per_second
     for one in found.choices[:_SHOWN]:
-        lines.append(f"{one.levels:6d}{one.topk:6d}{one.nodes:7d}{one.tau:7.2f}{one.milliseconds:11.1f}"
-                     f"{one.tokens_per_second:8.1f}{one.tokens_per_second / plain:11.2f}x")
+        lines.append(
+            f"{one.levels:6d}{one.topk:6d}{one.nodes:7d}{one.tau:7.2f}{one.milliseconds:11.1f}"
+            f"{one.tokens_per_second:8.1f}{one.tokens_per_second / plain:11.2f}x"
+        )
     lines.append(f" plain{'':13}{1:7.2f}{found.verify_ms[1]:11.1f}{plain:8.1f}{1:11.2f}x")
     best = found.choices[0]
     if best.tokens_per_second <= plain:
         dear = best.milliseconds / found.verify_ms[1]
-        lines.append(f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings {best.tau:.2f} tokens; decode plainly, "
-                     "or train the draft further")
+        lines.append(
+            f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings {best.tau:.2f} tokens; decode plainly, "
+            "or train the draft further"
+        )
     return "\n".join(lines)
 
 

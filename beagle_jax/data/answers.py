@@ -18,7 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
 from beagle_jax.data.chats import Chat, local_source, own_prompts, read_chats
-from beagle_jax.data.folder import claim, exhausted_path, filled_by, is_claimed, read_parts, states_path, write_part
+from beagle_jax.data.folder import (
+    claim,
+    exhausted_path,
+    filled_by,
+    is_claimed,
+    read_parts,
+    states_path,
+    write_part,
+)
 from beagle_jax.data.hub import hub_chats
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.states import keep_states
@@ -74,8 +82,10 @@ def training_rows(
     parts = read_parts(folder)
     if not is_complete(config, parts):
         if filled_by(folder) != share.count:
-            raise UserError(f"{folder}: its text is divided among {filled_by(folder)} processes and not complete, {share.count} work now; "
-                            f"finish it with python -m beagle_jax.prepare and {filled_by(folder)} processes, or delete it")
+            raise UserError(
+                f"{folder}: its text is divided among {filled_by(folder)} processes and not complete, {share.count} work now; "
+                f"finish it with python -m beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
+            )
         if not _share_complete(config, parts, share):
             _write_share(config, folder, parts, tokenizer, eos_ids, write, share)
             parts = read_parts(folder)
@@ -106,7 +116,9 @@ def _budget(config: DataConfig, share: Share) -> int:
 def is_complete(config: DataConfig, parts: Mapping[int, list[Row]]) -> bool:
     """Every process has met its part of the budget, or the end of the source."""
     processes = filled_by(config.folder)
-    return all(_share_complete(config, parts, Share(index, processes)) for index in range(processes))
+    return all(
+        _share_complete(config, parts, Share(index, processes)) for index in range(processes)
+    )
 
 
 def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: Share) -> bool:
@@ -123,12 +135,19 @@ def source_chats(config: DataConfig) -> Iterable[Chat]:
 
 def check_source(config: DataConfig) -> None:
     """Raises UserError for a text that is neither there nor written already: asked before a target is loaded for it, which takes long."""
-    if config.source != "self" and not config.source.startswith("hf:") and not is_claimed(config.folder):
+    if (
+        config.source != "self"
+        and not config.source.startswith("hf:")
+        and not is_claimed(config.folder)
+    ):
         local_source(config.source)
 
 
 def source_rows(
-    config: DataConfig, chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+    config: DataConfig,
+    chats: Iterable[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
 ) -> Iterator[Row]:
     """One row of each chat that can teach something; a row without supervised tokens waits for the target's answer.
 
@@ -147,19 +166,29 @@ def source_rows(
         else:
             given += 1
             row = chat_row(tokenizer, chat, eos_ids)
-            row = Row(row.tokens[: config.max_chat_tokens], row.supervised[: config.max_chat_tokens])
+            row = Row(
+                row.tokens[: config.max_chat_tokens], row.supervised[: config.max_chat_tokens]
+            )
             if any(row.supervised[:-1]):  # the last position predicts nothing
                 yield row
             else:
                 unanswered += 1
     if too_long:
-        tqdm.write(f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} tokens")
+        tqdm.write(
+            f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} tokens"
+        )
     if unanswered:
-        tqdm.write(f"left out {unanswered} of {given} chats without an answer in their first {config.max_chat_tokens} tokens")
+        tqdm.write(
+            f"left out {unanswered} of {given} chats without an answer in their first {config.max_chat_tokens} tokens"
+        )
     if prompts and too_long == prompts and not given:
-        raise UserError(f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is longer; raise it")
+        raise UserError(
+            f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is longer; raise it"
+        )
     if given and unanswered == given and not prompts:
-        raise UserError(f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; raise it")
+        raise UserError(
+            f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; raise it"
+        )
 
 
 def _self_written_prompts(
@@ -195,12 +224,18 @@ def _self_written_prompts(
                 seed=config.seed * 1_000_003 + round_number * share.count + share.index,
                 on_tokens=bar.update,
             )
-            texts = [tokenizer.decode(one.tokens[:-1]).strip() for one in made if one.tokens[-1] in eos_ids]
+            texts = [
+                tokenizer.decode(one.tokens[:-1]).strip()
+                for one in made
+                if one.tokens[-1] in eos_ids
+            ]
         whole = sorted({text for text in texts if len(text.split()) >= _MADE_UP_WORDS})
         prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in whole]
         fresh = [prompt for prompt in prompts if tuple(prompt) not in known]
         if not fresh:
-            raise UserError("data.source: self: the target made up no usable prompt; give prompts with data.source: file.jsonl")
+            raise UserError(
+                "data.source: self: the target made up no usable prompt; give prompts with data.source: file.jsonl"
+            )
         known.update(map(tuple, fresh))
         yield _short_enough(fresh, config.max_prompt_tokens)
 
@@ -213,7 +248,9 @@ def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
 def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
     kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
     if len(kept) < len(prompts):
-        tqdm.write(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens")
+        tqdm.write(
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens"
+        )
     if not kept:
         raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
     return kept
@@ -237,7 +274,9 @@ def _write_share(
     mine = _mine(parts, share)
     budget, have = _budget(config, share), sum(map(_answer_tokens, mine))
     if config.source == "self":
-        groups = _self_written_prompts(config, tokenizer, eos_ids, write, mine, share, lambda: budget - have)
+        groups = _self_written_prompts(
+            config, tokenizer, eos_ids, write, mine, share, lambda: budget - have
+        )
     else:
         chats = islice(source_chats(config), share.index, None, share.count)
         rows = source_rows(config, chats, tokenizer, eos_ids)
@@ -255,7 +294,9 @@ def _write_share(
             part, have = part + share.count, have + _answer_tokens(rows)
         bar.total = bar.n  # the last answers go a little beyond the budget, and tqdm would show that as a share of nothing
     if config.source != "self":
-        tqdm.write(f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of {config.source} is not used")
+        tqdm.write(
+            f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of {config.source} is not used"
+        )
 
 
 def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
@@ -277,11 +318,20 @@ def _write_group(
     bar.update(_answer_tokens(given))
     written: list[Answer] = []
     if prompts:
-        settings = dict(max_new=config.max_answer_tokens, temperature=config.temperature, seed=config.seed + part)
+        settings = dict(
+            max_new=config.max_answer_tokens,
+            temperature=config.temperature,
+            seed=config.seed + part,
+        )
         written = list(write(prompts, **settings, on_tokens=bar.update))
     rows = given + [_row(prompts[answer.index], answer.tokens) for answer in written]
     if written and not given and config.states == "disk":
-        keep_states(states_path(folder, part), rows, [answer.states_LD for answer in written], config.states_dtype)
+        keep_states(
+            states_path(folder, part),
+            rows,
+            [answer.states_LD for answer in written],
+            config.states_dtype,
+        )
     write_part(folder, part, rows)
     return rows
 

@@ -26,7 +26,13 @@ from beagle_jax.errors import UserError
 
 Message = dict[str, str]
 
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+_ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
 _FORMS = 'expected "messages", "conversations", "turns" or "prompt"'
 
 
@@ -37,7 +43,9 @@ class Chat:
     messages: tuple[Message, ...]
     where: str  # file:line, or the place in its source
     kind: str = ""  # category of the prompt, if the file names one
-    later: tuple[str, ...] = ()  # what the user says next, once the target has answered; only evaluation asks it
+    later: tuple[
+        str, ...
+    ] = ()  # what the user says next, once the target has answered; only evaluation asks it
 
     @property
     def waits_for_answer(self) -> bool:
@@ -71,8 +79,10 @@ def local_source(source: str) -> Path:
     """The file or folder that `data.source` names. Raises UserError when there is none."""
     path = Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
-        raise UserError(f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
-                        "a folder of .jsonl[.gz] files, or hf:org/name")
+        raise UserError(
+            f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
+            "a folder of .jsonl[.gz] files, or hf:org/name"
+        )
     return path
 
 
@@ -81,7 +91,11 @@ def own_prompts(split: str) -> list[Chat]:
     path = resources.files("beagle_jax.data") / "prompts.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        Chat(({"role": "user", "content": record["prompt"]},), f"prompts.jsonl:{line}", record["kind"])
+        Chat(
+            ({"role": "user", "content": record["prompt"]},),
+            f"prompts.jsonl:{line}",
+            record["kind"],
+        )
         for line, record in enumerate(records, 1)
         if record["split"] == split
     ]
@@ -107,11 +121,16 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield _json(line.decode("utf-8").rstrip(), f"{path}:{number}"), f"{path}:{number}"
+                    yield (
+                        _json(line.decode("utf-8").rstrip(), f"{path}:{number}"),
+                        f"{path}:{number}",
+                    )
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: cannot be read ({error}); is the file whole?") from error
+        raise UserError(
+            f"{path}:{number + 1}: cannot be read ({error}); is the file whole?"
+        ) from error
 
 
 def _entries(path: Path) -> Iterator[tuple[Any, str]]:
@@ -124,8 +143,10 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     records = _json(text, str(path))
     if not isinstance(records, list):
-        raise UserError(f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
-                        "name a file of one chat a line .jsonl")
+        raise UserError(
+            f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
+            "name a file of one chat a line .jsonl"
+        )
     yield from ((record, f"{path}, entry {number}") for number, record in enumerate(records, 1))
 
 
@@ -135,7 +156,10 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
         raise UserError(f"{where}: cannot be read ({error})") from error
 
 
@@ -150,7 +174,9 @@ def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
         else:
             yield chat
     if left_out:
-        tqdm.write(f"{source}: left out {left_out} of {count} conversations, which hold no question")
+        tqdm.write(
+            f"{source}: left out {left_out} of {count} conversations, which hold no question"
+        )
 
 
 def _chat(record: Any, where: str) -> Chat | None:
@@ -160,18 +186,28 @@ def _chat(record: Any, where: str) -> Chat | None:
     record = {key: value for key, value in record.items() if value is not None or key == "prompt"}
     later: list[Message] = []
     if "messages" in record:
-        messages = [_message(item, "role", "content", where) for item in _nonempty_list(record, "messages", where)]
+        messages = [
+            _message(item, "role", "content", where)
+            for item in _nonempty_list(record, "messages", where)
+        ]
     elif "conversations" in record:
-        turns = [_message(item, "from", "value", where) for item in _list(record, "conversations", where)]
+        turns = [
+            _message(item, "from", "value", where) for item in _list(record, "conversations", where)
+        ]
         # ShareGPT cuts long chats anywhere; leading answers have no question (method.md 5.1).
         messages = list(dropwhile(lambda message: message["role"] == "assistant", turns))
         if not any(message["role"] == "user" for message in messages):
             return None
     elif "turns" in record:
-        turns = [_message({"role": "user", "content": text}, "role", "content", where) for text in _nonempty_list(record, "turns", where)]
+        turns = [
+            _message({"role": "user", "content": text}, "role", "content", where)
+            for text in _nonempty_list(record, "turns", where)
+        ]
         messages, later = turns[:1], turns[1:]
     elif "prompt" in record:
-        messages = [_message({"role": "user", "content": record["prompt"]}, "role", "content", where)]
+        messages = [
+            _message({"role": "user", "content": record["prompt"]}, "role", "content", where)
+        ]
     else:
         raise UserError(f"{where}: the keys are {', '.join(record) or 'none'}; {_FORMS}")
     if not any(message["role"] == "user" for message in messages):
@@ -196,9 +232,13 @@ def _nonempty_list(record: dict[str, Any], key: str, where: str) -> list[Any]:
 
 def _message(item: Any, role_key: str, text_key: str, where: str) -> Message:
     if not isinstance(item, dict) or role_key not in item or text_key not in item:
-        raise UserError(f"{where}: a message needs {role_key!r} and {text_key!r}, found {item!r:.80}")
+        raise UserError(
+            f"{where}: a message needs {role_key!r} and {text_key!r}, found {item!r:.80}"
+        )
     if not isinstance(item[role_key], str) or item[role_key] not in _ROLES:
-        raise UserError(f"{where}: unknown role {item[role_key]!r}; expected one of {', '.join(_ROLES)}")
+        raise UserError(
+            f"{where}: unknown role {item[role_key]!r}; expected one of {', '.join(_ROLES)}"
+        )
     if not isinstance(item[text_key], str) or not item[text_key].strip():
         raise UserError(f"{where}: {text_key!r} of a message must be a non-empty string")
     check_text(item[text_key], where)
@@ -212,4 +252,6 @@ def check_text(text: Any, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text of a message is not Unicode ({error}); take half characters out of it") from error
+        raise UserError(
+            f"{where}: the text of a message is not Unicode ({error}); take half characters out of it"
+        ) from error

@@ -41,7 +41,9 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
     wanted = json.loads(json.dumps({**made_for, **asdict(config)}))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"settings-{share.index}.json"  # several processes may come here at once, with the same text
+        own = (
+            folder / f"settings-{share.index}.json"
+        )  # several processes may come here at once, with the same text
         write_text(own, json.dumps({**wanted, "processes": share.count}, indent=1))
         os.replace(own, path)
         return
@@ -50,12 +52,20 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
     found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | _settings(folder)
     for key in _HASHES.keys() & wanted.keys():
         if found[key] != wanted[key]:
-            raise UserError(f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, {wanted[key]:.12} now); "
-                            "delete it or set another data.folder")
-    different = [key for key in wanted if key not in (*_FREE, *_HASHES) and found.get(key) != wanted[key]]
+            raise UserError(
+                f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, {wanted[key]:.12} now); "
+                "delete it or set another data.folder"
+            )
+    different = [
+        key for key in wanted if key not in (*_FREE, *_HASHES) and found.get(key) != wanted[key]
+    ]
     if different:
-        listed = ", ".join(f"{key} {found.get(key)!r} there, {wanted[key]!r} now" for key in different)
-        raise UserError(f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder")
+        listed = ", ".join(
+            f"{key} {found.get(key)!r} there, {wanted[key]!r} now" for key in different
+        )
+        raise UserError(
+            f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder"
+        )
 
 
 def is_claimed(folder: str | Path) -> bool:
@@ -69,7 +79,9 @@ def filled_by(folder: str | Path) -> int:
 
 
 def _settings(folder: str | Path) -> dict[str, Any]:
-    return read_json(Path(folder) / "settings.json", "prepare writes it", "delete data.folder, or set another")
+    return read_json(
+        Path(folder) / "settings.json", "prepare writes it", "delete data.folder, or set another"
+    )
 
 
 def states_path(folder: str | Path, part: int) -> Path:
@@ -84,13 +96,18 @@ def exhausted_path(folder: str | Path, index: int) -> Path:
 
 def write_part(folder: str | Path, part: int, rows: Sequence[Row]) -> None:
     """Writes the text of a part."""
-    lines = (json.dumps({"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]}) for row in rows)
+    lines = (
+        json.dumps({"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]})
+        for row in rows
+    )
     write_text(Path(folder) / f"part-{part:04d}.jsonl", "\n".join(lines) + "\n")
 
 
 def read_parts(folder: str | Path) -> dict[int, list[Row]]:
     """The text of every part, by number."""
-    paths = sorted(Path(folder).glob("part-*.jsonl"), key=lambda path: int(path.stem.removeprefix("part-")))
+    paths = sorted(
+        Path(folder).glob("part-*.jsonl"), key=lambda path: int(path.stem.removeprefix("part-"))
+    )
     return {int(path.stem.removeprefix("part-")): _read_part(path) for path in paths}
 
 
@@ -101,7 +118,9 @@ def _read_part(path: Path) -> list[Row]:
             record = json.loads(line.decode("utf-8"))
             rows.append(_row(record["tokens"], record["supervised"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a row of training text ({error!r}); delete {path} to write it anew") from error
+            raise UserError(
+                f"{path}:{number}: not a row of training text ({error!r}); delete {path} to write it anew"
+            ) from error
     return rows
 
 

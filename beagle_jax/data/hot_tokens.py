@@ -17,8 +17,13 @@ def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray |
     """
     if count == 0 or count >= vocab_size:
         return None
-    counted = Counter(token for row in rows for token, flag in zip(row.tokens, row.supervised) if flag)
-    frequent = sorted((token for token in counted if counted[token] >= 2), key=lambda token: (-counted[token], token))
+    counted = Counter(
+        token for row in rows for token, flag in zip(row.tokens, row.supervised) if flag
+    )
+    frequent = sorted(
+        (token for token in counted if counted[token] >= 2),
+        key=lambda token: (-counted[token], token),
+    )
     known = set(frequent)
     rest = (token for token in range(vocab_size) if token not in known)
     return np.asarray([*frequent, *rest][:count], np.int32)
@@ -26,5 +31,7 @@ def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray |
 
 def coverage(rows: Iterable[Row], hot_ids: np.ndarray) -> float:
     """Share of the supervised tokens that are hot."""
-    supervised = np.concatenate([np.asarray(row.tokens)[np.asarray(row.supervised, bool)] for row in rows])
+    supervised = np.concatenate(
+        [np.asarray(row.tokens)[np.asarray(row.supervised, bool)] for row in rows]
+    )
     return float(np.isin(supervised, hot_ids).mean())

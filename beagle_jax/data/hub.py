@@ -27,21 +27,29 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(f"data.source: hf:{name} needs the datasets library ({error}); install it with pip install 'datasets>=4,<6', "
-                        "or give a .jsonl file") from error
+        raise UserError(
+            f"data.source: hf:{name} needs the datasets library ({error}); install it with pip install 'datasets>=4,<6', "
+            "or give a .jsonl file"
+        ) from error
     folder = Path(name).expanduser()
     try:
         if any((folder / file).exists() for file in ("dataset_dict.json", "dataset_info.json")):
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.DatasetDict):
                 if split not in saved:
-                    raise UserError(f"data.split: {split!r} is not in {folder}; it holds {', '.join(saved)}")
+                    raise UserError(
+                        f"data.split: {split!r} is not in {folder}; it holds {', '.join(saved)}"
+                    )
                 saved = saved[split]
             return saved.to_iterable_dataset() if streaming else saved
         path, _, revision = (str(folder), "", "") if folder.is_dir() else name.partition("@")
-        return datasets.load_dataset(path, revision=revision or None, split=split, streaming=streaming)
+        return datasets.load_dataset(
+            path, revision=revision or None, split=split, streaming=streaming
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data.source: hf:{name}, split {split!r}, cannot be opened ({error})") from error
+        raise UserError(
+            f"data.source: hf:{name}, split {split!r}, cannot be opened ({error})"
+        ) from error
 
 
 def _records(dataset: Any, where: str) -> Iterator[tuple[Any, str]]:
@@ -50,4 +58,6 @@ def _records(dataset: Any, where: str) -> Iterator[tuple[Any, str]]:
         for number, record in enumerate(dataset, 1):
             yield record, f"{where}, record {number}"
     except OSError as error:
-        raise UserError(f"{where}: reading stopped after record {number} ({error}); run again to go on") from error
+        raise UserError(
+            f"{where}: reading stopped after record {number} ({error}); run again to go on"
+        ) from error

@@ -23,7 +23,9 @@ class Batch(NamedTuple):
     """
 
     tokens_BL: np.ndarray  # int32
-    states_BLD: np.ndarray | None  # the target's states, zeros in the padding; None: computed inside the step
+    states_BLD: (
+        np.ndarray | None
+    )  # the target's states, zeros in the padding; None: computed inside the step
     counts_BT: np.ndarray  # bool: the query enters the loss (method.md 5.2)
     length_BC: np.ndarray  # int32: tokens of each chat; 0: the row has no such chat
     first_BC: np.ndarray  # int32: the first position in the chat that counts
@@ -63,13 +65,19 @@ class BatchLoader:
         pack: a line holds several chats; which ones go together is the same in every epoch.
         """
         self._chats: list[_Entry] = []
-        for row, states_LD in zip(rows, [None] * len(rows) if states is None else states, strict=True):
+        for row, states_LD in zip(
+            rows, [None] * len(rows) if states is None else states, strict=True
+        ):
             length = min(row_tokens, len(row.tokens))
             # The last position predicts a token that is not there; the others count where the chat is supervised.
             counting = np.flatnonzero(row.supervised[: length - 1])
             if len(counting):  # else its answer lies beyond the cut: there is nothing to learn from
                 # Nothing sees what follows the last position that counts.
-                self._chats.append(_Entry(row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length))
+                self._chats.append(
+                    _Entry(
+                        row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length
+                    )
+                )
         self.left_out = len(rows) - len(self._chats)  # chats that teach nothing here
         alone = [[index] for index in range(len(self._chats))]
         self._rows = best_fit([chat.length for chat in self._chats], row_tokens) if pack else alone
@@ -79,7 +87,9 @@ class BatchLoader:
                 f"{' (train.pack put several chats in each)' if pack else ''}; lower train.batch or write more answers (data.answer_tokens)"
             )
         if batch % share.count:
-            raise UserError(f"train.batch is {batch}, which {share.count} processes do not divide; make it a multiple of {share.count}")
+            raise UserError(
+                f"train.batch is {batch}, which {share.count} processes do not divide; make it a multiple of {share.count}"
+            )
         self._batch, self._width, self._seed, self._share = batch, row_tokens, seed, share
         self._most_chats = max(map(len, self._rows))
         self._queries = max(sum(self._chats[at].queries for at in row) for row in self._rows)
@@ -128,7 +138,10 @@ class BatchLoader:
         for line, picked in enumerate(lines):
             slot = query = 0
             for place, chat in enumerate(self._chats[index] for index in picked):
-                batch.length_BC[line, place], batch.first_BC[line, place] = chat.length, chat.counting[0]
+                batch.length_BC[line, place], batch.first_BC[line, place] = (
+                    chat.length,
+                    chat.counting[0],
+                )
                 batch.tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
                 batch.counts_BT[line, query + chat.counting - chat.counting[0]] = True
                 slot, query = slot + chat.length, query + chat.queries

@@ -9,7 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.data.template import Row
 from beagle_jax.terminal import coloured
 
-_SUPERVISED, _READ = ("1;32", "32"), ("2;37", "37")  # green, grey; two shades, so that neighbouring tokens tell apart
+_SUPERVISED, _READ = (
+    ("1;32", "32"),
+    ("2;37", "37"),
+)  # green, grey; two shades, so that neighbouring tokens tell apart
 
 
 def preview(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:

@@ -53,25 +53,35 @@ class StoredStates:
             stream.seek(self.start)
             data = stream.read(wanted)
         if len(data) < wanted or (self.crc is not None and zlib.crc32(data) != self.crc):
-            raise UserError(f"{self.path}, row {self.row}: the states are not those that were written (cut off or changed); "
-                            f"delete {self.path.name} and {_AGAIN}")
+            raise UserError(
+                f"{self.path}, row {self.row}: the states are not those that were written (cut off or changed); "
+                f"delete {self.path.name} and {_AGAIN}"
+            )
         return np.asarray(_decode(data, self.shape, self.dtype), dtype)
 
 
-def states_at(params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_BC: jax.Array) -> jax.Array:
+def states_at(
+    params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_BC: jax.Array
+) -> jax.Array:
     """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the padding is not zero. Not jitted."""
     L = tokens_BL.shape[1]
-    return forward(params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L))[0]
+    return forward(
+        params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L)
+    )[0]
 
 
 _states = partial(jax.jit, static_argnames=("spec",))(states_at)
 
 
-def states_in_memory(params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_BC: np.ndarray) -> np.ndarray:
+def states_in_memory(
+    params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_BC: np.ndarray
+) -> np.ndarray:
     """The same on the host, a few rows at a time; for what is small."""
     lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
     parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
-    return np.concatenate([np.asarray(_states(params, spec, tokens_BL[part], length_BC[part])) for part in parts])
+    return np.concatenate(
+        [np.asarray(_states(params, spec, tokens_BL[part], length_BC[part])) for part in parts]
+    )
 
 
 def stored_dtype(params: Params, dtype: str | None) -> str:
@@ -92,11 +102,15 @@ def target_states(
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
     return [
         StoredStates(path, number, int(start), (len(row.tokens), spec.hidden_size), dtype, crc)
-        for number, (row, start, crc) in enumerate(zip(rows, starts, index.get("crc32", [None] * len(rows))))
+        for number, (row, start, crc) in enumerate(
+            zip(rows, starts, index.get("crc32", [None] * len(rows)))
+        )
     ]
 
 
-def keep_states(path: Path, rows: Sequence[Row], states: Sequence[np.ndarray], dtype: str | None = None) -> None:
+def keep_states(
+    path: Path, rows: Sequence[Row], states: Sequence[np.ndarray], dtype: str | None = None
+) -> None:
     """Writes the states [length, D] that came with each row; dtype None: as they are."""
     dtype = dtype or states[0].dtype.name
     _reserve(path, rows, states[0].shape[1], dtype)
@@ -107,8 +121,13 @@ def is_stored(path: Path, rows: Sequence[Row], width: int, dtype: str) -> bool:
     """There is a whole file for these rows in this dtype."""
     if not path.exists() or not _index(path).exists():
         return False
-    found, wanted = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}"), _description(rows, width, dtype)
-    whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(found.get("crc32", rows)) == len(rows)
+    found, wanted = (
+        read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}"),
+        _description(rows, width, dtype),
+    )
+    whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(
+        found.get("crc32", rows)
+    ) == len(rows)
     return whole_file and all(found.get(key) == wanted[key] for key in wanted)
 
 
@@ -131,11 +150,19 @@ def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: str) -> None:
     """Refuses a disk that is too small before anything is written to it."""
     needed, free = states_bytes(rows, width, dtype), shutil.disk_usage(path.parent).free
     if needed > free:
-        raise UserError(f"{path}: the target's states need {size(needed)}, {size(free)} are free; lower "
-                        "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk")
+        raise UserError(
+            f"{path}: the target's states need {size(needed)}, {size(free)} are free; lower "
+            "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk"
+        )
 
 
-def _write(path: Path, rows: Sequence[Row], width: int, dtype: str, states: Iterable[tuple[int, np.ndarray]]) -> None:
+def _write(
+    path: Path,
+    rows: Sequence[Row],
+    width: int,
+    dtype: str,
+    states: Iterable[tuple[int, np.ndarray]],
+) -> None:
     """Writes the file and its index. states: the number of a row and its states [length, D], in any order."""
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
     crc = [0] * len(rows)
@@ -150,11 +177,16 @@ def _write(path: Path, rows: Sequence[Row], width: int, dtype: str, states: Iter
                 stream.flush()
                 os.fsync(stream.fileno())  # a disk that is full may say so only now
             _index(path).unlink(missing_ok=True)  # never an old index beside new states
-        index = _description(rows, width, dtype) | {"row_tokens": [len(row.tokens) for row in rows], "crc32": crc}
+        index = _description(rows, width, dtype) | {
+            "row_tokens": [len(row.tokens) for row in rows],
+            "crc32": crc,
+        }
         write_text(_index(path), json.dumps(index))
     except OSError as error:
-        raise UserError(f"{path}: the target's states cannot be written ({error.strerror}); the parts before it are kept, "
-                        "make room and run again to go on") from error
+        raise UserError(
+            f"{path}: the target's states cannot be written ({error.strerror}); the parts before it are kept, "
+            "make room and run again to go on"
+        ) from error
 
 
 def record_bytes(width: int, dtype: str) -> int:
@@ -176,7 +208,9 @@ def _encode(states_LD: np.ndarray, dtype: str) -> bytes:
 
 def _decode(data: bytes, shape: tuple[int, int], dtype: str) -> np.ndarray:
     if dtype != "int8":
-        return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(shape)
+        return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(
+            shape
+        )
     records = np.frombuffer(data, _int8_record(shape[1]))
     return records["state"].astype(np.float32) * records["scale"][:, None]
 
@@ -185,10 +219,14 @@ def _int8_record(width: int) -> np.dtype:
     return np.dtype([("state", np.int8, (width,)), ("scale", np.float32)])
 
 
-def _compute(params: Params, spec: TargetSpec, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+def _compute(
+    params: Params, spec: TargetSpec, rows: Sequence[Row]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Number and states of every row, longest first: neighbours share a padded width, and the worst memory need shows at once."""
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
-    with tqdm(total=sum(len(row.tokens) for row in rows), desc="target states", unit="tok", smoothing=0.05) as bar:
+    with tqdm(
+        total=sum(len(row.tokens) for row in rows), desc="target states", unit="tok", smoothing=0.05
+    ) as bar:
         while order:
             width = -(-len(rows[order[0]].tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
             lines = max(1, _TOKENS_PER_BATCH // width)

@@ -20,7 +20,9 @@ class Row(NamedTuple):
     supervised: list[bool]  # the token is part of an assistant answer (its stop token included)
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "prompt") -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "prompt"
+) -> list[int]:
     """Tokens up to where the assistant's answer begins. `where` is named in the message of an error."""
     return _render(tokenizer, messages, True, where)
 
@@ -48,31 +50,49 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[i
         end = stops[-1] + 1 if stops else len(through)
         supervised[len(before) : end] = [True] * (end - len(before))
     if not any(supervised):
-        raise UserError(f"{chat.where}: no token of this chat is supervised (no assistant text); the draft learns nothing from it")
+        raise UserError(
+            f"{chat.where}: no token of this chat is supervised (no assistant text); the draft learns nothing from it"
+        )
     return Row(tokens, supervised)
 
 
 def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of the template up to where the user's text begins: what makes the target invent a prompt."""
-    _render(tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self")  # refuses an unusable template
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True)
+    _render(
+        tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self"
+    )  # refuses an unusable template
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
     head, found, _ = text.partition(_MARK)
     if not found:
-        raise UserError("the chat template does not contain the user's text unchanged; data.source: self needs that")
+        raise UserError(
+            "the chat template does not contain the user's text unchanged; data.source: self needs that"
+        )
     return tokenizer.encode(head, add_special_tokens=False)
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    where: str,
 ) -> list[int]:
     if tokenizer.chat_template is None:
-        raise UserError("the target's tokenizer has no chat template; use an instruction-tuned model")
+        raise UserError(
+            "the target's tokenizer has no chat template; use an instruction-tuned model"
+        )
     for message in messages:
         check_text(message.get("content"), where)
     try:
         encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            list(messages),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
         )
     except TemplateError as error:
-        raise UserError(f"{where}: the target's chat template refuses these messages ({error})") from error
+        raise UserError(
+            f"{where}: the target's chat template refuses these messages ({error})"
+        ) from error
     return list(encoded["input_ids"])

@@ -36,7 +36,9 @@ class Answer(NamedTuple):
 
     index: int  # of the prompt
     tokens: list[int]  # with the stop token, if one came
-    states_LD: np.ndarray  # the target's states over prompt and answer; zeros at the last token, which it never read
+    states_LD: (
+        np.ndarray
+    )  # the target's states over prompt and answer; zeros at the last token, which it never read
 
 
 class WriterState(NamedTuple):
@@ -62,25 +64,38 @@ class Beginning(NamedTuple):
 _read = jax.jit(forward, static_argnames="spec")
 
 
-def _read_beginning(params: Params, spec: TargetSpec, prompts: Sequence[Sequence[int]]) -> Beginning:
+def _read_beginning(
+    params: Params, spec: TargetSpec, prompts: Sequence[Sequence[int]]
+) -> Beginning:
     """Reads what all prompts begin with, perhaps nothing. One token of each is left: what comes next is read off that."""
     shortest = min(map(len, prompts))
-    first, last = min(prompts), max(prompts)  # what these two share, those between them in order share too
+    first, last = (
+        min(prompts),
+        max(prompts),
+    )  # what these two share, those between them in order share too
     P = next((place for place in range(shortest - 1) if first[place] != last[place]), shortest - 1)
     if not P:
         dtype = params["embed_VD"].dtype
         return Beginning(init_cache(spec, 1, 0, dtype), np.zeros((0, spec.hidden_size), dtype))
     tokens_1P = jnp.asarray([first[:P]], jnp.int32)
-    states_1PD, rows = _read(params, spec, tokens_1P, jnp.arange(P)[None], causal_mask(jnp.full(1, P), P))
+    states_1PD, rows = _read(
+        params, spec, tokens_1P, jnp.arange(P)[None], causal_mask(jnp.full(1, P), P)
+    )
     return Beginning(rows, np.asarray(states_1PD[0]))
 
 
 def _repeated(rows: list[KVRows], count: int) -> list[KVRows]:
-    return [KVRows(jnp.repeat(one.k_BKHS, count, 0), jnp.repeat(one.v_BKSH, count, 0)) for one in rows]
+    return [
+        KVRows(jnp.repeat(one.k_BKHS, count, 0), jnp.repeat(one.v_BKSH, count, 0)) for one in rows
+    ]
 
 
-def _empty_state(spec: TargetSpec, beginning: list[KVRows], batch: int, max_new: int, seed: int) -> WriterState:
-    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # a new buffer each time: donated buffers must differ
+def _empty_state(
+    spec: TargetSpec, beginning: list[KVRows], batch: int, max_new: int, seed: int
+) -> WriterState:
+    zeros = lambda *shape: jnp.zeros(
+        shape, jnp.int32
+    )  # a new buffer each time: donated buffers must differ
     rings = init_cache(spec, batch, max_new, beginning[0].v_BKSH.dtype)
     return WriterState(
         cache=list(map(append_rows, rings, _repeated(beginning, batch))),
@@ -113,7 +128,9 @@ def _resize(state: WriterState, row_B: jax.Array, slots: int) -> WriterState:
 
 
 @partial(jax.jit, static_argnames=("spec", "sampling", "eos_ids"), donate_argnames=("state",))
-def _admit(params, spec, state, beginning, slot_R, tokens_RT, length_R, sampling, eos_ids) -> tuple[WriterState, jax.Array]:
+def _admit(
+    params, spec, state, beginning, slot_R, tokens_RT, length_R, sampling, eos_ids
+) -> tuple[WriterState, jax.Array]:
     """Prefills what follows the beginning in R prompts into rows slot_R; a slot equal to the batch size is dropped.
 
     Returns the states [R, T, D] of what it read too.
@@ -122,7 +139,9 @@ def _admit(params, spec, state, beginning, slot_R, tokens_RT, length_R, sampling
     ring = state.out_BT.shape[1]
     positions_RT = jnp.broadcast_to(P + jnp.arange(T), (R, T))
     past = (_repeated(beginning, R), jnp.ones((R, P), bool)) if P else ()
-    states_RTD, rows = forward(params, spec, tokens_RT, positions_RT, causal_mask(length_R, T), *past)
+    states_RTD, rows = forward(
+        params, spec, tokens_RT, positions_RT, causal_mask(length_R, T), *past
+    )
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     key, sub = jax.random.split(state.key)
     token_R = choose_from_top(logits(params, spec, last_RD), sampling, sub)
@@ -156,7 +175,9 @@ def _visible(state: WriterState) -> jax.Array:
 
 def _write_slot(cache: KVRows, rows: KVRows, slot: jax.Array) -> KVRows:
     """Writes one token's rows at the same slot of every sequence."""
-    put = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
+    put = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+        old, new.astype(old.dtype), slot, axis
+    )
     return KVRows(put(cache.k_BKHS, rows.k_BKHS, 3), put(cache.v_BKSH, rows.v_BKSH, 2))
 
 
@@ -169,7 +190,9 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
     def step(now, _):
         position_B1 = (now.prompt_len_B + now.count_B - 1)[:, None]
         seen = (now.cache, _visible(now))
-        states_B1D, rows = forward(params, spec, now.token_B[:, None], position_B1, jnp.ones((B, 1, 1), bool), *seen)
+        states_B1D, rows = forward(
+            params, spec, now.token_B[:, None], position_B1, jnp.ones((B, 1, 1), bool), *seen
+        )
         key, sub = jax.random.split(now.key)
         token_B = choose_from_top(logits(params, spec, states_B1D[:, 0]), sampling, sub)
         # A done row keeps computing, on slots that nobody sees, and counts nothing.
@@ -245,15 +268,22 @@ def write_answers(
             needed = max_new + P + round_up(tokens.shape[1], _ROOM_BUCKET)
             if needed > state.cache[0].v_BKSH.shape[2]:
                 state = _resize(state, np.arange(batch), needed)
-            state, states_RTD = _admit(params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids)
+            state, states_RTD = _admit(
+                params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids
+            )
             for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD)):
-                lines[row] = _Line(index, np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]))
+                lines[row] = _Line(
+                    index,
+                    np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]),
+                )
             on_tokens(len(taken))
         if not order and (fewer := _rows(len(lines), len(lines) - len(free))) < len(lines):
             keep = sorted(range(len(lines)), key=lambda row: lines[row] is None)[:fewer]
             state, lines = _resize(state, np.array(keep), 0), [lines[row] for row in keep]
         state, states_SBD = _segment(params, spec, state, sampling, eos_ids)
-        done_B, count_B, out_BT, states_SBD = jax.device_get((state.done_B, state.count_B, state.out_BT, states_SBD))
+        done_B, count_B, out_BT, states_SBD = jax.device_get(
+            (state.done_B, state.count_B, state.out_BT, states_SBD)
+        )
         live = [row for row, line in enumerate(lines) if line is not None]
         on_tokens(sum(int(count_B[row]) - lines[row].count for row in live))
         for row in live:
@@ -273,13 +303,23 @@ def _check_window(spec: TargetSpec, prompts: Sequence[Sequence[int]], max_new: i
         )
 
 
-def answer_writer(params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], batch: int, top_k: int):
+def answer_writer(
+    params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], batch: int, top_k: int
+):
     """A `data.answers.Writer` for this target: `write_answers` with everything but the prompts' settings filled in."""
 
     def write(prompts, *, max_new: int, temperature: float, seed: int, on_tokens):
         sampling = Sampling(temperature, top_k)
         return write_answers(
-            params, spec, prompts, eos_ids=eos_ids, max_new=max_new, batch=batch, sampling=sampling, seed=seed, on_tokens=on_tokens
+            params,
+            spec,
+            prompts,
+            eos_ids=eos_ids,
+            max_new=max_new,
+            batch=batch,
+            sampling=sampling,
+            seed=seed,
+            on_tokens=on_tokens,
         )
 
     return write
@@ -292,7 +332,9 @@ def _rows(batch: int, prompts: int) -> int:
     return batch
 
 
-def _pack(prompts: list[Sequence[int]], rows: list[int], batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pack(
+    prompts: list[Sequence[int]], rows: list[int], batch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slots, right-padded tokens and lengths of one prefill; unused lines point at slot `batch`, out of range."""
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)

@@ -38,7 +38,9 @@ _CAPACITY_BUCKET = 128  # smallest cache; larger ones go up by doubling
 ROUNDS_PER_FETCH = 8  # streaming: rounds between two looks of the host
 _ALL_ROUNDS = np.int32(2**31 - 1)
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]  # a user's message, a chat that waits for an answer, or tokens
+Prompt = (
+    str | Sequence[Mapping[str, str]] | Sequence[int]
+)  # a user's message, a chat that waits for an answer, or tokens
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Generation:
 
     tokens: list[int]  # the stop token included, if one came
     rounds: int  # the prefill is in no round
-    accepted: list[int]  # histogram: rounds that accepted 0, 1, .. P drafts, as far as they were emitted
+    accepted: list[
+        int
+    ]  # histogram: rounds that accepted 0, 1, .. P drafts, as far as they were emitted
     prefill_seconds: float  # of the whole batch
     decode_seconds: float  # of the whole batch
     text: str = ""  # without stop token and stop string; empty when the target has no tokenizer
@@ -103,17 +107,26 @@ class SpeculativeDecoder:
         if isinstance(draft_shape, Draft):
             draft_shape = draft.spec
             head = draft_head_of(target.params, draft.hot_ids)
-            self._models = self._models._replace(draft=replicate(draft.params, mesh), draft_head=replicate(head, mesh))
-        self._shapes = Shapes(target.spec, draft_shape, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh)
+            self._models = self._models._replace(
+                draft=replicate(draft.params, mesh), draft_head=replicate(head, mesh)
+            )
+        self._shapes = Shapes(
+            target.spec, draft_shape, tree, target.eos_ids, GREEDY, rule, append_predicted, mesh
+        )
 
     @property
     def tree(self) -> Tree:
         """What is drafted per round."""
         return self._shapes.tree
 
-    def warm_up(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128) -> None:
+    def warm_up(
+        self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, *, max_new_tokens: int = 128
+    ) -> None:
         """Compiles what answering these prompts one at a time will need."""
-        needs = {(padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens for tokens in map(self._tokens, prompts)}
+        needs = {
+            (padded(len(tokens)), self._capacity([tokens], max_new_tokens)): tokens
+            for tokens in map(self._tokens, prompts)
+        }
         for tokens in needs.values():
             shapes, state = self._prefill([tokens], sampling, max_new_tokens, 0, limit=2)
             self._finish(state, shapes)
@@ -134,8 +147,12 @@ class SpeculativeDecoder:
         target's logits are not finite.
         """
         clock = time.perf_counter()
-        if isinstance(prompts, str) or any(isinstance(prompt, (Mapping, int)) for prompt in prompts):
-            raise UserError(f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write generate([prompt])")
+        if isinstance(prompts, str) or any(
+            isinstance(prompt, (Mapping, int)) for prompt in prompts
+        ):
+            raise UserError(
+                f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write generate([prompt])"
+            )
         rows = [self._tokens(prompt) for prompt in prompts]
         shapes, state = self._prefill(rows, sampling, max_new_tokens, seed)
         state.root_B.block_until_ready()
@@ -149,7 +166,10 @@ class SpeculativeDecoder:
         for line, text in enumerate(texts):
             if not stop and text is not None:
                 text.add(now.out_BS[line, : now.count_B[line]].tolist())
-        return [self._generation(now, line, text, seconds, max_new_tokens) for line, text in enumerate(texts)]
+        return [
+            self._generation(now, line, text, seconds, max_new_tokens)
+            for line, text in enumerate(texts)
+        ]
 
     def stream(
         self,
@@ -167,7 +187,9 @@ class SpeculativeDecoder:
         clock = time.perf_counter()
         tokens, text, told = self._tokens(prompt), self._text_stream(stop), 0
         if text is None:
-            raise UserError("this target has no tokenizer, so there is no text to stream; use generate")
+            raise UserError(
+                "this target has no tokenizer, so there is no text to stream; use generate"
+            )
         shapes, state = self._prefill([tokens], sampling, max_new_tokens, seed)
         state.root_B.block_until_ready()
         prefilled = time.perf_counter()
@@ -187,7 +209,12 @@ class SpeculativeDecoder:
         return self._generation(now, 0, text, seconds, max_new_tokens)
 
     def prefilled(
-        self, prompt: Prompt, sampling: Sampling = GREEDY, *, max_new_tokens: int = 128, seed: int = 0
+        self,
+        prompt: Prompt,
+        sampling: Sampling = GREEDY,
+        *,
+        max_new_tokens: int = 128,
+        seed: int = 0,
     ) -> tuple[Models, Shapes, DecodeState]:
         """What the loop's functions take once a prompt is read: to measure parts of a round, or to draw one."""
         return self._models, *self._prefill([self._tokens(prompt)], sampling, max_new_tokens, seed)
@@ -197,10 +224,16 @@ class SpeculativeDecoder:
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if not prompt:
             raise UserError("the prompt is empty; give at least one token")
-        tokens: list[int] = prompt_tokens(self._target.tokenizer, prompt) if isinstance(prompt[0], Mapping) else list(prompt)
+        tokens: list[int] = (
+            prompt_tokens(self._target.tokenizer, prompt)
+            if isinstance(prompt[0], Mapping)
+            else list(prompt)
+        )
         if not 0 <= min(tokens) <= max(tokens) < self._target.spec.vocab_size:
-            raise UserError(f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary ends at "
-                            f"{self._target.spec.vocab_size - 1}; use its own tokenizer")
+            raise UserError(
+                f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary ends at "
+                f"{self._target.spec.vocab_size - 1}; use its own tokenizer"
+            )
         if len(tokens) >= self._context:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens and the context ends at {self._context}, which leaves no room for an "
@@ -213,7 +246,9 @@ class SpeculativeDecoder:
             raise UserError(f"stop is {stop!r}; expected a list of strings, none of them empty")
         if self._target.tokenizer is None:
             if stop:
-                raise UserError("this target has no tokenizer, so stop strings cannot be looked for")
+                raise UserError(
+                    "this target has no tokenizer, so stop strings cannot be looked for"
+                )
             return None
         return TextStream(self._target.tokenizer, self._target.eos_ids, stop)
 
@@ -223,7 +258,12 @@ class SpeculativeDecoder:
         return max(self._fixed_capacity or _doubled(_CAPACITY_BUCKET, need), padded(longest))
 
     def _prefill(
-        self, rows: list[list[int]], sampling: Sampling, max_new_tokens: int, seed: int, limit: int | None = None
+        self,
+        rows: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        limit: int | None = None,
     ) -> tuple[Shapes, DecodeState]:
         if not rows:
             raise UserError("there are no prompts; give at least one")
@@ -231,25 +271,39 @@ class SpeculativeDecoder:
             raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         shapes = self._shapes._replace(sampling=sampling.check())
         if shapes.rule == "ratio" and sampling.greedy:
-            raise UserError("rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule 'match'")
+            raise UserError(
+                "rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule 'match'"
+            )
         length_B = np.array([len(row) for row in rows], np.int32)
-        limit_B = np.minimum(min(limit or max_new_tokens, self._context), self._context - length_B).astype(np.int32)
-        key_B = jax.vmap(jax.random.key)(np.array([(seed + line) % 2**32 for line in range(len(rows))], np.uint32))
-        reading = shapes._replace(tree=ROOT_ONLY, rule="match", append_predicted=True)  # a prompt's program is that of any tree
-        state = begin(self._models, reading, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens))
+        limit_B = np.minimum(
+            min(limit or max_new_tokens, self._context), self._context - length_B
+        ).astype(np.int32)
+        key_B = jax.vmap(jax.random.key)(
+            np.array([(seed + line) % 2**32 for line in range(len(rows))], np.uint32)
+        )
+        reading = shapes._replace(
+            tree=ROOT_ONLY, rule="match", append_predicted=True
+        )  # a prompt's program is that of any tree
+        state = begin(
+            self._models, reading, limit_B, key_B, capacity=self._capacity(rows, max_new_tokens)
+        )
         width = padded(max(length_B))
         tokens_BT = np.zeros((len(rows), width), np.int32)
         for line, row in enumerate(rows):
             tokens_BT[line, : len(row)] = row
         for start in range(0, width, PREFILL_CHUNK):
             chunk_BT = tokens_BT[:, start : start + PREFILL_CHUNK]
-            state = read_prompt(self._models, reading, state, chunk_BT, np.int32(start), length_B, first=start == 0)
+            state = read_prompt(
+                self._models, reading, state, chunk_BT, np.int32(start), length_B, first=start == 0
+            )
         return shapes, state
 
     def _finish(self, state: DecodeState, shapes: Shapes) -> Report:
         return _fetched(decode(self._models, shapes, state, _ALL_ROUNDS)[1])
 
-    def _finish_with_stops(self, state: DecodeState, shapes: Shapes, texts: list[TextStream]) -> Report:
+    def _finish_with_stops(
+        self, state: DecodeState, shapes: Shapes, texts: list[TextStream]
+    ) -> Report:
         """A few rounds at a time; rows whose text reached a stop string are told to idle."""
         told = [0] * len(texts)
         while True:
@@ -264,18 +318,37 @@ class SpeculativeDecoder:
             state = state._replace(done_B=jnp.asarray(done_B))
 
     def _generation(
-        self, now: Report, line: int, text: TextStream | None, seconds: tuple[float, float], max_new_tokens: int
+        self,
+        now: Report,
+        line: int,
+        text: TextStream | None,
+        seconds: tuple[float, float],
+        max_new_tokens: int,
     ) -> Generation:
-        count, rounds, accepted = int(now.count_B[line]), int(now.rounds_B[line]), now.accepted_BS[line]
+        count, rounds, accepted = (
+            int(now.count_B[line]),
+            int(now.rounds_B[line]),
+            now.accepted_BS[line],
+        )
         tokens = now.out_BS[line, :count].tolist()
-        stopped_by = "token" if tokens[-1] in self._target.eos_ids else "length" if count >= max_new_tokens else "context"
+        stopped_by = (
+            "token"
+            if tokens[-1] in self._target.eos_ids
+            else "length"
+            if count >= max_new_tokens
+            else "context"
+        )
         if text is not None and text.tokens_at_stop is not None:
             tokens, stopped_by = tokens[: text.tokens_at_stop], "string"
             # A round adds its accepted tokens and one more; rounds after the stop, and tokens of its round, do not count.
             through = 1 + np.cumsum(accepted[:rounds] + 1)
             rounds = 0 if len(tokens) == 1 else int(np.searchsorted(through, len(tokens))) + 1
             before = 1 if rounds < 2 else int(through[rounds - 2])
-            accepted = np.append(accepted[: rounds - 1], min(accepted[rounds - 1], len(tokens) - before)) if rounds else accepted
+            accepted = (
+                np.append(accepted[: rounds - 1], min(accepted[rounds - 1], len(tokens) - before))
+                if rounds
+                else accepted
+            )
         histogram = np.bincount(accepted[:rounds], minlength=self._shapes.tree.depth + 1).tolist()
         whole = "" if text is None else text.whole()
         return Generation(tokens, rounds, histogram, *seconds, whole, stopped_by)
@@ -300,27 +373,41 @@ def _check_fit(target: Target, draft: Draft | Lookup | None, tree: Tree, rule: s
     branches = isinstance(tree, DynamicTree) or tree.size != tree.depth + 1
     if isinstance(draft, Lookup):
         if branches or rule == "ratio":
-            raise UserError(f"prompt lookup drafts a chain and knows no probabilities, but was given a {tree} and rule {rule!r}; "
-                            "use a chain and rule 'match'")
+            raise UserError(
+                f"prompt lookup drafts a chain and knows no probabilities, but was given a {tree} and rule {rule!r}; "
+                "use a chain and rule 'match'"
+            )
         return
     ours, theirs = draft.spec.hidden_size, target.spec.hidden_size
     if ours != theirs:
-        raise UserError(f"this draft belongs to another target (hidden size {ours}, the target's is {theirs})")
+        raise UserError(
+            f"this draft belongs to another target (hidden size {ours}, the target's is {theirs})"
+        )
     vocabulary, known = target.spec.vocab_size, target.spec.vocab_size
     if draft.hot_ids is not None:
         vocabulary, highest = len(draft.hot_ids), int(jnp.max(draft.hot_ids))
         if highest >= known:
-            raise UserError(f"this draft belongs to another target (it scores token {highest}, the target has {known})")
+            raise UserError(
+                f"this draft belongs to another target (it scores token {highest}, the target has {known})"
+            )
     most = max(tree.kept_children(level) for level in range(tree.depth))
     if most > vocabulary:
-        raise UserError(f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} tokens; lower topk")
+        raise UserError(
+            f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} tokens; lower topk"
+        )
     if rule == "ratio" and branches:
-        raise UserError("rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule 'match'")
+        raise UserError(
+            "rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule 'match'"
+        )
 
 
 def padded(length: int) -> int:
     """Columns that a prompt takes in the prefill."""
-    return round_up(length, PREFILL_CHUNK) if length > PREFILL_CHUNK else _doubled(PROMPT_BUCKET, length)
+    return (
+        round_up(length, PREFILL_CHUNK)
+        if length > PREFILL_CHUNK
+        else _doubled(PROMPT_BUCKET, length)
+    )
 
 
 def _doubled(start: int, need: int) -> int:

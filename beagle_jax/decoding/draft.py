@@ -34,7 +34,9 @@ class Nodes(NamedTuple):
     token_BW: jax.Array
     parent_BW: jax.Array  # the root is its own
     depth_BW: jax.Array
-    above_BWW: jax.Array  # verify mask: True where the column's node is the row's node or one of its ancestors
+    above_BWW: (
+        jax.Array
+    )  # verify mask: True where the column's node is the row's node or one of its ancestors
     score_BW: jax.Array  # cumulative log-probability under the draft; zero in trees that do not ask
 
 
@@ -45,17 +47,23 @@ class Drafted(NamedTuple):
     state_BQD: jax.Array  # predicted state of each query's token
     query_token_BQ: jax.Array
     query_sees_BQQ: jax.Array  # draft mask: strict ancestors among the queries
-    logits_BPV: jax.Array | None  # filtered draft logits along a sampled chain, over the draft's vocabulary
+    logits_BPV: (
+        jax.Array | None
+    )  # filtered draft logits along a sampled chain, over the draft's vocabulary
 
 
 class _Level(NamedTuple):
     """The queries of one level. T: how many."""
 
     token_BT: jax.Array
-    candidate_BT: jax.Array  # each query's place among all candidates, counted from 1; 0 for the root
+    candidate_BT: (
+        jax.Array
+    )  # each query's place among all candidates, counted from 1; 0 for the root
     score_BT: jax.Array  # cumulative log-probability (zero in trees that do not ask)
     sees_BTQ: jax.Array  # its strict ancestors among all queries so far
-    before_BTD: jax.Array | None  # the state before it: its parent's predicted one, the root's a true one; EAGLE fuses both
+    before_BTD: (
+        jax.Array | None
+    )  # the state before it: its parent's predicted one, the root's a true one; EAGLE fuses both
 
 
 def draft_tree(
@@ -84,38 +92,59 @@ def draft_tree(
     B = root_B.shape[0]
     slots = visible_slots(length_B, [cache])[:, None, None, None]
     zero_B1 = jnp.zeros((B, 1), jnp.int32)
-    level = _Level(root_B[:, None], zero_B1, jnp.zeros((B, 1), jnp.float32), jnp.zeros((B, 1, 0), bool), last_B1D)
+    level = _Level(
+        root_B[:, None],
+        zero_B1,
+        jnp.zeros((B, 1), jnp.float32),
+        jnp.zeros((B, 1, 0), bool),
+        last_B1D,
+    )
     states, queries, sees, drawn = [], [], [], []
-    candidates = [(level.token_BT, zero_B1, zero_B1, level.score_BT)]  # token, parent, depth, score; the root first
+    candidates = [
+        (level.token_BT, zero_B1, zero_B1, level.score_BT)
+    ]  # token, parent, depth, score; the root first
     memory: KVRows | None = None
     for depth in range(tree.depth):
         with jax.named_scope(f"draft_{depth + 1}"):
-            positions_BT = jnp.broadcast_to((length_B + depth - int(spec.fused))[:, None], level.token_BT.shape)
+            positions_BT = jnp.broadcast_to(
+                (length_B + depth - int(spec.fused))[:, None], level.token_BT.shape
+            )
             x_BTD = block.fuse(embed(embed_VD, level.token_BT, spec.embed_scale), level.before_BTD)
             sees_BTQ = level.sees_BTQ
             if spec.fused and depth:  # the root's own row is in the cache
                 kept = memory if append_predicted else None
-                memory, sees_BTQ = _with_own_rows(kept, sees_BTQ, block.keys_values(x_BTD, positions_BT))
+                memory, sees_BTQ = _with_own_rows(
+                    kept, sees_BTQ, block.keys_values(x_BTD, positions_BT)
+                )
             state_BTD = _predict(block, x_BTD, positions_BT, cache, slots, memory, sees_BTQ)
             states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
             if noise_BPV is None:
                 children = _best_children(tree, depth, level, state_BTD, head)
             else:
                 drawn.append(filtered(logit_columns(head.rows_VD, state_BTD).T, sampling))
-                children = (_tokens(head, jnp.argmax(drawn[-1] + noise_BPV[:, depth], axis=-1)[:, None]), level.score_BT)
+                children = (
+                    _tokens(head, jnp.argmax(drawn[-1] + noise_BPV[:, depth], axis=-1)[:, None]),
+                    level.score_BT,
+                )
             first = sum(token.shape[1] for token, *_ in candidates)
             candidates.append(_entries(level, depth, *children))
             if depth + 1 < tree.depth:
                 if append_predicted and not spec.fused:
                     memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
                 level = _next_level(tree, depth, level, first, *children, state_BTD)
-    token_BN, parent_BN, depth_BN, score_BN = (jnp.concatenate(each, axis=1) for each in zip(*candidates))
-    nodes = _nodes(tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth)
+    token_BN, parent_BN, depth_BN, score_BN = (
+        jnp.concatenate(each, axis=1) for each in zip(*candidates)
+    )
+    nodes = _nodes(
+        tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth
+    )
     queried = [jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))]
     return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)  # type: ignore[call-arg]  # three in the middle
 
 
-def _with_own_rows(memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows) -> tuple[KVRows, jax.Array]:
+def _with_own_rows(
+    memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows
+) -> tuple[KVRows, jax.Array]:
     """EAGLE's rows of this round and who sees them: a query its ancestors below the root, if they are kept, and itself."""
     B, T, Q = sees_BTQ.shape
     above_BTQ = sees_BTQ[:, :, Q if memory is None else 1 :]
@@ -123,7 +152,9 @@ def _with_own_rows(memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows) -> t
     return append_rows(memory, own), jnp.concatenate([above_BTQ, itself_BTT], axis=2)
 
 
-def _predict(block: BeagleBlock, x_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ) -> jax.Array:
+def _predict(
+    block: BeagleBlock, x_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ
+) -> jax.Array:
     """Predicted states [B, T, D] of one level's queries, over the cache and the round's own rows that they see."""
     q_BKGTH = block.queries(x_BTD, positions_BT)
     parts = [partial_attention(q_BKGTH, *cache, slots)]
@@ -138,7 +169,9 @@ def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
     return [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in masks]
 
 
-def _best_children(tree: Tree, depth: int, level: _Level, state_BTD, head: DraftHead) -> tuple[jax.Array, jax.Array]:
+def _best_children(
+    tree: Tree, depth: int, level: _Level, state_BTD, head: DraftHead
+) -> tuple[jax.Array, jax.Array]:
     """Tokens and cumulative log-probabilities [B, T * k] of each query's k best children, in (query, rank) order."""
     (B, T), k = level.token_BT.shape, tree.kept_children(depth)
     columns_VM = logit_columns(head.rows_VD, state_BTD)
@@ -163,23 +196,32 @@ def _tokens(head: DraftHead, row: jax.Array) -> jax.Array:
     return (row if head.ids_V is None else head.ids_V[row]).astype(jnp.int32)
 
 
-def _entries(level: _Level, depth: int, token_BC: jax.Array, score_BC: jax.Array) -> tuple[jax.Array, ...]:
+def _entries(
+    level: _Level, depth: int, token_BC: jax.Array, score_BC: jax.Array
+) -> tuple[jax.Array, ...]:
     """A level's children as candidates: token, parent, depth, score."""
     per_query = token_BC.shape[1] // level.token_BT.shape[1]
     parent_BC = jnp.repeat(level.candidate_BT, per_query, axis=1)
     return token_BC, parent_BC, jnp.full_like(parent_BC, depth + 1), score_BC
 
 
-def _next_level(tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC, state_BTD) -> _Level:
+def _next_level(
+    tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC, state_BTD
+) -> _Level:
     """The children that are continued. first: the place of this level's first candidate among all."""
     T = level.token_BT.shape[1]
     pick_BN = tree.next_queries(depth, score_BC)
     pick = lambda x_BC: jnp.take_along_axis(x_BC, pick_BN, axis=1)
     # A child sees what its parent saw, and its parent.
-    below_BTQ = jnp.concatenate([level.sees_BTQ, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (token_BC.shape[0], T, T))], axis=2)
+    below_BTQ = jnp.concatenate(
+        [level.sees_BTQ, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (token_BC.shape[0], T, T))],
+        axis=2,
+    )
     parent_BN = pick_BN // (token_BC.shape[1] // T)
     of_parent = lambda x_BTQ: jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
-    return _Level(pick(token_BC), pick_BN + first, pick(score_BC), of_parent(below_BTQ), of_parent(state_BTD))
+    return _Level(
+        pick(token_BC), pick_BN + first, pick(score_BC), of_parent(below_BTQ), of_parent(state_BTD)
+    )
 
 
 def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels: int) -> Nodes:
@@ -187,7 +229,9 @@ def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
     pick = lambda x_BN: jnp.take_along_axis(x_BN, chosen_BW, axis=1)
-    node_BN = jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
+    node_BN = (
+        jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
+    )
     parent_BW = jnp.take_along_axis(node_BN, pick(parent_BN), axis=1)
     walk_BW = jnp.broadcast_to(jnp.arange(W)[None], (B, W))
     above_BWW = walk_BW[..., None] == jnp.arange(W)[None, None]
@@ -200,4 +244,10 @@ def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels
 def root_only(root_B: jax.Array) -> Nodes:
     """The tree without drafts: plain decoding."""
     zero_B1 = jnp.zeros((root_B.shape[0], 1), jnp.int32)
-    return Nodes(root_B[:, None], zero_B1, zero_B1, jnp.ones((root_B.shape[0], 1, 1), bool), jnp.zeros((root_B.shape[0], 1)))
+    return Nodes(
+        root_B[:, None],
+        zero_B1,
+        zero_B1,
+        jnp.ones((root_B.shape[0], 1, 1), bool),
+        jnp.zeros((root_B.shape[0], 1)),
+    )

@@ -40,7 +40,17 @@ def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int
     period_B = jnp.maximum(length_B - jnp.argmax(rank_BS, axis=1), 1)
     step_1P = jnp.arange(depth)[None]
     source_BP = length_B[:, None] - period_B[:, None] + 1 + step_1P % period_B[:, None]
-    token_BW = jnp.take_along_axis(text_BS, jnp.concatenate([length_B[:, None], source_BP], axis=1), axis=1)
+    token_BW = jnp.take_along_axis(
+        text_BS, jnp.concatenate([length_B[:, None], source_BP], axis=1), axis=1
+    )
     depth_BW = jnp.broadcast_to(jnp.arange(depth + 1)[None], (B, depth + 1))
-    above_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((depth + 1, depth + 1), bool))[None], (B, depth + 1, depth + 1))
-    return Nodes(token_BW, jnp.maximum(depth_BW - 1, 0), depth_BW, above_BWW, jnp.zeros((B, depth + 1), jnp.float32))
+    above_BWW = jnp.broadcast_to(
+        jnp.tril(jnp.ones((depth + 1, depth + 1), bool))[None], (B, depth + 1, depth + 1)
+    )
+    return Nodes(
+        token_BW,
+        jnp.maximum(depth_BW - 1, 0),
+        depth_BW,
+        above_BWW,
+        jnp.zeros((B, depth + 1), jnp.float32),
+    )

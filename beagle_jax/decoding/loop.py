@@ -17,10 +17,26 @@ from beagle_jax.decoding.sampling import Sampling, choose, filtered, gumbel, is_
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.decoding.verify import Accepted, accept_by_ratio, accept_matching
 from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.cache import KVRows, empty_rows, take_rows, visible_slots, write_all, write_rows
+from beagle_jax.model.cache import (
+    KVRows,
+    empty_rows,
+    take_rows,
+    visible_slots,
+    write_all,
+    write_rows,
+)
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import Params, TargetSpec, best_tokens, embed, forward, head, init_cache, logits
+from beagle_jax.model.target import (
+    Params,
+    TargetSpec,
+    best_tokens,
+    embed,
+    forward,
+    head,
+    init_cache,
+    logits,
+)
 from beagle_jax.sharding import shard_cache
 
 # What a place's key is folded with, so that its draws are independent of each other.
@@ -43,7 +59,9 @@ class Shapes(NamedTuple):
     tree: Tree
     eos_ids: tuple[int, ...]
     sampling: Sampling = Sampling()
-    rule: Literal["match", "ratio"] = "match"  # how drawn drafts are accepted; ratio: Leviathan's, chains only
+    rule: Literal["match", "ratio"] = (
+        "match"  # how drawn drafts are accepted; ratio: Leviathan's, chains only
+    )
     append_predicted: bool = True
     mesh: Mesh | None = None
 
@@ -53,7 +71,9 @@ class DecodeState(NamedTuple):
 
     target_cache: list[KVRows]  # rows of the tokens at positions below length_B
     draft_cache: KVRows | None  # keys and values of their true states, never of predicted ones
-    last_B1D: jax.Array | None  # the last of these states; None for drafts whose root is not fused with it
+    last_B1D: (
+        jax.Array | None
+    )  # the last of these states; None for drafts whose root is not fused with it
     length_B: jax.Array  # tokens in the caches; the root sits at this position
     root_B: jax.Array  # last known token, without a state yet
     out_BS: jax.Array  # answer so far, the prefill's token first
@@ -64,7 +84,9 @@ class DecodeState(NamedTuple):
     rounds_B: jax.Array  # rounds run, the prefill not counted
     accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
     key_B: jax.Array  # of every draw of the sequence (sampling.place_keys)
-    text_BS: jax.Array | None  # prompt lookup: all tokens by position, the root the last; garbage past it
+    text_BS: (
+        jax.Array | None
+    )  # prompt lookup: all tokens by position, the root the last; garbage past it
 
 
 class Report(NamedTuple):
@@ -84,7 +106,9 @@ def report(state: DecodeState) -> Report:
 
 
 @partial(jax.jit, static_argnames=("shapes", "capacity"))
-def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, *, capacity: int) -> DecodeState:
+def begin(
+    models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, *, capacity: int
+) -> DecodeState:
     """Empty caches of `capacity` slots, which must hold prompt, answer and one round's overhang.
 
     limit_B: tokens each answer may have.
@@ -93,8 +117,12 @@ def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, 
     zeros = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
     draft_cache, last_B1D = None, None
     if isinstance(shapes.draft, DraftSpec):
-        draft_cache = empty_rows(B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype)
-        last_B1D = jnp.zeros((B, 1, shapes.draft.hidden_size), dtype) if shapes.draft.fused else None
+        draft_cache = empty_rows(
+            B, shapes.draft.num_kv_heads, capacity, shapes.draft.head_dim, dtype
+        )
+        last_B1D = (
+            jnp.zeros((B, 1, shapes.draft.hidden_size), dtype) if shapes.draft.fused else None
+        )
     return DecodeState(
         target_cache=shard_cache(init_cache(shapes.target, B, capacity, dtype), shapes.mesh),
         draft_cache=draft_cache,
@@ -115,7 +143,14 @@ def begin(models: Models, shapes: Shapes, limit_B: jax.Array, key_B: jax.Array, 
 
 @partial(jax.jit, static_argnames=("shapes", "first"), donate_argnames=("state",))
 def read_prompt(
-    models: Models, shapes: Shapes, state: DecodeState, tokens_BT: jax.Array, offset: jax.Array, length_B: jax.Array, *, first: bool
+    models: Models,
+    shapes: Shapes,
+    state: DecodeState,
+    tokens_BT: jax.Array,
+    offset: jax.Array,
+    length_B: jax.Array,
+    *,
+    first: bool,
 ) -> DecodeState:
     """Reads one chunk of right-padded prompts: positions offset .. offset + T - 1, `first` when offset is 0.
 
@@ -127,10 +162,14 @@ def read_prompt(
     here_B = jnp.clip(length_B - offset, 0, T)  # tokens of this chunk
     start_B = jnp.broadcast_to(offset, (B,))
     past = () if first else (state.target_cache, visible_slots(start_B, state.target_cache))
-    states_BTD, rows = forward(models.target, spec, tokens_BT, positions_BT, causal_mask(here_B, T), *past)
+    states_BTD, rows = forward(
+        models.target, spec, tokens_BT, positions_BT, causal_mask(here_B, T), *past
+    )
     ends_B = (length_B > offset) & (length_B <= offset + T)
     last_B1D = jnp.take_along_axis(states_BTD, jnp.maximum(here_B - 1, 0)[:, None, None], axis=1)
-    wanted_B1, finite_B1 = _target_choice(models, shapes, last_B1D, state.key_B, jnp.zeros((B, 1), jnp.int32))
+    wanted_B1, finite_B1 = _target_choice(
+        models, shapes, last_B1D, state.key_B, jnp.zeros((B, 1), jnp.int32)
+    )
     root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
     draft_cache = state.draft_cache
     if draft_cache is not None:
@@ -141,11 +180,23 @@ def read_prompt(
         held_BT = (offset - before + jnp.arange(T + before))[None]
         next_BT = jnp.concatenate([tokens_BT, root_B[:, None]], axis=1)[:, 1 - before :]
         next_BT = jnp.where(held_BT == length_B[:, None] - 1, root_B[:, None], next_BT)
-        draft_cache = write_rows(draft_cache, draft_rows(models, shapes.draft, held_BTD, next_BT, held_BT), start_B - before)
-    last_B1D = None if state.last_B1D is None else jnp.where((here_B > 0)[:, None, None], last_B1D, state.last_B1D)
+        draft_cache = write_rows(
+            draft_cache,
+            draft_rows(models, shapes.draft, held_BTD, next_BT, held_BT),
+            start_B - before,
+        )
+    last_B1D = (
+        None
+        if state.last_B1D is None
+        else jnp.where((here_B > 0)[:, None, None], last_B1D, state.last_B1D)
+    )
     text_BS, length_now_B = state.text_BS, state.length_B + here_B
     if text_BS is not None:
-        text_BS = jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset)).at[jnp.arange(B), length_now_B].set(root_B, mode="drop")
+        text_BS = (
+            jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset))
+            .at[jnp.arange(B), length_now_B]
+            .set(root_B, mode="drop")
+        )
     broken_B = state.broken_B | (ends_B & ~finite_B1[:, 0])
     return state._replace(
         target_cache=write_all(state.target_cache, rows, start_B),
@@ -156,13 +207,17 @@ def read_prompt(
         root_B=root_B,
         out_BS=state.out_BS.at[:, 0].set(root_B),
         count_B=jnp.where(ends_B, 1, state.count_B),
-        done_B=state.done_B | broken_B | (ends_B & (is_stop(root_B, shapes.eos_ids) | (state.limit_B <= 1))),
+        done_B=state.done_B
+        | broken_B
+        | (ends_B & (is_stop(root_B, shapes.eos_ids) | (state.limit_B <= 1))),
         broken_B=broken_B,
     )
 
 
 @partial(jax.jit, static_argnames=("shapes",), donate_argnames=("state",))
-def decode(models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.Array) -> tuple[DecodeState, Report]:
+def decode(
+    models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.Array
+) -> tuple[DecodeState, Report]:
     """Runs rounds until every answer is finished, or `max_rounds` of them (for streaming)."""
 
     def body(carry):
@@ -191,7 +246,9 @@ def draft_rows(models: Models, draft: DraftSpec, states_BTD, next_BT, positions_
     """What the draft's cache keeps of true states. next_BT: the tokens after them."""
     positions_BT = jnp.broadcast_to(positions_BT, next_BT.shape)
     next_BTD = embed(models.target["embed_VD"], next_BT, draft.embed_scale)
-    return block_of(draft).bind({"params": models.draft}).true_rows(states_BTD, next_BTD, positions_BT)
+    return (
+        block_of(draft).bind({"params": models.draft}).true_rows(states_BTD, next_BTD, positions_BT)
+    )
 
 
 def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
@@ -205,25 +262,41 @@ def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
     if shapes.rule == "ratio":
         place_BP = now.count_B[:, None] + jnp.arange(shapes.tree.depth)[None]
         key_BP = _keys(now.key_B, place_BP, _FOR_DRAFT)
-        drawing = dict(sampling=shapes.sampling, noise_BPV=gumbel(key_BP, models.draft_head.rows_VD.shape[0]))
+        drawing = dict(
+            sampling=shapes.sampling, noise_BPV=gumbel(key_BP, models.draft_head.rows_VD.shape[0])
+        )
     return draft_tree(
         models.draft, shapes.draft, shapes.tree, models.target["embed_VD"], models.draft_head,
         now.draft_cache, now.length_B, now.root_B, now.last_B1D, append_predicted=shapes.append_predicted, **drawing,
     )  # fmt: skip
 
 
-def read_tree(models: Models, shapes: Shapes, now: DecodeState, nodes: Nodes) -> tuple[jax.Array, list[KVRows]]:
+def read_tree(
+    models: Models, shapes: Shapes, now: DecodeState, nodes: Nodes
+) -> tuple[jax.Array, list[KVRows]]:
     """The target's states of the nodes [B, W, D], and their key/value rows."""
     positions_BW = now.length_B[:, None] + nodes.depth_BW
     visible_BS = visible_slots(now.length_B, now.target_cache)
-    return forward(models.target, shapes.target, nodes.token_BW, positions_BW, nodes.above_BWW, now.target_cache, visible_BS)
+    return forward(
+        models.target,
+        shapes.target,
+        nodes.token_BW,
+        positions_BW,
+        nodes.above_BWW,
+        now.target_cache,
+        visible_BS,
+    )
 
 
-def accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, states_BWD) -> tuple[Accepted, jax.Array]:
+def accept(
+    models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, states_BWD
+) -> tuple[Accepted, jax.Array]:
     """What the target accepts, and whether its logits were finite."""
     nodes, depth = drafted.nodes, shapes.tree.depth
     if drafted.logits_BPV is None:
-        wanted_BW, finite_BW = _target_choice(models, shapes, states_BWD, now.key_B, now.count_B[:, None] + nodes.depth_BW)
+        wanted_BW, finite_BW = _target_choice(
+            models, shapes, states_BWD, now.key_B, now.count_B[:, None] + nodes.depth_BW
+        )
         return accept_matching(nodes, wanted_BW, depth), finite_BW.all(axis=1)
     (B, W, _), place_BP = states_BWD.shape, now.count_B[:, None] + jnp.arange(depth)[None]
     raw_BWV = logits(models.target, shapes.target, states_BWD)
@@ -231,30 +304,45 @@ def accept(models: Models, shapes: Shapes, now: DecodeState, drafted: Drafted, s
     target_BWV = filtered(raw_BWV.reshape(B * W, V), shapes.sampling).reshape(B, W, V)
     draft_BPV = drafted.logits_BPV
     if models.draft_head.ids_V is not None:
-        draft_BPV = jnp.full((B, depth, V), -jnp.inf).at[:, :, models.draft_head.ids_V].set(draft_BPV)
+        draft_BPV = (
+            jnp.full((B, depth, V), -jnp.inf).at[:, :, models.draft_head.ids_V].set(draft_BPV)
+        )
     uniform_BP = jax.vmap(jax.vmap(jax.random.uniform))(_keys(now.key_B, place_BP, _FOR_ACCEPTING))
     noise_BWV = gumbel(_keys(now.key_B, now.count_B[:, None] + nodes.depth_BW, _FOR_TARGET), V)
     found = accept_by_ratio(nodes, target_BWV, draft_BPV, uniform_BP, noise_BWV)
     return found, jnp.isfinite(raw_BWV.max(axis=-1)).all(axis=1)
 
 
-def append(models: Models, shapes: Shapes, now: DecodeState, found: Accepted, states_BWD, rows: list[KVRows]) -> DecodeState:
+def append(
+    models: Models,
+    shapes: Shapes,
+    now: DecodeState,
+    found: Accepted,
+    states_BWD,
+    rows: list[KVRows],
+) -> DecodeState:
     """Writes the rows of the accepted path only, and their true states: rows past it are overwritten by the next round."""
     # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
     # all reads and can do it in place. Without drafts nothing else ties the two, and it would copy the caches each round.
     start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
-    target_cache = write_all(now.target_cache, [take_rows(layer, found.path_BP1) for layer in rows], start_B)
+    target_cache = write_all(
+        now.target_cache, [take_rows(layer, found.path_BP1) for layer in rows], start_B
+    )
     draft_cache, last_B1D = now.draft_cache, now.last_B1D
     if draft_cache is not None:
         states_BPD = jnp.take_along_axis(states_BWD, found.path_BP1[..., None], axis=1)
         positions_BP = now.length_B[:, None] + jnp.arange(shapes.tree.depth + 1)[None]
         kept = draft_rows(models, shapes.draft, states_BPD, found.token_BP1, positions_BP)
         draft_cache = write_rows(draft_cache, kept, start_B)
-        last_B1D = None if last_B1D is None else states_BPD[:, -1:]  # the path ends with its last node, however short
+        last_B1D = (
+            None if last_B1D is None else states_BPD[:, -1:]
+        )  # the path ends with its last node, however short
     return now._replace(target_cache=target_cache, draft_cache=draft_cache, last_B1D=last_B1D)
 
 
-def _target_choice(models: Models, shapes: Shapes, states_BWD, key_B, place_BW) -> tuple[jax.Array, jax.Array]:
+def _target_choice(
+    models: Models, shapes: Shapes, states_BWD, key_B, place_BW
+) -> tuple[jax.Array, jax.Array]:
     """The target's own next token after each state, greedy or drawn with the noise of its place; and is it finite?"""
     if shapes.sampling.greedy:
         return best_tokens(models.target, states_BWD)
@@ -269,7 +357,9 @@ def _keys(key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
     return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
 
-def _emit(now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple[int, ...]) -> DecodeState:
+def _emit(
+    now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple[int, ...]
+) -> DecodeState:
     """Writes the round's tokens: up to the first stop token, and never past the limit."""
     B, P1 = found.token_BP1.shape
     row_B, step_1P = jnp.arange(B), jnp.arange(P1)[None]
@@ -283,7 +373,11 @@ def _emit(now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple
     count_B = now.count_B + emitted_B
     text_BS = now.text_BS
     if text_BS is not None:
-        slot_BP = jnp.where(live_B[:, None] & (step_1P <= found.count_B[:, None]), now.length_B[:, None] + 1 + step_1P, capacity)
+        slot_BP = jnp.where(
+            live_B[:, None] & (step_1P <= found.count_B[:, None]),
+            now.length_B[:, None] + 1 + step_1P,
+            capacity,
+        )
         text_BS = text_BS.at[row_B[:, None], slot_BP].set(found.token_BP1, mode="drop")
     stopped_B = (stop_BP & (step_1P < emitted_B[:, None])).any(axis=1)
     return now._replace(
@@ -295,7 +389,9 @@ def _emit(now: DecodeState, found: Accepted, finite_B: jax.Array, eos_ids: tuple
         done_B=now.done_B | ~finite_B | stopped_B | (count_B >= now.limit_B),
         broken_B=now.broken_B | (~now.done_B & ~finite_B),
         rounds_B=now.rounds_B + live_B,
-        accepted_BS=now.accepted_BS.at[row_B, round_B].set(jnp.minimum(found.count_B, emitted_B), mode="drop"),
+        accepted_BS=now.accepted_BS.at[row_B, round_B].set(
+            jnp.minimum(found.count_B, emitted_B), mode="drop"
+        ),
     )
 
 

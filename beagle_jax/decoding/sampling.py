@@ -33,7 +33,9 @@ class Sampling(NamedTuple):
     def check(self) -> "Sampling":
         """Itself. Raises UserError for values that mean nothing."""
         if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}; expected 0 (greedy) or a number of at least {COLDEST}")
+            raise UserError(
+                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at least {COLDEST}"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or how many to keep")
         if not 0 < self.top_p <= 1:
@@ -98,4 +100,6 @@ def choose_from_top(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) ->
 
 def is_stop(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     """Elementwise: does this token end an answer?"""
-    return (token[..., None] == jnp.expand_dims(jnp.asarray(eos_ids, jnp.int32), range(token.ndim))).any(axis=-1)
+    return (
+        token[..., None] == jnp.expand_dims(jnp.asarray(eos_ids, jnp.int32), range(token.ndim))
+    ).any(axis=-1)

@@ -11,7 +11,9 @@ _INCOMPLETE = "\ufffd"
 class TextStream:
     """Turns token runs into text; holds back a tail that may still change or turn out to be a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str] = ()):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str] = ()
+    ):
         """stop: the text ends before the first of these strings, wherever it begins in a token or a round."""
         self._tokenizer, self._eos_ids, self._stop = tokenizer, set(eos_ids), tuple(stop)
         self._tokens: list[int] = []
@@ -41,18 +43,26 @@ class TextStream:
 
     def _grow(self, run: list[int]) -> None:
         self._tokens += run
-        self._text = self._tokenizer.decode([token for token in self._tokens if token not in self._eos_ids])
+        self._text = self._tokenizer.decode(
+            [token for token in self._tokens if token not in self._eos_ids]
+        )
         found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
         if found:
             self.tokens_at_stop = len(self._tokens)
             self._text = self._text[: min(found)]
             self._shown = max(self._shown, len(self._text))
             return
-        safe = len(self._text.rstrip(_INCOMPLETE)) if self._text.endswith(_INCOMPLETE) else len(self._text)
+        safe = (
+            len(self._text.rstrip(_INCOMPLETE))
+            if self._text.endswith(_INCOMPLETE)
+            else len(self._text)
+        )
         self._shown = max(self._shown, min(safe, len(self._text) - self._may_begin_a_stop()))
 
     def _may_begin_a_stop(self) -> int:
         """Length of the longest tail that is the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         tails = (length for length in range(min(longest, len(self._text)), 0, -1))
-        return next((n for n in tails if any(stop.startswith(self._text[-n:]) for stop in self._stop)), 0)
+        return next(
+            (n for n in tails if any(stop.startswith(self._text[-n:]) for stop in self._stop)), 0
+        )

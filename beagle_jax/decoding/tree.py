@@ -48,7 +48,11 @@ class StaticTree:
     def __str__(self) -> str:
         if not self.depth:
             return "no draft"
-        return f"chain of {self.depth}" if self.size == self.depth + 1 else f"static tree, {self.depth} levels, {self.size} nodes"
+        return (
+            f"chain of {self.depth}"
+            if self.size == self.depth + 1
+            else f"static tree, {self.depth} levels, {self.size} nodes"
+        )
 
     @property
     def size(self) -> int:
@@ -84,7 +88,10 @@ class StaticTree:
     def _queries(self) -> list[np.ndarray]:
         """Per level, the nodes that have children."""
         inner = set(self.parent_W[1:].tolist())
-        return [np.array([node for node in np.flatnonzero(self.depth_W == level) if node in inner]) for level in range(self.depth)]
+        return [
+            np.array([node for node in np.flatnonzero(self.depth_W == level) if node in inner])
+            for level in range(self.depth)
+        ]
 
     def kept_children(self, level: int) -> int:
         """Best children that each query of a level (0: the root's) keeps as candidates."""
@@ -92,12 +99,26 @@ class StaticTree:
 
     def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
         """Which of a level's candidates are the next level's queries: indices [B, T] in (query, rank) order."""
-        return jnp.broadcast_to(self._places(level, self._queries[level + 1])[None], (score_BC.shape[0], len(self._queries[level + 1])))
+        return jnp.broadcast_to(
+            self._places(level, self._queries[level + 1])[None],
+            (score_BC.shape[0], len(self._queries[level + 1])),
+        )
 
     def chosen(self, score_BN: jax.Array) -> jax.Array:
         """Which of all candidates, level after level, become nodes 1.. of the tree: ascending indices [B, W - 1]."""
-        start = np.cumsum([0, *(len(self._queries[level]) * self.kept_children(level) for level in range(self.depth))])
-        below = [start[level] + self._places(level, np.flatnonzero(self.depth_W == level + 1)) for level in range(self.depth)]
+        start = np.cumsum(
+            [
+                0,
+                *(
+                    len(self._queries[level]) * self.kept_children(level)
+                    for level in range(self.depth)
+                ),
+            ]
+        )
+        below = [
+            start[level] + self._places(level, np.flatnonzero(self.depth_W == level + 1))
+            for level in range(self.depth)
+        ]
         return jnp.broadcast_to(np.concatenate(below)[None], (score_BN.shape[0], self.size - 1))
 
     def _places(self, level: int, nodes: np.ndarray) -> np.ndarray:
@@ -164,9 +185,13 @@ def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
         raise UserError(f"decode.paths: {list(map(list, paths))} has a repeated or an empty path")
     for path in sorted(known):
         if any(rank < 0 for rank in path):
-            raise UserError(f"decode.paths: {list(path)} has a negative rank; ranks count from 0, the best")
+            raise UserError(
+                f"decode.paths: {list(path)} has a negative rank; ranks count from 0, the best"
+            )
         if len(path) > 1 and path[:-1] not in known:
-            raise UserError(f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is not in the list")
+            raise UserError(
+                f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is not in the list"
+            )
     return StaticTree(tuple(sorted(known, key=lambda path: (len(path), path))))
 
 
@@ -178,7 +203,9 @@ def candidates(levels: int, topk: int) -> int:
 def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
     """EAGLE-2's tree. Raises UserError for sizes that cannot be filled."""
     if levels < 1 or topk < 1:
-        raise UserError(f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both must be at least 1")
+        raise UserError(
+            f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both must be at least 1"
+        )
     most = candidates(levels, topk) + 1
     if not 2 <= nodes <= most:
         raise UserError(

@@ -68,7 +68,9 @@ class Tuning:
 
     verify_ms: dict[int, float]  # by rows
     draft_ms: dict[tuple[int, int], float]  # by (levels, topk)
-    rank_share: np.ndarray  # [depth, rank]: share of places, right so far, whose right token has this rank
+    rank_share: (
+        np.ndarray
+    )  # [depth, rank]: share of places, right so far, whose right token has this rank
     places: int  # how many places of text were looked at
     choices: list[Choice]  # best first
 
@@ -83,13 +85,21 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
     read = [_read(target, draft, models, *text) for text in texts if len(_places(*text))]
     if not read:
-        raise UserError(f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the first {_CAPACITY} of its text, so there is "
-                        "nothing to measure acceptance on; raise eval.max_new_tokens or --prompts, or set other eval.suites")
-    verify_ms = {rows: milliseconds(verifying(target, rows)) for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")}
+        raise UserError(
+            f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the first {_CAPACITY} of its text, so there is "
+            "nothing to measure acceptance on; raise eval.max_new_tokens or --prompts, or set other eval.suites"
+        )
+    verify_ms = {
+        rows: milliseconds(verifying(target, rows))
+        for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")
+    }
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
-        one, many = (milliseconds(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4))
+        one, many = (
+            milliseconds(drafting(target, draft, models, small_tree(levels, topk)))
+            for levels in (1, 4)
+        )
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(draft, models, topk, *text) for text in read]
@@ -107,7 +117,9 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
         for nodes in verify_ms:
             if 2 <= nodes <= candidates(levels, topk) + 1:
                 accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
-                found.append(Choice(levels, topk, nodes, 1 + float(accepted), drafting_ms + verify_ms[nodes]))
+                found.append(
+                    Choice(levels, topk, nodes, 1 + float(accepted), drafting_ms + verify_ms[nodes])
+                )
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
 
@@ -128,7 +140,9 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     B, W = token_BW.shape
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
-    read = lambda _, token_BW: best_tokens(params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0])[0]
+    read = lambda _, token_BW: best_tokens(
+        params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0]
+    )[0]
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
@@ -142,7 +156,17 @@ def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
 @partial(jax.jit, static_argnames=("spec", "tree"))
 def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
     """The tree below each root; nothing of it is left out."""
-    drafted = draft_tree(models.draft, spec, tree, models.target["embed_VD"], models.draft_head, cache, length_B, root_B, last_B1D)
+    drafted = draft_tree(
+        models.draft,
+        spec,
+        tree,
+        models.target["embed_VD"],
+        models.draft_head,
+        cache,
+        length_B,
+        root_B,
+        last_B1D,
+    )
     nodes = drafted.nodes
     return nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW
 
@@ -175,8 +199,12 @@ def _read_text(models: Models, target_spec, spec, text_BL) -> tuple[KVRows, jax.
     """The draft's cache rows of a text, and the target's states [B, L, D]."""
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-    states_BLD = forward(models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))[0]
-    return draft_rows(models, spec, states_BLD, jnp.roll(text_BL, -1, axis=1), positions_BL), states_BLD
+    states_BLD = forward(
+        models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L)
+    )[0]
+    return draft_rows(
+        models, spec, states_BLD, jnp.roll(text_BL, -1, axis=1), positions_BL
+    ), states_BLD
 
 
 def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]):
@@ -194,13 +222,31 @@ def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
     return np.arange(len(prompt), min(len(prompt) + len(answer), _CAPACITY) - max(LEVELS))
 
 
-def _widest_trees(draft: Draft, models: Models, topk: int, rows: KVRows, states_BLD: jax.Array, padded_BL: np.ndarray, roots: np.ndarray):
+def _widest_trees(
+    draft: Draft,
+    models: Models,
+    topk: int,
+    rows: KVRows,
+    states_BLD: jax.Array,
+    padded_BL: np.ndarray,
+    roots: np.ndarray,
+):
     """token, parent, depth, score [places, W] of the full tree at each root of a text, and what really follows."""
     grown = []
     for start in range(0, len(roots), _BATCH):
-        here = np.resize(roots[start : start + _BATCH], _BATCH)  # the last batch repeats places; they are cut off below
+        here = np.resize(
+            roots[start : start + _BATCH], _BATCH
+        )  # the last batch repeats places; they are cut off below
         last_B1D = states_BLD[0, here - 1][:, None]
-        out = _grow(models, draft.spec, _full_tree(max(LEVELS), topk), rows, jnp.asarray(here), padded_BL[0, here], last_B1D)
+        out = _grow(
+            models,
+            draft.spec,
+            _full_tree(max(LEVELS), topk),
+            rows,
+            jnp.asarray(here),
+            padded_BL[0, here],
+            last_B1D,
+        )
         grown.append([np.asarray(x) for x in out])
     follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
     return *(np.concatenate(each)[: len(roots)] for each in zip(*grown)), follows
@@ -211,13 +257,19 @@ def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
     places = np.arange(len(token_MW))
     path, above = np.full(follows_MP.shape, -1), np.zeros(len(token_MW), int)
     for depth in range(follows_MP.shape[1]):
-        fits_MW = (token_MW == follows_MP[:, depth, None]) & (parent_MW == above[:, None]) & (depth_MW == depth + 1)
+        fits_MW = (
+            (token_MW == follows_MP[:, depth, None])
+            & (parent_MW == above[:, None])
+            & (depth_MW == depth + 1)
+        )
         above = np.where((above >= 0) & fits_MW.any(axis=1), fits_MW.argmax(axis=1), -1)
         path[places, depth] = above
     return path
 
 
-def _order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels: int) -> np.ndarray:
+def _order_of_right_path(
+    token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels: int
+) -> np.ndarray:
     """How many candidates of a tree of this many levels come before the right one at each depth [M, levels].
 
     Candidates that are not there come after all others.
@@ -226,7 +278,9 @@ def _order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, le
     candidate_MW = (depth_MW >= 1) & (depth_MW <= levels)
     score_MP = np.take_along_axis(score_MW, np.maximum(path_MP, 0), axis=1)
     node_W = np.arange(token_MW.shape[1])
-    before = (score_MW[:, None] > score_MP[..., None]) | ((score_MW[:, None] == score_MP[..., None]) & (node_W < path_MP[..., None]))
+    before = (score_MW[:, None] > score_MP[..., None]) | (
+        (score_MW[:, None] == score_MP[..., None]) & (node_W < path_MP[..., None])
+    )
     return np.where(path_MP >= 0, (before & candidate_MW[:, None]).sum(axis=-1), token_MW.shape[1])
 
 
@@ -237,8 +291,14 @@ def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarr
     above = np.zeros(len(token_MW), int)
     for depth, node in enumerate(path_MP.T):
         # Only where the parent was continued can there be children at all.
-        reached = (above >= 0) & ((parent_MW == above[:, None]) & (depth_MW == depth + 1)).any(axis=1)
-        siblings = (parent_MW == above[:, None]) & (depth_MW == depth + 1) & (np.arange(token_MW.shape[1]) < node[:, None])
+        reached = (above >= 0) & ((parent_MW == above[:, None]) & (depth_MW == depth + 1)).any(
+            axis=1
+        )
+        siblings = (
+            (parent_MW == above[:, None])
+            & (depth_MW == depth + 1)
+            & (np.arange(token_MW.shape[1]) < node[:, None])
+        )
         ranks = siblings.sum(axis=1)[reached & (node >= 0)]
         share[depth] = np.bincount(ranks, minlength=topk)[:topk] / max(reached.sum(), 1)
         above = node
@@ -252,8 +312,11 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
         return Lookup(config.decode.ngram)
     draft = load_draft(path, target.spec)
     if told := other_target(draft, target.source):
-        print(f"warning: {path}: this draft belongs to another target ({told}, and target.source is {target.source}): the text stays right, but "
-              "few drafts will be", file=sys.stderr)
+        print(
+            f"warning: {path}: this draft belongs to another target ({told}, and target.source is {target.source}): the text stays right, but "
+            "few drafts will be",
+            file=sys.stderr,
+        )
     return draft
 
 
@@ -268,7 +331,9 @@ def draft_path(config: Config) -> str:
     return config.draft.path or f"{config.train.folder}/draft"
 
 
-def decoder_of(config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None) -> SpeculativeDecoder:
+def decoder_of(
+    config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None
+) -> SpeculativeDecoder:
     """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here.
 
     Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the target the same.
@@ -281,11 +346,18 @@ def decoder_of(config: Config, target: Target, draft: Draft | Lookup, *, context
     else:
         tree = tree_of(decode)
     return SpeculativeDecoder(
-        target, draft, tree, context=context, append_predicted=decode.append_predicted, rule=decode.rule
+        target,
+        draft,
+        tree,
+        context=context,
+        append_predicted=decode.append_predicted,
+        rule=decode.rule,
     )
 
 
-def answers_for_tuning(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
+def answers_for_tuning(
+    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[tuple[list[int], list[int]]]:
     """The target's own greedy answers, written as one batch."""
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=max_new_tokens)
     return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers)]
@@ -300,13 +372,20 @@ def machine() -> str:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
     """Where the tree for this machine, target and draft is remembered."""
-    quantised = "" if target.quantised is None else f" {target.quantised.kind} {target.quantised.group}"
-    digest = hashlib.sha256(f"{machine()}|{target.source}|{target.dtype}{quantised}|{draft.fingerprint}".encode())
+    quantised = (
+        "" if target.quantised is None else f" {target.quantised.kind} {target.quantised.group}"
+    )
+    digest = hashlib.sha256(
+        f"{machine()}|{target.source}|{target.dtype}{quantised}|{draft.fingerprint}".encode()
+    )
     return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
 
 

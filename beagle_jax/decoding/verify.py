@@ -24,7 +24,11 @@ def accept_matching(nodes: Nodes, wanted_BW: jax.Array, depth: int) -> Accepted:
     differ in their tokens, so at most one path matches and the deepest accepted node is unique. With drawn choices this
     is EAGLE-2's rule: a child is accepted with the target's probability of its token.
     """
-    matches_BW = (nodes.token_BW == jnp.take_along_axis(wanted_BW, nodes.parent_BW, axis=1)).at[:, 0].set(True)
+    matches_BW = (
+        (nodes.token_BW == jnp.take_along_axis(wanted_BW, nodes.parent_BW, axis=1))
+        .at[:, 0]
+        .set(True)
+    )
     accepted_BW = (matches_BW[:, None, :] | ~nodes.above_BWW).all(axis=-1)
     last_B = jnp.argmax(jnp.where(accepted_BW, nodes.depth_BW, -1), axis=-1)
     count_B = jnp.take_along_axis(nodes.depth_BW, last_B[:, None], axis=1)[:, 0]
@@ -32,11 +36,15 @@ def accept_matching(nodes: Nodes, wanted_BW: jax.Array, depth: int) -> Accepted:
     return _accepted(nodes, last_B, count_B, bonus_B, depth)
 
 
-def _accepted(nodes: Nodes, last_B: jax.Array, count_B: jax.Array, bonus_B: jax.Array, depth: int) -> Accepted:
+def _accepted(
+    nodes: Nodes, last_B: jax.Array, count_B: jax.Array, bonus_B: jax.Array, depth: int
+) -> Accepted:
     above_BW = jnp.take_along_axis(nodes.above_BWW, last_B[:, None, None], axis=1)[:, 0]
     step_1P = jnp.arange(depth + 1)[None]
     at_depth_BPW = above_BW[:, None] & (nodes.depth_BW[:, None] == step_1P[..., None])
-    path_BP1 = jnp.where(step_1P <= count_B[:, None], jnp.argmax(at_depth_BPW, axis=-1), last_B[:, None])
+    path_BP1 = jnp.where(
+        step_1P <= count_B[:, None], jnp.argmax(at_depth_BPW, axis=-1), last_B[:, None]
+    )
     drafted_BP = jnp.take_along_axis(nodes.token_BW, path_BP1[:, 1:], axis=1)
     token_BP1 = jnp.pad(drafted_BP, ((0, 0), (0, 1)))
     token_BP1 = jnp.where(step_1P == count_B[:, None], bonus_B[:, None], token_BP1)
@@ -44,7 +52,11 @@ def _accepted(nodes: Nodes, last_B: jax.Array, count_B: jax.Array, bonus_B: jax.
 
 
 def accept_by_ratio(
-    nodes: Nodes, target_BWV: jax.Array, draft_BPV: jax.Array, uniform_BP: jax.Array, noise_BWV: jax.Array
+    nodes: Nodes,
+    target_BWV: jax.Array,
+    draft_BPV: jax.Array,
+    uniform_BP: jax.Array,
+    noise_BWV: jax.Array,
 ) -> Accepted:
     """Leviathan's rule for a chain whose tokens were drawn from the draft: accept with min(1, p / q).
 
@@ -54,7 +66,9 @@ def accept_by_ratio(
     """
     P = draft_BPV.shape[1]
     p_BWV, q_BPV = jax.nn.softmax(target_BWV, axis=-1), jax.nn.softmax(draft_BPV, axis=-1)
-    of_token = lambda x_BPV: jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[..., 0]
+    of_token = lambda x_BPV: jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[
+        ..., 0
+    ]
     # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is exactly 0.
     kept_BP = uniform_BP * of_token(q_BPV) < of_token(p_BWV[:, :P])
     count_B = jnp.cumprod(kept_BP, axis=1).sum(axis=1)

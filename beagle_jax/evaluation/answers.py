@@ -24,7 +24,9 @@ class Case:
     suite: str
     number: int  # of the prompt in its suite, from 0
     category: str
-    turns: tuple[dict[str, Asked], ...]  # of each turn, what each way of decoding was asked and wrote
+    turns: tuple[
+        dict[str, Asked], ...
+    ]  # of each turn, what each way of decoding was asked and wrote
 
 
 class AnswerLog:
@@ -47,24 +49,45 @@ class AnswerLog:
             begun, *cases = map(json.loads, whole.splitlines())
             self.cases = {(record["suite"], record["number"]): _case(record) for record in cases}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not the answers of an evaluation ({error}); remove it to begin anew") from error
+            raise UserError(
+                f"{path}: not the answers of an evaluation ({error}); remove it to begin anew"
+            ) from error
         if begun != settings:
-            raise UserError(f"{path}: was begun with other settings ({'; '.join(_differences(begun, settings))}); "
-                            "give another --out, or remove the file to begin anew")
+            raise UserError(
+                f"{path}: was begun with other settings ({'; '.join(_differences(begun, settings))}); "
+                "give another --out, or remove the file to begin anew"
+            )
         if whole != text:
             write_text(path, whole)
 
     def add(self, case: Case) -> None:
         """Appends a case."""
         self.cases[case.suite, case.number] = case
-        turns = [{name: {"prompt": asked.prompt, "answer": asdict(asked.answer)} for name, asked in turn.items()} for turn in case.turns]
-        record = {"suite": case.suite, "number": case.number, "category": case.category, "turns": turns}
+        turns = [
+            {
+                name: {"prompt": asked.prompt, "answer": asdict(asked.answer)}
+                for name, asked in turn.items()
+            }
+            for turn in case.turns
+        ]
+        record = {
+            "suite": case.suite,
+            "number": case.number,
+            "category": case.category,
+            "turns": turns,
+        }
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
 
 def _case(record: dict[str, Any]) -> Case:
-    turns = tuple({name: Asked(asked["prompt"], Generation(**asked["answer"])) for name, asked in turn.items()} for turn in record["turns"])
+    turns = tuple(
+        {
+            name: Asked(asked["prompt"], Generation(**asked["answer"]))
+            for name, asked in turn.items()
+        }
+        for turn in record["turns"]
+    )
     return Case(record["suite"], record["number"], record["category"], turns)
 
 
@@ -72,5 +95,9 @@ def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     """Settings that differ, by their dotted names."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(there.keys() | here.keys())
-        return [line for key in keys for line in _differences(there.get(key), here.get(key), f"{prefix}.{key}".lstrip("."))]
+        return [
+            line
+            for key in keys
+            for line in _differences(there.get(key), here.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
     return [] if there == here else [f"{prefix} {there!r} there, {here!r} here"]

@@ -17,7 +17,12 @@ from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.evaluation.answers import Asked
-from beagle_jax.evaluation.chance import allowed_distance, distance_from_uniform, logit_noise, score_noise
+from beagle_jax.evaluation.chance import (
+    allowed_distance,
+    distance_from_uniform,
+    logit_noise,
+    score_noise,
+)
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement
 from beagle_jax.evaluation.pages import change
@@ -47,26 +52,41 @@ class _Text(NamedTuple):
 
 
 def audit(
-    target: Target, drafts: dict[str, Draft | Lookup], bench: Bench, measured: Measured, *, append_predicted: bool, rule: str
+    target: Target,
+    drafts: dict[str, Draft | Lookup],
+    bench: Bench,
+    measured: Measured,
+    *,
+    append_predicted: bool,
+    rule: str,
 ) -> dict[str, Any]:
     """The report's `audit` (its fields: report.schema.json). drafts: by system; plain decoding has none."""
     texts = {name: _texts(name, measured) for name in bench.decoders}
     told = [[*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))]
     noise = logit_noise(target, sorted(told, key=len)[-_NOISE_TEXTS:])
     # At each place the token that was chosen is held against any other that it may have been instead.
-    reach = noise.reach(target.spec.vocab_size * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values()))
+    reach = noise.reach(
+        target.spec.vocab_size
+        * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values())
+    )
     checks, divergences = [], []
     for name in tqdm(bench.decoders, desc="audit", unit="system"):
         if name in drafts:
             explained = reach if bench.sampling.greedy else None
-            parted = [one for text in texts[name] if (one := _divergence(target, name, text, explained)) is not None]
+            parted = [
+                one
+                for text in texts[name]
+                if (one := _divergence(target, name, text, explained)) is not None
+            ]
             checks.append(_equality(name, texts[name], parted, target, bench.sampling, rule))
             divergences += parted
         if bench.sampling.greedy:
             checks.append(_largest_logit(target, name, texts[name], reach))
         checks.append(_draws(target, name, texts[name], bench, reach))
         if name in drafts and rule == "match":
-            checks.append(_acceptance(target, drafts[name], name, texts[name], bench, append_predicted))
+            checks.append(
+                _acceptance(target, drafts[name], name, texts[name], bench, append_predicted)
+            )
     return {
         "passed": all(check.passed for check in checks),
         "noise": round(noise.largest, 6),
@@ -78,13 +98,19 @@ def audit(
 
 def _texts(name: str, measured: Measured) -> list[_Text]:
     return [
-        _Text({"suite": case.suite, "number": case.number, "turn": number}, turn[name], next(iter(turn.values())))
+        _Text(
+            {"suite": case.suite, "number": case.number, "turn": number},
+            turn[name],
+            next(iter(turn.values())),
+        )
         for case in measured.cases
         for number, turn in enumerate(case.turns)
     ]
 
 
-def _divergence(target: Target, name: str, text: _Text, reach: float | None) -> dict[str, Any] | None:
+def _divergence(
+    target: Target, name: str, text: _Text, reach: float | None
+) -> dict[str, Any] | None:
     """Where an answer first differs from plain decoding's; None where it does not, or where the prompts already did.
 
     reach: None for draws, which logits alone do not decide.
@@ -92,13 +118,19 @@ def _divergence(target: Target, name: str, text: _Text, reach: float | None) -> 
     mine, theirs = text.asked.answer.tokens, text.plain.answer.tokens
     if mine == theirs or text.asked.prompt != text.plain.prompt:
         return None
-    place = next((n for n, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+    place = next(
+        (n for n, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs))
+    )
     before = [*text.asked.prompt, *mine[:place]]
     logits_V = forced_logits(target, forced_states(target, before), len(before) - 1, len(before))[0]
     ours, plain = (tokens[place] if place < len(tokens) else None for tokens in (mine, theirs))
     second, first = np.partition(logits_V, -2)[-2:]
     # An answer that ends where the other goes on is no matter of rounding, nor is a token that is far from the best.
-    gap = float("inf") if ours is None or plain is None else max(first - logits_V[ours], first - logits_V[plain])
+    gap = (
+        float("inf")
+        if ours is None or plain is None
+        else max(first - logits_V[ours], first - logits_V[plain])
+    )
     gap = float(min(gap, np.finfo(np.float32).max))
     return {
         "system": name, **text.where, "place": place, "plain": plain, "system_token": ours, "gap": gap,
@@ -106,7 +138,9 @@ def _divergence(target: Target, name: str, text: _Text, reach: float | None) -> 
     }  # fmt: skip
 
 
-def _equality(name: str, texts: list[_Text], parted: list[dict], target: Target, sampling: Sampling, rule: str) -> Check:
+def _equality(
+    name: str, texts: list[_Text], parted: list[dict], target: Target, sampling: Sampling, rule: str
+) -> Check:
     """float32: no difference. Less precise: every first difference is a near tie; draws have no such measure."""
     same = sum(text.asked.answer.tokens == text.plain.answer.tokens for text in texts)
     beyond = sum(one["within_noise"] is False for one in parted)
@@ -115,7 +149,11 @@ def _equality(name: str, texts: list[_Text], parted: list[dict], target: Target,
     passed = not parted if str(target.dtype) == "float32" else not beyond
     if rule == "ratio":  # other draws than plain decoding's, of the same distribution
         passed, gaps = True, "; the ratio rule draws other tokens"
-    return Check(f"{name}: the tokens of plain decoding", passed, f"{same} of {len(texts)} answers are the same{gaps}")
+    return Check(
+        f"{name}: the tokens of plain decoding",
+        passed,
+        f"{same} of {len(texts)} answers are the same{gaps}",
+    )
 
 
 def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) -> Check:
@@ -124,12 +162,18 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
     for text in texts:
         logits_TV, tokens = _next_logits(target, text.asked.prompt, text.asked.answer)
         gap_T = logits_TV.max(axis=1) - np.take_along_axis(logits_TV, tokens[:, None], axis=1)[:, 0]
-        worst, count, others = max(worst, float(gap_T.max())), count + len(tokens), others + int((gap_T > 0).sum())
+        worst, count, others = (
+            max(worst, float(gap_T.max())),
+            count + len(tokens),
+            others + int((gap_T > 0).sum()),
+        )
     found = f"{others} of {count} tokens are not the largest when read at once, by up to {worst:.3g} (noise explains {reach:.3g})"
     return Check(f"{name}: the target's own greedy choice", worst <= reach, found)
 
 
-def _next_logits(target: Target, prompt: Sequence[int], answer: Generation) -> tuple[np.ndarray, np.ndarray]:
+def _next_logits(
+    target: Target, prompt: Sequence[int], answer: Generation
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits that each token of an answer was chosen from [T, V], and the tokens [T]."""
     text = [*prompt, *answer.tokens]
     states_LD = forced_states(target, text)
@@ -146,7 +190,9 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     sampling, asked = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
-        draw = lambda prompt, seed: bench.decoders[name].generate([prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed)[0]
+        draw = lambda prompt, seed: bench.decoders[name].generate(
+            [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
+        )[0]
         asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
     rng, places, outside = np.random.default_rng(0), [], 0
     for one in asked:
@@ -157,22 +203,36 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
         # Equally likely tokens share their part of the sum.
         tied_T = np.where(p_TV == own_T1, p_TV, 0).sum(axis=1)
         places.append(before_T + rng.random(len(tokens)) * tied_T)
-        outside += sum(not _inside(logits_TV[place], tokens[place], sampling, reach) for place in np.flatnonzero(own_T1[:, 0] == 0))
+        outside += sum(
+            not _inside(logits_TV[place], tokens[place], sampling, reach)
+            for place in np.flatnonzero(own_T1[:, 0] == 0)
+        )
     place = np.concatenate(places)
     distance, allowed = distance_from_uniform(place), allowed_distance(len(place))
-    found = (f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of {allowed:.4f} allowed, "
-             f"{outside} outside the filter")
-    return Check(f"{name}: draws have the target's distribution", distance <= allowed and not outside, found)
+    found = (
+        f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of {allowed:.4f} allowed, "
+        f"{outside} outside the filter"
+    )
+    return Check(
+        f"{name}: draws have the target's distribution", distance <= allowed and not outside, found
+    )
 
 
 def _inside(logits_V: np.ndarray, token: int, sampling: Sampling, reach: float) -> bool:
     """Whether the filter would keep the token if it, and all that are less likely, had logits larger by what noise explains."""
-    raised_V = logits_V + reach * ((logits_V < logits_V[token]) | (np.arange(len(logits_V)) == token))
+    raised_V = logits_V + reach * (
+        (logits_V < logits_V[token]) | (np.arange(len(logits_V)) == token)
+    )
     return bool(probabilities(raised_V[None], sampling)[0, token] > 0)
 
 
 def _acceptance(
-    target: Target, draft: Draft | Lookup, name: str, texts: list[_Text], bench: Bench, append_predicted: bool
+    target: Target,
+    draft: Draft | Lookup,
+    name: str,
+    texts: list[_Text],
+    bench: Bench,
+    append_predicted: bool,
 ) -> Check:
     """Rounds and accepted drafts recomputed from the tokens, and tau by its definition.
 
@@ -185,38 +245,59 @@ def _acceptance(
     for text in tqdm(texts, desc=f"rounds of {name}", unit="answer", leave=False):
         prompt, answer = text.asked
         states_LD = forced_states(target, [*prompt, *answer.tokens])
-        again = partial(replayed, target, draft, tree, prompt, answer.tokens, states_LD, append_predicted)
+        again = partial(
+            replayed, target, draft, tree, prompt, answer.tokens, states_LD, append_predicted
+        )
         accepted = again()
         rounds, written = rounds + len(accepted), written + len(answer.tokens) - 1
-        if (len(accepted), np.bincount(accepted, minlength=tree.depth + 1).tolist()) == (answer.rounds, answer.accepted):
+        if (len(accepted), np.bincount(accepted, minlength=tree.depth + 1).tolist()) == (
+            answer.rounds,
+            answer.accepted,
+        ):
             continue
         differing += 1
         sides = [accepted, again(-reach), again(reach)]
         unexplained += all(side == accepted for side in sides)
         tied.append((min(map(len, sides)), answer.rounds, max(map(len, sides))))
     fewest, had, most = np.sum(tied, axis=0).tolist()
-    told, answers = Measurement(name, "", [[text.asked.answer] for text in texts]).tau, [text.asked.answer for text in texts]
+    told, answers = (
+        Measurement(name, "", [[text.asked.answer] for text in texts]).tau,
+        [text.asked.answer for text in texts],
+    )
     exact = abs(told * sum(answer.rounds for answer in answers) - written) < 1e-6
-    found = (f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; {differing} of {len(texts)} answers have "
-             f"other rounds, {unexplained} of them without a near tie")
+    found = (
+        f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; {differing} of {len(texts)} answers have "
+        f"other rounds, {unexplained} of them without a near tie"
+    )
     found += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
     passed = exact and not unexplained and fewest <= had <= most
     return Check(f"{name}: acceptance recomputed from the tokens", passed, found)
 
 
-def _score_reach(target: Target, draft: Draft | Lookup, tree: Tree, texts: list[_Text], append_predicted: bool) -> float:
+def _score_reach(
+    target: Target, draft: Draft | Lookup, tree: Tree, texts: list[_Text], append_predicted: bool
+) -> float:
     """How far apart noise may put two scores of a draft: of every node that was drafted, and any token in its place."""
     if isinstance(draft, Lookup):
         return 0.0
-    asked = max((text.asked for text in texts), key=lambda one: len(one.prompt) + len(one.answer.tokens))
-    noise = score_noise(target, draft, tree, [*asked.prompt, *asked.answer.tokens], append_predicted)
-    return noise.reach(target.spec.vocab_size * tree.size * sum(text.asked.answer.rounds for text in texts))
+    asked = max(
+        (text.asked for text in texts), key=lambda one: len(one.prompt) + len(one.answer.tokens)
+    )
+    noise = score_noise(
+        target, draft, tree, [*asked.prompt, *asked.answer.tokens], append_predicted
+    )
+    return noise.reach(
+        target.spec.vocab_size * tree.size * sum(text.asked.answer.rounds for text in texts)
+    )
 
 
 def lines(made: dict[str, Any]) -> list[str]:
     """What the terminal shows."""
     width = max(len(check["name"]) for check in made["checks"])
-    shown = [f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}" for check in made["checks"]]
+    shown = [
+        f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}"
+        for check in made["checks"]
+    ]
     for one in made["divergences"]:
         shown.append(f"        {one['system']}: {one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}: "
                      f"{change(one)}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"

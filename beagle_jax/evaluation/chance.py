@@ -40,7 +40,10 @@ class Noise(NamedTuple):
 
 def noise_of(differences_TV: np.ndarray) -> Noise:
     """Of T places; V differences at each."""
-    return Noise(float(np.abs(differences_TV).max()), float(differences_TV.astype(np.float64).std(axis=1).max()))
+    return Noise(
+        float(np.abs(differences_TV).max()),
+        float(differences_TV.astype(np.float64).std(axis=1).max()),
+    )
 
 
 def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
@@ -49,11 +52,15 @@ def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
     for tokens in texts:
         _, logits_TV = one_by_one(target, tokens, _PLACES)
         first = len(tokens) - len(logits_TV)
-        found.append(logits_TV - forced_logits(target, forced_states(target, tokens), first, len(tokens)))
+        found.append(
+            logits_TV - forced_logits(target, forced_states(target, tokens), first, len(tokens))
+        )
     return noise_of(np.concatenate(found))
 
 
-def score_noise(target: Target, draft: Draft, tree: Tree, tokens: Sequence[int], append_predicted: bool) -> Noise:
+def score_noise(
+    target: Target, draft: Draft, tree: Tree, tokens: Sequence[int], append_predicted: bool
+) -> Noise:
     """Of a draft's log-probabilities along a text, at all its levels.
 
     One way reads the states of the text read at once; the other those of its tokens read one by one, for several copies of the
@@ -65,7 +72,9 @@ def score_noise(target: Target, draft: Draft, tree: Tree, tokens: Sequence[int],
     either = (at_once_LD, at_once_LD.at[first : len(tokens)].set(alone_TD))
     found = []
     for root in np.unique(np.linspace(first + 1, len(tokens) - 1, _ROOTS).astype(int)).tolist():
-        growers = [Grower(target, draft, tokens, states_LD, root, append_predicted) for states_LD in either]
+        growers = [
+            Grower(target, draft, tokens, states_LD, root, append_predicted) for states_LD in either
+        ]
         for depth in range(min(tree.depth, len(tokens) - root)):
             path = tuple(tokens[root + 1 : root + 1 + depth])
             found.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
@@ -75,7 +84,12 @@ def score_noise(target: Target, draft: Draft, tree: Tree, tokens: Sequence[int],
 def distance_from_uniform(places: np.ndarray) -> float:
     """Largest difference between the distribution of numbers in 0..1 and the uniform one (Kolmogorov and Smirnov)."""
     sorted_N, count = np.sort(places), len(places)
-    return float(max(np.max(np.arange(1, count + 1) / count - sorted_N), np.max(sorted_N - np.arange(count) / count)))
+    return float(
+        max(
+            np.max(np.arange(1, count + 1) / count - sorted_N),
+            np.max(sorted_N - np.arange(count) / count),
+        )
+    )
 
 
 def allowed_distance(count: int, rate: float = FALSE_ALARMS) -> float:

@@ -40,7 +40,9 @@ def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -
     found = []
     for start in range(first, last, _ROWS):
         rows = np.minimum(np.arange(start, start + _ROWS), last - 1)
-        found.append(np.asarray(_logits(target.params, target.spec, states_LD[rows]))[: last - start])
+        found.append(
+            np.asarray(_logits(target.params, target.spec, states_LD[rows]))[: last - start]
+        )
     return np.concatenate(found)
 
 
@@ -49,8 +51,14 @@ def _step(params, spec, token, length, cache):
     """One token after those in the cache: its state, the logits of the next, and the cache with it."""
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
-    states_B1D, rows = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
-    return states_B1D[0, 0], logits(params, spec, states_B1D)[0, 0], write_all(cache, rows, length_B)
+    states_B1D, rows = forward(
+        params, spec, token[None, None], length_B[None], itself, cache, visible_BS
+    )
+    return (
+        states_B1D[0, 0],
+        logits(params, spec, states_B1D)[0, 0],
+        write_all(cache, rows, length_B),
+    )
 
 
 def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Array, np.ndarray]:
@@ -58,10 +66,14 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
     first, text_1L = max(0, len(tokens) - most), _padded(tokens)
     _, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
     # The cache begins with the rows of all tokens: those from `first` on are not seen until they are written again.
-    cache = write_all(init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32))
+    cache = write_all(
+        init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32)
+    )
     states, found = [], []
     for place in range(first, len(tokens)):
-        state_D, logits_V, cache = _step(target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache)
+        state_D, logits_V, cache = _step(
+            target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache
+        )
         states.append(state_D)
         found.append(np.asarray(logits_V))
     return jnp.stack(states), np.stack(found)

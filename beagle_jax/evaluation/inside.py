@@ -40,11 +40,15 @@ def rounds(
     seed: int = 0,
 ) -> list[Round]:
     """The first rounds of an answer, one by one."""
-    models, shapes, state = decoder.prefilled(prompt, sampling, max_new_tokens=max_new_tokens, seed=seed)
+    models, shapes, state = decoder.prefilled(
+        prompt, sampling, max_new_tokens=max_new_tokens, seed=seed
+    )
     found: list[Round] = []
     while len(found) < most and not state.done_B[0]:
         nodes = _propose(models, shapes, state).nodes
-        token_W, parent_W, depth_W = (np.asarray(x_BW)[0] for x_BW in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW))
+        token_W, parent_W, depth_W = (
+            np.asarray(x_BW)[0] for x_BW in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW)
+        )
         before = int(state.count_B[0])
         state, told = decode(models, shapes, state, np.int32(1))
         written = np.asarray(told.out_BS)[0, before : int(told.count_B[0])].tolist()
@@ -71,21 +75,29 @@ def attention(
         return None
     state, told = decode(models, shapes, state, np.int32(2**31 - 1))
     tokens = [*prompt, *np.asarray(told.out_BS)[0, : int(told.count_B[0])].tolist()]
-    length = min(int(state.length_B[0]), len(tokens) - 1)  # states of the last tokens may not be there
+    length = min(
+        int(state.length_B[0]), len(tokens) - 1
+    )  # states of the last tokens may not be there
     places_1T = jnp.arange(len(prompt), length + 1)[None]
     weights_TS = _weights(models, shapes, state, jnp.asarray(tokens)[None], places_1T)
     return np.asarray(weights_TS)[:, :length], tokens[: length + 1]
 
 
 @partial(jax.jit, static_argnames="shapes")
-def _weights(models: Models, shapes: Shapes, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array) -> jax.Array:
+def _weights(
+    models: Models, shapes: Shapes, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array
+) -> jax.Array:
     spec, L, k_BKHS = shapes.draft, text_1L.shape[1], state.draft_cache.k_BKHS
     block = block_of(spec).bind({"params": models.draft})
-    states_1LD = forward(models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.full(1, L), L))[0]
+    states_1LD = forward(
+        models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.full(1, L), L)
+    )[0]
     e_1TD = embed(models.target["embed_VD"], text_1L[:, places_1T[0]], spec.embed_scale)
     x_1TD = block.fuse(e_1TD, states_1LD[:, places_1T[0] - 1])
     q_BKGTH = block.queries(x_1TD, places_1T - int(spec.fused))
     score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * spec.head_dim**-0.5
     slot_1S = jnp.arange(k_BKHS.shape[3])[None]
     seen_TS = slot_1S < places_1T[0][:, None]
-    return jax.nn.softmax(jnp.where(seen_TS[None, None, None], score_BKGTS.astype(jnp.float32), -jnp.inf), axis=-1)[0].mean(axis=(0, 1))
+    return jax.nn.softmax(
+        jnp.where(seen_TS[None, None, None], score_BKGTS.astype(jnp.float32), -jnp.inf), axis=-1
+    )[0].mean(axis=(0, 1))

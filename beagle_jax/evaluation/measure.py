@@ -25,7 +25,9 @@ class Measurement:
 
     name: str
     tree: str  # what was drafted per round
-    cases: list[list[Generation]] = field(default_factory=list)  # of each prompt, the answers to its turns
+    cases: list[list[Generation]] = field(
+        default_factory=list
+    )  # of each prompt, the answers to its turns
 
     @cached_property
     def generations(self) -> list[Generation]:
@@ -50,12 +52,16 @@ class Measurement:
     @property
     def tokens_per_second(self) -> float:
         """All tokens over all time, prefill included."""
-        return self.tokens / sum(one.prefill_seconds + one.decode_seconds for one in self.generations)
+        return self.tokens / sum(
+            one.prefill_seconds + one.decode_seconds for one in self.generations
+        )
 
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first over the time after the prefill."""
-        return (self.tokens - len(self.generations)) / sum(one.decode_seconds for one in self.generations)
+        return (self.tokens - len(self.generations)) / sum(
+            one.decode_seconds for one in self.generations
+        )
 
     @property
     def accepted(self) -> list[int]:
@@ -66,11 +72,17 @@ class Measurement:
     def step_alpha(self) -> list[float]:
         """Per draft depth: of the rounds that reached it, the share that accepted it."""
         reached = np.cumsum(self.accepted[::-1])[::-1]
-        return [float(reached[depth + 1] / reached[depth]) if reached[depth] else 0.0 for depth in range(len(reached) - 1)]
+        return [
+            float(reached[depth + 1] / reached[depth]) if reached[depth] else 0.0
+            for depth in range(len(reached) - 1)
+        ]
 
     def identical_to(self, other: "Measurement") -> int:
         """Answers whose tokens are the same in both."""
-        return sum(mine.tokens == theirs.tokens for mine, theirs in zip(self.generations, other.generations, strict=True))
+        return sum(
+            mine.tokens == theirs.tokens
+            for mine, theirs in zip(self.generations, other.generations, strict=True)
+        )
 
     @property
     def repeated_4_grams(self) -> float:
@@ -117,23 +129,33 @@ class Bench:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int = 0
-    trained_tokens: dict[str, int] = field(default_factory=dict)  # by system: longest text that its draft was trained on
+    trained_tokens: dict[str, int] = field(
+        default_factory=dict
+    )  # by system: longest text that its draft was trained on
 
 
 class Measured(NamedTuple):
     """All answers, and what it took to get them."""
 
     cases: list[Case]
-    compiles: dict[str, int]  # by system: programs compiled after the warm-up; 0 when every shape was met before
+    compiles: dict[
+        str, int
+    ]  # by system: programs compiled after the warm-up; 0 when every shape was met before
     left_out: dict[str, int]  # by suite: turns that did not fit the context
 
 
-def context_for(suites: Mapping[str, Sequence[Chat]], tokenizer, max_new_tokens: int, most: int) -> int:
+def context_for(
+    suites: Mapping[str, Sequence[Chat]], tokenizer, max_new_tokens: int, most: int
+) -> int:
     """Tokens that prompts and answers will need together: one cache size for all; at most the target's own context.
 
     An answer that is written into a later prompt may take other tokens than it was made of; twice as many are allowed for.
     """
-    longest = max(_longest_prompt(chat, tokenizer, max_new_tokens) for chats in suites.values() for chat in chats)
+    longest = max(
+        _longest_prompt(chat, tokenizer, max_new_tokens)
+        for chats in suites.values()
+        for chat in chats
+    )
     return min(longest + max_new_tokens, most)
 
 
@@ -141,21 +163,30 @@ def _longest_prompt(chat: Chat, tokenizer, max_new_tokens: int) -> int:
     messages = list(chat.messages)
     for text in chat.later:
         messages += _answered(".", text)
-    return len(prompt_tokens(tokenizer, messages, chat.where)) + 2 * max_new_tokens * len(chat.later)
+    return len(prompt_tokens(tokenizer, messages, chat.where)) + 2 * max_new_tokens * len(
+        chat.later
+    )
 
 
 def _answered(answer: str, question: str) -> list[Message]:
     return [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
-def measure(bench: Bench, suites: Mapping[str, Sequence[Chat]], log: AnswerLog | None = None) -> Measured:
+def measure(
+    bench: Bench, suites: Mapping[str, Sequence[Chat]], log: AnswerLog | None = None
+) -> Measured:
     """Every decoder on every prompt, in turn, so that a drifting machine treats all alike.
 
     A later turn is asked after the decoder's own answer to the one before. Each decoder first answers one prompt of every
     padded length, so that compilation is not timed. Cases that the log has are not asked again.
     """
     known = {} if log is None else log.cases
-    waiting = [(name, number, chat) for name, chats in suites.items() for number, chat in enumerate(chats) if (name, number) not in known]
+    waiting = [
+        (name, number, chat)
+        for name, chats in suites.items()
+        for number, chat in enumerate(chats)
+        if (name, number) not in known
+    ]
     lengths = _prompts_to_come(bench, [chat for *_, chat in waiting])
     for decoder in tqdm(bench.decoders.values(), desc="compiling", unit="decoder", leave=False):
         decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
@@ -163,12 +194,19 @@ def measure(bench: Bench, suites: Mapping[str, Sequence[Chat]], log: AnswerLog |
     found, order = dict(known), {name: number for number, name in enumerate(suites)}
     for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
         first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
-        case = found[name, number] = Case(name, number, chat.kind, _turns(bench, chat, counters, first_seed))
+        case = found[name, number] = Case(
+            name, number, chat.kind, _turns(bench, chat, counters, first_seed)
+        )
         if log is not None:
             log.add(case)
     left_out = {name: sum(1 + len(chat.later) - len(found[name, number].turns) for number, chat in enumerate(chats))
                 for name, chats in suites.items()}  # fmt: skip
-    cases = [found[name, number] for name, chats in suites.items() for number in range(len(chats)) if found[name, number].turns]
+    cases = [
+        found[name, number]
+        for name, chats in suites.items()
+        for number in range(len(chats))
+        if found[name, number].turns
+    ]
     return Measured(cases, {name: counter.count for name, counter in counters.items()}, left_out)
 
 
@@ -183,21 +221,33 @@ def _prompts_to_come(bench: Bench, chats: Sequence[Chat]) -> list[list[int]]:
     return [[0] * length for length in sorted(set(found))]
 
 
-def _turns(bench: Bench, chat: Chat, counters: dict[str, CompileCounter], seed: int) -> tuple[dict[str, Asked], ...]:
+def _turns(
+    bench: Bench, chat: Chat, counters: dict[str, CompileCounter], seed: int
+) -> tuple[dict[str, Asked], ...]:
     """All turns of a chat; those that do not fit the context are left out."""
     histories = {name: list(chat.messages) for name in bench.decoders}
     turns: list[dict[str, Asked]] = []
     for question in (None, *chat.later):
         if question is not None:
             for name, asked in turns[-1].items():
-                histories[name] += _answered(asked.answer.text or ".", question)  # templates refuse an empty answer
-        prompts = {name: prompt_tokens(bench.tokenizer, history, chat.where) for name, history in histories.items()}
+                histories[name] += _answered(
+                    asked.answer.text or ".", question
+                )  # templates refuse an empty answer
+        prompts = {
+            name: prompt_tokens(bench.tokenizer, history, chat.where)
+            for name, history in histories.items()
+        }
         if max(map(len, prompts.values())) + bench.max_new_tokens > bench.context:
             break
         turn = {}
         for name, decoder in bench.decoders.items():
             with counters[name]:
-                [answer] = decoder.generate([prompts[name]], bench.sampling, max_new_tokens=bench.max_new_tokens, seed=seed + len(turns))
+                [answer] = decoder.generate(
+                    [prompts[name]],
+                    bench.sampling,
+                    max_new_tokens=bench.max_new_tokens,
+                    seed=seed + len(turns),
+                )
             turn[name] = Asked(prompts[name], answer)
         turns.append(turn)
     return tuple(turns)

@@ -24,7 +24,11 @@ def sections(report: dict[str, Any]) -> list[Section]:
     """The whole report as tables of text."""
     made = [_environment(report)]
     for suite in report["suites"]:
-        left_out = [f"{suite['turns_left_out']} turns did not fit the context and were left out."] if suite["turns_left_out"] else []
+        left_out = (
+            [f"{suite['turns_left_out']} turns did not fit the context and were left out."]
+            if suite["turns_left_out"]
+            else []
+        )
         for group in suite["groups"]:
             made.append(_group(suite["name"], group, left_out if group["by"] == "all" else []))
     made += [_times(report), _memory(report)]
@@ -39,8 +43,15 @@ def markdown(report: dict[str, Any]) -> str:
     for section in sections(report):
         lines += [f"## {section.title}", "", *[f"{sentence}\n" for sentence in section.sentences]]
         if section.rows:
-            escaped = [[cell.replace("|", "\\|") for cell in row] for row in (section.head, *section.rows)]
-            lines += [_pipes(escaped[0]), _pipes(["---", *["---:"] * (len(section.head) - 1)]), *map(_pipes, escaped[1:]), ""]
+            escaped = [
+                [cell.replace("|", "\\|") for cell in row] for row in (section.head, *section.rows)
+            ]
+            lines += [
+                _pipes(escaped[0]),
+                _pipes(["---", *["---:"] * (len(section.head) - 1)]),
+                *map(_pipes, escaped[1:]),
+                "",
+            ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -50,7 +61,9 @@ def _pipes(cells: list[str]) -> str:
 
 def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
     """The report as HTML. pictures: PNG files by their titles; they are written into the page."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"]
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"
+    ]
     for section in sections(report):
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         parts += [f"<p>{html.escape(sentence)}</p>" for sentence in section.sentences]
@@ -59,7 +72,9 @@ def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
             parts.append(f"<table>{''.join(rows)}</table>")
     for title, path in pictures.items():
         encoded = base64.b64encode(path.read_bytes()).decode("ascii")
-        parts.append(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">')
+        parts.append(
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'
+        )
     return "\n".join(parts) + "</html>\n"
 
 
@@ -69,7 +84,11 @@ def _cells(tag: str, cells: list[str]) -> str:
 
 def _environment(report: dict[str, Any]) -> Section:
     decode, where = report["settings"]["decode"], report["environment"]
-    drawn = f"temperature {decode['temperature']}, top_k {decode['top_k']}, top_p {decode['top_p']}" if decode["temperature"] else "greedy"
+    drawn = (
+        f"temperature {decode['temperature']}, top_k {decode['top_k']}, top_p {decode['top_p']}"
+        if decode["temperature"]
+        else "greedy"
+    )
     sentences = [
         f"Target {report['settings']['target']['source']} in {report['settings']['target']['dtype']}, {drawn}, up to "
         f"{report['settings']['eval']['max_new_tokens']} new tokens.",
@@ -77,13 +96,35 @@ def _environment(report: dict[str, Any]) -> Section:
         f"{where['devices']} {'device' if where['devices'] == 1 else 'devices'}.",
         *report["notes"],
     ]
-    rows = [[one["name"], one["tree"], str(one["nodes"]), str(one["compiles_after_warm_up"])] for one in report["systems"]]
-    return Section("What was compared", sentences, ["system", "tree", "tokens verified per round", "compiles after warm-up"], rows)
+    rows = [
+        [one["name"], one["tree"], str(one["nodes"]), str(one["compiles_after_warm_up"])]
+        for one in report["systems"]
+    ]
+    return Section(
+        "What was compared",
+        sentences,
+        ["system", "tree", "tokens verified per round", "compiles after warm-up"],
+        rows,
+    )
 
 
 def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
-    what = {"all": suite, "category": f"{suite}: {group['of'] or 'no category'}", "context": f"{suite}: prompts up to {group['of']} tokens"}[group["by"]]
-    head = ["system", "tau", "tok/s", "decode tok/s", "speedup", "rounds", "tokens", "identical", "step-alpha by depth"]
+    what = {
+        "all": suite,
+        "category": f"{suite}: {group['of'] or 'no category'}",
+        "context": f"{suite}: prompts up to {group['of']} tokens",
+    }[group["by"]]
+    head = [
+        "system",
+        "tau",
+        "tok/s",
+        "decode tok/s",
+        "speedup",
+        "rounds",
+        "tokens",
+        "identical",
+        "step-alpha by depth",
+    ]
     rows = []
     for name, one in group["systems"].items():
         alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
@@ -94,7 +135,11 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
             str(one["tokens"]), f"{one['identical_to_plain']}/{one['answers']}", alpha,
         ])  # fmt: skip
     unit = "turn" if group["by"] == "context" else "prompt"
-    told = f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s." if group["prompts"] > 1 else f"One {unit}: no intervals."
+    told = (
+        f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s."
+        if group["prompts"] > 1
+        else f"One {unit}: no intervals."
+    )
     return Section(what, [told, *sentences], head, rows)
 
 
@@ -102,28 +147,50 @@ def _times(report: dict[str, Any]) -> Section:
     phases = ["prefill", "round", "draft", "verify", "rest"]
     rows = [[one["name"], *(f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else "" for phase in phases)]
             for one in report["systems"]]  # fmt: skip
-    sentence = ("Prefill and round: means over whole answers. Draft and verify: each alone in a loop, at the shapes of a prompt of middle "
-                "length. Rest: what a round takes beyond the two; below zero where the parts alone took longer.")
+    sentence = (
+        "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, at the shapes of a prompt of middle "
+        "length. Rest: what a round takes beyond the two; below zero where the parts alone took longer."
+    )
     return Section("Time by phase, ms", [sentence], ["system", *phases], rows)
 
 
 def _memory(report: dict[str, Any]) -> Section:
     measured = [one for one in report["systems"] if one["bytes"] is not None]
     names = list(measured[0]["bytes"]) if measured else []
-    rows = [[one["name"], *("" if value is None else f"{value / _MEGABYTE:.1f}" for value in one["bytes"].values())] for one in measured]
+    rows = [
+        [
+            one["name"],
+            *(
+                "" if value is None else f"{value / _MEGABYTE:.1f}"
+                for value in one["bytes"].values()
+            ),
+        ]
+        for one in measured
+    ]
     sentence = "Temporaries as the compiled programs state them; the device's peak is of the whole process."
-    return Section("Memory, MiB", [sentence] if rows else [], ["system", *(name.replace("_", " ") for name in names)], rows)
+    return Section(
+        "Memory, MiB",
+        [sentence] if rows else [],
+        ["system", *(name.replace("_", " ") for name in names)],
+        rows,
+    )
 
 
 def _audit(audit: dict[str, Any]) -> Section:
-    rows = [[check["name"], "passed" if check["passed"] else "FAILED", check["found"]] for check in audit["checks"]]
+    rows = [
+        [check["name"], "passed" if check["passed"] else "FAILED", check["found"]]
+        for check in audit["checks"]
+    ]
     sentence = f"Rounding moves a logit by up to {audit['noise']:.3g}; gaps of two logits up to {audit['reach']:.3g} are explained by it."
     return Section("Audit", [sentence], ["check", "", "found"], rows)
 
 
 def change(divergence: dict[str, Any]) -> str:
     """Plain decoding's token and the other: "11 became 12", or the end where an answer had ended."""
-    return " became ".join("the end" if divergence[key] is None else str(divergence[key]) for key in ("plain", "system_token"))
+    return " became ".join(
+        "the end" if divergence[key] is None else str(divergence[key])
+        for key in ("plain", "system_token")
+    )
 
 
 def _divergences(audit: dict[str, Any]) -> Section:

@@ -31,14 +31,26 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     cost, promise = figure.subplots(1, 2)
     cost.plot(list(found.verify_ms), list(found.verify_ms.values()), "o-", label="verify")
-    cost.set(xscale="log", xlabel="tokens verified", ylabel="ms", title="cost of one pass of the target", ylim=(0, None))
+    cost.set(
+        xscale="log",
+        xlabel="tokens verified",
+        ylabel="ms",
+        title="cost of one pass of the target",
+        ylim=(0, None),
+    )
     best = found.choices[0]
     for topk in sorted({choice.topk for choice in found.choices}):
-        row = sorted((c.nodes, c.tokens_per_second) for c in found.choices if (c.levels, c.topk) == (best.levels, topk))
+        row = sorted(
+            (c.nodes, c.tokens_per_second)
+            for c in found.choices
+            if (c.levels, c.topk) == (best.levels, topk)
+        )
         if row:
             promise.plot(*zip(*row), ".-", label=f"topk {topk}")
     promise.axhline(found.plain_tokens_per_second, color="black", linestyle="--", label="plain")
-    promise.set(xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels")
+    promise.set(
+        xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels"
+    )
     promise.legend()
     save(figure, path)
 
@@ -46,11 +58,20 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
 def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
     """step-alpha by draft depth, a panel for each suite, a line for each system that drafts."""
     figure = Figure(figsize=(1 + 4 * len(report["suites"]), 4), layout="constrained")
-    for panel, suite in zip(figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"]):
+    for panel, suite in zip(
+        figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"]
+    ):
         for name, one in suite["groups"][0]["systems"].items():
             if one["step_alpha"]:
-                panel.plot(range(1, len(one["step_alpha"]) + 1), one["step_alpha"], "o-", label=f"{_short(name)}, tau {one['tau']:.2f}")
-        panel.set(xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1))
+                panel.plot(
+                    range(1, len(one["step_alpha"]) + 1),
+                    one["step_alpha"],
+                    "o-",
+                    label=f"{_short(name)}, tau {one['tau']:.2f}",
+                )
+        panel.set(
+            xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1)
+        )
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
     save(figure, path)
@@ -83,14 +104,24 @@ def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
     steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states before it; queries
     further on are not trained and see true states only.
     """
-    seen_LL = np.asarray(early_block_mask(jnp.array([[width]]), width, window, jnp.int32(offset))[0]).astype(int)
+    seen_LL = np.asarray(
+        early_block_mask(jnp.array([[width]]), width, window, jnp.int32(offset))[0]
+    ).astype(int)
     query_L1, key_1L = np.arange(width)[:, None], np.arange(width)[None]
     start_L1 = np.asarray(window_start(jnp.arange(width), window, jnp.int32(offset)))[:, None]
     predicted_LL = (key_1L >= start_L1) & (key_1L < query_L1) & (query_L1 - start_L1 < steps)
     return np.where(predicted_LL, 2, seen_LL)
 
 
-def plot_masks(early_window: int, late_window: int, steps: int, path: str | Path, *, width: int = 16, offset: int = 2) -> None:
+def plot_masks(
+    early_window: int,
+    late_window: int,
+    steps: int,
+    path: str | Path,
+    *,
+    width: int = 16,
+    offset: int = 2,
+) -> None:
     """Masks of both stages on a short row."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -103,7 +134,9 @@ def plot_masks(early_window: int, late_window: int, steps: int, path: str | Path
         panel.set_xticks(np.arange(-0.5, width), minor=True)
         panel.set_yticks(np.arange(-0.5, width), minor=True)
         panel.grid(which="minor", color="lightgray", linewidth=0.5)
-    figure.supxlabel("blue: true states; orange: states predicted in the same window", fontsize="small")
+    figure.supxlabel(
+        "blue: true states; orange: states predicted in the same window", fontsize="small"
+    )
     save(figure, path)
 
 
@@ -112,8 +145,14 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
 
     Returns whether there was anything to draw: a run that has just begun has logged no loss.
     """
-    whole = [line for line in Path(log).read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines = [line for line in map(json.loads, whole) if "loss" in line]  # without a last line that a killed run cut off
+    whole = [
+        line
+        for line in Path(log).read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+    lines = [
+        line for line in map(json.loads, whole) if "loss" in line
+    ]  # without a last line that a killed run cut off
     if not lines:
         return False
     stages = list(dict.fromkeys(line["stage"] for line in lines))
@@ -121,7 +160,11 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
     for (loss, agree), stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages):
         for split, style in ((None, "-"), ("held_out", "--")):
             # A killed run goes on from its checkpoint and logs the steps after it again.
-            by_step = {line["step"]: line for line in lines if line["stage"] == stage and line.get("split") == split}
+            by_step = {
+                line["step"]: line
+                for line in lines
+                if line["stage"] == stage and line.get("split") == split
+            }
             if not by_step:
                 continue
             steps, here = sorted(by_step), [by_step[step] for step in sorted(by_step)]
@@ -130,7 +173,12 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
                 agree.plot(steps, [line["top1_by_offset"][offset] for line in here], style, color=f"C{offset}",
                            label=None if split else f"offset {offset}")  # fmt: skip
         loss.set(xlabel="step", ylabel="loss", title=f"{stage} stage")
-        agree.set(xlabel="step", ylabel="top-1 agreement with the target", ylim=(0, 1), title=f"{stage} stage")
+        agree.set(
+            xlabel="step",
+            ylabel="top-1 agreement with the target",
+            ylim=(0, 1),
+            title=f"{stage} stage",
+        )
         loss.legend()
         agree.legend(fontsize="small")
     save(figure, path)
@@ -142,8 +190,18 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
     figure = Figure(figsize=(9, 4), layout="constrained")
     panel = figure.subplots()
     T, S = weights_TS.shape
-    drawn = panel.imshow(np.sqrt(weights_TS), aspect="auto", cmap="magma", extent=(0, S, first + T, first), interpolation="nearest")
-    panel.set(xlabel="position of the state", ylabel="position of the query", title="attention of the draft, mean over heads")
+    drawn = panel.imshow(
+        np.sqrt(weights_TS),
+        aspect="auto",
+        cmap="magma",
+        extent=(0, S, first + T, first),
+        interpolation="nearest",
+    )
+    panel.set(
+        xlabel="position of the state",
+        ylabel="position of the query",
+        title="attention of the draft, mean over heads",
+    )
     figure.colorbar(drawn, label="square root of the weight")
     save(figure, path)
 
@@ -151,18 +209,34 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
 def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) -> None:
     """The tree of one round, accepted path in colour. name: a token's text."""
     height = _heights(one)
-    figure = Figure(figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained")
+    figure = Figure(
+        figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained"
+    )
     panel = figure.subplots()
     for node, (parent, depth) in enumerate(zip(one.parent_W, one.depth_W)):
         taken = node in one.path
         if node:
-            panel.plot([one.depth_W[parent], depth], [height[parent], height[node]], color="tab:green" if taken else "lightgray", zorder=1)
+            panel.plot(
+                [one.depth_W[parent], depth],
+                [height[parent], height[node]],
+                color="tab:green" if taken else "lightgray",
+                zorder=1,
+            )
         panel.text(depth, height[node], repr(name(int(one.token_W[node]))), ha="center", va="center", fontsize=9, parse_math=False,
                    bbox={"boxstyle": "round", "facecolor": "palegreen" if taken else "white", "edgecolor": "gray"})  # fmt: skip
-    panel.set(xlim=(-0.5, one.depth_W.max() + 0.5), ylim=(height.max() + 0.7, -0.7), xlabel="draft depth", yticks=[])
+    panel.set(
+        xlim=(-0.5, one.depth_W.max() + 0.5),
+        ylim=(height.max() + 0.7, -0.7),
+        xlabel="draft depth",
+        yticks=[],
+    )
     panel.set_xticks(range(one.depth_W.max() + 1))
     written = "".join(name(token) for token in one.written)
-    panel.set_title(f"one round: {len(one.path) - 1} drafts accepted, wrote {written!r}", fontsize="medium", parse_math=False)
+    panel.set_title(
+        f"one round: {len(one.path) - 1} drafts accepted, wrote {written!r}",
+        fontsize="medium",
+        parse_math=False,
+    )
     save(figure, path)
 
 

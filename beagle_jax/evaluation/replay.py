@@ -42,7 +42,9 @@ def replayed(
         if isinstance(draft, Lookup):
             paths = set(_prefixes(looked_up(text[: root + 1], draft.ngram, tree.depth)))
         else:
-            paths = Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(tree)
+            paths = Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(
+                tree
+            )
         count = 0
         while root + count + 1 < len(text) and tuple(text[root + 1 : root + count + 2]) in paths:
             count += 1
@@ -59,7 +61,11 @@ def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
     """Prompt lookup by searching: the longest run of last tokens that ended before, the latest of them."""
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
-        ends = [end for end in range(len(text) - 1, size - 1, -1) if text[end - size : end] == text[-size:]]
+        ends = [
+            end
+            for end in range(len(text) - 1, size - 1, -1)
+            if text[end - size : end] == text[-size:]
+        ]
         if ends:
             period = len(text) - ends[0]
             break
@@ -73,12 +79,21 @@ class Grower:
     """Grows one tree below one root of a written text."""
 
     def __init__(
-        self, target: Target, draft: Draft, text: Sequence[int], states_LD: jax.Array, root: int, append_predicted: bool, favour: float = 0.0
+        self,
+        target: Target,
+        draft: Draft,
+        text: Sequence[int],
+        states_LD: jax.Array,
+        root: int,
+        append_predicted: bool,
+        favour: float = 0.0,
     ):
         self._target, self._draft, self._states_LD, self._root = target, draft, states_LD, root
         self._text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
         self._append, self._favour = append_predicted, favour
-        self._predicted: dict[Path, np.ndarray] = {}  # state that was predicted for a path's last token
+        self._predicted: dict[
+            Path, np.ndarray
+        ] = {}  # state that was predicted for a path's last token
 
     def paths(self, tree: Tree) -> set[Path]:
         """All paths of the tree's nodes."""
@@ -88,8 +103,13 @@ class Grower:
         for depth in range(tree.depth):
             below = [ranks for ranks in tree.paths if len(ranks) == depth + 1]
             parents = sorted({ranks[:-1] for ranks in below})
-            best, _ = self._children([found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below))
-            found |= {ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]])) for ranks in below}
+            best, _ = self._children(
+                [found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below)
+            )
+            found |= {
+                ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]]))
+                for ranks in below
+            }
         return set(found.values()) - {()}
 
     def scores(self, path: Path, copies: int = 1) -> np.ndarray:
@@ -129,29 +149,67 @@ class Grower:
 
 
 @partial(jax.jit, static_argnames=("spec", "append", "count"))
-def _predict(params, spec, target, hot_ids, text_L, states_LD, root, below_Qt, above_QtD, favour, append, count):
+def _predict(
+    params,
+    spec,
+    target,
+    hot_ids,
+    text_L,
+    states_LD,
+    root,
+    below_Qt,
+    above_QtD,
+    favour,
+    append,
+    count,
+):
     """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was predicted above each.
 
     With them the best tokens after each, their log-probabilities, and all log-probabilities.
     """
     block, (Q, depth) = block_of(spec).bind({"params": params}), below_Qt.shape
     embedded = lambda tokens: embed(target["embed_VD"], tokens, spec.embed_scale)
-    token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)  # with the root
+    token_Qt = jnp.concatenate(
+        [jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1
+    )  # with the root
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
     if spec.fused:  # entries: of the text, the root's among them, and of the path; a token stands where the state before it does
-        before_QtD = jnp.concatenate([jnp.broadcast_to(states_LD[root - 1], (Q, 1, states_LD.shape[1])), above_QtD], axis=1)
+        before_QtD = jnp.concatenate(
+            [jnp.broadcast_to(states_LD[root - 1], (Q, 1, states_LD.shape[1])), above_QtD], axis=1
+        )
         x_QtD, place_Qt = block.fuse(embedded(token_Qt), before_QtD), place_Qt - 1
-        true_LD, own_QtD, own_place_Qt = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0], x_QtD[:, 1:], place_Qt[:, 1:]
+        true_LD, own_QtD, own_place_Qt = (
+            block.fuse(embedded(text_L[1:])[None], states_LD[None])[0],
+            x_QtD[:, 1:],
+            place_Qt[:, 1:],
+        )
         kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
     else:  # states: of the text, and those predicted above
-        x_QtD, true_LD, own_QtD, own_place_Qt = embedded(token_Qt), states_LD, above_QtD, place_Qt[:, :-1]
+        x_QtD, true_LD, own_QtD, own_place_Qt = (
+            embedded(token_Qt),
+            states_LD,
+            above_QtD,
+            place_Qt[:, :-1],
+        )
         kept = slice(None) if append else slice(0)
-    states_QD = _attend(block, x_QtD[:, -1:], place_Qt[:, -1:], true_LD, root, own_QtD[:, kept], own_place_Qt[:, kept])
+    states_QD = _attend(
+        block,
+        x_QtD[:, -1:],
+        place_Qt[:, -1:],
+        true_LD,
+        root,
+        own_QtD[:, kept],
+        own_place_Qt[:, kept],
+    )
     head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
-    log_p_QV = jax.nn.log_softmax(jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1)
+    log_p_QV = jax.nn.log_softmax(
+        jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1
+    )
     token_V = jnp.arange(len(head_VD)) if hot_ids is None else hot_ids
     written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
-    written_QV = (below_Qt == written_t1[None, :depth]).all(axis=1, keepdims=True) & (token_V == written_t1[depth])[None]
+    written_QV = (below_Qt == written_t1[None, :depth]).all(axis=1, keepdims=True) & (
+        token_V == written_t1[depth]
+    )[None]
     log_p_QV += jnp.where(written_QV, favour, 0.0)
     top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
     return states_QD, token_V[best_Qk], top_Qk, log_p_QV
@@ -162,9 +220,17 @@ def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax
     q_QKGH = block.queries(x_Q1D, place_Q1)[:, :, :, 0]
     k_KHL, v_KLH = (x[0] for x in block.keys_values(true_LD[None], jnp.arange(len(true_LD))[None]))
     k_QKHt, v_QKtH = block.keys_values(own_QtD, own_place_Qt)
-    true_QKGL = jnp.where(jnp.arange(len(true_LD)) < root, jnp.einsum("QKGH,KHL->QKGL", q_QKGH, k_KHL).astype(jnp.float32), -jnp.inf)
-    score_QKGS = jnp.concatenate([true_QKGL, jnp.einsum("QKGH,QKHt->QKGt", q_QKGH, k_QKHt).astype(jnp.float32)], axis=-1)
-    v_QKSH = jnp.concatenate([jnp.broadcast_to(v_KLH[None], (len(x_Q1D), *v_KLH.shape)), v_QKtH], axis=2)
+    true_QKGL = jnp.where(
+        jnp.arange(len(true_LD)) < root,
+        jnp.einsum("QKGH,KHL->QKGL", q_QKGH, k_KHL).astype(jnp.float32),
+        -jnp.inf,
+    )
+    score_QKGS = jnp.concatenate(
+        [true_QKGL, jnp.einsum("QKGH,QKHt->QKGt", q_QKGH, k_QKHt).astype(jnp.float32)], axis=-1
+    )
+    v_QKSH = jnp.concatenate(
+        [jnp.broadcast_to(v_KLH[None], (len(x_Q1D), *v_KLH.shape)), v_QKtH], axis=2
+    )
     weight_QKGS = jax.nn.softmax(score_QKGS * block.spec.head_dim**-0.5, axis=-1)
     attended_QKGH = jnp.einsum("QKGS,QKSH->QKGH", weight_QKGS.astype(v_QKSH.dtype), v_QKSH)
     return block.predict(x_Q1D, attended_QKGH[:, :, :, None])[:, 0]

@@ -23,7 +23,9 @@ _RESAMPLES = 2000
 _SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones by doublings
 
 
-def report(bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def report(
+    bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """settings: the config. costs: of each system, what evaluation/cost.py measured; may be empty."""
     names = list(bench.decoders)
     cases = _grouped(measured.cases, lambda case: case.suite)
@@ -33,7 +35,9 @@ def report(bench: Bench, measured: Measured, settings: dict[str, Any], costs: di
         "settings": settings,
         "notes": _notes(bench, measured),
         "systems": [_system(name, bench, measured, costs.get(name)) for name in names],
-        "suites": [_suite(name, group, bench, measured.left_out[name]) for name, group in cases.items()],
+        "suites": [
+            _suite(name, group, bench, measured.left_out[name]) for name, group in cases.items()
+        ],
         "audit": None,
     }
 
@@ -54,20 +58,35 @@ def environment() -> dict[str, Any]:
 def _notes(bench: Bench, measured: Measured) -> list[str]:
     """Suites that are not there; texts beyond those of the training, where acceptance falls."""
     there = {case.suite for case in measured.cases}
-    notes = [f"{name} is not there: none of its {count} turns fits the context." for name, count in measured.left_out.items() if name not in there]
+    notes = [
+        f"{name} is not there: none of its {count} turns fits the context."
+        for name, count in measured.left_out.items()
+        if name not in there
+    ]
     for name, trained in bench.trained_tokens.items():
-        texts = [len(turn[name].prompt) + len(turn[name].answer.tokens) for case in measured.cases for turn in case.turns]
+        texts = [
+            len(turn[name].prompt) + len(turn[name].answer.tokens)
+            for case in measured.cases
+            for turn in case.turns
+        ]
         longer = sum(length > trained for length in texts)
         if longer:
-            notes.append(f"{longer} of {len(texts)} texts are longer than the {trained} tokens that {name} was trained on.")
+            notes.append(
+                f"{longer} of {len(texts)} texts are longer than the {trained} tokens that {name} was trained on."
+            )
     return notes
 
 
-def _system(name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | None) -> dict[str, Any]:
+def _system(
+    name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | None
+) -> dict[str, Any]:
     tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
     answers = len(whole.generations)
     round_ms = 1000 * sum(one.decode_seconds for one in whole.generations) / max(whole.rounds, 1)
-    milliseconds = {"prefill": 1000 * sum(one.prefill_seconds for one in whole.generations) / answers, "round": round_ms}
+    milliseconds = {
+        "prefill": 1000 * sum(one.prefill_seconds for one in whole.generations) / answers,
+        "round": round_ms,
+    }
     if cost is not None:
         phases = cost["milliseconds"]
         milliseconds |= {**phases, "rest": round_ms - sum(phases.values())}
@@ -84,12 +103,28 @@ def _system(name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | 
 
 
 def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[str, Any]:
-    turns = [Case(case.suite, case.number, case.category, (turn,)) for case in cases for turn in case.turns]
+    turns = [
+        Case(case.suite, case.number, case.category, (turn,))
+        for case in cases
+        for turn in case.turns
+    ]
     by_category, by_context = _grouped(cases, lambda case: case.category), _grouped(turns, _context)
     groups = [("all", "", cases)]
-    groups += [("category", key, group) for key, group in by_category.items()] if len(by_category) > 1 else []
-    groups += [("context", key, by_context[key]) for key in sorted(by_context, key=int)] if len(by_context) > 1 else []
-    return {"name": name, "turns_left_out": left_out, "groups": [_group(by, of, group, bench) for by, of, group in groups]}
+    groups += (
+        [("category", key, group) for key, group in by_category.items()]
+        if len(by_category) > 1
+        else []
+    )
+    groups += (
+        [("context", key, by_context[key]) for key in sorted(by_context, key=int)]
+        if len(by_context) > 1
+        else []
+    )
+    return {
+        "name": name,
+        "turns_left_out": left_out,
+        "groups": [_group(by, of, group, bench) for by, of, group in groups],
+    }
 
 
 def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
@@ -107,7 +142,12 @@ def _context(case: Case) -> str:
 
 def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
     plain, *others = (of_system(name, bench, cases) for name in bench.decoders)
-    return {"by": by, "of": of, "prompts": len(cases), "systems": {one.name: figures(one, plain) for one in (plain, *others)}}
+    return {
+        "by": by,
+        "of": of,
+        "prompts": len(cases),
+        "systems": {one.name: figures(one, plain) for one in (plain, *others)},
+    }
 
 
 def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
@@ -118,7 +158,9 @@ def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
 
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
     """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
-    seconds = lambda one: [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]
+    seconds = lambda one: [
+        sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases
+    ]
     tokens = lambda one: [sum(len(a.tokens) for a in case) for case in one.cases]
     in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
     rounds = [sum(a.rounds for a in case) for case in result.cases]
@@ -135,7 +177,11 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
         "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
         # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for both cancels.
         "speedup_interval": interval(
-            lambda draw: _ratio(draw, tokens(result), seconds(result)) / _ratio(draw, tokens(plain), seconds(plain)), len(rounds)
+            lambda draw: (
+                _ratio(draw, tokens(result), seconds(result))
+                / _ratio(draw, tokens(plain), seconds(plain))
+            ),
+            len(rounds),
         ),
         "prefill_seconds": round(sum(one.prefill_seconds for one in result.generations), 4),
         "decode_seconds": round(sum(one.decode_seconds for one in result.generations), 4),
@@ -155,7 +201,9 @@ def interval(statistic, count: int) -> list[float]:
 
 def _ratio(draw: np.ndarray, above: Sequence[float], below: Sequence[float]) -> np.ndarray:
     total = draw @ np.asarray(below, float)
-    return np.where(total > 0, draw @ np.asarray(above, float), 1.0) / np.where(total > 0, total, 1.0)
+    return np.where(total > 0, draw @ np.asarray(above, float), 1.0) / np.where(
+        total > 0, total, 1.0
+    )
 
 
 def table(made: dict[str, Any]) -> str:
@@ -164,15 +212,27 @@ def table(made: dict[str, Any]) -> str:
     for suite in made["suites"]:
         whole = suite["groups"][0]["systems"]
         title = [suite["name"]] if len(made["suites"]) > 1 else []
-        notes = [f"{suite['turns_left_out']} turns did not fit the context and were left out"] if suite["turns_left_out"] else []
+        notes = (
+            [f"{suite['turns_left_out']} turns did not fit the context and were left out"]
+            if suite["turns_left_out"]
+            else []
+        )
         blocks.append("\n".join([*title, *_lines(made["systems"], whole), *notes]))
-    return "\n".join(["\n\n".join(blocks), "tok/s: prefill included; decode: without it. Times exclude compilation.", *made["notes"]])
+    return "\n".join(
+        [
+            "\n\n".join(blocks),
+            "tok/s: prefill included; decode: without it. Times exclude compilation.",
+            *made["notes"],
+        ]
+    )
 
 
 def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> list[str]:
     width = max(map(len, whole))
-    head = (f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  "
-            "identical to plain decoding")
+    head = (
+        f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  "
+        "identical to plain decoding"
+    )
     lines = [head, "-" * len(head)]
     for system in systems:
         one = whole[system["name"]]
@@ -183,6 +243,8 @@ def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> l
         )
     for system in systems:
         if alpha := whole[system["name"]]["step_alpha"]:
-            lines.append(f"{system['name']}: {system['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in alpha)}")
+            lines.append(
+                f"{system['name']}: {system['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in alpha)}"
+            )
     repeated = whole[systems[0]["name"]]["repeated_4_grams"]
     return [*lines, f"repeated 4-grams in the answers: {repeated:.1%}"]

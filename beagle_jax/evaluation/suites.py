@@ -27,20 +27,45 @@ class Suite:
     dataset: tuple[str, str | None, str] | None = None  # on the hub: id, configuration, split
     turns: str = "turns"  # the dataset's column of user turns
     wording: str = ""
-    tasks: Mapping[str, str] = field(default_factory=dict)  # categories that are told as part of another one
+    tasks: Mapping[str, str] = field(
+        default_factory=dict
+    )  # categories that are told as part of another one
 
 
 # Spec-Bench lists MT-Bench, which is one of its six tasks, under these.
-_OF_MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+_OF_MT_BENCH = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
 
 SUITES = {
-    "mt_bench": Suite("mt_bench.jsonl.gz", ("HuggingFaceH4/mt_bench_prompts", None, "train"), turns="prompt"),
-    "gsm8k": Suite("gsm8k_test.jsonl.gz", ("openai/gsm8k", "main", "test"),
-                   wording="{question}\nThink step by step, then give the answer on a last line after ####."),
-    "cnn_dm": Suite("cnn_dm.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"),
-                    wording="Summarize this article in a few sentences.\n\n{article}"),
-    "humaneval": Suite("humaneval.jsonl.gz", ("openai/openai_humaneval", None, "test"), wording="Complete this code.\n\n{prompt}"),
-    "alpaca": Suite("alpaca.jsonl.gz", ("tatsu-lab/alpaca", None, "train"), wording="{instruction}\n{input}"),
+    "mt_bench": Suite(
+        "mt_bench.jsonl.gz", ("HuggingFaceH4/mt_bench_prompts", None, "train"), turns="prompt"
+    ),
+    "gsm8k": Suite(
+        "gsm8k_test.jsonl.gz",
+        ("openai/gsm8k", "main", "test"),
+        wording="{question}\nThink step by step, then give the answer on a last line after ####.",
+    ),
+    "cnn_dm": Suite(
+        "cnn_dm.jsonl.gz",
+        ("abisee/cnn_dailymail", "3.0.0", "test"),
+        wording="Summarize this article in a few sentences.\n\n{article}",
+    ),
+    "humaneval": Suite(
+        "humaneval.jsonl.gz",
+        ("openai/openai_humaneval", None, "test"),
+        wording="Complete this code.\n\n{prompt}",
+    ),
+    "alpaca": Suite(
+        "alpaca.jsonl.gz", ("tatsu-lab/alpaca", None, "train"), wording="{instruction}\n{input}"
+    ),
     # The 80 prompts of each that the EAGLE papers report on, and Spec-Bench, are files of their repositories.
     "eagle_gsm8k": Suite("eagle_gsm8k.jsonl.gz"),
     "eagle_humaneval": Suite("eagle_humaneval.jsonl.gz"),
@@ -58,17 +83,27 @@ def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
     if source == "held_out":
         chats = own_prompts("held_out")
     elif source in SUITES:
-        chats = list(_published(source, SUITES[source], Path(folder).expanduser() / SUITES[source].file, limit))
+        chats = list(
+            _published(
+                source, SUITES[source], Path(folder).expanduser() / SUITES[source].file, limit
+            )
+        )
     else:
         if not Path(source).expanduser().exists():
-            raise UserError(f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a "
-                            ".jsonl[.gz] file")
+            raise UserError(
+                f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a "
+                ".jsonl[.gz] file"
+            )
         chats = read_chats(source)
     if not chats:
-        raise UserError(f"eval.suites: {source} holds no prompts; is its file in eval.folder whole?")
+        raise UserError(
+            f"eval.suites: {source} holds no prompts; is its file in eval.folder whole?"
+        )
     for chat in chats:
         if not chat.waits_for_answer:
-            raise UserError(f"{chat.where}: the chat ends with an answer; evaluation needs prompts that wait for one")
+            raise UserError(
+                f"{chat.where}: the chat ends with an answer; evaluation needs prompts that wait for one"
+            )
     return chats[:limit]
 
 
@@ -81,32 +116,53 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
     records = json_lines(path) if path.exists() else _downloaded(name, made, path, limit)
     for record, where in records:
         if not isinstance(record, dict):
-            raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; this is not a record of {name}")
+            raise UserError(
+                f"{where}: the line is a {type(record).__name__}, not an object; this is not a record of {name}"
+            )
         turns = record.get("turns", record.get(made.turns))
         if not isinstance(turns, list):
             try:
-                turns = [made.wording.format_map({key: value for key, value in record.items() if isinstance(value, str)}).strip()]
+                turns = [
+                    made.wording.format_map(
+                        {key: value for key, value in record.items() if isinstance(value, str)}
+                    ).strip()
+                ]
             except KeyError as error:
-                raise UserError(f"{where}: no text {error} among {', '.join(record)}; this is not a record of {name}") from None
+                raise UserError(
+                    f"{where}: no text {error} among {', '.join(record)}; this is not a record of {name}"
+                ) from None
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
         category = str(record.get("category") or name)
-        yield Chat(({"role": "user", "content": turns[0]},), where, made.tasks.get(category, category), tuple(turns[1:]))
+        yield Chat(
+            ({"role": "user", "content": turns[0]},),
+            where,
+            made.tasks.get(category, category),
+            tuple(turns[1:]),
+        )
 
 
-def _downloaded(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _downloaded(
+    name: str, made: Suite, path: Path, limit: int | None
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Records of the hub's dataset, streamed: no more than are asked for."""
     if made.dataset is None:
-        raise UserError(f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to where {path.name} lies")
+        raise UserError(
+            f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to where {path.name} lies"
+        )
     source, configuration, split = made.dataset
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(f"eval.suites: there is no {path}, and the hub needs the datasets library ({error}); "
-                        "pip install datasets, or set eval.folder") from error
+        raise UserError(
+            f"eval.suites: there is no {path}, and the hub needs the datasets library ({error}); "
+            "pip install datasets, or set eval.folder"
+        ) from error
     try:
         records = datasets.load_dataset(source, configuration, split=split, streaming=True)
         for number, record in enumerate(records if limit is None else records.take(limit), 1):
             yield record, f"hf:{source}[{split}], record {number}"
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"eval.suites: there is no {path}, and hf:{source} cannot be read ({error})") from error
+        raise UserError(
+            f"eval.suites: there is no {path}, and hf:{source} cannot be read ({error})"
+        ) from error

@@ -30,7 +30,9 @@ class DraftSpec:
     """Shape of the draft block; the target's own sizes (method.md 2.2). Hashable."""
 
     kind: ClassVar[str] = "beagle_draft"  # model_type of a draft's config.json
-    fused: ClassVar[bool] = False  # queries are tokens fused with the state before them, and stand where that state stands
+    fused: ClassVar[bool] = (
+        False  # queries are tokens fused with the state before them, and stand where that state stands
+    )
 
     hidden_size: int
     intermediate_size: int
@@ -73,7 +75,11 @@ class DraftSpec:
             "input_layernorm": (D,),
             "post_attention_layernorm": (D,),
         }
-        return {name: shape for name, shape in shapes.items() if self.input_norm or name != "input_layernorm"}
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if self.input_norm or name != "input_layernorm"
+        }
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [*positions.shape, H]."""
@@ -108,7 +114,9 @@ class BeagleBlock(nn.Module):
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Rotated keys and values of states, true or predicted, at their positions."""
         k_BKTH = self._rotate(project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
-        v_BKTH = split_heads(project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim)[:, :, 0]
+        v_BKTH = split_heads(
+            project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim
+        )[:, :, 0]
         return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
 
     def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
@@ -116,23 +124,45 @@ class BeagleBlock(nn.Module):
         y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
         return y_BTD + project(gated_BTF, self.down_proj)
 
-    def before_down(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def before_down(
+        self, e_BTD: jax.Array, attended_BKGTH: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
         y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
         z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
         return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
 
     def attend(
-        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, at_BT: jax.Array | None = None, at_BS: jax.Array | None = None
+        self,
+        e_BTD: jax.Array,
+        h_BSD: jax.Array,
+        mask_BTS: jax.Array,
+        at_BT: jax.Array | None = None,
+        at_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions at_BS, both 0, 1, .. if None."""
-        at_BT = jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2]) if at_BT is None else at_BT
-        at_BS = jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2]) if at_BS is None else at_BS
+        at_BT = (
+            jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
+            if at_BT is None
+            else at_BT
+        )
+        at_BS = (
+            jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
+            if at_BS is None
+            else at_BS
+        )
         rows = self.keys_values(h_BSD, at_BS)
-        return merge_attention(partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None]))
+        return merge_attention(
+            partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None])
+        )
 
     def __call__(
-        self, e_BTD: jax.Array, h_BSD: jax.Array, mask_BTS: jax.Array, at_BT: jax.Array | None = None, at_BS: jax.Array | None = None
+        self,
+        e_BTD: jax.Array,
+        h_BSD: jax.Array,
+        mask_BTS: jax.Array,
+        at_BT: jax.Array | None = None,
+        at_BS: jax.Array | None = None,
     ) -> jax.Array:
         """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
         return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))

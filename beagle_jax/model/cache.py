@@ -29,7 +29,9 @@ def round_up(length: int, multiple: int) -> int:
     return -(-int(length) // multiple) * multiple
 
 
-def empty_rows(batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> KVRows:
+def empty_rows(
+    batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype
+) -> KVRows:
     """Zeroed key and value rows [batch, K, capacity, H]."""
     k_BKHS = jnp.zeros((batch, num_kv_heads, head_dim, capacity), dtype)
     return KVRows(k_BKHS, jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype))
@@ -40,15 +42,21 @@ def write_rows(cache: KVRows, rows: KVRows, start_B: jax.Array) -> KVRows:
 
     The caller sees to start + T <= S: a slice update past the end would be clamped onto committed rows.
     """
-    return KVRows(_write(cache.k_BKHS, rows.k_BKHS, start_B, 3), _write(cache.v_BKSH, rows.v_BKSH, start_B, 2))
+    return KVRows(
+        _write(cache.k_BKHS, rows.k_BKHS, start_B, 3), _write(cache.v_BKSH, rows.v_BKSH, start_B, 2)
+    )
 
 
 def _write(cache: jax.Array, rows: jax.Array, start_B: jax.Array, token_axis: int) -> jax.Array:
     rows = rows.astype(cache.dtype)
-    corner = lambda row, start: tuple(start if axis == token_axis else row if axis == 0 else 0 for axis in range(4))
+    corner = lambda row, start: tuple(
+        start if axis == token_axis else row if axis == 0 else 0 for axis in range(4)
+    )
     if rows.shape[0] <= _UNROLL_ROWS:
         for row in range(rows.shape[0]):
-            cache = jax.lax.dynamic_update_slice(cache, rows[row : row + 1], corner(row, start_B[row]))
+            cache = jax.lax.dynamic_update_slice(
+                cache, rows[row : row + 1], corner(row, start_B[row])
+            )
         return cache
     update = lambda one, new, start: jax.lax.dynamic_update_slice(one, new, corner(0, start)[1:])
     return jax.vmap(update)(cache, rows, start_B)

@@ -20,7 +20,9 @@ class Experts(NamedTuple):
     width: int  # F of one expert
     renormalised: bool  # the shares of the chosen experts are scaled to sum to 1
     dense_layers: tuple[int, ...]  # layers that have one plain MLP instead
-    names: tuple[str, str, str, str]  # of the router and each expert's gate, up and down in the files; {} is its number
+    names: tuple[
+        str, str, str, str
+    ]  # of the router and each expert's gate, up and down in the files; {} is its number
 
 
 def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) -> jax.Array:
@@ -34,7 +36,9 @@ def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) 
     return jnp.zeros_like(share_EM).at[expert_Mk, jnp.arange(M)[:, None]].set(best_Mk)
 
 
-def routed(share_EM: jax.Array, run: Callable[[jax.Array], jax.Array], like_DM: jax.Array) -> jax.Array:
+def routed(
+    share_EM: jax.Array, run: Callable[[jax.Array], jax.Array], like_DM: jax.Array
+) -> jax.Array:
     """The sum over experts of share times output, [D, M]. run: an expert's number -> its output [D, M]."""
 
     def add(expert, total_DM):

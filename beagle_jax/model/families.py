@@ -80,7 +80,17 @@ _ROPE_KEYS = {
 def read_config(config: Config, where: str) -> dict[str, Any]:
     """The fields of a TargetSpec; raises UserError naming what this decoder cannot compute."""
     family = _family(config, where)
-    _check_complete(config, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), where)
+    _check_complete(
+        config,
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ),
+        where,
+    )
     heads = config["num_attention_heads"]
     theta, scaling = _rope(config, family, where)
     return dict(
@@ -111,13 +121,17 @@ def _family(config: Config, where: str) -> _Family:
         known = ", ".join(f"{name!r} ({family.known_as})" for name, family in _FAMILIES.items())
         raise UserError(f"{where}: model_type is {model_type!r}; this version computes {known}")
     family = _FAMILIES[model_type]
-    key, expected = ("hidden_activation", "gelu_pytorch_tanh") if family.gemma else ("hidden_act", "silu")
+    key, expected = (
+        ("hidden_activation", "gelu_pytorch_tanh") if family.gemma else ("hidden_act", "silu")
+    )
     if (config.get(key) or expected) != expected:
         raise UserError(f"{where}: {key} is {config[key]!r}; expected {expected!r}")
     return family
 
 
-def _check_complete(config: Config, needed: tuple[str, ...], where: str, part: str = "the model config") -> None:
+def _check_complete(
+    config: Config, needed: tuple[str, ...], where: str, part: str = "the model config"
+) -> None:
     missing = [key for key in needed if key not in config]
     if missing:
         raise UserError(f"{where}: {part} lacks {', '.join(missing)}; give a complete config.json")
@@ -129,7 +143,9 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
     for setting, projections in _BIASED_BY.items():
         if config.get(setting) and not set(projections) <= set(found):
             if setting not in family.may_bias:
-                raise UserError(f"{where}: {setting} is true, which {config['model_type']!r} does not have")
+                raise UserError(
+                    f"{where}: {setting} is true, which {config['model_type']!r} does not have"
+                )
             found += projections
     return found
 
@@ -141,11 +157,15 @@ def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScali
     rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
-        raise UserError(f"{where}: rope type {kind!r} is not supported; expected one of {', '.join(map(repr, _ROPE_KEYS))}")
+        raise UserError(
+            f"{where}: rope type {kind!r} is not supported; expected one of {', '.join(map(repr, _ROPE_KEYS))}"
+        )
     _check_complete(rope, _ROPE_KEYS[kind], where, f"rope type {kind!r}")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)")
+        raise UserError(
+            f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)"
+        )
     theta = float(rope.get("rope_theta", config.get("rope_theta", family.theta)))
     values = [float(rope[key]) for key in _ROPE_KEYS[kind]]
     return theta, RopeScaling(*values) if values else None
@@ -153,16 +173,22 @@ def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScali
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:
     """The sliding window of each layer, None for one that sees everything; empty when no layer has one."""
-    asked = family.windowed in ("always", "mixed") or (family.windowed != "never" and config.get("use_sliding_window", False))
+    asked = family.windowed in ("always", "mixed") or (
+        family.windowed != "never" and config.get("use_sliding_window", False)
+    )
     window = config.get("sliding_window", family.window) if asked else None
     if window is None:
         if family.windowed == "mixed":
-            raise UserError(f"{where}: sliding_window is null; {config['model_type']!r} needs a number of tokens")
+            raise UserError(
+                f"{where}: sliding_window is null; {config['model_type']!r} needs a number of tokens"
+            )
         return ()
     layers = config["num_hidden_layers"]
     types = config.get("layer_types") or _layer_types(config, family)
     if family.windowed in ("always", "asked") and set(types) != {_SLIDING}:
-        raise UserError(f"{where}: layer_types mixes kinds of attention, which {config['model_type']!r} does not have")
+        raise UserError(
+            f"{where}: layer_types mixes kinds of attention, which {config['model_type']!r} does not have"
+        )
     unknown = sorted(set(types) - {_SLIDING, _FULL})
     if unknown or len(types) != layers:
         raise UserError(f"{where}: layer_types has {len(types)} entries{f', among them {unknown[0]!r}' if unknown else ''}; expected "
@@ -191,12 +217,18 @@ def _experts(config: Config, family: _Family, where: str) -> Experts | None:
     _check_complete(config, (count_key, "num_experts_per_tok", width_key), where)
     count, per_token = config[count_key], config["num_experts_per_tok"]
     if not 1 <= per_token <= count:
-        raise UserError(f"{where}: num_experts_per_tok is {per_token}; expected 1 to {count} ({count_key})")
+        raise UserError(
+            f"{where}: num_experts_per_tok is {per_token}; expected 1 to {count} ({count_key})"
+        )
     renormalised, dense = True, ()
     if not family.experts_only:
         renormalised = bool(config.get("norm_topk_prob", False))
         step, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-        dense = tuple(layer for layer in range(config["num_hidden_layers"]) if layer in plain or (layer + 1) % step)
+        dense = tuple(
+            layer
+            for layer in range(config["num_hidden_layers"])
+            if layer in plain or (layer + 1) % step
+        )
     return Experts(count, per_token, config[width_key], renormalised, dense, family.experts)
 
 
@@ -205,13 +237,19 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
     if family.gemma is None:
         return {}
     if config.get("use_bidirectional_attention"):
-        raise UserError(f"{where}: use_bidirectional_attention is true; this version decodes causal models only")
+        raise UserError(
+            f"{where}: use_bidirectional_attention is true; this version decodes causal models only"
+        )
     local_theta = family.gemma.local_theta
     if local_theta is not None:
         local = (config.get("rope_parameters") or {}).get(_SLIDING) or {}
         if local.get("rope_type", "default") != "default":
-            raise UserError(f"{where}: rope type {local['rope_type']!r} of sliding layers is not supported; expected 'default'")
-        local_theta = float(local.get("rope_theta", config.get("rope_local_base_freq", local_theta)))
+            raise UserError(
+                f"{where}: rope type {local['rope_type']!r} of sliding layers is not supported; expected 'default'"
+            )
+        local_theta = float(
+            local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
+        )
     return dict(
         gemma=True,
         embed_scale=config["hidden_size"] ** 0.5,

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 MASKED_SCORE = -1e30
 
 
-def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, plus_one: bool = False) -> jax.Array:
+def rms_norm(
+    x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, plus_one: bool = False
+) -> jax.Array:
     """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the weight as HF does.
 
     plus_one: multiplied by 1 + weight, and cast after that (Gemma).
@@ -51,7 +53,9 @@ def rope_tables(
     if scaling is not None:
         frequency = _scaled(frequency, scaling)
     # float32 angles: bfloat16 would round position 257 to 256.
-    angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequency, range(positions.ndim))
+    angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
+        frequency, range(positions.ndim)
+    )
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -108,8 +112,12 @@ def partial_attention(
     # The peak cancels in the merge, so it carries no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
-    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype), v_BKSH)
-    return PartialAttention(out_BKMH.reshape(B, K, G, T, H).astype(jnp.float32), peak, weight.sum(axis=-1))
+    out_BKMH = jnp.einsum(
+        "BKMS,BKSH->BKMH", weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype), v_BKSH
+    )
+    return PartialAttention(
+        out_BKMH.reshape(B, K, G, T, H).astype(jnp.float32), peak, weight.sum(axis=-1)
+    )
 
 
 def merge_attention(*parts: PartialAttention) -> jax.Array:

@@ -56,12 +56,16 @@ def early_block_mask(
     the same row with chats of 5 and 3 tokens:
         query 5: nothing      query 6: 5      query 7: 5 6
     """
-    asked = queries(count or width, length_BC, jnp.zeros_like(length_BC) if first_BC is None else first_BC)
+    asked = queries(
+        count or width, length_BC, jnp.zeros_like(length_BC) if first_BC is None else first_BC
+    )
     start_BT = asked.position_BT - asked.place_BT + window_start(asked.place_BT, window, offset)
     return keys_before(asked.chat_BT, start_BT, length_BC, width)
 
 
-def keys_before(chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int) -> jax.Array:
+def keys_before(
+    chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int
+) -> jax.Array:
     """Mask [B, T, L] over true states: of the query's own chat, before its window's start in that chat, and not padding."""
     key_chat_BL, key_BL = _keys(length_BC, width)
     return (key_chat_BL[:, None] == chat_BT[..., None]) & (key_BL[:, None] < start_BT[..., None])

@@ -34,7 +34,9 @@ def places(count: int, size_BC: jax.Array) -> Places:
     """
     end_BC = jnp.cumsum(size_BC, axis=1)
     index_1X = jnp.arange(count)[None]
-    chat_BX = jnp.minimum(jnp.sum(index_1X[..., None] >= end_BC[:, None], axis=2), size_BC.shape[1] - 1)
+    chat_BX = jnp.minimum(
+        jnp.sum(index_1X[..., None] >= end_BC[:, None], axis=2), size_BC.shape[1] - 1
+    )
     return Places(chat_BX, index_1X - of_row(end_BC - size_BC, chat_BX))
 
 

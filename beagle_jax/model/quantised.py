@@ -17,13 +17,26 @@ Kind = Literal["int8", "int4"]
 
 _LARGEST = {"int8": 127, "int4": 7}
 # What is quantised: the projections of a layer (TargetSpec's parameter tree).
-PROJECTIONS = ("q_FD", "k_FD", "v_FD", "o_DF", "gate_FD", "up_FD", "down_DF", "gate_EFD", "up_EFD", "down_EDF")
+PROJECTIONS = (
+    "q_FD",
+    "k_FD",
+    "v_FD",
+    "o_DF",
+    "gate_FD",
+    "up_FD",
+    "down_DF",
+    "gate_EFD",
+    "up_EFD",
+    "down_EDF",
+)
 
 
 class Quantised(NamedTuple):
     """A matrix [.., O, I]. Symmetric: an integer times its group's scale is the weight."""
 
-    values: jax.Array  # int8 [.., O, I], or two int4 in a byte: uint8 [.., O, I / 2], inputs 2i and 2i + 1
+    values: (
+        jax.Array
+    )  # int8 [.., O, I], or two int4 in a byte: uint8 [.., O, I / 2], inputs 2i and 2i + 1
     scale: jax.Array  # float32 [.., O, I / group]
 
 
@@ -32,7 +45,11 @@ def quantise(weight: jax.Array, kind: Kind, group: int) -> Quantised:
     *rest, count = weight.shape
     grouped = weight.astype(jnp.float32).reshape(*rest, count // group, group)
     scale = jnp.abs(grouped).max(axis=-1) / _LARGEST[kind]
-    whole = jnp.round(grouped / jnp.where(scale == 0, 1.0, scale)[..., None]).astype(jnp.int8).reshape(weight.shape)
+    whole = (
+        jnp.round(grouped / jnp.where(scale == 0, 1.0, scale)[..., None])
+        .astype(jnp.int8)
+        .reshape(weight.shape)
+    )
     if kind == "int4":
         pair = (whole + 8).astype(jnp.uint8).reshape(*rest, count // 2, 2)
         whole = pair[..., 0] | (pair[..., 1] << 4)
@@ -58,4 +75,7 @@ def pick(weight: jax.Array | Quantised, index: jax.Array) -> jax.Array | Quantis
 
 def quantise_layer(layer: dict[str, Any], kind: Kind, group: int) -> dict[str, Any]:
     """A layer with its projections quantised."""
-    return {key: quantise(array, kind, group) if key in PROJECTIONS else array for key, array in layer.items()}
+    return {
+        key: quantise(array, kind, group) if key in PROJECTIONS else array
+        for key, array in layer.items()
+    }

@@ -55,17 +55,27 @@ class TargetSpec:
     tie_embeddings: bool  # the head is the embedding matrix
 
     # What a family adds to plain Llama.
-    biases: tuple[str, ...] = ()  # projections with a bias, by Hugging Face name: "self_attn.q_proj"
-    qk_norm: bool = False  # each head's queries and keys pass a norm of their own before they are rotated
+    biases: tuple[
+        str, ...
+    ] = ()  # projections with a bias, by Hugging Face name: "self_attn.q_proj"
+    qk_norm: bool = (
+        False  # each head's queries and keys pass a norm of their own before they are rotated
+    )
     rope_scaling: RopeScaling | None = None
-    windows: tuple[int | None, ...] = ()  # per layer: how many tokens back a token sees, itself included; None: all
-    local_rope_theta: float | None = None  # unscaled rotary base of the layers with a window; None: that of all
+    windows: tuple[
+        int | None, ...
+    ] = ()  # per layer: how many tokens back a token sees, itself included; None: all
+    local_rope_theta: float | None = (
+        None  # unscaled rotary base of the layers with a window; None: that of all
+    )
     experts: Experts | None = None  # routed experts in place of the MLP
     gemma: bool = False  # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
     embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
-    logit_cap: float | None = None  # logits too. A draft's scores and losses need no cap: it keeps their order
+    logit_cap: float | None = (
+        None  # logits too. A draft's scores and losses need no cap: it keeps their order
+    )
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
@@ -100,7 +110,10 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
             table[f"model.layers.{layer}.{name}.weight"] = (("layers", layer, *path), shape)
         for name in spec.biases:
             (key,), shape = tensors[name]
-            table[f"model.layers.{layer}.{name}.bias"] = (("layers", layer, _bias_key(key)), shape[:1])
+            table[f"model.layers.{layer}.{name}.bias"] = (
+                ("layers", layer, _bias_key(key)),
+                shape[:1],
+            )
     return table
 
 
@@ -144,7 +157,9 @@ def _mlp_tensors(spec: TargetSpec, layer: int) -> dict[str, tuple[Path, tuple[in
         return {f"mlp.{name}_proj": ((key,), shape) for name, (key, shape) in shapes.items()}
     router, gate, up, down = experts.names
     F = experts.width
-    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {router: (("router_ED",), (experts.count, D))}
+    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {
+        router: (("router_ED",), (experts.count, D))
+    }
     for expert in range(experts.count):
         tensors[gate.format(expert)] = (("gate_EFD", expert), (F, D))
         tensors[up.format(expert)] = (("up_EFD", expert), (F, D))
@@ -176,7 +191,9 @@ def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     0.55 s on a CPU, without it 0.77 to 0.92 (measured).
     """
     states = jax.lax.optimization_barrier(states)
-    return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(*states.shape[:-1], -1)
+    return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(
+        *states.shape[:-1], -1
+    )
 
 
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -197,12 +214,17 @@ def logit_columns(head_VD: jax.Array, states: jax.Array) -> jax.Array:
     columns_DM = states.reshape(-1, states.shape[-1]).T
     count = columns_DM.shape[1]
     padded_DM = jnp.pad(columns_DM, ((0, 0), (0, _column_padding(count))))
-    return jnp.einsum("VD,DM->VM", head_VD, padded_DM, preferred_element_type=jnp.float32)[:, :count]
+    return jnp.einsum("VD,DM->VM", head_VD, padded_DM, preferred_element_type=jnp.float32)[
+        :, :count
+    ]
 
 
 def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) -> list[KVRows]:
     """An empty cache of `capacity` slots for every layer."""
-    return [empty_rows(batch, spec.num_kv_heads, capacity, spec.head_dim, dtype) for _ in range(spec.num_layers)]
+    return [
+        empty_rows(batch, spec.num_kv_heads, capacity, spec.head_dim, dtype)
+        for _ in range(spec.num_layers)
+    ]
 
 
 def forward(
@@ -222,7 +244,10 @@ def forward(
     Returns the states [B, T, D] after the final norm, and the key/value rows of the T tokens in each layer.
     """
     B, T = tokens_BT.shape
-    sees, rotary = _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None), _layer_rotary(spec, positions_BT)
+    sees, rotary = (
+        _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None),
+        _layer_rotary(spec, positions_BT),
+    )
     x_DM = embed(params["embed_VD"], tokens_BT.reshape(-1), spec.embed_scale).T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
     new_rows = []
@@ -235,10 +260,14 @@ def forward(
     return x_DM[:, : B * T].T.reshape(B, T, -1), new_rows
 
 
-def _block(layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots) -> tuple[jax.Array, KVRows]:
+def _block(
+    layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots
+) -> tuple[jax.Array, KVRows]:
     """One layer: the residual stream after it, and the new rows."""
     norm = partial(_norm, spec, axis=0)
-    y_DM, rows = _attention(layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots)
+    y_DM, rows = _attention(
+        layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots
+    )
     x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.gemma else y_DM)
     y_DM = _mlp(layer, spec, norm(x_DM, layer["mlp_norm_D"]), batch_shape[0] * batch_shape[1])
     return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
@@ -249,7 +278,15 @@ def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) 
     B, T, D = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     sees = _layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)[index]
-    out_DM, _ = _block(layer, spec, x_BTD.reshape(B * T, D).T, (B, T), _layer_rotary(spec, positions_BT)[index], None, *sees)
+    out_DM, _ = _block(
+        layer,
+        spec,
+        x_BTD.reshape(B * T, D).T,
+        (B, T),
+        _layer_rotary(spec, positions_BT)[index],
+        None,
+        *sees,
+    )
     return out_DM.T.reshape(B, T, D)
 
 
@@ -266,7 +303,9 @@ def _column_padding(count: int) -> int:
     return 0 if count == 1 else -count % _COLUMN_MULTIPLE
 
 
-def _layer_masks(spec, positions_BT, mask_BTT, visible_BS) -> list[tuple[jax.Array, jax.Array | None]]:
+def _layer_masks(
+    spec, positions_BT, mask_BTT, visible_BS
+) -> list[tuple[jax.Array, jax.Array | None]]:
     """For each layer, which new tokens each new token sees, and which slots (None without a cache)."""
     slots = None if visible_BS is None else visible_BS[:, None, None, None]
     masks = {None: (mask_BTT, slots)}
@@ -281,7 +320,9 @@ def _layer_masks(spec, positions_BT, mask_BTT, visible_BS) -> list[tuple[jax.Arr
 
 def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """For each layer, the cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
-    tables = lambda theta, scaling: [x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)]
+    tables = lambda theta, scaling: [
+        x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)
+    ]
     far = near = tables(spec.rope_theta, spec.rope_scaling)
     if spec.local_rope_theta is not None:
         near = tables(spec.local_rope_theta, None)
@@ -292,9 +333,14 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
     """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and the new rows."""
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
-    q_BKGTH, k_BK1TH, v_BK1TH = (_heads(_project(layer, key, y_DM), B, T, K, H) for key in ("q_FD", "k_FD", "v_FD"))
+    q_BKGTH, k_BK1TH, v_BK1TH = (
+        _heads(_project(layer, key, y_DM), B, T, K, H) for key in ("q_FD", "k_FD", "v_FD")
+    )
     if spec.qk_norm:
-        q_BKGTH, k_BK1TH = _norm(spec, q_BKGTH, layer["q_norm_H"]), _norm(spec, k_BK1TH, layer["k_norm_H"])
+        q_BKGTH, k_BK1TH = (
+            _norm(spec, q_BKGTH, layer["q_norm_H"]),
+            _norm(spec, k_BK1TH, layer["k_norm_H"]),
+        )
     q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
     rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), v_BK1TH[:, :, 0])
     attend = partial(partial_attention, scale=spec.score_scale, cap=spec.score_cap)

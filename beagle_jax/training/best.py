@@ -19,7 +19,13 @@ Params = dict[str, Any]
 class Best:
     """The best tau of each stage so far, kept in a file so that a resumed run knows it."""
 
-    def __init__(self, path: Path, config: EvalConfig, measure: Callable[[Params], dict], keep: Callable[[Params, dict], None]):
+    def __init__(
+        self,
+        path: Path,
+        config: EvalConfig,
+        measure: Callable[[Params], dict],
+        keep: Callable[[Params, dict], None],
+    ):
         """measure: parameters -> figures, "tau" among them. keep: writes the draft that is now the best, with its figures.
 
         Taus on other prompts cannot be compared: a file that was made with other settings of `eval` counts as none.
@@ -28,7 +34,9 @@ class Best:
         self._made_with = {"suites": list(config.suites), "every": config.every, "prompts": config.train_prompts,
                            "max_new_tokens": config.max_new_tokens}  # fmt: skip
         found = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
-        self._stages: dict[str, dict] = found["stages"] if found.get("made_with") == self._made_with else {}
+        self._stages: dict[str, dict] = (
+            found["stages"] if found.get("made_with") == self._made_with else {}
+        )
 
     @property
     def tau(self) -> float:
@@ -48,7 +56,11 @@ class Best:
         if figures["tau"] > self._stages.get(stage, {"tau": 0.0})["tau"]:
             self._stages[stage] = {"step": done, "tau": figures["tau"]}
             if is_first():
-                write_text(self._path, json.dumps({"made_with": self._made_with, "stages": self._stages}, indent=1) + "\n")
+                write_text(
+                    self._path,
+                    json.dumps({"made_with": self._made_with, "stages": self._stages}, indent=1)
+                    + "\n",
+                )
         return figures
 
     def exhausted(self, stage: str, done: int) -> bool:

@@ -44,7 +44,9 @@ class StageCheckpoints:
         """settings: what the run is made with; a folder written with others is refused, or a warning if changes are accepted."""
         self._folder = Path(folder).absolute()
         self._settings, self._accept_changes = settings, accept_changes
-        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT))
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
+        )
         self._unsealed: int | None = None  # the step whose sizes are not noted yet
 
     def __enter__(self) -> "StageCheckpoints":
@@ -81,17 +83,27 @@ class StageCheckpoints:
     def check(self, state: TrainState, step: int) -> None:
         """Raises UserError for a state with a number that is not finite."""
         if not bool(_finite(state)):
-            raise UserError(f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
-                            f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate")
+            raise UserError(
+                f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
+                f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate"
+            )
 
     def restore(self, fresh: TrainState) -> tuple[TrainState, list[dict]] | None:
         """The newest whole state and its log, or None when there is none. `fresh` gives structure and placement."""
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
-            tqdm.write(f"warning: {left}: this checkpoint was cut off while it was written; it is ignored")
-        step = self.newest()  # whose settings come first: the state of another target may not even fit
+            tqdm.write(
+                f"warning: {left}: this checkpoint was cut off while it was written; it is ignored"
+            )
+        step = (
+            self.newest()
+        )  # whose settings come first: the state of another target may not even fit
         if step is None:
             return None
-        items = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict()))}
+        items = {
+            "state": ocp.args.StandardRestore(
+                jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+            )
+        }
         if (self._folder / str(step) / "log").exists():  # older versions kept none
             items["log"] = ocp.args.JsonRestore()
         restored = self._read(step, **items)
@@ -109,8 +121,10 @@ class StageCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:  # what is no JSON is a ValueError too
-            raise UserError(f"{self._folder}/{step}: this state does not fit the run, or is damaged ({error}); take another train.folder, or "
-                            "remove this checkpoint to go on from the one before it") from error
+            raise UserError(
+                f"{self._folder}/{step}: this state does not fit the run, or is damaged ({error}); take another train.folder, or "
+                "remove this checkpoint to go on from the one before it"
+            ) from error
 
     def _newest_whole(self) -> int | None:
         whole = None
@@ -120,8 +134,10 @@ class StageCheckpoints:
                 whole = step
                 break
             aside = self._folder / f"cut-{step}"
-            tqdm.write(f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
-                       "before it used")
+            tqdm.write(
+                f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
+                "before it used"
+            )
             if is_first():
                 shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
                 (self._folder / str(step)).rename(aside)
@@ -147,28 +163,44 @@ class StageCheckpoints:
         """Notes the sizes of a checkpoint's files, after it has been written."""
         folder = self._folder / str(self._unsealed)
         if self._unsealed is not None and is_first() and folder.exists():
-            sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+            sizes = {
+                str(file.relative_to(folder)): file.stat().st_size
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            }
             write_text(folder / _SIZES, json.dumps(sizes))
         self._unsealed = None
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         now, default = self._settings
-        pairs = {key: (found.get(key, default.get(key)), now.get(key)) for key in sorted({*found, *now})}
-        listed = "; ".join(f"{key}: {there!r} there, {here!r} now" for key, (there, here) in pairs.items() if there != here)
+        pairs = {
+            key: (found.get(key, default.get(key)), now.get(key)) for key in sorted({*found, *now})
+        }
+        listed = "; ".join(
+            f"{key}: {there!r} there, {here!r} now"
+            for key, (there, here) in pairs.items()
+            if there != here
+        )
         if not listed:
             return
         if not self._accept_changes:
-            raise UserError(f"{self._folder} holds a run with other settings ({listed}); delete it, set another train.folder, or go on "
-                            "with the changes by train.accept_changes=true")
-        tqdm.write(f"warning: going on with other settings than {self._folder} was made with ({listed})")
+            raise UserError(
+                f"{self._folder} holds a run with other settings ({listed}); delete it, set another train.folder, or go on "
+                "with the changes by train.accept_changes=true"
+            )
+        tqdm.write(
+            f"warning: going on with other settings than {self._folder} was made with ({listed})"
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
-            raise UserError(f"{self._folder}: a checkpoint could not be written ({error}); the last whole one is {self._last()}. "
-                            "Free some space (python -m beagle_jax.plan says how much), then run again") from error
+            raise UserError(
+                f"{self._folder}: a checkpoint could not be written ({error}); the last whole one is {self._last()}. "
+                "Free some space (python -m beagle_jax.plan says how much), then run again"
+            ) from error
 
     def _last(self) -> str:
         steps = self.steps()

@@ -52,7 +52,9 @@ class StageCost(NamedTuple):
     frozen: int  # the target's embedding and head; all of it when the step computes its states, or tau is measured on the way
     batch: int  # tokens and states
     temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
-    compiler_total: int | None  # everything at once, as the compiler counts it, and what it does not see
+    compiler_total: (
+        int | None
+    )  # everything at once, as the compiler counts it, and what it does not see
     refusal: str  # what the compiler said when it ran out; else empty
     compile_seconds: float
 
@@ -67,17 +69,27 @@ def topology_devices(name: str) -> list[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise UsageError("--topology compiles with the libtpu wheel, which is not installed: pip install 'beagle-jax[tpu]' "
-                         "(Linux on x86; no TPU is needed)") from None
+        raise UsageError(
+            "--topology compiles with the libtpu wheel, which is not installed: pip install 'beagle-jax[tpu]' "
+            "(Linux on x86; no TPU is needed)"
+        ) from None
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: v5e:4x4, v5p:2x2x2, v6e:4x4, "
-                         "v4:2x2x2") from error
+        raise UsageError(
+            f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: v5e:4x4, v5p:2x2x2, v6e:4x4, "
+            "v4:2x2x2"
+        ) from error
 
 
 def stage_cost(
-    name: str, config: Config, target: TargetSpec, draft_vocab: int, mesh: Mesh, online: Any = None, beside: Any = None
+    name: str,
+    config: Config,
+    target: TargetSpec,
+    draft_vocab: int,
+    mesh: Mesh,
+    online: Any = None,
+    beside: Any = None,
 ) -> StageCost:
     """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated.
 
@@ -88,16 +100,31 @@ def stage_cost(
     spec = spec_type(config.draft.kind).from_target(target)
     train_step: Any  # jitted, which its type does not tell
     train_step, _, init = make_steps(
-        spec, config.train, stage, mesh, late=name == "late", target=None if online is None else target
+        spec,
+        config.train,
+        stage,
+        mesh,
+        late=name == "late",
+        target=None if online is None else target,
     )
-    params = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()}
+    params = {
+        key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
+    }
     dtype = jnp.dtype(config.target.dtype)
-    frozen = {"embed_VD": jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
-              "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)}
+    frozen = {
+        "embed_VD": jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
+        "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype),
+    }
     frozen |= {} if online is None else {"target": online}
     # Tables that the step reads are the target's own, unless they are cut to hot tokens.
-    beside = {key: x for key, x in (beside or {}).items() if key not in frozen or x.shape != frozen[key].shape}
-    state, frozen = (_placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen))
+    beside = {
+        key: x
+        for key, x in (beside or {}).items()
+        if key not in frozen or x.shape != frozen[key].shape
+    }
+    state, frozen = (
+        _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
+    )
     batch = batch_shapes(config, spec.hidden_size)
     batch = batch if online is None else batch._replace(states_BLD=None)
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
@@ -105,17 +132,28 @@ def stage_cost(
     temporaries = total = None
     refusal = ""
     try:
-        memory = train_step.lower(state, frozen, batch, config.train.seed).compile().memory_analysis()
+        memory = (
+            train_step.lower(state, frozen, batch, config.train.seed).compile().memory_analysis()
+        )
         temporaries = memory.temp_size_in_bytes
-        total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries + _bytes(beside)
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + temporaries
+            + _bytes(beside)
+        )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = _first_line(error)
     B, T = batch.counts_BT.shape
     return StageCost(
-        flops=B * (row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late")
-                   + (0 if online is None else target_flops(target, config.train.row_tokens))),  # fmt: skip
+        flops=B
+        * (
+            row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late")
+            + (0 if online is None else target_flops(target, config.train.row_tokens))
+        ),  # fmt: skip
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
         frozen=_bytes(frozen) + _bytes(beside),
@@ -130,14 +168,20 @@ def stage_cost(
 def batch_shapes(config: Config, width: int) -> Batch:
     """The shapes of a batch whose rows are full and answers throughout, as the loader makes them."""
     L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
-    narrow_L1 = np.zeros((L, 1), jnp.dtype("float32" if stored == "int8" else stored))  # the loader copies states: one channel is enough
+    narrow_L1 = np.zeros(
+        (L, 1), jnp.dtype("float32" if stored == "int8" else stored)
+    )  # the loader copies states: one channel is enough
     full = [Row([0] * L, [True] * L)] * config.train.batch
-    made = BatchLoader(full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0).batch_at(0)
+    made = BatchLoader(
+        full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0
+    ).batch_at(0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
     return shapes._replace(states_BLD=jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype))
 
 
-def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool) -> float:
+def row_flops(
+    spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool
+) -> float:
     """Operations of the matrix products of one row: L states, T queries that all count (method.md 3, 4.5b and 8).
 
     A product that is differentiated in both factors costs three times its forward pass; one with the target's states or
@@ -148,27 +192,45 @@ def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *
     per_query, per_output = 3 * 2 * (D * NH + 2 * L * NH), 3 * 2 * (D * NH + 3 * D * F + D * vocab)
     steps, drafts = stage.simulation_steps, T if stage.dense else -(-T // stage.window)
     queries = drafts * (stage.window if stage.multi_token else steps) if late else T
-    outputs = drafts * sum(range(stage.window, stage.window - steps, -1)) if stage.multi_token else queries
+    outputs = (
+        drafts * sum(range(stage.window, stage.window - steps, -1))
+        if stage.multi_token
+        else queries
+    )
     predicted = drafts * (steps - 1) if late else 0  # states that later steps read
     work, read_again = queries * per_query + outputs * per_output, 2 if stage.detach else 3
-    if isinstance(spec, EagleSpec):  # entries are fused of a token and a state, and keys are made of entries, which have gradients
-        return work + (2 * L + read_again * predicted) * 2 * 2 * D * D + (L + predicted) * 3 * 2 * 2 * D * KH
+    if isinstance(
+        spec, EagleSpec
+    ):  # entries are fused of a token and a state, and keys are made of entries, which have gradients
+        return (
+            work
+            + (2 * L + read_again * predicted) * 2 * 2 * D * D
+            + (L + predicted) * 3 * 2 * 2 * D * KH
+        )
     return work + (2 * L + read_again * predicted) * 2 * 2 * D * KH
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:
     """Operations of the matrix products of the target's forward pass over one row of L tokens, without the head."""
-    per_token = 2 * sum(math.prod(shape) for path, shape in param_table(spec).values() if path[0] == "layers" and len(shape) == 2)
+    per_token = 2 * sum(
+        math.prod(shape)
+        for path, shape in param_table(spec).values()
+        if path[0] == "layers" and len(shape) == 2
+    )
     return L * per_token + spec.num_layers * 2 * 2 * L * L * spec.num_heads * spec.head_dim
 
 
 def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
+    )
 
 
 def _bytes(tree: Any) -> int:
     """On the device that holds most."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def _first_line(error: Exception) -> str:

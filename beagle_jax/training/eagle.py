@@ -58,13 +58,19 @@ def eagle_states(
                 f_BTD = block.fuse(of_row(e_BLD, asked.slot_BT + step), read_BTD)
                 own.append(block.keys_values(f_BTD, entry_BT))
             q_BKGTH = block.queries(f_BTD, entry_BT)
-            seen = [partial_attention(q_BKGTH, *true_rows, sees_BTE[:, None, None]), *(_own_key(q_BKGTH, rows) for rows in own)]
+            seen = [
+                partial_attention(q_BKGTH, *true_rows, sees_BTE[:, None, None]),
+                *(_own_key(q_BKGTH, rows) for rows in own),
+            ]
             states.append(block.predict(f_BTD, merge_attention(*seen)))
     return jnp.stack(states, axis=2)
 
 
 def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
     """Attention of each query to the one key of these that its own draft has made, the diagonal of the T x T scores."""
-    score_BKGT = jnp.einsum("BKGTH,BKHT->BKGT", q_BKGTH, rows.k_BKHS, preferred_element_type=jnp.float32) * q_BKGTH.shape[-1] ** -0.5
+    score_BKGT = (
+        jnp.einsum("BKGTH,BKHT->BKGT", q_BKGTH, rows.k_BKHS, preferred_element_type=jnp.float32)
+        * q_BKGTH.shape[-1] ** -0.5
+    )
     value_BKGTH = jnp.broadcast_to(rows.v_BKSH[:, :, None], q_BKGTH.shape).astype(jnp.float32)
     return PartialAttention(value_BKGTH, score_BKGT, jnp.ones_like(score_BKGT))

@@ -22,7 +22,9 @@ from beagle_jax.model.packing import of_row, places
 class LateStates(NamedTuple):
     """Predicted states of every window, J of each, and which queries of the row they belong to."""
 
-    state_BUJD: jax.Array  # window u, draft step j (0-based): the query at offset j, after j predicted keys
+    state_BUJD: (
+        jax.Array
+    )  # window u, draft step j (0-based): the query at offset j, after j predicted keys
     query_BUJ: jax.Array  # which of the row's T queries that is, clipped to the last
     valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
     step_J: jax.Array  # the draft step: j itself, or with multi_token one for several queries
@@ -37,7 +39,9 @@ class Windows(NamedTuple):
     valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
 
 
-def window_queries(size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array) -> Windows:
+def window_queries(
+    size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array
+) -> Windows:
     """The first `steps` queries of each window; size_BC: queries of each chat, `width` of a row at most.
 
     one chat of 8 queries, window 3, steps 2, offset 2:   queries [[2, 3], [5, 6], [7, 7]], valid [[1, 1], [1, 1], [0, 0]]
@@ -81,11 +85,15 @@ def late_states(
     position_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ
     e_BUJD = of_row(e_BTD, at.query_BUJ)
     q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
-    chat_BT, start_BT = (jnp.repeat(x_BU, J, axis=1) for x_BU in (at.chat_BU, position_BUJ[:, :, 0]))
+    chat_BT, start_BT = (
+        jnp.repeat(x_BU, J, axis=1) for x_BU in (at.chat_BU, position_BUJ[:, :, 0])
+    )
     mask_BTL = keys_before(chat_BT, start_BT, length_BC, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
-    spans = [range(step, J if multi_token else step + 1) for step in range(steps)]  # window offsets that each step predicts
+    spans = [
+        range(step, J if multi_token else step + 1) for step in range(steps)
+    ]  # window offsets that each step predicts
     states, memory = [], None
     for step, span in enumerate(spans):
         with jax.named_scope(f"simulate_{step + 1}"):
@@ -93,8 +101,12 @@ def late_states(
             if memory is None:
                 attended = merge_attention(seen)
             else:
-                attended = merge_attention(seen, partial_attention(_of_windows(q_BKGTH, U, span), *memory, True))
-            state_XND = block.predict(e_BUJD[:, :, span.start : span.stop].reshape(B * U, len(span), D), attended)
+                attended = merge_attention(
+                    seen, partial_attention(_of_windows(q_BKGTH, U, span), *memory, True)
+                )
+            state_XND = block.predict(
+                e_BUJD[:, :, span.start : span.stop].reshape(B * U, len(span), D), attended
+            )
             states.append(state_XND.reshape(B, U, len(span), D))
             if step + 1 < steps:  # the last state is never read (lazy append, method.md 6.2)
                 own_X1D = state_XND[:, :1]
@@ -103,7 +115,12 @@ def late_states(
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
     offset_J = jnp.array([offset for span in spans for offset in span])
     step_J = jnp.array([span.start for span in spans for _ in span])
-    return LateStates(jnp.concatenate(states, axis=2), at.query_BUJ[:, :, offset_J], at.valid_BUJ[:, :, offset_J], step_J)
+    return LateStates(
+        jnp.concatenate(states, axis=2),
+        at.query_BUJ[:, :, offset_J],
+        at.valid_BUJ[:, :, offset_J],
+        step_J,
+    )
 
 
 def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:

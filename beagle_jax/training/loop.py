@@ -45,7 +45,9 @@ def run_stage(
     target: batches come without states, and the step computes them (data.states: online), with frozen["target"].
     """
     stage: StageConfig = getattr(config.train, name)
-    train_step, eval_step, init = make_steps(spec, config.train, stage, mesh, late=name == "late", target=target)
+    train_step, eval_step, init = make_steps(
+        spec, config.train, stage, mesh, late=name == "late", target=target
+    )
     # The signal is minded to the end of the last write.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         fresh = init(params)
@@ -60,7 +62,9 @@ def run_stage(
         for step, batch in zip(steps, read_ahead(training.batch_at, steps)):
             state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
-                progress.add(step, last_metrics)  # read only now, with the next step already under way
+                progress.add(
+                    step, last_metrics
+                )  # read only now, with the next step already under way
             last_metrics, done = metrics, step + 1
             stopping, looking = stop.asked(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
@@ -76,12 +80,20 @@ def run_stage(
             if saving or finished:
                 checkpoints.save(state, done, progress.waiting)
                 if held_out is not None and not stopping:
-                    progress.held_out(done, [eval_step(state.params, frozen, place_rows(batch, mesh)) for batch in _once(held_out)])
+                    progress.held_out(
+                        done,
+                        [
+                            eval_step(state.params, frozen, place_rows(batch, mesh))
+                            for batch in _once(held_out)
+                        ],
+                    )
             if finished or stopping:
                 break
         progress.close()
     if stop.seen:  # maybe only after the last step
-        tqdm.write(f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; the same command goes on from there")
+        tqdm.write(
+            f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; the same command goes on from there"
+        )
         raise SystemExit(0)
     return state.params
 
@@ -89,7 +101,11 @@ def run_stage(
 def check_settings(config: Config) -> None:
     """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work that would be for nothing."""
     for name in ("early", "late"):
-        if getattr(config.train, name).steps and not config.train.accept_changes and _folder(name, config).exists():
+        if (
+            getattr(config.train, name).steps
+            and not config.train.accept_changes
+            and _folder(name, config).exists()
+        ):
             with _checkpoints(name, config) as checkpoints:
                 checkpoints.newest()
 
@@ -99,7 +115,9 @@ def _folder(name: str, config: Config) -> Path:
 
 
 def _checkpoints(name: str, config: Config) -> StageCheckpoints:
-    return StageCheckpoints(_folder(name, config), settings_of(name, config), config.train.accept_changes)
+    return StageCheckpoints(
+        _folder(name, config), settings_of(name, config), config.train.accept_changes
+    )
 
 
 def settings_of(name: str, config: Config) -> Settings:
@@ -113,9 +131,16 @@ _FREE = ("target.cache_dir", "target.shape", "draft.path", "data.batch", "train.
 
 
 def _deciding(name: str, config: Config) -> dict[str, Any]:
-    sections = {section: asdict(getattr(config, section)) for section in ("target", "draft", "data", "train")}
+    sections = {
+        section: asdict(getattr(config, section))
+        for section in ("target", "draft", "data", "train")
+    }
     found = dict(_dotted(sections, "")) | {"log.eval_rows": config.log.eval_rows}
-    kept = {key: value for key, value in found.items() if key not in _FREE and not (name == "early" and key.startswith("train.late."))}
+    kept = {
+        key: value
+        for key, value in found.items()
+        if key not in _FREE and not (name == "early" and key.startswith("train.late."))
+    }
     return json.loads(json.dumps(kept))
 
 

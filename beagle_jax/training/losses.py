@@ -17,7 +17,13 @@ from beagle_jax.training.distances import DISTANCES, Distributions
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def distribution_loss(
-    state_MD: jax.Array, true_MD: jax.Array, head_VD: jax.Array, counts_M: jax.Array, kind: str, chunk: int, mesh: Mesh
+    state_MD: jax.Array,
+    true_MD: jax.Array,
+    head_VD: jax.Array,
+    counts_M: jax.Array,
+    kind: str,
+    chunk: int,
+    mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
     """Per row the distance of two distributions over the full vocabulary: p from the true state and q from the draft's.
 
@@ -74,7 +80,9 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
     true_CV = product("CD,VD->CV", true_CD, head_VD)
     top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
     peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
-    log_softmax = lambda x_CV, peak: x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
+    log_softmax = lambda x_CV, peak: (
+        x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
+    )
     log_p_CV, log_q_CV = log_softmax(true_CV, top_C1), log_softmax(draft_CV, peak_C1)
     over_vocabulary = lambda x_CV: total(x_CV.sum(axis=-1))
     of = Distributions(jnp.exp(log_p_CV), log_p_CV, jnp.exp(log_q_CV), log_q_CV, over_vocabulary)
@@ -96,7 +104,9 @@ def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
 
 
 def _vjp_forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
-    distance_M, rank_M, gradient_MD = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
+    distance_M, rank_M, gradient_MD = _forward(
+        state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh
+    )
     return (distance_M, rank_M), gradient_MD
 
 

@@ -26,7 +26,9 @@ class Log:
         if config.log.tensorboard:
             self._board = _tensorboard().SummaryWriter(str(self._folder / "tensorboard"))
         if config.log.wandb:
-            self._run = _wandb(config).init(project=config.log.wandb, dir=config.train.folder, config=asdict(config))
+            self._run = _wandb(config).init(
+                project=config.log.wandb, dir=config.train.folder, config=asdict(config)
+            )
 
     def write(self, line: dict[str, Any]) -> None:
         """line: "stage", "step", maybe "split", and figures: numbers or lists of numbers."""
@@ -36,7 +38,9 @@ class Log:
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"{self._path}: the log cannot be written ({error}); free some space, then run again") from error
+            raise UserError(
+                f"{self._path}: the log cannot be written ({error}); free some space, then run again"
+            ) from error
         if self._board is not None:
             for name, value in _scalars(line):
                 self._board.add_scalar(name, value, line["step"])
@@ -84,8 +88,10 @@ def _tensorboard() -> Any:
     try:
         import tensorboardX
     except ImportError:
-        raise UserError("log.tensorboard is true, but tensorboardX is not installed: pip install 'beagle-jax[log]', or set it to "
-                        "false; log.jsonl is written anyway") from None
+        raise UserError(
+            "log.tensorboard is true, but tensorboardX is not installed: pip install 'beagle-jax[log]', or set it to "
+            "false; log.jsonl is written anyway"
+        ) from None
     return tensorboardX
 
 
@@ -93,6 +99,8 @@ def _wandb(config: Config) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(f"log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install 'beagle-jax[log]', or set it to "
-                        "null; log.jsonl is written anyway") from None
+        raise UserError(
+            f"log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install 'beagle-jax[log]', or set it to "
+            "null; log.jsonl is written anyway"
+        ) from None
     return wandb

@@ -18,19 +18,36 @@ from beagle_jax.training.step import AGREE_WITHIN, Metrics
 class Progress:
     """Of one stage, from step `first` on."""
 
-    def __init__(self, name: str, config: Config, log: Log, training: BatchLoader, first: int, waiting: list[dict]):
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        log: Log,
+        training: BatchLoader,
+        first: int,
+        waiting: list[dict],
+    ):
         """waiting: the steps since the last line of the log, from the checkpoint that is gone on from."""
         stage: StageConfig = getattr(config.train, name)
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
-        self._bar = tqdm(total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05)
-        known = [one for one in waiting if one.keys() == set(Metrics._fields)]  # an older version's have other figures
-        self._since = [Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in known]
+        self._bar = tqdm(
+            total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05
+        )
+        known = [
+            one for one in waiting if one.keys() == set(Metrics._fields)
+        ]  # an older version's have other figures
+        self._since = [
+            Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in known
+        ]
         self._clock, self._timed = time.perf_counter(), 0.0
 
     @property
     def waiting(self) -> list[dict]:
         """The steps since the last line, exactly, in a form that JSON takes."""
-        return [{key: np.asarray(value).tolist() for key, value in one._asdict().items()} for one in self._since]
+        return [
+            {key: np.asarray(value).tolist() for key, value in one._asdict().items()}
+            for one in self._since
+        ]
 
     def add(self, done: int, metrics: Metrics) -> None:
         """Takes the metrics of one finished step; `done` steps are finished. Raises UserError when they are not finite."""
@@ -38,8 +55,10 @@ class Progress:
         loss = float(metrics.objective) / max(float(metrics.supervised), 1.0)
         if not math.isfinite(loss) or not math.isfinite(metrics.grad_norm):
             self._bar.close()
-            raise UserError(f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm {float(metrics.grad_norm)}; "
-                            f"the last checkpoint is kept. {self._blame(done - 1)}")
+            raise UserError(
+                f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm {float(metrics.grad_norm)}; "
+                f"the last checkpoint is kept. {self._blame(done - 1)}"
+            )
         self._since.append(metrics)
         self._timed += float(metrics.supervised)
         self._bar.update(1)
@@ -53,28 +72,38 @@ class Progress:
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.states_BLD is None:
             return f"{where}. Lower train.{self._name}.learning_rate, unless it is the target's states, made in the step, that are not finite"
-        broken = np.flatnonzero(~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2)))
+        broken = np.flatnonzero(
+            ~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2))
+        )
         if not len(broken):
             return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
-        return (f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite (row {broken[0]} begins with the tokens "
-                f"{tokens[:8].tolist()}): delete the states in data.folder to have them made again")
+        return (
+            f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite (row {broken[0]} begins with the tokens "
+            f"{tokens[:8].tolist()}): delete the states in data.folder to have them made again"
+        )
 
     def _write(self, done: int) -> None:
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         line = summary(self._since)
-        line["grad_norm"] = round(float(np.mean([m.grad_norm for m in self._since], dtype=np.float64)), 4)
+        line["grad_norm"] = round(
+            float(np.mean([m.grad_norm for m in self._since], dtype=np.float64)), 4
+        )
         line["tokens_per_second"] = round(self._timed / seconds, 1)
         self._since, self._timed = [], 0.0
         self._log.write({"stage": self._name, "step": done, **line})
         agree = " ".join(f"{share:.2f}" for share in line["top1_by_offset"])
-        self._bar.set_postfix_str(f"loss {line['loss']:.3f}, top-1 {agree}, {line['tokens_per_second']:.0f} tok/s")
+        self._bar.set_postfix_str(
+            f"loss {line['loss']:.3f}, top-1 {agree}, {line['tokens_per_second']:.0f} tok/s"
+        )
 
     def held_out(self, done: int, batches: list[Metrics]) -> None:
         """Logs and prints agreement on chats kept out of training."""
         line = summary(jax.device_get(batches))
         agree = " ".join(f"{share:.3f}" for share in line["top1_by_offset"])
-        self.aside(done, "held_out", line, f"held-out loss {line['loss']:.3f}, top-1 by offset {agree}")
+        self.aside(
+            done, "held_out", line, f"held-out loss {line['loss']:.3f}, top-1 by offset {agree}"
+        )
 
     def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
         """Logs and prints a measurement; its time is not the training's."""
@@ -89,11 +118,16 @@ class Progress:
 
 def summary(batches: list[Metrics]) -> dict[str, Any]:
     """Sums over batches, divided once."""
-    total = lambda field: np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)
+    total = lambda field: np.sum(
+        [getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64
+    )
     rows = max(float(total("count_J").sum()), 1.0)
     share_JK = total("agree_JK") / np.maximum(total("count_J"), 1)[:, None]
     return {
         "loss": round(float(total("objective") / np.maximum(total("supervised"), 1)), 5),
         "ploss": round(float(total("ploss") / rows), 5),
         "vloss": round(float(total("vloss") / rows), 6),
-    } | {f"top{within}_by_offset": [round(float(x), 4) for x in share_J] for within, share_J in zip(AGREE_WITHIN, share_JK.T)}
+    } | {
+        f"top{within}_by_offset": [round(float(x), 4) for x in share_J]
+        for within, share_J in zip(AGREE_WITHIN, share_JK.T)
+    }

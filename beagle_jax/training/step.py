@@ -39,7 +39,9 @@ class Accumulated(NamedTuple):
     """The optimizer's state between two updates, when several batches make one (`train.accumulate`)."""
 
     inner: optax.OptState
-    gradient: dict[str, jax.Array]  # of the objective, summed over the batches since the last update
+    gradient: dict[
+        str, jax.Array
+    ]  # of the objective, summed over the batches since the last update
     supervised: jax.Array  # tokens supervised in them: what the sum is divided by, once
 
 
@@ -71,7 +73,9 @@ class Prediction(NamedTuple):
 
     state_BND: jax.Array
     query_BN: jax.Array  # which query
-    inside_BN: jax.Array  # False where a window hangs over the chat's last query (EAGLE: and at position 0)
+    inside_BN: (
+        jax.Array
+    )  # False where a window hangs over the chat's last query (EAGLE: and at position 0)
     group_BN: jax.Array  # window offset or draft step
     weight_N: jax.Array  # beta
     groups: int  # how many there are
@@ -92,19 +96,29 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
     else:
         # Updates of AdamW's usual size, so that one learning rate serves both; the norms' weights stay with AdamW.
         norms = {f"adam_{name}": value for name, value in adam.items()}
-        update = optax.contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms)
+        update = optax.contrib.muon(
+            schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms
+        )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def add_noise(states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, key: jax.Array) -> jax.Array:
+def add_noise(
+    states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, key: jax.Array
+) -> jax.Array:
     """Training noise for keys and values; targets stay clean (method.md 3.3)."""
     if config.noise == "none":
         return states_BLD
     if config.noise == "gaussian":
-        return states_BLD + config.noise_scale * jax.random.normal(key, states_BLD.shape, states_BLD.dtype)
-    length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)  # shorter chats get more
+        return states_BLD + config.noise_scale * jax.random.normal(
+            key, states_BLD.shape, states_BLD.dtype
+        )
+    length_BL = of_row(
+        length_BC, places(states_BLD.shape[1], length_BC).chat_BX
+    )  # shorter chats get more
     width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, 1))[..., None]
-    return states_BLD + width_BL1 * (jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5)
+    return states_BLD + width_BL1 * (
+        jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5
+    )
 
 
 def predict_early(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
@@ -112,7 +126,9 @@ def predict_early(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offse
     T = of.slot_BT.shape[1]
     e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
     place_BT = queries(T, of.length_BC, of.first_BC).place_BT
-    state_BTD = early_states(params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=stage.window, offset=offset)
+    state_BTD = early_states(
+        params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=stage.window, offset=offset
+    )
     query_BT = jnp.broadcast_to(jnp.arange(T), place_BT.shape)
     group_BT = place_BT - window_start(place_BT, stage.window, offset)
     return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T), stage.window)
@@ -134,19 +150,44 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset
 def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
     """Draft steps 1..s from each query, one in the early stage (method.md 8). Keys are made of tokens too, so whole rows are embedded."""
     steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
-    state_BTJD = eagle_states(params, spec, e_BLD, of.h_BLD, of.length_BC, of.first_BC, count=count, steps=steps, detach=stage.detach)
+    state_BTJD = eagle_states(
+        params,
+        spec,
+        e_BLD,
+        of.h_BLD,
+        of.length_BC,
+        of.first_BC,
+        count=count,
+        steps=steps,
+        detach=stage.detach,
+    )
     at = window_queries(of.length_BC - of.first_BC, count, 1, steps, 0)
     after_a_state_BT = queries(count, of.length_BC, of.first_BC).position_BT > 0
-    return _by_step(stage, state_BTJD, at.query_BUJ, at.valid_BUJ & after_a_state_BT[..., None], jnp.arange(steps))
+    return _by_step(
+        stage,
+        state_BTJD,
+        at.query_BUJ,
+        at.valid_BUJ & after_a_state_BT[..., None],
+        jnp.arange(steps),
+    )
 
 
 def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ, step_J) -> Prediction:
     """Predictions of U simulated drafts, J of each, weighted by the draft step that they are of."""
     B, U, J = query_BUJ.shape
-    beta_J = jnp.asarray(stage.step_weights or range(stage.simulation_steps, 0, -1), jnp.float32)[step_J]
+    beta_J = jnp.asarray(stage.step_weights or range(stage.simulation_steps, 0, -1), jnp.float32)[
+        step_J
+    ]
     group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
     flat = lambda x_BUJ: x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
-    return Prediction(flat(state_BUJD), flat(query_BUJ), flat(inside_BUJ), group_BN, jnp.tile(beta_J, U), stage.simulation_steps)
+    return Prediction(
+        flat(state_BUJD),
+        flat(query_BUJ),
+        flat(inside_BUJ),
+        group_BN,
+        jnp.tile(beta_J, U),
+        stage.simulation_steps,
+    )
 
 
 def stage_loss(
@@ -170,14 +211,20 @@ def stage_loss(
     true_BLD = jnp.asarray(batch.states_BLD)
     h_BLD = add_noise(true_BLD, batch.length_BC, config, noise_key)
     slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
-    embedded = lambda tokens: jax.lax.with_sharding_constraint(embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh))
-    inputs = Inputs(jnp.asarray(batch.tokens_BL), h_BLD, batch.length_BC, batch.first_BC, slot_BT, embedded)
+    embedded = lambda tokens: jax.lax.with_sharding_constraint(
+        embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh)
+    )
+    inputs = Inputs(
+        jnp.asarray(batch.tokens_BL), h_BLD, batch.length_BC, batch.first_BC, slot_BT, embedded
+    )
     out = predict(params, spec, stage, inputs, offset)
     counts_BN = of_row(jnp.asarray(batch.counts_BT), out.query_BN) & out.inside_BN
     true_BND = of_row(true_BLD, of_row(slot_BT, out.query_BN))
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
-    ce_M, rank_M = distribution_loss(state_MD, true_MD, frozen["head_VD"], counts_M, config.loss, config.loss_rows, mesh)
+    ce_M, rank_M = distribution_loss(
+        state_MD, true_MD, frozen["head_VD"], counts_M, config.loss, config.loss_rows, mesh
+    )
     l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
@@ -198,7 +245,11 @@ def stage_loss(
 
 
 def updated(
-    state: TrainState, gradient: dict, supervised: jax.Array, optimizer: optax.GradientTransformation, accumulate: int
+    state: TrainState,
+    gradient: dict,
+    supervised: jax.Array,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
 ) -> tuple[TrainState, jax.Array]:
     """The state after one more batch, and the gradient's norm: an update, or the sum that waits for one.
 
@@ -212,7 +263,9 @@ def updated(
 
     if accumulate == 1:
         params, opt_state = change(state.opt_state, gradient, supervised)
-        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(gradient, supervised))
+        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(
+            mean(gradient, supervised)
+        )
     held: Accumulated = state.opt_state
     total, tokens = optax.tree.add(held.gradient, gradient), held.supervised + supervised
 
@@ -230,22 +283,36 @@ def with_states(target: TargetSpec | None, frozen: dict[str, Any], batch: Batch)
     if target is None:
         return batch._replace(states_BLD=jnp.asarray(batch.states_BLD, frozen["embed_VD"].dtype))
     with jax.named_scope("target"):
-        return batch._replace(states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_BC))
+        return batch._replace(
+            states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_BC)
+        )
 
 
 def make_steps(
-    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh, *, late: bool, target: TargetSpec | None = None
-) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]]:
+    spec: DraftSpec,
+    config: TrainConfig,
+    stage: StageConfig,
+    mesh: Mesh,
+    *,
+    late: bool,
+    target: TargetSpec | None = None,
+) -> tuple[
+    Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]
+]:
     """(train step, evaluation step, initial state from a copy of parameters) of one stage.
 
     The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on seed and step only.
     The state is born sharded and stays so; `frozen` lives where the caller has put it (sharding.place).
     target: batches come without states, and the step computes them with the target's parameters, frozen["target"].
     """
-    predict = predict_eagle if isinstance(spec, EagleSpec) else predict_late if late else predict_early
+    predict = (
+        predict_eagle if isinstance(spec, EagleSpec) else predict_late if late else predict_early
+    )
     optimizer = make_optimizer(config, stage)
 
-    clean = replace(config, noise="none")  # noise is for training; measurements see the states as decoding does
+    clean = replace(
+        config, noise="none"
+    )  # noise is for training; measurements see the states as decoding does
 
     def objective(params, frozen, batch, key):
         metrics = stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)[1]
@@ -253,13 +320,19 @@ def make_steps(
 
     def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient, metrics = jax.grad(objective, has_aux=True)(state.params, frozen, with_states(target, frozen, batch), key)
-        state, grad_norm = updated(state, gradient, metrics.supervised, optimizer, config.accumulate)
+        gradient, metrics = jax.grad(objective, has_aux=True)(
+            state.params, frozen, with_states(target, frozen, batch), key
+        )
+        state, grad_norm = updated(
+            state, gradient, metrics.supervised, optimizer, config.accumulate
+        )
         return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
         batch = with_states(target, frozen, batch)
-        return stage_loss(params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh)[1]
+        return stage_loss(
+            params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh
+        )[1]
 
     def init(params) -> TrainState:
         opt_state = optimizer.init(params)
@@ -267,11 +340,16 @@ def make_steps(
             opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
         return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))
 
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in spec.param_shapes().items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in spec.param_shapes().items()
+    }
     where = shardings(jax.eval_shape(init, shapes), mesh)
     placed = dict(in_shardings=(where, None, rows(mesh), None), out_shardings=(where, whole(mesh)))
     return (
         jax.jit(train_step, donate_argnums=0, **placed),
-        jax.jit(eval_step, in_shardings=(where.params, None, rows(mesh)), out_shardings=whole(mesh)),
+        jax.jit(
+            eval_step, in_shardings=(where.params, None, rows(mesh)), out_shardings=whole(mesh)
+        ),
         jax.jit(init, out_shardings=where),
     )

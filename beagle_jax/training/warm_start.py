@@ -25,25 +25,36 @@ from beagle_jax.model.target import embed
 FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
 _FIT_LINES = 20  # chats whose features exist at once
 _PAIRS = 8  # rotary pairs that carry the distance score: the fastest ones tell neighbours apart
-_AMPLITUDE = 4.5  # of queries and keys in those pairs: a score gap of about 2 between distances 1 and 2
+_AMPLITUDE = (
+    4.5  # of queries and keys in those pairs: a score gap of about 2 between distances 1 and 2
+)
 _ATTENTION_SCALE = 0.1  # share of the fitted state that attention adds before the MLP
 _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 
 
-def warm_start(params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def warm_start(
+    params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch
+) -> dict[str, jax.Array]:
     """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a row, some thousand tokens to fit on."""
-    fitted = _local_attention({name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch)
+    fitted = _local_attention(
+        {name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch
+    )
     # Features of unit scale; at init_std they would start nearly linear and tiny.
     rng = np.random.default_rng(0)
     for name in ("gate_proj", "up_proj"):
         fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
     fitted = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
-    parts = [Batch(*(field[line : line + _FIT_LINES] for field in batch)) for line in range(0, len(batch.tokens_BL), _FIT_LINES)]
+    parts = [
+        Batch(*(field[line : line + _FIT_LINES] for field in batch))
+        for line in range(0, len(batch.tokens_BL), _FIT_LINES)
+    ]
     moments = (map(np.asarray, _feature_moments(fitted, spec, embed_VD, part)) for part in parts)
     return fitted | {"down_proj": jnp.asarray(_ridge(moments).T, jnp.float32)}
 
 
-def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, batch: Batch) -> dict[str, np.ndarray]:
+def _local_attention(
+    fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, batch: Batch
+) -> dict[str, np.ndarray]:
     """The weights before the MLP, with most heads reading the newest state."""
     e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD) * spec.embed_scale, batch)
     u_MD = e_MD / np.sqrt(np.square(e_MD).mean(axis=1, keepdims=True) + spec.rms_norm_eps)
@@ -51,7 +62,9 @@ def _local_attention(fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, b
     local = max(1, 2 * K // 3)  # kv heads that begin local; the rest stay random
     score_H = np.zeros(H)
     score_H[: min(_PAIRS, H // 2)] = _AMPLITUDE
-    fitted["q_proj"][: local * G * H] += np.tile(np.outer(_back_one(score_H, spec), _unit_probe(u_MD)), (local * G, 1))
+    fitted["q_proj"][: local * G * H] += np.tile(
+        np.outer(_back_one(score_H, spec), _unit_probe(u_MD)), (local * G, 1)
+    )
     fitted["k_proj"][: local * H] += np.tile(np.outer(score_H, _unit_probe(before_MD)), (local, 1))
     # h_i - e_i from (e_i, h_{i-1}); only the part that comes from h_{i-1} goes through the attention.
     x_MF = np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1), np.float32)], axis=1)
@@ -73,7 +86,9 @@ def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[ja
     asked = queries(T, part.length_BC, part.first_BC)
     e_BTD = embed(embed_VD, of_row(part.tokens_BL, asked.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
-    y_BTD, gated_BTF = block.before_down(e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, asked.position_BT))
+    y_BTD, gated_BTF = block.before_down(
+        e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, asked.position_BT)
+    )
     feature_BTF = gated_BTF * part.counts_BT[..., None]
     product = lambda x: jnp.einsum("BTF,BTD->FD", feature_BTF, x)
     return product(feature_BTF), product(of_row(part.states_BLD, asked.slot_BT) - y_BTD)

@@ -43,7 +43,9 @@ class Draft:
     spec: DraftSpec
     params: dict[str, jax.Array] = field(repr=False)
     hot_ids: jax.Array | None  # token ids that the draft scores; None: all
-    provenance: dict[str, Any] = field(repr=False)  # target, data, stages: what config.json says of the training
+    provenance: dict[str, Any] = field(
+        repr=False
+    )  # target, data, stages: what config.json says of the training
 
     @property
     def fingerprint(self) -> str:
@@ -58,14 +60,21 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
         write_tensors(partial, tensors)
-    config = {"model_type": draft.spec.kind, **settings(draft.spec), DIGEST: draft_digest(draft.spec, tensors), **draft.provenance}
+    config = {
+        "model_type": draft.spec.kind,
+        **settings(draft.spec),
+        DIGEST: draft_digest(draft.spec, tensors),
+        **draft.provenance,
+    }
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
     """Every tensor under its name in a file, which is PyTorch's; matrices are [out, in]."""
     # A transposed view would be written wrongly by safetensors, without an error.
-    tensors = {TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()}
+    tensors = {
+        TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()
+    }
     if draft.hot_ids is not None:
         tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
     return tensors
@@ -81,7 +90,9 @@ def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
     return digest(tensors, json.dumps(settings(spec), sort_keys=True))
 
 
-def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None) -> Draft:
+def load_draft(
+    folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None
+) -> Draft:
     """Reads a draft for this target, of the kind that its config.json says. kind: the only one that will do.
 
     Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made for another target.
@@ -97,9 +108,15 @@ def load_draft(folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | N
     params = _match(tensors, spec, weights_path)
     check_digest(config, spec, tensors, folder)
     if hot_ids is not None and (hot_ids.min() < 0 or hot_ids.max() >= target.vocab_size):
-        raise UserError(f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
-                        f"the vocabulary ends at {target.vocab_size - 1})")
-    provenance = {key: value for key, value in config.items() if key not in asdict(spec) and key not in ("model_type", DIGEST)}
+        raise UserError(
+            f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
+            f"the vocabulary ends at {target.vocab_size - 1})"
+        )
+    provenance = {
+        key: value
+        for key, value in config.items()
+        if key not in asdict(spec) and key not in ("model_type", DIGEST)
+    }
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
 
 
@@ -114,27 +131,47 @@ def other_target(draft: Draft, source: str) -> str | None:
     Folders and files may hold anything under any name: they are not compared.
     """
     told = str(draft.provenance.get("target"))
-    (ours, _, our_revision), (theirs, _, their_revision) = source.partition("@"), told.partition("@")
+    (ours, _, our_revision), (theirs, _, their_revision) = (
+        source.partition("@"),
+        told.partition("@"),
+    )
     public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
-    return told if public and (ours != theirs or (our_revision and their_revision and our_revision != their_revision)) else None
+    return (
+        told
+        if public
+        and (ours != theirs or (our_revision and their_revision and our_revision != their_revision))
+        else None
+    )
 
 
 def read_spec(
-    config: dict[str, Any], target: TargetSpec, folder: Path, kinds: tuple[type[DraftSpec], ...] = KINDS
+    config: dict[str, Any],
+    target: TargetSpec,
+    folder: Path,
+    kinds: tuple[type[DraftSpec], ...] = KINDS,
 ) -> DraftSpec:
     """What config.json says of the block; raises UserError unless that is a block of one of these kinds, for this target."""
     path, told_kind = folder / "config.json", config.get("model_type")
     kind = next((kind for kind in kinds if kind.kind == told_kind), None)
     if kind is None:
-        raise UserError(f"{path}: model_type is {told_kind!r}, expected {' or '.join(repr(kind.kind) for kind in kinds)}")
+        raise UserError(
+            f"{path}: model_type is {told_kind!r}, expected {' or '.join(repr(kind.kind) for kind in kinds)}"
+        )
     expected = kind.from_target(target)
     told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
     if told.get("rope_scaling") is not None:
         told["rope_scaling"] = _scaling(told["rope_scaling"], path)
     # What a draft may have of its own, beside what its target has.
-    own = ("init_std", "input_norm", "embed_scale") if kind is DraftSpec else tuple(key for key in told if key != "hidden_size")
-    wrong = [f"{key} {config.get(key)} there, {value} here" for key, value in asdict(expected).items()
-             if key not in own and config.get(key) != value]
+    own = (
+        ("init_std", "input_norm", "embed_scale")
+        if kind is DraftSpec
+        else tuple(key for key in told if key != "hidden_size")
+    )
+    wrong = [
+        f"{key} {config.get(key)} there, {value} here"
+        for key, value in asdict(expected).items()
+        if key not in own and config.get(key) != value
+    ]
     if wrong:
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
     for key, value in asdict(expected).items():
@@ -144,15 +181,25 @@ def read_spec(
 
 
 def _scaling(told: Any, path: Path) -> RopeScaling:
-    if not isinstance(told, list) or len(told) != len(RopeScaling._fields) or not all(type(value) in (int, float, type(None)) for value in told):
-        raise UserError(f"{path}: rope_scaling is {told!r}; expected the numbers {', '.join(RopeScaling._fields)}")
+    if (
+        not isinstance(told, list)
+        or len(told) != len(RopeScaling._fields)
+        or not all(type(value) in (int, float, type(None)) for value in told)
+    ):
+        raise UserError(
+            f"{path}: rope_scaling is {told!r}; expected the numbers {', '.join(RopeScaling._fields)}"
+        )
     return RopeScaling(*told)
 
 
-def check_digest(config: dict[str, Any], spec: DraftSpec, tensors: dict[str, np.ndarray], folder: Path) -> None:
+def check_digest(
+    config: dict[str, Any], spec: DraftSpec, tensors: dict[str, np.ndarray], folder: Path
+) -> None:
     """Raises UserError unless settings and tensors are those that config.json was written with."""
     if DIGEST not in config:
-        raise UserError(f"{folder / 'config.json'}: lacks {DIGEST}; train or export the draft again")
+        raise UserError(
+            f"{folder / 'config.json'}: lacks {DIGEST}; train or export the draft again"
+        )
     if config[DIGEST] != (found := draft_digest(spec, tensors)):
         raise UserError(f"{folder}: settings and tensors are not those that config.json was written with ({DIGEST} {config[DIGEST]!r} there, "
                         f"{found} found); a file is damaged or of another draft; copy the folder again")  # fmt: skip
@@ -160,12 +207,23 @@ def check_digest(config: dict[str, Any], spec: DraftSpec, tensors: dict[str, np.
 
 def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict[str, jax.Array]:
     shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
-    problems = [f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in tensors]
-    problems += [f"extra tensor {name}" for name in tensors if name not in shapes and name != HOT_TOKENS]
-    problems += [f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
-                 for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
+    problems = [
+        f"missing tensor {name} {list(shape)}"
+        for name, shape in shapes.items()
+        if name not in tensors
+    ]
+    problems += [
+        f"extra tensor {name}" for name in tensors if name not in shapes and name != HOT_TOKENS
+    ]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
     if HOT_TOKENS in tensors and (tensors[HOT_TOKENS].ndim != 1 or not tensors[HOT_TOKENS].size):
-        problems.append(f"{HOT_TOKENS} has shape {list(tensors[HOT_TOKENS].shape)}, expected [count]")
+        problems.append(
+            f"{HOT_TOKENS} has shape {list(tensors[HOT_TOKENS].shape)}, expected [count]"
+        )
     if problems:
         raise UserError(f"{where}: not the weights of this draft:\n  " + "\n  ".join(problems))
     return {name: jnp.asarray(tensors[TENSOR_NAMES[name]]) for name in spec.param_shapes()}

@@ -19,7 +19,9 @@ _EMBEDDING = "embed_tokens.weight"
 _EAGLE_3 = ("midlayer.", "d2t", "t2d")  # beginnings of names that only EAGLE-3 has
 
 
-def read_eagle_draft(source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False) -> Draft:
+def read_eagle_draft(
+    source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False
+) -> Draft:
     """The draft in a folder (weights and config.json), in float32.
 
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, is no EAGLE-1/2 draft, or was
@@ -28,15 +30,21 @@ def read_eagle_draft(source: Path, target: TargetSpec, target_source: str, allow
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
     if not config:
-        raise UserError(f"{source}: no config.json beside the weights; it says the draft's rope base and norm epsilon")
+        raise UserError(
+            f"{source}: no config.json beside the weights; it says the draft's rope base and norm epsilon"
+        )
     layer = _layer(config, target, source)
     tensors = [(_our_name(name), array) for name, array in read_weights(files)]
     names = [name for name, _ in tensors]
     if eagle_3 := [name for name in names if name.startswith(_EAGLE_3)]:
-        raise UserError(f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of the target; expected EAGLE-1 or 2")
+        raise UserError(
+            f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of the target; expected EAGLE-1 or 2"
+        )
     has_bias = TENSOR_NAMES["fc_bias"] in names
     if config.get("bias") not in (None, has_bias):
-        raise UserError(f"{source}: config.json says bias {config['bias']!r}, and the weights {'hold' if has_bias else 'lack'} fc.bias")
+        raise UserError(
+            f"{source}: config.json says bias {config['bias']!r}, and the weights {'hold' if has_bias else 'lack'} fc.bias"
+        )
     spec = EagleSpec(
         hidden_size=layer.hidden_size, intermediate_size=layer.intermediate_size, num_heads=layer.num_heads,
         num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim, rope_theta=layer.rope_theta, rms_norm_eps=layer.rms_norm_eps,
@@ -44,21 +52,35 @@ def read_eagle_draft(source: Path, target: TargetSpec, target_source: str, allow
     )  # fmt: skip
     params = _match(tensors, spec, target.vocab_size, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
-    return Draft(spec, {name: jnp.asarray(array, jnp.float32) for name, array in params.items()}, None, provenance)
+    return Draft(
+        spec,
+        {name: jnp.asarray(array, jnp.float32) for name, array in params.items()},
+        None,
+        provenance,
+    )
 
 
 def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSpec:
     """The draft's one layer, described as a target's; raises UserError for what the EAGLE block cannot compute."""
     layer = TargetSpec.from_hf_config(config, f"{source}: config.json")
-    wrong = [f"{key} {getattr(layer, key)} there, {getattr(target, key)} here" for key in ("hidden_size", "vocab_size")
-             if getattr(layer, key) != getattr(target, key)]
+    wrong = [
+        f"{key} {getattr(layer, key)} there, {getattr(target, key)} here"
+        for key in ("hidden_size", "vocab_size")
+        if getattr(layer, key) != getattr(target, key)
+    ]
     if wrong:
         raise UserError(f"{source}: this draft belongs to another target ({'; '.join(wrong)})")
-    unknown = [f"{layer.num_layers} layers"] * (layer.num_layers != 1) + ["biases of projections"] * bool(layer.biases)
-    unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(layer.windows)
+    unknown = [f"{layer.num_layers} layers"] * (layer.num_layers != 1) + [
+        "biases of projections"
+    ] * bool(layer.biases)
+    unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(
+        layer.windows
+    )
     unknown += ["Gemma's layer"] * layer.gemma + ["experts"] * (layer.experts is not None)
     if unknown:
-        raise UserError(f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one plain Llama layer")
+        raise UserError(
+            f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one plain Llama layer"
+        )
     return layer
 
 
@@ -67,17 +89,30 @@ def _our_name(name: str) -> str:
     return name.replace("eagle_fc.", "fc.", 1).removeprefix("layers.0.")
 
 
-def _match(tensors: list[tuple[str, np.ndarray]], spec: EagleSpec, vocab_size: int, where: Path) -> dict[str, np.ndarray]:
+def _match(
+    tensors: list[tuple[str, np.ndarray]], spec: EagleSpec, vocab_size: int, where: Path
+) -> dict[str, np.ndarray]:
     shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
     ignored = {_EMBEDDING: (vocab_size, spec.hidden_size)}
     held, problems = dict(tensors), []
     names = [name for name, _ in tensors]
     problems += [f"{name} stands in two files" for name in held if names.count(name) > 1]
-    problems += [f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in held]
-    problems += [f"extra tensor {name} {list(array.shape)}: the EAGLE draft has no such part" for name, array in held.items()
-                 if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
-    problems += [f"{name} has shape {list(held[name].shape)}, expected {list(shape)}" for name, shape in (shapes | ignored).items()
-                 if name in held and held[name].shape != shape]
+    problems += [
+        f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in held
+    ]
+    problems += [
+        f"extra tensor {name} {list(array.shape)}: the EAGLE draft has no such part"
+        for name, array in held.items()
+        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+    ]
+    problems += [
+        f"{name} has shape {list(held[name].shape)}, expected {list(shape)}"
+        for name, shape in (shapes | ignored).items()
+        if name in held and held[name].shape != shape
+    ]
     if problems:
-        raise UserError(f"{where}: not the weights of one EAGLE-1/2 draft for this target:\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"{where}: not the weights of one EAGLE-1/2 draft for this target:\n  "
+            + "\n  ".join(problems)
+        )
     return {name: held[TENSOR_NAMES[name]] for name in spec.param_shapes()}

@@ -53,24 +53,34 @@ class GGUFFile:
         try:
             self._reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+            raise UserError(
+                f"{path}: not a readable GGUF file ({error}); download it again"
+            ) from error
         architecture = self._field("general.architecture")
         if architecture != "llama":
-            raise UserError(f"{path}: architecture is {architecture!r}; this version reads GGUF files of 'llama'")
+            raise UserError(
+                f"{path}: architecture is {architecture!r}; this version reads GGUF files of 'llama'"
+            )
 
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
         if field is None:
-            raise UserError(f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter")
+            raise UserError(
+                f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter"
+            )
         try:
             return field.contents()
         except ValueError as error:  # bytes that are no UTF-8
-            raise UserError(f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the file again") from error
+            raise UserError(
+                f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the file again"
+            ) from error
 
     def _list(self, key: str) -> list[Any]:
         found = self._field(key)
         if not isinstance(found, list):
-            raise UserError(f"{self.path}: GGUF metadata {key!r} is {found!r}, expected a list; download the file again")
+            raise UserError(
+                f"{self.path}: GGUF metadata {key!r} is {found!r}, expected a list; download the file again"
+            )
         return found
 
     def _has(self, key: str) -> bool:
@@ -78,8 +88,13 @@ class GGUFFile:
 
     def config(self) -> dict[str, Any]:
         """The metadata as a Hugging Face Llama config."""
-        if self._has("llama.rope.scaling.type") and self._field("llama.rope.scaling.type") != "none":
-            raise UserError(f"{self.path}: RoPE scaling {self._field('llama.rope.scaling.type')!r} is not supported")
+        if (
+            self._has("llama.rope.scaling.type")
+            and self._field("llama.rope.scaling.type") != "none"
+        ):
+            raise UserError(
+                f"{self.path}: RoPE scaling {self._field('llama.rope.scaling.type')!r} is not supported"
+            )
         names = {tensor.name for tensor in self._reader.tensors}
         return {
             "model_type": "llama",
@@ -105,7 +120,11 @@ class GGUFFile:
         tensor = self._by_name[name]
         shape, order = _shape(tensor), self._row_order(tensor)
         # Not through the reader's map: pages that it has touched count as the process's memory for as long as it lives.
-        stored = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset).view(tensor.data.dtype).reshape(tensor.data.shape)
+        stored = (
+            np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+            .view(tensor.data.dtype)
+            .reshape(tensor.data.shape)
+        )
         if len(shape) == 1:
             return self._dequantised(tensor, stored).reshape(shape)[index].astype(dtype)
         order = order[index[0]]
@@ -114,7 +133,9 @@ class GGUFFile:
 
         def fill(start: int) -> None:
             rows = stored[order[start : start + step]]
-            found[start : start + step] = self._dequantised(tensor, rows).reshape(len(rows), shape[1])[:, index[1]]
+            found[start : start + step] = self._dequantised(tensor, rows).reshape(
+                len(rows), shape[1]
+            )[:, index[1]]
 
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _MOST_THREADS)) as workers:
             list(workers.map(fill, range(0, len(order), step)))
@@ -133,19 +154,34 @@ class GGUFFile:
         """Some of a tensor's rows in float32, one behind another."""
         try:
             # As one long row: the package goes through matrices by sixteen rows at a time, each with a dozen calls of numpy.
-            return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(np.float32, copy=False)
+            return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(
+                np.float32, copy=False
+            )
         except NotImplementedError:
-            raise UserError(f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
-                            "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K") from None
+            raise UserError(
+                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
+                "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K"
+            ) from None
 
     def _row_order(self, tensor: gguf.ReaderTensor) -> np.ndarray:
         """Which of the file's rows stands where in Hugging Face's order."""
         order = np.arange(_shape(tensor)[0])
         if not tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
             return order
-        count = self._field("llama.attention.head_count" if ".attn_q." in tensor.name else "llama.attention.head_count_kv")
-        if len(tensor.shape) != 2 or type(count) is not int or count < 1 or len(order) % (2 * count):
-            raise UserError(f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit {count!r} heads; download it again")
+        count = self._field(
+            "llama.attention.head_count"
+            if ".attn_q." in tensor.name
+            else "llama.attention.head_count_kv"
+        )
+        if (
+            len(tensor.shape) != 2
+            or type(count) is not int
+            or count < 1
+            or len(order) % (2 * count)
+        ):
+            raise UserError(
+                f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit {count!r} heads; download it again"
+            )
         return _unpermute_rows(order[:, None], count)[:, 0]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,20 +206,35 @@ class GGUFFile:
     def _token_id(self, name: str, count: int) -> int:
         found = self._field(f"tokenizer.ggml.{name}_token_id")
         if type(found) is not int or not 0 <= found < count:
-            raise UserError(f"{self.path}: tokenizer.ggml.{name}_token_id is {found!r}, and there are {count} tokens; download it again")
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.{name}_token_id is {found!r}, and there are {count} tokens; download it again"
+            )
         return found
 
     def _bpe(self, tokens: list[str]) -> Tokenizer:
         vocab = {token: index for index, token in enumerate(tokens)}
         merges = [tuple(merge.split(" ", 1)) for merge in self._list("tokenizer.ggml.merges")]
-        unknown = [merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()]
+        unknown = [
+            merge
+            for merge in merges
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()
+        ]
         if unknown or len(vocab) != len(tokens):
-            found = f"merge {' '.join(unknown[0])!r} is not of its tokens" if unknown else "two of its tokens are the same"
-            raise UserError(f"{self.path}: the tokenizer is damaged ({found}); download the file again")
+            found = (
+                f"merge {' '.join(unknown[0])!r} is not of its tokens"
+                if unknown
+                else "two of its tokens are the same"
+            )
+            raise UserError(
+                f"{self.path}: the tokenizer is damaged ({found}); download the file again"
+            )
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
         # Each digit stands alone; transformers' own GGUF route drops this step and splits "\n\n1." differently.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         )
         tokenizer.decoder = decoders.ByteLevel()
         for token, kind in zip(tokens, self._list("tokenizer.ggml.token_type"), strict=True):
@@ -215,4 +266,6 @@ def _hf_name(name: str) -> str:
 def _unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     """Interleaved rotary pairs (0 1)(2 3).. per head -> half-split (0 h/2)(1 h/2+1).. as Hugging Face stores them."""
     rows, width = weight.shape
-    return np.ascontiguousarray(weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width))
+    return np.ascontiguousarray(
+        weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+    )

@@ -26,7 +26,10 @@ _MOST_DIMENSIONS = 4
 def check_header(path: Path) -> None:
     """Raises UserError naming the file, the byte and what is wrong there. Little-endian files of version 2 and 3."""
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             _Walk(path, data).check()
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
@@ -75,16 +78,23 @@ class _Walk:
                 raise self._broken(f"tensor {name} is stored as type {kind}, which does not exist")
             block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
             if 0 in shape or shape[0] % block:
-                raise self._broken(f"tensor {name} has shape {shape[::-1]}, which blocks of {block} do not fill")
+                raise self._broken(
+                    f"tensor {name} has shape {shape[::-1]}, which blocks of {block} do not fill"
+                )
             if offset != expected:
-                raise self._broken(f"tensor {name} should begin at byte {expected:,} of the data, and begins at {offset:,}")
+                raise self._broken(
+                    f"tensor {name} should begin at byte {expected:,} of the data, and begins at {offset:,}"
+                )
             size = math.prod(shape) // block * block_bytes
             end, expected = offset + size, -(-(offset + size) // alignment) * alignment
             if end > len(self._data):
                 raise self._broken(f"tensor {name} of {size:,} bytes is larger than the file")
         start = -(-self._at // alignment) * alignment
         if count and start + end > len(self._data):
-            raise self._broken(f"its tensors end at byte {start + end:,}, the file at {len(self._data):,}", len(self._data))
+            raise self._broken(
+                f"its tensors end at byte {start + end:,}, the file at {len(self._data):,}",
+                len(self._data),
+            )
 
     def _value(self, kind: int) -> object:
         """One value; of an array the last element."""
@@ -96,7 +106,9 @@ class _Walk:
             raise self._broken(f"a value of type {kind}, which does not exist")
         kind, count = self._scalar("I"), self._scalar("Q")
         if kind == _ARRAY or count > len(self._data) - self._at:
-            raise self._broken(f"an array of {count:,} values of type {kind}, which does not fit in the file")
+            raise self._broken(
+                f"an array of {count:,} values of type {kind}, which does not fit in the file"
+            )
         if kind in _SCALARS:
             return self._bytes(count * struct.calcsize(_SCALARS[kind]))[-1:]
         value = None
@@ -116,10 +128,14 @@ class _Walk:
 
     def _bytes(self, count: int) -> bytes:
         if count > len(self._data) - self._at:
-            raise self._broken(f"{count:,} bytes should follow, and the file ends at byte {len(self._data):,}")
+            raise self._broken(
+                f"{count:,} bytes should follow, and the file ends at byte {len(self._data):,}"
+            )
         self._at += count
         return self._data[self._at - count : self._at]
 
     def _broken(self, found: str, at: int | None = None) -> UserError:
         at = self._at if at is None else at
-        return UserError(f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file whole? Download it again")
+        return UserError(
+            f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file whole? Download it again"
+        )

@@ -12,7 +12,9 @@ from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
 from beagle_jax.weights.safetensors_file import Place, places
 
-_INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: which one holds which tensor
+_INDEX = (
+    "model.safetensors.index.json"  # of a checkpoint in several files: which one holds which tensor
+)
 _SHOWN = 10  # contradictions in one message
 
 
@@ -30,13 +32,17 @@ class HFTokenizer:
         """The folder's tokenizer."""
         if (self.path / "tokenizer.model").exists() and not (self.path / "tokenizer.json").exists():
             _check_sentencepiece(self.path / "tokenizer.model")
-        from transformers import AutoTokenizer  # here, since it imports torch where that is installed: two seconds
+        from transformers import (
+            AutoTokenizer,
+        )  # here, since it imports torch where that is installed: two seconds
 
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except Exception as error:
             # tokenizers raises bare Exceptions; the last two of the others stand for valid JSON that is no tokenizer.
-            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | TypeError):
+            if type(error) is not Exception and not isinstance(
+                error, OSError | ValueError | KeyError | TypeError
+            ):
                 raise
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
 
@@ -46,10 +52,14 @@ class HFTokenizer:
         found = read_json(generation, "").get("eos_token_id") if generation.exists() else None
         found = self.config().get("eos_token_id") if found is None else found
         if found is None:
-            raise UserError(f"{self.path}: neither generation_config.json nor config.json names eos_token_id")
+            raise UserError(
+                f"{self.path}: neither generation_config.json nor config.json names eos_token_id"
+            )
         found = found if isinstance(found, list) else [found]
         if not all(type(token) is int and token >= 0 for token in found):
-            raise UserError(f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them")
+            raise UserError(
+                f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them"
+            )
         return tuple(found)
 
 
@@ -59,28 +69,48 @@ def _check_sentencepiece(path: Path) -> None:
     try:
         import sentencepiece
     except ImportError:
-        raise UserError(f"{path}: reading it takes the sentencepiece package, which is not installed: pip install sentencepiece; {remedy}") from None
+        raise UserError(
+            f"{path}: reading it takes the sentencepiece package, which is not installed: pip install sentencepiece; {remedy}"
+        ) from None
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as a SentencePiece model ({error}); is the file whole? Copy or download it again, {remedy}") from error
+        raise UserError(
+            f"{path}: cannot be read as a SentencePiece model ({error}); is the file whole? Copy or download it again, {remedy}"
+        ) from error
 
 
 def _check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
     """Raises UserError unless the index and the files agree. held: names of the tensors in each file of the folder."""
     listed = read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise UserError(f"{path}: weight_map is not a list of tensors with the file of each; copy or download the file again")
+        raise UserError(
+            f"{path}: weight_map is not a list of tensors with the file of each; copy or download the file again"
+        )
     files = set(listed.values())
     problems = [f"{file} is listed, but not in the folder" for file in sorted(files - held.keys())]
     problems += [f"{file} is in the folder, but not listed" for file in sorted(held.keys() - files)]
-    problems += [f"{name} is listed in {file}, which lacks it" for name, file in listed.items() if file in held and name not in held[file]]
-    problems += [f"{name} is in {file}, but {f'listed in {listed[name]}' if name in listed else 'not listed'}"
-                 for file, names in held.items() if file in files for name in names if listed.get(name) != file]
+    problems += [
+        f"{name} is listed in {file}, which lacks it"
+        for name, file in listed.items()
+        if file in held and name not in held[file]
+    ]
+    problems += [
+        f"{name} is in {file}, but {f'listed in {listed[name]}' if name in listed else 'not listed'}"
+        for file, names in held.items()
+        if file in files
+        for name in names
+        if listed.get(name) != file
+    ]
     if problems:
-        shown = [*problems[:_SHOWN], *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])]
-        raise UserError(f"{path}: the index contradicts the files ({len(problems)} places); copy or download the folder again:\n  "
-                        + "\n  ".join(shown))
+        shown = [
+            *problems[:_SHOWN],
+            *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
+        ]
+        raise UserError(
+            f"{path}: the index contradicts the files ({len(problems)} places); copy or download the folder again:\n  "
+            + "\n  ".join(shown)
+        )
 
 
 class HFFolder(HFTokenizer):
@@ -90,7 +120,9 @@ class HFFolder(HFTokenizer):
         super().__init__(path)
         self._files = sorted(path.glob("*.safetensors"))
         if not self._files:
-            raise UserError(f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first")
+            raise UserError(
+                f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first"
+            )
 
     @cached_property
     def places(self) -> list[tuple[str, Place]]:
@@ -102,7 +134,12 @@ class HFFolder(HFTokenizer):
         if (self.path / _INDEX).exists():
             _check_index(self.path / _INDEX, found)
         # A table that old checkpoints stored; recomputed from rope_theta.
-        return [(name, place) for held in found.values() for name, place in held.items() if not name.endswith("rotary_emb.inv_freq")]
+        return [
+            (name, place)
+            for held in found.values()
+            for name, place in held.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        ]
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a name is there twice if two files hold it."""
@@ -134,12 +171,22 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
     """
     # Imported here: everything but this source works without the hub client.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # the second is what its HTTP client raises
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+    )  # the second is what its HTTP client raises
 
     name, _, revision = repo.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files), ignore_patterns=list(_OTHER_FORMS),
                                       cache_dir=cache_dir))  # fmt: skip
-    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:  # the last is what its other transport, hf_xet, raises
-        raise UserError(f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network and run again, "
-                        "which goes on from the files that are whole; or give a local folder") from error
+    except (
+        HTTPError,
+        HFValidationError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last is what its other transport, hf_xet, raises
+        raise UserError(
+            f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network and run again, "
+            "which goes on from the files that are whole; or give a local folder"
+        ) from error

@@ -10,7 +10,16 @@ from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.weights.draft import Draft
 
-TRAINED_WITH = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "numpy")
+TRAINED_WITH = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "safetensors",
+    "numpy",
+)
 EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
 
 _MISSING = "not recorded"
@@ -26,7 +35,15 @@ _DISTANCES = {  # of `train.loss`
     "total_variation": "Total variation distance to",
     "lk_hybrid": "LK hybrid (Kullback-Leibler, then total variation) distance to",
 }
-_DATA_FACTS = ("source", "rows", "answer_tokens_written", "max_prompt_tokens", "max_answer_tokens", "temperature", "seed")
+_DATA_FACTS = (
+    "source",
+    "rows",
+    "answer_tokens_written",
+    "max_prompt_tokens",
+    "max_answer_tokens",
+    "temperature",
+    "seed",
+)
 _TRAINING_FACTS = ("seed", "batch", "row_tokens", "noise", "noise_scale", "optimizer", "clip_norm")
 _TOLD_ELSEWHERE = ("target", "target_revision", "draft", "data", "training", "versions")
 
@@ -57,9 +74,13 @@ def model_card(draft: Draft, measured: str | None = None, revision: str | None =
         **_KINDS[type(draft.spec)],
         base_model=f"base_model: {name}\n" if base.startswith("hf:") else "",
         target=base or _MISSING,
-        revision=trained_on if trained_on != _MISSING or not revision else f"{_MISSING} in training; {revision} when exported",
+        revision=trained_on
+        if trained_on != _MISSING or not revision
+        else f"{_MISSING} in training; {revision} when exported",
         count=sum(int(np.prod(shape)) for shape in draft.spec.param_shapes().values()),
-        scored="all tokens" if draft.hot_ids is None else f"the {len(draft.hot_ids):,} tokens listed in `hot_tokens`",
+        scored="all tokens"
+        if draft.hot_ids is None
+        else f"the {len(draft.hot_ids):,} tokens listed in `hot_tokens`",
         data=_facts(data, _DATA_FACTS),
         training=_facts(training, _TRAINING_FACTS),
         stages=_stages(training),
@@ -80,7 +101,11 @@ def _facts(section: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _stages(training: dict[str, Any]) -> str:
-    lines = [f"- {stage}: {_pairs(training[stage])}" for stage in ("early", "late") if isinstance(training.get(stage), dict)]
+    lines = [
+        f"- {stage}: {_pairs(training[stage])}"
+        for stage in ("early", "late")
+        if isinstance(training.get(stage), dict)
+    ]
     return "\n".join(lines) or f"- {_MISSING}"
 
 
@@ -94,9 +119,13 @@ def _losses(training: dict[str, Any]) -> str:
     late = training.get("late")
     if isinstance(late, dict) and late.get("steps"):
         steps = late.get("simulation_steps", _MISSING)
-        weights = late.get("step_weights") or (list(range(steps, 0, -1)) if isinstance(steps, int) else _MISSING)
+        weights = late.get("step_weights") or (
+            list(range(steps, 0, -1)) if isinstance(steps, int) else _MISSING
+        )
         rest = ", of all that is left of its window" if late.get("multi_token") else ""
-        lines.append(f"In the late stage at each of {steps} simulated draft steps{rest}, weighted {weights}.")
+        lines.append(
+            f"In the late stage at each of {steps} simulated draft steps{rest}, weighted {weights}."
+        )
     return " ".join(lines)
 
 
@@ -109,7 +138,10 @@ def acceptance(report: dict[str, Any]) -> str:
     Raises KeyError, IndexError, TypeError or ValueError for what is no such report.
     """
     system = report["systems"][1]  # the first is plain decoding
-    lines = ["| suite | prompts | tau | 95 % interval | speedup | identical to plain decoding |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| suite | prompts | tau | 95 % interval | speedup | identical to plain decoding |",
+        "|---|---|---|---|---|---|",
+    ]
     for suite in report["suites"]:
         whole = suite["groups"][0]
         one = whole["systems"][system["name"]]
@@ -121,7 +153,9 @@ def acceptance(report: dict[str, Any]) -> str:
 
 def _other_facts(told: dict[str, Any]) -> str:
     """What the config says beside the sections that `train` writes, one line each."""
-    return "".join(f"- {key}: {value}\n" for key, value in told.items() if key not in _TOLD_ELSEWHERE)
+    return "".join(
+        f"- {key}: {value}\n" for key, value in told.items() if key not in _TOLD_ELSEWHERE
+    )
 
 
 _CARD = """\

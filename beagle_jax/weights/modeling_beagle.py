@@ -96,22 +96,33 @@ class Tree:
             raise ValueError(f"paths {list(paths)} has a repeated or an empty path")
         for path in ordered[1:]:
             if path[:-1] not in node_of or min(path) < 0:
-                raise ValueError(f"paths: the parent of {list(path)} is not in the list, or a rank is negative")
+                raise ValueError(
+                    f"paths: the parent of {list(path)} is not in the list, or a rank is negative"
+                )
         self.size = len(ordered)
         self.rank = [path[-1] if path else 0 for path in ordered]
         self.depth = [len(path) for path in ordered]
         self.parent = [node_of[path[:-1]] for path in ordered]  # the root's own is the root
-        self.children = [[node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered]
-        self.ancestors = [{node_of[path[:end]] for end in range(len(path))} for path in ordered]  # strict
+        self.children = [
+            [node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered
+        ]
+        self.ancestors = [
+            {node_of[path[:end]] for end in range(len(path))} for path in ordered
+        ]  # strict
         inner = [node for node in range(self.size) if self.children[node]]
         # Per draft step, the nodes that are queried: those of one depth that have children.
-        self.levels = [[node for node in inner if self.depth[node] == depth] for depth in range(max(self.depth))]
+        self.levels = [
+            [node for node in inner if self.depth[node] == depth]
+            for depth in range(max(self.depth))
+        ]
         self.is_chain = self.depth == list(range(self.size))
 
     def accepted(self, tokens: Sequence[int], best: Sequence[int]) -> list[int]:
         """The nodes from the root on whose tokens are the target's own choice (`best`) at their parents."""
         path = [0]
-        while matching := [node for node in self.children[path[-1]] if tokens[node] == best[path[-1]]]:
+        while matching := [
+            node for node in self.children[path[-1]] if tokens[node] == best[path[-1]]
+        ]:
             path.append(matching[0])
         return path
 
@@ -147,13 +158,20 @@ class BeagleDraft(PreTrainedModel):
     def __init__(self, config: BeagleConfig):
         super().__init__(config)
         D, F = config.hidden_size, config.intermediate_size
-        NH, KH = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.self_attn = _Projections(q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D))
+        NH, KH = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
+        self.self_attn = _Projections(
+            q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D)
+        )
         self.mlp = _Projections(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
         self.input_layernorm = _Norm(D, config.rms_norm_eps) if config.input_norm else nn.Identity()
         self.post_attention_layernorm = _Norm(D, config.rms_norm_eps)
         if config.num_hot_tokens:
-            self.register_buffer("hot_tokens", torch.zeros(config.num_hot_tokens, dtype=torch.int32))
+            self.register_buffer(
+                "hot_tokens", torch.zeros(config.num_hot_tokens, dtype=torch.int32)
+            )
         self.post_init()
 
     # The block
@@ -162,7 +180,9 @@ class BeagleDraft(PreTrainedModel):
         """What queries are made of: the tokens' embeddings."""
         return e_BTD
 
-    def true_rows(self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
+    def true_rows(
+        self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
+    ) -> KeysValues:
         """What decoding keeps of true states. next_BSD: embeddings of the tokens after them."""
         return self.keys_values(h_BSD, positions_S)
 
@@ -175,7 +195,9 @@ class BeagleDraft(PreTrainedModel):
         k_BKSH = self._rotated(self.self_attn.k_proj(h_BSD), positions_S)
         return KeysValues(k_BKSH, self._heads(self.self_attn.v_proj(h_BSD)))
 
-    def predict(self, e_BTD: torch.Tensor, q_BNTH: torch.Tensor, memory: KeysValues, mask: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, e_BTD: torch.Tensor, q_BNTH: torch.Tensor, memory: KeysValues, mask: torch.Tensor
+    ) -> torch.Tensor:
         """Predicted states [B, T, D]. mask: True where a query sees a key, broadcastable to [B, 1, 1, T, S]."""
         B, N, T, H = q_BNTH.shape
         k_BKSH, v_BKSH = memory
@@ -184,11 +206,17 @@ class BeagleDraft(PreTrainedModel):
         # The product with the mask gives zeros to a query that sees no key.
         weight_BKGTS = score_BKGTS.masked_fill(~mask, _MASKED_SCORE).softmax(-1) * mask
         seen_BKGTH = weight_BKGTS.to(v_BKSH.dtype) @ v_BKSH[:, :, None]
-        y_BTD = e_BTD + self.self_attn.o_proj(seen_BKGTH.reshape(B, N, T, H).transpose(1, 2).reshape(B, T, N * H))
+        y_BTD = e_BTD + self.self_attn.o_proj(
+            seen_BKGTH.reshape(B, N, T, H).transpose(1, 2).reshape(B, T, N * H)
+        )
         z_BTD = self.post_attention_layernorm(y_BTD)
-        return y_BTD + self.mlp.down_proj(functional.silu(self.mlp.gate_proj(z_BTD)) * self.mlp.up_proj(z_BTD))
+        return y_BTD + self.mlp.down_proj(
+            functional.silu(self.mlp.gate_proj(z_BTD)) * self.mlp.up_proj(z_BTD)
+        )
 
-    def forward(self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Predicted states [B, T, D] of embeddings at positions 0..T-1 over states at 0..S-1.
 
         mask_BTS: True where a query sees a state; None: the states before it.
@@ -198,7 +226,9 @@ class BeagleDraft(PreTrainedModel):
         if mask_BTS is None:
             mask_BTS = (positions_S[None] < positions_T[:, None])[None]
         memory = self.keys_values(h_BSD, positions_S)
-        return self.predict(e_BTD, self.queries(e_BTD, positions_T), memory, mask_BTS[:, None, None])
+        return self.predict(
+            e_BTD, self.queries(e_BTD, positions_T), memory, mask_BTS[:, None, None]
+        )
 
     def head_rows(self, head_VD: torch.Tensor) -> torch.Tensor:
         """The rows of the target's head that the draft scores."""
@@ -213,10 +243,14 @@ class BeagleDraft(PreTrainedModel):
         H = self.config.head_dim
         even_H = torch.arange(0, H, 2, dtype=torch.float32, device=x_BTF.device)
         # float32 angles: bfloat16 would round position 257 to 256.
-        angle_TH = positions_T[:, None].float() * self.frequencies(1.0 / self.config.rope_theta ** (even_H / H))
+        angle_TH = positions_T[:, None].float() * self.frequencies(
+            1.0 / self.config.rope_theta ** (even_H / H)
+        )
         angle_TH = torch.cat([angle_TH, angle_TH], dim=-1)
         first, second = x_BNTH.chunk(2, dim=-1)
-        return (x_BNTH * angle_TH.cos() + torch.cat([-second, first], dim=-1) * angle_TH.sin()).to(x_BTF.dtype)
+        return (x_BNTH * angle_TH.cos() + torch.cat([-second, first], dim=-1) * angle_TH.sin()).to(
+            x_BTF.dtype
+        )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
         """Rotary frequencies, of those without scaling."""
@@ -226,7 +260,13 @@ class BeagleDraft(PreTrainedModel):
 
     @torch.no_grad()
     def draft(
-        self, tree: Tree, root: int, true: KeysValues, embed: nn.Module, rows_VD: torch.Tensor, last_BTD: torch.Tensor | None = None
+        self,
+        tree: Tree,
+        root: int,
+        true: KeysValues,
+        embed: nn.Module,
+        rows_VD: torch.Tensor,
+        last_BTD: torch.Tensor | None = None,
     ) -> list[int]:
         """The tokens of the tree's nodes below the root, which stands at the position after the true states.
 
@@ -237,24 +277,48 @@ class BeagleDraft(PreTrainedModel):
         first = true.k_BKSH.shape[2]
         device, states = true.k_BKSH.device, {}
         for depth, nodes in enumerate(tree.levels):
-            e_BTD = embed(torch.tensor([[tokens[node] for node in nodes]], device=device)).to(self.dtype)
-            x_BTD = self.fuse(e_BTD, torch.stack([states[tree.parent[node]] for node in nodes], dim=1) if depth else last_BTD)
+            e_BTD = embed(torch.tensor([[tokens[node] for node in nodes]], device=device)).to(
+                self.dtype
+            )
+            x_BTD = self.fuse(
+                e_BTD,
+                torch.stack([states[tree.parent[node]] for node in nodes], dim=1)
+                if depth
+                else last_BTD,
+            )
             positions_T = torch.full((len(nodes),), first + depth - int(self.fused), device=device)
-            if self.fused and depth:  # rows of queries: each sees its own, and the root's is among the true ones
-                memory, asked = memory.followed_by(self.keys_values(x_BTD, positions_T)), asked + nodes
-            above = [[other == node or other in tree.ancestors[node] for other in asked] for node in nodes]
-            above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(len(nodes), len(asked))
+            if (
+                self.fused and depth
+            ):  # rows of queries: each sees its own, and the root's is among the true ones
+                memory, asked = (
+                    memory.followed_by(self.keys_values(x_BTD, positions_T)),
+                    asked + nodes,
+                )
+            above = [
+                [other == node or other in tree.ancestors[node] for other in asked]
+                for node in nodes
+            ]
+            above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(
+                len(nodes), len(asked)
+            )
             sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
             state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
             states |= dict(zip(nodes, state_BTD.unbind(1)))
             kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
-            best_Tk = functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD).topk(kept, dim=-1).indices
+            best_Tk = (
+                functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD)
+                .topk(kept, dim=-1)
+                .indices
+            )
             best_Tk = self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
             for node, best in zip(nodes, best_Tk.tolist()):
                 for child in tree.children[node]:
                     tokens[child] = best[tree.rank[child]]
             if not self.fused and depth + 1 < len(tree.levels):
-                memory, asked = memory.followed_by(self.keys_values(state_BTD, positions_T)), asked + nodes
+                memory, asked = (
+                    memory.followed_by(self.keys_values(state_BTD, positions_T)),
+                    asked + nodes,
+                )
         return tokens
 
     @torch.no_grad()
@@ -279,13 +343,17 @@ class BeagleDraft(PreTrainedModel):
         limit = min(max_new_tokens, target.config.max_position_embeddings - input_ids.shape[-1])
         rows_VD = self.head_rows(target.get_output_embeddings().weight)
         self._check(target, input_ids, tree, limit, len(rows_VD))
-        past = DynamicCache()  # without the config: layers with a window keep all, so that drafts can be dropped again
+        past = (
+            DynamicCache()
+        )  # without the config: layers with a window keep all, so that drafts can be dropped again
         embed = target.get_input_embeddings()
         h_BTD, [root] = _read(target, input_ids, past, last_only=True)
         true = self._rows(h_BTD, input_ids[0, 1:].tolist() + [root], embed)
         answer, rounds = [root], 0
         while len(answer) < limit and answer[-1] not in stop:
-            tokens = self.draft(tree, answer[-1], true, embed, rows_VD, h_BTD[:, -1:].to(self.dtype))
+            tokens = self.draft(
+                tree, answer[-1], true, embed, rows_VD, h_BTD[:, -1:].to(self.dtype)
+            )
             h_BWD, best = _verified(target, tree, tokens, past)
             path = tree.accepted(tokens, best)
             first = true.k_BKSH.shape[2]
@@ -297,30 +365,54 @@ class BeagleDraft(PreTrainedModel):
         answer_BT = torch.tensor([answer[:limit]], dtype=input_ids.dtype, device=input_ids.device)
         return Generated(torch.cat([input_ids, answer_BT], dim=1), rounds)
 
-    def _rows(self, h_BTD: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0) -> KeysValues:
+    def _rows(
+        self, h_BTD: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0
+    ) -> KeysValues:
         """Rows of true states from a position on. after: the tokens that follow them."""
         next_BTD = embed(torch.tensor([after], device=h_BTD.device)).to(self.dtype)
-        return self.true_rows(h_BTD.to(self.dtype), next_BTD, torch.arange(first, first + len(after), device=h_BTD.device))
+        return self.true_rows(
+            h_BTD.to(self.dtype),
+            next_BTD,
+            torch.arange(first, first + len(after), device=h_BTD.device),
+        )
 
-    def _check(self, target: PreTrainedModel, input_ids: torch.Tensor, tree: Tree, limit: int, scored: int) -> None:
+    def _check(
+        self, target: PreTrainedModel, input_ids: torch.Tensor, tree: Tree, limit: int, scored: int
+    ) -> None:
         for key in ("hidden_size", "vocab_size"):
             ours, theirs = getattr(self.config, key), getattr(target.config, key)
             if ours != theirs:
-                raise ValueError(f"this draft belongs to another target ({key} {ours}, the target's is {theirs})")
+                raise ValueError(
+                    f"this draft belongs to another target ({key} {ours}, the target's is {theirs})"
+                )
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not empty, [1, length]")
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not empty, [1, length]"
+            )
         if limit < 1:
-            raise ValueError("no token can be generated: max_new_tokens is below 1, or the prompt fills the target's context")
+            raise ValueError(
+                "no token can be generated: max_new_tokens is below 1, or the prompt fills the target's context"
+            )
         if tree.size < 2:
-            raise ValueError("the tree has no nodes below its root; give levels of at least 1, or paths")
+            raise ValueError(
+                "the tree has no nodes below its root; give levels of at least 1, or paths"
+            )
         if max(tree.rank) >= scored:
-            raise ValueError(f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} tokens")
+            raise ValueError(
+                f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} tokens"
+            )
         if not tree.is_chain and getattr(target.config, "sliding_window", None):
-            raise ValueError("this target's attention has a window, which the mask of a tree does not; draft a chain (levels)")
+            raise ValueError(
+                "this target's attention has a window, which the mask of a tree does not; draft a chain (levels)"
+            )
 
 
 def _read(
-    target: PreTrainedModel, tokens_BT: torch.Tensor, past: DynamicCache, last_only: bool = False, **options
+    target: PreTrainedModel,
+    tokens_BT: torch.Tensor,
+    past: DynamicCache,
+    last_only: bool = False,
+    **options,
 ) -> tuple[torch.Tensor, list[int]]:
     """The states [1, T, D] of tokens that follow the cache, which then holds them; the target's choice after each."""
     out = target.base_model(input_ids=tokens_BT, past_key_values=past, use_cache=True, **options)
@@ -329,19 +421,27 @@ def _read(
     return h_BTD, logits_TV.argmax(-1).tolist()
 
 
-def _verified(target: PreTrainedModel, tree: Tree, tokens: list[int], past: DynamicCache) -> tuple[torch.Tensor, list[int]]:
+def _verified(
+    target: PreTrainedModel, tree: Tree, tokens: list[int], past: DynamicCache
+) -> tuple[torch.Tensor, list[int]]:
     """All nodes in one pass of the target; each sees what is cached, its ancestors and itself."""
     device = target.get_output_embeddings().weight.device
     tokens_BW = torch.tensor([tokens], device=device)
     if tree.is_chain:
         return _read(target, tokens_BW, past)
     first, W = past.get_seq_length(), tree.size
-    above = [[other == node or other in tree.ancestors[node] for other in range(W)] for node in range(W)]
-    sees_WS = torch.cat([torch.ones(W, first, dtype=torch.bool), torch.tensor(above)], dim=1).to(device)
+    above = [
+        [other == node or other in tree.ancestors[node] for other in range(W)] for node in range(W)
+    ]
+    sees_WS = torch.cat([torch.ones(W, first, dtype=torch.bool), torch.tensor(above)], dim=1).to(
+        device
+    )
     mask_WS = torch.zeros(W, first + W, dtype=target.dtype, device=device)
     mask_WS.masked_fill_(~sees_WS, torch.finfo(target.dtype).min)
     positions_BW = first + torch.tensor([tree.depth], device=device)
-    return _read(target, tokens_BW, past, attention_mask=mask_WS[None, None], position_ids=positions_BW)
+    return _read(
+        target, tokens_BW, past, attention_mask=mask_WS[None, None], position_ids=positions_BW
+    )
 
 
 def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
@@ -353,4 +453,7 @@ def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
     kept = list(range(first)) + [first + node for node in path]
     for layer in past.layers:
         index_S = torch.tensor(kept, device=layer.keys.device)
-        layer.keys, layer.values = layer.keys.index_select(2, index_S), layer.values.index_select(2, index_S)
+        layer.keys, layer.values = (
+            layer.keys.index_select(2, index_S),
+            layer.values.index_select(2, index_S),
+        )

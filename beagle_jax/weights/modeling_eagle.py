@@ -43,11 +43,15 @@ class EagleDraft(BeagleDraft):
         """Inputs of the layer [B, T, D], from each next token's embedding and the state before it."""
         return self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
 
-    def true_rows(self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
+    def true_rows(
+        self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
+    ) -> KeysValues:
         """Rows of entries: true states, each fused with the token after it."""
         return self.keys_values(self.fuse(next_BSD, h_BSD), positions_S)
 
-    def forward(self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Predicted states [B, L - 1, D] of rows of L positions: entry j is that of position j + 1.
 
         e_BTD, h_BSD: embedding and true state of each position; the shift is made here. mask_BTS: which of the L - 1
@@ -57,7 +61,12 @@ class EagleDraft(BeagleDraft):
         positions_T = torch.arange(f_BTD.shape[1], device=f_BTD.device)
         if mask_BTS is None:
             mask_BTS = (positions_T[None] <= positions_T[:, None])[None]
-        return self.predict(f_BTD, self.queries(f_BTD, positions_T), self.keys_values(f_BTD, positions_T), mask_BTS[:, None, None])
+        return self.predict(
+            f_BTD,
+            self.queries(f_BTD, positions_T),
+            self.keys_values(f_BTD, positions_T),
+            mask_BTS[:, None, None],
+        )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
         """Slowed down by a factor: all of them (linear), or long waves only, blended between the two (Llama 3)."""

@@ -33,62 +33,106 @@ class OrbaxFolder(HFTokenizer):
     def __init__(self, path: Path):
         super().__init__(path)
         self.settings = read_json(path / SETTINGS, "convert to-jax writes it")
-        if self.settings.get("model_type") != _KIND or not isinstance(self.settings.get("crc32"), dict):
-            raise UserError(f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, expected {_KIND!r} with checksums; "
-                            "write the folder with convert to-jax")
+        if self.settings.get("model_type") != _KIND or not isinstance(
+            self.settings.get("crc32"), dict
+        ):
+            raise UserError(
+                f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, expected {_KIND!r} with checksums; "
+                "write the folder with convert to-jax"
+            )
 
-    def params(self, spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None = None) -> dict[str, Any]:
+    def params(
+        self, spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None = None
+    ) -> dict[str, Any]:
         """The parameter tree, each part read by the process that holds it: on the mesh, or on one device without one.
 
         Raises UserError for arrays that are not this target's, and for a dtype they never had.
         """
         stored = self.settings.get("dtype")
         if stored != jnp.dtype(dtype).name and stored != "float32":
-            raise UserError(f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
-                            "or convert again with another")
+            raise UserError(
+                f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
+                "or convert again with another"
+            )
         wanted = abstract_params(spec, jnp.dtype(stored), mesh)
         total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(wanted))
         try:
-            with ocp.StandardCheckpointer() as checkpointer, tqdm(total=total, desc="loading target", unit="B", unit_scale=True, leave=False) as bar:
+            with (
+                ocp.StandardCheckpointer() as checkpointer,
+                tqdm(
+                    total=total, desc="loading target", unit="B", unit_scale=True, leave=False
+                ) as bar,
+            ):
                 self._check_shapes(checkpointer, wanted)
                 params = checkpointer.restore((self.path / _ARRAYS).absolute(), wanted)
                 bar.update(total)  # orbax reads all at once, and tells nothing on the way
         except Exception as error:
             # tensorstore raises bare Exceptions for some damage.
-            if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+            if type(error) is not Exception and not isinstance(
+                error, OSError | ValueError | KeyError
+            ):
                 raise
-            raise UserError(f"{self.path / _ARRAYS}: cannot be restored ({error}); write the folder again with convert to-jax") from error
+            raise UserError(
+                f"{self.path / _ARRAYS}: cannot be restored ({error}); write the folder again with convert to-jax"
+            ) from error
         self._check_bytes(params)
         return jax.tree.map(lambda array: array.astype(dtype), params)
 
     def _check_shapes(self, checkpointer: ocp.StandardCheckpointer, wanted: Params) -> None:
         found = checkpointer.metadata((self.path / _ARRAYS).absolute()).item_metadata
         if found is None:
-            raise UserError(f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again with convert to-jax")
+            raise UserError(
+                f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again with convert to-jax"
+            )
         held = _by_name(found.tree)
         expected = _by_name(wanted)
         problems = [f"missing array {name}" for name in expected if name not in held]
         problems += [f"extra array {name}" for name in held if name not in expected]
-        problems += [f"{name} is {held[name].dtype} {list(held[name].shape)}, expected {array.dtype} {list(array.shape)}"
-                     for name, array in expected.items() if name in held and (held[name].shape, held[name].dtype) != (array.shape, array.dtype)]
+        problems += [
+            f"{name} is {held[name].dtype} {list(held[name].shape)}, expected {array.dtype} {list(array.shape)}"
+            for name, array in expected.items()
+            if name in held and (held[name].shape, held[name].dtype) != (array.shape, array.dtype)
+        ]
         if problems:
-            raise UserError(f"{self.path}: its arrays do not fit its config:\n  " + "\n  ".join(problems))
+            raise UserError(
+                f"{self.path}: its arrays do not fit its config:\n  " + "\n  ".join(problems)
+            )
 
     def _check_bytes(self, params: Params) -> None:
         """Arrays that this process holds whole are those that were written."""
-        wrong = [name for name, array in _by_name(params).items()
-                 if array.is_fully_addressable and self.settings["crc32"].get(name) != _checksum(array)]
+        wrong = [
+            name
+            for name, array in _by_name(params).items()
+            if array.is_fully_addressable and self.settings["crc32"].get(name) != _checksum(array)
+        ]
         if wrong:
-            raise UserError(f"{self.path}: {', '.join(wrong)} changed since they were written; write the folder again with convert to-jax")
+            raise UserError(
+                f"{self.path}: {', '.join(wrong)} changed since they were written; write the folder again with convert to-jax"
+            )
 
 
-def save_target(folder: Path, params: Params, config: dict[str, Any], tokenizer, eos_ids: tuple[int, ...], told: dict[str, Any]) -> None:
+def save_target(
+    folder: Path,
+    params: Params,
+    config: dict[str, Any],
+    tokenizer,
+    eos_ids: tuple[int, ...],
+    told: dict[str, Any],
+) -> None:
     """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of source and dtype.
 
     Raises UserError when it cannot be written.
     """
-    settings = {"model_type": _KIND, **told, "crc32": {name: _checksum(array) for name, array in _by_name(params).items()}}
-    files = {"config.json": config, "generation_config.json": {"eos_token_id": list(eos_ids)}, SETTINGS: settings}
+    settings = {
+        "model_type": _KIND,
+        **told,
+        "crc32": {name: _checksum(array) for name, array in _by_name(params).items()},
+    }
+    files = {
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": list(eos_ids)},
+        SETTINGS: settings,
+    }
     try:
         tokenizer.save_pretrained(folder)
         for name, held in files.items():
@@ -99,14 +143,18 @@ def save_target(folder: Path, params: Params, config: dict[str, Any], tokenizer,
         # On a full disk tokenizers raises a bare Exception, and tensorstore a ValueError.
         if type(error) is not Exception and not isinstance(error, OSError | ValueError):
             raise
-        raise UserError(f"{folder}: cannot be written ({error}); free some space or choose another folder, then run again") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error}); free some space or choose another folder, then run again"
+        ) from error
 
 
 def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
     """Shape, dtype and place of every array."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     for path, shape in param_table(spec).values():
-        if isinstance(path[-1], int):  # one expert of a stacked array; the last one tells how many there are
+        if isinstance(
+            path[-1], int
+        ):  # one expert of a stacked array; the last one tells how many there are
             path, shape = path[:-1], (path[-1] + 1, *shape)
         node = tree
         for key in path[:-1]:
@@ -114,11 +162,18 @@ def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> di
         node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
     one = SingleDeviceSharding(jax.local_devices()[0])
     where = jax.tree.map(lambda _: one, tree) if mesh is None else shardings(tree, mesh)
-    return jax.tree.map(lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), tree, where)
+    return jax.tree.map(
+        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
+        tree,
+        where,
+    )
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _checksum(array: jax.Array) -> int:

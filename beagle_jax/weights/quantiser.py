@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.quantised import PROJECTIONS, Kind, quantise_layer
-from beagle_jax.model.target import Params, TargetSpec, causal_layer, embed, final_norm, logits, param_arrays
+from beagle_jax.model.target import (
+    Params,
+    TargetSpec,
+    causal_layer,
+    embed,
+    final_norm,
+    logits,
+    param_arrays,
+)
 
 _PROBE = 32  # random tokens that go through both versions
 
@@ -27,9 +35,11 @@ class Cost(NamedTuple):
     agreement: float  # share of the probe's tokens after which the most likely next one is the same
 
     def __str__(self) -> str:
-        return (f"{self.kind}, groups of {self.group}: {self.bytes_before / 1e6:,.0f} MB -> {self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} "
-                f"random tokens logits are off by {self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the most likely next tokens "
-                "are the same")
+        return (
+            f"{self.kind}, groups of {self.group}: {self.bytes_before / 1e6:,.0f} MB -> {self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} "
+            f"random tokens logits are off by {self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the most likely next tokens "
+            "are the same"
+        )
 
 
 class Quantiser:
@@ -38,8 +48,10 @@ class Quantiser:
     def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str):
         for path, (shape, names) in param_arrays(spec).items():
             if path[-1] in PROJECTIONS and (shape[-1] % group or group % 2):
-                raise UserError(f"{where}: target.group_size is {group}, which must be even and divide the {shape[-1]} inputs of {names[0]}; "
-                                "choose another")
+                raise UserError(
+                    f"{where}: target.group_size is {group}, which must be even and divide the {shape[-1]} inputs of {names[0]}; "
+                    "choose another"
+                )
         self._spec, self._kind, self._group = spec, kind, group
         self._streams: tuple[jax.Array, jax.Array] | None = None
         self._saved = 0
@@ -52,13 +64,19 @@ class Quantiser:
             self._streams = (embed(params["embed_VD"], tokens_BT, self._spec.embed_scale),) * 2
         quantised = quantise_layer(layer, self._kind, self._group)
         full, small = self._streams
-        self._streams = causal_layer(layer, self._spec, index, full), causal_layer(quantised, self._spec, index, small)
+        self._streams = (
+            causal_layer(layer, self._spec, index, full),
+            causal_layer(quantised, self._spec, index, small),
+        )
         self._saved += _bytes(layer) - _bytes(quantised)
         return jax.block_until_ready(quantised)
 
     def cost(self, params: Params) -> Cost:
         """params: with every layer quantised."""
-        full, small = (logits(params, self._spec, final_norm(params, self._spec, x_BTD)) for x_BTD in self._streams)
+        full, small = (
+            logits(params, self._spec, final_norm(params, self._spec, x_BTD))
+            for x_BTD in self._streams
+        )
         error = jnp.sqrt(jnp.mean(jnp.square(small - full)) / jnp.var(full))
         same = jnp.mean(jnp.argmax(full, axis=-1) == jnp.argmax(small, axis=-1))
         after = _bytes(params)

@@ -40,10 +40,14 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
                 dtype = opened.get_slice(name).get_dtype()
                 allowed = ("I32",) if name.rpartition(".")[2] in integers else WEIGHT_DTYPES
                 if dtype not in allowed:
-                    raise UserError(f"{path}: tensor {name} is stored as {dtype}; expected {' or '.join(allowed)}")
+                    raise UserError(
+                        f"{path}: tensor {name} is stored as {dtype}; expected {' or '.join(allowed)}"
+                    )
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
+        raise UserError(
+            f"{path}: cannot be read as safetensors ({error}); is the file whole?"
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -51,7 +55,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); free some space or choose another folder, then run again") from error
+        raise UserError(
+            f"{path}: cannot be written ({error}); free some space or choose another folder, then run again"
+        ) from error
 
 
 class Place(NamedTuple):
@@ -72,10 +78,14 @@ class Place(NamedTuple):
             found[...] = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
             return found
         # Rows side by side: from the file into the array, without a copy on the way, or converted piece by piece.
-        start = self.offset + (picked[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if picked else 0)
+        start = self.offset + (
+            picked[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if picked else 0
+        )
         with self.path.open("rb", buffering=0) as stream:
             if dtype == self.dtype:
-                _read_into(stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path)
+                _read_into(
+                    stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path
+                )
             else:
                 self._convert_into(stream.fileno(), start, found.reshape(-1))
         return found
@@ -86,7 +96,12 @@ class Place(NamedTuple):
         def convert(begin: int) -> None:
             part = found[begin : begin + _VALUES]
             stored = np.empty(len(part), self.dtype)
-            _read_into(descriptor, start + begin * self.dtype.itemsize, memoryview(stored.view(np.uint8)), self.path)
+            _read_into(
+                descriptor,
+                start + begin * self.dtype.itemsize,
+                memoryview(stored.view(np.uint8)),
+                self.path,
+            )
             part[...] = stored
 
         _in_turns(convert, len(found), _VALUES)
@@ -126,7 +141,9 @@ def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> Non
         while at < end:
             count = os.preadv(descriptor, [part[at:end]], start + at)
             if not count:
-                raise UserError(f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} bytes early; was it replaced while it was read?")
+                raise UserError(
+                    f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} bytes early; was it replaced while it was read?"
+                )
             at += count
 
     _in_turns(read_piece, len(part), _PIECE)
@@ -141,11 +158,15 @@ def places(path: Path) -> dict[str, Place]:
             for name in opened.keys():
                 part = opened.get_slice(name)
                 if part.get_dtype() not in WEIGHT_DTYPES:
-                    raise UserError(f"{path}: tensor {name} is stored as {part.get_dtype()}; expected {' or '.join(WEIGHT_DTYPES)}")
+                    raise UserError(
+                        f"{path}: tensor {name} is stored as {part.get_dtype()}; expected {' or '.join(WEIGHT_DTYPES)}"
+                    )
                 offset = start + header[name]["data_offsets"][0]
                 found[name] = Place(path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset)
     except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from error
+        raise UserError(
+            f"{path}: cannot be read as safetensors ({error}); is the file whole?"
+        ) from error
     return found
 
 
@@ -169,7 +190,10 @@ def _check_names(path: Path) -> tuple[dict, int]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if text is None or size < _LENGTH_BYTES:
-        raise _not_whole(path, f"its header should end at byte {_LENGTH_BYTES + length:,}, the file ends at byte {size:,}")
+        raise _not_whole(
+            path,
+            f"its header should end at byte {_LENGTH_BYTES + length:,}, the file ends at byte {size:,}",
+        )
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -180,24 +204,43 @@ def _check_names(path: Path) -> tuple[dict, int]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
-        raise _not_whole(path, f"byte {_LENGTH_BYTES + error.start:,} of its header is not UTF-8") from error
+        raise _not_whole(
+            path, f"byte {_LENGTH_BYTES + error.start:,} of its header is not UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
-        raise _not_whole(path, f"its header is not JSON from byte {_LENGTH_BYTES + error.pos:,} on ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise _not_whole(
+            path, f"its header is not JSON from byte {_LENGTH_BYTES + error.pos:,} on ({error.msg})"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits; thousands of brackets
         raise _not_whole(path, f"its header cannot be parsed ({error})") from error
     if twice:
         raise UserError(f"{path}: the header names {', '.join(twice)} twice; write the file again")
-    ends = [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)] if isinstance(header, dict) else []
+    ends = (
+        [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)]
+        if isinstance(header, dict)
+        else []
+    )
     end = _LENGTH_BYTES + length + max(ends, default=0)
     if end != size:
-        raise _not_whole(path, f"its tensors should end at byte {end:,}, the file ends at byte {size:,}")
+        raise _not_whole(
+            path, f"its tensors should end at byte {end:,}, the file ends at byte {size:,}"
+        )
     return header, _LENGTH_BYTES + length
 
 
 def _has_offsets(entry: object) -> bool:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
+    return (
+        isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(type(offset) is int for offset in offsets)
+    )
 
 
 def _not_whole(path: Path, found: str) -> UserError:
-    return UserError(f"{path}: cannot be read as safetensors ({found}); is the file whole? Copy or download it again")
+    return UserError(
+        f"{path}: cannot be read as safetensors ({found}); is the file whole? Copy or download it again"
+    )

@@ -14,11 +14,18 @@ from beagle_jax.weights.target import open_source
 def planned_spec(config: TargetConfig) -> TargetSpec:
     """What `target.shape` describes; without it, what the source's own config does. Of a hub repository only that is fetched."""
     if config.shape:
-        return TargetSpec.from_hf_config(read_json(Path(config.shape), "target.shape names a config.json of Hugging Face's form"), config.shape)
+        return TargetSpec.from_hf_config(
+            read_json(
+                Path(config.shape), "target.shape names a config.json of Hugging Face's form"
+            ),
+            config.shape,
+        )
     cache_dir = Path(config.cache_dir).expanduser()
     if config.source.startswith("hf:"):
         folder = download(config.source.removeprefix("hf:"), cache_dir, ["config.json"])
-        return TargetSpec.from_hf_config(read_json(folder / "config.json", "a Hugging Face model folder holds it"), config.source)
+        return TargetSpec.from_hf_config(
+            read_json(folder / "config.json", "a Hugging Face model folder holds it"), config.source
+        )
     return TargetSpec.from_hf_config(open_source(config.source, cache_dir).config(), config.source)
 
 
@@ -30,9 +37,13 @@ def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
     different = [name for name in planned | found if planned.get(name) != found.get(name)]
     if different:
         name = different[0]
-        sizes = [f"{list(table[name][1])}" if name in table else "absent" for table in (planned, found)]
-        raise UserError(f"{config.shape}: target.shape does not describe {config.source}: {name} is {sizes[0]} there and {sizes[1]} "
-                        f"in the target ({len(different)} tensors differ); correct the file or remove the key")
+        sizes = [
+            f"{list(table[name][1])}" if name in table else "absent" for table in (planned, found)
+        ]
+        raise UserError(
+            f"{config.shape}: target.shape does not describe {config.source}: {name} is {sizes[0]} there and {sizes[1]} "
+            f"in the target ({len(different)} tensors differ); correct the file or remove the key"
+        )
 
 
 def parameter_count(spec: TargetSpec) -> int:

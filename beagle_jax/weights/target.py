@@ -75,15 +75,32 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
     To decode in float32 is to write the very tokens of plain decoding, so there products keep all bits, unless the user has said otherwise.
     """
     if config.quantize != "none" and not decoding:
-        raise UserError(f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here")
+        raise UserError(
+            f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here"
+        )
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # jax adds its settings when it is imported
     if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and asked is None:
-        jax.config.update("jax_default_matmul_precision", "highest")  # TPUs would round factors to bfloat16, newer GPUs to TF32
-    return load_target(config.source, config.dtype, config.cache_dir, mesh, quantize=config.quantize, group_size=config.group_size)
+        jax.config.update(
+            "jax_default_matmul_precision", "highest"
+        )  # TPUs would round factors to bfloat16, newer GPUs to TF32
+    return load_target(
+        config.source,
+        config.dtype,
+        config.cache_dir,
+        mesh,
+        quantize=config.quantize,
+        group_size=config.group_size,
+    )
 
 
 def load_target(
-    source: str, dtype: str, cache_dir: str, mesh: Mesh | None = None, *, quantize: str = "none", group_size: int = 64
+    source: str,
+    dtype: str,
+    cache_dir: str,
+    mesh: Mesh | None = None,
+    *,
+    quantize: str = "none",
+    group_size: int = 64,
 ) -> Target:
     """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over the mesh if there is one.
 
@@ -95,7 +112,9 @@ def load_target(
     check_vocabulary(tokenizer, spec.vocab_size, source)
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
     if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
-        raise UserError(f"{source}: target.quantize is for one device and the original weights; set target.quantize=none")
+        raise UserError(
+            f"{source}: target.quantize is for one device and the original weights; set target.quantize=none"
+        )
     if isinstance(opened, OrbaxFolder):
         params = opened.params(spec, jnp.dtype(dtype), mesh)
     else:
@@ -118,12 +137,20 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 
     Special tokens that were added and never trained may lie beyond it, as Gemma's for images do; prompts are checked.
     """
-    special = set(tokenizer.all_special_ids) | {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size and i not in special}
+    special = set(tokenizer.all_special_ids) | {
+        i for i, added in tokenizer.added_tokens_decoder.items() if added.special
+    }
+    beyond = {
+        token: i
+        for token, i in tokenizer.get_vocab().items()
+        if i >= vocab_size and i not in special
+    }
     if beyond:
         token = max(beyond, key=beyond.get)
-        raise UserError(f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens beyond the embedding of {vocab_size} "
-                        f"rows ({token!r} is {beyond[token]}); use the tokenizer of this model")
+        raise UserError(
+            f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens beyond the embedding of {vocab_size} "
+            f"rows ({token!r} is {beyond[token]}); use the tokenizer of this model"
+        )
 
 
 class Weights(Protocol):
@@ -134,7 +161,12 @@ class Weights(Protocol):
 
 
 def fill_params(
-    spec: TargetSpec, source: Weights, dtype: jnp.dtype, where: str, mesh: Mesh | None = None, quantiser: Quantiser | None = None
+    spec: TargetSpec,
+    source: Weights,
+    dtype: jnp.dtype,
+    where: str,
+    mesh: Mesh | None = None,
+    quantiser: Quantiser | None = None,
 ) -> dict[str, Any]:
     """Builds the parameter tree, spread over the mesh if there is one, each layer quantised as soon as it is there.
 
@@ -150,14 +182,22 @@ def fill_params(
         for place, group in itertools.groupby(arrays.items(), key=lambda entry: entry[0][:-1]):
             node = params["layers"][place[1]] if place else params
             for path, (shape, names) in group:
-                node[path[-1]] = _read_array(source, names, shape, dtype, target_sharding(path[-1], shape, mesh))
+                node[path[-1]] = _read_array(
+                    source, names, shape, dtype, target_sharding(path[-1], shape, mesh)
+                )
                 bar.update(math.prod(shape) * dtype.itemsize)
             if place and quantiser:
                 params["layers"][place[1]] = quantiser.take(params, place[1])
     return params
 
 
-def _read_array(source: Weights, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+def _read_array(
+    source: Weights,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+) -> jax.Array:
     """One parameter: a tensor, or the same matrix of all experts on top of each other, one read after the other."""
     held: dict[tuple, np.ndarray] = {}  # several devices may hold the same part
 
@@ -178,19 +218,29 @@ def _read_array(source: Weights, names: Sequence[str], shape: tuple[int, ...], d
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
-def _check_tensors(spec: TargetSpec, found: Sequence[tuple[str, tuple[int, ...]]], where: str) -> None:
+def _check_tensors(
+    spec: TargetSpec, found: Sequence[tuple[str, tuple[int, ...]]], where: str
+) -> None:
     """Raises UserError listing all that does not fit."""
     table, problems, seen = param_table(spec), [], set()
     for name, shape in found:
         if name not in table:
-            if not (spec.tie_embeddings and name == "lm_head.weight"):  # some files store the tied head a second time
+            if not (
+                spec.tie_embeddings and name == "lm_head.weight"
+            ):  # some files store the tied head a second time
                 problems.append(f"extra tensor {name} {list(shape)}")
         elif name in seen:
             problems.append(f"{name} stands in two files")
         elif shape != table[name][1]:
             problems.append(f"{name} has shape {list(shape)}, expected {list(table[name][1])}")
         seen.add(name)
-    problems += [f"missing tensor {name} {list(shape)}" for name, (_, shape) in table.items() if name not in seen]
+    problems += [
+        f"missing tensor {name} {list(shape)}"
+        for name, (_, shape) in table.items()
+        if name not in seen
+    ]
     if problems:
         listed = "\n  ".join(sorted(problems))
-        raise UserError(f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}")
+        raise UserError(
+            f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}"
+        )

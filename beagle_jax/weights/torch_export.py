@@ -21,7 +21,14 @@ from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.weights.draft import DIGEST, TENSOR_NAMES, Draft, draft_digest, file_tensors, settings
+from beagle_jax.weights.draft import (
+    DIGEST,
+    TENSOR_NAMES,
+    Draft,
+    draft_digest,
+    file_tensors,
+    settings,
+)
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 from beagle_jax.weights.safetensors_file import write_tensors
 
@@ -61,7 +68,9 @@ def require_torch() -> ModuleType:
     try:
         return import_module("torch")
     except ImportError as error:
-        raise UserError("PyTorch is not installed, and converting needs it: pip install torch (a CPU build is enough)") from error
+        raise UserError(
+            "PyTorch is not installed, and converting needs it: pip install torch (a CPU build is enough)"
+        ) from error
 
 
 def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -> None:
@@ -81,7 +90,10 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
     return {
         "model_type": model_type,
         "architectures": [f"{classes}Draft"],
-        "auto_map": {"AutoConfig": f"{module}.{classes}Config", "AutoModel": f"{module}.{classes}Draft"},
+        "auto_map": {
+            "AutoConfig": f"{module}.{classes}Config",
+            "AutoModel": f"{module}.{classes}Draft",
+        },
         "dtype": str(tensors[TENSOR_NAMES["q_proj"]].dtype),
         **{CONFIG_KEYS[key]: value for key, value in settings(draft.spec).items()},
         "vocab_size": vocab_size,
@@ -112,11 +124,16 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 
     module = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     held = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    wrong = [name for name, array in file_tensors(draft).items()
-             if name not in held or not np.array_equal(held[name], _float32(array), equal_nan=True)]
+    wrong = [
+        name
+        for name, array in file_tensors(draft).items()
+        if name not in held or not np.array_equal(held[name], _float32(array), equal_nan=True)
+    ]
     if wrong or len(held) != len(file_tensors(draft)):
-        raise UserError(f"the exported draft does not hold what the JAX draft holds ({', '.join(wrong) or 'extra tensors'}); "
-                        "nothing was written; this is a fault of the converter, please report it")
+        raise UserError(
+            f"the exported draft does not hold what the JAX draft holds ({', '.join(wrong) or 'extra tensors'}); "
+            "nothing was written; this is a fault of the converter, please report it"
+        )
     rng = np.random.default_rng(0)
     e_BTD, h_BSD = rng.standard_normal((2, 1, _POSITIONS, draft.spec.hidden_size), np.float32)
     head_VD = rng.standard_normal((vocab_size, draft.spec.hidden_size), np.float32)
@@ -124,16 +141,23 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
         states = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSD))
         logits = states @ module.head_rows(torch.from_numpy(head_VD)).T
     expected = _jax_outputs(draft, e_BTD, h_BSD, head_VD)
-    found = {name: _difference(array.numpy(), expected[name]) for name, array in (("states", states), ("logits", logits))}
+    found = {
+        name: _difference(array.numpy(), expected[name])
+        for name, array in (("states", states), ("logits", logits))
+    }
     if not max(found.values()) <= TOLERANCE:
         measured = ", ".join(f"{name} by {value:.1e}" for name, value in found.items())
-        raise UserError(f"the exported draft does not compute what the JAX block computes: {measured} of their scale "
-                        f"(at most {TOLERANCE:.0e} is allowed); nothing was written; this is a fault of the converter, or of "
-                        f"these versions ({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it")
+        raise UserError(
+            f"the exported draft does not compute what the JAX block computes: {measured} of their scale "
+            f"(at most {TOLERANCE:.0e} is allowed); nothing was written; this is a fault of the converter, or of "
+            f"these versions ({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it"
+        )
     return found
 
 
-def _jax_outputs(draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray) -> dict[str, np.ndarray]:
+def _jax_outputs(
+    draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray
+) -> dict[str, np.ndarray]:
     """What the block of this library makes of the same inputs: each query over the states before it, each entry over itself too."""
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
     B, T, block = *e_BTD.shape[:2], block_of(draft.spec)
@@ -149,7 +173,11 @@ def _jax_outputs(draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference over the largest value; infinite when the shapes differ."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max()) if found.shape == expected.shape else float("inf")
+    return (
+        float(np.abs(found - expected).max() / np.abs(expected).max())
+        if found.shape == expected.shape
+        else float("inf")
+    )
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

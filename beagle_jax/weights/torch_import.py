@@ -18,7 +18,14 @@ from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import HOT_TOKENS, TENSOR_NAMES, Draft, check_digest, read_spec, settings
+from beagle_jax.weights.draft import (
+    HOT_TOKENS,
+    TENSOR_NAMES,
+    Draft,
+    check_digest,
+    read_spec,
+    settings,
+)
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import CONFIG_KEYS, FORMS, require_torch
 
@@ -28,7 +35,9 @@ _PICKLES = (".bin", ".pt", ".pth")
 _HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
-def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False) -> Draft:
+def read_torch_draft(
+    source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False
+) -> Draft:
     """The draft in a folder or a weights file, for this target.
 
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not hold exactly one draft
@@ -36,13 +45,21 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
-    ours = next((kind for kind, form in FORMS.items() if config.get("model_type") == form.model_type), None)
-    spec = _eagle_spec(config, target, source) if ours is EagleSpec else DraftSpec.from_target(target)
+    ours = next(
+        (kind for kind, form in FORMS.items() if config.get("model_type") == form.model_type), None
+    )
+    spec = (
+        _eagle_spec(config, target, source) if ours is EagleSpec else DraftSpec.from_target(target)
+    )
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
     if ours is not EagleSpec:
         # Published files do not say whether queries are normed: the norm's weights are there, or they are not.
-        normed = config.get("input_norm") if ours else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
+        normed = (
+            config.get("input_norm")
+            if ours
+            else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
+        )
         spec = replace(spec, input_norm=bool(normed))
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
@@ -51,12 +68,19 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
         check_digest(config, spec, dict(tensors), source)
         provenance = config.get("provenance")
         if not isinstance(provenance, dict):
-            raise UserError(f"{source}: provenance in config.json is {provenance!r}, expected an object; export the draft again")
+            raise UserError(
+                f"{source}: provenance in config.json is {provenance!r}, expected an object; export the draft again"
+            )
     else:
         # Drafts of this library are float32; the half precision of published ones widens exactly.
-        params = {name: array.astype(np.float32) if array.dtype in _HALF else array for name, array in params.items()}
+        params = {
+            name: array.astype(np.float32) if array.dtype in _HALF else array
+            for name, array in params.items()
+        }
         provenance = {"target": target_source, "imported_from": source.resolve().name}
-    return Draft(spec, {name: jnp.asarray(array) for name, array in params.items()}, hot_ids, provenance)
+    return Draft(
+        spec, {name: jnp.asarray(array) for name, array in params.items()}, hot_ids, provenance
+    )
 
 
 # Files
@@ -64,7 +88,11 @@ def read_torch_draft(source: Path, target: TargetSpec, target_source: str, allow
 
 def read_weights(files: list[Path]) -> Named:
     """Every tensor, in file order; raises UserError naming the file that cannot be read."""
-    return [pair for file in files for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))]
+    return [
+        pair
+        for file in files
+        for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))
+    ]
 
 
 def read_folder_config(source: Path) -> dict[str, Any]:
@@ -79,11 +107,15 @@ def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
         found = sorted(source.glob("*.safetensors"))
         found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
         if not found:
-            raise UserError(f"{source}: no weights in this folder; expected *.safetensors, or *.bin or *.pt with --allow-pickle")
+            raise UserError(
+                f"{source}: no weights in this folder; expected *.safetensors, or *.bin or *.pt with --allow-pickle"
+            )
     elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
         found = [source]
     elif source.exists():
-        raise UserError(f"{source}: expected a folder, or a file that ends in .safetensors, {', '.join(_PICKLES)}")
+        raise UserError(
+            f"{source}: expected a folder, or a file that ends in .safetensors, {', '.join(_PICKLES)}"
+        )
     else:
         raise UserError(f"{source}: no such file or folder; --source names the draft to read")
     if found[0].suffix in _PICKLES and not allow_pickle:
@@ -104,17 +136,25 @@ def _read_pickle(path: Path) -> Named:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, and does it hold "
-                        "weights only?") from error
-    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
-        raise UserError(f"{path}: holds something else than named tensors; give the file with the weights to --source")
+        raise UserError(
+            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, and does it hold "
+            "weights only?"
+        ) from error
+    if not isinstance(held, dict) or not all(
+        isinstance(value, torch.Tensor) for value in held.values()
+    ):
+        raise UserError(
+            f"{path}: holds something else than named tensors; give the file with the weights to --source"
+        )
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 
 
 def _array(tensor) -> np.ndarray:
     """numpy knows no bfloat16 of torch's; float32 holds each of its values."""
     tensor = tensor.detach()
-    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).contiguous().numpy()
+    return (
+        (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).contiguous().numpy()
+    )
 
 
 # What is in them
@@ -122,7 +162,14 @@ def _array(tensor) -> np.ndarray:
 
 def _eagle_spec(config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
     """An EAGLE draft's settings are its own: our names for them are read as a native folder's."""
-    return read_spec({"model_type": EagleSpec.kind, **{key: config.get(name) for key, name in CONFIG_KEYS.items()}}, target, where)
+    return read_spec(
+        {
+            "model_type": EagleSpec.kind,
+            **{key: config.get(name) for key, name in CONFIG_KEYS.items()},
+        },
+        target,
+        where,
+    )
 
 
 def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
@@ -131,28 +178,44 @@ def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, wher
         raise UserError(f"{where}: this is a native draft already; set draft.path to it")
     rope = config.get("rope_parameters")
     told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
-    sizes = {CONFIG_KEYS[key]: value for key, value in settings(spec).items() if key not in ("init_std", "input_norm", "rope_scaling")}
-    wrong = [f"{name} {told[name]} there, {value} here" for name, value in sizes.items()
-             if told.get(name) is not None and told[name] != value]
+    sizes = {
+        CONFIG_KEYS[key]: value
+        for key, value in settings(spec).items()
+        if key not in ("init_std", "input_norm", "rope_scaling")
+    }
+    wrong = [
+        f"{name} {told[name]} there, {value} here"
+        for name, value in sizes.items()
+        if told.get(name) is not None and told[name] != value
+    ]
     if told.get("vocab_size") not in (None, vocab_size):
         wrong.append(f"vocab_size {told['vocab_size']} there, {vocab_size} here")
     if wrong:
         raise UserError(f"{where}: this draft belongs to another target ({'; '.join(wrong)})")
     if config.get("beagle_use_lower_layers"):
-        raise UserError(f"{where}: beagle_use_lower_layers is {config['beagle_use_lower_layers']}: its queries are states of a "
-                        "lower layer, and those of this library's block are embeddings; it cannot be imported")
+        raise UserError(
+            f"{where}: beagle_use_lower_layers is {config['beagle_use_lower_layers']}: its queries are states of a "
+            "lower layer, and those of this library's block are embeddings; it cannot be imported"
+        )
 
 
 def _match(
     tensors: Named, spec: DraftSpec, vocab_size: int, hot_count: int, where: Path
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """The block's tensors and the token ids that it scores; raises UserError listing all that does not fit."""
-    shapes: dict[str, tuple[int, ...]] = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
-    found = {end: [(name, array) for name, array in tensors if _ends(name, end)] for end in (*shapes, HOT_TOKENS)}
+    shapes: dict[str, tuple[int, ...]] = {
+        TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()
+    }
+    found = {
+        end: [(name, array) for name, array in tensors if _ends(name, end)]
+        for end in (*shapes, HOT_TOKENS)
+    }
     problems, prefixes = [], set()
     for end, matches in found.items():
         if len(matches) > 1:
-            problems.append(f"{len(matches)} tensors match {end}: {', '.join(name for name, _ in matches)}; expected one")
+            problems.append(
+                f"{len(matches)} tensors match {end}: {', '.join(name for name, _ in matches)}; expected one"
+            )
         elif not matches and (end in shapes or hot_count):
             problems.append(f"missing tensor {end} {list(shapes.get(end, (hot_count,)))}")
         for name, array in matches:
@@ -160,12 +223,20 @@ def _match(
             problems += _misfits(name, array, shapes.get(end), hot_count, vocab_size)
     if len(prefixes) > 1:
         listed = ", ".join(map(repr, sorted(prefixes)))
-        problems.append(f"the tensors stand under {len(prefixes)} prefixes ({listed}); expected one")
+        problems.append(
+            f"the tensors stand under {len(prefixes)} prefixes ({listed}); expected one"
+        )
     matched = {name for matches in found.values() for name, _ in matches}
-    problems += [f"extra tensor {name} {list(array.shape)}: this block has no such part" for name, array in tensors
-                 if name not in matched and not _copied_from_target(name, prefixes)]
+    problems += [
+        f"extra tensor {name} {list(array.shape)}: this block has no such part"
+        for name, array in tensors
+        if name not in matched and not _copied_from_target(name, prefixes)
+    ]
     if problems:
-        raise UserError(f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this target:\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this target:\n  "
+            + "\n  ".join(problems)
+        )
     params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
 
@@ -174,10 +245,16 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def _misfits(name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int) -> list[str]:
+def _misfits(
+    name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int
+) -> list[str]:
     """What is wrong with one tensor. shape: of a weight; None: the tensor lists the tokens that the draft scores."""
     if shape is not None:
-        wrong = [f"{name} has shape {list(array.shape)}, expected {list(shape)}"] if array.shape != shape else []
+        wrong = (
+            [f"{name} has shape {list(array.shape)}, expected {list(shape)}"]
+            if array.shape != shape
+            else []
+        )
         if array.dtype not in (np.dtype(np.float32), *_HALF):
             wrong.append(f"{name} has dtype {array.dtype}, expected float32, float16 or bfloat16")
         return wrong
@@ -186,13 +263,17 @@ def _misfits(name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_co
     if array.dtype != np.int32:
         return [f"{name} has dtype {array.dtype}, expected int32"]
     if array.min() < 0 or array.max() >= vocab_size:
-        return [f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary ends at {vocab_size - 1}"]
+        return [
+            f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary ends at {vocab_size - 1}"
+        ]
     return []
 
 
 def _copied_from_target(name: str, prefixes: set[str]) -> bool:
     """Published files hold copies of the target's frozen parts, which decoding takes from the target itself."""
-    if any(_ends(name, end) for end in ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")):
+    if any(
+        _ends(name, end) for end in ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
+    ):
         return True
     # The target's final norm; under the draft's own root it would be an output norm of the draft, which we have not.
     roots = {prefix.partition("layers.")[0] for prefix in prefixes}
