@@ -1,6 +1,7 @@
 """The command line that all entry points share: --config FILE, then section.key=value overrides.
 
-Nothing here loads jax, so --help and a mistyped setting are answered at once; see beagle_jax/commands.
+Nothing here loads jax, so --help and a mistyped setting are answered at once; see
+beagle_jax/commands.
 """
 
 import argparse
@@ -25,10 +26,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.ArgumentParser:
-    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes. takes: what stands between them and the overrides."""
+    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes. takes:
+    what stands between them and the overrides.
+    """
     made = _Parser(
         prog=f"python -m beagle_jax.{name}",
-        usage=f"python -m beagle_jax.{name} --config FILE [option ..]{takes and ' ' + takes} [key=value ..]",
+        usage=f"python -m beagle_jax.{name} --config FILE [option ..]{takes and ' ' + takes} "
+        "[key=value ..]",
         description=purpose,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

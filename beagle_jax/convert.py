@@ -1,4 +1,6 @@
-"""Takes drafts to PyTorch and back: python -m beagle_jax.convert to-torch --config FILE --out FOLDER"""
+"""Takes drafts to PyTorch and back: python -m beagle_jax.convert to-torch --config FILE --out
+FOLDER
+"""
 
 import sys
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The one exception that a user is meant to read, and the wrapper that prints it.
 
-A `UserError` says what is wrong, where, what was expected and what to do. Entry points call `run_main`,
-which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage, 1 for the rest. What the file
-system refuses, wherever it happens, is told in the same way.
+A `UserError` says what is wrong, where, what was expected and what to do. Entry points call
+`run_main`, which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage,
+1 for the rest. What the file system refuses, wherever it happens, is told in the same way.
 """
 
 import errno
@@ -27,7 +27,9 @@ class UsageError(UserError):
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)`; turns a UserError into one message on stderr. `--debug` keeps the traceback."""
+    """Runs `main(argv)`; turns a UserError into one message on stderr. `--debug` keeps the
+    traceback.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -41,8 +43,9 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         if debug or (error.filename is None and error.errno not in _FULL):
             raise
         return _told(
-            f"{error.filename or 'a file that was being written'}: {error.strerror}; what was whole before is kept. Free some space, or "
-            "name a place that can be read and written; --debug shows what was being done"
+            f"{error.filename or 'a file that was being written'}: {error.strerror}; what was "
+            "whole before is kept. Free some space, or name a place that can be read and "
+            "written; --debug shows what was being done"
         )
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write under; the file takes the place of `path` when the block has ended without an error.
+    """Another name to write under; the file takes the place of `path` when the block has ended
+    without an error.
 
-    After an error nothing is left, so that a disk that was full is not full of a part that nobody reads.
+    After an error nothing is left, so that a disk that was full is not full of a part that nobody
+    reads.
     """
     partial = path.with_name(path.name + ".partial")
     try:

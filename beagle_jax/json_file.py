@@ -8,7 +8,8 @@ from beagle_jax.errors import UserError
 
 
 def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> dict[str, Any]:
-    """The object that a JSON file holds. missing, damaged: what to say, and to do, when there is no such file, or no JSON in it.
+    """The object that a JSON file holds. missing, damaged: what to say, and to do, when there is no
+    such file, or no JSON in it.
 
     Raises UserError naming the file, and the line and byte where it stops being JSON.
     """

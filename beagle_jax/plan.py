@@ -1,4 +1,6 @@
-"""Says what a run takes before it starts: python -m beagle_jax.plan --config FILE [--topology v5e:4x4]"""
+"""Says what a run takes before it starts: python -m beagle_jax.plan --config FILE [--topology
+v5e:4x4]
+"""
 
 import sys
 from collections.abc import Sequence
@@ -12,8 +14,10 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "plan",
-        "Parameters, work, memory and disk of a training run, and whether its steps\ncompile and fit. Needs no weights.",
-        "python -m beagle_jax.plan --config configs/llama2_7b_chat.yaml --topology v5e:4x4 mesh.fsdp=16",
+        "Parameters, work, memory and disk of a training run, and whether its steps\ncompile "
+        "and fit. Needs no weights.",
+        "python -m beagle_jax.plan --config configs/llama2_7b_chat.yaml --topology v5e:4x4 "
+        "mesh.fsdp=16",
     )
     made.add_argument(
         "--topology",

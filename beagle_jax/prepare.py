@@ -1,4 +1,6 @@
-"""Writes the training text and the target's states: python -m beagle_jax.prepare --config configs/quickstart.yaml"""
+"""Writes the training text and the target's states: python -m beagle_jax.prepare --config
+configs/quickstart.yaml
+"""
 
 import sys
 from collections.abc import Sequence
@@ -22,7 +24,8 @@ def main(argv: Sequence[str]) -> None:
         nargs="?",
         const=3,
         metavar="N",
-        help="write nothing; print the first N rows (3 unless given) with their supervised tokens in colour",
+        help="write nothing; print the first N rows (3 unless given) with their supervised "
+        "tokens in colour",
     )
     made.add_argument(
         "--part", metavar="I/N", help="do share I (0 to N-1) of N and leave the others"

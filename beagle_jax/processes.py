@@ -1,7 +1,8 @@
-"""One run over several processes, one per host or per accelerator: how they find each other, and who speaks.
+"""One run over several processes, one per host or per accelerator: how they find each other, and
+who speaks.
 
-Every process runs the same command. Each holds its own devices, all compute every step together, all take part in
-writing checkpoints; only the first prints and logs.
+Every process runs the same command. Each holds its own devices, all compute every step together,
+all take part in writing checkpoints; only the first prints and logs.
 """
 
 import os
@@ -25,10 +26,12 @@ def add_distributed(made: ArgumentParser) -> None:
 
 
 def join(arguments: Namespace) -> None:
-    """Joins the other processes, if there are any; to be called before jax touches a device. All but the first go quiet.
+    """Joins the other processes, if there are any; to be called before jax touches a device. All
+    but the first go quiet.
 
-    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright;
-    what they leave out is jax.distributed's to detect. Raises UserError when the processes do not find each other.
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say it outright; what they leave out is jax.distributed's to detect. Raises UserError when the
+    processes do not find each other.
     """
     if not (
         arguments.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or _one_of_many_tasks()
@@ -40,8 +43,9 @@ def join(arguments: Namespace) -> None:
         jax.distributed.initialize(**_said_outright())
     except (ValueError, RuntimeError) as error:  # nothing detected; nobody answered
         raise UserError(
-            f"the processes of this run did not find each other ({error}); start each with JAX_COORDINATOR_ADDRESS="
-            "host:port of the first, JAX_NUM_PROCESSES and JAX_PROCESS_ID=0, 1, .."
+            f"the processes of this run did not find each other ({error}); start each with "
+            "JAX_COORDINATOR_ADDRESS=host:port of the first, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID=0, 1, .."
         ) from error
     if jax.process_index():
         arguments.quiet = True

@@ -1,9 +1,10 @@
 """The only file that knows the mesh: axes, where each array lives, placement.
 
-Three axes, any of them of size 1. `data` splits the rows of a batch; `fsdp` splits them too, and with them every matrix
-that is trained and its optimizer state, which is put together where it is used; `tensor` splits heads, MLP width and
-vocabulary. Arrays are annotated, programs are not: `jax.jit` takes shardings for what goes in and out (what used to be
-pjit) and XLA inserts the collectives. A dimension that its axis does not divide stays whole.
+Three axes, any of them of size 1. `data` splits the rows of a batch; `fsdp` splits them too, and
+with them every matrix that is trained and its optimizer state, which is put together where it is
+used; `tensor` splits heads, MLP width and vocabulary. Arrays are annotated, programs are not:
+`jax.jit` takes shardings for what goes in and out (what used to be pjit) and XLA inserts the
+collectives. A dimension that its axis does not divide stays whole.
 """
 
 import math
@@ -24,20 +25,24 @@ from beagle_jax.model.cache import KVRows
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 
-# The one table: which axis splits each dimension of an array, by its name; anything else is on every device. Products that
-# end in the hidden size (o, down, fc) are split along what they sum over, so one all-reduce follows each. The vocabulary is
-# never split over fsdp: each row needs all of it, and gathering it would cost more memory than splitting it saves.
+# The one table: which axis splits each dimension of an array, by its name; anything else is on
+# every device. Products that end in the hidden size (o, down, fc) are split along what they sum
+# over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row needs all
+# of it, and gathering it would cost more memory than splitting it saves.
 _IN, _OUT, _VOCABULARY = (TENSOR, FSDP), (FSDP, TENSOR), (TENSOR, None)
 _TABLE = {
     "embed_VD": _VOCABULARY, "head_VD": _VOCABULARY,
-    "q_FD": _IN, "k_FD": _IN, "v_FD": _IN, "o_DF": _OUT, "gate_FD": _IN, "up_FD": _IN, "down_DF": _OUT,  # the target
+    # the target
+    "q_FD": _IN, "k_FD": _IN, "v_FD": _IN, "o_DF": _OUT, "gate_FD": _IN, "up_FD": _IN, "down_DF": _OUT,
     "gate_EFD": (None, *_IN), "up_EFD": (None, *_IN), "down_EDF": (None, *_OUT),  # its experts
     "q_proj": _IN, "k_proj": _IN, "v_proj": _IN, "o_proj": _OUT, "gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT, "fc": _OUT,
 }  # fmt: skip
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over all devices, or those given. Raises UserError when the sizes do not multiply to their number."""
+    """The mesh of a run over all devices, or those given. Raises UserError when the sizes do not
+    multiply to their number.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = asdict(config)
     known = math.prod(size for size in sizes.values() if size > 0)
@@ -46,15 +51,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(shape) != len(devices):
         asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to their number; "
-            "-1 stands for what the others leave"
+            f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to "
+            "their number; -1 stands for what the others leave"
         )
-    # Auto axes: XLA completes the shardings. jax.make_mesh would make Explicit ones, under which flax's init fails.
+    # Auto axes: XLA completes the shardings. jax.make_mesh would make Explicit ones, under which
+    # flax's init fails.
     return Mesh(np.array(devices).reshape(shape), (DATA, FSDP, TENSOR))
 
 
 def tensor_mesh(size: int) -> Mesh:
-    """A mesh of the first `size` devices along the tensor axis. Raises UserError when there are fewer."""
+    """A mesh of the first `size` devices along the tensor axis. Raises UserError when there are
+    fewer.
+    """
     devices = jax.devices()
     if not 1 <= size <= len(devices):
         raise UserError(f"a mesh of {size} devices was asked for; this process sees {len(devices)}")
@@ -66,13 +74,16 @@ def check_rows(batch: int, mesh: Mesh) -> None:
     parts = math.prod(mesh.shape[axis] for axis in _ROWS)
     if batch % parts:
         raise UserError(
-            f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data {mesh.shape[DATA]} x "
-            f"fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, or mesh.data and mesh.fsdp to less"
+            f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data "
+            f"{mesh.shape[DATA]} x fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, "
+            "or mesh.data and mesh.fsdp to less"
         )
 
 
 def shardings(tree, mesh: Mesh):
-    """Where each array of a tree lives: parameters and their optimizer state by name, the rest on every device."""
+    """Where each array of a tree lives: parameters and their optimizer state by name, the rest on
+    every device.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, array: NamedSharding(mesh, _spec(path, array.shape, mesh)), tree
     )
@@ -84,7 +95,9 @@ def place(tree, mesh: Mesh | None):
 
 
 def born(make: Callable, mesh: Mesh, *arguments):
-    """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more than its part."""
+    """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more
+    than its part.
+    """
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(
         *arguments
     )
@@ -113,7 +126,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch's rows this process's devices hold, and of how many: processes along `tensor` hold the same ones.
+    """Which part of a batch's rows this process's devices hold, and of how many: processes along
+    `tensor` hold the same ones.
 
     Raises UserError for a mesh on which two processes hold some rows in common and others not.
     """
@@ -130,19 +144,24 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
         for rows in held.values()
     ):
         raise UserError(
-            f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several processes unevenly; set it to a "
-            "divisor or a multiple of the devices that each process has"
+            f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several "
+            "processes unevenly; set it to a divisor or a multiple of the devices that each "
+            "process has"
         )
     return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
 
 
 def place_rows(batch, mesh: Mesh):
-    """A batch of host arrays on the devices. With several processes each gives the rows that `share_of_rows` says."""
+    """A batch of host arrays on the devices. With several processes each gives the rows that
+    `share_of_rows` says.
+    """
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), batch)
 
 
 def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Inside jit: parameters put together along fsdp, as their use needs them; gradients come back split."""
+    """Inside jit: parameters put together along fsdp, as their use needs them; gradients come back
+    split.
+    """
     if mesh.shape[FSDP] == 1:
         return params
     used = {
@@ -156,7 +175,9 @@ def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 class OwnShare(NamedTuple):
-    """What `over_rows` tells a function of its device: the mesh axes (maybe none) that collectives go over."""
+    """What `over_rows` tells a function of its device: the mesh axes (maybe none) that collectives
+    go over.
+    """
 
     vocabulary: tuple[str, ...]  # each holds a part of the vocabulary, for the same rows
     rows: tuple[str, ...]  # each holds other rows
@@ -166,7 +187,9 @@ class OwnShare(NamedTuple):
 
 
 def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
-    """`function(share, head_VD, *arrays_M)` on each device's own rows and its part of the head; returns arrays by row."""
+    """`function(share, head_VD, *arrays_M)` on each device's own rows and its part of the head;
+    returns arrays by row.
+    """
     vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
     first_token = lambda size: jax.lax.axis_index(TENSOR) * size if vocabulary else 0
     share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
@@ -191,7 +214,9 @@ def shard_cache(cache: Sequence[KVRows], mesh: Mesh | None) -> list[KVRows]:
 
 
 def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """By the last name in the path that the table knows: the optimizer keeps trees shaped like the parameters."""
+    """By the last name in the path that the table knows: the optimizer keeps trees shaped like the
+    parameters.
+    """
     names = [
         key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in _TABLE
     ]

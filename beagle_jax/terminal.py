@@ -1,6 +1,8 @@
-"""What a command looks like on a terminal: one style of progress bar, colour where there is a terminal, results apart from progress.
+"""What a command looks like on a terminal: one style of progress bar, colour where there is a
+terminal, results apart from progress.
 
-Imported before tqdm: tqdm reads its defaults from the environment once, so one style holds for every bar, those of libraries included.
+Imported before tqdm: tqdm reads its defaults from the environment once, so one style holds for
+every bar, those of libraries included.
 """
 
 import json
@@ -14,14 +16,19 @@ from typing import Any, TextIO
 
 from beagle_jax.files import write_text
 
-_BAR = "{desc:<24} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+_BAR = (
+    "{desc:<24} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} "
+    "[{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+)
 _SECONDS_BETWEEN_LINES = (
     "30"  # where there is no terminal, every drawing of a bar is a line of its own in some log
 )
 
 
 def prepare(arguments: Namespace) -> None:
-    """Settings of all progress bars, and of what libraries print, for this process and those it starts; what the user has set stands."""
+    """Settings of all progress bars, and of what libraries print, for this process and those it
+    starts; what the user has set stands.
+    """
     os.environ.setdefault("TQDM_BAR_FORMAT", _BAR)
     os.environ.setdefault(
         "TQDM_MININTERVAL", "0.2" if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
@@ -34,7 +41,9 @@ def prepare(arguments: Namespace) -> None:
 
 @contextmanager
 def working(arguments: Namespace) -> Iterator[None]:
-    """What the block prints is progress: it goes to stderr, so that stdout holds the result alone; --quiet drops it."""
+    """What the block prints is progress: it goes to stderr, so that stdout holds the result alone;
+    --quiet drops it.
+    """
     if not arguments.quiet:
         with redirect_stdout(sys.stderr):
             yield
@@ -44,7 +53,9 @@ def working(arguments: Namespace) -> Iterator[None]:
 
 
 def show(arguments: Namespace, text: str, figures: Any) -> None:
-    """Prints a command's result; with --json FILE the figures go there too, with `--json -` to stdout in place of the text."""
+    """Prints a command's result; with --json FILE the figures go there too, with `--json -` to
+    stdout in place of the text.
+    """
     if arguments.json == "-":
         print(json.dumps(figures, indent=1))
         return
@@ -59,7 +70,9 @@ def size(count: float) -> str:
 
 
 def coloured(text: str, code: str, stream: TextIO) -> str:
-    """`text` in an ANSI colour (31 red, 1 bold) on a terminal; as it is elsewhere, and where NO_COLOR is set."""
+    """`text` in an ANSI colour (31 red, 1 bold) on a terminal; as it is elsewhere, and where
+    NO_COLOR is set.
+    """
     if not stream.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{code}m{text}\033[0m"

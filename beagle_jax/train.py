@@ -26,7 +26,10 @@ def main(argv: Sequence[str]) -> None:
 
         figures = train_draft(config)
     if is_first():
-        try_it = f'python -m beagle_jax.generate --config {arguments.config} "your prompt" draft.path={figures["draft"]}'
+        try_it = (
+            f'python -m beagle_jax.generate --config {arguments.config} "your prompt" '
+            f"draft.path={figures['draft']}"
+        )
         show(arguments, f"draft written to {figures['draft']}; try:\n  {try_it}", figures)
 
 

@@ -1,10 +1,13 @@
-"""Plain and speculative greedy decoding against transformers' generate, with and without its prompt-lookup decoding.
+"""Plain and speculative greedy decoding against transformers' generate, with and without its
+prompt-lookup decoding.
 
-    python benchmarks/against_transformers.py --config configs/smollm2_135m.yaml --prompts held_out --limit 10
+    python benchmarks/against_transformers.py --config configs/smollm2_135m.yaml --prompts held_out
+    --limit 10
 
-Same weights, float32, same cores, one process; all take turns on each prompt, so that a drifting machine treats all alike.
-Prints tokens/s of each, prefill included, the ratios, and how many answers are the same. Needs torch (the `test` extra).
---prompts takes any .jsonl[.gz] of prompts, MT-Bench for one; overrides go to the config: decode.tree=auto.
+Same weights, float32, same cores, one process; all take turns on each prompt, so that a drifting
+machine treats all alike. Prints tokens/s of each, prefill included, the ratios, and how many
+answers are the same. Needs torch (the `test` extra). --prompts takes any .jsonl[.gz] of prompts,
+MT-Bench for one; overrides go to the config: decode.tree=auto.
 """
 
 import argparse
@@ -110,11 +113,13 @@ def report(
 ) -> None:
     """Prints the table and the ratios."""
     print(
-        f"{prompts} prompts of at most {new_tokens} new tokens, float32, {torch.get_num_threads()} threads, {config.decode}"
+        f"{prompts} prompts of at most {new_tokens} new tokens, float32, "
+        f"{torch.get_num_threads()} threads, {config.decode}"
     )
     for name, value in speed.items():
         print(
-            f"{name:28} {value:6.1f} tok/s   {value / speed['plain']:.2f}x of plain   same tokens as plain {same[name]}/{prompts}"
+            f"{name:28} {value:6.1f} tok/s   {value / speed['plain']:.2f}x of plain   same "
+            f"tokens as plain {same[name]}/{prompts}"
         )
     print(f"plain / transformers      {speed['plain'] / speed['transformers']:.2f}x")
     print(f"speculative / plain       {speed['speculative'] / speed['plain']:.2f}x")

@@ -1,10 +1,13 @@
-"""Time and peak memory of `convert to-torch` with its parity check, on a draft of random weights of the paper's size.
+"""Time and peak memory of `convert to-torch` with its parity check, on a draft of random weights of
+the paper's size.
 
-    python benchmarks/export_draft.py                       # Llama-2-7B's shape: 202,383,360 parameters, 2.5 GB of disk
+    python benchmarks/export_draft.py                       # Llama-2-7B's shape: 202,383,360
+    parameters, 2.5 GB of disk
     python benchmarks/export_draft.py --shape toy           # runs anywhere at once
 
-The draft is written by a process of its own, so that the peak is the converter's. Time and memory are printed as shares of
---seconds and --gigabytes; the script exits with 1 when either is above one.
+The draft is written by a process of its own, so that the peak is the converter's. Time and memory
+are printed as shares of --seconds and --gigabytes; the script exits with 1 when either is above
+one.
 """
 
 import argparse
@@ -35,7 +38,9 @@ SHAPES = {
 
 
 def write_inputs(folder: Path, shape: str) -> None:
-    """A target's config (its weights are not read), a draft of random weights for it, and the command's config."""
+    """A target's config (its weights are not read), a draft of random weights for it, and the
+    command's config.
+    """
     import jax
     import numpy as np
     from safetensors.numpy import save_file

@@ -1,12 +1,14 @@
-"""Where the time of a round goes at the paper's sizes: random weights of Llama-2-7B and Llama-3-8B shapes, bfloat16.
+"""Where the time of a round goes at the paper's sizes: random weights of Llama-2-7B and Llama-3-8B
+shapes, bfloat16.
 
     python benchmarks/large_shapes.py --shapes llama2-7b llama3-8b
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
-Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth, --bandwidth in GB/s), the
-cost of verifying 1 to 128 rows, of a draft level, and of a whole round of EAGLE-2's tree, with the speedup that this round
-would give at the tau of the paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see
-what command buffers bring; the flags in force are printed.
+Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth,
+--bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and of a whole round of
+EAGLE-2's tree, with the speedup that this round would give at the tau of the paper's Table 1
+(MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what command buffers
+bring; the flags in force are printed.
 """
 
 import argparse
@@ -93,7 +95,8 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
             / bandwidth
         )  # no embedding
         print(
-            f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes {verify[1] / floor:.2f} times that"
+            f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes "
+            f"{verify[1] / floor:.2f} times that"
         )
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     one, many = (
@@ -101,7 +104,8 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
         for levels in (1, 4)
     )
     print(
-        f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} (topk {tree.topk})"
+        f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} "
+        f"(topk {tree.topk})"
     )
     times = {}
     for label, decoder in (
@@ -115,7 +119,8 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
         print(
-            f"speedup at tau {tau}:   {tau * times['plain'] / times['speculative']:.2f}x (the paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
+            f"speedup at tau {tau}:   {tau * times['plain'] / times['speculative']:.2f}x (the "
+            f"paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
         )
 
 

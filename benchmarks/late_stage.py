@@ -1,11 +1,13 @@
-"""Cost of a late-stage step over an early-stage step, same batch, beside the late stage in its plain form.
+"""Cost of a late-stage step over an early-stage step, same batch, beside the late stage in its
+plain form.
 
     python benchmarks/late_stage.py
 
-For s = 1..5 (window k = s): FLOPs and temporaries of the compiled program, and the median time of a step, each as a
-ratio to the early step (window 5). The plain form runs every query at every step over two key banks (method.md 4.1).
-FLOPs: the compiler counts a loop's body once, so the chunked loss is left out of its count and added by hand: three
-products with the head per supervised row that the stage visits, in every form alike.
+For s = 1..5 (window k = s): FLOPs and temporaries of the compiled program, and the median time of a
+step, each as a ratio to the early step (window 5). The plain form runs every query at every step
+over two key banks (method.md 4.1). FLOPs: the compiler counts a loop's body once, so the chunked
+loss is left out of its count and added by hand: three products with the head per supervised row
+that the stage visits, in every form alike.
 """
 
 import argparse
@@ -62,7 +64,9 @@ def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
 
 
 def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
-    """The late stage as the paper describes it; rows picked afterwards, the same ones as in the fast form."""
+    """The late stage as the paper describes it; rows picked afterwards, the same ones as in the
+    fast form.
+    """
     steps = stage.simulation_steps
     per_step = oracle_states(
         params, spec, of.embedded(of.tokens_BL), of.h_BLD, of.length_BC[:, 0], window=stage.window, steps=steps, offset=offset,
@@ -136,8 +140,10 @@ def main() -> None:
     step, _, init = make_steps(SPEC, config, stage, MESH, late=False)
     base = cost(step, init, frozen, batch, arguments.repeats)
     print(
-        f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB temporaries, {base[2]:.3f} s  "
-        f"({arguments.rows} x {arguments.width}, d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, {jax.devices()[0].device_kind})"
+        f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB "
+        f"temporaries, {base[2]:.3f} s  ({arguments.rows} x {arguments.width}, "
+        f"d={SPEC.hidden_size}, V={VOCAB}, jax {jax.__version__}, "
+        f"{jax.devices()[0].device_kind})"
     )
     print(f"{'ratio to early':16}{'late 4.5b':^36}{'plain form 4.1':^36}{'tokens/s':>9}")
     print(

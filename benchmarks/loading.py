@@ -1,14 +1,17 @@
 """Time and memory that loading a target takes, beside the time to read its file.
 
     python benchmarks/loading.py                       # SmolLM2 of configs/quickstart.yaml
-    python benchmarks/loading.py --shape smollm2       # its shapes as a bfloat16 checkpoint, which nothing has to be made of
-    python benchmarks/loading.py --shape 7b            # writes and loads a bfloat16 checkpoint of Llama-2-7B's shapes, 13.5 GB
+    python benchmarks/loading.py --shape smollm2       # its shapes as a bfloat16 checkpoint, which
+    nothing has to be made of
+    python benchmarks/loading.py --shape 7b            # writes and loads a bfloat16 checkpoint of
+    Llama-2-7B's shapes, 13.5 GB
     python benchmarks/loading.py --source FOLDER --dtype bfloat16
 
-The file is read once through a small buffer and once by the loader, each time from the disk: its pages are dropped from
-the page cache before. Peak memory is that of a process of its own, above what it held after its imports. The 7B
-checkpoint repeats one block of random bytes, so that it takes its room on the disk; --sparse leaves it out (no disk is
-then measured, only memory). It stays in --folder for the next run.
+The file is read once through a small buffer and once by the loader, each time from the disk: its
+pages are dropped from the page cache before. Peak memory is that of a process of its own, above
+what it held after its imports. The 7B checkpoint repeats one block of random bytes, so that it
+takes its room on the disk; --sparse leaves it out (no disk is then measured, only memory). It stays
+in --folder for the next run.
 """
 
 import argparse
@@ -77,7 +80,9 @@ _BLOCK = 64 << 20  # bytes; random ones are made once
 
 
 def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF16") -> None:
-    """A checkpoint, bfloat16 or F32, without a tokenizer: numbers that mean nothing, small and finite."""
+    """A checkpoint, bfloat16 or F32, without a tokenizer: numbers that mean nothing, small and
+    finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = list(param_table(TargetSpec.from_hf_config(config, str(folder))).items())
     block = (
@@ -126,7 +131,9 @@ def read_seconds(files: list[Path]) -> float:
 
 
 def load(source: str, dtype: str) -> dict[str, float]:
-    """What loading took in this process: seconds, bytes of the arrays, peak bytes above those after the imports."""
+    """What loading took in this process: seconds, bytes of the arrays, peak bytes above those after
+    the imports.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -144,7 +151,9 @@ def load(source: str, dtype: str) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """Of this program so far. Linux's ru_maxrss would begin with what the process that started it held."""
+    """Of this program so far. Linux's ru_maxrss would begin with what the process that started it
+    held.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1))
@@ -168,8 +177,9 @@ def measure(source: str, dtype: str) -> dict[str, float]:
         f"{source}: {on_disk / 1e9:.2f} GB on disk, {found['bytes'] / 1e9:.2f} GB of {dtype} arrays"
     )
     print(
-        f"read {reading:.2f} s, load {found['seconds']:.2f} s: {found['seconds'] / reading:.2f}x; "
-        f"peak memory {found['peak'] / 1e9:.2f} GB: {found['peak'] / found['bytes']:.2f}x of the arrays"
+        f"read {reading:.2f} s, load {found['seconds']:.2f} s: "
+        f"{found['seconds'] / reading:.2f}x; peak memory {found['peak'] / 1e9:.2f} GB: "
+        f"{found['peak'] / found['bytes']:.2f}x of the arrays"
     )
     return found | {"reading": reading}
 

@@ -1,8 +1,11 @@
-"""tau of a draft on MT-Bench, first turns unless told otherwise (not part of this repository; any .jsonl with "turns" will do).
+"""tau of a draft on MT-Bench, first turns unless told otherwise (not part of this repository; any
+.jsonl with "turns" will do).
 
-    python benchmarks/mt_bench.py PATH/mt_bench.jsonl.gz --config configs/smollm2_135m.yaml --levels 5
+    python benchmarks/mt_bench.py PATH/mt_bench.jsonl.gz --config configs/smollm2_135m.yaml --levels
+    5
 
-Greedy chain, 96 new tokens, plain and speculative in one process; prints the table of `beagle_jax.evaluate`.
+Greedy chain, 96 new tokens, plain and speculative in one process; prints the table of
+`beagle_jax.evaluate`.
 """
 
 import argparse

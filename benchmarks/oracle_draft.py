@@ -2,9 +2,10 @@
 
     python benchmarks/oracle_draft.py --config configs/smollm2_135m.yaml --levels 3
 
-The tokens are known in advance, so every round accepts its whole chain; the real draft runs all the same. Prints the time
-of a round over (one verification of levels + 1 rows, alone, + the draft steps, alone), and where the rest goes: accepting and
-appending, each alone, and what is left for the loop and the host.
+The tokens are known in advance, so every round accepts its whole chain; the real draft runs all the
+same. Prints the time of a round over (one verification of levels + 1 rows, alone, + the draft
+steps, alone), and where the rest goes: accepting and appending, each alone, and what is left for
+the loop and the host.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from beagle_jax.weights.target import load_target
 
 
 def knows(tokens: list[int], count: int):
-    """`loop.propose`, its tokens replaced by the right ones; their dependence on the real draft keeps it from being dropped."""
+    """`loop.propose`, its tokens replaced by the right ones; their dependence on the real draft
+    keeps it from being dropped.
+    """
     known_S = jnp.asarray(np.pad(tokens, (0, count + 1)), jnp.int32)
     right = loop.propose
 
@@ -71,7 +74,9 @@ def _verified(models, shapes, state):
 
 
 def ending(models, shapes, state) -> tuple[float, float]:
-    """Milliseconds of accepting a chain (the target's choice is part of verifying), and of appending what was accepted."""
+    """Milliseconds of accepting a chain (the target's choice is part of verifying), and of
+    appending what was accepted.
+    """
     nodes, states_BWD, rows, found = _verified(models, shapes, state)
     accepting = milliseconds(lambda: _accepted(nodes, nodes.token_BW, shapes.tree.depth))
     held = [state]  # given away and got back, as decoding does
@@ -119,9 +124,10 @@ def main() -> None:
         steps = milliseconds(drafting(target, draft, models, chain(levels)))
         accepting, appending = ending(*decoder.prefilled(prompt, max_new_tokens=len(answer.tokens)))
         print(
-            f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone {steps:.1f}, accept {accepting:.2f}, "
-            f"append {appending:.2f}, left for the loop {whole - verify - steps - accepting - appending:.1f}; "
-            f"ratio {whole / (verify + steps):.3f}"
+            f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone "
+            f"{steps:.1f}, accept {accepting:.2f}, append {appending:.2f}, left for the loop "
+            f"{whole - verify - steps - accepting - appending:.1f}; ratio "
+            f"{whole / (verify + steps):.3f}"
         )
 
 

@@ -1,10 +1,13 @@
-"""Whether the paper's training steps fit TPUs: batch rows of 2048 tokens at Llama-2-7B and Llama-3-8B shapes, compiled without a TPU.
+"""Whether the paper's training steps fit TPUs: batch rows of 2048 tokens at Llama-2-7B and
+Llama-3-8B shapes, compiled without a TPU.
 
-    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    # needs the tpu extra, Linux on x86
+    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    #
+    needs the tpu extra, Linux on x86
 
-For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan --config CONFIG --topology NAME
-OVERRIDES` would, from the repository's root; what the compiler says it needs on one chip is shown against the chip's HBM. Entries of
-the file that are not planned anew are kept, so that one row can be done at a time.
+For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan
+--config CONFIG --topology NAME OVERRIDES` would, from the repository's root; what the compiler says
+it needs on one chip is shown against the chip's HBM. Entries of the file that are not planned anew
+are kept, so that one row can be done at a time.
 """
 
 import argparse
@@ -38,12 +41,18 @@ def row(config: str, topology: str, found: dict) -> str:
         for stage in ("early", "late")
     ]
     fits = "yes" if all(one["fits"] for one in stages.values()) else "NO"
-    return f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | {' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
+    return (
+        f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | "
+        f"{' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
+    )
 
 
 def table(kept: dict) -> str:
     """What the README shows."""
-    head = "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | fits |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | "
+        "fits |\n|---|---|---|---|---|---|---|"
+    )
     return "\n".join(
         [head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))]
     )

@@ -1,10 +1,12 @@
-"""Peak memory of a compiled training step against simulated steps s and row length, as the compiler plans it; nothing is run.
+"""Peak memory of a compiled training step against simulated steps s and row length, as the compiler
+plans it; nothing is run.
 
     python benchmarks/step_memory.py --plot memory.png
 
-Four forms of the late step around the same loss and optimizer: ours with predicted states detached and with gradients through
-them, the plain form (method.md 4.1: every query at every step over two key banks), and an EAGLE draft of the same sizes under
-training-time test (every step's states are new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
+Four forms of the late step around the same loss and optimizer: ours with predicted states detached
+and with gradients through them, the plain form (method.md 4.1: every query at every step over two
+key banks), and an EAGLE draft of the same sizes under training-time test (every step's states are
+new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
 """
 
 import argparse
@@ -79,7 +81,9 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
 def measure(
     spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
 ) -> dict[str, dict]:
-    """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to the first column."""
+    """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to
+    the first column.
+    """
     found: dict[str, dict] = {
         "s": {form: [] for form in FORMS},
         "width": {form: [] for form in FORMS},

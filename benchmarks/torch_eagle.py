@@ -1,7 +1,9 @@
-"""Our own plain PyTorch form of the EAGLE training step (method.md 8), with simulated steps as training-time test has them.
+"""Our own plain PyTorch form of the EAGLE training step (method.md 8), with simulated steps as
+training-time test has them.
 
-The draft reads (token at j + t, state at j) fused by a linear map; at simulated step t the state is its own prediction of the
-step before, so every query and key is new: the keys of step 1 are seen causally, those of later steps along the diagonal.
+The draft reads (token at j + t, state at j) fused by a linear map; at simulated step t the state is
+its own prediction of the step before, so every query and key is new: the keys of step 1 are seen
+causally, those of later steps along the diagonal.
 """
 
 import torch
@@ -77,12 +79,15 @@ class EagleBlock(torch.nn.Module):
 
 
 def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
-    """Soft cross-entropy + 10 smooth-L1 over `steps` simulated steps, per supervised token; the target's side has no gradient."""
+    """Soft cross-entropy + 10 smooth-L1 over `steps` simulated steps, per supervised token; the
+    target's side has no gradient.
+    """
     with torch.no_grad():
         p_BLV = F.softmax((h_BLD @ head_VD.T).float(), dim=-1)
     L, loss, memory, state = e_BLD.shape[1], 0.0, [], h_BLD
     for step in range(1, steps + 1):
-        # Index j reads token j + step and predicts the state at j + step; past the row's end nothing counts.
+        # Index j reads token j + step and predicts the state at j + step; past the row's end
+        # nothing counts.
         shifted = lambda x, step=step: torch.roll(x, -step, dims=1)
         state = block(shifted(e_BLD), state, memory, step - 1)
         live_BL = shifted(counts_BL) & (torch.arange(L, device=state.device) < L - step)

@@ -1,10 +1,13 @@
-"""Training steps per second beside PyTorch: both stages of Beagle and of EAGLE here, and the EAGLE step by torch.
+"""Training steps per second beside PyTorch: both stages of Beagle and of EAGLE here, and the EAGLE
+step by torch.
 
     python benchmarks/train_step.py                                  # the box's sizes, float32
-    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32 --kv-heads 32 --vocab 32000
+    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32
+    --kv-heads 32 --vocab 32000
 
-One process, one batch, same sizes, turns taken; medians. Ours (this library, jax) scores supervised positions only, in chunks.
-Theirs is benchmarks/torch_eagle.py, eager and through torch.compile where that works. Tokens are those of the rows.
+One process, one batch, same sizes, turns taken; medians. Ours (this library, jax) scores supervised
+positions only, in chunks. Theirs is benchmarks/torch_eagle.py, eager and through torch.compile
+where that works. Tokens are those of the rows.
 """
 
 import argparse
@@ -74,7 +77,9 @@ def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile
 
 
 def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns; what does not run at all is left out, with the reason printed."""
+    """Median seconds of each, in turns; what does not run at all is left out, with the reason
+    printed.
+    """
     times: dict[str, list[float]] = {}
     for name, run in runs.items():
         try:
@@ -113,8 +118,9 @@ def measure(
         runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
     found = seconds_of(runs, repeats)
     print(
-        f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on {jax.devices()[0].device_kind}, "
-        f"torch {torch.__version__} on {torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}"
+        f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on "
+        f"{jax.devices()[0].device_kind}, torch {torch.__version__} on "
+        f"{torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}"
     )
     for name, seconds in found.items():
         print(f"{name:28}{1 / seconds:9.3f} steps/s{rows * width / seconds:12.0f} tokens/s")

@@ -2,7 +2,8 @@
 
     python benchmarks/writing_answers.py --config configs/quickstart.yaml
 
-Prints answer tokens/s, prefill included and compilation excluded (the first run of the same shapes is thrown away).
+Prints answer tokens/s, prefill included and compilation excluded (the first run of the same shapes
+is thrown away).
 """
 
 import argparse
@@ -51,7 +52,8 @@ def main() -> None:
     timed(config.data.max_answer_tokens)
     tokens, seconds = timed(config.data.max_answer_tokens)
     print(
-        f"{len(prompts)} prompts, batch {config.data.batch}: {tokens} tokens in {seconds:.1f} s = {tokens / seconds:.0f} tok/s"
+        f"{len(prompts)} prompts, batch {config.data.batch}: {tokens} tokens in {seconds:.1f} "
+        f"s = {tokens / seconds:.0f} tok/s"
     )
 
 

@@ -1,7 +1,9 @@
-"""Whether what the paper says holds here: measures with their intervals, and a verdict on each claim.
+"""Whether what the paper says holds here: measures with their intervals, and a verdict on each
+claim.
 
-A measure of a run is a ratio of two sums over seeds and prompts. Its interval is bootstrapped: seeds and prompts are drawn
-with replacement, the same ones for both sides of a comparison, so that what makes a prompt hard for both cancels.
+A measure of a run is a ratio of two sums over seeds and prompts. Its interval is bootstrapped:
+seeds and prompts are drawn with replacement, the same ones for both sides of a comparison, so that
+what makes a prompt hard for both cancels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,14 +44,17 @@ def value_of(run: Mapping[int, Points], measure: str) -> Value:
 
 
 def having(run: Mapping[int, Points], measure: str) -> dict[int, Points]:
-    """A run's seeds that have a measure: a training that was too short, or not alone on its machine, has no speed."""
+    """A run's seeds that have a measure: a training that was too short, or not alone on its
+    machine, has no speed.
+    """
     return {seed: points for seed, points in run.items() if len(_fraction(points, measure)[0])}
 
 
 def difference(
     more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str
 ) -> tuple[Value, list[float], int]:
-    """How much more the first has than the best of the others, on the seeds that all have; both sides; number of seeds.
+    """How much more the first has than the best of the others, on the seeds that all have; both
+    sides; number of seeds.
 
     A run with one seed stands beside each of another's. A seed without the measure does not count.
     """
@@ -66,7 +71,9 @@ def difference(
 
 
 def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> str:
-    """What an interval of a difference says of a claim: that it is more than `at_least`, or within `alike` of nothing."""
+    """What an interval of a difference says of a claim: that it is more than `at_least`, or within
+    `alike` of nothing.
+    """
     if not np.isfinite(found).all():
         return OPEN
     inside, outside = (found.low > at_least, found.high < at_least)
@@ -168,7 +175,9 @@ def _drawn(fractions: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarra
 
 
 def _draws(axis: int, count: int) -> np.ndarray:
-    """How often each of `count` was drawn [1 + resamples, count]; the first row is once each. The same at every call."""
+    """How often each of `count` was drawn [1 + resamples, count]; the first row is once each. The
+    same at every call.
+    """
     rng = np.random.default_rng([axis, count])
     return np.concatenate(
         [

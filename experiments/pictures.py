@@ -1,4 +1,6 @@
-"""Pictures like the paper's, from the plain values that stand in a figure's JSON file (run.py). Each function writes one PNG."""
+"""Pictures like the paper's, from the plain values that stand in a figure's JSON file (run.py).
+Each function writes one PNG.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What a file of experiments says: drafts to train, how they decode, figures, and what the paper claims of them."""
+"""What a file of experiments says: drafts to train, how they decode, figures, and what the paper
+claims of them.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,8 @@ from beagle_jax.errors import UsageError
 
 _SHORTER = 120  # --short: a stage has this part of its steps
 _MEASURES = re.compile(r"tau|curve|alpha_[1-9]\d*|speedup|memory|training_speed")
-_AFTER_SEED = 100  # added to the seed for every run that one goes on from: it shall not see the same batches again
+# added to the seed for every run that one goes on from: it shall not see the same batches again
+_AFTER_SEED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Trained drafts as `beagle_jax.evaluate` measures them: prompt by prompt, timed, beside plain decoding."""
+    """Trained drafts as `beagle_jax.evaluate` measures them: prompt by prompt, timed, beside plain
+    decoding.
+    """
 
     drafts: tuple[str, ...]  # runs, each with all its seeds
     set: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +53,9 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One picture. curve: over training steps; depth: by draft depth; phases: of a round; table: no picture."""
+    """One picture. curve: over training steps; depth: by draft depth; phases: of a round; table: no
+    picture.
+    """
 
     title: str
     kind: Literal["curve", "depth", "phases", "table"]
@@ -89,7 +96,9 @@ class Plan:
     claims: Sequence[Claim]
 
     def trainings(self) -> Iterator[Training]:
-        """In the file's order: every run with its first seed, then all with their second, and so on."""
+        """In the file's order: every run with its first seed, then all with their second, and so
+        on.
+        """
         for place in range(max(len(run.seeds) for run in self.runs.values())):
             yield from (
                 Training(name, run.seeds[place])
@@ -102,9 +111,11 @@ class Plan:
         return self.folder / f"{training.name}-{training.seed}"
 
     def evaluated(self, name: str) -> dict[Path, list[Training]]:
-        """By folder, the drafts that an evaluation times side by side: of every run the first seed's, then the second's, and so on.
+        """By folder, the drafts that an evaluation times side by side: of every run the first
+        seed's, then the second's, and so on.
 
-        A seed that is added has a folder, and plain decoding, of its own: what was timed before stays as it is.
+        A seed that is added has a folder, and plain decoding, of its own: what was timed before
+        stays as it is.
         """
         seeds = {draft: self.runs[draft].seeds for draft in self.evaluations[name].drafts}
         found: dict[Path, list[Training]] = {}
@@ -127,7 +138,9 @@ class Plan:
         return [above, *self.before(above)] if above else []
 
     def settings_of(self, training: Training, steps: int) -> dict[str, Any]:
-        """The config that trains a run up to so many steps: the base, and dotted keys that take precedence."""
+        """The config that trains a run up to so many steps: the base, and dotted keys that take
+        precedence.
+        """
         run, folder = self.runs[training.name], self.folder_of(training)
         other = "late" if run.stage == "early" else "early"
         own = {
@@ -135,7 +148,8 @@ class Plan:
             "train.folder": str(folder),
             f"train.{run.stage}.steps": steps,
             f"train.{other}.steps": 0,
-            "train.accept_changes": True,  # from one measurement to the next only the number of steps changes
+            # from one measurement to the next only the number of steps changes
+            "train.accept_changes": True,
         }
         if run.after:
             own["draft.init"] = str(self.folder_of(self.above(training)) / "draft")
@@ -167,10 +181,11 @@ class Plan:
 
 
 def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
-    """Reads the file. overrides: by dotted key, settings that all runs take, or `folder`, which then holds the results too.
+    """Reads the file. overrides: by dotted key, settings that all runs take, or `folder`, which
+    then holds the results too.
 
-    short: few steps of the first seed, and the file's short settings. Raises UsageError for a name that is not there and for a
-    key that nothing reads.
+    short: few steps of the first seed, and the file's short settings. Raises UsageError for a name
+    that is not there and for a key that nothing reads.
     """
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -226,7 +241,9 @@ def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_names(plan: Plan, path: Path) -> None:
-    """Every name that is used must be there, and have what is asked of it: found out now, and not after hours of training."""
+    """Every name that is used must be there, and have what is asked of it: found out now, and not
+    after hours of training.
+    """
     decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
     uses = [
         (f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after
@@ -248,7 +265,8 @@ def _check_names(plan: Plan, path: Path) -> None:
     for where, name, there in uses:
         if name not in there:
             raise UsageError(
-                f"{path}: {where} names {name!r}, which is not there; expected one of {', '.join(sorted(there))}"
+                f"{path}: {where} names {name!r}, which is not there; expected one of "
+                f"{', '.join(sorted(there))}"
             )
     for name, one in plan.evaluations.items():
         if len(set(one.drafts)) < len(one.drafts):
@@ -259,18 +277,20 @@ def _check_names(plan: Plan, path: Path) -> None:
     for one in folders:
         if folders.count(one) > 1:
             raise UsageError(
-                f"{path}: evaluations.{one} would share its folder with seeds of another evaluation; give it another name"
+                f"{path}: evaluations.{one} would share its folder with seeds of another "
+                "evaluation; give it another name"
             )
     for name, figure in plan.figures.items():
         if figure.kind in ("phases", "table") and not decoded.issuperset(figure.of):
             raise UsageError(
-                f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of {', '.join(sorted(decoded)) or 'evaluations'}"
+                f"{path}: figures.{name} is of kind {figure.kind}, which needs times: of "
+                f"{', '.join(sorted(decoded)) or 'evaluations'}"
             )
     for place, claim in enumerate(plan.claims):
         if not _MEASURES.fullmatch(claim.measure):
             raise UsageError(
-                f"{path}: claims[{place}].measure is {claim.measure!r}; expected tau, curve, alpha_1, alpha_2, .., speedup, memory or "
-                "training_speed"
+                f"{path}: claims[{place}].measure is {claim.measure!r}; expected tau, curve, "
+                "alpha_1, alpha_2, .., speedup, memory or training_speed"
             )
         having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(
             claim.measure, known
@@ -278,11 +298,13 @@ def _check_names(plan: Plan, path: Path) -> None:
         for one in (claim.more, *claim.less):
             if one not in having:
                 raise UsageError(
-                    f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of {', '.join(sorted(having))}"
+                    f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of "
+                    f"{', '.join(sorted(having))}"
                 )
     order = list(plan.runs)
     for name, run in plan.runs.items():
         if run.after and order.index(run.after) > order.index(name):
             raise UsageError(
-                f"{path}: runs.{name} goes on from {run.after}, which stands below it; runs are made in the file's order, move it up"
+                f"{path}: runs.{name} goes on from {run.after}, which stands below it; runs "
+                "are made in the file's order, move it up"
             )

@@ -19,7 +19,9 @@ Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order o
 
 
 def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) -> str:
-    """Writes every figure's JSON and PNG and the table of claims; returns the table. whole: the plan is; part of a table replaces none."""
+    """Writes every figure's JSON and PNG and the table of claims; returns the table. whole: the
+    plan is; part of a table replaces none.
+    """
     plan.results.mkdir(parents=True, exist_ok=True)
     found = measured(plan) | decoded(plan)
     # Where the text lies is this machine's affair.
@@ -71,7 +73,9 @@ def measured(plan: Plan) -> Found:
 
 
 def decoded(plan: Plan) -> Found:
-    """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far as they are there."""
+    """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far
+    as they are there.
+    """
     found: Found = {}
     for name in plan.evaluations:
         for folder, drafts in plan.evaluated(name).items():
@@ -93,7 +97,9 @@ def decoded(plan: Plan) -> Found:
 def _from_answers(
     answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Sums by prompt over its turns, with the times of a round and the memory that the report has; plain: of the same process."""
+    """Sums by prompt over its turns, with the times of a round and the memory that the report has;
+    plain: of the same process.
+    """
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
     seconds = lambda turns: sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
     return {
@@ -207,14 +213,17 @@ def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     counts = ", ".join(
         f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN)
     )
-    return f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. {about['environment']['machine']}."
+    return (
+        f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. "
+        f"{about['environment']['machine']}."
+    )
 
 
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The columns of the paper's Table 1, as Markdown."""
     first = next(iter(runs.values()))
     rows = ["| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-            f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | {first['plain_bytes'] / 2**20:.0f} MB | |"]  # fmt: skip
+            f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | " f"{first['plain_bytes'] / 2**20:.0f} MB | |"]  # fmt: skip
     for name, run in runs.items():
         tau, speed = _with(run["curve"][-1]["tau"], 2), _with(run["tokens_per_second"], 1)
         trains = (

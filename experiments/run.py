@@ -1,15 +1,21 @@
-"""The paper's figures: trains what they compare, one draft after another, measures all alike, and says which claims hold.
+"""The paper's figures: trains what they compare, one draft after another, measures all alike, and
+says which claims hold.
 
-    python experiments/run.py experiments/paper.yaml                 # everything; hours on two cores
+    python experiments/run.py experiments/paper.yaml                 # everything; hours on two
+    cores
     python experiments/run.py experiments/paper.yaml --only fig4     # what one figure needs
-    python experiments/run.py experiments/paper.yaml --short         # a few steps each, to see it run; in a folder of its own
-    python experiments/run.py experiments/paper.yaml --draw          # no training: figures and table of what is there
-    python experiments/run.py experiments/paper.yaml target.source=hf:org/name folder=runs/other data.folder=runs/other/data
+    python experiments/run.py experiments/paper.yaml --short         # a few steps each, to see it
+    run; in a folder of its own
+    python experiments/run.py experiments/paper.yaml --draw          # no training: figures and
+    table of what is there
+    python experiments/run.py experiments/paper.yaml target.source=hf:org/name folder=runs/other
+    data.folder=runs/other/data
 
-A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl, checkpoints, draft/, and step-N.json,
-what its draft accepted after N steps. What is there is not done again, a run that was cut off goes on from its last
-checkpoint, and a run that cannot be made is named in the figures. Times mean something only on a machine that does nothing
-else: --shared keeps none, and leaves what is there only for its times to another call.
+A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl,
+checkpoints, draft/, and step-N.json, what its draft accepted after N steps. What is there is not
+done again, a run that was cut off goes on from its last checkpoint, and a run that cannot be made
+is named in the figures. Times mean something only on a machine that does nothing else: --shared
+keeps none, and leaves what is there only for its times to another call.
 """
 
 import argparse
@@ -87,7 +93,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
-    """Every training and evaluation that is not there yet; returns those that cannot be made, and why. shared: takes no times."""
+    """Every training and evaluation that is not there yet; returns those that cannot be made, and
+    why. shared: takes no times.
+    """
     trainings, failed = list(plan.trainings()), {}
 
     def attempt(name: str, make: Callable[[], None]) -> None:
@@ -96,7 +104,8 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
         except UserError as error:
             failed[name] = str(error)
             print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
-        jax.clear_caches()  # compiled programs of a hundred runs would not fit; they are read back from `programs`
+        # compiled programs of a hundred runs would not fit; they are read back from `programs`
+        jax.clear_caches()
         gc.collect()
 
     for number, training in enumerate(trainings, 1):
@@ -111,7 +120,9 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
 
 
 def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
-    """Trains a run from point to point, and writes what its draft accepts at each, with the speed of training unless `shared`."""
+    """Trains a run from point to point, and writes what its draft accepts at each, with the speed
+    of training unless `shared`.
+    """
     folder, run, target = plan.folder_of(training), plan.runs[training.name], None
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
@@ -132,7 +143,9 @@ def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
 
 
 def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
-    """The config of a run, kept beside it. Raises UserError when the folder was made with settings other than the number of steps."""
+    """The config of a run, kept beside it. Raises UserError when the folder was made with settings
+    other than the number of steps.
+    """
     if path.exists():
         _check_settings(path, settings, lambda key: key != steps)
     write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
@@ -148,12 +161,15 @@ def _check_settings(
     ]
     if changed:
         raise UserError(
-            f"{path}: made with other settings of {', '.join(sorted(changed))}; delete {path.parent}, or change them back"
+            f"{path}: made with other settings of {', '.join(sorted(changed))}; delete "
+            f"{path.parent}, or change them back"
         )
 
 
 def accepted(config: Config, target: Target) -> dict[str, list]:
-    """What the draft brings in real decoding, by prompt of the first suite, all prompts as one batch."""
+    """What the draft brings in real decoding, by prompt of the first suite, all prompts as one
+    batch.
+    """
     prompts = tokenize(
         suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer
     )
@@ -170,7 +186,9 @@ def accepted(config: Config, target: Target) -> dict[str, list]:
 
 
 def training_speed(config: Config) -> list[float]:
-    """Supervised tokens per second by line of the log, but for the first after each start of the program: its time holds a compilation."""
+    """Supervised tokens per second by line of the log, but for the first after each start of the
+    program: its time holds a compilation.
+    """
     found, compiled = [], False
     for text in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
@@ -183,9 +201,11 @@ def training_speed(config: Config) -> list[float]:
 
 
 def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Training]) -> None:
-    """`evaluate` on drafts that an evaluation times side by side (`Plan.evaluated`); answers that are in the folder are kept.
+    """`evaluate` on drafts that an evaluation times side by side (`Plan.evaluated`); answers that
+    are in the folder are kept.
 
-    Raises UserError when what is there was measured with other settings, or the drafts were trained again since.
+    Raises UserError when what is there was measured with other settings, or the drafts were trained
+    again since.
     """
     folders = [plan.folder_of(draft) for draft in drafts]
     settings = {**plan.base, **plan.evaluations[name].set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
@@ -203,7 +223,8 @@ def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Traini
             for draft in folders
         ]:
             raise UserError(
-                f"{folder}: its drafts were trained again since they were measured; delete it to have them measured again"
+                f"{folder}: its drafts were trained again since they were measured; delete it "
+                "to have them measured again"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python notebooks/run.py                     # all four: half an hour on two CPU cores
     python notebooks/run.py b_masks_and_stages  # one of them
 
-Needs the `test` extra. Run it after any change of a notebook's code (but for its first cell, which installs): tests/test_notebooks.py compares.
+Needs the `test` extra. Run it after any change of a notebook's code (but for its first cell, which
+installs): tests/test_notebooks.py compares.
 """
 
 import hashlib
@@ -46,14 +47,18 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def digest(notebook: NotebookNode) -> str:
-    """Of all code after the first cell, which installs: what `outputs_of` in a notebook's metadata must be."""
+    """Of all code after the first cell, which installs: what `outputs_of` in a notebook's metadata
+    must be.
+    """
     return hashlib.sha256(
         "\n\n".join(cell.source for cell in code_cells(notebook)[1:]).encode()
     ).hexdigest()
 
 
 def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
-    """Pieces of one stream as one text, of each progress bar its last state, and no path of this machine."""
+    """Pieces of one stream as one text, of each progress bar its last state, and no path of this
+    machine.
+    """
     streams: dict[str, NotebookNode] = {}
     kept = []
     for output in outputs:
@@ -72,7 +77,9 @@ def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
 
 
 def _last_state(line: str) -> str | None:
-    """Of a line that was written over; None if it was wiped in the end, as bars that leave nothing do."""
+    """Of a line that was written over; None if it was wiped in the end, as bars that leave nothing
+    do.
+    """
     *before, last = [state.rstrip() for state in line.split("\r")]
     if last or not before:
         return last

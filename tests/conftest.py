@@ -9,11 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs here take longer to compile than to run, the real target's too: without LLVM's optimizer and the newer fusion code
-# a decoding loop compiles in a quarter of the time. In one part instead of 32 it takes another tenth less, and a dozen memory maps
-# instead of 200. XLA ends the process over a flag that it does not know, so only where it was seen.
+# Programs here take longer to compile than to run, the real target's too: without LLVM's optimizer
+# and the newer fusion code a decoding loop compiles in a quarter of the time. In one part instead
+# of 32 it takes another tenth less, and a dozen memory maps instead of 200. XLA ends the process
+# over a flag that it does not know, so only where it was seen.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Two workers on two cores: threads of torch and numpy would only take the other's time, some of it to wait for each other.
+# Two workers on two cores: threads of torch and numpy would only take the other's time, some of it
+# to wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
@@ -63,7 +65,9 @@ TINY = TargetSpec(
 
 
 def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
-    """Random target weights with norms near one; std is large so that logits differ clearly between tokens."""
+    """Random target weights with norms near one; std is large so that logits differ clearly between
+    tokens.
+    """
     rng = np.random.default_rng(seed)
     params: dict = {"layers": [{} for _ in range(spec.num_layers)]}
     for path, shape in param_table(spec).values():
@@ -75,7 +79,8 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
     return params
 
 
-# Files that take ten seconds or more, the longest begun first, so that two workers end together (launch/test.sh keeps the order of the files).
+# Files that take ten seconds or more, the longest begun first, so that two workers end together
+# (launch/test.sh keeps the order of the files).
 LONGEST = ("test_decoder", "test_decoding", "test_command", "test_families", "test_audit", "test_eagle_evaluation", "test_sampling",
            "test_real_target", "test_quantised", "test_sharding", "test_loading", "test_convert", "test_late", "test_benchmarks", "test_resume",
            "test_mutations", "test_processes", "test_writer", "test_eagle_decoding", "test_readme", "test_plan", "test_train_step", "test_packing",
@@ -88,7 +93,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, and tracing makes many objects that live for a second: the collector need not look through them so often."""
+    """What was imported stays, and tracing makes many objects that live for a second: the collector
+    need not look through them so often.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -105,7 +112,8 @@ _ended = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and two megabytes: 10,000 are 2.4 GB in all.
+    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and
+    two megabytes: 10,000 are 2.4 GB in all.
 
     Counting so many takes ten milliseconds, so only every twentieth test does it.
     """
@@ -118,7 +126,9 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def shared_steps():
-    """Runs of a stage that compute the same share one compiled step: where a run writes and its other stage are no part of it."""
+    """Runs of a stage that compute the same share one compiled step: where a run writes and its
+    other stage are no part of it.
+    """
     from beagle_jax.training import loop
 
     made = lru_cache(loop.make_steps)

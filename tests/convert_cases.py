@@ -1,4 +1,6 @@
-"""A tiny target and two drafts of it in folders, and `convert` as a user starts it: for the tests of converting."""
+"""A tiny target and two drafts of it in folders, and `convert` as a user starts it: for the tests
+of converting.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +32,9 @@ PROVENANCE = {
 
 
 def make_place(folder: Path) -> SimpleNamespace:
-    """A target whose next token depends mostly on the last one, and a draft that guesses it now and then."""
+    """A target whose next token depends mostly on the last one, and a draft that guesses it now and
+    then.
+    """
     make_target(folder / "target")
     settings = json.loads((folder / "target" / "config.json").read_text())
     torch.manual_seed(1)

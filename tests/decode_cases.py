@@ -1,4 +1,6 @@
-"""Targets and drafts for the decoding tests, and plain decoding written without any of the decoder's code."""
+"""Targets and drafts for the decoding tests, and plain decoding written without any of the
+decoder's code.
+"""
 
 import dataclasses
 import itertools
@@ -21,12 +23,15 @@ from beagle_jax.weights.target import Target
 NEVER = (10_000,)  # a stop token that is not in the vocabulary
 _stops = itertools.count(20_000)
 
-# Without layers the next token depends on the last one alone, so a draft without attention and MLP is always right.
+# Without layers the next token depends on the last one alone, so a draft without attention and MLP
+# is always right.
 MARKOV = dataclasses.replace(TINY, num_layers=0, tie_embeddings=False)
 
 
 def next_stop() -> tuple[int]:
-    """Stop tokens of its own keep a planted bug in the program that was compiled with it: no other test meets it."""
+    """Stop tokens of its own keep a planted bug in the program that was compiled with it: no other
+    test meets it.
+    """
     return (next(_stops),)
 
 
@@ -43,7 +48,10 @@ def letters() -> PreTrainedTokenizerFast:
     vocabulary = {chr(ord("!") + token): token for token in range(TINY.vocab_size)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    template = "{% for message in messages %}{{ message['role'][0] + message['content'] }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    template = (
+        "{% for message in messages %}{{ message['role'][0] + message['content'] }}{% endfor "
+        "%}{% if add_generation_prompt %}a{% endif %}"
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=made, chat_template=template, clean_up_tokenization_spaces=False
     )
@@ -81,7 +89,9 @@ def random_eagle(seed=1, hot_ids=None) -> Draft:
 
 
 def right_eagle(error: float = 0.0) -> Draft:
-    """The EAGLE draft of a MARKOV target: always right, or with `error` > 0 misled now and then by states and entries before."""
+    """The EAGLE draft of a MARKOV target: always right, or with `error` > 0 misled now and then by
+    states and entries before.
+    """
     draft, D = random_eagle(), TINY.hidden_size
     fc = jnp.concatenate([jnp.eye(D), error * draft.params["fc"][:, D:]], axis=1)
     off = {name: error * draft.params[name] for name in ("fc_bias", "o_proj", "down_proj")}

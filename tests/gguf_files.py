@@ -56,7 +56,9 @@ def write_llama(
     architecture="llama",
     pre="smollm",
 ):
-    """Writes the file as llama.cpp's converter would: permuted q and k, matrices in `kind`, vectors in float32."""
+    """Writes the file as llama.cpp's converter would: permuted q and k, matrices in `kind`, vectors
+    in float32.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)

@@ -1,7 +1,9 @@
-"""The late stage in its plain, slow form (method.md 4.1): the oracle of `training/late.py`, and a benchmark's other side.
+"""The late stage in its plain, slow form (method.md 4.1): the oracle of `training/late.py`, and a
+benchmark's other side.
 
-Every query runs at every step; keys live in two banks of L columns, true states T and predicted states P. Attention is
-one ordinary softmax over the 2L columns. Nothing of the fast form is reused but the block's projections.
+Every query runs at every step; keys live in two banks of L columns, true states T and predicted
+states P. Attention is one ordinary softmax over the 2L columns. Nothing of the fast form is reused
+but the block's projections.
 """
 
 import jax
@@ -38,7 +40,9 @@ def oracle_states(
     offset: jax.Array,
     detach: bool,
 ) -> list[jax.Array]:
-    """Per simulation step the states [B, L, D] of all queries. Only rows with r = step - 1 carry the loss."""
+    """Per simulation step the states [B, L, D] of all queries. Only rows with r = step - 1 carry
+    the loss.
+    """
     block = BeagleBlock(spec).bind({"params": params})
     B, L, D = e_BLD.shape
     position_L = jnp.arange(L)

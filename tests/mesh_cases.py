@@ -1,7 +1,10 @@
-"""Two steps of a tiny draft on any mesh, and what its program sends between devices. Run on eight virtual devices.
+"""Two steps of a tiny draft on any mesh, and what its program sends between devices. Run on eight
+virtual devices.
 
-python tests/mesh_cases.py OUT.json         # both stages on one device, on two, and on eight along each axis and along all
-python tests/mesh_cases.py OUT.json rest    # on one device, and on eight along the other ways to split them
+python tests/mesh_cases.py OUT.json         # both stages on one device, on two, and on eight along
+each axis and along all
+python tests/mesh_cases.py OUT.json rest    # on one device, and on eight along the other ways to
+split them
 """
 
 import json
@@ -59,7 +62,9 @@ LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is 
 
 
 def frozen_and_batch() -> tuple[dict, Batch]:
-    """Ragged rows, some of two chats, some with nothing that counts, so that devices have different amounts to do."""
+    """Ragged rows, some of two chats, some with nothing that counts, so that devices have different
+    amounts to do.
+    """
     rng = np.random.default_rng(3)
     length_B = np.array([11, 9, 11, 6, 5, 11, 10, 8], np.int32)
     length_BC = np.stack(
@@ -128,7 +133,9 @@ def run(
 
 
 def vocabulary_sent(program: str) -> list[str]:
-    """Collectives of a compiled program that move an array as long as the vocabulary, or as a device's part of it."""
+    """Collectives of a compiled program that move an array as long as the vocabulary, or as a
+    device's part of it.
+    """
     sent = re.findall(
         r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
         program,
@@ -142,7 +149,9 @@ def vocabulary_sent(program: str) -> list[str]:
 
 
 def logits(program: str) -> list[str]:
-    """Arrays of a compiled program with a part of the vocabulary for more rows than a chunk of the loss, or the tables, have."""
+    """Arrays of a compiled program with a part of the vocabulary for more rows than a chunk of the
+    loss, or the tables, have.
+    """
     most = max(CONFIG.loss_rows, SPEC.hidden_size)
     found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
     sizes = lambda shape: [int(size) for size in shape.split(",")]
@@ -162,7 +171,9 @@ def mesh_of(shape: tuple[int, int, int]) -> Mesh:
 
 
 def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
-    """Shapes of a device's part of the parameters, and how far they are from those that one device made."""
+    """Shapes of a device's part of the parameters, and how far they are from those that one device
+    made.
+    """
     spread = born(partial(fresh_params, SPEC), mesh, jax.random.key(7))
     parts = {name: array.addressable_shards[0].data.shape for name, array in spread.items()}
     return parts, max(

@@ -1,6 +1,8 @@
-"""One of two processes that train together: python tests/process_cases.py FOLDER, with JAX_COORDINATOR_ADDRESS and so on set.
+"""One of two processes that train together: python tests/process_cases.py FOLDER, with
+JAX_COORDINATOR_ADDRESS and so on set.
 
-Trains the early stage of a tiny draft, whose second process is asked to stop by SIGTERM when it reads its seventh batch.
+Trains the early stage of a tiny draft, whose second process is asked to stop by SIGTERM when it
+reads its seventh batch.
 """
 
 import os

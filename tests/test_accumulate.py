@@ -1,4 +1,6 @@
-"""Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates changes nothing."""
+"""Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates
+changes nothing.
+"""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -105,7 +107,9 @@ def test_weights_wait_for_the_last_batch(frozen, six_rows):
 
 
 def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
-    """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the state."""
+    """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the
+    state.
+    """
     accumulated = lambda config: replace(
         config, train=replace(config.train, accumulate=3, checkpoint_every=2)
     )

@@ -33,7 +33,9 @@ def tokenizer():
 
 
 class FakeWriter:
-    """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a header."""
+    """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a
+    header.
+    """
 
     def __init__(
         self,
@@ -161,7 +163,8 @@ def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
         ),
     )
     rows = text(writer, answer_tokens=40)
-    # 15 tokens from OWN; one round gives two prompts, and later rounds only what they have not given before.
+    # 15 tokens from OWN; one round gives two prompts, and later rounds only what they have not
+    # given before.
     assert writer.answered[3:] == [
         "One two three 1",
         "Tell me more",
@@ -213,7 +216,9 @@ def test_a_second_run_writes_nothing(text, writer):
 
 @pytest.fixture
 def two_sources(tmp_path):
-    """Settings of a run from a file (three parts of at most four prompts) and of a self-written one."""
+    """Settings of a run from a file (three parts of at most four prompts) and of a self-written
+    one.
+    """
     return [
         {
             "source": source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(10))),
@@ -294,7 +299,10 @@ def test_a_folder_with_other_settings_is_refused(text, writer, tmp_path):
         ({"seed": 4}, "seed 0 there, 4 now"),
         ({"target": "b"}, "target 'a-target' there, 'b' now"),
     ):
-        message = f"data holds text written with other settings .{named}.; delete it or set another data.folder"
+        message = (
+            f"data holds text written with other settings .{named}.; delete it or set another "
+            "data.folder"
+        )
         with pytest.raises(UserError, match=message):
             text(writer, **changed)
 
@@ -317,7 +325,9 @@ def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
 def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
     text, tokenizer, tmp_path, monkeypatch, budgets
 ):
-    """Answers shorter than expected leave prompts of a cut group over; they come next, here and after a resume."""
+    """Answers shorter than expected leave prompts of a cut group over; they come next, here and
+    after a resume.
+    """
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
     for settings in (
@@ -473,7 +483,9 @@ def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypat
 
 
 def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
-    """A run that ends between the two files must not leave the old description beside the new states."""
+    """A run that ends between the two files must not leave the old description beside the new
+    states.
+    """
     first, second = STATE_ROWS[:2], [STATE_ROWS[1], STATE_ROWS[0]]
     target_states(tiny_params, TINY, first, tmp_path / "a.states")
     replace = files.os.replace

@@ -1,4 +1,6 @@
-"""The audit: silent where decoding is right, and loud about each planted bug (wrong mask, stale cache, tau, sampler)."""
+"""The audit: silent where decoding is right, and loud about each planted bug (wrong mask, stale
+cache, tau, sampler).
+"""
 
 import dataclasses
 import itertools
@@ -165,7 +167,9 @@ def test_stale_rows_of_the_draft_alone(monkeypatch):
 
 
 def test_biased_sampler(monkeypatch):
-    """Draws of half the temperature: the same with any tree and with none, so that no comparison of the two can tell."""
+    """Draws of half the temperature: the same with any tree and with none, so that no comparison of
+    the two can tell.
+    """
     right = loop.gumbel
     monkeypatch.setattr(loop, "gumbel", lambda *a: 0.5 * right(*a))
     stop = next(_stop)
@@ -229,7 +233,9 @@ def test_rounds_and_accepted_drafts_are_counted_again(measured):
 
 
 def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
-    """Scores that come out a little different each time: rounds differ where they were tied, and only as far as that explains."""
+    """Scores that come out a little different each time: rounds differ where they were tied, and
+    only as far as that explains.
+    """
     right, rng, deviation = replay_module._predict, np.random.default_rng(0), 0.3
 
     def noisy(*arguments):
@@ -261,7 +267,8 @@ def test_what_a_filter_removes_is_drawn_only_where_rounding_decides():
         for reach in (0.05, 0.15)
     ] == [False, True]
     assert not inside(np.array([3, 2, 1, 0.9, -5]), 4, Sampling(1.0, top_k=3), 0.15)
-    # 0.9 of the probability lies before the third; it has its place from exp(0.107) times its weight on.
+    # 0.9 of the probability lies before the third; it has its place from exp(0.107) times its
+    # weight on.
     assert [
         inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(1.0, top_p=0.89), reach)
         for reach in (0.05, 0.15)
@@ -294,7 +301,9 @@ def test_an_answer_that_ends_too_early(measured):
 
 
 def test_bfloat16_flips_are_near_ties(monkeypatch):
-    """In bfloat16 a verified block may round unlike single steps; where texts part, both tokens were nearly tied."""
+    """In bfloat16 a verified block may round unlike single steps; where texts part, both tokens
+    were nearly tied.
+    """
     monkeypatch.setattr(audit_module, "_draws", no_draws)
     half = lambda target: dataclasses.replace(
         target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)

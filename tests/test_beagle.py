@@ -168,5 +168,8 @@ def test_draft_reads_the_embedding_as_the_target_scales_it(tiny_draft, tiny_draf
 
 
 def test_flax_nnx_is_never_imported():
-    code = "import sys, beagle_jax.commands.train, beagle_jax.commands.evaluate, beagle_jax.commands.generate; sys.exit('flax.nnx' in sys.modules)"
+    code = (
+        "import sys, beagle_jax.commands.train, beagle_jax.commands.evaluate, "
+        "beagle_jax.commands.generate; sys.exit('flax.nnx' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,6 @@
-"""Benchmarks that need a large device or a quiet machine run here at toy size, so that they still run when one can be had."""
+"""Benchmarks that need a large device or a quiet machine run here at toy size, so that they still
+run when one can be had.
+"""
 
 import json
 import math
@@ -113,7 +115,9 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
 
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
-    """One topology at a time; a stage that does not fit is said. The README has the table of what was planned."""
+    """One topology at a time; a stage that does not fit is said. The README has the table of what
+    was planned.
+    """
     bench = benchmark("plan_tpu")
     seen = []
 

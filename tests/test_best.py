@@ -1,4 +1,6 @@
-"""The best draft by decoded tau: what is kept, what a resumed run knows, and when a stage ends early."""
+"""The best draft by decoded tau: what is kept, what a resumed run knows, and when a stage ends
+early.
+"""
 
 import json
 from dataclasses import replace

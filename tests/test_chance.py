@@ -1,4 +1,6 @@
-"""False alarms of the audit come at the rate that is stated, on numbers drawn by numpy; what is wrong is beyond them."""
+"""False alarms of the audit come at the rate that is stated, on numbers drawn by numpy; what is
+wrong is beyond them.
+"""
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ PLACES, V = 20, 50
 
 
 def alarms(reach: float, rng: np.random.Generator) -> float:
-    """Share of audits in which rounding alone lets another token than the best win that lies further below it than `reach`.
+    """Share of audits in which rounding alone lets another token than the best win that lies
+    further below it than `reach`.
 
-    The worst that can be: at all places all others lie as far below the best as is just not allowed.
+    The worst that can be: at all places all others lie as far below the best as is just not
+    allowed.
     """
     differences = rng.normal(0, 0.1, (TRIALS, PLACES, V))
     wins = differences[..., 1:].max(axis=-1) - reach > differences[..., 0]
@@ -29,7 +33,8 @@ def test_noise_explains_no_more_than_it_may():
     rng = np.random.default_rng(0)
     noise = noise_of(rng.normal(0, 0.1, (192, V)))
     assert noise.deviation == pytest.approx(0.1, rel=0.4) and 3.5 < noise.largest / 0.1 < 5
-    # Three standard errors of so many trials; the bound is a sum over pairs that depend on each other, so it is not reached.
+    # Three standard errors of so many trials; the bound is a sum over pairs that depend on each
+    # other, so it is not reached.
     found = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
     assert RATE / 5 < found < RATE + 3 * np.sqrt(RATE / TRIALS)
     assert (

@@ -170,7 +170,8 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
         ("Hi", "not JSON (Expecting value at column 1)"),
         (
             [USER],
-            'the line is a list, not an object; expected "messages", "conversations", "turns" or "prompt"',
+            'the line is a list, not an object; expected "messages", "conversations", "turns" '
+            'or "prompt"',
         ),
         ("null", "the line is a NoneType, not an object"),
         (
@@ -211,7 +212,8 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
         ({"prompt": None}, "'content' of a message must be a non-empty string"),
         (
             '{"prompt": "caf\\udce9"}',
-            "the text of a message is not Unicode ('utf-8' codec can't encode character '\\udce9' in position 3",
+            "the text of a message is not Unicode ('utf-8' codec can't encode character "
+            "'\\udce9' in position 3",
         ),
         ('{"prompt": %s}' % ("1" * 5000), "cannot be read (Exceeds the limit"),
         ("[" * 200_000, "cannot be read (maximum recursion depth exceeded"),
@@ -279,8 +281,8 @@ def test_missing_source_names_the_choices(tmp_path):
     source = str(tmp_path / "none.jsonl")
     assert (
         error_of(source)
-        == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
-        "a folder of .jsonl[.gz] files, or hf:org/name"
+        == f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] "
+        "or .json file, a folder of .jsonl[.gz] files, or hf:org/name"
     )
 
 

@@ -1,4 +1,6 @@
-"""The commands end to end on a tiny target in a Hugging Face folder, and how they end when something is wrong."""
+"""The commands end to end on a tiny target in a Hugging Face folder, and how they end when
+something is wrong.
+"""
 
 import json
 import random
@@ -152,15 +154,15 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
     )
     told = capsys.readouterr().err
     assert (
-        f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens (train.row_tokens)"
-        in told
+        f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens "
+        "(train.row_tokens)" in told
     )
     assert f"{learned} chats, " in told and 0 < learned < 12
 
 
 @pytest.mark.parametrize("more, expected", [
-    (["data.answer_tokens=400"], "checkpoints/early holds a run with other settings (data.answer_tokens: 200 there, 400 now)"),
-    (["train.late.detach=false"], "checkpoints/late holds a run with other settings (train.late.detach: True there, False now)"),
+    (["data.answer_tokens=400"], "checkpoints/early holds a run with other settings (data.answer_tokens: 200 there, 400 " "now)"),
+    (["train.late.detach=false"], "checkpoints/late holds a run with other settings (train.late.detach: True there, " "False now)"),
     (["train.batch=6"], "train.batch is 6, but the mesh splits rows over 4 devices"),
 ])  # fmt: skip
 def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(
@@ -269,7 +271,10 @@ def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
         and len(log) - len(held_out) == 3
         and held_out
     )
-    told = f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} without train.pack)"
+    told = (
+        f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} "
+        "without train.pack)"
+    )
     assert told in capsys.readouterr().err
     assert (
         load_file(folder / "draft" / "model.safetensors").keys()
@@ -298,7 +303,9 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(trained):
-    """As tests/test_to_jax.py sees of loading and tests/test_sharding.py of a step, here through the command."""
+    """As tests/test_to_jax.py sees of loading and tests/test_sharding.py of a step, here through
+    the command.
+    """
     folder = trained.folder / "mesh"
     options = [
         f"train.folder={folder}",
@@ -615,7 +622,9 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
-    """As tests/test_eagle_evaluation.py sees of both kinds of draft, here from the command line and with a filter."""
+    """As tests/test_eagle_evaluation.py sees of both kinds of draft, here from the command line and
+    with a filter.
+    """
     options = ["decode.temperature=0.8", "decode.top_p=0.9", "eval.limit=3"]
     assert run_main(evaluate.main, ["--config", trained.config, *options]) == 0
     assert capsys.readouterr().out.count("3/3") == 2

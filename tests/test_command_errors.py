@@ -188,7 +188,8 @@ def test_a_missing_config_names_one_to_start_from(capsys):
 def test_prompts_with_answers_cannot_be_evaluated(workplace, capsys):
     path = workplace.folder / "answered.jsonl"
     path.write_text(
-        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}\n'
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": '
+        '"Yo"}]}\n'
     )
     status, message = ended(
         capsys, "evaluate", "--config", workplace.config, f"eval.suites=[{path}]"

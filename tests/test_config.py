@@ -1,4 +1,6 @@
-"""Config files: every error message, aliases, overrides, conversions, and the defaults that the files rely on."""
+"""Config files: every error message, aliases, overrides, conversions, and the defaults that the
+files rely on.
+"""
 
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -24,7 +26,9 @@ def load(tmp_path):
 
 
 def refused(load, text: str, *overrides: str) -> str:
-    """The message of the usage error that this file and these overrides cause; it names the file or the override."""
+    """The message of the usage error that this file and these overrides cause; it names the file or
+    the override.
+    """
     with pytest.raises(UsageError) as caught:
         load(text, *overrides)
     assert caught.value.exit_status == 2
@@ -185,8 +189,8 @@ def test_tau_while_training_needs_a_tree_and_measurements(load):
 
 def test_chats_kept_out_fill_a_batch(load):
     assert (
-        "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured in whole batches"
-        in refused(load, TARGET, "log.eval_rows=3", "train.batch=4")
+        "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured "
+        "in whole batches" in refused(load, TARGET, "log.eval_rows=3", "train.batch=4")
     )
     load(TARGET, "log.eval_rows=4", "train.batch=4")
 
@@ -197,10 +201,9 @@ EAGLE = ("draft.kind=eagle", "train.early.window=1", "train.late.dense=true")
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("draft.init=ridge", "draft.init is ridge, the closed-form start of a Beagle draft; expected normal or the folder"),
-        ("train.early.window=3", "train.early.window is 3, but EAGLE predicts the next position only; set train.early.window to 1"),
-        ("train.late.dense=false", "train.late.dense is false, but its late stage, training-time test, drafts from every position; "
-                                   "set train.late.dense to true, or train.late to none"),
+        ("draft.init=ridge", "draft.init is ridge, the closed-form start of a Beagle draft; expected normal or " "the folder"),
+        ("train.early.window=3", "train.early.window is 3, but EAGLE predicts the next position only; set " "train.early.window to 1"),
+        ("train.late.dense=false", "train.late.dense is false, but its late stage, training-time test, drafts from " "every position; set train.late.dense to true, or train.late to none"),
     ],
 )  # fmt: skip
 def test_settings_that_only_beagle_has(load, override, message):
@@ -221,8 +224,8 @@ def test_a_dense_late_stage_simulates_as_many_steps_as_it_likes(load):
 def test_a_dense_late_stage_has_no_windows(load):
     both = refused(load, TARGET, "train.late.dense=true", "train.late.multi_token=true")
     assert (
-        "train.late.multi_token and train.late.dense are both true, but a draft that begins at every position has no window"
-        in both
+        "train.late.multi_token and train.late.dense are both true, but a draft that begins at "
+        "every position has no window" in both
     )
     assert load(TARGET, "train.late.multi_token=true").train.late.multi_token
 
@@ -269,7 +272,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("train.accumulate=0", "train.accumulate is 0; expected at least 1"),
         (
             "train.accumulate=3",
-            "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches would change nothing",
+            "train.early.steps is 1000, no multiple of train.accumulate = 3: the last batches "
+            "would change nothing",
         ),
         (
             "train.early.dense=true",
@@ -277,7 +281,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ),
         (
             "train.early.multi_token=true",
-            "train.early.multi_token is true; the early stage always predicts its whole window, leave it out",
+            "train.early.multi_token is true; the early stage always predicts its whole "
+            "window, leave it out",
         ),
         (
             "mesh.fsdp=0",
@@ -297,7 +302,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("train.late.window=0", "train.late.simulation_steps is 4, more than the window 0"),
         (
             "train.late.window=3",
-            "train.late.simulation_steps is 4, more than the window 3; a window of k positions has at most k",
+            "train.late.simulation_steps is 4, more than the window 3; a window of k positions "
+            "has at most k",
         ),
         ("train.early.window=0", "train.early.simulation_steps is 1, more than the window 0"),
         (

@@ -1,4 +1,6 @@
-"""Every file in configs/: it loads, it names the folder of its own, and the paper's targets have the paper's settings."""
+"""Every file in configs/: it loads, it names the folder of its own, and the paper's targets have
+the paper's settings.
+"""
 
 import json
 from pathlib import Path
@@ -58,7 +60,8 @@ def test_paper_settings(path):
     assert (decode.levels, decode.topk, decode.nodes) == (6, 10, 60)
 
 
-# As the model's makers published it: parameters in millions, vocabulary, context, rope base, norm epsilon.
+# As the model's makers published it: parameters in millions, vocabulary, context, rope base, norm
+# epsilon.
 PUBLISHED = {
     "smollm2_135m": (134.515_008, 49_152, 8192, 1e5, 1e-5),
     "smollm2_360m": (361.821_120, 49_152, 8192, 1e5, 1e-5),

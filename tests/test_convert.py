@@ -1,4 +1,6 @@
-"""Drafts to PyTorch and back: the same states, the same answers, the same bits; and how a bad draft is refused."""
+"""Drafts to PyTorch and back: the same states, the same answers, the same bits; and how a bad draft
+is refused.
+"""
 
 import json
 import os
@@ -172,7 +174,9 @@ def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
 
 
 def test_states_are_the_last_hidden_states_after_the_norm(place):
-    """What `generate` takes for states, and `hidden_states[-1]` of a Llama, are what the head reads."""
+    """What `generate` takes for states, and `hidden_states[-1]` of a Llama, are what the head
+    reads.
+    """
     with torch.no_grad():
         out = place.model(torch.tensor([PROMPTS[1]]), output_hidden_states=True)
         state = place.model.base_model(torch.tensor([PROMPTS[1]])).last_hidden_state
@@ -623,8 +627,8 @@ def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, mo
         assert status == refuses
         if refuses:
             assert (
-                f"{source}: this draft belongs to another target ({told}, and target.source is {asked})"
-                in refused(capsys, status)
+                f"{source}: this draft belongs to another target ({told}, and target.source is "
+                f"{asked})" in refused(capsys, status)
             )
         else:
             assert (

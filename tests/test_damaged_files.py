@@ -1,7 +1,9 @@
-"""Damaged files, 800 of them: bytes flipped and ends cut off, in every file that is read for a draft or a target.
+"""Damaged files, 800 of them: bytes flipped and ends cut off, in every file that is read for a
+draft or a target.
 
-Each must end in our own error, or in exactly what the bytes still say. The drafts' own folders carry a digest, so there
-only the undamaged draft may come out; in foreign formats a weight may change where its own bytes did, and nowhere else.
+Each must end in our own error, or in exactly what the bytes still say. The drafts' own folders
+carry a digest, so there only the undamaged draft may come out; in foreign formats a weight may
+change where its own bytes did, and nowhere else.
 """
 
 import json
@@ -123,7 +125,9 @@ def sources(tmp_path_factory) -> SimpleNamespace:
 
 
 def damaged(whole: bytes, seed: int) -> bytes:
-    """A quarter cut off, the rest with one to three bytes changed; half of the damage near the beginning."""
+    """A quarter cut off, the rest with one to three bytes changed; half of the damage near the
+    beginning.
+    """
     rng = np.random.default_rng(seed)
     place = lambda: int(rng.integers(min(len(whole), HEADER) if rng.random() < 0.5 else len(whole)))
     if rng.random() < 0.25:
@@ -135,7 +139,9 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
 
 def outcomes(folder: Path, file: str, read: Callable[[Path], dict], cases: int, judge) -> list[str]:
-    """Reads `cases` damaged versions of a file; returns how each ended: "refused", or "read" when `judge` found it right."""
+    """Reads `cases` damaged versions of a file; returns how each ended: "refused", or "read" when
+    `judge` found it right.
+    """
     whole, expected = (folder / file).read_bytes(), read(folder)
     ended = []
     try:
@@ -169,7 +175,9 @@ def same(expected: dict, found: dict, _whole=b"", _changed=b"", where: str = "")
 def as_the_config_says(
     expected: dict, found: dict, _whole: bytes, changed: bytes, where: str
 ) -> None:
-    """The weights are the old ones, and each size and number is what stands in the file under its key."""
+    """The weights are the old ones, and each size and number is what stands in the file under its
+    key.
+    """
     same({name: value for name, value in expected.items() if name not in ("spec", "eos")},
          {name: value for name, value in found.items() if name not in ("spec", "eos")}, where=where)  # fmt: skip
     told, spec = json.loads(changed), found["spec"]
@@ -189,7 +197,9 @@ def as_the_config_says(
 def where_its_bytes_changed(
     expected: dict, found: dict, whole: bytes, changed: bytes, where: str
 ) -> None:
-    """Weights may differ in as many values as bytes were changed in the data; shapes, names and all else may not."""
+    """Weights may differ in as many values as bytes were changed in the data; shapes, names and all
+    else may not.
+    """
     assert len(whole) == len(changed) and expected.keys() == found.keys(), where
     count = sum(a != b for a, b in zip(whole, changed))
     values = 0
@@ -257,7 +267,9 @@ def test_planted_bug_any_dtype_taken_for_weights(sources, tmp_path, monkeypatch)
 
 
 def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
-    """Two tensors of one size whose offsets changed places: every length is right, and the weights are not."""
+    """Two tensors of one size whose offsets changed places: every length is right, and the weights
+    are not.
+    """
     shutil.copytree(sources / "gguf", tmp_path / "gguf")
     path = tmp_path / "gguf" / "model.gguf"
     whole = path.read_bytes()

@@ -1,4 +1,6 @@
-"""Greedy speculative decoding equals plain decoding, whatever the tree, the draft and the place where it stops."""
+"""Greedy speculative decoding equals plain decoding, whatever the tree, the draft and the place
+where it stops.
+"""
 
 import dataclasses
 from functools import lru_cache
@@ -106,7 +108,9 @@ def test_all_drafts_rejected():
 
 
 def test_stop_token_anywhere_in_an_accepted_run():
-    """The next token depends on the last alone: prompts along one text come to its eighth token sooner and sooner."""
+    """The next token depends on the last alone: prompts along one text come to its eighth token
+    sooner and sooner.
+    """
     free = naive_greedy(target_of(MARKOV), [START], 8)
     prompts, stop = [[START], *([token] for token in free[:7])], free[7]
     target = target_of(MARKOV, eos_ids=(9_999, stop))
@@ -122,7 +126,9 @@ def test_stop_token_anywhere_in_an_accepted_run():
 @MODES
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
-    """A seed writes what plain sampling writes with it; answers to all tokens come to one stop token at different places."""
+    """A seed writes what plain sampling writes with it; answers to all tokens come to one stop
+    token at different places.
+    """
     ask = lambda target, limit, *parts: SpeculativeDecoder(target, *parts).generate(
         [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4)  # fmt: skip
     free = [answer.tokens for answer in ask(target_of(MARKOV), 16)]
@@ -172,7 +178,9 @@ def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
 
 
 def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> loop.DecodeState:
-    """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a slot is left."""
+    """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a
+    slot is left.
+    """
     prompt, max_new = [3, 1, 4], 11
     [plain] = SpeculativeDecoder(target).generate([prompt], sampling, max_new_tokens=max_new)
     assert not sampling.greedy or plain.tokens == naive_greedy(target, prompt, max_new)
@@ -210,7 +218,9 @@ def test_planted_bug_a_cache_of_too_few_slots():
 
 
 def test_a_draft_that_overflows_changes_no_token(monkeypatch):
-    """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds only the one planted here."""
+    """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds
+    only the one planted here.
+    """
     right = drafting.logit_columns
 
     def broken(*arguments):

@@ -1,4 +1,6 @@
-"""README and docs/ say only what is so: every command in them is parsed by its command or dry-run, every name exists."""
+"""README and docs/ say only what is so: every command in them is parsed by its command or dry-run,
+every name exists.
+"""
 
 import importlib
 import itertools

@@ -1,4 +1,6 @@
-"""`hf:` sources from a hub on this machine: a connection that breaks, a file that never comes whole, a name that is not there."""
+"""`hf:` sources from a hub on this machine: a connection that breaks, a file that never comes
+whole, a name that is not there.
+"""
 
 import hashlib
 import json
@@ -83,7 +85,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at `start` breaks off."""
+    """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at
+    `start` breaks off.
+    """
     server = ThreadingHTTPServer(("localhost", 0), Hub)
     server.asked, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
     url = f"http://localhost:{server.server_port}"

@@ -1,4 +1,6 @@
-"""Drafting with a cache computes what training simulates, and the caches hold true states only (method.md 13.2, 13.10)."""
+"""Drafting with a cache computes what training simulates, and the caches hold true states only
+(method.md 13.2, 13.10).
+"""
 
 from functools import lru_cache, partial
 
@@ -46,7 +48,8 @@ def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
 
 @lru_cache
 def _both_ways(steps: int, plant: str = ""):
-    """What is drafted and what the late stage simulates for the drafted text, as a jitted function of states and length.
+    """What is drafted and what the late stage simulates for the drafted text, as a jitted function
+    of states and length.
 
     plant: a program with a planted bug is none that another test may meet.
     """
@@ -56,7 +59,8 @@ def _both_ways(steps: int, plant: str = ""):
     @jax.jit
     def both(states_BLD, length):
         drafted = _draft(draft, embed_VD, states_BLD, length, 7, chain(steps))
-        # Training sees the text that the draft itself proposed, in a window that starts at the root.
+        # Training sees the text that the draft itself proposed, in a window that starts at the
+        # root.
         tokens = jax.lax.dynamic_update_slice(
             jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length)
         )
@@ -104,7 +108,9 @@ def _alone(params, spec, *rest):
 @pytest.mark.parametrize("append_predicted", [True, False])
 @pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
 def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
-    """In a tree, each query's state is that of the chain of its own path; without appended states, of its depth alone."""
+    """In a tree, each query's state is that of the chain of its own path; without appended states,
+    of its depth alone.
+    """
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
     embed_VD = target.params["embed_VD"]

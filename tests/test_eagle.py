@@ -1,4 +1,6 @@
-"""The EAGLE draft against method.md section 8 written out in torch, one entry at a time, from the row's own indices."""
+"""The EAGLE draft against method.md section 8 written out in torch, one entry at a time, from the
+row's own indices.
+"""
 
 from dataclasses import replace
 
@@ -44,7 +46,9 @@ def test_initial_vectors():
 
 
 def reference(params, spec: EagleSpec, e_LD, h_LD) -> torch.Tensor:
-    """Predicted states [L, D] by position, in float64: row i is that of position i; row 0, which nothing predicts, is zero."""
+    """Predicted states [L, D] by position, in float64: row i is that of position i; row 0, which
+    nothing predicts, is zero.
+    """
     w = {
         name: torch.tensor(np.asarray(array), dtype=torch.float64) for name, array in params.items()
     }
@@ -140,7 +144,9 @@ def test_planted_bugs(case, bug):
 
 
 def test_only_the_rows_that_may_change_do(case):
-    """Token i reaches entries i - 1 and later, state i entries i and later: the predictions from i, and from i + 1."""
+    """Token i reaches entries i - 1 and later, state i entries i and later: the predictions from i,
+    and from i + 1.
+    """
     params, e_LD, h_LD, _ = case
     before, place = run(params, e_LD, h_LD), 4
     for name, first in (("token", place), ("state", place + 1)):
@@ -151,7 +157,9 @@ def test_only_the_rows_that_may_change_do(case):
 
 
 def check_parts(case, late: int = 0, merged=merge_attention) -> None:
-    """Cached entries, then one more: the root's token fused with the last true state, as decoding does it. late: planted, its place."""
+    """Cached entries, then one more: the root's token fused with the last true state, as decoding
+    does it. late: planted, its place.
+    """
     params, e_LD, h_LD, expected = case
     block, last = EagleBlock(SPEC).bind({"params": params}), ROW - 2
     f_BTD = block.fuse(e_LD[None, 1:], h_LD[None, :-1])

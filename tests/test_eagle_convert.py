@@ -1,4 +1,6 @@
-"""EAGLE drafts to PyTorch and back: the same states, the same nodes, the same answers, the same bits."""
+"""EAGLE drafts to PyTorch and back: the same states, the same nodes, the same answers, the same
+bits.
+"""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""EAGLE drafts decode in Beagle's loop: the same answers as plain decoding, and states that its row computes (method.md 8)."""
+"""EAGLE drafts decode in Beagle's loop: the same answers as plain decoding, and states that its row
+computes (method.md 8).
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -129,7 +131,9 @@ def row_states(spec, params, e_QLD, h_QLD, mask_QTT):
 def check_known(
     spec, params, target, state, line: int, text: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a state holds of a text whose last token is the root, against all of it read at once: embeddings and true states of it."""
+    """What a state holds of a text whose last token is the root, against all of it read at once:
+    embeddings and true states of it.
+    """
     n = len(text) - 1
     h_LD = np.asarray(forced_states(target, text))
     e_LD = np.asarray(target.params["embed_VD"])[[*text, *[0] * (len(h_LD) - n - 1)]]
@@ -155,7 +159,8 @@ def check_drafted(target, models, shapes, state, propose=_propose) -> None:
         text = [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()]
         n, h_LD = len(text) - 1, np.asarray(forced_states(target, text))
         assert n == int(state.length_B[line])
-        # One row for each query: the text, then the tokens of its path, with the states that were predicted for them.
+        # One row for each query: the text, then the tokens of its path, with the states that were
+        # predicted for them.
         sees_QQ, Q, L = drafted.query_sees_BQQ[line], drafted.state_BQD.shape[1], len(h_LD)
         e_QLD, h_QLD = np.zeros((2, Q, L, TINY.hidden_size), np.float32)
         e_QLD[:, : n + 1], h_QLD[:, :n], mask_QTT = (
@@ -257,7 +262,8 @@ def test_planted_bugs(four_rounds, bug, monkeypatch):
             )
         )
     with pytest.raises(AssertionError):
-        # A function of its own, so that a plant in the module is traced and not taken from jit's memory.
+        # A function of its own, so that a plant in the module is traced and not taken from jit's
+        # memory.
         check_drafted(
             target,
             models,

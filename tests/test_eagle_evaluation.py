@@ -1,4 +1,6 @@
-"""EAGLE drafts are audited, tuned and measured as Beagle's are, and the commands take their folders."""
+"""EAGLE drafts are audited, tuned and measured as Beagle's are, and the commands take their
+folders.
+"""
 
 import gzip
 import json
@@ -194,7 +196,9 @@ def beside(place, suites) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperature):
-    """All turns, greedy and drawn: the answers of plain decoding from either draft, and an audit that passes."""
+    """All turns, greedy and drawn: the answers of plain decoding from either draft, and an audit
+    that passes.
+    """
     made = evaluated(
         load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True
     )
@@ -239,7 +243,8 @@ def test_a_folder_that_holds_no_draft_is_named(place):
     )
     with pytest.raises(
         UserError,
-        match=f"{other}/config.json: model_type is 'llama', expected 'beagle_draft' or 'eagle_draft'",
+        match=f"{other}/config.json: model_type is 'llama', expected 'beagle_draft' or "
+        "'eagle_draft'",
     ):
         load_draft(other, target)
     (place.folder / "beagle").mkdir()

@@ -1,4 +1,6 @@
-"""EAGLE's two stages against torch, against drafting token by token, and against what Beagle's stages score."""
+"""EAGLE's two stages against torch, against drafting token by token, and against what Beagle's
+stages score.
+"""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -76,7 +78,9 @@ IN_TORCH = {"fc": "fc", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "
 
 
 def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
-    """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow through predicted states."""
+    """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow
+    through predicted states.
+    """
     bench = benchmark("torch_eagle")
     block = bench.EagleBlock(
         D,
@@ -184,7 +188,9 @@ _simulated = jax.jit(eagle_states, static_argnames=("spec", "count", "steps", "d
 
 
 def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
-    """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so far in the place of true ones."""
+    """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so
+    far in the place of true ones.
+    """
     found = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
     for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD)):
         for query in range(ASKED):
@@ -251,7 +257,9 @@ def test_detach_changes_gradients_only(params, row):
 
 
 def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
-    """Early in windows of one, late from every position: the same counts by step, but for position 0."""
+    """Early in windows of one, late from every position: the same counts by step, but for position
+    0.
+    """
     beagle = DraftSpec.from_target(TINY)
     for stage, predict in ((EARLY, predict_early), (LATE, predict_late)):
         (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
@@ -259,7 +267,8 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
             tiny_draft, frozen, batch, jax.random.key(0)
         )
         assert ours.supervised == theirs.supervised == batch.counts_BT.sum()
-        # Row 0 has an answer from position 0 on: one prediction less at the first step, and one draft less of each length.
+        # Row 0 has an answer from position 0 on: one prediction less at the first step, and one
+        # draft less of each length.
         assert (theirs.count_J - ours.count_J).tolist() == [1.0] * len(ours.count_J)
         assert ours.count_J.tolist() == [
             batch.counts_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)
@@ -267,7 +276,9 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
 
 
 def test_noise_reaches_the_inputs_only(params, frozen, batch):
-    """With the state's half of the fusion zero nothing reads the states: noise then changes nothing, so the targets are clean."""
+    """With the state's half of the fusion zero nothing reads the states: noise then changes
+    nothing, so the targets are clean.
+    """
     drafts = {"whole": params, "deaf": params | {"fc": params["fc"].at[:, D:].set(0)}}
     loss = {(config.noise, name): float(gradient_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0][0])
             for config in (NOISY, CLEAN) for name, draft in drafts.items()}  # fmt: skip

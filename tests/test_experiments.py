@@ -1,4 +1,6 @@
-"""The figures' runner: measures and verdicts on hand-made results, the committed file, and all of it at toy size."""
+"""The figures' runner: measures and verdicts on hand-made results, the committed file, and all of
+it at toy size.
+"""
 
 import json
 import sys
@@ -31,7 +33,9 @@ def at_the_root(monkeypatch):
 
 
 def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
-    """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut short."""
+    """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut
+    short.
+    """
     tokens = [sum(count * (drafts + 1) for drafts, count in enumerate(row)) for row in accepted]
     return {
         "step": step,
@@ -117,7 +121,9 @@ def test_the_best_of_several_is_what_counts():
 
 
 def test_both_sides_are_drawn_together():
-    """Prompts that differ widely leave the difference of two like runs certain; drawn apart they would not."""
+    """Prompts that differ widely leave the difference of two like runs certain; drawn apart they
+    would not.
+    """
     hard = [[40, 0, 0]] * 12 + [[0, 0, 40]] * 12
     better = [[39, 1, 0]] * 12 + [[0, 0, 40]] * 12
     claim = plans.Claim(figure="fig", says="a beats b", more="a", less=("b",))
@@ -415,7 +421,9 @@ def test_an_evaluation_is_not_made_again(asked, evaluated):
 def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
     asked, evaluated, monkeypatch
 ):
-    """All runs of an evaluation side by side, seed by seed; the answers that are there are no reason to ask again."""
+    """All runs of an evaluation side by side, seed by seed; the answers that are there are no
+    reason to ask again.
+    """
     plan, folder = evaluated
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(runner, "train_and_measure", lambda *_, **__: None)
@@ -463,7 +471,9 @@ def answer(tokens: int, rounds: int, seconds: float) -> dict:
 def measured_by_hand(
     plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]
 ) -> None:
-    """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike; milliseconds and bytes with the seed."""
+    """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike;
+    milliseconds and bytes with the seed.
+    """
     bytes_of = lambda draft: dict.fromkeys(["target_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries"], 0) | {
         "draft_weights": draft}  # fmt: skip
     for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
@@ -506,8 +516,8 @@ def seeds_count(plan) -> None:
     assert made["training_tokens_per_second"] == [100, 90, 110]
     [*_, row] = results.systems_table({"dynamic-append.late": made})
     assert (
-        row
-        == "| late | 3 | 1.50 [1.20, 2.00] | 3.2 [2.2, 6.5] | 2.00x [1.33, 3.00] | 0 MB | 100 [90, 110] |"
+        row == "| late | 3 | 1.50 [1.20, 2.00] | 3.2 [2.2, 6.5] | 2.00x [1.33, 3.00] | 0 MB | 100 "
+        "[90, 110] |"
     )
 
 
@@ -586,7 +596,9 @@ def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
     900
 )  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
-    """All runs and figures; done again it trains nothing; a run that cannot be made is named and holds up nothing else."""
+    """All runs and figures; done again it trains nothing; a run that cannot be made is named and
+    holds up nothing else.
+    """
     from command_cases import make_target, write_lines
 
     make_target(tmp_path / "target")

@@ -1,4 +1,6 @@
-"""Routed experts against the definition written out token by token, and what the loop over experts skips."""
+"""Routed experts against the definition written out token by token, and what the loop over experts
+skips.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,9 @@ def test_padding_columns_ask_for_nothing(arrays):
 
 
 def test_an_expert_that_nobody_chose_is_not_run(arrays):
-    """Its output is NaN here: only skipping keeps that out of the sum, and planted use of all lets it in."""
+    """Its output is NaN here: only skipping keeps that out of the sum, and planted use of all lets
+    it in.
+    """
     _, map_EDD, y_DM = arrays
     poisoned = jnp.asarray(map_EDD).at[1].set(jnp.nan)
     share_EM = jnp.zeros((COUNT, M)).at[0].set(0.25).at[3].set(0.75)

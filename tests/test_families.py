@@ -1,4 +1,6 @@
-"""Each family of the target against transformers' own model of it: logits, states, greedy tokens, drafted tokens."""
+"""Each family of the target against transformers' own model of it: logits, states, greedy tokens,
+drafted tokens.
+"""
 
 import dataclasses
 
@@ -50,7 +52,8 @@ LLAMA3_ROPE = {
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 # Every window is shorter than the texts, and longer than some rounds and not others.
 FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),  # heads as Llama 2 and Vicuna, head as SmolLM2
+    # heads as Llama 2 and Vicuna, head as SmolLM2
+    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama 3 rope": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
     "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
     "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -114,7 +117,8 @@ each_family = pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def _check_states_and_logits(model, spec, params):
     tokens_BT = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 24))
     positions_BT = jnp.broadcast_to(jnp.arange(24), (3, 24))
-    # One operation after the other: families and plants share nearly all of them, so that there is little to compile.
+    # One operation after the other: families and plants share nearly all of them, so that there is
+    # little to compile.
     states_BTD, _ = forward(params, spec, tokens_BT, positions_BT, causal_mask(jnp.full(3, 24), 24))
     with torch.no_grad():
         expected_BTD = model.model(torch.from_numpy(tokens_BT)).last_hidden_state
@@ -227,7 +231,9 @@ def test_planted_bug_in_states(family, plant):
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 def test_planted_bug_norm_after_rope(family, monkeypatch):
-    """A norm without weight commutes with a rotation, so what tells the order is the weight: here it comes late."""
+    """A norm without weight commutes with a rotation, so what tells the order is the weight: here
+    it comes late.
+    """
     late = []
 
     def norm(x, weight_D, *rest, **named):
@@ -270,7 +276,8 @@ def _decoded(target, tree=ROOT_ONLY):
     return [answer.tokens for answer in decoder.generate(PROMPTS, max_new_tokens=32)]
 
 
-# What these bring is in the products of a layer, which know of no cache and no tree; the window of one of them others have too.
+# What these bring is in the products of a layer, which know of no cache and no tree; the window of
+# one of them others have too.
 LAYERS_ALONE = (
     "llama 3 rope",
     "linear rope",
@@ -292,7 +299,9 @@ def test_greedy_tokens_equal_torch_with_a_tree(family):
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3 moe with all", "gemma 3"], indirect=True)
 def test_greedy_tokens_equal_torch_plainly(family):
-    """What a family brings is in `forward`, which a tree asks for more rows: windows, experts and Gemma's layers stand for all."""
+    """What a family brings is in `forward`, which a tree asks for more rows: windows, experts and
+    Gemma's layers stand for all.
+    """
     model, target = family
     assert _decoded(target) == _torch_answers(model)
 
@@ -369,7 +378,9 @@ def test_plain_llama_has_no_extras():
 
 
 def test_gemma_3_as_old_files_say_it():
-    """Keys of transformers 4, which wrote neither layer types nor rope_parameters, nor what was the default."""
+    """Keys of transformers 4, which wrote neither layer types nor rope_parameters, nor what was the
+    default.
+    """
     old = {"rope_theta": 5e5, "rope_local_base_freq": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
            "sliding_window": 9, "sliding_window_pattern": 3, "query_pre_attn_scalar": 16}  # fmt: skip
     spec = _read(model_type="gemma3_text", **old)
@@ -485,7 +496,10 @@ def test_answers_are_written_only_inside_the_window():
     prompts, windowed = [[5, 6, 7], list(range(12))], dataclasses.replace(TINY, windows=(None, 32))
     expected = _written(TINY, prompts, 20)
     assert _written(windowed, prompts, 20) == expected  # 12 + 20: the window never acts
-    message = "sliding window is 32 tokens; a prompt of 12 and an answer of 21 do not fit .* lower data.max_prompt_tokens"
+    message = (
+        "sliding window is 32 tokens; a prompt of 12 and an answer of 21 do not fit .* lower "
+        "data.max_prompt_tokens"
+    )
     with pytest.raises(UserError, match=message):
         _written(windowed, prompts, 21)
 

@@ -1,4 +1,6 @@
-"""Exported drafts beside targets of other families: what they change, embedding scale and windows, reaches torch too."""
+"""Exported drafts beside targets of other families: what they change, embedding scale and windows,
+reaches torch too.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,9 @@ grow = jax.jit(draft_tree, static_argnums=(1, 2))
 
 
 def exported(target, folder):
-    """A random draft of a target, and torch's of its folder, which passed the converter's comparison."""
+    """A random draft of a target, and torch's of its folder, which passed the converter's
+    comparison.
+    """
     spec = DraftSpec.from_target(target.spec, init_std=0.3)
     draft = Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
     (folder / "draft").mkdir()

@@ -1,4 +1,6 @@
-"""What house style can check by itself: sizes, requirements with reasons, a README that names what exists."""
+"""What house style can check by itself: sizes, requirements with reasons, a README that names what
+exists.
+"""
 
 import ast
 import re
@@ -16,7 +18,9 @@ ENTRY_POINTS = sorted(
 
 
 def too_long(root: Path) -> list[str]:
-    """Files of more than 500 lines among what is written by hand: not the licence, data, weights, notebooks or results."""
+    """Files of more than 500 lines among what is written by hand: not the licence, data, weights,
+    notebooks or results.
+    """
     folders = (
         "beagle_jax",
         "benchmarks",

@@ -50,7 +50,8 @@ _early = jax.jit(early_states, static_argnums=1, static_argnames=("window",))
 def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=False, plant=""):
     """States and gradients of the fast and of the plain form, on the same rows.
 
-    plant: a program with a planted bug is none that another test may meet. It has no gradients: the states tell.
+    plant: a program with a planted bug is none that another test may meet. It has no gradients: the
+    states tell.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
     at, scored = (

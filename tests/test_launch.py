@@ -1,4 +1,6 @@
-"""Launch files: clean scripts, the commands they print, a SLURM job that leaves and comes back, Kubernetes files against the schema."""
+"""Launch files: clean scripts, the commands they print, a SLURM job that leaves and comes back,
+Kubernetes files against the schema.
+"""
 
 import copy
 import os
@@ -60,7 +62,7 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
         ("local_cpu.sh", COMMAND, f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 .venv/bin/python {PYTHON_M}"),
         ("gpu.sh", COMMAND, f"env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
         ("gpu.sh", ["--gpus", "2", *COMMAND], "CUDA_VISIBLE_DEVICES=0\\,1 .venv-gpu/bin/python"),
-        ("slurm.sbatch", COMMAND, f"srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
+        ("slurm.sbatch", COMMAND, "srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python " f"{PYTHON_M}"),
         ("tpu_pod.sh", ["--here", *COMMAND], f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}"),
         ("quickstart.sh", ["--short", "eval.limit=1"], "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000"),
         ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k late"),
@@ -136,7 +138,9 @@ def test_usage(script, arguments, expected):
 
 @pytest.fixture
 def cluster(tmp_path) -> Path:
-    """A clone whose environment is installed, with programs that write down how they were called in place of SLURM's."""
+    """A clone whose environment is installed, with programs that write down how they were called in
+    place of SLURM's.
+    """
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -145,7 +149,8 @@ def cluster(tmp_path) -> Path:
         "scancel": 'kill -TERM "$(cat tasks)"',
         "scontrol": ":",
         # The training: stays until SIGTERM, saves, and leaves with status 0.
-        "../.venv-gpu/bin/python": 'trap "echo saved >> calls; exit 0" TERM; echo $$ > tasks; while :; do sleep 0.05; done',
+        "../.venv-gpu/bin/python": 'trap "echo saved >> calls; exit 0" TERM; echo $$ > tasks; while :; do sleep 0.05; '
+        "done",
     }
     for name, body in programs.items():
         path = tmp_path / "bin" / name
@@ -292,8 +297,13 @@ join(Namespace(distributed={flag}, quiet=False, json=None))
 import jax
 print(jax.process_index(), jax.process_count(), jax.device_count())
 """
-# A worker of a pod slice without its chips: what JAX asks before it reads the variables that GKE sets.
-ON_A_TPU_VM = "from jax._src.clusters import cloud_tpu_cluster, cluster\ncloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True"
+# A worker of a pod slice without its chips: what JAX asks before it reads the variables that GKE
+# sets.
+ON_A_TPU_VM = (
+    "from jax._src.clusters import cloud_tpu_cluster, "
+    "cluster\ncloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = "
+    "True"
+)
 
 
 def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False) -> list[str]:

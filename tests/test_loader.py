@@ -1,4 +1,6 @@
-"""Batches of rows: cut, padded, aligned with their states, dealt to processes; and the tokens that the draft will score."""
+"""Batches of rows: cut, padded, aligned with their states, dealt to processes; and the tokens that
+the draft will score.
+"""
 
 from collections import Counter
 
@@ -37,7 +39,8 @@ def test_batches_are_cut_padded_and_aligned():
     starts = np.cumsum([0, 4, 9, 6])
     for step in range(loader.steps_per_epoch):
         batch = loader.batch_at(step)
-        # Supervised from position 2 on; the last position of a row never counts: 3 positions at most.
+        # Supervised from position 2 on; the last position of a row never counts: 3 positions at
+        # most.
         assert (
             batch.tokens_BL.shape == (2, 6)
             and batch.states_BLD.shape == (2, 6, 3)
@@ -103,7 +106,10 @@ def test_rows_without_an_answer_before_the_cut_are_left_out():
 
 
 def test_too_few_rows_are_an_error():
-    message = "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower train.batch or write more"
+    message = (
+        "train.batch is 3, but only 2 rows have an answer within train.row_tokens = 6; lower "
+        "train.batch or write more"
+    )
     with pytest.raises(UserError, match=message):
         loader_of(rows_of_lengths(4, 5), batch=3)
 

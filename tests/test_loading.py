@@ -208,7 +208,8 @@ def test_what_is_no_weights_dtype_is_refused_by_the_tensor_s_name(tmp_path, stor
     )
     with pytest.raises(
         UserError,
-        match=f"model.safetensors: tensor lm_head.weight is stored as {stored}; expected F32 or F16 or BF16",
+        match=f"model.safetensors: tensor lm_head.weight is stored as {stored}; expected F32 or "
+        "F16 or BF16",
     ):
         fill_params(SPEC, HFFolder(tmp_path), jnp.dtype("float32"), "here")
 
@@ -365,7 +366,9 @@ def test_gguf_types_load_as_gguf_decodes_them(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_load_as_gguf_decodes_them(tmp_path, kind):
-    """The package writes none, so the blocks are random bytes (those of the scales' exponents kept small)."""
+    """The package writes none, so the blocks are random bytes (those of the scales' exponents kept
+    small).
+    """
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     raw = np.random.default_rng(0).integers(0, 40, (4, 2 * size), np.uint8)
     _write_gguf(tmp_path / "k.gguf", {"output_norm.weight": raw}, kind=TYPES[kind])

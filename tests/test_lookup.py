@@ -1,4 +1,6 @@
-"""Prompt lookup: what it drafts against a search through Python lists, and that its output is plain decoding's."""
+"""Prompt lookup: what it drafts against a search through Python lists, and that its output is plain
+decoding's.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,9 @@ DEPTH = 4
 
 
 def search(text: list[int], ngram: int, depth: int = DEPTH) -> list[int]:
-    """The same by hand: longest run first, of each length the latest; a found text goes on with its period."""
+    """The same by hand: longest run first, of each length the latest; a found text goes on with its
+    period.
+    """
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
         ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
@@ -87,7 +91,9 @@ def test_output_is_that_of_plain_decoding(spec, sampling):
 
 
 def test_a_text_that_repeats_itself_is_looked_up():
-    """A target whose next token depends on the last one alone runs in circles; most rounds then bring four tokens."""
+    """A target whose next token depends on the last one alone runs in circles; most rounds then
+    bring four tokens.
+    """
     [answer] = SpeculativeDecoder(target_of(MARKOV), Lookup(), chain(3)).generate(
         [[5]], max_new_tokens=150
     )
@@ -135,7 +141,8 @@ def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
 def test_what_lookup_cannot_do():
     with pytest.raises(
         UserError,
-        match="prompt lookup drafts a chain and knows no probabilities, but was given a dynamic tree",
+        match="prompt lookup drafts a chain and knows no probabilities, but was given a dynamic "
+        "tree",
     ):
         SpeculativeDecoder(target_of(), Lookup(), dynamic_tree(2, 2, 4))
     with pytest.raises(UserError, match="and rule 'ratio'"):

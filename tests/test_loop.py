@@ -1,4 +1,6 @@
-"""Running a stage: progress, log, checkpoints, resuming and stopping; and the draft on disk that comes of it."""
+"""Running a stage: progress, log, checkpoints, resuming and stopping; and the draft on disk that
+comes of it.
+"""
 
 import json
 import time
@@ -313,7 +315,9 @@ def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
 
 
 def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
-    """Whether the batches after a step's own are asked for while the step is under way, for so many seconds."""
+    """Whether the batches after a step's own are asked for while the step is under way, for so many
+    seconds.
+    """
     training, found = Breaking(loader_of(20, 1)), []
 
     def look(state, metrics):
@@ -358,7 +362,8 @@ def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
     config, _ = whole
     with pytest.raises(
         UserError,
-        match=f"checkpoints/early holds a run with other settings .{named}.; delete it, set another",
+        match=f"checkpoints/early holds a run with other settings .{named}.; delete it, set "
+        "another",
     ):
         stage(replace(config, train=replace(config.train, **changes)))
 

@@ -48,7 +48,9 @@ def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
 
 
 def _with_gradient(loss):
-    """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows` holds."""
+    """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows`
+    holds.
+    """
     weighted = lambda state, *rest: (
         jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))),
         summed,

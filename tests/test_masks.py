@@ -7,7 +7,8 @@ from late_oracle import bank_masks
 
 from beagle_jax.model.masks import causal_mask, early_block_mask, window_start
 
-# method.md 4.4: L = 8, k = 3, offset 2. Per query: the true keys it sees, and the predicted keys at steps 1, 2, 3.
+# method.md 4.4: L = 8, k = 3, offset 2. Per query: the true keys it sees, and the predicted keys at
+# steps 1, 2, 3.
 EXAMPLE = {
     0: ([], [[], [], []]),
     1: ([0], [[], [], []]),

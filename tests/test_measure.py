@@ -1,4 +1,6 @@
-"""The measurement: figures from hand-made round logs, later turns, and runs that go on where they were cut off."""
+"""The measurement: figures from hand-made round logs, later turns, and runs that go on where they
+were cut off.
+"""
 
 import dataclasses
 import json
@@ -33,7 +35,9 @@ def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
 
 
 def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> Generation:
-    """An answer whose rounds emitted so many tokens each; all but the last of each were accepted drafts."""
+    """An answer whose rounds emitted so many tokens each; all but the last of each were accepted
+    drafts.
+    """
     accepted = np.bincount([count - 1 for count in emitted], minlength=depth + 1).tolist()
     return Generation(list(range(1 + sum(emitted))), len(emitted), accepted, 0.5, seconds)
 
@@ -77,7 +81,9 @@ def test_speedup_is_time_over_time_of_the_same_tokens():
 
 
 def test_intervals_are_paired_and_cover():
-    """Prompts that are slow for both systems widen neither; an interval of means has the width that theory gives."""
+    """Prompts that are slow for both systems widen neither; an interval of means has the width that
+    theory gives.
+    """
     slow = [[answer([2] * 6, seconds=float(n))] for n in (1, 5, 9, 30)]
     plain = [[answer([2] * 6, seconds=2.0 * n + 0.5)] for n in (1, 5, 9, 30)]
     assert figures(Measurement("x", "", slow), Measurement("plain", "", plain))[

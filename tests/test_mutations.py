@@ -1,4 +1,6 @@
-"""Bugs that decoding engines have shipped, planted one by one: the equality and cache tests must see each of them."""
+"""Bugs that decoding engines have shipped, planted one by one: the equality and cache tests must
+see each of them.
+"""
 
 from functools import lru_cache
 
@@ -59,7 +61,9 @@ def _one_path_too_long(nodes, wanted_BW, depth, right):
 
 
 def on(*names: str):
-    """The kinds of tree that a check runs with: all for what must hold, and for a bug one or two where it can show."""
+    """The kinds of tree that a check runs with: all for what must hold, and for a bug one or two
+    where it can show.
+    """
     return pytest.mark.parametrize("tree", [TREES[name] for name in names], ids=names)
 
 

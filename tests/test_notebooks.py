@@ -1,4 +1,6 @@
-"""The notebooks: small, installing first, with the outputs of a full run; and executed end to end on a toy target with a draft of its own."""
+"""The notebooks: small, installing first, with the outputs of a full run; and executed end to end
+on a toy target with a draft of its own.
+"""
 
 import ast
 import importlib.util
@@ -139,7 +141,9 @@ def install(
     repository: str = "",
     found: bool = False,
 ) -> list[list[str]]:
-    """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a machine with these device files."""
+    """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a
+    machine with these device files.
+    """
     source = RUN.code_cells(read(path))[0].source.partition("import beagle_jax\n")[0]
     assert source.count('REPOSITORY = ""') == 1
     ran, exists = [], os.path.exists
@@ -187,7 +191,8 @@ def test_a_clone_is_installed_as_it_is_with_the_jax_of_the_runtime(
     )
     assert asked.extras <= set(metadata("jax").get_all("Provides-Extra"))
     assert pip[6:-2] == (["torch"] if path.stem == "d_your_own" else [])
-    # Losslessness in float32 is shown on every runtime: where float32 would be multiplied in fewer bits, it is asked for.
+    # Losslessness in float32 is shown on every runtime: where float32 would be multiplied in fewer
+    # bits, it is asked for.
     assert os.environ.get(PRECISION) == ("highest" if devices else None)
 
 

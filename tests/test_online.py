@@ -21,7 +21,8 @@ from beagle_jax.sharding import make_mesh, place, place_rows
 from beagle_jax.training import step
 from beagle_jax.training.step import make_steps
 
-# Losses here are near 60. Half a step of the grid of bfloat16 is 1/512 of each number, of int8 1/254 of a token's largest.
+# Losses here are near 60. Half a step of the grid of bfloat16 is 1/512 of each number, of int8
+# 1/254 of a token's largest.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2}
 
 
@@ -83,7 +84,9 @@ def test_online_and_stored_states_give_the_same_losses(stage, loaders, tiny_draf
         if dtype == "float32":
             for name in online[
                 1
-            ]:  # 1e-4: AdamW's first step has the size of the learning rate, 1e-3, whatever the gradient's
+                # 1e-4: AdamW's first step has the size of the learning rate, 1e-3, whatever the
+                # gradient's
+            ]:
                 np.testing.assert_allclose(online[1][name], disk[1][name], atol=1e-4, err_msg=name)
 
 

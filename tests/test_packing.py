@@ -1,4 +1,6 @@
-"""Several chats in a row: the same losses and gradients as one chat a row, and nothing of one chat seen in another."""
+"""Several chats in a row: the same losses and gradients as one chat a row, and nothing of one chat
+seen in another.
+"""
 
 from functools import lru_cache
 
@@ -39,7 +41,9 @@ STAGES = {
 
 
 def some_rows(seed: int, count: int = 7) -> list[Row]:
-    """Chats of 4 to 12 tokens, any two of which fit in a row; some with a question between two answers, some that end in what is not supervised."""
+    """Chats of 4 to 12 tokens, any two of which fit in a row; some with a question between two
+    answers, some that end in what is not supervised.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 13, count)
     supervised = [
@@ -90,10 +94,11 @@ def gradient_of(name: str):
 
 
 def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=None) -> bool:
-    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with one offset of the windows.
+    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with
+    one offset of the windows.
 
-    planted: what computes (loss, metrics) of the packed ones in another way, without gradients. Returns whether chats fill a row to its
-    last place.
+    planted: what computes (loss, metrics) of the packed ones in another way, without gradients.
+    Returns whether chats fill a row to its last place.
     """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}

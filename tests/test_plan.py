@@ -1,4 +1,6 @@
-"""The plan of a run: operations, bytes, verdicts; compiled for virtual devices and, where libtpu is installed, for a TPU."""
+"""The plan of a run: operations, bytes, verdicts; compiled for virtual devices and, where libtpu is
+installed, for a TPU.
+"""
 
 import json
 import os
@@ -138,7 +140,9 @@ def test_operations_of_an_eagle_step(name, mesh):
 
 
 def test_operations_of_a_multi_token_step(mesh):
-    """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the loss."""
+    """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the
+    loss.
+    """
     late = replace(LATE, multi_token=True)
     found, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
     assert near(found.flops, counted), (found.flops, counted)
@@ -189,7 +193,9 @@ def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
 
 
 def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkeypatch):
-    """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens is a copy."""
+    """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens
+    is a copy.
+    """
     params = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
     config = config_of(row_tokens=16)
     alone, beside = (
@@ -243,7 +249,8 @@ def planned(capsys, *arguments: str) -> dict:
 
 @pytest.mark.parametrize("name, parameters, drafted", [
     ("llama2_7b_chat", 6_738_415_616, 202_383_360), ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
-    pytest.param("vicuna_7b", 6_738_415_616, 202_383_360, marks=pytest.mark.slow),  # of Llama 2's shape
+    # of Llama 2's shape
+    pytest.param("vicuna_7b", 6_738_415_616, 202_383_360, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_papers_targets_are_planned_on_a_laptop_without_weights(
     capsys, monkeypatch, name, parameters, drafted
@@ -290,7 +297,9 @@ def told_disk(tmp_path, **changes) -> dict:
 
 
 def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
-    """The paper's configs read chats as they are: their number of tokens says nothing about prompts at their longest."""
+    """The paper's configs read chats as they are: their number of tokens says nothing about prompts
+    at their longest.
+    """
     self_written = told_disk(tmp_path)
     assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
         5000,
@@ -345,7 +354,8 @@ def test_virtual_devices_split_the_draft(tmp_path):
     )
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"target: {{source: x, shape: {shape}}}\ntrain: {{batch: 4, row_tokens: {L}, late: {{steps: 0}}}}\n"
+        f"target: {{source: x, shape: {shape}}}\ntrain: {{batch: 4, row_tokens: {L}, late: "
+        "{steps: 0}}\n"
     )
     command = [
         sys.executable,

@@ -1,4 +1,6 @@
-"""Pictures show what is there: masks against the worked example, trees and attention against decoding itself."""
+"""Pictures show what is there: masks against the worked example, trees and attention against
+decoding itself.
+"""
 
 import json
 from pathlib import Path

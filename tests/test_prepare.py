@@ -41,7 +41,9 @@ def target_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
-    """A config over a file of ten chats, every third of which waits for its answer; parts of four rows."""
+    """A config over a file of ten chats, every third of which waits for its answer; parts of four
+    rows.
+    """
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
@@ -79,8 +81,8 @@ def test_text_and_states_lie_in_parts_and_their_size_was_announced(place, capsys
     assert sum(sizes) == tokens * 32 * 4 and min(sizes) > 0
     captured = capsys.readouterr()
     assert (
-        f"target states: {tokens:,} tokens x 32 in float32, {size(sum(sizes))} in 3 parts; {size(sum(sizes))} to write, "
-        in captured.err
+        f"target states: {tokens:,} tokens x 32 in float32, {size(sum(sizes))} in 3 parts; "
+        f"{size(sum(sizes))} to write, " in captured.err
     )
     assert captured.out == f"10 rows, {tokens:,} tokens ready in {place.data}\n"
     # Nothing is done twice.
@@ -185,7 +187,10 @@ def test_prompts_that_the_target_answers_are_announced_before_their_states_are_k
     )
     prepared(place, "data.answer_tokens=1000")
     most = size(1000 * (1 + 2 * 128 / 6) * 32 * 4)
-    told = f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, with their prompts at most about {most}; "
+    told = (
+        f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, "
+        f"with their prompts at most about {most}; "
+    )
     assert (
         len(said) == 2
         and told in said[0]

@@ -38,7 +38,9 @@ VARIABLES = (
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What jax.distributed is asked for, given flags and variables; None when it is not asked at all."""
+    """What jax.distributed is asked for, given flags and variables; None when it is not asked at
+    all.
+    """
 
     def joined(*flags: str, **variables: str) -> dict | None:
         asked = []
@@ -95,8 +97,10 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them said, after which step it stopped, and which
-    tokens it holds of a batch on a mesh whose processes lie along `tensor`."""
+    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them
+    said, after which step it stopped, and which tokens it holds of a batch on a mesh whose
+    processes lie along `tensor`.
+    """
     folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -171,7 +175,9 @@ def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together
 
 
 def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
-    """jax stops all processes at one number to come: one that began anew with each stage might never come."""
+    """jax stops all processes at one number to come: one that began anew with each stage might
+    never come.
+    """
     asked = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -201,7 +207,9 @@ def check_held(parts: list) -> None:
 
 
 def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
-    """Each reads the whole batch; by their numbers alone each would read another half, and call it the whole."""
+    """Each reads the whole batch; by their numbers alone each would read another half, and call it
+    the whole.
+    """
     check_held(together[3]["rows"])
     with pytest.raises(AssertionError):
         check_held(together[3]["planted"])
@@ -231,7 +239,9 @@ def test_which_rows_a_process_reads(monkeypatch, data, tensor, of_each, shares):
 
 
 def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> tuple[int, int]:
-    """The share of a process on a mesh of devices that belong to processes in order, so many to each."""
+    """The share of a process on a mesh of devices that belong to processes in order, so many to
+    each.
+    """
     devices = [Device(number, number // of_each) for number in range(data * tensor)]
     monkeypatch.setattr(jax, "process_index", lambda: process)
     return share_of_rows(make_mesh(MeshConfig(data=data, tensor=tensor), devices))
@@ -241,13 +251,16 @@ def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> t
 def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
     with pytest.raises(
         UserError,
-        match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; set it to a divisor",
+        match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; "
+        "set it to a divisor",
     ):
         shared(monkeypatch, 3, 2, 3, process)
 
 
 def test_what_two_processes_saved_goes_on_in_one(together, alone):
-    """Another number of processes and of devices: to 1e-6 of the largest weight, since sums are taken in another order."""
+    """Another number of processes and of devices: to 1e-6 of the largest weight, since sums are
+    taken in another order.
+    """
     config, *_ = together
     assert saved_steps(config)[-1] < 12
     _, expected, run = alone

@@ -1,4 +1,6 @@
-"""Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory and error."""
+"""Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory
+and error.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Every command of the README is run: on a tiny target in a folder, with few steps, in place of the real one."""
+"""Every command of the README is run: on a tiny target in a folder, with few steps, in place of the
+real one.
+"""
 
 import importlib
 import io
@@ -50,7 +52,9 @@ def overrides(toy: dict[str, str]) -> list[str]:
 
 
 def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -> tuple[int, str]:
-    """Status and standard output of a `python -m beagle_jax.NAME` line in its toy form, with more options."""
+    """Status and standard output of a `python -m beagle_jax.NAME` line in its toy form, with more
+    options.
+    """
     _, _, module, *arguments = [*shlex.split(line), *more]
     name = module.removeprefix("beagle_jax.")
     if name == "plan":  # in a process of its own: the number of devices is decided once
@@ -89,8 +93,8 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
     written, try_it = printed.splitlines()
     assert (status, written) == (0, f"draft written to {draft}; try:")
     assert (
-        try_it
-        == f'  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" draft.path={draft}'
+        try_it == '  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" '
+        f"draft.path={draft}"
     )
     with pytest.MonkeyPatch.context() as patch:
         assert ran(try_it, toy, tmp_path_factory.mktemp("try"), patch)[0] == 0
@@ -149,7 +153,8 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
     assert [line for line in left if line not in names_in_sentences] == [
         "source .venv/bin/activate", "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
         "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
-        "python experiments/run.py experiments/paper.yaml",  # tests/test_experiments.py runs it, in its toy form
+        # tests/test_experiments.py runs it, in its toy form
+        "python experiments/run.py experiments/paper.yaml",
     ]  # fmt: skip
 
 

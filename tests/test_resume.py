@@ -93,9 +93,10 @@ def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path)
     """Really killed, in a process of its own, in the middle of an epoch and of a window of the log."""
     here = Path(__file__).parent
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;"
-        "p = conftest.random_params(conftest.TINY);"
-        "t.stopped_at('early', 11, t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, t.kill)"
+        "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
+        "conftest.random_params(conftest.TINY);t.stopped_at('early', 11, "
+        "t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, "
+        "t.kill)"
     )
     environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}
     died = subprocess.run(
@@ -163,7 +164,9 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
 def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(
     whole, frozen, tmp_path, monkeypatch
 ):
-    """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next stage, nor end the write."""
+    """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next
+    stage, nor end the write.
+    """
     config, leave = config_of(tmp_path), StageCheckpoints.__exit__
 
     def signalled(self, *exception):
@@ -243,7 +246,8 @@ def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
     with pytest.raises(
         UserError,
-        match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint to go on",
+        match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint "
+        "to go on",
     ):
         both_stages(config, frozen)
 
@@ -312,7 +316,8 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
         with pytest.raises(
             UserError,
-            match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 now.*train.accept_changes=true",
+            match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 "
+            "now.*train.accept_changes=true",
         ):
             run()
     check_settings(config)

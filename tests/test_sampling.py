@@ -1,4 +1,6 @@
-"""Sampling is lossless: filters, seeds, and the joint distribution of four tokens against an exact one (method.md 13.9)."""
+"""Sampling is lossless: filters, seeds, and the joint distribution of four tokens against an exact
+one (method.md 13.9).
+"""
 
 import dataclasses
 import itertools
@@ -51,7 +53,9 @@ SAMPLINGS = {
 
 @pytest.fixture
 def short_bucket(monkeypatch):
-    """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the work."""
+    """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the
+    work.
+    """
     monkeypatch.setattr(decoder_module, "PROMPT_BUCKET", 4)
     monkeypatch.setattr(decoder_module, "_CAPACITY_BUCKET", 16)
 
@@ -79,7 +83,9 @@ def last_logits(params, spec, text_BL):
 
 @lru_cache
 def exact_joint(sampling: Sampling) -> np.ndarray:
-    """P(x1..x4 | prompt) [16, 16, 16, 16] by running every text of three; filters written anew in numpy."""
+    """P(x1..x4 | prompt) [16, 16, 16, 16] by running every text of three; filters written anew in
+    numpy.
+    """
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS - 1))
     text_BL = jnp.asarray(
         np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1), jnp.int32
@@ -125,8 +131,9 @@ def check_distribution(
         exact_joint(sampling),
         sampled_joint(small_target(eos_ids), draft or small_draft(), tree, sampling, rule),
     )
-    # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is large, and never by more
-    # than 2 p where it is small. 20,480 draws; the spread of the sum over all outcomes is some percent of it.
+    # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is
+    # large, and never by more than 2 p where it is small. 20,480 draws; the spread of the sum over
+    # all outcomes is some percent of it.
     honest = (
         0.5
         * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
@@ -142,7 +149,9 @@ def check_distribution(
     [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")],
 )
 def test_joint_distribution_of_four_tokens(tree, sampling):
-    """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with the other trees is slow."""
+    """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with
+    the other trees is slow.
+    """
     check_distribution(TREES[tree], SAMPLINGS[sampling])
 
 

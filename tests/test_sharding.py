@@ -1,4 +1,6 @@
-"""Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that do not fit."""
+"""Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that
+do not fit.
+"""
 
 import json
 import subprocess
@@ -23,7 +25,9 @@ TESTS = Path(__file__).parent
 
 
 def measured(folder: Path, *which: str) -> dict:
-    """What tests/mesh_cases.py measures, by stage and mesh, on eight virtual devices in a process of its own."""
+    """What tests/mesh_cases.py measures, by stage and mesh, on eight virtual devices in a process
+    of its own.
+    """
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -53,7 +57,8 @@ def same_numbers(one: dict, many: dict) -> None:
     for kind in ("first_gradient", "updates"):
         for ours, theirs in zip(many[kind], one[kind], strict=True):
             size = np.abs(theirs).max()
-            # Adam divides a small gradient by its own size, so updates (of 1e-3 a step) are compared as they stand.
+            # Adam divides a small gradient by its own size, so updates (of 1e-3 a step) are
+            # compared as they stand.
             np.testing.assert_allclose(
                 ours, theirs, rtol=0, atol=1e-5 if kind == "updates" else 1e-5 * size, err_msg=kind
             )

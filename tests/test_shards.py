@@ -1,4 +1,6 @@
-"""Checkpoints in several files: the index that says which file holds which tensor is held against the files."""
+"""Checkpoints in several files: the index that says which file holds which tensor is held against
+the files.
+"""
 
 import json
 from pathlib import Path
@@ -113,7 +115,8 @@ def test_an_index_that_contradicts_the_files(tmp_path, change, monkeypatch):
         in message
     )
     assert message.split("\n  ")[1:] == expected
-    # The planted bug: nobody looks. What is left is seen only where a tensor is missing or there twice.
+    # The planted bug: nobody looks. What is left is seen only where a tensor is missing or there
+    # twice.
     monkeypatch.setattr(hf, "_check_index", lambda *_: None)
     if change in (moved, unlisted, promised):
         loaded(HFFolder(tmp_path))

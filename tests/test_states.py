@@ -20,7 +20,9 @@ ROWS = [Row(list(range(length)), [True] * length) for length in (5, 1, 9)]
 
 
 def some_states() -> list[np.ndarray]:
-    """States of very different sizes from token to token, one of them zero: an answer's last token was never read."""
+    """States of very different sizes from token to token, one of them zero: an answer's last token
+    was never read.
+    """
     rng = np.random.default_rng(0)
     made = [rng.standard_normal((len(row.tokens), WIDTH)).astype(np.float32) for row in ROWS]
     made[2][3] *= 1000
@@ -56,7 +58,9 @@ def test_states_come_back_as_near_as_their_dtype_allows(path, dtype, size, monke
 
 
 def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
-    """With the scale of the row's largest token, small states next to a large one lose their digits."""
+    """With the scale of the row's largest token, small states next to a large one lose their
+    digits.
+    """
 
     def coarse(states_LD, dtype):
         records = np.empty(len(states_LD), states._int8_record(WIDTH))
@@ -137,7 +141,8 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
     try:
         with pytest.raises(
             UserError,
-            match="part-0000.states: the target's states cannot be written .*; the parts before it are kept",
+            match="part-0000.states: the target's states cannot be written .*; the parts before "
+            "it are kept",
         ):
             keep_states(path, ROWS, some_states())
     finally:

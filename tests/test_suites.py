@@ -1,4 +1,6 @@
-"""Suites: records of every layout become prompts with their turns; files are found, downloads are asked for rightly."""
+"""Suites: records of every layout become prompts with their turns; files are found, downloads are
+asked for rightly.
+"""
 
 import gzip
 import json
@@ -131,7 +133,8 @@ def test_any_file_of_turns_is_a_suite(tmp_path):
         (
             "spec_bench",
             None,
-            "eval.suites: spec_bench is not on the hub and there is no .*spec_bench.jsonl.gz; set eval.folder",
+            "eval.suites: spec_bench is not on the hub and there is no .*spec_bench.jsonl.gz; "
+            "set eval.folder",
         ),
         (
             "specbench",
@@ -146,13 +149,15 @@ def test_any_file_of_turns_is_a_suite(tmp_path):
         (
             "gsm8k",
             '{"question": null}',
-            "gsm8k_test.jsonl.gz:1: no text 'question' among question; this is not a record of gsm8k",
+            "gsm8k_test.jsonl.gz:1: no text 'question' among question; this is not a record of "
+            "gsm8k",
         ),
         ("gsm8k", "\n", "eval.suites: gsm8k holds no prompts; is its file in eval.folder whole"),
         (
             "gsm8k",
             "[1]",
-            "gsm8k_test.jsonl.gz:1: the line is a list, not an object; this is not a record of gsm8k",
+            "gsm8k_test.jsonl.gz:1: the line is a list, not an object; this is not a record of "
+            "gsm8k",
         ),
         (
             "mt_bench",
@@ -182,7 +187,8 @@ def test_no_hub_library_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError,
-        match="alpaca.jsonl.gz, and the hub needs the datasets library .*; pip install datasets, or set eval.folder",
+        match="alpaca.jsonl.gz, and the hub needs the datasets library .*; pip install datasets, "
+        "or set eval.folder",
     ):
         suite("alpaca", 3, str(tmp_path))
 

@@ -210,7 +210,9 @@ def _alone(params, tokens):
 def _decoded(
     params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cached=lambda length_B: length_B
 ):
-    """States [B, T, D] of `next_BT` over a cache that a padded prefill filled; the other arguments plant bugs."""
+    """States [B, T, D] of `next_BT` over a cache that a padded prefill filled; the other arguments
+    plant bugs.
+    """
     tokens_BT, length_B = _pad(prompts)
     _, rows = _states(params, TINY, tokens_BT, length_B)
     rows = [turn(layer, tokens_BT.shape[1]) for layer in rows]

@@ -1,7 +1,8 @@
 """From chats to tokens: which tokens are supervised, typed out by hand on a toy ChatML tokenizer.
 
-The tokenizer has one token per byte and one for each marker, so a row can be written as text with `<` for
-<|im_start|> and `>` for <|im_end|>, and its supervision as a line of dots and carets below it.
+The tokenizer has one token per byte and one for each marker, so a row can be written as text with
+`<` for <|im_start|> and `>` for <|im_end|>, and its supervision as a line of dots and carets below
+it.
 """
 
 import pytest
@@ -130,9 +131,10 @@ def test_a_shifted_mask_is_seen(tokenizer, bug):
 
 
 MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% "
+    "generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] "
+    "}}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n{% endif %}"
 )
 
 

@@ -1,4 +1,6 @@
-"""Commands on a terminal and off it: help without jax, results apart from progress, colour only where it is wanted."""
+"""Commands on a terminal and off it: help without jax, results apart from progress, colour only
+where it is wanted.
+"""
 
 import io
 import json

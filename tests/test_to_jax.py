@@ -1,4 +1,6 @@
-"""Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when they are not whole."""
+"""Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when
+they are not whole.
+"""
 
 import json
 import subprocess
@@ -63,7 +65,8 @@ def test_bit_equal_to_the_source(sources, tmp_path, kind):
         )
 
 
-# A process with four devices writes a folder, and takes it as training does on another mesh: arrays born in parts, and the values.
+# A process with four devices writes a folder, and takes it as training does on another mesh: arrays
+# born in parts, and the values.
 WRITE_AND_RESTORE = """
 import sys, jax, numpy as np
 from beagle_jax import convert

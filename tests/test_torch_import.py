@@ -120,8 +120,8 @@ def test_a_dtype_that_holds_no_weights_is_named(place, tmp_path, capsys):
         source = published(place, tmp_path / stored, change)
         message = refused(capsys, from_torch(place, source, tmp_path / "here"))
         assert (
-            f"tensor {PUBLISHED}mlp.up_proj.weight is stored as {stored}; expected F32 or F16 or BF16"
-            in message
+            f"tensor {PUBLISHED}mlp.up_proj.weight is stored as {stored}; expected F32 or F16 "
+            "or BF16" in message
         )
 
 
@@ -139,7 +139,7 @@ def renamed(tensors: dict, old: str, new: str) -> None:
         (lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float32)}),
          ["2 tensors match mlp.up_proj.weight: ", "model.layers.1.mlp.up_proj.weight", "2 prefixes"]),
         (lambda t: renamed(t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-         ["stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); expected one"]),
+         ["stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); " "expected one"]),
         (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((32, 48), np.float32)}), ["mlp.up_proj.weight has shape [32, 48], expected [48, 32]"]),
         (lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}), ["scores tokens 1 to 300, the target's vocabulary ends at 299"]),
         (lambda t: (t.pop(PUBLISHED + "mlp.up_proj.weight"), t.update({"x": np.ones(1, np.float32)})), ["missing tensor", "extra tensor x [1]"]),

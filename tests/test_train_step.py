@@ -1,4 +1,6 @@
-"""One optimizer step of each stage: the loss by hand, noise, weights, metrics, schedule, clipping, golden numbers."""
+"""One optimizer step of each stage: the loss by hand, noise, weights, metrics, schedule, clipping,
+golden numbers.
+"""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -44,7 +46,9 @@ BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
 
 
 def three_rows(*begin: int) -> Batch:
-    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a question between two answers."""
+    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a
+    question between two answers.
+    """
     rng = np.random.default_rng(5)
     length_B = np.array([14, 9, 5], np.int32)
     live_BL = np.arange(L) < length_B[:, None]
@@ -66,11 +70,14 @@ def batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def frozen(tiny_params) -> dict:
-    """The head is that of a draft reduced to four hot tokens, so that draft and target agree now and then."""
+    """The head is that of a draft reduced to four hot tokens, so that draft and target agree now
+    and then.
+    """
     return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:4]}
 
 
-# The programs here are small and run once or twice: compiling them without optimisation halves the time.
+# The programs here are small and run once or twice: compiling them without optimisation halves the
+# time.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 _noisy = quick_jit(add_noise, static_argnums=2)
 
@@ -96,7 +103,9 @@ def gradient_of(config: TrainConfig, stage: StageConfig):
 
 @lru_cache
 def predicted_by(stage: StageConfig):
-    """Predicted states as a jitted function of (params, embeddings [V, D], batch, states, offset); every place is queried."""
+    """Predicted states as a jitted function of (params, embeddings [V, D], batch, states, offset);
+    every place is queried.
+    """
 
     def predicted(params, embed_VD, batch, h_BLD, offset):
         read = Inputs(
@@ -113,7 +122,9 @@ def predicted_by(stage: StageConfig):
 
 
 def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]]:
-    """(place among the predictions, row position, window offset or draft step, weight), listed by hand."""
+    """(place among the predictions, row position, window offset or draft step, weight), listed by
+    hand.
+    """
     if stage.simulation_steps == 1:
         return [(i, i, (i - offset) % stage.window if i >= offset else 0, 1.0) for i in range(L)]
     steps, beta = stage.simulation_steps, stage.step_weights or range(stage.simulation_steps, 0, -1)
@@ -208,7 +219,9 @@ def test_a_wrong_loss_is_seen(tiny_draft, frozen, batch, stage, bug):
 
 
 def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
-    """With o_proj zero the block ignores its memory: noise then changes nothing, so the targets are clean."""
+    """With o_proj zero the block ignores its memory: noise then changes nothing, so the targets are
+    clean.
+    """
     drafts = {
         "whole": tiny_draft,
         "deaf": tiny_draft | {"o_proj": jnp.zeros_like(tiny_draft["o_proj"])},
@@ -293,7 +306,9 @@ def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change)
 
 
 def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
-    """Step j then scores every position that has j before it, whatever the offset; windows score about one in k."""
+    """Step j then scores every position that has j before it, whatever the offset; windows score
+    about one in k.
+    """
     dense = replace(LATE, dense=True)
     PREDICT[dense] = predict_late
     _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
@@ -409,8 +424,9 @@ def test_golden_step(tiny_draft, frozen, batch, name, stage):
         state, metrics = train_step(state, frozen, batch, 42)
     found["third_loss"] = float(metrics.objective / metrics.supervised)
     assert found == pytest.approx(GOLDEN[name], rel=1e-4), (
-        f"the first {name} steps changed. If that was meant (loss, noise, masks, optimizer, first weights, or another "
-        f"JAX version's random numbers), put the new numbers into GOLDEN; if not, something broke: {found}"
+        f"the first {name} steps changed. If that was meant (loss, noise, masks, optimizer, "
+        "first weights, or another JAX version's random numbers), put the new numbers into "
+        f"GOLDEN; if not, something broke: {found}"
     )
 
 

@@ -1,4 +1,6 @@
-"""Trees: their shapes, the trees that drafting grows against slow oracles, masks, and error messages (method.md 13.8)."""
+"""Trees: their shapes, the trees that drafting grows against slow oracles, masks, and error
+messages (method.md 13.8).
+"""
 
 from functools import partial
 
@@ -58,7 +60,8 @@ def _grown(tree):
     states_BLD = jax.random.normal(jax.random.key(3), (2, 10, TINY.hidden_size))
     cache = _cached(draft.spec, draft.params, states_BLD)
     head = DraftHead(embed_VD, None)
-    # A function of its own for each call, so that a plant in the module is traced and not taken from jit's memory.
+    # A function of its own for each call, so that a plant in the module is traced and not taken
+    # from jit's memory.
     grow = jax.jit(lambda params, *rest: draft_tree(params, draft.spec, tree, *rest))
     nodes = jax.device_get(
         grow(draft.params, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT])).nodes
@@ -71,7 +74,9 @@ def _grown(tree):
 
 
 def _check_nodes(tree) -> None:
-    """Nodes of each sequence are the oracle's paths, parents come first, and the mask is that of walking up."""
+    """Nodes of each sequence are the oracle's paths, parents come first, and the mask is that of
+    walking up.
+    """
     nodes, oracles = _grown(tree)
     for line, oracle in enumerate(oracles):
         token_W, parent_W, depth_W = (np.asarray(x[line]) for x in nodes[:3])

@@ -1,4 +1,6 @@
-"""Tuning: what the widest tree says of smaller ones is what smaller trees do, and `auto` finds what was remembered."""
+"""Tuning: what the widest tree says of smaller ones is what smaller trees do, and `auto` finds what
+was remembered.
+"""
 
 import dataclasses
 
@@ -91,7 +93,8 @@ def test_a_right_draft_is_always_first(small):
     assert found.places == 3 * (30 - 3)
     with pytest.raises(
         UserError,
-        match="no answer to the sample prompts is longer than 3 tokens within the first 64 of its text, .* raise eval.max",
+        match="no answer to the sample prompts is longer than 3 tokens within the first 64 of "
+        "its text, .* raise eval.max",
     ):
         tuning.tune(target, right_draft(), [short, long])
     chain = [
@@ -126,7 +129,8 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     config = load_config(tmp_path / "c.yaml")
     with pytest.raises(
         UserError,
-        match="no tree was tuned for this draft on this machine .cpu .*; run python -m beagle_jax.tune",
+        match="no tree was tuned for this draft on this machine .cpu .*; run python -m "
+        "beagle_jax.tune",
     ):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
@@ -163,7 +167,10 @@ def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warn
         f"target: {{source: '{source}'}}\ndraft: {{path: {tmp_path}/draft}}\n"
     )
     drafter_of(load_config(tmp_path / "c.yaml"), target)
-    told = f"warning: {tmp_path}/draft: this draft belongs to another target (hf:org/chat, and target.source is hf:org/code)"
+    told = (
+        f"warning: {tmp_path}/draft: this draft belongs to another target (hf:org/chat, and "
+        "target.source is hf:org/code)"
+    )
     assert (told in capsys.readouterr().err) == warned
 
 

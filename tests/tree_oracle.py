@@ -1,4 +1,6 @@
-"""Draft trees grown the slow way: one path at a time, Python lists, no caches, none of the decoder's code."""
+"""Draft trees grown the slow way: one path at a time, Python lists, no caches, none of the
+decoder's code.
+"""
 
 from functools import partial
 
@@ -23,7 +25,9 @@ def _state(spec, params, e_PD, memory_SD, seen_S, depth):
 
 
 class PathOracle:
-    """log-probabilities of the token after each path of tokens from the root, with predicted states along the path."""
+    """log-probabilities of the token after each path of tokens from the root, with predicted states
+    along the path.
+    """
 
     def __init__(self, draft, embed_VD, head_VD, states_LD, length, root, depth):
         self.draft, self.embed_VD, self.head_VD, self.root = draft, embed_VD, head_VD, root

@@ -26,7 +26,9 @@ from beagle_jax.weights.torch_import import read_torch_draft
 
 
 def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the PyTorch folder; it appears only after torch computed from it what the JAX block computes."""
+    """Writes the PyTorch folder; it appears only after torch computed from it what the JAX block
+    computes.
+    """
     require_torch()
     source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
     out = _free(arguments, source)
@@ -42,8 +44,9 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         found = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
     text = (
-        f"largest difference from the JAX block, of the scale: {measured}\n"
-        f"draft written to {out}; load it with transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+        f"largest difference from the JAX block, of the scale: {measured}\ndraft written to "
+        f"{out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
+        "trust_remote_code=True)"
     )
     return text, {
         "out": str(out),
@@ -62,7 +65,8 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         save_draft(folder, draft)
         load_draft(folder, target)
     return (
-        f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}',
+        f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your '
+        f'prompt" draft.path={out}',
         {"out": str(out)},
     )
 
@@ -85,12 +89,15 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the target as a folder that loads fast, its arrays in the parts that the devices of `mesh` hold."""
+    """Writes the target as a folder that loads fast, its arrays in the parts that the devices of
+    `mesh` hold.
+    """
     source, dtype = config.target.source, config.target.dtype
     opened = open_source(source, Path(config.target.cache_dir).expanduser())
     if isinstance(opened, OrbaxFolder):
         raise UserError(
-            f"target.source: {source} was written by convert to-jax already; name the model that it came from"
+            f"target.source: {source} was written by convert to-jax already; name the model "
+            "that it came from"
         )
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = configured_target(config.target, mesh, decoding=False)
@@ -112,10 +119,13 @@ def target_spec(config: TargetConfig) -> TargetSpec:
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
-    """Raises UserError when the draft says that it was trained for another target of the same shape."""
+    """Raises UserError when the draft says that it was trained for another target of the same
+    shape.
+    """
     if told := other_target(draft, source):
         raise UserError(
-            f"{where}: this draft belongs to another target ({told}, and target.source is {source}); set target.source={told}"
+            f"{where}: this draft belongs to another target ({told}, and target.source is "
+            f"{source}); set target.source={told}"
         )
 
 
@@ -127,15 +137,19 @@ def _read_report(path: str) -> str:
             return acceptance(report)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"--report {path}: not a report on a draft ({error!r}); expected what evaluate --json wrote"
+            f"--report {path}: not a report on a draft ({error!r}); expected what evaluate "
+            "--json wrote"
         ) from error
     raise UserError(
-        f"--report {path}: not a report of this version (format {report['format']!r}); expected what evaluate --json wrote"
+        f"--report {path}: not a report of this version (format {report['format']!r}); "
+        "expected what evaluate --json wrote"
     )
 
 
 def _free(arguments: Namespace, source: Path) -> Path:
-    """The output folder; raises UserError when it may not be written, or when replacing it would lose something else."""
+    """The output folder; raises UserError when it may not be written, or when replacing it would
+    lose something else.
+    """
     out = Path(arguments.out).expanduser()
     if not out.exists():
         return out
@@ -143,15 +157,18 @@ def _free(arguments: Namespace, source: Path) -> Path:
         raise UserError(f"--out {out}: there is a file of this name; choose another folder")
     if not arguments.overwrite:
         raise UserError(
-            f"--out {out}: this folder exists; choose another, or give --overwrite to replace it as a whole"
+            f"--out {out}: this folder exists; choose another, or give --overwrite to replace "
+            "it as a whole"
         )
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(
-            f"--out {out}: what is to be converted is in this folder, and --overwrite would remove it; choose another"
+            f"--out {out}: what is to be converted is in this folder, and --overwrite would "
+            "remove it; choose another"
         )
     if any(out.iterdir()) and not _is_ours(out):
         raise UserError(
-            f"--out {out}: nothing that convert or train wrote is in this folder, so it is not replaced; choose another"
+            f"--out {out}: nothing that convert or train wrote is in this folder, so it is not "
+            "replaced; choose another"
         )
     return out
 
@@ -167,7 +184,9 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` at the end of the block; after an error nothing of it is left."""
+    """An empty folder that takes the place of `out` at the end of the block; after an error nothing
+    of it is left.
+    """
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,9 @@ _SHOWN_TOKENS = 48  # of an answer, in the picture of attention
 def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -> dict:
     """The report on plain decoding, the draft, and those of `eval.compare`.
 
-    out: a folder that keeps every answer as it comes, goes on from those it has, and gets the report's files. audited:
-    all answers are also held against teacher forcing (evaluation/audit.py).
+    out: a folder that keeps every answer as it comes, goes on from those it has, and gets the
+    report's files. audited: all answers are also held against teacher forcing
+    (evaluation/audit.py).
     """
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
@@ -68,8 +69,9 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     measured = measure(bench, suites, log)
     if not measured.cases:
         raise UserError(
-            f"no prompt of {', '.join(suites)} fits the target's context of {target.spec.max_positions} tokens with "
-            f"eval.max_new_tokens {config.eval.max_new_tokens}; lower it, or choose other prompts"
+            f"no prompt of {', '.join(suites)} fits the target's context of "
+            f"{target.spec.max_positions} tokens with eval.max_new_tokens "
+            f"{config.eval.max_new_tokens}; lower it, or choose other prompts"
         )
     made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
     if target.quantised:
@@ -78,7 +80,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
         )
     if config.decode.stop:
         made["notes"].append(
-            "decode.stop is for generate: answers here end at stop tokens and at eval.max_new_tokens alone."
+            "decode.stop is for generate: answers here end at stop tokens and at "
+            "eval.max_new_tokens alone."
         )
     if audited:
         made["audit"] = audit(
@@ -125,7 +128,9 @@ def _settings(
     bench: Bench,
     suites: Mapping[str, Sequence[Chat]],
 ) -> dict:
-    """All that decides answers and times: under the same names there may be other weights, prompts and tuned trees by now."""
+    """All that decides answers and times: under the same names there may be other weights, prompts
+    and tuned trees by now.
+    """
     kept = {section: asdict(getattr(config, section)) for section in ("target", "decode", "eval")}
     weights = {
         name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft)

@@ -44,10 +44,11 @@ def compare(
         speculative.tokens == baseline.tokens,
     )
     text = (
-        f"plain        {baseline.tokens_per_second:7.1f} tok/s  {len(baseline.tokens)} tokens\n"
-        f"speculative  {speculative.tokens_per_second:7.1f} tok/s  {len(speculative.tokens)} tokens, "
-        f"{speculative.rounds} rounds, tau {speculative.tau:.2f}, speedup {ratio:.2f}x\n"
-        f"token sequences equal: {'yes' if equal else 'NO'}"
+        f"plain        {baseline.tokens_per_second:7.1f} tok/s  {len(baseline.tokens)} "
+        f"tokens\nspeculative  {speculative.tokens_per_second:7.1f} tok/s  "
+        f"{len(speculative.tokens)} tokens, {speculative.rounds} rounds, tau "
+        f"{speculative.tau:.2f}, speedup {ratio:.2f}x\ntoken sequences equal: "
+        f"{'yes' if equal else 'NO'}"
     )
     figures = {
         "prompt": prompt,
@@ -64,7 +65,9 @@ def compare(
 
 
 def chat(config: Config, decoder: SpeculativeDecoder) -> None:
-    """A conversation on the terminal. Ctrl-C ends an answer, /clear forgets, an empty line or Ctrl-D leaves."""
+    """A conversation on the terminal. Ctrl-C ends an answer, /clear forgets, an empty line or
+    Ctrl-D leaves.
+    """
     history: list[dict[str, str]] = []
     sampling, limits = sampling_of(config.decode), _limits(config)
     print("Type a message. Ctrl-C cuts an answer short, /clear begins anew, an empty line leaves.")
@@ -77,7 +80,8 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
         try:
             done = show(decoder.stream(history, sampling, **limits), shown)
             print(
-                f"[{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau {done.tau:.2f}]"
+                f"[{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
+                f"{done.tau:.2f}]"
             )
         except KeyboardInterrupt:
             print("\n[cut short]")

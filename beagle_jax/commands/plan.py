@@ -1,4 +1,6 @@
-"""A run before it is started: what it computes, holds and writes, and whether its steps compile and fit."""
+"""A run before it is started: what it computes, holds and writes, and whether its steps compile and
+fit.
+"""
 
 import math
 from argparse import Namespace
@@ -24,7 +26,9 @@ _CHECKPOINTS = 3  # of each stage on disk at once: two kept, one being written
 
 
 def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Plans both stages for this machine's devices, `--devices` virtual ones or a `--topology`; returns text and figures."""
+    """Plans both stages for this machine's devices, `--devices` virtual ones or a `--topology`;
+    returns text and figures.
+    """
     if arguments.devices and arguments.topology:
         raise UsageError(
             "--devices and --topology were both given; a topology has its own number of devices"
@@ -106,7 +110,9 @@ def disk(config: Config, width: int, draft_parameters: int) -> dict:
 
 
 def text_tokens(config: Config) -> int | None:
-    """Of the text that is there once it is whole; else as many as the target may write. None: the source has its own answers."""
+    """Of the text that is there once it is whole; else as many as the target may write. None: the
+    source has its own answers.
+    """
     parts = read_parts(config.data.folder)
     if parts and is_complete(config.data, parts):
         return sum(len(row.tokens) for rows in parts.values() for row in rows)
@@ -144,10 +150,13 @@ def table(figures: dict) -> str:
     )
     memory = "" if devices["memory"] is None else f" of {devices['memory'] / 2**30:.0f} GiB"
     lines = [
-        f"target     {target['source']}: {target['parameters']:,} parameters, {size(target['bytes'])} in {target['dtype']}",
-        f"draft      {draft['parameters']:,} parameters; scores {draft['scored_tokens']:,} of {draft['vocabulary']:,} tokens",
+        f"target     {target['source']}: {target['parameters']:,} parameters, "
+        f"{size(target['bytes'])} in {target['dtype']}",
+        f"draft      {draft['parameters']:,} parameters; scores {draft['scored_tokens']:,} of "
+        f"{draft['vocabulary']:,} tokens",
         f"disk       states {space['state_of_a_token'] / 1e3:.2f} kB a token, {states}; "
-        f"checkpoints {size(space['checkpoints'])}, {size(space['checkpoint'])} each; draft {size(space['draft'])}",
+        f"checkpoints {size(space['checkpoints'])}, {size(space['checkpoint'])} each; draft "
+        f"{size(space['draft'])}",
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]
     rows = [
@@ -177,10 +186,16 @@ def table(figures: dict) -> str:
 def _verdict(entry: tuple[str, dict]) -> str:
     name, one = entry
     if one["refusal"]:
-        return f"{name}: does NOT fit: {one['refusal']}; lower train.batch, train.row_tokens or train.loss_rows, or raise mesh.fsdp"
+        return (
+            f"{name}: does NOT fit: {one['refusal']}; lower train.batch, train.row_tokens or "
+            "train.loss_rows, or raise mesh.fsdp"
+        )
     if one["fits"] is None:
         return f"{name}: compiles"
-    return f"{name}: compiles and {'fits' if one['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
+    return (
+        f"{name}: compiles and "
+        f"{'fits' if one['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
+    )
 
 
 def _of(key: str) -> Callable[[dict], str]:

@@ -34,11 +34,16 @@ from beagle_jax.terminal import size
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, configured_target, open_source
 
-_LESS_DISK = "lower data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk"
+_LESS_DISK = (
+    "lower data.answer_tokens, set data.states_dtype: int8 or data.states: online, or "
+    "data.folder on a larger disk"
+)
 
 
 def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, dict]:
-    """Writes the share `part` (this process's if None) of text and states; returns a line about it and its figures."""
+    """Writes the share `part` (this process's if None) of text and states; returns a line about it
+    and its figures.
+    """
     check_source(config.data)
     target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
@@ -52,13 +57,16 @@ def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, di
     }  # fmt: skip
     whose = f"share {share.index} of {share.count}: " if share.count > 1 else ""
     return (
-        f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in {config.data.folder}",
+        f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in "
+        f"{config.data.folder}",
         figures,
     )
 
 
 def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
-    """The first rows of the source as they would be trained on, and the same as figures. Loads no weights."""
+    """The first rows of the source as they would be trained on, and the same as figures. Loads no
+    weights.
+    """
     opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
     tokenizer = opened.tokenizer()
     chats = own_prompts("train") if config.data.source == "self" else source_chats(config.data)
@@ -70,7 +78,9 @@ def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
 
 
 def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[StoredStates] | None]:
-    """All rows to train on and the target's states of each, None with data.states: online; what is missing is written first."""
+    """All rows to train on and the target's states of each, None with data.states: online; what is
+    missing is written first.
+    """
     share = this_process()
     parts = write_text_and_states(config, target, share)
     if share.count > 1:
@@ -78,7 +88,8 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
         parts = read_parts(config.data.folder)
         if not is_complete(config.data, parts):
             raise UserError(
-                f"data.folder: {config.data.folder} lacks what other processes wrote; it must be a folder that all of them see"
+                f"data.folder: {config.data.folder} lacks what other processes wrote; it must "
+                "be a folder that all of them see"
             )
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":
@@ -89,7 +100,9 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
 
 
 def write_text_and_states(config: Config, target: Target, share: Share) -> dict[int, list[Row]]:
-    """Writes what is missing of a share: text, then states. Says how much disk they take before it is taken."""
+    """Writes what is missing of a share: text, then states. Says how much disk they take before it
+    is taken.
+    """
     answers = answer_writer(
         target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k
     )
@@ -121,7 +134,8 @@ def _states_of(
 
 
 def _announce_writing(config: Config, target: Target) -> None:
-    """The size of the states before the target writes the text that they belong to: known from below, guessed from above.
+    """The size of the states before the target writes the text that they belong to: known from
+    below, guessed from above.
 
     Of a source that may end before the budget of answer tokens is met, nothing is known from below.
     """
@@ -134,7 +148,8 @@ def _announce_writing(config: Config, target: Target) -> None:
     with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
     print(
-        f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be written: {size(tokens * record)}, with their prompts at most about "
+        f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be "
+        f"written: {size(tokens * record)}, with their prompts at most about "
         f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}"
     )
     if endless and tokens * record > free:
@@ -157,12 +172,14 @@ def _announce_states(config: Config, target: Target, parts: dict[int, list[Row]]
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free
     print(
-        f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} in {len(parts)} part{'s' * (len(parts) > 1)}; "
-        f"{size(missing)} to write, {size(free)} free in {folder}"
+        f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} "
+        f"in {len(parts)} part{'s' * (len(parts) > 1)}; {size(missing)} to write, {size(free)} "
+        f"free in {folder}"
     )
     if missing > free:
         raise UserError(
-            f"data.folder: {folder} has {size(free)} free, the target's states need {size(missing)} more; {_LESS_DISK}"
+            f"data.folder: {folder} has {size(free)} free, the target's states need "
+            f"{size(missing)} more; {_LESS_DISK}"
         )
 
 

@@ -1,7 +1,7 @@
 """Training from a config to an exported draft.
 
-Text (written by the target if need be), target states, early stage, late stage, exported draft. Each part is kept on
-disk and skipped when it is already there.
+Text (written by the target if need be), target states, early stage, late stage, exported draft.
+Each part is kept on disk and skipped when it is already there.
 """
 
 import random
@@ -45,9 +45,11 @@ from beagle_jax.weights.target import Target, configured_target
 
 
 def train_draft(config: Config, target: Target | None = None) -> dict:
-    """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the draft's vocabulary.
+    """Trains and exports to <train.folder>/draft; returns that folder, rows, answer tokens and the
+    draft's vocabulary.
 
-    target: what `training_target` gives, for a caller who needs it too; its layers then stay in memory.
+    target: what `training_target` gives, for a caller who needs it too; its layers then stay in
+    memory.
     """
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
@@ -104,7 +106,8 @@ def training_target(config: Config) -> Target:
 def check_beforehand(config: Config) -> list[Chat]:
     """The prompts of tau; none if it is not measured.
 
-    Raises UserError, before the target is loaded and writes, for what is missing or of another run: packages, checkpoints, text, these prompts.
+    Raises UserError, before the target is loaded and writes, for what is missing or of another run:
+    packages, checkpoints, text, these prompts.
     """
     check_writers(config)
     check_settings(config)
@@ -117,7 +120,9 @@ def check_beforehand(config: Config) -> list[Chat]:
 
 
 def own_part(mesh: Mesh) -> Mesh:
-    """Where text and states are written: on the whole mesh, or, of several processes, by each on its own devices."""
+    """Where text and states are written: on the whole mesh, or, of several processes, by each on
+    its own devices.
+    """
     return (
         mesh
         if jax.process_count() == 1
@@ -128,7 +133,9 @@ def own_part(mesh: Mesh) -> Mesh:
 def best_draft(
     config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]
 ) -> Best:
-    """Measures tau on these prompts, as `decode` decodes, and keeps the best draft in <train.folder>/best."""
+    """Measures tau on these prompts, as `decode` decodes, and keeps the best draft in
+    <train.folder>/best.
+    """
     tokens = tokenize(prompts, target.tokenizer)
 
     def measure(params: dict) -> dict:
@@ -156,7 +163,9 @@ def _best_folder(config: Config) -> Path:
 def shuffled(
     seed: int, rows: list[Row], states: list[StoredStates] | None
 ) -> tuple[list[Row], list[StoredStates] | None]:
-    """All rows in a random order that depends on the seed alone, and the target's states of each if there are."""
+    """All rows in a random order that depends on the seed alone, and the target's states of each if
+    there are.
+    """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     return [rows[index] for index in order], states and [states[index] for index in order]
@@ -173,11 +182,14 @@ def train(
     hot_ids: np.ndarray | None,
     best: Best | None,
 ) -> dict[str, jax.Array]:
-    """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of the rows only measure."""
+    """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of
+    the rows only measure.
+    """
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(
-            f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; lower it"
+            f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; "
+            "lower it"
         )
     settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=Share(*share_of_rows(mesh)),
                     pack=config.train.pack)  # fmt: skip
@@ -189,12 +201,14 @@ def train(
     )
     unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
     print(
-        f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, {training.steps_per_epoch} steps an epoch; "
-        f"{training.padding:.0%} of the positions are padding{unpacked}"
+        f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, "
+        f"{training.steps_per_epoch} steps an epoch; {training.padding:.0%} of the positions "
+        f"are padding{unpacked}"
     )
     if training.left_out:
         print(
-            f"left out {training.left_out} of {cut} chats without an answer in their first {config.train.row_tokens} tokens (train.row_tokens)"
+            f"left out {training.left_out} of {cut} chats without an answer in their first "
+            f"{config.train.row_tokens} tokens (train.row_tokens)"
         )
     online = target.spec if states is None else None
     frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
@@ -230,7 +244,8 @@ def frozen_parts(
         jax.process_count() > 1 and online
     ):  # `target` is this process's alone; each reads its parts of the one that all share
         params = configured_target(config.target, mesh, decoding=False).params
-    # With a reduced draft vocabulary both distributions of the loss are over it: it is all the draft will ever score.
+    # With a reduced draft vocabulary both distributions of the loss are over it: it is all the
+    # draft will ever score.
     tables = {
         "embed_VD": params["embed_VD"],
         "head_VD": head(params) if hot_ids is None else head(params)[hot_ids],
@@ -241,7 +256,9 @@ def frozen_parts(
 
 
 def given_draft(config: Config, target: Target) -> Draft | None:
-    """The draft to go on from, if `draft.init` is a folder. Raises UserError unless it is of the kind that `draft.kind` says."""
+    """The draft to go on from, if `draft.init` is a folder. Raises UserError unless it is of the
+    kind that `draft.kind` says.
+    """
     if config.draft.init in ("normal", "ridge"):
         return None
     return load_draft(config.draft.init, target.spec, spec_type(config.draft.kind))

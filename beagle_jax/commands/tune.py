@@ -29,10 +29,13 @@ _SHOWN = 8  # trees in the table
 
 
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Measures, remembers the best tree, writes and draws what was asked for; returns the table and its figures."""
+    """Measures, remembers the best tree, writes and draws what was asked for; returns the table and
+    its figures.
+    """
     if not config.decode.append_predicted:
         raise UserError(
-            "decode.append_predicted is false, but tune measures trees whose deeper levels see predicted states; leave it true"
+            "decode.append_predicted is false, but tune measures trees whose deeper levels see "
+            "predicted states; leave it true"
         )
     chats = suite(config.eval.suites[0], arguments.prompts, config.eval.folder)
     check_there(draft_path(config))
@@ -92,8 +95,8 @@ def table(found: Tuning) -> str:
     if best.tokens_per_second <= plain:
         dear = best.milliseconds / found.verify_ms[1]
         lines.append(
-            f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings {best.tau:.2f} tokens; decode plainly, "
-            "or train the draft further"
+            f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings "
+            f"{best.tau:.2f} tokens; decode plainly, or train the draft further"
         )
     return "\n".join(lines)
 

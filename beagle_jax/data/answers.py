@@ -1,8 +1,10 @@
-"""The training text: chats as given, or prompts that the target answers; kept on disk so that a second run skips it.
+"""The training text: chats as given, or prompts that the target answers; kept on disk so that a
+second run skips it.
 
-Each chat of the source that can teach something becomes one row, in the source's order, so the number of rows that are
-there is also the place where an interrupted run goes on. data/folder.py knows the files. How answers are sampled is the
-caller's: `write` is passed in (see decoding/batch.py).
+Each chat of the source that can teach something becomes one row, in the source's order, so the
+number of rows that are there is also the place where an interrupted run goes on. data/folder.py
+knows the files. How answers are sampled is the caller's: `write` is passed in (see
+decoding/batch.py).
 """
 
 import random
@@ -71,11 +73,12 @@ def training_rows(
     write: Writer,
     share: Share = ALONE,
 ) -> dict[int, list[Row]]:
-    """Rows to train on, by part: read from `data.folder` if it is complete, else this process's share is written first.
+    """Rows to train on, by part: read from `data.folder` if it is complete, else this process's
+    share is written first.
 
-    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. With several processes the result
-    holds what the others have written so far. made_for: the target's source and hashes; text written for another target is
-    refused.
+    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. With
+    several processes the result holds what the others have written so far. made_for: the target's
+    source and hashes; text written for another target is refused.
     """
     folder = Path(config.folder)
     claim(config, made_for, share)
@@ -83,8 +86,9 @@ def training_rows(
     if not is_complete(config, parts):
         if filled_by(folder) != share.count:
             raise UserError(
-                f"{folder}: its text is divided among {filled_by(folder)} processes and not complete, {share.count} work now; "
-                f"finish it with python -m beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
+                f"{folder}: its text is divided among {filled_by(folder)} processes and not "
+                f"complete, {share.count} work now; finish it with python -m "
+                f"beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
             )
         if not _share_complete(config, parts, share):
             _write_share(config, folder, parts, tokenizer, eos_ids, write, share)
@@ -95,7 +99,9 @@ def training_rows(
 
 
 def _asked_for(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
-    """Each process's parts up to its part of the budget: the text that a new folder would have, to the end of a part."""
+    """Each process's parts up to its part of the budget: the text that a new folder would have, to
+    the end of a part.
+    """
     kept, have, processes = {}, Counter(), filled_by(config.folder)
     for number, rows in sorted(parts.items()):
         share = Share(number % processes, processes)
@@ -127,14 +133,18 @@ def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: S
 
 
 def source_chats(config: DataConfig) -> Iterable[Chat]:
-    """The chats of `data.source`, whatever it is but the target itself. Raises UserError for one that cannot be read."""
+    """The chats of `data.source`, whatever it is but the target itself. Raises UserError for one
+    that cannot be read.
+    """
     if config.source.startswith("hf:"):
         return hub_chats(config.source.removeprefix("hf:"), config.split, config.streaming)
     return read_chats(config.source)
 
 
 def check_source(config: DataConfig) -> None:
-    """Raises UserError for a text that is neither there nor written already: asked before a target is loaded for it, which takes long."""
+    """Raises UserError for a text that is neither there nor written already: asked before a target
+    is loaded for it, which takes long.
+    """
     if (
         config.source != "self"
         and not config.source.startswith("hf:")
@@ -149,7 +159,8 @@ def source_rows(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
 ) -> Iterator[Row]:
-    """One row of each chat that can teach something; a row without supervised tokens waits for the target's answer.
+    """One row of each chat that can teach something; a row without supervised tokens waits for the
+    target's answer.
 
     Says what it leaves out: prompts that are too long, and chats without an answer before the cut.
     """
@@ -175,19 +186,23 @@ def source_rows(
                 unanswered += 1
     if too_long:
         tqdm.write(
-            f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} tokens"
+            f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} "
+            "tokens"
         )
     if unanswered:
         tqdm.write(
-            f"left out {unanswered} of {given} chats without an answer in their first {config.max_chat_tokens} tokens"
+            f"left out {unanswered} of {given} chats without an answer in their first "
+            f"{config.max_chat_tokens} tokens"
         )
     if prompts and too_long == prompts and not given:
         raise UserError(
-            f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is longer; raise it"
+            f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is "
+            "longer; raise it"
         )
     if given and unanswered == given and not prompts:
         raise UserError(
-            f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; raise it"
+            f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; "
+            "raise it"
         )
 
 
@@ -200,10 +215,11 @@ def _self_written_prompts(
     share: Share,
     missing: Callable[[], int],
 ) -> Iterator[list[Row]]:
-    """Our own prompts first, then group after group that the target makes up after its user header; none twice.
+    """Our own prompts first, then group after group that the target makes up after its user header;
+    none twice.
 
-    missing: how many answer tokens are still to be written. A group is as large as they need, at half-length answers: few
-    large ones keep the writer's rows busy.
+    missing: how many answer tokens are still to be written. A group is as large as they need, at
+    half-length answers: few large ones keep the writer's rows busy.
     """
     chats = own_prompts("train")
     random.Random(config.seed).shuffle(chats)
@@ -234,14 +250,17 @@ def _self_written_prompts(
         fresh = [prompt for prompt in prompts if tuple(prompt) not in known]
         if not fresh:
             raise UserError(
-                "data.source: self: the target made up no usable prompt; give prompts with data.source: file.jsonl"
+                "data.source: self: the target made up no usable prompt; give prompts with "
+                "data.source: file.jsonl"
             )
         known.update(map(tuple, fresh))
         yield _short_enough(fresh, config.max_prompt_tokens)
 
 
 def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
-    """Tokens of the text in which the target writes so many, from above: prompts at their limit, half-length answers."""
+    """Tokens of the text in which the target writes so many, from above: prompts at their limit,
+    half-length answers.
+    """
     return round(answer_tokens * (1 + 2 * config.max_prompt_tokens / config.max_answer_tokens))
 
 
@@ -249,7 +268,8 @@ def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
     kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
     if len(kept) < len(prompts):
         tqdm.write(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than {limit} tokens"
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than "
+            f"{limit} tokens"
         )
     if not kept:
         raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
@@ -292,15 +312,20 @@ def _write_share(
             group, waiting = waiting[:count], waiting[count:]
             rows = _write_group(config, folder, part, group, write, bar)
             part, have = part + share.count, have + _answer_tokens(rows)
-        bar.total = bar.n  # the last answers go a little beyond the budget, and tqdm would show that as a share of nothing
+        # the last answers go a little beyond the budget, and tqdm would show that as a share of
+        # nothing
+        bar.total = bar.n
     if config.source != "self":
         tqdm.write(
-            f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of {config.source} is not used"
+            f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of "
+            f"{config.source} is not used"
         )
 
 
 def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
-    """How many of the rows make a part: what so many answer tokens may need, at half-length answers where there is none yet."""
+    """How many of the rows make a part: what so many answer tokens may need, at half-length answers
+    where there is none yet.
+    """
     expected = 0.0
     for count, row in enumerate(rows[:PART_ROWS], 1):
         expected += sum(row.supervised) or config.max_answer_tokens / 2
@@ -312,7 +337,9 @@ def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
 def _write_group(
     config: DataConfig, folder: Path, part: int, group: Sequence[Row], write: Writer, bar: tqdm
 ) -> list[Row]:
-    """Answers the rows that wait for it and writes the part. States that came with every row are kept."""
+    """Answers the rows that wait for it and writes the part. States that came with every row are
+    kept.
+    """
     given = [row for row in group if any(row.supervised)]
     prompts = [row.tokens for row in group if not any(row.supervised)]
     bar.update(_answer_tokens(given))

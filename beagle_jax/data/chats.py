@@ -1,12 +1,16 @@
 """Reads prompts and chats from JSON files. Knows nothing of tokenizers or models.
 
-A line of a .jsonl file, an entry of a .json file (one list, as ShareGPT is handed around) or a record of a dataset
+A line of a .jsonl file, an entry of a .json file (one list, as ShareGPT is handed around) or a
+record of a dataset
 (data/hub.py) is one of
-    {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging Face write it
+    {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging
+    Face write it
     {"conversations": [{"from": "human", "value": "..."}, ...]}         chat, as ShareGPT writes it
-    {"turns": ["...", ...]}                                             user turns; the first is the prompt, the rest come later
+    {"turns": ["...", ...]}                                             user turns; the first is the
+    prompt, the rest come later
     {"prompt": "..."}                                                   a prompt
-A chat that ends with the user waits for the target's answer; one that ends with the assistant is used as it is.
+A chat that ends with the user waits for the target's answer; one that ends with the assistant is
+used as it is.
 """
 
 import gzip
@@ -60,7 +64,8 @@ class Chat:
 
 
 def read_chats(source: str) -> list[Chat]:
-    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder's .jsonl[.gz] files: shuffled and taken in turn.
+    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder's .jsonl[.gz] files: shuffled
+    and taken in turn.
 
     Raises UserError naming file and line for anything that is not a chat.
     """
@@ -69,7 +74,8 @@ def read_chats(source: str) -> list[Chat]:
         files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
         if not files:
             raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
-        # In turn, so that a token budget takes from every file, and shuffled, as files are often sorted by kind.
+        # In turn, so that a token budget takes from every file, and shuffled, as files are often
+        # sorted by kind.
         in_turn = zip_longest(*(_shuffled(_read_file(file)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
     return _read_file(path)
@@ -80,8 +86,8 @@ def local_source(source: str) -> Path:
     path = Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(
-            f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] or .json file, "
-            "a folder of .jsonl[.gz] files, or hf:org/name"
+            f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] "
+            "or .json file, a folder of .jsonl[.gz] files, or hf:org/name"
         )
     return path
 
@@ -115,7 +121,9 @@ def _read_file(path: Path) -> list[Chat]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every line of a .jsonl[.gz] file that is not blank. Raises UserError naming file and line."""
+    """Record and place of every line of a .jsonl[.gz] file that is not blank. Raises UserError
+    naming file and line.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
@@ -180,7 +188,9 @@ def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
 
 
 def _chat(record: Any, where: str) -> Chat | None:
-    """The chat of a record; None for a ShareGPT conversation that is empty or holds only answers (method.md 5.1)."""
+    """The chat of a record; None for a ShareGPT conversation that is empty or holds only answers
+    (method.md 5.1).
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; {_FORMS}")
     record = {key: value for key, value in record.items() if value is not None or key == "prompt"}
@@ -246,12 +256,15 @@ def _message(item: Any, role_key: str, text_key: str, where: str) -> Message:
 
 
 def check_text(text: Any, where: str) -> None:
-    """Raises UserError for what no tokenizer takes: no string, or half a character, as in JSON that was cut inside of one."""
+    """Raises UserError for what no tokenizer takes: no string, or half a character, as in JSON that
+    was cut inside of one.
+    """
     if not isinstance(text, str):
         raise UserError(f"{where}: the text of a message is {text!r:.80}; expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: the text of a message is not Unicode ({error}); take half characters out of it"
+            f"{where}: the text of a message is not Unicode ({error}); take half characters "
+            "out of it"
         ) from error

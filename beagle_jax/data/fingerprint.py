@@ -1,4 +1,6 @@
-"""What a folder of text and states was made for, as hashes: states of one target teach nothing about another."""
+"""What a folder of text and states was made for, as hashes: states of one target teach nothing
+about another.
+"""
 
 import hashlib
 import json
@@ -11,14 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.model.target import Params
 
 _SAMPLE = 64  # leading values of each tensor
-# Words, numbers, spaces, accents and symbols: two tokenizers of one vocabulary that split them alike are taken for equal.
-_PROBE = "It's 1,234.5 km\u00b2 \u2014 na\u00efve  caf\u00e9\n\tdef f(x): return x**2  # \u4f60\u597d \u2603"
+# Words, numbers, spaces, accents and symbols: two tokenizers of one vocabulary that split them
+# alike are taken for equal.
+_PROBE = (
+    "It's 1,234.5 km\u00b2 \u2014 na\u00efve  caf\u00e9\n\tdef f(x): return x**2  # "
+    "\u4f60\u597d \u2603"
+)
 
 
 def fingerprints(params: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Hashes by name: the target's weights, its tokenizer, its chat template.
 
-    Weights count by their leading values, rounded to bfloat16: which dtype they are computed in is no other target.
+    Weights count by their leading values, rounded to bfloat16: which dtype they are computed in is
+    no other target.
     """
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)])
     return {

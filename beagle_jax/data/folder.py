@@ -1,11 +1,15 @@
-"""`data.folder`: the training text in parts, each with the target's states, and what they were made with.
+"""`data.folder`: the training text in parts, each with the target's states, and what they were made
+with.
 
-    settings.json            what made the text; a folder of other settings, or for another target, is refused
+    settings.json            what made the text; a folder of other settings, or for another target,
+    is refused
     part-0000.jsonl, ..      one line per row: tokens, and which of them are supervised
-    part-0000.states, ..     the target's states of the part's rows (data/states.py), part-0000.states.json their index
+    part-0000.states, ..     the target's states of the part's rows (data/states.py),
+    part-0000.states.json their index
     all, all-1, ..           the source had no more for process 0, 1, ..
 
-A part appears whole or not at all. Of n processes that fill a folder, process i writes the parts i, i + n, i + 2n, ..
+A part appears whole or not at all. Of n processes that fill a folder, process i writes the parts i,
+i + n, i + 2n, ..
 """
 
 import json
@@ -22,7 +26,8 @@ from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 
-# Settings that may change between two runs: the text that is there stays valid, and a larger budget adds to it.
+# Settings that may change between two runs: the text that is there stays valid, and a larger budget
+# adds to it.
 _FREE = ("folder", "batch", "answer_tokens", "streaming", "states")
 _HASHES = {
     "target_sha256": "another target: its weights differ",
@@ -47,14 +52,15 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
         write_text(own, json.dumps({**wanted, "processes": share.count}, indent=1))
         os.replace(own, path)
         return
-    # A setting that did not exist when the folder was made had its default; a hash that was not kept cannot be checked.
+    # A setting that did not exist when the folder was made had its default; a hash that was not
+    # kept cannot be checked.
     defaults = {field.name: field.default for field in fields(DataConfig)}
     found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | _settings(folder)
     for key in _HASHES.keys() & wanted.keys():
         if found[key] != wanted[key]:
             raise UserError(
-                f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, {wanted[key]:.12} now); "
-                "delete it or set another data.folder"
+                f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, "
+                f"{wanted[key]:.12} now); delete it or set another data.folder"
             )
     different = [
         key for key in wanted if key not in (*_FREE, *_HASHES) and found.get(key) != wanted[key]
@@ -64,7 +70,8 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
             f"{key} {found.get(key)!r} there, {wanted[key]!r} now" for key in different
         )
         raise UserError(
-            f"{folder} holds text written with other settings ({listed}); delete it or set another data.folder"
+            f"{folder} holds text written with other settings ({listed}); delete it or set "
+            "another data.folder"
         )
 
 
@@ -119,7 +126,8 @@ def _read_part(path: Path) -> list[Row]:
             rows.append(_row(record["tokens"], record["supervised"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: not a row of training text ({error!r}); delete {path} to write it anew"
+                f"{path}:{number}: not a row of training text ({error!r}); delete {path} to "
+                "write it anew"
             ) from error
     return rows
 

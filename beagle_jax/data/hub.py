@@ -1,6 +1,8 @@
-"""Chats of a dataset of the Hugging Face hub, or of a local folder that the `datasets` library reads.
+"""Chats of a dataset of the Hugging Face hub, or of a local folder that the `datasets` library
+reads.
 
-The library is imported here and nowhere else: it takes a second, and nothing but `hf:` sources needs it.
+The library is imported here and nowhere else: it takes a second, and nothing but `hf:` sources
+needs it.
 """
 
 from collections.abc import Iterator
@@ -12,11 +14,13 @@ from beagle_jax.errors import UserError
 
 
 def hub_chats(name: str, split: str, streaming: bool) -> Iterator[Chat]:
-    """Chats of `org/name[@revision]`, or of a folder of data files or of `save_to_disk`, in the dataset's own order.
+    """Chats of `org/name[@revision]`, or of a folder of data files or of `save_to_disk`, in the
+    dataset's own order.
 
-    split: as `datasets` writes it, "train" or "train[:1%]". streaming: records come as they are read, and nothing is
-    kept on disk. Records have the forms of data/chats.py; a column that is empty counts as absent. Raises UserError
-    for a dataset or split that is not there, and naming the record for anything that is not a chat.
+    split: as `datasets` writes it, "train" or "train[:1%]". streaming: records come as they are
+    read, and nothing is kept on disk. Records have the forms of data/chats.py; a column that is
+    empty counts as absent. Raises UserError for a dataset or split that is not there, and naming
+    the record for anything that is not a chat.
     """
     where = f"hf:{name}[{split}]"
     dataset = _load(name, split, streaming)
@@ -28,8 +32,8 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
-            f"data.source: hf:{name} needs the datasets library ({error}); install it with pip install 'datasets>=4,<6', "
-            "or give a .jsonl file"
+            f"data.source: hf:{name} needs the datasets library ({error}); install it with pip "
+            "install 'datasets>=4,<6', or give a .jsonl file"
         ) from error
     folder = Path(name).expanduser()
     try:

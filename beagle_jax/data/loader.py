@@ -1,7 +1,8 @@
 """Fixed-shape training batches from chats and their states: one chat a row, or as many as fit.
 
-The order is a function of (seed, epoch) and the position is the step number: resuming needs one integer. Of n processes
-each reads its own lines of every batch (those that its devices hold), so that together they see what one alone would.
+The order is a function of (seed, epoch) and the position is the step number: resuming needs one
+integer. Of n processes each reads its own lines of every batch (those that its devices hold), so
+that together they see what one alone would.
 """
 
 from bisect import bisect_left, insort
@@ -17,9 +18,11 @@ from beagle_jax.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One step's rows, right-padded to a common length L; each holds up to C chats, one behind another (model/packing.py).
+    """One step's rows, right-padded to a common length L; each holds up to C chats, one behind
+    another (model/packing.py).
 
-    Each chat is asked for predictions from its first_BC on; a row's T queries are those of its chats, one behind another.
+    Each chat is asked for predictions from its first_BC on; a row's T queries are those of its
+    chats, one behind another.
     """
 
     tokens_BL: np.ndarray  # int32
@@ -59,17 +62,19 @@ class BatchLoader:
         share: Share = ALONE,
         pack: bool = False,
     ):
-        """states: of each chat [length, D], as `states.target_states` returns them; None: batches come without.
+        """states: of each chat [length, D], as `states.target_states` returns them; None: batches
+        come without.
 
-        batch: lines over all processes; a batch has those of this process, batch / share.count of them.
-        pack: a line holds several chats; which ones go together is the same in every epoch.
+        batch: lines over all processes; a batch has those of this process, batch / share.count of
+        them. pack: a line holds several chats; which ones go together is the same in every epoch.
         """
         self._chats: list[_Entry] = []
         for row, states_LD in zip(
             rows, [None] * len(rows) if states is None else states, strict=True
         ):
             length = min(row_tokens, len(row.tokens))
-            # The last position predicts a token that is not there; the others count where the chat is supervised.
+            # The last position predicts a token that is not there; the others count where the chat
+            # is supervised.
             counting = np.flatnonzero(row.supervised[: length - 1])
             if len(counting):  # else its answer lies beyond the cut: there is nothing to learn from
                 # Nothing sees what follows the last position that counts.
@@ -83,12 +88,15 @@ class BatchLoader:
         self._rows = best_fit([chat.length for chat in self._chats], row_tokens) if pack else alone
         if len(self._rows) < batch:
             raise UserError(
-                f"train.batch is {batch}, but only {len(self._rows)} rows have an answer within train.row_tokens = {row_tokens}"
-                f"{' (train.pack put several chats in each)' if pack else ''}; lower train.batch or write more answers (data.answer_tokens)"
+                f"train.batch is {batch}, but only {len(self._rows)} rows have an answer "
+                "within train.row_tokens = "
+                f"{row_tokens}{' (train.pack put several chats in each)' if pack else ''}; "
+                "lower train.batch or write more answers (data.answer_tokens)"
             )
         if batch % share.count:
             raise UserError(
-                f"train.batch is {batch}, which {share.count} processes do not divide; make it a multiple of {share.count}"
+                f"train.batch is {batch}, which {share.count} processes do not divide; make it "
+                f"a multiple of {share.count}"
             )
         self._batch, self._width, self._seed, self._share = batch, row_tokens, seed, share
         self._most_chats = max(map(len, self._rows))
@@ -121,7 +129,9 @@ class BatchLoader:
         return self._fill([self._rows[index] for index in order[first : first + lines]])
 
     def sample(self, count: int) -> Batch:
-        """The first `count` chats of epoch 0's order, or all there are, as one batch of a row each; the same for every process."""
+        """The first `count` chats of epoch 0's order, or all there are, as one batch of a row each;
+        the same for every process.
+        """
         order = np.random.default_rng([self._seed, 0]).permutation(len(self._chats))
         return self._fill([[index] for index in order[:count]])
 
@@ -160,7 +170,9 @@ class BatchLoader:
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which chats share a row of `width` tokens, by index: longest first, each where the least space stays free."""
+    """Which chats share a row of `width` tokens, by index: longest first, each where the least
+    space stays free.
+    """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # tokens left and the row, ascending
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

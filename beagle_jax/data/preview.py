@@ -1,4 +1,6 @@
-"""Rows of training text as a reader sees them: which tokens there are, and which of them the draft learns from."""
+"""Rows of training text as a reader sees them: which tokens there are, and which of them the draft
+learns from.
+"""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,7 +18,9 @@ _SUPERVISED, _READ = (
 
 
 def preview(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:
-    """The rows' text, supervised tokens in green on a terminal; elsewhere, or with NO_COLOR, between >> and <<."""
+    """The rows' text, supervised tokens in green on a terminal; elsewhere, or with NO_COLOR,
+    between >> and <<.
+    """
     colours = coloured("x", "1", stream) != "x"
     blocks = []
     for number, row in enumerate(rows, 1):

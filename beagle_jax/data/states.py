@@ -1,9 +1,11 @@
-"""The target's states for every training token: one file beside each part of the text, and its index.
+"""The target's states for every training token: one file beside each part of the text, and its
+index.
 
-`part-0000.states` has one record per token, rows end to end: D numbers in float32 or bfloat16, or D int8 numbers and
-their float32 scale. `part-0000.states.json`, its index, says for which tokens and in which dtype, and has each row's
-length and CRC-32, which is checked whenever the row is read. Answers written by the target bring their states along;
-other rows are run through it once. A file appears whole or not at all.
+`part-0000.states` has one record per token, rows end to end: D numbers in float32 or bfloat16, or D
+int8 numbers and their float32 scale. `part-0000.states.json`, its index, says for which tokens and
+in which dtype, and has each row's length and CRC-32, which is checked whenever the row is read.
+Answers written by the target bring their states along; other rows are run through it once. A file
+appears whole or not at all.
 """
 
 import hashlib
@@ -38,7 +40,9 @@ _AGAIN = "run prepare or train again"
 
 @dataclass(frozen=True)
 class StoredStates:
-    """The states [length, D] of one row in a file; np.asarray reads them: float32, or bfloat16 if stored so."""
+    """The states [length, D] of one row in a file; np.asarray reads them: float32, or bfloat16 if
+    stored so.
+    """
 
     path: Path
     row: int
@@ -54,8 +58,8 @@ class StoredStates:
             data = stream.read(wanted)
         if len(data) < wanted or (self.crc is not None and zlib.crc32(data) != self.crc):
             raise UserError(
-                f"{self.path}, row {self.row}: the states are not those that were written (cut off or changed); "
-                f"delete {self.path.name} and {_AGAIN}"
+                f"{self.path}, row {self.row}: the states are not those that were written (cut "
+                f"off or changed); delete {self.path.name} and {_AGAIN}"
             )
         return np.asarray(_decode(data, self.shape, self.dtype), dtype)
 
@@ -63,7 +67,9 @@ class StoredStates:
 def states_at(
     params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_BC: jax.Array
 ) -> jax.Array:
-    """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the padding is not zero. Not jitted."""
+    """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the
+    padding is not zero. Not jitted.
+    """
     L = tokens_BL.shape[1]
     return forward(
         params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L)
@@ -152,7 +158,8 @@ def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: str) -> None:
     if needed > free:
         raise UserError(
             f"{path}: the target's states need {size(needed)}, {size(free)} are free; lower "
-            "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or data.folder on a larger disk"
+            "data.answer_tokens, set data.states_dtype: int8 or data.states: online, or "
+            "data.folder on a larger disk"
         )
 
 
@@ -163,7 +170,9 @@ def _write(
     dtype: str,
     states: Iterable[tuple[int, np.ndarray]],
 ) -> None:
-    """Writes the file and its index. states: the number of a row and its states [length, D], in any order."""
+    """Writes the file and its index. states: the number of a row and its states [length, D], in any
+    order.
+    """
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
     crc = [0] * len(rows)
     try:
@@ -184,8 +193,8 @@ def _write(
         write_text(_index(path), json.dumps(index))
     except OSError as error:
         raise UserError(
-            f"{path}: the target's states cannot be written ({error.strerror}); the parts before it are kept, "
-            "make room and run again to go on"
+            f"{path}: the target's states cannot be written ({error.strerror}); the parts "
+            "before it are kept, make room and run again to go on"
         ) from error
 
 
@@ -222,7 +231,9 @@ def _int8_record(width: int) -> np.dtype:
 def _compute(
     params: Params, spec: TargetSpec, rows: Sequence[Row]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and states of every row, longest first: neighbours share a padded width, and the worst memory need shows at once."""
+    """Number and states of every row, longest first: neighbours share a padded width, and the worst
+    memory need shows at once.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
     with tqdm(
         total=sum(len(row.tokens) for row in rows), desc="target states", unit="tok", smoothing=0.05

@@ -1,4 +1,6 @@
-"""From chats to tokens through the target's chat template, and which tokens are supervised (method.md 5.2)."""
+"""From chats to tokens through the target's chat template, and which tokens are supervised
+(method.md 5.2).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,15 +25,18 @@ class Row(NamedTuple):
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "prompt"
 ) -> list[int]:
-    """Tokens up to where the assistant's answer begins. `where` is named in the message of an error."""
+    """Tokens up to where the assistant's answer begins. `where` is named in the message of an
+    error.
+    """
     return _render(tokenizer, messages, True, where)
 
 
 def chat_row(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[int]) -> Row:
     """Tokens and supervision of a chat with answers. Raises UserError naming file and line.
 
-    An answer's span is what the template adds after the generation prompt, up to its last stop token. That needs
-    each prefix of the chat to render as a prefix of the whole; a template that rewrites earlier turns is refused.
+    An answer's span is what the template adds after the generation prompt, up to its last stop
+    token. That needs each prefix of the chat to render as a prefix of the whole; a template that
+    rewrites earlier turns is refused.
     """
     tokens = _render(tokenizer, chat.messages, False, chat.where)
     supervised = [False] * len(tokens)
@@ -42,8 +47,9 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[i
         through = _render(tokenizer, chat.messages[: index + 1], False, chat.where)
         if through[: len(before)] != before or tokens[: len(through)] != through:
             raise UserError(
-                f"{chat.where}: the chat template renders message {index + 1} differently inside the whole chat than "
-                "at its end, so the answer's tokens cannot be told apart; use a template without such rewriting"
+                f"{chat.where}: the chat template renders message {index + 1} differently "
+                "inside the whole chat than at its end, so the answer's tokens cannot be told "
+                "apart; use a template without such rewriting"
             )
         span = range(len(before), len(through))
         stops = [position for position in span if through[position] in eos_ids]
@@ -51,13 +57,16 @@ def chat_row(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[i
         supervised[len(before) : end] = [True] * (end - len(before))
     if not any(supervised):
         raise UserError(
-            f"{chat.where}: no token of this chat is supervised (no assistant text); the draft learns nothing from it"
+            f"{chat.where}: no token of this chat is supervised (no assistant text); the draft "
+            "learns nothing from it"
         )
     return Row(tokens, supervised)
 
 
 def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of the template up to where the user's text begins: what makes the target invent a prompt."""
+    """Tokens of the template up to where the user's text begins: what makes the target invent a
+    prompt.
+    """
     _render(
         tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self"
     )  # refuses an unusable template
@@ -67,7 +76,8 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     head, found, _ = text.partition(_MARK)
     if not found:
         raise UserError(
-            "the chat template does not contain the user's text unchanged; data.source: self needs that"
+            "the chat template does not contain the user's text unchanged; data.source: self "
+            "needs that"
         )
     return tokenizer.encode(head, add_special_tokens=False)
 

@@ -1,14 +1,17 @@
-"""Plain batched generation: many prompts share one jitted loop, and a finished row takes the next prompt.
+"""Plain batched generation: many prompts share one jitted loop, and a finished row takes the next
+prompt.
 
-This is how the target writes training data, and its states with it: they are the text's cheapest by-product. It runs
-in segments of a few steps so that the host can show progress and refill rows; inside a segment nothing leaves the
-device. Knows nothing of drafts.
+This is how the target writes training data, and its states with it: they are the text's cheapest
+by-product. It runs in segments of a few steps so that the host can show progress and refill rows;
+inside a segment nothing leaves the device. Knows nothing of drafts.
 
-The cache has two zones. Answers lie in a ring that all rows share: every step writes one slot, the same for each row,
-so the write is one slice and not a scatter (0.3 s of 0.9 for 256 rows of a 135M model). Prompts lie behind the ring.
-Where a key lies does not matter, it carries its position; what a row sees is its prompt and its own last steps.
+The cache has two zones. Answers lie in a ring that all rows share: every step writes one slot, the
+same for each row, so the write is one slice and not a scatter (0.3 s of 0.9 for 256 rows of a 135M
+model). Prompts lie behind the ring. Where a key lies does not matter, it carries its position; what
+a row sees is its prompt and its own last steps.
 
-What all prompts begin with, a chat template's header, is read once: a token read costs as much as a token written.
+What all prompts begin with, a chat template's header, is read once: a token read costs as much as a
+token written.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +45,9 @@ class Answer(NamedTuple):
 
 
 class WriterState(NamedTuple):
-    """Everything on the device between two segments. The ring has as many slots as an answer has tokens at most."""
+    """Everything on the device between two segments. The ring has as many slots as an answer has
+    tokens at most.
+    """
 
     cache: list[KVRows]  # ring, then prompt
     step: jax.Array  # steps so far; the next one writes slot step % ring
@@ -55,7 +60,9 @@ class WriterState(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What all prompts begin with, P tokens: its rows in each layer, of one sequence, and its states."""
+    """What all prompts begin with, P tokens: its rows in each layer, of one sequence, and its
+    states.
+    """
 
     rows: list[KVRows]
     states_PD: np.ndarray
@@ -67,7 +74,9 @@ _read = jax.jit(forward, static_argnames="spec")
 def _read_beginning(
     params: Params, spec: TargetSpec, prompts: Sequence[Sequence[int]]
 ) -> Beginning:
-    """Reads what all prompts begin with, perhaps nothing. One token of each is left: what comes next is read off that."""
+    """Reads what all prompts begin with, perhaps nothing. One token of each is left: what comes
+    next is read off that.
+    """
     shortest = min(map(len, prompts))
     first, last = (
         min(prompts),
@@ -131,7 +140,8 @@ def _resize(state: WriterState, row_B: jax.Array, slots: int) -> WriterState:
 def _admit(
     params, spec, state, beginning, slot_R, tokens_RT, length_R, sampling, eos_ids
 ) -> tuple[WriterState, jax.Array]:
-    """Prefills what follows the beginning in R prompts into rows slot_R; a slot equal to the batch size is dropped.
+    """Prefills what follows the beginning in R prompts into rows slot_R; a slot equal to the batch
+    size is dropped.
 
     Returns the states [R, T, D] of what it read too.
     """
@@ -163,7 +173,9 @@ def _admit(
 
 
 def _visible(state: WriterState) -> jax.Array:
-    """Mask [B, S] of the slots that each row sees: its prompt, and the ring's slots since it was admitted."""
+    """Mask [B, S] of the slots that each row sees: its prompt, and the ring's slots since it was
+    admitted.
+    """
     ring = state.out_BT.shape[1]
     slot_1S = jnp.arange(state.cache[0].v_BKSH.shape[2])[None]
     # A row that is not done has run in every step since: its count - 1 newest slots are its own.
@@ -183,7 +195,9 @@ def _write_slot(cache: KVRows, rows: KVRows, slot: jax.Array) -> KVRows:
 
 @partial(jax.jit, static_argnames=("spec", "sampling", "eos_ids"), donate_argnames=("state",))
 def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.Array]:
-    """SEGMENT_STEPS tokens for every row until it is done, and the states [steps, B, D] of the tokens read."""
+    """SEGMENT_STEPS tokens for every row until it is done, and the states [steps, B, D] of the
+    tokens read.
+    """
     B, ring = state.out_BT.shape
     row_B = jnp.arange(B)
 
@@ -199,8 +213,9 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
         column_B = jnp.where(now.done_B, ring, now.count_B)
         count_B = now.count_B + ~now.done_B
         done_B = now.done_B | is_stop(token_B, eos_ids) | (count_B >= ring)
-        # The slot depends on the chosen tokens, so XLA must order the write after every read of the cache and can
-        # do it in place; without that it copies the whole cache each step. Once all are done any slot will do.
+        # The slot depends on the chosen tokens, so XLA must order the write after every read of the
+        # cache and can do it in place; without that it copies the whole cache each step. Once all
+        # are done any slot will do.
         slot = jnp.where(done_B.all(), 0, now.step % ring)
         moved = now._replace(
             cache=[_write_slot(old, new, slot) for old, new in zip(now.cache, rows)],
@@ -246,8 +261,9 @@ def write_answers(
 ) -> Iterator[Answer]:
     """Yields answers as rows finish, in no fixed order.
 
-    Prompts are taken shortest first, so that neighbours share a padded length and the cache grows only when it must.
-    `on_tokens` is told how many tokens each segment added. Raises UserError where a sliding window would hide a token.
+    Prompts are taken shortest first, so that neighbours share a padded length and the cache grows
+    only when it must. `on_tokens` is told how many tokens each segment added. Raises UserError
+    where a sliding window would hide a token.
     """
     _check_window(spec, prompts, max_new)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -260,7 +276,8 @@ def write_answers(
     lines: list[_Line | None] = [None] * batch
     while order or any(lines):
         free = [row for row, line in enumerate(lines) if line is None]
-        # A full prefill or nothing, except at the end: half-empty prefills cost as much as full ones.
+        # A full prefill or nothing, except at the end: half-empty prefills cost as much as full
+        # ones.
         while order and len(free) >= min(ADMIT_ROWS, batch, len(order)):
             rows, free = free[:ADMIT_ROWS], free[ADMIT_ROWS:]
             taken, order = order[: len(rows)], order[len(rows) :]
@@ -294,19 +311,24 @@ def write_answers(
 
 
 def _check_window(spec: TargetSpec, prompts: Sequence[Sequence[int]], max_new: int) -> None:
-    """Raises UserError if any text could outgrow the target's sliding window: slots of the ring are not positions."""
+    """Raises UserError if any text could outgrow the target's sliding window: slots of the ring are
+    not positions.
+    """
     longest, window = max(map(len, prompts), default=0), spec.shortest_window
     if window is not None and longest + max_new > window:
         raise UserError(
-            f"the target's sliding window is {window} tokens; a prompt of {longest} and an answer of {max_new} do not fit into it, "
-            "and answers are written only where it hides nothing; lower data.max_prompt_tokens or data.max_answer_tokens"
+            f"the target's sliding window is {window} tokens; a prompt of {longest} and an "
+            f"answer of {max_new} do not fit into it, and answers are written only where it "
+            "hides nothing; lower data.max_prompt_tokens or data.max_answer_tokens"
         )
 
 
 def answer_writer(
     params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], batch: int, top_k: int
 ):
-    """A `data.answers.Writer` for this target: `write_answers` with everything but the prompts' settings filled in."""
+    """A `data.answers.Writer` for this target: `write_answers` with everything but the prompts'
+    settings filled in.
+    """
 
     def write(prompts, *, max_new: int, temperature: float, seed: int, on_tokens):
         sampling = Sampling(temperature, top_k)
@@ -326,7 +348,9 @@ def answer_writer(
 
 
 def _rows(batch: int, prompts: int) -> int:
-    """Rows for so many prompts: the batch, or its half, quarter, ..: few sizes, as each is compiled."""
+    """Rows for so many prompts: the batch, or its half, quarter, ..: few sizes, as each is
+    compiled.
+    """
     while -(-batch // 2) >= max(prompts, ADMIT_ROWS):
         batch = -(-batch // 2)
     return batch
@@ -335,7 +359,9 @@ def _rows(batch: int, prompts: int) -> int:
 def _pack(
     prompts: list[Sequence[int]], rows: list[int], batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slots, right-padded tokens and lengths of one prefill; unused lines point at slot `batch`, out of range."""
+    """Slots, right-padded tokens and lengths of one prefill; unused lines point at slot `batch`,
+    out of range.
+    """
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
     tokens = np.zeros((ADMIT_ROWS, round_up(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)

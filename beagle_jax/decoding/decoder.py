@@ -59,7 +59,9 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Tokens per round; a round cut short counts what it emitted. 1 for an answer without a round."""
+        """Tokens per round; a round cut short counts what it emitted. 1 for an answer without a
+        round.
+        """
         return (len(self.tokens) - 1) / self.rounds if self.rounds else 1.0
 
     @property
@@ -71,7 +73,8 @@ class Generation:
 class SpeculativeDecoder:
     """Lossless decoding of a target with a draft and a tree, or plainly without a draft.
 
-    A program is compiled once for each (batch size, padded prompt length, cache size, sampling) and then kept.
+    A program is compiled once for each (batch size, padded prompt length, cache size, sampling) and
+    then kept.
 
         decoder = SpeculativeDecoder(target, draft, chain(3))
         [answer] = decoder.generate(["Why is the sky blue?"])
@@ -89,16 +92,18 @@ class SpeculativeDecoder:
         rule: Literal["match", "ratio"] = "match",
         mesh: Mesh | None = None,
     ):
-        """context: most tokens that a prompt and its answer may have together, and then the one cache size that is
-        used; None: the target's own context, and caches as large as each call needs. append_predicted: see
-        `draft.draft_tree`. rule: how drawn drafts are accepted (`loop.Shapes`). mesh: the devices that share the target.
-        Raises UserError for a draft, a tree and a target that do not fit each other.
+        """context: most tokens that a prompt and its answer may have together, and then the one
+        cache size that is used; None: the target's own context, and caches as large as each call
+        needs. append_predicted: see `draft.draft_tree`. rule: how drawn drafts are accepted
+        (`loop.Shapes`). mesh: the devices that share the target. Raises UserError for a draft, a
+        tree and a target that do not fit each other.
         """
         _check_fit(target, draft, tree, rule)
         if context is not None and not tree.depth + 1 < context <= target.spec.max_positions:
             raise UserError(
-                f"a context of {context} tokens does not fit: the target's is {target.spec.max_positions}, "
-                f"and a round of this tree adds up to {tree.depth + 1}; choose one between"
+                f"a context of {context} tokens does not fit: the target's is "
+                f"{target.spec.max_positions}, and a round of this tree adds up to "
+                f"{tree.depth + 1}; choose one between"
             )
         self._target, self._context = target, context or target.spec.max_positions
         self._fixed_capacity = None if context is None else round_up(context + tree.depth + 1, 64)
@@ -140,18 +145,20 @@ class SpeculativeDecoder:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[Generation]:
-        """Answers all prompts as one batch. Prompt n draws with seed + n, so a batch repeats what each would get alone.
+        """Answers all prompts as one batch. Prompt n draws with seed + n, so a batch repeats what
+        each would get alone.
 
-        stop: an answer ends before the first of these strings. It ends also at the target's stop tokens, after
-        max_new_tokens, and where the context is full. Raises UserError for empty and overlong prompts, and when the
-        target's logits are not finite.
+        stop: an answer ends before the first of these strings. It ends also at the target's stop
+        tokens, after max_new_tokens, and where the context is full. Raises UserError for empty and
+        overlong prompts, and when the target's logits are not finite.
         """
         clock = time.perf_counter()
         if isinstance(prompts, str) or any(
             isinstance(prompt, (Mapping, int)) for prompt in prompts
         ):
             raise UserError(
-                f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write generate([prompt])"
+                f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write "
+                "generate([prompt])"
             )
         rows = [self._tokens(prompt) for prompt in prompts]
         shapes, state = self._prefill(rows, sampling, max_new_tokens, seed)
@@ -180,7 +187,8 @@ class SpeculativeDecoder:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """Yields the text of an answer as it comes, a few rounds at a time; returns the Generation at its end.
+        """Yields the text of an answer as it comes, a few rounds at a time; returns the Generation
+        at its end.
 
         The next rounds run while the host turns the last ones into text.
         """
@@ -216,7 +224,9 @@ class SpeculativeDecoder:
         max_new_tokens: int = 128,
         seed: int = 0,
     ) -> tuple[Models, Shapes, DecodeState]:
-        """What the loop's functions take once a prompt is read: to measure parts of a round, or to draw one."""
+        """What the loop's functions take once a prompt is read: to measure parts of a round, or to
+        draw one.
+        """
         return self._models, *self._prefill([self._tokens(prompt)], sampling, max_new_tokens, seed)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -231,13 +241,13 @@ class SpeculativeDecoder:
         )
         if not 0 <= min(tokens) <= max(tokens) < self._target.spec.vocab_size:
             raise UserError(
-                f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary ends at "
-                f"{self._target.spec.vocab_size - 1}; use its own tokenizer"
+                f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary "
+                f"ends at {self._target.spec.vocab_size - 1}; use its own tokenizer"
             )
         if len(tokens) >= self._context:
             raise UserError(
-                f"the prompt has {len(tokens)} tokens and the context ends at {self._context}, which leaves no room for an "
-                "answer; shorten the prompt"
+                f"the prompt has {len(tokens)} tokens and the context ends at {self._context}, "
+                "which leaves no room for an answer; shorten the prompt"
             )
         return tokens
 
@@ -272,7 +282,8 @@ class SpeculativeDecoder:
         shapes = self._shapes._replace(sampling=sampling.check())
         if shapes.rule == "ratio" and sampling.greedy:
             raise UserError(
-                "rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule 'match'"
+                "rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule "
+                "'match'"
             )
         length_B = np.array([len(row) for row in rows], np.int32)
         limit_B = np.minimum(
@@ -340,7 +351,8 @@ class SpeculativeDecoder:
         )
         if text is not None and text.tokens_at_stop is not None:
             tokens, stopped_by = tokens[: text.tokens_at_stop], "string"
-            # A round adds its accepted tokens and one more; rounds after the stop, and tokens of its round, do not count.
+            # A round adds its accepted tokens and one more; rounds after the stop, and tokens of
+            # its round, do not count.
             through = 1 + np.cumsum(accepted[:rounds] + 1)
             rounds = 0 if len(tokens) == 1 else int(np.searchsorted(through, len(tokens))) + 1
             before = 1 if rounds < 2 else int(through[rounds - 2])
@@ -358,8 +370,9 @@ def _fetched(device: Report) -> Report:
     now = Report(*jax.device_get(device))
     if now.broken_B.any():
         raise UserError(
-            f"the target's logits are not finite (prompt {int(np.argmax(now.broken_B)) + 1} of the batch); its weights hold NaN "
-            "or overflow in this dtype; try target.dtype=float32"
+            f"the target's logits are not finite (prompt {int(np.argmax(now.broken_B)) + 1} of "
+            "the batch); its weights hold NaN or overflow in this dtype; try "
+            "target.dtype=float32"
         )
     return now
 
@@ -374,8 +387,8 @@ def _check_fit(target: Target, draft: Draft | Lookup | None, tree: Tree, rule: s
     if isinstance(draft, Lookup):
         if branches or rule == "ratio":
             raise UserError(
-                f"prompt lookup drafts a chain and knows no probabilities, but was given a {tree} and rule {rule!r}; "
-                "use a chain and rule 'match'"
+                "prompt lookup drafts a chain and knows no probabilities, but was given a "
+                f"{tree} and rule {rule!r}; use a chain and rule 'match'"
             )
         return
     ours, theirs = draft.spec.hidden_size, target.spec.hidden_size
@@ -388,16 +401,19 @@ def _check_fit(target: Target, draft: Draft | Lookup | None, tree: Tree, rule: s
         vocabulary, highest = len(draft.hot_ids), int(jnp.max(draft.hot_ids))
         if highest >= known:
             raise UserError(
-                f"this draft belongs to another target (it scores token {highest}, the target has {known})"
+                f"this draft belongs to another target (it scores token {highest}, the target "
+                f"has {known})"
             )
     most = max(tree.kept_children(level) for level in range(tree.depth))
     if most > vocabulary:
         raise UserError(
-            f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} tokens; lower topk"
+            f"the tree keeps {most} children of a node, but the draft scores only {vocabulary} "
+            "tokens; lower topk"
         )
     if rule == "ratio" and branches:
         raise UserError(
-            "rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule 'match'"
+            "rule 'ratio' is for chains: a tree's siblings are not independent draws; use rule "
+            "'match'"
         )
 
 

@@ -1,10 +1,13 @@
-"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md 6.2, 6.4, 8).
+"""Drafting a tree with the cached draft: levels of the block, predicted states as keys (method.md
+6.2, 6.4, 8).
 
-True states live in the draft's cache; predicted ones only in local arrays that end with the round, so nothing has
-to be rolled back. The states of the last level are never turned into keys (lazy append).
+True states live in the draft's cache; predicted ones only in local arrays that end with the round,
+so nothing has to be rolled back. The states of the last level are never turned into keys (lazy
+append).
 
-Beagle and EAGLE grow the same trees. They differ in what a query is made of (`fuse`), where it stands, and in what it
-sees of its own round: Beagle's its strict ancestors' predicted states, EAGLE's itself too (`_with_own_rows`).
+Beagle and EAGLE grow the same trees. They differ in what a query is made of (`fuse`), where it
+stands, and in what it sees of its own round: Beagle's its strict ancestors' predicted states,
+EAGLE's itself too (`_with_own_rows`).
 """
 
 from typing import NamedTuple
@@ -81,12 +84,13 @@ def draft_tree(
     sampling: Sampling | None = None,
     noise_BPV: jax.Array | None = None,
 ) -> Drafted:
-    """Drafts below the root: the best children of each query, or one draw from the draft's distribution in a chain.
+    """Drafts below the root: the best children of each query, or one draw from the draft's
+    distribution in a chain.
 
-    cache: rows of the true states at positions below length_B; the root sits at position length_B. last_B1D: the last of
-    these states, for EAGLE. append_predicted: predicted states become keys of the levels below (the paper's "concate");
-    off, all levels see true states only. sampling, noise_BPV: a chain whose tokens are drawn (`Drafted.logits_BPV` is
-    then set).
+    cache: rows of the true states at positions below length_B; the root sits at position length_B.
+    last_B1D: the last of these states, for EAGLE. append_predicted: predicted states become keys of
+    the levels below (the paper's "concate"); off, all levels see true states only. sampling,
+    noise_BPV: a chain whose tokens are drawn (`Drafted.logits_BPV` is then set).
     """
     block = block_of(spec).bind({"params": params})
     B = root_B.shape[0]
@@ -145,7 +149,9 @@ def draft_tree(
 def _with_own_rows(
     memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows
 ) -> tuple[KVRows, jax.Array]:
-    """EAGLE's rows of this round and who sees them: a query its ancestors below the root, if they are kept, and itself."""
+    """EAGLE's rows of this round and who sees them: a query its ancestors below the root, if they
+    are kept, and itself.
+    """
     B, T, Q = sees_BTQ.shape
     above_BTQ = sees_BTQ[:, :, Q if memory is None else 1 :]
     itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
@@ -155,7 +161,9 @@ def _with_own_rows(
 def _predict(
     block: BeagleBlock, x_BTD, positions_BT, cache: KVRows, slots, memory: KVRows | None, sees_BTQ
 ) -> jax.Array:
-    """Predicted states [B, T, D] of one level's queries, over the cache and the round's own rows that they see."""
+    """Predicted states [B, T, D] of one level's queries, over the cache and the round's own rows
+    that they see.
+    """
     q_BKGTH = block.queries(x_BTD, positions_BT)
     parts = [partial_attention(q_BKGTH, *cache, slots)]
     if memory is not None:
@@ -172,21 +180,25 @@ def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
 def _best_children(
     tree: Tree, depth: int, level: _Level, state_BTD, head: DraftHead
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens and cumulative log-probabilities [B, T * k] of each query's k best children, in (query, rank) order."""
+    """Tokens and cumulative log-probabilities [B, T * k] of each query's k best children, in
+    (query, rank) order.
+    """
     (B, T), k = level.token_BT.shape, tree.kept_children(depth)
     columns_VM = logit_columns(head.rows_VD, state_BTD)
     if k == 1 and not tree.scored:
         best_BTk = jnp.argmax(columns_VM, axis=0).reshape(B, T, 1)
         score_BTk = jnp.zeros((B, T, 1), jnp.float32)
     else:
-        # The barrier keeps XLA from turning the product round to rows, which is slower (model/target.py).
+        # The barrier keeps XLA from turning the product round to rows, which is slower
+        # (model/target.py).
         logits_BTV = jax.lax.optimization_barrier(columns_VM).T.reshape(B, T, -1)
         top_BTk, best_BTk = jax.lax.top_k(logits_BTV, k)
         score_BTk = jnp.zeros_like(top_BTk)
         if tree.scored:
             total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
             score_BTk = level.score_BT[..., None] + jnp.minimum(top_BTk - total_BT[..., None], 0.0)
-            # A draft that overflows may be wrong, but not choose a child without its parent: NaN would come before all numbers.
+            # A draft that overflows may be wrong, but not choose a child without its parent: NaN
+            # would come before all numbers.
             score_BTk = jnp.where(score_BTk > -jnp.inf, score_BTk, -jnp.inf)
     return _tokens(head, best_BTk.reshape(B, T * k)), score_BTk.reshape(B, T * k)
 

@@ -1,8 +1,9 @@
-"""Prompt lookup: the baseline that needs no draft. What followed the last tokens when they stood in the text before.
+"""Prompt lookup: the baseline that needs no draft. What followed the last tokens when they stood in
+the text before.
 
-The longest run of last tokens that also ends earlier in the text decides, of equal ones the latest; the tokens after it
-are drafted as a chain. Fixed shapes, no host: one comparison of the text with its own end, shifted. Verification is
-everyone's, so this is as lossless as any draft.
+The longest run of last tokens that also ends earlier in the text decides, of equal ones the latest;
+the tokens after it are drafted as a chain. Fixed shapes, no host: one comparison of the text with
+its own end, shifted. Verification is everyone's, so this is as lossless as any draft.
 """
 
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ class Lookup:
 
 
 def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int) -> Nodes:
-    """A chain of `depth` tokens below the root, which is the token at position length_B of the text.
+    """A chain of `depth` tokens below the root, which is the token at position length_B of the
+    text.
 
-    A run that ends `period` tokens before the root predicts that the text repeats with this period, also past its own
-    end. Where not even the root was seen before, the root is repeated: something must be drafted.
+    A run that ends `period` tokens before the root predicts that the text repeats with this period,
+    also past its own end. Where not even the root was seen before, the root is repeated: something
+    must be drafted.
 
         text      a b c x a b c | ?      run a b c, period 4, drafts x a b
     """

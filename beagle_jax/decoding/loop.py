@@ -1,7 +1,8 @@
-"""The decoding loop: draft, verify, accept, append, inside one jitted while loop with donated caches.
+"""The decoding loop: draft, verify, accept, append, inside one jitted while loop with donated
+caches.
 
-Plain decoding is the same loop with the tree of the root alone. Nothing reaches the host between rounds, and nothing
-depends on the prompt but array contents, so a shape compiles once.
+Plain decoding is the same loop with the tree of the root alone. Nothing reaches the host between
+rounds, and nothing depends on the prompt but array contents, so a shape compiles once.
 """
 
 from functools import partial
@@ -152,10 +153,12 @@ def read_prompt(
     *,
     first: bool,
 ) -> DecodeState:
-    """Reads one chunk of right-padded prompts: positions offset .. offset + T - 1, `first` when offset is 0.
+    """Reads one chunk of right-padded prompts: positions offset .. offset + T - 1, `first` when
+    offset is 0.
 
-    Fills both caches (the draft's with the projection of the target's states, method.md 6.1) and, in rows whose prompt
-    ends in this chunk, chooses the first token of the answer. length_B: of the whole prompts.
+    Fills both caches (the draft's with the projection of the target's states, method.md 6.1) and,
+    in rows whose prompt ends in this chunk, chooses the first token of the answer. length_B: of the
+    whole prompts.
     """
     spec, (B, T) = shapes.target, tokens_BT.shape
     positions_BT = jnp.broadcast_to(offset + jnp.arange(T)[None], (B, T))
@@ -173,8 +176,8 @@ def read_prompt(
     root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
     draft_cache = state.draft_cache
     if draft_cache is not None:
-        # The token after a state belongs to EAGLE's row of it. After a chunk's last one it comes with the next chunk,
-        # which begins with that row; after a prompt's last one it is the root.
+        # The token after a state belongs to EAGLE's row of it. After a chunk's last one it comes
+        # with the next chunk, which begins with that row; after a prompt's last one it is the root.
         before = int(shapes.draft.fused and not first)
         held_BTD = jnp.concatenate([state.last_B1D, states_BTD], axis=1) if before else states_BTD
         held_BT = (offset - before + jnp.arange(T + before))[None]
@@ -321,9 +324,12 @@ def append(
     states_BWD,
     rows: list[KVRows],
 ) -> DecodeState:
-    """Writes the rows of the accepted path only, and their true states: rows past it are overwritten by the next round."""
-    # Where they go is made to depend on the chosen token (never negative), so that XLA must order every write after
-    # all reads and can do it in place. Without drafts nothing else ties the two, and it would copy the caches each round.
+    """Writes the rows of the accepted path only, and their true states: rows past it are
+    overwritten by the next round.
+    """
+    # Where they go is made to depend on the chosen token (never negative), so that XLA must order
+    # every write after all reads and can do it in place. Without drafts nothing else ties the two,
+    # and it would copy the caches each round.
     start_B = jnp.where(found.bonus_B < 0, 0, now.length_B)
     target_cache = write_all(
         now.target_cache, [take_rows(layer, found.path_BP1) for layer in rows], start_B
@@ -343,7 +349,9 @@ def append(
 def _target_choice(
     models: Models, shapes: Shapes, states_BWD, key_B, place_BW
 ) -> tuple[jax.Array, jax.Array]:
-    """The target's own next token after each state, greedy or drawn with the noise of its place; and is it finite?"""
+    """The target's own next token after each state, greedy or drawn with the noise of its place;
+    and is it finite?
+    """
     if shapes.sampling.greedy:
         return best_tokens(models.target, states_BWD)
     raw_BWV = logits(models.target, shapes.target, states_BWD)

@@ -1,10 +1,12 @@
-"""How the target's next token is chosen: the most likely one, or a seeded draw from its filtered distribution.
+"""How the target's next token is chosen: the most likely one, or a seeded draw from its filtered
+distribution.
 
-A draw is tied to the token's place in the answer, not to the round that happens to reach it: place n of an answer
-always uses the noise of (seed, n). The target's choice at a place is then a function of the text before it alone, so
-speculative sampling writes the very tokens that plain sampling writes with the same seed, whatever the tree
-(sample-and-match, method.md 6.6: EAGLE-2's rule with the drafts as point masses). Draws at different places are
-independent, and drafts never see the noise, so the output has the target's distribution.
+A draw is tied to the token's place in the answer, not to the round that happens to reach it: place
+n of an answer always uses the noise of (seed, n). The target's choice at a place is then a function
+of the text before it alone, so speculative sampling writes the very tokens that plain sampling
+writes with the same seed, whatever the tree (sample-and-match, method.md 6.6: EAGLE-2's rule with
+the drafts as point masses). Draws at different places are independent, and drafts never see the
+noise, so the output has the target's distribution.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,9 @@ _REMOVED = -jnp.inf  # logit of a token that a filter took out
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen. Hashable: a static argument of jit. Filters apply in this order."""
+    """How the next token is chosen. Hashable: a static argument of jit. Filters apply in this
+    order.
+    """
 
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # only this many most likely tokens are kept; 0: all
@@ -34,7 +38,8 @@ class Sampling(NamedTuple):
         """Itself. Raises UserError for values that mean nothing."""
         if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
             raise UserError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at least {COLDEST}"
+                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
+                f"least {COLDEST}"
             )
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or how many to keep")
@@ -52,7 +57,8 @@ def sampling_of(config: DecodeConfig) -> Sampling:
 
 
 def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tempered logits [M, V] in float32 with removed tokens at minus infinity; softmax gives the distribution.
+    """Tempered logits [M, V] in float32 with removed tokens at minus infinity; softmax gives the
+    distribution.
 
     Tokens tied with the last one kept stay: a filter depends on values, never on token order.
     """
@@ -61,7 +67,8 @@ def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
         last_M1 = jax.lax.top_k(logits_MV, sampling.top_k)[0][:, -1:]
         logits_MV = jnp.where(logits_MV >= last_M1, logits_MV, _REMOVED)
     if sampling.top_p < 1:
-        # Only the values are sorted; after top-k there are no more than that many to look at (ties aside).
+        # Only the values are sorted; after top-k there are no more than that many to look at (ties
+        # aside).
         count = sampling.top_k if 0 < sampling.top_k < logits_MV.shape[-1] else logits_MV.shape[-1]
         sorted_MC = jax.lax.top_k(logits_MV, count)[0]
         p_MC = jax.nn.softmax(sorted_MC, axis=-1)
@@ -88,7 +95,9 @@ def choose(logits_MV: jax.Array, noise_MV: jax.Array, sampling: Sampling) -> jax
 
 
 def choose_from_top(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Next token per row: the most likely, or a draw; noise is made for the kept tokens only when top_k is set."""
+    """Next token per row: the most likely, or a draw; noise is made for the kept tokens only when
+    top_k is set.
+    """
     if sampling.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     if not sampling.top_k:

@@ -1,4 +1,6 @@
-"""From tokens that arrive a few at a time to text: no half characters, nothing of a stop string or after it."""
+"""From tokens that arrive a few at a time to text: no half characters, nothing of a stop string or
+after it.
+"""
 
 from collections.abc import Sequence
 
@@ -9,12 +11,16 @@ _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """Turns token runs into text; holds back a tail that may still change or turn out to be a stop string."""
+    """Turns token runs into text; holds back a tail that may still change or turn out to be a stop
+    string.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str] = ()
     ):
-        """stop: the text ends before the first of these strings, wherever it begins in a token or a round."""
+        """stop: the text ends before the first of these strings, wherever it begins in a token or a
+        round.
+        """
         self._tokenizer, self._eos_ids, self._stop = tokenizer, set(eos_ids), tuple(stop)
         self._tokens: list[int] = []
         self._text = ""  # all of it, the held back tail included
@@ -22,9 +28,12 @@ class TextStream:
         self.tokens_at_stop: int | None = None  # tokens up to the one that completed a stop string
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Text that these tokens complete; stop tokens are silent, and so is everything after a stop string."""
+        """Text that these tokens complete; stop tokens are silent, and so is everything after a
+        stop string.
+        """
         before = self._shown
-        # Without stop strings all at once; with them one by one, to know the token that completed one.
+        # Without stop strings all at once; with them one by one, to know the token that completed
+        # one.
         for run in [[token] for token in tokens] if self._stop else [list(tokens)]:
             if self.tokens_at_stop is None:
                 self._grow(run)

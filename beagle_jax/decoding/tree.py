@@ -1,11 +1,12 @@
 """Draft trees: which drafted tokens are continued, and which are verified (method.md 6.4, 6.5).
 
-A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level in the same way
-(`draft.draft_tree`): each query of a level keeps its best children, some children become the next level's queries, and
-at the end some of all children become nodes. A static tree says which by fixed places, a dynamic one by score.
+A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level
+in the same way (`draft.draft_tree`): each query of a level keeps its best children, some children
+become the next level's queries, and at the end some of all children become nodes. A static tree
+says which by fixed places, a dynamic one by score.
 
-A static tree is given by paths of child ranks: (0, 2) is the third-best continuation of the best first token. A chain
-is the tree (0,), (0, 0), (0, 0, 0), ..
+A static tree is given by paths of child ranks: (0, 2) is the third-best continuation of the best
+first token. A chain is the tree (0,), (0, 0), (0, 0, 0), ..
 """
 
 from collections.abc import Sequence
@@ -33,11 +34,14 @@ EAGLE_PATHS: tuple[tuple[int, ...], ...] = (
 class StaticTree:
     """A tree of fixed shape. Hashable by its paths, so that it can be a static argument of jit.
 
-    The node order is by depth, then by path: parents precede children. Example, paths (0,), (1,), (0, 0):
+    The node order is by depth, then by path: parents precede children. Example, paths (0,), (1,),
+    (0, 0):
 
-        root            node      0  1  2  3        draft mask (strict ancestors)   verify mask (or self)
+        root            node      0  1  2  3        draft mask (strict ancestors)   verify mask (or
+        self)
         |- a  (0,)      parent    0  0  0  1        root sees -                     root: root
-        |  '- c (0, 0)  depth     0  1  1  2        a: root    c: root a            a: root a   c: root a c
+        |  '- c (0, 0)  depth     0  1  1  2        a: root    c: root a            a: root a   c:
+        root a c
         '- b  (1,)      rank      0  0  1  0        b: root                         b: root b
     """
 
@@ -98,14 +102,18 @@ class StaticTree:
         return int(self.rank_W[self.depth_W == level + 1].max()) + 1
 
     def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
-        """Which of a level's candidates are the next level's queries: indices [B, T] in (query, rank) order."""
+        """Which of a level's candidates are the next level's queries: indices [B, T] in (query,
+        rank) order.
+        """
         return jnp.broadcast_to(
             self._places(level, self._queries[level + 1])[None],
             (score_BC.shape[0], len(self._queries[level + 1])),
         )
 
     def chosen(self, score_BN: jax.Array) -> jax.Array:
-        """Which of all candidates, level after level, become nodes 1.. of the tree: ascending indices [B, W - 1]."""
+        """Which of all candidates, level after level, become nodes 1.. of the tree: ascending
+        indices [B, W - 1].
+        """
         start = np.cumsum(
             [
                 0,
@@ -131,9 +139,10 @@ class StaticTree:
 class DynamicTree:
     """EAGLE-2's tree (method.md 6.4): the draft's own confidence decides where it grows. Hashable.
 
-    Every level keeps the `topk` best children of each query; the `topk` best of these by cumulative log-probability are
-    continued; at the end the `nodes` - 1 best of all candidates are verified. A node's score is at most its parent's,
-    and of equal scores the shallower is taken, so the ancestors of a chosen node are chosen.
+    Every level keeps the `topk` best children of each query; the `topk` best of these by cumulative
+    log-probability are continued; at the end the `nodes` - 1 best of all candidates are verified. A
+    node's score is at most its parent's, and of equal scores the shallower is taken, so the
+    ancestors of a chosen node are chosen.
     """
 
     levels: int  # draft forwards per round
@@ -164,7 +173,9 @@ class DynamicTree:
         return jax.lax.top_k(score_BC, self.topk)[1]
 
     def chosen(self, score_BN: jax.Array) -> jax.Array:
-        """The best candidates of all levels, in order of creation [B, W - 1]: parents precede children."""
+        """The best candidates of all levels, in order of creation [B, W - 1]: parents precede
+        children.
+        """
         return jnp.sort(jax.lax.top_k(score_BN, self.nodes - 1)[1], axis=-1)
 
 
@@ -179,7 +190,9 @@ def chain(levels: int) -> StaticTree:
 
 
 def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
-    """A tree of given paths. Raises UserError when a path's parent is missing, or a path is empty or repeated."""
+    """A tree of given paths. Raises UserError when a path's parent is missing, or a path is empty
+    or repeated.
+    """
     known = {tuple(path) for path in paths}
     if len(known) < len(paths) or () in known:
         raise UserError(f"decode.paths: {list(map(list, paths))} has a repeated or an empty path")
@@ -190,13 +203,16 @@ def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
             )
         if len(path) > 1 and path[:-1] not in known:
             raise UserError(
-                f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is not in the list"
+                f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is "
+                "not in the list"
             )
     return StaticTree(tuple(sorted(known, key=lambda path: (len(path), path))))
 
 
 def candidates(levels: int, topk: int) -> int:
-    """Children that a dynamic tree keeps over all levels: the root's, then those of topk queries a level."""
+    """Children that a dynamic tree keeps over all levels: the root's, then those of topk queries a
+    level.
+    """
     return topk + (levels - 1) * topk**2
 
 
@@ -204,7 +220,8 @@ def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
     """EAGLE-2's tree. Raises UserError for sizes that cannot be filled."""
     if levels < 1 or topk < 1:
         raise UserError(
-            f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both must be at least 1"
+            f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both "
+            "must be at least 1"
         )
     most = candidates(levels, topk) + 1
     if not 2 <= nodes <= most:

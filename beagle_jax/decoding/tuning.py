@@ -1,8 +1,10 @@
-"""Which dynamic tree is fastest here: measured costs of this machine against measured acceptance of this draft.
+"""Which dynamic tree is fastest here: measured costs of this machine against measured acceptance of
+this draft.
 
-A round of a tree with P levels, k children per node and W nodes takes draft(P, k) + verify(W), and brings one token more
-than it accepts. Acceptance needs no decoding loop: along texts that the target wrote, the draft grows its widest tree
-at every place, and the places of the right continuation in its ranking tell what every smaller tree would accept.
+A round of a tree with P levels, k children per node and W nodes takes draft(P, k) + verify(W), and
+brings one token more than it accepts. Acceptance needs no decoding loop: along texts that the
+target wrote, the draft grows its widest tree at every place, and the places of the right
+continuation in its ranking tell what every smaller tree would accept.
 """
 
 import hashlib
@@ -81,13 +83,16 @@ class Tuning:
 
 
 def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
-    """texts: prompts and the target's answers, as tokens. Raises UserError when all of them are too short."""
+    """texts: prompts and the target's answers, as tokens. Raises UserError when all of them are too
+    short.
+    """
     models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
     read = [_read(target, draft, models, *text) for text in texts if len(_places(*text))]
     if not read:
         raise UserError(
-            f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the first {_CAPACITY} of its text, so there is "
-            "nothing to measure acceptance on; raise eval.max_new_tokens or --prompts, or set other eval.suites"
+            f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the "
+            f"first {_CAPACITY} of its text, so there is nothing to measure acceptance on; "
+            "raise eval.max_new_tokens or --prompts, or set other eval.suites"
         )
     verify_ms = {
         rows: milliseconds(verifying(target, rows))
@@ -111,7 +116,9 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
 
 
 def _choices(verify_ms, draft_ms, order) -> list[Choice]:
-    """Trees of every measured size; between two sizes a tree would bring less at about the price of the larger one."""
+    """Trees of every measured size; between two sizes a tree would bring less at about the price of
+    the larger one.
+    """
     found = []
     for (levels, topk), drafting_ms in draft_ms.items():
         for nodes in verify_ms:
@@ -136,7 +143,9 @@ def milliseconds(call: Callable[[], jax.Array]) -> float:
 
 @partial(jax.jit, static_argnames="spec")
 def _verified(params, spec, token_BW, cache, visible_BS):
-    """Passes in a loop, as decoding runs them: alone, handing over hundreds of weights costs milliseconds (measured)."""
+    """Passes in a loop, as decoding runs them: alone, handing over hundreds of weights costs
+    milliseconds (measured).
+    """
     B, W = token_BW.shape
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
@@ -208,7 +217,9 @@ def _read_text(models: Models, target_spec, spec, text_BL) -> tuple[KVRows, jax.
 
 
 def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]):
-    """The draft's rows of a text, `_BATCH` times; its states and tokens [1, L], padded; the answer's places that have a future."""
+    """The draft's rows of a text, `_BATCH` times; its states and tokens [1, L], padded; the
+    answer's places that have a future.
+    """
     tokens = (prompt + answer)[:_CAPACITY]
     padded_BL = np.zeros((1, _CAPACITY), np.int32)
     padded_BL[0, : len(tokens)] = tokens
@@ -231,7 +242,9 @@ def _widest_trees(
     padded_BL: np.ndarray,
     roots: np.ndarray,
 ):
-    """token, parent, depth, score [places, W] of the full tree at each root of a text, and what really follows."""
+    """token, parent, depth, score [places, W] of the full tree at each root of a text, and what
+    really follows.
+    """
     grown = []
     for start in range(0, len(roots), _BATCH):
         here = np.resize(
@@ -253,7 +266,9 @@ def _widest_trees(
 
 
 def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
-    """Node [M, P] that holds the right token at each depth below right ancestors; -1 where there is none."""
+    """Node [M, P] that holds the right token at each depth below right ancestors; -1 where there is
+    none.
+    """
     places = np.arange(len(token_MW))
     path, above = np.full(follows_MP.shape, -1), np.zeros(len(token_MW), int)
     for depth in range(follows_MP.shape[1]):
@@ -270,7 +285,8 @@ def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
 def _order_of_right_path(
     token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels: int
 ) -> np.ndarray:
-    """How many candidates of a tree of this many levels come before the right one at each depth [M, levels].
+    """How many candidates of a tree of this many levels come before the right one at each depth [M,
+    levels].
 
     Candidates that are not there come after all others.
     """
@@ -285,7 +301,9 @@ def _order_of_right_path(
 
 
 def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarray:
-    """[depth, rank]: of the places that are right above, the share whose right token is the parent's rank-th child."""
+    """[depth, rank]: of the places that are right above, the share whose right token is the
+    parent's rank-th child.
+    """
     path_MP, topk = _right_path(token_MW, parent_MW, depth_MW, follows_MP), max(TOPKS)
     share = np.zeros((follows_MP.shape[1], topk))
     above = np.zeros(len(token_MW), int)
@@ -313,8 +331,8 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
     draft = load_draft(path, target.spec)
     if told := other_target(draft, target.source):
         print(
-            f"warning: {path}: this draft belongs to another target ({told}, and target.source is {target.source}): the text stays right, but "
-            "few drafts will be",
+            f"warning: {path}: this draft belongs to another target ({told}, and target.source "
+            f"is {target.source}): the text stays right, but few drafts will be",
             file=sys.stderr,
         )
     return draft
@@ -336,7 +354,8 @@ def decoder_of(
 ) -> SpeculativeDecoder:
     """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here.
 
-    Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the target the same.
+    Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the
+    target the same.
     """
     decode = config.decode
     if isinstance(draft, Lookup):
@@ -399,7 +418,8 @@ def tuned_tree(path: Path) -> DynamicTree:
     """The remembered choice. Raises UserError when there is none."""
     if not path.exists():
         raise UserError(
-            f"decode.tree is auto, but no tree was tuned for this draft on this machine ({machine()}); {_TUNE}"
+            "decode.tree is auto, but no tree was tuned for this draft on this machine "
+            f"({machine()}); {_TUNE}"
         )
     kept = read_json(path, "", _TUNE)
     try:

@@ -1,4 +1,6 @@
-"""Verification: which drafted tokens the target accepts, and the token it adds itself (method.md 6.6)."""
+"""Verification: which drafted tokens the target accepts, and the token it adds itself (method.md
+6.6).
+"""
 
 from typing import NamedTuple
 
@@ -18,11 +20,13 @@ class Accepted(NamedTuple):
 
 
 def accept_matching(nodes: Nodes, wanted_BW: jax.Array, depth: int) -> Accepted:
-    """wanted_BW: the target's own choice after each node, greedy or drawn. depth: P, of the deepest possible node.
+    """wanted_BW: the target's own choice after each node, greedy or drawn. depth: P, of the deepest
+    possible node.
 
-    A node is accepted iff it and all its ancestors are what the target wanted after their parents. Children of a node
-    differ in their tokens, so at most one path matches and the deepest accepted node is unique. With drawn choices this
-    is EAGLE-2's rule: a child is accepted with the target's probability of its token.
+    A node is accepted iff it and all its ancestors are what the target wanted after their parents.
+    Children of a node differ in their tokens, so at most one path matches and the deepest accepted
+    node is unique. With drawn choices this is EAGLE-2's rule: a child is accepted with the target's
+    probability of its token.
     """
     matches_BW = (
         (nodes.token_BW == jnp.take_along_axis(wanted_BW, nodes.parent_BW, axis=1))
@@ -58,18 +62,20 @@ def accept_by_ratio(
     uniform_BP: jax.Array,
     noise_BWV: jax.Array,
 ) -> Accepted:
-    """Leviathan's rule for a chain whose tokens were drawn from the draft: accept with min(1, p / q).
+    """Leviathan's rule for a chain whose tokens were drawn from the draft: accept with min(1, p /
+    q).
 
-    target_BWV, draft_BPV: filtered logits of both over the full vocabulary. uniform_BP: in [0, 1). noise_BWV: Gumbel
-    noise of the places after each node, for the token that the target adds: drawn from the normalised max(0, p - q) at
-    the first rejection, from p when everything was accepted.
+    target_BWV, draft_BPV: filtered logits of both over the full vocabulary. uniform_BP: in [0, 1).
+    noise_BWV: Gumbel noise of the places after each node, for the token that the target adds: drawn
+    from the normalised max(0, p - q) at the first rejection, from p when everything was accepted.
     """
     P = draft_BPV.shape[1]
     p_BWV, q_BPV = jax.nn.softmax(target_BWV, axis=-1), jax.nn.softmax(draft_BPV, axis=-1)
     of_token = lambda x_BPV: jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[
         ..., 0
     ]
-    # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is exactly 0.
+    # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is
+    # exactly 0.
     kept_BP = uniform_BP * of_token(q_BPV) < of_token(p_BWV[:, :P])
     count_B = jnp.cumprod(kept_BP, axis=1).sum(axis=1)
     at_last = lambda x_BWV: jnp.take_along_axis(x_BWV, count_B[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,6 @@
-"""All answers of an evaluation on disk, a line for each prompt as soon as it is answered, so that a run can go on."""
+"""All answers of an evaluation on disk, a line for each prompt as soon as it is answered, so that a
+run can go on.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -30,12 +32,15 @@ class Case:
 
 
 class AnswerLog:
-    """answers.jsonl: a line of settings, then a line for each case. The file only grows, by whole lines."""
+    """answers.jsonl: a line of settings, then a line for each case. The file only grows, by whole
+    lines.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         """Begins the file or reads what it has; a last line that was cut off is dropped.
 
-        settings: all that decides the answers and their times. Raises UserError when the file was begun with others.
+        settings: all that decides the answers and their times. Raises UserError when the file was
+        begun with others.
         """
         self._path = path
         self.cases: dict[tuple[str, int], Case] = {}
@@ -54,8 +59,9 @@ class AnswerLog:
             ) from error
         if begun != settings:
             raise UserError(
-                f"{path}: was begun with other settings ({'; '.join(_differences(begun, settings))}); "
-                "give another --out, or remove the file to begin anew"
+                f"{path}: was begun with other settings "
+                f"({'; '.join(_differences(begun, settings))}); give another --out, or remove "
+                "the file to begin anew"
             )
         if whole != text:
             write_text(path, whole)

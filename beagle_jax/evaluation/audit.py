@@ -1,8 +1,10 @@
-"""Is decoding lossless, and are its figures true? Every answer is held against a second way of computing it.
+"""Is decoding lossless, and are its figures true? Every answer is held against a second way of
+computing it.
 
-The second way reads the written text at once (evaluation/forced.py) and walks through it with trees grown by other code
-(evaluation/replay.py). Rounding differs between the ways: a claim about tokens may fail by no more than noise that is measured
-here can explain (evaluation/chance.py), and in float32 all ways of decoding must write the very same tokens.
+The second way reads the written text at once (evaluation/forced.py) and walks through it with trees
+grown by other code (evaluation/replay.py). Rounding differs between the ways: a claim about tokens
+may fail by no more than noise that is measured here can explain (evaluation/chance.py), and in
+float32 all ways of decoding must write the very same tokens.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ from beagle_jax.evaluation.replay import replayed
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-_NOISE_TEXTS = 3  # the longest ones, whose rounding noise is measured: with 64 places each, one in 193 is noisier than all of them
+# the longest ones, whose rounding noise is measured: with 64 places each, one in 193 is noisier
+# than all of them
+_NOISE_TEXTS = 3
 _DRAWN = Sampling(1.0)  # for the test of draws when decoding itself is greedy
 _VERDICT = {True: ": noise explains it", False: ": noise does not explain it", None: ""}
 
@@ -60,11 +64,14 @@ def audit(
     append_predicted: bool,
     rule: str,
 ) -> dict[str, Any]:
-    """The report's `audit` (its fields: report.schema.json). drafts: by system; plain decoding has none."""
+    """The report's `audit` (its fields: report.schema.json). drafts: by system; plain decoding has
+    none.
+    """
     texts = {name: _texts(name, measured) for name in bench.decoders}
     told = [[*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))]
     noise = logit_noise(target, sorted(told, key=len)[-_NOISE_TEXTS:])
-    # At each place the token that was chosen is held against any other that it may have been instead.
+    # At each place the token that was chosen is held against any other that it may have been
+    # instead.
     reach = noise.reach(
         target.spec.vocab_size
         * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values())
@@ -111,7 +118,8 @@ def _texts(name: str, measured: Measured) -> list[_Text]:
 def _divergence(
     target: Target, name: str, text: _Text, reach: float | None
 ) -> dict[str, Any] | None:
-    """Where an answer first differs from plain decoding's; None where it does not, or where the prompts already did.
+    """Where an answer first differs from plain decoding's; None where it does not, or where the
+    prompts already did.
 
     reach: None for draws, which logits alone do not decide.
     """
@@ -125,7 +133,8 @@ def _divergence(
     logits_V = forced_logits(target, forced_states(target, before), len(before) - 1, len(before))[0]
     ours, plain = (tokens[place] if place < len(tokens) else None for tokens in (mine, theirs))
     second, first = np.partition(logits_V, -2)[-2:]
-    # An answer that ends where the other goes on is no matter of rounding, nor is a token that is far from the best.
+    # An answer that ends where the other goes on is no matter of rounding, nor is a token that is
+    # far from the best.
     gap = (
         float("inf")
         if ours is None or plain is None
@@ -141,7 +150,9 @@ def _divergence(
 def _equality(
     name: str, texts: list[_Text], parted: list[dict], target: Target, sampling: Sampling, rule: str
 ) -> Check:
-    """float32: no difference. Less precise: every first difference is a near tie; draws have no such measure."""
+    """float32: no difference. Less precise: every first difference is a near tie; draws have no
+    such measure.
+    """
     same = sum(text.asked.answer.tokens == text.plain.answer.tokens for text in texts)
     beyond = sum(one["within_noise"] is False for one in parted)
     gaps = f"; logit gaps there up to {max(one['gap'] for one in parted):.3g}" if parted else ""
@@ -167,7 +178,10 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
             count + len(tokens),
             others + int((gap_T > 0).sum()),
         )
-    found = f"{others} of {count} tokens are not the largest when read at once, by up to {worst:.3g} (noise explains {reach:.3g})"
+    found = (
+        f"{others} of {count} tokens are not the largest when read at once, by up to "
+        f"{worst:.3g} (noise explains {reach:.3g})"
+    )
     return Check(f"{name}: the target's own greedy choice", worst <= reach, found)
 
 
@@ -181,11 +195,12 @@ def _next_logits(
 
 
 def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: float) -> Check:
-    """Draws have the target's distribution: where each falls in the sum of probabilities is uniform (Kolmogorov-Smirnov).
+    """Draws have the target's distribution: where each falls in the sum of probabilities is uniform
+    (Kolmogorov-Smirnov).
 
-    Tokens are summed from the most likely on, so that a wrong temperature or filter moves the whole sum. Noise of a logit,
-    which is as often up as down, moves it by the noise's square only. None may be drawn that the filter removes, unless
-    noise can have brought it inside.
+    Tokens are summed from the most likely on, so that a wrong temperature or filter moves the whole
+    sum. Noise of a logit, which is as often up as down, moves it by the noise's square only. None
+    may be drawn that the filter removes, unless noise can have brought it inside.
     """
     sampling, asked = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
@@ -210,8 +225,8 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     place = np.concatenate(places)
     distance, allowed = distance_from_uniform(place), allowed_distance(len(place))
     found = (
-        f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of {allowed:.4f} allowed, "
-        f"{outside} outside the filter"
+        f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of "
+        f"{allowed:.4f} allowed, {outside} outside the filter"
     )
     return Check(
         f"{name}: draws have the target's distribution", distance <= allowed and not outside, found
@@ -219,7 +234,9 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
 
 
 def _inside(logits_V: np.ndarray, token: int, sampling: Sampling, reach: float) -> bool:
-    """Whether the filter would keep the token if it, and all that are less likely, had logits larger by what noise explains."""
+    """Whether the filter would keep the token if it, and all that are less likely, had logits
+    larger by what noise explains.
+    """
     raised_V = logits_V + reach * (
         (logits_V < logits_V[token]) | (np.arange(len(logits_V)) == token)
     )
@@ -236,8 +253,9 @@ def _acceptance(
 ) -> Check:
     """Rounds and accepted drafts recomputed from the tokens, and tau by its definition.
 
-    An answer may have had other rounds where two of the draft's own scores were nearly tied: then it must have some near tie, and
-    all such answers together as many rounds as when every tie falls to one side, to the other, or in between.
+    An answer may have had other rounds where two of the draft's own scores were nearly tied: then
+    it must have some near tie, and all such answers together as many rounds as when every tie falls
+    to one side, to the other, or in between.
     """
     tree = bench.decoders[name].tree
     reach = _score_reach(target, draft, tree, texts, append_predicted)
@@ -266,8 +284,9 @@ def _acceptance(
     )
     exact = abs(told * sum(answer.rounds for answer in answers) - written) < 1e-6
     found = (
-        f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; {differing} of {len(texts)} answers have "
-        f"other rounds, {unexplained} of them without a near tie"
+        f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
+        f"{differing} of {len(texts)} answers have other rounds, {unexplained} of them without "
+        "a near tie"
     )
     found += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
     passed = exact and not unexplained and fewest <= had <= most
@@ -277,7 +296,9 @@ def _acceptance(
 def _score_reach(
     target: Target, draft: Draft | Lookup, tree: Tree, texts: list[_Text], append_predicted: bool
 ) -> float:
-    """How far apart noise may put two scores of a draft: of every node that was drafted, and any token in its place."""
+    """How far apart noise may put two scores of a draft: of every node that was drafted, and any
+    token in its place.
+    """
     if isinstance(draft, Lookup):
         return 0.0
     asked = max(

@@ -1,11 +1,14 @@
-"""How far rounding and chance alone may move what the audit compares: measured on the spot, and derived from a stated rate.
+"""How far rounding and chance alone may move what the audit compares: measured on the spot, and
+derived from a stated rate.
 
-Rounding: two right ways of computing a logit differ a little. How much is measured between a text that is read at once and
-its last tokens read one by one. At one place the differences are spread over the vocabulary like a normal distribution; its
-standard deviation is taken at the noisiest of the places (its mean, most of the noise in bfloat16, moves all logits alike and
-decides nothing). Two logits that two ways order differently lie no further apart than their differences do, which takes
-sqrt(2) such deviations. So of n pairs that are compared one lies further apart than z sqrt(2) deviations with probability
-n Q(z) at most, Q being the normal distribution's upper tail: the audit takes the z at which that is the rate of false alarms.
+Rounding: two right ways of computing a logit differ a little. How much is measured between a text
+that is read at once and its last tokens read one by one. At one place the differences are spread
+over the vocabulary like a normal distribution; its standard deviation is taken at the noisiest of
+the places (its mean, most of the noise in bfloat16, moves all logits alike and decides nothing).
+Two logits that two ways order differently lie no further apart than their differences do, which
+takes sqrt(2) such deviations. So of n pairs that are compared one lies further apart than z sqrt(2)
+deviations with probability n Q(z) at most, Q being the normal distribution's upper tail: the audit
+takes the z at which that is the rate of false alarms.
 """
 
 import math
@@ -34,7 +37,9 @@ class Noise(NamedTuple):
     deviation: float  # their standard deviation over the vocabulary, at the noisiest place
 
     def reach(self, pairs: int, rate: float = FALSE_ALARMS) -> float:
-        """How far two values may lie apart that the two ways order differently; one of so many pairs lies further at this rate."""
+        """How far two values may lie apart that the two ways order differently; one of so many
+        pairs lies further at this rate.
+        """
         return self.deviation * math.sqrt(2) * -NormalDist().inv_cdf(rate / max(pairs, 1))
 
 
@@ -63,8 +68,9 @@ def score_noise(
 ) -> Noise:
     """Of a draft's log-probabilities along a text, at all its levels.
 
-    One way reads the states of the text read at once; the other those of its tokens read one by one, for several copies of the
-    path together: how a product is rounded depends on how many rows it has.
+    One way reads the states of the text read at once; the other those of its tokens read one by
+    one, for several copies of the path together: how a product is rounded depends on how many rows
+    it has.
     """
     at_once_LD = forced_states(target, tokens)
     alone_TD, _ = one_by_one(target, tokens, _PLACES)
@@ -82,7 +88,9 @@ def score_noise(
 
 
 def distance_from_uniform(places: np.ndarray) -> float:
-    """Largest difference between the distribution of numbers in 0..1 and the uniform one (Kolmogorov and Smirnov)."""
+    """Largest difference between the distribution of numbers in 0..1 and the uniform one
+    (Kolmogorov and Smirnov).
+    """
     sorted_N, count = np.sort(places), len(places)
     return float(
         max(
@@ -93,5 +101,7 @@ def distance_from_uniform(places: np.ndarray) -> float:
 
 
 def allowed_distance(count: int, rate: float = FALSE_ALARMS) -> float:
-    """What that distance exceeds at this rate at most when so many numbers are uniform (Dvoretzky, Kiefer, Wolfowitz; Massart)."""
+    """What that distance exceeds at this rate at most when so many numbers are uniform (Dvoretzky,
+    Kiefer, Wolfowitz; Massart).
+    """
     return math.sqrt(math.log(2 / rate) / (2 * count))

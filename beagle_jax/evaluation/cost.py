@@ -1,4 +1,6 @@
-"""What a round costs in its parts, and where memory goes: from the programs that decoding runs, at their real shapes."""
+"""What a round costs in its parts, and where memory goes: from the programs that decoding runs, at
+their real shapes.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,10 +28,11 @@ from beagle_jax.decoding.tuning import PASSES, milliseconds
 def phases(
     decoder: SpeculativeDecoder, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> dict[str, float]:
-    """Milliseconds of drafting a tree, and of verifying it: reading it, and choosing the target's own tokens.
+    """Milliseconds of drafting a tree, and of verifying it: reading it, and choosing the target's
+    own tokens.
 
-    Each runs alone in a loop, with the caches that decoding has after this prompt. What a whole round takes beyond the
-    two (writing the cache, and the host's part) shows only in whole answers.
+    Each runs alone in a loop, with the caches that decoding has after this prompt. What a whole
+    round takes beyond the two (writing the cache, and the host's part) shows only in whole answers.
     """
     models, shapes, state = decoder.prefilled(prompt, sampling, max_new_tokens=max_new_tokens)
     drafted = _propose(models, shapes, state)
@@ -46,7 +49,8 @@ _propose = jax.jit(propose, static_argnames="shapes")
 @partial(jax.jit, static_argnames="shapes")
 def _drafted(models: Models, shapes: Shapes, state: DecodeState) -> jax.Array:
     def once(_, root_B):
-        # The text's end depends on the last pass only in form, or a compiler would look it up once for all.
+        # The text's end depends on the last pass only in form, or a compiler would look it up once
+        # for all.
         here = state._replace(
             root_B=root_B, length_B=jnp.minimum(state.length_B, state.length_B + root_B)
         )
@@ -69,9 +73,11 @@ def _verified(models: Models, shapes: Shapes, state: DecodeState, drafted: Draft
 def memory(
     decoder: SpeculativeDecoder, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> dict[str, int | None]:
-    """Bytes of weights and caches, and of temporaries as the compiled programs state them; the device's own peak.
+    """Bytes of weights and caches, and of temporaries as the compiled programs state them; the
+    device's own peak.
 
-    The device counts everything that the process did so far, for all systems; None where it does not count.
+    The device counts everything that the process did so far, for all systems; None where it does
+    not count.
     """
     models, shapes, state = decoder.prefilled(prompt, sampling, max_new_tokens=max_new_tokens)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,6 @@
-"""Teacher forcing: a written text read at once, without caches, trees or a loop. What the audit holds decoding against."""
+"""Teacher forcing: a written text read at once, without caches, trees or a loop. What the audit
+holds decoding against.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +19,9 @@ _ROWS = 64  # places whose logits exist at once
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
-    """The target's states of a text [L, D], after the final norm; L is padded to a power of two, with rubbish at the end."""
+    """The target's states of a text [L, D], after the final norm; L is padded to a power of two,
+    with rubbish at the end.
+    """
     return _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))[0][0]
 
 
@@ -62,10 +66,13 @@ def _step(params, spec, token, length, cache):
 
 
 def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Array, np.ndarray]:
-    """States [T, D] and logits [T, V] of a text's last tokens, `most` of them or all, each read alone after those before it."""
+    """States [T, D] and logits [T, V] of a text's last tokens, `most` of them or all, each read
+    alone after those before it.
+    """
     first, text_1L = max(0, len(tokens) - most), _padded(tokens)
     _, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
-    # The cache begins with the rows of all tokens: those from `first` on are not seen until they are written again.
+    # The cache begins with the rows of all tokens: those from `first` on are not seen until they
+    # are written again.
     cache = write_all(
         init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32)
     )
@@ -80,7 +87,9 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
 
 
 def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution that sampling must have, in float64 and by sorting: temperature, then top-k, then top-p."""
+    """The distribution that sampling must have, in float64 and by sorting: temperature, then top-k,
+    then top-p.
+    """
     scaled_TV = logits_TV.astype(np.float64) / sampling.temperature
     p_TV = np.exp(scaled_TV - scaled_TV.max(axis=1, keepdims=True))
     order_TV = np.argsort(-p_TV, axis=1, kind="stable")

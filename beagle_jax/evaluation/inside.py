@@ -1,4 +1,6 @@
-"""What happens inside a draft while it decodes: the tree of each round and what was accepted of it, where it attends."""
+"""What happens inside a draft while it decodes: the tree of each round and what was accepted of it,
+where it attends.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -65,10 +67,12 @@ def rounds(
 def attention(
     decoder: SpeculativeDecoder, prompt: Sequence[int], *, max_new_tokens: int = 32
 ) -> tuple[np.ndarray, list[int]] | None:
-    """Where the draft's first step looks at each place of an answer: weights [T, S] over earlier states, mean over heads.
+    """Where the draft's first step looks at each place of an answer: weights [T, S] over earlier
+    states, mean over heads.
 
-    T: tokens of the answer that served as roots or could have. EAGLE's entries stand at the states' places: the last one
-    that a token sees is its own. Returns the text's tokens too; None for decoders whose draft has no attention.
+    T: tokens of the answer that served as roots or could have. EAGLE's entries stand at the states'
+    places: the last one that a token sees is its own. Returns the text's tokens too; None for
+    decoders whose draft has no attention.
     """
     models, shapes, state = decoder.prefilled(prompt, max_new_tokens=max_new_tokens)
     if not isinstance(shapes.draft, DraftSpec):

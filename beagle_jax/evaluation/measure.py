@@ -147,9 +147,11 @@ class Measured(NamedTuple):
 def context_for(
     suites: Mapping[str, Sequence[Chat]], tokenizer, max_new_tokens: int, most: int
 ) -> int:
-    """Tokens that prompts and answers will need together: one cache size for all; at most the target's own context.
+    """Tokens that prompts and answers will need together: one cache size for all; at most the
+    target's own context.
 
-    An answer that is written into a later prompt may take other tokens than it was made of; twice as many are allowed for.
+    An answer that is written into a later prompt may take other tokens than it was made of; twice
+    as many are allowed for.
     """
     longest = max(
         _longest_prompt(chat, tokenizer, max_new_tokens)
@@ -177,8 +179,9 @@ def measure(
 ) -> Measured:
     """Every decoder on every prompt, in turn, so that a drifting machine treats all alike.
 
-    A later turn is asked after the decoder's own answer to the one before. Each decoder first answers one prompt of every
-    padded length, so that compilation is not timed. Cases that the log has are not asked again.
+    A later turn is asked after the decoder's own answer to the one before. Each decoder first
+    answers one prompt of every padded length, so that compilation is not timed. Cases that the log
+    has are not asked again.
     """
     known = {} if log is None else log.cases
     waiting = [

@@ -1,4 +1,6 @@
-"""The report to read: as Markdown, and as one HTML page that holds its pictures and needs nothing else."""
+"""The report to read: as Markdown, and as one HTML page that holds its pictures and needs nothing
+else.
+"""
 
 import base64
 import html
@@ -62,7 +64,8 @@ def _pipes(cells: list[str]) -> str:
 def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
     """The report as HTML. pictures: PNG files by their titles; they are written into the page."""
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"
+        "<!doctype html><html lang=en><meta "
+        f"charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"
     ]
     for section in sections(report):
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
@@ -73,7 +76,8 @@ def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
     for title, path in pictures.items():
         encoded = base64.b64encode(path.read_bytes()).decode("ascii")
         parts.append(
-            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
+            f'src="data:image/png;base64,{encoded}">'
         )
     return "\n".join(parts) + "</html>\n"
 
@@ -90,10 +94,12 @@ def _environment(report: dict[str, Any]) -> Section:
         else "greedy"
     )
     sentences = [
-        f"Target {report['settings']['target']['source']} in {report['settings']['target']['dtype']}, {drawn}, up to "
+        f"Target {report['settings']['target']['source']} in "
+        f"{report['settings']['target']['dtype']}, {drawn}, up to "
         f"{report['settings']['eval']['max_new_tokens']} new tokens.",
-        f"{where['machine']}; Python {where['python']}, jaxlib {where['jaxlib']}, beagle_jax {where['beagle_jax']}; "
-        f"{where['devices']} {'device' if where['devices'] == 1 else 'devices'}.",
+        f"{where['machine']}; Python {where['python']}, jaxlib {where['jaxlib']}, beagle_jax "
+        f"{where['beagle_jax']}; {where['devices']} "
+        f"{'device' if where['devices'] == 1 else 'devices'}.",
         *report["notes"],
     ]
     rows = [
@@ -148,8 +154,9 @@ def _times(report: dict[str, Any]) -> Section:
     rows = [[one["name"], *(f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else "" for phase in phases)]
             for one in report["systems"]]  # fmt: skip
     sentence = (
-        "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, at the shapes of a prompt of middle "
-        "length. Rest: what a round takes beyond the two; below zero where the parts alone took longer."
+        "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, "
+        "at the shapes of a prompt of middle length. Rest: what a round takes beyond the two; "
+        "below zero where the parts alone took longer."
     )
     return Section("Time by phase, ms", [sentence], ["system", *phases], rows)
 
@@ -167,7 +174,10 @@ def _memory(report: dict[str, Any]) -> Section:
         ]
         for one in measured
     ]
-    sentence = "Temporaries as the compiled programs state them; the device's peak is of the whole process."
+    sentence = (
+        "Temporaries as the compiled programs state them; the device's peak is of the whole "
+        "process."
+    )
     return Section(
         "Memory, MiB",
         [sentence] if rows else [],
@@ -181,7 +191,10 @@ def _audit(audit: dict[str, Any]) -> Section:
         [check["name"], "passed" if check["passed"] else "FAILED", check["found"]]
         for check in audit["checks"]
     ]
-    sentence = f"Rounding moves a logit by up to {audit['noise']:.3g}; gaps of two logits up to {audit['reach']:.3g} are explained by it."
+    sentence = (
+        f"Rounding moves a logit by up to {audit['noise']:.3g}; gaps of two logits up to "
+        f"{audit['reach']:.3g} are explained by it."
+    )
     return Section("Audit", [sentence], ["check", "", "found"], rows)
 
 

@@ -1,4 +1,6 @@
-"""Pictures of what was measured (matplotlib, without a display). Every function writes one file, .png or .svg."""
+"""Pictures of what was measured (matplotlib, without a display). Every function writes one file,
+.png or .svg.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +29,9 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
-    """Costs of verifying and drafting, and what the trees of the best levels and topk promise by their size."""
+    """Costs of verifying and drafting, and what the trees of the best levels and topk promise by
+    their size.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     cost, promise = figure.subplots(1, 2)
     cost.plot(list(found.verify_ms), list(found.verify_ms.values()), "o-", label="verify")
@@ -78,7 +82,9 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
 
 
 def plot_phases(report: dict[str, Any], path: str | Path) -> None:
-    """Milliseconds of a round of each system, by phase. What the parts alone take beyond the round is not drawn."""
+    """Milliseconds of a round of each system, by phase. What the parts alone take beyond the round
+    is not drawn.
+    """
     systems = [system for system in report["systems"] if "draft" in system["milliseconds"]]
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(systems)), layout="constrained")
     panel, left = figure.subplots(), np.zeros(len(systems))
@@ -99,10 +105,11 @@ def _short(name: str) -> str:
 
 
 def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
-    """Who sees whom in training [query, key]: 1 a true state, 2 a state predicted in the query's own window, 0 neither.
+    """Who sees whom in training [query, key]: 1 a true state, 2 a state predicted in the query's
+    own window, 0 neither.
 
-    steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states before it; queries
-    further on are not trained and see true states only.
+    steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states
+    before it; queries further on are not trained and see true states only.
     """
     seen_LL = np.asarray(
         early_block_mask(jnp.array([[width]]), width, window, jnp.int32(offset))[0]
@@ -141,7 +148,8 @@ def plot_masks(
 
 
 def plot_training(log: str | Path, path: str | Path) -> bool:
-    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl; dashed: held out.
+    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl;
+    dashed: held out.
 
     Returns whether there was anything to draw: a run that has just begun has logged no loss.
     """
@@ -186,7 +194,9 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
 
 
 def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> None:
-    """Where the draft looks from each place of an answer (first: the place of row 0), newest states at the right edge."""
+    """Where the draft looks from each place of an answer (first: the place of row 0), newest states
+    at the right edge.
+    """
     figure = Figure(figsize=(9, 4), layout="constrained")
     panel = figure.subplots()
     T, S = weights_TS.shape

@@ -1,8 +1,9 @@
 """Acceptance computed a second time, from the written tokens alone.
 
-An answer tells what its rounds must have been: at each root the draft grows its tree from the true states of the text
-before it, and the round accepted as many tokens as the tree holds of what was written next. Nothing of the decoding loop
-is used: no caches, no masks over nodes, trees as sets of paths in Python, attention as one softmax.
+An answer tells what its rounds must have been: at each root the draft grows its tree from the true
+states of the text before it, and the round accepted as many tokens as the tree holds of what was
+written next. Nothing of the decoding loop is used: no caches, no masks over nodes, trees as sets of
+paths in Python, attention as one softmax.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,11 @@ def replayed(
     append_predicted: bool,
     favour: float = 0.0,
 ) -> list[int]:
-    """Accepted drafts of each round, as far as they were written. states_LD: the target's states of prompt and answer.
+    """Accepted drafts of each round, as far as they were written. states_LD: the target's states of
+    prompt and answer.
 
-    favour: added to the draft's log-probability of each token that was written: near ties then fall to its side, or below 0 to
-    the other.
+    favour: added to the draft's log-probability of each token that was written: near ties then fall
+    to its side, or below 0 to the other.
     """
     text, root, accepted = [*prompt, *answer], len(prompt), []
     while root < len(text) - 1:
@@ -58,7 +60,9 @@ def _prefixes(path: Sequence[int]) -> Iterator[Path]:
 
 
 def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
-    """Prompt lookup by searching: the longest run of last tokens that ended before, the latest of them."""
+    """Prompt lookup by searching: the longest run of last tokens that ended before, the latest of
+    them.
+    """
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
         ends = [
@@ -113,7 +117,9 @@ class Grower:
         return set(found.values()) - {()}
 
     def scores(self, path: Path, copies: int = 1) -> np.ndarray:
-        """Log-probabilities [V] after a path, over the draft's own vocabulary; to be asked for from the root down."""
+        """Log-probabilities [V] after a path, over the draft's own vocabulary; to be asked for from
+        the root down.
+        """
         return np.asarray(self._after([path] * copies, 1)[2][0])
 
     def _dynamic(self, tree: DynamicTree) -> set[Path]:
@@ -163,7 +169,8 @@ def _predict(
     append,
     count,
 ):
-    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was predicted above each.
+    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was
+    predicted above each.
 
     With them the best tokens after each, their log-probabilities, and all log-probabilities.
     """
@@ -173,7 +180,9 @@ def _predict(
         [jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1
     )  # with the root
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
-    if spec.fused:  # entries: of the text, the root's among them, and of the path; a token stands where the state before it does
+    # entries: of the text, the root's among them, and of the path; a token stands where the state
+    # before it does
+    if spec.fused:
         before_QtD = jnp.concatenate(
             [jnp.broadcast_to(states_LD[root - 1], (Q, 1, states_LD.shape[1])), above_QtD], axis=1
         )
@@ -216,7 +225,9 @@ def _predict(
 
 
 def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:
-    """Predicted states [Q, D] of queries over the text's memory below the root, and over what is each one's own."""
+    """Predicted states [Q, D] of queries over the text's memory below the root, and over what is
+    each one's own.
+    """
     q_QKGH = block.queries(x_Q1D, place_Q1)[:, :, :, 0]
     k_KHL, v_KLH = (x[0] for x in block.keys_values(true_LD[None], jnp.arange(len(true_LD))[None]))
     k_QKHt, v_QKtH = block.keys_values(own_QtD, own_place_Qt)

@@ -1,7 +1,8 @@
-"""The report of an evaluation: figures by suite, category and length of the prompt, as one tree of plain values.
+"""The report of an evaluation: figures by suite, category and length of the prompt, as one tree of
+plain values.
 
-Its fields are declared and explained in report.schema.json beside this file; `evaluate` prints the table, and writes the
-same figures as JSON and as pages (evaluation/pages.py).
+Its fields are declared and explained in report.schema.json beside this file; `evaluate` prints the
+table, and writes the same figures as JSON and as pages (evaluation/pages.py).
 """
 
 import os
@@ -72,7 +73,8 @@ def _notes(bench: Bench, measured: Measured) -> list[str]:
         longer = sum(length > trained for length in texts)
         if longer:
             notes.append(
-                f"{longer} of {len(texts)} texts are longer than the {trained} tokens that {name} was trained on."
+                f"{longer} of {len(texts)} texts are longer than the {trained} tokens that "
+                f"{name} was trained on."
             )
     return notes
 
@@ -175,7 +177,8 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 2),
         "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
         "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
-        # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for both cancels.
+        # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for
+        # both cancels.
         "speedup_interval": interval(
             lambda draw: (
                 _ratio(draw, tokens(result), seconds(result))
@@ -191,9 +194,11 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
 
 
 def interval(statistic, count: int) -> list[float]:
-    """95 % bootstrap interval of a statistic over prompts: the middle of its values on prompts drawn with replacement.
+    """95 % bootstrap interval of a statistic over prompts: the middle of its values on prompts
+    drawn with replacement.
 
-    statistic: from how often each of `count` prompts was drawn, [resamples, count], to values [resamples].
+    statistic: from how often each of `count` prompts was drawn, [resamples, count], to values
+    [resamples].
     """
     draw = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     return [round(float(edge), 4) for edge in np.percentile(statistic(draw), [2.5, 97.5])]
@@ -230,21 +235,23 @@ def table(made: dict[str, Any]) -> str:
 def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> list[str]:
     width = max(map(len, whole))
     head = (
-        f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6}  {'tokens':>6}  {'compiles':>8}  "
-        "identical to plain decoding"
+        f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6} "
+        f" {'tokens':>6}  {'compiles':>8}  identical to plain decoding"
     )
     lines = [head, "-" * len(head)]
     for system in systems:
         one = whole[system["name"]]
         lines.append(
-            f"{system['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  {one['decode_tokens_per_second']:7.1f}  "
-            f"{one['speedup']:6.2f}x  {one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
+            f"{system['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  "
+            f"{one['decode_tokens_per_second']:7.1f}  {one['speedup']:6.2f}x  "
+            f"{one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
             f"{one['identical_to_plain']}/{one['answers']}"
         )
     for system in systems:
         if alpha := whole[system["name"]]["step_alpha"]:
             lines.append(
-                f"{system['name']}: {system['tree']}; step-alpha by depth {'  '.join(f'{share:.2f}' for share in alpha)}"
+                f"{system['name']}: {system['tree']}; step-alpha by depth "
+                f"{'  '.join(f'{share:.2f}' for share in alpha)}"
             )
     repeated = whole[systems[0]["name"]]["repeated_4_grams"]
     return [*lines, f"repeated 4-grams in the answers: {repeated:.1%}"]

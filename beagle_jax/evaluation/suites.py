@@ -1,7 +1,7 @@
 """Prompts to measure on: the committed ones, published suites, or any file of prompts.
 
-A suite's prompts come from a file in `eval.folder` where there is one, else from the Hugging Face hub. None of them are
-part of this repository.
+A suite's prompts come from a file in `eval.folder` where there is one, else from the Hugging Face
+hub. None of them are part of this repository.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,8 @@ from beagle_jax.errors import UserError
 class Suite:
     """Where a published suite's prompts lie, and what the user says (method.md 7.1).
 
-    A record with a list of turns, in "turns" or in `turns`, is asked as it is; any other fills `wording` with its fields.
+    A record with a list of turns, in "turns" or in `turns`, is asked as it is; any other fills
+    `wording` with its fields.
     """
 
     file: str  # looked for in `eval.folder`
@@ -66,7 +67,8 @@ SUITES = {
     "alpaca": Suite(
         "alpaca.jsonl.gz", ("tatsu-lab/alpaca", None, "train"), wording="{instruction}\n{input}"
     ),
-    # The 80 prompts of each that the EAGLE papers report on, and Spec-Bench, are files of their repositories.
+    # The 80 prompts of each that the EAGLE papers report on, and Spec-Bench, are files of their
+    # repositories.
     "eagle_gsm8k": Suite("eagle_gsm8k.jsonl.gz"),
     "eagle_humaneval": Suite("eagle_humaneval.jsonl.gz"),
     "eagle_cnn_dm": Suite("eagle_sum.jsonl.gz"),
@@ -77,8 +79,8 @@ SUITES = {
 def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
     """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
 
-    folder: where files of suites are looked for. Raises UserError for chats with answers, for a suite that can neither be
-    found nor downloaded, and for one without prompts.
+    folder: where files of suites are looked for. Raises UserError for chats with answers, for a
+    suite that can neither be found nor downloaded, and for one without prompts.
     """
     if source == "held_out":
         chats = own_prompts("held_out")
@@ -91,8 +93,8 @@ def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
     else:
         if not Path(source).expanduser().exists():
             raise UserError(
-                f"eval.suites: {source!r} is not a file or folder; expected held_out, {', '.join(SUITES)} or a "
-                ".jsonl[.gz] file"
+                f"eval.suites: {source!r} is not a file or folder; expected held_out, "
+                f"{', '.join(SUITES)} or a .jsonl[.gz] file"
             )
         chats = read_chats(source)
     if not chats:
@@ -102,7 +104,8 @@ def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
     for chat in chats:
         if not chat.waits_for_answer:
             raise UserError(
-                f"{chat.where}: the chat ends with an answer; evaluation needs prompts that wait for one"
+                f"{chat.where}: the chat ends with an answer; evaluation needs prompts that "
+                "wait for one"
             )
     return chats[:limit]
 
@@ -117,7 +120,8 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
     for record, where in records:
         if not isinstance(record, dict):
             raise UserError(
-                f"{where}: the line is a {type(record).__name__}, not an object; this is not a record of {name}"
+                f"{where}: the line is a {type(record).__name__}, not an object; this is not a "
+                f"record of {name}"
             )
         turns = record.get("turns", record.get(made.turns))
         if not isinstance(turns, list):
@@ -129,7 +133,8 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
                 ]
             except KeyError as error:
                 raise UserError(
-                    f"{where}: no text {error} among {', '.join(record)}; this is not a record of {name}"
+                    f"{where}: no text {error} among {', '.join(record)}; this is not a record "
+                    f"of {name}"
                 ) from None
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
@@ -148,7 +153,8 @@ def _downloaded(
     """Records of the hub's dataset, streamed: no more than are asked for."""
     if made.dataset is None:
         raise UserError(
-            f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to where {path.name} lies"
+            f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to "
+            f"where {path.name} lies"
         )
     source, configuration, split = made.dataset
     try:

@@ -1,8 +1,9 @@
 """The Beagle draft: one cross-attention block (method.md section 2).
 
-The query is the embedding of the token at position i; keys and values are states at positions below i, the
-target's or the draft's own, through the same projections. There is no fusion layer, no norm on keys and values
-and no output norm: the result regresses to the target's post-norm state, and the target's frozen LM head reads it.
+The query is the embedding of the token at position i; keys and values are states at positions below
+i, the target's or the draft's own, through the same projections. There is no fusion layer, no norm
+on keys and values and no output norm: the result regresses to the target's post-norm state, and the
+target's frozen LM head reads it.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class DraftSpec:
 
     kind: ClassVar[str] = "beagle_draft"  # model_type of a draft's config.json
     fused: ClassVar[bool] = (
-        False  # queries are tokens fused with the state before them, and stand where that state stands
+        # queries are tokens fused with the state before them, and stand where that state stands
+        False
     )
 
     hidden_size: int
@@ -43,7 +45,8 @@ class DraftSpec:
     rms_norm_eps: float
     embed_scale: float = 1.0  # of the target's embedding on its way in
     init_std: float = 0.02  # of the linear weights, when trained from scratch
-    input_norm: bool = True  # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
+    # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
+    input_norm: bool = True
 
     @classmethod
     def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
@@ -87,7 +90,9 @@ class DraftSpec:
 
 
 class BeagleBlock(nn.Module):
-    """The block in three parts, because training and decoding interleave them differently (method.md 4.5b, 6.2)."""
+    """The block in three parts, because training and decoding interleave them differently
+    (method.md 4.5b, 6.2).
+    """
 
     spec: DraftSpec
 
@@ -98,11 +103,15 @@ class BeagleBlock(nn.Module):
             setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
-        """What queries are made of: the tokens' embeddings. EAGLE's are fused with the states before the tokens."""
+        """What queries are made of: the tokens' embeddings. EAGLE's are fused with the states
+        before the tokens.
+        """
         return e_BTD
 
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """What decoding keeps of true states at their positions. next_BTD: embeddings of the tokens after them, which EAGLE needs."""
+        """What decoding keeps of true states at their positions. next_BTD: embeddings of the tokens
+        after them, which EAGLE needs.
+        """
         return self.keys_values(h_BTD, positions_BT)
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -140,7 +149,9 @@ class BeagleBlock(nn.Module):
         at_BT: jax.Array | None = None,
         at_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions at_BS, both 0, 1, .. if None."""
+        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions
+        at_BS, both 0, 1, .. if None.
+        """
         at_BT = (
             jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
             if at_BT is None

@@ -1,4 +1,6 @@
-"""What kind of value each key of a Hugging Face config may hold; what it means is `model/families.py`'s to know."""
+"""What kind of value each key of a Hugging Face config may hold; what it means is
+`model/families.py`'s to know.
+"""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +31,9 @@ _MOST_LAYERS = 10_000  # a table of all tensors is made before any is read
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Raises UserError naming the keys whose values cannot be what they stand for. null stands for no value."""
+    """Raises UserError naming the keys whose values cannot be what they stand for. null stands for
+    no value.
+    """
     problems = [f"{key} is null" for key in _NEEDED if key in config and config[key] is None]
     problems += _wrong(
         config, _COUNTS, lambda value: type(value) is int and value > 0, "a whole number above zero"
@@ -66,7 +70,8 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
         )
     if heads and not config.get("head_dim") and config.get("hidden_size", heads) % heads:
         problems.append(
-            f"hidden_size {config['hidden_size']} is no multiple of {heads} heads, and there is no head_dim"
+            f"hidden_size {config['hidden_size']} is no multiple of {heads} heads, and there "
+            "is no head_dim"
         )
     if (config.get("num_hidden_layers") or 0) > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {config['num_hidden_layers']}")

@@ -1,8 +1,10 @@
-"""The EAGLE-1/2 draft, the baseline: a fusion layer and one decoder layer with self-attention (method.md section 8).
+"""The EAGLE-1/2 draft, the baseline: a fusion layer and one decoder layer with self-attention
+(method.md section 8).
 
-Its inputs are shifted: entry j is made of the token at position j + 1 and the state at position j, it stands at position
-j for the rotary embedding, and what comes out of it predicts the state at position j + 1. The layer has no input norm
-and no output norm. Its parts are those of `model/beagle.py`, on fused inputs f in place of embeddings and states.
+Its inputs are shifted: entry j is made of the token at position j + 1 and the state at position j,
+it stands at position j for the rotary embedding, and what comes out of it predicts the state at
+position j + 1. The layer has no input norm and no output norm. Its parts are those of
+`model/beagle.py`, on fused inputs f in place of embeddings and states.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from beagle_jax.model.layers import RopeScaling, rope_tables
 
 @dataclass(frozen=True, kw_only=True)
 class EagleSpec(DraftSpec):
-    """Shape of the EAGLE draft. Published ones have settings of their own (rms_norm_eps, say), not always the target's."""
+    """Shape of the EAGLE draft. Published ones have settings of their own (rms_norm_eps, say), not
+    always the target's.
+    """
 
     kind: ClassVar[str] = "eagle_draft"
     fused: ClassVar[bool] = True
@@ -39,17 +43,20 @@ class EagleSpec(DraftSpec):
 
 
 class EagleBlock(BeagleBlock):
-    """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row` runs them on whole rows.
+    """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row`
+    runs them on whole rows.
 
-    While decoding, the root x_n is fused with the true state h_{n-1}, a token below it with its parent's predicted state;
-    an entry sees those before it, its ancestors, and itself. The root's entry is true as well: with it the cache holds
-    an entry for each true state, as Beagle's does.
+    While decoding, the root x_n is fused with the true state h_{n-1}, a token below it with its
+    parent's predicted state; an entry sees those before it, its ancestors, and itself. The root's
+    entry is true as well: with it the cache holds an entry for each true state, as Beagle's does.
     """
 
     spec: EagleSpec
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
-        """Inputs f [B, T, D] of the layer, from each next token's embedding and the state before it (embedding first)."""
+        """Inputs f [B, T, D] of the layer, from each next token's embedding and the state before it
+        (embedding first).
+        """
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
         return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
 
@@ -58,10 +65,11 @@ class EagleBlock(BeagleBlock):
         return self.keys_values(self.fuse(next_BTD, h_BTD), positions_BT)
 
     def row(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
-        """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j + 1.
+        """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j
+        + 1.
 
-        e_BLD, h_BLD: embedding and true state of each position; the shift is made here. mask_BTT: which entries each
-        entry sees, itself included (`masks.causal_mask`).
+        e_BLD, h_BLD: embedding and true state of each position; the shift is made here. mask_BTT:
+        which entries each entry sees, itself included (`masks.causal_mask`).
         """
         f_BTD = self.fuse(e_BLD[:, 1:], h_BLD[:, :-1])
         return self.predict(f_BTD, self.attend(f_BTD, f_BTD, mask_BTT))

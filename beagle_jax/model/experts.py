@@ -1,8 +1,9 @@
 """Routed experts: several MLPs, of which each token uses a few (Mixtral, Qwen3-MoE).
 
-Knows nothing of files or families. Exact and simple: a loop over all experts, skipping those that no token chose; an
-expert that runs reads every column and counts where it was chosen. One step of decoding so costs the experts it
-needs, a long prompt up to count / per_token times more than a dispatch that sorts tokens by expert would.
+Knows nothing of files or families. Exact and simple: a loop over all experts, skipping those that
+no token chose; an expert that runs reads every column and counts where it was chosen. One step of
+decoding so costs the experts it needs, a long prompt up to count / per_token times more than a
+dispatch that sorts tokens by expert would.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,9 @@ class Experts(NamedTuple):
 
 
 def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) -> jax.Array:
-    """How much of each expert each column takes, float32 [E, M]; zero where it is not chosen and in columns past `count`."""
+    """How much of each expert each column takes, float32 [E, M]; zero where it is not chosen and in
+    columns past `count`.
+    """
     M = y_DM.shape[1]
     share_EM = jax.nn.softmax(jnp.einsum("ED,DM->EM", router_ED, y_DM).astype(jnp.float32), axis=0)
     best_Mk, expert_Mk = jax.lax.top_k(share_EM.T, experts.per_token)
@@ -39,7 +42,9 @@ def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) 
 def routed(
     share_EM: jax.Array, run: Callable[[jax.Array], jax.Array], like_DM: jax.Array
 ) -> jax.Array:
-    """The sum over experts of share times output, [D, M]. run: an expert's number -> its output [D, M]."""
+    """The sum over experts of share times output, [D, M]. run: an expert's number -> its output [D,
+    M].
+    """
 
     def add(expert, total_DM):
         share_M = share_EM[expert]

@@ -1,7 +1,8 @@
 """Which Hugging Face configs this decoder computes, and what each family adds to plain Llama.
 
-Knows config.json and nothing of arrays: a config goes in, the fields of `model.target.TargetSpec` come out. A family is
-one line of `_FAMILIES`; what a config asks for and no field describes is refused by name.
+Knows config.json and nothing of arrays: a config goes in, the fields of `model.target.TargetSpec`
+come out. A family is one line of `_FAMILIES`; what a config asks for and no field describes is
+refused by name.
 """
 
 from collections.abc import Mapping
@@ -28,14 +29,16 @@ class _Gemma(NamedTuple):
 
 
 class _Family(NamedTuple):
-    """What a model_type means beyond what its config says. All after `gemma` are Hugging Face's own for a missing key."""
+    """What a model_type means beyond what its config says. All after `gemma` are Hugging Face's own
+    for a missing key.
+    """
 
     known_as: str
     biases: tuple[str, ...] = ()  # projections that always have one
     may_bias: tuple[str, ...] = ()  # settings of the config that add more
     qk_norm: bool = False
-    # never; always: every layer; asked: every layer, if use_sliding_window; late: the same, but for Qwen's first layers;
-    # mixed: all but every nth.
+    # never; always: every layer; asked: every layer, if use_sliding_window; late: the same, but for
+    # Qwen's first layers; mixed: all but every nth.
     windowed: Literal["never", "always", "asked", "late", "mixed"] = "never"
     experts: tuple[str, str, str, str] | None = None  # see Experts.names
     experts_only: bool = False  # every layer has them, and their chosen shares always sum to 1
@@ -99,7 +102,8 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        # A key that is null stands for the number of heads; one that is missing stands for the family's default.
+        # A key that is null stands for the number of heads; one that is missing stands for the
+        # family's default.
         num_kv_heads=config.get("num_key_value_heads", family.kv_heads) or heads,
         head_dim=config.get("head_dim", family.head_dim) or config["hidden_size"] // heads,
         rope_theta=theta,
@@ -152,13 +156,15 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
 
 def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling of the rotary embedding, in layers without a window if the two kinds differ."""
-    # transformers 5 writes rope_parameters, for Gemma 3 one of each kind of layer; older files have rope_theta and rope_scaling.
+    # transformers 5 writes rope_parameters, for Gemma 3 one of each kind of layer; older files have
+    # rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
         raise UserError(
-            f"{where}: rope type {kind!r} is not supported; expected one of {', '.join(map(repr, _ROPE_KEYS))}"
+            f"{where}: rope type {kind!r} is not supported; expected one of "
+            f"{', '.join(map(repr, _ROPE_KEYS))}"
         )
     _check_complete(rope, _ROPE_KEYS[kind], where, f"rope type {kind!r}")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -172,7 +178,9 @@ def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScali
 
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None for one that sees everything; empty when no layer has one."""
+    """The sliding window of each layer, None for one that sees everything; empty when no layer has
+    one.
+    """
     asked = family.windowed in ("always", "mixed") or (
         family.windowed != "never" and config.get("use_sliding_window", False)
     )
@@ -180,14 +188,16 @@ def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, .
     if window is None:
         if family.windowed == "mixed":
             raise UserError(
-                f"{where}: sliding_window is null; {config['model_type']!r} needs a number of tokens"
+                f"{where}: sliding_window is null; {config['model_type']!r} needs a number of "
+                "tokens"
             )
         return ()
     layers = config["num_hidden_layers"]
     types = config.get("layer_types") or _layer_types(config, family)
     if family.windowed in ("always", "asked") and set(types) != {_SLIDING}:
         raise UserError(
-            f"{where}: layer_types mixes kinds of attention, which {config['model_type']!r} does not have"
+            f"{where}: layer_types mixes kinds of attention, which {config['model_type']!r} "
+            "does not have"
         )
     unknown = sorted(set(types) - {_SLIDING, _FULL})
     if unknown or len(types) != layers:
@@ -245,7 +255,8 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
         local = (config.get("rope_parameters") or {}).get(_SLIDING) or {}
         if local.get("rope_type", "default") != "default":
             raise UserError(
-                f"{where}: rope type {local['rope_type']!r} of sliding layers is not supported; expected 'default'"
+                f"{where}: rope type {local['rope_type']!r} of sliding layers is not "
+                "supported; expected 'default'"
             )
         local_theta = float(
             local.get("rope_theta", config.get("rope_local_base_freq", local_theta))

@@ -1,4 +1,6 @@
-"""The kinds of draft: the one place that tells them apart, by `draft.kind` and by how they are described."""
+"""The kinds of draft: the one place that tells them apart, by `draft.kind` and by how they are
+described.
+"""
 
 import jax
 

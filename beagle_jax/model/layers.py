@@ -1,8 +1,9 @@
 """Norm, rotary embedding and masked attention as pure functions.
 
-Attention comes in two halves so that keys may live in several places (a cache and the new tokens, or true
-and predicted states): `partial_attention` over each place, then `merge_attention`. The two together equal one
-softmax over all keys. A query that sees no key at all gets zeros (method.md 2.5).
+Attention comes in two halves so that keys may live in several places (a cache and the new tokens,
+or true and predicted states): `partial_attention` over each place, then `merge_attention`. The two
+together equal one softmax over all keys. A query that sees no key at all gets zeros (method.md
+2.5).
 """
 
 from typing import NamedTuple
@@ -17,7 +18,8 @@ MASKED_SCORE = -1e30
 def rms_norm(
     x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, plus_one: bool = False
 ) -> jax.Array:
-    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the weight as HF does.
+    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the
+    weight as HF does.
 
     plus_one: multiplied by 1 + weight, and cast after that (Gemma).
     """
@@ -32,11 +34,12 @@ def rms_norm(
 
 
 class RopeScaling(NamedTuple):
-    """How rotary frequencies are slowed down for contexts longer than those of the first training. Hashable.
+    """How rotary frequencies are slowed down for contexts longer than those of the first training.
+    Hashable.
 
-    Linear when only the factor is given. Else Llama 3's: waves that fit `original_positions` fewer than
-    low_freq_factor times are slowed by the factor, those that fit more than high_freq_factor times are kept, and what
-    lies between is blended.
+    Linear when only the factor is given. Else Llama 3's: waves that fit `original_positions` fewer
+    than low_freq_factor times are slowed by the factor, those that fit more than high_freq_factor
+    times are kept, and what lies between is blended.
     """
 
     factor: float
@@ -48,7 +51,9 @@ class RopeScaling(NamedTuple):
 def rope_tables(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in float32."""
+    """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in
+    float32.
+    """
     frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
         frequency = _scaled(frequency, scaling)
@@ -101,8 +106,8 @@ def partial_attention(
 ) -> PartialAttention:
     """Softmax numerator and denominator over one set of keys.
 
-    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: of the scores; None:
-    H ** -0.5. cap: of the scores, after the scale (`soft_cap`).
+    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: of
+    the scores; None: H ** -0.5. cap: of the scores, after the scale (`soft_cap`).
     """
     B, K, G, T, H = q_BKGTH.shape
     q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * (H**-0.5 if scale is None else scale)
@@ -121,7 +126,9 @@ def partial_attention(
 
 
 def merge_attention(*parts: PartialAttention) -> jax.Array:
-    """Normalised attention [B, K, G, T, H] (float32) over the union of the parts' keys; zeros where none is visible."""
+    """Normalised attention [B, K, G, T, H] (float32) over the union of the parts' keys; zeros where
+    none is visible.
+    """
     peak = parts[0].peak_BKGT
     for part in parts[1:]:
         peak = jnp.maximum(peak, part.peak_BKGT)
@@ -130,7 +137,8 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
     total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales))
     out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales))
     seen = total > 0
-    # Double where: the division never meets a zero, so neither value nor gradient can be NaN (method.md 2.5).
+    # Double where: the division never meets a zero, so neither value nor gradient can be NaN
+    # (method.md 2.5).
     return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 

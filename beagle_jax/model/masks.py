@@ -1,6 +1,8 @@
-"""Who sees whom: causal, early-block and tree masks. True means visible. Each function draws its example.
+"""Who sees whom: causal, early-block and tree masks. True means visible. Each function draws its
+example.
 
-Positions are 0-based, windows and offsets as in method.md 1: a window of size k starts at s(i), r(i) = i - s(i).
+Positions are 0-based, windows and offsets as in method.md 1: a window of size k starts at s(i),
+r(i) = i - s(i).
 """
 
 import jax
@@ -10,7 +12,8 @@ from beagle_jax.model.packing import places, queries
 
 
 def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
-    """Mask [B, T, T] of right-padded tokens for the target: key <= query, and the key is not padding.
+    """Mask [B, T, T] of right-padded tokens for the target: key <= query, and the key is not
+    padding.
 
     width 3, length 2:   query 0 sees 0; query 1 sees 0 1; query 2 (padding) sees 0 1.
     """
@@ -20,7 +23,8 @@ def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
 
 
 def within_window(position_BT: jax.Array, key_position_BS: jax.Array, window: int) -> jax.Array:
-    """Mask [B, T, S] of a sliding window: the key is fewer than `window` tokens back. Later keys are not its concern.
+    """Mask [B, T, S] of a sliding window: the key is fewer than `window` tokens back. Later keys
+    are not its concern.
 
     window 3:   query at 4 sees keys at 2 3 4, and whatever comes after; at 1 it sees all.
     """
@@ -45,10 +49,12 @@ def early_block_mask(
     first_BC: jax.Array | None = None,
     count: int | None = None,
 ) -> jax.Array:
-    """Mask [B, T, L] over true states: a key of the query's own chat, before the start of its window (method.md 3.1).
+    """Mask [B, T, L] over true states: a key of the query's own chat, before the start of its
+    window (method.md 3.1).
 
-    length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: ask only for `count` queries, of each chat
-    those from first_BC on, in windows counted from there; all positions if None.
+    length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: ask only for
+    `count` queries, of each chat those from first_BC on, in windows counted from there; all
+    positions if None.
 
     width 8, window 3, offset 2 (the left half of example 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
@@ -66,15 +72,19 @@ def early_block_mask(
 def keys_before(
     chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int
 ) -> jax.Array:
-    """Mask [B, T, L] over true states: of the query's own chat, before its window's start in that chat, and not padding."""
+    """Mask [B, T, L] over true states: of the query's own chat, before its window's start in that
+    chat, and not padding.
+    """
     key_chat_BL, key_BL = _keys(length_BC, width)
     return (key_chat_BL[:, None] == chat_BT[..., None]) & (key_BL[:, None] < start_BT[..., None])
 
 
 def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
-    """Mask [B, L, L] of the chats of a row for the target: key <= query in one chat, and the key is not padding.
+    """Mask [B, L, L] of the chats of a row for the target: key <= query in one chat, and the key is
+    not padding.
 
-    width 6, chats of 2 and 3 tokens:   0: 0   1: 0 1   2: 2   3: 2 3   4: 2 3 4   5 (padding): 2 3 4
+    width 6, chats of 2 and 3 tokens:   0: 0   1: 0 1   2: 2   3: 2 3   4: 2 3 4   5 (padding): 2 3
+    4
     """
     chat_BL, _ = places(width, length_BC)
     key_chat_BL, _ = _keys(length_BC, width)

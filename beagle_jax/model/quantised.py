@@ -1,11 +1,12 @@
 """Weight-only quantisation: a matrix as small integers, groups of its inputs sharing a scale.
 
-Knows nothing of models. A product first turns the matrix back into the dtype of the activations, so decoding with a
-draft and without one use the very same numbers. Embedding, head, norms, biases and routers are left as they are.
-Own code, since the library for it (qwix) imports flax.nnx, which does not import on every jax that is supported here,
-and keeps an int4 in a whole byte on a CPU.
-What becomes smaller is the weights at rest. XLA's CPU compiler gives each matrix that it turns back a buffer of its own
-for the whole of a compiled loop, so that there the memory of a running loop is no smaller (measured).
+Knows nothing of models. A product first turns the matrix back into the dtype of the activations, so
+decoding with a draft and without one use the very same numbers. Embedding, head, norms, biases and
+routers are left as they are. Own code, since the library for it (qwix) imports flax.nnx, which does
+not import on every jax that is supported here, and keeps an int4 in a whole byte on a CPU. What
+becomes smaller is the weights at rest. XLA's CPU compiler gives each matrix that it turns back a
+buffer of its own for the whole of a compiled loop, so that there the memory of a running loop is no
+smaller (measured).
 """
 
 from typing import Any, Literal, NamedTuple
@@ -41,7 +42,9 @@ class Quantised(NamedTuple):
 
 
 def quantise(weight: jax.Array, kind: Kind, group: int) -> Quantised:
-    """Rounds to nearest. group: inputs that share a scale; it must divide their number, which must be even for int4."""
+    """Rounds to nearest. group: inputs that share a scale; it must divide their number, which must
+    be even for int4.
+    """
     *rest, count = weight.shape
     grouped = weight.astype(jnp.float32).reshape(*rest, count // group, group)
     scale = jnp.abs(grouped).max(axis=-1) / _LARGEST[kind]

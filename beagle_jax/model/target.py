@@ -1,10 +1,11 @@
 """The frozen target: a decoder of the Llama family as pure functions over a tree of arrays.
 
-`TargetSpec` describes the architecture (`model/families.py` reads it from a config), `param_table` declares every
-tensor once (path, shape, Hugging Face name), `forward` runs it; a family is a few fields, never code of its own.
-Matrices keep PyTorch's [out, in] layout and activations run as columns [D, M]: on a CPU this makes eight rows cost
-little more than one (jax_notes C.18), and elsewhere it costs nothing.
-The state of a token is the last hidden state after the final norm (method.md 1); logits are `head @ state`.
+`TargetSpec` describes the architecture (`model/families.py` reads it from a config), `param_table`
+declares every tensor once (path, shape, Hugging Face name), `forward` runs it; a family is a few
+fields, never code of its own. Matrices keep PyTorch's [out, in] layout and activations run as
+columns [D, M]: on a CPU this makes eight rows cost little more than one (jax_notes C.18), and
+elsewhere it costs nothing. The state of a token is the last hidden state after the final norm
+(method.md 1); logits are `head @ state`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,9 @@ from beagle_jax.model.quantised import dense, pick
 
 Params = Mapping[str, Any]
 
-# Products of 2, 3, 5, 6 or 7 columns run slower than those of 4 or 8 in XLA's CPU kernels (measured: 41 ms at
-# 6 columns, 36 ms at 8, for all matrices of SmolLM2-135M), so columns are padded to a multiple of this.
+# Products of 2, 3, 5, 6 or 7 columns run slower than those of 4 or 8 in XLA's CPU kernels
+# (measured: 41 ms at 6 columns, 36 ms at 8, for all matrices of SmolLM2-135M), so columns are
+# padded to a multiple of this.
 _COLUMN_MULTIPLE = 4
 
 
@@ -69,7 +71,8 @@ class TargetSpec:
         None  # unscaled rotary base of the layers with a window; None: that of all
     )
     experts: Experts | None = None  # routed experts in place of the MLP
-    gemma: bool = False  # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
+    # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
+    gemma: bool = False
     embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
@@ -79,7 +82,9 @@ class TargetSpec:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
-        """Reads a Hugging Face `config.json`; raises UserError naming what this decoder cannot compute."""
+        """Reads a Hugging Face `config.json`; raises UserError naming what this decoder cannot
+        compute.
+        """
         check_values(config, where)
         return cls(**read_config(config, where))
 
@@ -93,7 +98,8 @@ Path = tuple[str | int, ...]
 
 
 def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape [out, in]).
+    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape
+    [out, in]).
 
     A path that ends in a number is one expert's slice of a stacked array.
     """
@@ -118,7 +124,9 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def param_arrays(spec: TargetSpec) -> dict[Path, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Every array of the parameter tree: path -> (shape, names of the tensors that it holds: one, or one per expert)."""
+    """Every array of the parameter tree: path -> (shape, names of the tensors that it holds: one,
+    or one per expert).
+    """
     arrays: dict[Path, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for name, (path, shape) in param_table(spec).items():
         if isinstance(path[-1], int):
@@ -187,8 +195,8 @@ def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Arr
 def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does.
 
-    The barrier keeps XLA from carrying the last transpose back into the layers: with it a step of 256 rows takes
-    0.55 s on a CPU, without it 0.77 to 0.92 (measured).
+    The barrier keeps XLA from carrying the last transpose back into the layers: with it a step of
+    256 rows takes 0.55 s on a CPU, without it 0.77 to 0.92 (measured).
     """
     states = jax.lax.optimization_barrier(states)
     return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(
@@ -197,10 +205,12 @@ def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
 
 
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its logit is finite.
+    """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its
+    logit is finite.
 
-    Reduces over the columns' first axis: with a transpose in between, XLA turns the product around to the row form,
-    which takes 100 ms instead of 7 for four rows on a CPU (measured). A cap of the logits would change nothing here.
+    Reduces over the columns' first axis: with a transpose in between, XLA turns the product around
+    to the row form, which takes 100 ms instead of 7 for four rows on a CPU (measured). A cap of the
+    logits would change nothing here.
     """
     columns_VM = logit_columns(head(params), states)
     best_M = jnp.argmax(columns_VM, axis=0).astype(jnp.int32)
@@ -236,12 +246,14 @@ def forward(
     cache: Sequence[KVRows] | None = None,
     visible_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, list[KVRows]]:
-    """Runs T new tokens per sequence. The cache is only read; the caller writes the rows it wants to keep.
+    """Runs T new tokens per sequence. The cache is only read; the caller writes the rows it wants
+    to keep.
 
-    mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's ancestors-or-self.
-    cache, visible_BS: rows of earlier tokens, and which slots of them every new token of a sequence sees. Under a
-    sliding window a slot stands for the position of the same number.
-    Returns the states [B, T, D] after the final norm, and the key/value rows of the T tokens in each layer.
+    mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's
+    ancestors-or-self. cache, visible_BS: rows of earlier tokens, and which slots of them every new
+    token of a sequence sees. Under a sliding window a slot stands for the position of the same
+    number. Returns the states [B, T, D] after the final norm, and the key/value rows of the T
+    tokens in each layer.
     """
     B, T = tokens_BT.shape
     sees, rotary = (
@@ -274,7 +286,9 @@ def _block(
 
 
 def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
-    """One layer of `forward` on texts without padding and cache: the residual stream before it -> after it."""
+    """One layer of `forward` on texts without padding and cache: the residual stream before it ->
+    after it.
+    """
     B, T, D = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     sees = _layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)[index]
@@ -330,7 +344,9 @@ def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.A
 
 
 def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
-    """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and the new rows."""
+    """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and
+    the new rows.
+    """
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
     q_BKGTH, k_BK1TH, v_BK1TH = (

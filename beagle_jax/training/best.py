@@ -1,4 +1,5 @@
-"""The draft that decodes best: real tau while training, the best draft kept by it, and an early stop.
+"""The draft that decodes best: real tau while training, the best draft kept by it, and an early
+stop.
 
 Training does not know how to decode: the caller hands over what measures and what keeps.
 """
@@ -26,9 +27,11 @@ class Best:
         measure: Callable[[Params], dict],
         keep: Callable[[Params, dict], None],
     ):
-        """measure: parameters -> figures, "tau" among them. keep: writes the draft that is now the best, with its figures.
+        """measure: parameters -> figures, "tau" among them. keep: writes the draft that is now the
+        best, with its figures.
 
-        Taus on other prompts cannot be compared: a file that was made with other settings of `eval` counts as none.
+        Taus on other prompts cannot be compared: a file that was made with other settings of `eval`
+        counts as none.
         """
         self._path, self._config, self._measure, self._keep = path, config, measure, keep
         self._made_with = {"suites": list(config.suites), "every": config.every, "prompts": config.train_prompts,

@@ -1,7 +1,9 @@
-"""Checkpoints of one stage through orbax: the draft's parameters, optimizer and step, never the frozen target.
+"""Checkpoints of one stage through orbax: the draft's parameters, optimizer and step, never the
+frozen target.
 
-Orbax writes under another name in the background and renames, so a kill leaves the one before. The sizes of all files are
-noted once a checkpoint is whole; one that was cut off later (a copy that ended early, a disk that lost its end) is seen by them.
+Orbax writes under another name in the background and renames, so a kill leaves the one before. The
+sizes of all files are noted once a checkpoint is whole; one that was cut off later (a copy that
+ended early, a disk that lost its end) is seen by them.
 """
 
 import json
@@ -26,7 +28,8 @@ from beagle_jax.training.step import TrainState
 
 _KEPT = 2  # newest checkpoints kept per stage
 _SIZES = "sizes.json"
-# A failed write comes out as one UserError; orbax logs the traceback of every thread that took part.
+# A failed write comes out as one UserError; orbax logs the traceback of every thread that took
+# part.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
@@ -38,10 +41,14 @@ class Settings(NamedTuple):
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage of one run. A context manager: leaving it waits for the last write."""
+    """The checkpoints of one stage of one run. A context manager: leaving it waits for the last
+    write.
+    """
 
     def __init__(self, folder: str | Path, settings: Settings, accept_changes: bool = False):
-        """settings: what the run is made with; a folder written with others is refused, or a warning if changes are accepted."""
+        """settings: what the run is made with; a folder written with others is refused, or a
+        warning if changes are accepted.
+        """
         self._folder = Path(folder).absolute()
         self._settings, self._accept_changes = settings, accept_changes
         self._manager = ocp.CheckpointManager(
@@ -63,9 +70,11 @@ class StageCheckpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, step: int, log: list[dict]) -> None:
-        """Starts writing; returns before it is done. A step that is already saved is left alone. log: see Progress.waiting.
+        """Starts writing; returns before it is done. A step that is already saved is left alone.
+        log: see Progress.waiting.
 
-        Raises UserError for a state with a number that is not finite, and when this write or the one before it failed.
+        Raises UserError for a state with a number that is not finite, and when this write or the
+        one before it failed.
         """
         if step in self._manager.all_steps():
             return
@@ -84,12 +93,15 @@ class StageCheckpoints:
         """Raises UserError for a state with a number that is not finite."""
         if not bool(_finite(state)):
             raise UserError(
-                f"step {step}: a parameter or its optimizer state is not finite although the loss was; this state is not "
-                f"saved, the last checkpoint ({self._last()}) is kept. Lower the stage's learning_rate"
+                f"step {step}: a parameter or its optimizer state is not finite although the "
+                f"loss was; this state is not saved, the last checkpoint ({self._last()}) is "
+                "kept. Lower the stage's learning_rate"
             )
 
     def restore(self, fresh: TrainState) -> tuple[TrainState, list[dict]] | None:
-        """The newest whole state and its log, or None when there is none. `fresh` gives structure and placement."""
+        """The newest whole state and its log, or None when there is none. `fresh` gives structure
+        and placement.
+        """
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             tqdm.write(
                 f"warning: {left}: this checkpoint was cut off while it was written; it is ignored"
@@ -110,7 +122,9 @@ class StageCheckpoints:
         return TrainState(**restored["state"]), restored["log"] if "log" in items else []
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, None when there is none. Raises UserError when it was made with other settings."""
+        """The step of the newest whole checkpoint, None when there is none. Raises UserError when
+        it was made with other settings.
+        """
         step = self._newest_whole()
         if step is not None:
             self._compare(self._read(step, settings=ocp.args.JsonRestore())["settings"])
@@ -122,8 +136,9 @@ class StageCheckpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:  # what is no JSON is a ValueError too
             raise UserError(
-                f"{self._folder}/{step}: this state does not fit the run, or is damaged ({error}); take another train.folder, or "
-                "remove this checkpoint to go on from the one before it"
+                f"{self._folder}/{step}: this state does not fit the run, or is damaged "
+                f"({error}); take another train.folder, or remove this checkpoint to go on "
+                "from the one before it"
             ) from error
 
     def _newest_whole(self) -> int | None:
@@ -135,8 +150,8 @@ class StageCheckpoints:
                 break
             aside = self._folder / f"cut-{step}"
             tqdm.write(
-                f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it is moved to {aside.name} and the one "
-                "before it used"
+                f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it "
+                f"is moved to {aside.name} and the one before it used"
             )
             if is_first():
                 shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
@@ -146,7 +161,9 @@ class StageCheckpoints:
         return whole
 
     def _cut_off(self, step: int) -> str | None:
-        """What is missing of a checkpoint; None for one that is whole, or that was killed before its sizes were noted."""
+        """What is missing of a checkpoint; None for one that is whole, or that was killed before
+        its sizes were noted.
+        """
         folder = self._folder / str(step)
         note = folder / _SIZES
         try:
@@ -185,8 +202,8 @@ class StageCheckpoints:
             return
         if not self._accept_changes:
             raise UserError(
-                f"{self._folder} holds a run with other settings ({listed}); delete it, set another train.folder, or go on "
-                "with the changes by train.accept_changes=true"
+                f"{self._folder} holds a run with other settings ({listed}); delete it, set "
+                "another train.folder, or go on with the changes by train.accept_changes=true"
             )
         tqdm.write(
             f"warning: going on with other settings than {self._folder} was made with ({listed})"
@@ -198,8 +215,9 @@ class StageCheckpoints:
             yield
         except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
             raise UserError(
-                f"{self._folder}: a checkpoint could not be written ({error}); the last whole one is {self._last()}. "
-                "Free some space (python -m beagle_jax.plan says how much), then run again"
+                f"{self._folder}: a checkpoint could not be written ({error}); the last whole "
+                f"one is {self._last()}. Free some space (python -m beagle_jax.plan says how "
+                "much), then run again"
             ) from error
 
     def _last(self) -> str:

@@ -1,7 +1,9 @@
-"""What a training step takes before there is data, weights or even the machine: work by formula, memory by compilation.
+"""What a training step takes before there is data, weights or even the machine: work by formula,
+memory by compilation.
 
-Everything is shapes (`jax.eval_shape`), placed as the run would place it; XLA compiles the step for the devices of the mesh,
-which may be those of a TPU topology that nobody here has (jax.experimental.topologies and the libtpu wheel).
+Everything is shapes (`jax.eval_shape`), placed as the run would place it; XLA compiles the step for
+the devices of the mesh, which may be those of a TPU topology that nobody here has
+(jax.experimental.topologies and the libtpu wheel).
 """
 
 import math
@@ -49,7 +51,9 @@ class StageCost(NamedTuple):
     flops: float  # matrix products on all devices together, every token an answer
     weights: int  # the trained draft
     optimizer: int
-    frozen: int  # the target's embedding and head; all of it when the step computes its states, or tau is measured on the way
+    # the target's embedding and head; all of it when the step computes its states, or tau is
+    # measured on the way
+    frozen: int
     batch: int  # tokens and states
     temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
     compiler_total: (
@@ -65,20 +69,22 @@ class StageCost(NamedTuple):
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """Descriptions of a TPU's devices, "v5e:4x4". Raises UsageError without libtpu and for a name that it does not know."""
+    """Descriptions of a TPU's devices, "v5e:4x4". Raises UsageError without libtpu and for a name
+    that it does not know.
+    """
     try:
         import libtpu  # noqa: F401
     except ImportError:
         raise UsageError(
-            "--topology compiles with the libtpu wheel, which is not installed: pip install 'beagle-jax[tpu]' "
-            "(Linux on x86; no TPU is needed)"
+            "--topology compiles with the libtpu wheel, which is not installed: pip install "
+            "'beagle-jax[tpu]' (Linux on x86; no TPU is needed)"
         ) from None
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (ValueError, RuntimeError) as error:
         raise UsageError(
-            f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: v5e:4x4, v5p:2x2x2, v6e:4x4, "
-            "v4:2x2x2"
+            f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: "
+            "v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2"
         ) from error
 
 
@@ -93,8 +99,9 @@ def stage_cost(
 ) -> StageCost:
     """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated.
 
-    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the step computes its states;
-    beside: when they only stay in memory, for tau to be measured with (eval.every).
+    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the
+    step computes its states; beside: when they only stay in memory, for tau to be measured with
+    (eval.every).
     """
     stage: StageConfig = getattr(config.train, name)
     spec = spec_type(config.draft.kind).from_target(target)
@@ -182,10 +189,12 @@ def batch_shapes(config: Config, width: int) -> Batch:
 def row_flops(
     spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool
 ) -> float:
-    """Operations of the matrix products of one row: L states, T queries that all count (method.md 3, 4.5b and 8).
+    """Operations of the matrix products of one row: L states, T queries that all count (method.md
+    3, 4.5b and 8).
 
-    A product that is differentiated in both factors costs three times its forward pass; one with the target's states or
-    with detached ones only twice, as they have no gradient; a row of the loss three products with the head.
+    A product that is differentiated in both factors costs three times its forward pass; one with
+    the target's states or with detached ones only twice, as they have no gradient; a row of the
+    loss three products with the head.
     """
     D, F = spec.hidden_size, spec.intermediate_size
     NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -200,8 +209,11 @@ def row_flops(
     predicted = drafts * (steps - 1) if late else 0  # states that later steps read
     work, read_again = queries * per_query + outputs * per_output, 2 if stage.detach else 3
     if isinstance(
-        spec, EagleSpec
-    ):  # entries are fused of a token and a state, and keys are made of entries, which have gradients
+        spec,
+        EagleSpec,
+        # entries are fused of a token and a state, and keys are made of entries, which have
+        # gradients
+    ):
         return (
             work
             + (2 * L + read_again * predicted) * 2 * 2 * D * D
@@ -211,7 +223,9 @@ def row_flops(
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:
-    """Operations of the matrix products of the target's forward pass over one row of L tokens, without the head."""
+    """Operations of the matrix products of the target's forward pass over one row of L tokens,
+    without the head.
+    """
     per_token = 2 * sum(
         math.prod(shape)
         for path, shape in param_table(spec).values()

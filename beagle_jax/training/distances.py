@@ -1,8 +1,10 @@
-"""How far the draft's distribution q is from the target's p, per row: the options of `train.loss`, with their gradients.
+"""How far the draft's distribution q is from the target's p, per row: the options of `train.loss`,
+with their gradients.
 
-Each returns (distance [C], its gradient with respect to the draft's logits [C, V]). `total` sums over the vocabulary,
-which may be spread over devices; V is one device's part of it. p and q are probabilities, z the draft's logits; q = softmax(z),
-so that d f / d z_v = q_v (d f / d q_v - sum_u q_u d f / d q_u).
+Each returns (distance [C], its gradient with respect to the draft's logits [C, V]). `total` sums
+over the vocabulary, which may be spread over devices; V is one device's part of it. p and q are
+probabilities, z the draft's logits; q = softmax(z), so that d f / d z_v = q_v (d f / d q_v - sum_u
+q_u d f / d q_u).
 """
 
 from collections.abc import Callable
@@ -33,7 +35,9 @@ def cross_entropy(of: Distributions) -> Distance:
 
 
 def kl(of: Distributions) -> Distance:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)): cross-entropy less the target's entropy; the same gradient."""
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)): cross-entropy less the target's entropy; the
+    same gradient.
+    """
     return of.total(of.p_CV * (of.log_p_CV - of.log_q_CV)), of.q_CV - of.p_CV
 
 
@@ -45,14 +49,17 @@ def reverse_kl(of: Distributions) -> Distance:
 
 
 def total_variation(of: Distributions) -> Distance:
-    """TV = sum_v |p(v) - q(v)| / 2 = 1 - sum_v min(p(v), q(v)): the share of drafts that sampling rejects."""
+    """TV = sum_v |p(v) - q(v)| / 2 = 1 - sum_v min(p(v), q(v)): the share of drafts that sampling
+    rejects.
+    """
     side_CV = jnp.sign(of.q_CV - of.p_CV) / 2
     distance_C = of.total(jnp.abs(of.p_CV - of.q_CV)) / 2
     return distance_C, of.q_CV * (side_CV - of.total(of.q_CV * side_CV)[:, None])
 
 
 def lk_hybrid(of: Distributions) -> Distance:
-    """w KL(p || q) + (1 - w) TV with w = exp(-3 (1 - TV)), w without gradient: KL while few drafts are accepted, then TV.
+    """w KL(p || q) + (1 - w) TV with w = exp(-3 (1 - TV)), w without gradient: KL while few drafts
+    are accepted, then TV.
 
     Samarin et al., "LK Losses", arXiv 2602.23881.
     """

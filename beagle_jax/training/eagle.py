@@ -1,15 +1,19 @@
-"""Both stages of the EAGLE draft (method.md section 8): the early one is the late one with a single step.
+"""Both stages of the EAGLE draft (method.md section 8): the early one is the late one with a single
+step.
 
-What is learned is Beagle's, position for position: the prediction for position i is the state h_i, through the head the
-distribution of the token after x_i, and it counts where x_i is supervised. EAGLE's input for it is the entry (x_i, h_{i-1}),
-which stands at position i - 1 and sees the entries up to itself: the tokens up to x_i and the states before it. So the same
-positions are scored, and only position 0, which has no state before it, has no prediction. EAGLE's loss, 0.1 ploss + vloss,
-is a tenth of ours with its vloss_weight of 10.
+What is learned is Beagle's, position for position: the prediction for position i is the state h_i,
+through the head the distribution of the token after x_i, and it counts where x_i is supervised.
+EAGLE's input for it is the entry (x_i, h_{i-1}), which stands at position i - 1 and sees the
+entries up to itself: the tokens up to x_i and the states before it. So the same positions are
+scored, and only position 0, which has no state before it, has no prediction. EAGLE's loss, 0.1
+ploss + vloss, is a tenth of ours with its vloss_weight of 10.
 
-The late stage is training-time test, as HASS has it: from every position s draft steps, the first from the true state before
-it, the others from the step before. A step's queries are new, as they are made of the newest states; its keys are those of
-the true entries up to where the draft began, and of the entries that this draft has made itself, which over all positions are
-diagonals. Every step costs about what the early stage does; Beagle's late stage costs as much for all its steps (late.py).
+The late stage is training-time test, as HASS has it: from every position s draft steps, the first
+from the true state before it, the others from the step before. A step's queries are new, as they
+are made of the newest states; its keys are those of the true entries up to where the draft began,
+and of the entries that this draft has made itself, which over all positions are diagonals. Every
+step costs about what the early stage does; Beagle's late stage costs as much for all its steps
+(late.py).
 """
 
 import jax
@@ -34,15 +38,18 @@ def eagle_states(
     steps: int,
     detach: bool,
 ) -> jax.Array:
-    """Predicted states [B, T, J, D]: those j positions after query t, by draft step j (0-based) of a draft that began there.
+    """Predicted states [B, T, J, D]: those j positions after query t, by draft step j (0-based) of
+    a draft that began there.
 
-    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. count: T, queries of each row
-    (model/packing.py). detach: cut the gradient through predicted states where later steps read them. What is past the
-    chat's end, and what begins at position 0, means nothing.
+    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. count:
+    T, queries of each row (model/packing.py). detach: cut the gradient through predicted states
+    where later steps read them. What is past the chat's end, and what begins at position 0, means
+    nothing.
     """
     block = EagleBlock(spec).bind({"params": params})
     L = e_BLD.shape[1]
-    # Entry j of the row: the token at j + 1 and the state at j. A draft that begins at position i begins with entry i - 1.
+    # Entry j of the row: the token at j + 1 and the state at j. A draft that begins at position i
+    # begins with entry i - 1.
     true_BED = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
     true_rows = block.keys_values(true_BED, places(L - 1, length_BC).place_BX)
     asked = queries(count, length_BC, first_BC)
@@ -67,7 +74,9 @@ def eagle_states(
 
 
 def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
-    """Attention of each query to the one key of these that its own draft has made, the diagonal of the T x T scores."""
+    """Attention of each query to the one key of these that its own draft has made, the diagonal of
+    the T x T scores.
+    """
     score_BKGT = (
         jnp.einsum("BKGTH,BKHT->BKGT", q_BKGTH, rows.k_BKHS, preferred_element_type=jnp.float32)
         * q_BKGTH.shape[-1] ** -0.5

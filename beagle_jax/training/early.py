@@ -1,4 +1,6 @@
-"""The early stage: every position predicts from the context of its window's start (method.md section 3)."""
+"""The early stage: every position predicts from the context of its window's start (method.md
+section 3).
+"""
 
 import jax
 
@@ -18,10 +20,12 @@ def early_states(
     window: int,
     offset: jax.Array,
 ) -> jax.Array:
-    """Predicted states [B, T, D]; the query at window offset r looks r + 1 tokens ahead (method.md 3.1).
+    """Predicted states [B, T, D]; the query at window offset r looks r + 1 tokens ahead (method.md
+    3.1).
 
-    e_BTD: embeddings of the row's queries, each chat's from position first_BC on (model/packing.py); windows are counted from there.
-    h_BLD: true states of the whole row, with the training noise if any; they serve as keys and values only.
+    e_BTD: embeddings of the row's queries, each chat's from position first_BC on
+    (model/packing.py); windows are counted from there. h_BLD: true states of the whole row, with
+    the training noise if any; they serve as keys and values only.
     """
     L, T = h_BLD.shape[1], e_BTD.shape[1]
     mask_BTL = early_block_mask(length_BC, L, window, offset, first_BC, T)

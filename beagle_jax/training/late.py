@@ -1,10 +1,13 @@
-"""The late stage: drafting simulated inside training, at about the early stage's cost (method.md 4.5b).
+"""The late stage: drafting simulated inside training, at about the early stage's cost (method.md
+4.5b).
 
-With the loss at step i only on window offset i - 1, each query is needed at exactly one step, and true keys never
-change. So attention over true keys is computed once for all queries; step i adds the at most i - 1 predicted keys
-of the query's own window through the log-sum-exp merge, predicts, and appends one key per window.
+With the loss at step i only on window offset i - 1, each query is needed at exactly one step, and
+true keys never change. So attention over true keys is computed once for all queries; step i adds
+the at most i - 1 predicted keys of the query's own window through the log-sum-exp merge, predicts,
+and appends one key per window.
 
-The loss form that the paper rejects (Fig. 12) scores at step i the offsets after i - 1 as well, from the same keys.
+The loss form that the paper rejects (Fig. 12) scores at step i the offsets after i - 1 as well,
+from the same keys.
 """
 
 from typing import NamedTuple
@@ -42,10 +45,13 @@ class Windows(NamedTuple):
 def window_queries(
     size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array
 ) -> Windows:
-    """The first `steps` queries of each window; size_BC: queries of each chat, `width` of a row at most.
+    """The first `steps` queries of each window; size_BC: queries of each chat, `width` of a row at
+    most.
 
-    one chat of 8 queries, window 3, steps 2, offset 2:   queries [[2, 3], [5, 6], [7, 7]], valid [[1, 1], [1, 1], [0, 0]]
-    The number of windows is that of offset 0 and of chats that end as badly as they can, so that the shape depends on neither.
+    one chat of 8 queries, window 3, steps 2, offset 2:   queries [[2, 3], [5, 6], [7, 7]], valid
+    [[1, 1], [1, 1], [0, 0]]
+    The number of windows is that of offset 0 and of chats that end as badly as they can, so that
+    the shape depends on neither.
     """
     count = (width + size_BC.shape[1] * (window - 1)) // window
     chat_BU, number_BU = places(count, -(-jnp.maximum(size_BC - offset, 0) // window))
@@ -70,12 +76,14 @@ def late_states(
     detach: bool,
     multi_token: bool = False,
 ) -> LateStates:
-    """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in 4.5b).
+    """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in
+    4.5b).
 
-    e_BTD: embeddings of the row's queries, each chat's from position first_BC on (model/packing.py); windows are counted from there.
-    h_BLD: true states of the whole row, with the training noise if any; they serve as keys and values only.
-    detach: cut the gradient through predicted states where later steps read them (method.md 4.6).
-    multi_token: step i predicts from window offset i - 1 up to the window's end, not that offset alone (l = k in method.md 4.2).
+    e_BTD: embeddings of the row's queries, each chat's from position first_BC on
+    (model/packing.py); windows are counted from there. h_BLD: true states of the whole row, with
+    the training noise if any; they serve as keys and values only. detach: cut the gradient through
+    predicted states where later steps read them (method.md 4.6). multi_token: step i predicts from
+    window offset i - 1 up to the window's end, not that offset alone (l = k in method.md 4.2).
     """
     block = BeagleBlock(spec).bind({"params": params})
     (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
@@ -124,7 +132,9 @@ def late_states(
 
 
 def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
-    """[B, K, G, U * J, ...] -> [B * U, K, G, N, ...]: each window a batch entry, and of it the queries at N offsets."""
+    """[B, K, G, U * J, ...] -> [B * U, K, G, N, ...]: each window a batch entry, and of it the
+    queries at N offsets.
+    """
     B, K, G, _, *rest = x_BKGT.shape
     x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]
     return jnp.moveaxis(x_BKGUJ, 3, 1).reshape(B * U, K, G, len(span), *rest)

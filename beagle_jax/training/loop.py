@@ -38,11 +38,13 @@ def run_stage(
     best: Best | None = None,
     target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
-    """Trains one stage ('early' or 'late') from `params`, or from its newest checkpoint; returns the parameters.
+    """Trains one stage ('early' or 'late') from `params`, or from its newest checkpoint; returns
+    the parameters.
 
-    Raises UserError when the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after the
-    step under way and ends the program with status 0. best: measures real decoding on the way, and may end the stage early.
-    target: batches come without states, and the step computes them (data.states: online), with frozen["target"].
+    Raises UserError when the loss or a parameter stops being finite; the last checkpoint then
+    stands. SIGTERM saves after the step under way and ends the program with status 0. best:
+    measures real decoding on the way, and may end the stage early. target: batches come without
+    states, and the step computes them (data.states: online), with frozen["target"].
     """
     stage: StageConfig = getattr(config.train, name)
     train_step, eval_step, init = make_steps(
@@ -92,14 +94,17 @@ def run_stage(
         progress.close()
     if stop.seen:  # maybe only after the last step
         tqdm.write(
-            f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; the same command goes on from there"
+            f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; "
+            "the same command goes on from there"
         )
         raise SystemExit(0)
     return state.params
 
 
 def check_settings(config: Config) -> None:
-    """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work that would be for nothing."""
+    """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work
+    that would be for nothing.
+    """
     for name in ("early", "late"):
         if (
             getattr(config.train, name).steps
@@ -121,7 +126,9 @@ def _checkpoints(name: str, config: Config) -> StageCheckpoints:
 
 
 def settings_of(name: str, config: Config) -> Settings:
-    """All that decides what a stage computes. The early stage does not depend on the late one's settings."""
+    """All that decides what a stage computes. The early stage does not depend on the late one's
+    settings.
+    """
     return Settings(_deciding(name, config), _deciding(name, Config(target=config.target)))
 
 

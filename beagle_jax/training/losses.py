@@ -1,8 +1,10 @@
-"""The distance of two distributions through the frozen head, in chunks of rows, and smooth-L1 (method.md 3.2).
+"""The distance of two distributions through the frozen head, in chunks of rows, and smooth-L1
+(method.md 3.2).
 
-The head is frozen, so the gradient with respect to the draft's state is all that is needed, and it is computed
-in the same pass as the value: three products with the head per row, no logits kept, none recomputed. Rows that do
-not count are skipped altogether: they are sorted to the end and the loop stops before them.
+The head is frozen, so the gradient with respect to the draft's state is all that is needed, and it
+is computed in the same pass as the value: three products with the head per row, no logits kept,
+none recomputed. Rows that do not count are skipped altogether: they are sorted to the end and the
+loop stops before them.
 """
 
 from functools import partial
@@ -25,13 +27,15 @@ def distribution_loss(
     chunk: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per row the distance of two distributions over the full vocabulary: p from the true state and q from the draft's.
+    """Per row the distance of two distributions over the full vocabulary: p from the true state and
+    q from the draft's.
 
     kind: a name in distances.DISTANCES; the paper's is cross_entropy, -sum_v p(v) log q(v).
-    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist at once on a device.
-    Returns (distance [M], rank [M]): the rank of the target's most likely token among the draft's logits,
-    0 where both agree. Differentiable in `state_MD` only; target and head are frozen.
-    On a mesh each device works on its own rows and its part of the vocabulary; M must divide by the devices that split rows.
+    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist
+    at once on a device. Returns (distance [M], rank [M]): the rank of the target's most likely
+    token among the draft's logits, 0 where both agree. Differentiable in `state_MD` only; target
+    and head are frozen. On a mesh each device works on its own rows and its part of the vocabulary;
+    M must divide by the devices that split rows.
     """
     distance_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
     return distance_M, rank_M
@@ -72,7 +76,9 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
 
 
 def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
-    """Distance, rank and gradient of one chunk, in float32. V: this device's part of the vocabulary."""
+    """Distance, rank and gradient of one chunk, in float32. V: this device's part of the
+    vocabulary.
+    """
     total = lambda x: jax.lax.psum(x, share.vocabulary)
     highest = lambda x: jax.lax.pmax(x, share.vocabulary)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -92,7 +98,9 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
 
 
 def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
-    """How many tokens the draft prefers to the target's most likely one, the first of them if several are."""
+    """How many tokens the draft prefers to the target's most likely one, the first of them if
+    several are.
+    """
     V = true_CV.shape[1]
     token_V = share.first_token(V) + jnp.arange(V)
     unseen = jnp.iinfo(jnp.int32).max

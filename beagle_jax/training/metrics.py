@@ -12,7 +12,9 @@ from beagle_jax.processes import is_first
 
 
 class Log:
-    """One line of figures at a time, to every place that `log` of the config names. Only the first process writes."""
+    """One line of figures at a time, to every place that `log` of the config names. Only the first
+    process writes.
+    """
 
     def __init__(self, config: Config):
         """Raises UserError when a package that is asked for is not installed."""
@@ -39,7 +41,8 @@ class Log:
                 stream.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(
-                f"{self._path}: the log cannot be written ({error}); free some space, then run again"
+                f"{self._path}: the log cannot be written ({error}); free some space, then run "
+                "again"
             ) from error
         if self._board is not None:
             for name, value in _scalars(line):
@@ -58,7 +61,9 @@ class Log:
 
 
 def _end_with_a_line(path: Path) -> None:
-    """A killed run may have left a part of a line, which the next line would continue: it is taken away."""
+    """A killed run may have left a part of a line, which the next line would continue: it is taken
+    away.
+    """
     text = path.read_bytes() if path.exists() else b""
     if not text.endswith(b"\n") and text:
         os.truncate(path, text.rfind(b"\n") + 1)
@@ -77,7 +82,9 @@ def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def check_writers(config: Config) -> None:
-    """Raises UserError when a package that `log` asks for is not installed: asked before the work that there would be to log."""
+    """Raises UserError when a package that `log` asks for is not installed: asked before the work
+    that there would be to log.
+    """
     if config.log.tensorboard:
         _tensorboard()
     if config.log.wandb:
@@ -89,8 +96,8 @@ def _tensorboard() -> Any:
         import tensorboardX
     except ImportError:
         raise UserError(
-            "log.tensorboard is true, but tensorboardX is not installed: pip install 'beagle-jax[log]', or set it to "
-            "false; log.jsonl is written anyway"
+            "log.tensorboard is true, but tensorboardX is not installed: pip install "
+            "'beagle-jax[log]', or set it to false; log.jsonl is written anyway"
         ) from None
     return tensorboardX
 
@@ -100,7 +107,7 @@ def _wandb(config: Config) -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            f"log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install 'beagle-jax[log]', or set it to "
-            "null; log.jsonl is written anyway"
+            f"log.wandb is {config.log.wandb!r}, but wandb is not installed: pip install "
+            "'beagle-jax[log]', or set it to null; log.jsonl is written anyway"
         ) from None
     return wandb

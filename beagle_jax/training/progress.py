@@ -1,4 +1,6 @@
-"""What a stage shows of itself: a progress bar, one line of the log per `log.every` steps, and a stop when numbers break."""
+"""What a stage shows of itself: a progress bar, one line of the log per `log.every` steps, and a
+stop when numbers break.
+"""
 
 import math
 import time
@@ -27,7 +29,9 @@ class Progress:
         first: int,
         waiting: list[dict],
     ):
-        """waiting: the steps since the last line of the log, from the checkpoint that is gone on from."""
+        """waiting: the steps since the last line of the log, from the checkpoint that is gone on
+        from.
+        """
         stage: StageConfig = getattr(config.train, name)
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
         self._bar = tqdm(
@@ -50,14 +54,17 @@ class Progress:
         ]
 
     def add(self, done: int, metrics: Metrics) -> None:
-        """Takes the metrics of one finished step; `done` steps are finished. Raises UserError when they are not finite."""
+        """Takes the metrics of one finished step; `done` steps are finished. Raises UserError when
+        they are not finite.
+        """
         metrics = jax.device_get(metrics)
         loss = float(metrics.objective) / max(float(metrics.supervised), 1.0)
         if not math.isfinite(loss) or not math.isfinite(metrics.grad_norm):
             self._bar.close()
             raise UserError(
-                f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm {float(metrics.grad_norm)}; "
-                f"the last checkpoint is kept. {self._blame(done - 1)}"
+                f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm "
+                f"{float(metrics.grad_norm)}; the last checkpoint is kept. "
+                f"{self._blame(done - 1)}"
             )
         self._since.append(metrics)
         self._timed += float(metrics.supervised)
@@ -71,7 +78,10 @@ class Progress:
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.states_BLD is None:
-            return f"{where}. Lower train.{self._name}.learning_rate, unless it is the target's states, made in the step, that are not finite"
+            return (
+                f"{where}. Lower train.{self._name}.learning_rate, unless it is the target's "
+                "states, made in the step, that are not finite"
+            )
         broken = np.flatnonzero(
             ~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2))
         )
@@ -79,8 +89,9 @@ class Progress:
             return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
         return (
-            f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite (row {broken[0]} begins with the tokens "
-            f"{tokens[:8].tolist()}): delete the states in data.folder to have them made again"
+            f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite "
+            f"(row {broken[0]} begins with the tokens {tokens[:8].tolist()}): delete the "
+            "states in data.folder to have them made again"
         )
 
     def _write(self, done: int) -> None:

@@ -1,4 +1,6 @@
-"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated and sharded."""
+"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated and
+sharded.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +26,8 @@ from beagle_jax.training.late import late_states, window_queries
 from beagle_jax.training.losses import distribution_loss, smooth_l1
 
 AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices; the paper's figures show four and ten
-_ADAMW_RMS = 0.2  # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
+# root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
+_ADAMW_RMS = 0.2
 
 
 class TrainState(NamedTuple):
@@ -36,7 +39,9 @@ class TrainState(NamedTuple):
 
 
 class Accumulated(NamedTuple):
-    """The optimizer's state between two updates, when several batches make one (`train.accumulate`)."""
+    """The optimizer's state between two updates, when several batches make one
+    (`train.accumulate`).
+    """
 
     inner: optax.OptState
     gradient: dict[
@@ -46,14 +51,17 @@ class Accumulated(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over a batch: divide by a count once, at the end. J is the window offset (early) or draft step (late)."""
+    """Sums over a batch: divide by a count once, at the end. J is the window offset (early) or
+    draft step (late).
+    """
 
     ploss: jax.Array  # `train.loss` (soft cross-entropy unless another is asked for), unweighted
     vloss: jax.Array  # smooth-L1, unweighted
     objective: jax.Array  # what is minimised, before the division by `supervised`
     supervised: jax.Array  # supervised tokens of the batch: the divisor of the loss
     count_J: jax.Array  # rows that entered the loss
-    agree_JK: jax.Array  # of them, rows whose draft has the target's most likely token among its first AGREE_WITHIN[k]
+    # of them, rows whose draft has the target's most likely token among its first AGREE_WITHIN[k]
+    agree_JK: jax.Array
     grad_norm: jax.Array  # before clipping; of the batches since the last update
 
 
@@ -69,7 +77,9 @@ class Inputs(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a stage predicts, in the form that both stages share. N predictions a row, each for one of its T queries."""
+    """What a stage predicts, in the form that both stages share. N predictions a row, each for one
+    of its T queries.
+    """
 
     state_BND: jax.Array
     query_BN: jax.Array  # which query
@@ -82,7 +92,9 @@ class Prediction(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW or Muon after clipping by global norm; linear warm-up, then constant or a cosine to zero (method.md 5.4)."""
+    """AdamW or Muon after clipping by global norm; linear warm-up, then constant or a cosine to
+    zero (method.md 5.4).
+    """
     warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
     if stage.schedule == "cosine":
         after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
@@ -94,7 +106,8 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, **adam)
     else:
-        # Updates of AdamW's usual size, so that one learning rate serves both; the norms' weights stay with AdamW.
+        # Updates of AdamW's usual size, so that one learning rate serves both; the norms' weights
+        # stay with AdamW.
         norms = {f"adam_{name}": value for name, value in adam.items()}
         update = optax.contrib.muon(
             schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms
@@ -135,7 +148,9 @@ def predict_early(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offse
 
 
 def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s of every window, all that step i predicts weighted beta_i = s - i + 1 unless given (method.md 4.2)."""
+    """Draft steps 1..s of every window, all that step i predicts weighted beta_i = s - i + 1 unless
+    given (method.md 4.2).
+    """
     steps = stage.simulation_steps
     # Dense: a window begins at every position, and most positions are predicted s times.
     window, offset = (1, 0) if stage.dense else (stage.window, offset)
@@ -148,7 +163,9 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset
 
 
 def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s from each query, one in the early stage (method.md 8). Keys are made of tokens too, so whole rows are embedded."""
+    """Draft steps 1..s from each query, one in the early stage (method.md 8). Keys are made of
+    tokens too, so whole rows are embedded.
+    """
     steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
     state_BTJD = eagle_states(
         params,
@@ -201,7 +218,8 @@ def stage_loss(
     key: jax.Array,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
-    """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens (method.md 3.2, 4.2).
+    """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens
+    (method.md 3.2, 4.2).
 
     frozen: the target's "embed_VD" and "head_VD".
     """
@@ -251,9 +269,11 @@ def updated(
     optimizer: optax.GradientTransformation,
     accumulate: int,
 ) -> tuple[TrainState, jax.Array]:
-    """The state after one more batch, and the gradient's norm: an update, or the sum that waits for one.
+    """The state after one more batch, and the gradient's norm: an update, or the sum that waits for
+    one.
 
-    gradient: of the batch's objective, a sum; divided once, so that batches with more supervised tokens weigh more.
+    gradient: of the batch's objective, a sum; divided once, so that batches with more supervised
+    tokens weigh more.
     """
     mean = lambda total, tokens: jax.tree.map(lambda x: x / (tokens + 1e-5), total)
 
@@ -279,7 +299,9 @@ def updated(
 
 
 def with_states(target: TargetSpec | None, frozen: dict[str, Any], batch: Batch) -> Batch:
-    """The batch with the target's states in the target's dtype, computed here if it comes without (data.states: online)."""
+    """The batch with the target's states in the target's dtype, computed here if it comes without
+    (data.states: online).
+    """
     if target is None:
         return batch._replace(states_BLD=jnp.asarray(batch.states_BLD, frozen["embed_VD"].dtype))
     with jax.named_scope("target"):
@@ -301,9 +323,10 @@ def make_steps(
 ]:
     """(train step, evaluation step, initial state from a copy of parameters) of one stage.
 
-    The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on seed and step only.
-    The state is born sharded and stays so; `frozen` lives where the caller has put it (sharding.place).
-    target: batches come without states, and the step computes them with the target's parameters, frozen["target"].
+    The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on
+    seed and step only. The state is born sharded and stays so; `frozen` lives where the caller has
+    put it (sharding.place). target: batches come without states, and the step computes them with
+    the target's parameters, frozen["target"].
     """
     predict = (
         predict_eagle if isinstance(spec, EagleSpec) else predict_late if late else predict_early

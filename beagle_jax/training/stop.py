@@ -10,13 +10,16 @@ from jax.experimental import multihost_utils
 class StopSignal:
     """A context manager; inside it SIGTERM sets a mark instead of ending the process."""
 
-    _asked = 0  # how often, over all stages: several processes agree on one of these numbers to stop at, so they never begin anew
+    # how often, over all stages: several processes agree on one of these numbers to stop at, so
+    # they never begin anew
+    _asked = 0
 
     def __init__(self) -> None:
         self.seen = False  # somebody wishes to stop
 
     def __enter__(self) -> "StopSignal":
-        # With several processes jax's own service catches the signal: all must stop after the same step.
+        # With several processes jax's own service catches the signal: all must stop after the same
+        # step.
         catches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._see) if catches else None
         return self

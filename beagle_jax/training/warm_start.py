@@ -1,12 +1,14 @@
-"""A closed-form start for the draft: attention to the newest state, and linear maps fitted by ridge regression.
+"""A closed-form start for the draft: attention to the newest state, and linear maps fitted by ridge
+regression.
 
-From N(0, 0.02) weights the block needs hundreds of steps before its attention finds the newest visible state, which
-carries most of what can be known about the next one. Here two thirds of the heads begin there: the mean embedding
-and the mean state are large, so a rank-one term in W_q and W_k makes a score that depends on distance alone through
-RoPE and peaks at the nearest key. Values and output then begin as the ridge regression of h_i on h_{i-1}, scaled down
-so that the embedding is not drowned. Last, the MLP keeps random inner weights of unit scale, and its outer matrix is
-the regression of what this attention leaves unexplained.
-Not in the paper; architecture, losses and training are unchanged (method.md 2.4 leaves the start open).
+From N(0, 0.02) weights the block needs hundreds of steps before its attention finds the newest
+visible state, which carries most of what can be known about the next one. Here two thirds of the
+heads begin there: the mean embedding and the mean state are large, so a rank-one term in W_q and
+W_k makes a score that depends on distance alone through RoPE and peaks at the nearest key. Values
+and output then begin as the ridge regression of h_i on h_{i-1}, scaled down so that the embedding
+is not drowned. Last, the MLP keeps random inner weights of unit scale, and its outer matrix is the
+regression of what this attention leaves unexplained. Not in the paper; architecture, losses and
+training are unchanged (method.md 2.4 leaves the start open).
 """
 
 from collections.abc import Iterable
@@ -35,7 +37,9 @@ _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 def warm_start(
     params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch
 ) -> dict[str, jax.Array]:
-    """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a row, some thousand tokens to fit on."""
+    """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a
+    row, some thousand tokens to fit on.
+    """
     fitted = _local_attention(
         {name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch
     )
@@ -66,7 +70,8 @@ def _local_attention(
         np.outer(_back_one(score_H, spec), _unit_probe(u_MD)), (local * G, 1)
     )
     fitted["k_proj"][: local * H] += np.tile(np.outer(score_H, _unit_probe(before_MD)), (local, 1))
-    # h_i - e_i from (e_i, h_{i-1}); only the part that comes from h_{i-1} goes through the attention.
+    # h_i - e_i from (e_i, h_{i-1}); only the part that comes from h_{i-1} goes through the
+    # attention.
     x_MF = np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1), np.float32)], axis=1)
     linear_FD = _ridge([(x_MF.T @ x_MF, x_MF.T @ (after_MD - e_MD))])
     from_before_DD = linear_FD[u_MD.shape[1] : -1].T * _ATTENTION_SCALE
@@ -80,7 +85,9 @@ def _local_attention(
 
 @partial(jax.jit, static_argnames="spec")
 def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sums over the positions that count: features x features, and features x what the MLP should add."""
+    """Sums over the positions that count: features x features, and features x what the MLP should
+    add.
+    """
     block = BeagleBlock(spec).bind({"params": params})
     T, L = part.counts_BT.shape[1], part.tokens_BL.shape[1]
     asked = queries(T, part.length_BC, part.first_BC)
@@ -118,7 +125,9 @@ def _back_one(score_H: np.ndarray, spec: DraftSpec) -> np.ndarray:
 
 
 def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The map [F, E] of least squares with a penalty, from parts of x^T x and x^T y; summed in float64."""
+    """The map [F, E] of least squares with a penalty, from parts of x^T x and x^T y; summed in
+    float64.
+    """
     gram_FF = cross_FE = np.float64(0)
     for gram, cross in moments:
         gram_FF, cross_FE = gram_FF + gram, cross_FE + cross

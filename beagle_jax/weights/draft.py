@@ -1,4 +1,6 @@
-"""A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md 9.5)."""
+"""A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md
+9.5).
+"""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -31,8 +33,10 @@ TENSOR_NAMES = {
     "input_layernorm": "input_layernorm.weight",
     "post_attention_layernorm": "post_attention_layernorm.weight",
 }
-DIGEST = "sha256"  # key of config.json: of the block's settings and tensors, so that no changed bit goes unnoticed
-HOT_TOKENS = "hot_tokens"  # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
+# key of config.json: of the block's settings and tensors, so that no changed bit goes unnoticed
+DIGEST = "sha256"
+# int32 ids, most frequent first; absent when the draft scores the whole vocabulary
+HOT_TOKENS = "hot_tokens"
 _TRAIN_FIRST = "train a draft first (python -m beagle_jax.train) or set draft.path"
 
 
@@ -49,7 +53,9 @@ class Draft:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes with any weight and setting; a saved draft has it in its config.json."""
+        """A digest that changes with any weight and setting; a saved draft has it in its
+        config.json.
+        """
         return draft_digest(self.spec, file_tensors(self))
 
 
@@ -93,9 +99,11 @@ def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
 def load_draft(
     folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None
 ) -> Draft:
-    """Reads a draft for this target, of the kind that its config.json says. kind: the only one that will do.
+    """Reads a draft for this target, of the kind that its config.json says. kind: the only one that
+    will do.
 
-    Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made for another target.
+    Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made
+    for another target.
     """
     folder = Path(folder)
     weights_path = folder / "model.safetensors"
@@ -121,12 +129,15 @@ def load_draft(
 
 
 def check_there(folder: str | Path) -> None:
-    """Raises UserError for a folder without a draft: asked before a target is loaded for it, which takes long."""
+    """Raises UserError for a folder without a draft: asked before a target is loaded for it, which
+    takes long.
+    """
     read_json(Path(folder) / "config.json", _TRAIN_FIRST)
 
 
 def other_target(draft: Draft, source: str) -> str | None:
-    """The target that a draft says it was trained for, where it is another one than `source`, of the same shape.
+    """The target that a draft says it was trained for, where it is another one than `source`, of
+    the same shape.
 
     Folders and files may hold anything under any name: they are not compared.
     """
@@ -150,12 +161,15 @@ def read_spec(
     folder: Path,
     kinds: tuple[type[DraftSpec], ...] = KINDS,
 ) -> DraftSpec:
-    """What config.json says of the block; raises UserError unless that is a block of one of these kinds, for this target."""
+    """What config.json says of the block; raises UserError unless that is a block of one of these
+    kinds, for this target.
+    """
     path, told_kind = folder / "config.json", config.get("model_type")
     kind = next((kind for kind in kinds if kind.kind == told_kind), None)
     if kind is None:
         raise UserError(
-            f"{path}: model_type is {told_kind!r}, expected {' or '.join(repr(kind.kind) for kind in kinds)}"
+            f"{path}: model_type is {told_kind!r}, expected "
+            f"{' or '.join(repr(kind.kind) for kind in kinds)}"
         )
     expected = kind.from_target(target)
     told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
@@ -187,7 +201,8 @@ def _scaling(told: Any, path: Path) -> RopeScaling:
         or not all(type(value) in (int, float, type(None)) for value in told)
     ):
         raise UserError(
-            f"{path}: rope_scaling is {told!r}; expected the numbers {', '.join(RopeScaling._fields)}"
+            f"{path}: rope_scaling is {told!r}; expected the numbers "
+            f"{', '.join(RopeScaling._fields)}"
         )
     return RopeScaling(*told)
 

@@ -1,6 +1,8 @@
-"""Reads an EAGLE-1/2 draft checkpoint as its authors publish them (method.md 9.3) into the tree of `model/eagle.py`.
+"""Reads an EAGLE-1/2 draft checkpoint as its authors publish them (method.md 9.3) into the tree of
+`model/eagle.py`.
 
-Every tensor is accounted for by its exact name. The copy of the target's embedding is checked for its shape and left.
+Every tensor is accounted for by its exact name. The copy of the target's embedding is checked for
+its shape and left.
 """
 
 from pathlib import Path
@@ -24,26 +26,29 @@ def read_eagle_draft(
 ) -> Draft:
     """The draft in a folder (weights and config.json), in float32.
 
-    Raises UserError naming the file when it cannot be read, is a pickle and may not be, is no EAGLE-1/2 draft, or was
-    made for another target.
+    Raises UserError naming the file when it cannot be read, is a pickle and may not be, is no
+    EAGLE-1/2 draft, or was made for another target.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
     if not config:
         raise UserError(
-            f"{source}: no config.json beside the weights; it says the draft's rope base and norm epsilon"
+            f"{source}: no config.json beside the weights; it says the draft's rope base and "
+            "norm epsilon"
         )
     layer = _layer(config, target, source)
     tensors = [(_our_name(name), array) for name, array in read_weights(files)]
     names = [name for name, _ in tensors]
     if eagle_3 := [name for name in names if name.startswith(_EAGLE_3)]:
         raise UserError(
-            f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of the target; expected EAGLE-1 or 2"
+            f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of "
+            "the target; expected EAGLE-1 or 2"
         )
     has_bias = TENSOR_NAMES["fc_bias"] in names
     if config.get("bias") not in (None, has_bias):
         raise UserError(
-            f"{source}: config.json says bias {config['bias']!r}, and the weights {'hold' if has_bias else 'lack'} fc.bias"
+            f"{source}: config.json says bias {config['bias']!r}, and the weights "
+            f"{'hold' if has_bias else 'lack'} fc.bias"
         )
     spec = EagleSpec(
         hidden_size=layer.hidden_size, intermediate_size=layer.intermediate_size, num_heads=layer.num_heads,
@@ -61,7 +66,9 @@ def read_eagle_draft(
 
 
 def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSpec:
-    """The draft's one layer, described as a target's; raises UserError for what the EAGLE block cannot compute."""
+    """The draft's one layer, described as a target's; raises UserError for what the EAGLE block
+    cannot compute.
+    """
     layer = TargetSpec.from_hf_config(config, f"{source}: config.json")
     wrong = [
         f"{key} {getattr(layer, key)} there, {getattr(target, key)} here"
@@ -79,13 +86,16 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
     unknown += ["Gemma's layer"] * layer.gemma + ["experts"] * (layer.experts is not None)
     if unknown:
         raise UserError(
-            f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one plain Llama layer"
+            f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one "
+            "plain Llama layer"
         )
     return layer
 
 
 def _our_name(name: str) -> str:
-    """Names as a native folder has them: specforge's `eagle_fc` is `fc`, and the one layer needs no number."""
+    """Names as a native folder has them: specforge's `eagle_fc` is `fc`, and the one layer needs no
+    number.
+    """
     return name.replace("eagle_fc.", "fc.", 1).removeprefix("layers.0.")
 
 

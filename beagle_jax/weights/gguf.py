@@ -1,7 +1,8 @@
-"""Reads a llama-architecture GGUF file: config, tensors under Hugging Face names, tokenizer and chat template.
+"""Reads a llama-architecture GGUF file: config, tensors under Hugging Face names, tokenizer and
+chat template.
 
-Dequantisation is the `gguf` package's. What is done here is the renaming, the un-permutation of q and k rows
-(llama.cpp interleaves the rotary pairs, Hugging Face halves them), and the tokenizer.
+Dequantisation is the `gguf` package's. What is done here is the renaming, the un-permutation of q
+and k rows (llama.cpp interleaves the rotary pairs, Hugging Face halves them), and the tokenizer.
 """
 
 import os
@@ -59,27 +60,31 @@ class GGUFFile:
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise UserError(
-                f"{path}: architecture is {architecture!r}; this version reads GGUF files of 'llama'"
+                f"{path}: architecture is {architecture!r}; this version reads GGUF files of "
+                "'llama'"
             )
 
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
         if field is None:
             raise UserError(
-                f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's converter"
+                f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's "
+                "converter"
             )
         try:
             return field.contents()
         except ValueError as error:  # bytes that are no UTF-8
             raise UserError(
-                f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the file again"
+                f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the "
+                "file again"
             ) from error
 
     def _list(self, key: str) -> list[Any]:
         found = self._field(key)
         if not isinstance(found, list):
             raise UserError(
-                f"{self.path}: GGUF metadata {key!r} is {found!r}, expected a list; download the file again"
+                f"{self.path}: GGUF metadata {key!r} is {found!r}, expected a list; download "
+                "the file again"
             )
         return found
 
@@ -93,7 +98,8 @@ class GGUFFile:
             and self._field("llama.rope.scaling.type") != "none"
         ):
             raise UserError(
-                f"{self.path}: RoPE scaling {self._field('llama.rope.scaling.type')!r} is not supported"
+                f"{self.path}: RoPE scaling {self._field('llama.rope.scaling.type')!r} is not "
+                "supported"
             )
         names = {tensor.name for tensor in self._reader.tensors}
         return {
@@ -116,10 +122,13 @@ class GGUFFile:
         return [(_hf_name(tensor.name), _shape(tensor)) for tensor in self._reader.tensors]
 
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """A part of a tensor by its Hugging Face name. Only the rows that it has are dequantised, some at a time."""
+        """A part of a tensor by its Hugging Face name. Only the rows that it has are dequantised,
+        some at a time.
+        """
         tensor = self._by_name[name]
         shape, order = _shape(tensor), self._row_order(tensor)
-        # Not through the reader's map: pages that it has touched count as the process's memory for as long as it lives.
+        # Not through the reader's map: pages that it has touched count as the process's memory for
+        # as long as it lives.
         stored = (
             np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
             .view(tensor.data.dtype)
@@ -153,14 +162,15 @@ class GGUFFile:
     def _dequantised(self, tensor: gguf.ReaderTensor, rows: np.ndarray) -> np.ndarray:
         """Some of a tensor's rows in float32, one behind another."""
         try:
-            # As one long row: the package goes through matrices by sixteen rows at a time, each with a dozen calls of numpy.
+            # As one long row: the package goes through matrices by sixteen rows at a time, each
+            # with a dozen calls of numpy.
             return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(
                 np.float32, copy=False
             )
         except NotImplementedError:
             raise UserError(
-                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf "
-                "package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K"
+                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
+                "gguf package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K"
             ) from None
 
     def _row_order(self, tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -180,19 +190,23 @@ class GGUFFile:
             or len(order) % (2 * count)
         ):
             raise UserError(
-                f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit {count!r} heads; download it again"
+                f"{self.path}: {tensor.name} of shape {list(_shape(tensor))} does not fit "
+                f"{count!r} heads; download it again"
             )
         return _unpermute_rows(order[:, None], count)[:, 0]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the file; without one, the file's own byte-level BPE with its chat template."""
+        """The tokenizer that lies beside the file; without one, the file's own byte-level BPE with
+        its chat template.
+        """
         if (self.path.parent / "tokenizer_config.json").exists():
             return HFTokenizer(self.path.parent).tokenizer()
         model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
         if (model, pre) != ("gpt2", "smollm"):
             raise UserError(
-                f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here (only 'gpt2'/'smollm'); put the model's "
-                "tokenizer files (tokenizer.json, tokenizer_config.json, ..) beside it, or use its Hugging Face folder"
+                f"{self.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here "
+                "(only 'gpt2'/'smollm'); put the model's tokenizer files (tokenizer.json, "
+                "tokenizer_config.json, ..) beside it, or use its Hugging Face folder"
             )
         tokens = self._list("tokenizer.ggml.tokens")
         return PreTrainedTokenizerFast(
@@ -207,7 +221,8 @@ class GGUFFile:
         found = self._field(f"tokenizer.ggml.{name}_token_id")
         if type(found) is not int or not 0 <= found < count:
             raise UserError(
-                f"{self.path}: tokenizer.ggml.{name}_token_id is {found!r}, and there are {count} tokens; download it again"
+                f"{self.path}: tokenizer.ggml.{name}_token_id is {found!r}, and there are "
+                f"{count} tokens; download it again"
             )
         return found
 
@@ -229,7 +244,8 @@ class GGUFFile:
                 f"{self.path}: the tokenizer is damaged ({found}); download the file again"
             )
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        # Each digit stands alone; transformers' own GGUF route drops this step and splits "\n\n1." differently.
+        # Each digit stands alone; transformers' own GGUF route drops this step and splits "\n\n1."
+        # differently.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -264,7 +280,9 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Interleaved rotary pairs (0 1)(2 3).. per head -> half-split (0 h/2)(1 h/2+1).. as Hugging Face stores them."""
+    """Interleaved rotary pairs (0 1)(2 3).. per head -> half-split (0 h/2)(1 h/2+1).. as Hugging
+    Face stores them.
+    """
     rows, width = weight.shape
     return np.ascontiguousarray(
         weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)

@@ -1,8 +1,9 @@
-"""Walks the header of a GGUF file before anybody else reads it: every length is held against the file's.
+"""Walks the header of a GGUF file before anybody else reads it: every length is held against the
+file's.
 
-The gguf package trusts the counts in a file: a damaged one makes it loop for hours, index past the end or read another
-tensor's bytes. What llama.cpp's own reader demands is demanded here: known types, tensors one after the other, and all
-of it inside the file.
+The gguf package trusts the counts in a file: a damaged one makes it loop for hours, index past the
+end or read another tensor's bytes. What llama.cpp's own reader demands is demanded here: known
+types, tensors one after the other, and all of it inside the file.
 """
 
 import math
@@ -24,7 +25,9 @@ _MOST_DIMENSIONS = 4
 
 
 def check_header(path: Path) -> None:
-    """Raises UserError naming the file, the byte and what is wrong there. Little-endian files of version 2 and 3."""
+    """Raises UserError naming the file, the byte and what is wrong there. Little-endian files of
+    version 2 and 3.
+    """
     try:
         with (
             path.open("rb") as stream,
@@ -83,7 +86,8 @@ class _Walk:
                 )
             if offset != expected:
                 raise self._broken(
-                    f"tensor {name} should begin at byte {expected:,} of the data, and begins at {offset:,}"
+                    f"tensor {name} should begin at byte {expected:,} of the data, and begins "
+                    f"at {offset:,}"
                 )
             size = math.prod(shape) // block * block_bytes
             end, expected = offset + size, -(-(offset + size) // alignment) * alignment
@@ -137,5 +141,6 @@ class _Walk:
     def _broken(self, found: str, at: int | None = None) -> UserError:
         at = self._at if at is None else at
         return UserError(
-            f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file whole? Download it again"
+            f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file "
+            "whole? Download it again"
         )

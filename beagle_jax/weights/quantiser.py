@@ -1,7 +1,7 @@
 """Quantises a target layer by layer as it is loaded, and tells what that saved and what it cost.
 
-The cost is measured on the way: some tokens go through both versions of each layer, so that no more than one layer is
-ever held unquantised.
+The cost is measured on the way: some tokens go through both versions of each layer, so that no more
+than one layer is ever held unquantised.
 """
 
 from typing import Any, NamedTuple
@@ -31,26 +31,30 @@ class Cost(NamedTuple):
     group: int  # inputs of a matrix that share a scale
     bytes_before: int
     bytes_after: int
-    logit_error: float  # root mean square of the logits' difference, over that of the logits around their mean
+    # root mean square of the logits' difference, over that of the logits around their mean
+    logit_error: float
     agreement: float  # share of the probe's tokens after which the most likely next one is the same
 
     def __str__(self) -> str:
         return (
-            f"{self.kind}, groups of {self.group}: {self.bytes_before / 1e6:,.0f} MB -> {self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} "
-            f"random tokens logits are off by {self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the most likely next tokens "
-            "are the same"
+            f"{self.kind}, groups of {self.group}: {self.bytes_before / 1e6:,.0f} MB -> "
+            f"{self.bytes_after / 1e6:,.0f} MB at rest; on {_PROBE} random tokens logits are "
+            f"off by {self.logit_error:.1%} of their spread, and {self.agreement:.0%} of the "
+            "most likely next tokens are the same"
         )
 
 
 class Quantiser:
-    """One use: `take` each layer in order, then `cost`. Raises UserError for a group that does not divide a matrix."""
+    """One use: `take` each layer in order, then `cost`. Raises UserError for a group that does not
+    divide a matrix.
+    """
 
     def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str):
         for path, (shape, names) in param_arrays(spec).items():
             if path[-1] in PROJECTIONS and (shape[-1] % group or group % 2):
                 raise UserError(
-                    f"{where}: target.group_size is {group}, which must be even and divide the {shape[-1]} inputs of {names[0]}; "
-                    "choose another"
+                    f"{where}: target.group_size is {group}, which must be even and divide the "
+                    f"{shape[-1]} inputs of {names[0]}; choose another"
                 )
         self._spec, self._kind, self._group = spec, kind, group
         self._streams: tuple[jax.Array, jax.Array] | None = None

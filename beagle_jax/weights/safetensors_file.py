@@ -1,7 +1,9 @@
-"""Reads one safetensors file, a tensor at a time; what is wrong with it is said with the byte where it shows.
+"""Reads one safetensors file, a tensor at a time; what is wrong with it is said with the byte where
+it shows.
 
-The library checks the header against the file (no gap, no overlap, nothing past the end); what is added here are words
-that lead to the place, tensors that are named twice, and dtypes that are no weights.
+The library checks the header against the file (no gap, no overlap, nothing past the end); what is
+added here are words that lead to the place, tensors that are named twice, and dtypes that are no
+weights.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ _VALUES = 1 << 20  # converted at a time
 
 
 def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array in its stored dtype), one in memory at a time. integers: names of tensors that hold int32.
+    """(name, array in its stored dtype), one in memory at a time. integers: names of tensors that
+    hold int32.
 
     Raises UserError naming the file, and the byte or the tensor that is wrong.
     """
@@ -41,7 +44,8 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
                 allowed = ("I32",) if name.rpartition(".")[2] in integers else WEIGHT_DTYPES
                 if dtype not in allowed:
                     raise UserError(
-                        f"{path}: tensor {name} is stored as {dtype}; expected {' or '.join(allowed)}"
+                        f"{path}: tensor {name} is stored as {dtype}; expected "
+                        f"{' or '.join(allowed)}"
                     )
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
@@ -51,18 +55,23 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A file of tensors, contiguous ones, in PyTorch's form. Raises UserError when it cannot be written."""
+    """A file of tensors, contiguous ones, in PyTorch's form. Raises UserError when it cannot be
+    written.
+    """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be written ({error}); free some space or choose another folder, then run again"
+            f"{path}: cannot be written ({error}); free some space or choose another folder, "
+            "then run again"
         ) from error
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a file. Reading it touches those bytes alone, of a part of every row the pages that they lie on, and
-    leaves no map of the file behind: pages that a map has touched would count as the process's memory for as long as the file is open."""
+    """Where a tensor lies in a file. Reading it touches those bytes alone, of a part of every row
+    the pages that they lie on, and leaves no map of the file behind: pages that a map has touched
+    would count as the process's memory for as long as the file is open.
+    """
 
     path: Path
     dtype: np.dtype
@@ -77,7 +86,8 @@ class Place(NamedTuple):
         if shape[1:] != self.shape[1:]:
             found[...] = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
             return found
-        # Rows side by side: from the file into the array, without a copy on the way, or converted piece by piece.
+        # Rows side by side: from the file into the array, without a copy on the way, or converted
+        # piece by piece.
         start = self.offset + (
             picked[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if picked else 0
         )
@@ -91,7 +101,9 @@ class Place(NamedTuple):
         return found
 
     def _convert_into(self, descriptor: int, start: int, found: np.ndarray) -> None:
-        """Fills `found` with the numbers from byte `start` on; of a large tensor only some pieces are in memory in two dtypes."""
+        """Fills `found` with the numbers from byte `start` on; of a large tensor only some pieces
+        are in memory in two dtypes.
+        """
 
         def convert(begin: int) -> None:
             part = found[begin : begin + _VALUES]
@@ -108,9 +120,11 @@ class Place(NamedTuple):
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array without copying it.
+    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array
+    without copying it.
 
-    A large one asks for huge pages: the first touch of its pages, 4 KB each, would take longer than reading the file.
+    A large one asks for huge pages: the first touch of its pages, 4 KB each, would take longer than
+    reading the file.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -125,7 +139,9 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _in_turns(work: Callable[[int], None], count: int, step: int) -> None:
-    """work(0), work(step), .. below `count`; two threads take turns, so that the disk never waits for the memory."""
+    """work(0), work(step), .. below `count`; two threads take turns, so that the disk never waits
+    for the memory.
+    """
     if count <= step:
         work(0)
         return
@@ -142,7 +158,8 @@ def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> Non
             count = os.preadv(descriptor, [part[at:end]], start + at)
             if not count:
                 raise UserError(
-                    f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} bytes early; was it replaced while it was read?"
+                    f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} "
+                    "bytes early; was it replaced while it was read?"
                 )
             at += count
 
@@ -159,7 +176,8 @@ def places(path: Path) -> dict[str, Place]:
                 part = opened.get_slice(name)
                 if part.get_dtype() not in WEIGHT_DTYPES:
                     raise UserError(
-                        f"{path}: tensor {name} is stored as {part.get_dtype()}; expected {' or '.join(WEIGHT_DTYPES)}"
+                        f"{path}: tensor {name} is stored as {part.get_dtype()}; expected "
+                        f"{' or '.join(WEIGHT_DTYPES)}"
                     )
                 offset = start + header[name]["data_offsets"][0]
                 found[name] = Place(path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset)
@@ -181,7 +199,9 @@ def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
 
 
 def _check_names(path: Path) -> tuple[dict, int]:
-    """The header, and the byte where the tensors begin. Raises UserError where the header is cut, is no JSON, names a tensor twice or promises more than the file holds."""
+    """The header, and the byte where the tensors begin. Raises UserError where the header is cut,
+    is no JSON, names a tensor twice or promises more than the file holds.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -192,7 +212,8 @@ def _check_names(path: Path) -> tuple[dict, int]:
     if text is None or size < _LENGTH_BYTES:
         raise _not_whole(
             path,
-            f"its header should end at byte {_LENGTH_BYTES + length:,}, the file ends at byte {size:,}",
+            f"its header should end at byte {_LENGTH_BYTES + length:,}, the file ends at byte "
+            f"{size:,}",
         )
     twice: list[str] = []
 
@@ -242,5 +263,6 @@ def _has_offsets(entry: object) -> bool:
 
 def _not_whole(path: Path, found: str) -> UserError:
     return UserError(
-        f"{path}: cannot be read as safetensors ({found}); is the file whole? Copy or download it again"
+        f"{path}: cannot be read as safetensors ({found}); is the file whole? Copy or download "
+        "it again"
     )

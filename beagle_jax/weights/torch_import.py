@@ -1,7 +1,9 @@
-"""A draft from PyTorch's side: a folder of ours, or a checkpoint in the published naming (method.md 9.1).
+"""A draft from PyTorch's side: a folder of ours, or a checkpoint in the published naming (method.md
+9.1).
 
-Tensors are found by the end of their names, under any one prefix. Every tensor of the file is accounted for: one that
-is missing, doubled, misshapen or unknown is an error, and so is a setting that this block cannot compute.
+Tensors are found by the end of their names, under any one prefix. Every tensor of the file is
+accounted for: one that is missing, doubled, misshapen or unknown is an error, and so is a setting
+that this block cannot compute.
 """
 
 import pickle
@@ -40,8 +42,8 @@ def read_torch_draft(
 ) -> Draft:
     """The draft in a folder or a weights file, for this target.
 
-    Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not hold exactly one draft
-    block, or was made for another target.
+    Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not
+    hold exactly one draft block, or was made for another target.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
@@ -54,7 +56,8 @@ def read_torch_draft(
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
     if ours is not EagleSpec:
-        # Published files do not say whether queries are normed: the norm's weights are there, or they are not.
+        # Published files do not say whether queries are normed: the norm's weights are there, or
+        # they are not.
         normed = (
             config.get("input_norm")
             if ours
@@ -69,7 +72,8 @@ def read_torch_draft(
         provenance = config.get("provenance")
         if not isinstance(provenance, dict):
             raise UserError(
-                f"{source}: provenance in config.json is {provenance!r}, expected an object; export the draft again"
+                f"{source}: provenance in config.json is {provenance!r}, expected an object; "
+                "export the draft again"
             )
     else:
         # Drafts of this library are float32; the half precision of published ones widens exactly.
@@ -102,26 +106,31 @@ def read_folder_config(source: Path) -> dict[str, Any]:
 
 
 def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
-    """The weights in a folder, or the one file; raises UserError when there are none, or pickles that were not allowed."""
+    """The weights in a folder, or the one file; raises UserError when there are none, or pickles
+    that were not allowed.
+    """
     if source.is_dir():
         found = sorted(source.glob("*.safetensors"))
         found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
         if not found:
             raise UserError(
-                f"{source}: no weights in this folder; expected *.safetensors, or *.bin or *.pt with --allow-pickle"
+                f"{source}: no weights in this folder; expected *.safetensors, or *.bin or "
+                "*.pt with --allow-pickle"
             )
     elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
         found = [source]
     elif source.exists():
         raise UserError(
-            f"{source}: expected a folder, or a file that ends in .safetensors, {', '.join(_PICKLES)}"
+            f"{source}: expected a folder, or a file that ends in .safetensors, "
+            f"{', '.join(_PICKLES)}"
         )
     else:
         raise UserError(f"{source}: no such file or folder; --source names the draft to read")
     if found[0].suffix in _PICKLES and not allow_pickle:
         raise UserError(
-            f"{found[0]} is a pickle, which may run code when it is read; convert it to safetensors, or give --allow-pickle "
-            "(it is then read by torch.load(weights_only=True))"
+            f"{found[0]} is a pickle, which may run code when it is read; convert it to "
+            "safetensors, or give --allow-pickle (it is then read by "
+            "torch.load(weights_only=True))"
         )
     return found
 
@@ -137,14 +146,15 @@ def _read_pickle(path: Path) -> Named:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, and does it hold "
-            "weights only?"
+            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, "
+            "and does it hold weights only?"
         ) from error
     if not isinstance(held, dict) or not all(
         isinstance(value, torch.Tensor) for value in held.values()
     ):
         raise UserError(
-            f"{path}: holds something else than named tensors; give the file with the weights to --source"
+            f"{path}: holds something else than named tensors; give the file with the weights "
+            "to --source"
         )
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 
@@ -194,15 +204,18 @@ def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, wher
         raise UserError(f"{where}: this draft belongs to another target ({'; '.join(wrong)})")
     if config.get("beagle_use_lower_layers"):
         raise UserError(
-            f"{where}: beagle_use_lower_layers is {config['beagle_use_lower_layers']}: its queries are states of a "
-            "lower layer, and those of this library's block are embeddings; it cannot be imported"
+            f"{where}: beagle_use_lower_layers is {config['beagle_use_lower_layers']}: its "
+            "queries are states of a lower layer, and those of this library's block are "
+            "embeddings; it cannot be imported"
         )
 
 
 def _match(
     tensors: Named, spec: DraftSpec, vocab_size: int, hot_count: int, where: Path
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The block's tensors and the token ids that it scores; raises UserError listing all that does not fit."""
+    """The block's tensors and the token ids that it scores; raises UserError listing all that does
+    not fit.
+    """
     shapes: dict[str, tuple[int, ...]] = {
         TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()
     }
@@ -214,7 +227,8 @@ def _match(
     for end, matches in found.items():
         if len(matches) > 1:
             problems.append(
-                f"{len(matches)} tensors match {end}: {', '.join(name for name, _ in matches)}; expected one"
+                f"{len(matches)} tensors match {end}: "
+                f"{', '.join(name for name, _ in matches)}; expected one"
             )
         elif not matches and (end in shapes or hot_count):
             problems.append(f"missing tensor {end} {list(shapes.get(end, (hot_count,)))}")
@@ -234,8 +248,8 @@ def _match(
     ]
     if problems:
         raise UserError(
-            f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this target:\n  "
-            + "\n  ".join(problems)
+            f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this "
+            "target:\n  " + "\n  ".join(problems)
         )
     params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
@@ -248,7 +262,9 @@ def _ends(name: str, end: str) -> bool:
 def _misfits(
     name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int
 ) -> list[str]:
-    """What is wrong with one tensor. shape: of a weight; None: the tensor lists the tokens that the draft scores."""
+    """What is wrong with one tensor. shape: of a weight; None: the tensor lists the tokens that the
+    draft scores.
+    """
     if shape is not None:
         wrong = (
             [f"{name} has shape {list(array.shape)}, expected {list(shape)}"]
@@ -264,17 +280,21 @@ def _misfits(
         return [f"{name} has dtype {array.dtype}, expected int32"]
     if array.min() < 0 or array.max() >= vocab_size:
         return [
-            f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary ends at {vocab_size - 1}"
+            f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary "
+            f"ends at {vocab_size - 1}"
         ]
     return []
 
 
 def _copied_from_target(name: str, prefixes: set[str]) -> bool:
-    """Published files hold copies of the target's frozen parts, which decoding takes from the target itself."""
+    """Published files hold copies of the target's frozen parts, which decoding takes from the
+    target itself.
+    """
     if any(
         _ends(name, end) for end in ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
     ):
         return True
-    # The target's final norm; under the draft's own root it would be an output norm of the draft, which we have not.
+    # The target's final norm; under the draft's own root it would be an output norm of the draft,
+    # which we have not.
     roots = {prefix.partition("layers.")[0] for prefix in prefixes}
     return _ends(name, "norm.weight") and name.removesuffix("norm.weight") not in roots
