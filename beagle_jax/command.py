@@ -13,7 +13,9 @@ from beagle_jax.errors import UsageError
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its usage errors turned into ours, and options anywhere between the overrides."""
+    """argparse, with its usage errors turned into ours, and options anywhere between the
+    overrides.
+    """
 
     def parse_args(self, args=None, namespace=None):
         return self.parse_intermixed_args(args, namespace)

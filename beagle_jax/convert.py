@@ -59,8 +59,12 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = {"to-torch": convert.to_torch, "from-torch": convert.from_torch, "import-eagle": convert.import_eagle,
-               "to-jax": convert.to_jax}  # fmt: skip
+        run = {
+            "to-torch": convert.to_torch,
+            "from-torch": convert.from_torch,
+            "import-eagle": convert.import_eagle,
+            "to-jax": convert.to_jax,
+        }
         text, figures = run[direction](config, arguments)
     show(arguments, text, figures)
 

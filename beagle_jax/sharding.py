@@ -31,12 +31,28 @@ _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 # of it, and gathering it would cost more memory than splitting it saves.
 _IN, _OUT, _VOCABULARY = (TENSOR, FSDP), (FSDP, TENSOR), (TENSOR, None)
 _TABLE = {
-    "embed_VD": _VOCABULARY, "head_VD": _VOCABULARY,
+    "embed_VD": _VOCABULARY,
+    "head_VD": _VOCABULARY,
     # the target
-    "q_FD": _IN, "k_FD": _IN, "v_FD": _IN, "o_DF": _OUT, "gate_FD": _IN, "up_FD": _IN, "down_DF": _OUT,
-    "gate_EFD": (None, *_IN), "up_EFD": (None, *_IN), "down_EDF": (None, *_OUT),  # its experts
-    "q_proj": _IN, "k_proj": _IN, "v_proj": _IN, "o_proj": _OUT, "gate_proj": _IN, "up_proj": _IN, "down_proj": _OUT, "fc": _OUT,
-}  # fmt: skip
+    "q_FD": _IN,
+    "k_FD": _IN,
+    "v_FD": _IN,
+    "o_DF": _OUT,
+    "gate_FD": _IN,
+    "up_FD": _IN,
+    "down_DF": _OUT,
+    "gate_EFD": (None, *_IN),
+    "up_EFD": (None, *_IN),
+    "down_EDF": (None, *_OUT),  # its experts
+    "q_proj": _IN,
+    "k_proj": _IN,
+    "v_proj": _IN,
+    "o_proj": _OUT,
+    "gate_proj": _IN,
+    "up_proj": _IN,
+    "down_proj": _OUT,
+    "fc": _OUT,
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -44,9 +44,14 @@ def torch_way(model: LlamaForCausalLM, eos_ids, new_tokens: int, **options):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
-                eos_token_id=list(eos_ids), pad_token_id=eos_ids[0], **options,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                eos_token_id=list(eos_ids),
+                pad_token_id=eos_ids[0],
+                **options,
+            )
         return out[0, len(prompt) :].tolist()
 
     return generate

@@ -83,9 +83,12 @@ def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
     )
     seconds = time.perf_counter() - clock
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
-    print(f"file {size / 1e9:.2f} GB; export and parity check, imports included: {seconds:.1f} s, {seconds / limit_seconds:.2f} of what "
-          f"is allowed; peak memory {gigabytes:.2f} GB, {gigabytes / limit_gigabytes:.2f} of what is allowed, {gigabytes * 1e9 / size:.1f} "
-          "times the file")  # fmt: skip
+    print(
+        f"file {size / 1e9:.2f} GB; export and parity check, imports included: {seconds:.1f} "
+        f"s, {seconds / limit_seconds:.2f} of what is allowed; peak memory {gigabytes:.2f} GB, "
+        f"{gigabytes / limit_gigabytes:.2f} of what is allowed, {gigabytes * 1e9 / size:.1f} "
+        "times the file"
+    )
     return status == 0 and seconds <= limit_seconds and gigabytes <= limit_gigabytes
 
 

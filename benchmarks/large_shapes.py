@@ -38,13 +38,36 @@ _LLAMA = dict(
     tie_embeddings=False,
 )
 SHAPES = {
-    "llama2-7b": TargetSpec(**_LLAMA, vocab_size=32000, intermediate_size=11008, num_kv_heads=32, rope_theta=1e4, rms_norm_eps=1e-5),
-    "llama3-8b": TargetSpec(**_LLAMA, vocab_size=128256, intermediate_size=14336, num_kv_heads=8, rope_theta=5e5, rms_norm_eps=1e-5),
-    "toy": TargetSpec(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-        rope_theta=1e4, rms_norm_eps=1e-5, max_positions=1024, tie_embeddings=False,
+    "llama2-7b": TargetSpec(
+        **_LLAMA,
+        vocab_size=32000,
+        intermediate_size=11008,
+        num_kv_heads=32,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
     ),
-}  # fmt: skip
+    "llama3-8b": TargetSpec(
+        **_LLAMA,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        rope_theta=5e5,
+        rms_norm_eps=1e-5,
+    ),
+    "toy": TargetSpec(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        max_positions=1024,
+        tie_embeddings=False,
+    ),
+}
 ROWS = (1, 8, 16, 32, 64, 128)  # that are verified at once
 PAPER_TAU = {"llama2-7b": 4.1, "llama3-8b": 3.5}  # Beagle on MT-Bench, method.md 7.2
 PAPER_SPEEDUP = {"llama2-7b": 3.0, "llama3-8b": 2.5}

@@ -69,18 +69,29 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
     """
     steps = stage.simulation_steps
     per_step = oracle_states(
-        params, spec, of.embedded(of.tokens_BL), of.h_BLD, of.length_BC[:, 0], window=stage.window, steps=steps, offset=offset,
+        params,
+        spec,
+        of.embedded(of.tokens_BL),
+        of.h_BLD,
+        of.length_BC[:, 0],
+        window=stage.window,
+        steps=steps,
+        offset=offset,
         detach=stage.detach,
-    )  # fmt: skip
+    )
     at = window_queries(
         of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset
     )
     picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
     B, U, _ = at.query_BUJ.shape
     return Prediction(
-        picked.reshape(B, U * steps, -1), at.query_BUJ.reshape(B, -1), at.valid_BUJ.reshape(B, -1),
-        jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)), jnp.tile(jnp.arange(steps, 0, -1.0), U), steps,
-    )  # fmt: skip
+        picked.reshape(B, U * steps, -1),
+        at.query_BUJ.reshape(B, -1),
+        at.valid_BUJ.reshape(B, -1),
+        jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)),
+        jnp.tile(jnp.arange(steps, 0, -1.0), U),
+        steps,
+    )
 
 
 def plain_step(config: TrainConfig, stage: StageConfig):

@@ -59,8 +59,15 @@ def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile
     """Likewise, by PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
-    block = EagleBlock(spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
-                       spec.rope_theta, spec.rms_norm_eps).to(device)  # fmt: skip
+    block = EagleBlock(
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.rope_theta,
+        spec.rms_norm_eps,
+    ).to(device)
     optimizer = torch.optim.AdamW(block.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.0)
     e_BLD, inputs = (
         put(table[batch.tokens_BL]),
@@ -155,8 +162,15 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     asked = parser.parse_args()
-    spec = DraftSpec(hidden_size=asked.hidden, intermediate_size=asked.inner, num_heads=asked.heads, num_kv_heads=asked.kv_heads,
-                     head_dim=asked.hidden // asked.heads, rope_theta=1e5, rms_norm_eps=1e-5)  # fmt: skip
+    spec = DraftSpec(
+        hidden_size=asked.hidden,
+        intermediate_size=asked.inner,
+        num_heads=asked.heads,
+        num_kv_heads=asked.kv_heads,
+        head_dim=asked.hidden // asked.heads,
+        rope_theta=1e5,
+        rms_norm_eps=1e-5,
+    )
     measure(
         spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile
     )

@@ -118,8 +118,10 @@ def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) ->
     left, right = (
         f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides
     )
-    return (f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} [{figures[1]}, {figures[2]}], "
-            f"{seeds} seed{'s' * (seeds > 1)}")  # fmt: skip
+    return (
+        f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} "
+        f"[{figures[1]}, {figures[2]}], {seeds} seed{'s' * (seeds > 1)}"
+    )
 
 
 def _fractions(

@@ -176,8 +176,13 @@ class Plan:
         runs = {name: run for name, run in self.runs.items() if name in named}
         while above := {run.after for run in runs.values() if run.after} - runs.keys():
             runs = {name: run for name, run in self.runs.items() if name in runs or name in above}
-        return replace(self, runs=runs, evaluations=evaluations, claims=claims,
-                       figures={name: one for name, one in self.figures.items() if name in figures})  # fmt: skip
+        return replace(
+            self,
+            runs=runs,
+            evaluations=evaluations,
+            claims=claims,
+            figures={name: one for name, one in self.figures.items() if name in figures},
+        )
 
 
 def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
@@ -209,8 +214,13 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
             run["steps"] = max(run["steps"] // _SHORTER, 2)
             run["every"] = max(run["every"] // _SHORTER, 1) if run.get("every") else None
             run["seeds"] = run.get("seeds", [0])[:1]
-    made = {section: {name: _made(kind, one, f"{path}: {section}.{name}") for name, one in groups[section].items()}
-            for section, kind in (("runs", Run), ("evaluations", Evaluation), ("figures", Figure))}  # fmt: skip
+    made = {
+        section: {
+            name: _made(kind, one, f"{path}: {section}.{name}")
+            for name, one in groups[section].items()
+        }
+        for section, kind in (("runs", Run), ("evaluations", Evaluation), ("figures", Figure))
+    }
     plan = Plan(
         base={**base, **{key: value for key, value in overrides.items() if key != "folder"}},
         folder=folder,

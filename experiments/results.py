@@ -31,8 +31,14 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
     for name, figure in plan.figures.items():
         runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
         missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
-        made = {"figure": name, "title": figure.title, "runs": runs, "not_run": missing,
-                "claims": [line for line in lines if line["figure"] == name], **about}  # fmt: skip
+        made = {
+            "figure": name,
+            "title": figure.title,
+            "runs": runs,
+            "not_run": missing,
+            "claims": [line for line in lines if line["figure"] == name],
+            **about,
+        }
         write_text(plan.results / f"{name}.json", json.dumps(made, indent=1) + "\n")
         if runs and figure.kind == "table":
             tables += ["", *systems_table(runs)]
@@ -222,8 +228,12 @@ def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The columns of the paper's Table 1, as Markdown."""
     first = next(iter(runs.values()))
-    rows = ["| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-            f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | " f"{first['plain_bytes'] / 2**20:.0f} MB | |"]  # fmt: skip
+    rows = [
+        "| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| none | | 1.00 | {_with(first['plain_tokens_per_second'], 1)} | 1.00x | "
+        f"{first['plain_bytes'] / 2**20:.0f} MB | |",
+    ]
     for name, run in runs.items():
         tau, speed = _with(run["curve"][-1]["tau"], 2), _with(run["tokens_per_second"], 1)
         trains = (
@@ -231,8 +241,10 @@ def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if "training_tokens_per_second" in run
             else "not timed"
         )
-        rows.append(f"| {name.split('.')[1]} | {len(run['seeds'])} | {tau} | {speed} | {_with(run['speedup'], 2, 'x')} | "
-                    f"{run['bytes'] / 2**20:.0f} MB | {trains} |")  # fmt: skip
+        rows.append(
+            f"| {name.split('.')[1]} | {len(run['seeds'])} | {tau} | {speed} | "
+            f"{_with(run['speedup'], 2, 'x')} | {run['bytes'] / 2**20:.0f} MB | {trains} |"
+        )
     return rows
 
 

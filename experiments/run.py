@@ -181,8 +181,11 @@ def accepted(config: Config, target: Target) -> dict[str, list]:
         seed=config.decode.seed,
     )
     # The prefill's token is in no round.
-    return {"tokens": [len(one.tokens) - 1 for one in answers], "rounds": [one.rounds for one in answers],
-            "accepted": [one.accepted for one in answers]}  # fmt: skip
+    return {
+        "tokens": [len(one.tokens) - 1 for one in answers],
+        "rounds": [one.rounds for one in answers],
+        "accepted": [one.accepted for one in answers],
+    }
 
 
 def training_speed(config: Config) -> list[float]:
@@ -208,8 +211,13 @@ def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Traini
     again since.
     """
     folders = [plan.folder_of(draft) for draft in drafts]
-    settings = {**plan.base, **plan.evaluations[name].set, "train.folder": str(folders[0]), "draft.path": str(folders[0] / "draft"),
-                "eval.compare": [str(folder / "draft") for folder in folders[1:]]}  # fmt: skip
+    settings = {
+        **plan.base,
+        **plan.evaluations[name].set,
+        "train.folder": str(folders[0]),
+        "draft.path": str(folders[0] / "draft"),
+        "eval.compare": [str(folder / "draft") for folder in folders[1:]],
+    }
     if (folder / "report.json").exists():
         _check_settings(
             folder / "config.yaml",

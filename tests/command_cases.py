@@ -12,8 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from beagle_jax import convert, evaluate, generate, prepare, train, tune
 from beagle_jax.errors import run_main
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main, "tune": tune.main,
-            "convert": convert.main, "prepare": prepare.main}  # fmt: skip
+COMMANDS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "generate": generate.main,
+    "tune": tune.main,
+    "convert": convert.main,
+    "prepare": prepare.main,
+}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,10 +52,19 @@ def make_target(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -64,15 +79,34 @@ def make_workplace(folder: Path) -> SimpleNamespace:
     settings = {
         "target": {"source": str(folder / "target")},
         "draft": {"hot_tokens": 200},
-        "data": {"source": write_lines(folder / "prompts.jsonl", QUESTIONS), "folder": str(folder / "data"),
-                 "answer_tokens": 200, "max_answer_tokens": 12, "batch": 16},
-        "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 48, "checkpoint_every": 2,
-                  "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 1e-3},
-                  "late": {"steps": 2, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
+        "data": {
+            "source": write_lines(folder / "prompts.jsonl", QUESTIONS),
+            "folder": str(folder / "data"),
+            "answer_tokens": 200,
+            "max_answer_tokens": 12,
+            "batch": 16,
+        },
+        "train": {
+            "folder": str(folder / "run"),
+            "batch": 4,
+            "row_tokens": 48,
+            "checkpoint_every": 2,
+            "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 1e-3},
+            "late": {
+                "steps": 2,
+                "window": 2,
+                "simulation_steps": 2,
+                "warmup": 1,
+                "learning_rate": 1e-3,
+            },
+        },
         "decode": {"levels": 2, "max_new_tokens": 20},
-        "eval": {"suites": [write_lines(folder / "eval.jsonl", EVAL_QUESTIONS)], "max_new_tokens": 20},
+        "eval": {
+            "suites": [write_lines(folder / "eval.jsonl", EVAL_QUESTIONS)],
+            "max_new_tokens": 20,
+        },
         "log": {"every": 1},
-    }  # fmt: skip
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return SimpleNamespace(folder=folder, config=str(folder / "run.yaml"))
 

@@ -81,10 +81,38 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
 
 # Files that take ten seconds or more, the longest begun first, so that two workers end together
 # (launch/test.sh keeps the order of the files).
-LONGEST = ("test_decoder", "test_decoding", "test_command", "test_families", "test_audit", "test_eagle_evaluation", "test_sampling",
-           "test_real_target", "test_quantised", "test_sharding", "test_loading", "test_convert", "test_late", "test_benchmarks", "test_resume",
-           "test_mutations", "test_processes", "test_writer", "test_eagle_decoding", "test_readme", "test_plan", "test_train_step", "test_packing",
-           "test_to_jax", "test_eagle_command", "test_target", "test_online", "test_eagle_training", "test_tuning", "test_tree")  # fmt: skip
+LONGEST = (
+    "test_decoder",
+    "test_decoding",
+    "test_command",
+    "test_families",
+    "test_audit",
+    "test_eagle_evaluation",
+    "test_sampling",
+    "test_real_target",
+    "test_quantised",
+    "test_sharding",
+    "test_loading",
+    "test_convert",
+    "test_late",
+    "test_benchmarks",
+    "test_resume",
+    "test_mutations",
+    "test_processes",
+    "test_writer",
+    "test_eagle_decoding",
+    "test_readme",
+    "test_plan",
+    "test_train_step",
+    "test_packing",
+    "test_to_jax",
+    "test_eagle_command",
+    "test_target",
+    "test_online",
+    "test_eagle_training",
+    "test_tuning",
+    "test_tree",
+)
 
 
 def pytest_configure() -> None:

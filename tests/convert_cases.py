@@ -24,11 +24,22 @@ from beagle_jax.weights.target import load_target
 PROVENANCE = {
     "target": "a tiny one",
     "draft": {"init_std": 0.3},
-    "data": {"source": "self", "folder": "/a/private/place", "rows": 12, "answer_tokens_written": 345},
-    "training": {"seed": 42, "batch": 4, "optimizer": "muon", "vloss_weight": 10.0, "early": {"steps": 3, "window": 5},
-                 "late": {"steps": 2, "window": 4, "simulation_steps": 4}},
+    "data": {
+        "source": "self",
+        "folder": "/a/private/place",
+        "rows": 12,
+        "answer_tokens_written": 345,
+    },
+    "training": {
+        "seed": 42,
+        "batch": 4,
+        "optimizer": "muon",
+        "vloss_weight": 10.0,
+        "early": {"steps": 3, "window": 5},
+        "late": {"steps": 2, "window": 4, "simulation_steps": 4},
+    },
     "versions": {"jax": "0.10.2"},
-}  # fmt: skip
+}
 
 
 def make_place(folder: Path) -> SimpleNamespace:

@@ -16,11 +16,16 @@ def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     H = HIDDEN // HEADS
     per_layer = {
-        "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,), "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (KV_HEADS * H, HIDDEN), "self_attn.v_proj": (KV_HEADS * H, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN), "mlp.up_proj": (INTER, HIDDEN),
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * H, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * H, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTER, HIDDEN),
+        "mlp.up_proj": (INTER, HIDDEN),
         "mlp.down_proj": (HIDDEN, INTER),
-    }  # fmt: skip
+    }
     shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for layer in range(LAYERS):
         shapes |= {
@@ -37,13 +42,24 @@ def _gguf_name(name: str) -> str:
     if name in top:
         return top[name]
     _, _, layer, *rest, _ = name.split(".")
-    short = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k",
-             "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    short = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
     return f"blk.{layer}.{short[rest[-1]]}.weight"
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k rows: the two halves of each head's rotary pairs side by side."""
+    """llama.cpp's order of q and k rows: the two halves of each head's rotary pairs side by
+    side.
+    """
     rows, width = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 

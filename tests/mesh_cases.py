@@ -137,7 +137,8 @@ def vocabulary_sent(program: str) -> list[str]:
     device's part of it.
     """
     sent = re.findall(
-        r"= \(?([^=()]*)\)? (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        r"= \(?([^=()]*)\)? "
+        r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
         program,
     )
     sizes = {str(V // parts) for parts in (1, 2, 4, 8)}
@@ -214,7 +215,9 @@ def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
 
 
 def each_axis(params: dict) -> dict:
-    """With what stands beside the two stages: planted bugs, where parameters are born, Muon, EAGLE."""
+    """With what stands beside the two stages: planted bugs, where parameters are born, Muon,
+    EAGLE.
+    """
     found, eagle, muon = (
         each_stage(EACH_AXIS, params),
         fresh_params(EAGLE, jax.random.key(7)),

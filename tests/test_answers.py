@@ -455,7 +455,8 @@ def test_a_disk_that_is_too_small_is_refused(tiny_params, tmp_path, monkeypatch)
     monkeypatch.setattr(states.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     with pytest.raises(
         UserError,
-        match=r"the target's states need 0.0\d MB, 0.0\d MB are free; lower data.answer_tokens, set data.states_dtype: int8",
+        match=r"the target's states need 0.0\d MB, 0.0\d MB are free; lower data.answer_tokens, "
+        r"set data.states_dtype: int8",
     ):
         target_states(tiny_params, TINY, STATE_ROWS, tmp_path / "a.states")
     assert list(tmp_path.iterdir()) == []

@@ -185,8 +185,10 @@ def measured():
     """A right measurement of a chain, to spoil."""
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, 24, 256)
-    decoders = {"plain": SpeculativeDecoder(target, context=context),
-                "chain": SpeculativeDecoder(target, right_draft(0.15), chain(2), context=context)}  # fmt: skip
+    decoders = {
+        "plain": SpeculativeDecoder(target, context=context),
+        "chain": SpeculativeDecoder(target, right_draft(0.15), chain(2), context=context),
+    }
     bench = Bench(decoders, target.tokenizer, context, 24, DRAWN, 3)
     return target, bench, measure(bench, PROMPTS)
 
@@ -322,8 +324,13 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
     )
     right = SpeculativeDecoder.generate
     with pytest.MonkeyPatch.context() as planted:
-        planted.setattr(SpeculativeDecoder, "generate", lambda self, *a, **o: [
-            wrong(one) if self.tree.depth else one for one in right(self, *a, **o)])  # fmt: skip
+        planted.setattr(
+            SpeculativeDecoder,
+            "generate",
+            lambda self, *a, **o: [
+                wrong(one) if self.tree.depth else one for one in right(self, *a, **o)
+            ],
+        )
         made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(
         one["within_noise"] for one in made["divergences"]

@@ -20,10 +20,24 @@ from beagle_jax.model.cache import empty_rows
 from beagle_jax.model.masks import early_block_mask
 from beagle_jax.training.step import predict_early, stage_loss
 
-LLAMA_2_7B = DraftSpec(hidden_size=4096, intermediate_size=11008, num_heads=32, num_kv_heads=32, head_dim=128,
-                       rope_theta=1e4, rms_norm_eps=1e-5)  # fmt: skip
-LLAMA_3_8B = DraftSpec(hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-                       rope_theta=5e5, rms_norm_eps=1e-5)  # fmt: skip
+LLAMA_2_7B = DraftSpec(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+)
+LLAMA_3_8B = DraftSpec(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=5e5,
+    rms_norm_eps=1e-5,
+)
 
 
 @pytest.mark.parametrize(("spec", "count"), [(LLAMA_2_7B, 202_383_360), (LLAMA_3_8B, 218_112_000)])

@@ -80,7 +80,9 @@ def test_train_step_at_toy_size(capsys):
 
 
 def test_torch_step_simulates():
-    """Without simulated steps the draft never reads its own states; with them its second step does."""
+    """Without simulated steps the draft never reads its own states; with them its second step
+    does.
+    """
     torch = pytest.importorskip("torch")
     bench = benchmark("train_step")
     torch.manual_seed(0)
@@ -187,9 +189,14 @@ def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
     printed = _printed(
         bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13
     )
-    whole, verify, draft, *_, ratio = map(float, re.search(
-        r"chain of 2: round ([\d.]+) ms, verify alone ([\d.]+), draft alone ([\d.]+), accept ([\d.]+), append ([\d.]+), left for the loop "
-        r"(-?[\d.]+); ratio ([\d.]+)", printed).groups())  # fmt: skip
+    whole, verify, draft, *_, ratio = map(
+        float,
+        re.search(
+            r"chain of 2: round ([\d.]+) ms, verify alone ([\d.]+), draft alone ([\d.]+), "
+            r"accept ([\d.]+), append ([\d.]+), left for the loop (-?[\d.]+); ratio ([\d.]+)",
+            printed,
+        ).groups(),
+    )
     assert ratio > 0 and whole > 0 <= verify + draft
 
 

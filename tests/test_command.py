@@ -160,11 +160,22 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
     assert f"{learned} chats, " in told and 0 < learned < 12
 
 
-@pytest.mark.parametrize("more, expected", [
-    (["data.answer_tokens=400"], "checkpoints/early holds a run with other settings (data.answer_tokens: 200 there, 400 " "now)"),
-    (["train.late.detach=false"], "checkpoints/late holds a run with other settings (train.late.detach: True there, " "False now)"),
-    (["train.batch=6"], "train.batch is 6, but the mesh splits rows over 4 devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (
+            ["data.answer_tokens=400"],
+            "checkpoints/early holds a run with other settings (data.answer_tokens: 200 there, 400 "
+            "now)",
+        ),
+        (
+            ["train.late.detach=false"],
+            "checkpoints/late holds a run with other settings (train.late.detach: True there, "
+            "False now)",
+        ),
+        (["train.batch=6"], "train.batch is 6, but the mesh splits rows over 4 devices"),
+    ],
+)
 def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(
     trained, capsys, monkeypatch, more, expected
 ):
@@ -485,8 +496,10 @@ def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
     """It would stand where plain decoding does."""
     (trained.folder / "plain").symlink_to(trained.folder / "run" / "draft")
     monkeypatch.chdir(trained.folder)
-    assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (1, "plain is what decoding without a draft is "
-                                                                                             "called; write ./plain for the folder\n")  # fmt: skip
+    assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (
+        1,
+        "plain is what decoding without a draft is called; write ./plain for the folder\n",
+    )
 
 
 def test_evaluate_shows_a_second_draft(trained, capsys):

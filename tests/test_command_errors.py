@@ -1,4 +1,6 @@
-"""How the commands end when something is wrong: one message and a status, before the work begins."""
+"""How the commands end when something is wrong: one message and a status, before the work
+begins.
+"""
 
 import subprocess
 import sys

@@ -201,11 +201,23 @@ EAGLE = ("draft.kind=eagle", "train.early.window=1", "train.late.dense=true")
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("draft.init=ridge", "draft.init is ridge, the closed-form start of a Beagle draft; expected normal or " "the folder"),
-        ("train.early.window=3", "train.early.window is 3, but EAGLE predicts the next position only; set " "train.early.window to 1"),
-        ("train.late.dense=false", "train.late.dense is false, but its late stage, training-time test, drafts from " "every position; set train.late.dense to true, or train.late to none"),
+        (
+            "draft.init=ridge",
+            "draft.init is ridge, the closed-form start of a Beagle draft; expected normal or "
+            "the folder",
+        ),
+        (
+            "train.early.window=3",
+            "train.early.window is 3, but EAGLE predicts the next position only; set "
+            "train.early.window to 1",
+        ),
+        (
+            "train.late.dense=false",
+            "train.late.dense is false, but its late stage, training-time test, drafts from "
+            "every position; set train.late.dense to true, or train.late to none",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_only_beagle_has(load, override, message):
     assert f"run.yaml: draft.kind is eagle and {message}" in refused(load, TARGET, *EAGLE, override)
     load(TARGET, *EAGLE)
@@ -425,7 +437,8 @@ def test_missing_file_names_one_to_start_from(tmp_path):
         (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
         (
             b"",
-            r"run\.yaml: expected a mapping with the sections target, draft, data, train, mesh, decode, eval, log",
+            r"run\.yaml: expected a mapping with the sections target, draft, data, train, "
+            r"mesh, decode, eval, log",
         ),
         (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
     ],

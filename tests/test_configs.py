@@ -115,6 +115,13 @@ def test_both_stages_compile_without_weights(path, capsys, monkeypatch):
 
 def test_the_targets_of_the_paper_and_its_successors_are_here():
     assert {path.stem for path in CONFIGS} >= {
-        "quickstart", "smollm2_135m", "smollm2_360m", "llama2_7b_chat", "vicuna_7b", "llama3_8b_instruct",
-        "llama3_1_8b_instruct", "qwen2_5_7b_instruct", "qwen3_8b",
-    }  # fmt: skip
+        "quickstart",
+        "smollm2_135m",
+        "smollm2_360m",
+        "llama2_7b_chat",
+        "vicuna_7b",
+        "llama3_8b_instruct",
+        "llama3_1_8b_instruct",
+        "qwen2_5_7b_instruct",
+        "qwen3_8b",
+    }

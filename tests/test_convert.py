@@ -287,8 +287,11 @@ def test_half_precision_drafts_write_the_same_answer(place, exported):
 
 def test_the_folder_says_where_it_comes_from(place, exported):
     assert sorted(path.name for path in exported["hot"].iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "modeling_beagle.py"
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_beagle.py",
+    ]
     config = json.loads((exported["hot"] / "config.json").read_text())
     assert config["provenance"] == PROVENANCE and config["target"] == "a tiny one"
     assert (config["num_hot_tokens"], config["vocab_size"], config["num_key_value_heads"]) == (
@@ -297,8 +300,18 @@ def test_the_folder_says_where_it_comes_from(place, exported):
         2,
     )
     card = (exported["hot"] / "README.md").read_text()
-    for words in ("a tiny one", "answer_tokens_written 345", "early: steps 3, window 5", "optimizer muon", "plus 10.0 times the smooth-L1", "weighted [4, 3, 2, 1]", "jax 0.10.2", "220 tokens",
-                  f"torch {torch.__version__}", "Licence"):  # fmt: skip
+    for words in (
+        "a tiny one",
+        "answer_tokens_written 345",
+        "early: steps 3, window 5",
+        "optimizer muon",
+        "plus 10.0 times the smooth-L1",
+        "weighted [4, 3, 2, 1]",
+        "jax 0.10.2",
+        "220 tokens",
+        f"torch {torch.__version__}",
+        "Licence",
+    ):
         assert words in card
     assert "private" not in card and "None" not in card
     text = (exported["hot"] / "modeling_beagle.py").read_text()
@@ -337,8 +350,16 @@ def test_the_card_names_the_loss_that_was_asked_for(place, loss):
         .partition("### Losses\n\n")[2]
         .partition(" the target's distribution, plus 10.0 times")[0]
     )
-    assert line == {"cross_entropy": "Soft cross-entropy with", "kl": "Kullback-Leibler divergence from", "reverse_kl": "Reverse Kullback-Leibler divergence from",
-                    "total_variation": "Total variation distance to", "lk_hybrid": "LK hybrid (Kullback-Leibler, then total variation) distance to"}[loss]  # fmt: skip
+    assert (
+        line
+        == {
+            "cross_entropy": "Soft cross-entropy with",
+            "kl": "Kullback-Leibler divergence from",
+            "reverse_kl": "Reverse Kullback-Leibler divergence from",
+            "total_variation": "Total variation distance to",
+            "lk_hybrid": "LK hybrid (Kullback-Leibler, then total variation) distance to",
+        }[loss]
+    )
 
 
 def report_of(name: str) -> dict:
@@ -619,8 +640,12 @@ def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, mo
     """Two targets may have one shape: their names tell them apart, those of folders do not."""
     draft = load_draft(place.folder / "hot", place.target.spec)
     monkeypatch.setattr(converting, "open_source", lambda *_: HFFolder(place.folder / "target"))
-    for told, asked, refuses in (("hf:org/chat", "hf:org/code", True), ("hf:org/chat@v1", "hf:org/chat@v2", True),
-                                 ("hf:org/chat", "hf:org/chat@v2", False), ("hf:org/chat", "a/folder", False)):  # fmt: skip
+    for told, asked, refuses in (
+        ("hf:org/chat", "hf:org/code", True),
+        ("hf:org/chat@v1", "hf:org/chat@v2", True),
+        ("hf:org/chat", "hf:org/chat@v2", False),
+        ("hf:org/chat", "a/folder", False),
+    ):
         source = tmp_path / "native"
         save_draft(source, replace(draft, provenance={**PROVENANCE, "target": told}))
         status = to_torch(place, source, tmp_path / "out", f"target.source={asked}", "--overwrite")

@@ -36,10 +36,20 @@ from beagle_jax.weights.torch_export import write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": True, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": len(TOKENS),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+}
 SPEC = TargetSpec.from_hf_config(CONFIG, "tests")
 HEADER = 3000  # bytes at the beginning of a file that half of the damage goes to
 
@@ -178,8 +188,11 @@ def as_the_config_says(
     """The weights are the old ones, and each size and number is what stands in the file under its
     key.
     """
-    same({name: value for name, value in expected.items() if name not in ("spec", "eos")},
-         {name: value for name, value in found.items() if name not in ("spec", "eos")}, where=where)  # fmt: skip
+    same(
+        {name: value for name, value in expected.items() if name not in ("spec", "eos")},
+        {name: value for name, value in found.items() if name not in ("spec", "eos")},
+        where=where,
+    )
     told, spec = json.loads(changed), found["spec"]
     rope = told.get("rope_parameters") or {}
     assert spec.rope_theta == rope.get("rope_theta", 10000.0) and spec.rms_norm_eps == told.get(
@@ -288,7 +301,8 @@ def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
     path.write_bytes(changed)
     with pytest.raises(
         UserError,
-        match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: tensor blk.0.ffn_gate.weight should begin at",
+        match=r"model.gguf: not a readable GGUF file \(byte [\d,]+: tensor blk.0.ffn_gate.weight "
+        r"should begin at",
     ):
         read_gguf(tmp_path / "gguf")
     monkeypatch.setattr(gguf_module, "check_header", lambda path: None)

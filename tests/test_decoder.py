@@ -38,8 +38,10 @@ TREES = {
 DRAWN = Sampling(0.8, top_k=20)
 # Draws take the same way through every tree: with none, and with the kind that is the hardest.
 EACH_TREE = pytest.mark.parametrize(
-    ("tree", "sampling"), [*((name, GREEDY) for name in TREES), ("plain", DRAWN), ("dynamic", DRAWN)],
-    ids=[*(f"{name}-greedy" for name in TREES), "plain-drawn", "dynamic-drawn"])  # fmt: skip
+    ("tree", "sampling"),
+    [*((name, GREEDY) for name in TREES), ("plain", DRAWN), ("dynamic", DRAWN)],
+    ids=[*(f"{name}-greedy" for name in TREES), "plain-drawn", "dynamic-drawn"],
+)
 
 
 def _decoder(tree, target=None, draft=None, **options) -> SpeculativeDecoder:
@@ -56,7 +58,9 @@ def _lettered(error: float = 0.02):
 
 @EACH_TREE
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
-    """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop token."""
+    """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop
+    token.
+    """
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = (

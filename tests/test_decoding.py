@@ -130,7 +130,8 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
     token at different places.
     """
     ask = lambda target, limit, *parts: SpeculativeDecoder(target, *parts).generate(
-        [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4)  # fmt: skip
+        [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4
+    )
     free = [answer.tokens for answer in ask(target_of(MARKOV), 16)]
     places = lambda token: {tokens.index(token) for tokens in free if token in tokens}
     stop = max(
@@ -274,8 +275,10 @@ def test_nothing_compiles_after_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("tree", "sampling"), [(ROOT_ONLY, GREEDY), (ROOT_ONLY, DRAWN), (chain(3), GREEDY), (dynamic_tree(3, 3, 8), DRAWN)],
-    ids=["plain-greedy", "plain-drawn", "chain-greedy", "dynamic-drawn"])  # fmt: skip
+    ("tree", "sampling"),
+    [(ROOT_ONLY, GREEDY), (ROOT_ONLY, DRAWN), (chain(3), GREEDY), (dynamic_tree(3, 3, 8), DRAWN)],
+    ids=["plain-greedy", "plain-drawn", "chain-greedy", "dynamic-drawn"],
+)
 def test_caches_are_donated_and_updated_in_place(tree, sampling):
     _check_in_place(loop.decode, tree, sampling)
 

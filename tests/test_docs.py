@@ -169,9 +169,22 @@ def test_sections_that_the_code_cites_are_in_the_method_page():
 
 
 # How it is done and what ships with exports, not what a reader of the reference would call.
-INTERNAL = {"command", "files", "terminal", "data.fingerprint", "data.prefetch", "data.preview", "json_file", "model.config_values",
-            "training.progress", "training.stop", "weights.gguf_header", "weights.safetensors_file", "weights.modeling_beagle",
-            "weights.modeling_eagle"}  # fmt: skip
+INTERNAL = {
+    "command",
+    "files",
+    "terminal",
+    "data.fingerprint",
+    "data.prefetch",
+    "data.preview",
+    "json_file",
+    "model.config_values",
+    "training.progress",
+    "training.stop",
+    "weights.gguf_header",
+    "weights.safetensors_file",
+    "weights.modeling_beagle",
+    "weights.modeling_eagle",
+}
 ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "train", "tune"}
 
 

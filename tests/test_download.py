@@ -52,8 +52,19 @@ class Hub(BaseHTTPRequestHandler):
                 ).encode()
             )
         if path.startswith("/api/models/org/name/tree/"):
-            return self.answer(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                                           for name, content in FILES.items()]).encode())  # fmt: skip
+            return self.answer(
+                json.dumps(
+                    [
+                        {
+                            "type": "file",
+                            "path": name,
+                            "size": len(content),
+                            "oid": hashlib.sha1(content).hexdigest(),
+                        }
+                        for name, content in FILES.items()
+                    ]
+                ).encode()
+            )
         if name in FILES:
             return self.answer(
                 FILES[name],
@@ -92,9 +103,15 @@ def hub(monkeypatch):
     server.asked, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
     url = f"http://localhost:{server.server_port}"
     # The chunk is what is written at once: 10 MB of a real file.
-    settings = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_OFFLINE": False,
-                "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_IMPLICIT_TOKEN": True, "HF_HUB_DOWNLOAD_TIMEOUT": 5,
-                "DOWNLOAD_CHUNK_SIZE": 1 << 16}  # fmt: skip
+    settings = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": True,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 5,
+        "DOWNLOAD_CHUNK_SIZE": 1 << 16,
+    }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between two attempts

@@ -65,9 +65,17 @@ def _both_ways(steps: int, plant: str = ""):
             jnp.zeros((1, LENGTH + 6), jnp.int32), drafted.query_token_BQ, (0, length)
         )
         return drafted.state_BQD, late_states(
-            draft.params, draft.spec, embed_VD[tokens], states_BLD, jnp.array([[LENGTH + 6]]), jnp.array([[0]]), window=steps, steps=steps,
-            offset=length % steps, detach=True,
-        )  # fmt: skip
+            draft.params,
+            draft.spec,
+            embed_VD[tokens],
+            states_BLD,
+            jnp.array([[LENGTH + 6]]),
+            jnp.array([[0]]),
+            window=steps,
+            steps=steps,
+            offset=length % steps,
+            detach=True,
+        )
 
     return both
 

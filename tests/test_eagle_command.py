@@ -35,13 +35,27 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
         "target": {"source": str(folder / "target")},
         "draft": {"kind": "eagle", "hot_tokens": 200},
         "data": {"source": str(folder / "chats.jsonl"), "folder": str(folder / "data")},
-        "train": {"folder": str(folder / "run"), "batch": 4, "row_tokens": 80, "checkpoint_every": 2,
-                  "early": {"steps": 3, "window": 1, "warmup": 1, "learning_rate": 1e-3},
-                  "late": {"steps": 2, "dense": True, "simulation_steps": 2, "warmup": 1, "learning_rate": 1e-3}},
+        "train": {
+            "folder": str(folder / "run"),
+            "batch": 4,
+            "row_tokens": 80,
+            "checkpoint_every": 2,
+            "early": {"steps": 3, "window": 1, "warmup": 1, "learning_rate": 1e-3},
+            "late": {
+                "steps": 2,
+                "dense": True,
+                "simulation_steps": 2,
+                "warmup": 1,
+                "learning_rate": 1e-3,
+            },
+        },
         "decode": {"levels": 2},
-        "eval": {"suites": [write_lines(folder / "eval.jsonl", ["Why is it so?", "Who are you?"])], "max_new_tokens": 16},
+        "eval": {
+            "suites": [write_lines(folder / "eval.jsonl", ["Why is it so?", "Who are you?"])],
+            "max_new_tokens": 16,
+        },
         "log": {"every": 1},
-    }  # fmt: skip
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return SimpleNamespace(
         folder=folder,
@@ -68,8 +82,12 @@ def draft_of(trained, run: str) -> Draft:
 def test_training_leaves_log_and_draft(trained):
     log = log_of(trained.folder / "run")
     assert [(line["stage"], line["step"], len(line["top1_by_offset"])) for line in log] == [
-        ("early", 1, 1), ("early", 2, 1), ("early", 3, 1), ("late", 1, 2), ("late", 2, 2),
-    ]  # fmt: skip
+        ("early", 1, 1),
+        ("early", 2, 1),
+        ("early", 3, 1),
+        ("late", 1, 2),
+        ("late", 2, 2),
+    ]
     written = json.loads((trained.folder / "run" / "draft" / "config.json").read_text())
     assert (
         written["model_type"],

@@ -132,8 +132,12 @@ def test_back_again_it_is_the_same_draft(place, tmp_path, name):
 def test_the_folder_says_what_it_is(place):
     folder = place.folder / "eagle-hot-torch"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "modeling_beagle.py", "modeling_eagle.py"
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_beagle.py",
+        "modeling_eagle.py",
+    ]
     config, card = (
         json.loads((folder / "config.json").read_text()),
         (folder / "README.md").read_text(),

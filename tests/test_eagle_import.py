@@ -24,11 +24,25 @@ from beagle_jax.weights.hf import HFFolder
 
 # As in yuhuili/EAGLE-llama2-chat-7B, with the sizes of the tiny target.
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 32,
-    "initializer_range": 0.02, "intermediate_size": 48, "max_position_embeddings": 256, "model_type": "llama",
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06,
-    "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": 300,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "vocab_size": 300,
+}
 SPEC = EagleSpec(
     hidden_size=32,
     intermediate_size=48,
@@ -137,16 +151,37 @@ def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "missing tensor mlp.up_proj.weight [48, 32]"),
+        (
+            lambda t: t.pop("layers.0.mlp.up_proj.weight"),
+            "missing tensor mlp.up_proj.weight [48, 32]",
+        ),
         (lambda t: t.pop("fc.weight"), "missing tensor fc.weight [32, 64]"),
-        (lambda t: t.update({"layers.0.input_layernorm.weight": np.ones(32, np.float16)}), "extra tensor input_layernorm.weight [32]"),
-        (lambda t: t.update({"layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float16)}), "extra tensor layers.1.mlp.up_proj.weight"),
-        (lambda t: t.update({"fc.weight": np.ones((64, 32), np.float16)}), "fc.weight has shape [64, 32], expected [32, 64]"),
-        (lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float16)}), "fc.weight stands in two files"),
-        (lambda t: t.update({"embed_tokens.weight": np.ones((301, 32), np.float16)}), "embed_tokens.weight has shape [301, 32], expected [300, 32]"),
-        (lambda t: t.update({"midlayer.hidden_norm.weight": np.ones(32, np.float16)}), "this is an EAGLE-3 draft (midlayer.hidden_norm.weight)"),
+        (
+            lambda t: t.update({"layers.0.input_layernorm.weight": np.ones(32, np.float16)}),
+            "extra tensor input_layernorm.weight [32]",
+        ),
+        (
+            lambda t: t.update({"layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float16)}),
+            "extra tensor layers.1.mlp.up_proj.weight",
+        ),
+        (
+            lambda t: t.update({"fc.weight": np.ones((64, 32), np.float16)}),
+            "fc.weight has shape [64, 32], expected [32, 64]",
+        ),
+        (
+            lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float16)}),
+            "fc.weight stands in two files",
+        ),
+        (
+            lambda t: t.update({"embed_tokens.weight": np.ones((301, 32), np.float16)}),
+            "embed_tokens.weight has shape [301, 32], expected [300, 32]",
+        ),
+        (
+            lambda t: t.update({"midlayer.hidden_norm.weight": np.ones(32, np.float16)}),
+            "this is an EAGLE-3 draft (midlayer.hidden_norm.weight)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(target, tmp_path, capsys, change, expected):
     tensors = published()
     change(tensors)
@@ -159,15 +194,21 @@ def test_tensors_that_do_not_fit(target, tmp_path, capsys, change, expected):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"hidden_size": 64}, "this draft belongs to another target (hidden_size 64 there, 32 here)"),
-        ({"vocab_size": 32000}, "this draft belongs to another target (vocab_size 32000 there, 300 here)"),
+        (
+            {"hidden_size": 64},
+            "this draft belongs to another target (hidden_size 64 there, 32 here)",
+        ),
+        (
+            {"vocab_size": 32000},
+            "this draft belongs to another target (vocab_size 32000 there, 300 here)",
+        ),
         ({"num_hidden_layers": 2}, "config.json asks for 2 layers"),
         ({"attention_bias": True}, "config.json asks for biases of projections"),
         ({"bias": False}, "config.json says bias False, and the weights hold fc.bias"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4', expected a whole number"),
         (None, "no config.json beside the weights"),
     ],
-)  # fmt: skip
+)
 def test_configs_that_do_not_fit(target, tmp_path, capsys, change, expected):
     source = write(
         tmp_path / "there", published(), None if change is None else {**CONFIG, **change}

@@ -73,8 +73,17 @@ def test_kinds():
 
 # Against torch
 
-IN_TORCH = {"fc": "fc", "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
-            "down_proj": "down", "post_attention_layernorm": "norm"}  # fmt: skip
+IN_TORCH = {
+    "fc": "fc",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "post_attention_layernorm": "norm",
+}
 
 
 def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
@@ -280,8 +289,13 @@ def test_noise_reaches_the_inputs_only(params, frozen, batch):
     nothing, so the targets are clean.
     """
     drafts = {"whole": params, "deaf": params | {"fc": params["fc"].at[:, D:].set(0)}}
-    loss = {(config.noise, name): float(gradient_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0][0])
-            for config in (NOISY, CLEAN) for name, draft in drafts.items()}  # fmt: skip
+    loss = {
+        (config.noise, name): float(
+            gradient_of(config, EARLY)(draft, frozen, batch, jax.random.key(1))[0][0]
+        )
+        for config in (NOISY, CLEAN)
+        for name, draft in drafts.items()
+    }
     assert loss["none", "deaf"] == loss["uniform", "deaf"]
     assert abs(loss["none", "whole"] - loss["uniform", "whole"]) > 1e-3
 

@@ -64,12 +64,19 @@ def runs(**means: float) -> dict:
 @pytest.mark.parametrize(
     "low, high, rule, expected",
     [
-        (0.01, 0.2, {}, HOLDS), (-0.01, 0.2, {}, OPEN), (-0.2, -0.01, {}, FAILS),
-        (0.01, 0.2, {"at_least": 0.3}, FAILS), (-0.02, 0.2, {"at_least": -0.03}, HOLDS), (-0.04, 0.2, {"at_least": -0.03}, OPEN),
-        (-0.02, 0.02, {"alike": 0.03}, HOLDS), (-0.02, 0.04, {"alike": 0.03}, OPEN), (0.04, 0.06, {"alike": 0.03}, FAILS),
-        (-0.06, -0.04, {"alike": 0.03}, FAILS), (np.nan, np.nan, {}, OPEN),
+        (0.01, 0.2, {}, HOLDS),
+        (-0.01, 0.2, {}, OPEN),
+        (-0.2, -0.01, {}, FAILS),
+        (0.01, 0.2, {"at_least": 0.3}, FAILS),
+        (-0.02, 0.2, {"at_least": -0.03}, HOLDS),
+        (-0.04, 0.2, {"at_least": -0.03}, OPEN),
+        (-0.02, 0.02, {"alike": 0.03}, HOLDS),
+        (-0.02, 0.04, {"alike": 0.03}, OPEN),
+        (0.04, 0.06, {"alike": 0.03}, FAILS),
+        (-0.06, -0.04, {"alike": 0.03}, FAILS),
+        (np.nan, np.nan, {}, OPEN),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_is_of_the_whole_interval(low, high, rule, expected):
     assert verdict(Value((low + high) / 2, low, high), **rule) == expected
 
@@ -84,8 +91,15 @@ def test_measures_by_hand():
     )
     other = point([[8, 2, 0], [10, 0, 0]])
     found = {0: [other, one]}
-    expected = {"tau": (6 + 6 + 3 + 2 + 4 + 18) / 20, "curve": (39 + 12 + 10) / 40, "alpha_1": 12 / 20, "alpha_2": 7 / 12,
-                "speedup": 8 / 5, "memory": 700, "training_speed": 15}  # fmt: skip
+    expected = {
+        "tau": (6 + 6 + 3 + 2 + 4 + 18) / 20,
+        "curve": (39 + 12 + 10) / 40,
+        "alpha_1": 12 / 20,
+        "alpha_2": 7 / 12,
+        "speedup": 8 / 5,
+        "memory": 700,
+        "training_speed": 15,
+    }
     for measure, value in expected.items():
         assert value_of(found, measure).value == pytest.approx(value), measure
     assert value_of(found, "memory") == (700, 700, 700)
@@ -161,8 +175,13 @@ def test_times_of_a_shared_machine_decide_nothing():
     claim = plans.Claim(
         figure="fig", says="a is faster", measure="training_speed", more="a", less=("b",)
     )
-    logged = {name: {seed: [point(prompts(0.5, 0), training_tokens_per_second=lines)] for seed, lines in enumerate(times)}
-              for name, times in (("a", [[9.0, 9.5], []]), ("b", [[5.0, 5.5], [99.0, 99.0]]))}  # fmt: skip
+    logged = {
+        name: {
+            seed: [point(prompts(0.5, 0), training_tokens_per_second=lines)]
+            for seed, lines in enumerate(times)
+        }
+        for name, times in (("a", [[9.0, 9.5], []]), ("b", [[5.0, 5.5], [99.0, 99.0]]))
+    }
     line = judged(claim, logged)
     assert (line["verdict"], line["sides"]) == (HOLDS, [9.25, 5.25])
     assert judged(claim, {**logged, "a": {1: logged["a"][1]}})["here"] == "nothing that both have"
@@ -376,8 +395,18 @@ def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
         {"stage": "data", "step": 0},
         lambda step, speed: {"stage": "early", "step": step, "tokens_per_second": speed},
     )
-    lines = [data, timed(10, 1.0), timed(20, 50.0), {"stage": "early", "step": 20, "split": "held_out"},
-             data, timed(30, 1.0), data, timed(30, 1.0), timed(40, 60.0), timed(50, 70.0)]  # fmt: skip
+    lines = [
+        data,
+        timed(10, 1.0),
+        timed(20, 50.0),
+        {"stage": "early", "step": 20, "split": "held_out"},
+        data,
+        timed(30, 1.0),
+        data,
+        timed(30, 1.0),
+        timed(40, 60.0),
+        timed(50, 70.0),
+    ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert runner.training_speed(load_config(tmp_path / "c.yaml")) == [50.0, 60.0, 70.0]
 
@@ -474,15 +503,32 @@ def measured_by_hand(
     """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike;
     milliseconds and bytes with the seed.
     """
-    bytes_of = lambda draft: dict.fromkeys(["target_weights", "target_cache", "draft_cache", "decode_temporaries", "prefill_temporaries"], 0) | {
-        "draft_weights": draft}  # fmt: skip
+    bytes_of = lambda draft: (
+        dict.fromkeys(
+            [
+                "target_weights",
+                "target_cache",
+                "draft_cache",
+                "decode_temporaries",
+                "prefill_temporaries",
+            ],
+            0,
+        )
+        | {"draft_weights": draft}
+    )
     for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
         folder.mkdir(parents=True)
         turn = {"plain": answer(13, 12, plain[taken]), "d": answer(13, rounds[taken], speed[taken])}
         case = json.dumps({"turns": [{system: {"answer": one} for system, one in turn.items()}]})
         (folder / "answers.jsonl").write_text("{}\n" + 2 * f"{case}\n")
-        systems = [{"name": system, "milliseconds": {"verify": 10.0 + draft.seed}, "bytes": bytes_of(size + draft.seed)}
-                   for system, size in (("plain", 0), ("d", 100))]  # fmt: skip
+        systems = [
+            {
+                "name": system,
+                "milliseconds": {"verify": 10.0 + draft.seed},
+                "bytes": bytes_of(size + draft.seed),
+            }
+            for system, size in (("plain", 0), ("d", 100))
+        ]
         (folder / "report.json").write_text(json.dumps({"systems": systems}))
 
 
@@ -537,9 +583,14 @@ def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
         return plain[-1] | {"plain_seconds": plain[0]["plain_seconds"]}
 
     first = lambda run: dict(list(run.items())[:1])
-    plants = {"the first seed only": ("decoded", lambda plan: {name: first(run) for name, run in decoded(plan).items()}),
-              "plain decoding of the first": ("_from_answers", beside_the_first),
-              "costs of the first": ("_costs", lambda run: costs(first(run)))}  # fmt: skip
+    plants = {
+        "the first seed only": (
+            "decoded",
+            lambda plan: {name: first(run) for name, run in decoded(plan).items()},
+        ),
+        "plain decoding of the first": ("_from_answers", beside_the_first),
+        "costs of the first": ("_costs", lambda run: costs(first(run))),
+    }
     monkeypatch.setattr(results, *plants[bug])
     with pytest.raises(AssertionError):
         seeds_count(replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path))
@@ -608,9 +659,18 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"folder": str(tmp_path / "runs" / "paper")}
     tree["runs"]["window-5"]["set"] = {"train.early.window": 0}
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    ask = [str(tmp_path / "paper.yaml"), "--short", f"target.source={tmp_path / 'target'}", "draft.hot_tokens=200",
-           f"data.folder={tmp_path / 'data'}", f"data.source={questions}", "data.max_answer_tokens=12", "data.batch=64",
-           f"eval.suites=[{questions}]", "train.row_tokens=64"]  # fmt: skip
+    ask = [
+        str(tmp_path / "paper.yaml"),
+        "--short",
+        f"target.source={tmp_path / 'target'}",
+        "draft.hot_tokens=200",
+        f"data.folder={tmp_path / 'data'}",
+        f"data.source={questions}",
+        "data.max_answer_tokens=12",
+        "data.batch=64",
+        f"eval.suites=[{questions}]",
+        "train.row_tokens=64",
+    ]
     assert run_main(runner.main, ask) == 1
     assert "error: 1 could not be made" in capsys.readouterr().err
     folder = tmp_path / "runs" / "paper-short"

@@ -46,52 +46,116 @@ from beagle_jax.weights.target import fill_params, load_target, open_source
 
 # Theta 50 and 64 tokens put the eight waves of a head on both sides of the blend and inside it.
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 # Every window is shorter than the texts, and longer than some rounds and not others.
 FAMILIES = {
     # heads as Llama 2 and Vicuna, head as SmolLM2
-    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "llama 3 rope": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    "llama 3 rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"head_dim": 16, "rope_parameters": LLAMA3_ROPE},
+    ),
     "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
-    "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama with biases": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True},
+    ),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
-    "mistral without window": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "mistral without window": (
+        MistralForCausalLM,
+        MistralConfig,
+        {"sliding_window": None, "head_dim": 16},
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2 with a window": (
-        Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 with all": (
-        Qwen3ForCausalLM, Qwen3Config,
-        {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
     ),
-    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
     "qwen3 moe": (
-        Qwen3MoeForCausalLM, Qwen3MoeConfig,
-        {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
     ),
     "qwen3 moe with all": (
-        Qwen3MoeForCausalLM, Qwen3MoeConfig,
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0],
-         "attention_bias": True, "use_sliding_window": True, "sliding_window": 6},
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [0],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
     ),
     # Softcaps low enough to bend scores and logits; other bases than the defaults.
     "gemma 2": (
-        Gemma2ForCausalLM, Gemma2Config,
-        {"head_dim": 16, "tie_word_embeddings": False, "query_pre_attn_scalar": 24, "sliding_window": 6, "attn_logit_softcapping": 3.0,
-         "final_logit_softcapping": 8.0},
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 8.0,
+        },
     ),
     "gemma 3": (
-        Gemma3ForCausalLM, Gemma3TextConfig,
-        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "final_logit_softcapping": 20.0,
-         "layer_types": ["sliding_attention", "full_attention"],
-         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-                             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0}}},
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "final_logit_softcapping": 20.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0},
+            },
+        },
     ),
-}  # fmt: skip
+}
 PROMPTS = [[5, 17, 60, 3], [8], list(range(40))]
 
 
@@ -99,11 +163,24 @@ PROMPTS = [[5, 17, 60, 3], [8], list(range(40))]
 def family(request, tmp_path_factory):
     """A random model of transformers, and the same loaded from the folder it wrote."""
     model_class, config_class, settings = FAMILIES[request.param]
-    config = config_class(**{
-        **dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-               num_key_value_heads=2, rms_norm_eps=1e-3, max_position_embeddings=256, eos_token_id=NEVER[0], bos_token_id=None,
-               pad_token_id=None), **settings,
-    })  # fmt: skip
+    config = config_class(
+        **{
+            **dict(
+                vocab_size=61,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rms_norm_eps=1e-3,
+                max_position_embeddings=256,
+                eos_token_id=NEVER[0],
+                bos_token_id=None,
+                pad_token_id=None,
+            ),
+            **settings,
+        }
+    )
     model = random_torch(model_class, config)
     folder = tmp_path_factory.mktemp("family")
     model.save_pretrained(folder)
@@ -221,8 +298,12 @@ PLANTS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "plant"), [(name, plant) for name, _, plant in PLANTS], indirect=["family"],
-                         ids=[f"{name}: {what}" for name, what, _ in PLANTS])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "plant"),
+    [(name, plant) for name, _, plant in PLANTS],
+    indirect=["family"],
+    ids=[f"{name}: {what}" for name, what, _ in PLANTS],
+)
 def test_planted_bug_in_states(family, plant):
     model, target = family
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
@@ -290,8 +371,14 @@ LAYERS_ALONE = (
 )
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) if name in LAYERS_ALONE else name for name in FAMILIES],
-                         indirect=True)  # fmt: skip
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LAYERS_ALONE else name
+        for name in FAMILIES
+    ],
+    indirect=True,
+)
 def test_greedy_tokens_equal_torch_with_a_tree(family):
     model, target = family
     assert _decoded(target, static_tree([(0,), (1,), (0, 0), (0, 0, 0)])) == _torch_answers(model)
@@ -339,8 +426,14 @@ def test_window_looks_as_drawn():
 def _rope_difference(scaling) -> float:
     """From transformers' cosines and sines for the sizes of Llama 3.1."""
     rope = {**LLAMA3_ROPE, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
-    config = LlamaConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=1, vocab_size=8, rope_parameters=rope,
-                         max_position_embeddings=131072)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=8,
+        rope_parameters=rope,
+        max_position_embeddings=131072,
+    )
     expected = LlamaForCausalLM(config).model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
     found = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
     return max(float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in zip(found, expected))
@@ -356,9 +449,13 @@ def test_llama3_rope_equals_torch():
 # Configs
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "model_type": "llama",
+    "vocab_size": 12,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
-}  # fmt: skip
+}
 
 
 def _read(**changes) -> TargetSpec:
@@ -381,8 +478,14 @@ def test_gemma_3_as_old_files_say_it():
     """Keys of transformers 4, which wrote neither layer types nor rope_parameters, nor what was the
     default.
     """
-    old = {"rope_theta": 5e5, "rope_local_base_freq": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-           "sliding_window": 9, "sliding_window_pattern": 3, "query_pre_attn_scalar": 16}  # fmt: skip
+    old = {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 7.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 9,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+    }
     spec = _read(model_type="gemma3_text", **old)
     assert (spec.windows, spec.rope_theta, spec.local_rope_theta) == ((9, 9, None), 5e5, 7.0)
     assert (spec.rope_scaling, spec.score_scale, spec.embed_scale) == (RopeScaling(8.0), 0.25, 8.0)
@@ -438,23 +541,71 @@ def test_what_configs_ask_for():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; this version computes 'llama' \(Llama, Vicuna, SmolLM2\), 'mistral'"),
+        (
+            {"model_type": "gemma3"},
+            r"model_type is 'gemma3'; this version computes 'llama' \(Llama, Vicuna, "
+            r"SmolLM2\), 'mistral'",
+        ),
         ({"model_type": "qwen2_moe"}, "model_type is 'qwen2_moe'"),
         ({"model_type": "mixtral"}, "the model config lacks num_experts, num_experts_per_tok"),
-        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, r"is 3; expected 1 to 2 \(num_local_experts\)"),
-        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation is 'gelu'; expected 'gelu_pytorch_tanh'"),
-        ({"model_type": "gemma3_text", "sliding_window": None}, "sliding_window is null; 'gemma3_text' needs a number"),
-        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
-        ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "'linear' of sliding layers"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported; expected one of 'default', 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3' lacks low_freq_factor, high_freq_factor, orig"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+            r"is 3; expected 1 to 2 \(num_local_experts\)",
+        ),
+        (
+            {"model_type": "gemma3_text", "hidden_activation": "gelu"},
+            "hidden_activation is 'gelu'; expected 'gelu_pytorch_tanh'",
+        ),
+        (
+            {"model_type": "gemma3_text", "sliding_window": None},
+            "sliding_window is null; 'gemma3_text' needs a number",
+        ),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention is true",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"sliding_attention": {"rope_type": "linear"}},
+            },
+            "'linear' of sliding layers",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported; expected one of 'default', 'linear'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope type 'llama3' lacks low_freq_factor, high_freq_factor, orig",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is true, which 'mistral' does not have"),
-        ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "layer_types mixes kinds of attention, which 'mistral'"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 3}, "3 entries, among them 'chunked"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"] * 2}, "has 2 entries; expected 3 of"),
+        (
+            {"model_type": "mistral", "attention_bias": True},
+            "attention_bias is true, which 'mistral' does not have",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 3},
+            "layer_types mixes kinds of attention, which 'mistral'",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["chunked_attention"] * 3,
+            },
+            "3 entries, among them 'chunked",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["full_attention"] * 2,
+            },
+            "has 2 entries; expected 3 of",
+        ),
     ],
-)  # fmt: skip
+)
 def test_configs_refused_by_name(changes, message):
     with pytest.raises(UserError, match=f"here: .*{message}"):
         _read(**changes)
@@ -470,7 +621,8 @@ def test_a_bias_that_the_config_does_not_name_is_an_extra_tensor(family):
     more = dataclasses.replace(spec, biases=(*spec.biases, "mlp.up_proj"), qk_norm=True)
     with pytest.raises(
         UserError,
-        match=r"(?s)missing tensor model.layers.0.mlp.up_proj.bias \[48\].*layers.0.self_attn.k_norm.weight \[8\]",
+        match=r"(?s)missing tensor model.layers.0.mlp.up_proj.bias "
+        r"\[48\].*layers.0.self_attn.k_norm.weight \[8\]",
     ):
         fill_params(more, opened, jnp.dtype("float32"), "here")
 

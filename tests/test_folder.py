@@ -44,7 +44,8 @@ def test_a_folder_made_for_something_else_is_refused_by_hash(config, key, named)
     claim(config, MADE_FOR, ALONE)
     with pytest.raises(
         UserError,
-        match=rf"data was made for {named} \({key} {MADE_FOR[key][:12]} there, 999999999999 now\); delete",
+        match=rf"data was made for {named} \({key} {MADE_FOR[key][:12]} there, 999999999999 "
+        r"now\); delete",
     ):
         claim(config, MADE_FOR | {key: "9" * 64}, ALONE)
 
@@ -80,9 +81,18 @@ def test_parts_come_by_number(config, tmp_path):
     assert list(read_parts(config.folder).items()) == list(rows.items())
 
 
-DAMAGED_LINES = ["{", '{"tokens": [1]}', "[]", '{"tokens": [1], "supervised": 1}', '{"tokens": [1, 2], "supervised": [1]}',
-                 '{"tokens": [-1], "supervised": [1]}', '{"tokens": "1", "supervised": [1]}', '{"tokens": [1], "supervised": [7]}',
-                 '{"tokens": [], "supervised": []}', '{"tokens": [1], "supervised": [1]\xff}']  # fmt: skip
+DAMAGED_LINES = [
+    "{",
+    '{"tokens": [1]}',
+    "[]",
+    '{"tokens": [1], "supervised": 1}',
+    '{"tokens": [1, 2], "supervised": [1]}',
+    '{"tokens": [-1], "supervised": [1]}',
+    '{"tokens": "1", "supervised": [1]}',
+    '{"tokens": [1], "supervised": [7]}',
+    '{"tokens": [], "supervised": []}',
+    '{"tokens": [1], "supervised": [1]\xff}',
+]
 
 
 @pytest.mark.parametrize("line", DAMAGED_LINES)

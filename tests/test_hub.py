@@ -27,7 +27,9 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def datasets():
-    """Not imported above: it takes seconds, which only the worker that runs these tests should pay."""
+    """Not imported above: it takes seconds, which only the worker that runs these tests should
+    pay.
+    """
     return pytest.importorskip("datasets")
 
 
@@ -59,8 +61,10 @@ def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
     where = f"hf:{folder}[train], record"
     asked = {"role": "user", "content": "Why?"}
     assert list(hub_chats(folder, "train", streaming)) == [
-        Chat((QUESTION, ANSWER), f"{where} 1"), Chat((asked,), f"{where} 2"), Chat((QUESTION, ANSWER), f"{where} 4"),
-    ]  # fmt: skip
+        Chat((QUESTION, ANSWER), f"{where} 1"),
+        Chat((asked,), f"{where} 2"),
+        Chat((QUESTION, ANSWER), f"{where} 4"),
+    ]
     assert "left out 1 of 4 conversations, which hold no question" in capsys.readouterr().out
 
 

@@ -1,4 +1,6 @@
-"""The late stage against its plain form, and against the early stage (method.md 13.2, 13.3, 13.6)."""
+"""The late stage against its plain form, and against the early stage (method.md 13.2, 13.3,
+13.6).
+"""
 
 from functools import lru_cache, partial
 
@@ -32,7 +34,9 @@ def row():
 
 
 def _scored(window: int, steps: int, multi_token: bool) -> list[tuple[int, int]]:
-    """Draft step and window offset of each prediction, as method.md 4.2 sums them: l = i, or l = k."""
+    """Draft step and window offset of each prediction, as method.md 4.2 sums them: l = i, or l
+    = k.
+    """
     return [
         (step, offset)
         for step in range(steps)
@@ -277,7 +281,9 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
 
 @pytest.mark.parametrize("detach, within", [(True, 1.15), (False, 1.3)])
 def test_memory_is_flat_in_the_steps(detach, within):
-    """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that grow."""
+    """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that
+    grow.
+    """
     # The first step's program is the same with and without: no predicted state is read.
     found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
     memory = [bytes_ for bytes_, _ in found]

@@ -33,8 +33,14 @@ PYTHON_M = "-m beagle_jax.train --config configs/quickstart.yaml train.seed=1"
 def bash(
     script: str, *arguments: str, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", f"launch/{script}", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd,
-                          env={**os.environ, **environment})  # fmt: skip
+    return subprocess.run(
+        ["bash", f"launch/{script}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
 
 
 def shellcheck(path: Path) -> str:
@@ -59,15 +65,36 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
 @pytest.mark.parametrize(
     "script, arguments, expected",
     [
-        ("local_cpu.sh", COMMAND, f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 .venv/bin/python {PYTHON_M}"),
+        (
+            "local_cpu.sh",
+            COMMAND,
+            f"env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 .venv/bin/python {PYTHON_M}",
+        ),
         ("gpu.sh", COMMAND, f"env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python {PYTHON_M}"),
         ("gpu.sh", ["--gpus", "2", *COMMAND], "CUDA_VISIBLE_DEVICES=0\\,1 .venv-gpu/bin/python"),
-        ("slurm.sbatch", COMMAND, "srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python " f"{PYTHON_M}"),
-        ("tpu_pod.sh", ["--here", *COMMAND], f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}"),
-        ("quickstart.sh", ["--short", "eval.limit=1"], "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000"),
-        ("test.sh", ["-k", "late"], "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k late"),
+        (
+            "slurm.sbatch",
+            COMMAND,
+            "srun --kill-on-bad-exit=1 env JAX_PLATFORMS=cuda\\,cpu .venv-gpu/bin/python "
+            f"{PYTHON_M}",
+        ),
+        (
+            "tpu_pod.sh",
+            ["--here", *COMMAND],
+            f"env JAX_PLATFORMS=tpu\\,cpu .venv-tpu/bin/python {PYTHON_M}",
+        ),
+        (
+            "quickstart.sh",
+            ["--short", "eval.limit=1"],
+            "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000",
+        ),
+        (
+            "test.sh",
+            ["-k", "late"],
+            "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k late",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_dry_run_prints_the_commands_and_does_nothing(script, arguments, expected):
     before = sorted(os.listdir(ROOT))
     done = bash(script, "--dry-run", *arguments)
@@ -315,8 +342,16 @@ def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False
     }
     clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
     code = JOIN.format(before=before, flag=flag)
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean | more)
-               for more in processes]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=clean | more,
+        )
+        for more in processes
+    ]
     ended = [one.communicate(timeout=120) for one in started]
     assert [one.returncode for one in started] == [0] * len(started), ended
     return [out.strip() for out, _ in ended]
@@ -366,8 +401,14 @@ def test_pods_of_the_gpu_jobset_find_each_other():
 
 def test_workers_of_a_tpu_slice_find_each_other():
     port = str(free_port())
-    worker = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1", "JAX_COORDINATOR_PORT": port,
-              "MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}  # fmt: skip
+    worker = {
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_COORDINATOR_PORT": port,
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0",
+    }
     found = joined(
         [worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True
     )

@@ -358,8 +358,12 @@ def test_gguf_types_load_as_gguf_decodes_them(tmp_path, kind):
     tensors = llama_tensors()
     write_llama(tmp_path / "tiny.gguf", tensors, kind=TYPES[kind])
     spec = TargetSpec.from_hf_config(GGUFFile(tmp_path / "tiny.gguf").config(), "x")
-    rounded = {name: x if x.ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(x, TYPES[kind]), TYPES[kind])
-               for name, x in tensors.items()}  # fmt: skip
+    rounded = {
+        name: x
+        if x.ndim == 1
+        else gguf.quants.dequantize(gguf.quants.quantize(x, TYPES[kind]), TYPES[kind])
+        for name, x in tensors.items()
+    }
     found = fill_params(spec, GGUFFile(tmp_path / "tiny.gguf"), jnp.dtype("float32"), "x")
     _equal(found, fill_params(spec, Held(rounded.items()), jnp.dtype("float32"), "x"))
 

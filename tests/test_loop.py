@@ -244,8 +244,9 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_checkpoint(whole, stage, tmp_path):
     config = config_for(tmp_path)
     message = (
-        r"early stage, step 8: the loss is (nan|inf), .* the last checkpoint is kept. Its batch is number 2 of epoch 1; "
-        r"row 0 of it has states that are not finite \(row 0 begins with the tokens \[\d+, .*\]\): delete the states in data.folder"
+        r"early stage, step 8: the loss is (nan|inf), .* the last checkpoint is kept. Its "
+        r"batch is number 2 of epoch 1; row 0 of it has states that are not finite \(row 0 "
+        r"begins with the tokens \[\d+, .*\]\): delete the states in data.folder"
     )
     with pytest.raises(UserError, match=message):
         stage(config, training=Breaking(loader_of(20, 1), 7, infinite_state))
@@ -289,7 +290,8 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
     config = config_for(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are finite: lower train.early.learn",
+        match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are "
+        r"finite: lower train.early.learn",
     ):
         stage(config)
     assert saved_steps(config) == []
@@ -309,7 +311,10 @@ def test_shares_by_offset_are_of_what_was_counted():
 def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
     training = BatchLoader([Row([1, 2, 3], [True] * 3)] * 4, None, batch=4, row_tokens=L, seed=1)
     progress = Progress("early", config_for(tmp_path), None, training, 0, [])
-    message = r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate, unless it is the target's states, made in the step"
+    message = (
+        r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate, unless it is the "
+        r"target's states, made in the step"
+    )
     with pytest.raises(UserError, match=message):
         progress.add(7, Metrics(*[np.float32("nan")] * len(Metrics._fields)))
 
@@ -517,7 +522,10 @@ def test_a_broken_file_is_named(draft, tmp_path):
 def test_a_draft_of_another_target_is_refused(draft, tmp_path):
     save_draft(tmp_path, draft)
     other = replace(TINY, hidden_size=64, rope_theta=5e5)
-    message = r"belongs to another target \(hidden_size 32 there, 64 here; rope_theta 10000.0 there, 500000.0 here\)"
+    message = (
+        r"belongs to another target \(hidden_size 32 there, 64 here; rope_theta 10000.0 there, "
+        r"500000.0 here\)"
+    )
     with pytest.raises(UserError, match=message):
         load_draft(tmp_path, other)
     save_draft(tmp_path, replace(draft, spec=replace(SPEC, init_std=0.5)))

@@ -28,7 +28,9 @@ def rows():
 
 
 def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
-    """Every option of `train.loss` as its formula reads, over whole logits; differentiated by jax."""
+    """Every option of `train.loss` as its formula reads, over whole logits; differentiated by
+    jax.
+    """
     log_p_MV, log_q_MV = (
         jax.nn.log_softmax(true_MD @ head_VD.T),
         jax.nn.log_softmax(state_MD @ head_VD.T),

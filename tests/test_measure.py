@@ -26,8 +26,10 @@ def chat(*turns: str, kind: str = "x") -> Chat:
 def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(suites, target.tokenizer, max_new_tokens, target.spec.max_positions)
-    decoders = {"plain": SpeculativeDecoder(target, context=context),
-                "chain": SpeculativeDecoder(target, right_draft(0.02), chain(2), context=context)}  # fmt: skip
+    decoders = {
+        "plain": SpeculativeDecoder(target, context=context),
+        "chain": SpeculativeDecoder(target, right_draft(0.02), chain(2), context=context),
+    }
     return Bench(decoders, target.tokenizer, context, max_new_tokens, sampling, 5)
 
 
@@ -187,8 +189,19 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
     )
     again = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
     assert len(asked) == 2 * len(bench.decoders)
-    untimed = lambda measured: [[{name: (asked.prompt, dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0))
-                                  for name, asked in turn.items()} for turn in case.turns] for case in measured.cases]  # fmt: skip
+    untimed = lambda measured: [
+        [
+            {
+                name: (
+                    asked.prompt,
+                    dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0),
+                )
+                for name, asked in turn.items()
+            }
+            for turn in case.turns
+        ]
+        for case in measured.cases
+    ]
     assert untimed(again) == untimed(whole) and again.cases[0] == whole.cases[0]
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()[1:]] == [0, 1, 2]
 
@@ -196,7 +209,8 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
 def test_other_settings_are_refused(cut_off):
     with pytest.raises(
         UserError,
-        match=r"was begun with other settings \(a.b 1 there, 2 here; c None there, 3 here\); give another --out",
+        match=r"was begun with other settings \(a.b 1 there, 2 here; c None there, 3 here\); "
+        r"give another --out",
     ):
         AnswerLog(cut_off[1], {"a": {"b": 2}, "c": 3})
 

@@ -89,7 +89,9 @@ def test_wrong_acceptance(name, bug, monkeypatch):
 
 @on("chain", "dynamic")
 def test_verify_mask_sees_siblings(tree, monkeypatch):
-    """Every node sees all nodes of the tree: in a chain the later ones, in a tree its siblings too."""
+    """Every node sees all nodes of the tree: in a chain the later ones, in a tree its siblings
+    too.
+    """
     right = loop.forward
     everything = lambda *a: (
         right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == tree.size else right(*a)

@@ -231,8 +231,15 @@ def test_a_session_with_older_modules_loaded_is_to_be_restarted(monkeypatch):
 
 def test_an_accelerator_is_left_to_the_notebook_that_holds_it():
     """A TPU takes one process: a second one that asks for it fails."""
-    started = [call for path in NOTEBOOKS for cell in RUN.code_cells(read(path)) for call in ast.walk(ast.parse(cell.source))
-               if isinstance(call, ast.Call) and ast.unparse(call.func) == "subprocess.run" and "beagle_jax." in ast.unparse(call)]  # fmt: skip
+    started = [
+        call
+        for path in NOTEBOOKS
+        for cell in RUN.code_cells(read(path))
+        for call in ast.walk(ast.parse(cell.source))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) == "subprocess.run"
+        and "beagle_jax." in ast.unparse(call)
+    ]
     assert started and all("'JAX_PLATFORMS': 'cpu'" in ast.unparse(call) for call in started)
 
 

@@ -112,8 +112,9 @@ def on_eight_devices() -> None:
 
 def test_the_target_runs_on_the_mesh_of_the_step():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-    }  # fmt: skip
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    }
     command = [sys.executable, "-c", "from test_online import on_eight_devices; on_eight_devices()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

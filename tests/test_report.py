@@ -79,8 +79,12 @@ def made() -> dict:
 def test_groups_and_figures(made):
     first, second = made["suites"]
     assert [(group["by"], group["of"], group["prompts"]) for group in first["groups"]] == [
-        ("all", "", 2), ("category", "math", 1), ("category", "code", 1), ("context", "64", 2), ("context", "256", 1)
-    ]  # fmt: skip
+        ("all", "", 2),
+        ("category", "math", 1),
+        ("category", "code", 1),
+        ("context", "64", 2),
+        ("context", "256", 1),
+    ]
     assert [(group["by"], group["prompts"]) for group in second["groups"]] == [("all", 1)]
     one = first["groups"][0]["systems"]["a|<b>"]
     assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (
@@ -101,8 +105,10 @@ def test_groups_and_figures(made):
         "verify": 2.0,
         "rest": 497.0,
     }
-    assert made["notes"] == ["long is not there: none of its 5 turns fits the context.",
-                             "1 of 4 texts are longer than the 100 tokens that a|<b> was " "trained on."]  # fmt: skip
+    assert made["notes"] == [
+        "long is not there: none of its 5 turns fits the context.",
+        "1 of 4 texts are longer than the 100 tokens that a|<b> was trained on.",
+    ]
 
 
 def test_the_schema_holds_and_describes_everything(made):
@@ -184,18 +190,48 @@ def test_prompts_without_a_category_have_a_heading(made):
 
 
 def test_pages_hold_every_figure(made, tmp_path):
-    parted = {"system": "a|<b>", "suite": "s", "number": 3, "turn": 1, "place": 7, "plain": 11, "system_token": 12, "gap": 0.25,
-              "top_2_gap": 0.125, "within_noise": False}  # fmt: skip
+    parted = {
+        "system": "a|<b>",
+        "suite": "s",
+        "number": 3,
+        "turn": 1,
+        "place": 7,
+        "plain": 11,
+        "system_token": 12,
+        "gap": 0.25,
+        "top_2_gap": 0.125,
+        "within_noise": False,
+    }
     ended = parted | {"system_token": None, "gap": 3.4e38, "within_noise": None}
-    made["audit"] = {"passed": False, "noise": 0.01, "reach": 0.0321, "divergences": [parted, ended],
-                     "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}]}  # fmt: skip
+    made["audit"] = {
+        "passed": False,
+        "noise": 0.01,
+        "reach": 0.0321,
+        "divergences": [parted, ended],
+        "checks": [{"name": "tau", "passed": False, "found": "1.5, not 2.5"}],
+    }
     check_schema(made)
     pictures = {"Acceptance": tmp_path / "a.png", "Phases": tmp_path / "p.png"}
     plot_acceptance(made, pictures["Acceptance"])
     plot_phases(made, pictures["Phases"])
     text, shown = markdown(made), page(made, pictures)
-    for cell in ("2.00 [2.00, 2.00]", "1.89x [1.89, 1.89]", "0.75 0.33", "s: prompts up to 256 tokens", "s: math", "497.00", "1.5, not 2.5", *made["notes"],
-                 "up to 0.0321", "s prompt 3, turn 1, token 7", "11 became 12", "11 became the end", "0.25", "0.125", "NO"):  # fmt: skip
+    for cell in (
+        "2.00 [2.00, 2.00]",
+        "1.89x [1.89, 1.89]",
+        "0.75 0.33",
+        "s: prompts up to 256 tokens",
+        "s: math",
+        "497.00",
+        "1.5, not 2.5",
+        *made["notes"],
+        "up to 0.0321",
+        "s prompt 3, turn 1, token 7",
+        "11 became 12",
+        "11 became the end",
+        "0.25",
+        "0.125",
+        "NO",
+    ):
         assert (
             cell in text.replace("a\\|<b>", "a|<b>")
             and cell.replace("<", "&lt;").replace(">", "&gt;") in shown

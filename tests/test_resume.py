@@ -90,7 +90,9 @@ def kill(batch):
 
 
 def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path):
-    """Really killed, in a process of its own, in the middle of an epoch and of a window of the log."""
+    """Really killed, in a process of its own, in the middle of an epoch and of a window of the
+    log.
+    """
     here = Path(__file__).parent
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
@@ -283,7 +285,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_pa
     config = config_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         stopped_at("early", 8, config, frozen, interrupt)
-    message = r"checkpoints/early: a checkpoint could not be written \(.*File too large.*\); the last whole one is that of step 5"
+    message = (
+        r"checkpoints/early: a checkpoint could not be written \(.*File too large.*\); the "
+        r"last whole one is that of step 5"
+    )
     with small_disk(4000), pytest.raises(UserError, match=message):
         both_stages(config, frozen)
     assert saved_steps(config) == [5]
@@ -299,7 +304,8 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
     config = config_of(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) is kept",
+        match=r"step 10: a parameter .* is not finite although the loss was.* \(that of step 5\) "
+        r"is kept",
     ):
         both_stages(config, frozen)
     assert saved_steps(config) == [5]

@@ -31,8 +31,13 @@ def shape_of(tmp_path):
     """A config.json of the tiny target, with changes."""
 
     def shape_of(**changes) -> TargetConfig:
-        names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-                 "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings"}  # fmt: skip
+        names = {
+            "num_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads",
+            "max_positions": "max_position_embeddings",
+            "tie_embeddings": "tie_word_embeddings",
+        }
         config = (
             {names.get(key, key): value for key, value in asdict(TINY).items()}
             | {"model_type": "llama"}
@@ -56,7 +61,8 @@ def test_a_shape_describes_the_target_without_its_source(shape_of):
     [
         (
             {"vocab_size": 62},
-            r"model.embed_tokens.weight is \[62, 32\] there and \[61, 32\] in the target \(1 tensors differ\)",
+            r"model.embed_tokens.weight is \[62, 32\] there and \[61, 32\] in the target \(1 "
+            r"tensors differ\)",
         ),
         (
             {"num_hidden_layers": 1},

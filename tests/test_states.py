@@ -40,7 +40,9 @@ def read(path, dtype=None) -> list[np.ndarray]:
 
 
 def check_close(found, dtype: str) -> None:
-    """Half a step of the dtype's grid: of each number (bfloat16) or of its token's largest (int8)."""
+    """Half a step of the dtype's grid: of each number (bfloat16) or of its token's largest
+    (int8).
+    """
     for was, now in zip(some_states(), found, strict=True):
         largest = np.abs(was).max(axis=1, keepdims=True)
         step = {"float32": 0 * largest, "bfloat16": np.abs(was) / 256, "int8": largest / 254}[dtype]

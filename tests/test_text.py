@@ -34,7 +34,9 @@ class _Careless(TextStream):
 
 
 def _check_whole(stream, tokenizer, text, run):
-    """Feeds `run` tokens at a time; what is shown is the text, never with a broken character in it."""
+    """Feeds `run` tokens at a time; what is shown is the text, never with a broken character in
+    it.
+    """
     tokens, shown = tokenizer.encode(text), ""
     for start in range(0, len(tokens), run):
         new = stream.add(tokens[start : start + run])

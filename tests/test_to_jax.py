@@ -127,10 +127,22 @@ def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
     folder.mkdir()
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     settings = {
-        "target": {"source": str(target)}, "data": {"source": str(folder / "chats.jsonl"), "folder": str(folder / "data"), "answer_tokens": 8},
-        "train": {"folder": str(folder / "run"), "batch": 2, "row_tokens": 16, "early": {"steps": 2, "window": 2}, "late": "none"},
-        "decode": {"levels": 2, "max_new_tokens": 6}, "log": {"every": 1},
-    }  # fmt: skip
+        "target": {"source": str(target)},
+        "data": {
+            "source": str(folder / "chats.jsonl"),
+            "folder": str(folder / "data"),
+            "answer_tokens": 8,
+        },
+        "train": {
+            "folder": str(folder / "run"),
+            "batch": 2,
+            "row_tokens": 16,
+            "early": {"steps": 2, "window": 2},
+            "late": "none",
+        },
+        "decode": {"levels": 2, "max_new_tokens": 6},
+        "log": {"every": 1},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     assert run_main(train.main, ["--config", str(folder / "run.yaml")]) == 0
     assert (

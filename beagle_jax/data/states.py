@@ -98,7 +98,9 @@ def stored_dtype(params: Params, dtype: str | None) -> str:
 def target_states(
     params: Params, spec: TargetSpec, rows: Sequence[Row], path: Path, dtype: str | None = None
 ) -> list[StoredStates]:
-    """States of each row, in `path`; computed if they are not there for these rows in this dtype."""
+    """States of each row, in `path`; computed if they are not there for these rows in this
+    dtype.
+    """
     dtype = stored_dtype(params, dtype)
     if not is_stored(path, rows, spec.hidden_size, dtype):
         _reserve(path, rows, spec.hidden_size, dtype)
@@ -204,7 +206,9 @@ def record_bytes(width: int, dtype: str) -> int:
 
 
 def _encode(states_LD: np.ndarray, dtype: str) -> bytes:
-    """Records of the tokens. int8: the state over its scale, which is its largest magnitude / 127."""
+    """Records of the tokens. int8: the state over its scale, which is its largest magnitude /
+    127.
+    """
     if dtype != "int8":
         return np.ascontiguousarray(states_LD, np.dtype(dtype)).tobytes()
     states_LD = np.asarray(states_LD, np.float32)

@@ -25,7 +25,9 @@ from beagle_jax.model.target import embed, logit_columns
 
 
 class DraftHead(NamedTuple):
-    """What reads the draft's states: rows of the target's head, and the token each row stands for."""
+    """What reads the draft's states: rows of the target's head, and the token each row stands
+    for.
+    """
 
     rows_VD: jax.Array
     ids_V: jax.Array | None  # None: row v is token v
@@ -220,7 +222,9 @@ def _entries(
 def _next_level(
     tree: Tree, depth: int, level: _Level, first: int, token_BC, score_BC, state_BTD
 ) -> _Level:
-    """The children that are continued. first: the place of this level's first candidate among all."""
+    """The children that are continued. first: the place of this level's first candidate among
+    all.
+    """
     T = level.token_BT.shape[1]
     pick_BN = tree.next_queries(depth, score_BC)
     pick = lambda x_BC: jnp.take_along_axis(x_BC, pick_BN, axis=1)

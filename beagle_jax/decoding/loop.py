@@ -269,9 +269,18 @@ def propose(models: Models, shapes: Shapes, now: DecodeState) -> Drafted:
             sampling=shapes.sampling, noise_BPV=gumbel(key_BP, models.draft_head.rows_VD.shape[0])
         )
     return draft_tree(
-        models.draft, shapes.draft, shapes.tree, models.target["embed_VD"], models.draft_head,
-        now.draft_cache, now.length_B, now.root_B, now.last_B1D, append_predicted=shapes.append_predicted, **drawing,
-    )  # fmt: skip
+        models.draft,
+        shapes.draft,
+        shapes.tree,
+        models.target["embed_VD"],
+        models.draft_head,
+        now.draft_cache,
+        now.length_B,
+        now.root_B,
+        now.last_B1D,
+        append_predicted=shapes.append_predicted,
+        **drawing,
+    )
 
 
 def read_tree(

@@ -142,9 +142,15 @@ def _divergence(
     )
     gap = float(min(gap, np.finfo(np.float32).max))
     return {
-        "system": name, **text.where, "place": place, "plain": plain, "system_token": ours, "gap": gap,
-        "top_2_gap": float(first - second), "within_noise": None if reach is None else bool(gap <= reach),
-    }  # fmt: skip
+        "system": name,
+        **text.where,
+        "place": place,
+        "plain": plain,
+        "system_token": ours,
+        "gap": gap,
+        "top_2_gap": float(first - second),
+        "within_noise": None if reach is None else bool(gap <= reach),
+    }
 
 
 def _equality(
@@ -320,7 +326,9 @@ def lines(made: dict[str, Any]) -> list[str]:
         for check in made["checks"]
     ]
     for one in made["divergences"]:
-        shown.append(f"        {one['system']}: {one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}: "
-                     f"{change(one)}, gap {one['gap']:.3g}, of the two best {one['top_2_gap']:.3g}"
-                     f"{_VERDICT[one['within_noise']]}")  # fmt: skip
+        shown.append(
+            f"        {one['system']}: {one['suite']} prompt {one['number']}, turn "
+            f"{one['turn']}, token {one['place']}: {change(one)}, gap {one['gap']:.3g}, of the "
+            f"two best {one['top_2_gap']:.3g}{_VERDICT[one['within_noise']]}"
+        )
     return ["", "audit", *shown]

@@ -31,7 +31,9 @@ _COPIES = 8  # of each path, the second way
 
 
 class Noise(NamedTuple):
-    """Differences of two right ways of computing the same logits, or a draft's log-probabilities."""
+    """Differences of two right ways of computing the same logits, or a draft's
+    log-probabilities.
+    """
 
     largest: float
     deviation: float  # their standard deviation over the vocabulary, at the noisiest place

@@ -52,7 +52,9 @@ def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -
 
 @partial(jax.jit, static_argnames="spec")
 def _step(params, spec, token, length, cache):
-    """One token after those in the cache: its state, the logits of the next, and the cache with it."""
+    """One token after those in the cache: its state, the logits of the next, and the cache with
+    it.
+    """
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
     states_B1D, rows = forward(

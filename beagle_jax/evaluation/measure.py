@@ -202,8 +202,13 @@ def measure(
         )
         if log is not None:
             log.add(case)
-    left_out = {name: sum(1 + len(chat.later) - len(found[name, number].turns) for number, chat in enumerate(chats))
-                for name, chats in suites.items()}  # fmt: skip
+    left_out = {
+        name: sum(
+            1 + len(chat.later) - len(found[name, number].turns)
+            for number, chat in enumerate(chats)
+        )
+        for name, chats in suites.items()
+    }
     cases = [
         found[name, number]
         for name, chats in suites.items()

@@ -135,11 +135,19 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
     for name, one in group["systems"].items():
         alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
         between = lambda edges: f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
-        rows.append([
-            name, f"{one['tau']:.2f}{between(one['tau_interval'])}", f"{one['tokens_per_second']:.1f}",
-            f"{one['decode_tokens_per_second']:.1f}", f"{one['speedup']:.2f}x{between(one['speedup_interval'])}", str(one["rounds"]),
-            str(one["tokens"]), f"{one['identical_to_plain']}/{one['answers']}", alpha,
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{one['tau']:.2f}{between(one['tau_interval'])}",
+                f"{one['tokens_per_second']:.1f}",
+                f"{one['decode_tokens_per_second']:.1f}",
+                f"{one['speedup']:.2f}x{between(one['speedup_interval'])}",
+                str(one["rounds"]),
+                str(one["tokens"]),
+                f"{one['identical_to_plain']}/{one['answers']}",
+                alpha,
+            ]
+        )
     unit = "turn" if group["by"] == "context" else "prompt"
     told = (
         f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s."
@@ -151,8 +159,16 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
 
 def _times(report: dict[str, Any]) -> Section:
     phases = ["prefill", "round", "draft", "verify", "rest"]
-    rows = [[one["name"], *(f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else "" for phase in phases)]
-            for one in report["systems"]]  # fmt: skip
+    rows = [
+        [
+            one["name"],
+            *(
+                f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else ""
+                for phase in phases
+            ),
+        ]
+        for one in report["systems"]
+    ]
     sentence = (
         "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, "
         "at the shapes of a prompt of middle length. Rest: what a round takes beyond the two; "
@@ -199,7 +215,9 @@ def _audit(audit: dict[str, Any]) -> Section:
 
 
 def change(divergence: dict[str, Any]) -> str:
-    """Plain decoding's token and the other: "11 became 12", or the end where an answer had ended."""
+    """Plain decoding's token and the other: "11 became 12", or the end where an answer had
+    ended.
+    """
     return " became ".join(
         "the end" if divergence[key] is None else str(divergence[key])
         for key in ("plain", "system_token")
@@ -207,8 +225,16 @@ def change(divergence: dict[str, Any]) -> str:
 
 
 def _divergences(audit: dict[str, Any]) -> Section:
-    rows = [[one["system"], f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
-             change(one), f"{one['gap']:.3g}", f"{one['top_2_gap']:.3g}",
-             {True: "yes", False: "NO", None: ""}[one["within_noise"]]] for one in audit["divergences"]]  # fmt: skip
+    rows = [
+        [
+            one["system"],
+            f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
+            change(one),
+            f"{one['gap']:.3g}",
+            f"{one['top_2_gap']:.3g}",
+            {True: "yes", False: "NO", None: ""}[one["within_noise"]],
+        ]
+        for one in audit["divergences"]
+    ]
     head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
     return Section("Where answers part from plain decoding's", [], head, rows)

@@ -132,8 +132,10 @@ def plot_masks(
     """Masks of both stages on a short row."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2)
-    stages = ((f"early stage, window {early_window}", early_window, 1),
-              (f"late stage, window {late_window}, {steps} steps", late_window, steps))  # fmt: skip
+    stages = (
+        (f"early stage, window {early_window}", early_window, 1),
+        (f"late stage, window {late_window}, {steps} steps", late_window, steps),
+    )
     colours = ListedColormap(["white", "tab:blue", "tab:orange"])
     for panel, (title, window, simulated) in zip(panels, stages):
         panel.imshow(mask_levels(width, window, simulated, offset), cmap=colours, vmin=0, vmax=2)
@@ -178,8 +180,13 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
             steps, here = sorted(by_step), [by_step[step] for step in sorted(by_step)]
             loss.plot(steps, [line["loss"] for line in here], style, label=split or "training")
             for offset in range(len(here[0]["top1_by_offset"])):
-                agree.plot(steps, [line["top1_by_offset"][offset] for line in here], style, color=f"C{offset}",
-                           label=None if split else f"offset {offset}")  # fmt: skip
+                agree.plot(
+                    steps,
+                    [line["top1_by_offset"][offset] for line in here],
+                    style,
+                    color=f"C{offset}",
+                    label=None if split else f"offset {offset}",
+                )
         loss.set(xlabel="step", ylabel="loss", title=f"{stage} stage")
         agree.set(
             xlabel="step",
@@ -232,8 +239,20 @@ def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) ->
                 color="tab:green" if taken else "lightgray",
                 zorder=1,
             )
-        panel.text(depth, height[node], repr(name(int(one.token_W[node]))), ha="center", va="center", fontsize=9, parse_math=False,
-                   bbox={"boxstyle": "round", "facecolor": "palegreen" if taken else "white", "edgecolor": "gray"})  # fmt: skip
+        panel.text(
+            depth,
+            height[node],
+            repr(name(int(one.token_W[node]))),
+            ha="center",
+            va="center",
+            fontsize=9,
+            parse_math=False,
+            bbox={
+                "boxstyle": "round",
+                "facecolor": "palegreen" if taken else "white",
+                "edgecolor": "gray",
+            },
+        )
     panel.set(
         xlim=(-0.5, one.depth_W.max() + 0.5),
         ylim=(height.max() + 0.7, -0.7),
@@ -251,7 +270,9 @@ def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) ->
 
 
 def _heights(one: Round) -> np.ndarray:
-    """Where each node stands: leaves one below the other, a parent in the middle of its children."""
+    """Where each node stands: leaves one below the other, a parent in the middle of its
+    children.
+    """
     height, leaves = np.zeros(len(one.token_W)), 0
     children: list[list[int]] = [[] for _ in one.token_W]
     for node in range(1, len(one.token_W)):

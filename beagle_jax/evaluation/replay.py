@@ -129,8 +129,11 @@ class Grower:
         best_first = lambda pairs, count: sorted(pairs, key=lambda pair: -pair[1])[:count]
         for _ in range(tree.levels):
             best, log_p = self._children([path for path, _ in beam], tree.topk)
-            children = [((*path, int(token)), score + float(p))
-                        for (path, score), tokens, shares in zip(beam, best, log_p) for token, p in zip(tokens, shares)]  # fmt: skip
+            children = [
+                ((*path, int(token)), score + float(p))
+                for (path, score), tokens, shares in zip(beam, best, log_p)
+                for token, p in zip(tokens, shares)
+            ]
             made += children
             beam = best_first(children, tree.topk)
         return {path for path, _ in best_first(made, tree.nodes - 1)}
@@ -147,9 +150,19 @@ class Grower:
         above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), depth, D), self._states_LD.dtype)
         below_Qt = jnp.asarray(np.array(paths, np.int32).reshape(len(paths), depth))
         states, best, log_p, every_QV = _predict(
-            self._draft.params, self._draft.spec, self._target.params, self._draft.hot_ids, self._text_L, self._states_LD,
-            jnp.int32(self._root), below_Qt, above_QtD, self._favour, self._append, count,
-        )  # fmt: skip
+            self._draft.params,
+            self._draft.spec,
+            self._target.params,
+            self._draft.hot_ids,
+            self._text_L,
+            self._states_LD,
+            jnp.int32(self._root),
+            below_Qt,
+            above_QtD,
+            self._favour,
+            self._append,
+            count,
+        )
         self._predicted |= dict(zip(paths, np.asarray(states)))
         return best, log_p, every_QV
 

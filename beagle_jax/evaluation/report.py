@@ -27,7 +27,9 @@ _SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones b
 def report(
     bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """settings: the config. costs: of each system, what evaluation/cost.py measured; may be empty."""
+    """settings: the config. costs: of each system, what evaluation/cost.py measured; may be
+    empty.
+    """
     names = list(bench.decoders)
     cases = _grouped(measured.cases, lambda case: case.suite)
     return {

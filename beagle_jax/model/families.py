@@ -54,23 +54,57 @@ class _Family(NamedTuple):
 
 _GEMMA = dict(may_bias=("attention_bias",), windowed="mixed", kv_heads=4, head_dim=256)
 _FAMILIES = {
-    "llama": _Family("Llama, Vicuna, SmolLM2", may_bias=("attention_bias", "mlp_bias"), max_positions=2048),
+    "llama": _Family(
+        "Llama, Vicuna, SmolLM2", may_bias=("attention_bias", "mlp_bias"), max_positions=2048
+    ),
     "mistral": _Family("Mistral", windowed="always", kv_heads=8, max_positions=131072),
     "mixtral": _Family(
-        "Mixtral", windowed="always", window=None, kv_heads=8, max_positions=131072, theta=1e6, eps=1e-5,
-        experts_only=True, experts=("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2"))),
+        "Mixtral",
+        windowed="always",
+        window=None,
+        kv_heads=8,
+        max_positions=131072,
+        theta=1e6,
+        eps=1e-5,
+        experts_only=True,
+        experts=(
+            "block_sparse_moe.gate",
+            *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")),
+        ),
     ),
     "qwen2": _Family("Qwen2, Qwen2.5", biases=_QKV, windowed="late", kv_heads=32),
-    "qwen3": _Family("Qwen3", may_bias=("attention_bias",), qk_norm=True, windowed="late", kv_heads=32, head_dim=128),
+    "qwen3": _Family(
+        "Qwen3",
+        may_bias=("attention_bias",),
+        qk_norm=True,
+        windowed="late",
+        kv_heads=32,
+        head_dim=128,
+    ),
     "qwen3_moe": _Family(
-        "Qwen3-MoE", may_bias=("attention_bias",), qk_norm=True, windowed="asked", kv_heads=4,
-        experts=("mlp.gate", *(f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))),
+        "Qwen3-MoE",
+        may_bias=("attention_bias",),
+        qk_norm=True,
+        windowed="asked",
+        kv_heads=4,
+        experts=(
+            "mlp.gate",
+            *(f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+        ),
     ),
-    "gemma2": _Family("Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)),
+    "gemma2": _Family(
+        "Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)
+    ),
     "gemma3_text": _Family(
-        "Gemma 3 text", **_GEMMA, qk_norm=True, every=6, max_positions=131072, theta=1e6, gemma=_Gemma(None, None, 1e4),
+        "Gemma 3 text",
+        **_GEMMA,
+        qk_norm=True,
+        every=6,
+        max_positions=131072,
+        theta=1e6,
+        gemma=_Gemma(None, None, 1e4),
     ),
-}  # fmt: skip
+}
 _BIASED_BY = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
 # The keys that each rope type needs; the types that are not here are refused.
 _ROPE_KEYS = {
@@ -155,7 +189,9 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
 
 
 def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, in layers without a window if the two kinds differ."""
+    """Base and scaling of the rotary embedding, in layers without a window if the two kinds
+    differ.
+    """
     # transformers 5 writes rope_parameters, for Gemma 3 one of each kind of layer; older files have
     # rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -201,8 +237,11 @@ def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, .
         )
     unknown = sorted(set(types) - {_SLIDING, _FULL})
     if unknown or len(types) != layers:
-        raise UserError(f"{where}: layer_types has {len(types)} entries{f', among them {unknown[0]!r}' if unknown else ''}; expected "
-                        f"{layers} of 'sliding_attention' or 'full_attention'")  # fmt: skip
+        raise UserError(
+            f"{where}: layer_types has {len(types)} "
+            f"entries{f', among them {unknown[0]!r}' if unknown else ''}; expected {layers} of "
+            "'sliding_attention' or 'full_attention'"
+        )
     windows = tuple(window if kind == _SLIDING else None for kind in types)
     return windows if any(windows) else ()
 

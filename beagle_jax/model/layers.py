@@ -76,14 +76,18 @@ def _scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the last axis (head width, half-split pairs) of x; cos and sin broadcast against it."""
+    """Rotates the last axis (head width, half-split pairs) of x; cos and sin broadcast against
+    it.
+    """
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * cos + rotated * sin).astype(x.dtype)
 
 
 class PartialAttention(NamedTuple):
-    """Attention over some of the keys, before normalisation (the log-sum-exp form, method.md 4.5b)."""
+    """Attention over some of the keys, before normalisation (the log-sum-exp form, method.md
+    4.5b).
+    """
 
     out_BKGTH: jax.Array  # sum over visible keys of exp(score - peak) * value
     peak_BKGT: jax.Array  # highest visible score, MASKED_SCORE where none is visible

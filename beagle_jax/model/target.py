@@ -320,7 +320,9 @@ def _column_padding(count: int) -> int:
 def _layer_masks(
     spec, positions_BT, mask_BTT, visible_BS
 ) -> list[tuple[jax.Array, jax.Array | None]]:
-    """For each layer, which new tokens each new token sees, and which slots (None without a cache)."""
+    """For each layer, which new tokens each new token sees, and which slots (None without a
+    cache).
+    """
     slots = None if visible_BS is None else visible_BS[:, None, None, None]
     masks = {None: (mask_BTT, slots)}
     for window in set(spec.windows) - {None}:

@@ -34,8 +34,12 @@ class Best:
         counts as none.
         """
         self._path, self._config, self._measure, self._keep = path, config, measure, keep
-        self._made_with = {"suites": list(config.suites), "every": config.every, "prompts": config.train_prompts,
-                           "max_new_tokens": config.max_new_tokens}  # fmt: skip
+        self._made_with = {
+            "suites": list(config.suites),
+            "every": config.every,
+            "prompts": config.train_prompts,
+            "max_new_tokens": config.max_new_tokens,
+        }
         found = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
         self._stages: dict[str, dict] = (
             found["stages"] if found.get("made_with") == self._made_with else {}

@@ -82,11 +82,14 @@ class StageCheckpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._seal()
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()),
-                settings=ocp.args.JsonSave(dict(self._settings.now)),
-                log=ocp.args.JsonSave(log),
-            ))  # fmt: skip
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()),
+                    settings=ocp.args.JsonSave(dict(self._settings.now)),
+                    log=ocp.args.JsonSave(log),
+                ),
+            )
         self._unsealed = step
 
     def check(self, state: TrainState, step: int) -> None:

@@ -160,7 +160,7 @@ def stage_cost(
         * (
             row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late")
             + (0 if online is None else target_flops(target, config.train.row_tokens))
-        ),  # fmt: skip
+        ),
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state),
         frozen=_bytes(frozen) + _bytes(beside),
@@ -173,7 +173,9 @@ def stage_cost(
 
 
 def batch_shapes(config: Config, width: int) -> Batch:
-    """The shapes of a batch whose rows are full and answers throughout, as the loader makes them."""
+    """The shapes of a batch whose rows are full and answers throughout, as the loader makes
+    them.
+    """
     L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
     narrow_L1 = np.zeros(
         (L, 1), jnp.dtype("float32" if stored == "int8" else stored)

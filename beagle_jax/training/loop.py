@@ -133,8 +133,16 @@ def settings_of(name: str, config: Config) -> Settings:
 
 
 # Settings that change no number.
-_FREE = ("target.cache_dir", "target.shape", "draft.path", "data.batch", "train.folder", "train.checkpoint_every",
-         "train.accept_changes", "train.loss_rows")  # fmt: skip
+_FREE = (
+    "target.cache_dir",
+    "target.shape",
+    "draft.path",
+    "data.batch",
+    "train.folder",
+    "train.checkpoint_every",
+    "train.accept_changes",
+    "train.loss_rows",
+)
 
 
 def _deciding(name: str, config: Config) -> dict[str, Any]:

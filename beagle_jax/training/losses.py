@@ -127,7 +127,9 @@ distribution_loss.defvjp(_vjp_forward, _vjp_backward)
 
 
 def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:
-    """Per row the mean over channels of 0.5 z^2 where |z| < 1, |z| - 0.5 elsewhere (method.md 3.2)."""
+    """Per row the mean over channels of 0.5 z^2 where |z| < 1, |z| - 0.5 elsewhere (method.md
+    3.2).
+    """
     z_MD = state_MD.astype(jnp.float32) - true_MD.astype(jnp.float32)
     size_MD = jnp.abs(z_MD)
     return jnp.mean(jnp.where(size_MD < 1, 0.5 * jnp.square(z_MD), size_MD - 0.5), axis=-1)

@@ -156,9 +156,18 @@ def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset
     window, offset = (1, 0) if stage.dense else (stage.window, offset)
     e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
     late = late_states(
-        params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=window, steps=steps, offset=offset, detach=stage.detach,
+        params,
+        spec,
+        e_BTD,
+        of.h_BLD,
+        of.length_BC,
+        of.first_BC,
+        window=window,
+        steps=steps,
+        offset=offset,
+        detach=stage.detach,
         multi_token=stage.multi_token,
-    )  # fmt: skip
+    )
     return _by_step(stage, *late)
 
 

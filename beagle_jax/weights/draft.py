@@ -216,8 +216,11 @@ def check_digest(
             f"{folder / 'config.json'}: lacks {DIGEST}; train or export the draft again"
         )
     if config[DIGEST] != (found := draft_digest(spec, tensors)):
-        raise UserError(f"{folder}: settings and tensors are not those that config.json was written with ({DIGEST} {config[DIGEST]!r} there, "
-                        f"{found} found); a file is damaged or of another draft; copy the folder again")  # fmt: skip
+        raise UserError(
+            f"{folder}: settings and tensors are not those that config.json was written with "
+            f"({DIGEST} {config[DIGEST]!r} there, {found} found); a file is damaged or of "
+            "another draft; copy the folder again"
+        )
 
 
 def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict[str, jax.Array]:

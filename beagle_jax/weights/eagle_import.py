@@ -51,10 +51,16 @@ def read_eagle_draft(
             f"{'hold' if has_bias else 'lack'} fc.bias"
         )
     spec = EagleSpec(
-        hidden_size=layer.hidden_size, intermediate_size=layer.intermediate_size, num_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim, rope_theta=layer.rope_theta, rms_norm_eps=layer.rms_norm_eps,
-        fc_bias=has_bias, rope_scaling=layer.rope_scaling,
-    )  # fmt: skip
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        num_heads=layer.num_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        rope_theta=layer.rope_theta,
+        rms_norm_eps=layer.rms_norm_eps,
+        fc_bias=has_bias,
+        rope_scaling=layer.rope_scaling,
+    )
     params = _match(tensors, spec, target.vocab_size, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
     return Draft(

@@ -196,8 +196,15 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
 
     name, _, revision = repo.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files), ignore_patterns=list(_OTHER_FORMS),
-                                      cache_dir=cache_dir))  # fmt: skip
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(files),
+                ignore_patterns=list(_OTHER_FORMS),
+                cache_dir=cache_dir,
+            )
+        )
     except (
         HTTPError,
         HFValidationError,

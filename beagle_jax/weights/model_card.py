@@ -26,10 +26,21 @@ EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
 
 _MISSING = "not recorded"
 _KINDS: dict[type[DraftSpec], dict[str, str]] = {
-    DraftSpec: {"kind": "A Beagle", "tag": "beagle", "what": "One cross-attention block", "paper": "Beagle, arXiv 2505.24544", "code": "`modeling_beagle.py` is"},
-    EagleSpec: {"kind": "An EAGLE", "tag": "eagle", "what": "A fusion layer and one decoder layer", "paper": "EAGLE-1 and EAGLE-2, arXiv 2401.15077",
-                "code": "`modeling_eagle.py` and `modeling_beagle.py` are"},
-}  # fmt: skip
+    DraftSpec: {
+        "kind": "A Beagle",
+        "tag": "beagle",
+        "what": "One cross-attention block",
+        "paper": "Beagle, arXiv 2505.24544",
+        "code": "`modeling_beagle.py` is",
+    },
+    EagleSpec: {
+        "kind": "An EAGLE",
+        "tag": "eagle",
+        "what": "A fusion layer and one decoder layer",
+        "paper": "EAGLE-1 and EAGLE-2, arXiv 2401.15077",
+        "code": "`modeling_eagle.py` and `modeling_beagle.py` are",
+    },
+}
 _DISTANCES = {  # of `train.loss`
     "cross_entropy": "Soft cross-entropy with",
     "kl": "Kullback-Leibler divergence from",
@@ -116,8 +127,11 @@ def _losses(training: dict[str, Any]) -> str:
     if "vloss_weight" not in training:
         return _MISSING
     kind = training.get("loss", "cross_entropy")  # older versions had only that
-    lines = [f"{_DISTANCES.get(kind, kind)} the target's distribution, plus {training['vloss_weight']} times the smooth-L1 distance to "
-             "its states, both per supervised token."]  # fmt: skip
+    lines = [
+        f"{_DISTANCES.get(kind, kind)} the target's distribution, plus "
+        f"{training['vloss_weight']} times the smooth-L1 distance to its states, both per "
+        "supervised token."
+    ]
     late = training.get("late")
     if isinstance(late, dict) and late.get("steps"):
         steps = late.get("simulation_steps", _MISSING)
@@ -152,8 +166,11 @@ def acceptance(report: dict[str, Any]) -> str:
         whole = suite["groups"][0]
         one = whole["systems"][system["name"]]
         low, high = one["tau_interval"]
-        lines.append(f"| {suite['name']} | {whole['prompts']} | {one['tau']:.2f} | {low:.2f} to {high:.2f} | {one['speedup']:.2f}x | "
-                     f"{one['identical_to_plain']}/{one['answers']} |")  # fmt: skip
+        lines.append(
+            f"| {suite['name']} | {whole['prompts']} | {one['tau']:.2f} | {low:.2f} to "
+            f"{high:.2f} | {one['speedup']:.2f}x | "
+            f"{one['identical_to_plain']}/{one['answers']} |"
+        )
     return "\n".join([f"{system['tree']}, on {report['environment']['machine']}", "", *lines])
 
 

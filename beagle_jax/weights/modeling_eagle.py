@@ -42,7 +42,9 @@ class EagleDraft(BeagleDraft):
         self.post_init()
 
     def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Inputs of the layer [B, T, D], from each next token's embedding and the state before it."""
+        """Inputs of the layer [B, T, D], from each next token's embedding and the state before
+        it.
+        """
         return self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
 
     def true_rows(
