@@ -207,7 +207,10 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
     returns arrays by row.
     """
     vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
-    first_token = lambda size: jax.lax.axis_index(TENSOR) * size if vocabulary else 0
+
+    def first_token(size):
+        return jax.lax.axis_index(TENSOR) * size if vocabulary else 0
+
     share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
 
     def on_all(head_VD, *arrays_M):
@@ -223,9 +226,12 @@ def shard_cache(cache: Sequence[KVRows], mesh: Mesh | None) -> list[KVRows]:
     """Inside jit: key and value rows split by head."""
     if mesh is None:
         return list(cache)
-    put = lambda x: jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
-    )
+
+    def put(x):
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
+        )
+
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
 
 
@@ -248,6 +254,6 @@ def _divided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -
     return P(
         *(
             axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape)
+            for axis, size in zip(axes, shape, strict=True)
         )
     )

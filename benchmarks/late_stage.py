@@ -100,9 +100,10 @@ def plain_step(config: TrainConfig, stage: StageConfig):
 
     def step(state: TrainState, frozen, batch: Batch, seed):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss = lambda params: stage_loss(
-            params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH
-        )
+
+        def loss(params):
+            return stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH)
+
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return TrainState(
@@ -167,9 +168,11 @@ def main() -> None:
         step, _, init = make_steps(SPEC, config, stage, MESH, late=True)
         late = cost(step, init, frozen, batch, arguments.repeats)
         plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
-        ratios = lambda x: (
-            f"{(x[0] + head_flops) / (base[0] + head_flops):8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
-        )
+
+        def ratios(x):
+            flops = (x[0] + head_flops) / (base[0] + head_flops)
+            return f"{flops:8.2f}x{x[1] / base[1]:8.2f}x{x[2] / base[2]:8.2f}x"
+
         print(
             f"{s:>2}{'':14}{ratios(late)}{'':9}{ratios(plain)}{plain[2] / late[2]:8.2f}x",
             flush=True,

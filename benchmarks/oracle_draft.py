@@ -46,23 +46,26 @@ def knows(tokens: list[int], count: int):
 
 @partial(jax.jit, static_argnames="depth")
 def _accepted(nodes, wanted_BW, depth: int):
-    again = lambda _, wanted_BW: jnp.maximum(
-        wanted_BW, accept_matching(nodes, wanted_BW, depth).bonus_B[:, None]
-    )
+    def again(_, wanted_BW):
+        return jnp.maximum(wanted_BW, accept_matching(nodes, wanted_BW, depth).bonus_B[:, None])
+
     return jax.lax.fori_loop(0, PASSES, again, wanted_BW)
 
 
 @partial(jax.jit, static_argnames="shapes", donate_argnames="state")
 def _appended(models, shapes, state, found, states_BWD, rows):
     """The path depends on the pass only in form, or a compiler would take it once for all."""
-    again = lambda index, now: loop.append(
-        models,
-        shapes,
-        now,
-        found._replace(path_BP1=found.path_BP1 - index // PASSES),
-        states_BWD,
-        rows,
-    )
+
+    def again(index, now):
+        return loop.append(
+            models,
+            shapes,
+            now,
+            found._replace(path_BP1=found.path_BP1 - index // PASSES),
+            states_BWD,
+            rows,
+        )
+
     return jax.lax.fori_loop(0, PASSES, again, state)
 
 
@@ -102,7 +105,7 @@ def main() -> None:
     # The longest answer of a few: a round cut short would spoil the mean.
     prompts = tokenize(suite("held_out", 8), target.tokenizer)
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=arguments.new_tokens)
-    prompt, answer = max(zip(prompts, answers), key=lambda pair: len(pair[1].tokens))
+    prompt, answer = max(zip(prompts, answers, strict=True), key=lambda pair: len(pair[1].tokens))
     print(machine())
     right = loop.propose
     for levels in arguments.levels:

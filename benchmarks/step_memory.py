@@ -48,7 +48,10 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
         spec = EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
     table = shape((vocab, spec.hidden_size), jnp.float32)
-    ints = lambda *size: shape(size, jnp.int32)
+
+    def ints(*size):
+        return shape(size, jnp.int32)
+
     batch = Batch(
         ints(rows, width),
         shape((rows, width, spec.hidden_size), jnp.float32),
@@ -110,7 +113,9 @@ def measure(
 def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
     """Both tables as curves."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (axis, places) in zip(figure.subplots(1, 2), (("s", steps), ("width", widths))):
+    for axes, (axis, places) in zip(
+        figure.subplots(1, 2), (("s", steps), ("width", widths)), strict=True
+    ):
         for form, sizes in found[axis].items():
             axes.plot(places, [size / 1e6 for size in sizes], "o-", label=form)
         axes.set(

@@ -24,7 +24,10 @@ class EagleBlock(torch.nn.Module):
         eps: float,
     ):
         super().__init__()
-        linear = lambda into, out: torch.nn.Linear(into, out, bias=False)
+
+        def linear(into, out):
+            return torch.nn.Linear(into, out, bias=False)
+
         self.heads, self.kv_heads, self.head_dim, self.theta = heads, kv_heads, head_dim, theta
         self.fc = linear(2 * hidden, hidden)
         self.q, self.k, self.v = (
@@ -53,8 +56,13 @@ class EagleBlock(torch.nn.Module):
         B, T, _ = e_BTD.shape
         x_BTD = self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
         at_T = torch.arange(T, device=x_BTD.device) + step
-        split = lambda y, count: y.view(B, T, count, self.head_dim).transpose(1, 2)
-        widen = lambda y: y.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+        def split(y, count):
+            return y.view(B, T, count, self.head_dim).transpose(1, 2)
+
+        def widen(y):
+            return y.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
         q = self.rotate(split(self.q(x_BTD), self.heads), at_T)
         memory.append(
             (
@@ -88,7 +96,9 @@ def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
     for step in range(1, steps + 1):
         # Index j reads token j + step and predicts the state at j + step; past the row's end
         # nothing counts.
-        shifted = lambda x, step=step: torch.roll(x, -step, dims=1)
+        def shifted(x, step=step):
+            return torch.roll(x, -step, dims=1)
+
         state = block(shifted(e_BLD), state, memory, step - 1)
         live_BL = shifted(counts_BL) & (torch.arange(L, device=state.device) < L - step)
         ce_BL = -(shifted(p_BLV) * F.log_softmax((state @ head_VD.T).float(), dim=-1)).sum(-1)

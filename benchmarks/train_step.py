@@ -58,7 +58,10 @@ def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
 def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
     """Likewise, by PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
+    def put(x):
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+
     block = EagleBlock(
         spec.hidden_size,
         spec.intermediate_size,

@@ -22,7 +22,7 @@ def draw_curve(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) ->
     figure = Figure(figsize=(4 * (1 + depths), 3.6), layout="constrained")
     panels = figure.subplots(1, 1 + depths)
     for panel, name in zip(
-        panels, ("tau", *(f"step-alpha {depth}" for depth in range(1, 1 + depths)))
+        panels, ("tau", *(f"step-alpha {depth}" for depth in range(1, 1 + depths))), strict=True
     ):
         for colour, (label, run) in enumerate(runs.items()):
             values = [
@@ -64,6 +64,6 @@ def draw_depth(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) ->
 def _line(
     panel: Axes, places: Sequence[int], values: Sequence[Sequence[float]], label: str, colour: int
 ) -> None:
-    middle, low, high = zip(*values)
+    middle, low, high = zip(*values, strict=True)
     panel.plot(places, middle, "o-", color=f"C{colour}", label=label, markersize=4)
     panel.fill_between(places, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)

@@ -107,13 +107,17 @@ def _from_answers(
     plain: of the same process.
     """
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
-    seconds = lambda turns: sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
+
+    def seconds(turns):
+        return sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
+
     return {
         "step": 0,
         "tokens": [sum(len(one["tokens"]) - 1 for one in turns) for turns in own],
         "rounds": [sum(one["rounds"] for one in turns) for turns in own],
         "accepted": [
-            [sum(counts) for counts in zip(*(one["accepted"] for one in turns))] for turns in own
+            [sum(counts) for counts in zip(*(one["accepted"] for one in turns), strict=True)]
+            for turns in own
         ],
         "seconds": [seconds(turns) for turns in own],
         "plain_seconds": [
@@ -191,9 +195,10 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
     elif figure.kind == "depth":
         draw_depth(figure.title, runs, path)
     elif figure.kind == "phases":
-        label = lambda name, run: (
-            f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
-        )
+
+        def label(name, run):
+            return f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
+
         plot_phases(
             {
                 "systems": [

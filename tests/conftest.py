@@ -160,9 +160,18 @@ def shared_steps():
     from beagle_jax.training import loop
 
     made = lru_cache(loop.make_steps)
-    alike = lambda config, stage: replace(
-        config, folder="", seed=0, early=stage, late=stage, checkpoint_every=1, accept_changes=False
-    )
+
+    def alike(config, stage):
+        return replace(
+            config,
+            folder="",
+            seed=0,
+            early=stage,
+            late=stage,
+            checkpoint_every=1,
+            accept_changes=False,
+        )
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             loop,

@@ -20,7 +20,10 @@ def bank_masks(
     Rows before the first window see true keys causally and no predicted one (method.md 12.6).
     """
     q_L1, j_1L = jnp.arange(width)[:, None], jnp.arange(width)[None, :]
-    start = lambda i: offset + window * ((i - offset) // window)
+
+    def start(i):
+        return offset + window * ((i - offset) // window)
+
     inside_L1, inside_1L = q_L1 >= offset, j_1L >= offset
     visible_true = jnp.where(inside_L1, j_1L < start(q_L1), j_1L < q_L1)
     same_window = (start(j_1L) == start(q_L1)) & inside_L1 & inside_1L
@@ -44,7 +47,7 @@ def oracle_states(
     the loss.
     """
     block = BeagleBlock(spec).bind({"params": params})
-    B, L, D = e_BLD.shape
+    B, L, _ = e_BLD.shape
     position_L = jnp.arange(L)
     position_BL = jnp.broadcast_to(position_L, (B, L))
     real_BL = position_L[None, :] < length_B[:, None]

@@ -92,7 +92,7 @@ def run(
 ) -> dict:
     """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
     tables, batch = frozen_and_batch()
-    step, evaluate, init = make_steps(spec, config, STAGES[stage], mesh, late=stage != "early")
+    step, _, init = make_steps(spec, config, STAGES[stage], mesh, late=stage != "early")
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)
     state = init(place(first_params, mesh))
     placed = {
@@ -155,8 +155,13 @@ def logits(program: str) -> list[str]:
     """
     most = max(CONFIG.loss_rows, SPEC.hidden_size)
     found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
-    sizes = lambda shape: [int(size) for size in shape.split(",")]
-    parts = lambda shape: [part for part in (V, V // 2, V // 4, V // 8) if part in sizes(shape)]
+
+    def sizes(shape):
+        return [int(size) for size in shape.split(",")]
+
+    def parts(shape):
+        return [part for part in (V, V // 2, V // 4, V // 8) if part in sizes(shape)]
+
     return [
         shape
         for shape in found
@@ -184,9 +189,10 @@ def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
 
 def planted_gather(mesh: Mesh) -> list[list[str]]:
     """What is sent when logits are put together on every device, and the logits."""
-    gather = lambda x_MD, head_VD: jax.lax.with_sharding_constraint(
-        x_MD @ head_VD.T, whole(mesh)
-    ).sum()
+
+    def gather(x_MD, head_VD):
+        return jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
+
     tables, batch = frozen_and_batch()
     states_MD = batch.states_BLD.reshape(-1, SPEC.hidden_size)
     program = (
@@ -198,7 +204,10 @@ def planted_gather(mesh: Mesh) -> list[list[str]]:
 def planted_parts(mesh: Mesh, params: dict) -> dict:
     """A run whose devices forget the others' parts of the vocabulary."""
     right = losses.over_rows
-    alone = lambda share, function, *arrays: function(share._replace(vocabulary=()), *arrays)
+
+    def alone(share, function, *arrays):
+        return function(share._replace(vocabulary=()), *arrays)
+
     losses.over_rows = lambda function, *rest: right(
         lambda share, *arrays: alone(share, function, *arrays), *rest
     )

@@ -110,13 +110,17 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the
     state.
     """
-    accumulated = lambda config: replace(
-        config, train=replace(config.train, accumulate=3, checkpoint_every=2)
-    )
+
+    def accumulated(config):
+        return replace(config, train=replace(config.train, accumulate=3, checkpoint_every=2))
+
     start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
-    run = lambda config, loader: run_stage(
-        "early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config)
-    )
+
+    def run(config, loader):
+        return run_stage(
+            "early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config)
+        )
+
     whole = run(accumulated(config_for(tmp_path / "whole")), training)
 
     class Stopping:

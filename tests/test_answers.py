@@ -261,10 +261,11 @@ def test_a_resumed_run_that_starts_over_is_seen(
 ):
     monkeypatch.setattr(answers, "PART_ROWS", 4)
     expected = text(writer, **two_sources[0])
+
     # Rows are skipped with islice(rows, done, None).
-    from_the_start = lambda rows, *bounds: islice(
-        rows, *((0, None) if len(bounds) == 2 else bounds)
-    )
+    def from_the_start(rows, *bounds):
+        return islice(rows, *((0, None) if len(bounds) == 2 else bounds))
+
     monkeypatch.setattr(answers, "islice", from_the_start)
     with pytest.raises(AssertionError):
         same_rows(
@@ -316,7 +317,7 @@ def test_long_prompts_are_left_out_and_counted(text, writer, tmp_path, capsys):
 
 def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
     with pytest.raises(
-        UserError, match="data.max_prompt_tokens is 5, but every prompt is longer; raise it"
+        UserError, match=r"data.max_prompt_tokens is 5, but every prompt is longer; raise it"
     ):
         text(writer, source=source(tmp_path, {"prompt": "Why?"}), max_prompt_tokens=5)
 
@@ -368,7 +369,7 @@ def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, mon
 
 
 def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
-    with pytest.raises(UserError, match="data.source: self: the target made up no usable prompt"):
+    with pytest.raises(UserError, match=r"data.source: self: the target made up no usable prompt"):
         text(FakeWriter(tokenizer, ("short",)))
 
 

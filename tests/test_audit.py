@@ -110,9 +110,10 @@ def buggy_target(spec=TINY):
 def test_wrong_mask(monkeypatch):
     """Every node of a chain sees all others."""
     right, size = loop.forward, TREES["chain"].size
-    everything = lambda *a: (
-        right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == size else right(*a)
-    )
+
+    def everything(*a):
+        return right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == size else right(*a)
+
     monkeypatch.setattr(loop, "forward", everything)
     monkeypatch.setattr(audit_module, "_draws", no_draws)
     made = audited(target_of(), {"chain": random_draft()}, TREES, buggy=buggy_target())
@@ -224,13 +225,18 @@ def test_tau_off_by_one(measured, monkeypatch):
 
 
 def test_rounds_and_accepted_drafts_are_counted_again(measured):
-    moved = lambda answer: dataclasses.replace(
-        answer, accepted=[*answer.accepted[1:], answer.accepted[0]]
-    )
+    def moved(answer):
+        return dataclasses.replace(answer, accepted=[*answer.accepted[1:], answer.accepted[0]])
+
     assert failed(checked(measured, moved)) == {ACCEPTANCE}
-    fewer = lambda answer: dataclasses.replace(
-        answer, rounds=answer.rounds - 1, accepted=[answer.accepted[0] - 1, *answer.accepted[1:]]
-    )
+
+    def fewer(answer):
+        return dataclasses.replace(
+            answer,
+            rounds=answer.rounds - 1,
+            accepted=[answer.accepted[0] - 1, *answer.accepted[1:]],
+        )
+
     assert failed(checked(measured, fewer)) == {ACCEPTANCE}
 
 
@@ -256,9 +262,12 @@ def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
         if ACCEPTANCE in check["name"]
     )
     deviation = 0.05  # what explains a tie does not explain that nothing was accepted
-    none = lambda answer: dataclasses.replace(
-        answer, rounds=len(answer.tokens) - 1, accepted=[len(answer.tokens) - 1, 0, 0]
-    )
+
+    def none(answer):
+        return dataclasses.replace(
+            answer, rounds=len(answer.tokens) - 1, accepted=[len(answer.tokens) - 1, 0, 0]
+        )
+
     assert failed(checked(measured, none)) == {ACCEPTANCE}
 
 
@@ -307,9 +316,12 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
     were nearly tied.
     """
     monkeypatch.setattr(audit_module, "_draws", no_draws)
-    half = lambda target: dataclasses.replace(
-        target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
-    )
+
+    def half(target):
+        return dataclasses.replace(
+            target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
+        )
+
     target = half(target_of())
     made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     print(*lines(made), sep="\n")
@@ -318,10 +330,13 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
         and made["noise"] > 1e-3
         and all(one["within_noise"] for one in made["divergences"])
     )
+
     # Tokens that part for no reason of rounding: the same audit must object.
-    wrong = lambda answer: dataclasses.replace(
-        answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
-    )
+    def wrong(answer):
+        return dataclasses.replace(
+            answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
+        )
+
     right = SpeculativeDecoder.generate
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(

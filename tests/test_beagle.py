@@ -59,9 +59,10 @@ def test_initial_weights(tiny_draft_spec):
 def _numpy_block(params, spec, e_LD, h_LD, mask_LL) -> np.ndarray:
     """method.md 2.1 for one row, in float64."""
     w = {name: np.asarray(array, np.float64) for name, array in params.items()}
-    norm = lambda x, weight: (
-        x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * weight
-    )
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * weight
+
     H, G = spec.head_dim, spec.num_heads // spec.num_kv_heads
 
     def rotate(x, position):

@@ -33,7 +33,10 @@ def test_large_shapes_at_toy_size(capsys, monkeypatch):
 
 def test_shapes_are_the_published_sizes():
     shapes = benchmark("large_shapes").SHAPES
-    count = lambda spec: sum(math.prod(shape) for _, shape in param_table(spec).values())
+
+    def count(spec):
+        return sum(math.prod(shape) for _, shape in param_table(spec).values())
+
     assert (count(shapes["llama2-7b"]), count(shapes["llama3-8b"])) == (
         6_738_415_616,
         8_030_261_248,

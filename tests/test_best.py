@@ -61,7 +61,7 @@ def test_only_a_better_tau_replaces_the_best_and_stages_are_told_apart(tmp_path)
 def test_a_damaged_list_of_taus_is_named(tmp_path):
     (tmp_path / "best.json").write_text('{"stages": {')
     with pytest.raises(
-        UserError, match="best.json: not JSON .*; delete it, and tau is compared anew"
+        UserError, match=r"best.json: not JSON .*; delete it, and tau is compared anew"
     ):
         Best(tmp_path / "best.json", EvalConfig(every=1), None, None)
 
@@ -105,9 +105,10 @@ def test_measuring_changes_nothing_that_is_trained_and_is_logged(run, tmp_path):
     one = Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2, 1.25])
     same_params(run(config, one.best), run(other, None))
     assert looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (12, 1.25)]
-    plain = lambda of: [
-        {**line, "tokens_per_second": 0} for line in lines_of(of) if "split" not in line
-    ]
+
+    def plain(of):
+        return [{**line, "tokens_per_second": 0} for line in lines_of(of) if "split" not in line]
+
     assert plain(config) == plain(other) and saved_steps(config) == [10, 12]
     assert one.kept == [("early", 3, 1.1), ("early", 6, 1.3)]
 

@@ -37,7 +37,7 @@ def error_of(source: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "record, messages, waits",
+    ("record", "messages", "waits"),
     [
         ({"messages": [USER]}, [USER], True),
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER], False),
@@ -164,7 +164,7 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    ("line", "message"),
     [
         ('{"prompt": "Hi"', "not JSON (Expecting ',' delimiter at column 16)"),
         ("Hi", "not JSON (Expecting value at column 1)"),

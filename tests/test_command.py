@@ -81,7 +81,10 @@ def test_training_leaves_text_states_log_and_draft(trained):
 def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     draft = trained.folder / "run" / "draft" / "model.safetensors"
     before = draft.read_bytes()
-    never = lambda what: lambda *arguments, **settings: pytest.fail(f"{what} again")
+
+    def never(what):
+        return lambda *arguments, **settings: pytest.fail(f"{what} again")
+
     monkeypatch.setattr(
         prepare_command, "answer_writer", lambda *arguments: never("answers were written")
     )
@@ -124,7 +127,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
             for step in range(loader.steps_per_epoch):
                 batch = loader.batch_at(step)
                 for tokens, length, row_states in zip(
-                    batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD
+                    batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD, strict=True
                 ):
                     found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
                     np.testing.assert_array_equal(
@@ -161,7 +164,7 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
 
 
 @pytest.mark.parametrize(
-    "more, expected",
+    ("more", "expected"),
     [
         (
             ["data.answer_tokens=400"],
@@ -255,7 +258,7 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
     ]
     disk_steps, online_steps = ([line for line in log if "loss" in line] for log in logs)
     assert len(disk_steps) == len(online_steps) == 5
-    for disk, online in zip(disk_steps, online_steps):
+    for disk, online in zip(disk_steps, online_steps, strict=True):
         assert online["loss"] == pytest.approx(
             disk["loss"], rel=1e-3
         )  # five steps apart, of rows that were summed in another order
@@ -300,7 +303,11 @@ from beagle_jax import train
 from beagle_jax.commands import train as command
 from beagle_jax.errors import run_main
 right, seen = command.configured_target, []
-held = lambda target: [[len(x.sharding.device_set), x.addressable_shards[0].data.size / x.size] for x in jax.tree.leaves(target.params) if x.ndim > 1]
+def held(target):
+    matrices = [x for x in jax.tree.leaves(target.params) if x.ndim > 1]
+    return [
+        [len(x.sharding.device_set), x.addressable_shards[0].data.size / x.size] for x in matrices
+    ]
 def noted(config, mesh, **settings):
     target = right(config, mesh, **settings)
     seen.extend([held(target), held(right(config, None, **settings))])
@@ -337,7 +344,10 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     on_mesh, on_one = json.loads((trained.folder / "held.json").read_text())
-    in_parts = lambda held: all(devices == 8 and share <= 0.5 for devices, share in held)
+
+    def in_parts(held):
+        return all(devices == 8 and share <= 0.5 for devices, share in held)
+
     assert in_parts(on_mesh) and not in_parts(on_one)
     logs = [
         [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
@@ -345,7 +355,7 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
     ]
     one_device, eight = ([line for line in log if "loss" in line] for log in logs)
     assert len(eight) == 3
-    for one, many in zip(one_device, eight):
+    for one, many in zip(one_device, eight, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 

@@ -97,7 +97,7 @@ def test_there_are_committed_files():
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("trian: {batch: 4}", "unknown key trian; did you mean train?"),
         ("train: {bach: 4}", "unknown key train.bach; did you mean train.batch?"),
@@ -134,7 +134,7 @@ def test_missing_section_and_key(load):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("data: 5", "data must be a section with the keys source, split, "),
         ("data:", "data must be a section with the keys source, split, "),
@@ -159,12 +159,43 @@ def test_wrong_type_says_what_is_expected(load, text, message):
     assert message in refused(load, TARGET + text)
 
 
-AT_LEAST_ONE = """target.group_size data.answer_tokens data.max_prompt_tokens data.max_answer_tokens data.max_chat_tokens data.batch data.top_k
-    train.batch train.row_tokens train.loss_rows train.checkpoint_every decode.levels decode.ngram decode.max_new_tokens eval.max_new_tokens
-    eval.limit eval.train_prompts log.every""".split()
-NOT_NEGATIVE = """draft.init_std draft.hot_tokens data.temperature train.noise_scale train.vloss_weight
-    train.weight_decay log.eval_rows eval.every eval.patience train.early.steps train.early.warmup train.early.learning_rate
-    train.late.steps train.late.warmup train.late.learning_rate""".split()
+AT_LEAST_ONE = [
+    "target.group_size",
+    "data.answer_tokens",
+    "data.max_prompt_tokens",
+    "data.max_answer_tokens",
+    "data.max_chat_tokens",
+    "data.batch",
+    "data.top_k",
+    "train.batch",
+    "train.row_tokens",
+    "train.loss_rows",
+    "train.checkpoint_every",
+    "decode.levels",
+    "decode.ngram",
+    "decode.max_new_tokens",
+    "eval.max_new_tokens",
+    "eval.limit",
+    "eval.train_prompts",
+    "log.every",
+]
+NOT_NEGATIVE = [
+    "draft.init_std",
+    "draft.hot_tokens",
+    "data.temperature",
+    "train.noise_scale",
+    "train.vloss_weight",
+    "train.weight_decay",
+    "log.eval_rows",
+    "eval.every",
+    "eval.patience",
+    "train.early.steps",
+    "train.early.warmup",
+    "train.early.learning_rate",
+    "train.late.steps",
+    "train.late.warmup",
+    "train.late.learning_rate",
+]
 
 
 @pytest.mark.parametrize("key", AT_LEAST_ONE)
@@ -199,7 +230,7 @@ EAGLE = ("draft.kind=eagle", "train.early.window=1", "train.late.dense=true")
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    ("override", "message"),
     [
         (
             "draft.init=ridge",
@@ -244,7 +275,10 @@ def test_a_dense_late_stage_has_no_windows(load):
 
 def test_late_stage_in_one_word(load):
     """`none` and `simulate` stand beside the section, and the last word counts."""
-    steps = lambda text, *overrides: load(TARGET + text, *overrides).train.late.steps
+
+    def steps(text, *overrides):
+        return load(TARGET + text, *overrides).train.late.steps
+
     section = "train: {late: {steps: 7, window: 6}}"
     assert steps("train: {late: none}") == steps(section, "train.late=none") == 0
     assert steps("train: {late: simulate}") == 500 and steps(section, "train.late=simulate") == 7
@@ -263,7 +297,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    ("override", "message"),
     [
         (
             "draft.init=nowhere",
@@ -373,7 +407,7 @@ def test_overriding_a_section_keeps_its_other_keys(load):
     assert (config.train.batch, config.train.late.steps, config.train.late.window) == (4, 3, 6)
 
 
-@pytest.mark.parametrize("alias, key", ALIASES.items())
+@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
 def test_aliases_stand_for_their_keys(load, alias, key):
     value = "other/folder" if key == "target.source" else "3"
     config = load(TARGET + "train: {late: {window: 6}}", f"{alias}={value}")
@@ -423,7 +457,7 @@ def test_missing_file_names_one_to_start_from(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("content", "message"),
     [
         (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
         (

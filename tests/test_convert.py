@@ -141,7 +141,8 @@ def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
     )
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(6)) for h_SD in h_BSD]
     return [
-        module.draft(tree, int(root), one, embed, rows_VD) for root, one in zip(roots, true)
+        module.draft(tree, int(root), one, embed, rows_VD)
+        for root, one in zip(roots, true, strict=True)
     ], found.nodes.token_BW.tolist()
 
 
@@ -167,7 +168,7 @@ def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
     else:
         tree.ancestors = [
             {node for node in above if tree.depth[node] < depth - 1}
-            for above, depth in zip(tree.ancestors, tree.depth)
+            for above, depth in zip(tree.ancestors, tree.depth, strict=True)
         ]
     found, expected = drafted(place, exported, tree)
     assert found != expected
@@ -209,7 +210,7 @@ def test_generate_stops_where_it_should(place, exported):
 
 
 @pytest.mark.parametrize(
-    "ids, options, expected",
+    ("ids", "options", "expected"),
     [
         ([[1], [2]], {}, "input_ids has shape \\[2, 1\\]"),
         ([[1]], {"levels": 0}, "no nodes below its root"),
@@ -695,7 +696,7 @@ def test_a_changed_bit_is_noticed(place, exported, tmp_path, capsys, of):
 
 
 @pytest.mark.parametrize(
-    "argv, expected",
+    ("argv", "expected"),
     [
         ([], "arguments are required: --config"),
         (["to-torch", "--config", "x"], "arguments are required: --out"),

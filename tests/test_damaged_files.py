@@ -139,7 +139,10 @@ def damaged(whole: bytes, seed: int) -> bytes:
     beginning.
     """
     rng = np.random.default_rng(seed)
-    place = lambda: int(rng.integers(min(len(whole), HEADER) if rng.random() < 0.5 else len(whole)))
+
+    def place():
+        return int(rng.integers(min(len(whole), HEADER) if rng.random() < 0.5 else len(whole)))
+
     if rng.random() < 0.25:
         return whole[: place()]
     found = bytearray(whole)
@@ -161,7 +164,10 @@ def outcomes(folder: Path, file: str, read: Callable[[Path], dict], cases: int, 
             try:
                 found = read(folder)
             except UserError as error:
-                assert str(folder) in str(error), f"case {case}: the message names no file: {error}"
+                if str(folder) not in str(error):
+                    raise AssertionError(
+                        f"case {case}: the message names no file: {error}"
+                    ) from error
                 ended.append("refused")
             else:
                 judge(expected, found, whole, changed, f"case {case}")
@@ -214,7 +220,7 @@ def where_its_bytes_changed(
     else may not.
     """
     assert len(whole) == len(changed) and expected.keys() == found.keys(), where
-    count = sum(a != b for a, b in zip(whole, changed))
+    count = sum(a != b for a, b in zip(whole, changed, strict=True))
     values = 0
     for name, value in expected.items():
         if isinstance(value, np.ndarray):

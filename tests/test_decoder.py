@@ -91,7 +91,10 @@ def _check_batch(decoder, sampling) -> None:
         decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0]
         for line, prompt in enumerate(prompts)
     ]
-    counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
+
+    def counted(answer):
+        return (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
+
     assert list(map(counted, together)) == list(map(counted, alone))
 
 
@@ -153,7 +156,7 @@ def test_a_stop_string_ends_the_answer_wherever_it_lies(tree, begin):
     assert found.tokens == free.tokens[: place + len(stop)]
     # The tokens of the rounds that count: nothing after the stop is in them.
     assert sum(found.accepted) == found.rounds
-    emitted = 1 + sum(count * (number + 1) for count, number in zip(found.accepted, range(99)))
+    emitted = 1 + sum(count * number for number, count in enumerate(found.accepted, start=1))
     assert len(found.tokens) <= emitted <= len(found.tokens) + 1
     [whole] = decoder.generate([[5]], max_new_tokens=len(found.tokens))
     assert (found.rounds, found.tokens) == (whole.rounds, whole.tokens)
@@ -166,7 +169,7 @@ def test_each_row_of_a_batch_has_its_own_stop():
     free = decoder.generate([[5], [6], [9]], max_new_tokens=40)
     stops = [free[0].text[2:5], free[1].text[20:23]]
     found = decoder.generate([[5], [6], [9]], max_new_tokens=40, stop=stops)
-    for mine, theirs in zip(found, free):
+    for mine, theirs in zip(found, free, strict=True):
         places = [place for place in (theirs.text.find(stop) for stop in stops) if place >= 0]
         assert mine.text == theirs.text[: min(places)] if places else mine == theirs
 
@@ -262,7 +265,7 @@ def test_messages_and_plain_text_go_through_the_chat_template():
     told = target.tokenizer.encode("uABa", add_special_tokens=False)
     assert by_text.tokens == decoder.generate([told], max_new_tokens=9)[0].tokens
     with pytest.raises(
-        UserError, match="prompt: the text of a message is not Unicode .*surrogates"
+        UserError, match=r"prompt: the text of a message is not Unicode .*surrogates"
     ):
         decoder.generate(
             ["caf\udce9"]
@@ -290,9 +293,10 @@ def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
 
 def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
     monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
-    wrong = lambda models, shapes, state, tokens, offset, *rest, **named: read_prompt(
-        models, shapes, state, tokens, offset - (offset > 0), *rest, **named
-    )
+
+    def wrong(models, shapes, state, tokens, offset, *rest, **named):
+        return read_prompt(models, shapes, state, tokens, offset - (offset > 0), *rest, **named)
+
     monkeypatch.setattr("beagle_jax.decoding.decoder.read_prompt", wrong)
     prompt = np.random.default_rng(0).integers(0, TINY.vocab_size, 200).tolist()
     assert _decoder(chain(2)).generate([prompt], max_new_tokens=12)[0].tokens != naive_greedy(
@@ -315,16 +319,21 @@ from beagle_jax.sharding import tensor_mesh
 prompts = [[5], [7, 8, 9], [1, 2, 3, 4]]
 one_layer = target_of(replace(TINY, num_layers=1))
 for sampling, size in ((GREEDY, 8), (Sampling(0.8, top_k=20), 2)):
-    ask = lambda mesh: [a.tokens for a in SpeculativeDecoder(
-        one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, sampling, max_new_tokens=32)]
+    def ask(mesh):
+        decoder = SpeculativeDecoder(one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=mesh)
+        return [a.tokens for a in decoder.generate(prompts, sampling, max_new_tokens=32)]
     assert ask(tensor_mesh(size)) == ask(None), size
-eagle = lambda mesh: SpeculativeDecoder(one_layer, random_eagle(), dynamic_tree(2, 2, 5), mesh=mesh).generate(prompts, max_new_tokens=32)
-assert [(a.tokens, a.rounds) for a in eagle(None)] == [(a.tokens, a.rounds) for a in eagle(tensor_mesh(2))]
+def eagle(mesh):
+    decoder = SpeculativeDecoder(one_layer, random_eagle(), dynamic_tree(2, 2, 5), mesh=mesh)
+    return [(a.tokens, a.rounds) for a in decoder.generate(prompts, max_new_tokens=32)]
+assert eagle(None) == eagle(tensor_mesh(2))
 decoder = SpeculativeDecoder(one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
 assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
-ask = lambda decoder: [a.tokens for a in decoder.generate(prompts, Sampling(0.8, top_k=20), max_new_tokens=32)]
+def ask(decoder):
+    sampling = Sampling(0.8, top_k=20)
+    return [a.tokens for a in decoder.generate(prompts, sampling, max_new_tokens=32)]
 right, layer = ask(decoder), decoder._models.target["layers"][0]
 layer["gate_FD"] = jax.device_put(np.roll(layer["gate_FD"], 24, axis=0), layer["gate_FD"].sharding)
 assert ask(decoder) != right, "the planted bug, each device with the other's part, was not seen"

@@ -45,8 +45,8 @@ START = 5  # MARKOV: eight different tokens follow it
 PROMPTS = {
     "one token": [5],
     "short": [7, 8, 9],
-    "a bucket": list(range(60)) + [3, 1, 4, 1],
-    "one more": list(range(60)) + [3, 1, 4, 1, 5],
+    "a bucket": [*range(60), 3, 1, 4, 1],
+    "one more": [*range(60), 3, 1, 4, 1, 5],
 }
 
 
@@ -89,9 +89,10 @@ def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
 
 def test_planted_bug_accepts_one_too_many(monkeypatch):
     right = loop.accept_matching
-    wrong = lambda nodes, wanted, depth: right(
-        nodes, wanted.at[:, 0].set(nodes.token_BW[:, 1]) if depth else wanted, depth
-    )
+
+    def wrong(nodes, wanted, depth):
+        return right(nodes, wanted.at[:, 0].set(nodes.token_BW[:, 1]) if depth else wanted, depth)
+
     monkeypatch.setattr(loop, "accept_matching", wrong)
     with pytest.raises(AssertionError):
         _check_lossless(target_of(eos_ids=next_stop()), random_draft(), chain(2), [5])
@@ -129,11 +130,17 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
     """A seed writes what plain sampling writes with it; answers to all tokens come to one stop
     token at different places.
     """
-    ask = lambda target, limit, *parts: SpeculativeDecoder(target, *parts).generate(
-        [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4
-    )
+
+    def ask(target, limit, *parts):
+        return SpeculativeDecoder(target, *parts).generate(
+            [[token] for token in range(TINY.vocab_size)], sampling, max_new_tokens=limit, seed=4
+        )
+
     free = [answer.tokens for answer in ask(target_of(MARKOV), 16)]
-    places = lambda token: {tokens.index(token) for tokens in free if token in tokens}
+
+    def places(token):
+        return {tokens.index(token) for tokens in free if token in tokens}
+
     stop = max(
         range(TINY.vocab_size), key=lambda token: ({0, 1, 2} <= places(token), len(places(token)))
     )

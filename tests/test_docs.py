@@ -98,7 +98,7 @@ def test_every_command_is_real(line, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line, error",
+    ("line", "error"),
     [
         ("python -m beagle_jax.train --config configs/quickstart.yaml train.bach=4", UsageError),
         ("python -m beagle_jax.trian --config configs/quickstart.yaml", ModuleNotFoundError),

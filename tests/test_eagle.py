@@ -54,13 +54,16 @@ def reference(params, spec: EagleSpec, e_LD, h_LD) -> torch.Tensor:
     }
     e_LD, h_LD = torch.tensor(e_LD).double(), torch.tensor(h_LD).double()
     H, G = spec.head_dim, spec.num_heads // spec.num_kv_heads
-    turn = lambda x, place: torch.view_as_real(
-        torch.view_as_complex(torch.stack([x[: H // 2], x[H // 2 :]], -1))
-        * torch.polar(
-            torch.ones(H // 2).double(),
-            place / 2.0 / spec.rope_theta ** (torch.arange(H // 2).double() / (H // 2)),
-        )
-    ).T.reshape(-1)
+
+    def turn(x, place):
+        return torch.view_as_real(
+            torch.view_as_complex(torch.stack([x[: H // 2], x[H // 2 :]], -1))
+            * torch.polar(
+                torch.ones(H // 2).double(),
+                place / 2.0 / spec.rope_theta ** (torch.arange(H // 2).double() / (H // 2)),
+            )
+        ).T.reshape(-1)
+
     # The state at position p, and the token that was chosen after seeing it.
     fused = [
         w["fc"] @ torch.cat([e_LD[p + 1], h_LD[p]]) + w["fc_bias"] for p in range(len(e_LD) - 1)

@@ -86,11 +86,14 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, name, tree):
 @pytest.mark.parametrize("bug", ["its own row unseen", "a state too old", "another parent"])
 def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
     """Planted bugs: the answer stays right, its rounds do not."""
-    draft, module = drafts(place, "whole")
-    ask = lambda: [
-        module.generate(place.model, torch.tensor([prompt]), max_new_tokens=60, paths=PATHS)
-        for prompt in PROMPTS
-    ]
+    _, module = drafts(place, "whole")
+
+    def ask():
+        return [
+            module.generate(place.model, torch.tensor([prompt]), max_new_tokens=60, paths=PATHS)
+            for prompt in PROMPTS
+        ]
+
     before, kind = ask(), type(module)
     right = kind.fuse
     if bug == "its own row unseen":
@@ -116,7 +119,9 @@ def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
             lambda self, e, h: right(self, e, -30 * h.flip(1) if 1 < h.shape[1] < 4 else h),
         )
     after = ask()
-    assert all(torch.equal(one.sequences, two.sequences) for one, two in zip(before, after))
+    assert all(
+        torch.equal(one.sequences, two.sequences) for one, two in zip(before, after, strict=True)
+    )
     assert [one.rounds for one in before] != [two.rounds for two in after]
 
 

@@ -209,7 +209,7 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
     assert [one["name"] for one in made["suites"]] == list(RECORDS) and [
         note[:11] for note in made["notes"]
     ] == ["decode.stop"]
-    for one, (_, category, turns) in zip(made["suites"], RECORDS.values()):
+    for one, (_, category, turns) in zip(made["suites"], RECORDS.values(), strict=True):
         assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
         for name in names:
             figures = one["groups"][0]["systems"][name]

@@ -57,7 +57,10 @@ def gradient_of(
     config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC, predict=predict_eagle
 ):
     """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
-    loss = lambda params, *rest: stage_loss(params, spec, config, stage, predict, *rest, ONE_DEVICE)
+
+    def loss(params, *rest):
+        return stage_loss(params, spec, config, stage, predict, *rest, ONE_DEVICE)
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -172,9 +175,13 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
         params, frozen, batch, jax.random.key(0)
     )  # remembered by no other test
     _, expected = by_torch(params, frozen, batch, 3)
-    with pytest.raises(AssertionError):
+
+    def compare():
         for name, one in expected.items():
             np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+    with pytest.raises(AssertionError):
+        compare()
 
 
 # Against drafting
@@ -201,7 +208,7 @@ def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
     far in the place of true ones.
     """
     found = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
-    for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD)):
+    for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD, strict=True)):
         for query in range(ASKED):
             known, at = np.array(h_LD), FIRST[line] + query
             for step in range(min(LATE.simulation_steps, L - at)):
@@ -256,8 +263,10 @@ def test_planted_bug_one_start_for_all_rows(params, row):
 
 
 def test_detach_changes_gradients_only(params, row):
-    score = lambda p, detach: jnp.sum(jnp.sin(simulated(p, *row, detach=detach)))
-    kept, cut = (jax.value_and_grad(lambda p: score(p, detach))(params) for detach in (False, True))
+    def score(p, detach):
+        return jnp.sum(jnp.sin(simulated(p, *row, detach=detach)))
+
+    kept, cut = (jax.value_and_grad(score)(params, detach) for detach in (False, True))
     np.testing.assert_allclose(kept[0], cut[0], rtol=1e-5)
     assert float(jnp.abs(kept[1]["fc"] - cut[1]["fc"]).max()) > 1e-3
 

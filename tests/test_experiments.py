@@ -62,7 +62,7 @@ def runs(**means: float) -> dict:
 
 
 @pytest.mark.parametrize(
-    "low, high, rule, expected",
+    ("low", "high", "rule", "expected"),
     [
         (0.01, 0.2, {}, HOLDS),
         (-0.01, 0.2, {}, OPEN),
@@ -253,7 +253,7 @@ def test_first_seeds_come_first():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             {"claims": [{"figure": "fig3", "says": "x", "more": "beegle", "less": "eagle"}]},
@@ -363,7 +363,7 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path):
         ).train.early.steps
         == 200
     )
-    with pytest.raises(UserError, match="made with other settings of train.early.window"):
+    with pytest.raises(UserError, match=r"made with other settings of train.early.window"):
         runner._written(path, settings | {"train.early.window": 5}, "train.early.steps")
 
 
@@ -371,7 +371,7 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
     text = Path(PAPER).read_text()
     (tmp_path / "x.yaml").write_text(text.replace("  window-5:", "  window-1:", 1))
     with pytest.raises(
-        UsageError, match="(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"
+        UsageError, match=r"(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"
     ):
         plans.load_plan(tmp_path / "x.yaml", {}, short=False)
 
@@ -459,7 +459,10 @@ def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
     assert runner.run_all(plan, shared=True) == {} and len(asked) == 1
     assert runner.run_all(plan, shared=False) == {}
     asks = {Path(out).name: (config.draft.path, *config.eval.compare) for config, out in asked[1:]}
-    at = lambda name, seed: f"{plan.folder}/{name}-{seed}/draft"
+
+    def at(name, seed):
+        return f"{plan.folder}/{name}-{seed}/draft"
+
     systems = plan.evaluations["systems"].drafts
     of = {name: [f"{name}{place}" for place in ("", "-1", "-2")] for name in plan.evaluations}
     assert set(asks) == {each for names in of.values() for each in names} - {folder.name}
@@ -503,8 +506,9 @@ def measured_by_hand(
     """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike;
     milliseconds and bytes with the seed.
     """
-    bytes_of = lambda draft: (
-        dict.fromkeys(
+
+    def bytes_of(draft):
+        return dict.fromkeys(
             [
                 "target_weights",
                 "target_cache",
@@ -513,9 +517,8 @@ def measured_by_hand(
                 "prefill_temporaries",
             ],
             0,
-        )
-        | {"draft_weights": draft}
-    )
+        ) | {"draft_weights": draft}
+
     for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
         folder.mkdir(parents=True)
         turn = {"plain": answer(13, 12, plain[taken]), "d": answer(13, rounds[taken], speed[taken])}
@@ -582,7 +585,9 @@ def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
         plain.append(from_answers(*arguments))
         return plain[-1] | {"plain_seconds": plain[0]["plain_seconds"]}
 
-    first = lambda run: dict(list(run.items())[:1])
+    def first(run):
+        return dict(list(run.items())[:1])
+
     plants = {
         "the first seed only": (
             "decoded",
@@ -601,7 +606,7 @@ def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
     one = plan.evaluations[folder.name]
     with pytest.raises(
         UserError,
-        match="dynamic-append/config.yaml: made with other settings of decode.nodes; delete",
+        match=r"dynamic-append/config.yaml: made with other settings of decode.nodes; delete",
     ):
         ask_first(
             replace(

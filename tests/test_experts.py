@@ -70,7 +70,10 @@ def test_an_expert_that_nobody_chose_is_not_run(arrays):
     _, map_EDD, y_DM = arrays
     poisoned = jnp.asarray(map_EDD).at[1].set(jnp.nan)
     share_EM = jnp.zeros((COUNT, M)).at[0].set(0.25).at[3].set(0.75)
-    run = lambda e: poisoned[e] @ y_DM
+
+    def run(e):
+        return poisoned[e] @ y_DM
+
     assert bool(jnp.isfinite(jax.jit(lambda s: routed(s, run, jnp.asarray(y_DM)))(share_EM)).all())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts_module.jax.lax, "cond", lambda _, then, otherwise: then())

@@ -3,6 +3,7 @@ drafted tokens.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -225,12 +226,16 @@ def _without(key):
 
 
 def _norms_swapped(spec, params):
-    swap = lambda layer: {**layer, "q_norm_H": layer["k_norm_H"], "k_norm_H": layer["q_norm_H"]}
+    def swap(layer):
+        return {**layer, "q_norm_H": layer["k_norm_H"], "k_norm_H": layer["q_norm_H"]}
+
     return spec, {**params, "layers": [swap(layer) for layer in params["layers"]]}
 
 
 def _norm_ignored(key):
-    drop = lambda layer: {**layer, key: jnp.zeros_like(layer[key])}
+    def drop(layer):
+        return {**layer, key: jnp.zeros_like(layer[key])}
+
     return lambda spec, params: (
         spec,
         {**params, "layers": [drop(layer) for layer in params["layers"]]},
@@ -238,10 +243,12 @@ def _norm_ignored(key):
 
 
 def _experts_swapped(spec, params):
-    swap = lambda layer: {
-        **layer,
-        "up_EFD": layer["up_EFD"][jnp.array([1, 0, *range(2, spec.experts.count)])],
-    }
+    def swap(layer):
+        return {
+            **layer,
+            "up_EFD": layer["up_EFD"][jnp.array([1, 0, *range(2, spec.experts.count)])],
+        }
+
     return spec, {**params, "layers": [swap(layer) for layer in params["layers"]]}
 
 
@@ -259,7 +266,10 @@ def _scaling(**changes):
     )
 
 
-_change = lambda **changes: lambda spec, params: (dataclasses.replace(spec, **changes), params)
+def _change(**changes):
+    return lambda spec, params: (dataclasses.replace(spec, **changes), params)
+
+
 PLANTS = [
     ("llama 3 rope", "scaling ignored", _change(rope_scaling=None)),
     ("llama 3 rope", "no blend", _scaling(high_freq_factor=1.0 + 1e-6)),
@@ -344,7 +354,9 @@ def _torch_answers(model):
                 tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32
             )
         answers.append(full[0, len(prompt) :].tolist())
-    assert len(set(sum(answers, []))) > 7  # a token that repeats for ever would equal anything
+    assert (
+        len(set(itertools.chain(*answers))) > 7
+    )  # a token that repeats for ever would equal anything
     return answers
 
 
@@ -397,9 +409,10 @@ def test_greedy_tokens_equal_torch_plainly(family):
 @pytest.mark.parametrize("family", ["mistral"], indirect=True)
 def test_planted_bug_in_the_window_over_the_cache(family, far, monkeypatch):
     """New tokens see right, slots are cut off one too early or too late."""
-    wrong = lambda position_BT, key_BS, window: within_window(
-        position_BT, key_BS, window + (far if key_BS.shape[0] == 1 else 0)
-    )
+
+    def wrong(position_BT, key_BS, window):
+        return within_window(position_BT, key_BS, window + (far if key_BS.shape[0] == 1 else 0))
+
     monkeypatch.setattr(target_module, "within_window", wrong)
     model, target = family
     # A stop token of its own keeps the planted program apart from the right one.
@@ -436,7 +449,10 @@ def _rope_difference(scaling) -> float:
     )
     expected = LlamaForCausalLM(config).model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
     found = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
-    return max(float(np.abs(ours - theirs.numpy()).max()) for ours, theirs in zip(found, expected))
+    return max(
+        float(np.abs(ours - theirs.numpy()).max())
+        for ours, theirs in zip(found, expected, strict=True)
+    )
 
 
 def test_llama3_rope_equals_torch():

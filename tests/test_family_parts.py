@@ -50,11 +50,19 @@ def _our_parts(spec, params, inputs):
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     masks = target_module._layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)
     rotary = target_module._layer_rotary(spec, positions_BT)
-    columns = lambda x_BTD: jnp.asarray(x_BTD).reshape(B * T, -1).T
-    rows = lambda x_DM: x_DM.T.reshape(B, T, -1)
+
+    def columns(x_BTD):
+        return jnp.asarray(x_BTD).reshape(B * T, -1).T
+
+    def rows(x_DM):
+        return x_DM.T.reshape(B, T, -1)
+
     out = {"embedding": embed(params["embed_VD"], inputs["embedding"], spec.embed_scale)}
     for index, layer in enumerate(params["layers"]):
-        at = lambda name: columns(inputs[f"{name} {index}"])
+
+        def at(name, index=index):
+            return columns(inputs[f"{name} {index}"])
+
         around = ((B, T), rotary[index], None, *masks[index])
         out[f"norm {index}"] = rows(
             target_module._norm(spec, at("norm"), layer["input_norm_D"], axis=0)
@@ -92,7 +100,7 @@ def test_rope_equals_torch(family):  # noqa: F811
         expected = model.model.rotary_emb(
             torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind
         )
-        for ours, theirs in zip(found, expected):
+        for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours[:, 0, 0], theirs.numpy(), atol=1e-5)
 
 

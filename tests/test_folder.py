@@ -33,7 +33,7 @@ def test_the_same_settings_are_welcome_again(config):
 
 
 @pytest.mark.parametrize(
-    "key, named",
+    ("key", "named"),
     [
         ("target_sha256", "another target: its weights differ"),
         ("tokenizer_sha256", "another tokenizer"),

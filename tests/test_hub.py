@@ -85,7 +85,7 @@ def test_a_slice_of_a_split(files):
 
 
 @pytest.mark.parametrize(
-    "name, split, message",
+    ("name", "split", "message"),
     [
         (
             "/no/such/folder/at-all",
@@ -111,7 +111,7 @@ def test_a_bad_record_is_named(datasets, tmp_path):
 
 def test_without_the_library_the_message_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="hf:some/set needs the datasets library .*pip install"):
+    with pytest.raises(UserError, match=r"hf:some/set needs the datasets library .*pip install"):
         hub_chats("some/set", "train", False)
 
 

@@ -62,22 +62,30 @@ def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=Fa
         late.window_queries(LENGTH, e_BLD.shape[1], window, window, offset),
         _scored(window, steps, multi_token),
     )
-    pick = lambda per_step: jnp.stack(
-        [of_row(per_step[step], at.query_BUJ[:, :, offset]) for step, offset in scored], axis=2
-    )
+
+    def pick(per_step):
+        return jnp.stack(
+            [of_row(per_step[step], at.query_BUJ[:, :, offset]) for step, offset in scored], axis=2
+        )
+
     mask = jnp.stack([at.valid_BUJ[:, :, offset] for _, offset in scored], axis=2)[..., None]
     # A nonlinear function of every supervised state, weighted as the loss is.
     beta = jnp.array([steps - step for step, _ in scored], jnp.float32)[None, None, :, None]
-    score = lambda s: jnp.sum(jnp.where(mask, jnp.sin(s) * beta, 0))
-    fast = lambda p: (
-        late_states(
+
+    def score(s):
+        return jnp.sum(jnp.where(mask, jnp.sin(s) * beta, 0))
+
+    def fast(p):
+        return late_states(
             p, SPEC, e_BLD, h_BLD, LENGTH, START, multi_token=multi_token, **settings
         ).state_BUJD
-    )
-    plain = lambda p: pick(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings))
-    graded = lambda form: jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(
-        params
-    )
+
+    def plain(p):
+        return pick(oracle_states(p, SPEC, e_BLD, h_BLD, LENGTH[:, 0], **settings))
+
+    def graded(form):
+        return jax.grad(lambda p: (score(states := form(p)), states), has_aux=True)(params)
+
     both = [({}, form(params)) if plant else graded(form) for form in (fast, plain)]
     return [jnp.where(mask, states, 0) for _, states in both], [gradient for gradient, _ in both]
 
@@ -126,7 +134,10 @@ def test_planted_bug_true_key_of_own_position(row, monkeypatch):
 
 def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
     right = BeagleBlock.keys_values
-    wrong = lambda self, h, at: right(self, h, at + (h.shape[1] == 1))
+
+    def wrong(self, h, at):
+        return right(self, h, at + (h.shape[1] == 1))
+
     monkeypatch.setattr(late.BeagleBlock, "keys_values", wrong)
     with pytest.raises(AssertionError):
         _compare(row, 4, 4, True, [2], plant="late key")
@@ -153,7 +164,7 @@ def test_first_step_is_the_early_stage(row, offset, multi_token):
     simulated = jax.device_get(_late(params, SPEC, e_BLD, h_BLD, LENGTH, START, **settings))
     seen = [set() for _ in LENGTH]
     for line, places, valid, states in zip(
-        (0, 1), simulated.query_BUJ, simulated.valid_BUJ, simulated.state_BUJD
+        (0, 1), simulated.query_BUJ, simulated.valid_BUJ, simulated.state_BUJD, strict=True
     ):
         np.testing.assert_allclose(states[valid], early[line][places[valid]], atol=1e-5)
         seen[line] |= set(places[valid].tolist())
@@ -165,9 +176,21 @@ def test_first_step_is_the_early_stage(row, offset, multi_token):
 @pytest.mark.parametrize("changed", [0, 4, 7])
 def test_a_true_state_reaches_only_later_windows(row, changed):
     params, e_BLD, h_BLD = row
-    run = lambda h: _late(
-        params, SPEC, e_BLD, h, LENGTH, START, window=3, steps=3, offset=jnp.int32(2), detach=True
-    )
+
+    def run(h):
+        return _late(
+            params,
+            SPEC,
+            e_BLD,
+            h,
+            LENGTH,
+            START,
+            window=3,
+            steps=3,
+            offset=jnp.int32(2),
+            detach=True,
+        )
+
     before, after = run(h_BLD), run(h_BLD.at[:, changed].add(1.0))
     moved_BU = np.abs(before.state_BUJD - after.state_BUJD).max(axis=(2, 3)) > 0
     expected_BU, inside_BU = (
@@ -194,35 +217,41 @@ def test_positions_are_relative(row):
     np.testing.assert_allclose(
         scores(0), scores(100), atol=1e-4
     )  # angles near 100 lose two digits in float32
+    q = block.queries(e_BLD, positions + 1)
+    shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
     with pytest.raises(AssertionError):
-        q = block.queries(e_BLD, positions + 1)
-        shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
         np.testing.assert_allclose(scores(0), shifted, atol=1e-4)
 
 
 def _check_dense(row, steps, shift=0):
     """With a window at every position, each window of every offset is among them."""
     params, e_BLD, h_BLD = row
-    run = lambda window, offset: jax.device_get(
-        _late(
-            params,
-            SPEC,
-            e_BLD,
-            h_BLD,
-            LENGTH,
-            START,
-            window=window,
-            steps=steps,
-            offset=jnp.int32(offset),
-            detach=True,
+
+    def run(window, offset):
+        return jax.device_get(
+            _late(
+                params,
+                SPEC,
+                e_BLD,
+                h_BLD,
+                LENGTH,
+                START,
+                window=window,
+                steps=steps,
+                offset=jnp.int32(offset),
+                detach=True,
+            )
         )
-    )
+
     dense = run(1, 0)
     assert dense.state_BUJD.shape[1:3] == (13, steps)
     for offset in range(steps):
         windows = run(steps, offset)
         for places, valid, states in zip(
-            windows.query_BUJ[0], windows.valid_BUJ[0], np.moveaxis(windows.state_BUJD, 1, 0)
+            windows.query_BUJ[0],
+            windows.valid_BUJ[0],
+            np.moveaxis(windows.state_BUJD, 1, 0),
+            strict=True,
         ):
             if valid.all():
                 np.testing.assert_allclose(
@@ -279,7 +308,7 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
     return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("detach, within", [(True, 1.15), (False, 1.3)])
+@pytest.mark.parametrize(("detach", "within"), [(True, 1.15), (False, 1.3)])
 def test_memory_is_flat_in_the_steps(detach, within):
     """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that
     grow.
@@ -299,7 +328,9 @@ ASKED = 6  # queries of each row
 def _check_part_of_a_row(row, offset, first_BC=FIRST):
     """Asking for a few positions of each row gives what asking for all of it gives there."""
     params, e_BLD, h_BLD = row
-    e_BTD = jnp.stack([e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST[:, 0])])
+    e_BTD = jnp.stack(
+        [e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST[:, 0], strict=True)]
+    )
     settings = dict(window=3, offset=jnp.int32(offset))
     early = _early(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, **settings)
     simulated = jax.device_get(
@@ -317,11 +348,14 @@ def _check_part_of_a_row(row, offset, first_BC=FIRST):
         at = {
             tuple(places): states
             for places, states in zip(
-                all_windows.query_BUJ[line].tolist(), all_windows.state_BUJD[line]
+                all_windows.query_BUJ[line].tolist(), all_windows.state_BUJD[line], strict=True
             )
         }
         for places, valid, states in zip(
-            simulated.query_BUJ[line], simulated.valid_BUJ[line], simulated.state_BUJD[line]
+            simulated.query_BUJ[line],
+            simulated.valid_BUJ[line],
+            simulated.state_BUJD[line],
+            strict=True,
         ):
             if valid.all():
                 np.testing.assert_allclose(states, at[tuple((places + first).tolist())], atol=1e-5)

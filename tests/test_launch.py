@@ -63,7 +63,7 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, arguments, expected",
+    ("script", "arguments", "expected"),
     [
         (
             "local_cpu.sh",
@@ -132,15 +132,18 @@ def test_a_pod_s_workers_use_the_python_that_was_named():
 
 def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    git = lambda *words: subprocess.run(
-        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    dry_run = lambda: (
-        bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
-    )
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+
+    def dry_run():
+        return bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
+
     git("init")
     assert "changes that are not committed stay here" in dry_run()
     git("add", ".")
@@ -149,7 +152,7 @@ def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, arguments, expected",
+    ("script", "arguments", "expected"),
     [
         ("local_cpu.sh", [], "which command? bash launch/local_cpu.sh train --config"),
         ("gpu.sh", ["--gpus", "9", "train"], "--gpus is 9; expected 1 to 8"),
@@ -176,8 +179,8 @@ def cluster(tmp_path) -> Path:
         "scancel": 'kill -TERM "$(cat tasks)"',
         "scontrol": ":",
         # The training: stays until SIGTERM, saves, and leaves with status 0.
-        "../.venv-gpu/bin/python": 'trap "echo saved >> calls; exit 0" TERM; echo $$ > tasks; while :; do sleep 0.05; '
-        "done",
+        "../.venv-gpu/bin/python": 'trap "echo saved >> calls; exit 0" TERM; echo $$ > tasks; '
+        "while :; do sleep 0.05; done",
     }
     for name, body in programs.items():
         path = tmp_path / "bin" / name

@@ -50,9 +50,10 @@ def _reference(q, k, v, mask):
 def test_parts_merge_to_one_softmax(qkv, cut):
     q, k, v, mask = qkv
     pieces = [slice(0, cut), slice(cut, S)] if 0 < cut < S else [slice(0, S)]
-    part = lambda q, k, v, mask, piece: partial_attention(
-        q, k[..., piece], v[:, :, piece], mask[..., piece]
-    )
+
+    def part(q, k, v, mask, piece):
+        return partial_attention(q, k[..., piece], v[:, :, piece], mask[..., piece])
+
     merged = jax.jit(lambda *qkv: merge_attention(*[part(*qkv, piece) for piece in pieces]))(
         q, k, v, mask
     )

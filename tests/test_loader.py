@@ -119,7 +119,9 @@ def check_dealt(rows, count: int, **settings) -> None:
     one = loader_of(rows, **settings)
     dealt = [loader_of(rows, share=Share(index, count), **settings) for index in range(count)]
     for step in range(2 * one.steps_per_epoch):  # two epochs
-        for whole, *parts in zip(one.batch_at(step), *(loader.batch_at(step) for loader in dealt)):
+        for whole, *parts in zip(
+            one.batch_at(step), *(loader.batch_at(step) for loader in dealt), strict=True
+        ):
             np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
@@ -140,7 +142,7 @@ def test_processes_with_orders_of_their_own_are_seen(monkeypatch):
 def test_a_batch_that_processes_do_not_divide_is_an_error():
     with pytest.raises(
         UserError,
-        match="train.batch is 4, which 3 processes do not divide; make it a multiple of 3",
+        match=r"train.batch is 4, which 3 processes do not divide; make it a multiple of 3",
     ):
         loader_of(rows_of_lengths(5, 5, 5, 5), batch=4, share=Share(0, 3))
 

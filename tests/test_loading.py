@@ -142,9 +142,10 @@ _read = HFFolder.read
 @on_two_devices
 def test_planted_bug_a_mesh_with_parts_from_the_wrong_place(tmp_path, monkeypatch):
     tensors = llama_tensors()
-    shifted = lambda self, name, index, dtype: _read(self, name, (slice(None), *index[1:]), dtype)[
-        : len(range(64)[index[0]])
-    ]
+
+    def shifted(self, name, index, dtype):
+        return _read(self, name, (slice(None), *index[1:]), dtype)[: len(range(64)[index[0]])]
+
     monkeypatch.setattr(HFFolder, "read", lambda *a: shifted(*a) if "q_proj" in a[1] else _read(*a))
     found = fill_params(
         SPEC, _folder(tmp_path, tensors), jnp.dtype("float32"), "here", tensor_mesh(2)
@@ -196,7 +197,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     ("stored", "width"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1), ("F64", 8)]
 )
 def test_what_is_no_weights_dtype_is_refused_by_the_tensor_s_name(tmp_path, stored, width):
-    entry = lambda dtype, start, end: {"dtype": dtype, "shape": [4], "data_offsets": [start, end]}
+    def entry(dtype, start, end):
+        return {"dtype": dtype, "shape": [4], "data_offsets": [start, end]}
+
     header = json.dumps(
         {
             "model.norm.weight": entry("F32", 0, 16),
@@ -240,7 +243,8 @@ from beagle_jax.weights.target import fill_params
 read, count = HFFolder.read, []
 HFFolder.read = lambda *a: count.append(read(*a)) or count[-1]
 opened = HFFolder(__import__("pathlib").Path(sys.argv[2]))
-fill_params(TargetSpec.from_hf_config(opened.config(), "x"), opened, jnp.dtype("float32"), "x", tensor_mesh(2))
+spec = TargetSpec.from_hf_config(opened.config(), "x")
+fill_params(spec, opened, jnp.dtype("float32"), "x", tensor_mesh(2))
 print(sum(part.nbytes for part in count))
 """
 

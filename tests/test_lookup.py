@@ -48,7 +48,9 @@ def texts(count: int = 300):
 def test_the_chain_is_what_a_search_finds(ngram):
     rows, lengths = texts()
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths - 1), ngram, DEPTH)
-    for row, length, found in zip(rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist()):
+    for row, length, found in zip(
+        rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
+    ):
         assert found == [row[length - 1], *search(row[:length], ngram)]
     assert nodes.parent_BW[0].tolist() == [0, 0, 1, 2, 3] and nodes.depth_BW[0].tolist() == [
         0,
@@ -63,9 +65,15 @@ def test_the_chain_is_what_a_search_finds(ngram):
 def test_planted_bug_a_length_off_by_one_is_seen():
     rows, lengths = texts()
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths), 3, DEPTH)
-    with pytest.raises(AssertionError):
-        for row, length, found in zip(rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist()):
+
+    def compare():
+        for row, length, found in zip(
+            rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
+        ):
             assert found == [row[length - 1], *search(row[:length], 3)]
+
+    with pytest.raises(AssertionError):
+        compare()
 
 
 def test_the_drawn_example():

@@ -283,9 +283,9 @@ def broken_at(step: int, value: float):
 
 
 def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
-    infinite = lambda state, metrics: metrics._replace(
-        grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm)
-    )
+    def infinite(state, metrics):
+        return metrics._replace(grad_norm=jnp.where(state.step == 5, jnp.inf, metrics.grad_norm))
+
     after_each_step(monkeypatch, lambda state, metrics: (state, infinite(state, metrics)))
     config = config_for(tmp_path)
     with pytest.raises(
@@ -298,7 +298,9 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
 
 
 def test_shares_by_offset_are_of_what_was_counted():
-    batch = lambda *agree: Metrics(1.0, 1.0, 1.0, 5, np.array([4, 1]), np.array(agree), 1.0)
+    def batch(*agree):
+        return Metrics(1.0, 1.0, 1.0, 5, np.array([4, 1]), np.array(agree), 1.0)
+
     line = summary([batch([1, 2, 3], [0, 1, 1]), batch([0, 0, 3], [1, 1, 1])])
     shares = {
         "top1_by_offset": [0.125, 0.5],
@@ -344,7 +346,7 @@ def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "changes, named",
+    ("changes", "named"),
     [
         ({"seed": 3}, "train.seed: 42 there, 3 now"),
         ({"noise": "none"}, "train.noise: 'uniform' there, 'none' now"),
@@ -378,7 +380,7 @@ def test_another_target_is_refused_by_name(whole, frozen):
     config, _ = whole
     spec = DraftSpec.from_target(replace(TINY, intermediate_size=16))
     other = replace(config, target=TargetConfig(source="other"))
-    with pytest.raises(UserError, match="target.source: 'tiny' there, 'other' now"):
+    with pytest.raises(UserError, match=r"target.source: 'tiny' there, 'other' now"):
         run_stage(
             "early",
             other,
@@ -463,7 +465,7 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(
-        UserError, match="settings and tensors are not those that config.json was written with"
+        UserError, match=r"settings and tensors are not those that config.json was written with"
     ):
         load_draft(tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())

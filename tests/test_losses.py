@@ -53,10 +53,13 @@ def _with_gradient(loss):
     """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows`
     holds.
     """
-    weighted = lambda state, *rest: (
-        jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))),
-        summed,
-    )
+
+    def weighted(state, *rest):
+        return (
+            jnp.sum(jnp.linspace(0.5, 2.0, M) * (summed := loss(state, *rest))),
+            summed,
+        )
+
     return jax.jit(jax.grad(weighted, has_aux=True))
 
 
@@ -133,9 +136,10 @@ def test_planted_bug_gradient_without_the_target(rows, monkeypatch):
 def test_no_row_counts(rows):
     state, true, head, _ = rows
     none = jnp.zeros(M, bool)
-    loss = lambda s: jnp.sum(
-        distribution_loss(s, true, head, none, "cross_entropy", 4, ONE_DEVICE)[0]
-    )
+
+    def loss(s):
+        return jnp.sum(distribution_loss(s, true, head, none, "cross_entropy", 4, ONE_DEVICE)[0])
+
     value, gradient = jax.jit(jax.value_and_grad(loss))(state)
     assert float(value) == 0.0 and not np.asarray(gradient).any()
 
@@ -154,14 +158,15 @@ def test_logits_of_all_rows_never_exist_at_once():
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 16), (512, 16), (4096, 16))
     ]
     counts = jax.ShapeDtypeStruct((512,), bool)
-    temporaries = lambda loss: (
-        (
+
+    def temporaries(loss):
+        return (
             jax.jit(jax.grad(lambda s, t, h, c: jnp.sum(loss(s, t, h, c))))
             .lower(*shapes, counts)
             .compile()
             .memory_analysis()
         ).temp_size_in_bytes
-    )
+
     all_logits = 512 * 4096 * 4
     assert (
         temporaries(

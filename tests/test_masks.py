@@ -37,8 +37,8 @@ def test_worked_example():
 
 
 def test_planted_bug_offset_ignored():
+    wrong = early_block_mask(jnp.array([[8]]), 8, 3, jnp.int32(0))[0]
     with pytest.raises(AssertionError):
-        wrong = early_block_mask(jnp.array([[8]]), 8, 3, jnp.int32(0))[0]
         assert _seen(wrong) == {query: true for query, (true, _) in EXAMPLE.items()}
 
 

@@ -189,19 +189,22 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
     )
     again = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
     assert len(asked) == 2 * len(bench.decoders)
-    untimed = lambda measured: [
-        [
-            {
-                name: (
-                    asked.prompt,
-                    dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0),
-                )
-                for name, asked in turn.items()
-            }
-            for turn in case.turns
+
+    def untimed(measured):
+        return [
+            [
+                {
+                    name: (
+                        asked.prompt,
+                        dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0),
+                    )
+                    for name, asked in turn.items()
+                }
+                for turn in case.turns
+            ]
+            for case in measured.cases
         ]
-        for case in measured.cases
-    ]
+
     assert untimed(again) == untimed(whole) and again.cases[0] == whole.cases[0]
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()[1:]] == [0, 1, 2]
 

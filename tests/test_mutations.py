@@ -93,9 +93,12 @@ def test_verify_mask_sees_siblings(tree, monkeypatch):
     too.
     """
     right = loop.forward
-    everything = lambda *a: (
-        right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == tree.size else right(*a)
-    )
+
+    def everything(*a):
+        return (
+            right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == tree.size else right(*a)
+        )
+
     monkeypatch.setattr(loop, "forward", everything)
     with pytest.raises(AssertionError):
         _check_lossless(tree, next_stop())
@@ -129,9 +132,10 @@ def test_cache_kept_one_row_too_long(tree, monkeypatch):
 def test_predicted_states_left_in_the_draft_cache(tree, monkeypatch):
     """The output stays right, acceptance decays: only the cache test can see it."""
     right = loop.write_rows
-    wrong = lambda cache, rows, start_B: right(
-        cache, jax.tree.map(lambda x: 1.1 * x, rows), start_B
-    )
+
+    def wrong(cache, rows, start_B):
+        return right(cache, jax.tree.map(lambda x: 1.1 * x, rows), start_B)
+
     monkeypatch.setattr(loop, "write_rows", wrong)
     _check_lossless(tree, next_stop(), [TINY])
     with pytest.raises(AssertionError):
@@ -142,11 +146,14 @@ def test_predicted_states_left_in_the_draft_cache(tree, monkeypatch):
 def test_verify_mask_without_the_diagonal(tree, monkeypatch):
     """The draft's mask (strict ancestors) in the place of the target's (ancestors or self)."""
     right = loop.forward
-    strict = lambda *a: (
-        right(*a[:4], a[4] & ~jnp.eye(tree.size, dtype=bool)[None], *a[5:])
-        if a[2].shape[1] == tree.size
-        else right(*a)
-    )
+
+    def strict(*a):
+        return (
+            right(*a[:4], a[4] & ~jnp.eye(tree.size, dtype=bool)[None], *a[5:])
+            if a[2].shape[1] == tree.size
+            else right(*a)
+        )
+
     monkeypatch.setattr(loop, "forward", strict)
     with pytest.raises(AssertionError):
         _check_lossless(tree, next_stop())

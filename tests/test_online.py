@@ -99,7 +99,9 @@ def on_eight_devices() -> None:
     states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
     by_tokens = {
         tuple(tokens[:length]): one[:length]
-        for tokens, length, one in zip(everything.tokens_BL, everything.length_BC[:, 0], states)
+        for tokens, length, one in zip(
+            everything.tokens_BL, everything.length_BC[:, 0], states, strict=True
+        )
     }
     disk = BatchLoader(rows, [by_tokens[tuple(row.tokens)] for row in rows], **settings)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -2,6 +2,7 @@
 seen in another.
 """
 
+import itertools
 from functools import lru_cache
 
 import jax
@@ -52,7 +53,7 @@ def some_rows(seed: int, count: int = 7) -> list[Row]:
     ]
     return [
         Row(rng.integers(0, TINY.vocab_size, n).tolist(), flags.tolist())
-        for n, flags in zip(lengths, supervised)
+        for n, flags in zip(lengths, supervised, strict=True)
     ]
 
 
@@ -69,9 +70,12 @@ def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
     """All rows of a loader of one row a batch, in shapes that do not depend on the chats."""
     steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
-    fields = (np.concatenate(field) for field in zip(*steps))
+    fields = (np.concatenate(field) for field in zip(*steps, strict=True))
     return Batch(
-        *(np.pad(x, [(0, n - m) for n, m in zip(size, x.shape)]) for x, size in zip(fields, shape))
+        *(
+            np.pad(x, [(0, n - m) for n, m in zip(size, x.shape, strict=True)])
+            for x, size in zip(fields, shape, strict=True)
+        )
     )
 
 
@@ -195,9 +199,13 @@ def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
     for module, function, wrong in plants:
         monkeypatch.setattr(module, function, wrong)
     planted = quick_jit(loss_of(name))
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+
+    def compare():
         for seed in range(3):
             check_same(name, seed, drafts[name], tiny_params, planted)
+
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        compare()
 
 
 def test_the_drawn_examples():
@@ -205,9 +213,13 @@ def test_the_drawn_examples():
         [[0, 0, 0, 2, 2, 2]],
         [[0, 1, 2, 0, 1, 2]],
     ]
-    seen = lambda mask_1LL: {
-        query: np.flatnonzero(line).tolist() for query, line in enumerate(np.asarray(mask_1LL[0]))
-    }
+
+    def seen(mask_1LL):
+        return {
+            query: np.flatnonzero(line).tolist()
+            for query, line in enumerate(np.asarray(mask_1LL[0]))
+        }
+
     early_mask = jax.jit(masks.early_block_mask, static_argnums=(1, 2))(
         jnp.array([[5, 3]]), 8, 3, jnp.int32(2)
     )
@@ -231,7 +243,7 @@ def test_the_drawn_examples():
     ] and windows.valid_BUJ.tolist() == [[[True] * 2, [True] * 2, [False] * 2]]
 
 
-@pytest.mark.parametrize("window, steps", [(1, 1), (2, 2), (3, 1), (4, 3), (5, 5)])
+@pytest.mark.parametrize(("window", "steps"), [(1, 1), (2, 2), (3, 1), (4, 3), (5, 5)])
 def test_every_window_of_every_chat_comes_once(window, steps):
     rng, windows_of = (
         np.random.default_rng(window),
@@ -240,7 +252,9 @@ def test_every_window_of_every_chat_comes_once(window, steps):
     for offset in range(window):
         size_BC = rng.integers(0, 9, (40, 4))
         at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
-        for sizes, chats, placed, asked, valid in zip(size_BC, *(np.asarray(x) for x in at)):
+        for sizes, chats, placed, asked, valid in zip(
+            size_BC, *(np.asarray(x) for x in at), strict=True
+        ):
             begin = np.cumsum(sizes) - sizes
             expected = [
                 (c, i, begin[c] + i)
@@ -248,7 +262,9 @@ def test_every_window_of_every_chat_comes_once(window, steps):
                 for start in range(offset, n, window)
                 for i in range(start, min(start + steps, n))
             ]
-            found = zip(np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid])
+            found = zip(
+                np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid], strict=True
+            )
             assert [tuple(map(int, one)) for one in found] == expected
 
 
@@ -273,13 +289,18 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
             alone.tokens_BL,
             alone.length_BC,
             states_in_memory(tiny_params, TINY, alone.tokens_BL, alone.length_BC),
+            strict=True,
         )
     }
 
     def check(states_BLD) -> int:
         chats = 0
-        for tokens, lengths, states in zip(packed.tokens_BL, packed.length_BC, states_BLD):
-            for begin, length in zip(np.cumsum(lengths) - lengths, lengths[lengths > 0]):
+        for tokens, lengths, states in zip(
+            packed.tokens_BL, packed.length_BC, states_BLD, strict=True
+        ):
+            for begin, length in zip(
+                np.cumsum(lengths) - lengths, lengths[lengths > 0], strict=False
+            ):
                 here = tuple(tokens[begin : begin + length])
                 whole = next(states for text, states in of_chat.items() if text[:length] == here)
                 # 1e-4: rows of another length are summed in another order
@@ -309,7 +330,7 @@ def test_chats_fit_their_rows_and_come_once():
     for _ in range(50):
         width, lengths = 100, rng.integers(1, 101, rng.integers(1, 60)).tolist()
         rows = best_fit(lengths, width)
-        assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(
+        assert sorted(itertools.chain(*rows)) == list(range(len(lengths))) and all(
             sum(lengths[at] for at in row) <= width for row in rows
         )
         assert (
@@ -325,7 +346,7 @@ def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
         batch = loader.batch_at(step)
         for line in range(1):
             slot = query = 0
-            for length, first in zip(batch.length_BC[line], batch.first_BC[line]):
+            for length, first in zip(batch.length_BC[line], batch.first_BC[line], strict=True):
                 text = tuple(batch.tokens_BL[line, slot : slot + length])
                 if not length:
                     continue

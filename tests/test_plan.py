@@ -192,7 +192,7 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
 
 
 def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
-    name, stored, counted = compiled
+    name, stored, _ = compiled
     online = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
     found = stage_cost(name, config_of(), TARGET, V, mesh, online)
     whole = 4 * parameter_count(TARGET)
@@ -257,7 +257,7 @@ def planned(capsys, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name, parameters, drafted",
+    ("name", "parameters", "drafted"),
     [
         ("llama2_7b_chat", 6_738_415_616, 202_383_360),
         ("llama3_8b_instruct", 8_030_261_248, 218_112_000),
@@ -343,7 +343,10 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
         assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
         init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh, late=False)[2]
         params = {name: jnp.zeros(shape) for name, shape in SPEC.param_shapes().items()}
-        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+        def count(tree):
+            return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
         assert (
             0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10
         )  # and counters

@@ -86,7 +86,7 @@ def test_rounds_are_those_of_the_answer(tmp_path):
     played = check_rounds(decoder)
     assert len(rounds(decoder, [5, 7], most=2, max_new_tokens=30)) == 2
     one = max(played, key=lambda one: len(one.path))
-    for above, node, token in zip(one.path, one.path[1:], one.written):
+    for above, node, token in zip(one.path, one.path[1:], one.written, strict=False):
         assert one.parent_W[node] == above and one.token_W[node] == token
     plot_tree(one, tmp_path / "t.png", lambda token: f"$x{token}_")
     assert is_picture(tmp_path / "t.png")

@@ -248,7 +248,10 @@ def test_answers_are_written_anew_when_asked(place):
     kept = read_parts(place.data)[0]
     prepared(place, "data.answers=regenerate", f"data.folder={place.folder}/new")
     new = read_parts(place.folder / "new")[0]
-    prompts = lambda rows: {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
+
+    def prompts(rows):
+        return {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
+
     assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {
         tuple(row.tokens) for row in kept
     }

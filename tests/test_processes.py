@@ -87,7 +87,7 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
     joined()
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
     with pytest.raises(
-        UserError, match="did not find each other .*coordinator_address.*JAX_PROCESS_ID=0, 1"
+        UserError, match=r"did not find each other .*coordinator_address.*JAX_PROCESS_ID=0, 1"
     ):
         join(Namespace(distributed=True))
 
@@ -104,7 +104,7 @@ def together(tmp_path_factory):
     folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(free.getsockname()[1])
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     variables = environment(1) | {
         "PYTHONPATH": f"{here.parent}:{here}",
         "TQDM_DISABLE": "1",
@@ -173,7 +173,7 @@ def test_two_processes_train_the_losses_of_one(together, alone):
     """One log, by the first process; each read its half of every batch."""
     found, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [3, 6]
-    for one, other in zip(found, expected):
+    for one, other in zip(found, expected, strict=True):
         for name in ("loss", "ploss", "vloss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
                 name
@@ -238,7 +238,7 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    "data, tensor, of_each, shares",
+    ("data", "tensor", "of_each", "shares"),
     [
         (4, 1, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
         (4, 2, 4, [(0, 2), (1, 2)]),
@@ -265,8 +265,8 @@ def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> t
 def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
     with pytest.raises(
         UserError,
-        match="mesh.tensor is 2, which splits a row over devices of several processes unevenly; "
-        "set it to a divisor",
+        match=r"mesh.tensor is 2, which splits a row over devices of several processes unevenly; "
+        r"set it to a divisor",
     ):
         shared(monkeypatch, 3, 2, 3, process)
 

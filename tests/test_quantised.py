@@ -42,7 +42,10 @@ def _quantised(params, kind, group=GROUP):
 @jax.jit
 def _turned_back(params):
     """Every quantised matrix as plain float32."""
-    one = lambda x: dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
+
+    def one(x):
+        return dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
+
     return {
         **params,
         "layers": [{key: one(x) for key, x in layer.items()} for layer in params["layers"]],
@@ -105,10 +108,13 @@ PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]
 def test_trees_write_what_plain_decoding_of_the_same_quantised_target_writes(kind):
     whole = target_of()
     target = dataclasses.replace(whole, params=_quantised(whole.params, kind))
-    write = lambda target, *draft: [
-        one.tokens
-        for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)
-    ]
+
+    def write(target, *draft):
+        return [
+            one.tokens
+            for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)
+        ]
+
     plain = write(target)
     assert plain == [
         naive_greedy(dataclasses.replace(target, params=_turned_back(target.params)), prompt, 24)
@@ -145,11 +151,11 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
         tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, whole.spec.vocab_size)
         at, mask = jnp.arange(32)[None], causal_mask(jnp.array([32]), 32)
         run = jax.jit(
-            lambda params: logits(
+            lambda params, tokens, at, mask: logits(
                 params, whole.spec, forward(params, whole.spec, tokens, at, mask)[0]
             )
         )
-        full, small = run(whole.params), run(target.params)
+        full, small = (run(params, tokens, at, mask) for params in (whole.params, target.params))
         errors[kind] = float(jnp.sqrt(jnp.mean((small - full) ** 2) / jnp.var(full)))
         assert f"off by {errors[kind]:.1%} of their spread" in told
         assert f"{sum(x.nbytes for x in jax.tree.leaves(whole.params)) / 1e6:,.0f} MB -> " in told
@@ -210,7 +216,7 @@ def test_evaluate_and_generate_report_it(tmp_path, capsys):
     assert (
         (told["kind"], told["group"]) == ("int4", 16)
         and told["bytes_after"] < told["bytes_before"]
-        and 0 < told["logit_error"]
+        and told["logit_error"] > 0
     )
     line = next(
         line
@@ -235,6 +241,6 @@ def test_evaluate_and_generate_report_it(tmp_path, capsys):
 def test_training_takes_the_target_as_it_is():
     with pytest.raises(
         UserError,
-        match="target.quantize is int4, which is for decoding; set target.quantize=none here",
+        match=r"target.quantize is int4, which is for decoding; set target.quantize=none here",
     ):
         configured_target(TargetConfig(source="nowhere", quantize="int4"), decoding=False)

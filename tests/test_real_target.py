@@ -31,7 +31,8 @@ CHATS = [
     [
         {
             "role": "user",
-            "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a list.",
+            "content": "Write a Python function `sum_list(numbers)` that adds the numbers of a "
+            "list.",
         }
     ],
     [{"role": "user", "content": "Give me three tips for staying healthy.\n\n1. Drink water"}],
@@ -98,7 +99,7 @@ def test_tokenizer(target):
     assert tokenizer.convert_ids_to_tokens(
         tokenizer.encode("\n\n1.", add_special_tokens=False)
     ) == ["ĊĊ", "1", "."]
-    text = "Naïve café: 3 × 14 = 42\n\n- done"
+    text = "Naïve café: 3 × 14 = 42\n\n- done"  # noqa: RUF001 - the sign is what is tested
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True

@@ -116,7 +116,7 @@ def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path)
     assert figures_of(config) == figures_of(whole[0])
 
 
-@pytest.mark.parametrize("stage, step", [("early", 11), ("late", 0), ("late", 3)])
+@pytest.mark.parametrize(("stage", "step"), [("early", 11), ("late", 0), ("late", 3)])
 def test_stopped_anywhere_is_bit_equal(whole, frozen, tmp_path, stage, step):
     config = config_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -179,9 +179,10 @@ def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(
         signal.SIGTERM, lambda *_: pytest.fail("the signal would have ended the program")
     )
     try:
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        with monkeypatch.context() as patch:
             patch.setattr(StageCheckpoints, "__exit__", signalled)
-            both_stages(config, frozen)
+            with pytest.raises(SystemExit) as end:
+                both_stages(config, frozen)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (
@@ -248,8 +249,8 @@ def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
     with pytest.raises(
         UserError,
-        match="early/10: this state does not fit the run, or is damaged .*remove this checkpoint "
-        "to go on",
+        match=r"early/10: this state does not fit the run, or is damaged .*remove this checkpoint "
+        r"to go on",
     ):
         both_stages(config, frozen)
 
@@ -315,15 +316,15 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 
 
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
-    config, folder = half_done
+    config, _ = half_done
     changed = replace(
         config, train=replace(config.train, seed=7), data=replace(config.data, seed=3)
     )  # in no step's program
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
         with pytest.raises(
             UserError,
-            match="data.seed: 0 there, 3 now; train.seed: 42 there, 7 "
-            "now.*train.accept_changes=true",
+            match=r"data.seed: 0 there, 3 now; train.seed: 42 there, 7 "
+            r"now.*train.accept_changes=true",
         ):
             run()
     check_settings(config)
@@ -336,7 +337,7 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
 
 
 def test_changes_that_make_another_state_say_so(frozen, half_done):
-    config, folder = half_done
+    config, _ = half_done
     muon = replace(config, train=replace(config.train, optimizer="muon", accept_changes=True))
     with pytest.raises(UserError, match="checkpoints/early/10: this state does not fit the run"):
         both_stages(muon, frozen)
@@ -346,7 +347,7 @@ def settings_file(folder: Path) -> Path:
     return folder / "10" / "settings" / "metadata"
 
 
-@pytest.mark.parametrize("value, fits", [("default", True), ("other", False)])
+@pytest.mark.parametrize(("value", "fits"), [("default", True), ("other", False)])
 def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
     whole, frozen, half_done, value, fits
 ):
@@ -360,7 +361,7 @@ def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
         same_params(both_stages(config, frozen), whole[1])
         return
     changed = replace(config, train=replace(config.train, vloss_weight=1.0))
-    with pytest.raises(UserError, match="train.vloss_weight: 10.0 there, 1.0 now"):
+    with pytest.raises(UserError, match=r"train.vloss_weight: 10.0 there, 1.0 now"):
         both_stages(changed, frozen)
 
 
@@ -433,7 +434,7 @@ def test_a_log_on_a_full_disk_is_named(tmp_path):
     log = Log(config_of(tmp_path))
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(
-        UserError, match="log.jsonl: the log cannot be written .*No space left.*free some space"
+        UserError, match=r"log.jsonl: the log cannot be written .*No space left.*free some space"
     ):
         log.write({"stage": "late", "step": 4, "loss": 1.5})
 

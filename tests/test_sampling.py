@@ -179,7 +179,10 @@ def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
 
 def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
     right = loop.accept_by_ratio
-    wrong = lambda nodes, p, q, uniform, noise: right(nodes, p, q, jnp.ones_like(uniform), noise)
+
+    def wrong(nodes, p, q, uniform, noise):
+        return right(nodes, p, q, jnp.ones_like(uniform), noise)
+
     monkeypatch.setattr(loop, "accept_by_ratio", wrong)
     with pytest.raises(AssertionError):
         check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", next_stop())
@@ -197,10 +200,15 @@ def test_planted_bug_every_place_draws_with_the_same_noise(monkeypatch):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
     target, sampling = small_target(), Sampling(0.9, top_p=0.9)
-    ask = lambda decoder, seed: [
-        answer.tokens
-        for answer in decoder.generate([[5], [6, 7], [5]], sampling, max_new_tokens=40, seed=seed)
-    ]
+
+    def ask(decoder, seed):
+        return [
+            answer.tokens
+            for answer in decoder.generate(
+                [[5], [6, 7], [5]], sampling, max_new_tokens=40, seed=seed
+            )
+        ]
+
     plain, fast = (
         SpeculativeDecoder(target, None, ROOT_ONLY),
         SpeculativeDecoder(target, small_draft(), tree),
@@ -212,10 +220,13 @@ def test_a_seed_writes_the_same_text_with_any_tree_and_with_none(tree):
 
 def test_a_seed_repeats_under_the_ratio_rule():
     decoder = SpeculativeDecoder(small_target(), small_draft(), chain(3), rule="ratio")
-    ask = lambda seed: [
-        a.tokens
-        for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)
-    ]
+
+    def ask(seed):
+        return [
+            a.tokens
+            for a in decoder.generate([[5], [6, 7]], Sampling(1.0), max_new_tokens=40, seed=seed)
+        ]
+
     assert ask(1) == ask(1) == ask(1 + 2**32) != ask(2)  # any whole number will do
     assert ask(-1) == ask(-1)
 

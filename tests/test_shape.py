@@ -15,7 +15,7 @@ SHAPES = Path(__file__).parent.parent / "configs" / "shapes"
 
 
 @pytest.mark.parametrize(
-    "name, count",
+    ("name", "count"),
     [("llama_2_7b", 6_738_415_616), ("vicuna_7b", 6_738_415_616), ("llama_3_8b", 8_030_261_248)],
 )
 def test_committed_shapes_have_the_published_number_of_parameters(name, count):
@@ -57,7 +57,7 @@ def test_a_shape_describes_the_target_without_its_source(shape_of):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         (
             {"vocab_size": 62},
@@ -79,7 +79,7 @@ def test_a_target_that_is_not_what_the_shape_promised_is_refused(shape_of, chang
 
 
 def test_a_missing_shape_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="gone.json: no such file"):
+    with pytest.raises(UserError, match=r"gone.json: no such file"):
         planned_spec(TargetConfig(source="x", shape=str(tmp_path / "gone.json")))
 
 

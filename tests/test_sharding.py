@@ -132,7 +132,7 @@ def test_sizes_that_do_not_fit_the_devices(sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, shape",
+    ("sizes", "shape"),
     [
         (dict(), (8, 1, 1)),
         (dict(tensor=2), (4, 1, 2)),
@@ -160,7 +160,7 @@ def test_rows_that_the_mesh_cannot_split():
     check_rows(12, mesh)
     with pytest.raises(
         UserError,
-        match="train.batch is 10, but the mesh splits rows over 4 devices .*a multiple of 4",
+        match=r"train.batch is 10, but the mesh splits rows over 4 devices .*a multiple of 4",
     ):
         check_rows(10, mesh)
 

@@ -141,6 +141,6 @@ def test_many_contradictions_are_counted_and_some_are_shown(tmp_path):
 @pytest.mark.parametrize("content", [None, [], {"x": 1}])
 def test_an_index_without_a_list(tmp_path, content):
     with pytest.raises(
-        UserError, match="index.json: weight_map is not a list of tensors with the file of each"
+        UserError, match=r"index.json: weight_map is not a list of tensors with the file of each"
     ):
         loaded(written(tmp_path, shards(), content))

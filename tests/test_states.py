@@ -49,7 +49,7 @@ def check_close(found, dtype: str) -> None:
         assert (np.abs(now.astype(np.float32) - was) <= step * 1.0001).all()
 
 
-@pytest.mark.parametrize("dtype, size", [("float32", 64), ("bfloat16", 32), ("int8", 20)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 64), ("bfloat16", 32), ("int8", 20)])
 def test_states_come_back_as_near_as_their_dtype_allows(path, dtype, size, monkeypatch):
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     keep_states(path, ROWS, some_states(), dtype)
@@ -109,7 +109,7 @@ def test_a_damaged_index_is_named(path, text):
     keep_states(path, ROWS, some_states())
     path.with_suffix(".states.json").write_text(text)
     with pytest.raises(
-        UserError, match="part-0000.states.json: .*; delete it and run prepare or train again"
+        UserError, match=r"part-0000.states.json: .*; delete it and run prepare or train again"
     ):
         target_states(PARAMS, SPEC, ROWS, path)
 
@@ -143,8 +143,8 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
     try:
         with pytest.raises(
             UserError,
-            match="part-0000.states: the target's states cannot be written .*; the parts before "
-            "it are kept",
+            match=r"part-0000.states: the target's states cannot be written .*; the parts before "
+            r"it are kept",
         ):
             keep_states(path, ROWS, some_states())
     finally:

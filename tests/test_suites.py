@@ -179,7 +179,7 @@ def test_a_broken_archive_is_named(tmp_path):
     (tmp_path / "gsm8k_test.jsonl.gz").write_bytes(
         gzip.compress(b'{"question": "1 + 1?"}\n' * 99)[:-20]
     )
-    with pytest.raises(UserError, match="gsm8k_test.jsonl.gz:.* cannot be read"):
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl.gz:.* cannot be read"):
         suite("gsm8k", None, str(tmp_path))
 
 
@@ -187,8 +187,8 @@ def test_no_hub_library_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError,
-        match="alpaca.jsonl.gz, and the hub needs the datasets library .*; pip install datasets, "
-        "or set eval.folder",
+        match=r"alpaca.jsonl.gz, and the hub needs the datasets library .*; pip install datasets, "
+        r"or set eval.folder",
     ):
         suite("alpaca", 3, str(tmp_path))
 

@@ -227,7 +227,7 @@ def _decoded(
 
 def _check_decoded(params, prompts, found_BTD):
     starts, next_BT = prompts
-    for line, (start, new) in enumerate(zip(starts, next_BT)):
+    for line, (start, new) in enumerate(zip(starts, next_BT, strict=True)):
         expected_TD, _ = _alone(params, [*start, *new])
         np.testing.assert_allclose(found_BTD[line], expected_TD[len(start) :], atol=1e-4)
 

@@ -116,7 +116,7 @@ def test_without_a_stop_token_all_of_the_answer_counts(tokenizer):
     [
         lambda flags: [False, *flags[:-1]],
         lambda flags: [*flags[1:], False],
-        lambda flags: flags[:-2] + [False, False],
+        lambda flags: [*flags[:-2], False, False],
     ],
 )
 def test_a_shifted_mask_is_seen(tokenizer, bug):
@@ -179,7 +179,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, using):
     )
     assert row_of(tokenizer, chat("Hi", "Yo!")).supervised.count(True) == 4
     with pytest.raises(
-        UserError, match="chats.jsonl:7: the chat template renders message 2 differently"
+        UserError, match=r"chats.jsonl:7: the chat template renders message 2 differently"
     ):
         row_of(tokenizer, chat("Hi", "Yo!", "a", "b"))
 
@@ -187,13 +187,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, using):
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(tokenizer, using):
     using(CHATML.replace("assistant\n", "assistant\n<think>\n"))
     with pytest.raises(
-        UserError, match="chats.jsonl:7: the chat template renders message 2 differently"
+        UserError, match=r"chats.jsonl:7: the chat template renders message 2 differently"
     ):
         row_of(tokenizer, chat("Hi", "Yo!"))
 
 
 def test_a_chat_without_an_answer_is_refused(tokenizer):
-    with pytest.raises(UserError, match="chats.jsonl:7: no token of this chat is supervised"):
+    with pytest.raises(UserError, match=r"chats.jsonl:7: no token of this chat is supervised"):
         row_of(tokenizer, chat("Hi"))
 
 

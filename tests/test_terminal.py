@@ -144,7 +144,9 @@ WITHOUT_TORCH = """
 import argparse, importlib.util
 from beagle_jax import terminal
 find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *package: None if name == "torch" else find_spec(name, *package)
+importlib.util.find_spec = (
+    lambda name, *package: None if name == "torch" else find_spec(name, *package)
+)
 {prepare}
 import transformers
 """

@@ -50,7 +50,9 @@ def same_target(found, expected) -> None:
         and found.tokenizer.chat_template == expected.tokenizer.chat_template
     )
     assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
-    for mine, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params)):
+    for mine, theirs in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+    ):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
 
@@ -76,7 +78,8 @@ from beagle_jax.sharding import make_mesh
 from beagle_jax.weights.target import configured_target
 config, out, read = sys.argv[1:]
 assert run_main(convert.main, ["to-jax", "--config", config, "--out", out]) == 0
-params = configured_target(TargetConfig(source=out), make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), decoding=False).params
+mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+params = configured_target(TargetConfig(source=out), mesh, decoding=False).params
 gate_FD = params["layers"][0]["gate_FD"]
 assert gate_FD.shape == (96, 64) and gate_FD.addressable_shards[0].data.shape[0] == 48
 np.savez(read, *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
@@ -195,7 +198,7 @@ def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):
     )
     with pytest.raises(
         UserError,
-        match="its arrays are bfloat16, and target.dtype is float32; set target.dtype=bfloat16",
+        match=r"its arrays are bfloat16, and target.dtype is float32; set target.dtype=bfloat16",
     ):
         load_target(str(tmp_path / "out"), "float32", "unused")
 
@@ -220,11 +223,11 @@ def test_other_folders_are_refused(sources, tmp_path, capsys):
     settings = json.loads((out / "target.json").read_text())
     (out / "target.json").write_text(json.dumps({**settings, "model_type": "beagle_draft"}))
     with pytest.raises(
-        UserError, match="target.json: model_type is 'beagle_draft', expected 'beagle_target'"
+        UserError, match=r"target.json: model_type is 'beagle_draft', expected 'beagle_target'"
     ):
         OrbaxFolder(out)
     (out / "target.json").unlink()
-    with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
+    with pytest.raises(UserError, match=r"no \*.safetensors file in this folder"):
         load_target(str(out), "float32", "unused")
 
 

@@ -97,9 +97,12 @@ def test_drafts_without_an_input_norm_project_embeddings_as_they_are(place, tmp_
     e_BTD, h_BSD = np.random.default_rng(5).standard_normal((2, 1, 6, 32), np.float32)
     # Embeddings whose norm is themselves.
     e_BTD /= np.sqrt(np.mean(np.square(e_BTD), axis=-1, keepdims=True))
-    run = lambda draft: BeagleBlock(draft.spec).apply(
-        {"params": draft.params}, e_BTD, h_BSD, np.tri(6, 6, -1, dtype=bool)[None]
-    )
+
+    def run(draft):
+        return BeagleBlock(draft.spec).apply(
+            {"params": draft.params}, e_BTD, h_BSD, np.tri(6, 6, -1, dtype=bool)[None]
+        )
+
     with_ones = replace(
         normed, params={**normed.params, "input_layernorm": np.ones(32, np.float32)}
     )
@@ -114,9 +117,10 @@ def test_drafts_without_an_input_norm_project_embeddings_as_they_are(place, tmp_
 
 def test_a_dtype_that_holds_no_weights_is_named(place, tmp_path, capsys):
     for dtype, stored in ((np.float64, "F64"), (np.int32, "I32")):
-        change = lambda t, dtype=dtype: t.update(
-            {PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), dtype)}
-        )
+
+        def change(t, dtype=dtype):
+            return t.update({PUBLISHED + "mlp.up_proj.weight": np.ones((48, 32), dtype)})
+
         source = published(place, tmp_path / stored, change)
         message = refused(capsys, from_torch(place, source, tmp_path / "here"))
         assert (
@@ -130,7 +134,7 @@ def renamed(tensors: dict, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, expected",
+    ("change", "expected"),
     [
         (
             lambda t: t.pop(PUBLISHED + "mlp.up_proj.weight"),
@@ -194,7 +198,7 @@ def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, exp
 
 
 @pytest.mark.parametrize(
-    "config, expected",
+    ("config", "expected"),
     [
         (
             {"num_attention_heads": 8, "rope_parameters": {"rope_theta": 5e5}},

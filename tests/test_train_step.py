@@ -95,9 +95,10 @@ def loss_of(config: TrainConfig, stage: StageConfig):
 @lru_cache
 def gradient_of(config: TrainConfig, stage: StageConfig):
     """((loss, metrics), gradient), likewise."""
-    loss = lambda params, *rest: stage_loss(
-        params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE
-    )
+
+    def loss(params, *rest):
+        return stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE)
+
     return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -241,7 +242,7 @@ def test_uniform_noise_shrinks_with_the_row_length():
     length_B1 = jnp.array([[64], [256], [512], [2048]])
     config = TrainConfig()
     noise = np.asarray(_noisy(jnp.zeros((4, 4000, 8)), length_B1, config, jax.random.key(2)))
-    for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048])):
+    for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048]), strict=True):
         assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
         share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
         np.testing.assert_allclose(
@@ -325,15 +326,18 @@ def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monke
     state_BTD = predicted_by(EARLY)(
         tiny_draft, frozen["embed_VD"], batch, batch.states_BLD, jnp.int32(offset)
     )
-    hand = lambda within: metrics_by_hand(
-        EARLY,
-        offset,
-        state_BTD,
-        batch.states_BLD,
-        frozen["head_VD"],
-        batch.counts_BT,
-        within=within,
-    )["agree_JK"]
+
+    def hand(within):
+        return metrics_by_hand(
+            EARLY,
+            offset,
+            state_BTD,
+            batch.states_BLD,
+            frozen["head_VD"],
+            batch.counts_BT,
+            within=within,
+        )["agree_JK"]
+
     np.testing.assert_array_equal(metrics.agree_JK, hand((1, 2, 3)))
     assert not np.array_equal(hand((1, 2, 3)), hand((1, 3, 2))) and not np.array_equal(
         hand((1, 2, 3)), hand((2, 3, 4))
@@ -410,7 +414,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("name, stage", [("early", EARLY), ("late", LATE)])
+@pytest.mark.parametrize(("name", "stage"), [("early", EARLY), ("late", LATE)])
 def test_golden_step(tiny_draft, frozen, batch, name, stage):
     train_step, _, init = steps_of(NOISY, stage)
     state, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
@@ -432,11 +436,12 @@ def test_golden_step(tiny_draft, frozen, batch, name, stage):
 
 def test_a_step_is_a_function_of_state_seed_and_step(tiny_draft, frozen, batch):
     train_step, _, init = steps_of(NOISY, EARLY)
-    run = lambda seed, step: (
-        train_step(init(copy_of(tiny_draft))._replace(step=jnp.int32(step)), frozen, batch, seed)[
-            1
-        ].objective
-    )
+
+    def run(seed, step):
+        return train_step(
+            init(copy_of(tiny_draft))._replace(step=jnp.int32(step)), frozen, batch, seed
+        )[1].objective
+
     assert run(3, 5) == run(3, 5)
     assert len({float(run(seed, step)) for seed, step in ((3, 5), (3, 6), (4, 5))}) == 3
 
@@ -502,7 +507,7 @@ def learning_rates(stage: StageConfig, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "stage, expected",
+    ("stage", "expected"),
     [
         (
             StageConfig(steps=8, learning_rate=0.4, warmup=4),

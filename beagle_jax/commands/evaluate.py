@@ -136,9 +136,12 @@ def _settings(
         name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft)
         for name, draft in drafts.items()
     }
-    digest = lambda chats: hashlib.sha256(
-        json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()
-    ).hexdigest()
+
+    def digest(chats):
+        return hashlib.sha256(
+            json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()
+        ).hexdigest()
+
     return {
         **kept,
         "drafts": weights,

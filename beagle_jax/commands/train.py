@@ -69,9 +69,10 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         print(
             f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers"
         )
-    draft_of = lambda params, **more: Draft(
-        spec, params, hot_ids, provenance(config, rows, target.revision) | more
-    )
+
+    def draft_of(params, **more):
+        return Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
+
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
     if (
         best is None and states is not None
@@ -152,7 +153,9 @@ def best_draft(
             "tokens": found.tokens - len(answers),
         }  # the prefill's are in no round
 
-    keep = lambda params, figures: save_draft(_best_folder(config), draft_of(params, best=figures))
+    def keep(params, figures):
+        return save_draft(_best_folder(config), draft_of(params, best=figures))
+
     return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
 
 

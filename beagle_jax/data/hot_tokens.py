@@ -20,7 +20,10 @@ def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray |
     if count == 0 or count >= vocab_size:
         return None
     counted = Counter(
-        token for row in rows for token, flag in zip(row.tokens, row.supervised) if flag
+        token
+        for row in rows
+        for token, flag in zip(row.tokens, row.supervised, strict=True)
+        if flag
     )
     frequent = sorted(
         (token for token in counted if counted[token] >= 2),

@@ -159,7 +159,10 @@ class BatchLoader:
 
     def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
         """The states of the same."""
-        read = lambda chat: np.asarray(chat.states_LD)[: chat.length]
+
+        def read(chat):
+            return np.asarray(chat.states_LD)[: chat.length]
+
         if self._chats[0].states_LD is None:
             return None
         found = [np.concatenate([read(self._chats[index]) for index in picked]) for picked in lines]

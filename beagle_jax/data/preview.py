@@ -33,7 +33,7 @@ def preview(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stream: Tex
 
 def _in_colour(row: Row, tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:
     pieces = []
-    for place, (token, supervised) in enumerate(zip(row.tokens, row.supervised)):
+    for place, (token, supervised) in enumerate(zip(row.tokens, row.supervised, strict=True)):
         shade = (_SUPERVISED if supervised else _READ)[place % 2]
         pieces.append(coloured(tokenizer.decode([token]), shade, stream))
     return "".join(pieces)
@@ -41,7 +41,9 @@ def _in_colour(row: Row, tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> 
 
 def _in_marks(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     pieces = []
-    for supervised, run in groupby(zip(row.tokens, row.supervised), key=lambda pair: pair[1]):
+    for supervised, run in groupby(
+        zip(row.tokens, row.supervised, strict=True), key=lambda pair: pair[1]
+    ):
         text = tokenizer.decode([token for token, _ in run])
         pieces.append(f">>{text}<<" if supervised else text)
     return "".join(pieces)

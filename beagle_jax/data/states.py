@@ -111,7 +111,7 @@ def target_states(
     return [
         StoredStates(path, number, int(start), (len(row.tokens), spec.hidden_size), dtype, crc)
         for number, (row, start, crc) in enumerate(
-            zip(rows, starts, index.get("crc32", [None] * len(rows)))
+            zip(rows, starts[:-1], index.get("crc32", [None] * len(rows)), strict=True)
         )
     ]
 

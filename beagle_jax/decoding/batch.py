@@ -102,9 +102,9 @@ def _repeated(rows: list[KVRows], count: int) -> list[KVRows]:
 def _empty_state(
     spec: TargetSpec, beginning: list[KVRows], batch: int, max_new: int, seed: int
 ) -> WriterState:
-    zeros = lambda *shape: jnp.zeros(
-        shape, jnp.int32
-    )  # a new buffer each time: donated buffers must differ
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.int32)  # a new buffer each time: donated buffers must differ
+
     rings = init_cache(spec, batch, max_new, beginning[0].v_BKSH.dtype)
     return WriterState(
         cache=list(map(append_rows, rings, _repeated(beginning, batch))),
@@ -122,10 +122,13 @@ def _empty_state(
 def _resize(state: WriterState, row_B: jax.Array, slots: int) -> WriterState:
     """Keeps these rows only, with so many slots (never less than there are)."""
     more = max(0, slots - state.cache[0].v_BKSH.shape[2])
-    longer = lambda kept: KVRows(
-        jnp.pad(kept.k_BKHS[row_B], ((0, 0), (0, 0), (0, 0), (0, more))),
-        jnp.pad(kept.v_BKSH[row_B], ((0, 0), (0, 0), (0, more), (0, 0))),
-    )
+
+    def longer(kept):
+        return KVRows(
+            jnp.pad(kept.k_BKHS[row_B], ((0, 0), (0, 0), (0, 0), (0, more))),
+            jnp.pad(kept.v_BKSH[row_B], ((0, 0), (0, 0), (0, more), (0, 0))),
+        )
+
     return state._replace(
         cache=[longer(rows) for rows in state.cache],
         prompt_len_B=state.prompt_len_B[row_B],
@@ -155,13 +158,18 @@ def _admit(
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     key, sub = jax.random.split(state.key)
     token_R = choose_from_top(logits(params, spec, last_RD), sampling, sub)
-    put = lambda old, new: old.at[slot_R].set(new, mode="drop")
-    put_rows = lambda old, new: KVRows(
-        old.k_BKHS.at[slot_R, :, :, ring + P : ring + P + T].set(new.k_BKHS, mode="drop"),
-        old.v_BKSH.at[slot_R, :, ring + P : ring + P + T].set(new.v_BKSH, mode="drop"),
-    )
+
+    def put(old, new):
+        return old.at[slot_R].set(new, mode="drop")
+
+    def put_rows(old, new):
+        return KVRows(
+            old.k_BKHS.at[slot_R, :, :, ring + P : ring + P + T].set(new.k_BKHS, mode="drop"),
+            old.v_BKSH.at[slot_R, :, ring + P : ring + P + T].set(new.v_BKSH, mode="drop"),
+        )
+
     admitted = state._replace(
-        cache=[put_rows(old, new) for old, new in zip(state.cache, rows)],
+        cache=[put_rows(old, new) for old, new in zip(state.cache, rows, strict=True)],
         prompt_len_B=put(state.prompt_len_B, P + length_R),
         token_B=put(state.token_B, token_R),
         out_BT=state.out_BT.at[slot_R, 0].set(token_R, mode="drop"),
@@ -187,9 +195,10 @@ def _visible(state: WriterState) -> jax.Array:
 
 def _write_slot(cache: KVRows, rows: KVRows, slot: jax.Array) -> KVRows:
     """Writes one token's rows at the same slot of every sequence."""
-    put = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
-        old, new.astype(old.dtype), slot, axis
-    )
+
+    def put(old, new, axis):
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
+
     return KVRows(put(cache.k_BKHS, rows.k_BKHS, 3), put(cache.v_BKSH, rows.v_BKSH, 2))
 
 
@@ -218,7 +227,7 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
         # are done any slot will do.
         slot = jnp.where(done_B.all(), 0, now.step % ring)
         moved = now._replace(
-            cache=[_write_slot(old, new, slot) for old, new in zip(now.cache, rows)],
+            cache=[_write_slot(old, new, slot) for old, new in zip(now.cache, rows, strict=True)],
             step=now.step + 1,
             token_B=jnp.where(now.done_B, now.token_B, token_B),
             out_BT=now.out_BT.at[row_B, column_B].set(token_B, mode="drop"),
@@ -288,7 +297,7 @@ def write_answers(
             state, states_RTD = _admit(
                 params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids
             )
-            for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD)):
+            for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD), strict=False):
                 lines[row] = _Line(
                     index,
                     np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]),
@@ -365,7 +374,7 @@ def _pack(
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
     tokens = np.zeros((ADMIT_ROWS, round_up(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
-    for line, (prompt, row) in enumerate(zip(prompts, rows)):
+    for line, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         slots[line], lengths[line] = row, len(prompt)
         tokens[line, : len(prompt)] = prompt
     return slots, tokens, lengths

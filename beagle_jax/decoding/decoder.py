@@ -165,10 +165,7 @@ class SpeculativeDecoder:
         state.root_B.block_until_ready()
         prefilled = time.perf_counter()
         texts = [self._text_stream(stop) for _ in rows]
-        if stop:
-            now = self._finish_with_stops(state, shapes, texts)
-        else:
-            now = self._finish(state, shapes)
+        now = self._finish_with_stops(state, shapes, texts) if stop else self._finish(state, shapes)
         seconds = (prefilled - clock, time.perf_counter() - prefilled)
         for line, text in enumerate(texts):
             if not stop and text is not None:

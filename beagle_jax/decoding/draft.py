@@ -139,7 +139,7 @@ def draft_tree(
                     memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
                 level = _next_level(tree, depth, level, first, *children, state_BTD)
     token_BN, parent_BN, depth_BN, score_BN = (
-        jnp.concatenate(each, axis=1) for each in zip(*candidates)
+        jnp.concatenate(each, axis=1) for each in zip(*candidates, strict=True)
     )
     nodes = _nodes(
         tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth
@@ -227,14 +227,20 @@ def _next_level(
     """
     T = level.token_BT.shape[1]
     pick_BN = tree.next_queries(depth, score_BC)
-    pick = lambda x_BC: jnp.take_along_axis(x_BC, pick_BN, axis=1)
+
+    def pick(x_BC):
+        return jnp.take_along_axis(x_BC, pick_BN, axis=1)
+
     # A child sees what its parent saw, and its parent.
     below_BTQ = jnp.concatenate(
         [level.sees_BTQ, jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (token_BC.shape[0], T, T))],
         axis=2,
     )
     parent_BN = pick_BN // (token_BC.shape[1] // T)
-    of_parent = lambda x_BTQ: jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+
+    def of_parent(x_BTQ):
+        return jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+
     return _Level(
         pick(token_BC), pick_BN + first, pick(score_BC), of_parent(below_BTQ), of_parent(state_BTD)
     )
@@ -244,7 +250,10 @@ def _nodes(chosen_BW: jax.Array, token_BN, parent_BN, depth_BN, score_BN, levels
     """The chosen candidates (the root is added) as a tree, parents renumbered."""
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
-    pick = lambda x_BN: jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+
+    def pick(x_BN):
+        return jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+
     node_BN = (
         jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
     )

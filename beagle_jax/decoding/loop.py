@@ -115,7 +115,10 @@ def begin(
     limit_B: tokens each answer may have.
     """
     B, dtype = limit_B.shape[0], models.target["embed_VD"].dtype
-    zeros = lambda *shape: jnp.zeros((B, *shape), jnp.int32)
+
+    def zeros(*shape):
+        return jnp.zeros((B, *shape), jnp.int32)
+
     draft_cache, last_B1D = None, None
     if isinstance(shapes.draft, DraftSpec):
         draft_cache = empty_rows(
@@ -227,7 +230,9 @@ def decode(
         index, now = carry
         return index + 1, _round(models, shapes, now)
 
-    unfinished = lambda carry: (carry[0] < max_rounds) & ~carry[1].done_B.all()
+    def unfinished(carry):
+        return (carry[0] < max_rounds) & ~carry[1].done_B.all()
+
     state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
     return state, report(state)
 

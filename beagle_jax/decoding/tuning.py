@@ -108,7 +108,7 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(draft, models, topk, *text) for text in read]
-        grown = [np.concatenate(each) for each in zip(*trees)]
+        grown = [np.concatenate(each) for each in zip(*trees, strict=True)]
         order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}  # type: ignore[call-arg]  # grown are three
         if topk == max(TOPKS):
             ranks, places = _rank_share(*grown), len(grown[0])
@@ -149,9 +149,12 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     B, W = token_BW.shape
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
-    read = lambda _, token_BW: best_tokens(
-        params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0]
-    )[0]
+
+    def read(_, token_BW):
+        return best_tokens(
+            params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0]
+        )[0]
+
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
@@ -186,7 +189,9 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
 
 @partial(jax.jit, static_argnames=("spec", "tree"))
 def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
-    read = lambda _, root_B: _grow(models, spec, tree, cache, length_B, root_B, last_B1D)[0][:, -1]
+    def read(_, root_B):
+        return _grow(models, spec, tree, cache, length_B, root_B, last_B1D)[0][:, -1]
+
     return jax.lax.fori_loop(0, PASSES, read, root_B)
 
 
@@ -262,7 +267,7 @@ def _widest_trees(
         )
         grown.append([np.asarray(x) for x in out])
     follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
-    return *(np.concatenate(each)[: len(roots)] for each in zip(*grown)), follows
+    return *(np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)), follows
 
 
 def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
@@ -379,7 +384,7 @@ def answers_for_tuning(
 ) -> list[tuple[list[int], list[int]]]:
     """The target's own greedy answers, written as one batch."""
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=max_new_tokens)
-    return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers)]
+    return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def machine() -> str:

@@ -71,14 +71,18 @@ def accept_by_ratio(
     """
     P = draft_BPV.shape[1]
     p_BWV, q_BPV = jax.nn.softmax(target_BWV, axis=-1), jax.nn.softmax(draft_BPV, axis=-1)
-    of_token = lambda x_BPV: jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[
-        ..., 0
-    ]
+
+    def of_token(x_BPV):
+        return jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[..., 0]
+
     # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is
     # exactly 0.
     kept_BP = uniform_BP * of_token(q_BPV) < of_token(p_BWV[:, :P])
     count_B = jnp.cumprod(kept_BP, axis=1).sum(axis=1)
-    at_last = lambda x_BWV: jnp.take_along_axis(x_BWV, count_B[:, None, None], axis=1)[:, 0]
+
+    def at_last(x_BWV):
+        return jnp.take_along_axis(x_BWV, count_B[:, None, None], axis=1)[:, 0]
+
     p_BV, q_BV = at_last(p_BWV), at_last(jnp.pad(q_BPV, ((0, 0), (0, 1), (0, 0))))
     residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # Rounding alone can leave nothing; then p and q are the same, and p will do.

@@ -127,7 +127,8 @@ def _divergence(
     if mine == theirs or text.asked.prompt != text.plain.prompt:
         return None
     place = next(
-        (n for n, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs))
+        (n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+        min(len(mine), len(theirs)),
     )
     before = [*text.asked.prompt, *mine[:place]]
     logits_V = forced_logits(target, forced_states(target, before), len(before) - 1, len(before))[0]
@@ -211,9 +212,12 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     sampling, asked = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
-        draw = lambda prompt, seed: bench.decoders[name].generate(
-            [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
-        )[0]
+
+        def draw(prompt, seed):
+            return bench.decoders[name].generate(
+                [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
+            )[0]
+
         asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
     rng, places, outside = np.random.default_rng(0), [], 0
     for one in asked:
@@ -325,10 +329,10 @@ def lines(made: dict[str, Any]) -> list[str]:
         f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}"
         for check in made["checks"]
     ]
-    for one in made["divergences"]:
-        shown.append(
-            f"        {one['system']}: {one['suite']} prompt {one['number']}, turn "
-            f"{one['turn']}, token {one['place']}: {change(one)}, gap {one['gap']:.3g}, of the "
-            f"two best {one['top_2_gap']:.3g}{_VERDICT[one['within_noise']]}"
-        )
+    shown += [
+        f"        {one['system']}: {one['suite']} prompt {one['number']}, turn "
+        f"{one['turn']}, token {one['place']}: {change(one)}, gap {one['gap']:.3g}, of the "
+        f"two best {one['top_2_gap']:.3g}{_VERDICT[one['within_noise']]}"
+        for one in made["divergences"]
+    ]
     return ["", "audit", *shown]

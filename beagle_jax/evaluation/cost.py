@@ -80,7 +80,10 @@ def memory(
     not count.
     """
     models, shapes, state = decoder.prefilled(prompt, sampling, max_new_tokens=max_new_tokens)
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
     head = (
         models.draft_head
         if models.draft_head is not None and models.draft_head.ids_V is not None

@@ -7,8 +7,10 @@ import html
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto}
+body{max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}
+th,td{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}img{max-width:100%}h2{margin-top:2em}"""
 _MEGABYTE = 2**20
 
@@ -31,8 +33,10 @@ def sections(report: dict[str, Any]) -> list[Section]:
             if suite["turns_left_out"]
             else []
         )
-        for group in suite["groups"]:
-            made.append(_group(suite["name"], group, left_out if group["by"] == "all" else []))
+        made += [
+            _group(suite["name"], group, left_out if group["by"] == "all" else [])
+            for group in suite["groups"]
+        ]
     made += [_times(report), _memory(report)]
     if report["audit"] is not None:
         made += [_audit(report["audit"]), _divergences(report["audit"])]
@@ -134,7 +138,10 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
     rows = []
     for name, one in group["systems"].items():
         alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
-        between = lambda edges: f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
+
+        def between(edges):
+            return f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
+
         rows.append(
             [
                 name,

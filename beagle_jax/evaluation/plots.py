@@ -50,7 +50,7 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
             if (c.levels, c.topk) == (best.levels, topk)
         )
         if row:
-            promise.plot(*zip(*row), ".-", label=f"topk {topk}")
+            promise.plot(*zip(*row, strict=True), ".-", label=f"topk {topk}")
     promise.axhline(found.plain_tokens_per_second, color="black", linestyle="--", label="plain")
     promise.set(
         xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels"
@@ -63,7 +63,7 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
     """step-alpha by draft depth, a panel for each suite, a line for each system that drafts."""
     figure = Figure(figsize=(1 + 4 * len(report["suites"]), 4), layout="constrained")
     for panel, suite in zip(
-        figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"]
+        figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"], strict=True
     ):
         for name, one in suite["groups"][0]["systems"].items():
             if one["step_alpha"]:
@@ -137,7 +137,7 @@ def plot_masks(
         (f"late stage, window {late_window}, {steps} steps", late_window, steps),
     )
     colours = ListedColormap(["white", "tab:blue", "tab:orange"])
-    for panel, (title, window, simulated) in zip(panels, stages):
+    for panel, (title, window, simulated) in zip(panels, stages, strict=True):
         panel.imshow(mask_levels(width, window, simulated, offset), cmap=colours, vmin=0, vmax=2)
         panel.set(title=title, xlabel="key", ylabel="query")
         panel.set_xticks(np.arange(-0.5, width), minor=True)
@@ -167,7 +167,9 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
         return False
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure = Figure(figsize=(10, 3.5 * len(stages)), layout="constrained")
-    for (loss, agree), stage in zip(figure.subplots(len(stages), 2, squeeze=False), stages):
+    for (loss, agree), stage in zip(
+        figure.subplots(len(stages), 2, squeeze=False), stages, strict=True
+    ):
         for split, style in ((None, "-"), ("held_out", "--")):
             # A killed run goes on from its checkpoint and logs the steps after it again.
             by_step = {
@@ -230,7 +232,7 @@ def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) ->
         figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained"
     )
     panel = figure.subplots()
-    for node, (parent, depth) in enumerate(zip(one.parent_W, one.depth_W)):
+    for node, (parent, depth) in enumerate(zip(one.parent_W, one.depth_W, strict=True)):
         taken = node in one.path
         if node:
             panel.plot(

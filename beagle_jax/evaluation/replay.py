@@ -126,13 +126,16 @@ class Grower:
         """EAGLE-2's tree (method.md 6.4); of equal scores the first made wins."""
         beam: list[tuple[Path, float]] = [((), 0.0)]
         made: list[tuple[Path, float]] = []
-        best_first = lambda pairs, count: sorted(pairs, key=lambda pair: -pair[1])[:count]
+
+        def best_first(pairs, count):
+            return sorted(pairs, key=lambda pair: -pair[1])[:count]
+
         for _ in range(tree.levels):
             best, log_p = self._children([path for path, _ in beam], tree.topk)
             children = [
                 ((*path, int(token)), score + float(p))
-                for (path, score), tokens, shares in zip(beam, best, log_p)
-                for token, p in zip(tokens, shares)
+                for (path, score), tokens, shares in zip(beam, best, log_p, strict=True)
+                for token, p in zip(tokens, shares, strict=True)
             ]
             made += children
             beam = best_first(children, tree.topk)
@@ -163,7 +166,7 @@ class Grower:
             self._append,
             count,
         )
-        self._predicted |= dict(zip(paths, np.asarray(states)))
+        self._predicted |= dict(zip(paths, np.asarray(states), strict=True))
         return best, log_p, every_QV
 
 
@@ -188,7 +191,10 @@ def _predict(
     With them the best tokens after each, their log-probabilities, and all log-probabilities.
     """
     block, (Q, depth) = block_of(spec).bind({"params": params}), below_Qt.shape
-    embedded = lambda tokens: embed(target["embed_VD"], tokens, spec.embed_scale)
+
+    def embedded(tokens):
+        return embed(target["embed_VD"], tokens, spec.embed_scale)
+
     token_Qt = jnp.concatenate(
         [jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1
     )  # with the root

@@ -162,10 +162,13 @@ def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
 
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
     """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
-    seconds = lambda one: [
-        sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases
-    ]
-    tokens = lambda one: [sum(len(a.tokens) for a in case) for case in one.cases]
+
+    def seconds(one):
+        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]
+
+    def tokens(one):
+        return [sum(len(a.tokens) for a in case) for case in one.cases]
+
     in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
     rounds = [sum(a.rounds for a in case) for case in result.cases]
     return {
@@ -249,11 +252,11 @@ def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> l
             f"{one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
             f"{one['identical_to_plain']}/{one['answers']}"
         )
-    for system in systems:
-        if alpha := whole[system["name"]]["step_alpha"]:
-            lines.append(
-                f"{system['name']}: {system['tree']}; step-alpha by depth "
-                f"{'  '.join(f'{share:.2f}' for share in alpha)}"
-            )
+    lines += [
+        f"{system['name']}: {system['tree']}; step-alpha by depth "
+        f"{'  '.join(f'{share:.2f}' for share in alpha)}"
+        for system in systems
+        if (alpha := whole[system["name"]]["step_alpha"])
+    ]
     repeated = whole[systems[0]["name"]]["repeated_4_grams"]
     return [*lines, f"repeated 4-grams in the answers: {repeated:.1%}"]

@@ -53,16 +53,20 @@ def write_rows(cache: KVRows, rows: KVRows, start_B: jax.Array) -> KVRows:
 
 def _write(cache: jax.Array, rows: jax.Array, start_B: jax.Array, token_axis: int) -> jax.Array:
     rows = rows.astype(cache.dtype)
-    corner = lambda row, start: tuple(
-        start if axis == token_axis else row if axis == 0 else 0 for axis in range(4)
-    )
+
+    def corner(row, start):
+        return tuple(start if axis == token_axis else row if axis == 0 else 0 for axis in range(4))
+
     if rows.shape[0] <= _UNROLL_ROWS:
         for row in range(rows.shape[0]):
             cache = jax.lax.dynamic_update_slice(
                 cache, rows[row : row + 1], corner(row, start_B[row])
             )
         return cache
-    update = lambda one, new, start: jax.lax.dynamic_update_slice(one, new, corner(0, start)[1:])
+
+    def update(one, new, start):
+        return jax.lax.dynamic_update_slice(one, new, corner(0, start)[1:])
+
     return jax.vmap(update)(cache, rows, start_B)
 
 

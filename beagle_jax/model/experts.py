@@ -48,7 +48,10 @@ def routed(
 
     def add(expert, total_DM):
         share_M = share_EM[expert]
-        weighted = lambda: total_DM + run(expert).astype(jnp.float32) * share_M[None]
+
+        def weighted():
+            return total_DM + run(expert).astype(jnp.float32) * share_M[None]
+
         return jax.lax.cond((share_M > 0).any(), weighted, lambda: total_DM)
 
     total_DM = jax.lax.fori_loop(0, share_EM.shape[0], add, jnp.zeros(like_DM.shape, jnp.float32))

@@ -138,8 +138,8 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
         peak = jnp.maximum(peak, part.peak_BKGT)
     # A part that saw nothing has total 0, whatever its scale: exp(MASKED - MASKED) is 1, never NaN.
     scales = [jnp.exp(part.peak_BKGT - peak) for part in parts]
-    total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales))
-    out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales))
+    total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales, strict=True))
+    out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales, strict=True))
     seen = total > 0
     # Double where: the division never meets a zero, so neither value nor gradient can be NaN
     # (method.md 2.5).

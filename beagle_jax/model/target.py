@@ -336,9 +336,10 @@ def _layer_masks(
 
 def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """For each layer, the cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
-    tables = lambda theta, scaling: [
-        x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)
-    ]
+
+    def tables(theta, scaling):
+        return [x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)]
+
     far = near = tables(spec.rope_theta, spec.rope_scaling)
     if spec.local_rope_theta is not None:
         near = tables(spec.local_rope_theta, None)
@@ -390,7 +391,9 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
     def run(expert):
-        times = lambda key, x_IM: dense(pick(layer[key], expert), x_IM) @ x_IM
+        def times(key, x_IM):
+            return dense(pick(layer[key], expert), x_IM) @ x_IM
+
         return times("down_EDF", act(times("gate_EFD", y_DM)) * times("up_EFD", y_DM))
 
     return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)

@@ -65,7 +65,10 @@ def lk_hybrid(of: Distributions) -> Distance:
     """
     (kl_C, kl_slope_CV), (tv_C, tv_slope_CV) = kl(of), total_variation(of)
     weight_C = jnp.exp(-_LK_ETA * (1 - tv_C))
-    mix = lambda one, other, weight: weight * one + (1 - weight) * other
+
+    def mix(one, other, weight):
+        return weight * one + (1 - weight) * other
+
     return mix(kl_C, tv_C, weight_C), mix(kl_slope_CV, tv_slope_CV, weight_C[:, None])
 
 

@@ -61,7 +61,7 @@ def run_stage(
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
-        for step, batch in zip(steps, read_ahead(training.batch_at, steps)):
+        for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
             state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
                 progress.add(

@@ -61,7 +61,10 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
         distance, rank, gradient = carry
         row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         live_C = index * chunk + jnp.arange(chunk) < used
-        read = lambda x_MD: x_MD.at[row_C].get(mode="fill", fill_value=0)
+
+        def read(x_MD):
+            return x_MD.at[row_C].get(mode="fill", fill_value=0)
+
         distance_C, rank_C, gradient_CD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
         # Rows past `used` share the last chunk; they point out of range and are dropped.
         target_C = jnp.where(live_C, row_C, M)
@@ -79,18 +82,27 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
     """Distance, rank and gradient of one chunk, in float32. V: this device's part of the
     vocabulary.
     """
-    total = lambda x: jax.lax.psum(x, share.vocabulary)
-    highest = lambda x: jax.lax.pmax(x, share.vocabulary)
+
+    def total(x):
+        return jax.lax.psum(x, share.vocabulary)
+
+    def highest(x):
+        return jax.lax.pmax(x, share.vocabulary)
+
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     draft_CV = product("CD,VD->CV", state_CD, head_VD)
     true_CV = product("CD,VD->CV", true_CD, head_VD)
     top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
     peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
-    log_softmax = lambda x_CV, peak: (
-        x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
-    )
+
+    def log_softmax(x_CV, peak):
+        return x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
+
     log_p_CV, log_q_CV = log_softmax(true_CV, top_C1), log_softmax(draft_CV, peak_C1)
-    over_vocabulary = lambda x_CV: total(x_CV.sum(axis=-1))
+
+    def over_vocabulary(x_CV):
+        return total(x_CV.sum(axis=-1))
+
     of = Distributions(jnp.exp(log_p_CV), log_p_CV, jnp.exp(log_q_CV), log_q_CV, over_vocabulary)
     distance_C, slope_CV = DISTANCES[kind](of)
     gradient_CD = total(product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD))

@@ -129,9 +129,10 @@ class Progress:
 
 def summary(batches: list[Metrics]) -> dict[str, Any]:
     """Sums over batches, divided once."""
-    total = lambda field: np.sum(
-        [getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64
-    )
+
+    def total(field):
+        return np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)
+
     rows = max(float(total("count_J").sum()), 1.0)
     share_JK = total("agree_JK") / np.maximum(total("count_J"), 1)[:, None]
     return {
@@ -140,5 +141,5 @@ def summary(batches: list[Metrics]) -> dict[str, Any]:
         "vloss": round(float(total("vloss") / rows), 6),
     } | {
         f"top{within}_by_offset": [round(float(x), 4) for x in share_J]
-        for within, share_J in zip(AGREE_WITHIN, share_JK.T)
+        for within, share_J in zip(AGREE_WITHIN, share_JK.T, strict=True)
     }

@@ -101,7 +101,10 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
     else:
         after = optax.constant_schedule(stage.learning_rate)
     by_batch = optax.join_schedules([warm, after], [stage.warmup])
-    schedule = lambda updates: by_batch(updates * config.accumulate)
+
+    def schedule(updates):
+        return by_batch(updates * config.accumulate)
+
     adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, **adam)
@@ -205,7 +208,10 @@ def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ, step_J) -> P
         step_J
     ]
     group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
-    flat = lambda x_BUJ: x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
+
+    def flat(x_BUJ):
+        return x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
+
     return Prediction(
         flat(state_BUJD),
         flat(query_BUJ),
@@ -238,9 +244,12 @@ def stage_loss(
     true_BLD = jnp.asarray(batch.states_BLD)
     h_BLD = add_noise(true_BLD, batch.length_BC, config, noise_key)
     slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
-    embedded = lambda tokens: jax.lax.with_sharding_constraint(
-        embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh)
-    )
+
+    def embedded(tokens):
+        return jax.lax.with_sharding_constraint(
+            embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh)
+        )
+
     inputs = Inputs(
         jnp.asarray(batch.tokens_BL), h_BLD, batch.length_BC, batch.first_BC, slot_BT, embedded
     )
@@ -258,7 +267,10 @@ def stage_loss(
     supervised = jnp.sum(batch.counts_BT)
     group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
     agree_KBN = [(counts_M & (rank_M < within)).reshape(counts_BN.shape) for within in AGREE_WITHIN]
-    by_group = lambda x_BN: jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
+
+    def by_group(x_BN):
+        return jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
+
     metrics = Metrics(
         ploss=jnp.sum(ce_M),
         vloss=jnp.sum(l1_M),
@@ -284,7 +296,9 @@ def updated(
     gradient: of the batch's objective, a sum; divided once, so that batches with more supervised
     tokens weigh more.
     """
-    mean = lambda total, tokens: jax.tree.map(lambda x: x / (tokens + 1e-5), total)
+
+    def mean(total, tokens):
+        return jax.tree.map(lambda x: x / (tokens + 1e-5), total)
 
     def change(opt_state, total, tokens):
         updates, opt_state = optimizer.update(mean(total, tokens), opt_state, state.params)
@@ -302,7 +316,9 @@ def updated(
         params, inner = change(held.inner, total, tokens)
         return params, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
 
-    waiting = lambda: (state.params, Accumulated(held.inner, total, tokens))
+    def waiting():
+        return (state.params, Accumulated(held.inner, total, tokens))
+
     params, opt_state = jax.lax.cond((state.step + 1) % accumulate == 0, full, waiting)
     return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
 

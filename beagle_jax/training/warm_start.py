@@ -97,7 +97,10 @@ def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[ja
         e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, asked.position_BT)
     )
     feature_BTF = gated_BTF * part.counts_BT[..., None]
-    product = lambda x: jnp.einsum("BTF,BTD->FD", feature_BTF, x)
+
+    def product(x):
+        return jnp.einsum("BTF,BTD->FD", feature_BTF, x)
+
     return product(feature_BTF), product(of_row(part.states_BLD, asked.slot_BT) - y_BTD)
 
 

@@ -190,7 +190,8 @@ tags: [speculative-decoding, {tag}]
 # {kind} draft for `{target}`
 
 {what} of {count:,} parameters that drafts for a frozen target ({paper}); it scores {scored}.
-It works with this target only, whose tokenizer, embedding and head it uses; none of them is stored here.
+It works with this target only, whose tokenizer, embedding and head it uses; none of them is
+stored here.
 
 ```python
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -198,11 +199,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 draft = AutoModel.from_pretrained("this folder", trust_remote_code=True)
 target = AutoModelForCausalLM.from_pretrained("the target", dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained("the target")
-answer = draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids, max_new_tokens=64, levels=3)
+prompt = tokenizer("Why is the sky blue?", return_tensors="pt")
+answer = draft.generate(target, prompt.input_ids, max_new_tokens=64, levels=3)
 print(tokenizer.decode(answer.sequences[0]), answer.rounds)
 ```
 
-`generate` is greedy and lossless: it writes what the target alone would write. It is kept short, not fast.
+`generate` is greedy and lossless: it writes what the target alone would write. It is kept short,
+not fast.
 
 ## Target
 
@@ -234,6 +237,6 @@ Trained with: {libraries}. Exported with, and compared with the JAX block under:
 
 ## Licence
 
-{code} Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data above:
-the licences of both, which this folder does not record, say what may be done with them.
+{code} Apache-2.0, as beagle_jax is. The weights learnt from the target's states and from the data
+above: the licences of both, which this folder does not record, say what may be done with them.
 """

@@ -76,7 +76,7 @@ class KeysValues(NamedTuple):
 
     def followed_by(self, more: "KeysValues") -> "KeysValues":
         """Both, one after the other; neither is changed."""
-        return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(self, more)))
+        return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(self, more, strict=True)))
 
 
 class Generated(NamedTuple):
@@ -315,7 +315,7 @@ class BeagleDraft(PreTrainedModel):
             )
             sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
             state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
-            states |= dict(zip(nodes, state_BTD.unbind(1)))
+            states |= dict(zip(nodes, state_BTD.unbind(1), strict=True))
             kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
             best_Tk = (
                 functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD)
@@ -323,7 +323,7 @@ class BeagleDraft(PreTrainedModel):
                 .indices
             )
             best_Tk = self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
-            for node, best in zip(nodes, best_Tk.tolist()):
+            for node, best in zip(nodes, best_Tk.tolist(), strict=True):
                 for child in tree.children[node]:
                     tokens[child] = best[tree.rank[child]]
             if not self.fused and depth + 1 < len(tree.levels):
@@ -362,7 +362,7 @@ class BeagleDraft(PreTrainedModel):
         )  # without the config: layers with a window keep all, so that drafts can be dropped again
         embed = target.get_input_embeddings()
         h_BTD, [root] = _read(target, input_ids, past, last_only=True)
-        true = self._rows(h_BTD, input_ids[0, 1:].tolist() + [root], embed)
+        true = self._rows(h_BTD, [*input_ids[0, 1:].tolist(), root], embed)
         answer, rounds = [root], 0
         while len(answer) < limit and answer[-1] not in stop:
             tokens = self.draft(

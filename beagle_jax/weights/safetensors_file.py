@@ -39,7 +39,7 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
     _check_names(path)
     try:
         with safe_open(path, framework="np") as opened:
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 dtype = opened.get_slice(name).get_dtype()
                 allowed = ("I32",) if name.rpartition(".")[2] in integers else WEIGHT_DTYPES
                 if dtype not in allowed:
@@ -172,7 +172,7 @@ def places(path: Path) -> dict[str, Place]:
     found = {}
     try:
         with safe_open(path, framework="np") as opened:  # checks the header against the file
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 part = opened.get_slice(name)
                 if part.get_dtype() not in WEIGHT_DTYPES:
                     raise UserError(
