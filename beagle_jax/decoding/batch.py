@@ -374,7 +374,7 @@ def _pack(
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
     tokens = np.zeros((ADMIT_ROWS, round_up(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
-    for line, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+    for line, (prompt, row) in enumerate(zip(prompts, rows, strict=False)):  # spare rows
         slots[line], lengths[line] = row, len(prompt)
         tokens[line, : len(prompt)] = prompt
     return slots, tokens, lengths
