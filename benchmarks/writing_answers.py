@@ -12,9 +12,9 @@ import time
 from tqdm import tqdm
 
 from beagle_jax.config import load_config
+from beagle_jax.corpus.writer import TargetWriter
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.weights.target import load_target
 
 
@@ -31,9 +31,7 @@ def main() -> None:
         prompt_tokens(target.tokenizer, chat.messages)
         for chat in own_prompts("train")[: arguments.prompts]
     ]
-    write = answer_writer(
-        target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k
-    )
+    write = TargetWriter(target, config.data)
 
     def timed(max_new: int) -> tuple[int, float]:
         clock = time.perf_counter()

@@ -15,8 +15,10 @@ from test_loader import rows_of_lengths
 
 from beagle_jax import files
 from beagle_jax.config import DataConfig
-from beagle_jax.data import answers, states
-from beagle_jax.data.answers import training_rows
+from beagle_jax.corpus import prompts
+from beagle_jax.corpus import text as corpus_text
+from beagle_jax.corpus.text import training_rows
+from beagle_jax.data import states
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.states import target_states
 from beagle_jax.data.template import Row, prompt_tokens
@@ -79,7 +81,7 @@ class FakeWriter:
 
 
 def makes_up(settings) -> bool:
-    return settings["max_new"] == answers._MADE_UP_TOKENS
+    return settings["max_new"] == prompts._MADE_UP_TOKENS
 
 
 def fake_states(tokens) -> np.ndarray:
@@ -108,7 +110,7 @@ def text(tmp_path, tokenizer, monkeypatch):
         Chat(({"role": "user", "content": prompt},), f"prompts.jsonl:{line}")
         for line, prompt in enumerate(OWN, 1)
     ]
-    monkeypatch.setattr(answers, "own_prompts", lambda split: list(own) if split == "train" else [])
+    monkeypatch.setattr(prompts, "own_prompts", lambda split: list(own) if split == "train" else [])
 
     def text(writer, target="a-target", **settings):
         config = DataConfig(
@@ -186,11 +188,11 @@ def test_the_budget_stops_the_writing(text, writer, tmp_path):
     assert (
         sum(sum(row.supervised) for row in rows) == 20
     )  # one more row, not the 2 made-up prompts that there were
-    assert [len(prompts) for prompts, _ in writer.calls] == [3, answers._MADE_UP_AT_LEAST, 1]
+    assert [len(prompts) for prompts, _ in writer.calls] == [3, prompts._MADE_UP_AT_LEAST, 1]
 
 
 def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkeypatch):
-    monkeypatch.setattr(answers, "_MADE_UP_AT_LEAST", 2)
+    monkeypatch.setattr(prompts, "_MADE_UP_AT_LEAST", 2)
     writer = FakeWriter(tokenizer, [f"Tell me of {place} {{n}}" for place in range(40)])
     text(
         writer, answer_tokens=100
@@ -245,7 +247,7 @@ def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **sett
 def test_an_interrupted_run_goes_on_after_its_last_part(
     text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which
 ):
-    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
     fails_at = (
@@ -259,14 +261,14 @@ def test_an_interrupted_run_goes_on_after_its_last_part(
 def test_a_resumed_run_that_starts_over_is_seen(
     text, writer, tokenizer, two_sources, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     expected = text(writer, **two_sources[0])
 
     # Rows are skipped with islice(rows, done, None).
     def from_the_start(rows, *bounds):
         return islice(rows, *((0, None) if len(bounds) == 2 else bounds))
 
-    monkeypatch.setattr(answers, "islice", from_the_start)
+    monkeypatch.setattr(corpus_text, "islice", from_the_start)
     with pytest.raises(AssertionError):
         same_rows(
             interrupted_then_resumed(
@@ -287,7 +289,7 @@ def test_a_larger_budget_adds_to_what_is_there(text, tokenizer, two_sources, whi
 
 
 def test_a_smaller_budget_takes_the_first_of_what_is_there(text, writer, two_sources, monkeypatch):
-    monkeypatch.setattr(answers, "PART_ROWS", 4)  # of five answer tokens each: parts of 20
+    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)  # of five answer tokens each: parts of 20
     rows = text(writer, **two_sources[0])
     for budget, count in ((1, 4), (20, 4), (21, 8), (999, 10)):
         assert text(writer, **two_sources[0] | {"answer_tokens": budget}) == rows[:count]
@@ -329,7 +331,7 @@ def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
     """Answers shorter than expected leave prompts of a cut group over; they come next, here and
     after a resume.
     """
-    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
     for settings in (
         {"source": path, "max_answer_tokens": 40},
@@ -353,15 +355,15 @@ def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
 
 
 def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, monkeypatch):
-    right = answers._enough
-    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    right = corpus_text._enough
+    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
 
     def forgets(config, rows, tokens):
         count = right(config, rows, tokens)
         del rows[count:]
         return count
 
-    monkeypatch.setattr(answers, "_enough", forgets)
+    monkeypatch.setattr(corpus_text, "_enough", forgets)
     with pytest.raises(AssertionError):
         test_no_prompt_comes_twice_however_often_the_writing_goes_on(
             text, tokenizer, tmp_path, monkeypatch, (6, 17, 29, 46)
@@ -509,7 +511,7 @@ def test_states_that_came_with_the_answers_are_used(
     parts = [text(writer, answer_tokens=15)]
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     spec = SimpleNamespace(hidden_size=2)
-    kept = target_states(tiny_params, spec, parts[0], answers.states_path(tmp_path / "data", 0))
+    kept = target_states(tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0))
     for row, states_LD in zip(parts[0], kept, strict=True):
         np.testing.assert_array_equal(states_LD, fake_states(row.tokens))
 
@@ -522,5 +524,5 @@ def test_kept_states_in_another_order_are_seen(text, writer, tmp_path, tiny_para
             tiny_params,
             SimpleNamespace(hidden_size=2),
             rows[::-1],
-            answers.states_path(tmp_path / "data", 0),
+            corpus_text.states_path(tmp_path / "data", 0),
         )

@@ -21,11 +21,11 @@ from test_report import check_schema
 
 from beagle_jax import evaluate, generate, train, tune
 from beagle_jax.commands import evaluate as evaluate_command
-from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
 from beagle_jax.config import Config, TargetConfig, load_config
+from beagle_jax.corpus import writer as corpus_writer
+from beagle_jax.corpus.text import training_rows
 from beagle_jax.data import states
-from beagle_jax.data.answers import training_rows
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -85,9 +85,7 @@ def test_a_second_training_run_skips_everything(trained, monkeypatch, capsys):
     def never(what):
         return lambda *arguments, **settings: pytest.fail(f"{what} again")
 
-    monkeypatch.setattr(
-        prepare_command, "answer_writer", lambda *arguments: never("answers were written")
-    )
+    monkeypatch.setattr(corpus_writer, "write_answers", never("answers were written"))
     monkeypatch.setattr(states, "_compute", never("states were computed"))
     monkeypatch.setattr(BatchLoader, "batch_at", never("a step was run"))
     assert run_main(train.main, ["--config", trained.config]) == 0

@@ -15,7 +15,8 @@ from command_cases import make_target
 from beagle_jax import prepare
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.config import load_config
-from beagle_jax.data import answers, states
+from beagle_jax.corpus import disk, fill, text
+from beagle_jax.data import states
 from beagle_jax.data.folder import read_parts
 from beagle_jax.data.preview import preview
 from beagle_jax.data.template import Row
@@ -46,7 +47,7 @@ def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
     """A config over a file of ten chats, every third of which waits for its answer; parts of four
     rows.
     """
-    monkeypatch.setattr(answers, "PART_ROWS", 4)
+    monkeypatch.setattr(text, "PART_ROWS", 4)
     lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
     settings = {
@@ -131,9 +132,9 @@ def test_shares_together_are_the_whole(place, monkeypatch):
     alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
     check_shares(place, alone)
     # Whoever comes next finds it complete, as one process too.
-    monkeypatch.setattr(answers, "_write_share", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(text, "_write_share", lambda *_: pytest.fail("written again"))
     target = load_target(load_config(place.config).target.source, "float32", "unused")
-    rows, stored = prepare_command.rows_and_states(load_config(place.config), target)
+    rows, stored = fill.rows_and_states(load_config(place.config), target)
     assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
     assert [np.asarray(one).shape[0] for one in stored] == [len(row.tokens) for row in rows]
 
@@ -141,9 +142,9 @@ def test_shares_together_are_the_whole(place, monkeypatch):
 def test_shares_that_overlap_are_seen(place, monkeypatch):
     prepared(place, f"data.folder={place.folder}/alone")
     alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
-    right = answers.islice
+    right = text.islice
     monkeypatch.setattr(
-        answers,
+        text,
         "islice",
         lambda items, *bounds: right(items, *(bounds if len(bounds) < 3 else (0, None, 1))),
     )
@@ -168,9 +169,7 @@ def test_a_folder_that_two_processes_began_is_not_finished_by_one(place, capsys)
 
 @pytest.mark.parametrize("source", ["chats", "self"])
 def test_what_cannot_fit_is_refused_before_it_is_written(place, capsys, monkeypatch, source):
-    monkeypatch.setattr(
-        prepare_command.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100)
-    )
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     more = [] if source == "chats" else ["data.source=self", "data.answer_tokens=9"]
     message = ended(place, capsys, *more)
     assert (
@@ -186,9 +185,9 @@ def test_prompts_that_the_target_answers_are_announced_before_their_states_are_k
     (place.folder / "chats.jsonl").write_text(
         "".join(json.dumps(chat(number, answered=False)) + "\n" for number in range(5))
     )
-    right, said = answers.keep_states, []
+    right, said = text.keep_states, []
     monkeypatch.setattr(
-        answers,
+        text,
         "keep_states",
         lambda *arguments: said.append(capsys.readouterr().err) or right(*arguments),
     )
@@ -315,9 +314,9 @@ def test_colours_only_on_a_terminal(monkeypatch):
 def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
     """Each process of a run on its own disk would train on other rows."""
     target = load_target(load_config(place.config).target.source, "float32", "unused")
-    monkeypatch.setattr(prepare_command, "this_process", lambda: prepare_command.Share(0, 2))
+    monkeypatch.setattr(fill, "this_process", lambda: fill.Share(0, 2))
     with pytest.raises(
         UserError,
         match="lacks what other processes wrote; it must be a folder that all of them see",
     ):
-        prepare_command.rows_and_states(load_config(place.config), target)
+        fill.rows_and_states(load_config(place.config), target)

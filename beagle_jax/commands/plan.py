@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import Config
-from beagle_jax.data.answers import expected_tokens, is_complete
+from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
 from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError

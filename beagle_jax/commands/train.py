@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.commands.prepare import rows_and_states
 from beagle_jax.config import Config, MeshConfig
-from beagle_jax.data.answers import check_source
+from beagle_jax.corpus.fill import rows_and_states
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import Share
+from beagle_jax.data.source import check_source
 from beagle_jax.data.states import StoredStates, states_in_memory
-from beagle_jax.data.template import Row
+from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
@@ -94,7 +94,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     return {
         "draft": str(folder),
         "rows": len(rows),
-        "answer_tokens": _answer_tokens(rows),
+        "answer_tokens": supervised_tokens(rows),
         "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids),
     }
 
@@ -209,7 +209,7 @@ def train(
     )
     unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
     print(
-        f"{cut - training.left_out} chats, {_answer_tokens(rows[:cut]):,} answer tokens, "
+        f"{cut - training.left_out} chats, {supervised_tokens(rows[:cut]):,} answer tokens, "
         f"{training.steps_per_epoch} steps an epoch; {training.padding:.0%} of the positions "
         f"are padding{unpacked}"
     )
@@ -298,12 +298,8 @@ def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
         "data": {
             **asdict(config.data),
             "rows": len(rows),
-            "answer_tokens_written": _answer_tokens(rows),
+            "answer_tokens_written": supervised_tokens(rows),
         },
         "training": asdict(config.train),
         "versions": installed(TRAINED_WITH),
     }
-
-
-def _answer_tokens(rows: list[Row]) -> int:
-    return sum(sum(row.supervised) for row in rows)

@@ -2,7 +2,7 @@
 (method.md 5.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -20,6 +20,11 @@ class Row(NamedTuple):
 
     tokens: list[int]
     supervised: list[bool]  # the token is part of an assistant answer (its stop token included)
+
+
+def supervised_tokens(rows: Iterable[Row]) -> int:
+    """How many tokens of the rows are supervised."""
+    return sum(sum(row.supervised) for row in rows)
 
 
 def prompt_tokens(

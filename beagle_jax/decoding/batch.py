@@ -332,30 +332,6 @@ def _check_window(spec: TargetSpec, prompts: Sequence[Sequence[int]], max_new: i
         )
 
 
-def answer_writer(
-    params: Params, spec: TargetSpec, eos_ids: tuple[int, ...], batch: int, top_k: int
-):
-    """A `data.answers.Writer` for this target: `write_answers` with everything but the prompts'
-    settings filled in.
-    """
-
-    def write(prompts, *, max_new: int, temperature: float, seed: int, on_tokens):
-        sampling = Sampling(temperature, top_k)
-        return write_answers(
-            params,
-            spec,
-            prompts,
-            eos_ids=eos_ids,
-            max_new=max_new,
-            batch=batch,
-            sampling=sampling,
-            seed=seed,
-            on_tokens=on_tokens,
-        )
-
-    return write
-
-
 def _rows(batch: int, prompts: int) -> int:
     """Rows for so many prompts: the batch, or its half, quarter, ..: few sizes, as each is
     compiled.

@@ -1,0 +1,75 @@
+"""Announces the disk space that the target's states need, and refuses a disk that is too small."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from beagle_jax.config import Config
+from beagle_jax.corpus.text import expected_tokens
+from beagle_jax.data.folder import read_parts, states_path
+from beagle_jax.data.states import is_stored, record_bytes, states_bytes, stored_dtype
+from beagle_jax.data.template import Row, supervised_tokens
+from beagle_jax.errors import UserError
+from beagle_jax.terminal import size
+from beagle_jax.weights.target import Target
+
+_LESS_DISK = (
+    "lower data.answer_tokens, set data.states_dtype: int8 or data.states: online, or "
+    "data.folder on a larger disk"
+)
+
+
+def announce_writing(config: Config, target: Target) -> None:
+    """The size of the states before the target writes the text that they belong to: known from
+    below, guessed from above.
+
+    Of a source that may end before the budget of answer tokens is met, nothing is known from below.
+    """
+    data, endless = config.data, config.data.source == "self"
+    written = sum(map(supervised_tokens, read_parts(data.folder).values()))
+    tokens = max(data.answer_tokens - written, 0)
+    record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
+    with_prompts = expected_tokens(data, tokens)
+    free = shutil.disk_usage(_existing(data.folder)).free
+    print(
+        f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be "
+        f"written: {size(tokens * record)}, with their prompts at most about "
+        f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}"
+    )
+    if endless and tokens * record > free:
+        raise UserError(
+            f"data.folder: {data.folder} has {size(free)} free, the target's states need more than "
+            f"{size(tokens * record)}; {_LESS_DISK}"
+        )
+
+
+def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row]]) -> None:
+    """The exact size of all states, and whether what is missing fits."""
+    folder, width = config.data.folder, target.spec.hidden_size
+    dtype = stored_dtype(target.params, config.data.states_dtype)
+    total = {number: states_bytes(rows, width, dtype) for number, rows in parts.items()}
+    missing = sum(
+        total[number]
+        for number, rows in parts.items()
+        if not is_stored(states_path(folder, number), rows, width, dtype)
+    )
+    tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
+    free = shutil.disk_usage(folder).free
+    print(
+        f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} "
+        f"in {len(parts)} part{'s' * (len(parts) > 1)}; {size(missing)} to write, {size(free)} "
+        f"free in {folder}"
+    )
+    if missing > free:
+        raise UserError(
+            f"data.folder: {folder} has {size(free)} free, the target's states need "
+            f"{size(missing)} more; {_LESS_DISK}"
+        )
+
+
+def _existing(folder: str) -> Path:
+    """The folder, or the nearest above it that exists."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return path

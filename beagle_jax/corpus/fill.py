@@ -1,0 +1,61 @@
+"""Fills `data.folder` with text and the target's states, and reads both back for training."""
+
+from functools import partial
+
+from beagle_jax.config import Config
+from beagle_jax.corpus.disk import announce_states, announce_writing
+from beagle_jax.corpus.text import is_complete, training_rows
+from beagle_jax.corpus.writer import TargetWriter
+from beagle_jax.data.fingerprint import fingerprints
+from beagle_jax.data.folder import read_parts, states_path
+from beagle_jax.data.share import Share, this_process, wait_for_all
+from beagle_jax.data.states import StoredStates, target_states
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError
+from beagle_jax.weights.target import Target
+
+
+def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[StoredStates] | None]:
+    """All rows to train on and the target's states of each, None with data.states: online; what is
+    missing is written first.
+    """
+    share = this_process()
+    parts = fill_folder(config, target, share)
+    if share.count > 1:
+        wait_for_all("training text and states")
+        parts = read_parts(config.data.folder)
+        if not is_complete(config.data, parts):
+            raise UserError(
+                f"data.folder: {config.data.folder} lacks what other processes wrote; it must "
+                "be a folder that all of them see"
+            )
+    rows = [row for part in parts.values() for row in part]
+    if config.data.states == "online":
+        return rows, None
+    return rows, [
+        states for number in parts for states in _states_of(config, target, parts, number)
+    ]
+
+
+def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[Row]]:
+    """Writes what is missing of a share: text, then states. Says how much disk they take before it
+    is taken.
+    """
+    keeps_states = config.data.states == "disk"
+    announce = partial(announce_writing, config, target) if keeps_states else (lambda: None)
+    write = TargetWriter(target, config.data, announce)
+    made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
+    parts = training_rows(config.data, made_for, target.tokenizer, target.eos_ids, write, share)
+    if keeps_states:
+        announce_states(config, target, parts)
+        for number in parts:
+            if number % share.count == share.index:
+                _states_of(config, target, parts, number)
+    return parts
+
+
+def _states_of(
+    config: Config, target: Target, parts: dict[int, list[Row]], number: int
+) -> list[StoredStates]:
+    path = states_path(config.data.folder, number)
+    return target_states(target.params, target.spec, parts[number], path, config.data.states_dtype)

@@ -1,0 +1,89 @@
+"""`data.source: self`: prompts shipped with the package, then prompts that the target makes up."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from beagle_jax.config import DataConfig
+from beagle_jax.corpus.writer import Writer
+from beagle_jax.data.chats import own_prompts
+from beagle_jax.data.share import Share
+from beagle_jax.data.template import Row, prompt_tokens, user_header
+from beagle_jax.errors import UserError
+
+# Prompts that the target makes up: sampled hot for variety, kept only if it ended them itself.
+_MADE_UP_TEMPERATURE = 1.0
+_MADE_UP_TOKENS = 48
+_MADE_UP_WORDS = 3  # shorter ones are noise
+_MADE_UP_AT_LEAST = 64  # asked for at once: of a few, none might be usable
+
+
+def self_written_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    write: Writer,
+    mine: Sequence[Sequence[Row]],
+    share: Share,
+    most: int,
+    missing: Callable[[], int],
+) -> Iterator[list[Row]]:
+    """Our own prompts first, then group after group that the target makes up after its user header;
+    none twice.
+
+    mine: the rows that this process has written, by part. missing: answer tokens still to be
+    written; a group has the prompts that they need at half-length answers, at most `most`, since
+    few large groups keep the writer's rows busy.
+    """
+    chats = own_prompts("train")
+    random.Random(config.seed).shuffle(chats)
+    own = [prompt_tokens(tokenizer, chat.messages) for chat in chats[share.index :: share.count]]
+    answered = {_prompt(row) for rows in mine for row in rows}
+    known = answered | set(map(tuple, own))
+    if fresh := [prompt for prompt in own if tuple(prompt) not in answered]:
+        yield _short_enough(fresh, config.max_prompt_tokens)
+    header = user_header(tokenizer)
+    # A part holds prompts of one round at most, so no run draws with the seed of an earlier one.
+    for round_number in range(max(len(mine), 1), 1_000_000):
+        wanted = min(max(2 * missing() // config.max_answer_tokens, _MADE_UP_AT_LEAST), most)
+        with tqdm(desc="making up prompts", unit="tok", leave=False) as bar:
+            made = write(
+                [header] * wanted,
+                max_new=_MADE_UP_TOKENS,
+                temperature=_MADE_UP_TEMPERATURE,
+                seed=config.seed * 1_000_003 + round_number * share.count + share.index,
+                on_tokens=bar.update,
+            )
+            texts = [
+                tokenizer.decode(answer.tokens[:-1]).strip()
+                for answer in made
+                if answer.tokens[-1] in eos_ids
+            ]
+        whole = sorted({text for text in texts if len(text.split()) >= _MADE_UP_WORDS})
+        prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in whole]
+        fresh = [prompt for prompt in prompts if tuple(prompt) not in known]
+        if not fresh:
+            raise UserError(
+                "data.source: self: the target made up no usable prompt; give prompts with "
+                "data.source: file.jsonl"
+            )
+        known.update(map(tuple, fresh))
+        yield _short_enough(fresh, config.max_prompt_tokens)
+
+
+def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
+    kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
+    if len(kept) < len(prompts):
+        tqdm.write(
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than "
+            f"{limit} tokens"
+        )
+    if not kept:
+        raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
+    return kept
+
+
+def _prompt(row: Row) -> tuple[int, ...]:
+    return tuple(row.tokens[: row.supervised.index(True)])

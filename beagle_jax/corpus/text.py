@@ -1,0 +1,198 @@
+"""The training text of `data.folder`: read if it is complete, else this process's share is written.
+
+Each chat of the source that can teach something becomes one row, in the source's order. The number
+of rows already written is therefore the place where an interrupted run continues. data/folder.py
+describes the files.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from beagle_jax.config import DataConfig
+from beagle_jax.corpus.prompts import self_written_prompts
+from beagle_jax.corpus.writer import Answer, Writer
+from beagle_jax.data.folder import (
+    claim,
+    exhausted_path,
+    filled_by,
+    read_parts,
+    states_path,
+    write_part,
+)
+from beagle_jax.data.share import ALONE, Share
+from beagle_jax.data.source import source_chats, source_rows
+from beagle_jax.data.states import keep_states
+from beagle_jax.data.template import Row, supervised_tokens
+from beagle_jax.errors import UserError
+
+PART_ROWS = 1024  # rows of one part
+
+
+def training_rows(
+    config: DataConfig,
+    made_for: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    write: Writer,
+    share: Share = ALONE,
+) -> dict[int, list[Row]]:
+    """Rows to train on, by part: read from `data.folder` if it is complete, else this process's
+    share is written first.
+
+    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. With
+    several processes the result holds what the others have written so far. made_for: the target's
+    source and hashes; text written for another target is refused.
+    """
+    folder = Path(config.folder)
+    claim(config, made_for, share)
+    parts = read_parts(folder)
+    if not is_complete(config, parts):
+        if filled_by(folder) != share.count:
+            raise UserError(
+                f"{folder}: its text is divided among {filled_by(folder)} processes and not "
+                f"complete, {share.count} work now; finish it with python -m "
+                f"beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
+            )
+        if not _share_complete(config, parts, share):
+            _write_share(config, folder, parts, tokenizer, eos_ids, write, share)
+            parts = read_parts(folder)
+    if not parts and share.count == 1:
+        raise UserError(f"data.source: {config.source!r} gave no row to train on")
+    return _within_budget(config, parts)
+
+
+def _within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
+    """Each process's parts up to its part of the budget: the text that a new folder would have, to
+    the end of a part.
+    """
+    kept, have, processes = {}, Counter(), filled_by(config.folder)
+    for number, rows in sorted(parts.items()):
+        share = Share(number % processes, processes)
+        if have[share.index] < _budget(config, share):
+            kept[number] = rows
+            have[share.index] += supervised_tokens(rows)
+    return kept
+
+
+def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
+    return [rows for number, rows in parts.items() if number % share.count == share.index]
+
+
+def _budget(config: DataConfig, share: Share) -> int:
+    return -(-config.answer_tokens // share.count)
+
+
+def is_complete(config: DataConfig, parts: Mapping[int, list[Row]]) -> bool:
+    """Every process has met its part of the budget, or the end of the source."""
+    processes = filled_by(config.folder)
+    return all(
+        _share_complete(config, parts, Share(index, processes)) for index in range(processes)
+    )
+
+
+def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: Share) -> bool:
+    written = sum(map(supervised_tokens, _mine(parts, share)))
+    return written >= _budget(config, share) or exhausted_path(config.folder, share.index).exists()
+
+
+def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
+    """Tokens of the text in which the target writes so many, from above: prompts at their limit,
+    half-length answers.
+    """
+    return round(answer_tokens * (1 + 2 * config.max_prompt_tokens / config.max_answer_tokens))
+
+
+def _in_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while group := list(islice(rows, PART_ROWS)):
+        yield group
+
+
+def _write_share(
+    config: DataConfig,
+    folder: Path,
+    parts: Mapping[int, list[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    write: Writer,
+    share: Share,
+) -> None:
+    """Writes part after part of this process until its budget is met or the source has no more."""
+    mine = _mine(parts, share)
+    budget, have = _budget(config, share), sum(map(supervised_tokens, mine))
+    if config.source == "self":
+        groups = self_written_prompts(
+            config, tokenizer, eos_ids, write, mine, share, PART_ROWS, lambda: budget - have
+        )
+    else:
+        chats = islice(source_chats(config), share.index, None, share.count)
+        rows = source_rows(config, chats, tokenizer, eos_ids)
+        groups = _in_groups(islice(rows, sum(map(len, mine)), None))
+    part, waiting = share.index + share.count * len(mine), []
+    with tqdm(total=budget, initial=have, desc="training text", unit="tok", smoothing=0.05) as bar:
+        while have < budget:
+            waiting = waiting or next(groups, [])
+            if not waiting:
+                exhausted_path(folder, share.index).touch()
+                return
+            count = _enough(config, waiting, budget - have)
+            group, waiting = waiting[:count], waiting[count:]
+            rows = _write_group(config, folder, part, group, write, bar)
+            part, have = part + share.count, have + supervised_tokens(rows)
+        # the last answers go a little beyond the budget, and tqdm would show that as a share of
+        # nothing
+        bar.total = bar.n
+    if config.source != "self":
+        tqdm.write(
+            f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of "
+            f"{config.source} is not used"
+        )
+
+
+def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
+    """How many of the rows make a part: what so many answer tokens may need, at half-length answers
+    where there is none yet.
+    """
+    expected = 0.0
+    for count, row in enumerate(rows[:PART_ROWS], 1):
+        expected += sum(row.supervised) or config.max_answer_tokens / 2
+        if expected >= tokens:
+            return count
+    return min(len(rows), PART_ROWS)
+
+
+def _write_group(
+    config: DataConfig, folder: Path, part: int, group: Sequence[Row], write: Writer, bar: tqdm
+) -> list[Row]:
+    """Answers the rows that wait for it and writes the part. States that came with every row are
+    kept.
+    """
+    given = [row for row in group if any(row.supervised)]
+    prompts = [row.tokens for row in group if not any(row.supervised)]
+    bar.update(supervised_tokens(given))
+    written: list[Answer] = []
+    if prompts:
+        settings = dict(
+            max_new=config.max_answer_tokens,
+            temperature=config.temperature,
+            seed=config.seed + part,
+        )
+        written = list(write(prompts, **settings, on_tokens=bar.update))
+    rows = given + [_row(prompts[answer.index], answer.tokens) for answer in written]
+    if written and not given and config.states == "disk":
+        keep_states(
+            states_path(folder, part),
+            rows,
+            [answer.states_LD for answer in written],
+            config.states_dtype,
+        )
+    write_part(folder, part, rows)
+    return rows
+
+
+def _row(prompt: list[int], answer: list[int]) -> Row:
+    return Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
