@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -117,3 +118,15 @@ def ended(capsys, name: str, *argv: str) -> tuple[int, str]:
     message = capsys.readouterr().err
     assert "error: " in message and "Traceback" not in message
     return status, message[message.index("error: ") + len("error: ") :]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> SimpleNamespace:
+    return make_workplace(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> SimpleNamespace:
+    """The same after one training run."""
+    assert run_main(train.main, ["--config", workplace.config]) == 0
+    return workplace

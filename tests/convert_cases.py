@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import yaml
 from command_cases import make_target
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from beagle_jax import convert
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -101,3 +102,20 @@ def refused(capsys, status: int) -> str:
     message = capsys.readouterr().err
     assert status in (1, 2) and "error: " in message and "Traceback" not in message
     return message[message.index("error: ") :]  # transformers' progress bars may stand before it
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("convert"))
+
+
+@pytest.fixture(scope="module")
+def exported(place) -> dict[str, Path]:
+    """Both drafts as PyTorch folders."""
+    for name in ("whole", "hot"):
+        assert to_torch(place, name, place.folder / f"{name}-torch") == 0
+    return {name: place.folder / f"{name}-torch" for name in ("whole", "hot")}
+
+
+def torch_draft(folder: Path):
+    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()

@@ -41,7 +41,7 @@ def main(folder: str) -> None:
     arguments = Namespace(distributed=False, quiet=False)
     join(arguments)
     from conftest import TINY, random_params  # looks at the devices, which only exist from here on
-    from test_loop import SPEC, config_for, loader_of
+    from loop_cases import SPEC, config_for, loader_of
 
     config, mesh = config_for(folder), make_mesh(MeshConfig(data=1, fsdp=-1))
     embed_VD = random_params(TINY)["embed_VD"]

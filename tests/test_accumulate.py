@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from test_loop import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
+from loop_cases import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ONE_DEVICE
-from test_loop import (
+from loop_cases import (
     SPEC,
     Breaking,
     after_each_step,

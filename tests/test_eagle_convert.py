@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from convert_cases import PROVENANCE, from_torch, make_place, refused, to_torch
-from test_convert import PATHS, PROMPTS, TREES, torch_draft
+from convert_cases import PROVENANCE, from_torch, make_place, refused, to_torch, torch_draft
+from test_convert import PATHS, PROMPTS, TREES
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle

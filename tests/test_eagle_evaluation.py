@@ -91,7 +91,7 @@ def test_the_audit_finds_a_stale_state(monkeypatch):
 # Costs and trees
 
 
-def test_smaller_trees_are_read_off_the_widest(small):  # noqa: F811
+def test_smaller_trees_are_read_off_the_widest(small):
     target, draft = target_of(MARKOV), right_eagle(0.05)
     [text] = test_tuning._answers(target, 1)
     models = Models(target.params, draft.params, draft_head_of(target.params, None))
@@ -222,7 +222,7 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
             ), (category, name)
 
 
-def test_tuning_takes_it(place, small, monkeypatch, capsys):  # noqa: F811
+def test_tuning_takes_it(place, small, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
     monkeypatch.setattr(tuning, "TOPKS", (2,))
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmark_cases import benchmark
 from conftest import ONE_DEVICE, TINY
-from test_train_step import CLEAN, NOISY, B, D, L, three_rows
+from step_cases import CLEAN, NOISY, B, D, L, three_rows
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_families import PROMPTS, family  # noqa: F401  (the fixture)
+from family_cases import family  # noqa: F401  (the fixture)
+from test_families import PROMPTS
 from transformers import AutoModel
 
 from beagle_jax.decoding.draft import draft_tree
@@ -67,7 +68,7 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
 
 
 @pytest.mark.parametrize("family", ["llama 3 rope", "gemma 3"], indirect=True)
-def test_torch_drafts_what_jax_drafts_and_writes_what_the_target_writes(family, tmp_path):  # noqa: F811
+def test_torch_drafts_what_jax_drafts_and_writes_what_the_target_writes(family, tmp_path):
     model, target = family
     draft, module = exported(target, tmp_path)
     theirs, ours = drafted(model, target, draft, module, model.get_input_embeddings())
@@ -81,7 +82,7 @@ def test_torch_drafts_what_jax_drafts_and_writes_what_the_target_writes(family, 
 
 
 @pytest.mark.parametrize("family", ["gemma 3"], indirect=True)
-def test_planted_bug_the_embedding_without_its_scale(family, tmp_path):  # noqa: F811
+def test_planted_bug_the_embedding_without_its_scale(family, tmp_path):
     model, target = family
     bare = torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight)
     theirs, ours = drafted(model, target, *exported(target, tmp_path), bare)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_families import each_family, family  # noqa: F401  (the fixture)
+from family_cases import each_family, family  # noqa: F401  (the fixture)
 
 from beagle_jax.model import target as target_module
 from beagle_jax.model.masks import causal_mask
@@ -87,12 +87,12 @@ def _differences(pair, change=lambda spec, params: (spec, params)):
 
 
 @each_family
-def test_each_part_equals_torch(family):  # noqa: F811
+def test_each_part_equals_torch(family):
     assert max(_differences(family).values()) < 1e-4
 
 
 @each_family
-def test_rope_equals_torch(family):  # noqa: F811
+def test_rope_equals_torch(family):
     model, target = family
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     for index, found in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
@@ -105,7 +105,7 @@ def test_rope_equals_torch(family):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["gemma 3"], indirect=True)
-def test_planted_bug_shows_in_its_part_alone(family):  # noqa: F811
+def test_planted_bug_shows_in_its_part_alone(family):
     first, *rest = family[1].params["layers"]
     shifted = {**first, "up_FD": jnp.roll(first["up_FD"], 1, axis=0)}
     found = _differences(

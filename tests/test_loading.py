@@ -16,8 +16,9 @@ import pytest
 from benchmark_cases import benchmark
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
-from test_weights import LLAMA, Held, _write_gguf
+from test_gguf import _write_gguf
 from tqdm import tqdm
+from weight_cases import LLAMA, Held
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec, param_table

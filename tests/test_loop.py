@@ -1,94 +1,42 @@
-"""Running a stage: progress, log, checkpoints, resuming and stopping; and the draft on disk that
-comes of it.
-"""
+"""Running a stage: progress, log, checkpoints, resuming and stopping."""
 
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from safetensors.numpy import load_file, save_file
+from loop_cases import (
+    SPEC,
+    Breaking,
+    L,
+    after_each_step,
+    config_for,
+    infinite_state,
+    interrupt,
+    lines_of,
+    loader_of,
+    same_params,
+    saved_steps,
+)
 
-from beagle_jax.commands.train import first_params, given_draft
-from beagle_jax.config import Config, DraftConfig, LogConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.config import LogConfig, StageConfig, TargetConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.prefetch import AHEAD
-from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.training import loop
-from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress, summary
 from beagle_jax.training.step import Metrics
-from beagle_jax.weights import draft as draft_module
-from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
-
-SPEC = DraftSpec.from_target(TINY)
-L = 12
-
-
-def config_for(folder, **changes) -> Config:
-    stage = StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3)
-    # noise_scale: rows this short would get noise of width 9 at the default.
-    settings = {
-        "batch": 4,
-        "row_tokens": L,
-        "loss_rows": 16,
-        "noise_scale": 0.002,
-        "checkpoint_every": 5,
-    }
-    train = TrainConfig(folder=str(folder), **settings | {"early": stage} | changes)
-    return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
-
-
-def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
-    """Rows whose states depend on their tokens, so that there is something to learn."""
-    rng = np.random.default_rng(seed)
-    table_VD = (
-        np.random.default_rng(0)
-        .standard_normal((TINY.vocab_size, TINY.hidden_size))
-        .astype(np.float32)
-    )
-    lengths = rng.integers(L - 4, L + 3, count)
-    rows = [
-        Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)])
-        for n in lengths
-    ]
-    return BatchLoader(
-        rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
-    )
-
-
-class Breaking:
-    """A loader that goes wrong at one step, and remembers which steps were asked for."""
-
-    def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
-        self._loader, self._step, self._how, self.asked = loader, step, how, []
-
-    def batch_at(self, step: int):
-        self.asked.append(step)
-        self.steps_per_epoch = self._loader.steps_per_epoch
-        batch = self._loader.batch_at(step)
-        return self._how(batch) if step == self._step else batch
-
-
-def interrupt(batch):
-    raise KeyboardInterrupt
-
-
-def infinite_state(batch):
-    batch.states_BLD[0, 3] = np.inf
-    return batch
 
 
 @pytest.fixture(scope="module")
@@ -127,25 +75,6 @@ def whole(stage, tmp_path_factory):
     """Config and parameters of an early stage of 12 steps that nothing interrupted."""
     config = config_for(tmp_path_factory.mktemp("whole"))
     return config, stage(config)
-
-
-def lines_of(config) -> list[dict]:
-    with open(f"{config.train.folder}/log.jsonl", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def saved_steps(config) -> list[int]:
-    with StageCheckpoints(
-        f"{config.train.folder}/checkpoints/early", Settings({}, {})
-    ) as checkpoints:
-        return checkpoints.steps()
-
-
-def same_params(found, expected) -> None:
-    """Bit for bit."""
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
 def test_the_loss_goes_down_and_is_logged(stage, tmp_path):
@@ -259,27 +188,6 @@ def test_a_broken_step_is_never_saved(stage, tmp_path):
     with pytest.raises(UserError, match="early stage, step 5: the loss is"):
         stage(config, training=Breaking(loader_of(20, 1), 4, infinite_state))
     assert saved_steps(config) == []
-
-
-def after_each_step(monkeypatch, change) -> None:
-    """Lets `change(state, metrics)` decide what a training step returns."""
-
-    def make_steps(*arguments, **keywords):
-        train_step, eval_step, init = true_steps(*arguments, **keywords)
-        return lambda *inputs: change(*train_step(*inputs)), eval_step, init
-
-    true_steps = loop.make_steps
-    monkeypatch.setattr(loop, "make_steps", make_steps)
-
-
-def broken_at(step: int, value: float):
-    """A step after which one parameter is this value, whatever the loss was."""
-
-    def change(state, metrics):
-        broken = {"q_proj": jnp.where(state.step == step, value, state.params["q_proj"])}
-        return state._replace(params=state.params | broken), metrics
-
-    return change
 
 
 def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
@@ -403,169 +311,3 @@ def test_settings_that_change_no_number_are_free(whole, stage):
         log=LogConfig(every=1),
     )
     same_params(stage(freed), params)
-
-
-# The draft on disk
-
-
-@pytest.fixture
-def draft() -> Draft:
-    rng = np.random.default_rng(4)
-    params = {
-        name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-        for name, shape in SPEC.param_shapes().items()
-    }
-    return Draft(
-        SPEC,
-        params,
-        jnp.array([7, 3, 60, 0], jnp.int32),
-        {"target": "tiny", "training": {"seed": 3}},
-    )
-
-
-def same_draft(found: Draft, expected: Draft) -> None:
-    same_params(found.params, expected.params)
-    assert found.spec == expected.spec and found.provenance == expected.provenance
-    assert (found.hot_ids is None) == (expected.hot_ids is None)
-    if expected.hot_ids is not None:
-        assert found.hot_ids.dtype == jnp.int32
-        np.testing.assert_array_equal(found.hot_ids, expected.hot_ids)
-
-
-@pytest.mark.parametrize("hot", [True, False])
-def test_a_draft_survives_the_disk_bit_for_bit(draft, tmp_path, hot):
-    draft = draft if hot else replace(draft, hot_ids=None)
-    save_draft(tmp_path / "new" / "draft", draft)
-    same_draft(load_draft(tmp_path / "new" / "draft", TINY), draft)
-    assert sorted(path.name for path in (tmp_path / "new" / "draft").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-
-
-def test_transposed_views_are_written_as_what_they_are(draft, tmp_path):
-    turned = draft.params | {"q_proj": np.asarray(draft.params["q_proj"]).T}
-    save_draft(tmp_path, replace(draft, params=turned))
-    same_params(load_draft(tmp_path, TINY).params, turned)
-
-
-@pytest.mark.parametrize("bug", ["transposed", "rounded", "hot ids sorted"])
-def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
-    save_draft(tmp_path, draft)
-    tensors = load_file(tmp_path / "model.safetensors")
-    if bug == "transposed":
-        tensors["self_attn.q_proj.weight"] = np.ascontiguousarray(
-            tensors["self_attn.q_proj.weight"].T
-        )
-    elif bug == "rounded":
-        tensors["mlp.up_proj.weight"] = (
-            tensors["mlp.up_proj.weight"].astype(np.float16).astype(np.float32)
-        )
-    else:
-        tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(
-        UserError, match=r"settings and tensors are not those that config.json was written with"
-    ):
-        load_draft(tmp_path, TINY)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "sha256": draft_digest(SPEC, tensors)})
-    )
-    with pytest.raises(AssertionError):
-        same_draft(load_draft(tmp_path, TINY), draft)
-
-
-def test_a_save_that_breaks_off_leaves_the_old_draft(draft, tmp_path, monkeypatch):
-    save_draft(tmp_path, draft)
-
-    def broken(path, tensors):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(draft_module, "write_tensors", broken)
-    with pytest.raises(KeyboardInterrupt):
-        save_draft(
-            tmp_path,
-            replace(draft, params={name: array + 1 for name, array in draft.params.items()}),
-        )
-    same_draft(load_draft(tmp_path, TINY), draft)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(draft, tmp_path, name):
-    save_draft(tmp_path, draft)
-    (tmp_path / name).unlink()
-    with pytest.raises(
-        UserError,
-        match=rf"{tmp_path}/{name}: no such file; train a draft first .* or set draft.path",
-    ):
-        load_draft(tmp_path, TINY)
-
-
-def test_a_broken_file_is_named(draft, tmp_path):
-    save_draft(tmp_path, draft)
-    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(
-        UserError, match=rf"{weights}: cannot be read as safetensors .*; is the file whole\?"
-    ):
-        load_draft(tmp_path, TINY)
-    config.write_text(config.read_text()[:100])
-    with pytest.raises(UserError, match=rf"{config}: not JSON .*; is the file whole\?"):
-        load_draft(tmp_path, TINY)
-    config.write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        UserError, match=rf"{config}: model_type is 'llama', expected 'beagle_draft'"
-    ):
-        load_draft(tmp_path, TINY)
-
-
-def test_a_draft_of_another_target_is_refused(draft, tmp_path):
-    save_draft(tmp_path, draft)
-    other = replace(TINY, hidden_size=64, rope_theta=5e5)
-    message = (
-        r"belongs to another target \(hidden_size 32 there, 64 here; rope_theta 10000.0 there, "
-        r"500000.0 here\)"
-    )
-    with pytest.raises(UserError, match=message):
-        load_draft(tmp_path, other)
-    save_draft(tmp_path, replace(draft, spec=replace(SPEC, init_std=0.5)))
-    assert load_draft(tmp_path, TINY).params  # how a draft began does not matter
-    with pytest.raises(
-        UserError,
-        match=r"belongs to another target \(it scores token 60, the vocabulary ends at 59\)",
-    ):
-        load_draft(tmp_path, replace(TINY, vocab_size=60))
-
-
-def test_every_wrong_tensor_is_listed(draft, tmp_path):
-    save_draft(tmp_path, draft)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["self_attn.q_norm.weight"] = tensors.pop("input_layernorm.weight")
-    tensors["mlp.up_proj.weight"] = np.ascontiguousarray(tensors["mlp.up_proj.weight"].T)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError) as caught:
-        load_draft(tmp_path, TINY)
-    assert str(caught.value).splitlines() == [
-        f"{tmp_path}/model.safetensors: not the weights of this draft:",
-        "  missing tensor input_layernorm.weight [32]",
-        "  extra tensor self_attn.q_norm.weight",
-        "  mlp.up_proj.weight has shape [32, 48], expected [48, 32]",
-    ]
-
-
-def test_training_goes_on_from_a_draft(draft, tmp_path):
-    save_draft(tmp_path, draft)
-    fresh, target = config_for(tmp_path / "run"), SimpleNamespace(spec=TINY)
-    config = replace(fresh, draft=DraftConfig(init=str(tmp_path)))
-    same_params(given_draft(config, target).params, draft.params)
-    assert given_draft(fresh, target) is None
-    with pytest.raises(AssertionError):
-        same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)
-    other = replace(fresh, draft=DraftConfig(init=str(tmp_path), kind="eagle"))
-    with pytest.raises(
-        UserError,
-        match=f"{tmp_path}/config.json: model_type is 'beagle_draft', expected 'eagle_draft'",
-    ):
-        given_draft(other, target)

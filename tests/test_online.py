@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY, random_params
-from test_train_step import CLEAN, EARLY, LATE, SPEC, L
+from step_cases import CLEAN, EARLY, LATE, SPEC, L
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.loader import BatchLoader

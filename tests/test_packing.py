@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from test_train_step import CLEAN, SPEC, quick_jit
+from step_cases import CLEAN, SPEC, quick_jit
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch, BatchLoader, best_fit

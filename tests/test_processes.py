@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY, environment
+from loop_cases import SPEC, config_for, lines_of, loader_of, saved_steps
 from process_cases import ASKED_AT
-from test_loop import SPEC, config_for, lines_of, loader_of, saved_steps
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.share import Share

@@ -13,7 +13,7 @@ from conftest import TINY
 from decode_cases import naive_greedy, random_draft, target_of
 from gguf_files import llama_tensors, write_llama
 from test_loading import MOE
-from test_weights import Held
+from weight_cases import Held
 
 from beagle_jax import evaluate, generate
 from beagle_jax.config import TargetConfig

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE
-from test_loop import (
+from loop_cases import (
     SPEC,
     Breaking,
     after_each_step,

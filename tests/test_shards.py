@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf_files import llama_tensors
 from safetensors.numpy import save_file
-from test_weights import LLAMA
+from weight_cases import LLAMA
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec

@@ -3,35 +3,27 @@ golden numbers.
 """
 
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, TINY
+from conftest import ONE_DEVICE
+from step_cases import CLEAN, EARLY, LATE, NOISY, SPEC, B, L, quick_jit, three_rows
 
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.training.step import (
     AGREE_WITHIN,
     Inputs,
     add_noise,
-    make_optimizer,
     make_steps,
     predict_early,
     predict_late,
     stage_loss,
 )
 
-SPEC = DraftSpec.from_target(TINY)
-B, L, D = 3, 14, TINY.hidden_size
-# Rows this short would get noise of width 20 at the default scale.
-NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
-CLEAN = replace(NOISY, noise="none")
-EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3)
-LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
 EARLY_ONE, LATE_ONE = (
     replace(EARLY, window=1),
     replace(LATE, window=1, simulation_steps=1, detach=False),
@@ -43,24 +35,6 @@ PREDICT = {
     LATE_ONE: predict_late,
 }
 BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
-
-
-def three_rows(*begin: int) -> Batch:
-    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a
-    question between two answers.
-    """
-    rng = np.random.default_rng(5)
-    length_B = np.array([14, 9, 5], np.int32)
-    live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = (
-        live_BL
-        & (np.arange(L) >= np.array(begin)[:, None])
-        & (np.arange(L) < length_B[:, None] - 1)
-    )
-    counts_BL[1, 5:7] = False
-    states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
-    tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
-    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +50,6 @@ def frozen(tiny_params) -> dict:
     return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:4]}
 
 
-# The programs here are small and run once or twice: compiling them without optimisation halves the
-# time.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 _noisy = quick_jit(add_noise, static_argnums=2)
 
 
@@ -491,80 +462,3 @@ def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
         metrics.grad_norm, norm, rtol=1e-4
     )  # 1e-4: a whole backward pass, fused differently
     assert norm > NOISY.clip_norm
-
-
-# Schedule and clipping
-
-
-def learning_rates(stage: StageConfig, steps: int) -> list[float]:
-    """Read off the updates: Adam turns a constant gradient into exactly the learning rate."""
-    optimizer, params = make_optimizer(CLEAN, stage), {"w": jnp.zeros(1)}
-    state, found = optimizer.init(params), []
-    for _ in range(steps):
-        updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
-        found.append(-float(updates["w"][0]))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("stage", "expected"),
-    [
-        (
-            StageConfig(steps=8, learning_rate=0.4, warmup=4),
-            [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4],
-        ),
-        (StageConfig(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
-        (
-            StageConfig(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"),
-            [0.0, 0.2, 0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
-        ),
-        (
-            StageConfig(steps=4, learning_rate=0.4, warmup=0, schedule="cosine"),
-            [0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
-        ),
-    ],
-)
-def test_warm_up_then_constant_or_cosine(stage, expected):
-    np.testing.assert_allclose(learning_rates(stage, len(expected)), expected, atol=1e-5)
-
-
-def clipped(gradient: dict, clip_norm: float) -> dict:
-    """The gradient that Adam receives, read off its first moment."""
-    optimizer = make_optimizer(replace(CLEAN, clip_norm=clip_norm), EARLY)
-    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
-    (moments,) = [
-        leaf
-        for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
-        if hasattr(leaf, "mu")
-    ]
-    return {name: moment / (1 - CLEAN.beta1) for name, moment in moments.mu.items()}
-
-
-def check_clipped(found: dict, expected: dict) -> None:
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
-
-
-def test_clipping_is_by_the_norm_of_all_tensors_together():
-    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
-    check_clipped(clipped(gradient, 0.5), {"a": [0.3, 0.0], "b": [[0.4]]})
-    check_clipped(clipped(gradient, 6.0), gradient)
-    for wrong in (
-        {"a": [0.5, 0.0], "b": [[0.5]]},
-        {"a": [0.3, 0.0], "b": [[0.5]]},
-    ):  # by value, by tensor
-        with pytest.raises(AssertionError):
-            check_clipped(clipped(gradient, 0.5), wrong)
-
-
-def test_moments_and_weight_decay_are_the_config_s():
-    config = replace(CLEAN, beta1=0.5, beta2=0.75, weight_decay=0.1, clip_norm=100.0)
-    optimizer, params = (
-        make_optimizer(config, StageConfig(steps=2, learning_rate=0.1, warmup=0)),
-        {"w": jnp.array([2.0])},
-    )
-    state = optimizer.init(params)
-    _, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
-    updates, _ = optimizer.update({"w": jnp.array([3.0])}, state, params)
-    mean, variance = (0.25 * 1 + 0.5 * 3) / 0.75, (0.25 * 0.75 * 1 + 0.25 * 9) / (1 - 0.75**2)
-    np.testing.assert_allclose(updates["w"], [-0.1 * (mean / variance**0.5 + 0.1 * 2)], rtol=1e-5)

@@ -298,10 +298,8 @@ def write_answers(
                 params, spec, state, beginning.rows, slots, tokens, lengths, sampling, eos_ids
             )
             for row, index, states_TD in zip(rows, taken, np.asarray(states_RTD), strict=False):
-                lines[row] = _Line(
-                    index,
-                    np.concatenate([beginning.states_PD, states_TD[: len(prompts[index]) - P]]),
-                )
+                own_TD = states_TD[: len(prompts[index]) - P]
+                lines[row] = _Line(index, np.concatenate([beginning.states_PD, own_TD]))
             on_tokens(len(taken))
         if not order and (fewer := _rows(len(lines), len(lines) - len(free))) < len(lines):
             keep = sorted(range(len(lines)), key=lambda row: lines[row] is None)[:fewer]
@@ -350,7 +348,8 @@ def _pack(
     slots = np.full(ADMIT_ROWS, batch, np.int32)
     lengths = np.ones(ADMIT_ROWS, np.int32)
     tokens = np.zeros((ADMIT_ROWS, round_up(max(map(len, prompts)), PROMPT_BUCKET)), np.int32)
-    for line, (prompt, row) in enumerate(zip(prompts, rows, strict=False)):  # spare rows
+    # The last prefills have fewer prompts than rows.
+    for line, (prompt, row) in enumerate(zip(prompts, rows, strict=False)):
         slots[line], lengths[line] = row, len(prompt)
         tokens[line, : len(prompt)] = prompt
     return slots, tokens, lengths

@@ -1,0 +1,46 @@
+"""Hand-made measurements of runs; importing this puts experiments/ on the path."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPER = "experiments/paper.yaml"
+sys.path.insert(0, str(ROOT / "experiments"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Files of experiments name others from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
+    """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut
+    short.
+    """
+    tokens = [sum(count * (drafts + 1) for drafts, count in enumerate(row)) for row in accepted]
+    return {
+        "step": step,
+        "tokens": tokens,
+        "rounds": [sum(row) for row in accepted],
+        "accepted": accepted,
+        **more,
+    }
+
+
+def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
+    """Histograms over 0..2 drafts whose tau is about 1 + mean."""
+    rng = np.random.default_rng(seed)
+    share = rng.normal(mean / 2, 0.03, count).clip(0.01, 0.99)
+    return [np.bincount(rng.binomial(2, one, 40), minlength=3).tolist() for one in share]
+
+
+def runs(**means: float) -> dict:
+    """Runs of two seeds, by their tau less one."""
+    return {
+        name: {seed: [point(prompts(mean, seed))] for seed in (0, 1)}
+        for name, mean in means.items()
+    }

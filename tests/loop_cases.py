@@ -1,0 +1,112 @@
+"""Short runs of a stage, loaders that go wrong at a step, and what a run left."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+from conftest import TINY
+
+from beagle_jax.config import Config, LogConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.share import ALONE, Share
+from beagle_jax.data.template import Row
+from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.training import loop
+from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+
+SPEC = DraftSpec.from_target(TINY)
+L = 12
+
+
+def config_for(folder, **changes) -> Config:
+    stage = StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3)
+    # noise_scale: rows this short would get noise of width 9 at the default.
+    settings = {
+        "batch": 4,
+        "row_tokens": L,
+        "loss_rows": 16,
+        "noise_scale": 0.002,
+        "checkpoint_every": 5,
+    }
+    train = TrainConfig(folder=str(folder), **settings | {"early": stage} | changes)
+    return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
+
+
+def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
+    """Rows whose states depend on their tokens, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    table_VD = (
+        np.random.default_rng(0)
+        .standard_normal((TINY.vocab_size, TINY.hidden_size))
+        .astype(np.float32)
+    )
+    lengths = rng.integers(L - 4, L + 3, count)
+    rows = [
+        Row(rng.integers(0, TINY.vocab_size, n).tolist(), [position >= 2 for position in range(n)])
+        for n in lengths
+    ]
+    return BatchLoader(
+        rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
+    )
+
+
+class Breaking:
+    """A loader that goes wrong at one step, and remembers which steps were asked for."""
+
+    def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
+        self._loader, self._step, self._how, self.asked = loader, step, how, []
+
+    def batch_at(self, step: int):
+        self.asked.append(step)
+        self.steps_per_epoch = self._loader.steps_per_epoch
+        batch = self._loader.batch_at(step)
+        return self._how(batch) if step == self._step else batch
+
+
+def interrupt(batch):
+    raise KeyboardInterrupt
+
+
+def infinite_state(batch):
+    batch.states_BLD[0, 3] = np.inf
+    return batch
+
+
+def lines_of(config) -> list[dict]:
+    with open(f"{config.train.folder}/log.jsonl", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def saved_steps(config) -> list[int]:
+    with StageCheckpoints(
+        f"{config.train.folder}/checkpoints/early", Settings({}, {})
+    ) as checkpoints:
+        return checkpoints.steps()
+
+
+def same_params(found, expected) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def after_each_step(monkeypatch, change) -> None:
+    """Lets `change(state, metrics)` decide what a training step returns."""
+
+    def make_steps(*arguments, **keywords):
+        train_step, eval_step, init = true_steps(*arguments, **keywords)
+        return lambda *inputs: change(*train_step(*inputs)), eval_step, init
+
+    true_steps = loop.make_steps
+    monkeypatch.setattr(loop, "make_steps", make_steps)
+
+
+def broken_at(step: int, value: float):
+    """A step after which one parameter is this value, whatever the loss was."""
+
+    def change(state, metrics):
+        broken = {"q_proj": jnp.where(state.step == step, value, state.params["q_proj"])}
+        return state._replace(params=state.params | broken), metrics
+
+    return change

@@ -1,0 +1,43 @@
+"""A tiny batch and configs for one training step."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+from conftest import TINY
+
+from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.data.loader import Batch
+from beagle_jax.model.beagle import DraftSpec
+
+SPEC = DraftSpec.from_target(TINY)
+B, L, D = 3, 14, TINY.hidden_size
+# Rows this short would get noise of width 20 at the default scale.
+NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
+CLEAN = replace(NOISY, noise="none")
+EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3)
+LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
+
+
+def three_rows(*begin: int) -> Batch:
+    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a
+    question between two answers.
+    """
+    rng = np.random.default_rng(5)
+    length_B = np.array([14, 9, 5], np.int32)
+    live_BL = np.arange(L) < length_B[:, None]
+    counts_BL = (
+        live_BL
+        & (np.arange(L) >= np.array(begin)[:, None])
+        & (np.arange(L) < length_B[:, None] - 1)
+    )
+    counts_BL[1, 5:7] = False
+    states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
+    tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
+    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
+
+
+# The programs here are small and run once or twice: compiling them without optimisation halves the
+# time.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
