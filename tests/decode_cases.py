@@ -122,7 +122,7 @@ _argmax_next = jax.jit(
                 tokens,
                 jnp.arange(tokens.shape[1])[None],
                 causal_mask(length, tokens.shape[1]),
-            )[0][:, length[0] - 1],
+            ).states_BTD[:, length[0] - 1],
         )
     ),
     static_argnums=1,

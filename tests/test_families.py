@@ -44,7 +44,8 @@ def _check_states_and_logits(model, spec, params):
     positions_BT = jnp.broadcast_to(jnp.arange(24), (3, 24))
     # One operation after the other: families and plants share nearly all of them, so that there is
     # little to compile.
-    states_BTD, _ = forward(params, spec, tokens_BT, positions_BT, causal_mask(jnp.full(3, 24), 24))
+    mask_BTT = causal_mask(jnp.full(3, 24), 24)
+    states_BTD = forward(params, spec, tokens_BT, positions_BT, mask_BTT).states_BTD
     with torch.no_grad():
         expected_BTD = model.model(torch.from_numpy(tokens_BT)).last_hidden_state
         expected_BTV = model(torch.from_numpy(tokens_BT)).logits.numpy()

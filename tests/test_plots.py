@@ -120,9 +120,9 @@ def test_attention_is_that_of_the_block(tmp_path):
     text_1L = jnp.array([tokens])
     places_1L = jnp.arange(len(tokens))[None]
     mask = causal_mask(jnp.array([len(tokens)]), len(tokens))
-    states = jax.jit(lambda params: forward(params, target.spec, text_1L, places_1L, mask)[0])(
-        target.params
-    )
+    states = jax.jit(
+        lambda params: forward(params, target.spec, text_1L, places_1L, mask).states_BTD
+    )(target.params)
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     q_KGLH = np.asarray(block.queries(target.params["embed_VD"][text_1L], places_1L))[0]
     k_KHL = np.asarray(block.keys_values(states, places_1L).k_BKHS)[0]

@@ -91,9 +91,11 @@ def test_a_quantised_target_computes_with_the_rounded_weights(spec, kind):
     params = _quantised(fill_params(spec, Held(table.items()), jnp.dtype("float32"), "x"), kind)
     tokens_BT = jnp.arange(12)[None] % spec.vocab_size
     run = jax.jit(
-        lambda params: forward(
-            params, spec, tokens_BT, jnp.arange(12)[None], causal_mask(jnp.array([12]), 12)
-        )[0]
+        lambda params: (
+            forward(
+                params, spec, tokens_BT, jnp.arange(12)[None], causal_mask(jnp.array([12]), 12)
+            ).states_BTD
+        )
     )
     np.testing.assert_allclose(run(params), run(_turned_back(params)), atol=1e-5)
     assert {
@@ -152,7 +154,7 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
         at, mask = jnp.arange(32)[None], causal_mask(jnp.array([32]), 32)
         run = jax.jit(
             lambda params, tokens, at, mask: logits(
-                params, whole.spec, forward(params, whole.spec, tokens, at, mask)[0]
+                params, whole.spec, forward(params, whole.spec, tokens, at, mask).states_BTD
             )
         )
         full, small = (run(params, tokens, at, mask) for params in (whole.params, target.params))

@@ -78,7 +78,9 @@ def last_logits(params, spec, text_BL):
     """After each of the last four tokens, [B, 4, V]."""
     B, L = text_BL.shape
     positions, mask = jnp.broadcast_to(jnp.arange(L), (B, L)), causal_mask(jnp.full(B, L), L)
-    return logits(params, spec, forward(params, spec, text_BL, positions, mask)[0][:, -TOKENS:])
+    return logits(
+        params, spec, forward(params, spec, text_BL, positions, mask).states_BTD[:, -TOKENS:]
+    )
 
 
 @lru_cache

@@ -35,7 +35,7 @@ def check_states(row_states, rows, params) -> None:
             jnp.asarray([row.tokens]),
             positions,
             causal_mask(jnp.asarray([length]), length),
-        )[0][0]
+        ).states_BTD[0]
         # 1e-4: two layers in another order of summation
         np.testing.assert_allclose(states_LD, direct, rtol=1e-4, atol=1e-4)
 

@@ -73,7 +73,7 @@ def states_at(
     L = tokens_BL.shape[1]
     return forward(
         params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L)
-    )[0]
+    ).states_BTD
 
 
 _states = partial(jax.jit, static_argnames=("spec",))(states_at)

@@ -168,7 +168,7 @@ def read_prompt(
     here_B = jnp.clip(length_B - offset, 0, T)  # tokens of this chunk
     start_B = jnp.broadcast_to(offset, (B,))
     past = () if first else (state.target_cache, visible_slots(start_B, state.target_cache))
-    states_BTD, rows = forward(
+    states_BTD, rows, _ = forward(
         models.target, spec, tokens_BT, positions_BT, causal_mask(here_B, T), *past
     )
     ends_B = (length_B > offset) & (length_B <= offset + T)
@@ -294,7 +294,7 @@ def read_tree(
     """The target's states of the nodes [B, W, D], and their key/value rows."""
     positions_BW = now.length_B[:, None] + nodes.depth_BW
     visible_BS = visible_slots(now.length_B, now.target_cache)
-    return forward(
+    read = forward(
         models.target,
         shapes.target,
         nodes.token_BW,
@@ -303,6 +303,7 @@ def read_tree(
         now.target_cache,
         visible_BS,
     )
+    return read.states_BTD, read.rows
 
 
 def accept(

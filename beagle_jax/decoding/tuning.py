@@ -151,9 +151,8 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
 
     def read(_, token_BW):
-        return best_tokens(
-            params, forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)[0]
-        )[0]
+        verified = forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)
+        return best_tokens(params, verified.states_BTD)[0]
 
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
@@ -215,7 +214,7 @@ def _read_text(models: Models, target_spec, spec, text_BL) -> tuple[KVRows, jax.
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     states_BLD = forward(
         models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L)
-    )[0]
+    ).states_BTD
     return draft_rows(
         models, spec, states_BLD, jnp.roll(text_BL, -1, axis=1), positions_BL
     ), states_BLD

@@ -22,7 +22,9 @@ def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
     """The target's states of a text [L, D], after the final norm; L is padded to a power of two,
     with rubbish at the end.
     """
-    return _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))[0][0]
+    return _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)])).states_BTD[
+        0
+    ]
 
 
 def _padded(tokens: Sequence[int]) -> jax.Array:
@@ -57,13 +59,11 @@ def _step(params, spec, token, length, cache):
     """
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
-    states_B1D, rows = forward(
-        params, spec, token[None, None], length_B[None], itself, cache, visible_BS
-    )
+    read = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
     return (
-        states_B1D[0, 0],
-        logits(params, spec, states_B1D)[0, 0],
-        write_all(cache, rows, length_B),
+        read.states_BTD[0, 0],
+        logits(params, spec, read.states_BTD)[0, 0],
+        write_all(cache, read.rows, length_B),
     )
 
 
@@ -72,7 +72,7 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
     alone after those before it.
     """
     first, text_1L = max(0, len(tokens) - most), _padded(tokens)
-    _, rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)]))
+    rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)])).rows
     # The cache begins with the rows of all tokens: those from `first` on are not seen until they
     # are written again.
     cache = write_all(

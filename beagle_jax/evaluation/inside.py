@@ -95,7 +95,7 @@ def _weights(
     block = block_of(spec).bind({"params": models.draft})
     states_1LD = forward(
         models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.full(1, L), L)
-    )[0]
+    ).states_BTD
     e_1TD = embed(models.target["embed_VD"], text_1L[:, places_1T[0]], spec.embed_scale)
     x_1TD = block.fuse(e_1TD, states_1LD[:, places_1T[0] - 1])
     q_BKGTH = block.queries(x_1TD, places_1T - int(spec.fused))

@@ -11,7 +11,7 @@ elsewhere it costs nothing. The state of a token is the last hidden state after 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +237,14 @@ def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) ->
     ]
 
 
+class Forward(NamedTuple):
+    """What `forward` computes for T new tokens of each sequence."""
+
+    states_BTD: jax.Array  # after the final norm; `logits` takes these
+    rows: list[KVRows]  # keys and values of the T tokens, a pair for each layer
+    taps: tuple[jax.Array, ...]  # the residual streams [B, T, D] asked for, in that order
+
+
 def forward(
     params: Params,
     spec: TargetSpec,
@@ -245,16 +253,33 @@ def forward(
     mask_BTT: jax.Array,
     cache: Sequence[KVRows] | None = None,
     visible_BS: jax.Array | None = None,
-) -> tuple[jax.Array, list[KVRows]]:
-    """Runs T new tokens per sequence. The cache is only read; the caller writes the rows it wants
-    to keep.
+    *,
+    taps: Sequence[int] = (),
+) -> Forward:
+    """Runs T new tokens of each sequence through the target.
 
-    mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's
-    ancestors-or-self. cache, visible_BS: rows of earlier tokens, and which slots of them every new
-    token of a sequence sees. Under a sliding window a slot stands for the position of the same
-    number. Returns the states [B, T, D] after the final norm, and the key/value rows of the T
-    tokens in each layer.
+    The cache is only read; the caller writes the rows that it wants to keep.
+
+    Args:
+      params: the target's arrays.
+      spec: its architecture.
+      tokens_BT: ids of the new tokens.
+      positions_BT: their positions in the text.
+      mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's
+        ancestors-or-self.
+      cache: keys and values of earlier tokens in each layer; None without any.
+      visible_BS: which slots of the cache every new token of a sequence sees. Under a sliding
+        window a slot stands for the position of the same number.
+      taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
+        stream that enters layer i, `num_layers` the stream that leaves the last layer (method.md
+        14). Without taps the program is the same as if there were none.
+
+    Raises:
+      ValueError: a tap is not between 0 and `num_layers`.
     """
+    wrong = [tap for tap in taps if not 0 <= tap <= spec.num_layers]
+    if wrong:
+        raise ValueError(f"taps {wrong}: the target has streams 0 to {spec.num_layers}")
     B, T = tokens_BT.shape
     sees, rotary = (
         _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None),
@@ -262,14 +287,22 @@ def forward(
     )
     x_DM = embed(params["embed_VD"], tokens_BT.reshape(-1), spec.embed_scale).T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
-    new_rows = []
+
+    def unpadded(columns_DM):
+        return columns_DM[:, : B * T].T.reshape(B, T, -1)
+
+    new_rows, streams = [], {}
     for index, layer in enumerate(params["layers"]):
+        if index in taps:
+            streams[index] = unpadded(x_DM)
         with jax.named_scope(f"layer_{index}"):
             past = cache[index] if cache else None
             x_DM, rows = _block(layer, spec, x_DM, (B, T), rotary[index], past, *sees[index])
             new_rows.append(rows)
-    x_DM = _norm(spec, x_DM, params["norm_D"], axis=0)
-    return x_DM[:, : B * T].T.reshape(B, T, -1), new_rows
+    if spec.num_layers in taps:
+        streams[spec.num_layers] = unpadded(x_DM)
+    states_BTD = unpadded(_norm(spec, x_DM, params["norm_D"], axis=0))
+    return Forward(states_BTD, new_rows, tuple(streams[tap] for tap in taps))
 
 
 def _block(
