@@ -85,6 +85,7 @@ LONGEST = (
     "test_decoder",
     "test_decoding",
     "test_command",
+    "test_frozen",
     "test_families",
     "test_audit",
     "test_eagle_evaluation",
