@@ -151,7 +151,7 @@ def test_a_changed_number_of_a_draft_is_seen(place, name):
     tensors["self_attn.q_proj.weight"][1, 2] += 1e-3
     save_file(tensors, path)
     target = load_target("target", "float32", "cache")
-    with pytest.raises(UserError, match="sha256 .* a file is damaged or of another draft"):
+    with pytest.raises(UserError, match=r"sha256 .* a file is damaged or of another draft"):
         load_draft(f"drafts/{name}", target.spec)
 
 
@@ -173,10 +173,13 @@ def test_an_exported_draft_comes_back_as_it_was(place, capsys):
 # The training text
 
 
-@pytest.mark.parametrize("name, more", [
-    ("data", []),
-    ("data_int8", ["data.folder=data_int8", "data.states_dtype=int8"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("data", []),
+        ("data_int8", ["data.folder=data_int8", "data.states_dtype=int8"]),
+    ],
+)
 def test_a_text_folder_is_read_and_nothing_of_it_written(place, name, more):
     before = files_of(place / name)
     assert figures("prepare", *more) == EXPECTED["rows"][name]
@@ -197,10 +200,13 @@ def test_planted_bug_a_changed_token_has_other_states(place):
     assert files_of(place / "data") != before
 
 
-@pytest.mark.parametrize("more, reason", [
-    (["data.seed=1"], "text written with other settings (seed 0 there, 1 now)"),
-    (["data.max_answer_tokens=20"], "(max_answer_tokens 16 there, 20 now)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["data.seed=1"], "text written with other settings (seed 0 there, 1 now)"),
+        (["data.max_answer_tokens=20"], "(max_answer_tokens 16 there, 20 now)"),
+    ],
+)
 def test_a_text_folder_of_other_settings_is_refused(place, capsys, more, reason):
     status, message = ended(capsys, "prepare", "--config", "run.yaml", *more)
     assert status == 1 and reason in message
@@ -222,14 +228,18 @@ def last_lines(folder: Path) -> list[dict]:
 
 def differing(then: list[dict], now: list[dict]) -> list[tuple[str, int, str]]:
     """Stage, step and name of the figures that are not those that were expected."""
-    where = lambda line: (line["stage"], line["step"], line.get("split"))
+
+    def where(line):
+        return (line["stage"], line["step"], line.get("split"))
+
     assert list(map(where, then)) == list(map(where, now))
-    same = lambda key, a, b: (
-        a == (pytest.approx(b, rel=1e-5, abs=DIGITS[key]) if key in DIGITS else b)
-    )
+
+    def same(key, a, b):
+        return a == (pytest.approx(b, rel=1e-5, abs=DIGITS[key]) if key in DIGITS else b)
+
     return [
         (line["stage"], line["step"], key)
-        for line, found in zip(then, now)
+        for line, found in zip(then, now, strict=False)
         for key, value in line.items()
         if not same(key, found[key], value)
     ]
@@ -322,11 +332,11 @@ def test_a_target_in_orbax_s_form_is_bit_equal(place):
     assert was.tokenizer.get_vocab() == now.tokenizer.get_vocab()
     assert was.tokenizer.chat_template == now.tokenizer.chat_template
     assert jax.tree.structure(was.params) == jax.tree.structure(now.params)
-    for mine, theirs in zip(jax.tree.leaves(was.params), jax.tree.leaves(now.params)):
+    for mine, theirs in zip(jax.tree.leaves(was.params), jax.tree.leaves(now.params), strict=False):
         np.testing.assert_array_equal(mine, theirs)
     settings = json.loads((folder / "target.json").read_text())
     name = next(iter(settings["crc32"]))
     settings["crc32"][name] = "00000000"
     (folder / "target.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="changed since they were written.*convert to-jax"):
+    with pytest.raises(UserError, match=r"changed since they were written.*convert to-jax"):
         load_target("target_orbax", "float32", "cache")

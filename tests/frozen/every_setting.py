@@ -53,10 +53,22 @@ EVERY: dict[str, Any] = {
         "beta2": 0.99,
         "weight_decay": 0.01,
         "loss_rows": 64,
-        "early": {**_STAGE, "simulation_steps": 1, "step_weights": [2.0], "detach": False,
-                  "dense": False, "multi_token": False},
-        "late": {**_STAGE, "simulation_steps": 3, "step_weights": [3.0, 2.0, 1.0], "detach": False,
-                 "dense": False, "multi_token": True},
+        "early": {
+            **_STAGE,
+            "simulation_steps": 1,
+            "step_weights": [2.0],
+            "detach": False,
+            "dense": False,
+            "multi_token": False,
+        },
+        "late": {
+            **_STAGE,
+            "simulation_steps": 3,
+            "step_weights": [3.0, 2.0, 1.0],
+            "detach": False,
+            "dense": False,
+            "multi_token": True,
+        },
         "checkpoint_every": 10,
         "accept_changes": True,
     },
@@ -88,9 +100,9 @@ EVERY: dict[str, Any] = {
         "patience": 3,
     },
     "log": {"every": 2, "eval_rows": 16, "tensorboard": True, "wandb": "a project"},
-}  # fmt: skip
+}
 
-# Several aliases stand for one setting, so they take several files; and words in place of a section.
+# Several aliases stand for one setting, so they take several files. Words stand for a section.
 ALIASES: dict[str, dict[str, Any]] = {
     "aliases": {
         "base_model": "hf:org/name",

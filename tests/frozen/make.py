@@ -1,4 +1,4 @@
-"""Writes what a released version leaves on disk, as the small files that tests/test_frozen.py reads.
+"""Writes what a released version leaves on disk, as the small files of tests/test_frozen.py.
 
     python tests/frozen/make.py PROJECT OUT
 
@@ -33,8 +33,13 @@ DRAFTS = {
     "beagle_hot": [],
     "eagle": ["draft.kind=eagle", "train.early.window=1"],
 }
-LONGER = ["train.early.steps=160", "train.early.learning_rate=1e-2", "train.late=none",
-          "eval.every=0", "train.checkpoint_every=160"]  # fmt: skip
+LONGER = [
+    "train.early.steps=160",
+    "train.early.learning_rate=1e-2",
+    "train.late=none",
+    "eval.every=0",
+    "train.checkpoint_every=160",
+]
 # An early stage that stops at its fifth step, after a checkpoint at its third; or a late one.
 EARLY = ["train.early.steps=6", "train.late=none"]
 MUON = ["train.optimizer=muon", "data.folder=data_int8", "data.states_dtype=int8"]
@@ -48,15 +53,31 @@ STOP = 4  # batches are counted from 0
 SETTINGS = {
     "target": {"source": "target", "cache_dir": "cache"},
     "draft": {"hot_tokens": 60},
-    "data": {"source": "prompts.jsonl", "folder": "data", "answer_tokens": 200, "batch": 8,
-             "max_answer_tokens": 16},
-    "train": {"folder": "run", "batch": 4, "row_tokens": 56, "checkpoint_every": 3,
-              "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 3e-3},
-              "late": {"steps": 6, "window": 2, "simulation_steps": 2, "warmup": 1, "learning_rate": 3e-3}},
+    "data": {
+        "source": "prompts.jsonl",
+        "folder": "data",
+        "answer_tokens": 200,
+        "batch": 8,
+        "max_answer_tokens": 16,
+    },
+    "train": {
+        "folder": "run",
+        "batch": 4,
+        "row_tokens": 56,
+        "checkpoint_every": 3,
+        "early": {"steps": 3, "window": 3, "warmup": 1, "learning_rate": 3e-3},
+        "late": {
+            "steps": 6,
+            "window": 2,
+            "simulation_steps": 2,
+            "warmup": 1,
+            "learning_rate": 3e-3,
+        },
+    },
     "decode": {"levels": 2, "max_new_tokens": 24},
     "eval": {"suites": ["eval.jsonl"], "max_new_tokens": 16, "every": 3, "train_prompts": 2},
     "log": {"every": 2},
-}  # fmt: skip
+}
 
 
 def write_target(folder: Path) -> None:
@@ -71,11 +92,19 @@ def write_target(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=130, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
-        tie_word_embeddings=True, initializer_range=0.5, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=130,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
