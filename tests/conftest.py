@@ -86,6 +86,7 @@ LONGEST = (
     "test_decoding",
     "test_command",
     "test_command_decoding",
+    "test_frozen",
     "test_families",
     "test_audit",
     "test_eagle_evaluation",
