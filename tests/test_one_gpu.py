@@ -367,33 +367,16 @@ def test_every_part_is_measured_at_toy_size(tmp_path, monkeypatch):
     measure.run(tmp_path, "measure")
 
 
-def test_text_training_and_evaluation_at_toy_size(workplace, tmp_path, monkeypatch):
-    from benchmarks.one_gpu import evaluate, train
-
-    monkeypatch.chdir(ROOT)
-    more = ["data.batch=8", "train.checkpoint_every=1"]
-    parts.claim(tmp_path, SETTINGS._replace(config=workplace.config, overrides=more))
-    endless = write.passes
-    monkeypatch.setattr(write, "passes", lambda *given: itertools.islice(endless(*given), 2))
-    write.main([str(tmp_path)])
-    assert collect(tmp_path)["answers"] == 24
-    train.main([str(tmp_path)])
-    figures = parts.read_parts(tmp_path)["train"]
-    assert figures["finished"] and figures["rows"] == 24
-    evaluate.main([str(tmp_path)])
-    report = parts.read_parts(tmp_path)["evaluate-eval"]["report"]
-    assert report["suites"][0]["groups"][0]["systems"]["plain"]["tau"] == 1
-    summary.write_summary(tmp_path, parts.read_parts(tmp_path), [])
-    assert "| plain | 1.00 |" in (tmp_path / "summary.md").read_text()
-
-
-def test_training_that_is_cut_leaves_a_draft_and_goes_on(workplace, tmp_path, monkeypatch):
+def test_text_is_written_and_training_that_is_cut_goes_on(workplace, tmp_path, monkeypatch):
     from beagle_jax.training import loop
     from benchmarks.one_gpu import train
 
     monkeypatch.chdir(ROOT)
     parts.claim(tmp_path, SETTINGS._replace(config=workplace.config))
-    save_text(tmp_path / "text" / "part-greedy-gpu000.npz", some_text(8, 20))
+    endless = write.passes
+    monkeypatch.setattr(write, "passes", lambda *given: itertools.islice(endless(*given), 1))
+    write.main([str(tmp_path)])
+    assert collect(tmp_path)["answers"] == 12
     asked = loop.StopSignal.asked
     monkeypatch.setattr(loop.StopSignal, "asked", lambda self: self._see() or True)
     train.main([str(tmp_path)])
@@ -404,9 +387,41 @@ def test_training_that_is_cut_leaves_a_draft_and_goes_on(workplace, tmp_path, mo
     train.main([str(tmp_path)])
     whole = parts.read_parts(tmp_path)["train"]
     assert whole["finished"] and whole["fingerprint"] != cut["fingerprint"]
+    assert whole["rows"] == 12 and whole["answer_tokens"] == collect(tmp_path)["answer_tokens"]
 
 
-@pytest.mark.slow
+def test_suites_are_evaluated_once_for_a_draft(tmp_path, monkeypatch):
+    from benchmarks.one_gpu import evaluate
+
+    monkeypatch.chdir(ROOT)
+    prompts = tmp_path / "eval"
+    prompts.mkdir()
+    (prompts / "mt_bench.jsonl.gz").touch()
+    overrides = [f"eval.folder={prompts}", "draft.path=drafts/smollm2-135m"]
+    parts.claim(tmp_path, SETTINGS._replace(overrides=overrides))
+    begun = []
+
+    def fake(config, folder):
+        begun.append((*config.eval.suites, config.eval.limit, config.draft.path))
+        if "mt_bench" in config.eval.suites and len(begun) == 2:
+            raise UserError("no prompt fits")
+        return {"suites": [{"groups": [{"systems": {}}]}]}
+
+    monkeypatch.setattr(evaluate, "evaluate", fake)
+    monkeypatch.setattr(evaluate, "table", str)
+    evaluate.run(tmp_path)
+    assert begun == [("held_out", 2, "drafts/smollm2-135m"), ("mt_bench", 2, "drafts/smollm2-135m")]
+    evaluate.run(tmp_path)
+    assert [suite for suite, *_ in begun[2:]] == ["mt_bench"], "the one that failed"
+    evaluate.run(tmp_path)
+    assert len(begun) == 3
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text('{"sha256": "another draft"}')
+    evaluate.run(tmp_path)
+    assert [draft for *_, draft in begun[3:]] == [str(tmp_path / "draft")] * 2
+
+
+@pytest.mark.slow  # ten processes, each of which imports jax and transformers
 def test_the_script_runs_every_phase_and_a_second_call_finds_all_done(workplace, tmp_path):
     command = ["bash", "launch/one_gpu.sh", "--python", sys.executable, "--toy", "--seconds", "280"]
     command += ["--budget", "write=40", "--config", workplace.config, "--text", "none"]

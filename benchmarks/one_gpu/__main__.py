@@ -222,10 +222,9 @@ def after(phase: str, out: Path, call: dict[str, Any]) -> None:
     """What is known once a phase has ended, however it did."""
     if phase == "write":
         written = collect(out)
-        begun = call["ended"] != "its time was over" or bool(written["answers"])
-        # Its time is all it was to have, so it is finished even though it never ends by itself.
-        failed = call["ended"].startswith("failed")
-        finish(out, phase, written | {"finished": begun and not failed, "ended": call["ended"]})
+        # It never ends by itself: it is finished once it had its time and used it.
+        had_time = call["ended"] == "its time was over" and written["answers"] > 0
+        finish(out, phase, written | {"finished": had_time, "ended": call["ended"]})
     if phase == "evaluate" and call["ended"] == "finished":
         finish(out, "evaluated", {"draft": _draft(read_parts(out))})
 
@@ -252,7 +251,12 @@ def run_phases(out: Path, arguments: argparse.Namespace, fixed: dict[str, float]
             print(f"{phase}: no time is left for it", flush=True)
             continue
         print(f"{phase}: at most {seconds:.0f} s", flush=True)
-        call = run_phase(phase, out, seconds)
+        try:
+            call = run_phase(phase, out, seconds)
+        except KeyboardInterrupt:  # what there is can be used all the same
+            collect(out)
+            write_summary(out, read_parts(out), calls)
+            raise
         after(phase, out, call)
         calls.append(call)
         write_summary(out, read_parts(out), calls)
@@ -291,6 +295,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         show(out, arguments, fixed)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no phase is left behind
     claim(out, settings)
     check_weights(settings, arguments.weights, arguments.phases)
     calls = run_phases(out, arguments, fixed)

@@ -30,8 +30,9 @@ def suites_of(config: Config, settings: Settings) -> list[str]:
 
 def drafts_of(out: Path, config: Config) -> list[str]:
     """Folders of drafts, the one to report on first."""
-    folders = [str(out / "draft"), config.draft.path]
+    folders = [str(out / "draft"), config.draft.path, *config.eval.compare]
     there = [name for name in folders if name and (Path(name) / "config.json").exists()]
+    there = list(dict.fromkeys(there))
     if not there:
         raise UserError(
             f"no draft to evaluate: neither {out / 'draft'} nor draft.path ({config.draft.path}) "
