@@ -1,7 +1,8 @@
 """Published peaks of accelerators: memory, memory bandwidth and rate of matrix products.
 
-Makers' figures for dense operands, which no program reaches: they are what a measurement is a share of. NVIDIA's data
-sheets give many rates with sparsity; those are halved here. Used by `plan` and the benchmarks.
+Makers' figures for dense operands, which no program reaches: a measurement is a share of them.
+NVIDIA's data sheets give many rates with sparsity; those are halved here. Used by `plan` and the
+benchmarks.
 """
 
 from typing import NamedTuple

@@ -1,13 +1,14 @@
-"""Where the time of a round goes in the shapes of Llama-2-7B, Llama-3-8B and others, random weights.
+"""Where the time of a round goes in the shapes of Llama-2-7B, Llama-3-8B and others.
 
     python benchmarks/large_shapes.py --shapes llama2-7b llama3-8b
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
-Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth,
---bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and of a whole round of
-EAGLE-2's tree, with the speedup that this round would give at the tau of the paper's Table 1
-(MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what command buffers
-bring; the flags in force are printed. `bash launch/one_gpu.sh` measures the same and more, by part.
+Weights are random. Plain decoding against the bandwidth floor (bytes of the weights over the
+device's bandwidth, --bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and
+of a whole round of EAGLE-2's tree, with the speedup that this round would give at the tau of the
+paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what
+command buffers bring; the flags in force are printed. `bash launch/one_gpu.sh` measures all this
+and more, part by part.
 """
 
 import argparse
@@ -111,9 +112,10 @@ def round_time(
 ) -> dict[str, float]:
     """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
     decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
-    answer = lambda: decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
-    answer()  # compiles
-    runs = [answer() for _ in range(discarded + _ANSWERS)][discarded:]
+    runs = [
+        decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
+        for _ in range(1 + discarded + _ANSWERS)  # the first compiles
+    ][1 + discarded :]
     seconds = [run.decode_seconds / run.rounds for run in runs]
     return {
         "milliseconds": 1000 * float(np.median(seconds)),
@@ -137,11 +139,13 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     if bandwidth:
         floor = bytes_read(target) / bandwidth / 1e6
         print(
-            f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes {verify[1] / floor:.2f} times that"
+            f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes "
+            f"{verify[1] / floor:.2f} times that"
         )
     first, further = draft_times(target, draft, tree.topk)
     print(
-        f"draft, ms:            first level {first:.2f}, each further one {further:.2f} (topk {tree.topk})"
+        f"draft, ms:            first level {first:.2f}, each further one {further:.2f} "
+        f"(topk {tree.topk})"
     )
     plain = round_time(target, None, None, new_tokens)["milliseconds"]
     speculative = round_time(target, draft, tree, new_tokens)["milliseconds"]
@@ -149,7 +153,8 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
         print(
-            f"speedup at tau {tau}:   {tau * plain / speculative:.2f}x (the paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
+            f"speedup at tau {tau}:   {tau * plain / speculative:.2f}x (the paper's own, "
+            f"PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
         )
 
 

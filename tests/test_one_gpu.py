@@ -65,7 +65,7 @@ def test_time_that_a_phase_did_not_need_goes_to_those_after_it():
 
 @pytest.mark.parametrize("text", ["measure", "tune=3", "train=long", "train=nan", "train=-1"])
 def test_a_budget_that_is_none_is_refused(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"PHASE=SECONDS|no number of seconds|to float"):
         schedule.parse_budget(text)
     with pytest.raises(UsageError, match="--budget: "):
         one_gpu.main(["--budget", text, "--dry-run"])
@@ -91,7 +91,7 @@ def sleeper(tmp_path: Path, body: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "body, ended",
+    ("body", "ended"),
     [
         ("sleep 60", "its time was over"),
         ("trap '' TERM; sleep 60 & wait; sleep 60", "its time was over"),
@@ -123,7 +123,7 @@ def arguments(**changed) -> argparse.Namespace:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Phases that were begun. Each measures all of its parts, and evaluation the draft of training."""
+    """Phases that were begun. Each leaves all that it would; the first training is cut."""
     begun: list[str] = []
 
     def run_phase(phase, out, seconds):
@@ -186,7 +186,7 @@ def test_a_phase_without_time_is_not_begun(tmp_path, calls, capsys):
 def test_results_of_other_settings_are_refused(tmp_path):
     parts.claim(tmp_path, SETTINGS)
     parts.claim(tmp_path, SETTINGS)
-    with pytest.raises(UserError, match="limit 2 there, 3 now.*name another --out"):
+    with pytest.raises(UserError, match=r"limit 2 there, 3 now.*name another --out"):
         parts.claim(tmp_path, SETTINGS._replace(limit=3))
 
 
@@ -229,7 +229,7 @@ def test_text_is_collected_once(tmp_path, monkeypatch):
     assert collect(tmp_path) == collect(tmp_path)
     files = text_files.text_files(tmp_path, "none")
     assert [path.name for path in files] == [
-        "part-drawn-gpu000.npz", "part-greedy-gpu000.npz", "part-greedy-gpu001.npz",
+        "part-gpu-drawn-000.npz", "part-gpu-greedy-000.npz", "part-gpu-greedy-001.npz",
     ]  # fmt: skip
     assert list(text_files.rows_of(files[1:])) == some_text(6)
 
@@ -275,13 +275,16 @@ def test_answered_prompts_are_left_out_of_their_pass(tmp_path):
 
 def test_ratios_follow_from_the_parts():
     shape = {"shape": "llama2-7b", "dtype": "bfloat16"}
+    plain = {**shape, "kind": "plain"}
     made = {
-        "measure-llama2-7b-plain": {**shape, "kind": "plain", "milliseconds": 4.0, "over_floor": 1.25, "floor_ms": 3.2},
-        "measure-llama2-7b-round-6x10x60": {**shape, "kind": "round", "tree": [6, 10, 60], "milliseconds": 8.0},
-        "measure-llama2-7b-verify-64": {**shape, "kind": "verify", "rows": 64, "milliseconds": 5.0},
-        "measure-llama2-7b-late": {**shape, "kind": "late", "error": "out of memory"},
-        "unbuffered-llama2-7b-plain": {**shape, "kind": "plain", "milliseconds": 6.0},
-    }  # fmt: skip
+        "measure-llama2-7b-plain": plain
+        | {"milliseconds": 4.0, "over_floor": 1.25, "floor_ms": 3.2},
+        "measure-llama2-7b-round-6x10x60": shape
+        | {"kind": "round", "tree": [6, 10, 60], "milliseconds": 8.0},
+        "measure-llama2-7b-verify-64": shape | {"kind": "verify", "rows": 64, "milliseconds": 5.0},
+        "measure-llama2-7b-late": shape | {"kind": "late", "error": "out of memory"},
+        "unbuffered-llama2-7b-plain": plain | {"milliseconds": 6.0},
+    }
     found = summary.derived(made)
     assert found["measure-llama2-7b"] == {
         "verify_over_plain": {64: 1.25},
@@ -314,7 +317,7 @@ def test_a_dry_run_shows_phases_and_does_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (["--weights", "none.whl"], "--weights none.whl: there is no such file"),
         (["train.bach=3"], "unknown key train.bach"),
@@ -426,8 +429,8 @@ def test_the_script_runs_every_phase_and_a_second_call_finds_all_done(workplace,
     command = ["bash", "launch/one_gpu.sh", "--python", sys.executable, "--toy", "--seconds", "280"]
     command += ["--budget", "write=40", "--config", workplace.config, "--text", "none"]
     command += ["--out", str(tmp_path / "out")]
-    run = lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=290)
-    first = run()
+    how = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 290}
+    first = subprocess.run(command, **how)
     assert first.returncode == 0, first.stdout + first.stderr
-    second = run()
+    second = subprocess.run(command, **how)
     assert second.stdout.count("done before") == len(PHASES), first.stdout + second.stdout

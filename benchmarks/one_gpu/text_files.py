@@ -1,6 +1,7 @@
 """Training text in files small enough to commit. Loads no jax.
 
-`part-KIND-NNN.npz`, KIND `greedy` or `drawn`, holds rows end to end, each a prompt and its answer:
+`part-gpu-KIND-NNN.npz`, KIND `greedy` or `drawn`, holds rows end to end, each a prompt and its
+answer, in the form of experiments/text:
 
     tokens                          uint16 (uint32 where the vocabulary is larger)
     prompt_tokens, answer_tokens    int32, lengths of each row's two parts
@@ -54,7 +55,7 @@ def read_text(path: Path) -> list[Text]:
             f"{len(names)} ids; the file is damaged, get it anew"
         )
     rows, start = [], 0
-    for prompt, answer, name in zip(prompts, answers, names):
+    for prompt, answer, name in zip(prompts, answers, names, strict=True):
         middle, end = start + prompt, start + prompt + answer
         rows.append(Text(tokens[start:middle], tokens[middle:end], name))
         start = end
@@ -96,7 +97,7 @@ def collect(out: Path) -> dict[str, int]:
         # In the order of writing, so that files that are full stay as they are.
         for number, first in enumerate(range(0, len(written), _ROWS_A_FILE)):
             rows = written[first : first + _ROWS_A_FILE]
-            save_text(out / "text" / f"part-{kind}-gpu{number:03d}.npz", rows)
+            save_text(out / "text" / f"part-gpu-{kind}-{number:03d}.npz", rows)
         total["answers"] += len(written)
         total["answer_tokens"] += sum(len(row.answer) for row in written)
     return total

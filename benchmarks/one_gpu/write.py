@@ -1,22 +1,22 @@
 """Lets the target write training text: python -m benchmarks.one_gpu.write OUT
 
-All prompts greedily, then all again with answers that are drawn, with another seed each time. Run by
-`__main__.py`, which ends it; what it has written lies in OUT/work/text, in files of a few hundred
-answers, and a prompt that was answered in a pass is not answered in it again.
+All prompts greedily, then all again with answers that are drawn, with another seed each time. Run
+by `__main__.py`, which ends it; what it has written lies in OUT/work/text, in files of a few
+hundred answers, and a prompt that was answered in a pass is not answered in it again.
 """
 
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from beagle_jax.config import Config, load_config
-from beagle_jax.data.answers import source_chats
+from beagle_jax.corpus.writer import TargetWriter, Writer
 from beagle_jax.data.chats import Chat, own_prompts
 from beagle_jax.data.fingerprint import fingerprints
+from beagle_jax.data.source import source_chats
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.batch import answer_writer
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.weights.target import Target, configured_target
 from benchmarks.one_gpu.parts import Settings, finish, read_settings
@@ -27,8 +27,6 @@ SAVED = 256  # answers of a file
 TEMPERATURE = 0.8  # of the drawn passes; the first is greedy
 # The decoder compiles for each size: fewer, larger batches than a config for a CPU has.
 ON_AN_ACCELERATOR = ("data.batch=512", "data.max_answer_tokens=160")
-
-Write = Callable[..., Iterator]
 
 
 def config_of(settings: Settings) -> Config:
@@ -55,13 +53,13 @@ def passes(
     for number in itertools.count():
         kind, own = ("greedy", "greedy") if number == 0 else ("drawn", f"drawn{number:03d}")
         files = [*(out / "work" / "text").glob(f"part-{own}-*.npz")]
-        files += Path(folder).glob(f"part-{kind}-*.npz") if number < 2 else []
+        files += Path(folder).glob(f"part-*{kind}-*.npz") if number < 2 else []
         answered = {tuple(row.prompt) for row in rows_of(sorted(files))}
         yield number, [prompt for prompt in prompts if tuple(prompt) not in answered]
 
 
 def blocks(
-    prompts: list[list[int]], write: Write, config: Config, number: int
+    prompts: list[list[int]], write: Writer, config: Config, number: int
 ) -> Iterator[list[Text]]:
     """Answers of one pass in groups to save.
 
@@ -103,9 +101,7 @@ def write_text(out: Path, config: Config, target: Target, chats: Sequence[Chat],
             f"{len(chats)} prompts is longer; raise it"
         )
     random.Random(config.data.seed).shuffle(prompts)
-    write = answer_writer(
-        target.params, target.spec, target.eos_ids, config.data.batch, config.data.top_k
-    )
+    write = TargetWriter(target, config.data)
     for number, waiting in passes(prompts, out, text):
         name = "greedy" if number == 0 else f"drawn{number:03d}"
         print(f"pass {number} ({name}): {len(waiting)} of {len(prompts)} prompts", flush=True)
