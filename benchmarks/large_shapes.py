@@ -1,20 +1,23 @@
-"""Where the time of a round goes at the paper's sizes: random weights of Llama-2-7B and Llama-3-8B
-shapes, bfloat16.
+"""Where the time of a round goes in the shapes of Llama-2-7B, Llama-3-8B and others.
 
     python benchmarks/large_shapes.py --shapes llama2-7b llama3-8b
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
-Plain decoding against the bandwidth floor (bytes of the weights over the device's bandwidth,
---bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and of a whole round of
-EAGLE-2's tree, with the speedup that this round would give at the tau of the paper's Table 1
-(MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what command buffers
-bring; the flags in force are printed.
+Weights are random. Plain decoding against the bandwidth floor (bytes of the weights over the
+device's bandwidth, --bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and
+of a whole round of EAGLE-2's tree, with the speedup that this round would give at the tau of the
+paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what
+command buffers bring; the flags in force are printed. `bash launch/one_gpu.sh` measures all this
+and more, part by part.
 """
 
 import argparse
+import json
 import os
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,47 +32,33 @@ from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-_LLAMA = dict(
-    head_dim=128,
-    num_layers=32,
-    hidden_size=4096,
-    num_heads=32,
-    max_positions=4096,
+_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "shapes"
+_FILES = {
+    "llama2-7b": "llama_2_7b.json",
+    "llama3-8b": "llama_3_8b.json",
+    "smollm2-135m": "smollm2_135m.json",
+}
+_TOY = TargetSpec(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    max_positions=1024,
     tie_embeddings=False,
 )
 SHAPES = {
-    "llama2-7b": TargetSpec(
-        **_LLAMA,
-        vocab_size=32000,
-        intermediate_size=11008,
-        num_kv_heads=32,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-    ),
-    "llama3-8b": TargetSpec(
-        **_LLAMA,
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_kv_heads=8,
-        rope_theta=5e5,
-        rms_norm_eps=1e-5,
-    ),
-    "toy": TargetSpec(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        max_positions=1024,
-        tie_embeddings=False,
-    ),
-}
+    name: TargetSpec.from_hf_config(json.loads((_FOLDER / file).read_text()), file)
+    for name, file in _FILES.items()
+} | {"toy": _TOY}
 ROWS = (1, 8, 16, 32, 64, 128)  # that are verified at once
-PAPER_TAU = {"llama2-7b": 4.1, "llama3-8b": 3.5}  # Beagle on MT-Bench, method.md 7.2
+# Beagle on MT-Bench, arXiv 2505.24544, Table 1.
+PAPER_TAU = {"llama2-7b": 4.1, "llama3-8b": 3.5}
+_ANSWERS = 5  # timed ones
 PAPER_SPEEDUP = {"llama2-7b": 3.0, "llama3-8b": 2.5}
 
 
@@ -93,17 +82,53 @@ def random_target(spec: TargetSpec, dtype) -> Target:
     return Target(spec, params, None, (spec.vocab_size,), "random")
 
 
+def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
+    """A Beagle draft of a target's shapes, random. hot_tokens: that it scores; 0: all."""
+    draft_spec = DraftSpec.from_target(spec)
+    params = init_draft(draft_spec, jax.random.key(0))
+    hot_ids = np.arange(hot_tokens, dtype=np.int32) if hot_tokens else None
+    return Draft(draft_spec, jax.tree.map(lambda x: x.astype(dtype), params), hot_ids, {})
+
+
+def bytes_read(target: Target) -> int:
+    """Bytes of weights that a decoding step reads: an embedding only where it is the head too."""
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params))
+    return total - (0 if target.spec.tie_embeddings else target.params["embed_VD"].nbytes)
+
+
+def draft_times(
+    target: Target, draft: Draft, topk: int, timed: Callable[[Callable], float] = milliseconds
+) -> tuple[float, float]:
+    """Milliseconds of the first draft level, and of each further one."""
+    models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
+    first, four = (
+        timed(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4)
+    )
+    return first, (four - first) / 3
+
+
+def round_time(
+    target: Target, draft: Draft | None, tree, new_tokens: int, discarded: int = 1
+) -> dict[str, float]:
+    """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
+    decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
+    runs = [
+        decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
+        for _ in range(1 + discarded + _ANSWERS)  # the first compiles
+    ][1 + discarded :]
+    seconds = [run.decode_seconds / run.rounds for run in runs]
+    return {
+        "milliseconds": 1000 * float(np.median(seconds)),
+        "fastest": 1000 * min(seconds),
+        "slowest": 1000 * max(seconds),
+        "tau": runs[-1].tau,
+    }
+
+
 def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) -> None:
     """Prints one table."""
     spec = SHAPES[name]
-    target = random_target(spec, dtype)
-    draft_spec = DraftSpec.from_target(spec)
-    draft = Draft(
-        draft_spec,
-        jax.tree.map(lambda x: x.astype(dtype), init_draft(draft_spec, jax.random.key(0))),
-        None,
-        {},
-    )
+    target, draft = random_target(spec, dtype), random_draft(spec, dtype)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
     verify = {rows: milliseconds(verifying(target, rows)) for rows in ROWS}
@@ -112,38 +137,24 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
         + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items())
     )
     if bandwidth:
-        floor = (
-            1000
-            * (weights - spec.vocab_size * spec.hidden_size * target.dtype.itemsize / 1e9)
-            / bandwidth
-        )  # no embedding
+        floor = bytes_read(target) / bandwidth / 1e6
         print(
             f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes "
             f"{verify[1] / floor:.2f} times that"
         )
-    models = Models(target.params, draft.params, draft_head_of(target.params, None))
-    one, many = (
-        milliseconds(drafting(target, draft, models, small_tree(levels, tree.topk)))
-        for levels in (1, 4)
-    )
+    first, further = draft_times(target, draft, tree.topk)
     print(
-        f"draft, ms:            first level {one:.2f}, each further one {(many - one) / 3:.2f} "
+        f"draft, ms:            first level {first:.2f}, each further one {further:.2f} "
         f"(topk {tree.topk})"
     )
-    times = {}
-    for label, decoder in (
-        ("plain", SpeculativeDecoder(target)),
-        ("speculative", SpeculativeDecoder(target, draft, tree)),
-    ):
-        decoder.generate([[1] * 32], max_new_tokens=new_tokens)
-        runs = [decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0] for _ in range(4)][1:]
-        times[label] = 1000 * float(np.median([run.decode_seconds / run.rounds for run in runs]))
-    print(f"round, ms:            plain {times['plain']:.2f}, this tree {times['speculative']:.2f}")
+    plain = round_time(target, None, None, new_tokens)["milliseconds"]
+    speculative = round_time(target, draft, tree, new_tokens)["milliseconds"]
+    print(f"round, ms:            plain {plain:.2f}, this tree {speculative:.2f}")
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
         print(
-            f"speedup at tau {tau}:   {tau * times['plain'] / times['speculative']:.2f}x (the "
-            f"paper's own, PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
+            f"speedup at tau {tau}:   {tau * plain / speculative:.2f}x (the paper's own, "
+            f"PyTorch on an A6000 Ada: {PAPER_SPEEDUP[name]}x)"
         )
 
 

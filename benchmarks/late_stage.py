@@ -18,10 +18,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from late_oracle import oracle_states
+from train_call import batch_of
 
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
@@ -49,18 +50,6 @@ SPEC = DraftSpec(
 )
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 VOCAB = 8192  # a reduced head, so that the block's share is not drowned
-
-
-def batch_of(rows: int, width: int, hidden: int, vocab: int) -> Batch:
-    """Random tokens and states; the first third of each row is an unsupervised prompt."""
-    rng = np.random.default_rng(0)
-    counts = np.zeros((rows, width), bool)
-    counts[:, width // 3 : -1] = True
-    states = rng.standard_normal((rows, width, hidden), dtype=np.float32)
-    tokens = rng.integers(0, vocab, (rows, width), np.int32)
-    return Batch(
-        tokens, states, counts, np.full((rows, 1), width, np.int32), np.zeros((rows, 1), np.int32)
-    )
 
 
 def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:

@@ -22,37 +22,25 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from late_stage import batch_of
 from torch_eagle import EagleBlock, train_step
+from train_call import batch_of, step_call
 
-from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
+from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.model.kinds import fresh_params
-from beagle_jax.sharding import make_mesh, place, place_rows
-from beagle_jax.training.step import make_steps
 
 
 def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
     """One call is one step; steps = 0 is the early stage."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     stage = StageConfig(
         steps=1000,
         window=steps or 5,
         simulation_steps=max(steps, 1),
         dense=isinstance(spec, EagleSpec),
     )
-    step, _, init = make_steps(spec, TrainConfig(), stage, mesh, late=steps > 0)
-    frozen, batch = place({"embed_VD": table, "head_VD": table}, mesh), place_rows(batch, mesh)
-    state = init(fresh_params(spec, jax.random.key(0)))
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, frozen, batch, 0)
-        jax.block_until_ready(metrics)
-
-    return run
+    tables = {"embed_VD": table, "head_VD": table}
+    return step_call(spec, batch, tables, TrainConfig(), stage, late=steps > 0)
 
 
 def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):

@@ -30,6 +30,7 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import keep_states, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.hardware import CHIPS
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
@@ -439,8 +440,8 @@ def test_a_tpu_that_is_not_there_compiles_the_step():
     found = stage_cost(
         "late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices)
     )
-    assert len(devices) == 4 and devices[0].device_kind in cost.CHIPS
-    assert found.held <= found.compiler_total < cost.CHIPS[devices[0].device_kind].memory
+    assert len(devices) == 4 and devices[0].device_kind in CHIPS
+    assert found.held <= found.compiler_total < CHIPS[devices[0].device_kind].memory
 
 
 def test_verdicts_and_hours_are_told():

@@ -25,9 +25,19 @@ LINES = list(dict.fromkeys(commands(README)))
 PYTHON_M = [
     line for line in LINES if line.startswith("python -m beagle_jax.") and "--config" in line
 ]
-SCRIPTS = [line for line in LINES if line.startswith("bash launch/") and "configs/" not in line]
 # Those that need what is not here are dry-run (tests/test_docs.py): GPUs, SLURM, gcloud, kubectl.
-ELSEWHERE = ("bash launch/gpu.sh", "bash launch/tpu_pod.sh", "sbatch", "kubectl")
+ELSEWHERE = (
+    "bash launch/gpu.sh",
+    "bash launch/one_gpu.sh",
+    "bash launch/tpu_pod.sh",
+    "sbatch",
+    "kubectl",
+)
+SCRIPTS = [
+    line
+    for line in LINES
+    if line.startswith("bash launch/") and "configs/" not in line and not line.startswith(ELSEWHERE)
+]
 SNIPPET = re.search(r"^```python\n(.*?)^```", README, re.S | re.M).group(1)
 SMALL_PLAN = ["train.batch=8", "train.row_tokens=16", "train.loss_rows=16", "train.late.steps=0"]
 

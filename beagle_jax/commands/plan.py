@@ -14,10 +14,11 @@ from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
 from beagle_jax.data.states import record_bytes
 from beagle_jax.errors import UsageError
+from beagle_jax.hardware import chip_of
 from beagle_jax.model.kinds import spec_type
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.terminal import size
-from beagle_jax.training.cost import CHIPS, StageCost, stage_cost, topology_devices
+from beagle_jax.training.cost import StageCost, stage_cost, topology_devices
 from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count, planned_spec
 
@@ -81,12 +82,20 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def memory_of(device: jax.Device) -> float | None:
-    """Bytes that a device has for a program; None where nobody says."""
-    if device.device_kind in CHIPS:
-        return CHIPS[device.device_kind].memory
-    if device.platform == "cpu":  # virtual ones share what the machine has
+    """Bytes that a device has for a program; None if the backend does not report it."""
+    if device.platform == "cpu":  # virtual devices share the machine's memory
         return None
-    return (device.memory_stats() or {}).get("bytes_limit")
+    chip = chip_of(device.device_kind)
+    # A GPU's runtime hands out a share of its memory, which is what a program has to fit.
+    limit = None if chip and device.platform == "tpu" else _reported_limit(device)
+    return limit or (chip.memory if chip else None)
+
+
+def _reported_limit(device: jax.Device) -> float | None:
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device of a topology
+        return None
 
 
 def disk(config: Config, width: int, draft_parameters: int) -> dict:
@@ -133,8 +142,9 @@ def stage_figures(
     found["fits"] = (
         False if cost.refusal else None if memory is None else cost.compiler_total <= memory
     )
-    if devices[0].device_kind in CHIPS:
-        rate = _UTILISATION * CHIPS[devices[0].device_kind].peak * len(devices)
+    chip = chip_of(devices[0].device_kind)
+    if chip and chip.bfloat16:
+        rate = _UTILISATION * chip.bfloat16 * len(devices)
         found["hours_at_40_percent"] = steps * cost.flops / rate / 3600
     return found
 

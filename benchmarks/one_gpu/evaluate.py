@@ -1,0 +1,81 @@
+"""Evaluates the draft on the suites that are here: python -m benchmarks.one_gpu.evaluate OUT
+
+Run by `__main__.py`, which ends it when its time is over. Answers are kept as they come, so that
+the next call goes on within a suite. Beside the draft that was trained here stand those that the
+config names, as far as they are there.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from beagle_jax.commands.evaluate import evaluate
+from beagle_jax.config import Config, load_config
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.evaluation.report import table
+from beagle_jax.evaluation.suites import SUITES
+from beagle_jax.json_file import read_json
+from benchmarks.one_gpu.parts import Settings, finish, is_finished, read_parts, read_settings
+
+
+def suites_of(config: Config, settings: Settings) -> list[str]:
+    """Those that were named, else the config's that are here, and published ones that are."""
+    if settings.suites is not None:
+        return settings.suites
+    folder = Path(config.eval.folder).expanduser()
+    there = [name for name, made in SUITES.items() if (folder / made.file).exists()]
+    named = [name for name in config.eval.suites if name not in SUITES or name in there]
+    return list(dict.fromkeys([*named, *there]))
+
+
+def drafts_of(out: Path, config: Config) -> list[str]:
+    """Folders of drafts, the one to report on first."""
+    folders = [str(out / "draft"), config.draft.path, *config.eval.compare]
+    there = [name for name in folders if name and (Path(name) / "config.json").exists()]
+    there = list(dict.fromkeys(there))
+    if not there:
+        raise UserError(
+            f"no draft to evaluate: neither {out / 'draft'} nor draft.path ({config.draft.path}) "
+            "is there; give the phase `train` more time"
+        )
+    return there
+
+
+def run(out: Path) -> None:
+    """Every suite that has no report of these drafts yet."""
+    settings = read_settings(out)
+    config = load_config(settings.config, settings.overrides)
+    first, *others = drafts_of(out, config)
+    there, digest = read_parts(out), _digest(first)
+    for name in suites_of(config, settings):
+        part = f"evaluate-{Path(name).name.split('.')[0]}"
+        if is_finished(there.get(part)) and there[part].get("draft_digest") == digest:
+            continue
+        limit = [] if settings.limit is None else [f"eval.limit={settings.limit}"]
+        ours = [
+            f"eval.suites=[{name}]",
+            f"draft.path={first}",
+            f"eval.compare=[{','.join(others)}]",
+        ]
+        asked = load_config(settings.config, [*limit, *settings.overrides, *ours])
+        answers = out / "work" / f"{part}-{digest[:12]}"
+        try:
+            made = evaluate(asked, str(answers))
+            finish(out, part, {"suite": name, "draft_digest": digest, "report": made})
+            print(table(made), flush=True)
+        except UserError as error:
+            finish(out, part, {"suite": name, "error": str(error)})
+
+
+def _digest(folder: str) -> str:
+    settings = read_json(Path(folder) / "config.json", "a draft has it", "train it again")
+    return str(settings["sha256"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    run(Path(argv[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

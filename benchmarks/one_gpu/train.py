@@ -1,0 +1,160 @@
+"""Trains the configured drafter on all text there is: python -m benchmarks.one_gpu.train OUT
+
+Run by `__main__.py`, which sends SIGTERM when the time is over: training then saves a checkpoint,
+which the next call goes on from, and what it has reached becomes the draft that is evaluated. A run
+belongs to its text: with other text files training begins anew, in a folder of its own.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from beagle_jax.commands.train import given_draft, provenance, train_draft, training_target
+from beagle_jax.config import Config, load_config
+from beagle_jax.data.fingerprint import fingerprints
+from beagle_jax.data.folder import claim, exhausted_path, read_parts, write_part
+from beagle_jax.data.hot_tokens import hot_tokens
+from beagle_jax.data.share import ALONE
+from beagle_jax.data.template import Row
+from beagle_jax.errors import UserError, run_main
+from beagle_jax.model.kinds import fresh_params, spec_type
+from beagle_jax.processes import host_copy
+from beagle_jax.sharding import make_mesh
+from beagle_jax.training.checkpoint import StageCheckpoints
+from beagle_jax.training.loop import settings_of
+from beagle_jax.training.step import make_steps
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
+from beagle_jax.weights.target import Target
+from benchmarks.one_gpu.parts import Settings, finish, read_settings
+from benchmarks.one_gpu.text_files import rows_of, text_files
+
+_ROWS_A_PART = 1024
+_ENDLESS = 10**12  # answer tokens: more than there will ever be
+
+
+def config_of(out: Path, settings: Settings, digest: str) -> Config:
+    """The config of the run on the text of this digest. The step computes the target's states."""
+    folder = out / "work" / f"train-{digest[:12]}"
+    ours = [f"data.folder={folder / 'data'}", f"train.folder={folder}", "data.states=online"]
+    ours += [f"data.answer_tokens={_ENDLESS}", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]
+    return load_config(settings.config, [*settings.overrides, *ours])
+
+
+def digest_of(paths: Sequence[Path]) -> str:
+    """SHA-256 of text files, in order."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def fill(config: Config, target: Target, paths: Sequence[Path]) -> None:
+    """Puts the text where training reads it. Raises UserError for text of another vocabulary."""
+    if exhausted_path(config.data.folder, 0).exists():
+        return
+    made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
+    claim(config.data, made_for, ALONE)
+    rows = [
+        Row(row.prompt + row.answer, [False] * len(row.prompt) + [True] * len(row.answer))
+        for row in rows_of(paths)
+    ]
+    highest = max(max(row.tokens) for row in rows)
+    if highest >= target.spec.vocab_size:
+        raise UserError(
+            f"the text has token {highest}, and {config.target.source} has {target.spec.vocab_size}"
+            " tokens; it was written by another target"
+        )
+    for number, first in enumerate(range(0, len(rows), _ROWS_A_PART)):
+        write_part(config.data.folder, number, rows[first : first + _ROWS_A_PART])
+    exhausted_path(config.data.folder, 0).touch()
+
+
+def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | None:
+    """The draft of the newest checkpoint, its stage and step; None where there is none."""
+    rows = [row for part in read_parts(config.data.folder).values() for row in part]
+    start = given_draft(config, target)
+    kind = spec_type(config.draft.kind)
+    spec = kind.from_target(target.spec, config.draft.init_std) if start is None else start.spec
+    mesh = make_mesh(config.mesh)
+    for stage in ("late", "early"):
+        folder = Path(config.train.folder) / "checkpoints" / stage
+        if not folder.exists():
+            continue
+        stage_config = getattr(config.train, stage)
+        init = make_steps(spec, config.train, stage_config, mesh, late=stage == "late")[2]
+        fresh = init(fresh_params(spec, jax.random.key(0)))
+        with StageCheckpoints(folder, settings_of(stage, config)) as checkpoints:
+            restored = checkpoints.restore(fresh)
+        if restored is not None:
+            state, step = restored[0], int(restored[0].step)
+            hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
+            made = provenance(config, rows, target.revision) | {"stopped": [stage, step]}
+            return Draft(spec, host_copy(state.params), hot_ids, made), stage, step
+    return None
+
+
+def last_figures(folder: Path) -> dict[str, Any]:
+    """The last line of the log of each stage that has figures of training."""
+    path, last = folder / "log.jsonl", {}
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if "tokens_per_second" in line:
+                last[line["stage"]] = line
+    return last
+
+
+def keep(out: Path, draft: Draft, target: Target) -> str:
+    """Makes it the draft of these results; returns its fingerprint."""
+    fresh = out / "work" / "draft"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_draft(fresh, draft)
+    shutil.rmtree(out / "draft", ignore_errors=True)
+    fresh.rename(out / "draft")
+    return load_draft(out / "draft", target.spec, type(draft.spec)).fingerprint
+
+
+def run(out: Path) -> None:
+    """One run of training, or what is left of it."""
+    settings = read_settings(out)
+    paths = text_files(out, settings.text)
+    if not paths:
+        raise UserError(
+            f"no text to train on: neither {settings.text} nor {out / 'text'} has part-*.npz "
+            "files; give the phase `write` more time"
+        )
+    digest, clock = digest_of(paths), time.perf_counter()
+    config = config_of(out, settings, digest)
+    target = training_target(config)
+    fill(config, target, paths)
+    about = {"text_sha256": digest, "text_files": [path.name for path in paths]}
+    folder = Path(config.train.folder)
+    try:
+        about |= train_draft(config, target)
+        draft = load_draft(folder / "draft", target.spec, spec_type(config.draft.kind))
+        about |= {"finished": True}
+    except SystemExit:  # SIGTERM came, and a checkpoint is there
+        reached = newest_draft(config, target)
+        if reached is None:
+            raise
+        draft, stage, step = reached
+        about |= {"finished": False, "stopped_in": stage, "stopped_after": step}
+    seconds = {"seconds": round(time.perf_counter() - clock, 1)}
+    figures = {"last_figures": last_figures(folder), "fingerprint": keep(out, draft, target)}
+    finish(out, "train", about | figures | seconds)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point."""
+    run(Path(argv[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
