@@ -11,6 +11,7 @@ from typing import Any
 
 from beagle_jax.data.chats import Chat, chats_of
 from beagle_jax.errors import UserError
+from beagle_jax.hub_cache import snapshot_folder
 
 
 def hub_chats(name: str, split: str, streaming: bool) -> Iterator[Chat]:
@@ -35,7 +36,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
             f"data.source: hf:{name} needs the datasets library ({error}); install it with pip "
             "install 'datasets>=4,<6', or give a .jsonl file"
         ) from error
-    folder = Path(name).expanduser()
+    folder = snapshot_folder(Path(name).expanduser(), "data.source")
     try:
         if any((folder / file).exists() for file in ("dataset_dict.json", "dataset_info.json")):
             saved = datasets.load_from_disk(str(folder))

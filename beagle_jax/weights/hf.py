@@ -2,8 +2,9 @@
 hub.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
-from beagle_jax.weights.safetensors_file import Place, places
-
-_INDEX = (
-    "model.safetensors.index.json"  # of a checkpoint in several files: which one holds which tensor
+from beagle_jax.weights.model_files import (
+    INDEX,
+    OTHER_FORMS,
+    adapter_beside,
+    check_index,
+    model_files,
 )
-_SHOWN = 10  # contradictions in one message
+from beagle_jax.weights.safetensors_file import Place, places
 
 
 class HFTokenizer:
@@ -89,43 +92,6 @@ def _check_sentencepiece(path: Path) -> None:
         ) from error
 
 
-def _check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
-    """Raises UserError unless the index and the files agree. held: names of the tensors in each
-    file of the folder.
-    """
-    listed = read_json(path, "").get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise UserError(
-            f"{path}: weight_map is not a list of tensors with the file of each; copy or "
-            "download the file again"
-        )
-    files = set(listed.values())
-    problems = [f"{file} is listed, but not in the folder" for file in sorted(files - held.keys())]
-    problems += [f"{file} is in the folder, but not listed" for file in sorted(held.keys() - files)]
-    problems += [
-        f"{name} is listed in {file}, which lacks it"
-        for name, file in listed.items()
-        if file in held and name not in held[file]
-    ]
-    problems += [
-        f"{name} is in {file}, but "
-        f"{f'listed in {listed[name]}' if name in listed else 'not listed'}"
-        for file, names in held.items()
-        if file in files
-        for name in names
-        if listed.get(name) != file
-    ]
-    if problems:
-        shown = [
-            *problems[:_SHOWN],
-            *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
-        ]
-        raise UserError(
-            f"{path}: the index contradicts the files ({len(problems)} places); copy or "
-            "download the folder again:\n  " + "\n  ".join(shown)
-        )
-
-
 class HFFolder(HFTokenizer):
     """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run
     code.
@@ -133,11 +99,12 @@ class HFFolder(HFTokenizer):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._files = sorted(path.glob("*.safetensors"))
-        if not self._files:
-            raise UserError(
-                f"{path}: no *.safetensors file in this folder; convert the checkpoint to "
-                "safetensors first"
+        self._files = model_files(path)
+        if name := adapter_beside(path):
+            print(
+                f"{path}: {name} lies beside the model and is not applied; merge the adapter "
+                "first to decode with it",
+                file=sys.stderr,
             )
 
     @cached_property
@@ -148,8 +115,8 @@ class HFFolder(HFTokenizer):
         the files says otherwise.
         """
         found = {file.name: places(file) for file in self._files}
-        if (self.path / _INDEX).exists():
-            _check_index(self.path / _INDEX, found)
+        if (self.path / INDEX).exists():
+            check_index(self.path / INDEX, found)
         # A table that old checkpoints stored; recomputed from rope_theta.
         return [
             (name, place)
@@ -177,7 +144,6 @@ class HFFolder(HFTokenizer):
 
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_OTHER_FORMS = ("consolidated*", "original/*")  # the same weights again, as their maker stores them
 
 
 def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
@@ -185,34 +151,36 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
 
     Within a run the library goes on with a file where a connection broke. Files that are whole are
     kept for the next run; one that the process ended in is begun again (huggingface_hub 2 gives
-    what is not whole a name of its own and removes it).
+    what is not whole a name of its own and removes it). Without a connection (or with
+    HF_HUB_OFFLINE) a snapshot in the library's own cache (HF_HUB_CACHE, HF_HOME) is used.
     """
     # Imported here: everything but this source works without the hub client.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,
     )  # the second is what its HTTP client raises
 
     name, _, revision = repo.partition("@")
+    # RuntimeError is what its other transport, hf_xet, raises.
+    failures = (HTTPError, HFValidationError, OSError, RuntimeError)
+    fetch = partial(
+        snapshot_download,
+        name,
+        revision=revision or None,
+        allow_patterns=list(files),
+        ignore_patterns=list(OTHER_FORMS),
+    )
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=list(files),
-                ignore_patterns=list(_OTHER_FORMS),
-                cache_dir=cache_dir,
-            )
-        )
-    except (
-        HTTPError,
-        HFValidationError,
-        OSError,
-        RuntimeError,
-    ) as error:  # the last is what its other transport, hf_xet, raises
-        raise UserError(
-            f"target.source: hf:{repo} could not be downloaded ({error}); check the name and "
-            "the network and run again, which goes on from the files that are whole; or give a "
-            "local folder"
-        ) from error
+        return Path(fetch(cache_dir=cache_dir))
+    except failures as error:
+        try:
+            snapshot = Path(fetch(cache_dir=constants.HF_HUB_CACHE, local_files_only=True))
+        except failures:
+            raise UserError(
+                f"target.source: hf:{repo} could not be downloaded ({error}); check the name and "
+                "the network and run again, which goes on from the files that are whole; or give "
+                "a local folder"
+            ) from error
+    print(f"hf:{repo} is read from the hub's cache, {snapshot}", file=sys.stderr)
+    return snapshot

