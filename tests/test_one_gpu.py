@@ -291,8 +291,17 @@ def test_ratios_follow_from_the_parts():
         "rounds": {"6x10x60": {"round_over_plain": 2.0, "speedup_at_paper_tau": 2.05}},
     }
     assert found["unbuffered-llama2-7b"]["plain_over_buffered"] == 1.5
-    page = summary.page(made, [])
-    for shown in ("1.25x (3.200 ms)", "2.05x plain decoding at the paper's tau", "out of memory"):
+    matmul = {"shape": [8192] * 3, "dtypes": {"bfloat16": 7.9e14}}
+    device = {"machine": "gpu", "matmul": matmul, "copy": {"bytes_per_second": 4.3e12}}
+    device["published"] = chip_of("NVIDIA H200")._asdict()
+    page = summary.page(made | {"measure-device": device}, [])
+    for shown in (
+        "790 TFLOP/s in bfloat16 (8192 wide), and copies 4300 GB/s",
+        "989 TFLOP/s in bfloat16, 494 TFLOP/s in float32, 4.8 TB/s",
+        "1.25x (3.200 ms)",
+        "2.05x plain decoding at the paper's tau",
+        "out of memory",
+    ):
         assert shown in page
 
 

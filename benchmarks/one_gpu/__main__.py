@@ -166,7 +166,9 @@ def is_done(phase: str, out: Path, toy: bool) -> bool:
         names = [f"{phase}-device", *(f"{phase}-{part.name}" for part in parts_of(phase, toy))]
         return all(is_finished(parts.get(name)) for name in names)
     if phase == "evaluate":  # whose suites only it knows; it skips what is there
-        return "evaluated" in parts and parts["evaluated"].get("draft") == _draft(parts)
+        suites = [part for name, part in parts.items() if name.startswith("evaluate-")]
+        of_draft = "evaluated" in parts and parts["evaluated"].get("draft") == _draft(parts)
+        return of_draft and all(map(is_finished, suites))
     return is_finished(parts.get(phase))
 
 

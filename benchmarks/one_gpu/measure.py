@@ -24,7 +24,7 @@ from beagle_jax.config import Config, load_config
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.decoding.tuning import PASSES, machine, verifying
 from beagle_jax.errors import run_main
-from beagle_jax.hardware import Chip, chip_of
+from beagle_jax.hardware import Chip, chip_of, unknown_chip
 from beagle_jax.model.target import head
 from beagle_jax.training.cost import row_flops
 from benchmarks.large_shapes import (
@@ -70,6 +70,8 @@ def device(toy: bool) -> dict[str, Any]:
     first = jax.devices()[0]
     chip = chip_of(first.device_kind)
     N, count = _MATMUL[toy], _COPY[toy]
+    if chip is None:
+        print(unknown_chip(first.device_kind))
     return {
         "machine": machine(),
         "device_kind": first.device_kind,
@@ -77,7 +79,7 @@ def device(toy: bool) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "driver": _driver(),
         "memory_bytes": (first.memory_stats() or {}).get("bytes_limit"),
-        "published": chip and chip._asdict(),
+        "published": chip._asdict() if chip else unknown_chip(first.device_kind),
         "matmul": {"shape": [N, N, N], "dtypes": {name: _matmul(N, name) for name in _DTYPES}},
         "copy": {"bytes": 4 * count, "bytes_per_second": _copy(count)},
         "date": time.strftime("%Y-%m-%d"),
@@ -103,7 +105,8 @@ def _driver() -> str | None:
 def _matmul(N: int, dtype: str) -> float:
     """Operations a second of products of random square matrices, one after another."""
     x, w = (jax.random.normal(jax.random.key(k), (N, N), jnp.dtype(dtype)) for k in (0, 1))
-    chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, PASSES, lambda _, x: x @ w * N**-0.5, x))
+    w = (w * N**-0.5).astype(w.dtype)  # so that products neither grow nor vanish
+    chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, PASSES, lambda _, x: x @ w, x))
     return 2 * N**3 / (pass_ms(lambda: chain(x, w)) / 1000)
 
 

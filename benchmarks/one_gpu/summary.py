@@ -74,7 +74,7 @@ def page(parts: Parts, calls: list[dict[str, Any]]) -> str:
         lines += [
             "",
             f"By itself it reaches {reached} ({about['matmul']['shape'][0]} wide), and copies "
-            f"{copied:.4g} GB/s. Published: {about['published'] or 'no figures known'}.",
+            f"{copied:.4g} GB/s. {_published(about['published'])}.",
         ]
     for name, ratios in derived(parts).items():
         lines += _shape_lines(parts, name, ratios)
@@ -94,6 +94,19 @@ def page(parts: Parts, calls: list[dict[str, Any]]) -> str:
                 f"| {call['ended']} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _published(figures: Mapping[str, Any] | str) -> str:
+    """The peaks of the chip, or why there are none."""
+    if isinstance(figures, str):
+        return figures
+    rates = ", ".join(
+        f"{figures[name] / 1e12:.4g} TFLOP/s in {name}"
+        for name in ("bfloat16", "float32")
+        if figures[name]
+    )
+    bandwidth = f"{figures['bandwidth'] / 1e12:.4g} TB/s"
+    return f"Published ({figures['source']}): {rates}, {bandwidth}"
 
 
 def _shape_lines(parts: Parts, name: str, ratios: Mapping[str, Any]) -> list[str]:
