@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, before they read their arguments: a first argument --dry-run is taken off, and from then on
-# `run` prints commands instead of running them.
+# Sourced by the other scripts, before they read their arguments: a first argument --dry-run is
+# taken off, and from then on `run` prints commands instead of running them.
 dry_run=""
 if [ "${1:-}" = "--dry-run" ]; then
   dry_run=yes

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One host with 1 to 8 NVIDIA GPUs (driver 580 or newer, for CUDA 13): one process, all GPUs in its mesh.
+# One host with 1 to 8 NVIDIA GPUs (driver 580 or newer, for CUDA 13): one process, all GPUs in its
+# mesh.
 #   bash launch/gpu.sh [--dry-run] [--gpus N] COMMAND --config FILE [section.key=value ...]
 #   bash launch/gpu.sh --gpus 4 train --config configs/llama3_8b_instruct.yaml
 set -euo pipefail

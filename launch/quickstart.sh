@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The whole road on two CPU cores and 8 GB: a real chat model writes its training text, gets a drafter and answers
-# faster with it. About 20 minutes; --short: 3 minutes, too little training to be faster.
+# The whole road on two CPU cores and 8 GB: a real chat model writes its training text, gets a
+# drafter and answers faster with it. About 20 minutes; --short: 3 minutes, too little training to
+# be faster.
 #   bash launch/quickstart.sh [--dry-run] [--short] [section.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."

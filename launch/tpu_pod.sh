@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# A Cloud TPU VM or pod slice: what is committed here is copied to all workers, and all start the same command; jax.distributed finds
-# the others by the machine's metadata. Needs gcloud, logged in, and train.folder and data.folder on storage that all workers see.
+# A Cloud TPU VM or pod slice: what is committed here is copied to all workers, and all start the
+# same command; jax.distributed finds the others by the machine's metadata. Needs gcloud, logged in,
+# and train.folder and data.folder on storage that all workers see.
 #   bash launch/tpu_pod.sh [--dry-run] NAME ZONE COMMAND --config FILE [section.key=value ...]
 #   bash launch/tpu_pod.sh pod-1 us-west4-a train --config configs/llama2_7b_chat.yaml mesh.fsdp=16
 #   bash launch/tpu_pod.sh --here COMMAND ...     on a worker itself, or on a single TPU VM
-# Where the workers' python3 is older than 3.11, install one there and name it: PYTHON=python3.11 bash launch/tpu_pod.sh ...
+# Where the workers' python3 is older than 3.11, install one there and name it: PYTHON=python3.11
+# bash launch/tpu_pod.sh ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

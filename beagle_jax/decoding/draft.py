@@ -98,52 +98,37 @@ def draft_tree(
     B = root_B.shape[0]
     slots = visible_slots(length_B, [cache])[:, None, None, None]
     zero_B1 = jnp.zeros((B, 1), jnp.int32)
-    level = _Level(
-        root_B[:, None],
-        zero_B1,
-        jnp.zeros((B, 1), jnp.float32),
-        jnp.zeros((B, 1, 0), bool),
-        last_B1D,
-    )
+    no_score_B1, sees_B10 = jnp.zeros((B, 1), jnp.float32), jnp.zeros((B, 1, 0), bool)
+    level = _Level(root_B[:, None], zero_B1, no_score_B1, sees_B10, last_B1D)
     states, queries, sees, drawn = [], [], [], []
-    candidates = [
-        (level.token_BT, zero_B1, zero_B1, level.score_BT)
-    ]  # token, parent, depth, score; the root first
+    # Token, parent, depth, score; the root first.
+    candidates = [(level.token_BT, zero_B1, zero_B1, level.score_BT)]
     memory: KVRows | None = None
     for depth in range(tree.depth):
         with jax.named_scope(f"draft_{depth + 1}"):
-            positions_BT = jnp.broadcast_to(
-                (length_B + depth - int(spec.fused))[:, None], level.token_BT.shape
-            )
+            place_B = length_B + depth - int(spec.fused)
+            positions_BT = jnp.broadcast_to(place_B[:, None], level.token_BT.shape)
             x_BTD = block.fuse(embed(embed_VD, level.token_BT, spec.embed_scale), level.before_BTD)
             sees_BTQ = level.sees_BTQ
             if spec.fused and depth:  # the root's own row is in the cache
                 kept = memory if append_predicted else None
-                memory, sees_BTQ = _with_own_rows(
-                    kept, sees_BTQ, block.keys_values(x_BTD, positions_BT)
-                )
+                own = block.keys_values(x_BTD, positions_BT)
+                memory, sees_BTQ = _with_own_rows(kept, sees_BTQ, own)
             state_BTD = _predict(block, x_BTD, positions_BT, cache, slots, memory, sees_BTQ)
             states.append(state_BTD), queries.append(level.token_BT), sees.append(level.sees_BTQ)
             if noise_BPV is None:
                 children = _best_children(tree, depth, level, state_BTD, head)
             else:
                 drawn.append(filtered(logit_columns(head.rows_VD, state_BTD).T, sampling))
-                children = (
-                    _tokens(head, jnp.argmax(drawn[-1] + noise_BPV[:, depth], axis=-1)[:, None]),
-                    level.score_BT,
-                )
+                token_B = jnp.argmax(drawn[-1] + noise_BPV[:, depth], axis=-1)
+                children = (_tokens(head, token_B[:, None]), level.score_BT)
             first = sum(token.shape[1] for token, *_ in candidates)
             candidates.append(_entries(level, depth, *children))
             if depth + 1 < tree.depth:
                 if append_predicted and not spec.fused:
                     memory = append_rows(memory, block.keys_values(state_BTD, positions_BT))
                 level = _next_level(tree, depth, level, first, *children, state_BTD)
-    token_BN, parent_BN, depth_BN, score_BN = (
-        jnp.concatenate(each, axis=1) for each in zip(*candidates, strict=True)
-    )
-    nodes = _nodes(
-        tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth
-    )
+    nodes = _chosen_nodes(tree, candidates)
     queried = [jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))]
     return Drafted(nodes, *queried, jnp.stack(drawn, axis=1) if drawn else None)  # type: ignore[call-arg]  # three in the middle
 
@@ -243,6 +228,16 @@ def _next_level(
 
     return _Level(
         pick(token_BC), pick_BN + first, pick(score_BC), of_parent(below_BTQ), of_parent(state_BTD)
+    )
+
+
+def _chosen_nodes(tree: Tree, candidates: list[tuple[jax.Array, ...]]) -> Nodes:
+    """The candidates that the tree keeps, of every level's (token, parent, depth, score)."""
+    token_BN, parent_BN, depth_BN, score_BN = (
+        jnp.concatenate(each, axis=1) for each in zip(*candidates, strict=True)
+    )
+    return _nodes(
+        tree.chosen(score_BN[:, 1:]) + 1, token_BN, parent_BN, depth_BN, score_BN, tree.depth
     )
 
 

@@ -179,30 +179,17 @@ def read_prompt(
     root_B = jnp.where(ends_B, wanted_B1[:, 0], state.root_B)
     draft_cache = state.draft_cache
     if draft_cache is not None:
-        # The token after a state belongs to EAGLE's row of it. After a chunk's last one it comes
-        # with the next chunk, which begins with that row; after a prompt's last one it is the root.
-        before = int(shapes.draft.fused and not first)
-        held_BTD = jnp.concatenate([state.last_B1D, states_BTD], axis=1) if before else states_BTD
-        held_BT = (offset - before + jnp.arange(T + before))[None]
-        next_BT = jnp.concatenate([tokens_BT, root_B[:, None]], axis=1)[:, 1 - before :]
-        next_BT = jnp.where(held_BT == length_B[:, None] - 1, root_B[:, None], next_BT)
-        draft_cache = write_rows(
-            draft_cache,
-            draft_rows(models, shapes.draft, held_BTD, next_BT, held_BT),
-            start_B - before,
+        draft_cache = _read_states(
+            models, shapes, state, states_BTD, tokens_BT, root_B, offset, length_B, first
         )
-    last_B1D = (
-        None
-        if state.last_B1D is None
-        else jnp.where((here_B > 0)[:, None, None], last_B1D, state.last_B1D)
-    )
+    if state.last_B1D is None:
+        last_B1D = None
+    else:
+        last_B1D = jnp.where((here_B > 0)[:, None, None], last_B1D, state.last_B1D)
     text_BS, length_now_B = state.text_BS, state.length_B + here_B
     if text_BS is not None:
-        text_BS = (
-            jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset))
-            .at[jnp.arange(B), length_now_B]
-            .set(root_B, mode="drop")
-        )
+        text_BS = jax.lax.dynamic_update_slice(text_BS, tokens_BT, (0, offset))
+        text_BS = text_BS.at[jnp.arange(B), length_now_B].set(root_B, mode="drop")
     broken_B = state.broken_B | (ends_B & ~finite_B1[:, 0])
     return state._replace(
         target_cache=write_all(state.target_cache, rows, start_B),
@@ -218,6 +205,32 @@ def read_prompt(
         | (ends_B & (is_stop(root_B, shapes.eos_ids) | (state.limit_B <= 1))),
         broken_B=broken_B,
     )
+
+
+def _read_states(
+    models: Models,
+    shapes: Shapes,
+    state: DecodeState,
+    states_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    root_B: jax.Array,
+    offset: jax.Array,
+    length_B: jax.Array,
+    first: bool,
+) -> KVRows:
+    """The draft's cache after a chunk of a prompt.
+
+    The token after a state belongs to EAGLE's row of it. After a chunk's last one it comes with the
+    next chunk, which begins with that row; after a prompt's last one it is the root.
+    """
+    B, T = tokens_BT.shape
+    before = int(shapes.draft.fused and not first)
+    held_BTD = jnp.concatenate([state.last_B1D, states_BTD], axis=1) if before else states_BTD
+    held_BT = (offset - before + jnp.arange(T + before))[None]
+    next_BT = jnp.concatenate([tokens_BT, root_B[:, None]], axis=1)[:, 1 - before :]
+    next_BT = jnp.where(held_BT == length_B[:, None] - 1, root_B[:, None], next_BT)
+    new_rows = draft_rows(models, shapes.draft, held_BTD, next_BT, held_BT)
+    return write_rows(state.draft_cache, new_rows, jnp.broadcast_to(offset, (B,)) - before)
 
 
 @partial(jax.jit, static_argnames=("shapes",), donate_argnames=("state",))

@@ -195,9 +195,8 @@ def _predict(
     def embedded(tokens):
         return embed(target["embed_VD"], tokens, spec.embed_scale)
 
-    token_Qt = jnp.concatenate(
-        [jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1
-    )  # with the root
+    root_Q1 = jnp.broadcast_to(text_L[root], (Q, 1))
+    token_Qt = jnp.concatenate([root_Q1, below_Qt], axis=1)
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
     # entries: of the text, the root's among them, and of the path; a token stands where the state
     # before it does
@@ -213,12 +212,8 @@ def _predict(
         )
         kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
     else:  # states: of the text, and those predicted above
-        x_QtD, true_LD, own_QtD, own_place_Qt = (
-            embedded(token_Qt),
-            states_LD,
-            above_QtD,
-            place_Qt[:, :-1],
-        )
+        x_QtD, true_LD = embedded(token_Qt), states_LD
+        own_QtD, own_place_Qt = above_QtD, place_Qt[:, :-1]
         kept = slice(None) if append else slice(0)
     states_QD = _attend(
         block,
@@ -229,18 +224,28 @@ def _predict(
         own_QtD[:, kept],
         own_place_Qt[:, kept],
     )
+    written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
+    log_p_QV, token_V = _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour)
+    top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
+    return states_QD, token_V[best_Qk], top_Qk, log_p_QV
+
+
+def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
+    """Log-probabilities [Q, V] after each path, and the tokens [V] that they are of.
+
+    written_t1: the text after the root; the next token of it gains `favour` after a path that
+    follows it.
+    """
+    depth = below_Qt.shape[1]
     head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
     log_p_QV = jax.nn.log_softmax(
         jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1
     )
     token_V = jnp.arange(len(head_VD)) if hot_ids is None else hot_ids
-    written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
     written_QV = (below_Qt == written_t1[None, :depth]).all(axis=1, keepdims=True) & (
         token_V == written_t1[depth]
     )[None]
-    log_p_QV += jnp.where(written_QV, favour, 0.0)
-    top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
-    return states_QD, token_V[best_Qk], top_Qk, log_p_QV
+    return log_p_QV + jnp.where(written_QV, favour, 0.0), token_V
 
 
 def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:

@@ -101,18 +101,9 @@ def stage_cost(
     params = {
         key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
     }
-    dtype = jnp.dtype(config.target.dtype)
-    frozen = {
-        "embed_VD": jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
-        "head_VD": jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype),
-    }
+    frozen = _frozen_shapes(target, draft_vocab, jnp.dtype(config.target.dtype))
     frozen |= {} if online is None else {"target": online}
-    # Tables that the step reads are the target's own, unless they are cut to hot tokens.
-    beside = {
-        key: x
-        for key, x in (beside or {}).items()
-        if key not in frozen or x.shape != frozen[key].shape
-    }
+    beside = _not_read(beside or {}, frozen)
     state, frozen = (
         _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
     )
@@ -120,24 +111,9 @@ def stage_cost(
     batch = batch if online is None else batch._replace(states_BLD=None)
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
-    temporaries = total = None
-    refusal = ""
-    try:
-        memory = (
-            train_step.lower(state, frozen, batch, config.train.seed).compile().memory_analysis()
-        )
-        temporaries = memory.temp_size_in_bytes
-        total = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + temporaries
-            + _bytes(beside)
-        )
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        refusal = _first_line(error)
+    temporaries, total, refusal = _compiled(
+        train_step.lower(state, frozen, batch, config.train.seed)
+    )
     B, T = batch.counts_BT.shape
     return StageCost(
         flops=B
@@ -150,10 +126,42 @@ def stage_cost(
         frozen=_bytes(frozen) + _bytes(beside),
         batch=_bytes(batch),
         temporaries=temporaries,
-        compiler_total=total,
+        compiler_total=None if total is None else total + _bytes(beside),
         refusal=refusal,
         compile_seconds=time.perf_counter() - clock,
     )
+
+
+def _frozen_shapes(target: TargetSpec, draft_vocab: int, dtype: Any) -> dict[str, Any]:
+    """Shapes of the target's tables that every step reads."""
+    return {
+        "embed_VD": jax.ShapeDtypeStruct((target.vocab_size, target.hidden_size), dtype),
+        "head_VD": jax.ShapeDtypeStruct((draft_vocab, target.hidden_size), dtype),
+    }
+
+
+def _not_read(beside: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+    """Tables that the step reads are the target's own, unless they are cut to hot tokens."""
+    return {
+        key: x for key, x in beside.items() if key not in frozen or x.shape != frozen[key].shape
+    }
+
+
+def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
+    """Bytes of temporaries and in all; or None for both and why the compiler refuses the step."""
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, None, _first_line(error)
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return memory.temp_size_in_bytes, total, ""
 
 
 def batch_shapes(config: Config, width: int) -> Batch:

@@ -99,9 +99,8 @@ def late_states(
     mask_BTL = keys_before(chat_BT, start_BT, length_BC, L)
     on_true = partial_attention(q_BKGTH, *true_rows, mask_BTL[:, None, None])
 
-    spans = [
-        range(step, J if multi_token else step + 1) for step in range(steps)
-    ]  # window offsets that each step predicts
+    # Window offsets that each step predicts.
+    spans = [range(step, J if multi_token else step + 1) for step in range(steps)]
     states, memory = [], None
     for step, span in enumerate(spans):
         with jax.named_scope(f"simulate_{step + 1}"):
@@ -121,13 +120,15 @@ def late_states(
                 read_X1D = jax.lax.stop_gradient(own_X1D) if detach else own_X1D
                 at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
+    return _where_asked(jnp.concatenate(states, axis=2), at, spans)
+
+
+def _where_asked(state_BUJD: jax.Array, at: Windows, spans: list[range]) -> LateStates:
+    """States with the query that each is of; spans: window offsets that each step predicts."""
     offset_J = jnp.array([offset for span in spans for offset in span])
     step_J = jnp.array([span.start for span in spans for _ in span])
     return LateStates(
-        jnp.concatenate(states, axis=2),
-        at.query_BUJ[:, :, offset_J],
-        at.valid_BUJ[:, :, offset_J],
-        step_J,
+        state_BUJD, at.query_BUJ[:, :, offset_J], at.valid_BUJ[:, :, offset_J], step_J
     )
 
 

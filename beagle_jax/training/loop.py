@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress
-from beagle_jax.training.step import Metrics, make_steps
+from beagle_jax.training.step import Metrics, TrainState, make_steps
 from beagle_jax.training.stop import StopSignal
 
 
@@ -38,13 +39,12 @@ def run_stage(
     best: Best | None = None,
     target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
-    """Trains one stage ('early' or 'late') from `params`, or from its newest checkpoint; returns
-    the parameters.
+    """Trains one stage ('early' or 'late') from `params` or its newest checkpoint.
 
-    Raises UserError when the loss or a parameter stops being finite; the last checkpoint then
-    stands. SIGTERM saves after the step under way and ends the program with status 0. best:
-    measures real decoding on the way, and may end the stage early. target: batches come without
-    states, and the step computes them (data.states: online), with frozen["target"].
+    Returns the parameters. Raises UserError when the loss or a parameter stops being finite; the
+    last checkpoint then stands. SIGTERM saves after the step under way and ends the program with
+    status 0. best: measures real decoding on the way, and may end the stage early. target: batches
+    come without states, and the step computes them (data.states: online), with frozen["target"].
     """
     stage: StageConfig = getattr(config.train, name)
     train_step, eval_step, init = make_steps(
@@ -52,11 +52,8 @@ def run_stage(
     )
     # The signal is minded to the end of the last write.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
-        fresh = init(params)
-        state, waiting = checkpoints.restore(fresh) or (fresh, [])
+        state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
-        if first:
-            tqdm.write(f"{name} stage: going on from step {first} of {stage.steps}")
         progress = Progress(name, config, log, training, first, waiting)
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
@@ -64,9 +61,8 @@ def run_stage(
         for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
             state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
-                progress.add(
-                    step, last_metrics
-                )  # read only now, with the next step already under way
+                # Read only now, with the next step already under way.
+                progress.add(step, last_metrics)
             last_metrics, done = metrics, step + 1
             stopping, looking = stop.asked(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
@@ -82,23 +78,32 @@ def run_stage(
             if saving or finished:
                 checkpoints.save(state, done, progress.waiting)
                 if held_out is not None and not stopping:
-                    progress.held_out(
-                        done,
-                        [
-                            eval_step(state.params, frozen, place_rows(batch, mesh))
-                            for batch in _once(held_out)
-                        ],
-                    )
+                    measure = partial(eval_step, state.params, frozen)
+                    progress.held_out(done, [measure(batch) for batch in _once(held_out, mesh)])
             if finished or stopping:
                 break
         progress.close()
     if stop.seen:  # maybe only after the last step
-        tqdm.write(
-            f"{name} stage: stopped by SIGTERM after step {int(state.step)}, which is saved; "
-            "the same command goes on from there"
-        )
-        raise SystemExit(0)
+        _leave(name, int(state.step))
     return state.params
+
+
+def _restored(
+    checkpoints: StageCheckpoints, fresh: TrainState, name: str, stage: StageConfig
+) -> tuple[TrainState, list]:
+    """The newest state and the metrics that wait with it, or a fresh one and none."""
+    state, waiting = checkpoints.restore(fresh) or (fresh, [])
+    if first := int(state.step):
+        tqdm.write(f"{name} stage: going on from step {first} of {stage.steps}")
+    return state, waiting
+
+
+def _leave(name: str, step: int) -> NoReturn:
+    tqdm.write(
+        f"{name} stage: stopped by SIGTERM after step {step}, which is saved; the same command "
+        "goes on from there"
+    )
+    raise SystemExit(0)
 
 
 def check_settings(config: Config) -> None:
@@ -167,5 +172,6 @@ def _dotted(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _once(loader: BatchLoader) -> Iterator[Any]:
-    return (loader.batch_at(step) for step in range(loader.steps_per_epoch))
+def _once(loader: BatchLoader, mesh: Mesh) -> Iterator[Any]:
+    steps = range(loader.steps_per_epoch)
+    return (place_rows(loader.batch_at(step), mesh) for step in steps)

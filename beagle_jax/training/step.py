@@ -358,9 +358,8 @@ def make_steps(
     )
     optimizer = make_optimizer(config, stage)
 
-    clean = replace(
-        config, noise="none"
-    )  # noise is for training; measurements see the states as decoding does
+    # Noise is for training; measurements see the states as decoding does.
+    clean = replace(config, noise="none")
 
     def objective(params, frozen, batch, key):
         metrics = stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)[1]
@@ -383,16 +382,11 @@ def make_steps(
         )[1]
 
     def init(params) -> TrainState:
-        opt_state = optimizer.init(params)
-        if config.accumulate > 1:
-            opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
-        return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))
+        return _first_state(params, optimizer, config.accumulate)
 
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in spec.param_shapes().items()
-    }
-    where = shardings(jax.eval_shape(init, shapes), mesh)
+    shapes = spec.param_shapes().items()
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+    where = shardings(jax.eval_shape(init, params), mesh)
     placed = dict(in_shardings=(where, None, rows(mesh), None), out_shardings=(where, whole(mesh)))
     return (
         jax.jit(train_step, donate_argnums=0, **placed),
@@ -401,3 +395,13 @@ def make_steps(
         ),
         jax.jit(init, out_shardings=where),
     )
+
+
+def _first_state(
+    params: Any, optimizer: optax.GradientTransformation, accumulate: int
+) -> TrainState:
+    """Of a copy of the parameters."""
+    opt_state = optimizer.init(params)
+    if accumulate > 1:
+        opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
+    return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))

@@ -317,12 +317,7 @@ class BeagleDraft(PreTrainedModel):
             state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
             states |= dict(zip(nodes, state_BTD.unbind(1), strict=True))
             kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
-            best_Tk = (
-                functional.linear(state_BTD[0].to(rows_VD.dtype), rows_VD)
-                .topk(kept, dim=-1)
-                .indices
-            )
-            best_Tk = self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
+            best_Tk = self.best_tokens(state_BTD[0], rows_VD, kept)
             for node, best in zip(nodes, best_Tk.tolist(), strict=True):
                 for child in tree.children[node]:
                     tokens[child] = best[tree.rank[child]]
@@ -332,6 +327,14 @@ class BeagleDraft(PreTrainedModel):
                     asked + nodes,
                 )
         return tokens
+
+    def best_tokens(
+        self, state_TD: torch.Tensor, rows_VD: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """[T, count] of the target's vocabulary, the most probable first."""
+        logits_TV = functional.linear(state_TD.to(rows_VD.dtype), rows_VD)
+        best_Tk = logits_TV.topk(count, dim=-1).indices
+        return self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
 
     @torch.no_grad()
     def generate(
