@@ -83,9 +83,7 @@ class DataConfig(Section):
     # Greedy text does not depend on it. Sampled text does: a batch draws for all its rows at once.
     # A folder of sampled text is used with another batch all the same: what is there stays valid.
     batch: int = setting(64, "answers written at once", ge=1)
-    seed: int = setting(
-        0, "of sampling and of the order of prompts", affects=("text", "stage")
-    )
+    seed: int = setting(0, "of sampling and of the order of prompts", affects=("text", "stage"))
     states: Literal["disk", "online"] = setting(
         "disk",
         "the target's states: computed once and read back, or anew in every training step",

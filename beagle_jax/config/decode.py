@@ -12,9 +12,7 @@ class DecodeConfig(Section):
     tree: Literal["chain", "static", "dynamic", "auto"] = setting(
         "chain", "static: of `paths`; auto: what `tune` found here", affects=("answers",)
     )
-    levels: int = setting(
-        5, "chain, dynamic: draft steps per round", affects=("answers",), ge=1
-    )
+    levels: int = setting(5, "chain, dynamic: draft steps per round", affects=("answers",), ge=1)
     topk: int = setting(
         4,
         "dynamic: children kept per node, and nodes continued per level (method.md 6.4)",
@@ -45,9 +43,7 @@ class DecodeConfig(Section):
         affects=("answers",),
     )
     temperature: Temperature = setting(0.0, "0: greedy", affects=("answers",), ge=0)
-    top_k: int = setting(
-        0, "sampling: most likely tokens kept; 0: all", affects=("answers",), ge=0
-    )
+    top_k: int = setting(0, "sampling: most likely tokens kept; 0: all", affects=("answers",), ge=0)
     top_p: Number = setting(
         1.0, "sampling: share of probability kept", affects=("answers",), gt=0, le=1
     )

@@ -49,15 +49,22 @@ class Identity(NamedTuple):
     def diff(
         self, other: "Identity", defaults: Mapping[str, Any] | None = None
     ) -> dict[str, tuple[Any, Any]]:
-        """The settings of this that differ in `other`: (value there, value here) by dotted key.
+        """What differs in `other`, by dotted key in order: (value there, value here).
 
-        defaults: of settings that `other` does not have, because it was made before they existed.
+        Settings of `other` that decide nothing here are passed over, except those of stages: a
+        result that more stages led to is another one.
+
+        Args:
+            other: of what is there.
+            defaults: of settings that `other` does not have, because it was made before they
+                existed.
         """
         before = {**(defaults or {}), **other.values}
+        stages = {key for key in other.values if key.count(".") > 1 and key.startswith("train.")}
         return {
-            key: (before.get(key), value)
-            for key, value in self.values.items()
-            if not _same(key, before.get(key), value)
+            key: (before.get(key), self.values.get(key))
+            for key in sorted({*self.values, *stages})
+            if not _same(key, before.get(key), self.values.get(key))
         }
 
 
@@ -104,7 +111,10 @@ def _current_stages(values: dict[str, Any]) -> dict[str, Any]:
         values = {
             key: value
             for key, value in values.items()
-            if not key.startswith(prefix) or key.removeprefix(prefix) in known
+            if not key.startswith(prefix)
+            or key.removeprefix(prefix) in known
+            # the one setting that an early stage of EAGLE has no more, and had a use for
+            or (key == "train.early.step_weights" and value is not None)
         }
         values[f"{prefix}objective"] = objective
     return values

@@ -62,9 +62,7 @@ def check_names(tree: Any, models: Sequence[type[Section]], prefix: str = "") ->
     """Raises UsageError for a key that is no setting, and for a value in place of a section."""
     names = field_names(models)
     if not isinstance(tree, Mapping):
-        raise UsageError(
-            f"{prefix.rstrip('.')} must be a section with the keys {', '.join(names)}"
-        )
+        raise UsageError(f"{prefix.rstrip('.')} must be a section with the keys {', '.join(names)}")
     for key in tree:
         if key not in names:
             raise unknown(f"{prefix}{key}", prefix, str(key), names)

@@ -16,6 +16,4 @@ class LogConfig(Section):
     tensorboard: bool = setting(
         False, "figures to <train.folder>/tensorboard too; needs tensorboardX"
     )
-    wandb: str | None = setting(
-        None, "project of Weights & Biases that gets them too; needs wandb"
-    )
+    wandb: str | None = setting(None, "project of Weights & Biases that gets them too; needs wandb")

@@ -24,9 +24,7 @@ class MeshConfig(Section):
     data: _Size = setting(
         -1, "groups of devices that hold other rows of a batch; -1: what the others leave"
     )
-    fsdp: _Size = setting(
-        1, "parts of a batch, and of each trained matrix and its optimizer state"
-    )
+    fsdp: _Size = setting(1, "parts of a batch, and of each trained matrix and its optimizer state")
     tensor: _Size = setting(1, "parts of heads, MLP width and vocabulary")
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 from beagle_jax.config.keys import field_names
-from beagle_jax.config.stage import EarlyStage, LateStage
+from beagle_jax.config.stage import LateStage
 from beagle_jax.errors import UsageError
 
 

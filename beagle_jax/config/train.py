@@ -30,9 +30,7 @@ class TrainConfig(Section):
         affects=("stage",),
         ge=1,
     )
-    row_tokens: int = setting(
-        224, "L: tokens; longer chats are cut here", affects=("stage",), ge=1
-    )
+    row_tokens: int = setting(224, "L: tokens; longer chats are cut here", affects=("stage",), ge=1)
     pack: bool = setting(
         False, "as many whole chats in a row as fit; none sees another", affects=("stage",)
     )
@@ -63,9 +61,7 @@ class TrainConfig(Section):
     beta2: Number = setting(0.95, "of AdamW", affects=("stage",), ge=0, lt=1)
     weight_decay: Number = setting(0.0, "of AdamW", affects=("stage",), ge=0)
     loss_rows: int = setting(128, "positions whose logits exist at once", ge=1)
-    early: EarlyStage = setting(
-        EarlyStage(), "the short form's first stage", affects=("stage",)
-    )
+    early: EarlyStage = setting(EarlyStage(), "the short form's first stage", affects=("stage",))
     late: AnyLateStage = setting(
         LateStage(),
         "the short form's second stage. In place of the section: none, or simulate, the one that "
