@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, WithJsonSchema, model_validator
 
 from beagle_jax.config.section import Section, refusal, setting
 
@@ -15,7 +15,11 @@ def _size(value: int) -> int:
     return value
 
 
-_Size = Annotated[int, AfterValidator(_size)]
+_Size = Annotated[
+    int,
+    AfterValidator(_size),
+    WithJsonSchema({"type": "integer", "anyOf": [{"const": -1}, {"minimum": 1}]}),
+]
 
 
 class MeshConfig(Section):

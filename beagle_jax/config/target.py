@@ -18,7 +18,7 @@ class TargetConfig(Section):
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of weights and computation", affects=("stage", "answers")
     )
-    cache_dir: str = setting("~/.cache/beagle_jax", "where downloads are kept", path="output")
+    cache_dir: str = setting("~/.cache/beagle_jax", "where downloads are kept")
     quantize: Literal["none", "int8", "int4"] = setting(
         "none",
         "of the layers' matrices, when decoding; embedding and head stay as they are",
