@@ -64,7 +64,8 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
         changed = {"target": (found.get("target"), wanted["target"])} | changed
     if changed:
         listed = ", ".join(
-            f"{key} {old!r} there, {new!r} now" for key, (old, new) in changed.items()
+            f"{key.removeprefix('data.')} {old!r} there, {new!r} now"
+            for key, (old, new) in changed.items()
         )
         raise UserError(
             f"{folder} holds text written with other settings ({listed}); delete it or set "
