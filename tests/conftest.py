@@ -162,6 +162,7 @@ def shared_steps():
     from beagle_jax.training import loop
 
     made = lru_cache(loop.make_steps)
+
     def alike(config):
         return config.changed(
             folder="",

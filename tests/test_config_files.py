@@ -76,7 +76,10 @@ INPUTS = ("target.source", "target.shape", "draft.init", "data.source", "eval.fo
 @pytest.mark.parametrize("key", INPUTS)
 def test_an_input_is_found_beside_its_file_then_in_the_working_directory(write, key, capsys):
     section, name = key.split(".")
-    of = lambda config: getattr(getattr(config, section), name)
+
+    def of(config):
+        return getattr(getattr(config, section), name)
+
     path = write("run.yaml", TARGET + f"{section}: {{{name}: place/x}}")
     if section == "target":
         path = write("run.yaml", f"target: {{source: hf:org/name, {name}: place/x}}")
@@ -142,7 +145,7 @@ def test_committed_configs_work_from_anywhere(name, tmp_path, monkeypatch, capsy
 
 def test_only_training_needs_the_draft_to_begin_with(write):
     config = load_config(write("run.yaml", TARGET + "draft: {init: nowhere}"))
-    with pytest.raises(UsageError, match="draft.init is 'nowhere'; expected normal, ridge or the"):
+    with pytest.raises(UsageError, match=r"draft.init is 'nowhere'; expected normal, ridge or the"):
         config.draft.check_init()
 
 
@@ -203,7 +206,7 @@ def test_stages_as_a_list(write):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         (
             "{stages: [{objective: early}], late: {steps: 3}}",

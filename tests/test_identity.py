@@ -34,15 +34,32 @@ def test_what_decides_each_result():
     """The hand-written lists of 0.1.0, settings of sections by name."""
     text = Identity.of(CONFIG, "text").values
     assert {key.removeprefix("data.") for key in text} == set(DataConfig.model_fields) - {
-        "folder", "batch", "answer_tokens", "streaming", "states",
-    }  # fmt: skip
+        "folder",
+        "batch",
+        "answer_tokens",
+        "streaming",
+        "states",
+    }
     assert set(Identity.of(CONFIG.eval, "tau").values) == {
-        "eval.suites", "eval.every", "eval.train_prompts", "eval.max_new_tokens",
-    }  # fmt: skip
+        "eval.suites",
+        "eval.every",
+        "eval.train_prompts",
+        "eval.max_new_tokens",
+    }
     stage = {key for key in Identity.of(CONFIG, "stage").values if key.count(".") == 1}
-    free = {"target.cache_dir", "target.shape", "draft.path", "data.batch", "train.folder",
-            "train.checkpoint_every", "train.accept_changes", "train.loss_rows", "train.early",
-            "train.late", "train.stages"}  # fmt: skip
+    free = {
+        "target.cache_dir",
+        "target.shape",
+        "draft.path",
+        "data.batch",
+        "train.folder",
+        "train.checkpoint_every",
+        "train.accept_changes",
+        "train.loss_rows",
+        "train.early",
+        "train.late",
+        "train.stages",
+    }
     assert stage == {
         f"{section}.{name}"
         for section in ("target", "draft", "data", "train")
@@ -76,9 +93,18 @@ def test_both_forms_of_the_same_stages_are_the_same():
 
 
 # A stage's settings as 0.1.0 wrote them beside its checkpoints.
-OLD_STAGE = {"steps": 500, "learning_rate": 3e-5, "warmup": 100, "schedule": "constant", "window": 4,
-             "simulation_steps": 4, "step_weights": None, "detach": True, "dense": False,
-             "multi_token": False}  # fmt: skip
+OLD_STAGE = {
+    "steps": 500,
+    "learning_rate": 3e-05,
+    "warmup": 100,
+    "schedule": "constant",
+    "window": 4,
+    "simulation_steps": 4,
+    "step_weights": None,
+    "detach": True,
+    "dense": False,
+    "multi_token": False,
+}
 
 
 def old(early: dict, late: dict) -> dict:
@@ -101,7 +127,7 @@ def test_checkpoints_of_0_1_0_are_taken():
 
 
 @pytest.mark.parametrize(
-    "early, late, key",
+    ("early", "late", "key"),
     [
         ({}, {"dense": True}, "train.late.objective"),
         ({}, {"multi_token": True}, "train.late.multi_token"),

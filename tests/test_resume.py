@@ -215,7 +215,7 @@ def largest_of(folder: Path) -> Path:
 def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
     whole, frozen, half_done, capsys, how
 ):
-    config, _ = half_done
+    config, folder = half_done
     (folder / "cut-10" / "state").mkdir(parents=True)  # it has happened before
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
 
 
 def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen, half_done, capsys):
-    config, _ = half_done
+    config, folder = half_done
     note = folder / "5" / "sizes.json"
     for damaged in (folder / "10", folder / "5"):
         (damaged / "sizes.json").write_text(note.read_text()[:20])
@@ -243,7 +243,7 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
 
 
 def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
-    config, _ = half_done
+    config, folder = half_done
     settings_file(folder).write_text("{")
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
 def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
     whole, frozen, half_done, capsys
 ):
-    config, _ = half_done
+    config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
     same_params(both_stages(config, frozen), whole[1])
     told = capsys.readouterr().out
@@ -350,7 +350,7 @@ def settings_file(folder: Path) -> Path:
 def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
     whole, frozen, half_done, value, fits
 ):
-    config, _ = half_done
+    config, folder = half_done
     found = json.loads(settings_file(folder).read_text())
     del found["train.vloss_weight"]  # as if it had been added since
     settings_file(folder).write_text(json.dumps(found))

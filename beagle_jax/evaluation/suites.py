@@ -79,8 +79,8 @@ SUITES = {
 def suite(source: str, limit: int | None, folder: str | None = None) -> list[Chat]:
     """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
 
-    folder: where files of suites are looked for; None: nowhere. Raises UserError for chats with answers, for a
-    suite that can neither be found nor downloaded, and for one without prompts.
+    folder: where files of suites are looked for; None: nowhere. Raises UserError for chats with
+    answers, for a suite that can neither be found nor downloaded, and for one without prompts.
     """
     if source == "held_out":
         chats = own_prompts("held_out")

@@ -36,9 +36,9 @@ def run_stage(
     best: Best | None = None,
     target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
-    """Trains one stage (a name of `config.train.named_stages`) from `params`, or from its newest checkpoint; returns
-    the parameters.
+    """Trains one stage from `params`, or from its newest checkpoint; returns the parameters.
 
+    name: of a stage in `config.train.named_stages`.
     Raises UserError when the loss or a parameter stops being finite; the last checkpoint then
     stands. SIGTERM saves after the step under way and ends the program with status 0. best:
     measures real decoding on the way, and may end the stage early. target: batches come without
