@@ -258,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             old.append(name)
             if not arguments.check:
                 path.write_text(text, encoding="utf-8")
-    print("\n".join(f"{'not current' if arguments.check else 'written'}: {name}" for name in old))
+    for name in old:
+        print(f"{'not current' if arguments.check else 'written'}: {name}")
     return 1 if old and arguments.check else 0
 
 

@@ -15,7 +15,10 @@ PathKind = Literal["input", "output"]
 
 
 class Section(BaseModel):
-    """A section of a config. It cannot be changed; `changed` gives another one."""
+    """A section of a config. It cannot be changed; `changed` gives another one.
+
+    Building one checks it: pydantic.ValidationError says what is wrong.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
