@@ -200,7 +200,7 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
         claims = tree.get("claims") or []
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, UsageError) as error:
         raise UsageError(
             f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one"
         ) from error
