@@ -130,8 +130,8 @@ def test_planted_bugs_in_a_config_are_seen(monkeypatch):
     monkeypatch.chdir(ROOT)
     then, path = dotted(VALUES["quickstart"]), FROZEN / "configs" / "quickstart.yaml"
     del then["eval.folder"]
-    now = resolved(path, "decode.ngram=4", "train.late.dense=true")  # other defaults
-    assert changed(then, now) == ["train.late.dense", "decode.ngram"]
+    now = resolved(path, "decode.ngram=4", "train.late.detach=false")  # other defaults
+    assert changed(then, now) == ["train.late.detach", "decode.ngram"]
     del now["data.seed"]
     assert "data.seed" in changed(then, now)
 
