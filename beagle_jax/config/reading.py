@@ -64,7 +64,7 @@ def resolve_config(
     try:
         tree = keys.nest({key: value.value for key, value in settings.items()})
         keys.check_names(tree, [Config])
-        config = Config.model_validate(tree)
+        config = Config.model_validate(_with_objective(tree))
     except UsageError as error:
         raise UsageError(f"{_file_of(str(error), files, path)}: {error}") from None
     except ValidationError as error:
@@ -186,7 +186,16 @@ def _older_stages(settings: Settings, path: str, notes: list[str]) -> None:
         implied = given.get("dense")
         for key, value in values.items():
             source = given.get(key, implied) or Value(None, path, None, "default")
-            settings[prefix + key] = source._replace(value=value)
+            if key != "objective" or key in given or implied:  # `_with_objective` has the default
+                settings[prefix + key] = source._replace(value=value)
+
+
+def _with_objective(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with the objective that `train.late` has where it is not said."""
+    train = tree.get("train", {})
+    if "late" not in train:
+        return tree
+    return tree | {"train": train | {"late": {"objective": "late"} | train["late"]}}
 
 
 def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None:
