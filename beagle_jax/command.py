@@ -8,7 +8,8 @@ import argparse
 from pathlib import Path
 
 from beagle_jax import terminal
-from beagle_jax.config import Config, load_config
+from beagle_jax.config import Config, resolve_config
+from beagle_jax.config.printing import describe
 from beagle_jax.errors import UsageError
 
 
@@ -46,6 +47,11 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
         help="YAML file, for example configs/quickstart.yaml",
     )
     made.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show all settings and where each comes from, and do nothing",
+    )
+    made.add_argument(
         "--json", metavar="FILE", help="figures to this file too; -: to stdout, without text"
     )
     made.add_argument("--quiet", action="store_true", help="no progress, the result alone")
@@ -65,10 +71,17 @@ def add_overrides(made: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The config that the parsed arguments ask for; progress bars look as they ask from here on."""
+    """The config that the parsed arguments ask for; progress bars look as they ask from here on.
+
+    Raises SystemExit, with status 0, where only the config is asked for.
+    """
     check_writable("--json", arguments.json)
     terminal.prepare(arguments)
-    return load_config(arguments.config, arguments.overrides)
+    resolved = resolve_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(describe(resolved))
+        raise SystemExit(0)
+    return resolved.config
 
 
 def check_writable(option: str, name: str | None) -> None:

@@ -24,9 +24,10 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("prompt", nargs="?", help="the user's message")
     add_overrides(made)
     arguments = made.parse_args(argv)
-    if arguments.chat and arguments.prompt:
+    shows = arguments.print_config
+    if arguments.prompt and (arguments.chat or (shows and "=" in arguments.prompt)):
         arguments.overrides.insert(0, arguments.prompt)
-    elif not arguments.chat and not (arguments.prompt or "").strip():
+    elif not arguments.chat and not shows and not (arguments.prompt or "").strip():
         raise UsageError("the prompt is empty; give one, or --chat")
     if arguments.chat and arguments.json:
         raise UsageError("--chat has no figures to write; leave --json out")

@@ -9,7 +9,6 @@ collectives. A dimension that its axis does not divide stays whole.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     multiply to their number.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = asdict(config)
+    sizes = config.model_dump()
     known = math.prod(size for size in sizes.values() if size > 0)
     rest = len(devices) // known
     shape = [size if size > 0 else rest for size in sizes.values()]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from late_oracle import oracle_states
 from train_call import batch_of
 
-from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.packing import of_row
@@ -137,7 +137,7 @@ def main() -> None:
     table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
     frozen = {"embed_VD": table, "head_VD": table}
     head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())
-    stage = StageConfig(steps=1000, window=5)
+    stage = EarlyStage(steps=1000, window=5)
     step, _, init = make_steps(SPEC, config, stage, MESH, late=False)
     base = cost(step, init, frozen, batch, arguments.repeats)
     print(
@@ -151,7 +151,7 @@ def main() -> None:
         f"{'s':>2}{'':14}{'FLOPs':>9}{'temp':>9}{'time':>9}{'':9}{'FLOPs':>9}{'temp':>9}{'time':>9}{'4.5b/4.1':>9}"
     )
     for s in range(1, 6):
-        stage = StageConfig(
+        stage = LateStage(
             steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients
         )
         step, _, init = make_steps(SPEC, config, stage, MESH, late=True)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from late_stage import MESH, predict_plain
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
@@ -42,7 +42,7 @@ FORMS = {
 def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
     """Bytes that the gradient of one late step needs at once."""
     predict, detach = FORMS[form]
-    stage = StageConfig(steps=1000, window=steps, simulation_steps=steps, detach=detach)
+    stage = LateStage(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
     if predict is predict_eagle:
         spec = EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from torch_eagle import EagleBlock, train_step
 from train_call import batch_of, step_call
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
@@ -33,7 +33,7 @@ from beagle_jax.model.eagle import EagleSpec
 
 def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
     """One call is one step; steps = 0 is the early stage."""
-    stage = StageConfig(
+    stage = LateStage(
         steps=1000,
         window=steps or 5,
         simulation_steps=max(steps, 1),

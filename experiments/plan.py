@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-from beagle_jax.config import parse_yaml
+from beagle_jax.config import parse_yaml, read_settings
 from beagle_jax.errors import UsageError
 
 _SHORTER = 120  # --short: a stage has this part of its steps
@@ -194,13 +194,13 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
     """
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-        base = parse_yaml(Path(tree["base"]).read_text(encoding="utf-8"))
+        base = read_settings(tree["base"])
         folder, results = Path(tree["folder"]), Path(tree["results"])
         groups = {kind: tree.get(kind) or {} for kind in ("runs", "evaluations", "figures")}
         claims = tree.get("claims") or []
     except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML, or its base is not: {error}") from error
-    except (OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    except (OSError, KeyError, TypeError, UsageError) as error:
         raise UsageError(
             f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one"
         ) from error

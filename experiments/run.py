@@ -35,7 +35,7 @@ from results import write_results
 from beagle_jax import terminal
 from beagle_jax.commands.evaluate import evaluate
 from beagle_jax.commands.train import train_draft, training_target
-from beagle_jax.config import Config, load_config, parse_override
+from beagle_jax.config import Config, Identity, Result, load_config, parse_override
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError, run_main
@@ -146,24 +146,34 @@ def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
     """The config of a run, kept beside it. Raises UserError when the folder was made with settings
     other than the number of steps.
     """
-    if path.exists():
-        _check_settings(path, settings, lambda key: key != steps)
-    write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
-    return load_config(path)
+    return _config(path, settings, ("text", "stage", "answers", "tau"), except_for=steps)
 
 
-def _check_settings(
-    path: Path, settings: Mapping[str, Any], matters: Callable[[str], bool]
-) -> None:
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = [
-        key for key in {*there, *settings} if matters(key) and there.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"{path}: made with other settings of {', '.join(sorted(changed))}; delete "
-            f"{path.parent}, or change them back"
-        )
+def _config(
+    path: Path, settings: Mapping[str, Any], decided: Sequence[Result], except_for: str = ""
+) -> Config:
+    """Writes a config to `path`, and reads it. Paths in it are those of the working directory.
+
+    Raises UserError, and leaves what is there, where these results were made with other settings.
+    """
+    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    there = None if before is None else load_config(path, relative_to=".")
+    write_text(path, text)
+    config = load_config(path, relative_to=".")
+    if there is not None and before is not None:
+        changed = {
+            key
+            for result in decided
+            for key in Identity.of(config, result).diff(Identity.of(there, result))
+        } - {except_for}
+        if changed:
+            write_text(path, before)
+            raise UserError(
+                f"{path}: made with other settings of {', '.join(sorted(changed))}; delete "
+                f"{path.parent}, or change them back"
+            )
+    return config
 
 
 def accepted(config: Config, target: Target) -> dict[str, list]:
@@ -219,11 +229,7 @@ def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Traini
         "eval.compare": [str(folder / "draft") for folder in folders[1:]],
     }
     if (folder / "report.json").exists():
-        _check_settings(
-            folder / "config.yaml",
-            settings,
-            lambda key: key.partition(".")[0] in ("target", "draft", "decode", "eval"),
-        )
+        _config(folder / "config.yaml", settings, ("answers",))
         with (folder / "answers.jsonl").open(encoding="utf-8") as stream:
             measured = json.loads(stream.readline())["drafts"].values()
         if list(measured) != [
@@ -237,7 +243,7 @@ def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Traini
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    evaluate(load_config(folder / "config.yaml"), str(folder))
+    evaluate(load_config(folder / "config.yaml", relative_to="."), str(folder))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import os
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beagle_jax.config import MeshConfig
+from beagle_jax.config import EarlyStage, LateStage, MeshConfig
 from beagle_jax.model.beagle import DraftSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import make_mesh
@@ -164,13 +163,12 @@ def shared_steps():
 
     made = lru_cache(loop.make_steps)
 
-    def alike(config, stage):
-        return replace(
-            config,
+    def alike(config):
+        return config.changed(
             folder="",
             seed=0,
-            early=stage,
-            late=stage,
+            early=EarlyStage(),
+            late=LateStage(),
             checkpoint_every=1,
             accept_changes=False,
         )
@@ -180,7 +178,7 @@ def shared_steps():
             loop,
             "make_steps",
             lambda spec, config, stage, *rest, **named: made(
-                spec, alike(config, stage), stage, *rest, **named
+                spec, alike(config), stage, *rest, **named
             ),
         )
         yield

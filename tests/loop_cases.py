@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY
 
-from beagle_jax.config import Config, LogConfig, StageConfig, TargetConfig, TrainConfig
+from beagle_jax.config import Config, EarlyStage, LogConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
@@ -19,7 +19,7 @@ L = 12
 
 
 def config_for(folder, **changes) -> Config:
-    stage = StageConfig(steps=12, learning_rate=1e-2, warmup=2, window=3)
+    stage = EarlyStage(steps=12, learning_rate=1e-2, warmup=2, window=3)
     # noise_scale: rows this short would get noise of width 9 at the default.
     settings = {
         "batch": 4,

@@ -11,14 +11,14 @@ import json
 import math
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, MeshConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
@@ -43,12 +43,12 @@ EAGLE = EagleSpec(
 V, B, L = 464, 8, 11  # 464, 232, 116 and 58 are the size of nothing else
 CONFIG = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
 STAGES = {
-    "early": StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3),
-    "late": StageConfig(
+    "early": EarlyStage(steps=10, learning_rate=1e-3, warmup=0, window=3),
+    "late": LateStage(
         steps=10, learning_rate=1e-3, warmup=0, window=3, simulation_steps=2, detach=False
     ),
-    "eagle": StageConfig(
-        steps=10, learning_rate=1e-3, warmup=0, simulation_steps=2, detach=False, dense=True
+    "eagle": TestTimeStage(
+        steps=10, learning_rate=1e-3, warmup=0, simulation_steps=2, detach=False
     ),
 }
 EACH_AXIS = [(1, 1, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -230,7 +230,7 @@ def each_axis(params: dict) -> dict:
     found, eagle, muon = (
         each_stage(EACH_AXIS, params),
         fresh_params(EAGLE, jax.random.key(7)),
-        replace(CONFIG, optimizer="muon"),
+        CONFIG.changed(optimizer="muon"),
     )
     found["early"] |= {
         "planted gather": planted_gather(mesh_of((1, 1, 2))),

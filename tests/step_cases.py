@@ -1,13 +1,12 @@
 """A tiny batch and configs for one training step."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
 from conftest import TINY
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 
@@ -15,9 +14,9 @@ SPEC = DraftSpec.from_target(TINY)
 B, L, D = 3, 14, TINY.hidden_size
 # Rows this short would get noise of width 20 at the default scale.
 NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
-CLEAN = replace(NOISY, noise="none")
-EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=3)
-LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
+CLEAN = NOISY.changed(noise="none")
+EARLY = EarlyStage(steps=10, learning_rate=1e-3, warmup=0, window=3)
+LATE = LateStage(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)
 
 
 def three_rows(*begin: int) -> Batch:

@@ -2,7 +2,6 @@
 changes nothing.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from conftest import ONE_DEVICE, TINY
 from loop_cases import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import DraftSpec, init_draft
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 SPEC = DraftSpec.from_target(TINY, init_std=0.3)
 # No noise and windows of one: a row's part of the objective then depends on nothing but the row.
 CONFIG = TrainConfig(batch=2, row_tokens=10, loss_rows=8, noise="none")
-EARLY = StageConfig(steps=4, learning_rate=1e-3, warmup=0, window=1)
+EARLY = EarlyStage(steps=4, learning_rate=1e-3, warmup=0, window=1)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,8 @@ def check_equal(one, many) -> None:
 
 
 def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
-    whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
-    check_equal(whole, one_update(replace(CONFIG, accumulate=3), micro(six_rows), frozen))
+    whole = one_update(CONFIG.changed(batch=6), [six_rows], frozen)
+    check_equal(whole, one_update(CONFIG.changed(accumulate=3), micro(six_rows), frozen))
 
 
 def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
@@ -83,19 +82,17 @@ def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
     def wrong(state, gradient, supervised, *rest):
         return right(state, jax.tree.map(lambda x: x / supervised, gradient), jnp.int32(1), *rest)
 
-    whole = one_update(replace(CONFIG, batch=6), [six_rows], frozen)
+    whole = one_update(CONFIG.changed(batch=6), [six_rows], frozen)
     monkeypatch.setattr("beagle_jax.training.step.updated", wrong)
     with pytest.raises(AssertionError):
         check_equal(
             whole,
-            one_update(
-                replace(CONFIG, accumulate=3), micro(six_rows), frozen, steps_of.__wrapped__
-            ),
+            one_update(CONFIG.changed(accumulate=3), micro(six_rows), frozen, steps_of.__wrapped__),
         )
 
 
 def test_weights_wait_for_the_last_batch(frozen, six_rows):
-    step, _, init = steps_of(replace(CONFIG, accumulate=3))
+    step, _, init = steps_of(CONFIG.changed(accumulate=3))
     start = init_draft(SPEC, jax.random.key(1))
     state, moved = init(start), []
     for batch in micro(six_rows):
@@ -112,7 +109,7 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     """
 
     def accumulated(config):
-        return replace(config, train=replace(config.train, accumulate=3, checkpoint_every=2))
+        return config.changed(train=config.train.changed(accumulate=3, checkpoint_every=2))
 
     start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
 
@@ -147,9 +144,9 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
 
 def test_the_schedule_counts_batches(frozen):
     """Every third batch changes the weights, with the learning rate of that many batches."""
-    stage = StageConfig(steps=12, learning_rate=0.6, warmup=6)
+    stage = EarlyStage(steps=12, learning_rate=0.6, warmup=6)
     optimizer, params, found = (
-        make_optimizer(replace(CONFIG, accumulate=3), stage),
+        make_optimizer(CONFIG.changed(accumulate=3), stage),
         {"w": jnp.zeros(1)},
         [],
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ONE_DEVICE
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain
@@ -165,7 +165,7 @@ def _trained_on(params, spec, embed_VD, times=1.0):
         params,
         spec,
         config,
-        StageConfig(steps=1),
+        EarlyStage(steps=1),
         predict_early,
         frozen,
         batch,

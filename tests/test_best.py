@@ -3,7 +3,6 @@ early.
 """
 
 import json
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +127,7 @@ def test_a_resumed_run_measures_what_was_lost_and_ends_the_same(run, tmp_path):
         KeyboardInterrupt
     ):  # after the measurement of step 9, with the checkpoint of step 5
         run(
-            replace(config, train=replace(config.train, checkpoint_every=5)),
+            config.changed(train=config.train.changed(checkpoint_every=5)),
             Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2]).best,
             Breaking(loader_of(20, 1), 9, interrupt),
         )
@@ -149,5 +148,5 @@ def test_a_broken_draft_is_never_measured(run, tmp_path, monkeypatch):
         UserError,
         match="step 3: a parameter or its optimizer state is not finite although the loss was",
     ):
-        run(replace(config, log=replace(config.log, every=100)), one.best)
+        run(config.changed(log=config.log.changed(every=100)), one.best)
     assert one.measured == [] and one.kept == []

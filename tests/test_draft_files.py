@@ -16,7 +16,7 @@ from loop_cases import (
 from safetensors.numpy import load_file, save_file
 
 from beagle_jax.commands.train import first_params, given_draft
-from beagle_jax.config import DraftConfig
+from beagle_jax.config import DraftConfig, EarlyStage, TestTimeStage, TrainConfig
 from beagle_jax.errors import UserError
 from beagle_jax.weights import draft as draft_module
 from beagle_jax.weights.draft import Draft, draft_digest, load_draft, save_draft
@@ -172,12 +172,15 @@ def test_every_wrong_tensor_is_listed(draft, tmp_path):
 def test_training_goes_on_from_a_draft(draft, tmp_path):
     save_draft(tmp_path, draft)
     fresh, target = config_for(tmp_path / "run"), SimpleNamespace(spec=TINY)
-    config = replace(fresh, draft=DraftConfig(init=str(tmp_path)))
+    config = fresh.changed(draft=DraftConfig(init=str(tmp_path)))
     same_params(given_draft(config, target).params, draft.params)
     assert given_draft(fresh, target) is None
     with pytest.raises(AssertionError):
         same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)
-    other = replace(fresh, draft=DraftConfig(init=str(tmp_path), kind="eagle"))
+    other = fresh.changed(
+        draft=DraftConfig(init=str(tmp_path), kind="eagle"),
+        train=TrainConfig(early=EarlyStage(window=1), late=TestTimeStage()),
+    )
     with pytest.raises(
         UserError,
         match=f"{tmp_path}/config.json: model_type is 'beagle_draft', expected 'eagle_draft'",

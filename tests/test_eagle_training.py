@@ -14,7 +14,7 @@ from benchmark_cases import benchmark
 from conftest import ONE_DEVICE, TINY
 from step_cases import CLEAN, NOISY, B, D, L, three_rows
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
@@ -32,8 +32,8 @@ from beagle_jax.training.step import (
 
 # Moderate weights: float32 error of two summation orders then stays well below the tolerances.
 SPEC = replace(EagleSpec.from_target(TINY, init_std=0.15), fc_bias=False)
-EARLY = StageConfig(steps=10, learning_rate=1e-3, warmup=0, window=1)
-LATE = StageConfig(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3, dense=True)
+EARLY = EarlyStage(steps=10, learning_rate=1e-3, warmup=0, window=1)
+LATE = TestTimeStage(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def same_as_torch(params, frozen, batch, theirs: Batch, steps: int, **changes) -
     stage = (
         EARLY
         if steps == 1
-        else replace(
-            LATE, simulation_steps=steps, step_weights=(1.0,) * steps, detach=False, **changes
+        else LATE.changed(
+            simulation_steps=steps, step_weights=(1.0,) * steps, detach=False, **changes
         )
     )
     (loss, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
@@ -170,7 +170,7 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
             "keys_values",
             lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0),
         )
-    stage = replace(LATE, **{"step_weights": (1.0,) * 3, "detach": False} | changes)
+    stage = LATE.changed(**{"step_weights": (1.0,) * 3, "detach": False} | changes)
     (_, _), gradient = gradient_of.__wrapped__(CLEAN, stage)(
         params, frozen, batch, jax.random.key(0)
     )  # remembered by no other test

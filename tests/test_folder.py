@@ -1,7 +1,6 @@
 """The folder of training text: what it was made for, and parts that are damaged."""
 
 import json
-from dataclasses import asdict
 
 import jax.numpy as jnp
 import pytest
@@ -55,7 +54,7 @@ def test_a_folder_of_before_there_were_hashes_is_still_taken(config, tmp_path):
     newer = ("split", "streaming", "answers", "max_chat_tokens", "states", "states_dtype")
     old = {
         "target": "a",
-        **{key: value for key, value in asdict(config).items() if key not in newer},
+        **{key: value for key, value in config.model_dump().items() if key not in newer},
     }
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "settings.json").write_text(json.dumps(old))

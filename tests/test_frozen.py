@@ -5,7 +5,7 @@ Numbers are compared with those that version 0.1.0 computed after it, from the s
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,20 @@ MACHINE = "cpu of no name, jax 0.10"  # what the tree was tuned on
 HOT = "draft.path=drafts/beagle_hot"
 
 # Settings of 0.1.0 that have another name now; None: there is nothing to set any more.
-MOVED: dict[str, str | None] = {}
+MOVED: dict[str, str | None] = {
+    # one value or no use in the early stage
+    "train.early.simulation_steps": None,
+    "train.early.step_weights": None,
+    "train.early.detach": None,
+    "train.early.dense": None,
+    "train.early.multi_token": None,
+}
+# Values then and now, where the same config means something else on purpose: EAGLE's depth, and a
+# default that named a folder which users do not have.
+ON_PURPOSE = {
+    "decode.levels": (4, 5),
+    "eval.folder": ("../shared/data/eval", None),
+}
 
 
 @pytest.fixture
@@ -85,7 +98,9 @@ def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolved(path: Path, *overrides: str) -> dict[str, Any]:
     """Every setting of a config by its dotted key, whatever holds it."""
     config = load_config(path, overrides)
-    return dotted(config.model_dump() if hasattr(config, "model_dump") else asdict(config))
+    now = dotted(config.model_dump())
+    now["train.late.dense"] = now.pop("train.late.objective") == "test_time"
+    return now
 
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -102,7 +117,8 @@ def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def test_a_config_loads_with_the_values_that_it_had(name, monkeypatch):
     monkeypatch.chdir(ROOT)  # one begins with the draft in the box
     now = resolved(FROZEN / "configs" / f"{name}.yaml")
-    assert changed(dotted(VALUES[name]), now) == []
+    then = dotted(VALUES[name])
+    assert [key for key in changed(then, now) if ON_PURPOSE.get(key) != (then[key], now[key])] == []
 
 
 def test_every_frozen_config_is_among_them():
@@ -113,8 +129,9 @@ def test_every_frozen_config_is_among_them():
 def test_planted_bugs_in_a_config_are_seen(monkeypatch):
     monkeypatch.chdir(ROOT)
     then, path = dotted(VALUES["quickstart"]), FROZEN / "configs" / "quickstart.yaml"
-    now = resolved(path, "decode.ngram=4", "train.late.dense=true")  # other defaults
-    assert changed(then, now) == ["train.late.dense", "decode.ngram"]
+    del then["eval.folder"]
+    now = resolved(path, "decode.ngram=4", "train.late.detach=false")  # other defaults
+    assert changed(then, now) == ["train.late.detach", "decode.ngram"]
     del now["data.seed"]
     assert "data.seed" in changed(then, now)
 

@@ -82,6 +82,11 @@ def test_layers_of_the_package_know_only_those_below():
             "model",
         },
     }
+    for path in (ROOT / "beagle_jax" / "config").glob("*.py"):
+        used = set(
+            re.findall(r"(?:from|import) beagle_jax\.(\w+)", path.read_text(encoding="utf-8"))
+        )
+        assert used <= {"config", "errors", "terminal"}, f"{path} imports {used}"
     for folder, allowed in below.items():
         for path in (ROOT / "beagle_jax" / folder).glob("*.py"):
             used = (

@@ -1,14 +1,12 @@
 """Learning rates, clipping, moments and weight decay of the optimizer."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from step_cases import CLEAN, EARLY
 
-from beagle_jax.config import StageConfig
+from beagle_jax.config import EarlyStage, StageConfig
 from beagle_jax.training.step import (
     make_optimizer,
 )
@@ -30,16 +28,16 @@ def learning_rates(stage: StageConfig, steps: int) -> list[float]:
     ("stage", "expected"),
     [
         (
-            StageConfig(steps=8, learning_rate=0.4, warmup=4),
+            EarlyStage(steps=8, learning_rate=0.4, warmup=4),
             [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4],
         ),
-        (StageConfig(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
+        (EarlyStage(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
         (
-            StageConfig(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"),
+            EarlyStage(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"),
             [0.0, 0.2, 0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
         ),
         (
-            StageConfig(steps=4, learning_rate=0.4, warmup=0, schedule="cosine"),
+            EarlyStage(steps=4, learning_rate=0.4, warmup=0, schedule="cosine"),
             [0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
         ),
     ],
@@ -50,7 +48,7 @@ def test_warm_up_then_constant_or_cosine(stage, expected):
 
 def clipped(gradient: dict, clip_norm: float) -> dict:
     """The gradient that Adam receives, read off its first moment."""
-    optimizer = make_optimizer(replace(CLEAN, clip_norm=clip_norm), EARLY)
+    optimizer = make_optimizer(CLEAN.changed(clip_norm=clip_norm), EARLY)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     (moments,) = [
         leaf
@@ -78,9 +76,9 @@ def test_clipping_is_by_the_norm_of_all_tensors_together():
 
 
 def test_moments_and_weight_decay_are_the_config_s():
-    config = replace(CLEAN, beta1=0.5, beta2=0.75, weight_decay=0.1, clip_norm=100.0)
+    config = CLEAN.changed(beta1=0.5, beta2=0.75, weight_decay=0.1, clip_norm=100.0)
     optimizer, params = (
-        make_optimizer(config, StageConfig(steps=2, learning_rate=0.1, warmup=0)),
+        make_optimizer(config, EarlyStage(steps=2, learning_rate=0.1, warmup=0)),
         {"w": jnp.array([2.0])},
     )
     state = optimizer.init(params)

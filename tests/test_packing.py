@@ -12,7 +12,7 @@ import pytest
 from conftest import ONE_DEVICE, TINY
 from step_cases import CLEAN, SPEC, quick_jit
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch, BatchLoader, best_fit
 from beagle_jax.data.share import Share
 from beagle_jax.data.states import states_at, states_in_memory
@@ -33,11 +33,11 @@ from beagle_jax.training.step import (
 EAGLE = EagleSpec.from_target(TINY, init_std=0.15)
 L, T = 24, 22  # of the batches compared
 STAGES = {
-    "early": StageConfig(steps=1, window=3),
-    "late": StageConfig(steps=1, window=4, simulation_steps=3),
-    "gradients kept": StageConfig(steps=1, window=3, simulation_steps=3, detach=False),
-    "dense": StageConfig(steps=1, window=2, simulation_steps=2, dense=True),
-    "eagle": StageConfig(steps=1, window=1, simulation_steps=2, dense=True),
+    "early": EarlyStage(steps=1, window=3),
+    "late": LateStage(steps=1, window=4, simulation_steps=3),
+    "gradients kept": LateStage(steps=1, window=3, simulation_steps=3, detach=False),
+    "dense": TestTimeStage(steps=1, simulation_steps=2),
+    "eagle": TestTimeStage(steps=1, simulation_steps=2),
 }
 
 

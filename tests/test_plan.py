@@ -20,9 +20,11 @@ from beagle_jax.config import (
     Config,
     DataConfig,
     DraftConfig,
+    EarlyStage,
+    LateStage,
     MeshConfig,
-    StageConfig,
     TargetConfig,
+    TestTimeStage,
     TrainConfig,
 )
 from beagle_jax.data.folder import write_part
@@ -57,8 +59,8 @@ TARGET = TargetSpec(
     tie_embeddings=True,
 )
 SPEC = DraftSpec.from_target(TARGET)
-EARLY = StageConfig(steps=3, window=5)
-LATE = StageConfig(steps=2, window=4, simulation_steps=4)
+EARLY = EarlyStage(steps=3, window=5)
+LATE = LateStage(steps=2, window=4, simulation_steps=4)
 
 
 def config_of(**changes) -> Config:
@@ -124,11 +126,9 @@ def test_operations_are_those_that_xla_counts(compiled):
 @pytest.mark.parametrize("name", ["early", "late"])
 def test_operations_of_an_eagle_step(name, mesh):
     """All rows of the loss fill one chunk, as XLA counts a loop's body once."""
-    early, late = replace(EARLY, window=1), replace(LATE, dense=True)
-    config = replace(
-        config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L),
-        draft=DraftConfig(kind="eagle"),
-    )
+    early, late = EARLY.changed(window=1), TestTimeStage(steps=2, simulation_steps=4)
+    config = config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L)
+    config = config.changed(draft=DraftConfig(kind="eagle"))
     found, counted = cost_and_count(name, config, mesh)
     assert near(found.flops, counted), (found.flops, counted)
     assert found.weights == 4 * sum(
@@ -153,7 +153,7 @@ def test_operations_of_a_multi_token_step(mesh):
     """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the
     loss.
     """
-    late = replace(LATE, multi_token=True)
+    late = LATE.changed(multi_token=True)
     found, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
     assert near(found.flops, counted), (found.flops, counted)
     assert not near(2 * row_flops(SPEC, LATE, V, L, L - 1, late=True), counted)
@@ -180,8 +180,7 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
         dtype,
     )
     batch = BatchLoader(rows, stored, batch=2, row_tokens=L, seed=0).batch_at(0)
-    config = replace(
-        config_of(),
+    config = config_of().changed(
         target=TargetConfig(source="x", dtype="bfloat16"),
         data=DataConfig(states_dtype=dtype),
     )
@@ -301,9 +300,8 @@ def told_disk(tmp_path, **changes) -> dict:
     }
     accumulate = changes.pop("accumulate", 1)
     return disk(
-        replace(
-            config_of(accumulate=accumulate, early=replace(EARLY, steps=4)),
-            data=DataConfig(**data | changes),
+        config_of(accumulate=accumulate, early=EARLY.changed(steps=4)).changed(
+            data=DataConfig(**data | changes)
         ),
         64,
         1000,

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from dataclasses import asdict
 from importlib import resources
 from types import SimpleNamespace
 
@@ -71,7 +70,7 @@ def made() -> dict:
     return report(
         bench,
         measured,
-        asdict(Config(target=TargetConfig(source="x"))),
+        Config(target=TargetConfig(source="x")).model_dump(),
         {"plain": COST, "a|<b>": COST},
     )
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ from loop_cases import (
     saved_steps,
 )
 
-from beagle_jax.config import Config, LogConfig, StageConfig
+from beagle_jax.config import Config, LateStage, LogConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
@@ -38,7 +37,7 @@ from beagle_jax.training.metrics import Log
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-LATE = StageConfig(steps=6, learning_rate=1e-2, warmup=2, window=2, simulation_steps=2)
+LATE = LateStage(steps=6, learning_rate=1e-2, warmup=2, window=2, simulation_steps=2)
 
 
 def config_of(folder, **changes) -> Config:
@@ -317,8 +316,8 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
     config, _ = half_done
-    changed = replace(
-        config, train=replace(config.train, seed=7), data=replace(config.data, seed=3)
+    changed = config.changed(
+        train=config.train.changed(seed=7), data=config.data.changed(seed=3)
     )  # in no step's program
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
         with pytest.raises(
@@ -328,7 +327,7 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
         ):
             run()
     check_settings(config)
-    told = replace(changed, train=replace(changed.train, accept_changes=True))
+    told = changed.changed(train=changed.train.changed(accept_changes=True))
     both_stages(told, frozen)
     assert (
         "warning: going on with other settings than" in (said := capsys.readouterr().out)
@@ -338,7 +337,7 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
 
 def test_changes_that_make_another_state_say_so(frozen, half_done):
     config, _ = half_done
-    muon = replace(config, train=replace(config.train, optimizer="muon", accept_changes=True))
+    muon = config.changed(train=config.train.changed(optimizer="muon", accept_changes=True))
     with pytest.raises(UserError, match="checkpoints/early/10: this state does not fit the run"):
         both_stages(muon, frozen)
 
@@ -360,7 +359,7 @@ def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
     if fits:
         same_params(both_stages(config, frozen), whole[1])
         return
-    changed = replace(config, train=replace(config.train, vloss_weight=1.0))
+    changed = config.changed(train=config.train.changed(vloss_weight=1.0))
     with pytest.raises(UserError, match=r"train.vloss_weight: 10.0 there, 1.0 now"):
         both_stages(changed, frozen)
 
@@ -373,7 +372,7 @@ def test_settings_name_what_decides_and_nothing_else():
     )
     for free in ("train.folder", "train.checkpoint_every", "train.accept_changes", "draft.path"):
         assert free not in late
-    elsewhere = replace(config_of("y", checkpoint_every=1), log=LogConfig(every=99))
+    elsewhere = config_of("y", checkpoint_every=1).changed(log=LogConfig(every=99))
     assert settings_of("late", elsewhere).now == late
 
 
@@ -383,7 +382,7 @@ def test_settings_name_what_decides_and_nothing_else():
 def test_optional_writers_say_what_is_missing(tmp_path, monkeypatch):
     for name, key, value in (("tensorboardX", "tensorboard", True), ("wandb", "wandb", "beagle")):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-        config = replace(config_of(tmp_path), log=LogConfig(**{key: value}))
+        config = config_of(tmp_path).changed(log=LogConfig(**{key: value}))
         with pytest.raises(
             UserError,
             match=rf"log.{key} is .*, but {name} is not installed: pip install 'beagle-jax\[log\]'",
@@ -407,7 +406,7 @@ def test_optional_writers_get_the_same_figures(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", Fake)
     monkeypatch.setitem(sys.modules, "wandb", Fake)
-    log = Log(replace(config_of(tmp_path), log=LogConfig(tensorboard=True, wandb="beagle")))
+    log = Log(config_of(tmp_path).changed(log=LogConfig(tensorboard=True, wandb="beagle")))
     log.write(
         {
             "stage": "late",
@@ -441,7 +440,7 @@ def test_a_log_on_a_full_disk_is_named(tmp_path):
 
 def test_tensorboard_files_appear(tmp_path):
     pytest.importorskip("tensorboardX", reason="needs the log extra")
-    log = Log(replace(config_of(tmp_path), log=LogConfig(tensorboard=True)))
+    log = Log(config_of(tmp_path).changed(log=LogConfig(tensorboard=True)))
     log.write({"stage": "late", "step": 4, "loss": np.float64(1.5)})
     log.close()
     (file,) = (tmp_path / "tensorboard").iterdir()

@@ -2,7 +2,6 @@
 golden numbers.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from conftest import ONE_DEVICE
 from step_cases import CLEAN, EARLY, LATE, NOISY, SPEC, B, L, quick_jit, three_rows
 
-from beagle_jax.config import StageConfig, TrainConfig
+from beagle_jax.config import StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.training.step import (
     AGREE_WITHIN,
@@ -25,8 +24,8 @@ from beagle_jax.training.step import (
 )
 
 EARLY_ONE, LATE_ONE = (
-    replace(EARLY, window=1),
-    replace(LATE, window=1, simulation_steps=1, detach=False),
+    EARLY.changed(window=1),
+    LATE.changed(window=1, simulation_steps=1, detach=False),
 )
 PREDICT = {
     EARLY: predict_early,
@@ -268,7 +267,7 @@ def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
     ids=["step_weights", "multi_token"],
 )
 def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change):
-    changed = replace(LATE, **change)
+    changed = LATE.changed(**change)
     PREDICT[changed] = predict_late
     (_, metrics), by_hand = both_ways(tiny_draft, frozen, batch, changed, 1)
     check_metrics(metrics, by_hand)
@@ -281,7 +280,7 @@ def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
     """Step j then scores every position that has j before it, whatever the offset; windows score
     about one in k.
     """
-    dense = replace(LATE, dense=True)
+    dense = TestTimeStage(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3)
     PREDICT[dense] = predict_late
     _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
     assert metrics.count_J.tolist() == [batch.counts_BT[:, step:].sum() for step in range(3)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from beagle_jax.config import Config
+from beagle_jax.config import Config, Identity
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -73,7 +73,9 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
             f"{target.spec.max_positions} tokens with eval.max_new_tokens "
             f"{config.eval.max_new_tokens}; lower it, or choose other prompts"
         )
-    made = report(bench, measured, asdict(config), {} if out is None else _costs(bench, measured))
+    made = report(
+        bench, measured, config.model_dump(), {} if out is None else _costs(bench, measured)
+    )
     if target.quantised:
         made["notes"].append(
             f"The target, in plain decoding too, is quantised to {target.quantised}."
@@ -131,7 +133,6 @@ def _settings(
     """All that decides answers and times: under the same names there may be other weights, prompts
     and tuned trees by now.
     """
-    kept = {section: asdict(getattr(config, section)) for section in ("target", "decode", "eval")}
     weights = {
         name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft)
         for name, draft in drafts.items()
@@ -143,7 +144,7 @@ def _settings(
         ).hexdigest()
 
     return {
-        **kept,
+        **Identity.of(config, "answers").values,
         "drafts": weights,
         "trees": {name: str(decoder.tree) for name, decoder in bench.decoders.items()},
         "prompts_sha256": {name: digest(chats) for name, chats in suites.items()},
@@ -201,9 +202,10 @@ def _pictures(
         pictures["Attention of the draft"] = folder / "attention.png"
         plot_attention(looked[0], pictures["Attention of the draft"], first=len(prompt))
     pictures["Masks of both training stages"] = folder / "masks.png"
-    late = config.train.late
+    stages = {stage.simulation_steps > 1: stage for stage in config.train.named_stages.values()}
+    early, late = (stages.get(simulated, config.train.early) for simulated in (False, True))
     plot_masks(
-        config.train.early.window,
+        early.window,
         late.window,
         late.simulation_steps,
         pictures["Masks of both training stages"],

@@ -51,8 +51,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     )
     stages = {
         name: stage_cost(name, config, target, scored, mesh, online, beside)
-        for name in ("early", "late")
-        if getattr(config.train, name).steps
+        for name in config.train.stages_to_run
     }
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
     figures = {
@@ -112,8 +111,7 @@ def disk(config: Config, width: int, draft_parameters: int) -> dict:
         "text_tokens_at_most": tokens,
         "states_at_most": None if tokens is None else token * tokens,
         "checkpoint": checkpoint,
-        "checkpoints": checkpoint
-        * sum(_CHECKPOINTS for stage in ("early", "late") if getattr(config.train, stage).steps),
+        "checkpoints": checkpoint * _CHECKPOINTS * len(config.train.stages_to_run),
         "draft": 4 * draft_parameters,
     }
 
@@ -133,7 +131,7 @@ def stage_figures(
     config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]
 ) -> dict:
     """A stage's cost, and what follows from it."""
-    steps, memory = getattr(config.train, name).steps, memory_of(devices[0])
+    steps, memory = config.train.named_stages[name].steps, memory_of(devices[0])
     found = cost._asdict() | {
         "held": cost.held,
         "steps": steps,

@@ -6,7 +6,7 @@ Each part is kept on disk and skipped when it is already there.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +110,7 @@ def check_beforehand(config: Config) -> list[Chat]:
     Raises UserError, before the target is loaded and writes, for what is missing or of another run:
     packages, checkpoints, text, these prompts.
     """
+    config.draft.check_init()
     check_writers(config)
     check_settings(config)
     check_source(config.data)
@@ -185,7 +186,7 @@ def train(
     hot_ids: np.ndarray | None,
     best: Best | None,
 ) -> dict[str, jax.Array]:
-    """Both stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of
+    """All stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of
     the rows only measure.
     """
     training, held_out = _loaders(config, mesh, rows, states)
@@ -205,11 +206,10 @@ def train(
             "padding_unpacked": round(training.padding_unpacked, 4),
         }
     )
-    for stage in ("early", "late"):
-        if getattr(config.train, stage).steps:
-            params = run_stage(
-                stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
-            )
+    for stage in config.train.stages_to_run:
+        params = run_stage(
+            stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
+        )
     log.close()
     return params
 
@@ -304,12 +304,12 @@ def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
     return {
         "target": config.target.source,
         "target_revision": revision,
-        "draft": asdict(config.draft),
+        "draft": config.draft.model_dump(),
         "data": {
-            **asdict(config.data),
+            **config.data.model_dump(),
             "rows": len(rows),
             "answer_tokens_written": supervised_tokens(rows),
         },
-        "training": asdict(config.train),
+        "training": config.train.record(),
         "versions": installed(TRAINED_WITH),
     }

@@ -15,20 +15,17 @@ i + n, i + 2n, ..
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.config import DataConfig
+from beagle_jax.config import DataConfig, Identity
+from beagle_jax.config.paths import same
 from beagle_jax.data.share import Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 
-# Settings that may change between two runs: the text that is there stays valid, and a larger budget
-# adds to it.
-_FREE = ("folder", "batch", "answer_tokens", "streaming", "states")
 _HASHES = {
     "target_sha256": "another target: its weights differ",
     "tokenizer_sha256": "another tokenizer",
@@ -43,7 +40,7 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
     """
     folder = Path(config.folder)
     path = folder / "settings.json"
-    wanted = json.loads(json.dumps({**made_for, **asdict(config)}))
+    wanted = json.loads(json.dumps({**made_for, **config.model_dump()}))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         own = (
@@ -52,22 +49,23 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
         write_text(own, json.dumps({**wanted, "processes": share.count}, indent=1))
         os.replace(own, path)
         return
-    # A setting that did not exist when the folder was made had its default; a hash that was not
-    # kept cannot be checked.
-    defaults = {field.name: field.default for field in fields(DataConfig)}
-    found = defaults | {key: wanted[key] for key in _HASHES if key in wanted} | _settings(folder)
+    found = _settings(folder)
     for key in _HASHES.keys() & wanted.keys():
-        if found[key] != wanted[key]:
+        # a hash that was not kept cannot be checked
+        if found.get(key, wanted[key]) != wanted[key]:
             raise UserError(
                 f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, "
                 f"{wanted[key]:.12} now); delete it or set another data.folder"
             )
-    different = [
-        key for key in wanted if key not in (*_FREE, *_HASHES) and found.get(key) != wanted[key]
-    ]
-    if different:
+    # A setting that did not exist when the folder was made had its default.
+    there = Identity.read({"data": found})
+    changed = Identity.of(config, "text").diff(there, Identity.of(DataConfig(), "text").values)
+    if "target" in wanted and not same(found.get("target"), wanted["target"]):
+        changed = {"target": (found.get("target"), wanted["target"])} | changed
+    if changed:
         listed = ", ".join(
-            f"{key} {found.get(key)!r} there, {wanted[key]!r} now" for key in different
+            f"{key.removeprefix('data.')} {old!r} there, {new!r} now"
+            for key, (old, new) in changed.items()
         )
         raise UserError(
             f"{folder} holds text written with other settings ({listed}); delete it or set "

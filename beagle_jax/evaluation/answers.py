@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from beagle_jax.config import Config, Identity
 from beagle_jax.decoding.decoder import Generation
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
@@ -57,11 +58,10 @@ class AnswerLog:
             raise UserError(
                 f"{path}: not the answers of an evaluation ({error}); remove it to begin anew"
             ) from error
-        if begun != settings:
+        if different := _differences(begun, settings):
             raise UserError(
-                f"{path}: was begun with other settings "
-                f"({'; '.join(_differences(begun, settings))}); give another --out, or remove "
-                "the file to begin anew"
+                f"{path}: was begun with other settings ({'; '.join(different)}); give another "
+                "--out, or remove the file to begin anew"
             )
         if whole != text:
             write_text(path, whole)
@@ -97,13 +97,16 @@ def _case(record: dict[str, Any]) -> Case:
     return Case(record["suite"], record["number"], record["category"], turns)
 
 
-def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """Settings that differ, by their dotted names."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted(there.keys() | here.keys())
-        return [
-            line
-            for key in keys
-            for line in _differences(there.get(key), here.get(key), f"{prefix}.{key}".lstrip("."))
-        ]
-    return [] if there == here else [f"{prefix} {there!r} there, {here!r} here"]
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Settings that differ, and facts of drafts, trees, prompts and machine, by dotted names.
+
+    Settings that decide no answer, which 0.1.0 kept too, are passed over.
+    """
+    found, wanted = Identity.read(there), Identity.read(here)
+    gone = {
+        key: (value, None)
+        for key, value in found.values.items()
+        if key not in wanted.values and key.partition(".")[0] not in Config.model_fields
+    }
+    changed = sorted((wanted.diff(found) | gone).items())
+    return [f"{key} {old!r} there, {new!r} here" for key, (old, new) in changed]

@@ -76,20 +76,17 @@ SUITES = {
 }
 
 
-def suite(source: str, limit: int | None, folder: str = "") -> list[Chat]:
+def suite(source: str, limit: int | None, folder: str | None = None) -> list[Chat]:
     """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
 
-    folder: where files of suites are looked for. Raises UserError for chats with answers, for a
-    suite that can neither be found nor downloaded, and for one without prompts.
+    folder: where files of suites are looked for; None: nowhere. Raises UserError for chats with
+    answers, for a suite that can neither be found nor downloaded, and for one without prompts.
     """
     if source == "held_out":
         chats = own_prompts("held_out")
     elif source in SUITES:
-        chats = list(
-            _published(
-                source, SUITES[source], Path(folder).expanduser() / SUITES[source].file, limit
-            )
-        )
+        path = None if folder is None else Path(folder).expanduser() / SUITES[source].file
+        chats = list(_published(source, SUITES[source], path, limit))
     else:
         if not Path(source).expanduser().exists():
             raise UserError(
@@ -115,8 +112,9 @@ def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[
     return [prompt_tokens(tokenizer, chat.messages) for chat in chats]
 
 
-def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterator[Chat]:
-    records = json_lines(path) if path.exists() else _downloaded(name, made, path, limit)
+def _published(name: str, made: Suite, path: Path | None, limit: int | None) -> Iterator[Chat]:
+    is_here = path is not None and path.exists()
+    records = json_lines(path) if is_here else _downloaded(name, made, path, limit)
     for record, where in records:
         if not isinstance(record, dict):
             raise UserError(
@@ -148,20 +146,21 @@ def _published(name: str, made: Suite, path: Path, limit: int | None) -> Iterato
 
 
 def _downloaded(
-    name: str, made: Suite, path: Path, limit: int | None
+    name: str, made: Suite, path: Path | None, limit: int | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Records of the hub's dataset, streamed: no more than are asked for."""
+    missing = "eval.folder is not set" if path is None else f"there is no {path}"
     if made.dataset is None:
         raise UserError(
-            f"eval.suites: {name} is not on the hub and there is no {path}; set eval.folder to "
-            f"where {path.name} lies"
+            f"eval.suites: {name} is not on the hub and {missing}; set eval.folder to "
+            f"where {made.file} lies"
         )
     source, configuration, split = made.dataset
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
-            f"eval.suites: there is no {path}, and the hub needs the datasets library ({error}); "
+            f"eval.suites: {missing}, and the hub needs the datasets library ({error}); "
             "pip install datasets, or set eval.folder"
         ) from error
     try:
@@ -170,5 +169,5 @@ def _downloaded(
             yield record, f"hf:{source}[{split}], record {number}"
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"eval.suites: there is no {path}, and hf:{source} cannot be read ({error})"
+            f"eval.suites: {missing}, and hf:{source} cannot be read ({error})"
         ) from error

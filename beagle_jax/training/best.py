@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.config import EvalConfig
+from beagle_jax.config import EvalConfig, Identity
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.processes import from_first, is_first
@@ -34,15 +34,11 @@ class Best:
         counts as none.
         """
         self._path, self._config, self._measure, self._keep = path, config, measure, keep
-        self._made_with = {
-            "suites": list(config.suites),
-            "every": config.every,
-            "prompts": config.train_prompts,
-            "max_new_tokens": config.max_new_tokens,
-        }
+        self._made_with = Identity.of(config, "tau")
         found = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
+        there = Identity.read({"eval": _current(found.get("made_with") or {})})
         self._stages: dict[str, dict] = (
-            found["stages"] if found.get("made_with") == self._made_with else {}
+            found["stages"] if found and not self._made_with.diff(there) else {}
         )
 
     @property
@@ -65,7 +61,9 @@ class Best:
             if is_first():
                 write_text(
                     self._path,
-                    json.dumps({"made_with": self._made_with, "stages": self._stages}, indent=1)
+                    json.dumps(
+                        {"made_with": _by_name(self._made_with), "stages": self._stages}, indent=1
+                    )
                     + "\n",
                 )
         return figures
@@ -75,3 +73,12 @@ class Best:
         if not self._config.patience or stage not in self._stages:
             return False
         return done - self._stages[stage]["step"] >= self._config.patience * self._config.every
+
+
+def _by_name(identity: Identity) -> dict[str, Any]:
+    return {key.removeprefix("eval."): value for key, value in identity.values.items()}
+
+
+def _current(made_with: dict[str, Any]) -> dict[str, Any]:
+    """What 0.1.0 called prompts is `eval.train_prompts`."""
+    return {"train_prompts" if key == "prompts" else key: made_with[key] for key in made_with}

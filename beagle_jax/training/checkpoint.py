@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+from beagle_jax.config import Identity
 from beagle_jax.data.share import wait_for_all
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
@@ -193,13 +194,9 @@ class StageCheckpoints:
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         now, default = self._settings
-        pairs = {
-            key: (found.get(key, default.get(key)), now.get(key)) for key in sorted({*found, *now})
-        }
+        changed = Identity(now).diff(Identity.read(found), default)
         listed = "; ".join(
-            f"{key}: {there!r} there, {here!r} now"
-            for key, (there, here) in pairs.items()
-            if there != here
+            f"{key}: {there!r} there, {here!r} now" for key, (there, here) in changed.items()
         )
         if not listed:
             return

@@ -81,13 +81,13 @@ def stage_cost(
     online: Any = None,
     beside: Any = None,
 ) -> StageCost:
-    """Compiles one step of the stage 'early' or 'late' for the mesh; nothing is allocated.
+    """Compiles one step of a stage of `train` for the mesh; nothing is allocated.
 
     draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the
     step computes its states; beside: when they only stay in memory, for tau to be measured with
     (eval.every).
     """
-    stage: StageConfig = getattr(config.train, name)
+    stage: StageConfig = config.train.named_stages[name]
     spec = spec_type(config.draft.kind).from_target(target)
     train_step: Any  # jitted, which its type does not tell
     train_step, _, init = make_steps(
@@ -95,7 +95,7 @@ def stage_cost(
         config.train,
         stage,
         mesh,
-        late=name == "late",
+        late=stage.objective != "early",
         target=None if online is None else target,
     )
     params = {
@@ -118,7 +118,14 @@ def stage_cost(
     return StageCost(
         flops=B
         * (
-            row_flops(spec, stage, draft_vocab, config.train.row_tokens, T, late=name == "late")
+            row_flops(
+                spec,
+                stage,
+                draft_vocab,
+                config.train.row_tokens,
+                T,
+                late=stage.objective != "early",
+            )
             + (0 if online is None else target_flops(target, config.train.row_tokens))
         ),
         weights=_bytes(state.params),

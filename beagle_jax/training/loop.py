@@ -1,8 +1,6 @@
 """Runs a stage: batches in, checkpoints, log lines and a progress bar out."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from beagle_jax.config import Config, StageConfig
+from beagle_jax.config import Config, Identity, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.prefetch import read_ahead
 from beagle_jax.model.beagle import DraftSpec
@@ -39,16 +37,17 @@ def run_stage(
     best: Best | None = None,
     target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
-    """Trains one stage ('early' or 'late') from `params` or its newest checkpoint.
+    """Trains one stage from `params`, or from its newest checkpoint.
 
-    Returns the parameters. Raises UserError when the loss or a parameter stops being finite; the
-    last checkpoint then stands. SIGTERM saves after the step under way and ends the program with
-    status 0. best: measures real decoding on the way, and may end the stage early. target: batches
-    come without states, and the step computes them (data.states: online), with frozen["target"].
+    name: of a stage in `config.train.named_stages`. Returns the parameters. Raises UserError when
+    the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after
+    the step under way and ends the program with status 0. best: measures real decoding on the way,
+    and may end the stage early. target: batches come without states, and the step computes them
+    (data.states: online), with frozen["target"].
     """
-    stage: StageConfig = getattr(config.train, name)
+    stage = config.train.named_stages[name]
     train_step, eval_step, init = make_steps(
-        spec, config.train, stage, mesh, late=name == "late", target=target
+        spec, config.train, stage, mesh, late=stage.objective != "early", target=target
     )
     # The signal is minded to the end of the last write.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
@@ -110,12 +109,8 @@ def check_settings(config: Config) -> None:
     """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work
     that would be for nothing.
     """
-    for name in ("early", "late"):
-        if (
-            getattr(config.train, name).steps
-            and not config.train.accept_changes
-            and _folder(name, config).exists()
-        ):
+    for name in config.train.stages_to_run:
+        if not config.train.accept_changes and _folder(name, config).exists():
             with _checkpoints(name, config) as checkpoints:
                 checkpoints.newest()
 
@@ -131,45 +126,12 @@ def _checkpoints(name: str, config: Config) -> StageCheckpoints:
 
 
 def settings_of(name: str, config: Config) -> Settings:
-    """All that decides what a stage computes. The early stage does not depend on the late one's
-    settings.
-    """
-    return Settings(_deciding(name, config), _deciding(name, Config(target=config.target)))
-
-
-# Settings that change no number.
-_FREE = (
-    "target.cache_dir",
-    "target.shape",
-    "draft.path",
-    "data.batch",
-    "train.folder",
-    "train.checkpoint_every",
-    "train.accept_changes",
-    "train.loss_rows",
-)
-
-
-def _deciding(name: str, config: Config) -> dict[str, Any]:
-    sections = {
-        section: asdict(getattr(config, section))
-        for section in ("target", "draft", "data", "train")
-    }
-    found = dict(_dotted(sections, "")) | {"log.eval_rows": config.log.eval_rows}
-    kept = {
-        key: value
-        for key, value in found.items()
-        if key not in _FREE and not (name == "early" and key.startswith("train.late."))
-    }
-    return json.loads(json.dumps(kept))
-
-
-def _dotted(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    """All that decides what a stage computes. No stage depends on those after it."""
+    default = Config(target=config.target)
+    return Settings(
+        Identity.of(config, "stage", stage=name).values,
+        Identity.of(default, "stage", stage=name).values,
+    )
 
 
 def _once(loader: BatchLoader, mesh: Mesh) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ class Log:
             self._board = _tensorboard().SummaryWriter(str(self._folder / "tensorboard"))
         if config.log.wandb:
             self._run = _wandb(config).init(
-                project=config.log.wandb, dir=config.train.folder, config=asdict(config)
+                project=config.log.wandb, dir=config.train.folder, config=config.model_dump()
             )
 
     def write(self, line: dict[str, Any]) -> None:

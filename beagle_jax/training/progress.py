@@ -32,8 +32,9 @@ class Progress:
         """waiting: the steps since the last line of the log, from the checkpoint that is gone on
         from.
         """
-        stage: StageConfig = getattr(config.train, name)
+        stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
+        self._place = config.train.place_of(name)
         self._bar = tqdm(
             total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05
         )
@@ -79,14 +80,14 @@ class Progress:
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.states_BLD is None:
             return (
-                f"{where}. Lower train.{self._name}.learning_rate, unless it is the target's "
+                f"{where}. Lower {self._place}.learning_rate, unless it is the target's "
                 "states, made in the step, that are not finite"
             )
         broken = np.flatnonzero(
             ~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2))
         )
         if not len(broken):
-            return f"{where}, and its states are finite: lower train.{self._name}.learning_rate"
+            return f"{where}, and its states are finite: lower {self._place}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
         return (
             f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite "

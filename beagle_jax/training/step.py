@@ -3,7 +3,6 @@ sharded.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -359,7 +358,7 @@ def make_steps(
     optimizer = make_optimizer(config, stage)
 
     # Noise is for training; measurements see the states as decoding does.
-    clean = replace(config, noise="none")
+    clean = config.changed(noise="none")
 
     def objective(params, frozen, batch, key):
         metrics = stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)[1]

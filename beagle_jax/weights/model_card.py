@@ -115,9 +115,9 @@ def _facts(section: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 def _stages(training: dict[str, Any]) -> str:
     lines = [
-        f"- {stage}: {_pairs(training[stage])}"
-        for stage in ("early", "late")
-        if isinstance(training.get(stage), dict)
+        f"- {name}: {_pairs(value)}"
+        for name, value in training.items()
+        if isinstance(value, dict) and "steps" in value
     ]
     return "\n".join(lines) or f"- {_MISSING}"
 
@@ -132,7 +132,7 @@ def _losses(training: dict[str, Any]) -> str:
         f"{training['vloss_weight']} times the smooth-L1 distance to its states, both per "
         "supervised token."
     ]
-    late = training.get("late")
+    late = training.get("late") or training.get("test_time")
     if isinstance(late, dict) and late.get("steps"):
         steps = late.get("simulation_steps", _MISSING)
         weights = late.get("step_weights") or (

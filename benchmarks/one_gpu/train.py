@@ -87,7 +87,7 @@ def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | Non
         folder = Path(config.train.folder) / "checkpoints" / stage
         if not folder.exists():
             continue
-        stage_config = getattr(config.train, stage)
+        stage_config = config.train.named_stages[stage]
         init = make_steps(spec, config.train, stage_config, mesh, late=stage == "late")[2]
         fresh = init(fresh_params(spec, jax.random.key(0)))
         with StageCheckpoints(folder, settings_of(stage, config)) as checkpoints:

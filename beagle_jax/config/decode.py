@@ -1,0 +1,57 @@
+"""Section `decode`: the draft tree, how tokens are chosen, and where an answer ends."""
+
+from typing import Literal
+
+from beagle_jax.config.data import Temperature
+from beagle_jax.config.section import Listed, Number, Section, setting
+
+
+class DecodeConfig(Section):
+    """The draft tree, how tokens are chosen, and where an answer ends."""
+
+    tree: Literal["chain", "static", "dynamic", "auto"] = setting(
+        "chain", "static: of `paths`; auto: what `tune` found here", affects=("answers",)
+    )
+    levels: int = setting(5, "chain, dynamic: draft steps per round", affects=("answers",), ge=1)
+    topk: int = setting(
+        4,
+        "dynamic: children kept per node, and nodes continued per level (method.md 6.4)",
+        affects=("answers",),
+        ge=1,
+    )
+    nodes: int = setting(
+        8,
+        "dynamic: tokens verified per round, the root included",
+        affects=("answers",),
+        ge=1,
+    )
+    paths: Listed[Listed[int]] | None = setting(
+        None,
+        "static: child ranks from the root; null: EAGLE-1's 25 nodes",
+        affects=("answers",),
+    )
+    ngram: int = setting(
+        3,
+        "draft.path lookup: longest run of last tokens looked for; it drafts a chain of as many "
+        "tokens as the tree has",
+        affects=("answers",),
+        ge=1,
+    )
+    append_predicted: bool = setting(
+        True,
+        'predicted states become keys of deeper levels (the paper\'s "concate")',
+        affects=("answers",),
+    )
+    temperature: Temperature = setting(0.0, "0: greedy", affects=("answers",), ge=0)
+    top_k: int = setting(0, "sampling: most likely tokens kept; 0: all", affects=("answers",), ge=0)
+    top_p: Number = setting(
+        1.0, "sampling: share of probability kept", affects=("answers",), gt=0, le=1
+    )
+    rule: Literal["match", "ratio"] = setting(
+        "match",
+        "sampling: how drafts are accepted; ratio: Leviathan's, for chains",
+        affects=("answers",),
+    )
+    seed: int = setting(0, "of every draw", affects=("answers",), ge=0)
+    max_new_tokens: int = setting(128, "tokens; an answer ends here", ge=1)
+    stop: Listed[str] = setting((), "or before any of these strings")

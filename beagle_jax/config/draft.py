@@ -1,0 +1,53 @@
+"""Section `draft`: the drafter that decoding uses, and how a new one begins."""
+
+from pathlib import Path
+from typing import Literal
+
+from beagle_jax.config.section import Number, Section, setting
+from beagle_jax.errors import UsageError
+
+
+class DraftConfig(Section):
+    """The drafter that decoding uses, and how a new one begins."""
+
+    path: str | None = setting(
+        None,
+        "folder of a trained draft; lookup: none, what followed the same words before; null: "
+        "<train.folder>/draft",
+        path="input",
+    )
+    kind: Literal["beagle", "eagle"] = setting(
+        "beagle",
+        "of a draft that is trained; one that is loaded says itself what it is",
+        affects=("stage",),
+    )
+    init: str = setting(
+        "normal",
+        "normal; ridge: a closed-form start (training/warm_start.py); or a draft's folder, to go "
+        "on from it",
+        affects=("stage",),
+        path="input",
+    )
+    init_std: Number = setting(
+        0.02,
+        "standard deviation of the initial linear weights (method.md 2.4)",
+        affects=("stage",),
+        ge=0,
+    )
+    hot_tokens: int = setting(
+        0,
+        "the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)",
+        affects=("stage",),
+        ge=0,
+    )
+
+    def check_init(self) -> None:
+        """Raises UsageError unless training can begin where `init` says.
+
+        Only a command that trains asks: others do not need that folder.
+        """
+        if self.init not in ("normal", "ridge") and not Path(self.init, "config.json").exists():
+            raise UsageError(
+                f"draft.init is {self.init!r}; expected normal, ridge or the folder of a trained "
+                "draft"
+            )

@@ -1,0 +1,42 @@
+"""Section `mesh`: how training is spread over devices."""
+
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, WithJsonSchema, model_validator
+
+from beagle_jax.config.section import Section, refusal, setting
+
+
+def _size(value: int) -> int:
+    if value != -1 and value < 1:
+        raise refusal(
+            f"{{key}} is {value}; expected at least 1, or -1 for the devices that the others leave"
+        )
+    return value
+
+
+_Size = Annotated[
+    int,
+    AfterValidator(_size),
+    WithJsonSchema({"type": "integer", "anyOf": [{"const": -1}, {"minimum": 1}]}),
+]
+
+
+class MeshConfig(Section):
+    """How training is spread over devices (sharding.py). The sizes multiply to their number."""
+
+    data: _Size = setting(
+        -1, "groups of devices that hold other rows of a batch; -1: what the others leave"
+    )
+    fsdp: _Size = setting(1, "parts of a batch, and of each trained matrix and its optimizer state")
+    tensor: _Size = setting(1, "parts of heads, MLP width and vocabulary")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rest = [name for name, size in self.model_dump().items() if size == -1]
+        if len(rest) > 1:
+            raise refusal(
+                f"{' and '.join('{at}' + name for name in rest)} are both -1; only one of them can "
+                "be what the others leave"
+            )
+        return self

@@ -1,0 +1,62 @@
+"""Files and folders that a config names, as the working directory sees them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from beagle_jax.config.section import PathKind
+
+# Values of path settings that name no path.
+_WORDS = ("self", "normal", "ridge", "held_out", "lookup", "plain", "none")
+
+
+def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tuple[Any, list[str]]:
+    """The value of a path setting, and those of its paths that were found in the working directory
+    and not beside the file.
+
+    Args:
+        value: a path, a list of paths, or anything else, which is left as it is.
+        kind: outputs are relative to the working directory. An input is relative to the file, and
+            where it is not there, to the working directory.
+        folder: of the file that names it; None: the command line does.
+        bare: whether a name without / and suffix may be a path.
+    """
+    if isinstance(value, (list, tuple)):
+        pairs = [resolve(item, kind, folder, bare) for item in value]
+        return [item for item, _ in pairs], [path for _, paths in pairs for path in paths]
+    if not isinstance(value, str) or value in _WORDS or value.startswith("pypi:"):
+        return value, []
+    if value.startswith("hf:"):
+        named = Path(value.removeprefix("hf:")).expanduser()
+        is_beside = folder is not None and not named.is_absolute() and (folder / named).is_dir()
+        return (f"hf:{_short(folder / named)}" if folder and is_beside else value), []
+    if value.startswith("~"):
+        return str(Path(value).expanduser()), []
+    if kind == "output" or folder is None or not value or os.path.isabs(value):
+        return value, []
+    if not bare and not os.path.dirname(value) and not os.path.splitext(value)[1]:
+        return value, []
+    if (folder / value).exists():
+        return _short(folder / value), []
+    return value, [value] if Path(value).exists() else []
+
+
+def same(there: Any, now: Any) -> bool:
+    """Whether two values of a path setting name the same place."""
+    return _whole(there) == _whole(now)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_whole(item) for item in value]
+    if not isinstance(value, str) or ":" in value or value in _WORDS:
+        return value
+    return os.path.abspath(os.path.expanduser(value))
+
+
+def _short(path: Path) -> str:
+    """The path from the working directory if it lies in there, else from the root."""
+    whole = Path(os.path.normpath(path.absolute()))
+    if not (whole.exists() and whole.samefile(path)):  # .. of a linked folder
+        whole = path.absolute()
+    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)

@@ -1,0 +1,223 @@
+"""From a file, the files that it extends, and the command line to a config."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import ValidationError
+
+from beagle_jax.config import keys, older, paths
+from beagle_jax.config.messages import explain
+from beagle_jax.config.section import extra_of
+from beagle_jax.config.whole import Config
+from beagle_jax.config.yaml_text import parse_override, parse_yaml
+from beagle_jax.errors import UsageError
+
+EXTENDS = "extends"
+
+
+class Value(NamedTuple):
+    """A setting as it was written."""
+
+    value: Any
+    file: str  # where, for messages; of an override, the file that it changes
+    folder: Path | None  # what its paths are relative to first; None: the command line's
+    origin: str  # where, for --print-config
+
+
+Settings = dict[str, Value]  # by dotted key
+
+
+class Resolved(NamedTuple):
+    """A config, and where each of its settings comes from."""
+
+    config: Config
+    origins: dict[str, str]  # by dotted key; a setting that is not there has its default
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
+) -> Config:
+    """Reads a YAML file and what it extends, and applies `section.key=value` overrides.
+
+    Args:
+        path: the file.
+        overrides: their values are YAML.
+        relative_to: what the file's paths are relative to; by default the file's folder, then the
+            working directory.
+
+    Raises:
+        UsageError: naming file and key for anything unknown, missing, of the wrong type or out of
+            range.
+    """
+    return resolve_config(path, overrides, relative_to=relative_to).config
+
+
+def resolve_config(
+    path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
+) -> Resolved:
+    """`load_config`, with the origin of each setting."""
+    settings = _read(Path(path), overrides, relative_to)
+    files = {key: value.file for key, value in settings.items()}
+    try:
+        tree = keys.nest({key: value.value for key, value in settings.items()})
+        keys.check_names(tree, [Config])
+        config = Config.model_validate(_with_objective(tree))
+    except UsageError as error:
+        raise UsageError(f"{_file_of(str(error), files, path)}: {error}") from None
+    except ValidationError as error:
+        key, told = explain(error, Config)
+        raise UsageError(f"{_file_of(key, files, path)}: {told}") from None
+    return Resolved(config, {key: value.origin for key, value in settings.items()})
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a file, the files that it extends and overrides set, section by section, without
+    defaults. Paths are as the working directory sees them.
+
+    Raises UsageError for a file that is no such thing.
+    """
+    settings = _read(Path(path), overrides, None)
+    return keys.nest({key: value.value for key, value in settings.items()})
+
+
+def _file_of(text: str, files: dict[str, str], path: str | Path) -> str:
+    """The file where the setting stands that a message begins with; the first file if none does."""
+    named = [key for key in files if key and key in text]
+    return files[max(named, key=len)] if named else str(path)
+
+
+def _read(path: Path, overrides: Sequence[str], relative_to: str | Path | None) -> Settings:
+    settings: Settings = {}
+    notes: list[str] = []
+    folder = None if relative_to is None else Path(relative_to)
+    for file, tree in _chain(path, []):
+        origin = str(file) if file == path else f"{file}, which {path.name} extends"
+        _add(settings, tree, Value(None, str(file), folder or file.parent, origin), notes)
+    for override in overrides:
+        key, value = parse_override(override)
+        tree = keys.nest({key: value})
+        _add(settings, tree, Value(None, str(path), None, "command line"), notes)
+    _older_stages(settings, str(path), notes)
+    _resolve_paths(settings, notes, quiet=relative_to is not None)
+    for note in dict.fromkeys(notes):
+        print(note, file=sys.stderr)
+    return settings
+
+
+def _chain(path: Path, above: list[Path]) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """The files that `path` extends and itself, the one that all others change first."""
+    tree = _tree(path, above)
+    base = tree.pop(EXTENDS, None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise UsageError(f"{path}: {EXTENDS} is {base!r}; expected the path of a config file")
+        chain = [*above, path]
+        below = path.parent / Path(base).expanduser()
+        if below.resolve() in [file.resolve() for file in chain]:
+            files = " -> ".join(str(file) for file in (*chain, below))
+            raise UsageError(f"{path}: {EXTENDS} goes round in a circle: {files}")
+        yield from _chain(below, chain)
+    yield path, tree
+
+
+def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if above:
+            raise UsageError(
+                f"{above[-1]}: {EXTENDS} names {path}, which is not there; it is looked for in the "
+                "folder of the file that names it"
+            ) from None
+        raise UsageError(
+            f"{path}: no such config file; configs/quickstart.yaml is one to start from"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error}); expected a YAML file in UTF-8"
+        ) from error
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"{path}: expected a mapping with the sections {', '.join(Config.model_fields)}"
+        )
+    return tree
+
+
+def _add(settings: Settings, tree: dict[Any, Any], source: Value, notes: list[str]) -> None:
+    """Settings of a file or an override, over those before them."""
+    for written, given in keys.flatten(tree, [Config]):
+        key, value, note = older.translate(written, given)
+        if note:
+            notes.append(f"{source.file}: {note}")
+        if key == "train.late" and isinstance(value, str):
+            try:
+                is_none = older.late_word(settings, value)
+            except UsageError as error:
+                raise UsageError(f"{source.file}: {error}") from None
+            if not is_none:
+                continue
+            key, value = "train.late.steps", 0
+        settings[key] = source._replace(value=value)
+
+
+def _older_stages(settings: Settings, path: str, notes: list[str]) -> None:
+    """Puts the forms that 0.1.0 has of a stage in today's."""
+    for name in ("early", "late"):
+        prefix = f"train.{name}."
+        given = {
+            key.removeprefix(prefix): settings.pop(key)
+            for key in list(settings)
+            if key.startswith(prefix)
+        }
+        values = {key: value.value for key, value in given.items()}
+        try:
+            if name == "early":
+                values, note = older.early_stage(values)
+                notes += [f"{path}: {note}"] if note else []
+            elif values:
+                values = older.late_stage(values)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        implied = given.get("dense")
+        for key, value in values.items():
+            source = given.get(key, implied) or Value(None, path, None, "default")
+            if key != "objective" or key in given or implied:  # `_with_objective` has the default
+                settings[prefix + key] = source._replace(value=value)
+
+
+def _with_objective(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with the objective that `train.late` has where it is not said."""
+    train = tree.get("train", {})
+    if "late" not in train:
+        return tree
+    return tree | {"train": train | {"late": {"objective": "late"} | train["late"]}}
+
+
+def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None:
+    for key, setting in settings.items():
+        section, _, name = key.partition(".")
+        kind = _path_kind(section, name)
+        if kind is None:
+            continue
+        bare = key != "eval.suites"
+        value, elsewhere = paths.resolve(setting.value, kind, setting.folder, bare)
+        settings[key] = setting._replace(value=value)
+        if key == "draft.path" or quiet:  # where training leaves its draft, in most cases
+            continue
+        notes += [
+            f"{setting.file}: {key}: {path} is not beside this file; the one in the working "
+            "directory is used"
+            for path in elsewhere
+        ]
+
+
+def _path_kind(section: str, name: str) -> Any:
+    models = keys.section_at([Config], section)
+    if not models or name not in models[0].model_fields:
+        return None
+    return extra_of(models[0], name).get("path")

@@ -1,0 +1,123 @@
+"""Stages of training. Each kind has an objective, and only the settings that it has a use for."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from beagle_jax.config.section import Listed, Number, Section, refusal, setting
+
+_AFFECTS: Any = ("stage",)
+
+
+class _Stage(Section):
+    """What every stage has."""
+
+    steps: int = setting(0, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
+    learning_rate: Number = setting(3e-5, "its peak, after warm-up", affects=_AFFECTS, ge=0)
+    warmup: int = setting(100, "batches of linear warm-up", affects=_AFFECTS, ge=0)
+    schedule: Literal["constant", "cosine"] = setting(
+        "constant", "after warm-up; cosine ends at zero", affects=_AFFECTS
+    )
+
+
+class EarlyStage(_Stage):
+    """Every position of a window is predicted from true states (method.md 3)."""
+
+    objective: Literal["early"] = setting("early", "what is learnt", affects=_AFFECTS)
+    steps: int = setting(1000, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
+    window: int = setting(
+        5,
+        "k: positions predicted from one context (method.md 3.1); EAGLE has 1",
+        affects=_AFFECTS,
+        ge=1,
+    )
+
+    # What later stages choose, as it is here.
+    simulation_steps: ClassVar[int] = 1
+    step_weights: ClassVar[tuple[float, ...] | None] = None
+    detach: ClassVar[bool] = True
+    dense: ClassVar[bool] = False
+    multi_token: ClassVar[bool] = False
+
+
+class LateStage(_Stage):
+    """Draft steps are simulated from the start of each window (method.md 4)."""
+
+    objective: Literal["late"] = setting("late", "what is learnt", affects=_AFFECTS)
+    steps: int = setting(500, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
+    window: int = setting(
+        4, "k: positions predicted from one context (method.md 3.1)", affects=_AFFECTS, ge=1
+    )
+    simulation_steps: int = setting(
+        4, "s: draft steps simulated; at most the window", affects=_AFFECTS, ge=1
+    )
+    step_weights: Listed[Number] | None = setting(
+        None, "beta_1..beta_s of the loss; null: s, s-1, .., 1", affects=_AFFECTS
+    )
+    detach: bool = setting(
+        True, "no gradient through predicted states (method.md 4.6)", affects=_AFFECTS
+    )
+    multi_token: bool = setting(
+        False,
+        "a simulated step predicts the rest of its window too, l = k in place of l = i "
+        "(method.md 4.2)",
+        affects=_AFFECTS,
+    )
+
+    dense: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.simulation_steps > self.window:
+            raise refusal(
+                f"{{at}}simulation_steps is {self.simulation_steps}, more than the window "
+                f"{self.window}; a window of k positions has at most k draft steps"
+            )
+        _check_weights(self)
+        return self
+
+
+class TestTimeStage(_Stage):
+    """Draft steps are simulated from every position, at s times the cost of an early stage.
+
+    EAGLE-3 calls it training-time test. It has no windows.
+    """
+
+    __test__: ClassVar[bool] = False  # pytest collects classes of such names
+
+    objective: Literal["test_time"] = setting("test_time", "what is learnt", affects=_AFFECTS)
+    steps: int = setting(500, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
+    simulation_steps: int = setting(4, "s: draft steps simulated", affects=_AFFECTS, ge=1)
+    step_weights: Listed[Number] | None = setting(
+        None, "beta_1..beta_s of the loss; null: s, s-1, .., 1", affects=_AFFECTS
+    )
+    detach: bool = setting(
+        True, "no gradient through predicted states (method.md 4.6)", affects=_AFFECTS
+    )
+
+    window: ClassVar[int] = 1
+    dense: ClassVar[bool] = True
+    multi_token: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_weights(self)
+        return self
+
+
+def _check_weights(stage: LateStage | TestTimeStage) -> None:
+    if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
+        raise refusal(
+            f"{{at}}step_weights has {len(stage.step_weights)} entries, expected "
+            f"{stage.simulation_steps} (simulation_steps)"
+        )
+
+
+StageConfig = EarlyStage | LateStage | TestTimeStage
+AnyStage = Annotated[StageConfig, Field(discriminator="objective")]
+AnyLateStage = Annotated[LateStage | TestTimeStage, Field(discriminator="objective")]
+STAGES: dict[str, type[_Stage]] = {
+    "early": EarlyStage,
+    "late": LateStage,
+    "test_time": TestTimeStage,
+}

@@ -1,0 +1,134 @@
+"""Section `train`: the stages (method.md sections 3 to 5), and what they share."""
+
+from collections import Counter
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from beagle_jax.config.section import Listed, Number, Section, refusal, setting
+from beagle_jax.config.stage import AnyLateStage, AnyStage, EarlyStage, LateStage, StageConfig
+
+
+class TrainConfig(Section):
+    """The stages (method.md sections 3 to 5), and what they share."""
+
+    folder: str = setting(
+        "runs/train", "checkpoints, log.jsonl and the exported draft", path="output"
+    )
+    seed: int = setting(
+        42, "of the initial weights, the order of rows, offsets and noise", affects=("stage",)
+    )
+    batch: int = setting(
+        16,
+        "rows per step; a row is one chat, or several with pack",
+        affects=("stage",),
+        ge=1,
+    )
+    accumulate: int = setting(
+        1,
+        "batches whose gradients are summed before the weights change; all steps count batches",
+        affects=("stage",),
+        ge=1,
+    )
+    row_tokens: int = setting(224, "L: tokens; longer chats are cut here", affects=("stage",), ge=1)
+    pack: bool = setting(
+        False, "as many whole chats in a row as fit; none sees another", affects=("stage",)
+    )
+    noise: Literal["uniform", "gaussian", "none"] = setting(
+        "uniform", "on keys and values only (method.md 3.3)", affects=("stage",)
+    )
+    noise_scale: Number = setting(
+        0.2,
+        "uniform: U(-scale/2, scale/2) * 512 / chat length; gaussian: standard deviation",
+        affects=("stage",),
+        ge=0,
+    )
+    loss: Literal["cross_entropy", "kl", "reverse_kl", "total_variation", "lk_hybrid"] = setting(
+        "cross_entropy",
+        "distance between the draft's and the target's distribution (training/distances.py)",
+        affects=("stage",),
+    )
+    vloss_weight: Number = setting(
+        10.0, "of the smooth-L1 term (method.md 3.2)", affects=("stage",), ge=0
+    )
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "adamw is the paper's; muon learns more per token, at more work per step",
+        affects=("stage",),
+    )
+    clip_norm: Number = setting(0.5, "global gradient norm", affects=("stage",), gt=0)
+    beta1: Number = setting(0.9, "of AdamW", affects=("stage",), ge=0, lt=1)
+    beta2: Number = setting(0.95, "of AdamW", affects=("stage",), ge=0, lt=1)
+    weight_decay: Number = setting(0.0, "of AdamW", affects=("stage",), ge=0)
+    loss_rows: int = setting(128, "positions whose logits exist at once", ge=1)
+    early: EarlyStage = setting(EarlyStage(), "the short form's first stage", affects=("stage",))
+    late: AnyLateStage = setting(
+        LateStage(),
+        "the short form's second stage. In place of the section: none, or simulate, the one that "
+        "settings elsewhere or the defaults make. dense: true makes it a test_time stage",
+        affects=("stage",),
+    )
+    stages: Listed[AnyStage] | None = setting(
+        None, "the long form: stages in their order; null: early, then late", affects=("stage",)
+    )
+    checkpoint_every: int = setting(
+        200, "steps between checkpoints; one is written at the end of each stage too", ge=1
+    )
+    accept_changes: bool = setting(
+        False,
+        "go on from checkpoints that were made with other settings; false: name them and refuse",
+    )
+
+    @property
+    def named_stages(self) -> dict[str, StageConfig]:
+        """All stages in their order, those without steps too, by the name of their checkpoints.
+
+        The short form has "early" and "late". A stage of the long form is named after its
+        objective; the second of one objective is "late-2", and so on.
+        """
+        if self.stages is None:
+            return {"early": self.early, "late": self.late}
+        named: dict[str, StageConfig] = {}
+        count: Counter[str] = Counter()
+        for stage in self.stages:
+            count[stage.objective] += 1
+            number = count[stage.objective]
+            named[f"{stage.objective}-{number}" if number > 1 else stage.objective] = stage
+        return named
+
+    @property
+    def stages_to_run(self) -> dict[str, StageConfig]:
+        """`named_stages` that have steps."""
+        return {name: stage for name, stage in self.named_stages.items() if stage.steps}
+
+    def record(self) -> dict[str, Any]:
+        """All values as a dictionary, with each stage under its name: what a draft says of its
+        training.
+        """
+        shared = self.model_dump(exclude={"early", "late", "stages"})
+        return shared | {name: stage.model_dump() for name, stage in self.named_stages.items()}
+
+    def place_of(self, name: str) -> str:
+        """The dotted key of a stage of `named_stages`, as a config writes it."""
+        if self.stages is None:
+            return f"train.{name}"
+        return f"train.stages[{list(self.named_stages).index(name)}]"
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        if self.stages is not None:
+            short = [name for name in ("early", "late") if name in self.model_fields_set]
+            if short:
+                raise refusal(
+                    f"{{at}}stages and {{at}}{short[0]} are both set, but they are two forms of "
+                    "the same; remove one"
+                )
+            if not self.stages:
+                raise refusal("{at}stages is []; expected one stage or more")
+        for name, stage in self.named_stages.items():
+            if stage.steps % self.accumulate:
+                raise refusal(
+                    f"{self.place_of(name)}.steps is {stage.steps}, no multiple of "
+                    f"{{at}}accumulate = {self.accumulate}: the last batches would change nothing"
+                )
+        return self

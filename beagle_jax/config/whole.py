@@ -1,0 +1,72 @@
+"""The whole config: its sections, and the rules that hold between them."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from beagle_jax.config.data import DataConfig
+from beagle_jax.config.decode import DecodeConfig
+from beagle_jax.config.draft import DraftConfig
+from beagle_jax.config.eval import EvalConfig
+from beagle_jax.config.log import LogConfig
+from beagle_jax.config.mesh import MeshConfig
+from beagle_jax.config.section import Section, refusal, setting
+from beagle_jax.config.stage import EarlyStage, LateStage
+from beagle_jax.config.target import TargetConfig
+from beagle_jax.config.train import TrainConfig
+
+
+class Config(Section):
+    """One file, the same sections for every command."""
+
+    target: TargetConfig = setting(..., "the frozen LLM")
+    draft: DraftConfig = setting(DraftConfig(), "the drafter")
+    data: DataConfig = setting(DataConfig(), "chats to train on")
+    train: TrainConfig = setting(TrainConfig(), "stages, and what they share")
+    mesh: MeshConfig = setting(MeshConfig(), "how training is spread over devices")
+    decode: DecodeConfig = setting(DecodeConfig(), "draft tree, sampling, end of an answer")
+    eval: EvalConfig = setting(EvalConfig(), "what is measured")
+    log: LogConfig = setting(LogConfig(), "what is printed and written while training")
+
+    @model_validator(mode="after")
+    def _check_eagle(self) -> Self:
+        """Settings that only Beagle has a meaning for (training/eagle.py)."""
+        if self.draft.kind != "eagle":
+            return self
+        if self.draft.init == "ridge":
+            raise refusal(
+                "draft.kind is eagle and draft.init is ridge, the closed-form start of a Beagle "
+                "draft; expected normal or the folder of a trained EAGLE draft"
+            )
+        for name, stage in self.train.stages_to_run.items():
+            place = self.train.place_of(name)
+            if isinstance(stage, EarlyStage) and stage.window != 1:
+                raise refusal(
+                    f"draft.kind is eagle and {place}.window is {stage.window}, but EAGLE predicts "
+                    f"the next position only; set {place}.window to 1"
+                )
+            if isinstance(stage, LateStage):
+                wrong, remedy = f"{place}.objective is late", f"set {place}.objective to test_time"
+                if self.train.stages is None:
+                    wrong = "train.late.dense is false"
+                    remedy = "set train.late.dense to true, or train.late to none"
+                raise refusal(
+                    f"draft.kind is eagle and {wrong}, but its late stage, training-time test, "
+                    f"drafts from every position; {remedy}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_measurements(self) -> Self:
+        if 0 < self.log.eval_rows < self.train.batch:
+            raise refusal(
+                f"log.eval_rows is {self.log.eval_rows}, less than train.batch = "
+                f"{self.train.batch}: chats that are kept out are measured in whole batches; raise "
+                "it, or set it to 0"
+            )
+        if self.eval.every and self.decode.tree == "auto":
+            raise refusal(
+                f"eval.every is {self.eval.every} and decode.tree is auto, but a draft that is "
+                "still trained has no tuned tree; set decode.tree to chain, static or dynamic"
+            )
+        return self
