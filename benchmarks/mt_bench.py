@@ -15,7 +15,7 @@ from pathlib import Path
 
 from beagle_jax.commands.evaluate import evaluate
 from beagle_jax.config import load_config
-from beagle_jax.data.chats import json_lines
+from beagle_jax.data.records import json_lines
 from beagle_jax.evaluation.report import table
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from beagle_jax.data.chats import Chat, own_prompts, read_chats
+from beagle_jax.data.chats import Chat, chats_of, own_prompts, read_chats
 from beagle_jax.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -42,7 +42,7 @@ def error_of(source: str) -> str:
         ({"messages": [USER]}, [USER], True),
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER], False),
         ({"messages": [USER, ANSWER, USER]}, [USER, ANSWER, USER], True),
-        ({"messages": [USER | {"name": "x"}]}, [USER], True),
+        ({"messages": [USER | {"name": "x"}]}, [USER | {"name": "x"}], True),
         ({"messages": [{"role": "human", "content": "Hi"}]}, [USER], True),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
@@ -190,8 +190,8 @@ def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
         ),
         ({"conversations": [USER]}, "a message needs 'from' and 'value', found {'role': 'user'"),
         (
-            {"messages": [USER, {"role": "tool", "content": "4"}]},
-            "unknown role 'tool'; expected one of user, human, assistant",
+            {"messages": [USER, {"role": "narrator", "content": "4"}]},
+            "unknown role 'narrator'; expected one of user, human, assistant",
         ),
         (
             {"messages": [{"role": ["user"], "content": "4"}]},
@@ -308,3 +308,118 @@ def test_own_prompts_have_two_splits_and_say_where_they_stand():
     train, held_out = own_prompts("train"), own_prompts("held_out")
     lines = sorted(int(chat.where.removeprefix("prompts.jsonl:")) for chat in [*train, *held_out])
     assert lines == list(range(1, len(train) + len(held_out) + 1))
+
+
+# Rules for what people have
+
+
+def test_roles_of_other_projects_are_mapped(write):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "bard", "value": "Yo"}]
+    (chat,) = read_chats(write({"conversations": turns}))
+    assert chat.messages == (USER, ANSWER)
+
+
+def test_questions_in_a_row_become_one_and_two_answers_have_no_order(write, capsys):
+    good = [{"messages": [USER, ANSWER]}] * 5
+    asked_twice = {"messages": [ANSWER, USER, {"role": "user", "content": "There?"}, ANSWER]}
+    answered_twice = {"messages": [USER, ANSWER, ANSWER]}
+    path = write(*good, asked_twice, answered_twice)
+    chats = read_chats(path)
+    assert chats[-1].messages == ({"role": "user", "content": "Hi\n\nThere?"}, ANSWER)
+    assert [chat.where for chat in chats] == [f"{path}:{line}" for line in range(1, 7)]
+    told = capsys.readouterr().out
+    assert f"left out 1 of 7 records ({path}:7): two answers stand in a row" in told
+
+
+def test_an_empty_answer_is_left_out_counted_and_named(write, capsys):
+    empty = {"messages": [USER, {"role": "assistant", "content": ""}]}
+    path = write(*[{"messages": [USER, ANSWER]}] * 40, *[empty] * 5)
+    assert len(read_chats(path)) == 40
+    told = capsys.readouterr().out
+    assert f"left out 5 of 45 records ({path}:41, {path}:42, {path}:43, ..): 'content'" in told
+    with pytest.raises(UserError, match=r"5 of the 45 records .* data.max_bad_share = 0.1;"):
+        read_chats(path, max_bad_share=0.1)
+
+
+def test_a_source_that_is_mostly_unusable_is_not_read_to_its_end():
+    read = []
+
+    def records():
+        for number in range(5000):
+            read.append(number)
+            yield {"text": "x"}, f"x:{number}"
+
+    with pytest.raises(UserError, match=r"x:0: the keys are text; .* data.max_bad_share"):
+        list(chats_of(records(), "x"))
+    assert len(read) == 1000
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_message(write, key):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    path = write(
+        {key: "Be brief", "conversations": turns},
+        {key: "Be brief", "messages": [SYSTEM, USER, ANSWER]},
+        {key: "", "messages": [USER, ANSWER]},
+        {key: "Be brief", "prompt": "Hi"},
+    )
+    found = [chat.messages for chat in read_chats(path)]
+    assert found == [
+        (SYSTEM, USER, ANSWER),
+        (SYSTEM, USER, ANSWER),
+        (USER, ANSWER),
+        (SYSTEM, USER),
+    ]
+
+
+def test_a_system_column_that_contradicts_the_chat_is_left_out(write):
+    record = {"system": "Be long", "messages": [SYSTEM, USER, ANSWER]}
+    assert "'system' and the chat's first system message differ" in error_of(write(record))
+
+
+def test_what_templates_read_is_kept(write):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    thinking = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
+    result = {"role": "tool", "content": "4", "name": "add", "tool_call_id": None}
+    (chat,) = read_chats(
+        write({"messages": [USER, call, result, thinking], "tools": '[{"name": "add"}]'})
+    )
+    assert chat.messages[1] == call | {"content": ""}
+    assert chat.messages[2] == {"role": "tool", "content": "4", "name": "add"}
+    assert chat.messages[3] == thinking and chat.variables == {"tools": [{"name": "add"}]}
+
+
+def test_answers_of_weight_0_are_marked(write):
+    second = [USER, ANSWER | {"weight": 1}]
+    (chat,) = read_chats(write({"messages": [USER, ANSWER | {"weight": 0}, *second]}))
+    assert chat.untrained == {1} and "weight" not in chat.messages[1]
+    (chat,) = read_chats(write({"messages": [USER, ANSWER | {"train": False}, *second]}))
+    assert chat.untrained == {1}
+    assert "weight of a message is 0.5" in error_of(
+        write({"messages": [USER, ANSWER | {"weight": 0.5}]})
+    )
+
+
+def test_text_in_parts_is_joined_and_pictures_are_not_text(write):
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    (chat,) = read_chats(write({"messages": [{"role": "user", "content": parts}, ANSWER]}))
+    assert chat.messages == (USER, ANSWER)
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    assert "must be a non-empty string" in error_of(
+        write({"messages": [{"role": "user", "content": picture}]})
+    )
+
+
+def test_keys_that_are_not_read_are_named_once(write, capsys):
+    path = write(*[{"prompt": "Hi", "id": 1, "score": 2}] * 3)
+    assert len(read_chats(path)) == 3
+    assert capsys.readouterr().out.count("not read") == 1
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.jsonl", "list.json"])
+def test_byte_order_marks_line_ends_and_lines_in_a_json_file(tmp_path, name):
+    lines = [json.dumps({"prompt": text}) for text in ("a", "b")]
+    text = "[" + ",".join(lines) + "]" if name == "list.json" else "\r\n".join(lines) + "\r\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    chats = read_chats(str(tmp_path / name))
+    assert [chat.messages[0]["content"] for chat in chats] == ["a", "b"]

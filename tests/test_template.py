@@ -6,11 +6,11 @@ it.
 """
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from beagle_jax.data.chats import Chat
-from beagle_jax.data.template import Row, chat_row, prompt_tokens, user_header
+from beagle_jax.data.chats import BadRecord, Chat
+from beagle_jax.data.template import Row, chat_rows, prompt_tokens, template_reads, user_header
 from beagle_jax.errors import UserError
 
 CHATML = (
@@ -72,7 +72,8 @@ def check(tokenizer, row: Row, text: str, marks: str) -> None:
 
 
 def row_of(tokenizer, asked: Chat, eos_ids=None) -> Row:
-    return chat_row(tokenizer, asked, [tokenizer.eos_token_id] if eos_ids is None else eos_ids)
+    (row,) = chat_rows(tokenizer, asked, [tokenizer.eos_token_id] if eos_ids is None else eos_ids)
+    return row
 
 
 def test_the_answer_and_its_stop_token_are_supervised(tokenizer):
@@ -171,30 +172,116 @@ def test_user_header_ends_where_the_question_begins(tokenizer, using):
     assert spell(tokenizer, user_header(tokenizer)) == "<system/Be brief>/<user/"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, using):
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(tokenizer, using):
+    """As Qwen3's, which drops the thinking of earlier turns."""
     using(
         CHATML.replace(
             "m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"
         )
     )
     assert row_of(tokenizer, chat("Hi", "Yo!")).supervised.count(True) == 4
-    with pytest.raises(
-        UserError, match=r"chats.jsonl:7: the chat template renders message 2 differently"
-    ):
-        row_of(tokenizer, chat("Hi", "Yo!", "a", "b"))
+    first, second = chat_rows(tokenizer, chat("Hi", "Yo!", "a", "b"), [tokenizer.eos_token_id])
+    check(tokenizer, first, "<user/Hi>/<assistant/Yo!>/", ".....................^^^^.")
+    check(
+        tokenizer,
+        second,
+        "<user/Hi>/<assistant/...>/<user/a>/<assistant/b>/",
+        "." * 46 + "^^.",
+    )
 
 
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(tokenizer, using):
     using(CHATML.replace("assistant\n", "assistant\n<think>\n"))
-    with pytest.raises(
-        UserError, match=r"chats.jsonl:7: the chat template renders message 2 differently"
-    ):
+    with pytest.raises(BadRecord, match="renders an answer differently than its generation prompt"):
         row_of(tokenizer, chat("Hi", "Yo!"))
 
 
 def test_a_chat_without_an_answer_is_refused(tokenizer):
-    with pytest.raises(UserError, match=r"chats.jsonl:7: no token of this chat is supervised"):
+    with pytest.raises(BadRecord, match="no token is supervised"):
         row_of(tokenizer, chat("Hi"))
+
+
+MERGING = r"\s*[\r\n]+|[^\r\n]+"
+
+
+def merging_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """One that joins two line ends, and a space with the H after it, into one token."""
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u010a\u010a", "\u0120H"]
+    model = Tokenizer(
+        models.BPE(
+            vocab={name: number for number, name in enumerate(names)},
+            merges=[("\u010a", "\u010a"), ("\u0120", "H")],
+        )
+    )
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(MERGING), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=template,
+    )
+
+
+SPACED = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "merged"), [(CHATML, "\nHello", "\n\n"), (SPACED, "Hello", " H")]
+)
+def test_a_token_that_reaches_over_the_border_is_supervised(template, answer, merged):
+    tokenizer = merging_tokenizer(template)
+    row = row_of(tokenizer, chat("x", answer))
+    first = row.supervised.index(True)
+    assert tokenizer.decode(row.tokens[first]) == merged
+    after = merged.replace(" ", "").removeprefix("\n") + tokenizer.decode(row.tokens[first + 1 :])
+    assert after.startswith(answer)
+    supervised = [token for token, flag in zip(row.tokens, row.supervised, strict=True) if flag]
+    assert tokenizer.decode(supervised[1:]) == tokenizer.decode(supervised)[len(merged) :]
+    assert supervised[-1] == tokenizer.eos_token_id
+
+
+def test_what_the_template_reads_is_rendered_and_weight_0_is_not_supervised(tokenizer, using):
+    using(
+        CHATML.replace(
+            "{{ m['content'] }}",
+            "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m['content'] }}"
+            "{% if tools %}[{{ tools[0].name }}]{% endif %}",
+        )
+    )
+    assert {"reasoning_content", "tools"} <= template_reads(tokenizer)
+    assert "documents" not in template_reads(tokenizer)
+    messages = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "reasoning_content": "e"},
+    )
+    asked = Chat(messages, "x:1", untrained=frozenset({1}), variables={"tools": [{"name": "t"}]})
+    check(
+        tokenizer,
+        row_of(tokenizer, asked),
+        "<user/a[t]>/<assistant/b[t]>/<user/c[t]>/<assistant/(e)d[t]>/",
+        "." * 52 + "^^^^^^^^.",
+    )
+
+
+def test_of_several_named_templates_the_default_is_used(tokenizer, using):
+    using({"default": CHATML, "tool_use": "x"})
+    assert (
+        spell(tokenizer, prompt_tokens(tokenizer, chat("Hi").messages)) == "<user/Hi>/<assistant/"
+    )
+    using({"tool_use": "x", "rag": "y"})
+    with pytest.raises(UserError, match=r"several chat templates .* \(tool_use, rag\)"):
+        prompt_tokens(tokenizer, chat("Hi").messages)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer, using):

@@ -1,24 +1,25 @@
-"""Reads prompts and chats from JSON files. Knows nothing of tokenizers or models.
+"""Chats of a source: the forms that records have, and the rules that make chats of them.
 
-A line of a .jsonl file, an entry of a .json file (one list, as ShareGPT is handed around) or a
-record of a dataset
-(data/hub.py) is one of
-    {"messages": [{"role": "user", "content": "..."}, ...]}             chat, as OpenAI and Hugging
-    Face write it
-    {"conversations": [{"from": "human", "value": "..."}, ...]}         chat, as ShareGPT writes it
-    {"turns": ["...", ...]}                                             user turns; the first is the
-    prompt, the rest come later
-    {"prompt": "..."}                                                   a prompt
-A chat that ends with the user waits for the target's answer; one that ends with the assistant is
-used as it is.
+Knows nothing of tokenizers or models. A record is one of
+
+    {"messages": [{"role": "user", "content": ".."}, ..]}      as OpenAI and Hugging Face write it
+    {"conversations": [{"from": "human", "value": ".."}, ..]}  as ShareGPT writes it
+    {"turns": ["..", ..]}    user turns: the first is the prompt, the others come later
+    {"prompt": ".."}         a prompt
+
+and may have `system` (or `system_prompt`), `tools` and `documents` beside it. A chat that ends with
+the user, or with a tool's result, waits for the target's answer.
+
+Rules (method.md 5.1): roles that other projects use are mapped (`human`, `gpt`, ..). Answers before
+the first question are dropped. User messages in a row become one, joined by an empty line. A record
+that still teaches nothing or has no order is left out and counted; the first few are named, and
+above a share of them the reading ends (`data.max_bad_share`).
 """
 
-import gzip
 import json
 import random
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import dropwhile, zip_longest
 from pathlib import Path
@@ -26,9 +27,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from beagle_jax.data.records import file_records
 from beagle_jax.errors import UserError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and what else the chat template may read
+
+MAX_BAD_SHARE = 0.2  # default of data.max_bad_share
+_EARLY_LOOK = 1000  # records after which a source that is mostly unusable need not be read further
+_NAMED = 3  # records of each fault that are named
 
 _ROLES = {
     "user": "user",
@@ -36,25 +42,47 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "system": "system",
+    "tool": "tool",
+    "prompter": "user",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
+    "observation": "tool",
 }
 _FORMS = 'expected "messages", "conversations", "turns" or "prompt"'
+_SYSTEM = ("system", "system_prompt")
+_FOR_TEMPLATE = ("tools", "documents")
+_READ = (
+    *("messages", "conversations", "turns", "prompt", "category", "kind"),
+    *_SYSTEM,
+    *_FOR_TEMPLATE,
+)
+NO_QUESTION = "no question"
+
+
+class BadRecord(Exception):
+    """A record that teaches nothing or has no order; the message says why."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in order, and where they were read, for error messages."""
+    """Messages in order, and where they were read."""
 
     messages: tuple[Message, ...]
     where: str  # file:line, or the place in its source
     kind: str = ""  # category of the prompt, if the file names one
-    later: tuple[
-        str, ...
-    ] = ()  # what the user says next, once the target has answered; only evaluation asks it
+    later: tuple[str, ...] = ()  # what the user says next; only evaluation asks it
+    untrained: frozenset[int] = frozenset()  # answers, by index of the message, of weight 0
+    variables: Mapping[str, Any] = field(default_factory=dict)  # tools, documents, for the template
 
     @property
     def waits_for_answer(self) -> bool:
-        """The last word is the user's."""
-        return self.messages[-1]["role"] == "user"
+        """The last message is not the assistant's."""
+        return self.messages[-1]["role"] != "assistant"
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -63,22 +91,26 @@ class Chat:
         return self.messages[: roles.index("assistant")] if "assistant" in roles else self.messages
 
 
-def read_chats(source: str) -> list[Chat]:
-    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder's .jsonl[.gz] files: shuffled
-    and taken in turn.
+def read_chats(source: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Chat]:
+    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder of .jsonl[.gz] files.
 
-    Raises UserError naming file and line for anything that is not a chat.
+    A folder's files are shuffled and taken in turn. Raises UserError naming file and line for a
+    file that cannot be read, or that holds too many unusable records.
     """
     path = local_source(source)
     if path.is_dir():
-        files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+        files = [
+            file
+            for file in sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+            if not file.name.startswith("._")  # what macOS leaves beside files on other disks
+        ]
         if not files:
             raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
         # In turn, so that a token budget takes from every file, and shuffled, as files are often
         # sorted by kind.
-        in_turn = zip_longest(*(_shuffled(_read_file(file)) for file in files))
+        in_turn = zip_longest(*(_shuffled(_read_file(file, max_bad_share)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
-    return _read_file(path)
+    return _read_file(path, max_bad_share)
 
 
 def local_source(source: str) -> Path:
@@ -112,161 +144,249 @@ def _shuffled(chats: list[Chat]) -> list[Chat]:
     return chats
 
 
-def _read_file(path: Path) -> list[Chat]:
-    records = _entries(path) if path.suffix == ".json" else json_lines(path)
-    chats = list(chats_of(records, str(path)))
+def _read_file(path: Path, max_bad_share: float) -> list[Chat]:
+    chats = list(chats_of(file_records(path), str(path), max_bad_share))
     if not chats:
         raise UserError(f"{path}: the file holds no chats")
     return chats
 
 
-def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every line of a .jsonl[.gz] file that is not blank. Raises UserError
-    naming file and line.
+class LeftOut:
+    """Counts the records of a source that are left out, by fault, and ends a source of too many."""
+
+    def __init__(self, source: str, max_bad_share: float, report: Callable[[str], object]):
+        self._source, self._max_bad_share, self._report = source, max_bad_share, report
+        self._places: dict[str, list[str]] = {}  # fault -> first places
+        self._counts: dict[str, int] = {}
+        self.seen = 0
+
+    def add(self, fault: str, where: str) -> None:
+        """Counts one record of the `seen`."""
+        self._counts[fault] = self._counts.get(fault, 0) + 1
+        places = self._places.setdefault(fault, [])
+        if len(places) < _NAMED:
+            places.append(where)
+        if self.seen >= _EARLY_LOOK:
+            self.check()
+
+    def check(self) -> None:
+        """Raises UserError if more than the allowed share is left out.
+
+        Conversations without a question do not count: ShareGPT cuts long chats anywhere.
+        """
+        faults = {fault: n for fault, n in self._counts.items() if fault != NO_QUESTION}
+        bad = sum(faults.values())
+        if bad > self._max_bad_share * self.seen:
+            first = next(iter(faults))
+            raise UserError(
+                f"{self._places[first][0]}: {first}; {bad} of the {self.seen} records read from "
+                f"{self._source} cannot be used, more than data.max_bad_share = "
+                f"{self._max_bad_share:g}; mend the file, or raise it to leave them out"
+            )
+
+    def tell(self) -> None:
+        """Reports what was left out, once."""
+        counts, self._counts = self._counts, {}
+        if no_question := counts.pop(NO_QUESTION, 0):
+            self._report(
+                f"{self._source}: left out {no_question} of {self.seen} conversations, which hold "
+                "no question"
+            )
+        for fault, count in counts.items():
+            named = ", ".join(self._places[fault]) + (", .." if count > _NAMED else "")
+            self._report(
+                f"{self._source}: left out {count} of {self.seen} records ({named}): {fault}"
+            )
+
+
+def chats_of(
+    records: Iterable[tuple[Any, str]], source: str, max_bad_share: float = MAX_BAD_SHARE
+) -> Iterator[Chat]:
+    """The chats of records, each with its place; unusable ones are left out, counted and named.
+
+    Raises UserError when more than `max_bad_share` of the records is unusable.
     """
-    number = 0
+    left_out, unread = LeftOut(source, max_bad_share, tqdm.write), set()
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield (
-                        _json(line.decode("utf-8").rstrip(), f"{path}:{number}"),
-                        f"{path}:{number}",
-                    )
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}:{number + 1}: cannot be read ({error}); is the file whole?"
-        ) from error
-
-
-def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every entry of a file that is one JSON list."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    records = _json(text, str(path))
-    if not isinstance(records, list):
-        raise UserError(
-            f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
-            "name a file of one chat a line .jsonl"
-        )
-    yield from ((record, f"{path}, entry {number}") for number, record in enumerate(records, 1))
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
-        raise UserError(f"{where}: cannot be read ({error})") from error
-
-
-def chats_of(records: Iterable[tuple[Any, str]], source: str) -> Iterator[Chat]:
-    """The chats of records, each with its place; those without a question are left out and
-    counted.
-    """
-    count = left_out = 0
-    for record, where in records:
-        count += 1
-        chat = _chat(record, where)
-        if chat is None:
-            left_out += 1
-        else:
+        for record, where in records:
+            left_out.seen += 1
+            try:
+                chat = _chat(record, where)
+            except BadRecord as error:
+                left_out.add(str(error), where)
+                continue
+            if new := {key for key in record if key not in _READ} - unread:
+                unread |= new
+                tqdm.write(f"{where}: not read: {', '.join(sorted(map(str, new)))}")
             yield chat
-    if left_out:
-        tqdm.write(
-            f"{source}: left out {left_out} of {count} conversations, which hold no question"
-        )
+        left_out.check()
+    finally:
+        left_out.tell()
 
 
-def _chat(record: Any, where: str) -> Chat | None:
-    """The chat of a record; None for a ShareGPT conversation that is empty or holds only answers
-    (method.md 5.1).
-    """
+def _chat(record: Any, where: str) -> Chat:
+    """The chat of a record. Raises BadRecord."""
     if not isinstance(record, dict):
-        raise UserError(f"{where}: the line is a {type(record).__name__}, not an object; {_FORMS}")
-    record = {key: value for key, value in record.items() if value is not None or key == "prompt"}
-    later: list[Message] = []
+        raise BadRecord(f"the line is a {type(record).__name__}, not an object; {_FORMS}")
+    kept = {key: value for key, value in record.items() if value is not None or key == "prompt"}
+    messages, later = _messages(kept)
+    messages = _with_system(messages, kept)
+    if "conversations" in kept and not any(message["role"] == "user" for message in messages):
+        raise BadRecord(NO_QUESTION)
+    messages = _ordered(messages)
+    untrained = {index for index, message in enumerate(messages) if not _trained(message)}
+    return Chat(
+        tuple(_without_weight(message) for message in messages),
+        where,
+        str(kept.get("category", kept.get("kind", ""))),
+        tuple(later),
+        frozenset(index for index in untrained if messages[index]["role"] == "assistant"),
+        {key: _json_value(kept[key], key) for key in _FOR_TEMPLATE if kept.get(key)},
+    )
+
+
+def _messages(record: dict[str, Any]) -> tuple[list[Message], list[str]]:
+    """Messages of a record in any form, and the user's later turns."""
     if "messages" in record:
-        messages = [
-            _message(item, "role", "content", where)
-            for item in _nonempty_list(record, "messages", where)
-        ]
-    elif "conversations" in record:
-        turns = [
-            _message(item, "from", "value", where) for item in _list(record, "conversations", where)
-        ]
-        # ShareGPT cuts long chats anywhere; leading answers have no question (method.md 5.1).
-        messages = list(dropwhile(lambda message: message["role"] == "assistant", turns))
-        if not any(message["role"] == "user" for message in messages):
-            return None
-    elif "turns" in record:
-        turns = [
-            _message({"role": "user", "content": text}, "role", "content", where)
-            for text in _nonempty_list(record, "turns", where)
-        ]
-        messages, later = turns[:1], turns[1:]
-    elif "prompt" in record:
-        messages = [
-            _message({"role": "user", "content": record["prompt"]}, "role", "content", where)
-        ]
-    else:
-        raise UserError(f"{where}: the keys are {', '.join(record) or 'none'}; {_FORMS}")
-    if not any(message["role"] == "user" for message in messages):
-        raise UserError(f"{where}: the chat has no user message")
-    if messages[-1]["role"] == "system":
-        raise UserError(f"{where}: the chat ends with a system message; expected user or assistant")
-    kind = str(record.get("category", record.get("kind", "")))
-    return Chat(tuple(messages), where, kind, tuple(turn["content"] for turn in later))
+        items = _nonempty_list(record, "messages")
+        return [_message(item, "role", "content") for item in items], []
+    if "conversations" in record:
+        items = _list(record, "conversations")
+        return [_message(item, "from", "value") for item in items], []
+    if "turns" in record:
+        turns = [_user(text) for text in _nonempty_list(record, "turns")]
+        return turns[:1], [turn["content"] for turn in turns[1:]]
+    if "prompt" in record:
+        return [_user(record["prompt"])], []
+    raise BadRecord(f"the keys are {', '.join(map(str, record)) or 'none'}; {_FORMS}")
 
 
-def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:
-    if not isinstance(record[key], list):
-        raise UserError(f"{where}: {key!r} must be a list")
-    return record[key]
+def _user(text: Any) -> Message:
+    return _message({"role": "user", "content": text}, "role", "content")
 
 
-def _nonempty_list(record: dict[str, Any], key: str, where: str) -> list[Any]:
-    if not (value := _list(record, key, where)):
-        raise UserError(f"{where}: {key!r} must have at least one entry")
+def _with_system(messages: list[Message], record: dict[str, Any]) -> list[Message]:
+    """The record's own system text as the first message."""
+    given = [key for key in _SYSTEM if record.get(key)]
+    if not given:
+        return messages
+    text = record[given[0]]
+    if len(given) > 1 and record[given[1]] != text:
+        raise BadRecord(f"{given[0]!r} and {given[1]!r} differ; one of them must go")
+    first = _message({"role": "system", "content": text}, "role", "content")
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != first["content"]:
+            raise BadRecord(f"{given[0]!r} and the chat's first system message differ")
+        return messages
+    return [first, *messages]
+
+
+def _ordered(messages: list[Message]) -> list[Message]:
+    """The messages in an order that a chat template takes. Raises BadRecord if there is none."""
+    opening = [message for message in messages[:1] if message["role"] == "system"]
+    # Leading answers have no question.
+    rest = list(dropwhile(lambda message: message["role"] == "assistant", messages[len(opening) :]))
+    joined: list[Message] = list(opening)
+    for message in rest:
+        last = joined[-1] if joined else None
+        if last and last["role"] == message["role"] == "user" and _plain(last) and _plain(message):
+            joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+            continue
+        if last and last["role"] == message["role"] == "assistant" and not last.get("tool_calls"):
+            raise BadRecord("two answers stand in a row")
+        joined.append(message)
+    if not any(message["role"] == "user" for message in joined):
+        raise BadRecord("the chat has no user message")
+    if joined[-1]["role"] == "system":
+        raise BadRecord("the chat ends with a system message; expected user or assistant")
+    return joined
+
+
+def _plain(message: Message) -> bool:
+    return set(message) == {"role", "content"}
+
+
+def _list(record: dict[str, Any], key: str) -> list[Any]:
+    value = _json_value(record[key], key)
+    if not isinstance(value, list):
+        raise BadRecord(f"{key!r} must be a list")
     return value
 
 
-def _message(item: Any, role_key: str, text_key: str, where: str) -> Message:
+def _json_value(value: Any, key: str) -> Any:
+    """A list or object, also where it is written as a string of JSON, as some datasets have it."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{key!r} is text that is not JSON") from error
+
+
+def _nonempty_list(record: dict[str, Any], key: str) -> list[Any]:
+    if not (value := _list(record, key)):
+        raise BadRecord(f"{key!r} must have at least one entry")
+    return value
+
+
+def _message(item: Any, role_key: str, text_key: str) -> Message:
+    """A message with `role` and `content`, and with what else it says but nulls."""
     if not isinstance(item, dict) or role_key not in item or text_key not in item:
-        raise UserError(
-            f"{where}: a message needs {role_key!r} and {text_key!r}, found {item!r:.80}"
-        )
-    if not isinstance(item[role_key], str) or item[role_key] not in _ROLES:
-        raise UserError(
-            f"{where}: unknown role {item[role_key]!r}; expected one of {', '.join(_ROLES)}"
-        )
-    if not isinstance(item[text_key], str) or not item[text_key].strip():
-        raise UserError(f"{where}: {text_key!r} of a message must be a non-empty string")
-    check_text(item[text_key], where)
-    return {"role": _ROLES[item[role_key]], "content": item[text_key]}
+        raise BadRecord(f"a message needs {role_key!r} and {text_key!r}, found {item!r:.80}")
+    role = item[role_key]
+    if not isinstance(role, str) or role.strip().lower() not in _ROLES:
+        raise BadRecord(f"unknown role {role!r}; expected one of {', '.join(_ROLES)}")
+    content = _joined_parts(item[text_key])
+    spoken = any(item.get(key) for key in ("tool_calls", "reasoning_content"))
+    if content is None and spoken:
+        content = ""
+    if not isinstance(content, str) or not (content.strip() or spoken):
+        raise BadRecord(f"{text_key!r} of a message must be a non-empty string")
+    _check_unicode(content)
+    more = {
+        key: value
+        for key, value in item.items()
+        if key not in (role_key, text_key) and value is not None
+    }
+    return {"role": _ROLES[role.strip().lower()], "content": content, **more}
 
 
-def check_text(text: Any, where: str) -> None:
-    """Raises UserError for what no tokenizer takes: no string, or half a character, as in JSON that
-    was cut inside of one.
-    """
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the text of a message is {text!r:.80}; expected a string")
+def _joined_parts(content: Any) -> Any:
+    """Text that is given in parts, as OpenAI's clients write it, as one string."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            return content
+        if not isinstance(part.get("text"), str):
+            return content
+    return "".join(part["text"] for part in content)
+
+
+def _trained(message: Message) -> bool:
+    """False for weight 0 or `train: false`. Raises BadRecord for weights between."""
+    weight = message.get("weight", message.get("train", 1))
+    if weight not in (0, 1):
+        raise BadRecord(f"the weight of a message is {weight!r}; expected 0 or 1")
+    return bool(weight)
+
+
+def _without_weight(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key not in ("weight", "train")}
+
+
+def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: the text of a message is not Unicode ({error}); take half characters "
-            "out of it"
-        ) from error
+        raise BadRecord(f"the text of a message is not Unicode ({error})") from error
+
+
+def check_text(text: Any, where: str) -> None:
+    """Raises UserError for what no tokenizer takes: no string, or half a character."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the text of a message is {text!r:.80}; expected a string")
+    try:
+        _check_unicode(text)
+    except BadRecord as error:
+        raise UserError(f"{where}: {error}; take half characters out of it") from error

@@ -6,10 +6,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.data.chats import Chat, local_source, read_chats
+from beagle_jax.data.chats import MAX_BAD_SHARE, BadRecord, Chat, LeftOut, local_source, read_chats
 from beagle_jax.data.folder import is_claimed
 from beagle_jax.data.hub import hub_chats
-from beagle_jax.data.template import Row, chat_row, prompt_tokens
+from beagle_jax.data.template import (
+    Row,
+    TemplateRefusal,
+    chat_rows,
+    prompt_tokens,
+    template_reads,
+)
 from beagle_jax.errors import UserError
 
 
@@ -40,48 +46,102 @@ def source_rows(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
 ) -> Iterator[Row]:
-    """One row of each chat that can teach something; a row without supervised tokens waits for the
-    target's answer.
+    """Rows of the chats that can teach something, in order.
 
-    Says what it leaves out: prompts that are too long, and chats without an answer before the cut.
+    A row without supervised tokens waits for the target's answer. Says what is left out and what
+    the template does not read. Raises UserError when more than the allowed share is left out.
     """
-    prompts = too_long = given = unanswered = 0
-    for chat in chats:
-        if chat.waits_for_answer or config.answers == "regenerate":
-            prompts += 1
-            messages = chat.messages if config.answers == "keep" else chat.question
-            tokens = prompt_tokens(tokenizer, messages, chat.where)
-            if len(tokens) <= config.max_prompt_tokens:
-                yield Row(tokens, [False] * len(tokens))
+    left_out = LeftOut(config.source, MAX_BAD_SHARE, tqdm.write)
+    unread = _Unread(tokenizer)
+    length = _Lengths(config)
+    try:
+        for chat in chats:
+            left_out.seen += 1
+            unread.look(chat)
+            try:
+                rows = _rows_of(config, chat, tokenizer, eos_ids)
+            except BadRecord as error:
+                left_out.add(str(error), chat.where)
+            except TemplateRefusal as error:
+                left_out.add(error.reason, chat.where)
             else:
-                too_long += 1
-        else:
-            given += 1
-            row = chat_row(tokenizer, chat, eos_ids)
-            row = Row(
-                row.tokens[: config.max_chat_tokens], row.supervised[: config.max_chat_tokens]
+                yield from length.fitting(rows)
+        left_out.check()
+    finally:
+        left_out.tell()
+    length.tell()
+
+
+def _rows_of(
+    config: DataConfig, chat: Chat, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
+) -> list[Row]:
+    """The rows of one chat, of any length."""
+    if not chat.waits_for_answer and config.answers == "keep":
+        return chat_rows(tokenizer, chat, eos_ids)
+    messages = chat.messages if config.answers == "keep" else chat.question
+    tokens = prompt_tokens(tokenizer, messages, chat.where, chat.variables)
+    return [Row(tokens, [False] * len(tokens))]
+
+
+class _Unread:
+    """Names once each field of the messages that the chat template does not read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._reads = template_reads(tokenizer) | {"role", "content"}
+        self._named: set[str] = set()
+
+    def look(self, chat: Chat) -> None:
+        fields = {*chat.variables, *(field for message in chat.messages for field in message)}
+        if new := fields - self._reads - self._named:
+            self._named |= new
+            tqdm.write(
+                f"{chat.where}: the target's chat template does not read {', '.join(sorted(new))}; "
+                "it is not in the text"
             )
+
+
+class _Lengths:
+    """Leaves out prompts that are too long, and cuts chats; counts both."""
+
+    def __init__(self, config: DataConfig):
+        self._config = config
+        self._prompts = self._too_long = self._given = self._unanswered = 0
+
+    def fitting(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows within `data.max_prompt_tokens` or cut at `data.max_chat_tokens`."""
+        limit = self._config.max_chat_tokens
+        for row in rows:
+            if not any(row.supervised):
+                self._prompts += 1
+                if len(row.tokens) <= self._config.max_prompt_tokens:
+                    yield row
+                else:
+                    self._too_long += 1
+                continue
+            self._given += 1
+            row = Row(row.tokens[:limit], row.supervised[:limit])
             if any(row.supervised[:-1]):  # the last position predicts nothing
                 yield row
             else:
-                unanswered += 1
-    if too_long:
-        tqdm.write(
-            f"left out {too_long} of {prompts} prompts longer than {config.max_prompt_tokens} "
-            "tokens"
-        )
-    if unanswered:
-        tqdm.write(
-            f"left out {unanswered} of {given} chats without an answer in their first "
-            f"{config.max_chat_tokens} tokens"
-        )
-    if prompts and too_long == prompts and not given:
-        raise UserError(
-            f"data.max_prompt_tokens is {config.max_prompt_tokens}, but every prompt is "
-            "longer; raise it"
-        )
-    if given and unanswered == given and not prompts:
-        raise UserError(
-            f"data.max_chat_tokens is {config.max_chat_tokens}, but every answer begins later; "
-            "raise it"
-        )
+                self._unanswered += 1
+
+    def tell(self) -> None:
+        """Reports what was left out. Raises UserError if that was everything."""
+        longest, cut = self._config.max_prompt_tokens, self._config.max_chat_tokens
+        if self._too_long:
+            tqdm.write(
+                f"left out {self._too_long} of {self._prompts} prompts longer than {longest} tokens"
+            )
+        if self._unanswered:
+            tqdm.write(
+                f"left out {self._unanswered} of {self._given} chats without an answer in their "
+                f"first {cut} tokens"
+            )
+        if self._prompts and self._too_long == self._prompts and not self._given:
+            raise UserError(
+                f"data.max_prompt_tokens is {longest}, but every prompt is longer; raise it"
+            )
+        if self._given and self._unanswered == self._given and not self._prompts:
+            raise UserError(
+                f"data.max_chat_tokens is {cut}, but every answer begins later; raise it"
+            )

@@ -1,18 +1,27 @@
-"""From chats to tokens through the target's chat template, and which tokens are supervised
-(method.md 5.2).
-"""
+"""Chats as tokens through the target's chat template, and which are supervised (method.md 5.2)."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.data.chats import Chat, Message, check_text
+from beagle_jax.data.chats import BadRecord, Chat, Message, check_text
 from beagle_jax.errors import UserError
 
 # Stands in for a user's text while the template's header is cut out.
 _MARK = "\u2603beagle\u2603"
+
+
+class TemplateRefusal(UserError):
+    """The target's chat template refuses messages."""
+
+    def __init__(self, where: str, error: str):
+        self.reason = f"the target's chat template refuses these messages ({error})"
+        super().__init__(f"{where}: {self.reason}")
 
 
 class Row(NamedTuple):
@@ -28,58 +37,108 @@ def supervised_tokens(rows: Iterable[Row]) -> int:
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "prompt"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str = "prompt",
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Tokens up to where the assistant's answer begins. `where` is named in the message of an
-    error.
+    """Tokens up to where the assistant's answer begins.
+
+    where: named in the message of an error. variables: what the template reads beside the messages
+    (tools, documents, enable_thinking, ..).
     """
-    return _render(tokenizer, messages, True, where)
+    text = render(tokenizer, messages, True, where, variables)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def chat_row(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[int]) -> Row:
-    """Tokens and supervision of a chat with answers. Raises UserError naming file and line.
+def chat_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    eos_ids: Sequence[int],
+    variables: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Tokens and supervision of a chat with answers: one row, or one for each answer.
 
     An answer's span is what the template adds after the generation prompt, up to its last stop
-    token. That needs each prefix of the chat to render as a prefix of the whole; a template that
-    rewrites earlier turns is refused.
+    token; a token that begins before the span and ends in it counts. Where the template renders an
+    answer differently once the chat goes on (Qwen3 drops earlier thinking), each answer has a row
+    of its own, as it was rendered when it was the last. Raises BadRecord for a chat that teaches
+    nothing.
     """
-    tokens = _render(tokenizer, chat.messages, False, chat.where)
-    supervised = [False] * len(tokens)
-    for index, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, chat.messages[:index], True, chat.where)
-        through = _render(tokenizer, chat.messages[: index + 1], False, chat.where)
-        if through[: len(before)] != before or tokens[: len(through)] != through:
-            raise UserError(
-                f"{chat.where}: the chat template renders message {index + 1} differently "
-                "inside the whole chat than at its end, so the answer's tokens cannot be told "
-                "apart; use a template without such rewriting"
-            )
-        span = range(len(before), len(through))
-        stops = [position for position in span if through[position] in eos_ids]
-        end = stops[-1] + 1 if stops else len(through)
-        supervised[len(before) : end] = [True] * (end - len(before))
-    if not any(supervised):
-        raise UserError(
-            f"{chat.where}: no token of this chat is supervised (no assistant text); the draft "
-            "learns nothing from it"
+    spans = [
+        _span(tokenizer, chat, index, variables)
+        for index, message in enumerate(chat.messages)
+        if message["role"] == "assistant" and index not in chat.untrained
+    ]
+    whole = render(tokenizer, chat.messages, False, chat.where, _variables(chat, variables))
+    if all(whole.startswith(span.text) for span in spans):
+        rows = [_row(tokenizer, whole, spans, eos_ids)]
+    else:
+        rows = [_row(tokenizer, span.text, [span], eos_ids) for span in spans]
+    rows = [row for row in rows if any(row.supervised)]
+    if not rows:
+        raise BadRecord("no token is supervised (no assistant text), so a draft learns nothing")
+    return rows
+
+
+class _Span(NamedTuple):
+    """An answer in the text of the chat up to it: characters begin .. end of the text."""
+
+    text: str
+    begin: int
+
+
+def _variables(chat: Chat, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(variables or {}), **chat.variables}
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    index: int,
+    variables: Mapping[str, Any] | None,
+) -> _Span:
+    """The answer that message `index` is, as it is rendered when it is the last."""
+    known = _variables(chat, variables)
+    before = render(tokenizer, chat.messages[:index], True, chat.where, known)
+    through = render(tokenizer, chat.messages[: index + 1], False, chat.where, known)
+    if not through.startswith(before):
+        raise BadRecord(
+            "the chat template renders an answer differently than its generation prompt begins "
+            "it, so the answer's tokens cannot be told apart"
         )
+    return _Span(through, len(before))
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span], eos_ids: Sequence[int]
+) -> Row:
+    """Tokens of the text; those of the spans are supervised, each up to its last stop token."""
+    tokens, ends = _tokens_and_ends(tokenizer, text)
+    supervised = [False] * len(tokens)
+    for span in spans:
+        first, last = bisect_right(ends, span.begin), bisect_right(ends, len(span.text))
+        stops = [place for place in range(first, last) if tokens[place] in eos_ids]
+        last = stops[-1] + 1 if stops else last
+        supervised[first:last] = [True] * (last - first)
     return Row(tokens, supervised)
 
 
+def _tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Token ids, and the character at which each ends (never less than the one before)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = accumulate((end for _, end in encoded["offset_mapping"]), max)
+    return list(encoded["input_ids"]), list(ends)
+
+
 def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of the template up to where the user's text begins: what makes the target invent a
-    prompt.
+    """Tokens of the template up to where the user's text begins.
+
+    The target goes on from them with a prompt that it makes up.
     """
-    _render(
-        tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self"
-    )  # refuses an unusable template
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
-    head, found, _ = text.partition(_MARK)
-    if not found:
+    text = render(tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self")
+    head, mark, _ = text.partition(_MARK)
+    if not mark:
         raise UserError(
             "the chat template does not contain the user's text unchanged; data.source: self "
             "needs that"
@@ -87,27 +146,63 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(head, add_special_tokens=False)
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     add_generation_prompt: bool,
     where: str,
-) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the target's tokenizer has no chat template; use an instruction-tuned model"
-        )
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The messages as the target's chat template writes them.
+
+    Raises UserError for a template that is missing, or that refuses these messages.
+    """
+    template = _template(tokenizer)
     for message in messages:
         check_text(message.get("content"), where)
     try:
-        encoded = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             list(messages),
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=True,
+            tokenize=False,
+            **(variables or {}),
         )
     except TemplateError as error:
+        raise TemplateRefusal(where, str(error)) from error
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template; of several named ones the default."""
+    template = tokenizer.chat_template
+    if template is None:
         raise UserError(
-            f"{where}: the target's chat template refuses these messages ({error})"
-        ) from error
-    return list(encoded["input_ids"])
+            "the target's tokenizer has no chat template; use an instruction-tuned model"
+        )
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise UserError(
+                "the target's tokenizer has several chat templates and none is the default "
+                f"({', '.join(template)}); keep one in the model's folder as chat_template.jinja"
+            )
+        return template["default"]
+    return template
+
+
+def template_reads(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Names of variables and fields that the template reads anywhere."""
+    tree = Environment(extensions=[_Generation]).parse(_template(tokenizer))
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    names |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    fields = [node.arg for node in tree.find_all(nodes.Getitem)]
+    return frozenset(names | {field.value for field in fields if isinstance(field, nodes.Const)})
+
+
+class _Generation(Extension):
+    """Parses the marks that transformers adds to templates."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.data.chats import Chat, json_lines, own_prompts, read_chats
+from beagle_jax.data.chats import Chat, own_prompts, read_chats
+from beagle_jax.data.records import json_lines
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.errors import UserError
 

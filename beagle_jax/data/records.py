@@ -1,0 +1,86 @@
+"""Records of JSON files, each with its place. Knows nothing of chats."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from beagle_jax.errors import UserError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def file_records(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every chat of a file: a list in .json, else one record a line.
+
+    A .json file with a record on each line is read as lines. Raises UserError naming file and line
+    for what is not JSON.
+    """
+    return _entries(path) if path.suffix == ".json" else json_lines(path)
+
+
+def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every line of a .jsonl[.gz] file that is not blank.
+
+    Raises UserError naming file and line.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield _json(line.decode("utf-8").rstrip(), where), where
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path}:{number + 1}: cannot be read ({error}); is the file whole?"
+        ) from error
+
+
+def _entries(path: Path) -> Iterator[tuple[Any, str]]:
+    """Record and place of every entry of a file that is one JSON list."""
+    try:
+        text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if _holds_lines(text):
+        yield from json_lines(path)
+        return
+    records = _json(text, str(path))
+    if not isinstance(records, list):
+        raise UserError(
+            f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
+            "name a file of one chat a line .jsonl"
+        )
+    yield from ((record, f"{path}, entry {number}") for number, record in enumerate(records, 1))
+
+
+def _holds_lines(text: str) -> bool:
+    """True if the first line that is not blank is a whole JSON object, and more follows."""
+    first, _, rest = text.strip().partition("\n")
+    if not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
+    # A number of thousands of digits; thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({error})") from error
