@@ -95,7 +95,7 @@ def test_planted_bug_every_file_is_the_model(tmp_path, beside, monkeypatch):
     monkeypatch.setattr(hf, "model_files", lambda folder: sorted(folder.glob("*.safetensors")))
     whole(tmp_path)
     BESIDE[beside](tmp_path)
-    with pytest.raises(UserError, match="extra tensor norm.weight"):
+    with pytest.raises(UserError, match=r"extra tensor norm.weight"):
         fill_params(SPEC, HFFolder(tmp_path), jnp.dtype("float32"), "here")
 
 

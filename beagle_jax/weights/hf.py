@@ -66,19 +66,34 @@ class HFTokenizer:
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config.json if there is one, else config.json."""
-        generation = self.path / "generation_config.json"
-        found = read_json(generation, "").get("eos_token_id") if generation.exists() else None
-        found = self.config().get("eos_token_id") if found is None else found
-        if found is None:
+        ids = generation_eos_ids(self.path)
+        if ids is None:
+            ids = _eos_ids(self.config(), self.path)
+        if ids is None:
             raise UserError(
                 f"{self.path}: neither generation_config.json nor config.json names eos_token_id"
             )
-        found = found if isinstance(found, list) else [found]
-        if not all(type(token) is int and token >= 0 for token in found):
-            raise UserError(
-                f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them"
-            )
-        return tuple(found)
+        return ids
+
+
+def generation_eos_ids(folder: Path) -> tuple[int, ...] | None:
+    """Ids that a folder's generation_config.json says end an answer; None when it says nothing, or
+    is not there.
+    """
+    path = folder / "generation_config.json"
+    return _eos_ids(read_json(path, ""), folder) if path.exists() else None
+
+
+def _eos_ids(config: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
+    told = config.get("eos_token_id")
+    if told is None:
+        return None
+    ids = told if isinstance(told, list) else [told]
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(
+            f"{folder}: eos_token_id is {ids}; expected a token's id, or a list of them"
+        )
+    return tuple(ids)
 
 
 def _check_sentencepiece(path: Path) -> None:
