@@ -212,6 +212,19 @@ def test_rope_freqs_are_llama_3_s_scaling(tmp_path, monkeypatch):
         check(path, model)
 
 
+def test_the_config_of_rope_freqs_is_one_that_transformers_computes(tmp_path):
+    """A folder of `convert to-jax` holds it, and its tokenizer is read through it."""
+    _, model = made("llama", rope_parameters=LLAMA3)
+    extra = {"rope_freqs.weight": factors_of(model)}
+    path, _ = written(tmp_path, "llama", {"rope_parameters": LLAMA3}, extra=extra)
+    config = GGUFFile(path).config()
+    same = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    same.load_state_dict(model.state_dict())
+    np.testing.assert_allclose(torch_logits(same), torch_logits(model), atol=1e-4, rtol=0)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(path).tokenizer.get_vocab() == letters().get_vocab()
+
+
 def test_rope_freqs_of_ones_are_none(tmp_path):
     ones = {"rope_freqs.weight": np.ones(4, np.float32)}
     path, model = written(tmp_path, "llama", extra=ones)
@@ -277,8 +290,9 @@ def test_parts_of_two_models_are_refused(tmp_path):
     first, second = (sorted((tmp_path / name).glob("*.gguf")) for name in "ab")
     assert len(first) == len(second) == 2
     second[1].replace(first[1])
-    with pytest.raises(UserError, match=r"the parts hold \d+ tensors, and split.tensors.count is"):
-        GGUFFile(first[0])
+    letters().save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"the weights do not fit the config|stands in two parts"):
+        load(first[0])
 
 
 # Ends of answers

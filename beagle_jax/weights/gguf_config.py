@@ -145,6 +145,9 @@ def _rope(name: str, metadata: Metadata, factors: np.ndarray | None) -> dict[str
             "short_factor": listed,
             "long_factor": listed,
             "attention_factor": 1.0,
+            # Transformers wants these as well; with one list for all lengths they change nothing.
+            "factor": 1.0,
+            "original_max_position_embeddings": metadata.need(f"{name}.context_length"),
         }
     if linear:
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}

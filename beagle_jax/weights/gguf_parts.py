@@ -32,9 +32,10 @@ def part_paths(path: Path) -> list[Path]:
     return paths
 
 
-def check_parts(parts: Sequence[Metadata], tensors: int) -> None:
-    """Raises UserError unless the parts say of themselves what their names do. tensors: how many
-    all parts hold.
+def check_parts(parts: Sequence[Metadata]) -> None:
+    """Raises UserError unless the parts say of themselves what their names do.
+
+    Their split.tensors.count is not looked at: every tensor is held against the config by its name.
     """
     for number, part in enumerate(parts):
         told = part.get("split.no", 0), part.get("split.count", 1) or 1
@@ -44,9 +45,3 @@ def check_parts(parts: Sequence[Metadata], tensors: int) -> None:
                 f"name part {number + 1} of {len(parts)}; give the parts the names that they were "
                 f"written under, NAME-{told[0] + 1:05d}-of-{told[1]:05d}.gguf, {_MERGE}"
             )
-    expected = parts[0].get("split.tensors.count", tensors)
-    if expected != tensors:
-        raise UserError(
-            f"{parts[0].path}: the parts hold {tensors} tensors, and split.tensors.count is "
-            f"{expected}; are they parts of one model? Download them again"
-        )
