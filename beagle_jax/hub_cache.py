@@ -11,7 +11,7 @@ _PREFIXES = ("models--", "datasets--")
 
 
 def snapshot_folder(path: Path, setting: str) -> Path:
-    """The snapshot that a repository's folder of the hub cache stands for, or the path itself.
+    """The snapshot that a repository's folder of the hub cache stands for; other paths unchanged.
 
     That is the commit which `refs/main` names, or the only one there. setting: the name of the
     setting that gave the path, for messages. Raises UserError when no snapshot, or no single one,

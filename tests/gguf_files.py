@@ -102,3 +102,99 @@ def write_llama(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+# Any model of transformers, as llama.cpp's converter lays it out
+
+
+def write_model(path: Path, architecture: str, model, metadata=(), leave_out=(), extra=(), **split):
+    """Writes a model of transformers. Names are those of the gguf package's own table.
+
+    metadata: more keys, {key without architecture: value}, that replace the usual ones. leave_out:
+    keys, and names of tensors, that the file lacks. extra: more tensors. split: of GGUFWriter.
+    """
+    config = model.config
+    keys = _keys(architecture, config) | dict(metadata)
+    writer = gguf.GGUFWriter(path, architecture, **split)
+    for key, value in keys.items():
+        if key not in leave_out:
+            _add(writer, key if key.startswith(_GLOBAL) else f"{architecture}.{key}", value)
+    for name, array in (_converted(architecture, model) | dict(extra)).items():
+        if name not in leave_out:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+_GLOBAL = ("tokenizer.", "general.", "split.")
+
+
+def _keys(architecture: str, config) -> dict:
+    """What the converter writes for each of these architectures."""
+    rope = config.rope_parameters
+    full = rope.get("full_attention", rope)
+    keys = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(full["rope_theta"]),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [chr(ord("!") + i) for i in range(config.vocab_size)],
+        "tokenizer.ggml.token_type": [1] * config.vocab_size,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    if getattr(config, "head_dim", None):
+        keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if full.get("rope_type") == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(full["factor"])}
+    if architecture == "llama":
+        keys["rope.dimension_count"] = keys.get(
+            "attention.key_length", config.hidden_size // config.num_attention_heads
+        )
+    if architecture == "gemma2":
+        keys["attn_logit_softcapping"] = config.attn_logit_softcapping
+        keys["final_logit_softcapping"] = config.final_logit_softcapping
+    if architecture in ("gemma2", "gemma3"):
+        keys["attention.sliding_window"] = config.sliding_window
+    return keys
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value) -> None:
+    if isinstance(value, list):
+        if value:  # the package writes no empty array
+            writer.add_array(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+def _converted(architecture: str, model) -> dict[str, np.ndarray]:
+    """GGUF name -> values as the converter changes them."""
+    config, tensors = model.config, {}
+    arch = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.numpy().astype(np.float32)
+        part = name.rpartition(".")[0]
+        if architecture == "llama" and part.endswith((".q_proj", ".k_proj")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = _interleave(array.reshape(len(array), -1), heads).reshape(array.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        tensors[names.get_name(name, (".weight", ".bias"))] = np.ascontiguousarray(array)
+    return tensors

@@ -106,11 +106,11 @@ def test_broken_gguf_files(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(UserError, match=r"broken.gguf: not a readable GGUF file"):
         GGUFFile(tmp_path / "broken.gguf")
-    write_llama(tmp_path / "other.gguf", llama_tensors(), architecture="qwen2")
-    with pytest.raises(UserError, match="architecture is 'qwen2'"):
+    write_llama(tmp_path / "other.gguf", llama_tensors(), architecture="falcon")
+    with pytest.raises(UserError, match="architecture is 'falcon'"):
         GGUFFile(tmp_path / "other.gguf")
-    write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="llama-bpe")
-    with pytest.raises(UserError, match="tokenizer 'gpt2'/'llama-bpe' cannot be rebuilt"):
+    write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="deepseek-llm")
+    with pytest.raises(UserError, match="tokenizer 'gpt2'/'deepseek-llm' cannot be rebuilt"):
         GGUFFile(tmp_path / "pre.gguf").tokenizer()
 
 
@@ -121,7 +121,7 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")
     (tmp_path / "other").mkdir()
-    write_llama(tmp_path / "other" / "pre.gguf", llama_tensors(), pre="llama-bpe")
+    write_llama(tmp_path / "other" / "pre.gguf", llama_tensors(), pre="deepseek-llm")
     with pytest.raises(
         UserError,
         match=r"put the model's tokenizer files .* beside it, or use its Hugging Face folder",

@@ -59,7 +59,9 @@ def test_an_index_that_fits_changes_nothing(tmp_path):
 
 def test_a_table_of_angles_is_listed_and_not_read(tmp_path):
     held = shards()
-    held[FIRST]["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    held[FIRST]["model.layers.0.self_attn.rotary_emb.inv_freq"] = (
+        1e4 ** (-np.arange(0, 16, 2) / 16)
+    ).astype(np.float32)
     loaded(written(tmp_path, held, weight_map(held)))
 
 

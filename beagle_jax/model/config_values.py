@@ -2,8 +2,7 @@
 `model/families.py`'s to know.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from beagle_jax.errors import UserError
@@ -15,51 +14,118 @@ _NEEDED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_COUNTS = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
-_NUMBERS = ("rope_theta", "rms_norm_eps", "partial_rotary_factor")
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-_NAMES = ("model_type", "hidden_act", "rope_type", "type")
+_COUNTS = (
+    *_NEEDED,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "sliding_window_pattern",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
+_NUMBERS = (
+    "rope_theta",
+    "rms_norm_eps",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+_SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "norm_topk_prob",
+    "use_bidirectional_attention",
+)
+_NAMES = ("model_type", "hidden_act", "hidden_activation", "rope_type", "type")
 _ROPE = ("rope_parameters", "rope_scaling")
+_LAYER_KINDS = ("full_attention", "sliding_attention")  # Gemma 3 has rope_parameters of each
 _ROPE_NUMBERS = (
     "factor",
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
-    *_NUMBERS,
+    "attention_factor",
+    "rope_theta",
+    "partial_rotary_factor",
 )
+_ROPE_LISTS = ("short_factor", "long_factor")
+# Where null says something of its own: no window, no cap, or sizes that follow from others. The
+# families read it; a missing key stands for the family's default.
+_NULL_MEANS = (
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+_QUANTISED = ("quantization_config", "compression_config")
 _MOST_LAYERS = 10_000  # a table of all tensors is made before any is read
+_LARGEST = 2**31  # of a count
+_LARGEST_NUMBER = 3e38  # float32's
+
+
+def given_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without keys that are null, for which a default stands; see _NULL_MEANS."""
+    return {
+        key: given_values(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None or key in _NULL_MEANS
+    }
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
     """Raises UserError naming the keys whose values cannot be what they stand for. null stands for
     no value.
     """
+    for key in _QUANTISED:
+        if config.get(key):
+            method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
+            raise UserError(
+                f"{where}: the model config has {key} ({method or config[key]!r}); this version "
+                "reads weights in float32, float16 or bfloat16; use the original model, and "
+                "target.quantize to make it smaller"
+            )
     problems = [f"{key} is null" for key in _NEEDED if key in config and config[key] is None]
-    problems += _wrong(
-        config, _COUNTS, lambda value: type(value) is int and value > 0, "a whole number above zero"
-    )
+    problems += _wrong(config, _COUNTS, _is_count, "a whole number above zero")
     problems += _wrong(config, _NUMBERS, _is_positive, "a number above zero")
     problems += _wrong(config, _SWITCHES, lambda value: isinstance(value, bool), "true or false")
     problems += _wrong(config, _NAMES, lambda value: isinstance(value, str), "a name")
-    problems += _wrong(config, _ROPE, lambda value: isinstance(value, Mapping), "an object")
+    problems += _wrong(config, ("max_window_layers",), _is_index, "a whole number from zero")
+    problems += _wrong(config, ("layer_types",), _list_of(_is_name), "a list of names")
+    problems += _wrong(config, ("mlp_only_layers",), _list_of(_is_index), "a list of layers")
     for key in _ROPE:
-        if isinstance(config.get(key), Mapping):
-            problems += [
-                f"{key}.{one}"
-                for one in _wrong(config[key], _ROPE_NUMBERS, _is_positive, "a number above zero")
-            ]
-            problems += [
-                f"{key}.{one}"
-                for one in _wrong(
-                    config[key], _NAMES, lambda value: isinstance(value, str), "a name"
-                )
-            ]
+        problems += _wrong_rope(config, key)
     if not problems:
         problems = _contradictions(config)
     if problems:
         raise UserError(
             f"{where}: the model config cannot be right: {'; '.join(problems)}; is its file whole?"
         )
+
+
+def _wrong_rope(config: Mapping[str, Any], key: str) -> list[str]:
+    """Problems of a part of the config that describes the rotary embedding, and of those in it."""
+    problems = _wrong(config, (key,), lambda value: isinstance(value, Mapping), "an object")
+    rope = config.get(key)
+    if problems or rope is None:
+        return problems
+    inner = _wrong(rope, _ROPE_NUMBERS, _is_positive, "a number above zero")
+    inner += _wrong(rope, _NAMES, _is_name, "a name")
+    inner += _wrong(rope, _ROPE_LISTS, _list_of(_is_positive), "a list of numbers above zero")
+    for kind in _LAYER_KINDS:
+        inner += _wrong_rope(rope, kind)
+    low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+    if not inner and low is not None and high is not None and low >= high:
+        inner.append(f"low_freq_factor is {low}, expected less than high_freq_factor ({high})")
+    return [f"{key}.{problem}" for problem in inner]
 
 
 def _contradictions(config: Mapping[str, Any]) -> list[str]:
@@ -87,4 +153,20 @@ def _wrong(config: Mapping[str, Any], keys: tuple[str, ...], fits, expected: str
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < _LARGEST_NUMBER
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < _LARGEST
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.experts import Experts
-from beagle_jax.model.layers import RopeScaling
+from beagle_jax.model.layers import RopeFactors, RopeScaling
 
 Config = Mapping[str, Any]
 
@@ -111,6 +111,7 @@ _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -188,7 +189,9 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
     return found
 
 
-def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScaling | None]:
+def _rope(
+    config: Config, family: _Family, where: str
+) -> tuple[float, RopeScaling | RopeFactors | None]:
     """Base and scaling of the rotary embedding, in layers without a window if the two kinds
     differ.
     """
@@ -209,8 +212,29 @@ def _rope(config: Config, family: _Family, where: str) -> tuple[float, RopeScali
             f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)"
         )
     theta = float(rope.get("rope_theta", config.get("rope_theta", family.theta)))
+    if kind == "longrope":
+        return theta, _rope_factors(config, rope, where)
     values = [float(rope[key]) for key in _ROPE_KEYS[kind]]
     return theta, RopeScaling(*values) if values else None
+
+
+def _rope_factors(config: Config, rope: Config, where: str) -> RopeFactors:
+    """The factors of longrope, where short and long texts have the same and scores keep their
+    scale.
+    """
+    factors = tuple(map(float, rope["short_factor"]))
+    if rope["long_factor"] != rope["short_factor"] or rope.get("attention_factor") != 1.0:
+        raise UserError(
+            f"{where}: rope type 'longrope' is not supported with long_factor other than "
+            "short_factor, or attention_factor other than 1.0"
+        )
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if len(factors) != head_dim // 2:
+        raise UserError(
+            f"{where}: short_factor has {len(factors)} numbers, expected {head_dim // 2}, one "
+            "per rotary pair"
+        )
+    return RopeFactors(factors)
 
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:

@@ -48,21 +48,38 @@ class RopeScaling(NamedTuple):
     original_positions: float | None = None  # tokens; None: linear
 
 
+class RopeFactors(NamedTuple):
+    """What each rotary frequency is divided by, [H / 2] numbers. Hashable."""
+
+    factors: tuple[float, ...]
+
+
 def rope_tables(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | RopeFactors | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in
     float32.
     """
-    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None:
-        frequency = _scaled(frequency, scaling)
+    frequency = rope_frequencies(head_dim, theta, scaling)
     # float32 angles: bfloat16 would round position 257 to 256.
     angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
         frequency, range(positions.ndim)
     )
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | RopeFactors | None = None
+) -> jax.Array:
+    """Angle per position of each rotary pair, float32 [H / 2], in radians."""
+    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if isinstance(scaling, RopeFactors):
+        return frequency / jnp.asarray(scaling.factors, jnp.float32)
+    return frequency if scaling is None else _scaled(frequency, scaling)
 
 
 def _scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:

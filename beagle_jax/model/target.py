@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.cache import KVRows, empty_rows
-from beagle_jax.model.config_values import check_values
+from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
 from beagle_jax.model.layers import (
+    RopeFactors,
     RopeScaling,
     apply_rope,
     merge_attention,
@@ -63,7 +64,7 @@ class TargetSpec:
     qk_norm: bool = (
         False  # each head's queries and keys pass a norm of their own before they are rotated
     )
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | RopeFactors | None = None
     windows: tuple[
         int | None, ...
     ] = ()  # per layer: how many tokens back a token sees, itself included; None: all
@@ -86,7 +87,7 @@ class TargetSpec:
         compute.
         """
         check_values(config, where)
-        return cls(**read_config(config, where))
+        return cls(**read_config(given_values(config), where))
 
     @property
     def shortest_window(self) -> int | None:

@@ -22,6 +22,9 @@ from beagle_jax.weights.model_files import (
 )
 from beagle_jax.weights.safetensors_file import Place, places
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # compared at a time
+
 
 class HFTokenizer:
     """The part of a model folder that is not weights: config.json, tokenizer files,
@@ -39,36 +42,58 @@ class HFTokenizer:
         """The folder's tokenizer."""
         if (self.path / "tokenizer.model").exists() and not (self.path / "tokenizer.json").exists():
             _check_sentencepiece(self.path / "tokenizer.model")
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import (
             AutoTokenizer,
         )  # here, since it imports torch where that is installed: two seconds
 
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
+        except StrictDataclassError as error:  # config.json, which is read on the way
+            raise UserError(
+                f"{self.path / 'config.json'}: transformers cannot read it "
+                f"({' '.join(str(error).split())}); correct that value in the file"
+            ) from error
         except Exception as error:
-            # tokenizers raises bare Exceptions; the last two of the others stand for valid JSON
-            # that is no tokenizer.
+            # tokenizers raises bare Exceptions; the last ones of the others stand for valid JSON
+            # that is no tokenizer, or no config.
             if type(error) is not Exception and not isinstance(
-                error, OSError | ValueError | KeyError | TypeError
+                error,
+                OSError | ValueError | KeyError | TypeError | AttributeError | ArithmeticError,
             ):
                 raise
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
 
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config.json if there is one, else config.json."""
-        generation = self.path / "generation_config.json"
-        found = read_json(generation, "").get("eos_token_id") if generation.exists() else None
-        found = self.config().get("eos_token_id") if found is None else found
-        if found is None:
+        ids = generation_eos_ids(self.path)
+        if ids is None:
+            ids = _eos_ids(self.config(), self.path)
+        if ids is None:
             raise UserError(
                 f"{self.path}: neither generation_config.json nor config.json names eos_token_id"
             )
-        found = found if isinstance(found, list) else [found]
-        if not all(type(token) is int and token >= 0 for token in found):
-            raise UserError(
-                f"{self.path}: eos_token_id is {found}; expected a token's id, or a list of them"
-            )
-        return tuple(found)
+        return ids
+
+
+def generation_eos_ids(folder: Path) -> tuple[int, ...] | None:
+    """Ids that a folder's generation_config.json says end an answer; None when it says nothing, or
+    is not there.
+    """
+    path = folder / "generation_config.json"
+    return _eos_ids(read_json(path, ""), folder) if path.exists() else None
+
+
+def _eos_ids(config: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
+    told = config.get("eos_token_id")
+    if told is None:
+        return None
+    ids = told if isinstance(told, list) else [told]
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(
+            f"{folder}: eos_token_id is {ids}; expected a token's id, or a list of them"
+        )
+    return tuple(ids)
 
 
 def _check_sentencepiece(path: Path) -> None:
@@ -107,6 +132,33 @@ class HFFolder(HFTokenizer):
                 file=sys.stderr,
             )
 
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json, untied where the files hold a head of their own."""
+        config = super().config()
+        if config.get("tie_word_embeddings") is not False and self._has_own_head:
+            config["tie_word_embeddings"] = False
+        return config
+
+    @cached_property
+    def _has_own_head(self) -> bool:
+        """Whether there is an lm_head.weight of other values than the embedding. Transformers
+        computes with it, whatever tie_word_embeddings says.
+        """
+        head, embedding = (self._by_name.get(name) for name in (_HEAD, _EMBEDDING))
+        if head is None or embedding is None:
+            return False
+        if head.shape != embedding.shape:
+            return True
+        return not all(
+            np.array_equal(
+                *(
+                    place.read((slice(start, start + _ROWS), slice(None)), np.dtype(np.float32))
+                    for place in (head, embedding)
+                )
+            )
+            for start in range(0, head.shape[0], _ROWS)
+        )
+
     @cached_property
     def places(self) -> list[tuple[str, Place]]:
         """Every tensor and where it lies, file by file.
@@ -117,13 +169,7 @@ class HFFolder(HFTokenizer):
         found = {file.name: places(file) for file in self._files}
         if (self.path / INDEX).exists():
             check_index(self.path / INDEX, found)
-        # A table that old checkpoints stored; recomputed from rope_theta.
-        return [
-            (name, place)
-            for held in found.values()
-            for name, place in held.items()
-            if not name.endswith("rotary_emb.inv_freq")
-        ]
+        return [(name, place) for held in found.values() for name, place in held.items()]
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a name is there twice if two files hold it."""

@@ -6,6 +6,7 @@ nothing is filled in.
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
+from beagle_jax.model.layers import rope_frequencies
 from beagle_jax.model.target import Params, TargetSpec, param_arrays, param_table
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.gguf import GGUFFile
@@ -50,6 +52,7 @@ class Target:
         return self.params["embed_VD"].dtype
 
 
+_ANGLES = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
 Source = GGUFFile | HFFolder | OrbaxFolder
 
 
@@ -188,7 +191,7 @@ def fill_params(
     devices hold; nothing else is read (but a GGUF tensor is dequantised whole). Raises UserError
     listing every missing, extra, doubled and misshapen tensor before the first is read.
     """
-    _check_tensors(spec, source.shapes(), where)
+    _check_tensors(spec, source, where)
     arrays = param_arrays(spec)
     params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     total = sum(math.prod(shape) for shape, _ in arrays.values()) * dtype.itemsize
@@ -235,19 +238,21 @@ def _read_array(
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
-def _check_tensors(
-    spec: TargetSpec, found: Sequence[tuple[str, tuple[int, ...]]], where: str
-) -> None:
+def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
     """Raises UserError listing all that does not fit."""
     table, problems, seen = param_table(spec), [], set()
-    for name, shape in found:
-        if name not in table:
-            if not (
-                spec.tie_embeddings and name == "lm_head.weight"
-            ):  # some files store the tied head a second time
-                problems.append(f"extra tensor {name} {list(shape)}")
-        elif name in seen:
+    for name, shape in source.shapes():
+        if name in seen:
             problems.append(f"{name} stands in two files")
+        elif match := _ANGLES.fullmatch(name):
+            if int(match[1] or 0) >= spec.num_layers:
+                problems.append(f"extra tensor {name} {list(shape)}")
+            elif not _is_rotary_table(spec, source, name, shape):
+                problems.append(f"{name} holds other frequencies than those of the config")
+        elif name not in table:
+            # Some files store the tied head a second time.
+            if not (spec.tie_embeddings and name == "lm_head.weight"):
+                problems.append(f"extra tensor {name} {list(shape)}")
         elif shape != table[name][1]:
             problems.append(f"{name} has shape {list(shape)}, expected {list(table[name][1])}")
         seen.add(name)
@@ -261,3 +266,22 @@ def _check_tensors(
         raise UserError(
             f"{where}: the weights do not fit the config ({len(problems)} tensors):\n  {listed}"
         )
+
+
+def _is_rotary_table(spec: TargetSpec, source: Weights, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored table of rotary frequencies is the one that the config stands for.
+
+    Old checkpoints have one in each layer, most of them before scaling. It is computed and never
+    loaded; bfloat16 is the coarsest dtype that it is stored in.
+    """
+    if shape != (spec.head_dim // 2,):
+        return False
+    stored = source.read(name, (slice(None),), np.dtype(np.float32))
+    thetas = {spec.rope_theta, spec.local_rope_theta or spec.rope_theta}
+    return any(
+        np.allclose(
+            stored, rope_frequencies(spec.head_dim, theta, scaling), rtol=2**-8, atol=2**-23
+        )
+        for theta in thetas
+        for scaling in {None, spec.rope_scaling}
+    )

@@ -1,0 +1,79 @@
+"""The metadata of a GGUF file: values by key, each of the type that the reader of it needs."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from beagle_jax.errors import UserError
+
+
+class Metadata:
+    """Keys and values of one file. Raises UserError naming the file and the key."""
+
+    def __init__(self, path: Path, reader: gguf.GGUFReader):
+        self.path, self._reader = path, reader
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or what stands for it where the file lacks it."""
+        field = self._reader.get_field(key)
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except ValueError as error:  # bytes that are no UTF-8
+            raise UserError(
+                f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the "
+                "file again"
+            ) from error
+
+    def need(self, key: str) -> Any:
+        """The value of a key that every file has."""
+        value = self.get(key)
+        if value is None:
+            raise UserError(
+                f"{self.path}: GGUF metadata lacks {key!r}; use a file made by llama.cpp's "
+                "converter"
+            )
+        return value
+
+    def list(self, key: str) -> list[Any]:
+        """The value of a key that holds a list."""
+        value = self.need(key)
+        if not isinstance(value, list):
+            raise UserError(
+                f"{self.path}: GGUF metadata {key!r} is {value!r}, expected a list; download "
+                "the file again"
+            )
+        return value
+
+    def uniform(self, key: str, default: Any = None) -> Any:
+        """A value that may be given layer by layer, where all layers have the same."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return value
+        if not value or any(item != value[0] for item in value):
+            raise UserError(
+                f"{self.path}: GGUF metadata {key!r} differs from layer to layer ({value}), which "
+                "this version does not compute"
+            )
+        return value[0]
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A number, or the default."""
+        value = self.get(key, default)
+        if value is not None and type(value) not in (int, float):
+            raise UserError(f"{self.path}: GGUF metadata {key!r} is {value!r}, expected a number")
+        return value
+
+    def token_id(self, name: str, count: int) -> int | None:
+        """The id of a special token (`eos`, `bos`, ..) among `count`; None where the file names
+        none.
+        """
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < count):
+            raise UserError(
+                f"{self.path}: {key} is {value!r}, and there are {count} tokens; download it again"
+            )
+        return value
