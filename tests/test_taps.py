@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from test_families import family
+from family_cases import family
 
 from beagle_jax.model import target as target_module
 from beagle_jax.model.cache import visible_slots, write_all

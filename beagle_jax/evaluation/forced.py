@@ -22,9 +22,8 @@ def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
     """The target's states of a text [L, D], after the final norm; L is padded to a power of two,
     with rubbish at the end.
     """
-    return _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)])).states_BTD[
-        0
-    ]
+    read = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
+    return read.states_BTD[0]
 
 
 def _padded(tokens: Sequence[int]) -> jax.Array:
