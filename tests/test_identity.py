@@ -39,6 +39,7 @@ def test_what_decides_each_result():
         "answer_tokens",
         "streaming",
         "states",
+        "max_bad_share",
     }
     assert set(Identity.of(CONFIG.eval, "tau").values) == {
         "eval.suites",
@@ -52,6 +53,7 @@ def test_what_decides_each_result():
         "target.shape",
         "draft.path",
         "data.batch",
+        "data.max_bad_share",
         "train.folder",
         "train.checkpoint_every",
         "train.accept_changes",

@@ -12,6 +12,7 @@ from beagle_jax.data.share import Share, this_process
 from beagle_jax.data.source import check_source, source_chats, source_rows
 from beagle_jax.data.states import stored_dtype
 from beagle_jax.data.template import supervised_tokens
+from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import configured_target, open_source
 
@@ -47,8 +48,14 @@ def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
     """The first rows of the source as they would be trained on, and the same as figures. Loads no
     weights.
     """
-    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
-    tokenizer = opened.tokenizer()
+    settings = config.target
+    opened = open_source(settings.source, Path(settings.cache_dir).expanduser())
+    tokenizer = choose_template(
+        opened.tokenizer(),
+        settings.chat_template,
+        dict(settings.template_variables),
+        settings.source,
+    )
     chats = own_prompts("train") if config.data.source == "self" else source_chats(config.data)
     rows = list(islice(source_rows(config.data, chats, tokenizer, opened.eos_ids()), count))
     figures = [

@@ -84,6 +84,12 @@ class DataConfig(Section):
     # A folder of sampled text is used with another batch all the same: what is there stays valid.
     batch: int = setting(64, "answers written at once", ge=1)
     seed: int = setting(0, "of sampling and of the order of prompts", affects=("text", "stage"))
+    max_bad_share: Number = setting(
+        0.2,
+        "share of a source's records that may be unusable; they are left out, counted and named",
+        ge=0,
+        le=1,
+    )
     states: Literal["disk", "online"] = setting(
         "disk",
         "the target's states: computed once and read back, or anew in every training step",

@@ -221,6 +221,8 @@ def _values(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
+        if arguments[0] == tuple[str, Any]:
+            return "mapping"
         return f"list of {_values(arguments[0], ())}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "stages"

@@ -1,8 +1,26 @@
 """Section `target`: the frozen LLM."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
 
 from beagle_jax.config.section import Section, setting
+
+
+def _pairs(value: Any) -> Any:
+    """A mapping, or a list of pairs, as pairs: a config is hashable."""
+    items = value.items() if isinstance(value, dict) else value
+    if not isinstance(items, Iterable):
+        return value
+    return tuple(tuple(item) if isinstance(item, list) else item for item in items)
+
+
+Pairs = Annotated[
+    tuple[tuple[str, Any], ...],
+    BeforeValidator(_pairs),
+    WithJsonSchema({"type": "object", "additionalProperties": True}),
+]
 
 
 class TargetConfig(Section):
@@ -35,4 +53,15 @@ class TargetConfig(Section):
         "a config.json for `plan`, which then needs nothing of the source (configs/shapes has "
         "some)",
         path="input",
+    )
+    chat_template: str | None = setting(
+        None,
+        "null: the target's own; none: text as it is; the name of one of several; or a file",
+        affects=("stage", "answers"),
+        path="input",
+    )
+    template_variables: Pairs = setting(
+        (),
+        "what the chat template reads beside the messages, for example enable_thinking: false",
+        affects=("stage", "answers"),
     )

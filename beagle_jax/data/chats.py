@@ -206,7 +206,8 @@ def chats_of(
 
     Raises UserError when more than `max_bad_share` of the records is unusable.
     """
-    left_out, unread = LeftOut(source, max_bad_share, tqdm.write), set()
+    left_out = LeftOut(source, max_bad_share, tqdm.write)
+    unread: set[str] = set()
     try:
         for record, where in records:
             left_out.seen += 1

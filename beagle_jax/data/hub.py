@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.data.chats import Chat, chats_of
+from beagle_jax.data.chats import MAX_BAD_SHARE, Chat, chats_of
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
 
 
-def hub_chats(name: str, split: str, streaming: bool) -> Iterator[Chat]:
+def hub_chats(
+    name: str, split: str, streaming: bool, max_bad_share: float = MAX_BAD_SHARE
+) -> Iterator[Chat]:
     """Chats of `org/name[@revision]`, or of a folder of data files or of `save_to_disk`, in the
     dataset's own order.
 
@@ -25,7 +27,7 @@ def hub_chats(name: str, split: str, streaming: bool) -> Iterator[Chat]:
     """
     where = f"hf:{name}[{split}]"
     dataset = _load(name, split, streaming)
-    return chats_of(_records(dataset, where), where)
+    return chats_of(_records(dataset, where), where, max_bad_share)
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:

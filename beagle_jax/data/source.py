@@ -6,7 +6,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.data.chats import MAX_BAD_SHARE, BadRecord, Chat, LeftOut, local_source, read_chats
+from beagle_jax.data.chats import BadRecord, Chat, LeftOut, local_source, read_chats
 from beagle_jax.data.folder import is_claimed
 from beagle_jax.data.hub import hub_chats
 from beagle_jax.data.template import (
@@ -24,8 +24,10 @@ def source_chats(config: DataConfig) -> Iterable[Chat]:
     that cannot be read.
     """
     if config.source.startswith("hf:"):
-        return hub_chats(config.source.removeprefix("hf:"), config.split, config.streaming)
-    return read_chats(config.source)
+        return hub_chats(
+            config.source.removeprefix("hf:"), config.split, config.streaming, config.max_bad_share
+        )
+    return read_chats(config.source, config.max_bad_share)
 
 
 def check_source(config: DataConfig) -> None:
@@ -51,7 +53,7 @@ def source_rows(
     A row without supervised tokens waits for the target's answer. Says what is left out and what
     the template does not read. Raises UserError when more than the allowed share is left out.
     """
-    left_out = LeftOut(config.source, MAX_BAD_SHARE, tqdm.write)
+    left_out = LeftOut(config.source, config.max_bad_share, tqdm.write)
     unread = _Unread(tokenizer)
     length = _Lengths(config)
     try:

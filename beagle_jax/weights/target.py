@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from beagle_jax.hub_cache import snapshot_folder
 from beagle_jax.model.layers import rope_frequencies
 from beagle_jax.model.target import Params, TargetSpec, param_arrays, param_table
 from beagle_jax.sharding import target_sharding
+from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
@@ -100,6 +101,8 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
         mesh,
         quantize=config.quantize,
         group_size=config.group_size,
+        chat_template=config.chat_template,
+        template_variables=dict(config.template_variables),
     )
 
 
@@ -111,16 +114,19 @@ def load_target(
     *,
     quantize: str = "none",
     group_size: int = 64,
+    chat_template: str | None = None,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> Target:
     """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over
     the mesh if there is one.
 
-    quantize, group_size: as in `TargetConfig`; what it saved and what it cost is printed. Not with
-    a mesh.
+    quantize, group_size, chat_template, template_variables: as in `TargetConfig`; what it saved and
+    what it cost is printed. Not with a mesh.
     """
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the weights, which take long
+    choose_template(tokenizer, chat_template, template_variables or {}, source)
     check_vocabulary(tokenizer, spec.vocab_size, source)
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
     if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
