@@ -16,20 +16,22 @@ import numpy as np
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.model.kinds import KINDS
+from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.draft import DraftSpec
+from beagle_jax.model.kinds import KINDS, spec_type
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import (
     HOT_TOKENS,
-    TENSOR_NAMES,
     Draft,
     check_digest,
+    hot_problem,
     read_spec,
     settings,
 )
+from beagle_jax.weights.kinds import kind_in_torch, tensor_name, torch_form
 from beagle_jax.weights.safetensors_file import read_tensors
-from beagle_jax.weights.torch_export import CONFIG_KEYS, FORMS, require_torch
+from beagle_jax.weights.torch_export import CONFIG_KEYS, require_torch
 
 Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
 
@@ -38,36 +40,38 @@ _HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 def read_torch_draft(
-    source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False
+    source: Path,
+    target: TargetSpec,
+    target_source: str,
+    allow_pickle: bool = False,
+    read: TensorReader | None = None,
 ) -> Draft:
     """The draft in a folder or a weights file, for this target.
 
+    read: of the target's tensors, with which copies in the files are compared.
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not
     hold exactly one draft block, or was made for another target.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
-    ours = next(
-        (kind for kind, form in FORMS.items() if config.get("model_type") == form.model_type), None
-    )
-    spec = (
-        _eagle_spec(config, target, source) if ours is EagleSpec else DraftSpec.from_target(target)
+    ours = kind_in_torch(config.get("model_type"))
+    spec: DraftSpec = (
+        BeagleSpec.from_target(target) if ours is None else _our_spec(ours, config, target, source)
     )
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
-    if ours is not EagleSpec:
+    if ours is None:
         # Published files do not say whether queries are normed: the norm's weights are there, or
         # they are not.
-        normed = (
-            config.get("input_norm")
-            if ours
-            else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
-        )
-        spec = replace(spec, input_norm=bool(normed))
+        norm = tensor_name(spec, "input_layernorm")
+        normed = any(_ends(name, norm) for name, _ in tensors)
+        spec = replace(BeagleSpec.from_target(target), input_norm=normed)
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
+    own = [tensor_name(spec, name) for name in params]
+    others = [pair for pair in tensors if not any(_ends(pair[0], end) for end in own)]
+    check_copies(others, read, source)
     if ours:
-        spec = replace(spec, init_std=config.get(CONFIG_KEYS["init_std"], spec.init_std))
         check_digest(config, spec, dict(tensors), source)
         provenance = config.get("provenance")
         if not isinstance(provenance, dict):
@@ -170,21 +174,19 @@ def _array(tensor) -> np.ndarray:
 # What is in them
 
 
-def _eagle_spec(config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
-    """An EAGLE draft's settings are its own: our names for them are read as a native folder's."""
-    return read_spec(
-        {
-            "model_type": EagleSpec.kind,
-            **{key: config.get(name) for key, name in CONFIG_KEYS.items()},
-        },
-        target,
-        where,
-    )
+def _our_spec(kind: str, config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
+    """The description in a folder of ours: the draft's own settings, under PyTorch's names."""
+    expected = spec_type(kind).from_target(target)
+    told = {
+        key: value if key in expected.of_target else config.get(CONFIG_KEYS[key])
+        for key, value in settings(expected).items()
+    }
+    return read_spec({"model_type": expected.model_type, **told}, target, where)
 
 
 def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
     """Raises UserError for another target, another block, or a folder that needs no converting."""
-    if config.get("model_type") in [kind.kind for kind in KINDS]:
+    if config.get("model_type") in [kind.spec.model_type for kind in KINDS.values()]:
         raise UserError(f"{where}: this is a native draft already; set draft.path to it")
     rope = config.get("rope_parameters")
     told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
@@ -217,7 +219,7 @@ def _match(
     not fit.
     """
     shapes: dict[str, tuple[int, ...]] = {
-        TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()
+        tensor_name(spec, name): shape for name, shape in spec.param_shapes().items()
     }
     found = {
         end: [(name, array) for name, array in tensors if _ends(name, end)]
@@ -248,10 +250,10 @@ def _match(
     ]
     if problems:
         raise UserError(
-            f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this "
+            f"{where}: not the weights of one {torch_form(spec.kind).classes} block for this "
             "target:\n  " + "\n  ".join(problems)
         )
-    params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
+    params = {name: found[tensor_name(spec, name)][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
 
 
@@ -278,12 +280,8 @@ def _misfits(
         return [f"{name} has shape {list(array.shape)}, expected [{hot_count or 'count'}]"]
     if array.dtype != np.int32:
         return [f"{name} has dtype {array.dtype}, expected int32"]
-    if array.min() < 0 or array.max() >= vocab_size:
-        return [
-            f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary "
-            f"ends at {vocab_size - 1}"
-        ]
-    return []
+    problem = hot_problem(array, vocab_size)
+    return [f"{name}: {problem}"] if problem else []
 
 
 def _copied_from_target(name: str, prefixes: set[str]) -> bool:
