@@ -26,7 +26,7 @@ TELLING_APART = re.compile(
     re.VERBOSE,
 )
 # Modules that exports carry import nothing of the package, and settings are read before jax is.
-APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config.py")
+APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config/")
 # Floors that have no table yet.
 WAITING = ("decoding/", "evaluation/")
 
