@@ -35,9 +35,10 @@ from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import WARM_STARTS
 from beagle_jax.training.loop import check_settings, run_stage
 from beagle_jax.training.metrics import Log, check_writers
-from beagle_jax.training.warm_start import FIT_ROWS, warm_start
+from beagle_jax.training.warm_start import FIT_ROWS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
@@ -64,12 +65,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         if start is None
         else start.spec
     )
-    hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
-    if hot_ids is not None:
-        print(
-            f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers"
-        )
-
+    hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
     target_spec, made_with = target.spec, provenance(config, rows, target.revision)
 
     def draft_of(params, **more):
@@ -80,13 +76,18 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     if best is None:
         del target  # a caller who does not keep it gets the memory of its layers back here
     training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
-    first = (
-        first_params(config, frozen, spec, mesh, training)
-        if start is None
-        else place(start.params, mesh)
+    # No name here holds the first parameters, so that the second stage frees them.
+    trained = train(
+        config,
+        spread(config, frozen, mesh, hot_ids),
+        spec,
+        first_params(config, frozen, spec, mesh, training, start),
+        mesh,
+        training,
+        held_out,
+        best,
     )
-    frozen = spread(config, frozen, mesh, hot_ids)
-    draft = draft_of(host_copy(train(config, frozen, spec, first, mesh, training, held_out, best)))
+    draft = draft_of(host_copy(trained))
     folder = Path(config.train.folder) / "draft"
     if is_first():
         save_draft(
@@ -101,6 +102,15 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         "answer_tokens": supervised_tokens(rows),
         "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
     }
+
+
+def draft_vocabulary(config: Config, rows: list[Row], vocab_size: int) -> np.ndarray | None:
+    """Ids of the tokens that the draft scores (`draft.hot_tokens`); None: all."""
+    hot_ids = hot_tokens(rows, config.draft.hot_tokens, vocab_size)
+    if hot_ids is not None:
+        share = coverage(rows, hot_ids)
+        print(f"draft vocabulary: {len(hot_ids)} tokens, {share:.1%} of the answers")
+    return hot_ids
 
 
 def training_target(config: Config) -> Target:
@@ -280,12 +290,19 @@ def given_draft(config: Config, target: Target) -> Draft | None:
 
 
 def first_params(
-    config: Config, frozen: FrozenTarget, spec: DraftSpec, mesh: Mesh, training: BatchLoader
+    config: Config,
+    frozen: FrozenTarget,
+    spec: DraftSpec,
+    mesh: Mesh,
+    training: BatchLoader,
+    start: Draft | None = None,
 ) -> dict[str, jax.Array]:
-    """Where the early stage of a new draft begins: `draft.init`, spread over the mesh.
+    """Where the first stage begins, spread over the mesh: `start`, or as `draft.init` says.
 
     frozen: on this process alone.
     """
+    if start is not None:
+        return place(start.params, mesh)
     fresh, key = partial(fresh_params, spec), jax.random.key(config.train.seed)
     if config.draft.init == "normal":
         return born(fresh, mesh, key)
@@ -293,7 +310,7 @@ def first_params(
     if sample.inputs_BLI is None:
         inputs_BLI = states_in_memory(frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC)
         sample = sample._replace(inputs_BLI=inputs_BLI)
-    return place(warm_start(fresh(key), spec, frozen.embed_VD, sample), mesh)
+    return place(WARM_STARTS[spec.kind](fresh(key), spec, frozen.embed_VD, sample), mesh)
 
 
 def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:
