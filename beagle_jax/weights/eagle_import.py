@@ -17,7 +17,7 @@ from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.kinds import FILES, tensor_name
-from beagle_jax.weights.torch_import import read_folder_config, read_weights, weight_files
+from beagle_jax.weights.torch_files import read_folder_config, read_weights, weight_files
 
 _EMBEDDING = "embed_tokens.weight"
 _EAGLE_3 = ("midlayer.", "d2t", "t2d")  # beginnings of names that only EAGLE-3 has
