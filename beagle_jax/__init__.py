@@ -8,6 +8,7 @@ Array names carry their shape as a suffix of single letters:
     S cache slots (keys)         H head width             M columns of a matrix product (B * T)
     W tree nodes per round       P tree depth             J draft steps in a training window
     U windows in a row           C rows of a logits chunk R rows picked out of a batch
+    I width of a draft's inputs
 
 `q_BKGTH` is therefore an array [batch, kv heads, group, new tokens, head width].
 """

@@ -239,7 +239,7 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     parameters.
     """
     names = [
-        key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in _TABLE
+        name for key in path if (name := getattr(key, "key", getattr(key, "name", ""))) in _TABLE
     ]
     return _spec_of(names[-1], shape, mesh) if names else P()
 

@@ -45,7 +45,7 @@ def write_inputs(folder: Path, shape: str) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from beagle_jax.model.beagle import DraftSpec, init_draft
+    from beagle_jax.model.beagle import BeagleSpec, init_draft
     from beagle_jax.model.target import TargetSpec
     from beagle_jax.weights.draft import Draft, save_draft
 
@@ -59,7 +59,7 @@ def write_inputs(folder: Path, shape: str) -> None:
     (folder / "target").mkdir()
     (folder / "target" / "config.json").write_text(json.dumps(config))
     save_file({"none": np.zeros(1, np.float32)}, folder / "target" / "model.safetensors")
-    spec = DraftSpec.from_target(TargetSpec.from_hf_config(config, "here"))
+    spec = BeagleSpec.from_target(TargetSpec.from_hf_config(config, "here"))
     save_draft(
         folder / "draft",
         Draft(spec, init_draft(spec, jax.random.key(0)), None, {"target": "random"}),

@@ -27,7 +27,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.decoding.tuning import drafting, machine, milliseconds, small_tree, verifying
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -84,7 +84,7 @@ def random_target(spec: TargetSpec, dtype) -> Target:
 
 def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
     """A Beagle draft of a target's shapes, random. hot_tokens: that it scores; 0: all."""
-    draft_spec = DraftSpec.from_target(spec)
+    draft_spec = BeagleSpec.from_target(spec)
     params = init_draft(draft_spec, jax.random.key(0))
     hot_ids = np.arange(hot_tokens, dtype=np.int32) if hot_tokens else None
     return Draft(draft_spec, jax.tree.map(lambda x: x.astype(dtype), params), hot_ids, {})

@@ -26,20 +26,20 @@ from train_call import batch_of
 
 from beagle_jax.config import EarlyStage, LateStage, MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.packing import of_row
 from beagle_jax.sharding import make_mesh
-from beagle_jax.training.late import window_queries
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.late import late_flops, window_queries
+from beagle_jax.training.objective import Inputs, Objective, Prediction
 from beagle_jax.training.step import (
-    Inputs,
-    Prediction,
     TrainState,
     make_optimizer,
     make_steps,
     stage_loss,
 )
 
-SPEC = DraftSpec(
+SPEC = BeagleSpec(
     hidden_size=576,
     intermediate_size=1536,
     num_heads=9,
@@ -61,7 +61,7 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
         params,
         spec,
         of.embedded(of.tokens_BL),
-        of.h_BLD,
+        of.h_BLI,
         of.length_BC[:, 0],
         window=stage.window,
         steps=steps,
@@ -83,6 +83,9 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
     )
 
 
+PLAIN = Objective(predict_plain, late_flops)
+
+
 def plain_step(config: TrainConfig, stage: StageConfig):
     """A train step around `predict_plain`."""
     optimizer = make_optimizer(config, stage)
@@ -91,7 +94,7 @@ def plain_step(config: TrainConfig, stage: StageConfig):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def loss(params):
-            return stage_loss(params, SPEC, config, stage, predict_plain, frozen, batch, key, MESH)
+            return stage_loss(params, SPEC, config, stage, PLAIN, frozen, batch, key, MESH)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -135,10 +138,10 @@ def main() -> None:
     config = TrainConfig()
     batch = batch_of(arguments.rows, arguments.width, SPEC.hidden_size, VOCAB)
     table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
-    frozen = {"embed_VD": table, "head_VD": table}
+    frozen = FrozenTarget(table, table)
     head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())
     stage = EarlyStage(steps=1000, window=5)
-    step, _, init = make_steps(SPEC, config, stage, MESH, late=False)
+    step, _, init = make_steps(SPEC, config, stage, MESH)
     base = cost(step, init, frozen, batch, arguments.repeats)
     print(
         f"early, k=5: {(base[0] + head_flops) / 1e9:.1f} GFLOP, {base[1] / 1e6:.0f} MB "
@@ -154,7 +157,7 @@ def main() -> None:
         stage = LateStage(
             steps=1000, window=s, simulation_steps=s, detach=not arguments.keep_gradients
         )
-        step, _, init = make_steps(SPEC, config, stage, MESH, late=True)
+        step, _, init = make_steps(SPEC, config, stage, MESH)
         late = cost(step, init, frozen, batch, arguments.repeats)
         plain = cost(*plain_step(config, stage), frozen, batch, arguments.repeats)
 

@@ -22,29 +22,32 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from late_stage import MESH, predict_plain
+from late_stage import MESH, PLAIN
 
 from beagle_jax.config import LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.training.step import predict_eagle, predict_late, stage_loss
+from beagle_jax.training.eagle import TEST_TIME
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.late import LATE
+from beagle_jax.training.step import stage_loss
 
 FORMS = {
-    "ours, detached": (predict_late, True),
-    "ours, gradients kept": (predict_late, False),
-    "plain form": (predict_plain, True),
-    "training-time test": (predict_eagle, False),
+    "ours, detached": (LATE, True),
+    "ours, gradients kept": (LATE, False),
+    "plain form": (PLAIN, True),
+    "training-time test": (TEST_TIME, False),
 }
 
 
 @lru_cache
-def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
+def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
     """Bytes that the gradient of one late step needs at once."""
-    predict, detach = FORMS[form]
+    objective, detach = FORMS[form]
     stage = LateStage(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
-    if predict is predict_eagle:
+    if objective is TEST_TIME:
         spec = EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
     table = shape((vocab, spec.hidden_size), jnp.float32)
@@ -62,13 +65,13 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
     loss = partial(stage_loss, mesh=MESH)
     gradient = jax.grad(
         lambda p, frozen, batch, key: loss(
-            p, spec, TrainConfig(), stage, predict, frozen, batch, key
+            p, spec, TrainConfig(), stage, objective, frozen, batch, key
         )[0]
     )
     key = jax.eval_shape(jax.random.key, 0)
     planned = (
         jax.jit(gradient)
-        .lower(params, {"embed_VD": table, "head_VD": table}, batch, key)
+        .lower(params, FrozenTarget(table, table), batch, key)
         .compile()
         .memory_analysis()
     )
@@ -82,7 +85,7 @@ def peak(spec: DraftSpec, vocab: int, form: str, steps: int, rows: int, width: i
 
 
 def measure(
-    spec: DraftSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
+    spec: BeagleSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
 ) -> dict[str, dict]:
     """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to
     the first column.
@@ -142,7 +145,7 @@ def main() -> None:
     parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")
     parser.add_argument("--plot", help="a .png or .svg to write")
     asked = parser.parse_args()
-    spec = DraftSpec(
+    spec = BeagleSpec(
         hidden_size=576,
         intermediate_size=1536,
         num_heads=9,

@@ -8,9 +8,10 @@ import numpy as np
 
 from beagle_jax.config import MeshConfig, StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.kinds import fresh_params
 from beagle_jax.sharding import make_mesh, place, place_rows
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.step import make_steps
 
 
@@ -27,18 +28,16 @@ def batch_of(rows: int, width: int, hidden: int, vocab: int, prompt: int | None 
 
 
 def step_call(
-    spec: DraftSpec,
+    spec: BeagleSpec,
     batch: Batch,
-    tables: dict[str, Any],
+    frozen: FrozenTarget,
     config: TrainConfig,
     stage: StageConfig,
-    *,
-    late: bool,
 ) -> Callable[[], Any]:
-    """A call that makes one step on the first device. tables: embed_VD and head_VD."""
+    """A call that makes one step on the first device."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    step, _, init = make_steps(spec, config, stage, mesh, late=late)
-    frozen, batch = place(tables, mesh), place_rows(batch, mesh)
+    step, _, init = make_steps(spec, config, stage, mesh)
+    frozen, batch = place(frozen, mesh), place_rows(batch, mesh)
     state = init(fresh_params(spec, jax.random.key(0)))
 
     def run() -> Any:

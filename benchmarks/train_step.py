@@ -25,25 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from torch_eagle import EagleBlock, train_step
 from train_call import batch_of, step_call
 
-from beagle_jax.config import LateStage, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import OBJECTIVES
 
 
-def ours(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int):
+def ours(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int):
     """One call is one step; steps = 0 is the early stage."""
-    stage = LateStage(
-        steps=1000,
-        window=steps or 5,
-        simulation_steps=max(steps, 1),
-        dense=isinstance(spec, EagleSpec),
-    )
-    tables = {"embed_VD": table, "head_VD": table}
-    return step_call(spec, batch, tables, TrainConfig(), stage, late=steps > 0)
+    stage: StageConfig = EarlyStage(steps=1000, window=5)
+    if steps:
+        stage = LateStage(steps=1000, window=steps, simulation_steps=steps)
+    if steps and "late" not in OBJECTIVES[spec.kind]:
+        stage = TestTimeStage(steps=1000, simulation_steps=steps)
+    return step_call(spec, batch, FrozenTarget(table, table), TrainConfig(), stage)
 
 
-def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
+def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
     """Likewise, by PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -62,7 +62,7 @@ def theirs(spec: DraftSpec, batch: Batch, table: np.ndarray, steps: int, compile
     optimizer = torch.optim.AdamW(block.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.0)
     e_BLD, inputs = (
         put(table[batch.tokens_BL]),
-        [put(x) for x in (batch.states_BLD, batch.counts_BT, table)],
+        [put(x) for x in (batch.inputs_BLI, batch.counts_BT, table)],
     )
     step = train_step(block, optimizer, compile_it, steps)
 
@@ -95,7 +95,7 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
 
 
 def measure(
-    spec: DraftSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool
+    spec: BeagleSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool
 ) -> dict[str, float]:
     """Prints the table; returns seconds by name."""
     batch = batch_of(rows, width, spec.hidden_size, vocab)
@@ -153,7 +153,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     asked = parser.parse_args()
-    spec = DraftSpec(
+    spec = BeagleSpec(
         hidden_size=asked.hidden,
         intermediate_size=asked.inner,
         num_heads=asked.heads,

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from beagle_jax.config import EarlyStage, LateStage, MeshConfig
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import make_mesh
 
@@ -190,8 +190,8 @@ def tiny_params() -> dict:
 
 
 @pytest.fixture(scope="session")
-def tiny_draft_spec() -> DraftSpec:
-    return DraftSpec.from_target(TINY, init_std=0.3)
+def tiny_draft_spec() -> BeagleSpec:
+    return BeagleSpec.from_target(TINY, init_std=0.3)
 
 
 @pytest.fixture(scope="session")

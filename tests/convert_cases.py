@@ -18,7 +18,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from beagle_jax import convert
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.errors import run_main
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.weights.draft import Draft, save_draft
 from beagle_jax.weights.target import load_target
 
@@ -57,7 +57,7 @@ def make_place(folder: Path) -> SimpleNamespace:
     model.model.embed_tokens.weight.data *= 4
     model.save_pretrained(folder / "target")
     target = load_target(str(folder / "target"), "float32", "unused")
-    spec = DraftSpec.from_target(target.spec, init_std=0.3)
+    spec = BeagleSpec.from_target(target.spec, init_std=0.3)
     params = dict(init_draft(spec, jax.random.key(3)))
     for name in ("o_proj", "down_proj"):
         params[name] = 0.1 * params[name]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.tree import ROOT_ONLY
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
@@ -59,7 +59,7 @@ def letters() -> PreTrainedTokenizerFast:
 
 def random_draft(seed=1, hot_ids=None) -> Draft:
     """A draft that is nearly always wrong."""
-    spec = DraftSpec.from_target(TINY, init_std=0.3)
+    spec = BeagleSpec.from_target(TINY, init_std=0.3)
     return Draft(spec, init_draft(spec, jax.random.key(seed)), hot_ids, {})
 
 

@@ -9,7 +9,7 @@ but the block's projections.
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 
 
 def bank_masks(
@@ -33,7 +33,7 @@ def bank_masks(
 
 def oracle_states(
     params: dict[str, jax.Array],
-    spec: DraftSpec,
+    spec: BeagleSpec,
     e_BLD: jax.Array,
     h_BLD: jax.Array,
     length_B: jax.Array,

@@ -10,11 +10,11 @@ from beagle_jax.config import Config, EarlyStage, LogConfig, TargetConfig, Train
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 
-SPEC = DraftSpec.from_target(TINY)
+SPEC = BeagleSpec.from_target(TINY)
 L = 12
 
 
@@ -68,7 +68,7 @@ def interrupt(batch):
 
 
 def infinite_state(batch):
-    batch.states_BLD[0, 3] = np.inf
+    batch.inputs_BLI[0, 3] = np.inf
     return batch
 
 

@@ -20,14 +20,15 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import EarlyStage, LateStage, MeshConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.kinds import fresh_params
 from beagle_jax.sharding import born, make_mesh, place, place_rows, whole
 from beagle_jax.training import losses
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.step import make_steps
 
-SPEC = DraftSpec(
+SPEC = BeagleSpec(
     hidden_size=16,
     intermediate_size=24,
     num_heads=8,
@@ -61,7 +62,7 @@ REST = [
 LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is what takes long
 
 
-def frozen_and_batch() -> tuple[dict, Batch]:
+def frozen_and_batch() -> tuple[FrozenTarget, Batch]:
     """Ragged rows, some of two chats, some with nothing that counts, so that devices have different
     amounts to do.
     """
@@ -77,22 +78,23 @@ def frozen_and_batch() -> tuple[dict, Batch]:
         rng.standard_normal((B, L, SPEC.hidden_size)).astype(np.float32) * live_BL[..., None]
     )
     tokens_BL = rng.integers(0, V, (B, L)).astype(np.int32)
-    tables = {
-        name: rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32)
-        for name in ("embed_VD", "head_VD")
-    }
-    tables["head_VD"][::99] *= (
-        6  # five tokens stand out, so that draft and target agree now and then
+    tables = FrozenTarget(
+        *(rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32) for _ in range(2))
     )
+    tables.head_VD[::99] *= 6  # five tokens stand out, so that draft and target agree now and then
     return tables, Batch(tokens_BL, states_BLD, counts_BL, length_BC, np.zeros((B, 2), np.int32))
 
 
 def run(
-    mesh: Mesh, stage: str, first_params: dict, config: TrainConfig = CONFIG, spec: DraftSpec = SPEC
+    mesh: Mesh,
+    stage: str,
+    first_params: dict,
+    config: TrainConfig = CONFIG,
+    spec: BeagleSpec = SPEC,
 ) -> dict:
     """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
     tables, batch = frozen_and_batch()
-    step, _, init = make_steps(spec, config, STAGES[stage], mesh, late=stage != "early")
+    step, _, init = make_steps(spec, config, STAGES[stage], mesh)
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)
     state = init(place(first_params, mesh))
     placed = {
@@ -194,9 +196,9 @@ def planted_gather(mesh: Mesh) -> list[list[str]]:
         return jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
 
     tables, batch = frozen_and_batch()
-    states_MD = batch.states_BLD.reshape(-1, SPEC.hidden_size)
+    states_MD = batch.inputs_BLI.reshape(-1, SPEC.hidden_size)
     program = (
-        jax.jit(gather).lower(states_MD, place(tables, mesh)["head_VD"]).compile(LEVEL_0).as_text()
+        jax.jit(gather).lower(states_MD, place(tables, mesh).head_VD).compile(LEVEL_0).as_text()
     )
     return [vocabulary_sent(program), logits(program)]
 

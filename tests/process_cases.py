@@ -18,6 +18,7 @@ from beagle_jax.data.share import Share, this_process
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import from_first, host_copy, join
 from beagle_jax.sharding import make_mesh, place, place_rows, share_of_rows
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
@@ -45,7 +46,7 @@ def main(folder: str) -> None:
 
     config, mesh = config_for(folder), make_mesh(MeshConfig(data=1, fsdp=-1))
     embed_VD = random_params(TINY)["embed_VD"]
-    frozen = place({"embed_VD": embed_VD, "head_VD": embed_VD}, mesh)
+    frozen = place(FrozenTarget(embed_VD, embed_VD), mesh)
     params = place(init_draft(SPEC, jax.random.key(3)), mesh)
     whole = host_copy(params)["q_proj"].shape == params["q_proj"].shape
     part = params["q_proj"].addressable_shards[0].data.shape

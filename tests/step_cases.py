@@ -8,9 +8,9 @@ from conftest import TINY
 
 from beagle_jax.config import EarlyStage, LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 
-SPEC = DraftSpec.from_target(TINY)
+SPEC = BeagleSpec.from_target(TINY)
 B, L, D = 3, 14, TINY.hidden_size
 # Rows this short would get noise of width 20 at the default scale.
 NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)

@@ -14,22 +14,23 @@ from loop_cases import Breaking, config_for, infinite_state, loader_of, same_par
 from beagle_jax.config import EarlyStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.step import make_optimizer, make_steps, updated
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
-SPEC = DraftSpec.from_target(TINY, init_std=0.3)
+SPEC = BeagleSpec.from_target(TINY, init_std=0.3)
 # No noise and windows of one: a row's part of the objective then depends on nothing but the row.
 CONFIG = TrainConfig(batch=2, row_tokens=10, loss_rows=8, noise="none")
 EARLY = EarlyStage(steps=4, learning_rate=1e-3, warmup=0, window=1)
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> dict:
-    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+def frozen(tiny_params) -> FrozenTarget:
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def six_rows() -> Batch:
 
 @lru_cache
 def steps_of(config: TrainConfig):
-    return make_steps(SPEC, config, EARLY, ONE_DEVICE, late=False)
+    return make_steps(SPEC, config, EARLY, ONE_DEVICE)
 
 
 def one_update(
@@ -61,7 +62,7 @@ def one_update(
 
 
 def micro(batch: Batch) -> list[Batch]:
-    return [Batch(*(field[first : first + 2] for field in batch)) for first in (0, 2, 4)]
+    return [jax.tree.map(lambda x, at=first: x[at : at + 2], batch) for first in (0, 2, 4)]
 
 
 def check_equal(one, many) -> None:

@@ -15,12 +15,14 @@ from beagle_jax.config import EarlyStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.cache import empty_rows
 from beagle_jax.model.masks import early_block_mask
-from beagle_jax.training.step import predict_early, stage_loss
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import OBJECTIVES
+from beagle_jax.training.step import stage_loss
 
-LLAMA_2_7B = DraftSpec(
+LLAMA_2_7B = BeagleSpec(
     hidden_size=4096,
     intermediate_size=11008,
     num_heads=32,
@@ -29,7 +31,7 @@ LLAMA_2_7B = DraftSpec(
     rope_theta=1e4,
     rms_norm_eps=1e-5,
 )
-LLAMA_3_8B = DraftSpec(
+LLAMA_3_8B = BeagleSpec(
     hidden_size=4096,
     intermediate_size=14336,
     num_heads=32,
@@ -159,14 +161,14 @@ def _trained_on(params, spec, embed_VD, times=1.0):
     )
     config, frozen = (
         TrainConfig(noise="none"),
-        {"embed_VD": times * embed_VD, "head_VD": 0.1 * embed_VD},
+        FrozenTarget(times * embed_VD, 0.1 * embed_VD),
     )
     return stage_loss(
         params,
         spec,
         config,
         EarlyStage(steps=1),
-        predict_early,
+        OBJECTIVES["beagle"]["early"],
         frozen,
         batch,
         jax.random.key(0),

@@ -16,7 +16,7 @@ from command_cases import make_workplace
 
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation.suites import suite
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import param_table
 from beagle_jax.weights.draft import Draft, save_draft
 from beagle_jax.weights.target import load_target
@@ -55,7 +55,7 @@ def test_export_at_toy_size(tmp_path, capsys):
     )
 
 
-TOY = DraftSpec(
+TOY = BeagleSpec(
     hidden_size=32,
     intermediate_size=48,
     num_heads=4,
@@ -172,7 +172,9 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
 def workplace(tmp_path_factory) -> SimpleNamespace:
     """A tiny target and a random draft of it."""
     made = make_workplace(tmp_path_factory.mktemp("run"))
-    spec = DraftSpec.from_target(load_target(str(made.folder / "target"), "float32", "unused").spec)
+    spec = BeagleSpec.from_target(
+        load_target(str(made.folder / "target"), "float32", "unused").spec
+    )
     save_draft(
         made.folder / "run" / "draft", Draft(spec, init_draft(spec, jax.random.key(0)), None, {})
     )

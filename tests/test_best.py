@@ -25,6 +25,7 @@ from beagle_jax.config import Config, EvalConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.best import Best
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 
@@ -82,7 +83,7 @@ def test_taus_on_other_prompts_do_not_count(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tiny_params):
-    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
     def run(config: Config, best: Best | None, training=None) -> dict:
         params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)

@@ -97,13 +97,13 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     )
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
-    for *_, training, held_out, _, _, _ in seen:
+    for *_, training, held_out, _, _ in seen:
         found = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
                 batch = loader.batch_at(step)
                 for tokens, length, row_states in zip(
-                    batch.tokens_BL, batch.length_BC[:, 0], batch.states_BLD, strict=True
+                    batch.tokens_BL, batch.length_BC[:, 0], batch.inputs_BLI, strict=True
                 ):
                     found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
                     np.testing.assert_array_equal(

@@ -18,7 +18,7 @@ from beagle_jax.config import TrainConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain, static_tree
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.weights.draft import Draft, load_draft
 from beagle_jax.weights.model_card import model_card
 
@@ -291,7 +291,7 @@ def test_the_folder_says_where_it_comes_from(place, exported):
 
 
 def test_a_card_without_provenance_says_so():
-    spec = DraftSpec(
+    spec = BeagleSpec(
         hidden_size=8,
         intermediate_size=8,
         num_heads=2,

@@ -22,7 +22,7 @@ from gguf_files import TOKENS, llama_tensors, write_llama
 from safetensors.numpy import save_file
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import draft as draft_module
@@ -98,7 +98,7 @@ def _leaves(params) -> dict:
 def sources(tmp_path_factory) -> SimpleNamespace:
     """One folder of each kind, whole."""
     root = tmp_path_factory.mktemp("whole")
-    spec = DraftSpec.from_target(SPEC)
+    spec = BeagleSpec.from_target(SPEC)
     draft = Draft(
         spec,
         init_draft(spec, jax.random.key(0)),

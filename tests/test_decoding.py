@@ -28,7 +28,7 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.measure import CompileCounter, Measurement
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.weights.draft import Draft
 
 TREES = {
@@ -302,7 +302,7 @@ def _check_in_place(decode, tree, sampling) -> str:
     """The program's text."""
     # Heads wide enough that the scores of a tree over all slots are small beside the keys.
     spec = dataclasses.replace(TINY, head_dim=64)
-    draft_spec = DraftSpec.from_target(spec)
+    draft_spec = BeagleSpec.from_target(spec)
     draft = (
         Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {})
         if tree.depth

@@ -15,7 +15,7 @@ from beagle_jax.decoding import draft as drafting
 from beagle_jax.decoding import loop
 from beagle_jax.decoding.draft import DraftHead, draft_tree
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.cache import empty_rows, write_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward
@@ -156,7 +156,7 @@ def _rows_of_text(params, spec, draft_params, text_BL):
         params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L)
     )
     return [
-        BeagleBlock(DraftSpec.from_target(spec))
+        BeagleBlock(BeagleSpec.from_target(spec))
         .bind({"params": draft_params})
         .keys_values(states_BLD, positions_BL),
         *rows,

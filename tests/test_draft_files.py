@@ -153,6 +153,15 @@ def test_a_draft_of_another_target_is_refused(draft, tmp_path):
         load_draft(tmp_path, replace(TINY, vocab_size=60))
 
 
+def test_a_token_that_is_scored_twice_is_refused(draft, tmp_path):
+    """Under the ratio rule its probability would be lost."""
+    save_draft(tmp_path, replace(draft, hot_ids=jnp.array([7, 3, 60, 3], jnp.int32)))
+    with pytest.raises(UserError, match=f"{tmp_path}: hot_tokens holds token 3 more than once"):
+        load_draft(tmp_path, TINY)
+    save_draft(tmp_path, replace(draft, hot_ids=jnp.array([7, 3, 60], jnp.int32)))
+    assert load_draft(tmp_path, TINY).hot_ids.tolist() == [7, 3, 60]
+
+
 def test_every_wrong_tensor_is_listed(draft, tmp_path):
     save_draft(tmp_path, draft)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -176,7 +185,7 @@ def test_training_goes_on_from_a_draft(draft, tmp_path):
     same_params(given_draft(config, target).params, draft.params)
     assert given_draft(fresh, target) is None
     with pytest.raises(AssertionError):
-        same_params(first_params(fresh, target, SPEC, ONE_DEVICE, None), draft.params)
+        same_params(first_params(fresh, None, SPEC, ONE_DEVICE, None), draft.params)
     other = fresh.changed(
         draft=DraftConfig(init=str(tmp_path), kind="eagle"),
         train=TrainConfig(early=EarlyStage(window=1), late=TestTimeStage()),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
 from beagle_jax.model.layers import RopeScaling, merge_attention, partial_attention
 from beagle_jax.model.masks import causal_mask
@@ -201,6 +201,6 @@ def test_planted_bugs_of_the_parts(case, bug):
 
 
 def test_the_beagle_block_is_another(tiny_draft_spec):
-    assert tiny_draft_spec.kind != SPEC.kind and tiny_draft_spec == DraftSpec.from_target(
+    assert tiny_draft_spec.kind != SPEC.kind and tiny_draft_spec == BeagleSpec.from_target(
         TINY, init_std=0.3
     )

@@ -33,7 +33,7 @@ from beagle_jax.evaluation.cost import memory, phases
 from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.replay import replayed
 from beagle_jax.evaluation.suites import SUITES
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.target import load_target
@@ -187,7 +187,7 @@ def test_evaluation_reports_and_audits_it(place, suites):
 @pytest.fixture(scope="module")
 def beside(place, suites) -> list[str]:
     """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on those suites."""
-    spec = DraftSpec.from_target(
+    spec = BeagleSpec.from_target(
         load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3
     )
     save_draft(place.folder / "beside", Draft(spec, init_draft(spec, jax.random.key(0)), None, {}))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from command_cases import make_target
 from convert_cases import refused
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_torch_import import Trap
 
 from beagle_jax import convert
@@ -65,8 +65,12 @@ def target(tmp_path_factory) -> Path:
     return folder
 
 
-def published() -> dict[str, np.ndarray]:
-    """The tensors of method.md 9.3."""
+def embedding_of(target: Path) -> np.ndarray:
+    return load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+
+
+def published(embed_VD: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The tensors of method.md 9.3. embed_VD: the copy of the target's embedding, if there is."""
     names = {
         "fc": "fc.weight",
         "fc_bias": "fc.bias",
@@ -74,9 +78,8 @@ def published() -> dict[str, np.ndarray]:
     }
     for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         names |= {f"{one}_proj": f"layers.0.{part}.{one}_proj.weight" for one in projections}
-    return {"embed_tokens.weight": np.zeros((300, 32), np.float16)} | {
-        name: PARAMS[key] for key, name in names.items()
-    }
+    tensors = {} if embed_VD is None else {"embed_tokens.weight": embed_VD.astype(np.float16)}
+    return tensors | {name: PARAMS[key] for key, name in names.items()}
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], config: dict | None = None) -> Path:
@@ -109,7 +112,8 @@ def run(target: Path, source: Path, out: Path, *more: str) -> int:
 
 
 def test_published_drafts_are_read_exactly(target, tmp_path):
-    assert run(target, write(tmp_path / "there", published(), CONFIG), tmp_path / "here") == 0
+    source = write(tmp_path / "there", published(embedding_of(target)), CONFIG)
+    assert run(target, source, tmp_path / "here") == 0
     draft = load_draft(tmp_path / "here", spec_of(target))
     assert draft.spec == SPEC and draft.provenance == {
         "target": str(target),
@@ -121,11 +125,24 @@ def test_published_drafts_are_read_exactly(target, tmp_path):
         np.testing.assert_array_equal(draft.params[name], array.astype(np.float32))
 
 
+def test_an_embedding_of_its_own_is_refused(target, tmp_path, capsys):
+    """Decoding reads the target's. A single changed value is seen, half precision is not."""
+    embed_VD = embedding_of(target).copy()
+    embed_VD[17, 3] += 0.01
+    source = write(tmp_path / "there", published(embed_VD), CONFIG)
+    message = refused(capsys, run(target, source, tmp_path / "here"))
+    assert f"{source}: embed_tokens.weight has other values than the target's" in message
+    assert "set target.source to the model that it was trained for" in message
+    assert not (tmp_path / "here").exists()
+    with pytest.raises(UserError, match=r"embed_tokens\.weight cannot be compared"):
+        read_eagle_draft(source, spec_of(target), "x")
+
+
 def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
     tensors = {
         name.replace("fc.", "eagle_fc."): array
         for name, array in published().items()
-        if name not in ("fc.bias", "embed_tokens.weight")
+        if name != "fc.bias"
     }
     scaling = {
         "rope_type": "llama3",

@@ -16,17 +16,16 @@ from step_cases import CLEAN, NOISY, B, D, L, three_rows
 
 from beagle_jax.config import EarlyStage, StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.training import eagle
-from beagle_jax.training.eagle import eagle_states
+from beagle_jax.training.eagle import TEST_TIME, eagle_states
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import OBJECTIVES
 from beagle_jax.training.step import (
     make_steps,
-    predict_eagle,
-    predict_early,
-    predict_late,
     stage_loss,
 )
 
@@ -48,25 +47,25 @@ def batch() -> Batch:
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> dict:
-    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:7]}
+def frozen(tiny_params) -> FrozenTarget:
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"][:7])
 
 
 @lru_cache
 def gradient_of(
-    config: TrainConfig, stage: StageConfig, spec: DraftSpec = SPEC, predict=predict_eagle
+    config: TrainConfig, stage: StageConfig, spec: BeagleSpec = SPEC, objective=TEST_TIME
 ):
     """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
 
     def loss(params, *rest):
-        return stage_loss(params, spec, config, stage, predict, *rest, ONE_DEVICE)
+        return stage_loss(params, spec, config, stage, objective, *rest, ONE_DEVICE)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def test_kinds():
-    assert (spec_type("beagle"), spec_type("eagle")) == (DraftSpec, EagleSpec)
-    beagle = DraftSpec.from_target(TINY)
+    assert (spec_type("beagle"), spec_type("eagle")) == (BeagleSpec, EagleSpec)
+    beagle = BeagleSpec.from_target(TINY)
     assert (
         fresh_params(beagle, jax.random.key(0)).keys()
         == beagle.param_shapes().keys()
@@ -89,7 +88,7 @@ IN_TORCH = {
 }
 
 
-def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[float, dict]:
+def by_torch(params: dict, frozen: FrozenTarget, batch: Batch, steps: int) -> tuple[float, dict]:
     """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow
     through predicted states.
     """
@@ -106,10 +105,10 @@ def by_torch(params: dict, frozen: dict, batch: Batch, steps: int) -> tuple[floa
     with torch.no_grad():
         for name, its in IN_TORCH.items():
             getattr(block, its).weight.copy_(torch.tensor(np.asarray(params[name])))
-    table_VD = np.asarray(frozen["embed_VD"])
+    table_VD = np.asarray(frozen.embed_VD)
     inputs = [
         torch.tensor(np.asarray(x))
-        for x in (table_VD[batch.tokens_BL], batch.states_BLD, batch.counts_BT, frozen["head_VD"])
+        for x in (table_VD[batch.tokens_BL], batch.inputs_BLI, batch.counts_BT, frozen.head_VD)
     ]
     loss = bench.eagle_loss(block, *inputs, steps)
     loss.backward()
@@ -140,7 +139,7 @@ def test_loss_and_gradient_are_those_of_torch(params, frozen, batch, steps):
     same_as_torch(params, frozen, batch, batch, steps)
 
 
-@pytest.mark.parametrize("field", ["tokens_BL", "states_BLD", "counts_BT"])
+@pytest.mark.parametrize("field", ["tokens_BL", "inputs_BLI", "counts_BT"])
 def test_planted_bug_anything_shifted(params, frozen, batch, field):
     shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
     with pytest.raises(AssertionError):
@@ -278,10 +277,10 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
     """Early in windows of one, late from every position: the same counts by step, but for position
     0.
     """
-    beagle = DraftSpec.from_target(TINY)
-    for stage, predict in ((EARLY, predict_early), (LATE, predict_late)):
+    beagle = BeagleSpec.from_target(TINY)
+    for stage, name in ((EARLY, "early"), (LATE, "test_time")):
         (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
-        (_, theirs), _ = gradient_of(CLEAN, stage, beagle, predict)(
+        (_, theirs), _ = gradient_of(CLEAN, stage, beagle, OBJECTIVES["beagle"][name])(
             tiny_draft, frozen, batch, jax.random.key(0)
         )
         assert ours.supervised == theirs.supervised == batch.counts_BT.sum()
@@ -313,7 +312,7 @@ def test_noise_reaches_the_inputs_only(params, frozen, batch):
 def test_the_step_trains_every_parameter(frozen, batch, stage):
     spec = replace(SPEC, fc_bias=True)
     first = fresh_params(spec, jax.random.key(1))
-    step, evaluate, init = make_steps(spec, CLEAN, stage, ONE_DEVICE, late=stage is LATE)
+    step, evaluate, init = make_steps(spec, CLEAN, stage, ONE_DEVICE)
     state, before = init(first), evaluate(first, frozen, batch)
     for _ in range(8):
         state, metrics = step(state, frozen, batch, 42)

@@ -29,7 +29,7 @@ from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.model import target as target_module
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.layers import RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.target import forward, logits, param_table
@@ -210,7 +210,7 @@ def _torch_answers(model):
 
 def _decoded(target, tree=ROOT_ONLY):
     """Our tokens, with a random draft where the tree needs one."""
-    spec = DraftSpec.from_target(target.spec, init_std=0.3)
+    spec = BeagleSpec.from_target(target.spec, init_std=0.3)
     decoder = SpeculativeDecoder(
         target, Draft(spec, init_draft(spec, jax.random.key(1)), None, {}), tree
     )

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from beagle_jax.decoding.draft import draft_tree
 from beagle_jax.decoding.loop import draft_head_of
 from beagle_jax.decoding.tree import static_tree
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.torch_export import check_parity, write_torch_folder
 
@@ -27,7 +27,7 @@ def exported(target, folder):
     """A random draft of a target, and torch's of its folder, which passed the converter's
     comparison.
     """
-    spec = DraftSpec.from_target(target.spec, init_std=0.3)
+    spec = BeagleSpec.from_target(target.spec, init_std=0.3)
     draft = Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
     (folder / "draft").mkdir()
     write_torch_folder(folder / "draft", draft, target.spec.vocab_size, "")

@@ -11,14 +11,14 @@ import pytest
 from conftest import TINY
 from late_oracle import oracle_states
 
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.packing import of_row
 from beagle_jax.training import late
 from beagle_jax.training.early import early_states
 from beagle_jax.training.late import late_states
 
 # Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
-SPEC = DraftSpec.from_target(TINY, init_std=0.15)
+SPEC = BeagleSpec.from_target(TINY, init_std=0.15)
 LENGTH = jnp.array(
     [[13], [9]], jnp.int32
 )  # 13 is no multiple of any window but 1; the second row is ragged

@@ -43,7 +43,7 @@ def test_batches_are_cut_padded_and_aligned():
         # most.
         assert (
             batch.tokens_BL.shape == (2, 6)
-            and batch.states_BLD.shape == (2, 6, 3)
+            and batch.inputs_BLI.shape == (2, 6, 3)
             and batch.counts_BT.shape == (2, 3)
         )
         for line in range(2):
@@ -52,10 +52,10 @@ def test_batches_are_cut_padded_and_aligned():
             assert batch.tokens_BL[line].tolist() == rows[number].tokens[:length] + [0] * (
                 6 - length
             )
-            assert batch.states_BLD[line, :length, 0].tolist() == [
+            assert batch.inputs_BLI[line, :length, 0].tolist() == [
                 3 * (starts[number] + i) + 1 for i in range(length)
             ]
-            assert not batch.states_BLD[line, length:].any()
+            assert not batch.inputs_BLI[line, length:].any()
             assert batch.first_BC[line].tolist() == [2]
             assert batch.counts_BT[line].tolist() == [
                 position < length - 1 for position in (2, 3, 4)
@@ -152,7 +152,7 @@ def test_batches_without_states():
     with_states, without = loader_of(rows), BatchLoader(rows, None, batch=2, row_tokens=6, seed=0)
     for step in range(2):
         batch = without.batch_at(step)
-        assert batch.states_BLD is None
+        assert batch.inputs_BLI is None
         np.testing.assert_array_equal(batch.tokens_BL, with_states.batch_at(step).tokens_BL)
 
 

@@ -28,9 +28,10 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.prefetch import AHEAD
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress, summary
@@ -40,8 +41,8 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> dict:
-    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+def frozen(tiny_params) -> FrozenTarget:
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
 def test_another_target_is_refused_by_name(whole, frozen):
     """Its state does not even fit; the message says whose it is."""
     config, _ = whole
-    spec = DraftSpec.from_target(replace(TINY, intermediate_size=16))
+    spec = BeagleSpec.from_target(replace(TINY, intermediate_size=16))
     other = config.changed(target=TargetConfig(source="other"))
     with pytest.raises(UserError, match=r"target.source: 'tiny' there, 'other' now"):
         run_stage(

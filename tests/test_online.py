@@ -19,6 +19,7 @@ from beagle_jax.data.template import Row
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.sharding import make_mesh, place, place_rows
 from beagle_jax.training import step
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.step import make_steps
 
 # Losses here are near 60. Half a step of the grid of bfloat16 is 1/512 of each number, of int8
@@ -53,15 +54,15 @@ def loaders(tiny_params, tmp_path_factory):
 steps_of = lru_cache(make_steps)
 
 
-def stepped(loader, params, tiny_params, stage, target, mesh=ONE_DEVICE, steps_of=steps_of):
+def whole(tiny_params) -> FrozenTarget:
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"], tiny_params, TINY)
+
+
+def stepped(loader, params, tiny_params, stage, mesh=ONE_DEVICE, steps_of=steps_of):
     """Metrics and parameters after one step."""
-    train_step, _, init = steps_of(SPEC, CLEAN, stage, mesh, late=stage is LATE, target=target)
+    train_step, _, init = steps_of(SPEC, CLEAN, stage, mesh)
     frozen = place(
-        {
-            "embed_VD": tiny_params["embed_VD"],
-            "head_VD": tiny_params["embed_VD"],
-            "target": tiny_params,
-        },
+        whole(tiny_params),
         mesh,
     )
     state, metrics = train_step(init(params), frozen, place_rows(loader.batch_at(0), mesh), 0)
@@ -77,9 +78,9 @@ def check_same(online, disk, tolerance: float) -> None:
 
 @pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
 def test_online_and_stored_states_give_the_same_losses(stage, loaders, tiny_draft, tiny_params):
-    online = stepped(loaders[None], tiny_draft, tiny_params, stage, TINY)
+    online = stepped(loaders[None], tiny_draft, tiny_params, stage)
     for dtype, tolerance in TOLERANCE.items():
-        disk = stepped(loaders[dtype], tiny_draft, tiny_params, stage, None)
+        disk = stepped(loaders[dtype], tiny_draft, tiny_params, stage)
         check_same(online, disk, tolerance)
         if dtype == "float32":
             for name in online[
@@ -106,8 +107,8 @@ def on_eight_devices() -> None:
     disk = BatchLoader(rows, [by_tokens[tuple(row.tokens)] for row in rows], **settings)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     check_same(
-        stepped(online, draft, params, EARLY, TINY, mesh),
-        stepped(disk, draft, params, EARLY, None),
+        stepped(online, draft, params, EARLY, mesh),
+        stepped(disk, draft, params, EARLY),
         TOLERANCE["float32"],
     )
 
@@ -123,7 +124,7 @@ def test_the_target_runs_on_the_mesh_of_the_step():
 
 
 def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, monkeypatch):
-    disk = stepped(loaders["float32"], tiny_draft, tiny_params, EARLY, None)
+    disk = stepped(loaders["float32"], tiny_draft, tiny_params, EARLY)
     right = step.states_at
     monkeypatch.setattr(
         step,
@@ -132,7 +133,7 @@ def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, m
     )
     with pytest.raises(AssertionError):
         check_same(
-            stepped(loaders[None], tiny_draft, tiny_params, EARLY, TINY, steps_of=make_steps),
+            stepped(loaders[None], tiny_draft, tiny_params, EARLY, steps_of=make_steps),
             disk,
             TOLERANCE["int8"],
         )
@@ -145,7 +146,7 @@ def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
     # 1e-4: rows of another padded length are summed in another order
     np.testing.assert_allclose(
         np.where(live_BL1, found_BLD, 0),
-        loaders["float32"].sample(99).states_BLD,
+        loaders["float32"].sample(99).inputs_BLI,
         rtol=1e-4,
         atol=1e-4,
     )
@@ -153,12 +154,8 @@ def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
 
 def test_the_target_is_computed_once_and_not_differentiated(loaders, tiny_draft, tiny_params):
     """In the compiled step the target's products stand once: no gradient goes through it."""
-    train_step, _, init = steps_of(SPEC, CLEAN, EARLY, ONE_DEVICE, late=False, target=TINY)
-    frozen = {
-        "embed_VD": tiny_params["embed_VD"],
-        "head_VD": tiny_params["embed_VD"],
-        "target": tiny_params,
-    }
+    train_step, _, init = steps_of(SPEC, CLEAN, EARLY, ONE_DEVICE)
+    frozen = whole(tiny_params)
     text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(
         debug_info=True
     )

@@ -22,11 +22,10 @@ from beagle_jax.model import masks
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.packing import places, queries
 from beagle_jax.training import eagle, early, late
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import OBJECTIVES
 from beagle_jax.training.step import (
     add_noise,
-    predict_eagle,
-    predict_early,
-    predict_late,
     stage_loss,
 )
 
@@ -70,24 +69,25 @@ def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
     """All rows of a loader of one row a batch, in shapes that do not depend on the chats."""
     steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
-    fields = (np.concatenate(field) for field in zip(*steps, strict=True))
+    assert all(step.targets_BLD is None for step in steps)  # one array where both are equal
+    fields = (np.concatenate(field) for field in zip(*(step[:-1] for step in steps), strict=True))
     return Batch(
         *(
             np.pad(x, [(0, n - m) for n, m in zip(size, x.shape, strict=True)])
-            for x, size in zip(fields, shape, strict=True)
+            for x, size in zip(fields, shape[:-1], strict=True)
         )
     )
 
 
 def loss_of(name: str):
     """(loss, metrics) of a stage as a function of (params, frozen, batch, key)."""
-    spec, predict = (
-        (EAGLE, predict_eagle)
+    spec, objective = (
+        (EAGLE, OBJECTIVES["eagle"]["test_time"])
         if name == "eagle"
-        else (SPEC, predict_early if name == "early" else predict_late)
+        else (SPEC, OBJECTIVES["beagle"]["early" if name == "early" else "late"])
     )
     return lambda params, *rest: stage_loss(
-        params, spec, CLEAN, STAGES[name], predict, *rest, ONE_DEVICE
+        params, spec, CLEAN, STAGES[name], objective, *rest, ONE_DEVICE
     )
 
 
@@ -105,7 +105,7 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
     Returns whether chats fill a row to its last place.
     """
     rows, key = some_rows(seed), jax.random.key(seed)
-    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
     alone, packed = (
         everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True)
     )  # of one shape, so of one program
@@ -359,7 +359,7 @@ def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
                 slot, query = slot + length, query + length - first
             assert (
                 not batch.tokens_BL[line, slot:].any()
-                and not batch.states_BLD[line, slot:].any()
+                and not batch.inputs_BLI[line, slot:].any()
                 and not batch.counts_BT[line, query:].any()
             )
             live += slot
@@ -375,6 +375,8 @@ def test_order_and_position_are_one_integer_and_processes_share_a_batch():
     for step in (7, 0, 3, 2 * loader.steps_per_epoch + 1):
         batch = loader.batch_at(step)
         for name, field in batch._asdict().items():
+            if field is None:  # the inputs are the targets
+                continue
             np.testing.assert_array_equal(getattr(again.batch_at(step), name), field)
             np.testing.assert_array_equal(
                 np.concatenate([getattr(part.batch_at(step), name) for part in parts]), field

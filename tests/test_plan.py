@@ -33,7 +33,7 @@ from beagle_jax.data.states import keep_states, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.hardware import CHIPS
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
@@ -58,7 +58,7 @@ TARGET = TargetSpec(
     max_positions=256,
     tie_embeddings=True,
 )
-SPEC = DraftSpec.from_target(TARGET)
+SPEC = BeagleSpec.from_target(TARGET)
 EARLY = EarlyStage(steps=3, window=5)
 LATE = LateStage(steps=2, window=4, simulation_steps=4)
 
@@ -116,11 +116,9 @@ def test_operations_are_those_that_xla_counts(compiled):
     for planted in (
         dict(spec=replace(SPEC, intermediate_size=256)),
         dict(vocab=2 * V),
-        dict(late=name != "late"),
     ):
-        asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1, late=name == "late") | planted
-        if "late" not in planted:
-            assert not near(2 * row_flops(**asked), counted), planted
+        asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1) | planted
+        assert not near(2 * row_flops(**asked), counted), planted
 
 
 @pytest.mark.parametrize("name", ["early", "late"])
@@ -136,15 +134,15 @@ def test_operations_of_an_eagle_step(name, mesh):
     )
     asked = dict(spec=EagleSpec.from_target(TARGET), vocab=V, L=L, T=L - 1)
     by_stage = {
-        "early": row_flops(stage=early, late=False, **asked),
-        "late": row_flops(stage=late, late=True, **asked),
+        "early": row_flops(stage=early, **asked),
+        "late": row_flops(stage=late, **asked),
     }
     assert (
         found.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
     )  # s times the work
     wider = asked | {"spec": replace(asked["spec"], intermediate_size=256)}
     assert not near(
-        2 * row_flops(stage=early if name == "early" else late, late=name == "late", **wider),
+        2 * row_flops(stage=early if name == "early" else late, **wider),
         counted,
     )
 
@@ -156,7 +154,7 @@ def test_operations_of_a_multi_token_step(mesh):
     late = LATE.changed(multi_token=True)
     found, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
     assert near(found.flops, counted), (found.flops, counted)
-    assert not near(2 * row_flops(SPEC, LATE, V, L, L - 1, late=True), counted)
+    assert not near(2 * row_flops(SPEC, LATE, V, L, L - 1), counted)
 
 
 def test_bytes_are_those_of_the_shapes(compiled):
@@ -185,9 +183,9 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
         data=DataConfig(states_dtype=dtype),
     )
     planned = cost.batch_shapes(config, 64)
-    assert (planned.states_BLD.shape, planned.states_BLD.dtype) == (
-        batch.states_BLD.shape,
-        batch.states_BLD.dtype,
+    assert (planned.inputs_BLI.shape, planned.inputs_BLI.dtype) == (
+        batch.inputs_BLI.shape,
+        batch.inputs_BLI.dtype,
     )
 
 
@@ -340,7 +338,7 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
     """As large as the state that is saved."""
     for accumulate, numbers in ((1, 3), (2, 4)):
         assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
-        init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh, late=False)[2]
+        init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh)[2]
         params = {name: jnp.zeros(shape) for name, shape in SPEC.param_shapes().items()}
 
         def count(tree):

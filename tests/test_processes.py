@@ -21,6 +21,7 @@ from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.sharding import make_mesh, share_of_rows
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.stop import StopSignal
@@ -149,7 +150,7 @@ def alone(tiny_params, tmp_path_factory):
     """The same run in one process on one device, to its end, and what goes on with a run like
     it.
     """
-    frozen = {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
     def run(config) -> dict:
         params = init_draft(SPEC, jax.random.key(3))

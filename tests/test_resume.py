@@ -32,6 +32,7 @@ from beagle_jax.config import Config, LateStage, LogConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import check_settings, run_stage, settings_of
 from beagle_jax.training.metrics import Log
 
@@ -44,7 +45,7 @@ def config_of(folder, **changes) -> Config:
     return config_for(folder, late=LATE, **changes)
 
 
-def both_stages(config: Config, frozen: dict, training=None) -> dict:
+def both_stages(config: Config, frozen: FrozenTarget, training=None) -> dict:
     """Early and late, as the train command runs them, from parameters that depend on nothing."""
     params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
     for stage in ("early", "late"):
@@ -63,8 +64,8 @@ def figures_of(config: Config) -> dict[tuple[str, int], dict]:
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> dict:
-    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"]}
+def frozen(tiny_params) -> FrozenTarget:
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def whole(frozen, tmp_path_factory):
     return config, both_stages(config, frozen)
 
 
-def stopped_at(stage: str, step: int, config: Config, frozen: dict, how) -> None:
+def stopped_at(stage: str, step: int, config: Config, frozen: FrozenTarget, how) -> None:
     """Runs until a step of a stage, where `how` strikes."""
     params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
     for name in ("early", "late"):
@@ -96,7 +97,7 @@ def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
         "conftest.random_params(conftest.TINY);t.stopped_at('early', 11, "
-        "t.config_of(sys.argv[2]), {'embed_VD': p['embed_VD'], 'head_VD': p['embed_VD']}, "
+        "t.config_of(sys.argv[2]), t.FrozenTarget(p['embed_VD'], p['embed_VD']), "
         "t.kill)"
     )
     environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}

@@ -21,7 +21,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import Nodes
 from beagle_jax.decoding.sampling import Sampling, filtered
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
@@ -69,7 +69,7 @@ def small_target(eos_ids=NEVER):
 
 
 def small_draft() -> Draft:
-    spec = DraftSpec.from_target(SMALL, init_std=0.1)
+    spec = BeagleSpec.from_target(SMALL, init_std=0.1)
     return Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from beagle_jax.data import states
+from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import is_stored, keep_states, states_bytes, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
@@ -150,3 +151,69 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(path.parent.iterdir()) == []
+
+
+# Taps
+
+
+def tapped_states() -> list[np.ndarray]:
+    """Two streams before the states after the final norm."""
+    return [np.concatenate([last + 1, last + 2, last], axis=1) for last in some_states()]
+
+
+def test_stored_states_say_which_streams_stand_before_them(path, monkeypatch):
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    keep_states(path, ROWS, tapped_states(), taps=(3, 7))
+    assert json.loads(states._index(path).read_text())["taps"] == [3, 7]
+    stored = target_states(PARAMS, SPEC, ROWS, path, taps=(3, 7))
+    assert [one.shape for one in stored] == [(5, 48), (1, 48), (9, 48)]
+    for found, expected in zip(stored, tapped_states(), strict=True):
+        np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "words"),
+    [
+        ((), (3, 7), "the target's final norm alone, and this draft reads the target's streams"),
+        ((3, 7), (), "the target's streams [3, 7], and this draft reads the target's final norm"),
+        (
+            (3, 7),
+            (7, 3),
+            "the target's streams [3, 7], and this draft reads the target's streams",
+        ),
+    ],
+)
+def test_states_of_other_streams_are_refused(path, there, wanted, words):
+    keep_states(path, ROWS, tapped_states() if there else some_states(), taps=there)
+    with pytest.raises(UserError) as caught:
+        target_states(PARAMS, SPEC, ROWS, path, taps=wanted)
+    assert f"{path}: holds states of {words}" in str(caught.value)
+    assert "set another data.folder, or delete part-0000.states" in str(caught.value)
+
+
+def test_files_of_before_there_were_taps_hold_the_final_norm_alone(path, monkeypatch):
+    monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
+    keep_states(path, ROWS, some_states())
+    index = json.loads(states._index(path).read_text())
+    del index["taps"]
+    states._index(path).write_text(json.dumps(index))
+    check_close(read(path), "float32")
+    with pytest.raises(UserError, match="holds states of the target's final norm alone"):
+        target_states(PARAMS, SPEC, ROWS, path, taps=(3,))
+
+
+@pytest.mark.parametrize("taps", [0, 2])
+def test_a_batch_has_inputs_and_targets_apart_only_where_they_differ(taps):
+    rows = [Row([1, 2, 3, 4, 5], [True] * 5), Row([6, 7, 8], [True] * 3)]
+    kept = [
+        np.arange(len(row.tokens) * 4 * (taps + 1), dtype=np.float32).reshape(len(row.tokens), -1)
+        for row in rows
+    ]
+    loader = BatchLoader(rows, kept, batch=2, row_tokens=5, seed=0, taps=taps)
+    batch = loader.sample(2)
+    line = int(np.flatnonzero(batch.length_BC[:, 0] == 5)[0])
+    np.testing.assert_array_equal(batch.predicted_BLD[line], kept[0][:, -4:])
+    if taps:
+        np.testing.assert_array_equal(batch.inputs_BLI[line], kept[0][:, :-4])
+    else:
+        assert batch.targets_BLD is None and batch.predicted_BLD is batch.inputs_BLI

@@ -34,12 +34,9 @@ def published(
         prefix + name: array
         for name, array in load_file(place.folder / "whole" / "model.safetensors").items()
     }
-    copies = {
-        "model.embed_tokens.weight": (300, 32),
-        "lm_head.weight": (300, 32),
-        "model.norm.weight": (32,),
-    }
-    tensors |= {name: np.ones(shape, np.float32) for name, shape in copies.items()}
+    copies = load_file(place.folder / "target" / "model.safetensors")
+    names = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    tensors |= {name: copies[name] for name in names}
     change(tensors)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -65,6 +62,22 @@ def test_published_names_are_accepted(place, tmp_path, prefix):
         np.array_equal(draft.params[name], expected.params[name]) for name in expected.params
     )
     assert draft.provenance == {"target": str(place.folder / "target"), "imported_from": "there"}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+)
+def test_an_array_that_the_target_has_otherwise_is_refused(place, tmp_path, capsys, name):
+    """Decoding takes it from the target. A single changed value is seen."""
+
+    def change(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[7] += 0.01
+
+    source = published(place, tmp_path / "there", change)
+    message = refused(capsys, from_torch(place, source, tmp_path / "here"))
+    assert f"{source}: {name} has other values than the target's {name}" in message
+    assert not (tmp_path / "here").exists()
 
 
 def test_half_precision_widens_exactly(place, tmp_path):
@@ -177,7 +190,11 @@ def renamed(tensors: dict, old: str, new: str) -> None:
         ),
         (
             lambda t: t.update({PUBLISHED + "hot_tokens": np.array([1, 300], np.int32)}),
-            ["scores tokens 1 to 300, the target's vocabulary ends at 299"],
+            ["it scores token 300, the vocabulary ends at 299"],
+        ),
+        (
+            lambda t: t.update({PUBLISHED + "hot_tokens": np.array([4, 1, 4], np.int32)}),
+            ["hot_tokens holds token 4 more than once"],
         ),
         (
             lambda t: (

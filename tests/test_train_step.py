@@ -13,13 +13,13 @@ from step_cases import CLEAN, EARLY, LATE, NOISY, SPEC, B, L, quick_jit, three_r
 
 from beagle_jax.config import StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import objective_of
 from beagle_jax.training.step import (
     AGREE_WITHIN,
     Inputs,
     add_noise,
     make_steps,
-    predict_early,
-    predict_late,
     stage_loss,
 )
 
@@ -27,12 +27,6 @@ EARLY_ONE, LATE_ONE = (
     EARLY.changed(window=1),
     LATE.changed(window=1, simulation_steps=1, detach=False),
 )
-PREDICT = {
-    EARLY: predict_early,
-    EARLY_ONE: predict_early,
-    LATE: predict_late,
-    LATE_ONE: predict_late,
-}
 BOTH = pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
 
 
@@ -42,11 +36,11 @@ def batch() -> Batch:
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> dict:
+def frozen(tiny_params) -> FrozenTarget:
     """The head is that of a draft reduced to four hot tokens, so that draft and target agree now
     and then.
     """
-    return {"embed_VD": tiny_params["embed_VD"], "head_VD": tiny_params["embed_VD"][:4]}
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"][:4])
 
 
 _noisy = quick_jit(add_noise, static_argnums=2)
@@ -57,7 +51,7 @@ def loss_of(config: TrainConfig, stage: StageConfig):
     """(loss, metrics) as a jitted function of (params, frozen, batch, key)."""
     return quick_jit(
         lambda params, *rest: stage_loss(
-            params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE
+            params, SPEC, config, stage, objective_of(SPEC, stage), *rest, ONE_DEVICE
         )
     )
 
@@ -67,7 +61,7 @@ def gradient_of(config: TrainConfig, stage: StageConfig):
     """((loss, metrics), gradient), likewise."""
 
     def loss(params, *rest):
-        return stage_loss(params, SPEC, config, stage, PREDICT[stage], *rest, ONE_DEVICE)
+        return stage_loss(params, SPEC, config, stage, objective_of(SPEC, stage), *rest, ONE_DEVICE)
 
     return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -87,7 +81,7 @@ def predicted_by(stage: StageConfig):
             jnp.tile(jnp.arange(L), (B, 1)),
             lambda tokens: embed_VD[tokens],
         )
-        return PREDICT[stage](params, SPEC, stage, read, offset).state_BND
+        return objective_of(SPEC, stage).predict(params, SPEC, stage, read, offset).state_BND
 
     return quick_jit(predicted)
 
@@ -154,14 +148,14 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
     """(loss, metrics) of the library, and the sums by hand with a bug planted."""
     noise_key, offset_key = jax.random.split(jax.random.key(seed))
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
-    h_BLD = _noisy(batch.states_BLD, batch.length_BC, NOISY, noise_key)
-    state_BTD = predicted_by(stage)(draft, frozen["embed_VD"], batch, h_BLD, jnp.int32(offset))
+    h_BLD = _noisy(batch.inputs_BLI, batch.length_BC, NOISY, noise_key)
+    state_BTD = predicted_by(stage)(draft, frozen.embed_VD, batch, h_BLD, jnp.int32(offset))
     by_hand = metrics_by_hand(
         stage,
         offset + (bug == "offset"),
         state_BTD,
-        h_BLD if bug == "noisy targets" else batch.states_BLD,
-        frozen["head_VD"],
+        h_BLD if bug == "noisy targets" else batch.inputs_BLI,
+        frozen.head_VD,
         np.roll(batch.counts_BT, -1, axis=1) if bug == "shifted mask" else batch.counts_BT,
         1.0 if bug == "vloss weight" else 10.0,
     )
@@ -268,7 +262,6 @@ def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
 )
 def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change):
     changed = LATE.changed(**change)
-    PREDICT[changed] = predict_late
     (_, metrics), by_hand = both_ways(tiny_draft, frozen, batch, changed, 1)
     check_metrics(metrics, by_hand)
     (_, default), _ = both_ways(tiny_draft, frozen, batch, LATE, 1)
@@ -281,7 +274,6 @@ def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
     about one in k.
     """
     dense = TestTimeStage(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3)
-    PREDICT[dense] = predict_late
     _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
     assert metrics.count_J.tolist() == [batch.counts_BT[:, step:].sum() for step in range(3)]
     _, windows = loss_of(NOISY, LATE)(tiny_draft, frozen, batch, jax.random.key(1))
@@ -294,7 +286,7 @@ def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monke
     _, metrics = loss_of.__wrapped__(CLEAN, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
     offset = int(jax.random.randint(jax.random.split(jax.random.key(1))[1], (), 0, EARLY.window))
     state_BTD = predicted_by(EARLY)(
-        tiny_draft, frozen["embed_VD"], batch, batch.states_BLD, jnp.int32(offset)
+        tiny_draft, frozen.embed_VD, batch, batch.inputs_BLI, jnp.int32(offset)
     )
 
     def hand(within):
@@ -302,8 +294,8 @@ def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monke
             EARLY,
             offset,
             state_BTD,
-            batch.states_BLD,
-            frozen["head_VD"],
+            batch.inputs_BLI,
+            frozen.head_VD,
             batch.counts_BT,
             within=within,
         )["agree_JK"]
@@ -340,7 +332,7 @@ def test_late_with_one_step_in_windows_of_one_is_early(tiny_draft, frozen, batch
     same_loss_and_gradient(tiny_draft, frozen, batch, batch)
 
 
-@pytest.mark.parametrize("field", ["states_BLD", "tokens_BL", "counts_BT"])
+@pytest.mark.parametrize("field", ["inputs_BLI", "tokens_BL", "counts_BT"])
 def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, field):
     shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
     with pytest.raises(AssertionError):
@@ -352,7 +344,7 @@ def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, fiel
 
 @lru_cache
 def steps_of(config: TrainConfig, stage: StageConfig):
-    return make_steps(SPEC, config, stage, ONE_DEVICE, late=stage.simulation_steps > 1)
+    return make_steps(SPEC, config, stage, ONE_DEVICE)
 
 
 def copy_of(draft: dict) -> dict:
@@ -418,7 +410,7 @@ def test_a_step_is_a_function_of_state_seed_and_step(tiny_draft, frozen, batch):
 
 def test_the_state_holds_the_draft_only_and_the_frozen_parts_stay(tiny_draft, frozen, batch):
     train_step, _, init = steps_of(NOISY, EARLY)
-    before = {name: np.array(array) for name, array in frozen.items()}
+    before = jax.tree.map(np.array, frozen)
     state = init(copy_of(tiny_draft))
     for _ in range(2):
         state, _ = train_step(state, frozen, batch, 42)
@@ -427,8 +419,7 @@ def test_the_state_holds_the_draft_only_and_the_frozen_parts_stay(tiny_draft, fr
     assert sizes == sorted(
         3 * [int(np.prod(shape)) for shape in SPEC.param_shapes().values()]
     )  # parameters, mean, variance
-    for name, array in frozen.items():
-        np.testing.assert_array_equal(array, before[name])
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
     for name, array in state.params.items():
         assert not np.array_equal(array, tiny_draft[name]), f"{name} was not trained"
     assert int(state.step) == 2
@@ -441,7 +432,7 @@ def test_the_state_is_donated(tiny_draft, frozen, batch):
     assert all(
         leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)) if leaf.size > 1
     )
-    assert not any(leaf.is_deleted() for leaf in frozen.values())
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
 def test_evaluation_step_measures_without_noise(tiny_draft, frozen, batch):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.layers import partial_attention
 from beagle_jax.model.masks import early_block_mask
 from beagle_jax.training.warm_start import warm_start
 
-SPEC = DraftSpec(
+SPEC = BeagleSpec(
     hidden_size=48,
     intermediate_size=96,
     num_heads=6,
@@ -62,9 +62,9 @@ def started(linear_text):
 def _error(params, embed_VD, batch):
     mask = early_block_mask(jnp.asarray(batch.length_BC), WIDTH, 1, jnp.int32(0))
     states = BeagleBlock(SPEC).apply(
-        {"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.states_BLD), mask
+        {"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.inputs_BLI), mask
     )
-    return jnp.mean(jnp.square(states - batch.states_BLD)[:, 8:])
+    return jnp.mean(jnp.square(states - batch.inputs_BLI)[:, 8:])
 
 
 @jax.jit
@@ -73,7 +73,7 @@ def _nearest_share(params, embed_VD, batch):
     block = BeagleBlock(SPEC).bind({"params": params})
     position = jnp.broadcast_to(jnp.arange(WIDTH), (ROWS, WIDTH))
     q_BKGTH = block.queries(embed_VD[batch.tokens_BL], position)
-    rows = block.keys_values(jnp.asarray(batch.states_BLD), position)
+    rows = block.keys_values(jnp.asarray(batch.inputs_BLI), position)
     visible_TS = jnp.arange(WIDTH)[None, :] < jnp.arange(WIDTH)[:, None]
     part = partial_attention(q_BKGTH, *rows, visible_TS[None, None, None])
     score = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, rows.k_BKHS) * SPEC.head_dim**-0.5

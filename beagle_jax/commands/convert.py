@@ -16,12 +16,14 @@ from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.sharding import make_mesh
 from beagle_jax.terminal import size
+from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
+from beagle_jax.weights.kinds import kind_in_torch
 from beagle_jax.weights.model_card import acceptance, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import configured_target, open_source, revision
-from beagle_jax.weights.torch_export import FORMS, check_parity, require_torch, write_torch_folder
+from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
 
@@ -58,8 +60,8 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Writes the native folder, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target = target_spec(config.target)
-    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle)
+    target, read = target_spec(config.target)
+    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, read)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
@@ -75,8 +77,8 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Writes the native folder of an EAGLE draft, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target = target_spec(config.target)
-    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle)
+    target, read = target_spec(config.target)
+    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, read)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
@@ -111,11 +113,11 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     }
 
 
-def target_spec(config: TargetConfig) -> TargetSpec:
-    """The target's shape; its weights are not read."""
-    return TargetSpec.from_hf_config(
-        open_source(config.source, Path(config.cache_dir).expanduser()).config(), config.source
-    )
+def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
+    """The target's shape, and what reads its tensors one by one; none is read here."""
+    opened = open_source(config.source, Path(config.cache_dir).expanduser())
+    spec = TargetSpec.from_hf_config(opened.config(), config.source)
+    return spec, tensor_reader(opened, spec)
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
@@ -178,8 +180,11 @@ def _is_ours(folder: Path) -> bool:
     if (folder / SETTINGS).is_file():
         return True
     config = folder / "config.json"
-    kinds = [kind.kind for kind in KINDS] + [form.model_type for form in FORMS.values()]
-    return config.is_file() and read_json(config, "").get("model_type") in kinds
+    if not config.is_file():
+        return False
+    model_type = read_json(config, "").get("model_type")
+    native = [kind.spec.model_type for kind in KINDS.values()]
+    return model_type in native or kind_in_torch(model_type) is not None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
-from beagle_jax.data.states import record_bytes
+from beagle_jax.data.states import record_bytes, record_width
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of
 from beagle_jax.model.kinds import spec_type
@@ -66,7 +66,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
             "scored_tokens": scored,
             "vocabulary": target.vocab_size,
         },
-        "disk": disk(config, target.hidden_size, draft_parameters),
+        "disk": disk(config, record_width(target, spec.taps), draft_parameters),
         "devices": {
             "count": len(devices),
             "kind": devices[0].device_kind,

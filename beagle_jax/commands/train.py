@@ -6,7 +6,6 @@ Each part is kept on disk and skipped when it is already there.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,15 +28,17 @@ from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.measure import Measurement
 from beagle_jax.evaluation.suites import suite, tokenize
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.training.best import Best
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import WARM_STARTS
 from beagle_jax.training.loop import check_settings, run_stage
 from beagle_jax.training.metrics import Log, check_writers
-from beagle_jax.training.warm_start import FIT_ROWS, warm_start
+from beagle_jax.training.warm_start import FIT_ROWS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
@@ -64,30 +65,34 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         if start is None
         else start.spec
     )
-    hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
-    if hot_ids is not None:
-        print(
-            f"draft vocabulary: {len(hot_ids)} tokens, {coverage(rows, hot_ids):.1%} of the answers"
-        )
+    hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
+    target_spec, made_with = target.spec, provenance(config, rows, target.revision)
 
     def draft_of(params, **more):
-        return Draft(spec, params, hot_ids, provenance(config, rows, target.revision) | more)
+        return Draft(spec, params, hot_ids, made_with | more)
 
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
-    if (
-        best is None and states is not None
-    ):  # the layers have done their work; their memory is training's
-        target = replace(
-            target, params={"embed_VD": target.params["embed_VD"], "head_VD": head(target.params)}
-        )
-    draft = draft_of(
-        host_copy(train(config, target, spec, start, mesh, rows, states, hot_ids, best))
+    frozen = frozen_parts(target, hot_ids, online=states is None)
+    if best is None:
+        del target  # a caller who does not keep it gets the memory of its layers back here
+    training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
+    # No name here holds the first parameters, so that the second stage frees them.
+    trained = train(
+        config,
+        spread(config, frozen, mesh, hot_ids),
+        spec,
+        first_params(config, frozen, spec, mesh, training, start),
+        mesh,
+        training,
+        held_out,
+        best,
     )
+    draft = draft_of(host_copy(trained))
     folder = Path(config.train.folder) / "draft"
     if is_first():
         save_draft(
             folder,
-            load_draft(_best_folder(config), target.spec, type(spec))
+            load_draft(_best_folder(config), target_spec, type(spec))
             if best is not None and best.tau
             else draft,
         )
@@ -95,8 +100,17 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         "draft": str(folder),
         "rows": len(rows),
         "answer_tokens": supervised_tokens(rows),
-        "vocabulary": target.spec.vocab_size if hot_ids is None else len(hot_ids),
+        "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
     }
+
+
+def draft_vocabulary(config: Config, rows: list[Row], vocab_size: int) -> np.ndarray | None:
+    """Ids of the tokens that the draft scores (`draft.hot_tokens`); None: all."""
+    hot_ids = hot_tokens(rows, config.draft.hot_tokens, vocab_size)
+    if hot_ids is not None:
+        share = coverage(rows, hot_ids)
+        print(f"draft vocabulary: {len(hot_ids)} tokens, {share:.1%} of the answers")
+    return hot_ids
 
 
 def training_target(config: Config) -> Target:
@@ -175,50 +189,12 @@ def shuffled(
     return [rows[index] for index in order], states and [states[index] for index in order]
 
 
-def train(
-    config: Config,
-    target: Target,
-    spec: DraftSpec,
-    start: Draft | None,
-    mesh: Mesh,
-    rows: list[Row],
-    states: list[StoredStates] | None,
-    hot_ids: np.ndarray | None,
-    best: Best | None,
-) -> dict[str, jax.Array]:
-    """All stages on these rows, from `start` or from the beginning; the last `log.eval_rows` of
-    the rows only measure.
-    """
-    training, held_out = _loaders(config, mesh, rows, states)
-    online = target.spec if states is None else None
-    frozen = frozen_parts(config, target, mesh, hot_ids, online is not None)
-    params = (
-        first_params(config, target, spec, mesh, training)
-        if start is None
-        else place(start.params, mesh)
-    )
-    log = Log(config)
-    log.write(
-        {
-            "stage": "data",
-            "step": 0,
-            "padding": round(training.padding, 4),
-            "padding_unpacked": round(training.padding_unpacked, 4),
-        }
-    )
-    for stage in config.train.stages_to_run:
-        params = run_stage(
-            stage, config, spec, params, frozen, mesh, training, held_out, log, best, online
-        )
-    log.close()
-    return params
-
-
-def _loaders(
-    config: Config, mesh: Mesh, rows: list[Row], states: list[StoredStates] | None
+def loaders(
+    config: Config, rows: list[Row], states: list[StoredStates] | None, mesh: Mesh, *, taps: int
 ) -> tuple[BatchLoader, BatchLoader | None]:
-    """For training, and for the last `log.eval_rows` of the rows, which only measure; prints what
-    there is to train on.
+    """Batches to train on, and of the last `log.eval_rows` rows, which only measure.
+
+    Raises UserError when nothing is left to train on.
     """
     cut = len(rows) - config.log.eval_rows
     if cut < 1:
@@ -232,6 +208,7 @@ def _loaders(
         seed=config.train.seed,
         share=Share(*share_of_rows(mesh)),
         pack=config.train.pack,
+        taps=taps,
     )
     training = BatchLoader(rows[:cut], states and states[:cut], **settings)
     held_out = (
@@ -253,24 +230,54 @@ def _loaders(
     return training, held_out
 
 
-def frozen_parts(
-    config: Config, target: Target, mesh: Mesh, hot_ids: np.ndarray | None, online: bool
-) -> dict:
-    """What a step reads of the target and never changes, spread over the mesh."""
-    params = target.params
-    if (
-        jax.process_count() > 1 and online
-    ):  # `target` is this process's alone; each reads its parts of the one that all share
-        params = configured_target(config.target, mesh, decoding=False).params
+def train(
+    config: Config,
+    frozen: FrozenTarget,
+    spec: DraftSpec,
+    params: dict[str, jax.Array],
+    mesh: Mesh,
+    training: BatchLoader,
+    held_out: BatchLoader | None,
+    best: Best | None,
+) -> dict[str, jax.Array]:
+    """Runs the stages that have steps, one after the other, from these parameters."""
+    log = Log(config)
+    log.write(
+        {
+            "stage": "data",
+            "step": 0,
+            "padding": round(training.padding, 4),
+            "padding_unpacked": round(training.padding_unpacked, 4),
+        }
+    )
+    for stage in config.train.stages_to_run:
+        params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best)
+    log.close()
+    return params
+
+
+def frozen_parts(target: Target, hot_ids: np.ndarray | None, online: bool) -> FrozenTarget:
+    """What training reads of this process's target. online: steps compute its states."""
     # With a reduced draft vocabulary both distributions of the loss are over it: it is all the
     # draft will ever score.
-    tables = {
-        "embed_VD": params["embed_VD"],
-        "head_VD": head(params) if hot_ids is None else head(params)[hot_ids],
-    }
-    if jax.process_count() > 1 and not online:
-        tables = jax.device_get(tables)
-    return place(tables | ({"target": params} if online else {}), mesh)
+    head_VD = head(target.params) if hot_ids is None else head(target.params)[hot_ids]
+    return FrozenTarget(
+        embed_VD=target.params["embed_VD"],
+        head_VD=head_VD,
+        model=target.params if online else None,
+        spec=target.spec if online else None,
+    )
+
+
+def spread(
+    config: Config, frozen: FrozenTarget, mesh: Mesh, hot_ids: np.ndarray | None
+) -> FrozenTarget:
+    """The same over the mesh."""
+    if jax.process_count() > 1 and frozen.model is not None:
+        # The model is this process's alone; each reads its parts of the one that all share.
+        shared = configured_target(config.target, mesh, decoding=False)
+        return place(frozen_parts(shared, hot_ids, online=True), mesh)
+    return place(jax.device_get(frozen) if jax.process_count() > 1 else frozen, mesh)
 
 
 def given_draft(config: Config, target: Target) -> Draft | None:
@@ -283,20 +290,27 @@ def given_draft(config: Config, target: Target) -> Draft | None:
 
 
 def first_params(
-    config: Config, target: Target, spec: DraftSpec, mesh: Mesh, training: BatchLoader
+    config: Config,
+    frozen: FrozenTarget,
+    spec: DraftSpec,
+    mesh: Mesh,
+    training: BatchLoader,
+    start: Draft | None = None,
 ) -> dict[str, jax.Array]:
-    """Where the early stage of a new draft begins: `draft.init`, spread over the mesh."""
+    """Where the first stage begins, spread over the mesh: `start`, or as `draft.init` says.
+
+    frozen: on this process alone.
+    """
+    if start is not None:
+        return place(start.params, mesh)
     fresh, key = partial(fresh_params, spec), jax.random.key(config.train.seed)
     if config.draft.init == "normal":
         return born(fresh, mesh, key)
     sample = training.sample(FIT_ROWS)
-    if sample.states_BLD is None:
-        sample = sample._replace(
-            states_BLD=states_in_memory(
-                target.params, target.spec, sample.tokens_BL, sample.length_BC
-            )
-        )
-    return place(warm_start(fresh(key), spec, target.params["embed_VD"], sample), mesh)
+    if sample.inputs_BLI is None:
+        inputs_BLI = states_in_memory(frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC)
+        sample = sample._replace(inputs_BLI=inputs_BLI)
+    return place(WARM_STARTS[spec.kind](fresh(key), spec, frozen.embed_VD, sample), mesh)
 
 
 def provenance(config: Config, rows: list[Row], revision: str | None) -> dict:

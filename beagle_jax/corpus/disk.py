@@ -7,9 +7,16 @@ from pathlib import Path
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens
 from beagle_jax.data.folder import read_parts, states_path
-from beagle_jax.data.states import is_stored, record_bytes, states_bytes, stored_dtype
+from beagle_jax.data.states import (
+    is_stored,
+    record_bytes,
+    record_width,
+    states_bytes,
+    stored_dtype,
+)
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.errors import UserError
+from beagle_jax.model.kinds import spec_type
 from beagle_jax.terminal import size
 from beagle_jax.weights.target import Target
 
@@ -28,7 +35,8 @@ def announce_writing(config: Config, target: Target) -> None:
     data, endless = config.data, config.data.source == "self"
     written = sum(map(supervised_tokens, read_parts(data.folder).values()))
     tokens = max(data.answer_tokens - written, 0)
-    record = record_bytes(target.spec.hidden_size, stored_dtype(target.params, data.states_dtype))
+    width = record_width(target.spec, taps_of(config, target))
+    record = record_bytes(width, stored_dtype(target.params, data.states_dtype))
     with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
     print(
@@ -45,13 +53,14 @@ def announce_writing(config: Config, target: Target) -> None:
 
 def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row]]) -> None:
     """The exact size of all states, and whether what is missing fits."""
-    folder, width = config.data.folder, target.spec.hidden_size
+    folder, taps = config.data.folder, taps_of(config, target)
+    width = record_width(target.spec, taps)
     dtype = stored_dtype(target.params, config.data.states_dtype)
     total = {number: states_bytes(rows, width, dtype) for number, rows in parts.items()}
     missing = sum(
         total[number]
         for number, rows in parts.items()
-        if not is_stored(states_path(folder, number), rows, width, dtype)
+        if not is_stored(states_path(folder, number), rows, width, dtype, taps)
     )
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free
@@ -65,6 +74,11 @@ def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row
             f"data.folder: {folder} has {size(free)} free, the target's states need "
             f"{size(missing)} more; {_LESS_DISK}"
         )
+
+
+def taps_of(config: Config, target: Target) -> tuple[int, ...]:
+    """Layers whose outputs the draft of this run reads (`DraftSpec.taps`)."""
+    return spec_type(config.draft.kind).from_target(target.spec).taps
 
 
 def _existing(folder: str) -> Path:

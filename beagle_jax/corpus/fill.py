@@ -3,7 +3,7 @@
 from functools import partial
 
 from beagle_jax.config import Config
-from beagle_jax.corpus.disk import announce_states, announce_writing
+from beagle_jax.corpus.disk import announce_states, announce_writing, taps_of
 from beagle_jax.corpus.text import is_complete, training_rows
 from beagle_jax.corpus.writer import TargetWriter
 from beagle_jax.data.fingerprint import fingerprints
@@ -57,5 +57,7 @@ def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[
 def _states_of(
     config: Config, target: Target, parts: dict[int, list[Row]], number: int
 ) -> list[StoredStates]:
-    path = states_path(config.data.folder, number)
-    return target_states(target.params, target.spec, parts[number], path, config.data.states_dtype)
+    path, taps = states_path(config.data.folder, number), taps_of(config, target)
+    return target_states(
+        target.params, target.spec, parts[number], path, config.data.states_dtype, taps
+    )

@@ -26,12 +26,18 @@ class Batch(NamedTuple):
     """
 
     tokens_BL: np.ndarray  # int32
-    states_BLD: (
-        np.ndarray | None
-    )  # the target's states, zeros in the padding; None: computed inside the step
+    # what the draft reads of the target, zeros in the padding: its states after the final norm, or
+    # the taps of the draft, concatenated. None: computed inside the step
+    inputs_BLI: np.ndarray | None
     counts_BT: np.ndarray  # bool: the query enters the loss (method.md 5.2)
     length_BC: np.ndarray  # int32: tokens of each chat; 0: the row has no such chat
     first_BC: np.ndarray  # int32: the first position in the chat that counts
+    targets_BLD: np.ndarray | None = None  # the states after the final norm; None: the inputs
+
+    @property
+    def predicted_BLD(self) -> np.ndarray | None:
+        """The states that the draft predicts, and that give the target's logits."""
+        return self.inputs_BLI if self.targets_BLD is None else self.targets_BLD
 
 
 class _Entry(NamedTuple):
@@ -61,9 +67,10 @@ class BatchLoader:
         seed: int,
         share: Share = ALONE,
         pack: bool = False,
+        taps: int = 0,
     ):
         """states: of each chat [length, D], as `states.target_states` returns them; None: batches
-        come without.
+        come without. taps: how many of the target's layers stand before its final states in them.
 
         batch: lines over all processes; a batch has those of this process, batch / share.count of
         them. pack: a line holds several chats; which ones go together is the same in every epoch.
@@ -99,6 +106,7 @@ class BatchLoader:
                 f"a multiple of {share.count}"
             )
         self._batch, self._width, self._seed, self._share = batch, row_tokens, seed, share
+        self._taps = taps
         self._most_chats = max(map(len, self._rows))
         self._queries = max(sum(self._chats[at].queries for at in row) for row in self._rows)
 
@@ -140,7 +148,7 @@ class BatchLoader:
         B, C = len(lines), self._most_chats
         batch = Batch(
             tokens_BL=np.zeros((B, self._width), np.int32),
-            states_BLD=None,
+            inputs_BLI=None,
             counts_BT=np.zeros((B, self._queries), bool),
             length_BC=np.zeros((B, C), np.int32),
             first_BC=np.zeros((B, C), np.int32),
@@ -155,7 +163,13 @@ class BatchLoader:
                 batch.tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
                 batch.counts_BT[line, query + chat.counting - chat.counting[0]] = True
                 slot, query = slot + chat.length, query + chat.queries
-        return batch._replace(states_BLD=self._states(lines))
+        states_BLI = self._states(lines)
+        if states_BLI is None or not self._taps:
+            return batch._replace(inputs_BLI=states_BLI)
+        final = states_BLI.shape[-1] - states_BLI.shape[-1] // (self._taps + 1)
+        return batch._replace(
+            inputs_BLI=states_BLI[..., :final], targets_BLD=states_BLI[..., final:]
+        )
 
     def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
         """The states of the same."""
@@ -166,10 +180,10 @@ class BatchLoader:
         if self._chats[0].states_LD is None:
             return None
         found = [np.concatenate([read(self._chats[index]) for index in picked]) for picked in lines]
-        states_BLD = np.zeros((len(lines), self._width, found[0].shape[1]), found[0].dtype)
+        states_BLI = np.zeros((len(lines), self._width, found[0].shape[1]), found[0].dtype)
         for line, states_LD in enumerate(found):
-            states_BLD[line, : len(states_LD)] = states_LD
-        return states_BLD
+            states_BLI[line, : len(states_LD)] = states_LD
+        return states_BLI
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
@@ -65,28 +66,47 @@ class StoredStates:
 
 
 def states_at(
-    params: Params, spec: TargetSpec, tokens_BL: jax.Array, length_BC: jax.Array
+    params: Params,
+    spec: TargetSpec,
+    tokens_BL: jax.Array,
+    length_BC: jax.Array,
+    taps: tuple[int, ...] = (),
 ) -> jax.Array:
     """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the
     padding is not zero. Not jitted.
+
+    taps: streams (`forward`) to put before them, [B, L, (taps + 1) * D].
     """
     L = tokens_BL.shape[1]
-    return forward(
-        params, spec, tokens_BL, places(L, length_BC).place_BX, chats_mask(length_BC, L)
-    ).states_BTD
+    found = forward(
+        params,
+        spec,
+        tokens_BL,
+        places(L, length_BC).place_BX,
+        chats_mask(length_BC, L),
+        taps=taps,
+    )
+    return jnp.concatenate([*found.taps, found.states_BTD], axis=-1) if taps else found.states_BTD
 
 
-_states = partial(jax.jit, static_argnames=("spec",))(states_at)
+_states = partial(jax.jit, static_argnames=("spec", "taps"))(states_at)
 
 
 def states_in_memory(
-    params: Params, spec: TargetSpec, tokens_BL: np.ndarray, length_BC: np.ndarray
+    params: Params,
+    spec: TargetSpec,
+    tokens_BL: np.ndarray,
+    length_BC: np.ndarray,
+    taps: tuple[int, ...] = (),
 ) -> np.ndarray:
     """The same on the host, a few rows at a time; for what is small."""
     lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
     parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
     return np.concatenate(
-        [np.asarray(_states(params, spec, tokens_BL[part], length_BC[part])) for part in parts]
+        [
+            np.asarray(_states(params, spec, tokens_BL[part], length_BC[part], taps))
+            for part in parts
+        ]
     )
 
 
@@ -96,20 +116,28 @@ def stored_dtype(params: Params, dtype: str | None) -> str:
 
 
 def target_states(
-    params: Params, spec: TargetSpec, rows: Sequence[Row], path: Path, dtype: str | None = None
+    params: Params,
+    spec: TargetSpec,
+    rows: Sequence[Row],
+    path: Path,
+    dtype: str | None = None,
+    taps: tuple[int, ...] = (),
 ) -> list[StoredStates]:
     """States of each row, in `path`; computed if they are not there for these rows in this
     dtype.
+
+    taps: of the draft (`DraftSpec.taps`); the state after the final norm stands behind them.
+    Raises UserError if the file holds other taps.
     """
-    dtype = stored_dtype(params, dtype)
-    if not is_stored(path, rows, spec.hidden_size, dtype):
-        _reserve(path, rows, spec.hidden_size, dtype)
-        _write(path, rows, spec.hidden_size, dtype, _compute(params, spec, rows))
+    dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
+    if not is_stored(path, rows, width, dtype, taps):
+        _reserve(path, rows, width, dtype)
+        _write(path, rows, width, dtype, _compute(params, spec, rows, taps), taps)
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
-    record = record_bytes(spec.hidden_size, dtype)
+    record = record_bytes(width, dtype)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
     return [
-        StoredStates(path, number, int(start), (len(row.tokens), spec.hidden_size), dtype, crc)
+        StoredStates(path, number, int(start), (len(row.tokens), width), dtype, crc)
         for number, (row, start, crc) in enumerate(
             zip(rows, starts[:-1], index.get("crc32", [None] * len(rows)), strict=True)
         )
@@ -117,26 +145,51 @@ def target_states(
 
 
 def keep_states(
-    path: Path, rows: Sequence[Row], states: Sequence[np.ndarray], dtype: str | None = None
+    path: Path,
+    rows: Sequence[Row],
+    states: Sequence[np.ndarray],
+    dtype: str | None = None,
+    taps: tuple[int, ...] = (),
 ) -> None:
-    """Writes the states [length, D] that came with each row; dtype None: as they are."""
+    """Writes the states [length, D] that came with each row; dtype None: as they are.
+
+    taps: what stands before the state after the final norm in each record.
+    """
     dtype = dtype or states[0].dtype.name
     _reserve(path, rows, states[0].shape[1], dtype)
-    _write(path, rows, states[0].shape[1], dtype, enumerate(states))
+    _write(path, rows, states[0].shape[1], dtype, enumerate(states), taps)
 
 
-def is_stored(path: Path, rows: Sequence[Row], width: int, dtype: str) -> bool:
-    """There is a whole file for these rows in this dtype."""
+def is_stored(
+    path: Path, rows: Sequence[Row], width: int, dtype: str, taps: tuple[int, ...] = ()
+) -> bool:
+    """Whether a whole file holds the states of these rows in this dtype.
+
+    Raises UserError for a file of other taps, which another kind of draft still reads.
+    """
     if not path.exists() or not _index(path).exists():
         return False
-    found, wanted = (
-        read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}"),
-        _description(rows, width, dtype),
-    )
+    found = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
+    there = tuple(found.get("taps", ()))  # versions before taps stored what has none
+    if there != taps:
+        raise UserError(
+            f"{path}: holds states of {_named(there)}, and this draft reads {_named(taps)}; set "
+            f"another data.folder, or delete {path.name} to have it written anew"
+        )
+    wanted = _description(rows, width, dtype)
     whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(
         found.get("crc32", rows)
     ) == len(rows)
     return whole_file and all(found.get(key) == wanted[key] for key in wanted)
+
+
+def record_width(spec: TargetSpec, taps: tuple[int, ...] = ()) -> int:
+    """Numbers stored for a token: its taps and its state after the final norm."""
+    return spec.hidden_size * (len(taps) + 1)
+
+
+def _named(taps: tuple[int, ...]) -> str:
+    return f"the target's streams {list(taps)}" if taps else "the target's final norm alone"
 
 
 def states_bytes(rows: Sequence[Row], width: int, dtype: str) -> int:
@@ -171,6 +224,7 @@ def _write(
     width: int,
     dtype: str,
     states: Iterable[tuple[int, np.ndarray]],
+    taps: tuple[int, ...],
 ) -> None:
     """Writes the file and its index. states: the number of a row and its states [length, D], in any
     order.
@@ -189,6 +243,7 @@ def _write(
                 os.fsync(stream.fileno())  # a disk that is full may say so only now
             _index(path).unlink(missing_ok=True)  # never an old index beside new states
         index = _description(rows, width, dtype) | {
+            "taps": list(taps),
             "row_tokens": [len(row.tokens) for row in rows],
             "crc32": crc,
         }
@@ -233,7 +288,7 @@ def _int8_record(width: int) -> np.dtype:
 
 
 def _compute(
-    params: Params, spec: TargetSpec, rows: Sequence[Row]
+    params: Params, spec: TargetSpec, rows: Sequence[Row], taps: tuple[int, ...]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Number and states of every row, longest first: neighbours share a padded width, and the worst
     memory need shows at once.
@@ -250,7 +305,7 @@ def _compute(
             for line, index in enumerate(picked):
                 length_B1[line] = len(rows[index].tokens)
                 tokens_BL[line, : len(rows[index].tokens)] = rows[index].tokens
-            states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B1))
+            states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B1, taps))
             for line, index in enumerate(picked):
                 yield index, states_BLD[line, : len(rows[index].tokens)]
             bar.update(int(length_B1[: len(picked)].sum()))

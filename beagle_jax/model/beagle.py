@@ -7,189 +7,53 @@ target's frozen LM head reads it.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.layers import (
-    apply_rope,
-    join_heads,
-    merge_attention,
-    partial_attention,
-    rms_norm,
-    rope_tables,
-    split_heads,
-)
-from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.draft import DraftSpec as DraftSpec
+from beagle_jax.model.draft import LayerBlock, LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftSpec:
-    """Shape of the draft block; the target's own sizes (method.md 2.2). Hashable."""
+class BeagleSpec(LayerSpec):
+    """Shape of the Beagle draft: all of it is the target's (method.md 2.2)."""
 
-    kind: ClassVar[str] = "beagle_draft"  # model_type of a draft's config.json
-    fused: ClassVar[bool] = (
-        # queries are tokens fused with the state before them, and stand where that state stands
-        False
+    kind: ClassVar[str] = "beagle"
+    model_type: ClassVar[str] = "beagle_draft"
+    of_target: ClassVar[tuple[str, ...]] = (
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
     )
 
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    embed_scale: float = 1.0  # of the target's embedding on its way in
-    init_std: float = 0.02  # of the linear weights, when trained from scratch
-    # queries are normed embeddings; some published drafts project them as they are (method.md 9.1)
-    input_norm: bool = True
 
-    @classmethod
-    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
-        """The draft of a target has the shape of one of its layers."""
-        return cls(
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            rope_theta=spec.rope_theta,
-            rms_norm_eps=spec.rms_norm_eps,
-            embed_scale=spec.embed_scale,
-            init_std=init_std,
-        )
+class BeagleBlock(LayerBlock):
+    """The draft in parts: queries of embeddings over keys and values of states."""
 
-    def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
-        D, F = self.hidden_size, self.intermediate_size
-        NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes = {
-            "q_proj": (NH, D),
-            "k_proj": (KH, D),
-            "v_proj": (KH, D),
-            "o_proj": (D, NH),
-            "gate_proj": (F, D),
-            "up_proj": (F, D),
-            "down_proj": (D, F),
-            "input_layernorm": (D,),
-            "post_attention_layernorm": (D,),
-        }
-        return {
-            name: shape
-            for name, shape in shapes.items()
-            if self.input_norm or name != "input_layernorm"
-        }
-
-    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines [*positions.shape, H]."""
-        return rope_tables(positions, self.head_dim, self.rope_theta)
-
-
-class BeagleBlock(nn.Module):
-    """The block in three parts, because training and decoding interleave them differently
-    (method.md 4.5b, 6.2).
-    """
-
-    spec: DraftSpec
-
-    def setup(self):
-        normal = nn.initializers.normal(self.spec.init_std)
-        for name, shape in self.spec.param_shapes().items():
-            vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
-            setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
+    spec: BeagleSpec
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
-        """What queries are made of: the tokens' embeddings. EAGLE's are fused with the states
-        before the tokens.
-        """
+        """Inputs [B, T, D] of the layer: the tokens' embeddings alone."""
         return e_BTD
 
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """What decoding keeps of true states at their positions. next_BTD: embeddings of the tokens
-        after them, which EAGLE needs.
-        """
+        """Keys and values of true states; the tokens after them do not enter."""
         return self.keys_values(h_BTD, positions_BT)
 
-    def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
-        normed = self.spec.input_norm
-        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
-        return self._rotate(project(u_BTD, self.q_proj), positions_BT)
-
-    def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """Rotated keys and values of states, true or predicted, at their positions."""
-        k_BKTH = self._rotate(project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
-        v_BKTH = split_heads(
-            project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim
-        )[:, :, 0]
-        return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
-
-    def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
-        """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
-        y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
-        return y_BTD + project(gated_BTF, self.down_proj)
-
-    def before_down(
-        self, e_BTD: jax.Array, attended_BKGTH: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
-        y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
-        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
-        return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
-
-    def attend(
-        self,
-        e_BTD: jax.Array,
-        h_BSD: jax.Array,
-        mask_BTS: jax.Array,
-        at_BT: jax.Array | None = None,
-        at_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions
-        at_BS, both 0, 1, .. if None.
-        """
-        at_BT = (
-            jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
-            if at_BT is None
-            else at_BT
-        )
-        at_BS = (
-            jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
-            if at_BS is None
-            else at_BS
-        )
-        rows = self.keys_values(h_BSD, at_BS)
-        return merge_attention(
-            partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None])
-        )
-
-    def __call__(
-        self,
-        e_BTD: jax.Array,
-        h_BSD: jax.Array,
-        mask_BTS: jax.Array,
-        at_BT: jax.Array | None = None,
-        at_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
-        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
-
-    def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)
-        cos_BTH, sin_BTH = self.spec.rotary(positions_BT)
-        return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
+    def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        """Predicted states [B, T, D] of whole rows, each from the states before it."""
+        T = e_BTD.shape[1]
+        return self(e_BTD, h_BTD, jnp.tri(T, k=-1, dtype=bool)[None])
 
 
-def project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
-    """A linear map of rows [B, T, D] -> [B, T, F], in their dtype."""
-    return jnp.einsum("BTD,FD->BTF", x_BTD, weight_FD.astype(x_BTD.dtype))
-
-
-def init_draft(spec: DraftSpec, key: jax.Array) -> dict[str, jax.Array]:
+def init_draft(spec: BeagleSpec, key: jax.Array) -> dict[str, jax.Array]:
     """Fresh parameters: linear weights N(0, init_std), norms one (method.md 2.4)."""
     one = jnp.zeros((1, 1, spec.hidden_size), jnp.float32)
     return BeagleBlock(spec).init(key, one, one, jnp.zeros((1, 1, 1), bool))["params"]

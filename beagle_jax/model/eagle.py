@@ -4,7 +4,7 @@
 Its inputs are shifted: entry j is made of the token at position j + 1 and the state at position j,
 it stands at position j for the rotary embedding, and what comes out of it predicts the state at
 position j + 1. The layer has no input norm and no output norm. Its parts are those of
-`model/beagle.py`, on fused inputs f in place of embeddings and states.
+`model/draft.py`, on fused inputs f in place of embeddings and states.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec, project
 from beagle_jax.model.cache import KVRows
+from beagle_jax.model.draft import LayerBlock, LayerSpec, project
 from beagle_jax.model.layers import RopeScaling, rope_tables
+from beagle_jax.model.masks import causal_mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagleSpec(DraftSpec):
+class EagleSpec(LayerSpec):
     """Shape of the EAGLE draft. Published ones have settings of their own (rms_norm_eps, say), not
     always the target's.
     """
 
-    kind: ClassVar[str] = "eagle_draft"
+    kind: ClassVar[str] = "eagle"
+    model_type: ClassVar[str] = "eagle_draft"
     fused: ClassVar[bool] = True
 
     input_norm: bool = False
@@ -42,7 +44,7 @@ class EagleSpec(DraftSpec):
         return rope_tables(positions, self.head_dim, self.rope_theta, self.rope_scaling)
 
 
-class EagleBlock(BeagleBlock):
+class EagleBlock(LayerBlock):
     """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row`
     runs them on whole rows.
 
@@ -63,6 +65,11 @@ class EagleBlock(BeagleBlock):
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Rows of entries: true states, each fused with the token after it."""
         return self.keys_values(self.fuse(next_BTD, h_BTD), positions_BT)
+
+    def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        """Predicted states [B, T - 1, D] of whole rows: those at positions 1 to T - 1."""
+        B, T = e_BTD.shape[:2]
+        return self.row(e_BTD, h_BTD, causal_mask(jnp.full(B, T - 1), T - 1))
 
     def row(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
         """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j

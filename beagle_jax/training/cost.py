@@ -21,11 +21,12 @@ from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import spec_type
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.sharding import rows, shardings
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import objective_of
 from beagle_jax.training.step import make_steps
 
 
@@ -90,25 +91,23 @@ def stage_cost(
     stage: StageConfig = config.train.named_stages[name]
     spec = spec_type(config.draft.kind).from_target(target)
     train_step: Any  # jitted, which its type does not tell
-    train_step, _, init = make_steps(
-        spec,
-        config.train,
-        stage,
-        mesh,
-        late=stage.objective != "early",
-        target=None if online is None else target,
-    )
+    train_step, _, init = make_steps(spec, config.train, stage, mesh)
     params = {
         key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
     }
-    frozen = _frozen_shapes(target, draft_vocab, jnp.dtype(config.target.dtype))
-    frozen |= {} if online is None else {"target": online}
+    dtype = jnp.dtype(config.target.dtype)
+    frozen = FrozenTarget(
+        embed_VD=jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
+        head_VD=jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype),
+        model=online,
+        spec=None if online is None else target,
+    )
     beside = _not_read(beside or {}, frozen)
     state, frozen = (
         _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
     )
-    batch = batch_shapes(config, spec.hidden_size)
-    batch = batch if online is None else batch._replace(states_BLD=None)
+    batch = batch_shapes(config, spec.hidden_size, len(spec.taps))
+    batch = batch if online is None else batch._replace(inputs_BLI=None, targets_BLD=None)
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
     temporaries, total, refusal = _compiled(
@@ -118,14 +117,7 @@ def stage_cost(
     return StageCost(
         flops=B
         * (
-            row_flops(
-                spec,
-                stage,
-                draft_vocab,
-                config.train.row_tokens,
-                T,
-                late=stage.objective != "early",
-            )
+            row_flops(spec, stage, draft_vocab, config.train.row_tokens, T)
             + (0 if online is None else target_flops(target, config.train.row_tokens))
         ),
         weights=_bytes(state.params),
@@ -139,18 +131,11 @@ def stage_cost(
     )
 
 
-def _frozen_shapes(target: TargetSpec, draft_vocab: int, dtype: Any) -> dict[str, Any]:
-    """Shapes of the target's tables that every step reads."""
-    return {
-        "embed_VD": jax.ShapeDtypeStruct((target.vocab_size, target.hidden_size), dtype),
-        "head_VD": jax.ShapeDtypeStruct((draft_vocab, target.hidden_size), dtype),
-    }
-
-
-def _not_read(beside: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+def _not_read(beside: dict[str, Any], frozen: FrozenTarget) -> dict[str, Any]:
     """Tables that the step reads are the target's own, unless they are cut to hot tokens."""
+    tables = {"embed_VD": frozen.embed_VD, "head_VD": frozen.head_VD}
     return {
-        key: x for key, x in beside.items() if key not in frozen or x.shape != frozen[key].shape
+        key: x for key, x in beside.items() if key not in tables or x.shape != tables[key].shape
     }
 
 
@@ -171,7 +156,7 @@ def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
     return memory.temp_size_in_bytes, total, ""
 
 
-def batch_shapes(config: Config, width: int) -> Batch:
+def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
     """The shapes of a batch whose rows are full and answers throughout, as the loader makes
     them.
     """
@@ -184,43 +169,18 @@ def batch_shapes(config: Config, width: int) -> Batch:
         full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0
     ).batch_at(0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
-    return shapes._replace(states_BLD=jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype))
+    states = jax.ShapeDtypeStruct((len(full), L, width * max(taps, 1)), narrow_L1.dtype)
+    targets = jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype) if taps else None
+    return shapes._replace(inputs_BLI=states, targets_BLD=targets)
 
 
-def row_flops(
-    spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int, *, late: bool
-) -> float:
+def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
     """Operations of the matrix products of one row: L states, T queries that all count (method.md
     3, 4.5b and 8).
 
-    A product that is differentiated in both factors costs three times its forward pass; one with
-    the target's states or with detached ones only twice, as they have no gradient; a row of the
-    loss three products with the head.
+    See `Objective.flops`.
     """
-    D, F = spec.hidden_size, spec.intermediate_size
-    NH, KH = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    per_query, per_output = 3 * 2 * (D * NH + 2 * L * NH), 3 * 2 * (D * NH + 3 * D * F + D * vocab)
-    steps, drafts = stage.simulation_steps, T if stage.dense else -(-T // stage.window)
-    queries = drafts * (stage.window if stage.multi_token else steps) if late else T
-    outputs = (
-        drafts * sum(range(stage.window, stage.window - steps, -1))
-        if stage.multi_token
-        else queries
-    )
-    predicted = drafts * (steps - 1) if late else 0  # states that later steps read
-    work, read_again = queries * per_query + outputs * per_output, 2 if stage.detach else 3
-    if isinstance(
-        spec,
-        EagleSpec,
-        # entries are fused of a token and a state, and keys are made of entries, which have
-        # gradients
-    ):
-        return (
-            work
-            + (2 * L + read_again * predicted) * 2 * 2 * D * D
-            + (L + predicted) * 3 * 2 * 2 * D * KH
-        )
-    return work + (2 * L + read_again * predicted) * 2 * 2 * D * KH
+    return objective_of(spec, stage).flops(spec, stage, vocab, L, T)
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:

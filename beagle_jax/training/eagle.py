@@ -19,11 +19,21 @@ step costs about what the early stage does; Beagle's late stage costs as much fo
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.config import StageConfig
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
 from beagle_jax.model.packing import of_row, places, queries
+from beagle_jax.training.late import window_queries
+from beagle_jax.training.objective import (
+    Inputs,
+    Objective,
+    Prediction,
+    by_step,
+    layer_flops,
+    reading_cost,
+)
 
 
 def eagle_states(
@@ -83,3 +93,49 @@ def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
     )
     value_BKGTH = jnp.broadcast_to(rows.v_BKSH[:, :, None], q_BKGTH.shape).astype(jnp.float32)
     return PartialAttention(value_BKGTH, score_BKGT, jnp.ones_like(score_BKGT))
+
+
+def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+    """Draft steps 1..s from each query, one in the early stage (method.md 8).
+
+    Keys are made of tokens too, so whole rows are embedded. The offset of windows has no meaning.
+    """
+    steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
+    state_BTJD = eagle_states(
+        params,
+        spec,
+        e_BLD,
+        of.h_BLI,
+        of.length_BC,
+        of.first_BC,
+        count=count,
+        steps=steps,
+        detach=stage.detach,
+    )
+    at = window_queries(of.length_BC - of.first_BC, count, 1, steps, 0)
+    after_a_state_BT = queries(count, of.length_BC, of.first_BC).position_BT > 0
+    return by_step(
+        stage,
+        state_BTJD,
+        at.query_BUJ,
+        at.valid_BUJ & after_a_state_BT[..., None],
+        jnp.arange(steps),
+    )
+
+
+def eagle_flops(spec: EagleSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
+    """Operations of one row (`Objective.flops`).
+
+    Entries are fused of a token and a state, and keys are made of entries, which have gradients.
+    """
+    D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
+    predicted = T * (stage.simulation_steps - 1)  # states that later steps read
+    queries = T * stage.simulation_steps
+    return (
+        layer_flops(spec, vocab, L, queries, queries)
+        + (2 * L + reading_cost(stage) * predicted) * 2 * 2 * D * D
+        + (L + predicted) * 3 * 2 * 2 * D * KH
+    )
+
+
+TEST_TIME = Objective(predict_eagle, eagle_flops)

@@ -3,15 +3,19 @@ section 3).
 """
 
 import jax
+import jax.numpy as jnp
 
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
-from beagle_jax.model.masks import early_block_mask
-from beagle_jax.model.packing import places, queries
+from beagle_jax.config import StageConfig
+from beagle_jax.model.draft import LayerSpec
+from beagle_jax.model.kinds import block_of
+from beagle_jax.model.masks import early_block_mask, window_start
+from beagle_jax.model.packing import of_row, places, queries
+from beagle_jax.training.objective import Inputs, Objective, Prediction, layer_flops
 
 
 def early_states(
     params: dict[str, jax.Array],
-    spec: DraftSpec,
+    spec: LayerSpec,
     e_BTD: jax.Array,
     h_BLD: jax.Array,
     length_BC: jax.Array,
@@ -30,4 +34,26 @@ def early_states(
     L, T = h_BLD.shape[1], e_BTD.shape[1]
     mask_BTL = early_block_mask(length_BC, L, window, offset, first_BC, T)
     at_BT, at_BL = queries(T, length_BC, first_BC).position_BT, places(L, length_BC).place_BX
-    return BeagleBlock(spec).apply({"params": params}, e_BTD, h_BLD, mask_BTL, at_BT, at_BL)
+    return block_of(spec).apply({"params": params}, e_BTD, h_BLD, mask_BTL, at_BT, at_BL)
+
+
+def predict_early(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+    """Every query once, weight 1 (method.md 3.2)."""
+    T = of.slot_BT.shape[1]
+    e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
+    place_BT = queries(T, of.length_BC, of.first_BC).place_BT
+    state_BTD = early_states(
+        params, spec, e_BTD, of.h_BLI, of.length_BC, of.first_BC, window=stage.window, offset=offset
+    )
+    query_BT = jnp.broadcast_to(jnp.arange(T), place_BT.shape)
+    group_BT = place_BT - window_start(place_BT, stage.window, offset)
+    return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T), stage.window)
+
+
+def early_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
+    """Operations of one row (`Objective.flops`); true states have no gradient (method.md 3)."""
+    D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
+    return layer_flops(spec, vocab, L, T, T) + 2 * L * 2 * 2 * D * KH
+
+
+EARLY = Objective(predict_early, early_flops)

@@ -15,11 +15,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.config import StageConfig
 from beagle_jax.model.cache import append_rows
+from beagle_jax.model.draft import LayerSpec
+from beagle_jax.model.kinds import block_of
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
 from beagle_jax.model.packing import of_row, places
+from beagle_jax.training.objective import (
+    Inputs,
+    Objective,
+    Prediction,
+    by_step,
+    layer_flops,
+    reading_cost,
+)
 
 
 class LateStates(NamedTuple):
@@ -64,7 +74,7 @@ def window_queries(
 
 def late_states(
     params: dict[str, jax.Array],
-    spec: DraftSpec,
+    spec: LayerSpec,
     e_BTD: jax.Array,
     h_BLD: jax.Array,
     length_BC: jax.Array,
@@ -85,7 +95,7 @@ def late_states(
     predicted states where later steps read them (method.md 4.6). multi_token: step i predicts from
     window offset i - 1 up to the window's end, not that offset alone (l = k in method.md 4.2).
     """
-    block = BeagleBlock(spec).bind({"params": params})
+    block = block_of(spec).bind({"params": params})
     (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
     at = window_queries(length_BC - first_BC, T, window, window if multi_token else steps, offset)
     B, U, J = at.query_BUJ.shape
@@ -139,3 +149,61 @@ def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
     B, K, G, _, *rest = x_BKGT.shape
     x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]
     return jnp.moveaxis(x_BKGUJ, 3, 1).reshape(B * U, K, G, len(span), *rest)
+
+
+def predict_late(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+    """Draft steps 1..s of every window (method.md 4.2)."""
+    return _predict_windows(params, spec, stage, of, stage.window, offset)
+
+
+def predict_dense(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+    """Draft steps 1..s from every position; most positions are predicted s times."""
+    return _predict_windows(params, spec, stage, of, 1, 0)
+
+
+def _predict_windows(
+    params, spec: LayerSpec, stage: StageConfig, of: Inputs, window: int, offset
+) -> Prediction:
+    late = late_states(
+        params,
+        spec,
+        of.embedded(of_row(of.tokens_BL, of.slot_BT)),
+        of.h_BLI,
+        of.length_BC,
+        of.first_BC,
+        window=window,
+        steps=stage.simulation_steps,
+        offset=offset,
+        detach=stage.detach,
+        multi_token=stage.multi_token,
+    )
+    return by_step(stage, *late)
+
+
+def late_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
+    """Operations of one row (`Objective.flops`; method.md 4.5b)."""
+    drafts, steps, window = -(-T // stage.window), stage.simulation_steps, stage.window
+    if stage.multi_token:
+        outputs = drafts * sum(range(window, window - steps, -1))
+        return _simulated_flops(spec, stage, vocab, L, drafts, drafts * window, outputs)
+    return _simulated_flops(spec, stage, vocab, L, drafts, drafts * steps, drafts * steps)
+
+
+def dense_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
+    """Operations of one row (`Objective.flops`)."""
+    queries = T * stage.simulation_steps
+    return _simulated_flops(spec, stage, vocab, L, T, queries, queries)
+
+
+def _simulated_flops(
+    spec: LayerSpec, stage: StageConfig, vocab: int, L: int, drafts: int, queries: int, outputs: int
+) -> float:
+    """Of so many drafts; keys are made of L true states, and of predicted ones that are read."""
+    predicted = drafts * (stage.simulation_steps - 1)
+    read = 2 * L + reading_cost(stage) * predicted
+    D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
+    return layer_flops(spec, vocab, L, queries, outputs) + read * 2 * 2 * D * KH
+
+
+LATE = Objective(predict_late, late_flops)
+DENSE = Objective(predict_dense, dense_flops)

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from beagle_jax.config import Config, Identity, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.prefetch import read_ahead
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.draft import DraftSpec
 from beagle_jax.processes import host_copy
 from beagle_jax.sharding import place_rows
 from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress
 from beagle_jax.training.step import Metrics, TrainState, make_steps
@@ -29,26 +29,22 @@ def run_stage(
     config: Config,
     spec: DraftSpec,
     params: dict[str, jax.Array],
-    frozen: dict[str, jax.Array],
+    frozen: FrozenTarget,
     mesh: Mesh,
     training: BatchLoader,
     held_out: BatchLoader | None,
     log: Log,
     best: Best | None = None,
-    target: TargetSpec | None = None,
 ) -> dict[str, jax.Array]:
     """Trains one stage from `params`, or from its newest checkpoint.
 
     name: of a stage in `config.train.named_stages`. Returns the parameters. Raises UserError when
     the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after
     the step under way and ends the program with status 0. best: measures real decoding on the way,
-    and may end the stage early. target: batches come without states, and the step computes them
-    (data.states: online), with frozen["target"].
+    and may end the stage early.
     """
     stage = config.train.named_stages[name]
-    train_step, eval_step, init = make_steps(
-        spec, config.train, stage, mesh, late=stage.objective != "early", target=target
-    )
+    train_step, eval_step, init = make_steps(spec, config.train, stage, mesh)
     # The signal is minded to the end of the last write.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)

@@ -8,11 +8,13 @@ loop stops before them.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from beagle_jax.config import TrainConfig
 from beagle_jax.sharding import OwnShare, over_rows
 from beagle_jax.training.distances import DISTANCES, Distributions
 
@@ -145,3 +147,38 @@ def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:
     z_MD = state_MD.astype(jnp.float32) - true_MD.astype(jnp.float32)
     size_MD = jnp.abs(z_MD)
     return jnp.mean(jnp.where(size_MD < 1, 0.5 * jnp.square(z_MD), size_MD - 0.5), axis=-1)
+
+
+class Outputs(NamedTuple):
+    """M predictions of a draft, and what they are compared with."""
+
+    state_MD: jax.Array
+    normed_MD: jax.Array  # what the draft's head reads; the states themselves without a norm
+    true_MD: jax.Array  # the target's states after its final norm
+    counts_M: jax.Array  # bool: the prediction enters the loss
+    draft_head_VD: jax.Array  # reads the draft's states: the target's, or one of the draft's own
+    head_VD: jax.Array  # reads the target's states; rows of the tokens that the draft scores
+
+
+class Terms(NamedTuple):
+    """Parts of a loss for each of M predictions; 0 where one does not count."""
+
+    ploss_M: jax.Array  # `train.loss`, unweighted
+    vloss_M: jax.Array  # smooth-L1, unweighted
+    total_M: jax.Array  # what is minimised
+    rank_M: jax.Array  # of the target's most likely token among the draft's logits, from 0
+
+
+def distribution_and_state(outputs: Outputs, config: TrainConfig, mesh: Mesh) -> Terms:
+    """ploss + vloss_weight * vloss, for drafts that share the target's head (method.md 3.2).
+
+    Raises ValueError for a draft with a head of its own, which this loss would not train.
+    """
+    state_MD, normed_MD, true_MD, counts_M, draft_head_VD, head_VD = outputs
+    if draft_head_VD is not head_VD:
+        raise ValueError("a draft with a head of its own needs a loss of its own")
+    ploss_M, rank_M = distribution_loss(
+        normed_MD, true_MD, head_VD, counts_M, config.loss, config.loss_rows, mesh
+    )
+    vloss_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
+    return Terms(ploss_M, vloss_M, ploss_M + config.vloss_weight * vloss_M, rank_M)

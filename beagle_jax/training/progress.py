@@ -78,13 +78,13 @@ class Progress:
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
-        if batch.states_BLD is None:
+        if batch.inputs_BLI is None:
             return (
                 f"{where}. Lower {self._place}.learning_rate, unless it is the target's "
                 "states, made in the step, that are not finite"
             )
         broken = np.flatnonzero(
-            ~np.isfinite(np.asarray(batch.states_BLD, np.float32)).all(axis=(1, 2))
+            ~np.isfinite(np.asarray(batch.inputs_BLI, np.float32)).all(axis=(1, 2))
         )
         if not len(broken):
             return f"{where}, and its states are finite: lower {self._place}.learning_rate"

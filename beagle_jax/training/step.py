@@ -13,16 +13,14 @@ from jax.sharding import Mesh
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.data.states import states_at
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.model.masks import window_start
+from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.packing import of_row, places, queries
-from beagle_jax.model.target import TargetSpec, embed
+from beagle_jax.model.target import embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
-from beagle_jax.training.eagle import eagle_states
-from beagle_jax.training.early import early_states
-from beagle_jax.training.late import late_states, window_queries
-from beagle_jax.training.losses import distribution_loss, smooth_l1
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.kinds import objective_of
+from beagle_jax.training.losses import Outputs, Terms
+from beagle_jax.training.objective import Inputs, Objective, Prediction
 
 AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices; the paper's figures show four and ten
 # root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
@@ -62,32 +60,6 @@ class Metrics(NamedTuple):
     # of them, rows whose draft has the target's most likely token among its first AGREE_WITHIN[k]
     agree_JK: jax.Array
     grad_norm: jax.Array  # before clipping; of the batches since the last update
-
-
-class Inputs(NamedTuple):
-    """What a stage predicts from: rows of L places, of which T are queried (model/packing.py)."""
-
-    tokens_BL: jax.Array
-    h_BLD: jax.Array  # true states, with the training noise if any
-    length_BC: jax.Array
-    first_BC: jax.Array
-    slot_BT: jax.Array  # place of each query
-    embedded: Callable[[jax.Array], jax.Array]  # the target's embeddings [B, X, D] of tokens [B, X]
-
-
-class Prediction(NamedTuple):
-    """What a stage predicts, in the form that both stages share. N predictions a row, each for one
-    of its T queries.
-    """
-
-    state_BND: jax.Array
-    query_BN: jax.Array  # which query
-    inside_BN: (
-        jax.Array
-    )  # False where a window hangs over the chat's last query (EAGLE: and at position 0)
-    group_BN: jax.Array  # window offset or draft step
-    weight_N: jax.Array  # beta
-    groups: int  # how many there are
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
@@ -136,150 +108,72 @@ def add_noise(
     )
 
 
-def predict_early(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Every query once, weight 1 (method.md 3.2)."""
-    T = of.slot_BT.shape[1]
-    e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
-    place_BT = queries(T, of.length_BC, of.first_BC).place_BT
-    state_BTD = early_states(
-        params, spec, e_BTD, of.h_BLD, of.length_BC, of.first_BC, window=stage.window, offset=offset
-    )
-    query_BT = jnp.broadcast_to(jnp.arange(T), place_BT.shape)
-    group_BT = place_BT - window_start(place_BT, stage.window, offset)
-    return Prediction(state_BTD, query_BT, query_BT >= 0, group_BT, jnp.ones(T), stage.window)
-
-
-def predict_late(params, spec: DraftSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s of every window, all that step i predicts weighted beta_i = s - i + 1 unless
-    given (method.md 4.2).
-    """
-    steps = stage.simulation_steps
-    # Dense: a window begins at every position, and most positions are predicted s times.
-    window, offset = (1, 0) if stage.dense else (stage.window, offset)
-    e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
-    late = late_states(
-        params,
-        spec,
-        e_BTD,
-        of.h_BLD,
-        of.length_BC,
-        of.first_BC,
-        window=window,
-        steps=steps,
-        offset=offset,
-        detach=stage.detach,
-        multi_token=stage.multi_token,
-    )
-    return _by_step(stage, *late)
-
-
-def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s from each query, one in the early stage (method.md 8). Keys are made of
-    tokens too, so whole rows are embedded.
-    """
-    steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
-    state_BTJD = eagle_states(
-        params,
-        spec,
-        e_BLD,
-        of.h_BLD,
-        of.length_BC,
-        of.first_BC,
-        count=count,
-        steps=steps,
-        detach=stage.detach,
-    )
-    at = window_queries(of.length_BC - of.first_BC, count, 1, steps, 0)
-    after_a_state_BT = queries(count, of.length_BC, of.first_BC).position_BT > 0
-    return _by_step(
-        stage,
-        state_BTJD,
-        at.query_BUJ,
-        at.valid_BUJ & after_a_state_BT[..., None],
-        jnp.arange(steps),
-    )
-
-
-def _by_step(stage: StageConfig, state_BUJD, query_BUJ, inside_BUJ, step_J) -> Prediction:
-    """Predictions of U simulated drafts, J of each, weighted by the draft step that they are of."""
-    B, U, J = query_BUJ.shape
-    beta_J = jnp.asarray(stage.step_weights or range(stage.simulation_steps, 0, -1), jnp.float32)[
-        step_J
-    ]
-    group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
-
-    def flat(x_BUJ):
-        return x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
-
-    return Prediction(
-        flat(state_BUJD),
-        flat(query_BUJ),
-        flat(inside_BUJ),
-        group_BN,
-        jnp.tile(beta_J, U),
-        stage.simulation_steps,
-    )
-
-
 def stage_loss(
     params: dict[str, jax.Array],
     spec: DraftSpec,
     config: TrainConfig,
     stage: StageConfig,
-    predict: Callable[..., Prediction],
-    frozen: dict[str, jax.Array],
+    objective: Objective,
+    frozen: FrozenTarget,
     batch: Batch,
     key: jax.Array,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
     """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens
     (method.md 3.2, 4.2).
-
-    frozen: the target's "embed_VD" and "head_VD".
     """
     params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
-    true_BLD = jnp.asarray(batch.states_BLD)
-    h_BLD = add_noise(true_BLD, batch.length_BC, config, noise_key)
+    true_BLD = jnp.asarray(batch.predicted_BLD)
+    h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
     slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
     def embedded(tokens):
         return jax.lax.with_sharding_constraint(
-            embed(frozen["embed_VD"], tokens, spec.embed_scale), rows(mesh)
+            embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale), rows(mesh)
         )
 
     inputs = Inputs(
-        jnp.asarray(batch.tokens_BL), h_BLD, batch.length_BC, batch.first_BC, slot_BT, embedded
+        jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
     )
-    out = predict(params, spec, stage, inputs, offset)
+    out = objective.predict(params, spec, stage, inputs, offset)
     counts_BN = of_row(jnp.asarray(batch.counts_BT), out.query_BN) & out.inside_BN
     true_BND = of_row(true_BLD, of_row(slot_BT, out.query_BN))
     state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
     counts_M = counts_BN.reshape(-1)
-    ce_M, rank_M = distribution_loss(
-        state_MD, true_MD, frozen["head_VD"], counts_M, config.loss, config.loss_rows, mesh
+    outputs = Outputs(
+        state_MD,
+        spec.final_norm(params, state_MD),
+        true_MD,
+        counts_M,
+        spec.head(params, frozen.head_VD),
+        frozen.head_VD,
     )
-    l1_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
+    terms = objective.terms(outputs, config, mesh)
+    metrics = _summed(out, terms, counts_BN, jnp.sum(batch.counts_BT))
+    return metrics.objective / (metrics.supervised + 1e-5), metrics
+
+
+def _summed(out: Prediction, terms: Terms, counts_BN: jax.Array, supervised: jax.Array) -> Metrics:
+    """The terms of all predictions, weighted and summed."""
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
-    objective = jnp.sum(weight_M * (ce_M + config.vloss_weight * l1_M))
-    supervised = jnp.sum(batch.counts_BT)
     group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
-    agree_KBN = [(counts_M & (rank_M < within)).reshape(counts_BN.shape) for within in AGREE_WITHIN]
+    agree_KM = [counts_BN.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
+    agree_KBN = [agree_M.reshape(counts_BN.shape) for agree_M in agree_KM]
 
     def by_group(x_BN):
         return jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
 
-    metrics = Metrics(
-        ploss=jnp.sum(ce_M),
-        vloss=jnp.sum(l1_M),
-        objective=objective,
+    return Metrics(
+        ploss=jnp.sum(terms.ploss_M),
+        vloss=jnp.sum(terms.vloss_M),
+        objective=jnp.sum(weight_M * terms.total_M),
         supervised=supervised,
         count_J=by_group(counts_BN),
         agree_JK=jnp.stack([by_group(agree_BN) for agree_BN in agree_KBN], axis=1),
         grad_norm=jnp.float32(0),
     )
-    return objective / (supervised + 1e-5), metrics
 
 
 def updated(
@@ -322,16 +216,22 @@ def updated(
     return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
 
 
-def with_states(target: TargetSpec | None, frozen: dict[str, Any], batch: Batch) -> Batch:
-    """The batch with the target's states in the target's dtype, computed here if it comes without
-    (data.states: online).
+def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) -> Batch:
+    """The batch with the target's states in the target's dtype.
+
+    They are computed here if the batch comes without (`data.states: online`), which takes
+    `frozen.model`. taps: of the draft.
     """
-    if target is None:
-        return batch._replace(states_BLD=jnp.asarray(batch.states_BLD, frozen["embed_VD"].dtype))
+    if batch.inputs_BLI is not None:
+        dtype = frozen.embed_VD.dtype
+        cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (batch.inputs_BLI, batch.targets_BLD))
+        return batch._replace(inputs_BLI=cast[0], targets_BLD=cast[1])
     with jax.named_scope("target"):
-        return batch._replace(
-            states_BLD=states_at(frozen["target"], target, batch.tokens_BL, batch.length_BC)
-        )
+        states_BLI = states_at(frozen.model, frozen.spec, batch.tokens_BL, batch.length_BC, taps)
+    if not taps:
+        return batch._replace(inputs_BLI=states_BLI)
+    final = states_BLI.shape[-1] * len(taps) // (len(taps) + 1)
+    return batch._replace(inputs_BLI=states_BLI[..., :final], targets_BLD=states_BLI[..., final:])
 
 
 def make_steps(
@@ -339,9 +239,6 @@ def make_steps(
     config: TrainConfig,
     stage: StageConfig,
     mesh: Mesh,
-    *,
-    late: bool,
-    target: TargetSpec | None = None,
 ) -> tuple[
     Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]
 ]:
@@ -349,25 +246,22 @@ def make_steps(
 
     The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on
     seed and step only. The state is born sharded and stays so; `frozen` lives where the caller has
-    put it (sharding.place). target: batches come without states, and the step computes them with
-    the target's parameters, frozen["target"].
+    put it (sharding.place). Batches bring states along, or `frozen` has the model to compute them.
     """
-    predict = (
-        predict_eagle if isinstance(spec, EagleSpec) else predict_late if late else predict_early
-    )
+    objective = objective_of(spec, stage)
     optimizer = make_optimizer(config, stage)
 
     # Noise is for training; measurements see the states as decoding does.
     clean = config.changed(noise="none")
 
-    def objective(params, frozen, batch, key):
-        metrics = stage_loss(params, spec, config, stage, predict, frozen, batch, key, mesh)[1]
+    def loss(params, frozen, batch, key):
+        metrics = stage_loss(params, spec, config, stage, objective, frozen, batch, key, mesh)[1]
         return metrics.objective, metrics
 
     def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradient, metrics = jax.grad(objective, has_aux=True)(
-            state.params, frozen, with_states(target, frozen, batch), key
+        gradient, metrics = jax.grad(loss, has_aux=True)(
+            state.params, frozen, with_states(frozen, batch, spec.taps), key
         )
         state, grad_norm = updated(
             state, gradient, metrics.supervised, optimizer, config.accumulate
@@ -375,9 +269,9 @@ def make_steps(
         return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params, frozen, batch: Batch) -> Metrics:
-        batch = with_states(target, frozen, batch)
+        batch = with_states(frozen, batch, spec.taps)
         return stage_loss(
-            params, spec, clean, stage, predict, frozen, batch, jax.random.key(0), mesh
+            params, spec, clean, stage, objective, frozen, batch, jax.random.key(0), mesh
         )[1]
 
     def init(params) -> TrainState:

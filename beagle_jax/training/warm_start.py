@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.data.loader import Batch
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.masks import early_block_mask
 from beagle_jax.model.packing import of_row, queries
 from beagle_jax.model.target import embed
@@ -35,7 +35,7 @@ _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 
 
 def warm_start(
-    params: dict[str, jax.Array], spec: DraftSpec, embed_VD: jax.Array, batch: Batch
+    params: dict[str, jax.Array], spec: BeagleSpec, embed_VD: jax.Array, batch: Batch
 ) -> dict[str, jax.Array]:
     """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a
     row, some thousand tokens to fit on.
@@ -49,7 +49,7 @@ def warm_start(
         fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
     fitted = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
     parts = [
-        Batch(*(field[line : line + _FIT_LINES] for field in batch))
+        jax.tree.map(lambda x, first=line: x[first : first + _FIT_LINES], batch)
         for line in range(0, len(batch.tokens_BL), _FIT_LINES)
     ]
     moments = (map(np.asarray, _feature_moments(fitted, spec, embed_VD, part)) for part in parts)
@@ -57,7 +57,7 @@ def warm_start(
 
 
 def _local_attention(
-    fitted: dict[str, np.ndarray], spec: DraftSpec, embed_VD, batch: Batch
+    fitted: dict[str, np.ndarray], spec: BeagleSpec, embed_VD, batch: Batch
 ) -> dict[str, np.ndarray]:
     """The weights before the MLP, with most heads reading the newest state."""
     e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD) * spec.embed_scale, batch)
@@ -84,7 +84,9 @@ def _local_attention(
 
 
 @partial(jax.jit, static_argnames="spec")
-def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[jax.Array, jax.Array]:
+def _feature_moments(
+    params, spec: BeagleSpec, embed_VD, part: Batch
+) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that count: features x features, and features x what the MLP should
     add.
     """
@@ -94,14 +96,14 @@ def _feature_moments(params, spec: DraftSpec, embed_VD, part: Batch) -> tuple[ja
     e_BTD = embed(embed_VD, of_row(part.tokens_BL, asked.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
     y_BTD, gated_BTF = block.before_down(
-        e_BTD, block.attend(e_BTD, part.states_BLD, mask_BTL, asked.position_BT)
+        e_BTD, block.attend(e_BTD, part.predicted_BLD, mask_BTL, asked.position_BT)
     )
     feature_BTF = gated_BTF * part.counts_BT[..., None]
 
     def product(x):
         return jnp.einsum("BTF,BTD->FD", feature_BTF, x)
 
-    return product(feature_BTF), product(of_row(part.states_BLD, asked.slot_BT) - y_BTD)
+    return product(feature_BTF), product(of_row(part.predicted_BLD, asked.slot_BT) - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,7 +111,7 @@ def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndar
     line, query = np.nonzero(batch.counts_BT)
     position = batch.first_BC[line, 0] + query
     line, position = line[position > 0], position[position > 0]
-    states_BLD = np.asarray(batch.states_BLD, np.float32)
+    states_BLD = np.asarray(batch.predicted_BLD, np.float32)
     e_MD = np.asarray(embed_VD[batch.tokens_BL[line, position]], np.float32)
     return e_MD, states_BLD[line, position - 1], states_BLD[line, position]
 
@@ -120,7 +122,7 @@ def _unit_probe(x_MD: np.ndarray) -> np.ndarray:
     return mean_D / (mean_D @ mean_D)
 
 
-def _back_one(score_H: np.ndarray, spec: DraftSpec) -> np.ndarray:
+def _back_one(score_H: np.ndarray, spec: BeagleSpec) -> np.ndarray:
     """Turns the pairs back by one position, so that the score peaks at distance 1."""
     half = spec.head_dim // 2
     angle = 1.0 / spec.rope_theta ** (np.arange(half) / half)

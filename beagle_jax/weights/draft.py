@@ -14,25 +14,13 @@ import numpy as np
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
-from beagle_jax.model.beagle import DraftSpec
+from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights.kinds import tensor_name
 from beagle_jax.weights.safetensors_file import digest, read_tensors, write_tensors
 
-TENSOR_NAMES = {
-    "fc": "fc.weight",
-    "fc_bias": "fc.bias",
-    "q_proj": "self_attn.q_proj.weight",
-    "k_proj": "self_attn.k_proj.weight",
-    "v_proj": "self_attn.v_proj.weight",
-    "o_proj": "self_attn.o_proj.weight",
-    "gate_proj": "mlp.gate_proj.weight",
-    "up_proj": "mlp.up_proj.weight",
-    "down_proj": "mlp.down_proj.weight",
-    "input_layernorm": "input_layernorm.weight",
-    "post_attention_layernorm": "post_attention_layernorm.weight",
-}
 # key of config.json: of the block's settings and tensors, so that no changed bit goes unnoticed
 DIGEST = "sha256"
 # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
@@ -67,7 +55,7 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
     with whole(folder / "model.safetensors") as partial:
         write_tensors(partial, tensors)
     config = {
-        "model_type": draft.spec.kind,
+        "model_type": draft.spec.model_type,
         **settings(draft.spec),
         DIGEST: draft_digest(draft.spec, tensors),
         **draft.provenance,
@@ -79,7 +67,8 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
     """Every tensor under its name in a file, which is PyTorch's; matrices are [out, in]."""
     # A transposed view would be written wrongly by safetensors, without an error.
     tensors = {
-        TENSOR_NAMES[name]: np.ascontiguousarray(array) for name, array in draft.params.items()
+        tensor_name(draft.spec, name): np.ascontiguousarray(array)
+        for name, array in draft.params.items()
     }
     if draft.hot_ids is not None:
         tensors[HOT_TOKENS] = np.ascontiguousarray(draft.hot_ids, np.int32)
@@ -108,24 +97,44 @@ def load_draft(
     folder = Path(folder)
     weights_path = folder / "model.safetensors"
     config = read_json(folder / "config.json", _TRAIN_FIRST)
-    spec = read_spec(config, target, folder, KINDS if kind is None else (kind,))
+    spec = read_spec(config, target, folder, None if kind is None else (kind,))
     if not weights_path.exists():
         raise UserError(f"{weights_path}: no such file; {_TRAIN_FIRST}")
     tensors = dict(read_tensors(weights_path, integers=(HOT_TOKENS,)))
     hot_ids = tensors.get(HOT_TOKENS)
     params = _match(tensors, spec, weights_path)
     check_digest(config, spec, tensors, folder)
-    if hot_ids is not None and (hot_ids.min() < 0 or hot_ids.max() >= target.vocab_size):
-        raise UserError(
-            f"{folder}: this draft belongs to another target (it scores token {hot_ids.max()}, "
-            f"the vocabulary ends at {target.vocab_size - 1})"
-        )
+    if problem := hot_problem(hot_ids, target.vocab_size):
+        raise UserError(f"{folder}: {problem}")
     provenance = {
         key: value
         for key, value in config.items()
         if key not in asdict(spec) and key not in ("model_type", DIGEST)
     }
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
+
+
+def hot_problem(hot_ids: np.ndarray | None, vocab_size: int) -> str:
+    """What is wrong with the ids of the tokens that a draft scores; empty if nothing is.
+
+    An id that is there twice would take its probability from both: what is drawn by the ratio rule
+    would no longer be distributed as the target says.
+    """
+    if hot_ids is None:
+        return ""
+    wrong = hot_ids[(hot_ids < 0) | (hot_ids >= vocab_size)]
+    if wrong.size:
+        return (
+            f"this draft belongs to another target (it scores token {wrong[0]}, the vocabulary "
+            f"ends at {vocab_size - 1})"
+        )
+    ids, counts = np.unique(hot_ids, return_counts=True)
+    if (counts > 1).any():
+        return (
+            f"{HOT_TOKENS} holds token {ids[counts > 1][0]} more than once; each may be scored "
+            "once only: train or export the draft again"
+        )
+    return ""
 
 
 def check_there(folder: str | Path) -> None:
@@ -159,32 +168,31 @@ def read_spec(
     config: dict[str, Any],
     target: TargetSpec,
     folder: Path,
-    kinds: tuple[type[DraftSpec], ...] = KINDS,
+    kinds: tuple[type[DraftSpec], ...] | None = None,
 ) -> DraftSpec:
-    """What config.json says of the block; raises UserError unless that is a block of one of these
-    kinds, for this target.
+    """The draft that a config.json describes. kinds: those that will do; None: all.
+
+    Raises UserError unless it is of one of these kinds, for this target.
     """
-    path, told_kind = folder / "config.json", config.get("model_type")
-    kind = next((kind for kind in kinds if kind.kind == told_kind), None)
+    path, model_type = folder / "config.json", config.get("model_type")
+    kinds = tuple(kind.spec for kind in KINDS.values()) if kinds is None else kinds
+    kind = next((kind for kind in kinds if kind.model_type == model_type), None)
     if kind is None:
         raise UserError(
-            f"{path}: model_type is {told_kind!r}, expected "
-            f"{' or '.join(repr(kind.kind) for kind in kinds)}"
+            f"{path}: model_type is {model_type!r}, expected "
+            f"{' or '.join(repr(kind.model_type) for kind in kinds)}"
         )
     expected = kind.from_target(target)
     told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
+    for key, value in asdict(expected).items():
+        if isinstance(value, tuple) and isinstance(told[key], list):
+            told[key] = tuple(told[key])  # JSON has no tuples
     if told.get("rope_scaling") is not None:
         told["rope_scaling"] = _scaling(told["rope_scaling"], path)
-    # What a draft may have of its own, beside what its target has.
-    own = (
-        ("init_std", "input_norm", "embed_scale")
-        if kind is DraftSpec
-        else tuple(key for key in told if key != "hidden_size")
-    )
     wrong = [
         f"{key} {config.get(key)} there, {value} here"
         for key, value in asdict(expected).items()
-        if key not in own and config.get(key) != value
+        if key in kind.of_target and config.get(key) != value
     ]
     if wrong:
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
@@ -224,7 +232,7 @@ def check_digest(
 
 
 def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict[str, jax.Array]:
-    shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
+    shapes = {tensor_name(spec, name): shape for name, shape in spec.param_shapes().items()}
     problems = [
         f"missing tensor {name} {list(shape)}"
         for name, shape in shapes.items()
@@ -244,4 +252,4 @@ def _match(tensors: dict[str, np.ndarray], spec: DraftSpec, where: Path) -> dict
         )
     if problems:
         raise UserError(f"{where}: not the weights of this draft:\n  " + "\n  ".join(problems))
-    return {name: jnp.asarray(tensors[TENSOR_NAMES[name]]) for name in spec.param_shapes()}
+    return {name: jnp.asarray(tensors[tensor_name(spec, name)]) for name in spec.param_shapes()}

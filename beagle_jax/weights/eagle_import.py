@@ -1,8 +1,8 @@
 """Reads an EAGLE-1/2 draft checkpoint as its authors publish them (method.md 9.3) into the tree of
 `model/eagle.py`.
 
-Every tensor is accounted for by its exact name. The copy of the target's embedding is checked for
-its shape and left.
+Every tensor is accounted for by its exact name. A copy of the target's embedding is compared with
+it and left.
 """
 
 from pathlib import Path
@@ -14,18 +14,25 @@ import numpy as np
 from beagle_jax.errors import UserError
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.weights.draft import TENSOR_NAMES, Draft
-from beagle_jax.weights.torch_import import read_folder_config, read_weights, weight_files
+from beagle_jax.weights.copies import TensorReader, check_copies
+from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.kinds import FILES, tensor_name
+from beagle_jax.weights.torch_files import read_folder_config, read_weights, weight_files
 
 _EMBEDDING = "embed_tokens.weight"
 _EAGLE_3 = ("midlayer.", "d2t", "t2d")  # beginnings of names that only EAGLE-3 has
 
 
 def read_eagle_draft(
-    source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False
+    source: Path,
+    target: TargetSpec,
+    target_source: str,
+    allow_pickle: bool = False,
+    read: TensorReader | None = None,
 ) -> Draft:
     """The draft in a folder (weights and config.json), in float32.
 
+    read: of the target's tensors, with which copies in the files are compared.
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, is no
     EAGLE-1/2 draft, or was made for another target.
     """
@@ -44,7 +51,7 @@ def read_eagle_draft(
             f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of "
             "the target; expected EAGLE-1 or 2"
         )
-    has_bias = TENSOR_NAMES["fc_bias"] in names
+    has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
     if config.get("bias") not in (None, has_bias):
         raise UserError(
             f"{source}: config.json says bias {config['bias']!r}, and the weights "
@@ -62,6 +69,8 @@ def read_eagle_draft(
         rope_scaling=layer.rope_scaling,
     )
     params = _match(tensors, spec, target.vocab_size, source)
+    own = [tensor_name(spec, name) for name in params]
+    check_copies([pair for pair in tensors if pair[0] not in own], read, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
     return Draft(
         spec,
@@ -108,7 +117,7 @@ def _our_name(name: str) -> str:
 def _match(
     tensors: list[tuple[str, np.ndarray]], spec: EagleSpec, vocab_size: int, where: Path
 ) -> dict[str, np.ndarray]:
-    shapes = {TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()}
+    shapes = {tensor_name(spec, name): shape for name, shape in spec.param_shapes().items()}
     ignored = {_EMBEDDING: (vocab_size, spec.hidden_size)}
     held, problems = dict(tensors), []
     names = [name for name, _ in tensors]
@@ -131,4 +140,4 @@ def _match(
             f"{where}: not the weights of one EAGLE-1/2 draft for this target:\n  "
             + "\n  ".join(problems)
         )
-    return {name: held[TENSOR_NAMES[name]] for name in spec.param_shapes()}
+    return {name: held[tensor_name(spec, name)] for name in spec.param_shapes()}

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from beagle_jax import __version__
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.kinds import torch_form
 
 TRAINED_WITH = (
     "jax",
@@ -25,22 +24,6 @@ TRAINED_WITH = (
 EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
 
 _MISSING = "not recorded"
-_KINDS: dict[type[DraftSpec], dict[str, str]] = {
-    DraftSpec: {
-        "kind": "A Beagle",
-        "tag": "beagle",
-        "what": "One cross-attention block",
-        "paper": "Beagle, arXiv 2505.24544",
-        "code": "`modeling_beagle.py` is",
-    },
-    EagleSpec: {
-        "kind": "An EAGLE",
-        "tag": "eagle",
-        "what": "A fusion layer and one decoder layer",
-        "paper": "EAGLE-1 and EAGLE-2, arXiv 2401.15077",
-        "code": "`modeling_eagle.py` and `modeling_beagle.py` are",
-    },
-}
 _DISTANCES = {  # of `train.loss`
     "cross_entropy": "Soft cross-entropy with",
     "kl": "Kullback-Leibler divergence from",
@@ -84,7 +67,7 @@ def model_card(draft: Draft, measured: str | None = None, revision: str | None =
     name, _, asked = base.removeprefix("hf:").partition("@")
     trained_on = told.get("target_revision") or asked or _MISSING
     return _CARD.format(
-        **_KINDS[type(draft.spec)],
+        **torch_form(draft.spec.kind)._asdict(),
         base_model=f"base_model: {name}\n" if base.startswith("hf:") else "",
         target=base or _MISSING,
         revision=trained_on
@@ -187,9 +170,9 @@ library_name: transformers
 tags: [speculative-decoding, {tag}]
 {base_model}---
 
-# {kind} draft for `{target}`
+# {title} draft for `{target}`
 
-{what} of {count:,} parameters that drafts for a frozen target ({paper}); it scores {scored}.
+{description} of {count:,} parameters that drafts for a frozen target ({paper}); it scores {scored}.
 It works with this target only, whose tokenizer, embedding and head it uses; none of them is
 stored here.
 

@@ -7,46 +7,29 @@ appear.
 """
 
 import json
-from functools import partial
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.kinds import block_of
-from beagle_jax.model.masks import causal_mask
 from beagle_jax.weights.draft import (
     DIGEST,
-    TENSOR_NAMES,
     Draft,
     draft_digest,
     file_tensors,
     settings,
 )
+from beagle_jax.weights.kinds import tensor_name, torch_form
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 from beagle_jax.weights.safetensors_file import write_tensors
 
-
-class Form(NamedTuple):
-    """What the folder of one kind of draft is called by."""
-
-    model_type: str  # differs from the native folder's, so that neither is taken for the other
-    modules: tuple[str, ...]  # the first holds the classes
-    classes: str  # what their names begin with
-
-
-FORMS: dict[type[DraftSpec], Form] = {
-    DraftSpec: Form("beagle_draft_torch", ("modeling_beagle",), "Beagle"),
-    EagleSpec: Form("eagle_draft_torch", ("modeling_eagle", "modeling_beagle"), "Eagle"),
-}
 # DraftSpec field -> the name that transformers' configs use.
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
@@ -82,22 +65,23 @@ def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -
     write_tensors(folder / "model.safetensors", tensors)
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    for name in FORMS[type(draft.spec)].modules:
+    for name in torch_form(draft.spec.kind).modules:
         (folder / f"{name}.py").write_text(module_source(name), encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """config.json: what AutoModel needs, the sizes, and all that is known of the training."""
-    model_type, (module, *_), classes = FORMS[type(draft.spec)]
+    form = torch_form(draft.spec.kind)
+    classes = f"{form.modules[0]}.{form.classes}"
     return {
-        "model_type": model_type,
-        "architectures": [f"{classes}Draft"],
+        "model_type": form.model_type,
+        "architectures": [f"{form.classes}Draft"],
         "auto_map": {
-            "AutoConfig": f"{module}.{classes}Config",
-            "AutoModel": f"{module}.{classes}Draft",
+            "AutoConfig": f"{classes}Config",
+            "AutoModel": f"{classes}Draft",
         },
-        "dtype": str(tensors[TENSOR_NAMES["q_proj"]].dtype),
+        "dtype": str(tensors[tensor_name(draft.spec, next(iter(draft.params)))].dtype),
         **{CONFIG_KEYS[key]: value for key, value in settings(draft.spec).items()},
         "vocab_size": vocab_size,
         "num_hot_tokens": 0 if draft.hot_ids is None else len(draft.hot_ids),
@@ -163,18 +147,13 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 def _jax_outputs(
     draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What the block of this library makes of the same inputs: each query over the states before
-    it, each entry over itself too.
-    """
+    """States and logits of this library's block for the same inputs (`teacher_forced`)."""
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
-    B, T, block = *e_BTD.shape[:2], block_of(draft.spec)
-    run = partial(block.apply, {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD))
     rows_VD = head_VD if draft.hot_ids is None else head_VD[np.asarray(draft.hot_ids)]
     with jax.default_matmul_precision("highest"):
-        if isinstance(block, EagleBlock):
-            states = run(causal_mask(jnp.full(B, T - 1), T - 1), method="row")
-        else:
-            states = run(np.tri(T, T, -1, dtype=bool)[None])
+        states = block_of(draft.spec).apply(
+            {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD), method="teacher_forced"
+        )
         return {"states": np.asarray(states), "logits": np.asarray(states @ rows_VD.T)}
 
 

@@ -6,186 +6,117 @@ accounted for: one that is missing, doubled, misshapen or unknown is an error, a
 that this block cannot compute.
 """
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.errors import UserError
-from beagle_jax.json_file import read_json
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.eagle import EagleSpec
-from beagle_jax.model.kinds import KINDS
+from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.draft import DraftSpec
+from beagle_jax.model.kinds import KINDS, spec_type
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import (
     HOT_TOKENS,
-    TENSOR_NAMES,
     Draft,
     check_digest,
+    hot_problem,
     read_spec,
     settings,
 )
-from beagle_jax.weights.safetensors_file import read_tensors
-from beagle_jax.weights.torch_export import CONFIG_KEYS, FORMS, require_torch
+from beagle_jax.weights.kinds import kind_in_torch, tensor_name, torch_form
+from beagle_jax.weights.torch_export import CONFIG_KEYS
+from beagle_jax.weights.torch_files import Named, read_folder_config, read_weights, weight_files
 
-Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
-
-_PICKLES = (".bin", ".pt", ".pth")
 _HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
 def read_torch_draft(
-    source: Path, target: TargetSpec, target_source: str, allow_pickle: bool = False
+    source: Path,
+    target: TargetSpec,
+    target_source: str,
+    allow_pickle: bool = False,
+    read: TensorReader | None = None,
 ) -> Draft:
     """The draft in a folder or a weights file, for this target.
 
+    read: of the target's tensors, with which copies in the files are compared.
     Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not
     hold exactly one draft block, or was made for another target.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
-    ours = next(
-        (kind for kind, form in FORMS.items() if config.get("model_type") == form.model_type), None
-    )
+    if config.get("model_type") in [kind.spec.model_type for kind in KINDS.values()]:
+        raise UserError(f"{source}: this is a native draft already; set draft.path to it")
+    kind = kind_in_torch(config.get("model_type"))
     spec = (
-        _eagle_spec(config, target, source) if ours is EagleSpec else DraftSpec.from_target(target)
+        BeagleSpec.from_target(target) if kind is None else _our_spec(kind, config, target, source)
     )
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
-    if ours is not EagleSpec:
-        # Published files do not say whether queries are normed: the norm's weights are there, or
-        # they are not.
-        normed = (
-            config.get("input_norm")
-            if ours
-            else any(_ends(name, TENSOR_NAMES["input_layernorm"]) for name, _ in tensors)
-        )
-        spec = replace(spec, input_norm=bool(normed))
+    if kind is None:
+        draft = _published(spec, tensors, target, source, config)
+        draft = replace(draft, provenance={"target": target_source, **draft.provenance})
+    else:
+        draft = _ours(spec, tensors, target, source, config)
+    own = [tensor_name(draft.spec, name) for name in draft.params]
+    others = [pair for pair in tensors if not any(_ends(pair[0], end) for end in own)]
+    check_copies(others, read, source)
+    return draft
+
+
+def _ours(
+    spec: DraftSpec, tensors: Named, target: TargetSpec, source: Path, config: dict[str, Any]
+) -> Draft:
+    """What `write_torch_folder` wrote."""
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
-    if ours:
-        spec = replace(spec, init_std=config.get(CONFIG_KEYS["init_std"], spec.init_std))
-        check_digest(config, spec, dict(tensors), source)
-        provenance = config.get("provenance")
-        if not isinstance(provenance, dict):
-            raise UserError(
-                f"{source}: provenance in config.json is {provenance!r}, expected an object; "
-                "export the draft again"
-            )
-    else:
-        # Drafts of this library are float32; the half precision of published ones widens exactly.
-        params = {
-            name: array.astype(np.float32) if array.dtype in _HALF else array
-            for name, array in params.items()
-        }
-        provenance = {"target": target_source, "imported_from": source.resolve().name}
-    return Draft(
-        spec, {name: jnp.asarray(array) for name, array in params.items()}, hot_ids, provenance
-    )
+    check_digest(config, spec, dict(tensors), source)
+    provenance = config.get("provenance")
+    if not isinstance(provenance, dict):
+        raise UserError(
+            f"{source}: provenance in config.json is {provenance!r}, expected an object; "
+            "export the draft again"
+        )
+    return Draft(spec, jax.tree.map(jnp.asarray, params), hot_ids, provenance)
 
 
-# Files
+def _published(
+    spec: BeagleSpec, tensors: Named, target: TargetSpec, source: Path, config: dict[str, Any]
+) -> Draft:
+    """A Beagle draft in the published naming.
 
-
-def read_weights(files: list[Path]) -> Named:
-    """Every tensor, in file order; raises UserError naming the file that cannot be read."""
-    return [
-        pair
-        for file in files
-        for pair in (_read_pickle(file) if file.suffix in _PICKLES else _read(file))
-    ]
-
-
-def read_folder_config(source: Path) -> dict[str, Any]:
-    """config.json beside the weights; empty where there is none."""
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    return read_json(path, "") if path.exists() else {}
-
-
-def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
-    """The weights in a folder, or the one file; raises UserError when there are none, or pickles
-    that were not allowed.
+    Its files do not say whether queries are normed: the norm's weights are there, or they are not.
     """
-    if source.is_dir():
-        found = sorted(source.glob("*.safetensors"))
-        found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
-        if not found:
-            raise UserError(
-                f"{source}: no weights in this folder; expected *.safetensors, or *.bin or "
-                "*.pt with --allow-pickle"
-            )
-    elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
-        found = [source]
-    elif source.exists():
-        raise UserError(
-            f"{source}: expected a folder, or a file that ends in .safetensors, "
-            f"{', '.join(_PICKLES)}"
-        )
-    else:
-        raise UserError(f"{source}: no such file or folder; --source names the draft to read")
-    if found[0].suffix in _PICKLES and not allow_pickle:
-        raise UserError(
-            f"{found[0]} is a pickle, which may run code when it is read; convert it to "
-            "safetensors, or give --allow-pickle (it is then read by "
-            "torch.load(weights_only=True))"
-        )
-    return found
+    norm = tensor_name(spec, "input_layernorm")
+    spec = replace(spec, input_norm=any(_ends(name, norm) for name, _ in tensors))
+    hot_count = config.get("num_hot_tokens") or 0
+    params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
+    # Drafts of this library are float32; the half precision of published ones widens exactly.
+    widened = {
+        name: array.astype(np.float32) if array.dtype in _HALF else array
+        for name, array in params.items()
+    }
+    provenance = {"imported_from": source.resolve().name}
+    return Draft(spec, jax.tree.map(jnp.asarray, widened), hot_ids, provenance)
 
 
-def _read(path: Path) -> Named:
-    return list(read_tensors(path, integers=(HOT_TOKENS,)))
-
-
-def _read_pickle(path: Path) -> Named:
-    torch = require_torch()
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, "
-            "and does it hold weights only?"
-        ) from error
-    if not isinstance(held, dict) or not all(
-        isinstance(value, torch.Tensor) for value in held.values()
-    ):
-        raise UserError(
-            f"{path}: holds something else than named tensors; give the file with the weights "
-            "to --source"
-        )
-    return [(str(name), _array(tensor)) for name, tensor in held.items()]
-
-
-def _array(tensor) -> np.ndarray:
-    """numpy knows no bfloat16 of torch's; float32 holds each of its values."""
-    tensor = tensor.detach()
-    return (
-        (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).contiguous().numpy()
-    )
-
-
-# What is in them
-
-
-def _eagle_spec(config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
-    """An EAGLE draft's settings are its own: our names for them are read as a native folder's."""
-    return read_spec(
-        {
-            "model_type": EagleSpec.kind,
-            **{key: config.get(name) for key, name in CONFIG_KEYS.items()},
-        },
-        target,
-        where,
-    )
+def _our_spec(kind: str, config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
+    """The description in a folder of ours: the draft's own settings, under PyTorch's names."""
+    expected = spec_type(kind).from_target(target)
+    told = {
+        key: value if key in expected.of_target else config.get(CONFIG_KEYS[key])
+        for key, value in settings(expected).items()
+    }
+    return read_spec({"model_type": expected.model_type, **told}, target, where)
 
 
 def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
-    """Raises UserError for another target, another block, or a folder that needs no converting."""
-    if config.get("model_type") in [kind.kind for kind in KINDS]:
-        raise UserError(f"{where}: this is a native draft already; set draft.path to it")
+    """Raises UserError for another target, and for a block that this library has not."""
     rope = config.get("rope_parameters")
     told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
     sizes = {
@@ -217,7 +148,7 @@ def _match(
     not fit.
     """
     shapes: dict[str, tuple[int, ...]] = {
-        TENSOR_NAMES[name]: shape for name, shape in spec.param_shapes().items()
+        tensor_name(spec, name): shape for name, shape in spec.param_shapes().items()
     }
     found = {
         end: [(name, array) for name, array in tensors if _ends(name, end)]
@@ -248,10 +179,10 @@ def _match(
     ]
     if problems:
         raise UserError(
-            f"{where}: not the weights of one {FORMS[type(spec)].classes} block for this "
+            f"{where}: not the weights of one {torch_form(spec.kind).classes} block for this "
             "target:\n  " + "\n  ".join(problems)
         )
-    params = {name: found[TENSOR_NAMES[name]][0][1] for name in spec.param_shapes()}
+    params = {name: found[tensor_name(spec, name)][0][1] for name in spec.param_shapes()}
     return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
 
 
@@ -278,12 +209,8 @@ def _misfits(
         return [f"{name} has shape {list(array.shape)}, expected [{hot_count or 'count'}]"]
     if array.dtype != np.int32:
         return [f"{name} has dtype {array.dtype}, expected int32"]
-    if array.min() < 0 or array.max() >= vocab_size:
-        return [
-            f"{name} scores tokens {array.min()} to {array.max()}, the target's vocabulary "
-            f"ends at {vocab_size - 1}"
-        ]
-    return []
+    problem = hot_problem(array, vocab_size)
+    return [f"{name}: {problem}"] if problem else []
 
 
 def _copied_from_target(name: str, prefixes: set[str]) -> bool:

@@ -27,6 +27,7 @@ from beagle_jax.errors import run_main
 from beagle_jax.hardware import Chip, chip_of, unknown_chip
 from beagle_jax.model.target import head
 from beagle_jax.training.cost import row_flops
+from beagle_jax.training.frozen import FrozenTarget
 from benchmarks.large_shapes import (
     SHAPES,
     bytes_read,
@@ -180,15 +181,14 @@ class Bench:
     def _training_step(self, name: str, rows: int, width: int) -> dict[str, Any]:
         train, spec = self.config.train, self.draft.spec
         stage = getattr(train, name)
-        tables = {"embed_VD": self.target.params["embed_VD"], "head_VD": head(self.target.params)}
-        if self.hot_tokens:
-            tables["head_VD"] = tables["head_VD"][: self.hot_tokens]
+        head_VD = head(self.target.params)[: self.hot_tokens or None]
+        frozen = FrozenTarget(self.target.params["embed_VD"], head_VD)
         batch = batch_of(rows, width, spec.hidden_size, self.spec.vocab_size, prompt=0)
         stored = ml_dtypes.bfloat16 if self.dtype == jnp.bfloat16 else np.float32
-        batch = batch._replace(states_BLD=batch.states_BLD.astype(stored))
-        milliseconds = median_ms(step_call(spec, batch, tables, train, stage, late=name == "late"))
-        vocab = len(tables["head_VD"])
-        flops = rows * row_flops(spec, stage, vocab, width, width, late=name == "late")
+        batch = batch._replace(inputs_BLI=batch.inputs_BLI.astype(stored))
+        milliseconds = median_ms(step_call(spec, batch, frozen, train, stage))
+        vocab = len(head_VD)
+        flops = rows * row_flops(spec, stage, vocab, width, width)
         rate = 1000 * flops / milliseconds
         return {
             "milliseconds": milliseconds,

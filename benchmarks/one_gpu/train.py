@@ -88,7 +88,7 @@ def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | Non
         if not folder.exists():
             continue
         stage_config = config.train.named_stages[stage]
-        init = make_steps(spec, config.train, stage_config, mesh, late=stage == "late")[2]
+        init = make_steps(spec, config.train, stage_config, mesh)[2]
         fresh = init(fresh_params(spec, jax.random.key(0)))
         with StageCheckpoints(folder, settings_of(stage, config)) as checkpoints:
             restored = checkpoints.restore(fresh)

@@ -1,0 +1,245 @@
+"""What every trained draft has: its description, and the layer that Beagle and EAGLE share.
+
+A kind of draft is a description (`DraftSpec`), a block of parameters and a way to initialise them;
+model/kinds.py lists the kinds by name. Which target states a draft reads and how a stage trains it
+are questions of the floors above.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.model.cache import KVRows
+from beagle_jax.model.layers import (
+    apply_rope,
+    join_heads,
+    merge_attention,
+    partial_attention,
+    rms_norm,
+    rope_tables,
+    split_heads,
+)
+from beagle_jax.model.target import TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSpec(ABC):
+    """What is known of every trained draft. Hashable; one subclass for each kind."""
+
+    kind: ClassVar[str]  # its name: in `draft.kind` and in each floor's table of kinds
+    model_type: ClassVar[str]  # of a draft's config.json
+    # settings that are always the target's; a draft that has others was made for another target
+    of_target: ClassVar[tuple[str, ...]] = ("hidden_size",)
+    # queries are tokens fused with the state before them, and stand where that state stands
+    fused: ClassVar[bool] = False
+
+    hidden_size: int
+    embed_scale: float = 1.0  # of the target's embedding on its way in
+
+    if TYPE_CHECKING:  # what decoding's caches ask of kinds that have a layer
+        intermediate_size: int
+        num_heads: int
+        num_kv_heads: int
+        head_dim: int
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the target whose outputs the draft reads, concatenated in this order.
+
+        (): it reads the target's states after the final norm, which are also what it predicts.
+        """
+        return ()
+
+    def embedding(self, params: dict[str, jax.Array], target_VD: jax.Array) -> jax.Array:
+        """The table that the draft reads tokens with: the target's, or one among its params."""
+        return target_VD
+
+    def final_norm(self, params: dict[str, jax.Array], state_BTD: jax.Array) -> jax.Array:
+        """What the head reads of predicted states: themselves, or these after an own norm."""
+        return state_BTD
+
+    def head(self, params: dict[str, jax.Array], target_VD: jax.Array) -> jax.Array:
+        """The head of the draft: the target's, or one among its params.
+
+        target_VD: rows of the tokens that the draft scores.
+        """
+        return target_VD
+
+    @classmethod
+    @abstractmethod
+    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
+        """A new draft for this target. init_std: of the linear weights, trained from scratch."""
+
+    @abstractmethod
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec(DraftSpec):
+    """Shape of a draft of one decoder layer; a new one has the target's sizes (method.md 2.2)."""
+
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    init_std: float = 0.02  # of the linear weights, when trained from scratch
+    # queries are normed inputs; some published drafts project them as they are (method.md 9.1)
+    input_norm: bool = True
+
+    @classmethod
+    def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
+        """A draft of the shape of one of the target's layers."""
+        return cls(
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            rope_theta=spec.rope_theta,
+            rms_norm_eps=spec.rms_norm_eps,
+            embed_scale=spec.embed_scale,
+            init_std=init_std,
+        )
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+        D, F = self.hidden_size, self.intermediate_size
+        NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {
+            "q_proj": (NH, D),
+            "k_proj": (KH, D),
+            "v_proj": (KH, D),
+            "o_proj": (D, NH),
+            "gate_proj": (F, D),
+            "up_proj": (F, D),
+            "down_proj": (D, F),
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+        }
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if self.input_norm or name != "input_layernorm"
+        }
+
+    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines [*positions.shape, H]."""
+        return rope_tables(positions, self.head_dim, self.rope_theta)
+
+
+class LayerBlock(nn.Module):
+    """The layer in parts, because training and decoding interleave them differently.
+
+    A kind adds what its inputs are made of (`fuse`, `true_rows`) and how it runs over a whole row
+    (`teacher_forced`). See method.md 4.5b, 6.2.
+    """
+
+    spec: LayerSpec
+
+    def setup(self):
+        normal = nn.initializers.normal(self.spec.init_std)
+        for name, shape in self.spec.param_shapes().items():
+            vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
+            setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
+
+    def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
+        """Inputs [B, T, D] of the layer: tokens' embeddings, and the states before these tokens if
+        the kind reads them.
+        """
+        raise NotImplementedError
+
+    def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """Keys and values that decoding keeps of true states at their positions.
+
+        next_BTD: embeddings of the tokens after them, for kinds that need these.
+        """
+        raise NotImplementedError
+
+    def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+        """Predicted states of whole rows, each from true states alone.
+
+        Every query sees all that stands before it. e_BTD, h_BTD: embedding and state of each
+        position; a kind that needs a state before the token has no prediction for position 0.
+        """
+        raise NotImplementedError
+
+    def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
+        normed = self.spec.input_norm
+        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
+        return self._rotate(project(u_BTD, self.q_proj), positions_BT)
+
+    def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """Rotated keys and values of states, true or predicted, at their positions."""
+        k_BKTH = self._rotate(project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
+        v_BKTH = split_heads(
+            project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim
+        )[:, :, 0]
+        return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
+
+    def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
+        """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
+        y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
+        return y_BTD + project(gated_BTF, self.down_proj)
+
+    def before_down(
+        self, e_BTD: jax.Array, attended_BKGTH: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
+        y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
+        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
+        return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
+
+    def attend(
+        self,
+        e_BTD: jax.Array,
+        h_BSD: jax.Array,
+        mask_BTS: jax.Array,
+        at_BT: jax.Array | None = None,
+        at_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions
+        at_BS, both 0, 1, .. if None.
+        """
+        at_BT = (
+            jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
+            if at_BT is None
+            else at_BT
+        )
+        at_BS = (
+            jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
+            if at_BS is None
+            else at_BS
+        )
+        rows = self.keys_values(h_BSD, at_BS)
+        return merge_attention(
+            partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None])
+        )
+
+    def __call__(
+        self,
+        e_BTD: jax.Array,
+        h_BSD: jax.Array,
+        mask_BTS: jax.Array,
+        at_BT: jax.Array | None = None,
+        at_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
+        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
+
+    def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)
+        cos_BTH, sin_BTH = self.spec.rotary(positions_BT)
+        return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
+
+
+def project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
+    """A linear map of rows [B, T, D] -> [B, T, F], in their dtype."""
+    return jnp.einsum("BTD,FD->BTF", x_BTD, weight_FD.astype(x_BTD.dtype))

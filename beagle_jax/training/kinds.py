@@ -1,0 +1,37 @@
+"""How each kind of draft is trained: its objectives, and closed-form starts."""
+
+from collections.abc import Callable
+
+import jax
+
+from beagle_jax.config import StageConfig
+from beagle_jax.errors import UsageError
+from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.draft import DraftSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.training.eagle import TEST_TIME as EAGLE_TEST_TIME
+from beagle_jax.training.early import EARLY
+from beagle_jax.training.late import DENSE, LATE
+from beagle_jax.training.objective import Objective
+from beagle_jax.training.warm_start import warm_start
+
+# EAGLE's early stage is its test-time stage with one step.
+OBJECTIVES: dict[str, dict[str, Objective]] = {
+    BeagleSpec.kind: {"early": EARLY, "late": LATE, "test_time": DENSE},
+    EagleSpec.kind: {"early": EAGLE_TEST_TIME, "test_time": EAGLE_TEST_TIME},
+}
+
+# Closed-form starts (`draft.init: ridge`), for the kinds that have one:
+# (fresh parameters, description, embedding, a batch to fit on) -> parameters
+WARM_STARTS: dict[str, Callable[..., dict[str, jax.Array]]] = {BeagleSpec.kind: warm_start}
+
+
+def objective_of(spec: DraftSpec, stage: StageConfig) -> Objective:
+    """The objective of a stage for a kind of draft. Raises UsageError if the kind has none."""
+    objectives = OBJECTIVES[spec.kind]
+    if stage.objective not in objectives:
+        raise UsageError(
+            f"a draft of kind {spec.kind!r} cannot be trained by a stage of objective "
+            f"{stage.objective!r}; expected one of {', '.join(objectives)}"
+        )
+    return objectives[stage.objective]

@@ -1,0 +1,97 @@
+"""The files of each kind of draft, by its name: tensors, PyTorch form and model card."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from beagle_jax.errors import UserError
+from beagle_jax.model.draft import DraftSpec
+
+
+class TorchForm(NamedTuple):
+    """A kind's folder in PyTorch's form, and what the card in it says."""
+
+    model_type: str  # differs from the native folder's, so that neither is taken for the other
+    modules: tuple[str, ...]  # beside the weights; the first holds the classes
+    classes: str  # what the names of these begin with
+    title: str  # the card's words: an article and the kind's name
+    tag: str
+    description: str
+    paper: str
+    code: str  # the modules, as the subject of a sentence
+
+
+class KindFiles(NamedTuple):
+    """How the drafts of one kind are stored."""
+
+    tensors: Mapping[str, str]  # parameter -> its name in a file
+    torch: TorchForm | None = None  # None: `convert to-torch` refuses the kind
+
+
+LAYER_TENSORS = {
+    "q_proj": "self_attn.q_proj.weight",
+    "k_proj": "self_attn.k_proj.weight",
+    "v_proj": "self_attn.v_proj.weight",
+    "o_proj": "self_attn.o_proj.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
+    "input_layernorm": "input_layernorm.weight",
+    "post_attention_layernorm": "post_attention_layernorm.weight",
+}
+
+FILES: dict[str, KindFiles] = {
+    "beagle": KindFiles(
+        LAYER_TENSORS,
+        TorchForm(
+            model_type="beagle_draft_torch",
+            modules=("modeling_beagle",),
+            classes="Beagle",
+            title="A Beagle",
+            tag="beagle",
+            description="One cross-attention block",
+            paper="Beagle, arXiv 2505.24544",
+            code="`modeling_beagle.py` is",
+        ),
+    ),
+    "eagle": KindFiles(
+        {"fc": "fc.weight", "fc_bias": "fc.bias", **LAYER_TENSORS},
+        TorchForm(
+            model_type="eagle_draft_torch",
+            modules=("modeling_eagle", "modeling_beagle"),
+            classes="Eagle",
+            title="An EAGLE",
+            tag="eagle",
+            description="A fusion layer and one decoder layer",
+            paper="EAGLE-1 and EAGLE-2, arXiv 2401.15077",
+            code="`modeling_eagle.py` and `modeling_beagle.py` are",
+        ),
+    ),
+}
+
+
+def tensor_name(spec: DraftSpec, param: str) -> str:
+    """A parameter's name in a file, which is PyTorch's."""
+    return FILES[spec.kind].tensors[param]
+
+
+def torch_form(kind: str) -> TorchForm:
+    """The PyTorch form of a kind. Raises UserError for a kind that has none."""
+    form = FILES[kind].torch
+    if form is None:
+        raise UserError(
+            f"a draft of kind {kind!r} has no PyTorch form; expected one of "
+            f"{', '.join(name for name, files in FILES.items() if files.torch)}"
+        )
+    return form
+
+
+def kind_in_torch(model_type: object) -> str | None:
+    """The kind whose PyTorch form has this model_type in its config.json, if any."""
+    return next(
+        (
+            name
+            for name, files in FILES.items()
+            if files.torch and files.torch.model_type == model_type
+        ),
+        None,
+    )
