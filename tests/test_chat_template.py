@@ -3,8 +3,9 @@
 import pytest
 from command_cases import byte_tokenizer
 
+from beagle_jax.config import load_config
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.errors import UserError
+from beagle_jax.errors import UsageError, UserError
 from beagle_jax.weights.chat_template import choose_template
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -67,3 +68,13 @@ def test_variables_reach_the_template(tokenizer):
     assert chosen(tokenizer, None, {"shout": False, "times": None}) == "HiNone"
     with pytest.raises(UserError, match=r"target.template_variables: {'a b': 1}"):
         choose_template(tokenizer, None, {"a b": 1}, "here")
+
+
+def test_variables_are_a_mapping_in_a_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("target: {source: x, template_variables: {enable_thinking: false, a: null}}")
+    config = load_config(path)
+    assert dict(config.target.template_variables) == {"enable_thinking": False, "a": None}
+    assert hash(config)  # a frozen config is one
+    with pytest.raises(UsageError, match="target.template_variables is 3"):
+        load_config(path, ["target.template_variables=3"])

@@ -513,12 +513,3 @@ def test_unreadable_file(tmp_path, content, message):
 def test_a_folder_is_not_a_config(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         load_config(tmp_path)
-
-
-def test_template_variables_are_a_mapping(load):
-    text = "target: {source: x, template_variables: {enable_thinking: false, tools: null}}"
-    config = load(text)
-    assert dict(config.target.template_variables) == {"enable_thinking": False, "tools": None}
-    assert hash(config)
-    wrong = refused(load, "target: {source: x}", "target.template_variables=3")
-    assert "target.template_variables is 3" in wrong
