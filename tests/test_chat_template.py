@@ -76,5 +76,5 @@ def test_variables_are_a_mapping_in_a_config(tmp_path):
     config = load_config(path)
     assert dict(config.target.template_variables) == {"enable_thinking": False, "a": None}
     assert hash(config)  # a frozen config is one
-    with pytest.raises(UsageError, match="target.template_variables is 3"):
+    with pytest.raises(UsageError, match=r"target.template_variables is 3"):
         load_config(path, ["target.template_variables=3"])
