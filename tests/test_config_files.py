@@ -256,3 +256,44 @@ def test_stages_of_0_1_0(write, capsys):
     assert "train.early.step_weights is [2.0], which the early stage has no use for any more" in (
         capsys.readouterr().err
     )
+
+
+def test_missing_file_names_one_to_start_from(tmp_path):
+    with pytest.raises(
+        UsageError,
+        match=r"none\.yaml: no such config file; configs/quickstart\.yaml is one to start from",
+    ):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
+        (
+            b"train:\n  batch: 1\n  batch: 2",
+            r"run\.yaml: not valid YAML: the key 'batch' stands there twice.*line 3, column 3",
+        ),
+        (
+            b"train: {batch: 1}\ntrain: {seed: 2}",
+            r"run\.yaml: not valid YAML: the key 'train' stands there twice",
+        ),
+        (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
+        (
+            b"",
+            r"run\.yaml: expected a mapping with the sections target, draft, data, train, "
+            r"mesh, decode, eval, log",
+        ),
+        (b"- 1\n- 2", r"run\.yaml: expected a mapping with the sections target"),
+    ],
+)
+def test_unreadable_file(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_a_folder_is_not_a_config(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_config(tmp_path)
