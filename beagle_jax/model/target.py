@@ -31,6 +31,7 @@ from beagle_jax.model.layers import (
     soft_cap,
 )
 from beagle_jax.model.masks import causal_mask, within_window
+from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
 
 Params = Mapping[str, Any]
@@ -193,6 +194,7 @@ def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Arr
     return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
+@exact
 def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does.
 
@@ -205,6 +207,7 @@ def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     )
 
 
+@exact
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its
     logit is finite.
@@ -246,6 +249,7 @@ class Forward(NamedTuple):
     taps: tuple[jax.Array, ...]  # the residual streams [B, T, D] asked for, in that order
 
 
+@exact
 def forward(
     params: Params,
     spec: TargetSpec,
@@ -319,6 +323,7 @@ def _block(
     return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
 
 
+@exact
 def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
     """One layer of `forward` on texts without padding and cache: the residual stream before it ->
     after it.

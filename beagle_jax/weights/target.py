@@ -80,19 +80,13 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
     it is to be quantised and not only decoded.
 
     What training keeps on disk, answers and states, is told apart by the source alone, so it comes
-    from the target as it is. To decode in float32 is to write the very tokens of plain decoding, so
-    there products keep all bits, unless the user has said otherwise.
+    from the target as it is.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(
             f"target.quantize is {config.quantize}, which is for decoding; set "
             "target.quantize=none here"
         )
-    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # jax adds its settings when it is imported
-    if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and asked is None:
-        jax.config.update(
-            "jax_default_matmul_precision", "highest"
-        )  # TPUs would round factors to bfloat16, newer GPUs to TF32
     return load_target(
         config.source,
         config.dtype,
