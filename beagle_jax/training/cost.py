@@ -24,7 +24,8 @@ from beagle_jax.errors import UsageError
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.kinds import spec_type
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import rows, shardings
 from beagle_jax.training.step import make_steps
 
