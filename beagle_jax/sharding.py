@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
+from beagle_jax.model.tensors import ARRAYS, Tensor
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
@@ -28,21 +29,10 @@ _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 # every device. Products that end in the hidden size (o, down, fc) are split along what they sum
 # over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row needs all
 # of it, and gathering it would cost more memory than splitting it saves.
-_IN, _OUT, _VOCABULARY = (TENSOR, FSDP), (FSDP, TENSOR), (TENSOR, None)
-_TABLE = {
-    "embed_VD": _VOCABULARY,
-    "head_VD": _VOCABULARY,
-    # the target
-    "q_FD": _IN,
-    "k_FD": _IN,
-    "v_FD": _IN,
-    "o_DF": _OUT,
-    "gate_FD": _IN,
-    "up_FD": _IN,
-    "down_DF": _OUT,
-    "gate_EFD": (None, *_IN),
-    "up_EFD": (None, *_IN),
-    "down_EDF": (None, *_OUT),  # its experts
+_IN, _OUT = (TENSOR, FSDP), (FSDP, TENSOR)
+_RULES = {"vocabulary": TENSOR, "inner": TENSOR, "model": FSDP, None: None}
+_TABLE = {key: tuple(_RULES[axis] for axis in array.axes) for key, array in ARRAYS.items()} | {
+    # the drafts
     "q_proj": _IN,
     "k_proj": _IN,
     "v_proj": _IN,
@@ -118,11 +108,12 @@ def born(make: Callable, mesh: Mesh, *arguments):
     )
 
 
-def target_sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
+def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
     """Where one array of the target lives; on the first device without a mesh."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, _spec_of(name, shape, mesh))
+    axes = tuple(_RULES[axis] for axis in tensor.axes)
+    return NamedSharding(mesh, _divided(axes, tensor.shape, mesh))
 
 
 def replicate(tree, mesh: Mesh | None):
@@ -238,9 +229,12 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     """By the last name in the path that the table knows: the optimizer keeps trees shaped like the
     parameters.
     """
-    names = [
-        name for key in path if (name := getattr(key, "key", getattr(key, "name", ""))) in _TABLE
-    ]
+    keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
+    if "layers" in keys and keys[-1] not in ARRAYS:
+        raise ValueError(
+            f"the target's array {keys[-1]} has no axes; declare it in model/tensors.py"
+        )
+    names = [key for key in keys if key in _TABLE]
     return _spec_of(names[-1], shape, mesh) if names else P()
 
 

@@ -28,7 +28,8 @@ from beagle_jax.decoding.loop import Models, draft_head_of
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.decoding.tuning import drafting, machine, milliseconds, small_tree, verifying
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 

@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from beagle_jax.config import load_config
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.target import fill_params, open_source
 

@@ -29,7 +29,8 @@ import pytest
 
 from beagle_jax.config import EarlyStage, LateStage, MeshConfig
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -17,7 +17,7 @@ from command_cases import make_workplace
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import param_table
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.draft import Draft, save_draft
 from beagle_jax.weights.target import load_target
 

@@ -32,7 +32,8 @@ from beagle_jax.model import target as target_module
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.layers import RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
-from beagle_jax.model.target import forward, logits, param_table
+from beagle_jax.model.target import forward, logits
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import fill_params, open_source
 
@@ -145,7 +146,7 @@ PLANTS = [
     ("gemma 2", "scores not capped", _change(score_cap=None)),
     ("gemma 2", "logits not capped", _change(logit_cap=None)),
     ("gemma 2", "windows the other way round", _change(windows=(None, 6))),
-    ("gemma 3", "Llama's layers", _change(gemma=False)),
+    ("gemma 3", "Llama's layers", _change(norm_offset=0.0, post_norms=False, activation="silu")),
     ("gemma 3", "embedding not scaled", _change(embed_scale=1.0)),
     ("gemma 3", "scores scaled by head width", _change(score_scale=None)),
     ("gemma 3", "one rotary base", _change(local_rope_theta=None)),

@@ -122,7 +122,7 @@ def test_norm_with_one_added_keeps_small_weights_in_bfloat16():
     )  # 1 + 2**-9 is no bfloat16: the sum has to be made in float32
     normed = np.asarray(rms_norm(x.astype(jnp.float32), jnp.ones(6), 1e-5))
     expected = jnp.asarray(normed * (1 + 2.0**-9), jnp.bfloat16)
-    np.testing.assert_array_equal(rms_norm(x, weight, 1e-5, plus_one=True), expected)
+    np.testing.assert_array_equal(rms_norm(x, weight, 1e-5, offset=1.0), expected)
     rounded = rms_norm(
         x, (1 + weight).astype(jnp.bfloat16), 1e-5
     )  # planted: added before, and lost

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from weight_cases import LLAMA, Held
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import tensor_mesh
 from beagle_jax.weights import safetensors_file
 from beagle_jax.weights import target as target_module

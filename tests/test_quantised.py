@@ -21,8 +21,9 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.quantised import PROJECTIONS, Quantised, dense, pick, quantise, quantise_layer
-from beagle_jax.model.target import forward, logits, param_table
+from beagle_jax.model.quantised import Quantised, dense, pick, quantise, quantise_layer
+from beagle_jax.model.target import forward, logits
+from beagle_jax.model.tensors import ARRAYS, param_table
 from beagle_jax.weights.quantiser import Quantiser
 from beagle_jax.weights.target import configured_target, fill_params, load_target
 
@@ -100,7 +101,7 @@ def test_a_quantised_target_computes_with_the_rounded_weights(spec, kind):
     np.testing.assert_allclose(run(params), run(_turned_back(params)), atol=1e-5)
     assert {
         key for layer in params["layers"] for key, x in layer.items() if isinstance(x, Quantised)
-    } <= set(PROJECTIONS)
+    } <= {key for key, array in ARRAYS.items() if array.quantisable}
 
 
 PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]

@@ -165,6 +165,16 @@ def test_rows_that_the_mesh_cannot_split():
         check_rows(10, mesh)
 
 
+def test_an_array_of_the_target_without_axes_is_refused():
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
+    layer = {key: jax.ShapeDtypeStruct((8, 8), jnp.float32) for key in ("q_FD", "new_FD")}
+    with pytest.raises(ValueError, match=r"the target's array new_FD has no axes; declare it in"):
+        shardings({"layers": [layer]}, mesh)
+    del layer["new_FD"]
+    [found] = shardings({"layers": [layer]}, mesh)["layers"]
+    assert tuple(found["q_FD"].spec) == ("tensor", "fsdp")
+
+
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
     shapes = {"q_proj": (6, 8), "down_proj": (6, 7), "head_VD": (61, 8), "input_layernorm": (8,)}

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
 from weight_cases import LLAMA, Held
 
-from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import pypi
@@ -27,7 +25,6 @@ from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder
 from beagle_jax.weights.target import (
     check_vocabulary,
-    configured_target,
     fill_params,
     open_source,
 )
@@ -337,34 +334,3 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
         check_vocabulary(tokenizer, 12, "here")
     with pytest.raises(UserError, match=r"it has 2 tokens beyond the embedding of 11 rows"):
         check_vocabulary(tokenizer, 11, "here")
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype", "decoding", "expected"),
-    [
-        ("tpu", "float32", True, "highest"),
-        ("gpu", "float32", True, "highest"),
-        ("cpu", "float32", True, None),
-        ("gpu", "bfloat16", True, None),
-        ("gpu", "float32", False, None),
-    ],
-)
-def test_an_accelerator_that_decodes_in_float32_keeps_all_bits_of_a_product(
-    backend, dtype, decoding, expected, monkeypatch
-):
-    monkeypatch.setattr("beagle_jax.weights.target.load_target", lambda *_, **__: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    try:
-        configured_target(TargetConfig(source="any", dtype=dtype), decoding=decoding)
-        assert jax.config.jax_default_matmul_precision == expected
-    finally:
-        jax.config.update("jax_default_matmul_precision", None)
-
-
-def test_a_precision_that_the_user_has_set_stands(monkeypatch):
-    monkeypatch.setattr("beagle_jax.weights.target.load_target", lambda *_, **__: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with jax.default_matmul_precision("bfloat16"):
-        configured_target(TargetConfig(source="any"), decoding=True)
-        assert jax.config.jax_default_matmul_precision == "bfloat16"
-    assert jax.config.jax_default_matmul_precision is None

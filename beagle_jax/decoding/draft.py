@@ -21,6 +21,7 @@ from beagle_jax.model.beagle import BeagleBlock, DraftSpec
 from beagle_jax.model.cache import KVRows, append_rows, visible_slots
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.layers import merge_attention, partial_attention
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import embed, logit_columns
 
 
@@ -71,6 +72,7 @@ class _Level(NamedTuple):
     )  # the state before it: its parent's predicted one, the root's a true one; EAGLE fuses both
 
 
+@exact
 def draft_tree(
     params: dict[str, jax.Array],
     spec: DraftSpec,

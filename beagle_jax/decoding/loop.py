@@ -28,6 +28,7 @@ from beagle_jax.model.cache import (
 )
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import (
     Params,
     TargetSpec,
@@ -146,6 +147,7 @@ def begin(
 
 
 @partial(jax.jit, static_argnames=("shapes", "first"), donate_argnames=("state",))
+@exact
 def read_prompt(
     models: Models,
     shapes: Shapes,
@@ -234,6 +236,7 @@ def _read_states(
 
 
 @partial(jax.jit, static_argnames=("shapes",), donate_argnames=("state",))
+@exact
 def decode(
     models: Models, shapes: Shapes, state: DecodeState, max_rounds: jax.Array
 ) -> tuple[DecodeState, Report]:
@@ -263,6 +266,7 @@ def _round(models: Models, shapes: Shapes, now: DecodeState) -> DecodeState:
     return _emit(now, found, finite_B, shapes.eos_ids)
 
 
+@exact
 def draft_rows(models: Models, draft: DraftSpec, states_BTD, next_BT, positions_BT) -> KVRows:
     """What the draft's cache keeps of true states. next_BT: the tokens after them."""
     positions_BT = jnp.broadcast_to(positions_BT, next_BT.shape)

@@ -16,6 +16,7 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.model.beagle import DraftSpec
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import embed, forward
 
 
@@ -88,6 +89,7 @@ def attention(
 
 
 @partial(jax.jit, static_argnames="shapes")
+@exact
 def _weights(
     models: Models, shapes: Shapes, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array
 ) -> jax.Array:

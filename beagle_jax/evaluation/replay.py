@@ -16,6 +16,7 @@ import numpy as np
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import DynamicTree, Tree
 from beagle_jax.model.kinds import block_of
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -171,6 +172,7 @@ class Grower:
 
 
 @partial(jax.jit, static_argnames=("spec", "append", "count"))
+@exact
 def _predict(
     params,
     spec,

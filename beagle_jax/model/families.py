@@ -325,7 +325,9 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
             local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
         )
     return dict(
-        gemma=True,
+        norm_offset=1.0,
+        post_norms=True,
+        activation="gelu_tanh",
         embed_scale=config["hidden_size"] ** 0.5,
         score_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
         score_cap=config.get("attn_logit_softcapping", family.gemma.score_cap),

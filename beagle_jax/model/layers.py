@@ -16,20 +16,20 @@ MASKED_SCORE = -1e30
 
 
 def rms_norm(
-    x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, plus_one: bool = False
+    x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, offset: float = 0.0
 ) -> jax.Array:
     """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the
     weight as HF does.
 
-    plus_one: multiplied by 1 + weight, and cast after that (Gemma).
+    offset: not zero: multiplied by offset + weight, and cast after that (Gemma).
     """
     x_f32 = x.astype(jnp.float32)
     normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axis, keepdims=True) + eps)
     shape = [1] * x.ndim
     shape[axis] = weight_D.shape[0]
     weight = weight_D.reshape(shape)
-    if plus_one:
-        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    if offset:
+        return (normed * (offset + weight.astype(jnp.float32))).astype(x.dtype)
     return normed.astype(x.dtype) * weight
 
 

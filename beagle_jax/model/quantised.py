@@ -14,22 +14,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.model.tensors import ARRAYS
+
 Kind = Literal["int8", "int4"]
 
 _LARGEST = {"int8": 127, "int4": 7}
-# What is quantised: the projections of a layer (TargetSpec's parameter tree).
-PROJECTIONS = (
-    "q_FD",
-    "k_FD",
-    "v_FD",
-    "o_DF",
-    "gate_FD",
-    "up_FD",
-    "down_DF",
-    "gate_EFD",
-    "up_EFD",
-    "down_EDF",
-)
 
 
 class Quantised(NamedTuple):
@@ -79,6 +68,6 @@ def pick(weight: jax.Array | Quantised, index: jax.Array) -> jax.Array | Quantis
 def quantise_layer(layer: dict[str, Any], kind: Kind, group: int) -> dict[str, Any]:
     """A layer with its projections quantised."""
     return {
-        key: quantise(array, kind, group) if key in PROJECTIONS else array
+        key: quantise(array, kind, group) if ARRAYS[key].quantisable else array
         for key, array in layer.items()
     }

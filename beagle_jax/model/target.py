@@ -1,17 +1,16 @@
 """The frozen target: a decoder of the Llama family as pure functions over a tree of arrays.
 
-`TargetSpec` describes the architecture (`model/families.py` reads it from a config), `param_table`
-declares every tensor once (path, shape, Hugging Face name), `forward` runs it; a family is a few
-fields, never code of its own. Matrices keep PyTorch's [out, in] layout and activations run as
-columns [D, M]: on a CPU this makes eight rows cost little more than one (jax_notes C.18), and
-elsewhere it costs nothing. The state of a token is the last hidden state after the final norm
-(method.md 1); logits are `head @ state`.
+`TargetSpec` describes the architecture (`model/families.py` reads it from a config),
+`model/tensors.py` declares its arrays, `forward` runs it. Matrices keep PyTorch's [out, in] layout
+and activations run as columns [D, M]: on a CPU this makes eight rows cost little more than one
+(jax_notes C.18), and elsewhere it costs nothing. The state of a token is the last hidden state
+after the final norm (method.md 1); logits are `head @ state`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,9 @@ from beagle_jax.model.layers import (
     soft_cap,
 )
 from beagle_jax.model.masks import causal_mask, within_window
+from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
+from beagle_jax.model.tensors import bias_key
 
 Params = Mapping[str, Any]
 
@@ -39,6 +40,7 @@ Params = Mapping[str, Any]
 # (measured: 41 ms at 6 columns, 36 ms at 8, for all matrices of SmolLM2-135M), so columns are
 # padded to a multiple of this.
 _COLUMN_MULTIPLE = 4
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +74,10 @@ class TargetSpec:
         None  # unscaled rotary base of the layers with a window; None: that of all
     )
     experts: Experts | None = None  # routed experts in place of the MLP
-    # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
-    gemma: bool = False
+    # norms scale by this + weight. Where it is not 0 they do so in float32 and round last (Gemma)
+    norm_offset: float = 0.0
+    post_norms: bool = False  # attention's and the MLP's outputs pass a norm too
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
@@ -95,93 +99,6 @@ class TargetSpec:
         return min((window for window in self.windows if window is not None), default=None)
 
 
-Path = tuple[str | int, ...]
-
-
-def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape
-    [out, in]).
-
-    A path that ends in a number is one expert's slice of a stacked array.
-    """
-    D, V = spec.hidden_size, spec.vocab_size
-    table: dict[str, tuple[Path, tuple[int, ...]]] = {
-        "model.embed_tokens.weight": (("embed_VD",), (V, D)),
-        "model.norm.weight": (("norm_D",), (D,)),
-    }
-    if not spec.tie_embeddings:
-        table["lm_head.weight"] = (("head_VD",), (V, D))
-    for layer in range(spec.num_layers):
-        tensors = _attention_tensors(spec) | _mlp_tensors(spec, layer)
-        for name, (path, shape) in tensors.items():
-            table[f"model.layers.{layer}.{name}.weight"] = (("layers", layer, *path), shape)
-        for name in spec.biases:
-            (key,), shape = tensors[name]
-            table[f"model.layers.{layer}.{name}.bias"] = (
-                ("layers", layer, _bias_key(key)),
-                shape[:1],
-            )
-    return table
-
-
-def param_arrays(spec: TargetSpec) -> dict[Path, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Every array of the parameter tree: path -> (shape, names of the tensors that it holds: one,
-    or one per expert).
-    """
-    arrays: dict[Path, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    for name, (path, shape) in param_table(spec).items():
-        if isinstance(path[-1], int):
-            names = arrays.get(path[:-1], ((), ()))[1] + (name,)
-            arrays[path[:-1]] = ((len(names), *shape), names)
-        else:
-            arrays[path] = (shape, (name,))
-    return arrays
-
-
-def _attention_tensors(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Weights of a layer's attention and of its norms."""
-    D, NH, KH = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    tensors = {
-        "input_layernorm": ("input_norm_D", (D,)),
-        "self_attn.q_proj": ("q_FD", (NH, D)),
-        "self_attn.k_proj": ("k_FD", (KH, D)),
-        "self_attn.v_proj": ("v_FD", (KH, D)),
-        "self_attn.o_proj": ("o_DF", (D, NH)),
-        "post_attention_layernorm": ("mlp_norm_D", (D,)),
-    }
-    if spec.qk_norm:
-        tensors |= {f"self_attn.{x}_norm": (f"{x}_norm_H", (spec.head_dim,)) for x in "qk"}
-    if spec.gemma:  # the same name for another place
-        tensors["post_attention_layernorm"] = ("after_attention_norm_D", (D,))
-        tensors["pre_feedforward_layernorm"] = ("mlp_norm_D", (D,))
-        tensors["post_feedforward_layernorm"] = ("after_mlp_norm_D", (D,))
-    return {name: ((key,), shape) for name, (key, shape) in tensors.items()}
-
-
-def _mlp_tensors(spec: TargetSpec, layer: int) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Weights of a layer's MLP, or of its router and experts."""
-    D, F, experts = spec.hidden_size, spec.intermediate_size, spec.experts
-    if experts is None or layer in experts.dense_layers:
-        shapes = {"gate": ("gate_FD", (F, D)), "up": ("up_FD", (F, D)), "down": ("down_DF", (D, F))}
-        return {f"mlp.{name}_proj": ((key,), shape) for name, (key, shape) in shapes.items()}
-    router, gate, up, down = experts.names
-    F = experts.width
-    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {
-        router: (("router_ED",), (experts.count, D))
-    }
-    for expert in range(experts.count):
-        tensors[gate.format(expert)] = (("gate_EFD", expert), (F, D))
-        tensors[up.format(expert)] = (("up_EFD", expert), (F, D))
-        tensors[down.format(expert)] = (("down_EDF", expert), (D, F))
-    return tensors
-
-
-def _bias_key(weight_key: str) -> str:
-    """Where the bias of a projection lives: "q_FD" -> "q_bias_F"."""
-    name, letters = weight_key.split("_")
-    return f"{name}_bias_{letters[0]}"
-
-
 def head(params: Params) -> jax.Array:
     """The LM head [V, D]: its own matrix, or the embedding when tied."""
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
@@ -193,6 +110,7 @@ def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Arr
     return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
+@exact
 def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does.
 
@@ -205,6 +123,7 @@ def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     )
 
 
+@exact
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its
     logit is finite.
@@ -246,6 +165,7 @@ class Forward(NamedTuple):
     taps: tuple[jax.Array, ...]  # the residual streams [B, T, D] asked for, in that order
 
 
+@exact
 def forward(
     params: Params,
     spec: TargetSpec,
@@ -314,11 +234,12 @@ def _block(
     y_DM, rows = _attention(
         layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots
     )
-    x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.gemma else y_DM)
+    x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.post_norms else y_DM)
     y_DM = _mlp(layer, spec, norm(x_DM, layer["mlp_norm_D"]), batch_shape[0] * batch_shape[1])
-    return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
+    return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.post_norms else y_DM), rows
 
 
+@exact
 def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
     """One layer of `forward` on texts without padding and cache: the residual stream before it ->
     after it.
@@ -344,7 +265,7 @@ def final_norm(params: Params, spec: TargetSpec, x_BTD: jax.Array) -> jax.Array:
 
 
 def _norm(spec: TargetSpec, x: jax.Array, weight_D: jax.Array, axis: int = -1) -> jax.Array:
-    return rms_norm(x, weight_D, spec.rms_norm_eps, axis, plus_one=spec.gemma)
+    return rms_norm(x, weight_D, spec.rms_norm_eps, axis, offset=spec.norm_offset)
 
 
 def _column_padding(count: int) -> int:
@@ -408,7 +329,7 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
     """A projection of columns, [I, M] -> [O, M], and its bias if it has one."""
     out_OM = jnp.einsum("OI,IM->OM", dense(layer[key], x_IM), x_IM)
-    bias = layer.get(_bias_key(key))
+    bias = layer.get(bias_key(key))
     return out_OM if bias is None else out_OM + bias[:, None]
 
 
@@ -419,7 +340,7 @@ def _heads(out_FM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
 
 def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Array:
     """Gated MLP, or routed experts. count: columns that are not padding."""
-    act = partial(jax.nn.gelu, approximate=True) if spec.gemma else jax.nn.silu
+    act = _ACTIVATIONS[spec.activation]
     if "router_ED" not in layer:
         gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
         return _project(layer, "down_DF", act(gate_FM) * up_FM)

@@ -23,7 +23,8 @@ from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import spec_type
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import rows, shardings
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.kinds import objective_of

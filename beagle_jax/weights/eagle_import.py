@@ -98,7 +98,7 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
     unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(
         layer.windows
     )
-    unknown += ["Gemma's layer"] * layer.gemma + ["experts"] * (layer.experts is not None)
+    unknown += ["Gemma's layer"] * layer.post_norms + ["experts"] * (layer.experts is not None)
     if unknown:
         raise UserError(
             f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one "

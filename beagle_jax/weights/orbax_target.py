@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
-from beagle_jax.model.target import Params, TargetSpec, param_table
-from beagle_jax.sharding import shardings
+from beagle_jax.model.target import Params, TargetSpec
+from beagle_jax.model.tensors import tensors
+from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.hf import HFTokenizer
 
 SETTINGS = "target.json"  # what makes a folder one of these
@@ -161,22 +162,14 @@ def save_target(
 def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
     """Shape, dtype and place of every array."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
-    for path, shape in param_table(spec).values():
-        if isinstance(
-            path[-1], int
-        ):  # one expert of a stacked array; the last one tells how many there are
-            path, shape = path[:-1], (path[-1] + 1, *shape)
+    for tensor in tensors(spec):
         node = tree
-        for key in path[:-1]:
+        for key in tensor.path[:-1]:
             node = node[key]
-        node[path[-1]] = jax.ShapeDtypeStruct(shape, dtype)
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    where = jax.tree.map(lambda _: one, tree) if mesh is None else shardings(tree, mesh)
-    return jax.tree.map(
-        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
-        tree,
-        where,
-    )
+        node[tensor.path[-1]] = jax.ShapeDtypeStruct(
+            tensor.shape, dtype, sharding=target_sharding(tensor, mesh)
+        )
+    return tree
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.quantised import PROJECTIONS, Kind, quantise_layer
+from beagle_jax.model.quantised import Kind, quantise_layer
 from beagle_jax.model.target import (
     Params,
     TargetSpec,
@@ -18,8 +18,8 @@ from beagle_jax.model.target import (
     embed,
     final_norm,
     logits,
-    param_arrays,
 )
+from beagle_jax.model.tensors import tensors
 
 _PROBE = 32  # random tokens that go through both versions
 
@@ -50,11 +50,11 @@ class Quantiser:
     """
 
     def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str):
-        for path, (shape, names) in param_arrays(spec).items():
-            if path[-1] in PROJECTIONS and (shape[-1] % group or group % 2):
+        for tensor in tensors(spec):
+            if tensor.quantisable and (tensor.shape[-1] % group or group % 2):
                 raise UserError(
                     f"{where}: target.group_size is {group}, which must be even and divide the "
-                    f"{shape[-1]} inputs of {names[0]}; choose another"
+                    f"{tensor.shape[-1]} inputs of {tensor.names[0]}; choose another"
                 )
         self._spec, self._kind, self._group = spec, kind, group
         self._streams: tuple[jax.Array, jax.Array] | None = None

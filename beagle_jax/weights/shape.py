@@ -6,7 +6,8 @@ from pathlib import Path
 from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.hf import download
 from beagle_jax.weights.target import open_source
 

@@ -24,7 +24,8 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
 from beagle_jax.model.layers import rope_frequencies
-from beagle_jax.model.target import Params, TargetSpec, param_arrays, param_table
+from beagle_jax.model.target import Params, TargetSpec
+from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
@@ -81,19 +82,13 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
     it is to be quantised and not only decoded.
 
     What training keeps on disk, answers and states, is told apart by the source alone, so it comes
-    from the target as it is. To decode in float32 is to write the very tokens of plain decoding, so
-    there products keep all bits, unless the user has said otherwise.
+    from the target as it is.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(
             f"target.quantize is {config.quantize}, which is for decoding; set "
             "target.quantize=none here"
         )
-    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # jax adds its settings when it is imported
-    if decoding and config.dtype == "float32" and jax.default_backend() != "cpu" and asked is None:
-        jax.config.update(
-            "jax_default_matmul_precision", "highest"
-        )  # TPUs would round factors to bfloat16, newer GPUs to TF32
     return load_target(
         config.source,
         config.dtype,
@@ -198,17 +193,18 @@ def fill_params(
     listing every missing, extra, doubled and misshapen tensor before the first is read.
     """
     _check_tensors(spec, source, where)
-    arrays = param_arrays(spec)
+    arrays = tensors(spec)
     params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
-    total = sum(math.prod(shape) for shape, _ in arrays.values()) * dtype.itemsize
+    total = sum(math.prod(tensor.shape) for tensor in arrays) * dtype.itemsize
     with tqdm(total=total, desc="loading target", unit="B", unit_scale=True, leave=False) as bar:
-        for place, group in itertools.groupby(arrays.items(), key=lambda entry: entry[0][:-1]):
+        for place, group in itertools.groupby(arrays, key=lambda tensor: tensor.path[:-1]):
             node = params["layers"][place[1]] if place else params
-            for path, (shape, names) in group:
-                node[path[-1]] = _read_array(
-                    source, names, shape, dtype, target_sharding(path[-1], shape, mesh)
+            for tensor in group:
+                sharding = target_sharding(tensor, mesh)
+                node[tensor.path[-1]] = _read_array(
+                    source, tensor.names, tensor.shape, dtype, sharding
                 )
-                bar.update(math.prod(shape) * dtype.itemsize)
+                bar.update(math.prod(tensor.shape) * dtype.itemsize)
             if place and quantiser:
                 params["layers"][place[1]] = quantiser.take(params, place[1])
     return params

@@ -1,0 +1,169 @@
+"""The one declaration of the target's arrays: names in files, shapes, sharding axes, quantisation.
+
+`ARRAYS` says what holds for an array whatever the target's size, by its key in the parameter tree;
+`tensors` lists those that a spec has. Loading, checking, sharding, quantisation and the abstract
+shapes of a plan all read these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # target.py imports this file
+    from beagle_jax.model.target import TargetSpec
+
+Path = tuple[str | int, ...]
+
+
+class Array(NamedTuple):
+    """What holds for one array of the parameter tree in every target."""
+
+    sizes: tuple[str, ...]  # of its dimensions, by their names in `_sizes`
+    axes: tuple[str | None, ...]  # what splits them on a mesh (sharding.py); None: nothing does
+    quantisable: bool = False
+
+
+class Tensor(NamedTuple):
+    """An array that a target has: where it stands in the parameter tree and in files."""
+
+    path: Path
+    shape: tuple[int, ...]  # matrices are [out, in]
+    names: tuple[str, ...]  # in Hugging Face's files: one, or one for each expert in their order
+    axes: tuple[str | None, ...]
+    quantisable: bool
+
+
+_IN, _OUT = ("inner", "model"), ("model", "inner")  # into a layer's inner width, and back
+_TABLE = ("vocabulary", None)
+ARRAYS = {
+    "embed_VD": Array(("vocabulary", "model"), _TABLE),
+    "head_VD": Array(("vocabulary", "model"), _TABLE),
+    "norm_D": Array(("model",), (None,)),
+    # attention
+    "input_norm_D": Array(("model",), (None,)),
+    "q_FD": Array(("query", "model"), _IN, quantisable=True),
+    "k_FD": Array(("key", "model"), _IN, quantisable=True),
+    "v_FD": Array(("key", "model"), _IN, quantisable=True),
+    "o_DF": Array(("model", "query"), _OUT, quantisable=True),
+    "q_norm_H": Array(("head",), (None,)),
+    "k_norm_H": Array(("head",), (None,)),
+    "after_attention_norm_D": Array(("model",), (None,)),
+    # MLP
+    "mlp_norm_D": Array(("model",), (None,)),
+    "gate_FD": Array(("mlp", "model"), _IN, quantisable=True),
+    "up_FD": Array(("mlp", "model"), _IN, quantisable=True),
+    "down_DF": Array(("model", "mlp"), _OUT, quantisable=True),
+    "after_mlp_norm_D": Array(("model",), (None,)),
+    # experts in its place
+    "router_ED": Array(("experts", "model"), (None, None)),
+    "gate_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
+    "up_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
+    "down_EDF": Array(("experts", "model", "expert"), (None, *_OUT), quantisable=True),
+    # biases of projections, each as long as its matrix has rows
+    "q_bias_F": Array(("query",), (None,)),
+    "k_bias_F": Array(("key",), (None,)),
+    "v_bias_F": Array(("key",), (None,)),
+    "o_bias_D": Array(("model",), (None,)),
+    "gate_bias_F": Array(("mlp",), (None,)),
+    "up_bias_F": Array(("mlp",), (None,)),
+    "down_bias_D": Array(("model",), (None,)),
+}
+
+
+def tensors(spec: TargetSpec) -> list[Tensor]:
+    """Every array of a target's parameter tree; each layer's stand together."""
+    found = [
+        _tensor(spec, ("embed_VD",), "model.embed_tokens.weight"),
+        _tensor(spec, ("norm_D",), "model.norm.weight"),
+    ]
+    if not spec.tie_embeddings:
+        found.append(_tensor(spec, ("head_VD",), "lm_head.weight"))
+    for layer in range(spec.num_layers):
+        for key, names in _layer(spec, layer):
+            full = (f"model.layers.{layer}.{name}" for name in names)
+            found.append(_tensor(spec, ("layers", layer, key), *full))
+    return found
+
+
+def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape
+    [out, in]).
+
+    A path that ends in a number is one expert's slice of a stacked array.
+    """
+    table: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for tensor in tensors(spec):
+        if len(tensor.shape) == 3:
+            for expert, name in enumerate(tensor.names):
+                table[name] = ((*tensor.path, expert), tensor.shape[1:])
+        else:
+            table[tensor.names[0]] = (tensor.path, tensor.shape)
+    return table
+
+
+def bias_key(weight_key: str) -> str:
+    """Where the bias of a projection lives: "q_FD" -> "q_bias_F"."""
+    name, letters = weight_key.split("_")
+    return f"{name}_bias_{letters[0]}"
+
+
+def _tensor(spec: TargetSpec, path: Path, *names: str) -> Tensor:
+    array, sizes = ARRAYS[str(path[-1])], _sizes(spec)
+    shape = tuple(sizes[size] for size in array.sizes)
+    return Tensor(path, shape, names, array.axes, array.quantisable)
+
+
+def _sizes(spec: TargetSpec) -> dict[str, int]:
+    """What the sizes that `ARRAYS` names are in a target."""
+    return {
+        "vocabulary": spec.vocab_size,
+        "model": spec.hidden_size,
+        "query": spec.num_heads * spec.head_dim,
+        "key": spec.num_kv_heads * spec.head_dim,
+        "head": spec.head_dim,
+        "mlp": spec.intermediate_size,
+        "experts": spec.experts.count if spec.experts else 0,
+        "expert": spec.experts.width if spec.experts else 0,
+    }
+
+
+def _layer(spec: TargetSpec, layer: int) -> Iterator[tuple[str, list[str]]]:
+    """Keys of a layer's arrays, and the names of each in files."""
+    weights = _attention(spec) | _mlp(spec, layer)
+    for name, key in weights.items():
+        yield key, [f"{name}.weight"]
+    if spec.experts and layer not in spec.experts.dense_layers:
+        router, *matrices = spec.experts.names
+        yield "router_ED", [f"{router}.weight"]
+        for key, name in zip(("gate_EFD", "up_EFD", "down_EDF"), matrices, strict=True):
+            yield key, [f"{name.format(expert)}.weight" for expert in range(spec.experts.count)]
+    for name in spec.biases:
+        yield bias_key(weights[name]), [f"{name}.bias"]
+
+
+def _attention(spec: TargetSpec) -> dict[str, str]:
+    """Names of a layer's attention and norms -> their keys."""
+    # Where norms stand after attention too, that one takes the name of the norm before the MLP.
+    after = "after_attention_norm_D" if spec.post_norms else "mlp_norm_D"
+    names = {
+        "input_layernorm": "input_norm_D",
+        "self_attn.q_proj": "q_FD",
+        "self_attn.k_proj": "k_FD",
+        "self_attn.v_proj": "v_FD",
+        "self_attn.o_proj": "o_DF",
+        "post_attention_layernorm": after,
+    }
+    if spec.qk_norm:
+        names |= {"self_attn.q_norm": "q_norm_H", "self_attn.k_norm": "k_norm_H"}
+    if spec.post_norms:
+        names["pre_feedforward_layernorm"] = "mlp_norm_D"
+        names["post_feedforward_layernorm"] = "after_mlp_norm_D"
+    return names
+
+
+def _mlp(spec: TargetSpec, layer: int) -> dict[str, str]:
+    """Names of a layer's MLP -> their keys; none where experts stand in its place."""
+    if spec.experts and layer not in spec.experts.dense_layers:
+        return {}
+    return {"mlp.gate_proj": "gate_FD", "mlp.up_proj": "up_FD", "mlp.down_proj": "down_DF"}
