@@ -72,8 +72,8 @@ class TargetSpec:
         None  # unscaled rotary base of the layers with a window; None: that of all
     )
     experts: Experts | None = None  # routed experts in place of the MLP
-    # norms scale by 1 + weight and stand after attention and MLP too; GELU instead of SiLU
-    gemma: bool = False
+    gemma: bool = False  # norms scale by 1 + weight; GELU instead of SiLU
+    after_norms: bool = False  # norms stand after attention and MLP too (Gemma 2 and 3)
     embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
     score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
@@ -151,7 +151,7 @@ def _attention_tensors(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...
     }
     if spec.qk_norm:
         tensors |= {f"self_attn.{x}_norm": (f"{x}_norm_H", (spec.head_dim,)) for x in "qk"}
-    if spec.gemma:  # the same name for another place
+    if spec.after_norms:  # the same name for another place
         tensors["post_attention_layernorm"] = ("after_attention_norm_D", (D,))
         tensors["pre_feedforward_layernorm"] = ("mlp_norm_D", (D,))
         tensors["post_feedforward_layernorm"] = ("after_mlp_norm_D", (D,))
@@ -314,9 +314,9 @@ def _block(
     y_DM, rows = _attention(
         layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots
     )
-    x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.gemma else y_DM)
+    x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.after_norms else y_DM)
     y_DM = _mlp(layer, spec, norm(x_DM, layer["mlp_norm_D"]), batch_shape[0] * batch_shape[1])
-    return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.gemma else y_DM), rows
+    return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.after_norms else y_DM), rows
 
 
 def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
