@@ -1,8 +1,10 @@
 """Which Hugging Face configs this decoder computes, and what each family adds to plain Llama.
 
 Knows config.json and nothing of arrays: a config goes in, the fields of `model.target.TargetSpec`
-come out. A family is one line of `_FAMILIES`; what a config asks for and no field describes is
-refused by name.
+come out. What a config asks for and no field describes is refused by name. A family that differs
+from another only in these fields is an entry of `_FAMILIES`. One that computes something else, as
+OLMo 2 does (no norm before attention and MLP, and queries and keys normed over the whole
+projection), first needs a field of `TargetSpec` and its line in `model/target.py`.
 """
 
 from collections.abc import Mapping
