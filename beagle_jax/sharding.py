@@ -20,28 +20,25 @@ from jax.sharding import PartitionSpec as P
 from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
+from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.tensors import ARRAYS, Tensor
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 
-# The one table: which axis splits each dimension of an array, by its name; anything else is on
-# every device. Products that end in the hidden size (o, down, fc) are split along what they sum
-# over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row needs all
-# of it, and gathering it would cost more memory than splitting it saves.
-_IN, _OUT = (TENSOR, FSDP), (FSDP, TENSOR)
+# The one table: which axis of the mesh splits what the target's arrays (model/tensors.py) and the
+# parameters of each kind of draft (`DraftSpec.axes`) name; anything else is on every device.
+# Products that end in the hidden size (o, down, fc) are split along what they sum over, so one
+# all-reduce follows each. The vocabulary is never split over fsdp: each row needs all of it, and
+# gathering it would cost more memory than splitting it saves.
 _RULES = {"vocabulary": TENSOR, "inner": TENSOR, "model": FSDP, None: None}
-_TABLE = {key: tuple(_RULES[axis] for axis in array.axes) for key, array in ARRAYS.items()} | {
-    # the drafts
-    "q_proj": _IN,
-    "k_proj": _IN,
-    "v_proj": _IN,
-    "o_proj": _OUT,
-    "gate_proj": _IN,
-    "up_proj": _IN,
-    "down_proj": _OUT,
-    "fc": _OUT,
-}
+
+
+def _axes_of(name: str) -> tuple[str | None, ...] | None:
+    """What splits the dimensions of an array of this name; None: nothing is declared."""
+    declared: list[tuple[str | None, ...]] = [ARRAYS[name].axes] if name in ARRAYS else []
+    declared += [kind.spec.axes[name] for kind in KINDS.values() if name in kind.spec.axes]
+    return tuple(_RULES[axis] for axis in declared[0]) if declared else None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -234,12 +231,12 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
         raise ValueError(
             f"the target's array {keys[-1]} has no axes; declare it in model/tensors.py"
         )
-    names = [key for key in keys if key in _TABLE]
+    names = [key for key in keys if _axes_of(key) is not None]
     return _spec_of(names[-1], shape, mesh) if names else P()
 
 
 def _spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    axes = _TABLE.get(name, ())
+    axes = _axes_of(name) or ()
     return _divided(axes, shape, mesh) if len(axes) == len(shape) else P()
 
 

@@ -168,8 +168,8 @@ def shared_steps():
         return config.changed(
             folder="",
             seed=0,
-            early=EarlyStage(),
-            late=LateStage(),
+            early=EarlyStage(steps=0),  # a multiple of any number of batches
+            late=LateStage(steps=0),
             checkpoint_every=1,
             accept_changes=False,
         )

@@ -11,7 +11,7 @@ import pytest
 from conftest import ONE_DEVICE, TINY
 from loop_cases import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
 
-from beagle_jax.config import EarlyStage, TrainConfig
+from beagle_jax.config import EarlyStage, LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleSpec, init_draft
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 SPEC = BeagleSpec.from_target(TINY, init_std=0.3)
 # No noise and windows of one: a row's part of the objective then depends on nothing but the row.
-CONFIG = TrainConfig(batch=2, row_tokens=10, loss_rows=8, noise="none")
-EARLY = EarlyStage(steps=4, learning_rate=1e-3, warmup=0, window=1)
+EARLY = EarlyStage(steps=12, learning_rate=1e-3, warmup=0, window=1)
+CONFIG = TrainConfig(
+    batch=2, row_tokens=10, loss_rows=8, noise="none", early=EARLY, late=LateStage(steps=0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,8 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     """
 
     def accumulated(config):
-        return config.changed(train=config.train.changed(accumulate=3, checkpoint_every=2))
+        more = dict(accumulate=3, checkpoint_every=2, late=LateStage(steps=0))
+        return config.changed(train=config.train.changed(**more))
 
     start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
 

@@ -338,7 +338,8 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
     """As large as the state that is saved."""
     for accumulate, numbers in ((1, 3), (2, 4)):
         assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
-        init = make_steps(SPEC, config_of(accumulate=accumulate).train, EARLY, mesh)[2]
+        train = config_of(accumulate=accumulate, early=EARLY.changed(steps=4)).train
+        init = make_steps(SPEC, train, EARLY, mesh)[2]
         params = {name: jnp.zeros(shape) for name, shape in SPEC.param_shapes().items()}
 
         def count(tree):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
+from jax.sharding import PartitionSpec as P
 from step_cases import CLEAN, EARLY, LATE, three_rows
 
 from beagle_jax.data.states import states_in_memory
@@ -24,6 +25,7 @@ from beagle_jax.model.kinds import KINDS, Kind, fresh_params
 from beagle_jax.model.layers import rms_norm
 from beagle_jax.model.packing import of_row
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.sharding import shardings
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.kinds import OBJECTIVES
 from beagle_jax.training.losses import Outputs, Terms, distribution_and_state
@@ -41,6 +43,8 @@ class ToySpec(DraftSpec):
 
     kind: ClassVar[str] = "toy"
     model_type: ClassVar[str] = "toy_draft"
+
+    axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"mix": ("model", "inner")}
 
     vocab_size: int
     streams: tuple[int, ...] = (0, 2)
@@ -149,6 +153,20 @@ def test_it_trains_with_all_that_it_owns(toy, tiny_params, states):
     for name, array in state.params.items():
         assert not np.array_equal(array, params[name]), f"{name} was not trained"
     assert float(metrics.supervised) == batch.counts_BT.sum()
+
+
+def test_it_is_split_as_it_says(toy, monkeypatch):
+    """Over a mesh; what it says nothing of is whole, and so is all of a kind that nobody knows."""
+    mesh = jax.sharding.AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"))
+    params = jax.eval_shape(lambda: fresh_params(toy, jax.random.key(3)))
+    assert {name: x.spec for name, x in shardings(params, mesh).items()} == {
+        "mix": P("fsdp", "tensor"),
+        "embed_VD": P(None, None),  # 61 tokens are not divisible
+        "head_VD": P(None, None),
+        "norm": P(),
+    }
+    monkeypatch.delitem(KINDS, "toy")
+    assert shardings(params, mesh)["mix"].spec == P()
 
 
 def test_what_it_reads_is_not_what_it_predicts(toy, tiny_params):

@@ -241,7 +241,7 @@ def test_gaussian_noise_and_none():
 @BOTH
 def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
     """A row three times, or once beside rows that are not supervised: the same loss."""
-    thrice = Batch(*(np.repeat(field[:1], B, axis=0) for field in batch))
+    thrice = jax.tree.map(lambda field: np.repeat(field[:1], B, axis=0), batch)
     once = batch._replace(counts_BT=batch.counts_BT * np.array([[True], [False], [False]]))
     loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(
         tiny_draft, frozen, thrice, jax.random.key(1)

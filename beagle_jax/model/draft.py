@@ -6,6 +6,7 @@ are questions of the floors above.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -25,6 +26,8 @@ from beagle_jax.model.layers import (
 )
 from beagle_jax.model.target import TargetSpec
 
+_IN, _OUT = ("inner", "model"), ("model", "inner")  # into a layer's inner width, and back
+
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec(ABC):
@@ -34,6 +37,9 @@ class DraftSpec(ABC):
     model_type: ClassVar[str]  # of a draft's config.json
     # settings that are always the target's; a draft that has others was made for another target
     of_target: ClassVar[tuple[str, ...]] = ("hidden_size",)
+    # what splits the dimensions of each parameter on a mesh, by the names that ARRAYS uses
+    # (model/tensors.py); a parameter that is not here is whole on every device
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     # queries are tokens fused with the state before them, and stand where that state stands
     fused: ClassVar[bool] = False
 
@@ -82,6 +88,11 @@ class DraftSpec(ABC):
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(DraftSpec):
     """Shape of a draft of one decoder layer; a new one has the target's sizes (method.md 2.2)."""
+
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _IN),
+        **dict.fromkeys(("o_proj", "down_proj"), _OUT),
+    }
 
     intermediate_size: int
     num_heads: int

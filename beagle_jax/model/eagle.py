@@ -7,6 +7,7 @@ position j + 1. The layer has no input norm and no output norm. Its parts are th
 `model/draft.py`, on fused inputs f in place of embeddings and states.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,10 @@ class EagleSpec(LayerSpec):
 
     kind: ClassVar[str] = "eagle"
     model_type: ClassVar[str] = "eagle_draft"
+    axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "fc": ("model", "inner"),
+        **LayerSpec.axes,
+    }
     fused: ClassVar[bool] = True
 
     input_norm: bool = False
