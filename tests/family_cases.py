@@ -8,6 +8,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -120,6 +122,7 @@ FAMILIES = {
             "final_logit_softcapping": 8.0,
         },
     ),
+    "gemma": (GemmaForCausalLM, GemmaConfig, {"head_dim": 16, "hidden_act": "gelu"}),
     "gemma 3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,

@@ -398,6 +398,7 @@ def test_whole_numbers_where_others_are_usual_are_numbers():
         {"attention_dropout": "0"},
         {"use_cache": 3},
         {"id2label": 7},
+        {"dtype": "x"},
     ],
     ids=str,
 )

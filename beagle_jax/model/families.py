@@ -26,6 +26,8 @@ class _Gemma(NamedTuple):
     score_cap: float | None
     logit_cap: float | None
     local_theta: float | None  # rotary base of the layers with a window; None: that of the others
+    post_norms: bool = True  # norms stand after attention and MLP too
+    score_size: int | None = 256  # attention scores are divided by its root; None: the head's width
 
 
 class _Family(NamedTuple):
@@ -91,6 +93,14 @@ _FAMILIES = {
             "mlp.gate",
             *(f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
         ),
+    ),
+    "gemma": _Family(
+        "Gemma",
+        may_bias=("attention_bias",),
+        kv_heads=16,
+        head_dim=256,
+        max_positions=8192,
+        gemma=_Gemma(None, None, None, post_norms=False, score_size=None),
     ),
     "gemma2": _Family(
         "Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)
@@ -165,6 +175,9 @@ def _family(config: Config, where: str) -> _Family:
     )
     if (config.get(key) or expected) != expected:
         raise UserError(f"{where}: {key} is {config[key]!r}; expected {expected!r}")
+    # Gemma's first releases say "gelu" and mean its approximation.
+    if model_type == "gemma" and config.get("hidden_act", "gelu") not in ("gelu", expected):
+        raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}; expected {expected!r}")
     return family
 
 
@@ -324,12 +337,13 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
         local_theta = float(
             local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
         )
+    size = config.get("query_pre_attn_scalar", family.gemma.score_size)
     return dict(
         norm_offset=1.0,
-        post_norms=True,
+        post_norms=family.gemma.post_norms,
         activation="gelu_tanh",
         embed_scale=config["hidden_size"] ** 0.5,
-        score_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
+        score_scale=None if size is None else size**-0.5,
         score_cap=config.get("attn_logit_softcapping", family.gemma.score_cap),
         logit_cap=config.get("final_logit_softcapping", family.gemma.logit_cap),
         local_rope_theta=local_theta,

@@ -70,7 +70,7 @@ def hf_config(
         if has_biases(architecture, tensors, setting):
             config[setting] = True
     rope = _rope(name, metadata, factors)
-    if architecture.plus_one:
+    if name in _GEMMA_27B_LAYERS:
         return config | _gemma(name, architecture, metadata, config, rope)
     window = metadata.number(f"{name}.attention.sliding_window", 0)
     if window:  # of all layers, as Mistral's
@@ -87,7 +87,7 @@ def _check_neutral(name: str, architecture: Architecture, metadata: Metadata) ->
             "Face folder"
         )
     neutral = dict(_NEUTRAL)
-    if not architecture.plus_one:
+    if name not in _GEMMA_27B_LAYERS:
         neutral |= {cap: (0.0,) for cap in _CAPS}
         if not architecture.optional_biases:  # llama's window is Mistral's
             neutral["attention.sliding_window"] = (0,)

@@ -55,6 +55,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _PLAIN, optional_biases=True, interleaved=True),
     "qwen2": Architecture("qwen2", _PLAIN, biases=("attn_q", "attn_k", "attn_v")),
     "qwen3": Architecture("qwen3", _PLAIN | _HEAD_NORMS),
+    "gemma": Architecture("gemma", _PLAIN, plus_one=True),
     "gemma2": Architecture(
         "gemma2", _FOUR_NORMS | _ATTENTION | _MLP, plus_one=True, window=4096, every=2
     ),

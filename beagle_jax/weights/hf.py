@@ -59,7 +59,7 @@ class HFTokenizer:
             # that is no tokenizer, or no config.
             if type(error) is not Exception and not isinstance(
                 error,
-                OSError | ValueError | KeyError | TypeError | AttributeError | ArithmeticError,
+                OSError | ValueError | LookupError | TypeError | AttributeError | ArithmeticError,
             ):
                 raise
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
