@@ -54,18 +54,7 @@ def read_eagle_draft(
             f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of "
             "the target; expected EAGLE-1 or 2"
         )
-    has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
-    if config.get("bias") not in (None, has_bias):
-        raise UserError(
-            f"{source}: config.json says bias {config['bias']!r}, and the weights "
-            f"{'hold' if has_bias else 'lack'} fc.bias"
-        )
-    has_qkv_bias = all(f"{name}.bias" in names for name in _QKV)
-    if config.get("qkv_bias") not in (None, has_qkv_bias):
-        raise UserError(
-            f"{source}: config.json says qkv_bias {config['qkv_bias']!r}, and the weights "
-            f"{'hold' if has_qkv_bias else 'lack'} biases of queries, keys and values"
-        )
+    fc_bias, qkv_bias = _biases(config, names, source)
     spec = EagleSpec(
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
@@ -74,9 +63,9 @@ def read_eagle_draft(
         head_dim=layer.head_dim,
         rope_theta=layer.rope_theta,
         rms_norm_eps=layer.rms_norm_eps,
-        fc_bias=has_bias,
+        fc_bias=fc_bias,
         rope_scaling=layer.rope_scaling,
-        qkv_bias=has_qkv_bias,
+        qkv_bias=qkv_bias,
     )
     params = _match(tensors, spec, target.vocab_size, source)
     own = [tensor_name(spec, name) for name in params]
@@ -88,6 +77,25 @@ def read_eagle_draft(
         None,
         provenance,
     )
+
+
+def _biases(config: dict[str, Any], names: list[str], source: Path) -> tuple[bool, bool]:
+    """Whether the fusion layer has a bias, and whether queries, keys and values have.
+
+    The weights say so. Raises UserError where config.json says otherwise.
+    """
+    has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
+    has_qkv_bias = all(f"{name}.bias" in names for name in _QKV)
+    for key, has, what in (
+        ("bias", has_bias, "fc.bias"),
+        ("qkv_bias", has_qkv_bias, "biases of queries, keys and values"),
+    ):
+        if config.get(key) not in (None, has):
+            raise UserError(
+                f"{source}: config.json says {key} {config[key]!r}, and the weights "
+                f"{'hold' if has else 'lack'} {what}"
+            )
+    return has_bias, has_qkv_bias
 
 
 def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSpec:
