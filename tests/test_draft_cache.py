@@ -152,9 +152,7 @@ def _rows_of_text(params, spec, draft_params, text_BL):
     """The draft's and the target's rows of a text read at once, layer by layer."""
     B, L = text_BL.shape
     positions_BL = jnp.arange(L)[None]
-    states_BLD, rows, _ = forward(
-        params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L)
-    )
+    states_BLD, rows = forward(params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))
     return [
         BeagleBlock(BeagleSpec.from_target(spec))
         .bind({"params": draft_params})

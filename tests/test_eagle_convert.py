@@ -20,7 +20,11 @@ from beagle_jax.model.masks import causal_mask
 from beagle_jax.weights import torch_export
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 
-SCALINGS = {"whole": RopeScaling(8.0, 1.0, 4.0, 64.0), "hot": RopeScaling(2.0)}
+SCALINGS = {
+    "whole": RopeScaling(8.0, 1.0, 4.0, 64.0),
+    "hot": RopeScaling(2.0),
+    "biased": None,  # queries, keys and values have biases, as in drafts of Qwen2
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,18 @@ def place(tmp_path_factory):
     small = {name: 0.1 * params[name] for name in ("o_proj", "down_proj")}
     bias = {"fc_bias": 0.02 * jax.random.normal(jax.random.key(4), (32,))}
     hot_ids = jnp.asarray(np.random.default_rng(0).permutation(300)[:220], jnp.int32)
-    for name, ids, more in (("whole", None, bias), ("hot", hot_ids, {})):
-        spec = replace(spec, fc_bias=bool(more), rope_scaling=SCALINGS[name])
+    qkv = {
+        f"{name}_bias": 0.3 * jax.random.normal(jax.random.key(7), params[f"{name}_proj"].shape[:1])
+        for name in "qkv"
+    }
+    for name, ids, more in (
+        ("whole", None, bias),
+        ("hot", hot_ids, {}),
+        ("biased", None, {**bias, **qkv}),
+    ):
+        spec = replace(
+            spec, fc_bias=bool(more), rope_scaling=SCALINGS[name], qkv_bias="q_bias" in more
+        )
         held = {
             key: value
             for key, value in {**params, **small, "fc": fc, **more}.items()
@@ -51,7 +65,7 @@ def drafts(place, name: str):
     )
 
 
-@pytest.mark.parametrize("name", ["whole", "hot"])
+@pytest.mark.parametrize("name", SCALINGS)
 def test_torch_predicts_the_states_of_jax(place, name):
     draft, module = drafts(place, name)
     e_BLD, h_BLD = np.random.default_rng(5).standard_normal((2, 2, 12, 32), np.float32)
@@ -125,7 +139,21 @@ def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
     assert [one.rounds for one in before] != [two.rounds for two in after]
 
 
-@pytest.mark.parametrize("name", ["whole", "hot"])
+@pytest.mark.parametrize("bias", ["q_bias", "v_bias"])
+def test_planted_bug_a_bias_left_out(place, bias):
+    """Queries and values; one of the keys changes nothing but by its rotation."""
+    draft, module = drafts(place, "biased")
+    e_BLD, h_BLD = np.random.default_rng(5).standard_normal((2, 2, 12, 32), np.float32)
+    params = {**draft.params, bias: jnp.zeros_like(draft.params[bias])}
+    mask_BTT = causal_mask(jnp.array([11, 11]), 11)
+    wrong = EagleBlock(draft.spec).apply({"params": params}, e_BLD, h_BLD, mask_BTT, method="row")
+    with torch.no_grad():
+        found = module(torch.from_numpy(e_BLD), torch.from_numpy(h_BLD)).numpy()
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        np.testing.assert_allclose(found, wrong, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
 def test_back_again_it_is_the_same_draft(place, tmp_path, name):
     assert from_torch(place, place.folder / f"eagle-{name}-torch", tmp_path / "back") == 0
     for file in ("config.json", "model.safetensors"):

@@ -37,16 +37,14 @@ def _states(params, spec, tokens_BT, length_B, mask_BTT=None):
     B, T = tokens_BT.shape
     mask_BTT = causal_mask(length_B, T) if mask_BTT is None else mask_BTT
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    states_BTD, rows, _ = forward(params, spec, tokens_BT, positions_BT, mask_BTT)
+    states_BTD, rows = forward(params, spec, tokens_BT, positions_BT, mask_BTT)
     return states_BTD, rows
 
 
 @partial(jax.jit, static_argnums=1)
 def _over_cache(params, spec, tokens_BT, positions_BT, mask_BTT, cache, length_B):
     visible_BS = visible_slots(length_B, cache)
-    states_BTD, rows, _ = forward(
-        params, spec, tokens_BT, positions_BT, mask_BTT, cache, visible_BS
-    )
+    states_BTD, rows = forward(params, spec, tokens_BT, positions_BT, mask_BTT, cache, visible_BS)
     return states_BTD, rows
 
 

@@ -87,7 +87,7 @@ def _read_beginning(
         dtype = params["embed_VD"].dtype
         return Beginning(init_cache(spec, 1, 0, dtype), np.zeros((0, spec.hidden_size), dtype))
     tokens_1P = jnp.asarray([first[:P]], jnp.int32)
-    states_1PD, rows, _ = _read(
+    states_1PD, rows = _read(
         params, spec, tokens_1P, jnp.arange(P)[None], causal_mask(jnp.full(1, P), P)
     )
     return Beginning(rows, np.asarray(states_1PD[0]))
@@ -152,7 +152,7 @@ def _admit(
     ring = state.out_BT.shape[1]
     positions_RT = jnp.broadcast_to(P + jnp.arange(T), (R, T))
     past = (_repeated(beginning, R), jnp.ones((R, P), bool)) if P else ()
-    states_RTD, rows, _ = forward(
+    states_RTD, rows = forward(
         params, spec, tokens_RT, positions_RT, causal_mask(length_R, T), *past
     )
     last_RD = jnp.take_along_axis(states_RTD, (length_R - 1)[:, None, None], axis=1)[:, 0]
@@ -213,7 +213,7 @@ def _segment(params, spec, state, sampling, eos_ids) -> tuple[WriterState, jax.A
     def step(now, _):
         position_B1 = (now.prompt_len_B + now.count_B - 1)[:, None]
         seen = (now.cache, _visible(now))
-        states_B1D, rows, _ = forward(
+        states_B1D, rows = forward(
             params, spec, now.token_B[:, None], position_B1, jnp.ones((B, 1, 1), bool), *seen
         )
         key, sub = jax.random.split(now.key)

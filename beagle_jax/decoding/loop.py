@@ -170,7 +170,7 @@ def read_prompt(
     here_B = jnp.clip(length_B - offset, 0, T)  # tokens of this chunk
     start_B = jnp.broadcast_to(offset, (B,))
     past = () if first else (state.target_cache, visible_slots(start_B, state.target_cache))
-    states_BTD, rows, _ = forward(
+    states_BTD, rows = forward(
         models.target, spec, tokens_BT, positions_BT, causal_mask(here_B, T), *past
     )
     ends_B = (length_B > offset) & (length_B <= offset + T)

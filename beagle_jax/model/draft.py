@@ -185,13 +185,13 @@ class LayerBlock(nn.Module):
         """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
         normed = self.spec.input_norm
         u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
-        return self._rotate(project(u_BTD, self.q_proj), positions_BT)
+        return self._rotate(self._projected("q", u_BTD), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Rotated keys and values of states, true or predicted, at their positions."""
-        k_BKTH = self._rotate(project(h_BTD, self.k_proj), positions_BT)[:, :, 0]
+        k_BKTH = self._rotate(self._projected("k", h_BTD), positions_BT)[:, :, 0]
         v_BKTH = split_heads(
-            project(h_BTD, self.v_proj), self.spec.num_kv_heads, self.spec.head_dim
+            self._projected("v", h_BTD), self.spec.num_kv_heads, self.spec.head_dim
         )[:, :, 0]
         return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
 
@@ -244,6 +244,15 @@ class LayerBlock(nn.Module):
     ) -> jax.Array:
         """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
         return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
+
+    def _projected(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Queries, keys or values ("q", "k", "v") as rows [B, T, F], with their bias if the kind
+        has one.
+        """
+        out_BTF = project(x_BTD, getattr(self, f"{name}_proj"))
+        if f"{name}_bias" not in self.spec.param_shapes():
+            return out_BTF
+        return out_BTF + getattr(self, f"{name}_bias").astype(out_BTF.dtype)[None, None]
 
     def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)

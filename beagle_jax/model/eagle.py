@@ -37,12 +37,16 @@ class EagleSpec(LayerSpec):
     input_norm: bool = False
     fc_bias: bool = True  # of the fusion layer; published drafts of Llama 3 have none
     rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False  # of queries, keys and values; published drafts of Qwen2 have them
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
         D = self.hidden_size
         bias = {"fc_bias": (D,)} if self.fc_bias else {}
-        return {"fc": (D, 2 * D), **bias, **super().param_shapes()}
+        shapes = {"fc": (D, 2 * D), **bias, **super().param_shapes()}
+        if self.qkv_bias:
+            shapes |= {f"{name}_bias": shapes[f"{name}_proj"][:1] for name in "qkv"}
+        return shapes
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines [*positions.shape, H]."""

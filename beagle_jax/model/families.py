@@ -1,10 +1,8 @@
 """Which Hugging Face configs this decoder computes, and what each family adds to plain Llama.
 
 Knows config.json and nothing of arrays: a config goes in, the fields of `model.target.TargetSpec`
-come out. What a config asks for and no field describes is refused by name. A family that differs
-from another only in these fields is an entry of `_FAMILIES`. One that computes something else, as
-OLMo 2 does (no norm before attention and MLP, and queries and keys normed over the whole
-projection), first needs a field of `TargetSpec` and its line in `model/target.py`.
+come out. A family is one line of `_FAMILIES`; what a config asks for and no field describes is
+refused by name.
 """
 
 from collections.abc import Mapping
@@ -28,7 +26,7 @@ class _Gemma(NamedTuple):
     score_cap: float | None
     logit_cap: float | None
     local_theta: float | None  # rotary base of the layers with a window; None: that of the others
-    after_norms: bool = True  # norms stand after attention and MLP too
+    post_norms: bool = True  # norms stand after attention and MLP too
     score_size: int | None = 256  # attention scores are divided by its root; None: the head's width
 
 
@@ -102,7 +100,7 @@ _FAMILIES = {
         kv_heads=16,
         head_dim=256,
         max_positions=8192,
-        gemma=_Gemma(None, None, None, after_norms=False, score_size=None),
+        gemma=_Gemma(None, None, None, post_norms=False, score_size=None),
     ),
     "gemma2": _Family(
         "Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)
@@ -342,7 +340,7 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
     size = config.get("query_pre_attn_scalar", family.gemma.score_size)
     return dict(
         norm_offset=1.0,
-        post_norms=family.gemma.after_norms,
+        post_norms=family.gemma.post_norms,
         activation="gelu_tanh",
         embed_scale=config["hidden_size"] ** 0.5,
         score_scale=None if size is None else size**-0.5,

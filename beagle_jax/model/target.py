@@ -7,10 +7,10 @@ and activations run as columns [D, M]: on a CPU this makes eight rows cost littl
 after the final norm (method.md 1); logits are `head @ state`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -157,12 +157,20 @@ def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) ->
     ]
 
 
-class Forward(NamedTuple):
-    """What `forward` computes for T new tokens of each sequence."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Forward:
+    """What `forward` computes for T new tokens of each sequence.
+
+    Unpacks as states and rows, which is all that callers without taps want.
+    """
 
     states_BTD: jax.Array  # after the final norm; `logits` takes these
     rows: list[KVRows]  # keys and values of the T tokens, a pair for each layer
-    taps: tuple[jax.Array, ...]  # the residual streams [B, T, D] asked for, in that order
+    taps: tuple[jax.Array, ...] = ()  # the residual streams [B, T, D] asked for, in that order
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.states_BTD, self.rows))
 
 
 @exact

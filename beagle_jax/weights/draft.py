@@ -76,8 +76,15 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
 
 
 def settings(spec: DraftSpec) -> dict[str, Any]:
-    """What the files say of the block: all but the embedding's scale, which is the target's own."""
-    return {key: value for key, value in asdict(spec).items() if key != "embed_scale"}
+    """What the files say of the block: all but the embedding's scale, which is the target's own.
+
+    qkv_bias is there only when it is true: older files, and their digests, lack it.
+    """
+    return {
+        key: value
+        for key, value in asdict(spec).items()
+        if key != "embed_scale" and (key, value) != ("qkv_bias", False)
+    }
 
 
 def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
@@ -183,7 +190,9 @@ def read_spec(
             f"{' or '.join(repr(kind.model_type) for kind in kinds)}"
         )
     expected = kind.from_target(target)
-    told = asdict(expected) | {key: config[key] for key in settings(expected) if key in config}
+    told = asdict(expected) | {
+        key: config[key] for key in asdict(expected) if key in config and key != "embed_scale"
+    }
     for key, value in asdict(expected).items():
         if isinstance(value, tuple) and isinstance(told[key], list):
             told[key] = tuple(told[key])  # JSON has no tuples

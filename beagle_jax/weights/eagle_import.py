@@ -5,6 +5,7 @@ Every tensor is accounted for by its exact name. A copy of the target's embeddin
 it and left.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.layers import RopeFactors
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import Draft
@@ -20,6 +22,7 @@ from beagle_jax.weights.kinds import FILES, tensor_name
 from beagle_jax.weights.torch_files import read_folder_config, read_weights, weight_files
 
 _EMBEDDING = "embed_tokens.weight"
+_QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
 _EAGLE_3 = ("midlayer.", "d2t", "t2d")  # beginnings of names that only EAGLE-3 has
 
 
@@ -51,12 +54,7 @@ def read_eagle_draft(
             f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of "
             "the target; expected EAGLE-1 or 2"
         )
-    has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
-    if config.get("bias") not in (None, has_bias):
-        raise UserError(
-            f"{source}: config.json says bias {config['bias']!r}, and the weights "
-            f"{'hold' if has_bias else 'lack'} fc.bias"
-        )
+    fc_bias, qkv_bias = _biases(config, names, source)
     spec = EagleSpec(
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
@@ -65,8 +63,9 @@ def read_eagle_draft(
         head_dim=layer.head_dim,
         rope_theta=layer.rope_theta,
         rms_norm_eps=layer.rms_norm_eps,
-        fc_bias=has_bias,
+        fc_bias=fc_bias,
         rope_scaling=layer.rope_scaling,
+        qkv_bias=qkv_bias,
     )
     params = _match(tensors, spec, target.vocab_size, source)
     own = [tensor_name(spec, name) for name in params]
@@ -80,11 +79,34 @@ def read_eagle_draft(
     )
 
 
+def _biases(config: dict[str, Any], names: list[str], source: Path) -> tuple[bool, bool]:
+    """Whether the fusion layer has a bias, and whether queries, keys and values have.
+
+    The weights say so. Raises UserError where config.json says otherwise.
+    """
+    has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
+    has_qkv_bias = all(f"{name}.bias" in names for name in _QKV)
+    for key, has, what in (
+        ("bias", has_bias, "fc.bias"),
+        ("qkv_bias", has_qkv_bias, "biases of queries, keys and values"),
+    ):
+        if config.get(key) not in (None, has):
+            raise UserError(
+                f"{source}: config.json says {key} {config[key]!r}, and the weights "
+                f"{'hold' if has else 'lack'} {what}"
+            )
+    return has_bias, has_qkv_bias
+
+
 def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSpec:
     """The draft's one layer, described as a target's; raises UserError for what the EAGLE block
     cannot compute.
     """
     layer = TargetSpec.from_hf_config(config, f"{source}: config.json")
+    if config["model_type"] == "mixtral":
+        # Copied from the target; EAGLE builds its one plain layer all the same, and the tensors
+        # show it.
+        layer = dataclasses.replace(layer, experts=None)
     wrong = [
         f"{key} {getattr(layer, key)} there, {getattr(target, key)} here"
         for key in ("hidden_size", "vocab_size")
@@ -92,9 +114,11 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
     ]
     if wrong:
         raise UserError(f"{source}: this draft belongs to another target ({'; '.join(wrong)})")
-    unknown = [f"{layer.num_layers} layers"] * (layer.num_layers != 1) + [
-        "biases of projections"
-    ] * bool(layer.biases)
+    unknown = [f"{layer.num_layers} layers"] * (layer.num_layers != 1)
+    unknown += ["biases of projections other than queries, keys and values"] * (
+        set(layer.biases) not in (set(), _QKV)
+    )
+    unknown += ["factors of rotary frequencies"] * isinstance(layer.rope_scaling, RopeFactors)
     unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(
         layer.windows
     )

@@ -54,7 +54,14 @@ FILES: dict[str, KindFiles] = {
         ),
     ),
     "eagle": KindFiles(
-        {"fc": "fc.weight", "fc_bias": "fc.bias", **LAYER_TENSORS},
+        {
+            "fc": "fc.weight",
+            "fc_bias": "fc.bias",
+            "q_bias": "self_attn.q_proj.bias",
+            "k_bias": "self_attn.k_proj.bias",
+            "v_bias": "self_attn.v_proj.bias",
+            **LAYER_TENSORS,
+        },
         TorchForm(
             model_type="eagle_draft_torch",
             modules=("modeling_eagle", "modeling_beagle"),

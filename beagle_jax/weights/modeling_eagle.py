@@ -21,11 +21,19 @@ class EagleConfig(BeagleConfig):
 
     model_type = "eagle_draft_torch"
 
-    def __init__(self, fc_bias: bool = True, frequency_scaling: list | None = None, **kwargs):
-        """fc_bias: the fusion layer has one. frequency_scaling: of the rotary embedding, factor,
-        low and high frequency factor, and original positions (None: linear).
+    def __init__(
+        self,
+        fc_bias: bool = True,
+        frequency_scaling: list | None = None,
+        qkv_bias: bool = False,
+        **kwargs,
+    ):
+        """fc_bias: the fusion layer has one. qkv_bias: queries, keys and values have.
+        frequency_scaling: of the rotary embedding, factor, low and high frequency factor, and
+        original positions (None: linear).
         """
         self.fc_bias = fc_bias
+        self.qkv_bias = qkv_bias
         self.frequency_scaling = frequency_scaling
         super().__init__(**kwargs)
 
@@ -39,6 +47,10 @@ class EagleDraft(BeagleDraft):
     def __init__(self, config: EagleConfig):
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                linear = getattr(self.self_attn, name)
+                linear.bias = nn.Parameter(torch.zeros(linear.out_features))
         self.post_init()
 
     def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:

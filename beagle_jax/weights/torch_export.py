@@ -42,6 +42,7 @@ CONFIG_KEYS = {
     "init_std": "initializer_range",
     "input_norm": "input_norm",
     "fc_bias": "fc_bias",
+    "qkv_bias": "qkv_bias",
     "rope_scaling": "frequency_scaling",  # by its own name transformers would read it
 }
 TOLERANCE = 1e-5  # of the largest value; float32 on both sides

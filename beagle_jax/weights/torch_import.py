@@ -6,7 +6,7 @@ accounted for: one that is missing, doubled, misshapen or unknown is an error, a
 that this block cannot compute.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def _our_spec(kind: str, config: dict[str, Any], target: TargetSpec, where: Path
     expected = spec_type(kind).from_target(target)
     told = {
         key: value if key in expected.of_target else config.get(CONFIG_KEYS[key])
-        for key, value in settings(expected).items()
+        for key, value in asdict(expected).items()
+        if key in settings(expected) or CONFIG_KEYS.get(key) in config
     }
     return read_spec({"model_type": expected.model_type, **told}, target, where)
 
