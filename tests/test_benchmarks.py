@@ -165,7 +165,7 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
         and second.endswith("| NO |")
     )
     kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
-    assert kept and bench.table(kept) in (bench.ROOT / "README.md").read_text()
+    assert kept and bench.table(kept) in (bench.ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.fixture(scope="module")
