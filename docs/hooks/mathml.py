@@ -1,4 +1,4 @@
-"""Turns the equations of a page into MathML while the site is built: browsers draw it by themselves.
+"""Turns the equations of a page into MathML while the site is built; browsers draw it themselves.
 
 `pymdownx.arithmatex` marks them; nothing is loaded from another host when a page is read.
 """
@@ -22,7 +22,9 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     """
     content = _EQUATION.sub(_mathml, content)
     if 'class="arithmatex"' in content:
-        raise PluginError(f"{page.file.src_uri}: an equation is not MathML; see docs/hooks/mathml.py")
+        raise PluginError(
+            f"{page.file.src_uri}: an equation is not MathML; see docs/hooks/mathml.py"
+        )
     return content
 
 
