@@ -92,8 +92,8 @@ def test_training_leaves_log_and_draft(trained):
     assert (
         written["model_type"],
         written["draft"]["kind"],
-        written["training"]["late"]["dense"],
-    ) == ("eagle_draft", "eagle", True)
+        written["training"]["late"]["objective"],
+    ) == ("eagle_draft", "eagle", "test_time")
     draft = draft_of(trained, "run")
     assert draft.spec == EagleSpec.from_target(trained.target.spec) and len(draft.hot_ids) == 200
     assert {name: array.shape for name, array in draft.params.items()} == draft.spec.param_shapes()
