@@ -1,8 +1,8 @@
 """The one exception that a user is meant to read, and the wrapper that prints it.
 
 A `UserError` says what is wrong, where, what was expected and what to do. Entry points call
-`run_main`, which prints it without a traceback (product.md, "Bad input"): exit status 2 for usage,
-1 for the rest. What the file system refuses, wherever it happens, is told in the same way.
+`run_main`, which prints it without a traceback: exit status 2 for usage, 1 for the rest. What the
+file system refuses, wherever it happens, is told in the same way.
 """
 
 import errno

@@ -174,3 +174,45 @@ def test_the_workflow_runs_the_oldest_and_the_newest_jax():
 def test_a_workflow_that_lags_behind_the_requirement_is_seen(wrong):
     with pytest.raises(AssertionError):
         check_matrix(wrong, matrix()[1])
+
+
+CITED = re.compile(r"method\.md (\d+(?:\.\d+[a-z]?)?(?:, \d+\.\d+[a-z]?)*)")
+# Notes of the developers that no user has.
+ELSEWHERE = re.compile(r"\b(?:product|layout|joints|house_style|quickstart_target)\.md|jax_notes")
+
+
+def sections(method: str) -> set[str]:
+    """Numbers of the headings of docs/method.md, and of the points of its two lists."""
+    numbers = set(re.findall(r"^#+ (\d+(?:\.\d+[a-z]?)?)[. ]", method, re.M))
+    for part in re.split(r"^## ", method, flags=re.M)[1:]:
+        chapter = part.partition(".")[0]
+        points = len(re.findall(r"^\d+\. ", part.partition("\n")[2], re.M))
+        numbers |= {f"{chapter}.{point}" for point in range(1, points + 1)}
+    return numbers
+
+
+def dangling(text: str, known: set[str]) -> list[str]:
+    """Citations in a file that lead to no section of docs/method.md, or out of the repository."""
+    flat = re.sub(r"\s+(?:# )?", " ", text)
+    cited = [number for match in CITED.findall(flat) for number in match.split(", ")]
+    return [number for number in cited if number not in known] + ELSEWHERE.findall(flat)
+
+
+def test_what_docstrings_cite_is_in_the_repository():
+    known = sections((ROOT / "docs" / "method.md").read_text(encoding="utf-8"))
+    folders = ("beagle_jax", "benchmarks", "experiments", "tests", "configs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.[py][ya]*")]
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for path in files
+        if path.name != "test_house.py" and "frozen" not in path.parts
+        if (wrong := dangling(path.read_text(encoding="utf-8"), known))
+    }
+    assert found == {}
+
+
+def test_a_citation_that_leads_nowhere_is_seen():
+    known = sections("# M\n\n## 1. A\n\n### 1.2 B\n\n## 13. C\n\n1. x\n1. y\n")
+    assert known == {"1", "1.2", "13", "13.1", "13.2"}, known
+    assert dangling("see method.md 1.2,\n    # 13.2 and method.md 1", known) == []
+    assert dangling("method.md 13.3; method.md 2; product.md", known) == ["13.3", "2", "product.md"]

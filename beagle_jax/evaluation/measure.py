@@ -21,7 +21,7 @@ _TURNS_PER_CASE = 64  # seeds that lie between those of two cases
 
 @dataclass
 class Measurement:
-    """Answers of one way of decoding (definitions: product.md, "Words and numbers")."""
+    """Answers of one way of decoding (defined in method.md 7.1)."""
 
     name: str
     tree: str  # what was drafted per round

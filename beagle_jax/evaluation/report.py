@@ -161,7 +161,7 @@ def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
 
 
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
-    """Every figure of one way of decoding (definitions: product.md, "Words and numbers")."""
+    """Every figure of one way of decoding (defined in method.md 7.1)."""
 
     def seconds(one):
         return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]

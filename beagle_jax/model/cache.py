@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Above this many sequences one scatter beats a slice update per sequence (jax_notes C.3).
+# Above this many sequences one scatter beats a slice update per sequence.
 _UNROLL_ROWS = 8
 
 

@@ -2,8 +2,8 @@
 
 `TargetSpec` describes the architecture (`model/families.py` reads it from a config),
 `model/tensors.py` declares its arrays, `forward` runs it. Matrices keep PyTorch's [out, in] layout
-and activations run as columns [D, M]: on a CPU this makes eight rows cost little more than one
-(jax_notes C.18), and elsewhere it costs nothing. The state of a token is the last hidden state
+and activations run as columns [D, M], with which eight rows cost a CPU little more than one
+(`python -m beagle_jax.tune` prints the cost by rows). The state of a token is the last hidden state
 after the final norm (method.md 1); logits are `head @ state`.
 """
 
