@@ -24,12 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import drafting, machine, milliseconds, small_tree, verifying
-from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import TargetSpec
-from beagle_jax.model.tensors import param_table
+from beagle_jax.decoding.tuning import (
+    PASSES,
+    drafting,
+    machine,
+    milliseconds,
+    small_tree,
+    verifying,
+)
+from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -132,7 +138,7 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     target, draft = random_target(spec, dtype), random_draft(spec, dtype)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
-    verify = {rows: milliseconds(verifying(target, rows)) for rows in ROWS}
+    verify = {rows: milliseconds(verifying(target, rows), PASSES) for rows in ROWS}
     print(
         "verify, ms by rows:   "
         + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items())
@@ -143,14 +149,24 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
             f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes "
             f"{verify[1] / floor:.2f} times that"
         )
-    first, further = draft_times(target, draft, tree.topk)
+    drafter = trained_drafter(draft, target.params)
+    one, many = (
+        milliseconds(drafting(drafter, small_tree(levels, tree.topk)), PASSES) for levels in (1, 4)
+    )
     print(
         f"draft, ms:            first level {first:.2f}, each further one {further:.2f} "
         f"(topk {tree.topk})"
     )
-    plain = round_time(target, None, None, new_tokens)["milliseconds"]
-    speculative = round_time(target, draft, tree, new_tokens)["milliseconds"]
-    print(f"round, ms:            plain {plain:.2f}, this tree {speculative:.2f}")
+    times = {}
+    for label, decoder in (
+        ("plain", SpeculativeDecoder(target)),
+        ("speculative", SpeculativeDecoder(target, draft, tree)),
+    ):
+        decoder.generate([[1] * 32], max_new_tokens=new_tokens)
+        runs = [decoder.generate([[1] * 32], max_new_tokens=new_tokens) for _ in range(4)][1:]
+        seconds = [run.decode_seconds / run[0].rounds for run in runs]
+        times[label] = 1000 * float(np.median(seconds))
+    print(f"round, ms:            plain {times['plain']:.2f}, this tree {times['speculative']:.2f}")
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
         print(

@@ -22,7 +22,11 @@ from beagle_jax.corpus import writer as corpus_writer
 from beagle_jax.corpus.text import training_rows
 from beagle_jax.data import states
 from beagle_jax.data.loader import BatchLoader
-from beagle_jax.decoding.tuning import decoder_of
+from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.build import decoder_of
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.lookup import Lookup
+from beagle_jax.decoding.tree import chain
 from beagle_jax.errors import run_main
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
@@ -333,3 +337,318 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
     assert len(eight) == 3
     for one, many in zip(one_device, eight, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def evaluated(trained, capsys) -> list[dict]:
+    """The figures by system that `evaluate` writes, which are also those that it prints."""
+    figures = trained.folder / "figures.json"
+    assert (
+        run_main(
+            evaluate.main,
+            ["--config", trained.config, "eval.limit=3", "--json", str(figures), "log.every=7"],
+        )
+        == 0
+    )
+    report = json.loads(figures.read_text())
+    systems = report["suites"][0]["groups"][0]["systems"]
+    plain, draft = summaries = [
+        {**systems[system["name"]], **system} for system in report["systems"]
+    ]
+    printed = capsys.readouterr().out
+    for one in summaries:
+        assert (
+            f"{one['identical_to_plain']}/{one['answers']}" in printed
+            and f"{one['tau']:5.2f}" in printed
+        )
+    names = ("plain", str(trained.folder / "run" / "draft"))
+    assert (plain["name"], draft["name"]) == names
+    assert (plain["tau"], plain["rounds"]) == (1.0, plain["tokens"] - 3)
+    return summaries
+
+
+def check_lossless(summaries: list[dict]) -> None:
+    plain, draft = summaries
+    assert plain["answers"] == draft["answers"] == draft["identical_to_plain"] == 3
+    assert plain["tokens"] == draft["tokens"] > 3
+    assert draft["tau"] >= 1 and draft["rounds"] <= plain["rounds"]
+    assert plain["compiles_after_warm_up"] == draft["compiles_after_warm_up"] == 0
+
+
+def test_evaluate_finds_all_answers_identical(trained, capsys):
+    check_lossless(evaluated(trained, capsys))
+
+
+class Wrong(SpeculativeDecoder):
+    """Gets the last token wrong when it drafts."""
+
+    def generate(self, *arguments, **options):
+        answers = super().generate(*arguments, **options)
+        [answer] = answers
+        wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
+        return replace(answers, answers=(wrong,)) if self.tree.depth else answers
+
+
+def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
+    command = ["--config", trained.config, "eval.limit=3", "--audit"]
+    assert run_main(evaluate.main, command) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "3/3" in printed
+    monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
+    assert run_main(evaluate.main, command) == 1
+    told = capsys.readouterr()
+    assert "FAILED" in told.out and " became " in told.out
+    assert "error: the audit failed; the lines above that begin with FAILED say where" in told.err
+
+
+def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
+    monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
+    summaries = evaluated(trained, capsys)
+    assert summaries[1]["identical_to_plain"] == 0
+    with pytest.raises(AssertionError):
+        check_lossless(summaries)
+
+
+def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
+    """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
+    own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
+    out, command = (
+        tmp_path / "out",
+        [
+            "--config",
+            trained.config,
+            "eval.limit=3",
+            "eval.compare=[lookup]",
+            f"eval.suites=[{own}]",
+        ],
+    )
+    assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert [system["name"] for system in report["systems"]] == [
+        "plain",
+        str(trained.folder / "run" / "draft"),
+        "lookup",
+    ]
+    check_schema(report)
+    for system in report["systems"]:
+        phases, memory = system["milliseconds"], system["bytes"]
+        assert (
+            abs(phases["draft"] + phases["verify"] + phases["rest"] - phases["round"]) < 0.01
+            and phases["verify"] > 0
+        )
+        assert (
+            memory["target_weights"] > memory["target_cache"] > 0
+            and memory["decode_temporaries"] > 0
+        )
+        assert (
+            (memory["draft_cache"] > 0)
+            == (memory["draft_weights"] > 0)
+            == (system["trained_tokens"] == 48)
+            == ("run" in system["name"])
+        )
+    assert "3/3" in printed and "texts are longer than the 48 tokens" in printed
+    pictures = {path.stem for path in (out / "pictures").glob("*.png")}
+    assert pictures == {"acceptance", "phases", "tree", "attention", "masks", "training"}
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == len(pictures)
+    assert run_main(evaluate.main, [*command, "--out", str(out)]) == 0
+    again = json.loads((out / "report.json").read_text())
+    assert again["suites"] == report["suites"]
+    status, message = ended(capsys, "evaluate", *command, "decode.levels=1", "--out", str(out))
+    assert (
+        status == 1
+        and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here; trees."
+        in message
+    )
+    write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS[::-1])
+    status, message = ended(capsys, "evaluate", *command, "--out", str(out))
+    assert (
+        status == 1
+        and f"answers.jsonl: was begun with other settings (prompts_sha256.{own} " in message
+    )
+
+
+def test_answers_belong_to_a_target_and_its_tree(tmp_path):
+    """Other weights or another tuned tree under the same names are other settings."""
+    config = Config(target=TargetConfig(source="x"))
+    found = []
+    for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
+        target = target_of(MARKOV, seed=seed, tokenizer=letters())
+        bench = Bench(
+            {"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8
+        )
+        found.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
+    assert [sum(one[key] != found[0][key] for key in one) for one in found] == [0, 1, 1, 0]
+    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {
+        "lookup": "chain of 3"
+    }
+
+
+def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
+    """It would stand where plain decoding does."""
+    (trained.folder / "plain").symlink_to(trained.folder / "run" / "draft")
+    monkeypatch.chdir(trained.folder)
+    assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (
+        1,
+        "plain is what decoding without a draft is called; write ./plain for the folder\n",
+    )
+
+
+def test_evaluate_shows_a_second_draft(trained, capsys):
+    first = str(trained.folder / "run" / "draft")
+    second = str(trained.folder / "run" / ".." / "run" / "draft")
+    assert run_main(evaluate.main, ["--config", trained.config, f"eval.compare=[{second}]"]) == 0
+    rows = [
+        line.split("  ")[0].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if line.endswith("3/3")
+    ]
+    assert rows == ["plain", first, second]
+
+
+def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
+    assert (
+        run_main(generate.main, ["--config", trained.config, EVAL_QUESTIONS[2], "decode.levels=2"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    target = load_target(str(trained.folder / "target"), "float32", "unused")
+    tokens = prompt_tokens(target.tokenizer, [{"role": "user", "content": EVAL_QUESTIONS[2]}])
+    answer = SpeculativeDecoder(target).generate([tokens], max_new_tokens=20)[0].tokens
+    assert len(answer) > 3
+    assert printed.startswith(
+        target.tokenizer.decode([token for token in answer if token not in target.eos_ids]) + "\n"
+    )
+    assert f"tok/s  {len(answer)} tokens" in printed and printed.endswith(
+        "token sequences equal: yes\n"
+    )
+
+
+def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
+    """Runs the chat; an exception among the lines is raised where a line would be typed."""
+    waiting = iter(lines)
+
+    def typed(_):
+        line = next(waiting)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert run_main(generate.main, ["--config", trained.config, "--chat", *overrides]) == 0
+    assert next(waiting, None) is None
+
+
+def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
+    asked = []
+    right = SpeculativeDecoder.stream
+    monkeypatch.setattr(
+        SpeculativeDecoder,
+        "stream",
+        lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o),
+    )
+    chatted(
+        trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8"
+    )
+    printed = capsys.readouterr().out
+    assert [[message["role"] for message in history] for history in asked] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    target = load_target(str(trained.folder / "target"), "float32", "unused")
+    [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
+    assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
+        assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1
+    assert (
+        "error: what was typed is not text in this terminal's encoding ('utf-8' codec"
+        in capsys.readouterr().err
+    )
+    assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3
+
+
+def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, capsys):
+    right, calls = SpeculativeDecoder.stream, []
+
+    def cut(stream, pieces: int):
+        for _ in range(pieces):
+            yield next(stream)
+        raise KeyboardInterrupt
+
+    def interrupted(self, *arguments, **options):
+        calls.append([message["role"] for message in arguments[0]])
+        stream = right(self, *arguments, **options)
+        return stream if len(calls) > 2 else cut(stream, len(calls) - 1)
+
+    monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
+    chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])
+    printed = capsys.readouterr().out
+    assert (
+        "[cut short]" in printed
+        and "which leaves no room for an answer" in printed
+        and printed.count("tau") == 1
+    )
+    # What was cut before its first word is forgotten: templates refuse an empty answer.
+    assert calls == [["user"], ["user"], ["user", "assistant", "user"], ["user"]]
+
+
+def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp_path):
+    for name, value in {
+        "VERIFY_ROWS": (1, 4),
+        "LEVELS": range(1, 3),
+        "TOPKS": (1, 2),
+        "_CAPACITY": 128,
+    }.items():
+        monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", value)
+    files = [
+        "--plot",
+        str(tmp_path / "t.svg"),
+        "--write",
+        str(tmp_path / "t.yaml"),
+        "--prompts",
+        "2",
+    ]
+    cache = f"target.cache_dir={tmp_path}"
+    assert run_main(tune.main, ["--config", trained.config, cache, *files]) == 0
+    printed = capsys.readouterr().out
+    assert "levels  topk  nodes" in printed and "against plain" in printed
+    assert "<svg" in (tmp_path / "t.svg").read_text()
+    written = load_config(tmp_path / "t.yaml").decode
+    assert written.tree == "dynamic"
+    assert (
+        run_main(
+            evaluate.main, ["--config", trained.config, cache, "decode.tree=auto", "eval.limit=3"]
+        )
+        == 0
+    )
+    assert "3/3" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
+    """As tests/test_eagle_evaluation.py sees of both kinds of draft, here from the command line and
+    with a filter.
+    """
+    options = ["decode.temperature=0.8", "decode.top_p=0.9", "eval.limit=3"]
+    assert run_main(evaluate.main, ["--config", trained.config, *options]) == 0
+    assert capsys.readouterr().out.count("3/3") == 2
+
+
+def test_more_held_out_rows_than_rows_are_refused(trained, capsys):
+    status, message = ended(
+        capsys,
+        "train",
+        "--config",
+        trained.config,
+        "log.eval_rows=12",
+        f"train.folder={trained.folder}/none",
+    )
+    assert status == 1 and message == "log.eval_rows is 12, but there are only 12 rows; lower it\n"
+
+
+def test_a_tree_of_more_nodes_than_candidates_is_refused(trained, capsys):
+    status, message = ended(
+        capsys, "evaluate", "--config", trained.config, "decode.tree=dynamic", "decode.nodes=99"
+    )
+    assert status == 1 and "decode.nodes is 99; 2 levels of topk 4 make 20 candidates" in message

@@ -7,23 +7,28 @@ of the text before it alone, so speculative sampling writes the very tokens that
 writes with the same seed, whatever the tree (sample-and-match, method.md 6.6: EAGLE-2's rule with
 the drafts as point masses). Draws at different places are independent, and drafts never see the
 noise, so the output has the target's distribution.
+
+Settings are arrays, one value for each sequence: another temperature or seed compiles nothing. Only
+what changes the program itself is static (`Filters`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.errors import UserError
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
+# Up to this top-k the filters look at this many of the largest logits; above it they sort all.
+_FEW = 64
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen. Hashable: a static argument of jit. Filters apply in this
-    order.
-    """
+    """How the next tokens of one answer are chosen. Filters apply in this order."""
 
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # only this many most likely tokens are kept; 0: all
@@ -41,7 +46,7 @@ class Sampling(NamedTuple):
                 f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
                 f"least {COLDEST}"
             )
-        if self.top_k < 0:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
             raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or how many to keep")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; expected a share above 0 and at most 1")
@@ -51,32 +56,94 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
+class Filters(NamedTuple):
+    """What of sampling is in a program. Hashable: static in jit."""
+
+    drawn: bool = False  # False: every answer takes the most likely tokens
+    top_k: bool = False
+    top_p: bool = False
+
+
+class Knobs(NamedTuple):
+    """The settings of each sequence, as arrays [B]."""
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+
+
+def filters_of(samplings: Sequence[Sampling]) -> Filters:
+    """What a program needs for answers with these settings."""
+    drawn = [sampling for sampling in samplings if not sampling.greedy]
+    return Filters(
+        bool(drawn),
+        any(sampling.top_k > 0 for sampling in drawn),
+        any(sampling.top_p < 1 for sampling in drawn),
+    )
+
+
+def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
+    """These settings as arrays of the host."""
+    temperature, top_k, top_p = zip(*samplings)
+    return Knobs(
+        np.array(temperature, np.float32),
+        np.array([min(count, 2**31 - 1) for count in top_k], np.int32),
+        np.array(top_p, np.float32),
+    )
+
+
 def sampling_of(config: DecodeConfig) -> Sampling:
     """The sampling that a config asks for."""
     return Sampling(config.temperature, config.top_k, config.top_p).check()
 
 
 def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tempered logits [M, V] in float32 with removed tokens at minus infinity; softmax gives the
+    """`filter_logits` with the same settings for every row."""
+    knobs = Knobs(*(jnp.asarray(x) for x in knobs_of([sampling])))
+    return filter_logits(logits_MV[None], knobs, filters_of([sampling]))[0]
+
+
+def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
+    """Tempered logits in float32 with removed tokens at minus infinity; softmax gives the
     distribution.
 
-    Tokens tied with the last one kept stay: a filter depends on values, never on token order.
+    Tokens tied with the last one kept stay: a filter depends on values, never on token order. Rows
+    whose temperature is 0 are filtered as at 1.
     """
-    logits_MV = logits_MV.astype(jnp.float32) / sampling.temperature
-    if 0 < sampling.top_k < logits_MV.shape[-1]:
-        last_M1 = jax.lax.top_k(logits_MV, sampling.top_k)[0][:, -1:]
-        logits_MV = jnp.where(logits_MV >= last_M1, logits_MV, _REMOVED)
-    if sampling.top_p < 1:
-        # Only the values are sorted; after top-k there are no more than that many to look at (ties
-        # aside).
-        count = sampling.top_k if 0 < sampling.top_k < logits_MV.shape[-1] else logits_MV.shape[-1]
-        sorted_MC = jax.lax.top_k(logits_MV, count)[0]
-        p_MC = jax.nn.softmax(sorted_MC, axis=-1)
-        before_MC = jnp.cumsum(p_MC, axis=-1) - p_MC
-        kept_M1 = jnp.sum(before_MC < sampling.top_p, axis=-1, keepdims=True)  # at least one
-        last_M1 = jnp.take_along_axis(sorted_MC, kept_M1 - 1, axis=-1)
-        logits_MV = jnp.where(logits_MV >= last_M1, logits_MV, _REMOVED)
-    return logits_MV
+    temperature_B = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1.0)
+    logits_BTV = logits_BTV.astype(jnp.float32) / temperature_B[:, None, None]
+    V = logits_BTV.shape[-1]
+    if not (filters.top_k or filters.top_p):
+        return logits_BTV
+    if filters.top_k and V > _FEW:
+        few_B = (knobs.top_k_B > 0) & (knobs.top_k_B <= _FEW)
+        few = (few_B | (knobs.temperature_B == 0)).all()  # what greedy rows keep does not matter
+        lowest_BT1 = jax.lax.cond(
+            few,
+            lambda: _lowest_kept(logits_BTV, knobs, filters, _FEW),
+            lambda: _lowest_kept(logits_BTV, knobs, filters, V),
+        )
+    else:
+        lowest_BT1 = _lowest_kept(logits_BTV, knobs, filters, V)
+    return jnp.where(logits_BTV >= lowest_BT1, logits_BTV, _REMOVED)
+
+
+def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: int) -> jax.Array:
+    """The lowest logit [B, T, 1] that the filters keep, looked for among the `count` largest."""
+    B, T, V = logits_BTV.shape
+    # Only the values are sorted; as rows, for which backends have kernels.
+    sorted_BTC = jax.lax.top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
+    keep_B = jnp.where(knobs.top_k_B > 0, jnp.minimum(knobs.top_k_B, count), count)
+    kept_BTC = jnp.broadcast_to(
+        jnp.arange(count)[None, None] < keep_B[:, None, None], sorted_BTC.shape
+    )
+    if filters.top_p:
+        p_BTC = jax.nn.softmax(jnp.where(kept_BTC, sorted_BTC, _REMOVED), axis=-1)
+        before_BTC = jnp.cumsum(p_BTC, axis=-1) - p_BTC
+        top_p_B11 = knobs.top_p_B[:, None, None]
+        kept_BTC &= (before_BTC < top_p_B11) | (top_p_B11 >= 1)
+    last_BT1 = jnp.maximum(kept_BTC.sum(axis=-1, keepdims=True) - 1, 0)  # at least one is kept
+    return jnp.take_along_axis(sorted_BTC, last_BT1, axis=-1)
 
 
 def place_keys(key_B: jax.Array, place_BT: jax.Array) -> jax.Array:
@@ -89,9 +156,13 @@ def gumbel(key_BT: jax.Array, count: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32)))(key_BT)
 
 
-def choose(logits_MV: jax.Array, noise_MV: jax.Array, sampling: Sampling) -> jax.Array:
-    """A draw per row, int32 [M], from the filtered distribution."""
-    return jnp.argmax(filtered(logits_MV, sampling) + noise_MV, axis=-1).astype(jnp.int32)
+def choose(
+    logits_BTV: jax.Array, noise_BTV: jax.Array, knobs: Knobs, filters: Filters
+) -> jax.Array:
+    """A draw int32 [B, T] from each filtered distribution; the most likely token in greedy rows."""
+    noise_BTV = jnp.where((knobs.temperature_B > 0)[:, None, None], noise_BTV, 0.0)
+    chosen_BT = jnp.argmax(filter_logits(logits_BTV, knobs, filters) + noise_BTV, axis=-1)
+    return chosen_BT.astype(jnp.int32)
 
 
 def choose_from_top(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
