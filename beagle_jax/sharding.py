@@ -211,7 +211,10 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
 
 def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
     """Where key and value rows live: split by head."""
-    put = lambda x: NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
+
+    def put(x):
+        return NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
+
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
 
 

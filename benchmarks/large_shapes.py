@@ -27,7 +27,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.decoding.tuning import (
-    PASSES,
+    Passes,
     drafting,
     machine,
     milliseconds,
@@ -104,13 +104,11 @@ def bytes_read(target: Target) -> int:
 
 
 def draft_times(
-    target: Target, draft: Draft, topk: int, timed: Callable[[Callable], float] = milliseconds
+    target: Target, draft: Draft, topk: int, timed: Callable[[Passes], float] = milliseconds
 ) -> tuple[float, float]:
     """Milliseconds of the first draft level, and of each further one."""
-    models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
-    first, four = (
-        timed(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4)
-    )
+    drafter = trained_drafter(draft, target.params)
+    first, four = (timed(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
     return first, (four - first) / 3
 
 
@@ -120,15 +118,15 @@ def round_time(
     """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
     decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
     runs = [
-        decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
+        decoder.generate([[1] * 32], max_new_tokens=new_tokens)
         for _ in range(1 + discarded + _ANSWERS)  # the first compiles
     ][1 + discarded :]
-    seconds = [run.decode_seconds / run.rounds for run in runs]
+    seconds = [run.decode_seconds / run[0].rounds for run in runs]
     return {
         "milliseconds": 1000 * float(np.median(seconds)),
         "fastest": 1000 * min(seconds),
         "slowest": 1000 * max(seconds),
-        "tau": runs[-1].tau,
+        "tau": runs[-1][0].tau,
     }
 
 
@@ -138,7 +136,7 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
     target, draft = random_target(spec, dtype), random_draft(spec, dtype)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9
     print(f"\n{name}, {jnp.dtype(dtype).name}, weights {weights:.2f} GB, {tree}")
-    verify = {rows: milliseconds(verifying(target, rows), PASSES) for rows in ROWS}
+    verify = {rows: milliseconds(verifying(target, rows)) for rows in ROWS}
     print(
         "verify, ms by rows:   "
         + "  ".join(f"{rows}: {ms:.2f} ({ms / verify[1]:.2f}x)" for rows, ms in verify.items())
@@ -149,24 +147,14 @@ def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) ->
             f"bandwidth floor:      {floor:.2f} ms at {bandwidth:.0f} GB/s; one row takes "
             f"{verify[1] / floor:.2f} times that"
         )
-    drafter = trained_drafter(draft, target.params)
-    one, many = (
-        milliseconds(drafting(drafter, small_tree(levels, tree.topk)), PASSES) for levels in (1, 4)
-    )
+    first, further = draft_times(target, draft, tree.topk)
     print(
         f"draft, ms:            first level {first:.2f}, each further one {further:.2f} "
         f"(topk {tree.topk})"
     )
-    times = {}
-    for label, decoder in (
-        ("plain", SpeculativeDecoder(target)),
-        ("speculative", SpeculativeDecoder(target, draft, tree)),
-    ):
-        decoder.generate([[1] * 32], max_new_tokens=new_tokens)
-        runs = [decoder.generate([[1] * 32], max_new_tokens=new_tokens) for _ in range(4)][1:]
-        seconds = [run.decode_seconds / run[0].rounds for run in runs]
-        times[label] = 1000 * float(np.median(seconds))
-    print(f"round, ms:            plain {times['plain']:.2f}, this tree {times['speculative']:.2f}")
+    plain = round_time(target, None, None, new_tokens)["milliseconds"]
+    speculative = round_time(target, draft, tree, new_tokens)["milliseconds"]
+    print(f"round, ms:            plain {plain:.2f}, this tree {speculative:.2f}")
     if name in PAPER_TAU:
         tau = PAPER_TAU[name]
         print(

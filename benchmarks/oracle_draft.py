@@ -21,7 +21,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.tree import chain
-from beagle_jax.decoding.tuning import PASSES, drafting, machine, milliseconds, verifying
+from beagle_jax.decoding.tuning import PASSES, Passes, drafting, machine, milliseconds, verifying
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
@@ -55,12 +55,15 @@ def _accepted(nodes, wanted_BW, depth: int):
 @partial(jax.jit, donate_argnames="state")
 def _appended(now, state, accepted, states_BWD, rows):
     """The path depends on the pass only in form, or a compiler would take it once for all."""
-    again = lambda index, state: now.append(
-        state,
-        accepted._replace(path_BP1=accepted.path_BP1 - index // PASSES),
-        states_BWD,
-        rows,
-    )
+
+    def again(index, state):
+        return now.append(
+            state,
+            accepted._replace(path_BP1=accepted.path_BP1 - index // PASSES),
+            states_BWD,
+            rows,
+        )
+
     return jax.lax.fori_loop(0, PASSES, again, state)
 
 
@@ -76,14 +79,16 @@ def ending(now, state) -> tuple[float, float]:
     appending what was accepted.
     """
     nodes, states_BWD, rows, accepted = _verified(now, state)
-    accepting = milliseconds(lambda: _accepted(nodes, nodes.token_BW, now.tree.depth), PASSES)
+    accepting = milliseconds(
+        Passes(lambda: _accepted(nodes, nodes.token_BW, now.tree.depth), PASSES)
+    )
     held = [state]  # given away and got back, as decoding does
 
     def append():
         held[0] = _appended(now, held[0], accepted, states_BWD, rows)
         return held[0]
 
-    return accepting, milliseconds(append, PASSES)
+    return accepting, milliseconds(Passes(append, PASSES))
 
 
 def main() -> None:
@@ -112,9 +117,9 @@ def main() -> None:
             -(len(answer.tokens) - 1) // (levels + 1)
         ), first
         whole = 1000 * float(np.median([run.decode_seconds for run in runs])) / first.rounds
-        verify = milliseconds(verifying(target, levels + 1), PASSES)
+        verify = milliseconds(verifying(target, levels + 1))
         drafter = trained_drafter(draft, target.params)
-        steps = milliseconds(drafting(drafter, chain(levels)), PASSES)
+        steps = milliseconds(drafting(drafter, chain(levels)))
         accepting, appending = ending(
             *decoder.prefilled([prompt], max_new_tokens=len(answer.tokens))
         )

@@ -344,10 +344,14 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
     )
 
     # Tokens that part for no reason of rounding: the same audit must object.
-    wrong = lambda answer: dataclasses.replace(
-        answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
-    )
-    replaced = lambda answers: dataclasses.replace(answers, answers=tuple(map(wrong, answers)))
+    def wrong(answer):
+        return dataclasses.replace(
+            answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
+        )
+
+    def replaced(answers):
+        return dataclasses.replace(answers, answers=tuple(map(wrong, answers)))
+
     right = SpeculativeDecoder.generate
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(

@@ -100,7 +100,10 @@ def _check_batch(decoder, sampling) -> None:
         decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0]
         for line, prompt in enumerate(prompts)
     ]
-    counted = lambda answer: (answer.tokens, answer.rounds, answer.accepted, answer.finish)
+
+    def counted(answer):
+        return (answer.tokens, answer.rounds, answer.accepted, answer.finish)
+
     assert list(map(counted, together)) == list(map(counted, alone))
 
 
@@ -205,7 +208,10 @@ def test_a_stream_is_generate_in_pieces(tree, sampling):
 
 def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
     right = session_module.peek
-    other = lambda state: right(state)._replace(out_BS=state.transcript.out_BS + 1)
+
+    def other(state):
+        return right(state)._replace(out_BS=state.transcript.out_BS + 1)
+
     monkeypatch.setattr(session_module, "peek", other)
     with pytest.raises(AssertionError):
         _check_stream(_decoder(ROOT_ONLY, *_lettered()), GREEDY)
@@ -288,9 +294,12 @@ def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
 
 def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
-    wrong = lambda now, state, chunk, first: Round.read_chunk(
-        now, state, chunk._replace(offset=chunk.offset - (chunk.offset > 0)), first
-    )
+
+    def wrong(now, state, chunk, first):
+        return Round.read_chunk(
+            now, state, chunk._replace(offset=chunk.offset - (chunk.offset > 0)), first
+        )
+
     prompt = np.random.default_rng(0).integers(0, TINY.vocab_size, 200).tolist()
     [found] = _decoder(chain(2)).with_(read_chunk=wrong).generate([prompt], max_new_tokens=12)
     assert found.tokens != naive_greedy(target_of(), prompt, 12)
@@ -323,7 +332,8 @@ decoder = SpeculativeDecoder(one_layer, random_draft(), dynamic_tree(2, 2, 5), m
 assert len(decoder._round.target.params["layers"][0]["gate_FD"].sharding.device_set) == 2
 shard = decoder._round.target.params["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
-ask = lambda decoder: [a.tokens for a in decoder.generate(prompts, Sampling(0.8, top_k=20), max_new_tokens=32)]
+drawn = dict(sampling=Sampling(0.8, top_k=20), max_new_tokens=32)
+ask = lambda decoder: [a.tokens for a in decoder.generate(prompts, **drawn)]
 right, layer = ask(decoder), decoder._round.target.params["layers"][0]
 layer["gate_FD"] = jax.device_put(np.roll(layer["gate_FD"], 24, axis=0), layer["gate_FD"].sharding)
 assert ask(decoder) != right, "the planted bug, each device with the other's part, was not seen"

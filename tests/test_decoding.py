@@ -250,7 +250,10 @@ def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
     assert free[5] not in [START + 1, *other]
     draft = right_draft(0.02) if tree.depth else None
     decoder = SpeculativeDecoder(_infinite_after(free[5]), draft, tree)
-    ask = lambda limit: decoder.generate([[START], [START + 1]], max_new_tokens=limit)
+
+    def ask(limit):
+        return decoder.generate([[START], [START + 1]], max_new_tokens=limit)
+
     whole, beside = ask(6)  # nothing follows the last one
     assert (whole.tokens, whole.finish, beside.tokens) == (free[:6], "length", other[:6])
     assert not caplog.records
@@ -271,6 +274,23 @@ def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
     draft = dataclasses.replace(right_draft(), hot_ids=jnp.array(never[:4]))
     found = _generate(target, draft, tree, [START], 8)
     assert (found.tokens, found.finish, found.accepted[0]) == (free, "length", 7)
+
+
+def test_a_rejected_node_spoils_no_other_node():
+    """In a target with layers a hidden value that is not finite would reach all nodes, as 0 times
+    infinity.
+    """
+    free = naive_greedy(target_of(), [START], 8)
+    never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
+    untied = dataclasses.replace(TINY, tie_embeddings=False)
+    params = {**target_of().params, "head_VD": target_of().params["embed_VD"]}
+    embed_VD = params["embed_VD"].at[never[0]].set(jnp.inf)
+    target = target_of(untied)
+    target = dataclasses.replace(target, params={**params, "embed_VD": embed_VD})
+    assert naive_greedy(target, [START], 8) == free
+    draft = random_draft(hot_ids=jnp.array(never[:4]))
+    found = _generate(target, draft, KINDS["dynamic"], [START], 8)
+    assert (found.tokens, found.finish) == (free, "length")
 
 
 def test_reduced_vocabulary_is_still_exact():

@@ -92,7 +92,10 @@ def test_drafting_equals_the_late_stage(length, steps):
 
 def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
     right = BeagleBlock.keys_values
-    wrong = lambda self, h, at: right(self, h, at + (h.shape[1] == 1))
+
+    def wrong(self, h, at):
+        return right(self, h, at + (h.shape[1] == 1))
+
     monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
     monkeypatch.setattr(
         "beagle_jax.training.late.BeagleBlock",

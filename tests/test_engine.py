@@ -94,17 +94,17 @@ def test_forty_prompts_over_four_rows_get_what_each_gets_alone(name, sampling):
 
 def _stale_length(now, state, chunk, first):
     """A row keeps the length of the answer before."""
-    after = Round.read_chunk(now, state, chunk, first)
+    after, states_RTD = Round.read_chunk(now, state, chunk, first)
     length_B = jnp.maximum(after.cache.length_B, state.cache.length_B)
-    return after._replace(cache=after.cache.with_(length_B=length_B))
+    return after._replace(cache=after.cache.with_(length_B=length_B)), states_RTD
 
 
 def _stale_seed(now, state, chunk, first):
     """A row draws with the seed of the answer before."""
-    after = Round.read_chunk(now, state, chunk, first)
+    after, states_RTD = Round.read_chunk(now, state, chunk, first)
     used_B = state.requests.limit_B > 0
     key_B = jnp.where(used_B, state.requests.key_B, after.requests.key_B)
-    return after._replace(requests=after.requests._replace(key_B=key_B))
+    return after._replace(requests=after.requests._replace(key_B=key_B)), states_RTD
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_rows_of_stops_and_pieces_are_refilled():
             assert piece.answer == whole[piece.index]
             ended.append(piece.index)
     assert sorted(ended) == list(range(20)) and texts == [answer.text for answer in whole]
-    for written, answer in zip(tokens, whole):
+    for written, answer in zip(tokens, whole, strict=True):
         assert written[: len(answer.tokens)] == answer.tokens
 
 

@@ -27,6 +27,7 @@ from beagle_jax.decoding.sampling import (
     filter_logits,
     filtered,
     filters_of,
+    gumbel,
     knobs_of,
 )
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
@@ -198,15 +199,17 @@ class AboveOnly(Ratio):
 
 
 def test_planted_bug_accepts_where_p_exceeds_q_only():
-    wrong = lambda now, *rest: AboveOnly().accept(now, *rest)
+    def wrong(now, *rest):
+        return AboveOnly().accept(now, *rest)
+
     with pytest.raises(AssertionError):
         check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", accept=wrong)
 
 
 def test_planted_bug_every_place_draws_with_the_same_noise():
-    wrong = lambda now, key_B, place_BT, purpose: now.with_(keys=Round.keys).keys(
-        key_B, jnp.zeros_like(place_BT), purpose
-    )
+    def wrong(now, key_B, place_BT, purpose):
+        return now.with_(keys=Round.keys).keys(key_B, jnp.zeros_like(place_BT), purpose)
+
     with pytest.raises(AssertionError):
         check_distribution(TREES["dynamic"], SAMPLINGS["all"], keys=wrong)
 
@@ -250,9 +253,10 @@ def test_another_setting_compiles_nothing():
     is not.
     """
     decoder = SpeculativeDecoder(small_target(), small_draft(), TREES["static"])
-    ask = lambda sampling, seed: decoder.generate(
-        [[5], [6, 7]], sampling, max_new_tokens=8, seed=seed
-    )
+
+    def ask(sampling, seed):
+        return decoder.generate([[5], [6, 7]], sampling, max_new_tokens=8, seed=seed)
+
     ask(Sampling(0.7, 5, 0.95), 1)
     with CompileCounter() as counter:
         written = [
@@ -283,10 +287,10 @@ def test_each_row_is_filtered_by_its_own_settings():
     for row, sampling in enumerate(settings[:4]):
         alone = filtered(raw[row], sampling)
         np.testing.assert_allclose(found[row], alone, rtol=1e-6)
-    noise = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2, 100)).astype(np.float32))
-    chosen = choose(raw, noise, knobs_of(settings), filters_of(settings))
+    key_BT = jax.random.split(jax.random.key(0), (5, 2))
+    chosen = choose(raw, key_BT, knobs_of(settings), filters_of(settings))
     assert chosen[4].tolist() == raw[4].argmax(axis=-1).tolist()  # a greedy row draws nothing
-    assert chosen[1].tolist() == (raw[1] + noise[1]).argmax(axis=-1).tolist()
+    assert chosen[1].tolist() == (raw[1] + gumbel(key_BT, 100)[1]).argmax(axis=-1).tolist()
 
 
 def test_ratio_rule_rejects_what_the_target_never_writes():

@@ -85,7 +85,7 @@ def test_a_toy_decodes(sampling):
 
 def test_a_toy_sees_every_token_once():
     decoder = SpeculativeDecoder(target_of(), Copies(), chain(2))
-    now, state = decoder.prefilled(PROMPTS, max_new_tokens=8)
+    _, state = decoder.prefilled(PROMPTS, max_new_tokens=8)
     assert state.draft.tolist() == [len(prompt) for prompt in PROMPTS]
     assert state.draft.tolist() == state.cache.length_B.tolist()
 

@@ -114,9 +114,10 @@ def test_planted_bug_siblings_in_another_order(name, monkeypatch):
 
     def swapped(tree, level, *rest):
         index_BC, score_BC = right(tree, level, *rest)
-        per_query = lambda x_BC: x_BC.reshape(*level.score_BT.shape, -1)[..., ::-1].reshape(
-            x_BC.shape
-        )
+
+        def per_query(x_BC):
+            return x_BC.reshape(*level.score_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+
         return per_query(index_BC), score_BC
 
     monkeypatch.setattr(drafting, "_best_children", swapped)

@@ -76,11 +76,9 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     [text] = _answers(target, 1)
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     grown = tuning._widest_trees(drafter, topk, *tuning._read(model, drafter, *text))
-    accepted = lambda token_MW, parent_MW, depth_MW, score_MW, follows_MP: (
-        (
-            tuning._order_of_right_path(token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels)
-            < nodes - 1
-        )
+
+    def accepted(*grown):
+        return (tuning._order_of_right_path(*grown, levels) < nodes - 1).sum(axis=1).tolist()
 
     assert accepted(*grown) == (
         expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)

@@ -164,12 +164,18 @@ def _next_level(
     now = level.frontier
     B, T = now.token_BT.shape
     pick_BN = tree.next_queries(now.depth, score_BC)
-    pick = lambda x_BC: jnp.take_along_axis(x_BC, pick_BN, axis=1)
+
+    def pick(x_BC):
+        return jnp.take_along_axis(x_BC, pick_BN, axis=1)
+
     # A child sees what its parent saw, and its parent.
     itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
     below_BTQ = jnp.concatenate([now.sees_BTQ, itself_BTT], axis=2)
     parent_BN = pick_BN // (token_BC.shape[1] // T)
-    of_parent = lambda x_BTQ: jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+
+    def of_parent(x_BTQ):
+        return jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+
     frontier = Frontier(
         now.depth + 1,
         now.length_B,

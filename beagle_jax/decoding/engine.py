@@ -5,6 +5,7 @@ States are donated from call to call. Nothing reaches the host between rounds, a
 on a prompt but array contents, so a shape compiles once.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from beagle_jax.decoding.round import Chunk, Round
 from beagle_jax.decoding.state import DecodeState, Snapshot, constrained, snapshot
+from beagle_jax.model.cache import KVRows
 
 
 @partial(jax.jit, static_argnames=("batch", "capacity"))
@@ -23,7 +25,16 @@ def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
 @partial(jax.jit, static_argnames=("first",), donate_argnames=("state",))
 def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> DecodeState:
     """Reads one chunk of new prompts (`Round.read_chunk`). now: `Round.reading`."""
-    return constrained(now.part("read_chunk")(now, state, chunk, first), now.mesh)
+    state, _ = now.part("read_chunk")(now, state, chunk, first)
+    return constrained(state, now.mesh)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def admit_after(
+    now: Round, state: DecodeState, chunk: Chunk, prefix: Sequence[KVRows]
+) -> tuple[DecodeState, jax.Array]:
+    """Reads what follows a prefix that all rows hold, and keeps the states [R, T, D]."""
+    return now.part("read_chunk")(now, state, chunk, True, prefix)
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -38,11 +49,27 @@ def advance(
 
     def body(carry):
         index, state = carry
-        return index + 1, now.run(state)
+        return index + 1, now.run(state)[0]
 
     state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
     state = constrained(state, now.mesh)
     return state, snapshot(state)
+
+
+@partial(jax.jit, static_argnames=("rounds",), donate_argnames=("state",))
+def advance_keeping(
+    now: Round, state: DecodeState, *, rounds: int
+) -> tuple[DecodeState, Snapshot, jax.Array]:
+    """Runs so many rounds without drafts, and keeps the states [rounds, B, D] of the tokens
+    read.
+    """
+
+    def step(state, _):
+        state, states_B1D = now.run(state)
+        return state, states_B1D[:, 0]
+
+    state, states_SBD = jax.lax.scan(step, state, length=rounds)
+    return state, snapshot(state), states_SBD
 
 
 @jax.jit

@@ -38,7 +38,10 @@ def chosen_nodes(
     """The chosen candidates as a tree, parents renumbered; the root is added."""
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
-    pick = lambda x_BN: jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+
+    def pick(x_BN):
+        return jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+
     node_BN = (
         jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
     )

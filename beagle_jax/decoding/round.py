@@ -5,7 +5,7 @@ round reads: weights are leaves of it, all else is static, so that `jit` compile
 shape. `with_` puts another function in the place of a part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -26,7 +26,7 @@ from beagle_jax.decoding.sampling import (
 )
 from beagle_jax.decoding.state import DecodeState, Requests, constrained, idle
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree
-from beagle_jax.model.cache import KVCache, KVRows, take_rows, visible_slots
+from beagle_jax.model.cache import KVCache, KVRows, repeated, take_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import (
     Params,
@@ -40,7 +40,7 @@ from beagle_jax.model.target import (
 # What a place's key is folded with, so that its draws are independent of each other.
 FOR_TARGET, FOR_DRAFT, FOR_ACCEPTING = 0, 1, 2
 
-_static = lambda **default: field(metadata=dict(static=True), **default)
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ _static = lambda **default: field(metadata=dict(static=True), **default)
 class TargetModel:
     """A target's weights, and their static description."""
 
-    spec: TargetSpec = _static()
+    spec: TargetSpec = field(metadata=_STATIC)
     params: Params
 
 
@@ -142,12 +142,12 @@ class Round:
 
     target: TargetModel
     drafter: Drafter
-    tree: Tree = _static()
-    eos_ids: tuple[int, ...] = _static()
-    rule: Rule = _static(default=RULES["match"])
-    filters: Filters = _static(default=Filters())
-    mesh: Mesh | None = _static(default=None)
-    parts: tuple[tuple[str, Callable[..., Any]], ...] = _static(default=())
+    tree: Tree = field(metadata=_STATIC)
+    eos_ids: tuple[int, ...] = field(metadata=_STATIC)
+    rule: Rule = field(metadata=_STATIC, default=RULES["match"])
+    filters: Filters = field(metadata=_STATIC, default=Filters())
+    mesh: Mesh | None = field(metadata=_STATIC, default=None)
+    parts: tuple[tuple[str, Callable[..., Any]], ...] = field(metadata=_STATIC, default=())
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
         """The round with some of its parts replaced: read_chunk, propose, read, accept, append,
@@ -174,8 +174,11 @@ class Round:
         state = idle(cache, self.drafter.init(batch, capacity), batch, capacity)
         return constrained(state, self.mesh)
 
-    def run(self, state: DecodeState) -> DecodeState:
-        """One round of every row; finished ones compute along and change nothing that counts."""
+    def run(self, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+        """One round of every row; finished ones compute along and change nothing that counts.
+
+        Returns the target's states [B, W, D] of the nodes too.
+        """
         with jax.named_scope("draft"):
             proposal = self.part("propose")(self, state)
         with jax.named_scope("verify"):
@@ -184,7 +187,7 @@ class Round:
             accepted, finite_BW = self.part("accept")(self, state, proposal, states_BWD)
         with jax.named_scope("append"):
             state = self.part("append")(self, state, accepted, states_BWD, rows)
-        return self.part("emit")(self, state, accepted, finite_BW)
+        return self.part("emit")(self, state, accepted, finite_BW), states_BWD
 
     def propose(self, state: DecodeState) -> Proposal:
         """This round's tree."""
@@ -200,15 +203,18 @@ class Round:
         """The target's states of the nodes [B, W, D], and their key/value rows."""
         cache = state.cache
         positions_BW = cache.length_B[:, None] + nodes.depth_BW
-        return forward(
-            self.target.params,
-            self.target.spec,
+        target = self.target
+        read = forward(
+            target.params,
+            target.spec,
             nodes.token_BW,
             positions_BW,
             nodes.above_BWW,
             cache.layers,
             cache.visible(),
+            cache.positions(),
         )
+        return read.states_BTD, read.rows
 
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
@@ -223,7 +229,9 @@ class Round:
         past it are overwritten by the next round.
         """
         path_BP1 = accepted.path_BP1
-        cache = state.cache.append([take_rows(layer, path_BP1) for layer in rows], accepted.bonus_B)
+        if self.tree.depth:
+            rows = [take_rows(layer, path_BP1) for layer in rows]
+        cache = state.cache.append(rows, accepted.bonus_B)
         # Ordered after the reads of the drafter's state, as the cache's rows are.
         start_B = jnp.where(accepted.bonus_B < 0, 0, state.cache.length_B)
         tokens_BP2 = jnp.concatenate([state.transcript.root_B[:, None], accepted.token_BP1], axis=1)
@@ -291,8 +299,7 @@ class Round:
             return best_tokens(params, states_BWD)
         raw_BWV = logits(params, spec, states_BWD)
         key_BW = self.keys(requests.key_B, place_BW, FOR_TARGET)
-        noise_BWV = gumbel(key_BW, raw_BWV.shape[-1])
-        wanted_BW = choose(raw_BWV, noise_BWV, requests.knobs, self.filters)
+        wanted_BW = choose(raw_BWV, key_BW, requests.knobs, self.filters)
         return wanted_BW, jnp.isfinite(raw_BWV.max(axis=-1))
 
     def keys(self, key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
@@ -302,17 +309,24 @@ class Round:
             return replaced(self, key_B, place_BT, purpose)
         return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
-    def read_chunk(self, state: DecodeState, chunk: Chunk, first: bool) -> DecodeState:
+    def read_chunk(
+        self,
+        state: DecodeState,
+        chunk: Chunk,
+        first: bool,
+        prefix: Sequence[KVRows] | None = None,
+    ) -> tuple[DecodeState, jax.Array]:
         """Reads a chunk of new prompts into their rows; other rows stay as they are.
 
-        first: the chunk's offset is 0, and the rows begin anew. A row whose prompt ends here gets
-        the first token of its answer, and runs from now on.
+        first: the rows begin anew. A row whose prompt ends here gets the first token of its answer,
+        and runs from now on. prefix: the tokens before the chunk, of one sequence, if every row of
+        the cache holds the same ones. Returns the target's states [R, T, D] of the chunk too.
         """
         row_R, offset, length_R = chunk.row_R, chunk.offset, chunk.length_R
         R, T = chunk.token_RT.shape
         here_R = jnp.clip(length_R - offset, 0, T)  # tokens of this chunk
         ends_R = (length_R > offset) & (length_R <= offset + T)
-        states_RTD, rows = self._read_text(state, chunk, here_R, first)
+        states_RTD, rows = self._read_text(state, chunk, here_R, first, prefix)
         last_R = jnp.maximum(here_R - 1, 0)[:, None, None]
         last_R1D = jnp.take_along_axis(states_RTD, last_R, axis=1)
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
@@ -324,16 +338,20 @@ class Round:
         text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
         start_R = jnp.broadcast_to(offset, (R,))
         seen = Seen(states_RTD, text_RT1[:, :-1], text_RT1[:, 1:], start_R, here_R, not first)
-        put = lambda old, new: old.at[row_R].set(new)
         none_R = jnp.zeros(R, jnp.int32)
-        of_row = lambda x_B: none_R.astype(x_B.dtype) if first else x_B[row_R]
+
+        def put(old, new):
+            return old.at[row_R].set(new)
+
+        def of_row(x_B):
+            return none_R.astype(x_B.dtype) if first else x_B[row_R]
+
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
-        reading_R = length_R > offset + T
         ended_R = is_stop(root_R, self.eos_ids) | (chunk.requests.limit_B <= 1) | broken_R
-        done_R = jnp.where(ends_R, ended_R, reading_R | now.done_B[row_R])
-        cache = state.cache.put(rows, row_R, start_R)
-        return DecodeState(
-            cache.with_(length_B=put(cache.length_B, of_row(cache.length_B) + here_R)),
+        done_R = jnp.where(ends_R, ended_R, (length_R > offset + T) | now.done_B[row_R])
+        cache = state.cache.put(rows, row_R, offset)
+        after = DecodeState(
+            cache.holding(row_R, jnp.minimum(length_R, offset + T)),
             self._observe(state, seen, row_R),
             jax.tree.map(put, state.requests, chunk.requests),
             now._replace(
@@ -345,20 +363,28 @@ class Round:
             ),
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
+        return after, states_RTD
 
     def _read_text(
-        self, state: DecodeState, chunk: Chunk, here_R: jax.Array, first: bool
+        self,
+        state: DecodeState,
+        chunk: Chunk,
+        here_R: jax.Array,
+        first: bool,
+        prefix: Sequence[KVRows] | None,
     ) -> tuple[jax.Array, list[KVRows]]:
         """The target's states [R, T, D] of a chunk, and its rows."""
         R, T = chunk.token_RT.shape
         positions_RT = jnp.broadcast_to(chunk.offset + jnp.arange(T)[None], (R, T))
         past: tuple = ()
-        if not first:
-            layers = state.cache.of_rows(chunk.row_R)
-            past = (layers, visible_slots(jnp.broadcast_to(chunk.offset, (R,)), layers))
+        if prefix:
+            past = (repeated(prefix, R), jnp.ones((R, prefix[0].v_BKSH.shape[2]), bool))
+        elif not first:
+            past = state.cache.past(chunk.row_R, chunk.offset)
         mask_RTT = causal_mask(here_R, T)
         target = self.target
-        return forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
+        read = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
+        return read.states_BTD, read.rows
 
     def _observe(self, state: DecodeState, seen: Seen, row_R: jax.Array) -> Any:
         """The drafter's state after a chunk of these rows."""

@@ -18,13 +18,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry2x32_p
 
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.errors import UserError
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
-# Up to this top-k the filters look at this many of the largest logits; above it they sort all.
-_FEW = 64
+# Up to this top-k only so many of the largest logits are looked at (more than top-k: others may tie
+# with the last one kept); above it all are sorted.
+_FEW, _LOOKED_AT = 64, 96
 
 
 class Sampling(NamedTuple):
@@ -84,7 +86,7 @@ def filters_of(samplings: Sequence[Sampling]) -> Filters:
 
 def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
     """These settings as arrays of the host."""
-    temperature, top_k, top_p = zip(*samplings)
+    temperature, top_k, top_p = zip(*samplings, strict=True)
     return Knobs(
         np.array(temperature, np.float32),
         np.array([min(count, 2**31 - 1) for count in top_k], np.int32),
@@ -115,12 +117,10 @@ def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.
     V = logits_BTV.shape[-1]
     if not (filters.top_k or filters.top_p):
         return logits_BTV
-    if filters.top_k and V > _FEW:
-        few_B = (knobs.top_k_B > 0) & (knobs.top_k_B <= _FEW)
-        few = (few_B | (knobs.temperature_B == 0)).all()  # what greedy rows keep does not matter
+    if filters.top_k and V > _LOOKED_AT:
         lowest_BT1 = jax.lax.cond(
-            few,
-            lambda: _lowest_kept(logits_BTV, knobs, filters, _FEW),
+            _few(knobs),
+            lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
             lambda: _lowest_kept(logits_BTV, knobs, filters, V),
         )
     else:
@@ -156,26 +156,65 @@ def gumbel(key_BT: jax.Array, count: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32)))(key_BT)
 
 
-def choose(
-    logits_BTV: jax.Array, noise_BTV: jax.Array, knobs: Knobs, filters: Filters
-) -> jax.Array:
+def gumbel_of(key_BT: jax.Array, token_BTC: jax.Array) -> jax.Array:
+    """`gumbel` of some tokens alone: with JAX's threefry the noise of a token depends on the key
+    and on its number, not on how many there are.
+    """
+    key_BT2 = jax.random.key_data(key_BT)
+    token = token_BTC.astype(jnp.uint32)
+    halves = (jnp.broadcast_to(key_BT2[..., n : n + 1], token.shape) for n in (0, 1))
+    first, second = threefry2x32_p.bind(*halves, jnp.zeros_like(token), token)
+    # Random bits to a number in [tiny, 1), as jax.random.uniform makes it.
+    bits = ((first ^ second) >> 9) | np.float32(1).view(np.uint32)
+    tiny = jnp.finfo(jnp.float32).tiny
+    uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1.0
+    uniform = jnp.maximum(tiny, uniform * (1.0 - tiny) + tiny)
+    return -jnp.log(-jnp.log(uniform))
+
+
+def _counts_tokens(key_BT: jax.Array) -> bool:
+    """Whether the random numbers of this process are those that `gumbel_of` knows."""
+    threefry = str(jax.random.key_impl(key_BT)) == "threefry2x32"
+    return threefry and bool(jax.config.jax_threefry_partitionable)
+
+
+def choose(logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
     """A draw int32 [B, T] from each filtered distribution; the most likely token in greedy rows."""
-    noise_BTV = jnp.where((knobs.temperature_B > 0)[:, None, None], noise_BTV, 0.0)
+    V = logits_BTV.shape[-1]
+    if not filters.top_k or V <= _LOOKED_AT or not _counts_tokens(key_BT):
+        return _choose_of_all(logits_BTV, key_BT, knobs, filters)
+    return jax.lax.cond(
+        _few(knobs),
+        lambda: _choose_of_few(logits_BTV, key_BT, knobs, filters),
+        lambda: _choose_of_all(logits_BTV, key_BT, knobs, filters),
+    )
+
+
+def _choose_of_all(logits_BTV, key_BT, knobs: Knobs, filters: Filters) -> jax.Array:
+    noise_BTV = _only_drawn(gumbel(key_BT, logits_BTV.shape[-1]), knobs)
     chosen_BT = jnp.argmax(filter_logits(logits_BTV, knobs, filters) + noise_BTV, axis=-1)
     return chosen_BT.astype(jnp.int32)
 
 
-def choose_from_top(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Next token per row: the most likely, or a draw; noise is made for the kept tokens only when
-    top_k is set.
-    """
-    if sampling.greedy:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if not sampling.top_k:
-        return jax.random.categorical(key, filtered(logits_BV, sampling), axis=-1).astype(jnp.int32)
-    top, token = jax.lax.top_k(logits_BV, sampling.top_k)
-    pick = jax.random.categorical(key, filtered(top, sampling._replace(top_k=0)), axis=-1)
-    return jnp.take_along_axis(token, pick[:, None], axis=-1)[:, 0].astype(jnp.int32)
+def _choose_of_few(logits_BTV, key_BT, knobs: Knobs, filters: Filters) -> jax.Array:
+    """The same draw: noise is made for the largest logits only, no others can be kept."""
+    B, T, V = logits_BTV.shape
+    top_MC, token_MC = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
+    top_BTC, token_BTC = top_MC.reshape(B, T, -1), token_MC.reshape(B, T, -1)
+    kept_BTC = filter_logits(top_BTC, knobs, filters)
+    noisy_BTC = kept_BTC + _only_drawn(gumbel_of(key_BT, token_BTC), knobs)
+    place_BT1 = jnp.argmax(noisy_BTC, axis=-1)[..., None]
+    return jnp.take_along_axis(token_BTC, place_BT1, axis=-1)[..., 0].astype(jnp.int32)
+
+
+def _only_drawn(noise: jax.Array, knobs: Knobs) -> jax.Array:
+    return jnp.where((knobs.temperature_B > 0)[:, None, None], noise, 0.0)
+
+
+def _few(knobs: Knobs) -> jax.Array:
+    """Whether every row keeps few tokens; of greedy rows it does not matter."""
+    few_B = (knobs.top_k_B > 0) & (knobs.top_k_B <= _FEW)
+    return (few_B | (knobs.temperature_B == 0)).all()
 
 
 def is_stop(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:

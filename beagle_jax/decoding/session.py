@@ -119,7 +119,7 @@ class Session:
         while waiting and len(free) >= min(width, len(waiting)):
             taken, waiting[:width] = waiting[:width], []
             here, free = free[: len(taken)], free[len(taken) :]
-            for row, index in zip(here, taken):
+            for row, index in zip(here, taken, strict=True):
                 lines[row] = _Line(index, self.requests[index], self._texts[index])
             requests = [self.requests[index] for index in taken]
             for number, chunk in enumerate(self._chunks(here, requests, width)):

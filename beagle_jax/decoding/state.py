@@ -69,8 +69,13 @@ def snapshot(state: DecodeState) -> Snapshot:
 
 def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState:
     """Rows without a request."""
-    zeros = lambda dtype=jnp.int32: jnp.zeros(batch, dtype)  # donated buffers must differ
-    out = lambda: jnp.zeros((batch, capacity), jnp.int32)
+
+    def zeros(dtype=jnp.int32):
+        return jnp.zeros(batch, dtype)  # donated buffers must differ
+
+    def out():
+        return jnp.zeros((batch, capacity), jnp.int32)
+
     key_B = jax.vmap(jax.random.key)(zeros(jnp.uint32))
     return DecodeState(
         cache,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,19 +96,17 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
             "raise eval.max_new_tokens or --prompts, or set other eval.suites"
         )
     verify_ms = {
-        rows: milliseconds(verifying(target, rows), PASSES)
+        rows: milliseconds(verifying(target, rows))
         for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")
     }
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
-        one, many = (
-            milliseconds(drafting(drafter, small_tree(levels, topk)), PASSES) for levels in (1, 4)
-        )
+        one, many = (milliseconds(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(drafter, topk, *text) for text in read]
-        grown = [np.concatenate(each) for each in zip(*trees)]
+        grown = [np.concatenate(each) for each in zip(*trees, strict=True)]
         order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}  # type: ignore[call-arg]  # grown are three
         if topk == max(TOPKS):
             ranks, places = _rank_share(*grown), len(grown[0])
@@ -129,15 +128,22 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
 
-def milliseconds(call: Callable[[], jax.Array], passes: int) -> float:
-    """Median time of one pass of a call that makes so many of them; the first call is not timed."""
-    jax.block_until_ready(call())
+class Passes(NamedTuple):
+    """A call that does its work several times over, in one program."""
+
+    call: Callable[[], Any]
+    count: int
+
+
+def milliseconds(work: Passes) -> float:
+    """Median time of one pass; the first call is not timed."""
+    jax.block_until_ready(work.call())
     seconds = []
     for _ in range(_REPEATS):
         clock = time.perf_counter()
-        jax.block_until_ready(call())
+        jax.block_until_ready(work.call())
         seconds.append(time.perf_counter() - clock)
-    return 1000 * float(np.median(seconds)) / passes
+    return 1000 * float(np.median(seconds)) / work.count
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -156,11 +162,11 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
-def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
+def verifying(target: Target, rows: int) -> Passes:
     """A call that verifies this many rows, greedily, `PASSES` times."""
     cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
-    return lambda: _verified(target.params, target.spec, tokens, cache, visible)
+    return Passes(lambda: _verified(target.params, target.spec, tokens, cache, visible), PASSES)
 
 
 @partial(jax.jit, static_argnames="tree")
@@ -175,17 +181,19 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
 
 @partial(jax.jit, static_argnames="tree")
 def _drafted(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> jax.Array:
-    read = lambda _, root_B: drafter.propose(
-        state, known._replace(root_B=root_B), tree, None
-    ).nodes.token_BW[:, -1]
+    def read(_, root_B):
+        return drafter.propose(state, known._replace(root_B=root_B), tree, None).nodes.token_BW[
+            :, -1
+        ]
+
     return jax.lax.fori_loop(0, PASSES, read, known.root_B)
 
 
-def drafting(drafter: TrainedDrafter, tree: Tree) -> Callable[[], jax.Array]:
+def drafting(drafter: TrainedDrafter, tree: Tree) -> Passes:
     """A call that drafts this tree `PASSES` times."""
     state = drafter.init(1, _CAPACITY)
     known = Known(jnp.zeros(1, jnp.int32), jnp.full(1, _CAPACITY - 8))
-    return lambda: _drafted(drafter, tree, state, known)
+    return Passes(lambda: _drafted(drafter, tree, state, known), PASSES)
 
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
@@ -201,7 +209,7 @@ def _read_text(
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     mask_BLL = causal_mask(jnp.full(B, L), L)
-    states_BLD = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL)[0]
+    states_BLD = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL).states_BTD
     next_BL = jnp.roll(text_BL, -1, axis=1)
     seen = Seen(states_BLD, text_BL, next_BL, jnp.zeros(B, jnp.int32), jnp.full(B, L))
     return drafter.observe(drafter.init(B, L), seen), states_BLD

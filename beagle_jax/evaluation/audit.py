@@ -216,11 +216,14 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     sampling, asked = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
-        draw = lambda prompt, seed: timed(
-            bench.decoders[name].generate(
-                [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
+
+        def draw(prompt, seed):
+            return timed(
+                bench.decoders[name].generate(
+                    [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
+                )
             )
-        )
+
         asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
     rng, places, outside = np.random.default_rng(0), [], 0
     for one in asked:

@@ -14,7 +14,7 @@ from beagle_jax.decoding.engine import advance
 from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.state import DecodeState
-from beagle_jax.decoding.tuning import PASSES, milliseconds
+from beagle_jax.decoding.tuning import PASSES, Passes, milliseconds
 
 
 def phases(
@@ -28,10 +28,10 @@ def phases(
     """
     now, state = decoder.prefilled([prompt], sampling, max_new_tokens=max_new_tokens)
     proposal = jax.jit(Round.propose)(now, state)
-    draft_ms = milliseconds(lambda: _drafted(now, state), PASSES) if now.tree.depth else 0.0
+    draft_ms = milliseconds(Passes(lambda: _drafted(now, state), PASSES)) if now.tree.depth else 0.0
     return {
         "draft": draft_ms,
-        "verify": milliseconds(lambda: _verified(now, state, proposal), PASSES),
+        "verify": milliseconds(Passes(lambda: _verified(now, state, proposal), PASSES)),
     }
 
 
@@ -73,7 +73,10 @@ def memory(
     """
     session = decoder.session([prompt], sampling, max_new_tokens=max_new_tokens)
     now, state = session.now, session.first_state()
-    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
     rounds = advance.lower(now, state, np.int32(1), np.int32(1))
     return {
         "target_weights": size(now.target.params),

@@ -209,7 +209,10 @@ def _predict(
     """
     block_type, entries = _ENTRIES[spec.kind]
     block, (Q, depth) = block_type(spec).bind({"params": params}), below_Qt.shape
-    embedded = lambda tokens: embed(target["embed_VD"], tokens, spec.embed_scale)
+
+    def embedded(tokens):
+        return embed(target["embed_VD"], tokens, spec.embed_scale)
+
     # the tokens of each path, the root's first, and their positions
     token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
