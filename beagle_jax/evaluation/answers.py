@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from beagle_jax.config import Config, Identity
 from beagle_jax.decoding.requests import Answer
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text

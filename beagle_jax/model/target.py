@@ -21,6 +21,7 @@ from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
 from beagle_jax.model.layers import (
     PartialAttention,
+    RopeFactors,
     RopeScaling,
     apply_rope,
     merge_attention,
