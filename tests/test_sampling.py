@@ -208,7 +208,7 @@ def test_planted_bug_accepts_where_p_exceeds_q_only():
 
 def test_planted_bug_every_place_draws_with_the_same_noise():
     def wrong(now, key_B, place_BT, purpose):
-        return now.with_(keys=Round.keys).keys(key_B, jnp.zeros_like(place_BT), purpose)
+        return Round.keys(now, key_B, jnp.zeros_like(place_BT), purpose)
 
     with pytest.raises(AssertionError):
         check_distribution(TREES["dynamic"], SAMPLINGS["all"], keys=wrong)

@@ -102,18 +102,17 @@ def test_a_toy_whose_tree_is_grown_outside_decodes(tree):
 
 
 class Wrong(Copies):
-    """A planted bug: two siblings of the same token, which no drafter may draft."""
+    """A planted bug: the second copy takes the root for its parent."""
 
     def propose(self, state, known, tree, draw):
         nodes = super().propose(state, known, tree, draw).nodes
-        depth_BW = jnp.minimum(nodes.depth_BW, 1)
-        return Proposal(nodes._replace(depth_BW=depth_BW))
+        return Proposal(nodes._replace(parent_BW=jnp.zeros_like(nodes.parent_BW)))
 
 
-def test_planted_bug_nodes_at_the_wrong_depth():
+def test_planted_bug_a_node_with_another_parent():
     jax.tree_util.register_dataclass(Wrong)
     target = target_of()
-    # a prompt after which the target repeats a token, so that the second copy is right as well
+    # after some of these prompts the target repeats a token once, and not twice
     found = SpeculativeDecoder(target, Wrong(), chain(2)).generate(
         [[token] for token in range(TINY.vocab_size)], max_new_tokens=24
     )

@@ -174,7 +174,7 @@ def test_the_text_does_not_depend_on_the_rows(tiny_params, alone, stops, samplin
 def test_planted_bug_noise_by_row(tiny_params, alone, stops):
     def wrong(now, key_B, place_BT, purpose):
         row_B = jax.random.split(jax.random.key(0), len(key_B))
-        return now.with_(keys=Round.keys).keys(row_B, place_BT, purpose)
+        return Round.keys(now, row_B, place_BT, purpose)
 
     asked, _ = alone
     ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=DRAWN, parts={"keys": wrong})

@@ -184,8 +184,8 @@ class SpeculativeDecoder:
         session = self.session(
             prompts, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, batch=batch
         )
-        found = {piece.index: piece.answer for piece in session if piece.answer is not None}
-        answers = tuple(found[index] for index in range(len(session.requests)))
+        by_index = {piece.index: piece.answer for piece in session if piece.answer is not None}
+        answers = tuple(by_index[index] for index in range(len(session.requests)))
         for index, answer in enumerate(answers):
             if answer.finish == "error":
                 _log.warning("prompt %d: %s", index + 1, NOT_FINITE)
@@ -271,6 +271,6 @@ class SpeculativeDecoder:
         most = max(len(request.tokens) + request.max_new_tokens for request in requests)
         need = min(most, self._codec.context) + self.tree.depth + 1
         widest = padded(max(len(request.tokens) for request in requests))
-        asked = 0 if self._fixed else round_up(need, CAPACITY_BUCKET)
-        self._capacity = max(self._capacity, asked, widest)
+        needed = 0 if self._fixed else round_up(need, CAPACITY_BUCKET)
+        self._capacity = max(self._capacity, needed, widest)
         return Session(self._round, self._codec, requests, rows, self._capacity, streaming)

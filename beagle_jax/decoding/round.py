@@ -99,8 +99,10 @@ class Ratio:
         requests, count_B1 = state.requests, state.transcript.count_B[:, None]
         raw_BWV = logits(now.target.params, now.target.spec, states_BWD)
         place_BP = count_B1 + jnp.arange(now.tree.depth)[None]
-        key_BP = now.keys(requests.key_B, place_BP, FOR_ACCEPTING)
-        key_BW = now.keys(requests.key_B, count_B1 + proposal.nodes.depth_BW, FOR_TARGET)
+        key_BP = now.part("keys")(now, requests.key_B, place_BP, FOR_ACCEPTING)
+        key_BW = now.part("keys")(
+            now, requests.key_B, count_B1 + proposal.nodes.depth_BW, FOR_TARGET
+        )
         accepted = accept_by_ratio(
             proposal.nodes,
             filter_logits(raw_BWV, requests.knobs, now.filters),
@@ -194,7 +196,7 @@ class Round:
         draw = None
         if self.rule.draws:
             place_BP = state.transcript.count_B[:, None] + jnp.arange(self.tree.depth)[None]
-            key_BP = self.keys(state.requests.key_B, place_BP, FOR_DRAFT)
+            key_BP = self.part("keys")(self, state.requests.key_B, place_BP, FOR_DRAFT)
             draw = Draw(key_BP, state.requests.knobs, self.filters)
         known = Known(state.transcript.root_B, state.cache.length_B)
         return self.drafter.propose(state.draft, known, self.tree, draw)
@@ -298,15 +300,12 @@ class Round:
         if not self.filters.drawn:
             return best_tokens(params, states_BWD)
         raw_BWV = logits(params, spec, states_BWD)
-        key_BW = self.keys(requests.key_B, place_BW, FOR_TARGET)
+        key_BW = self.part("keys")(self, requests.key_B, place_BW, FOR_TARGET)
         wanted_BW = choose(raw_BWV, key_BW, requests.knobs, self.filters)
         return wanted_BW, jnp.isfinite(raw_BWV.max(axis=-1))
 
     def keys(self, key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
         """The random key [B, T] of each place, for one purpose."""
-        replaced = dict(self.parts).get("keys")
-        if replaced is not None:
-            return replaced(self, key_B, place_BT, purpose)
         return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
     def read_chunk(
@@ -324,10 +323,10 @@ class Round:
         """
         row_R, offset, length_R = chunk.row_R, chunk.offset, chunk.length_R
         R, T = chunk.token_RT.shape
-        here_R = jnp.clip(length_R - offset, 0, T)  # tokens of this chunk
+        count_R = jnp.clip(length_R - offset, 0, T)  # tokens of this chunk
         ends_R = (length_R > offset) & (length_R <= offset + T)
-        states_RTD, rows = self._read_text(state, chunk, here_R, first, prefix)
-        last_R = jnp.maximum(here_R - 1, 0)[:, None, None]
+        states_RTD, rows = self._read_text(state, chunk, count_R, first, prefix)
+        last_R = jnp.maximum(count_R - 1, 0)[:, None, None]
         last_R1D = jnp.take_along_axis(states_RTD, last_R, axis=1)
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
         now, stats = state.transcript, state.stats
@@ -337,7 +336,7 @@ class Round:
         text_RT1 = jnp.concatenate([chunk.token_RT, root_R[:, None]], axis=1)
         text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
         start_R = jnp.broadcast_to(offset, (R,))
-        seen = Seen(states_RTD, text_RT1[:, :-1], text_RT1[:, 1:], start_R, here_R, not first)
+        seen = Seen(states_RTD, text_RT1[:, :-1], text_RT1[:, 1:], start_R, count_R, not first)
         none_R = jnp.zeros(R, jnp.int32)
 
         def put(old, new):
@@ -369,7 +368,7 @@ class Round:
         self,
         state: DecodeState,
         chunk: Chunk,
-        here_R: jax.Array,
+        count_R: jax.Array,
         first: bool,
         prefix: Sequence[KVRows] | None,
     ) -> tuple[jax.Array, list[KVRows]]:
@@ -381,7 +380,7 @@ class Round:
             past = (repeated(prefix, R), jnp.ones((R, prefix[0].v_BKSH.shape[2]), bool))
         elif not first:
             past = state.cache.past(chunk.row_R, chunk.offset)
-        mask_RTT = causal_mask(here_R, T)
+        mask_RTT = causal_mask(count_R, T)
         target = self.target
         read = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
         return read.states_BTD, read.rows

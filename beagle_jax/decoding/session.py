@@ -98,31 +98,31 @@ class Session:
         """
         if not waiting:
             return np.int32(self.rows)
-        return np.int32(min(lines.count(None) + self._group(lines, waiting), self.rows))
+        group = min(self._width(waiting), len(waiting))
+        return np.int32(min(lines.count(None) + group, self.rows))
 
-    def _group(self, lines: list[_Line | None], waiting: list[int]) -> int:
-        """Prompts to read at once. Half-empty prefills cost as much as full ones, and idle rows
-        cost more.
+    def _width(self, waiting: list[int]) -> int:
+        """Prompts to read at once: two sizes, one for the first rows and one for refills.
+
+        Half-empty prefills cost as much as full ones, and rows that idle cost more.
         """
-        return min(self._width(lines), len(waiting))
-
-    def _width(self, lines: list[_Line | None]) -> int:
-        return min(ADMIT_ROWS, self.rows if not any(lines) else max(1, self.rows // 4))
+        filled = len(waiting) < len(self.requests)
+        return min(ADMIT_ROWS, max(1, self.rows // 4) if filled else self.rows)
 
     def _refill(
         self, state: DecodeState, lines: list[_Line | None], waiting: list[int]
     ) -> tuple[DecodeState, bool]:
         """Admits waiting requests to free rows; was any admitted?"""
         clock, admitted = time.perf_counter(), False
-        width = self._width(lines)
+        width = self._width(waiting)
         free = [row for row, line in enumerate(lines) if line is None]
         while waiting and len(free) >= min(width, len(waiting)):
             taken, waiting[:width] = waiting[:width], []
-            here, free = free[: len(taken)], free[len(taken) :]
-            for row, index in zip(here, taken, strict=True):
+            rows, free = free[: len(taken)], free[len(taken) :]
+            for row, index in zip(rows, taken, strict=True):
                 lines[row] = _Line(index, self.requests[index], self._texts[index])
             requests = [self.requests[index] for index in taken]
-            for number, chunk in enumerate(self._chunks(here, requests, width)):
+            for number, chunk in enumerate(self._chunks(rows, requests, width)):
                 state = admit(self.now.reading, state, chunk, first=number == 0)
             admitted = True
         if admitted:
@@ -130,20 +130,20 @@ class Session:
             self.prefill_seconds += time.perf_counter() - clock
         return state, admitted
 
-    def _chunks(self, here: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
+    def _chunks(self, rows: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
         """The prompts of some requests, in chunks. What is missing to the width repeats the last
         one, which changes nothing.
         """
         requests = requests + requests[-1:] * (width - len(requests))
-        row_R = np.array(here + here[-1:] * (width - len(here)), np.int32)
+        row_R = np.array(rows + rows[-1:] * (width - len(rows)), np.int32)
         length_R = np.array([len(request.tokens) for request in requests], np.int32)
         token_RT = np.zeros((width, padded(max(length_R))), np.int32)
         for line, request in enumerate(requests):
             token_RT[line, : length_R[line]] = request.tokens
-        asked = self._arrays(requests, length_R)
+        arrays = self._arrays(requests, length_R)
         for start in range(0, token_RT.shape[1], PREFILL_CHUNK):
             chunk_RT = token_RT[:, start : start + PREFILL_CHUNK]
-            yield Chunk(row_R, chunk_RT, np.int32(start), length_R, asked)
+            yield Chunk(row_R, chunk_RT, np.int32(start), length_R, arrays)
 
     def _arrays(self, requests: list[Request], length_R: np.ndarray) -> Requests:
         most = [min(request.max_new_tokens, self.codec.context) for request in requests]

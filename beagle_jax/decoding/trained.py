@@ -229,8 +229,8 @@ class EagleDrafter(TrainedDrafter):
         at_BT = _same_position(frontier.length_B + frontier.depth - 1, frontier)
         memory, sees_BTQ = None, frontier.sees_BTQ
         if frontier.depth:  # the root's own entry is in the cache
-            kept = frontier.memory if self.append_predicted else None
-            memory, sees_BTQ = self.with_own(kept, sees_BTQ, block.keys_values(x_BTD, at_BT))
+            above = frontier.memory if self.append_predicted else None
+            memory, sees_BTQ = self.with_own(above, sees_BTQ, block.keys_values(x_BTD, at_BT))
         state_BTD, logits_VM = self._predict(
             block, state.rows, frontier, x_BTD, at_BT, memory, sees_BTQ
         )
