@@ -34,7 +34,7 @@ from beagle_jax.decoding.tuning import (
     small_tree,
     verifying,
 )
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target

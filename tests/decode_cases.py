@@ -17,7 +17,7 @@ from beagle_jax.decoding.engine import admit, advance, begin
 from beagle_jax.decoding.round import Chunk, Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling, filters_of, knobs_of
 from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits

@@ -125,7 +125,7 @@ def difference(params, spec, prompts, expected) -> float:
     B, T = tokens_BT.shape
     # One operation after the other: thirty layers share them all, and as one program they take ten
     # seconds to compile.
-    states_BTD, _, _ = forward(
+    states_BTD, _ = forward(
         params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T)
     )
     found_BTV = np.asarray(logits(params, spec, states_BTD))

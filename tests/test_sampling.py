@@ -32,7 +32,7 @@ from beagle_jax.decoding.sampling import (
 )
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.evaluation.measure import CompileCounter
-from beagle_jax.model.beagle import DraftSpec, init_draft
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits

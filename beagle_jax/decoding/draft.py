@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
 from beagle_jax.decoding.tree import Tree
+from beagle_jax.model.precision import exact
 
 
 class Frontier(NamedTuple):
@@ -72,6 +73,7 @@ class _Level:
     score_BT: jax.Array  # cumulative log-probability (zero in trees that need no scores)
 
 
+@exact
 def grow(
     drafter: TreeDrafter, state: State, known: Known, tree: Tree, draw: Draw | None = None
 ) -> Grown:

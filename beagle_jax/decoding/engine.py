@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from beagle_jax.decoding.round import Chunk, Round
 from beagle_jax.decoding.state import DecodeState, Snapshot, constrained, snapshot
 from beagle_jax.model.cache import KVRows
+from beagle_jax.model.precision import exact
 
 
 @partial(jax.jit, static_argnames=("batch", "capacity"))
@@ -23,6 +24,7 @@ def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
 
 
 @partial(jax.jit, static_argnames=("first",), donate_argnames=("state",))
+@exact
 def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> DecodeState:
     """Reads one chunk of new prompts (`Round.read_chunk`). now: `Round.reading`."""
     state, _ = now.part("read_chunk")(now, state, chunk, first)
@@ -30,6 +32,7 @@ def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> Decod
 
 
 @partial(jax.jit, donate_argnames=("state",))
+@exact
 def admit_after(
     now: Round, state: DecodeState, chunk: Chunk, prefix: Sequence[KVRows]
 ) -> tuple[DecodeState, jax.Array]:
@@ -38,6 +41,7 @@ def admit_after(
 
 
 @partial(jax.jit, donate_argnames=("state",))
+@exact
 def advance(
     now: Round, state: DecodeState, max_rounds: jax.Array, enough: jax.Array
 ) -> tuple[DecodeState, Snapshot]:
@@ -57,6 +61,7 @@ def advance(
 
 
 @partial(jax.jit, static_argnames=("rounds",), donate_argnames=("state",))
+@exact
 def advance_keeping(
     now: Round, state: DecodeState, *, rounds: int
 ) -> tuple[DecodeState, Snapshot, jax.Array]:

@@ -14,8 +14,9 @@ from beagle_jax.decoding.draft import Frontier, LevelOutput, TreeDrafter
 from beagle_jax.decoding.drafter import Draw, Known, Proposal, Seen, State
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.cache import KVRows, append_rows, empty_rows, visible_slots, write_rows
+from beagle_jax.model.draft import DraftSpec, LayerBlock
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.layers import merge_attention, partial_attention
 from beagle_jax.model.target import TargetSpec, embed, logit_columns
@@ -60,6 +61,11 @@ class TrainedDrafter(TreeDrafter):
         """Raises UserError for another target's draft, and for trees that cannot be drafted."""
         if not tree.depth:
             return
+        if self.spec.taps:
+            raise UserError(
+                f"this draft reads the target's layers {list(self.spec.taps)}, which decoding does "
+                "not give to drafts yet; use a draft of the last states"
+            )
         ours, theirs = self.spec.hidden_size, target.hidden_size
         if ours != theirs:
             raise UserError(
@@ -112,7 +118,7 @@ class TrainedDrafter(TreeDrafter):
 
     def _predict(
         self,
-        block: BeagleBlock,
+        block: LayerBlock,
         rows: KVRows,
         frontier: Frontier,
         x_BTD: jax.Array,
@@ -142,7 +148,9 @@ class BeagleDrafter(TrainedDrafter):
     Its state is a cache of keys and values of true states.
     """
 
-    kind: ClassVar[str] = DraftSpec.kind
+    kind: ClassVar[str] = BeagleSpec.kind
+
+    spec: BeagleSpec = field(metadata={"static": True})
 
     def init(self, batch: int, capacity: int) -> KVRows:
         """An empty cache."""

@@ -34,6 +34,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import best_tokens, forward, init_cache
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -202,6 +203,7 @@ def small_tree(levels: int, topk: int) -> DynamicTree:
 
 
 @jax.jit
+@exact
 def _read_text(
     model: TargetModel, drafter: TrainedDrafter, text_BL: jax.Array
 ) -> tuple[State, jax.Array]:

@@ -70,7 +70,7 @@ def _read_beginning(
         dtype = params["embed_VD"].dtype
         return Beginning(init_cache(spec, 1, 0, dtype), np.zeros((0, spec.hidden_size), dtype))
     tokens_1P = jnp.asarray([first[:P]], jnp.int32)
-    states_1PD, rows, _ = _read(
+    states_1PD, rows = _read(
         params, spec, tokens_1P, jnp.arange(P)[None], causal_mask(jnp.full(1, P), P)
     )
     return Beginning(rows, np.asarray(states_1PD[0]))

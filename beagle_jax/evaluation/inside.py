@@ -15,6 +15,7 @@ from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.state import DecodeState
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import forward
 
 
@@ -85,6 +86,7 @@ def attention(
 
 
 @jax.jit
+@exact
 def _weights(now: Round, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array) -> jax.Array:
     drafter, target, L = now.drafter, now.target, text_1L.shape[1]
     k_BKHS = drafter.rows(state.draft).k_BKHS

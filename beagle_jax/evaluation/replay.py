@@ -16,8 +16,9 @@ import numpy as np
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import DynamicTree, Tree
-from beagle_jax.model.beagle import BeagleBlock, DraftSpec
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -273,7 +274,7 @@ def _eagle_entries(
 
 
 _ENTRIES = {
-    DraftSpec.kind: (BeagleBlock, _beagle_entries),
+    BeagleSpec.kind: (BeagleBlock, _beagle_entries),
     EagleSpec.kind: (EagleBlock, _eagle_entries),
 }
 _PATHS: dict[str, Callable[..., set[Path]]] = {
