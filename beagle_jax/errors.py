@@ -20,6 +20,22 @@ class UserError(Exception):
     exit_status = 1
 
 
+class PromptError(UserError):
+    """A prompt that cannot be answered."""
+
+
+class ContextFull(PromptError):
+    """A prompt that leaves no room for an answer."""
+
+    def __init__(self, length: int, limit: int):
+        """length: tokens of the prompt. limit: tokens of the context."""
+        super().__init__(
+            f"the prompt has {length} tokens and the context ends at {limit}, which leaves no "
+            "room for an answer; shorten the prompt"
+        )
+        self.length, self.limit = length, limit
+
+
 class UsageError(UserError):
     """A command line or configuration that asks for something that does not exist."""
 

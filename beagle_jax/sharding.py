@@ -209,15 +209,11 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
     return on_all
 
 
-def shard_cache(cache: Sequence[KVRows], mesh: Mesh | None) -> list[KVRows]:
-    """Inside jit: key and value rows split by head."""
-    if mesh is None:
-        return list(cache)
+def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
+    """Where key and value rows live: split by head."""
 
     def put(x):
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
-        )
+        return NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
 
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
 

@@ -6,6 +6,7 @@ every bar, those of libraries included.
 """
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -37,6 +38,16 @@ def prepare(arguments: Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"
+    logger = logging.getLogger("beagle_jax")
+    if not logger.handlers:
+        logger.addHandler(_Warnings())
+
+
+class _Warnings(logging.Handler):
+    """Prints the package's warnings on stderr, wherever that is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax.config import Config, load_config
+from beagle_jax.decoding.build import decoder_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target, open_source

@@ -24,12 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import drafting, machine, milliseconds, small_tree, verifying
+from beagle_jax.decoding.tuning import (
+    Passes,
+    drafting,
+    machine,
+    milliseconds,
+    small_tree,
+    verifying,
+)
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import TargetSpec
-from beagle_jax.model.tensors import param_table
+from beagle_jax.model.target import TargetSpec, param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -98,13 +104,11 @@ def bytes_read(target: Target) -> int:
 
 
 def draft_times(
-    target: Target, draft: Draft, topk: int, timed: Callable[[Callable], float] = milliseconds
+    target: Target, draft: Draft, topk: int, timed: Callable[[Passes], float] = milliseconds
 ) -> tuple[float, float]:
     """Milliseconds of the first draft level, and of each further one."""
-    models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
-    first, four = (
-        timed(drafting(target, draft, models, small_tree(levels, topk))) for levels in (1, 4)
-    )
+    drafter = trained_drafter(draft, target.params)
+    first, four = (timed(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
     return first, (four - first) / 3
 
 
@@ -114,15 +118,15 @@ def round_time(
     """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
     decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
     runs = [
-        decoder.generate([[1] * 32], max_new_tokens=new_tokens)[0]
+        decoder.generate([[1] * 32], max_new_tokens=new_tokens)
         for _ in range(1 + discarded + _ANSWERS)  # the first compiles
     ][1 + discarded :]
-    seconds = [run.decode_seconds / run.rounds for run in runs]
+    seconds = [run.decode_seconds / run[0].rounds for run in runs]
     return {
         "milliseconds": 1000 * float(np.median(seconds)),
         "fastest": 1000 * min(seconds),
         "slowest": 1000 * max(seconds),
-        "tau": runs[-1].tau,
+        "tau": runs[-1][0].tau,
     }
 
 

@@ -16,32 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.config import load_config
-from beagle_jax.decoding import loop
+from beagle_jax.decoding.accept import accept_matching
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.kinds import trained_drafter
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.tree import chain
-from beagle_jax.decoding.tuning import PASSES, drafting, machine, milliseconds, verifying
-from beagle_jax.decoding.verify import accept_matching
+from beagle_jax.decoding.tuning import PASSES, Passes, drafting, machine, milliseconds, verifying
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target
 
 
 def knows(tokens: list[int], count: int):
-    """`loop.propose`, its tokens replaced by the right ones; their dependence on the real draft
+    """`Round.propose`, its tokens replaced by the right ones; their dependence on the real draft
     keeps it from being dropped.
     """
     known_S = jnp.asarray(np.pad(tokens, (0, count + 1)), jnp.int32)
-    right = loop.propose
 
-    def draft(models, shapes, now):
-        drafted = right(models, shapes, now)
-        nodes = drafted.nodes
-        told_BW = known_S[jnp.minimum(now.count_B[:, None] - 1 + nodes.depth_BW, len(known_S) - 1)]
-        return drafted._replace(
-            nodes=nodes._replace(token_BW=jnp.where(nodes.token_BW < 0, nodes.token_BW, told_BW))
-        )
+    def propose(now, state):
+        proposal = Round.propose(now, state)
+        nodes = proposal.nodes
+        at_BW = state.transcript.count_B[:, None] - 1 + nodes.depth_BW
+        right_BW = known_S[jnp.minimum(at_BW, len(known_S) - 1)]
+        token_BW = jnp.where(nodes.token_BW < 0, nodes.token_BW, right_BW)
+        return proposal._replace(nodes=nodes._replace(token_BW=token_BW))
 
-    return draft
+    return propose
 
 
 @partial(jax.jit, static_argnames="depth")
@@ -52,16 +52,14 @@ def _accepted(nodes, wanted_BW, depth: int):
     return jax.lax.fori_loop(0, PASSES, again, wanted_BW)
 
 
-@partial(jax.jit, static_argnames="shapes", donate_argnames="state")
-def _appended(models, shapes, state, found, states_BWD, rows):
+@partial(jax.jit, donate_argnames="state")
+def _appended(now, state, accepted, states_BWD, rows):
     """The path depends on the pass only in form, or a compiler would take it once for all."""
 
-    def again(index, now):
-        return loop.append(
-            models,
-            shapes,
-            now,
-            found._replace(path_BP1=found.path_BP1 - index // PASSES),
+    def again(index, state):
+        return now.append(
+            state,
+            accepted._replace(path_BP1=accepted.path_BP1 - index // PASSES),
             states_BWD,
             rows,
         )
@@ -69,26 +67,28 @@ def _appended(models, shapes, state, found, states_BWD, rows):
     return jax.lax.fori_loop(0, PASSES, again, state)
 
 
-@partial(jax.jit, static_argnames="shapes")
-def _verified(models, shapes, state):
-    nodes = loop.propose(models, shapes, state).nodes
-    states_BWD, rows = loop.read_tree(models, shapes, state, nodes)
-    return nodes, states_BWD, rows, accept_matching(nodes, nodes.token_BW, shapes.tree.depth)
+@jax.jit
+def _verified(now, state):
+    nodes = now.propose(state).nodes
+    states_BWD, rows = now.read(state, nodes)
+    return nodes, states_BWD, rows, accept_matching(nodes, nodes.token_BW, now.tree.depth)
 
 
-def ending(models, shapes, state) -> tuple[float, float]:
+def ending(now, state) -> tuple[float, float]:
     """Milliseconds of accepting a chain (the target's choice is part of verifying), and of
     appending what was accepted.
     """
-    nodes, states_BWD, rows, found = _verified(models, shapes, state)
-    accepting = milliseconds(lambda: _accepted(nodes, nodes.token_BW, shapes.tree.depth))
+    nodes, states_BWD, rows, accepted = _verified(now, state)
+    accepting = milliseconds(
+        Passes(lambda: _accepted(nodes, nodes.token_BW, now.tree.depth), PASSES)
+    )
     held = [state]  # given away and got back, as decoding does
 
     def append():
-        held[0] = _appended(models, shapes, held[0], found, states_BWD, rows)
+        held[0] = _appended(now, held[0], accepted, states_BWD, rows)
         return held[0]
 
-    return accepting, milliseconds(append)
+    return accepting, milliseconds(Passes(append, PASSES))
 
 
 def main() -> None:
@@ -107,25 +107,22 @@ def main() -> None:
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=arguments.new_tokens)
     prompt, answer = max(zip(prompts, answers, strict=True), key=lambda pair: len(pair[1].tokens))
     print(machine())
-    right = loop.propose
     for levels in arguments.levels:
-        loop.propose = knows(answer.tokens, levels)
-        jax.clear_caches()
         decoder = SpeculativeDecoder(target, draft, chain(levels), context=248)
-        decoder.generate([prompt], max_new_tokens=len(answer.tokens))
-        rounds = [decoder.generate([prompt], max_new_tokens=len(answer.tokens)) for _ in range(5)]
-        loop.propose = right
-        [first] = rounds[0]
+        oracle = decoder.with_(propose=knows(answer.tokens, levels))
+        oracle.generate([prompt], max_new_tokens=len(answer.tokens))
+        runs = [oracle.generate([prompt], max_new_tokens=len(answer.tokens)) for _ in range(5)]
+        [first] = runs[0]
         assert first.tokens == answer.tokens and first.rounds == -(
             -(len(answer.tokens) - 1) // (levels + 1)
         ), first
-        whole = 1000 * float(np.median([one.decode_seconds for [one] in rounds])) / first.rounds
+        whole = 1000 * float(np.median([run.decode_seconds for run in runs])) / first.rounds
         verify = milliseconds(verifying(target, levels + 1))
-        models = loop.Models(
-            target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids)
+        drafter = trained_drafter(draft, target.params)
+        steps = milliseconds(drafting(drafter, chain(levels)))
+        accepting, appending = ending(
+            *decoder.prefilled([prompt], max_new_tokens=len(answer.tokens))
         )
-        steps = milliseconds(drafting(target, draft, models, chain(levels)))
-        accepting, appending = ending(*decoder.prefilled(prompt, max_new_tokens=len(answer.tokens)))
         print(
             f"chain of {levels}: round {whole:.1f} ms, verify alone {verify:.1f}, draft alone "
             f"{steps:.1f}, accept {accepting:.2f}, append {appending:.2f}, left for the loop "

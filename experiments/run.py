@@ -36,8 +36,8 @@ from beagle_jax import terminal
 from beagle_jax.commands.evaluate import evaluate
 from beagle_jax.commands.train import train_draft, training_target
 from beagle_jax.config import Config, Identity, Result, load_config, parse_override
+from beagle_jax.decoding.build import decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text

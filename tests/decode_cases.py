@@ -7,12 +7,16 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from conftest import TINY, random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from beagle_jax.decoding import loop
-from beagle_jax.decoding.tree import ROOT_ONLY
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.engine import admit, advance, begin
+from beagle_jax.decoding.round import Chunk, Round
+from beagle_jax.decoding.sampling import GREEDY, Sampling, filters_of, knobs_of
+from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
@@ -98,17 +102,40 @@ def right_eagle(error: float = 0.0) -> Draft:
     return Draft(draft.spec, {**draft.params, **off, "fc": fc}, None, {})
 
 
-def start(models, shapes, prompts, limit_B, capacity, seeds=None) -> loop.DecodeState:
+def round_of(target, draft, tree, sampling: Sampling = GREEDY, **options) -> Round:
+    """A round as the decoder makes it."""
+    decoder = SpeculativeDecoder(target, draft, tree, **options)
+    return dataclasses.replace(decoder._round, filters=filters_of([sampling]))
+
+
+def start(
+    now: Round, prompts, limit_B, capacity, sampling: Sampling = GREEDY, seeds=None
+) -> DecodeState:
     """The state after reading right-padded prompts in one piece."""
-    width = max(map(len, prompts))
-    tokens = jnp.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], jnp.int32)
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)) if seeds is None else seeds)
-    shapes = shapes._replace(
-        tree=ROOT_ONLY
-    )  # as the decoder does: prompts are read alike for all trees
-    state = loop.begin(models, shapes, limit_B, keys, capacity=capacity)
-    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-    return loop.read_prompt(models, shapes, state, tokens, jnp.int32(0), lengths, first=True)
+    width, B = max(map(len, prompts)), len(prompts)
+    token_BT = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], np.int32)
+    key_B = jax.vmap(jax.random.key)(jnp.arange(B) if seeds is None else seeds)
+    requests = Requests(np.asarray(limit_B, np.int32), key_B, knobs_of([sampling] * B))
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    chunk = Chunk(np.arange(B, dtype=np.int32), token_BT, np.int32(0), length_B, requests)
+    state = begin(now.reading, batch=B, capacity=capacity)
+    return admit(now.reading, state, chunk, first=True)
+
+
+def planted(kind: type, drafter):
+    """The same drafter as a kind that holds a planted bug."""
+    if kind not in _planted:
+        jax.tree_util.register_dataclass(kind)
+        _planted.add(kind)
+    return kind(*(getattr(drafter, field.name) for field in dataclasses.fields(drafter)))
+
+
+_planted: set[type] = set()
+
+
+def run(now: Round, state: DecodeState, rounds: int) -> tuple[DecodeState, Snapshot]:
+    """The state after so many rounds, or when all rows are done."""
+    return advance(now, state, np.int32(rounds), np.int32(len(state.transcript.done_B)))
 
 
 _argmax_next = jax.jit(

@@ -3,19 +3,17 @@ cache, tau, sampler).
 """
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
 from decode_cases import MARKOV, letters, random_draft, right_draft, target_of
 from test_measure import chat
 from test_report import check_schema
 
-from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling, filtered
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.evaluation import audit as audit_module
@@ -32,23 +30,27 @@ TREES = {
     "dynamic": dynamic_tree(2, 3, 5),
 }
 DRAWN = Sampling(1.2, top_k=30, top_p=0.95)
-_stop = itertools.count(
-    20_000
-)  # a planted bug stays in what was compiled with it; a stop token of its own keeps it there
 
 
 def audited(
-    target, drafts, trees, sampling=GREEDY, max_new_tokens=24, buggy=None, append_predicted=True
+    target,
+    drafts,
+    trees,
+    sampling=GREEDY,
+    max_new_tokens=24,
+    append_predicted=True,
+    parts=None,
+    plain_parts=None,
 ) -> dict:
-    """The audit of these systems; `buggy`: the target that those with a draft decode."""
+    """The audit of these systems; parts: planted in those with a draft."""
     target = dataclasses.replace(target, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, max_new_tokens, 256)
-    decoders = {"plain": SpeculativeDecoder(target, context=context)}
+    plain = SpeculativeDecoder(target, context=context)
+    decoders = {"plain": plain.with_(**(plain_parts or {}))}
     for name, draft in drafts.items():
         options = dict(context=context, append_predicted=append_predicted)
-        decoders[name] = SpeculativeDecoder(
-            dataclasses.replace(buggy or target, tokenizer=letters()), draft, trees[name], **options
-        )
+        decoder = SpeculativeDecoder(target, draft, trees[name], **options)
+        decoders[name] = decoder.with_(**(parts or {}))
     bench = Bench(decoders, target.tokenizer, context, max_new_tokens, sampling, 3)
     return audit(
         target,
@@ -103,20 +105,14 @@ def no_draws(*_) -> Check:
     return Check("x: draws", True, "")
 
 
-def buggy_target(spec=TINY):
-    return target_of(spec, eos_ids=(next(_stop),))
-
-
 def test_wrong_mask(monkeypatch):
     """Every node of a chain sees all others."""
-    right, size = loop.forward, TREES["chain"].size
 
-    def everything(*a):
-        return right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == size else right(*a)
+    def everything(now, state, nodes):
+        return Round.read(now, state, nodes._replace(above_BWW=jnp.ones_like(nodes.above_BWW)))
 
-    monkeypatch.setattr(loop, "forward", everything)
     monkeypatch.setattr(audit_module, "_draws", no_draws)
-    made = audited(target_of(), {"chain": random_draft()}, TREES, buggy=buggy_target())
+    made = audited(target_of(), {"chain": random_draft()}, TREES, parts={"read": everything})
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not made["passed"]
     first = made["divergences"][0]
     assert (
@@ -128,28 +124,26 @@ def test_wrong_mask(monkeypatch):
     check_schema(made, "audit")
 
 
-def test_stale_cache_row(monkeypatch):
+def test_stale_cache_row():
     """After the first round a row too many is taken for known."""
-    right = loop._emit
-    monkeypatch.setattr(
-        loop,
-        "_emit",
-        lambda now, *rest: (after := right(now, *rest))._replace(
-            length_B=after.length_B + (after.rounds_B == 1)
-        ),
-    )
-    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, buggy=buggy_target())
+
+    def wrong(now, state, *rest):
+        after = Round.emit(now, state, *rest)
+        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
+        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
+        return after._replace(cache=cache)
+
+    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts={"emit": wrong})
     assert TOKENS in failed(made)
 
 
-def test_stale_rows_of_the_draft_alone(monkeypatch):
+def test_stale_rows_of_the_draft_alone():
     """The output stays right; only the recomputed acceptance can tell."""
-    right = loop.write_rows
-    monkeypatch.setattr(
-        loop,
-        "write_rows",
-        lambda cache, rows, start: right(cache, jax.tree.map(lambda x: -3 * x, rows), start),
-    )
+
+    def stale(now, state):
+        rows = jax.tree.map(lambda x: -3 * x, state.draft)
+        return Round.propose(now, state._replace(draft=rows))
+
     draft = random_draft()
     attentive = {
         **draft.params,
@@ -162,19 +156,37 @@ def test_stale_rows_of_the_draft_alone(monkeypatch):
         TREES,
         DRAWN,
         48,
-        buggy_target(MARKOV),
+        parts={"propose": stale},
     )
     assert failed(made) == {ACCEPTANCE}
 
 
-def test_biased_sampler(monkeypatch):
+def test_biased_sampler():
     """Draws of half the temperature: the same with any tree and with none, so that no comparison of
     the two can tell.
     """
-    right = loop.gumbel
-    monkeypatch.setattr(loop, "gumbel", lambda *a: 0.5 * right(*a))
-    stop = next(_stop)
-    made = audited(target_of(MARKOV, eos_ids=(stop,)), {"chain": right_draft(0.15)}, TREES, DRAWN)
+
+    def biased(read):
+        def wrong(now, state, *rest):
+            knobs = state.requests.knobs
+            cold = knobs._replace(temperature_B=0.5 * knobs.temperature_B)
+            return read(now, state, cold, *rest)
+
+        return wrong
+
+    def accept(now, state, knobs, *rest):
+        requests = state.requests._replace(knobs=knobs)
+        return Round.accept(now, state._replace(requests=requests), *rest)
+
+    parts = {"accept": biased(accept)}
+    made = audited(
+        target_of(MARKOV),
+        {"chain": right_draft(0.15)},
+        TREES,
+        DRAWN,
+        parts=parts,
+        plain_parts=parts,
+    )
     assert failed(made) == {DRAWS}
 
 
@@ -337,14 +349,17 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
             answer, tokens=[*answer.tokens[:5], (answer.tokens[5] + 1) % 61, *answer.tokens[6:]]
         )
 
+    def replaced(answers):
+        return dataclasses.replace(answers, answers=tuple(map(wrong, answers)))
+
     right = SpeculativeDecoder.generate
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(
             SpeculativeDecoder,
             "generate",
-            lambda self, *a, **o: [
-                wrong(one) if self.tree.depth else one for one in right(self, *a, **o)
-            ],
+            lambda self, *a, **o: (
+                replaced(right(self, *a, **o)) if self.tree.depth else right(self, *a, **o)
+            ),
         )
         made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(

@@ -13,7 +13,9 @@ from conftest import ONE_DEVICE
 
 from beagle_jax.config import EarlyStage, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.trained import BeagleDrafter, DraftHead
 from beagle_jax.decoding.tree import chain
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.cache import empty_rows
@@ -138,16 +140,8 @@ def _drafted(params, spec, embed_VD, times=1.0):
         empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32),
         jnp.zeros(1, jnp.int32),
     )
-    return draft_tree(
-        params,
-        spec,
-        chain(2),
-        times * embed_VD,
-        DraftHead(embed_VD, None),
-        cache,
-        length_B,
-        jnp.array([5]),
-    ).state_BQD
+    drafter = BeagleDrafter(spec, params, times * embed_VD, DraftHead(embed_VD, None))
+    return grow(drafter, cache, Known(jnp.array([5]), length_B), chain(2)).state_BQD
 
 
 @partial(jax.jit, static_argnums=1)

@@ -189,7 +189,6 @@ def _printed(bench, monkeypatch, capsys, *arguments) -> str:
 
 def test_the_oracle_s_rounds_are_told_by_phase(workplace, monkeypatch, capsys):
     bench = benchmark("oracle_draft")
-    monkeypatch.setattr(bench.loop, "propose", bench.loop.propose)  # put back whatever happens
     monkeypatch.setattr(bench, "suite", lambda *_: suite(str(workplace.folder / "eval.jsonl"), 3))
     printed = _printed(
         bench, monkeypatch, capsys, "--config", workplace.config, "--levels", 2, "--new-tokens", 13

@@ -22,7 +22,7 @@ from beagle_jax.corpus import writer as corpus_writer
 from beagle_jax.corpus.text import training_rows
 from beagle_jax.data import states
 from beagle_jax.data.loader import BatchLoader
-from beagle_jax.decoding.tuning import decoder_of
+from beagle_jax.decoding.build import decoder_of
 from beagle_jax.errors import run_main
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target

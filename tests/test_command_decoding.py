@@ -65,9 +65,10 @@ class Wrong(SpeculativeDecoder):
     """Gets the last token wrong when it drafts."""
 
     def generate(self, *arguments, **options):
-        [answer] = super().generate(*arguments, **options)
+        answers = super().generate(*arguments, **options)
+        [answer] = answers
         wrong = replace(answer, tokens=[*answer.tokens[:-1], answer.tokens[-1] ^ 1])
-        return [wrong if self._shapes.draft else answer]
+        return replace(answers, answers=(wrong,)) if self.tree.depth else answers
 
 
 def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
@@ -75,7 +76,7 @@ def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
     assert run_main(evaluate.main, command) == 0
     printed = capsys.readouterr().out
     assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "3/3" in printed
-    monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
+    monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
     assert run_main(evaluate.main, command) == 1
     told = capsys.readouterr()
     assert "FAILED" in told.out and " became " in told.out
@@ -83,7 +84,7 @@ def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
 
 
 def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
-    monkeypatch.setattr("beagle_jax.decoding.tuning.SpeculativeDecoder", Wrong)
+    monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
     summaries = evaluated(trained, capsys)
     assert summaries[1]["identical_to_plain"] == 0
     with pytest.raises(AssertionError):
@@ -253,14 +254,15 @@ def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
 def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, capsys):
     right, calls = SpeculativeDecoder.stream, []
 
-    def interrupted(self, *arguments, **options):
-        pieces = right(self, *arguments, **options)
-        calls.append([message["role"] for message in arguments[0]])
-        if len(calls) > 2:
-            return (yield from pieces)
-        if len(calls) == 2:
-            yield next(pieces)
+    def cut(stream, pieces: int):
+        for _ in range(pieces):
+            yield next(stream)
         raise KeyboardInterrupt
+
+    def interrupted(self, *arguments, **options):
+        calls.append([message["role"] for message in arguments[0]])
+        stream = right(self, *arguments, **options)
+        return stream if len(calls) > 2 else cut(stream, len(calls) - 1)
 
     monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
     chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])

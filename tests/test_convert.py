@@ -16,7 +16,9 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from beagle_jax.config import TrainConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.trained import BeagleDrafter, DraftHead
 from beagle_jax.decoding.tree import chain, static_tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.weights.draft import Draft, load_draft
@@ -80,7 +82,7 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, t
         )
 
 
-grow = jax.jit(draft_tree, static_argnums=(1, 2))
+grown = jax.jit(grow, static_argnums=3)
 
 
 def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
@@ -96,16 +98,9 @@ def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
     cache = BeagleBlock(draft.spec).apply(
         {"params": draft.params}, h_BSD, positions_BS, method="keys_values"
     )
-    found = grow(
-        draft.params,
-        draft.spec,
-        static_tree(PATHS),
-        params["embed_VD"],
-        head,
-        cache,
-        jnp.full(10, 6),
-        jnp.asarray(roots),
-    )
+    drafter = BeagleDrafter(draft.spec, draft.params, params["embed_VD"], head)
+    known = Known(jnp.asarray(roots), jnp.full(10, 6))
+    found = grown(drafter, cache, known, static_tree(PATHS))
     rows_VD, embed = (
         module.head_rows(place.model.lm_head.weight),
         place.model.get_input_embeddings(),

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, environment
@@ -11,19 +14,18 @@ from decode_cases import (
     MARKOV,
     letters,
     naive_greedy,
-    next_stop,
     random_draft,
     right_draft,
     target_of,
 )
 
-from beagle_jax.decoding import decoder as decoder_module
-from beagle_jax.decoding import loop
+from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import read_prompt
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
+from beagle_jax.model.cache import KVCache
 from beagle_jax.sharding import tensor_mesh
 
 STATIC = static_tree(
@@ -70,13 +72,20 @@ def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
     _check_batch(_decoder(TREES[tree], target, draft, context=128), sampling)  # one cache size
 
 
-def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first(monkeypatch):
-    right = loop.visible_slots
-    monkeypatch.setattr(
-        loop, "visible_slots", lambda length_B, *rest: right(length_B * 0 + length_B[:1], *rest)
-    )
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _AsFarAsTheFirst(KVCache):
+    def visible(self):
+        return jnp.broadcast_to(super().visible()[:1], super().visible().shape)
+
+
+def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first():
+    def wrong(now, state, nodes):
+        cache = _AsFarAsTheFirst(state.cache.layers, state.cache.length_B)
+        return Round.read(now, state._replace(cache=cache), nodes)
+
     with pytest.raises(AssertionError):
-        _check_batch(_decoder(ROOT_ONLY, target_of(eos_ids=next_stop()), context=128), GREEDY)
+        _check_batch(_decoder(ROOT_ONLY, context=128).with_(read=wrong), GREEDY)
 
 
 def _check_batch(decoder, sampling) -> None:
@@ -93,7 +102,7 @@ def _check_batch(decoder, sampling) -> None:
     ]
 
     def counted(answer):
-        return (answer.tokens, answer.rounds, answer.accepted, answer.stopped_by)
+        return (answer.tokens, answer.rounds, answer.accepted, answer.finish)
 
     assert list(map(counted, together)) == list(map(counted, alone))
 
@@ -152,7 +161,7 @@ def test_a_stop_string_ends_the_answer_wherever_it_lies(tree, begin):
     stop = free.text[begin : begin + 3]
     place = free.text.find(stop)
     [found] = decoder.generate([[5]], max_new_tokens=40, stop=["never there", stop])
-    assert found.text == free.text[:place] and found.stopped_by == "string"
+    assert found.text == free.text[:place] and found.finish == "string"
     assert found.tokens == free.tokens[: place + len(stop)]
     # The tokens of the rounds that count: nothing after the stop is in them.
     assert sum(found.accepted) == found.rounds
@@ -178,17 +187,15 @@ def test_the_context_ends_an_answer():
     decoder = _decoder(chain(3), context=32)
     prompt = [1, 2, 3, 4, 5]
     [found] = decoder.generate([prompt], max_new_tokens=10**10)
-    assert found.tokens == naive_greedy(target_of(), prompt, 27) and found.stopped_by == "context"
+    assert found.tokens == naive_greedy(target_of(), prompt, 27) and found.finish == "context"
     [short] = decoder.generate([prompt], max_new_tokens=4)
-    assert short.stopped_by == "length" and len(short.tokens) == 4
+    assert short.finish == "length" and len(short.tokens) == 4
 
 
 def test_a_stop_token_is_named():
     stop = naive_greedy(target_of(MARKOV), [5], 9)[5]
     [found] = _decoder(chain(3), target_of(MARKOV, (stop,)), right_draft()).generate([[5]])
-    assert (
-        found.stopped_by == "token" and found.tokens[-1] == stop and found.tokens.count(stop) == 1
-    )
+    assert found.finish == "token" and found.tokens[-1] == stop and found.tokens.count(stop) == 1
 
 
 # Streams and chats
@@ -200,28 +207,30 @@ def test_a_stream_is_generate_in_pieces(tree, sampling):
 
 
 def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
-    right = decoder_module.report
-    monkeypatch.setattr(
-        decoder_module, "report", lambda state: right(state)._replace(out_BS=state.out_BS + 1)
-    )
+    right = session_module.peek
+
+    def other(state):
+        return right(state)._replace(out_BS=state.transcript.out_BS + 1)
+
+    monkeypatch.setattr(session_module, "peek", other)
     with pytest.raises(AssertionError):
         _check_stream(_decoder(ROOT_ONLY, *_lettered()), GREEDY)
 
 
 def test_a_stream_reads_the_rounds_before_those_that_run(monkeypatch):
-    started, run, fetch = [], decoder_module.decode, decoder_module._fetched
+    started, run, fetch = [], session_module.advance, jax.device_get
 
     def noted(*arguments):
         after = run(*arguments)
         started.append(after[1])
         return after
 
-    def read(report):
-        assert started and report is not started[-1]
-        return fetch(report)
+    def read(snapshot):
+        assert started and snapshot is not started[-1]
+        return fetch(snapshot)
 
-    monkeypatch.setattr(decoder_module, "decode", noted)
-    monkeypatch.setattr(decoder_module, "_fetched", read)
+    monkeypatch.setattr(session_module, "advance", noted)
+    monkeypatch.setattr(session_module.jax, "device_get", read)
     assert (
         "".join(_decoder(ROOT_ONLY, *_lettered()).stream([5, 6], max_new_tokens=40))
         and len(started) > 2
@@ -229,19 +238,11 @@ def test_a_stream_reads_the_rounds_before_those_that_run(monkeypatch):
 
 
 def _check_stream(decoder, sampling) -> None:
-    stream, pieces = decoder.stream([5, 6], sampling, max_new_tokens=40, seed=3), []
-    try:
-        while True:
-            pieces.append(next(stream))
-    except StopIteration as end:
-        streamed = end.value
+    stream = decoder.stream([5, 6], sampling, max_new_tokens=40, seed=3)
+    pieces = list(stream)
     [whole] = decoder.generate([[5, 6]], sampling, max_new_tokens=40, seed=3)
-    assert len(pieces) > 1 and "".join(pieces) == whole.text == streamed.text
-    assert (streamed.tokens, streamed.rounds, streamed.accepted) == (
-        whole.tokens,
-        whole.rounds,
-        whole.accepted,
-    )
+    assert len(pieces) > 1 and "".join(pieces) == whole.text
+    assert stream.answer == whole
 
 
 def test_messages_and_plain_text_go_through_the_chat_template():
@@ -280,7 +281,7 @@ def test_messages_and_plain_text_go_through_the_chat_template():
 @pytest.mark.parametrize("tree", [chain(2), dynamic_tree(2, 2, 5)], ids=["chain", "dynamic"])
 def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
     """Four chunks, the last one not full; rows of the batch end in different chunks."""
-    monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [
         rng.integers(0, TINY.vocab_size, length).tolist() for length in (200, 64, 65, 3, 128)
@@ -292,16 +293,16 @@ def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
 
 
 def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
-    monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
 
-    def wrong(models, shapes, state, tokens, offset, *rest, **named):
-        return read_prompt(models, shapes, state, tokens, offset - (offset > 0), *rest, **named)
+    def wrong(now, state, chunk, first):
+        return Round.read_chunk(
+            now, state, chunk._replace(offset=chunk.offset - (chunk.offset > 0)), first
+        )
 
-    monkeypatch.setattr("beagle_jax.decoding.decoder.read_prompt", wrong)
     prompt = np.random.default_rng(0).integers(0, TINY.vocab_size, 200).tolist()
-    assert _decoder(chain(2)).generate([prompt], max_new_tokens=12)[0].tokens != naive_greedy(
-        target_of(), prompt, 12
-    )
+    [found] = _decoder(chain(2)).with_(read_chunk=wrong).generate([prompt], max_new_tokens=12)
+    assert found.tokens != naive_greedy(target_of(), prompt, 12)
 
 
 # Several devices
@@ -328,13 +329,12 @@ def eagle(mesh):
     return [(a.tokens, a.rounds) for a in decoder.generate(prompts, max_new_tokens=32)]
 assert eagle(None) == eagle(tensor_mesh(2))
 decoder = SpeculativeDecoder(one_layer, random_draft(), dynamic_tree(2, 2, 5), mesh=tensor_mesh(2))
-assert len(decoder._models.target["layers"][0]["gate_FD"].sharding.device_set) == 2
-shard = decoder._models.target["layers"][0]["gate_FD"].addressable_shards[0].data.shape
+assert len(decoder._round.target.params["layers"][0]["gate_FD"].sharding.device_set) == 2
+shard = decoder._round.target.params["layers"][0]["gate_FD"].addressable_shards[0].data.shape
 assert shard == (24, 32), shard
-def ask(decoder):
-    sampling = Sampling(0.8, top_k=20)
-    return [a.tokens for a in decoder.generate(prompts, sampling, max_new_tokens=32)]
-right, layer = ask(decoder), decoder._models.target["layers"][0]
+drawn = dict(sampling=Sampling(0.8, top_k=20), max_new_tokens=32)
+ask = lambda decoder: [a.tokens for a in decoder.generate(prompts, **drawn)]
+right, layer = ask(decoder), decoder._round.target.params["layers"][0]
 layer["gate_FD"] = jax.device_put(np.roll(layer["gate_FD"], 24, axis=0), layer["gate_FD"].sharding)
 assert ask(decoder) != right, "the planted bug, each device with the other's part, was not seen"
 print("equal")

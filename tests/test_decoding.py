@@ -17,16 +17,22 @@ from decode_cases import (
     next_stop,
     random_draft,
     right_draft,
+    round_of,
+    run,
     start,
     target_of,
 )
 
-from beagle_jax.decoding import draft as drafting
-from beagle_jax.decoding import loop
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding import engine, trained
+from beagle_jax.decoding.accept import accept_matching
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.requests import Answer, Answers
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling
+from beagle_jax.decoding.state import DecodeState
 from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError
+from beagle_jax.evaluation.answers import TimedAnswer
 from beagle_jax.evaluation.measure import CompileCounter, Measurement
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.weights.draft import Draft
@@ -50,15 +56,14 @@ PROMPTS = {
 }
 
 
-def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None) -> Generation:
-    [answer] = SpeculativeDecoder(target, draft, tree, context=context).generate(
-        [prompt], max_new_tokens=limit or max_new
-    )
+def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None, **parts) -> Answer:
+    decoder = SpeculativeDecoder(target, draft, tree, context=context).with_(**parts)
+    [answer] = decoder.generate([prompt], max_new_tokens=limit or max_new)
     return answer
 
 
-def _check_lossless(target, draft, tree, prompt, max_new=20, context=None) -> Generation:
-    found = _generate(target, draft, tree, prompt, max_new, context=context)
+def _check_lossless(target, draft, tree, prompt, max_new=20, context=None, **parts) -> Answer:
+    found = _generate(target, draft, tree, prompt, max_new, context=context, **parts)
     assert found.tokens == naive_greedy(target, prompt, max_new)
     assert sum(found.accepted) == found.rounds
     return found
@@ -87,15 +92,16 @@ def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
         assert found.rounds == -(-29 // (tree.depth + 1))
 
 
-def test_planted_bug_accepts_one_too_many(monkeypatch):
-    right = loop.accept_matching
+def test_planted_bug_accepts_one_too_many():
+    def wrong(now, state, proposal, states_BWD):
+        nodes = proposal.nodes
+        place_BW = state.transcript.count_B[:, None] + nodes.depth_BW
+        wanted_BW, finite_BW = now.choose(state.requests, states_BWD, place_BW)
+        wanted_BW = wanted_BW.at[:, 0].set(nodes.token_BW[:, 1])
+        return accept_matching(nodes, wanted_BW, now.tree.depth), finite_BW
 
-    def wrong(nodes, wanted, depth):
-        return right(nodes, wanted.at[:, 0].set(nodes.token_BW[:, 1]) if depth else wanted, depth)
-
-    monkeypatch.setattr(loop, "accept_matching", wrong)
     with pytest.raises(AssertionError):
-        _check_lossless(target_of(eos_ids=next_stop()), random_draft(), chain(2), [5])
+        _check_lossless(target_of(), random_draft(), chain(2), [5], accept=wrong)
 
 
 def test_all_drafts_rejected():
@@ -119,7 +125,7 @@ def test_stop_token_anywhere_in_an_accepted_run():
     for place, answer in enumerate(found):
         assert (
             answer.tokens == naive_greedy(target, prompts[place], 12) == free[place:]
-            and answer.stopped_by == "token"
+            and answer.finish == "token"
         )
         assert sum(answer.accepted) == answer.rounds == -(-(7 - place) // 6)
 
@@ -153,9 +159,7 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
             ended = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
             assert found.tokens == plain.tokens == ended[:limit]
             assert (
-                found.stopped_by
-                == plain.stopped_by
-                == ("token" if found.tokens[-1] == stop else "length")
+                found.finish == plain.finish == ("token" if found.tokens[-1] == stop else "length")
             )
             assert sum(found.accepted) == found.rounds <= plain.rounds == len(plain.tokens) - 1
 
@@ -170,22 +174,11 @@ def test_length_limit_inside_a_round(limit):
 
 
 def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
-    if draft is None:
-        models, draft_spec = loop.Models(target.params, None, None), None
-    else:
-        models = loop.Models(
-            target.params, draft.params, loop.draft_head_of(target.params, draft.hot_ids)
-        )
-        draft_spec = draft.spec
-    shapes = loop.Shapes(target.spec, draft_spec, tree, target.eos_ids, sampling)
-    return (
-        models,
-        shapes,
-        start(models, shapes, prompts, jnp.full(len(prompts), max_new, jnp.int32), capacity),
-    )
+    now = round_of(target, draft, tree, sampling)
+    return now, start(now, prompts, [max_new] * len(prompts), capacity, sampling)
 
 
-def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> loop.DecodeState:
+def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> DecodeState:
     """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a
     slot is left.
     """
@@ -193,9 +186,9 @@ def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> loop.Decod
     [plain] = SpeculativeDecoder(target).generate([prompt], sampling, max_new_tokens=max_new)
     assert not sampling.greedy or plain.tokens == naive_greedy(target, prompt, max_new)
     capacity = len(prompt) + max_new - 2 + tree.depth + 1 - missing
-    models, shapes, state = _state(target, draft, tree, [prompt], capacity, max_new, sampling)
-    state = loop.decode(models, shapes, state, np.int32(100))[0]
-    assert state.out_BS[0, : state.count_B[0]].tolist() == plain.tokens
+    now, state = _state(target, draft, tree, [prompt], capacity, max_new, sampling)
+    state, after = run(now, state, 100)
+    assert after.out_BS[0, : after.count_B[0]].tolist() == plain.tokens
     return state
 
 
@@ -217,7 +210,8 @@ def _never_right(sampling):
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_cache_exactly_full_with_all_drafts_rejected(tree, sampling):
     state = _check_full_cache(target_of(), _never_right(sampling), tree, sampling)
-    assert (state.rounds_B[0], state.accepted_BS[0, :10].tolist()) == (10, [0] * 10)
+    stats = state.stats
+    assert (stats.rounds_B[0], stats.accepted_BS[0, :10].tolist()) == (10, [0] * 10)
 
 
 def test_planted_bug_a_cache_of_too_few_slots():
@@ -229,32 +223,75 @@ def test_a_draft_that_overflows_changes_no_token(monkeypatch):
     """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds
     only the one planted here.
     """
-    right = drafting.logit_columns
+    right = trained.logit_columns
 
     def broken(*arguments):
         columns_VM = right(*arguments)
         return jnp.where(jnp.argmax(columns_VM, axis=0)[None] % 2 == 1, jnp.nan, columns_VM)
 
-    monkeypatch.setattr(drafting, "logit_columns", broken)
+    monkeypatch.setattr(trained, "logit_columns", broken)
     found = _check_lossless(
         target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30
     )
     assert found.rounds < 29  # of the children that are numbers some are right
 
 
-def test_logits_that_turn_infinite_on_the_way_are_named():
-    free = naive_greedy(target_of(MARKOV), [START], 8)
+def _infinite_after(token: int):
+    """A target whose logits are not finite after this token."""
     target = target_of(MARKOV)
-    target = dataclasses.replace(
-        target,
-        params={**target.params, "embed_VD": target.params["embed_VD"].at[free[5]].set(jnp.inf)},
-    )
-    plain = SpeculativeDecoder(target)
-    assert (
-        plain.generate([[START]], max_new_tokens=6)[0].tokens == free[:6]
-    )  # nothing follows the last one
-    with pytest.raises(UserError, match="logits are not finite"):
-        plain.generate([[START]], max_new_tokens=7)
+    embed_VD = target.params["embed_VD"].at[token].set(jnp.inf)
+    return dataclasses.replace(target, params={**target.params, "embed_VD": embed_VD})
+
+
+@pytest.mark.parametrize("tree", [ROOT_ONLY, *KINDS.values()], ids=["plain", *KINDS])
+def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
+    """What was written before them is kept, and the other rows of the batch go on."""
+    free = naive_greedy(target_of(MARKOV), [START], 8)
+    texts = {token: naive_greedy(target_of(MARKOV), [token], 8) for token in range(TINY.vocab_size)}
+    start, other = next(item for item in texts.items() if free[5] not in (item[0], *item[1]))
+    draft = right_draft(0.02) if tree.depth else None
+    decoder = SpeculativeDecoder(_infinite_after(free[5]), draft, tree)
+
+    def ask(limit):
+        return decoder.generate([[START], [start]], max_new_tokens=limit)
+
+    whole, beside = ask(6)  # nothing follows the last one
+    assert (whole.tokens, whole.finish, beside.tokens) == (free[:6], "length", other[:6])
+    assert not caplog.records
+    broken, beside = ask(8)
+    assert (broken.tokens, broken.finish) == (free[:6], "error")
+    assert (beside.tokens, beside.finish) == (other, "length")
+    assert [record.getMessage()[:40] for record in caplog.records] == [
+        "prompt 1: the target's logits are not fi"
+    ]
+
+
+@pytest.mark.parametrize("tree", [chain(2), KINDS["ragged"]], ids=["chain", "ragged"])
+def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
+    """The draft knows one token only, after which nothing is finite; the target never writes it."""
+    free = naive_greedy(target_of(MARKOV), [START], 8)
+    never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
+    target = _infinite_after(never[0])
+    draft = dataclasses.replace(right_draft(), hot_ids=jnp.array(never[:4]))
+    found = _generate(target, draft, tree, [START], 8)
+    assert (found.tokens, found.finish, found.accepted[0]) == (free, "length", 7)
+
+
+def test_a_rejected_node_spoils_no_other_node():
+    """In a target with layers a hidden value that is not finite would reach all nodes, as 0 times
+    infinity.
+    """
+    free = naive_greedy(target_of(), [START], 8)
+    never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
+    untied = dataclasses.replace(TINY, tie_embeddings=False)
+    params = {**target_of().params, "head_VD": target_of().params["embed_VD"]}
+    embed_VD = params["embed_VD"].at[never[0]].set(jnp.inf)
+    target = target_of(untied)
+    target = dataclasses.replace(target, params={**params, "embed_VD": embed_VD})
+    assert naive_greedy(target, [START], 8) == free
+    draft = random_draft(hot_ids=jnp.array(never[:4]))
+    found = _generate(target, draft, KINDS["dynamic"], [START], 8)
+    assert (found.tokens, found.finish) == (free, "length")
 
 
 def test_reduced_vocabulary_is_still_exact():
@@ -262,8 +299,8 @@ def test_reduced_vocabulary_is_still_exact():
     found = _check_lossless(target_of(), random_draft(hot_ids=hot), TREES["ragged"], [5])
     assert found.rounds > 0
     target, draft = target_of(), random_draft(hot_ids=hot)
-    models, shapes, state = _state(target, draft, TREES["ragged"], [[5]], 64, 4)
-    drafted = jax.jit(loop.propose, static_argnums=1)(models, shapes, state)
+    now, state = _state(target, draft, TREES["ragged"], [[5]], 64, 4)
+    drafted = jax.jit(Round.propose)(now, state)
     assert set(drafted.nodes.token_BW[0, 1:].tolist()) <= set(hot.tolist())
 
 
@@ -287,18 +324,16 @@ def test_nothing_compiles_after_warm_up():
     ids=["plain-greedy", "plain-drawn", "chain-greedy", "dynamic-drawn"],
 )
 def test_caches_are_donated_and_updated_in_place(tree, sampling):
-    _check_in_place(loop.decode, tree, sampling)
+    _check_in_place(engine.advance, tree, sampling)
 
 
 def test_planted_bug_caches_that_are_not_given_away():
     with pytest.raises(AssertionError):
-        _check_in_place(
-            jax.jit(loop.decode.__wrapped__, static_argnames="shapes"), ROOT_ONLY, GREEDY
-        )
+        _check_in_place(jax.jit(engine.advance.__wrapped__), ROOT_ONLY, GREEDY)
 
 
 @lru_cache
-def _check_in_place(decode, tree, sampling) -> str:
+def _check_in_place(advance, tree, sampling) -> str:
     """The program's text."""
     # Heads wide enough that the scores of a tree over all slots are small beside the keys.
     spec = dataclasses.replace(TINY, head_dim=64)
@@ -308,30 +343,28 @@ def _check_in_place(decode, tree, sampling) -> str:
         if tree.depth
         else None
     )
-    models, shapes, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8, sampling)
-    cache_bytes = sum(
-        leaf.nbytes for leaf in jax.tree.leaves((state.target_cache, state.draft_cache))
-    )
-    compiled = decode.lower(models, shapes, state, np.int32(9)).compile()
+    now, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8, sampling)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.draft)))
+    compiled = advance.lower(now, state, np.int32(9), np.int32(1)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
-    compiled(models, state, np.int32(9))
-    assert state.target_cache[0].k_BKHS.is_deleted() and (
-        draft is None or state.draft_cache.v_BKSH.is_deleted()
-    )
+    compiled(now, state, np.int32(9), np.int32(1))
+    assert state.cache.layers[0].k_BKHS.is_deleted()
+    assert draft is None or state.draft.v_BKSH.is_deleted()
     return compiled.as_text()
 
 
 def test_phases_are_named_in_the_program():
-    text = _check_in_place(loop.decode, chain(3), GREEDY)
+    text = _check_in_place(engine.advance, chain(3), GREEDY)
     assert all(f"/{phase}/" in text for phase in ("draft", "verify", "accept", "append"))
 
 
 def test_definitions_of_tau_and_step_alpha():
-    one = Generation([1] * 8, 3, [1, 0, 2], 0.5, 1.5)
-    other = Generation([1, 2, 3], 2, [2, 0, 0], 0.5, 0.5)
-    assert (one.tau, one.tokens_per_second) == (7 / 3, 4.0)
+    one = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
+    other = TimedAnswer([1, 2, 3], "", "length", 2, [2, 0, 0], 0.5, 0.5)
+    assert one.tau == 7 / 3 and Answers((one, other), 1.0, 1.75).tokens_per_second == 4.0
+    assert Measurement("one", "", [[one]]).tokens_per_second == 4.0
     both = Measurement("both", "chain of 2", [[one], [other]])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
@@ -443,19 +476,18 @@ def _broken_target():
             lambda: SpeculativeDecoder(target_of()).generate([[1]], Sampling(1.0, top_p=0.0)),
             "top_p is 0.0",
         ),
-        (
-            lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]]),
-            "logits are not finite .prompt 1 of the batch",
-        ),
-        (
-            lambda: SpeculativeDecoder(_broken_target()).generate([[1], [2]], Sampling(1.0)),
-            "logits are not finite .prompt 1 of the batch",
-        ),
     ],
 )
 def test_error_messages(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)], ids=["greedy", "drawn"])
+def test_a_target_that_gives_no_number_answers_nothing(sampling, caplog):
+    answers = SpeculativeDecoder(_broken_target()).generate([[1], [2]], sampling)
+    assert [(answer.tokens, answer.finish) for answer in answers] == [([], "error")] * 2
+    assert "prompt 2: the target's logits are not finite" in caplog.text
 
 
 def test_stop_tokens_used_here_are_outside_the_vocabulary():

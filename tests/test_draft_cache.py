@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, NEVER, next_stop, random_draft, right_draft, start, target_of
+from decode_cases import MARKOV, random_draft, right_draft, round_of, run, start, target_of
 
-from beagle_jax.decoding import draft as drafting
-from beagle_jax.decoding import loop
-from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.round import Round
+from beagle_jax.decoding.trained import BeagleDrafter, DraftHead
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.cache import empty_rows, write_rows
@@ -33,17 +34,10 @@ def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
     cache = write_rows(
         empty, rows, jnp.zeros(1, jnp.int32)
     )  # slots at and past `length` hold rows that must not show
-    return draft_tree(
-        draft.params,
-        draft.spec,
-        tree,
-        embed_VD,
-        DraftHead(embed_VD, None),
-        cache,
-        length[None],
-        jnp.array([root]),
-        **options,
+    drafter = BeagleDrafter(
+        draft.spec, draft.params, embed_VD, DraftHead(embed_VD, None), **options
     )
+    return grow(drafter, cache, Known(jnp.array([root]), length[None]), tree)
 
 
 @lru_cache
@@ -97,12 +91,12 @@ def test_drafting_equals_the_late_stage(length, steps):
 
 
 def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
-    right = drafting.BeagleBlock.keys_values
+    right = BeagleBlock.keys_values
 
     def wrong(self, h, at):
         return right(self, h, at + (h.shape[1] == 1))
 
-    monkeypatch.setattr(drafting.BeagleBlock, "keys_values", wrong)
+    monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
     monkeypatch.setattr(
         "beagle_jax.training.late.BeagleBlock",
         type("Right", (BeagleBlock,), {"keys_values": right}),
@@ -161,20 +155,16 @@ def _rows_of_text(params, spec, draft_params, text_BL):
     ]
 
 
-def compare_caches(spec, draft, tree, rounds=4, eos_ids=NEVER) -> None:
-    target, prompt = target_of(spec, eos_ids), [3, 1, 4, 1, 5]
-    models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
-    shapes = loop.Shapes(target.spec, draft.spec, tree, target.eos_ids)
-    limit = jnp.array([40])
-    state = start(models, shapes, [prompt], limit, 64)
-    state = loop.decode(models, shapes, state, np.int32(rounds))[0]
-    cached = int(state.length_B[0])
-    text = jnp.array([prompt + state.out_BS[0].tolist()])[
-        :, :64
-    ]  # tokens past those cached are garbage, and later
-    assert cached == len(prompt) + int(state.count_B[0]) - 1 > len(prompt) + rounds - 1
+def compare_caches(spec, draft, tree, rounds=4, **parts) -> None:
+    target, prompt = target_of(spec), [3, 1, 4, 1, 5]
+    now = round_of(target, draft, tree).with_(**parts)
+    state, after = run(now, start(now, [prompt], [40], 64), rounds)
+    cached = int(state.cache.length_B[0])
+    # tokens past those cached are garbage, and later
+    text = jnp.array([prompt + after.out_BS[0].tolist()])[:, :64]
+    assert cached == len(prompt) + int(after.count_B[0]) - 1 > len(prompt) + rounds - 1
     rows = _rows_of_text(target.params, spec, draft.params, text)
-    for cache, right in zip([state.draft_cache, *state.target_cache], rows, strict=True):
+    for cache, right in zip([state.draft, *state.cache.layers], rows, strict=True):
         np.testing.assert_allclose(
             cache.k_BKHS[..., :cached], right.k_BKHS[..., :cached], atol=1e-4
         )
@@ -194,13 +184,11 @@ def test_caches_hold_true_states_only(case, tree):
         compare_caches(MARKOV, right_draft(0.02), tree)
 
 
-def test_planted_bug_keeps_the_wrong_path(monkeypatch):
-    right = loop.accept_matching
+def test_planted_bug_keeps_the_wrong_path():
+    def wrong(now, state, proposal, states_BWD):
+        accepted, finite_BW = Round.accept(now, state, proposal, states_BWD)
+        path_BP1 = jnp.minimum(accepted.path_BP1 + 1, states_BWD.shape[1] - 1)
+        return accepted._replace(path_BP1=path_BP1), finite_BW
 
-    def wrong(nodes, wanted_BW, depth):
-        found = right(nodes, wanted_BW, depth)
-        return found._replace(path_BP1=jnp.minimum(found.path_BP1 + 1, wanted_BW.shape[1] - 1))
-
-    monkeypatch.setattr(loop, "accept_matching", wrong)
     with pytest.raises(AssertionError):
-        compare_caches(TINY, random_draft(), chain(3), eos_ids=next_stop())
+        compare_caches(TINY, random_draft(), chain(3), accept=wrong)

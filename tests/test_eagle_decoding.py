@@ -14,17 +14,22 @@ from decode_cases import (
     MARKOV,
     letters,
     naive_greedy,
-    next_stop,
+    planted,
     random_eagle,
     right_eagle,
+    round_of,
+    run,
     start,
     target_of,
 )
 
-from beagle_jax.decoding import draft as drafting
-from beagle_jax.decoding import loop
+from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.sampling import GREEDY, Sampling
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.engine import advance
+from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.trained import EagleDrafter
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.evaluation import inside
 from beagle_jax.evaluation.forced import forced_states
@@ -105,16 +110,11 @@ def test_draws_and_streams_are_those_of_plain_decoding():
 
 
 def decoded(spec, draft, tree, rounds, append_predicted=True):
-    """What the loop's functions take after some rounds of two answers."""
+    """A round, and the state after some rounds of two answers."""
     target = target_of(spec)
     decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
-    shapes, state = decoder._prefill(PROMPTS, GREEDY, 40, 0)
-    return (
-        target,
-        decoder._models,
-        shapes,
-        loop.decode(decoder._models, shapes, state, np.int32(rounds))[0],
-    )
+    now, state = decoder.prefilled(PROMPTS, max_new_tokens=40)
+    return target, now, run(now, state, rounds)[0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -142,26 +142,35 @@ def check_known(
     e_LD = np.asarray(target.params["embed_VD"])[[*text, *[0] * (len(h_LD) - n - 1)]]
     rows = true_rows(spec, params, e_LD, h_LD)
     np.testing.assert_allclose(
-        state.draft_cache.k_BKHS[line, ..., :n], rows.k_BKHS[0, ..., :n], atol=1e-4
+        state.draft.rows.k_BKHS[line, ..., :n], rows.k_BKHS[0, ..., :n], atol=1e-4
     )
     np.testing.assert_allclose(
-        state.draft_cache.v_BKSH[line, :, :n], rows.v_BKSH[0, :, :n], atol=1e-4
+        state.draft.rows.v_BKSH[line, :, :n], rows.v_BKSH[0, :, :n], atol=1e-4
     )
-    np.testing.assert_allclose(state.last_B1D[line, 0], h_LD[n - 1], atol=1e-4)
+    np.testing.assert_allclose(state.draft.last_B1D[line, 0], h_LD[n - 1], atol=1e-4)
     return e_LD, h_LD
 
 
-_propose = jax.jit(loop.propose, static_argnums=1)
+@jax.jit
+def _grown(now, state):
+    known = Known(state.transcript.root_B, state.cache.length_B)
+    return grow(now.drafter, state.draft, known, now.tree)
 
 
-def check_drafted(target, models, shapes, state, propose=_propose) -> None:
+def text_of(prompt, state, line: int) -> list[int]:
+    """Prompt and answer so far; the last token is the root."""
+    written = state.transcript
+    return [*prompt, *written.out_BS[line, : written.count_B[line]].tolist()]
+
+
+def check_drafted(target, now, state) -> None:
     """All queries of the next round."""
-    drafted = jax.device_get(propose(models, shapes, state))
-    embed_VD, P = np.asarray(target.params["embed_VD"]), shapes.tree.depth
+    drafted = jax.device_get(_grown(now, state))
+    embed_VD, P = np.asarray(target.params["embed_VD"]), now.tree.depth
     for line, prompt in enumerate(PROMPTS):
-        text = [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()]
+        text = text_of(prompt, state, line)
         n, h_LD = len(text) - 1, np.asarray(forced_states(target, text))
-        assert n == int(state.length_B[line])
+        assert n == int(state.cache.length_B[line])
         # One row for each query: the text, then the tokens of its path, with the states that were
         # predicted for them.
         sees_QQ, Q, L = drafted.query_sees_BQQ[line], drafted.state_BQD.shape[1], len(h_LD)
@@ -177,11 +186,12 @@ def check_drafted(target, models, shapes, state, propose=_propose) -> None:
             ):  # the root first
                 e_QLD[query, n + depth] = embed_VD[drafted.query_token_BQ[line, above]]
                 h_QLD[query, n + depth] = drafted.state_BQD[line, above]
-        if not shapes.append_predicted:
+        if not now.drafter.append_predicted:
             mask_QTT[..., n:] &= np.eye(L - 1, dtype=bool)[:, n:]
         depth_Q = sees_QQ.sum(axis=1)
         assert depth_Q.max() == P - 1
-        expected_QD = np.asarray(row_states(shapes.draft, models.draft, e_QLD, h_QLD, mask_QTT))[
+        spec, params = now.drafter.spec, now.drafter.params
+        expected_QD = np.asarray(row_states(spec, params, e_QLD, h_QLD, mask_QTT))[
             np.arange(Q), n - 1 + depth_Q
         ]
         np.testing.assert_allclose(
@@ -189,17 +199,11 @@ def check_drafted(target, models, shapes, state, propose=_propose) -> None:
         )
 
 
-def check_cached(target, models, shapes, state) -> None:
+def check_cached(target, now, state) -> None:
     """The rows in the cache, and the last state."""
     for line, prompt in enumerate(PROMPTS):
-        check_known(
-            shapes.draft,
-            models.draft,
-            target,
-            state,
-            line,
-            [*prompt, *state.out_BS[line, : state.count_B[line]].tolist()],
-        )
+        text = text_of(prompt, state, line)
+        check_known(now.drafter.spec, now.drafter.params, target, state, line, text)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +220,11 @@ def test_drafting_is_the_row_computed_again(case, tree, append_predicted):
         (TINY, random_eagle(hot_ids=HOT)) if case == "rejecting" else (MARKOV, right_eagle(0.05))
     )
     for rounds in (0, 4):
-        target, models, shapes, state = decoded(spec, draft, TREES[tree], rounds, append_predicted)
-        check_drafted(target, models, shapes, state)
-        check_cached(target, models, shapes, state)
-        assert case == "rejecting" or not rounds or int(state.count_B.max()) - 1 > 4
+        target, now, state = decoded(spec, draft, TREES[tree], rounds, append_predicted)
+        check_drafted(target, now, state)
+        check_cached(target, now, state)
+        count_B = state.transcript.count_B
+        assert case == "rejecting" or not rounds or int(count_B.max()) - 1 > 4
 
 
 @pytest.fixture(scope="module")
@@ -227,99 +232,93 @@ def four_rounds():
     return decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 4)
 
 
-class _Late(EagleBlock):
-    def queries(self, e_BTD, positions_BT):
-        return super().queries(e_BTD, positions_BT + 1)
+class _Late(EagleDrafter):
+    def level(self, state, frontier):
+        late = frontier._replace(length_B=frontier.length_B + 1)
+        # what is visible of the cache stays as it was
+        rows = jax.tree.map(jnp.asarray, state.rows)
+        hidden = jnp.arange(rows.v_BKSH.shape[2])[None] == frontier.length_B[:, None]
+        v_BKSH = jnp.where(hidden[:, None, :, None], 0.0, rows.v_BKSH)
+        return super().level(state._replace(rows=rows._replace(v_BKSH=v_BKSH)), late)
 
 
-@pytest.mark.parametrize(
-    "bug",
-    ["late positions", "another parent's state", "itself unseen", "stale last state", "stale row"],
-)
-def test_planted_bugs(four_rounds, bug, monkeypatch):
-    target, models, shapes, state = four_rounds
-    if bug == "late positions":
-        monkeypatch.setattr(drafting, "block_of", _Late)
-    elif bug == "another parent's state":
-        right = drafting._next_level
+class _AnotherParent(EagleDrafter):
+    def level(self, state, frontier):
+        before_BTD = frontier.before_BTD
+        if before_BTD is not None:
+            before_BTD = jnp.roll(before_BTD, 1, axis=1)
+        return super().level(state, frontier._replace(before_BTD=before_BTD))
 
-        def wrong(*a):
-            return (level := right(*a))._replace(before_BTD=jnp.roll(level.before_BTD, 1, axis=1))
 
-        monkeypatch.setattr(drafting, "_next_level", wrong)
-    elif bug == "itself unseen":
-        right = drafting._with_own_rows
-        monkeypatch.setattr(
-            drafting,
-            "_with_own_rows",
-            lambda *a: (*(found := right(*a))[:1], found[1].at[:, :, -1].set(False)),
-        )
+class _Unseen(EagleDrafter):
+    def with_own(self, *arguments):
+        memory, sees_BTQ = super().with_own(*arguments)
+        return memory, sees_BTQ.at[:, :, -1].set(False)
+
+
+DRAFTERS = {
+    "late positions": _Late,
+    "another parent's state": _AnotherParent,
+    "itself unseen": _Unseen,
+}
+
+
+@pytest.mark.parametrize("bug", [*DRAFTERS, "stale last state", "stale row"])
+def test_planted_bugs(four_rounds, bug):
+    target, now, state = four_rounds
+    if bug in DRAFTERS:
+        now = replace(now, drafter=planted(DRAFTERS[bug], now.drafter))
     elif bug == "stale last state":
-        state = state._replace(
-            last_B1D=decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[3].last_B1D
-        )
+        before = decoded(MARKOV, right_eagle(0.05), TREES["dynamic"], 0)[2]
+        state = state._replace(draft=state.draft._replace(last_B1D=before.draft.last_B1D))
     else:
-        place = int(state.length_B[0]) - 1
-        state = state._replace(
-            draft_cache=state.draft_cache._replace(
-                v_BKSH=state.draft_cache.v_BKSH.at[0, :, place].set(0.0)
-            )
-        )
+        place, rows = int(state.cache.length_B[0]) - 1, state.draft.rows
+        rows = rows._replace(v_BKSH=rows.v_BKSH.at[0, :, place].set(0.0))
+        state = state._replace(draft=state.draft._replace(rows=rows))
     with pytest.raises(AssertionError):
-        # A function of its own, so that a plant in the module is traced and not taken from jit's
-        # memory.
-        check_drafted(
-            target,
-            models,
-            shapes,
-            state,
-            _propose
-            if bug.startswith("stale")
-            else jax.jit(lambda *a: loop.propose(*a), static_argnums=1),
-        )
+        check_drafted(target, now, state)
     if bug.startswith("stale"):
         with pytest.raises(AssertionError):
-            check_cached(target, models, shapes, state)
+            check_cached(target, now, state)
 
 
 # Prompts in chunks
 
 
-def check_chunks(monkeypatch, target) -> None:
+def check_chunks(monkeypatch, plant=None) -> None:
     """Rows of the batch end in different chunks and at their borders."""
-    monkeypatch.setattr("beagle_jax.decoding.decoder.PREFILL_CHUNK", 64)
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [
         rng.integers(0, TINY.vocab_size, length).tolist() for length in (150, 64, 65, 3, 128)
     ]
-    draft = random_eagle()
-    state = SpeculativeDecoder(target, draft, chain(2))._prefill(prompts, Sampling(), 12, 0)[1]
+    target, draft = target_of(), random_eagle()
+    decoder = SpeculativeDecoder(target, draft, chain(2))
+    if plant is not None:
+        drafter = planted(plant, round_of(target, draft, chain(2)).drafter)
+        decoder = SpeculativeDecoder(target, drafter, chain(2))
+    _, state = decoder.prefilled(prompts, max_new_tokens=12)
     for line, prompt in enumerate(prompts):
-        check_known(
-            draft.spec, draft.params, target, state, line, [*prompt, int(state.root_B[line])]
-        )
+        text = [*prompt, int(state.transcript.root_B[line])]
+        check_known(draft.spec, draft.params, target, state, line, text)
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
-    check_chunks(monkeypatch, target_of())
+    check_chunks(monkeypatch)
+
+
+class _OtherBorder(EagleDrafter):
+    """The row that crosses the border is made of another token."""
+
+    def observe(self, state, seen):
+        if seen.resumed:
+            seen = seen._replace(token_BT=seen.token_BT.at[:, 0].add(1))
+        return super().observe(state, seen)
 
 
 def test_planted_bug_the_token_after_a_chunk(monkeypatch):
-    """The row that crosses the border is made of another token."""
-    right = loop.draft_rows
-
-    def wrong(models, draft, states, next_BT, *rest):
-        return right(
-            models,
-            draft,
-            states,
-            next_BT.at[:, 0].add(1) if next_BT.shape[1] == 65 else next_BT,
-            *rest,
-        )
-
-    monkeypatch.setattr(loop, "draft_rows", wrong)
     with pytest.raises(AssertionError):
-        check_chunks(monkeypatch, target_of(eos_ids=next_stop()))
+        check_chunks(monkeypatch, _OtherBorder)
 
 
 # Programs
@@ -329,19 +328,15 @@ def test_caches_are_donated_and_updated_in_place():
     spec = replace(TINY, head_dim=64)  # heads so wide that scores are small beside keys
     target, draft_spec = target_of(spec), EagleSpec.from_target(spec)
     draft = Draft(draft_spec, init_eagle(draft_spec, jax.random.key(0)), None, {})
-    models = loop.Models(target.params, draft.params, loop.draft_head_of(target.params, None))
-    shapes = loop.Shapes(target.spec, draft.spec, TREES["dynamic"], target.eos_ids)
-    state = start(models, shapes, [[5]], jnp.array([8]), 2048)
-    cache_bytes = sum(
-        leaf.nbytes
-        for leaf in jax.tree.leaves((state.target_cache, state.draft_cache, state.last_B1D))
-    )
-    compiled = loop.decode.lower(models, shapes, state, np.int32(9)).compile()
+    now = round_of(target, draft, TREES["dynamic"])
+    state = start(now, [[5]], [8], 2048)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.draft)))
+    compiled = advance.lower(now, state, np.int32(9), np.int32(1)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 2
-    compiled(models, state, np.int32(9))
-    assert state.draft_cache.v_BKSH.is_deleted() and state.last_B1D.is_deleted()
+    compiled(now, state, np.int32(9), np.int32(1))
+    assert state.draft.rows.v_BKSH.is_deleted() and state.draft.last_B1D.is_deleted()
 
 
 def test_nothing_compiles_after_warm_up():

@@ -12,7 +12,7 @@ import pytest
 import test_tuning
 import yaml
 from command_cases import make_target
-from decode_cases import MARKOV, next_stop, random_eagle, right_eagle, target_of
+from decode_cases import MARKOV, random_eagle, right_eagle, target_of
 from test_audit import ACCEPTANCE, DRAWN, TREES, audited, failed, no_draws
 from test_eagle_import import CONFIG, published, write
 from test_report import check_schema
@@ -22,9 +22,10 @@ from test_tuning import small  # noqa: F401  # a fixture
 from beagle_jax import convert, evaluate, generate, tune
 from beagle_jax.commands.evaluate import evaluate as evaluated
 from beagle_jax.config import load_config
-from beagle_jax.decoding import loop, tuning
+from beagle_jax.decoding import tuning
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.kinds import trained_drafter
+from beagle_jax.decoding.round import Round, TargetModel
 from beagle_jax.decoding.sampling import GREEDY
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.errors import UserError, run_main
@@ -73,17 +74,20 @@ def test_the_audit_passes(monkeypatch):
     assert made["passed"] and failed(made) == set()
 
 
-def test_the_audit_finds_a_stale_state(monkeypatch):
+def test_the_audit_finds_a_stale_state():
     """The root is fused with the state before the round; the answers stay right."""
-    right = loop.draft_tree
-    monkeypatch.setattr(loop, "draft_tree", lambda *a, **o: right(*a[:8], -a[8], **o))
+
+    def stale(now, state):
+        draft = state.draft._replace(last_B1D=-state.draft.last_B1D)
+        return Round.propose(now, state._replace(draft=draft))
+
     made = audited(
         target_of(MARKOV),
         {"chain": right_eagle(0.1)},
         TREES,
         DRAWN,
         48,
-        target_of(MARKOV, eos_ids=next_stop()),
+        parts={"propose": stale},
     )
     assert failed(made) == {ACCEPTANCE}
 
@@ -94,8 +98,8 @@ def test_the_audit_finds_a_stale_state(monkeypatch):
 def test_smaller_trees_are_read_off_the_widest(small):
     target, draft = target_of(MARKOV), right_eagle(0.05)
     [text] = test_tuning._answers(target, 1)
-    models = Models(target.params, draft.params, draft_head_of(target.params, None))
-    grown = tuning._widest_trees(draft, models, 3, *tuning._read(target, draft, models, *text))
+    drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
+    grown = tuning._widest_trees(drafter, 3, *tuning._read(model, drafter, *text))
     order = tuning._order_of_right_path(*grown, 3)
     found = (order < 7).sum(axis=1).tolist()
     assert found == test_tuning._accepted_by_drafting(

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_params
-from decode_cases import NEVER, target_of
+from conftest import TINY
 from family_cases import (
     FAMILIES,
     LLAMA3_ROPE,
@@ -23,9 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from beagle_jax.decoding.batch import write_answers
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.model import target as target_module
@@ -329,45 +326,6 @@ def test_a_bias_that_the_config_does_not_name_is_an_extra_tensor(family):
         r"\[48\].*layers.0.self_attn.k_norm.weight \[8\]",
     ):
         fill_params(more, opened, jnp.dtype("float32"), "here")
-
-
-# The answer writer, whose cache slots are not positions
-
-
-def _written(spec, prompts, max_new):
-    writer = write_answers(
-        random_params(spec),
-        spec,
-        prompts,
-        eos_ids=NEVER,
-        max_new=max_new,
-        batch=16,
-        sampling=Sampling(0.0, 1),
-        seed=0,
-    )
-    return {answer.index: answer.tokens for answer in writer}
-
-
-def test_answers_are_written_only_inside_the_window():
-    prompts, windowed = [[5, 6, 7], list(range(12))], dataclasses.replace(TINY, windows=(None, 32))
-    expected = _written(TINY, prompts, 20)
-    assert _written(windowed, prompts, 20) == expected  # 12 + 20: the window never acts
-    message = (
-        "sliding window is 32 tokens; a prompt of 12 and an answer of 21 do not fit .* lower "
-        "data.max_prompt_tokens"
-    )
-    with pytest.raises(UserError, match=message):
-        _written(windowed, prompts, 21)
-
-
-def test_planted_bug_window_over_the_ring(monkeypatch):
-    """What the refusal is for: without it, longer answers are not those of the decoder."""
-    spec = dataclasses.replace(TINY, windows=(7, 7))
-    prompts = [[5, 6, 7], list(range(12))]
-    right = SpeculativeDecoder(target_of(spec)).generate(prompts, max_new_tokens=20)
-    monkeypatch.setattr("beagle_jax.decoding.batch._check_window", lambda *arguments: None)
-    found = _written(spec, prompts, 20)
-    assert [found[0], found[1]] != [answer.tokens for answer in right]
 
 
 def test_param_table_names_every_extra():

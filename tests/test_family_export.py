@@ -11,8 +11,9 @@ from family_cases import family  # noqa: F401  (the fixture)
 from test_families import PROMPTS
 from transformers import AutoModel
 
-from beagle_jax.decoding.draft import draft_tree
-from beagle_jax.decoding.loop import draft_head_of
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.tree import static_tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.weights.draft import Draft
@@ -20,7 +21,7 @@ from beagle_jax.weights.torch_export import check_parity, write_torch_folder
 
 PATHS = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0))
 ROOTS, TRUE = 8, 5
-grow = jax.jit(draft_tree, static_argnums=(1, 2))
+grown = jax.jit(grow, static_argnums=3)
 
 
 def exported(target, folder):
@@ -54,16 +55,8 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
         np.broadcast_to(np.arange(TRUE), (ROOTS, TRUE)),
         method="keys_values",
     )
-    models = (target.params["embed_VD"], draft_head_of(target.params, None))
-    ours = grow(
-        draft.params,
-        draft.spec,
-        static_tree(PATHS),
-        *models,
-        cache,
-        jnp.full(ROOTS, TRUE),
-        jnp.asarray(roots),
-    )
+    known = Known(jnp.asarray(roots), jnp.full(ROOTS, TRUE))
+    ours = grown(trained_drafter(draft, target.params), cache, known, static_tree(PATHS))
     return theirs, ours.nodes.token_BW.tolist()
 
 

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, NEVER, naive_greedy, next_stop, target_of
+from decode_cases import MARKOV, naive_greedy, run, target_of
 
 from beagle_jax.config import load_config
-from beagle_jax.decoding import decoder as decoder_module
-from beagle_jax.decoding import loop
+from beagle_jax.decoding import session as session_module
+from beagle_jax.decoding.build import decoder_of, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup, lookup_chain
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import chain, dynamic_tree
-from beagle_jax.decoding.tuning import decoder_of, drafter_of
 from beagle_jax.errors import UserError
 
 DEPTH = 4
@@ -108,20 +108,17 @@ def test_a_text_that_repeats_itself_is_looked_up():
     assert answer.tau > 2.5
 
 
-def _check_text(monkeypatch, eos_ids=NEVER) -> None:
-    monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 64)
-    target, prompt = (
-        target_of(eos_ids=eos_ids),
-        np.random.default_rng(0).integers(0, 61, 150).tolist(),
-    )
-    decoder = SpeculativeDecoder(target, Lookup(), chain(3))
-    models, shapes, state = decoder.prefilled(prompt, max_new_tokens=20)
+def _check_text(monkeypatch, **parts) -> None:
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
+    target, prompt = target_of(), np.random.default_rng(0).integers(0, 61, 150).tolist()
+    decoder = SpeculativeDecoder(target, Lookup(), chain(3)).with_(**parts)
+    now, state = decoder.prefilled([prompt], max_new_tokens=20)
     for rounds in (0, 3, 100):
-        state, told = loop.decode(models, shapes, state, jnp.int32(rounds))
-        length, count = int(state.length_B[0]), int(told.count_B[0])
-        known = np.asarray(state.text_BS)[0, : length + 1].tolist()
-        whole = prompt + np.asarray(told.out_BS)[0, :count].tolist()
-        assert known[: len(whole)] == whole and known[-1] == int(state.root_B[0])
+        state, after = run(now, state, rounds)
+        length, count = int(state.cache.length_B[0]), int(after.count_B[0])
+        known = np.asarray(state.draft)[0, : length + 1].tolist()
+        whole = prompt + np.asarray(after.out_BS)[0, :count].tolist()
+        assert known[: len(whole)] == whole and known[-1] == int(state.transcript.root_B[0])
     assert whole == prompt + naive_greedy(target, prompt, 20)
 
 
@@ -131,19 +128,13 @@ def test_the_text_is_kept_over_chunks_and_rounds(monkeypatch):
 
 def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
     """The output stays right; the text no longer is what was written."""
-    right = loop._emit
 
-    def wrong(now, found, *rest):
-        after = right(now, found, *rest)
-        return (
-            after
-            if now.text_BS is None
-            else after._replace(text_BS=after.text_BS.at[0, now.length_B[0] + 1].add(1))
-        )
+    def wrong(now, state, *rest):
+        after = Round.append(now, state, *rest)
+        return after._replace(draft=after.draft.at[0, state.cache.length_B[0] + 1].add(1))
 
-    monkeypatch.setattr(loop, "_emit", wrong)
     with pytest.raises(AssertionError):
-        _check_text(monkeypatch, next_stop())
+        _check_text(monkeypatch, append=wrong)
 
 
 def test_what_lookup_cannot_do():

@@ -10,11 +10,11 @@ import pytest
 from decode_cases import MARKOV, letters, right_draft, target_of
 
 from beagle_jax.data.chats import Chat
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import chain
 from beagle_jax.errors import UserError
-from beagle_jax.evaluation.answers import AnswerLog
+from beagle_jax.evaluation.answers import AnswerLog, TimedAnswer
 from beagle_jax.evaluation.measure import Bench, Measurement, context_for, measure
 from beagle_jax.evaluation.report import figures, interval
 
@@ -36,12 +36,13 @@ def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
 # Figures of round logs made by hand
 
 
-def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> Generation:
+def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> TimedAnswer:
     """An answer whose rounds emitted so many tokens each; all but the last of each were accepted
     drafts.
     """
     accepted = np.bincount([count - 1 for count in emitted], minlength=depth + 1).tolist()
-    return Generation(list(range(1 + sum(emitted))), len(emitted), accepted, 0.5, seconds)
+    tokens = list(range(1 + sum(emitted)))
+    return TimedAnswer(tokens, "", "length", len(emitted), accepted, 0.5, seconds)
 
 
 def test_tau_counts_the_bonus_token_and_no_prefill():
@@ -130,7 +131,7 @@ def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
     bench = bench_for(suites)
     [cut], _, _ = measure(bench, suites)
     first, second = (turn["plain"] for turn in cut.turns)
-    assert first.answer.stopped_by == "length" and len(first.answer.text) == 12
+    assert first.answer.finish == "length" and len(first.answer.text) == 12
     assert second.prompt == bench.tokenizer.encode(
         f"uABa{first.answer.text}uCa", add_special_tokens=False
     )

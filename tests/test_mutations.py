@@ -4,23 +4,14 @@ see each of them.
 
 from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
-from decode_cases import (
-    MARKOV,
-    NEVER,
-    naive_greedy,
-    next_stop,
-    random_draft,
-    right_draft,
-    target_of,
-)
+from decode_cases import MARKOV, naive_greedy, random_draft, right_draft, target_of
 from test_draft_cache import compare_caches
 
-from beagle_jax.decoding import loop
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 
 TREES = {
@@ -36,28 +27,29 @@ def _expected(spec) -> list[list[int]]:
     return [naive_greedy(target_of(spec), prompt, 24) for prompt in PROMPTS]
 
 
-def _check_lossless(tree, eos_ids=NEVER, specs=(TINY, MARKOV)) -> None:
-    """specs: with drafts that are mostly wrong for TINY, and mostly right for MARKOV."""
+def _check_lossless(tree, specs=(TINY, MARKOV), **parts) -> None:
+    """specs: with drafts that are mostly wrong for TINY, and mostly right for MARKOV. parts: of a
+    round, planted.
+    """
     for spec in specs:
         draft = random_draft() if spec == TINY else right_draft(0.02)
-        answers = SpeculativeDecoder(target_of(spec, eos_ids), draft, tree).generate(
-            PROMPTS, max_new_tokens=24
-        )
+        decoder = SpeculativeDecoder(target_of(spec), draft, tree).with_(**parts)
+        answers = decoder.generate(PROMPTS, max_new_tokens=24)
         assert [answer.tokens for answer in answers] == _expected(spec)
 
 
-def _bonus_of_the_root(nodes, wanted_BW, depth, right):
-    found = right(nodes, wanted_BW, depth)
-    bonus_B = wanted_BW[:, 0]
-    last_BP = jnp.arange(depth + 1)[None] == found.count_B[:, None]
-    return found._replace(
-        bonus_B=bonus_B, token_BP1=jnp.where(last_BP, bonus_B[:, None], found.token_BP1)
-    )
+def _bonus_of_the_root(now, state, proposal, states_BWD):
+    accepted, finite_BW = Round.accept(now, state, proposal, states_BWD)
+    wanted_B1, _ = now.choose(state.requests, states_BWD[:, :1], state.transcript.count_B[:, None])
+    last_BP = jnp.arange(now.tree.depth + 1)[None] == accepted.count_B[:, None]
+    token_BP1 = jnp.where(last_BP, wanted_B1, accepted.token_BP1)
+    return accepted._replace(bonus_B=wanted_B1[:, 0], token_BP1=token_BP1), finite_BW
 
 
-def _one_path_too_long(nodes, wanted_BW, depth, right):
-    found = right(nodes, wanted_BW, depth)
-    return found._replace(count_B=jnp.minimum(found.count_B + 1, depth))
+def _one_path_too_long(now, state, proposal, states_BWD):
+    accepted, finite_BW = Round.accept(now, state, proposal, states_BWD)
+    count_B = jnp.minimum(accepted.count_B + 1, now.tree.depth)
+    return accepted._replace(count_B=count_B), finite_BW
 
 
 def on(*names: str):
@@ -80,80 +72,61 @@ def test_no_bug_planted(tree):
         ("chain", _one_path_too_long),
     ],
 )
-def test_wrong_acceptance(name, bug, monkeypatch):
-    right = loop.accept_matching
-    monkeypatch.setattr(loop, "accept_matching", lambda *arguments: bug(*arguments, right))
+def test_wrong_acceptance(name, bug):
     with pytest.raises(AssertionError):
-        _check_lossless(TREES[name], next_stop(), [MARKOV])
+        _check_lossless(TREES[name], [MARKOV], accept=bug)
+
+
+def _reading(change):
+    """A round that reads other nodes than were drafted."""
+    return lambda now, state, nodes: Round.read(now, state, change(nodes))
 
 
 @on("chain", "dynamic")
-def test_verify_mask_sees_siblings(tree, monkeypatch):
+def test_verify_mask_sees_siblings(tree):
     """Every node sees all nodes of the tree: in a chain the later ones, in a tree its siblings
     too.
     """
-    right = loop.forward
-
-    def everything(*a):
-        return (
-            right(*a[:4], jnp.ones_like(a[4]), *a[5:]) if a[2].shape[1] == tree.size else right(*a)
-        )
-
-    monkeypatch.setattr(loop, "forward", everything)
+    everything = _reading(lambda nodes: nodes._replace(above_BWW=jnp.ones_like(nodes.above_BWW)))
     with pytest.raises(AssertionError):
-        _check_lossless(tree, next_stop())
+        _check_lossless(tree, read=everything)
 
 
 @on("static")
-def test_verify_positions_off_by_one(tree, monkeypatch):
-    right = loop.forward
-    monkeypatch.setattr(
-        loop, "forward", lambda *a: right(*a[:3], a[3] + (a[2].shape[1] == tree.size), *a[4:])
-    )
+def test_verify_positions_off_by_one(tree):
+    late = _reading(lambda nodes: nodes._replace(depth_BW=nodes.depth_BW + 1))
     with pytest.raises(AssertionError):
-        _check_lossless(tree, next_stop())
+        _check_lossless(tree, read=late)
 
 
 @on("chain")
-def test_cache_kept_one_row_too_long(tree, monkeypatch):
-    right = loop._emit
-    monkeypatch.setattr(
-        loop,
-        "_emit",
-        lambda now, *rest: (after := right(now, *rest))._replace(
-            length_B=after.length_B + (after.rounds_B == 1)
-        ),
-    )
+def test_cache_kept_one_row_too_long(tree):
+    def wrong(now, state, *rest):
+        after = Round.emit(now, state, *rest)
+        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
+        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
+        return after._replace(cache=cache)
+
     with pytest.raises(AssertionError):
-        _check_lossless(tree, next_stop())
+        _check_lossless(tree, emit=wrong)
 
 
 @on("dynamic")
-def test_predicted_states_left_in_the_draft_cache(tree, monkeypatch):
+def test_predicted_states_left_in_the_draft_cache(tree):
     """The output stays right, acceptance decays: only the cache test can see it."""
-    right = loop.write_rows
 
-    def wrong(cache, rows, start_B):
-        return right(cache, jax.tree.map(lambda x: 1.1 * x, rows), start_B)
+    def wrong(now, state, accepted, states_BWD, rows):
+        return Round.append(now, state, accepted, 1.1 * states_BWD, rows)
 
-    monkeypatch.setattr(loop, "write_rows", wrong)
-    _check_lossless(tree, next_stop(), [TINY])
+    _check_lossless(tree, [TINY], append=wrong)
     with pytest.raises(AssertionError):
-        compare_caches(TINY, random_draft(), tree, eos_ids=next_stop())
+        compare_caches(TINY, random_draft(), tree, append=wrong)
 
 
 @on("static")
-def test_verify_mask_without_the_diagonal(tree, monkeypatch):
+def test_verify_mask_without_the_diagonal(tree):
     """The draft's mask (strict ancestors) in the place of the target's (ancestors or self)."""
-    right = loop.forward
-
-    def strict(*a):
-        return (
-            right(*a[:4], a[4] & ~jnp.eye(tree.size, dtype=bool)[None], *a[5:])
-            if a[2].shape[1] == tree.size
-            else right(*a)
-        )
-
-    monkeypatch.setattr(loop, "forward", strict)
+    itself_WW = jnp.eye(tree.size, dtype=bool)
+    strict = _reading(lambda nodes: nodes._replace(above_BWW=nodes.above_BWW & ~itself_WW[None]))
     with pytest.raises(AssertionError):
-        _check_lossless(tree, next_stop())
+        _check_lossless(tree, read=strict)

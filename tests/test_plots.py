@@ -17,7 +17,7 @@ from test_masks import EXAMPLE
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation import inside
-from beagle_jax.evaluation.inside import Round, attention, rounds
+from beagle_jax.evaluation.inside import Played, attention, rounds
 from beagle_jax.evaluation.plots import (
     _heights,
     mask_levels,
@@ -55,7 +55,7 @@ def test_masks_are_the_worked_example(steps, tmp_path):
     assert is_picture(tmp_path / "m.png")
 
 
-def check_rounds(decoder) -> list[Round]:
+def check_rounds(decoder) -> list[Played]:
     [answer] = decoder.generate([[5, 7]], max_new_tokens=30)
     played = rounds(decoder, [5, 7], most=99, max_new_tokens=30)
     assert [token for one in played for token in one.written] == answer.tokens[1:] and len(
@@ -93,7 +93,7 @@ def test_rounds_are_those_of_the_answer(tmp_path):
 
 
 def test_a_tree_is_drawn_without_crossings():
-    one = Round(np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0])
+    one = Played(np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0])
     assert _heights(one).tolist() == [1.25, 0.5, 2.0, 2.0, 0.0, 1.0]
 
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.requests import Answers
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.suites import suite, tokenize
@@ -124,7 +125,7 @@ def difference(params, spec, prompts, expected) -> float:
     B, T = tokens_BT.shape
     # One operation after the other: thirty layers share them all, and as one program they take ten
     # seconds to compile.
-    states_BTD, _, _ = forward(
+    states_BTD, _ = forward(
         params, spec, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), causal_mask(length_B, T)
     )
     found_BTV = np.asarray(logits(params, spec, states_BTD))
@@ -159,7 +160,7 @@ def by_torch(target, llama, prompts: list[list[int]], max_new_tokens: int) -> li
     return [line[: line.index(stop) + 1] if stop in line else line for line in full]
 
 
-def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
+def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> Answers:
     draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
     return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(
         prompts, max_new_tokens=max_new_tokens
@@ -183,7 +184,7 @@ def asked(target, prompts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain(target, asked) -> list[Generation]:
+def plain(target, asked) -> Answers:
     return SpeculativeDecoder(target).generate(asked, max_new_tokens=64)
 
 

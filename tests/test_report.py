@@ -10,9 +10,8 @@ import jsonschema
 import pytest
 
 from beagle_jax.config import Config, TargetConfig
-from beagle_jax.decoding.decoder import Generation
 from beagle_jax.decoding.tree import ROOT_ONLY, chain
-from beagle_jax.evaluation.answers import Asked, Case
+from beagle_jax.evaluation.answers import Asked, Case, TimedAnswer
 from beagle_jax.evaluation.measure import Bench, Measured
 from beagle_jax.evaluation.pages import markdown, page
 from beagle_jax.evaluation.plots import plot_acceptance, plot_phases
@@ -51,8 +50,8 @@ def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
     """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds
     of a chain of 2.
     """
-    plain = Generation(list(range(9)), 8, [8], 0.25, 4.0, "text", "length")
-    fast = Generation(list(range(9)), 4, [1, 2, 1], 0.25, 2.0, "text", "length")
+    plain = TimedAnswer(list(range(9)), "text", "length", 8, [8], 0.25, 4.0)
+    fast = TimedAnswer(list(range(9)), "text", "length", 4, [1, 2, 1], 0.25, 2.0)
     return Case(
         suite,
         number,

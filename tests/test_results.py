@@ -23,6 +23,8 @@ def answer(tokens: int, rounds: int, seconds: float) -> dict:
         "accepted": accepted,
         "prefill_seconds": 0.0,
         "decode_seconds": seconds,
+        "text": "",
+        "finish": "length",
     }
 
 

@@ -12,15 +12,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from decode_cases import NEVER, next_stop, target_of
+from decode_cases import run, target_of
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from beagle_jax.decoding import decoder as decoder_module
-from beagle_jax.decoding import loop, verify
+from beagle_jax.decoding import session as session_module
+from beagle_jax.decoding.accept import accept_by_ratio
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.draft import Nodes
-from beagle_jax.decoding.sampling import Sampling, filtered
+from beagle_jax.decoding.nodes import Nodes
+from beagle_jax.decoding.round import Ratio, Round
+from beagle_jax.decoding.sampling import (
+    Sampling,
+    choose,
+    filter_logits,
+    filtered,
+    filters_of,
+    gumbel,
+    knobs_of,
+)
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, dynamic_tree, static_tree
+from beagle_jax.evaluation.measure import CompileCounter
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.eagle import EagleSpec, init_eagle
 from beagle_jax.model.masks import causal_mask
@@ -56,13 +67,14 @@ def short_bucket(monkeypatch):
     """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the
     work.
     """
-    monkeypatch.setattr(decoder_module, "PROMPT_BUCKET", 4)
-    monkeypatch.setattr(decoder_module, "_CAPACITY_BUCKET", 16)
+    monkeypatch.setattr(session_module, "PROMPT_BUCKET", 4)
+    monkeypatch.setattr(session_module, "ADMIT_ROWS", BATCH)
+    monkeypatch.setattr(decoder_module, "CAPACITY_BUCKET", 16)
 
 
-def small_target(eos_ids=NEVER):
+def small_target():
     """Scaled down so that its distributions are neither flat nor decided."""
-    target = target_of(SMALL, eos_ids)
+    target = target_of(SMALL)
     return dataclasses.replace(
         target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]}
     )
@@ -111,27 +123,27 @@ def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     return p / p.sum()
 
 
-def sampled_joint(target, draft, tree, sampling: Sampling, rule="match") -> np.ndarray:
-    """Read as arrays: to make a Generation of each draw would take longer than to draw it."""
-    decoder, counts = (
-        SpeculativeDecoder(target, draft, tree, rule=rule),
-        np.zeros((VOCABULARY,) * TOKENS),
-    )
+def sampled_joint(target, draft, tree, sampling: Sampling, rule="match", **parts) -> np.ndarray:
+    """Read as arrays: to make an Answer of each draw would take longer than to draw it."""
+    decoder = SpeculativeDecoder(target, draft, tree, rule=rule).with_(**parts)
+    counts = np.zeros((VOCABULARY,) * TOKENS)
     for number in range(BATCHES):
-        shapes, state = decoder._prefill([PROMPT] * BATCH, sampling, TOKENS, number * BATCH)
-        drawn = decoder._finish(state, shapes)
+        now, state = decoder.prefilled(
+            [PROMPT] * BATCH, sampling, max_new_tokens=TOKENS, seed=number * BATCH
+        )
+        drawn = jax.device_get(run(now, state, TOKENS)[1])
         assert (drawn.count_B == TOKENS).all()
         np.add.at(counts, tuple(drawn.out_BS[:, :TOKENS].T), 1)
     return counts / counts.sum()
 
 
 def check_distribution(
-    tree, sampling: Sampling, rule="match", eos_ids=NEVER, draft: Draft | None = None
+    tree, sampling: Sampling, rule="match", draft: Draft | None = None, **parts
 ) -> None:
     """Total variation below what an honest sample of this size shows on average, plus a fifth."""
     exact, found = (
         exact_joint(sampling),
-        sampled_joint(small_target(eos_ids), draft or small_draft(), tree, sampling, rule),
+        sampled_joint(small_target(), draft or small_draft(), tree, sampling, rule, **parts),
     )
     # An empirical share of N draws is off by sqrt(2 p (1 - p) / (pi N)) on average where N p is
     # large, and never by more than 2 p where it is small. 20,480 draws; the spread of the sum over
@@ -179,24 +191,27 @@ def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
     )
 
 
-def test_planted_bug_accepts_where_p_exceeds_q_only(monkeypatch):
-    right = loop.accept_by_ratio
+class AboveOnly(Ratio):
+    """Accepts where p exceeds q, and nowhere else."""
 
-    def wrong(nodes, p, q, uniform, noise):
-        return right(nodes, p, q, jnp.ones_like(uniform), noise)
+    def uniform(self, key_BP):
+        return jnp.ones_like(super().uniform(key_BP))
 
-    monkeypatch.setattr(loop, "accept_by_ratio", wrong)
+
+def test_planted_bug_accepts_where_p_exceeds_q_only():
+    def wrong(now, *rest):
+        return AboveOnly().accept(now, *rest)
+
     with pytest.raises(AssertionError):
-        check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", next_stop())
+        check_distribution(TREES["chain"], SAMPLINGS["all"], "ratio", accept=wrong)
 
 
-def test_planted_bug_every_place_draws_with_the_same_noise(monkeypatch):
-    right = loop.place_keys
-    monkeypatch.setattr(
-        loop, "place_keys", lambda key_B, place_BT: right(key_B, jnp.zeros_like(place_BT))
-    )
+def test_planted_bug_every_place_draws_with_the_same_noise():
+    def wrong(now, key_B, place_BT, purpose):
+        return Round.keys(now, key_B, jnp.zeros_like(place_BT), purpose)
+
     with pytest.raises(AssertionError):
-        check_distribution(TREES["dynamic"], SAMPLINGS["all"], eos_ids=next_stop())
+        check_distribution(TREES["dynamic"], SAMPLINGS["all"], keys=wrong)
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
@@ -233,6 +248,51 @@ def test_a_seed_repeats_under_the_ratio_rule():
     assert ask(-1) == ask(-1)
 
 
+def test_another_setting_compiles_nothing():
+    """Seeds, temperatures and filters are data, also of each prompt; only whether there are filters
+    is not.
+    """
+    decoder = SpeculativeDecoder(small_target(), small_draft(), TREES["static"])
+
+    def ask(sampling, seed):
+        return decoder.generate([[5], [6, 7]], sampling, max_new_tokens=8, seed=seed)
+
+    ask(Sampling(0.7, 5, 0.95), 1)
+    with CompileCounter() as counter:
+        written = [
+            ask(Sampling(temperature, top_k, top_p), seed)[0].tokens
+            for temperature, top_k, top_p, seed in (
+                (0.7, 5, 0.95, 2),
+                (1.9, 5, 0.95, 1),
+                (0.7, 9, 0.95, 1),
+                (0.7, 5, 0.3, 1),
+            )
+        ]
+    assert counter.count == 0 and len(set(map(tuple, written))) == 4
+    with CompileCounter() as counter:
+        ask(Sampling(0.7), 1)
+    assert counter.count > 0
+
+
+def test_each_row_is_filtered_by_its_own_settings():
+    raw = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 100)).astype(np.float32) * 3)
+    settings = [
+        Sampling(0.7, 5, 0.9),
+        Sampling(1.0),
+        Sampling(0.3, top_p=0.5),
+        Sampling(2.0, 70),
+        Sampling(0.0),
+    ]
+    found = filter_logits(raw, knobs_of(settings), filters_of(settings))
+    for row, sampling in enumerate(settings[:4]):
+        alone = filtered(raw[row], sampling)
+        np.testing.assert_allclose(found[row], alone, rtol=1e-6)
+    key_BT = jax.random.split(jax.random.key(0), (5, 2))
+    chosen = choose(raw, key_BT, knobs_of(settings), filters_of(settings))
+    assert chosen[4].tolist() == raw[4].argmax(axis=-1).tolist()  # a greedy row draws nothing
+    assert chosen[1].tolist() == (raw[1] + gumbel(key_BT, 100)[1]).argmax(axis=-1).tolist()
+
+
 def test_ratio_rule_rejects_what_the_target_never_writes():
     """A uniform draw of exactly 0 must not accept a token of probability 0."""
     nodes = Nodes(
@@ -244,9 +304,7 @@ def test_ratio_rule_rejects_what_the_target_never_writes():
     )
     target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
     draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
-    found = verify.accept_by_ratio(
-        nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3))
-    )
+    found = accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))
     assert found.count_B[0] == 0 and found.bonus_B[0] in (0, 1)
 
 

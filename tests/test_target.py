@@ -12,8 +12,8 @@ from conftest import TINY
 from torch_targets import random_torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beagle_jax.decoding.batch import write_answers
 from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.writer import write_answers
 from beagle_jax.model.cache import (
     KVRows,
     append_rows,
@@ -67,6 +67,8 @@ def _answers(
     batch,
     sampling=GREEDY,
     on_tokens=lambda count: None,
+    seed=0,
+    parts=None,
 ):
     """Tokens of `write_answers` in the order of the prompts."""
     found = {
@@ -79,8 +81,9 @@ def _answers(
             max_new=max_new,
             batch=batch,
             sampling=sampling,
-            seed=0,
+            seed=seed,
             on_tokens=on_tokens,
+            parts=parts,
         )
     }
     assert sorted(found) == list(range(len(prompts)))

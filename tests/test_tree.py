@@ -2,6 +2,7 @@
 messages (method.md 13.8).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,7 +15,9 @@ from tree_oracle import PathOracle, eagle2_paths, static_paths
 
 from beagle_jax.config import DecodeConfig
 from beagle_jax.decoding import draft as drafting
-from beagle_jax.decoding.draft import DraftHead, draft_tree
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.trained import BeagleDrafter, DraftHead
 from beagle_jax.decoding.tree import (
     EAGLE_PATHS,
     ROOT_ONLY,
@@ -59,13 +62,12 @@ def _grown(tree):
     embed_VD = target.params["embed_VD"]
     states_BLD = jax.random.normal(jax.random.key(3), (2, 10, TINY.hidden_size))
     cache = _cached(draft.spec, draft.params, states_BLD)
-    head = DraftHead(embed_VD, None)
+    drafter = BeagleDrafter(draft.spec, draft.params, embed_VD, DraftHead(embed_VD, None))
+    known = Known(jnp.array([ROOT, ROOT]), jnp.array(LENGTHS))
     # A function of its own for each call, so that a plant in the module is traced and not taken
     # from jit's memory.
-    grow = jax.jit(lambda params, *rest: draft_tree(params, draft.spec, tree, *rest))
-    nodes = jax.device_get(
-        grow(draft.params, embed_VD, head, cache, jnp.array(LENGTHS), jnp.array([ROOT, ROOT])).nodes
-    )
+    grown = jax.jit(lambda *rest: grow(*rest, tree))
+    nodes = jax.device_get(grown(drafter, cache, known).nodes)
     oracles = [
         PathOracle(draft, embed_VD, embed_VD, states_BLD[line], length, ROOT, tree.depth)
         for line, length in enumerate(LENGTHS)
@@ -110,13 +112,13 @@ def test_drafting_grows_the_tree_of_the_oracle(tree):
 def test_planted_bug_siblings_in_another_order(name, monkeypatch):
     right = drafting._best_children
 
-    def swapped(tree, depth, level, *rest):
-        token_BC, score_BC = right(tree, depth, level, *rest)
+    def swapped(tree, level, *rest):
+        index_BC, score_BC = right(tree, level, *rest)
 
         def per_query(x_BC):
-            return x_BC.reshape(*level.token_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+            return x_BC.reshape(*level.score_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
 
-        return per_query(token_BC), score_BC
+        return per_query(index_BC), score_BC
 
     monkeypatch.setattr(drafting, "_best_children", swapped)
     with pytest.raises(AssertionError):
@@ -128,9 +130,11 @@ def test_planted_bug_mask_with_the_diagonal_of_siblings(name, monkeypatch):
     """Each child sees all queries of the level above instead of its parent alone."""
     right = drafting._next_level
 
-    def wrong(tree, depth, level, *rest):
-        following = right(tree, depth, level, *rest)
-        return following._replace(sees_BTQ=jnp.ones_like(following.sees_BTQ))
+    def wrong(*arguments):
+        following = right(*arguments)
+        frontier = following.frontier
+        frontier = frontier._replace(sees_BTQ=jnp.ones_like(frontier.sees_BTQ))
+        return replace(following, frontier=frontier)
 
     monkeypatch.setattr(drafting, "_next_level", wrong)
     with pytest.raises(AssertionError):

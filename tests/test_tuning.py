@@ -5,6 +5,7 @@ was remembered.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_cases import MARKOV, random_draft, right_draft, target_of
@@ -12,10 +13,13 @@ from decode_cases import MARKOV, random_draft, right_draft, target_of
 from beagle_jax.commands import tune as tune_command
 from beagle_jax.config import load_config, read_settings
 from beagle_jax.decoding import tuning
-from beagle_jax.decoding.draft import draft_tree
-from beagle_jax.decoding.loop import Models, draft_head_of
+from beagle_jax.decoding.build import decoder_of, drafter_of
+from beagle_jax.decoding.draft import grow
+from beagle_jax.decoding.drafter import Known
+from beagle_jax.decoding.kinds import trained_drafter
+from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import Choice, decoder_of, drafter_of, remember, tuned_path
+from beagle_jax.decoding.tuning import Choice, remember, tuned_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.weights.draft import save_draft
@@ -38,29 +42,17 @@ def _answers(target, count=3):
 
 def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
     """Accepted tokens at each place, by growing this very tree there."""
-    models = Models(target.params, draft.params, draft_head_of(target.params, None))
+    drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     prompt, answer = text
     tokens, found = prompt + answer, []
-    grow = jax.jit(
-        lambda rows, *where: (
-            draft_tree(
-                draft.params,
-                draft.spec,
-                tree,
-                target.params["embed_VD"],
-                models.draft_head,
-                rows,
-                *where,
-            ).nodes
-        )
-    )
+    grown = jax.jit(lambda *where: grow(drafter, *where, tree).nodes)
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
-    rows, states_BLD = tuning._read_text(models, target.spec, draft.spec, padded)
+    state, states_BLD = tuning._read_text(model, drafter, padded)
     for root in range(len(prompt), len(tokens) - 3):
-        nodes = jax.device_get(
-            grow(rows, np.array([root]), padded[0, root : root + 1], states_BLD[:, root - 1 : root])
-        )
+        at = jnp.array([root])
+        known = Known(jnp.asarray(padded[0, root : root + 1]), at)
+        nodes = jax.device_get(grown(drafter.at(state, states_BLD, at), known))
         above, count = 0, 0
         while True:
             fits = [
@@ -82,20 +74,11 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
 def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
     target, draft = target_of(MARKOV), right_draft(0.15)
     [text] = _answers(target, 1)
-    models = Models(target.params, draft.params, draft_head_of(target.params, None))
-    grown = tuning._widest_trees(draft, models, topk, *tuning._read(target, draft, models, *text))
+    drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
+    grown = tuning._widest_trees(drafter, topk, *tuning._read(model, drafter, *text))
 
-    def accepted(token_MW, parent_MW, depth_MW, score_MW, follows_MP):
-        return (
-            (
-                tuning._order_of_right_path(
-                    token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels
-                )
-                < nodes - 1
-            )
-            .sum(axis=1)
-            .tolist()
-        )
+    def accepted(*grown):
+        return (tuning._order_of_right_path(*grown, levels) < nodes - 1).sum(axis=1).tolist()
 
     assert accepted(*grown) == (
         expected := _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
@@ -158,7 +141,7 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
     ):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
-    assert decoder_of(config, target, draft)._shapes.tree == dynamic_tree(2, 3, 6)
+    assert decoder_of(config, target, draft).tree == dynamic_tree(2, 3, 6)
     int8, int4 = (
         dataclasses.replace(target, quantised=Cost(kind, 64, 1, 1, 0.0, 1.0))
         for kind in ("int8", "int4")
@@ -184,7 +167,7 @@ def test_a_damaged_memory_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("source", "warned"), [("hf:org/code", True), ("hf:org/chat", False), ("a/folder", False)]
 )
-def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warned):
+def test_a_draft_of_another_public_target_is_named(tmp_path, caplog, source, warned):
     target, draft = dataclasses.replace(target_of(), source=source), random_draft()
     save_draft(tmp_path / "draft", dataclasses.replace(draft, provenance={"target": "hf:org/chat"}))
     (tmp_path / "c.yaml").write_text(
@@ -192,10 +175,10 @@ def test_a_draft_of_another_public_target_is_told(tmp_path, capsys, source, warn
     )
     drafter_of(load_config(tmp_path / "c.yaml"), target)
     told = (
-        f"warning: {tmp_path}/draft: this draft belongs to another target (hf:org/chat, and "
+        f"{tmp_path}/draft: this draft belongs to another target (hf:org/chat, and "
         "target.source is hf:org/code)"
     )
-    assert (told in capsys.readouterr().err) == warned
+    assert (told in caplog.text) == warned
 
 
 def test_the_written_config_has_the_tree_and_what_the_command_line_set(tmp_path):

@@ -2,17 +2,35 @@
 cache.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, random_params
 from test_target import GREEDY, NEVER, _answers, _pad, _states
 
-from beagle_jax.decoding import batch as batch_module
-from beagle_jax.decoding.batch import _visible, _write_slot, write_answers
-from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding import writer as writer_module
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.drafter import NoDrafter
+from beagle_jax.decoding.engine import advance_keeping
+from beagle_jax.decoding.round import Round, TargetModel
+from beagle_jax.decoding.sampling import (
+    Sampling,
+    choose,
+    filter_logits,
+    filters_of,
+    gumbel,
+    gumbel_of,
+    knobs_of,
+)
+from beagle_jax.decoding.tree import ROOT_ONLY
+from beagle_jax.decoding.writer import write_answers
+from beagle_jax.errors import UserError
+from beagle_jax.model.cache import RingCache
 from beagle_jax.model.target import init_cache, logits
+from beagle_jax.weights.target import Target
 
 MAX_NEW = 24
 
@@ -88,32 +106,43 @@ def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
     assert sum(counted) == sum(lengths)
 
 
-# The plant is traced in, so each has a `sampling` of its own (all greedy) and no other test meets
-# its program.
+class _OneTooMany(RingCache):
+    def visible(self):
+        return super(_OneTooMany, self.with_(length_B=self.length_B + 1)).visible()
+
+
+def _late_slot(now, state, *rest):
+    late = state.cache.with_(rounds=state.cache.rounds + 1)
+    after = Round.append(now, state._replace(cache=late), *rest)
+    return after._replace(cache=after.cache.with_(rounds=after.cache.rounds - 1))
+
+
+def _old_step(now, state, nodes):
+    fields = dataclasses.fields(RingCache)
+    cache = _OneTooMany(*(getattr(state.cache, field.name) for field in fields))
+    return Round.read(now, state._replace(cache=cache), nodes)
+
+
+def _no_stop(now, *rest):
+    return Round.emit(dataclasses.replace(now, eos_ids=NEVER), *rest)
+
+
+def _one_prompt_token_unseen(now, state, chunk, first, prefix):
+    after, states_RTD = Round.read_chunk(now, state, chunk, first, prefix)
+    prompt_B = after.cache.prompt_B.at[chunk.row_R].add(-1)
+    return after._replace(cache=after.cache.with_(prompt_B=prompt_B)), states_RTD
+
+
 WRITER_PLANTS = {
-    "rows written one slot late": (
-        7,
-        "_write_slot",
-        lambda cache, rows, slot: _write_slot(cache, rows, slot + 1),
-    ),
-    "an old row's step visible": (
-        10,
-        "_visible",
-        lambda state: _visible(state._replace(count_B=state.count_B + 1)),
-    ),
-    "stop token ignored": (8, "is_stop", lambda token, eos_ids: jnp.zeros(token.shape, bool)),
-    "padding visible": (
-        9,
-        "causal_mask",
-        lambda length_B, width: jnp.ones((length_B.shape[0], width, width), bool),
-    ),
+    "rows written one slot late": {"append": _late_slot},
+    "an old row's step visible": {"read": _old_step},
+    "stop token ignored": {"emit": _no_stop},
+    "a prompt's last token unseen": {"read_chunk": _one_prompt_token_unseen},
 }
 
 
 @pytest.mark.parametrize("plant", WRITER_PLANTS)
-def test_planted_bug_in_answers(tiny_params, alone, stops, plant, monkeypatch):
-    top_k, name, bug = WRITER_PLANTS[plant]
-    monkeypatch.setattr(batch_module, name, bug)
+def test_planted_bug_in_answers(tiny_params, alone, stops, plant):
     asked, answers = alone
     found = _answers(
         tiny_params,
@@ -122,9 +151,88 @@ def test_planted_bug_in_answers(tiny_params, alone, stops, plant, monkeypatch):
         eos_ids=stops,
         max_new=MAX_NEW,
         batch=16,
-        sampling=Sampling(0.0, top_k),
+        parts=WRITER_PLANTS[plant],
     )
     assert found != [_cut(answer, stops) for answer in answers]
+
+
+DRAWN = Sampling(0.9, top_k=12)
+
+
+@pytest.mark.parametrize("sampling", [DRAWN, Sampling(1.0)], ids=["top-k", "all"])
+def test_the_text_does_not_depend_on_the_rows(tiny_params, alone, stops, sampling):
+    """Drawn by place: the same over 4 and 64 rows, and what the decoder writes with these seeds."""
+    asked, _ = alone
+    ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=sampling, seed=5)
+    few, many = (_answers(tiny_params, TINY, asked, batch=batch, **ask) for batch in (4, 64))
+    assert few == many != _answers(tiny_params, TINY, asked, batch=64, **ask | {"seed": 6})
+    decoder = SpeculativeDecoder(Target(TINY, tiny_params, None, stops, "test"))
+    alike = decoder.generate(asked, sampling, max_new_tokens=MAX_NEW, seed=5)
+    assert many == [answer.tokens for answer in alike]
+
+
+def test_planted_bug_noise_by_row(tiny_params, alone, stops):
+    def wrong(now, key_B, place_BT, purpose):
+        row_B = jax.random.split(jax.random.key(0), len(key_B))
+        return Round.keys(now, row_B, place_BT, purpose)
+
+    asked, _ = alone
+    ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=DRAWN, parts={"keys": wrong})
+    few, many = (_answers(tiny_params, TINY, asked, batch=batch, **ask) for batch in (4, 64))
+    assert few != many
+
+
+@pytest.mark.parametrize("top_k", [5, 64, 70])
+def test_few_tokens_are_drawn_as_among_all(top_k):
+    """The noise of a token is the same whether it is made for all tokens or for some."""
+    logits_BTV = 3 * jax.random.normal(jax.random.key(0), (4, 3, 500))
+    key_BT = jax.random.split(jax.random.key(1), (4, 3))
+    noise_BTV = gumbel(key_BT, 500)
+    token_BTC = jax.random.randint(jax.random.key(2), (4, 3, 20), 0, 500)
+    some_BTC = jnp.take_along_axis(noise_BTV, token_BTC, axis=-1)
+    np.testing.assert_array_equal(gumbel_of(key_BT, token_BTC), some_BTC)
+    settings = [Sampling(0.8, top_k), Sampling(1.2, top_k, 0.9), Sampling(), Sampling(1.0, 3)]
+    knobs, filters = knobs_of(settings), filters_of(settings)
+    expected_BT = jnp.argmax(
+        filter_logits(logits_BTV, knobs, filters)
+        + jnp.where(jnp.arange(4)[:, None, None] == 2, 0.0, noise_BTV),
+        axis=-1,
+    )
+    found_BT = choose(logits_BTV, key_BT, knobs, filters)
+    assert found_BT.tolist() == expected_BT.tolist()
+    assert found_BT.tolist() != choose(logits_BTV, key_BT[::-1], knobs, filters).tolist()
+
+
+WINDOWED = dataclasses.replace(TINY, windows=(None, 8))
+
+
+class _SlotsArePositions(RingCache):
+    def positions(self):
+        return None
+
+
+def test_a_sliding_window_acts_in_the_ring_too(tiny_params, short):
+    """Texts of more tokens than the window, rows refilled: what the decoder writes."""
+    asked = short[0]
+    params = random_params(WINDOWED, 0)
+    decoder = SpeculativeDecoder(Target(WINDOWED, params, None, NEVER, "test"))
+    expected = [answer.tokens for answer in decoder.generate(asked, max_new_tokens=MAX_NEW)]
+    ask = dict(max_new=MAX_NEW, batch=8)
+    assert _answers(params, WINDOWED, asked, **ask) == expected
+    assert _answers(params, dataclasses.replace(WINDOWED, windows=()), asked, **ask) != expected
+
+    def wrong(now, state, nodes):
+        fields = dataclasses.fields(RingCache)
+        cache = _SlotsArePositions(*(getattr(state.cache, field.name) for field in fields))
+        return Round.read(now, state._replace(cache=cache), nodes)
+
+    assert _answers(params, WINDOWED, asked, parts={"read": wrong}, **ask) != expected
+
+
+def test_a_target_that_gives_no_number_is_named(tiny_params):
+    broken = {**tiny_params, "norm_D": tiny_params["norm_D"].at[3].set(jnp.nan)}
+    with pytest.raises(UserError, match="the target's logits are not finite"):
+        _answers(broken, TINY, [[5], [6]], max_new=4, batch=2)
 
 
 HEADER = [7, 3, 11]
@@ -172,9 +280,9 @@ def test_what_all_prompts_begin_with_is_read_once(tiny_params, with_header, begi
         "in two tokens": [*asked, other],
         "alike and ends so": [HEADER] * 17,
     }[begins]
-    beginnings, read = [], batch_module._read_beginning
+    beginnings, read = [], writer_module._read_beginning
     monkeypatch.setattr(
-        batch_module,
+        writer_module,
         "_read_beginning",
         lambda *rest: beginnings.append(read(*rest)) or beginnings[-1],
     )
@@ -197,11 +305,11 @@ BEGINNING_PLANTS = {
 
 @pytest.mark.parametrize("plant", BEGINNING_PLANTS)
 def test_planted_bug_in_the_beginning(tiny_params, with_header, plant, monkeypatch):
-    read = batch_module._read_beginning
+    read = writer_module._read_beginning
     monkeypatch.setattr(
-        batch_module,
+        writer_module,
         "_read_beginning",
-        lambda *rest: batch_module.Beginning(*BEGINNING_PLANTS[plant](*read(*rest))),
+        lambda *rest: writer_module.Beginning(*BEGINNING_PLANTS[plant](*read(*rest))),
     )
     with pytest.raises(AssertionError):
         _check_against_whole_texts(tiny_params, with_header[0])
@@ -260,33 +368,34 @@ def test_few_rows_for_many_prompts(tiny_params, short, batch):
     assert found == [answer[:4] for answer in answers[:7]]
 
 
-def _segment_memory(params, sampling, donate=("state",)) -> tuple[int, int, int]:
+def _segment_memory(params, donate=("state",), **parts) -> tuple[int, int, int]:
     """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that
     reuse inputs.
     """
-    static = ("spec", "sampling", "eos_ids")
+    now = Round(TargetModel(TINY, params), NoDrafter(), ROOT_ONLY, NEVER).with_(**parts)
     jitted = jax.jit(
-        batch_module._segment.__wrapped__, static_argnames=static, donate_argnames=donate
+        advance_keeping.__wrapped__, static_argnames=("rounds",), donate_argnames=donate
     )
-    state = batch_module._empty_state(TINY, init_cache(TINY, 1, 0, jnp.float32), 16, 1024, 0)
-    memory = jitted.lower(params, TINY, state, sampling, NEVER).compile().memory_analysis()
-    cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache))
+    nothing = init_cache(TINY, 1, 0, jnp.float32)
+    state = writer_module._begin(TINY, nothing, batch=16, max_new=1024)
+    memory = jitted.lower(now, state, rounds=8).compile().memory_analysis()
+    cache_bytes = sum(array.nbytes for array in jax.tree.leaves(state.cache.layers))
     return cache_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
 
 
 def test_segment_does_not_copy_the_cache(tiny_params):
-    cache_bytes, temporary, reused = _segment_memory(tiny_params, GREEDY)
+    cache_bytes, temporary, reused = _segment_memory(tiny_params)
     assert 0 < temporary < cache_bytes <= reused
 
 
 def test_planted_bug_cache_not_donated(tiny_params):
-    cache_bytes, _, reused = _segment_memory(tiny_params, GREEDY, donate=())
+    cache_bytes, _, reused = _segment_memory(tiny_params, donate=())
     assert reused < cache_bytes
 
 
-def test_planted_bug_slot_free_of_the_token(tiny_params, monkeypatch):
-    monkeypatch.setattr(
-        batch_module, "_write_slot", lambda cache, rows, slot: _write_slot(cache, rows, 0 * slot)
-    )
-    cache_bytes, temporary, _ = _segment_memory(tiny_params, Sampling(0.0, 6))
+def test_planted_bug_slot_free_of_the_token(tiny_params):
+    def free(now, state, accepted, states_BWD, rows):
+        return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
+
+    cache_bytes, temporary, _ = _segment_memory(tiny_params, append=free)
     assert temporary > cache_bytes

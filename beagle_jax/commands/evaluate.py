@@ -9,10 +9,10 @@ from pathlib import Path
 from beagle_jax.config import Config, Identity
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.fingerprint import fingerprints
+from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog
 from beagle_jax.evaluation.audit import audit

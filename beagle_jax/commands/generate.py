@@ -1,14 +1,14 @@
 """An answer as it comes and what it took, or a chat."""
 
 from argparse import Namespace
-from collections.abc import Iterator
 
 from beagle_jax import terminal
 from beagle_jax.config import Config
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
+from beagle_jax.decoding.decoder import SpeculativeDecoder, Stream
+from beagle_jax.decoding.requests import NOT_FINITE, Answers
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import check_drafter, decoder_of, draft_path, drafter_of
-from beagle_jax.errors import UserError
+from beagle_jax.errors import PromptError, UserError
 from beagle_jax.weights.target import Target, configured_target
 
 
@@ -36,16 +36,15 @@ def compare(
     sampling, limits = sampling_of(config.decode), _limits(config)
     for decoder in (fast, plain):  # compiled by now, but for what streaming does not use
         decoder.warm_up([prompt], sampling, max_new_tokens=config.decode.max_new_tokens)
-    [speculative], [baseline] = (
-        decoder.generate([prompt], sampling, **limits) for decoder in (fast, plain)
+    fast_answers, plain_answers = (
+        _whole(decoder.generate([prompt], sampling, **limits)) for decoder in (fast, plain)
     )
-    ratio, equal = (
-        speculative.tokens_per_second / baseline.tokens_per_second,
-        speculative.tokens == baseline.tokens,
-    )
+    [speculative], [baseline] = fast_answers, plain_answers
+    fast_speed, plain_speed = fast_answers.tokens_per_second, plain_answers.tokens_per_second
+    ratio, equal = fast_speed / plain_speed, speculative.tokens == baseline.tokens
     text = (
-        f"plain        {baseline.tokens_per_second:7.1f} tok/s  {len(baseline.tokens)} "
-        f"tokens\nspeculative  {speculative.tokens_per_second:7.1f} tok/s  "
+        f"plain        {plain_speed:7.1f} tok/s  {len(baseline.tokens)} "
+        f"tokens\nspeculative  {fast_speed:7.1f} tok/s  "
         f"{len(speculative.tokens)} tokens, {speculative.rounds} rounds, tau "
         f"{speculative.tau:.2f}, speedup {ratio:.2f}x\ntoken sequences equal: "
         f"{'yes' if equal else 'NO'}"
@@ -56,12 +55,19 @@ def compare(
         "tokens": len(speculative.tokens),
         "rounds": speculative.rounds,
         "tau": speculative.tau,
-        "tokens_per_second": speculative.tokens_per_second,
-        "plain_tokens_per_second": baseline.tokens_per_second,
+        "tokens_per_second": fast_speed,
+        "plain_tokens_per_second": plain_speed,
         "speedup": ratio,
         "equal": equal,
     }
     return text, figures
+
+
+def _whole(answers: Answers) -> Answers:
+    """Answers that came to their end. Raises UserError if the target broke down."""
+    if any(answer.finish == "error" for answer in answers):
+        raise UserError(NOT_FINITE)
+    return answers
 
 
 def chat(config: Config, decoder: SpeculativeDecoder) -> None:
@@ -79,13 +85,14 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
         shown: list[str] = []
         try:
             done = show(decoder.stream(history, sampling, **limits), shown)
+            [answer] = done
             print(
-                f"[{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
-                f"{done.tau:.2f}]"
+                f"[{len(answer.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
+                f"{answer.tau:.2f}]"
             )
         except KeyboardInterrupt:
             print("\n[cut short]")
-        except UserError as error:  # the conversation has outgrown the context: say so and go on
+        except PromptError as error:  # a full context, say: the conversation can go on
             print(f"{error}\n[/clear begins anew]")
             history.pop()
             continue
@@ -95,17 +102,14 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
             history.pop()
 
 
-def show(pieces: Iterator[str], shown: list[str] | None = None) -> Generation:
-    """Prints text as it comes, and keeps it in `shown`; returns what the stream returns."""
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            print()
-            return end.value
+def show(stream: Stream, shown: list[str] | None = None) -> Answers:
+    """Prints text as it comes, and keeps it in `shown`; returns the answer with its time."""
+    for piece in stream:
         print(piece, end="", flush=True)
         if shown is not None:
             shown.append(piece)
+    print()
+    return _whole(stream.answers)
 
 
 def _ask() -> str:

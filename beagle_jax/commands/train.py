@@ -23,8 +23,8 @@ from beagle_jax.data.share import Share
 from beagle_jax.data.source import check_source
 from beagle_jax.data.states import StoredStates, states_in_memory
 from beagle_jax.data.template import Row, supervised_tokens
+from beagle_jax.decoding.build import decoder_of
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tuning import decoder_of
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.measure import Measurement
 from beagle_jax.evaluation.suites import suite, tokenize

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from beagle_jax.config import Config, read_settings
+from beagle_jax.decoding.build import draft_path
 from beagle_jax.decoding.tuning import (
     Choice,
     Tuning,
     answers_for_tuning,
-    draft_path,
     machine,
     remember,
     tune,

@@ -6,13 +6,13 @@ from typing import Protocol
 import numpy as np
 
 from beagle_jax.config import DataConfig
-from beagle_jax.decoding.batch import write_answers
 from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.writer import write_answers
 from beagle_jax.weights.target import Target
 
 
 class Answer(Protocol):
-    """What the target wrote after one prompt (decoding/batch.py)."""
+    """What the target wrote after one prompt (decoding/writer.py)."""
 
     index: int  # of the prompt
     tokens: list[int]

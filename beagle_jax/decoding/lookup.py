@@ -6,19 +6,53 @@ the tokens after it are drafted as a chain. Fixed shapes, no host: one compariso
 its own end, shifted. Verification is everyone's, so this is as lossless as any draft.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.decoding.draft import Nodes
+from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, Seen
+from beagle_jax.decoding.nodes import Nodes, chain_nodes
+from beagle_jax.decoding.tree import Tree
+from beagle_jax.errors import UserError
+from beagle_jax.model.target import TargetSpec
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Lookup:
-    """Stands where a draft stands. Hashable."""
+class Lookup(Drafter):
+    """Drafts from the text itself. Its state is the text [B, S] by position; garbage past it."""
 
-    ngram: int = 3  # longest run of last tokens that is looked for
+    kind: ClassVar[str] = "lookup"
+
+    # longest run of last tokens that is looked for
+    ngram: int = field(default=3, metadata=dict(static=True))
+
+    def init(self, batch: int, capacity: int) -> jax.Array:
+        """No text."""
+        return jnp.zeros((batch, capacity), jnp.int32)
+
+    def observe(self, state: jax.Array, seen: Seen) -> jax.Array:
+        """Writes the tokens down, and the one after the last of them."""
+        (B, T), capacity = seen.token_BT.shape, state.shape[1]
+        token_BT1 = jnp.concatenate([seen.token_BT[:, :1], seen.next_BT], axis=1)
+        step_1T = jnp.arange(T + 1)[None]
+        text_BT = (step_1T <= seen.count_B[:, None]) & (seen.count_B > 0)[:, None]
+        slot_BT = jnp.where(text_BT, seen.start_B[:, None] + step_1T, capacity)
+        return state.at[jnp.arange(B)[:, None], slot_BT].set(token_BT1, mode="drop")
+
+    def propose(self, state: jax.Array, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
+        """What followed before."""
+        return Proposal(lookup_chain(state, known.length_B, self.ngram, tree.depth))
+
+    def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
+        """Raises UserError for anything but a chain under the match rule."""
+        if tree.size != tree.depth + 1 or tree.scored or rule == "ratio":
+            raise UserError(
+                "prompt lookup drafts a chain and knows no probabilities, but was given a "
+                f"{tree} and rule {rule!r}; use a chain and rule 'match'"
+            )
 
 
 def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int) -> Nodes:
@@ -43,17 +77,8 @@ def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int
     period_B = jnp.maximum(length_B - jnp.argmax(rank_BS, axis=1), 1)
     step_1P = jnp.arange(depth)[None]
     source_BP = length_B[:, None] - period_B[:, None] + 1 + step_1P % period_B[:, None]
-    token_BW = jnp.take_along_axis(
-        text_BS, jnp.concatenate([length_B[:, None], source_BP], axis=1), axis=1
-    )
-    depth_BW = jnp.broadcast_to(jnp.arange(depth + 1)[None], (B, depth + 1))
-    above_BWW = jnp.broadcast_to(
-        jnp.tril(jnp.ones((depth + 1, depth + 1), bool))[None], (B, depth + 1, depth + 1)
-    )
-    return Nodes(
-        token_BW,
-        jnp.maximum(depth_BW - 1, 0),
-        depth_BW,
-        above_BWW,
-        jnp.zeros((B, depth + 1), jnp.float32),
+    return chain_nodes(
+        jnp.take_along_axis(
+            text_BS, jnp.concatenate([length_B[:, None], source_BP], axis=1), axis=1
+        )
     )

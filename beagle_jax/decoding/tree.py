@@ -1,7 +1,7 @@
 """Draft trees: which drafted tokens are continued, and which are verified (method.md 6.4, 6.5).
 
 A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level
-in the same way (`draft.draft_tree`): each query of a level keeps its best children, some children
+in the same way (`draft.grow`): each query of a level keeps its best children, some children
 become the next level's queries, and at the end some of all children become nodes. A static tree
 says which by fixed places, a dynamic one by score.
 

@@ -11,31 +11,32 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.draft import draft_tree
-from beagle_jax.decoding.lookup import Lookup
-from beagle_jax.decoding.loop import Models, draft_head_of, draft_rows
-from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, chain, dynamic_tree, tree_of
+from beagle_jax.decoding.drafter import Known, Seen, State
+from beagle_jax.decoding.kinds import trained_drafter
+from beagle_jax.decoding.nodes import Nodes
+from beagle_jax.decoding.round import TargetModel
+from beagle_jax.decoding.trained import TrainedDrafter
+from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
-from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
 from beagle_jax.model.target import best_tokens, forward, init_cache
-from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
+from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
 VERIFY_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
@@ -86,8 +87,9 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     """texts: prompts and the target's answers, as tokens. Raises UserError when all of them are too
     short.
     """
-    models = Models(target.params, draft.params, draft_head_of(target.params, draft.hot_ids))
-    read = [_read(target, draft, models, *text) for text in texts if len(_places(*text))]
+    drafter = trained_drafter(draft, target.params)
+    model = TargetModel(target.spec, target.params)
+    read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
     if not read:
         raise UserError(
             f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the "
@@ -101,13 +103,10 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
-        one, many = (
-            milliseconds(drafting(target, draft, models, small_tree(levels, topk)))
-            for levels in (1, 4)
-        )
+        one, many = (milliseconds(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
-        trees = [_widest_trees(draft, models, topk, *text) for text in read]
+        trees = [_widest_trees(drafter, topk, *text) for text in read]
         grown = [np.concatenate(each) for each in zip(*trees, strict=True)]
         order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}  # type: ignore[call-arg]  # grown are three
         if topk == max(TOPKS):
@@ -130,15 +129,22 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
 
-def milliseconds(call: Callable[[], jax.Array]) -> float:
-    """Median time of one pass of a call that is compiled by now and makes `PASSES` of them."""
-    jax.block_until_ready(call())
+class Passes(NamedTuple):
+    """A call that does its work several times over, in one program."""
+
+    call: Callable[[], Any]
+    count: int
+
+
+def milliseconds(work: Passes) -> float:
+    """Median time of one pass; the first call is not timed."""
+    jax.block_until_ready(work.call())
     seconds = []
     for _ in range(_REPEATS):
         clock = time.perf_counter()
-        jax.block_until_ready(call())
+        jax.block_until_ready(work.call())
         seconds.append(time.perf_counter() - clock)
-    return 1000 * float(np.median(seconds)) / PASSES
+    return 1000 * float(np.median(seconds)) / work.count
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -157,49 +163,38 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
-def verifying(target: Target, rows: int) -> Callable[[], jax.Array]:
+def verifying(target: Target, rows: int) -> Passes:
     """A call that verifies this many rows, greedily, `PASSES` times."""
     cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
-    return lambda: _verified(target.params, target.spec, tokens, cache, visible)
+    return Passes(lambda: _verified(target.params, target.spec, tokens, cache, visible), PASSES)
 
 
-@partial(jax.jit, static_argnames=("spec", "tree"))
-def _grow(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
+@partial(jax.jit, static_argnames="tree")
+def _grown(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> Nodes:
     """The tree below each root; nothing of it is left out."""
-    drafted = draft_tree(
-        models.draft,
-        spec,
-        tree,
-        models.target["embed_VD"],
-        models.draft_head,
-        cache,
-        length_B,
-        root_B,
-        last_B1D,
-    )
-    nodes = drafted.nodes
-    return nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW
+    return drafter.propose(state, known, tree, None).nodes
 
 
 def _full_tree(levels: int, topk: int) -> DynamicTree:
     return dynamic_tree(levels, topk, candidates(levels, topk) + 1)
 
 
-@partial(jax.jit, static_argnames=("spec", "tree"))
-def _drafted(models: Models, spec, tree, cache: KVRows, length_B, root_B, last_B1D):
+@partial(jax.jit, static_argnames="tree")
+def _drafted(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> jax.Array:
     def read(_, root_B):
-        return _grow(models, spec, tree, cache, length_B, root_B, last_B1D)[0][:, -1]
+        return drafter.propose(state, known._replace(root_B=root_B), tree, None).nodes.token_BW[
+            :, -1
+        ]
 
-    return jax.lax.fori_loop(0, PASSES, read, root_B)
+    return jax.lax.fori_loop(0, PASSES, read, known.root_B)
 
 
-def drafting(target: Target, draft: Draft, models: Models, tree: Tree) -> Callable[[], jax.Array]:
+def drafting(drafter: TrainedDrafter, tree: Tree) -> Passes:
     """A call that drafts this tree `PASSES` times."""
-    cache = empty_rows(1, draft.spec.num_kv_heads, _CAPACITY, draft.spec.head_dim, target.dtype)
-    length, root = jnp.full(1, _CAPACITY - 8), jnp.zeros(1, jnp.int32)
-    last = jnp.ones((1, 1, draft.spec.hidden_size), target.dtype)
-    return lambda: _drafted(models, draft.spec, tree, cache, length, root, last)
+    state = drafter.init(1, _CAPACITY)
+    known = Known(jnp.zeros(1, jnp.int32), jnp.full(1, _CAPACITY - 8))
+    return Passes(lambda: _drafted(drafter, tree, state, known), PASSES)
 
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
@@ -207,29 +202,31 @@ def small_tree(levels: int, topk: int) -> DynamicTree:
     return dynamic_tree(levels, topk, min(8, candidates(levels, topk) + 1))
 
 
-@partial(jax.jit, static_argnames=("target_spec", "spec"))
-def _read_text(models: Models, target_spec, spec, text_BL) -> tuple[KVRows, jax.Array]:
-    """The draft's cache rows of a text, and the target's states [B, L, D]."""
+@jax.jit
+@exact
+def _read_text(
+    model: TargetModel, drafter: TrainedDrafter, text_BL: jax.Array
+) -> tuple[State, jax.Array]:
+    """The drafter's state after a text, and the target's states [B, L, D]."""
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-    states_BLD = forward(
-        models.target, target_spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L)
-    ).states_BTD
-    return draft_rows(
-        models, spec, states_BLD, jnp.roll(text_BL, -1, axis=1), positions_BL
-    ), states_BLD
+    mask_BLL = causal_mask(jnp.full(B, L), L)
+    states_BLD = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL).states_BTD
+    next_BL = jnp.roll(text_BL, -1, axis=1)
+    seen = Seen(states_BLD, text_BL, next_BL, jnp.zeros(B, jnp.int32), jnp.full(B, L))
+    return drafter.observe(drafter.init(B, L), seen), states_BLD
 
 
-def _read(target: Target, draft: Draft, models: Models, prompt: list[int], answer: list[int]):
-    """The draft's rows of a text, `_BATCH` times; its states and tokens [1, L], padded; the
+def _read(model: TargetModel, drafter: TrainedDrafter, prompt: list[int], answer: list[int]):
+    """The drafter's state after a text, `_BATCH` times; its states and tokens [1, L], padded; the
     answer's places that have a future.
     """
     tokens = (prompt + answer)[:_CAPACITY]
     padded_BL = np.zeros((1, _CAPACITY), np.int32)
     padded_BL[0, : len(tokens)] = tokens
-    rows, states_BLD = _read_text(models, target.spec, draft.spec, padded_BL)
-    rows = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), rows)
-    return rows, states_BLD, padded_BL, _places(prompt, answer)
+    state, states_BLD = _read_text(model, drafter, padded_BL)
+    state = jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), state)
+    return state, states_BLD, padded_BL, _places(prompt, answer)
 
 
 def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
@@ -238,10 +235,9 @@ def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
 
 
 def _widest_trees(
-    draft: Draft,
-    models: Models,
+    drafter: TrainedDrafter,
     topk: int,
-    rows: KVRows,
+    state: State,
     states_BLD: jax.Array,
     padded_BL: np.ndarray,
     roots: np.ndarray,
@@ -251,20 +247,17 @@ def _widest_trees(
     """
     grown = []
     for start in range(0, len(roots), _BATCH):
-        here = np.resize(
-            roots[start : start + _BATCH], _BATCH
-        )  # the last batch repeats places; they are cut off below
-        last_B1D = states_BLD[0, here - 1][:, None]
-        out = _grow(
-            models,
-            draft.spec,
-            _full_tree(max(LEVELS), topk),
-            rows,
-            jnp.asarray(here),
-            padded_BL[0, here],
-            last_B1D,
+        # The last batch repeats places; they are cut off below.
+        places = jnp.asarray(np.resize(roots[start : start + _BATCH], _BATCH))
+        at_B = drafter.at(state, jnp.repeat(states_BLD, _BATCH, axis=0), places)
+        known = Known(jnp.asarray(padded_BL[0])[places], places)
+        nodes = _grown(drafter, _full_tree(max(LEVELS), topk), at_B, known)
+        grown.append(
+            [
+                np.asarray(x)
+                for x in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW)
+            ]
         )
-        grown.append([np.asarray(x) for x in out])
     follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
     return *(np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)), follows
 
@@ -325,57 +318,6 @@ def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarr
         share[depth] = np.bincount(ranks, minlength=topk)[:topk] / max(reached.sum(), 1)
         above = node
     return share
-
-
-def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft | Lookup:
-    """What drafts: a trained draft's folder (`draft.path` if none is given), or prompt lookup."""
-    path = path or draft_path(config)
-    if path == "lookup":
-        return Lookup(config.decode.ngram)
-    draft = load_draft(path, target.spec)
-    if told := other_target(draft, target.source):
-        print(
-            f"warning: {path}: this draft belongs to another target ({told}, and target.source "
-            f"is {target.source}): the text stays right, but few drafts will be",
-            file=sys.stderr,
-        )
-    return draft
-
-
-def check_drafter(path: str) -> None:
-    """Raises UserError for a draft that is not there."""
-    if path != "lookup":
-        check_there(path)
-
-
-def draft_path(config: Config) -> str:
-    """`draft.path`, or where training leaves its draft."""
-    return config.draft.path or f"{config.train.folder}/draft"
-
-
-def decoder_of(
-    config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None
-) -> SpeculativeDecoder:
-    """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here.
-
-    Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the
-    target the same.
-    """
-    decode = config.decode
-    if isinstance(draft, Lookup):
-        tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
-    elif decode.tree == "auto":
-        tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft))
-    else:
-        tree = tree_of(decode)
-    return SpeculativeDecoder(
-        target,
-        draft,
-        tree,
-        context=context,
-        append_predicted=decode.append_predicted,
-        rule=decode.rule,
-    )
 
 
 def answers_for_tuning(

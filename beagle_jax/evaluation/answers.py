@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beagle_jax.config import Config, Identity
-from beagle_jax.decoding.decoder import Generation
+from beagle_jax.decoding.requests import Answer
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
+
+
+@dataclass(frozen=True)
+class TimedAnswer(Answer):
+    """An answer that was written alone, and its time."""
+
+    prefill_seconds: float
+    decode_seconds: float
 
 
 class Asked(NamedTuple):
     """One prompt as one way of decoding saw it, and its answer."""
 
     prompt: list[int]  # tokens
-    answer: Generation
+    answer: TimedAnswer
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class AnswerLog:
 def _case(record: dict[str, Any]) -> Case:
     turns = tuple(
         {
-            name: Asked(asked["prompt"], Generation(**asked["answer"]))
+            name: Asked(asked["prompt"], TimedAnswer(**asked["answer"]))
             for name, asked in turn.items()
         }
         for turn in record["turns"]

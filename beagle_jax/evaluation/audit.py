@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from beagle_jax.decoding.decoder import Generation
 from beagle_jax.decoding.lookup import Lookup
+from beagle_jax.decoding.requests import Answer
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.evaluation.answers import Asked
@@ -26,9 +26,9 @@ from beagle_jax.evaluation.chance import (
     score_noise,
 )
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
-from beagle_jax.evaluation.measure import Bench, Measured, Measurement
+from beagle_jax.evaluation.measure import Bench, Measured, Measurement, timed
 from beagle_jax.evaluation.pages import change
-from beagle_jax.evaluation.replay import replayed
+from beagle_jax.evaluation.replay import replayable, replayed, scored
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -91,6 +91,10 @@ def audit(
             checks.append(_largest_logit(target, name, texts[name], reach))
         checks.append(_draws(target, name, texts[name], bench, reach))
         if name in drafts and rule == "match":
+            if not replayable(drafts[name]):
+                kind = f"drafts of kind {drafts[name].kind!r} are not computed a second time"
+                checks.append(Check(f"{name}: acceptance is not recomputed", True, kind))
+                continue
             checks.append(
                 _acceptance(target, drafts[name], name, texts[name], bench, append_predicted)
             )
@@ -193,7 +197,7 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
 
 
 def _next_logits(
-    target: Target, prompt: Sequence[int], answer: Generation
+    target: Target, prompt: Sequence[int], answer: Answer
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits that each token of an answer was chosen from [T, V], and the tokens [T]."""
     text = [*prompt, *answer.tokens]
@@ -214,9 +218,11 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
         sampling = _DRAWN
 
         def draw(prompt, seed):
-            return bench.decoders[name].generate(
-                [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
-            )[0]
+            return timed(
+                bench.decoders[name].generate(
+                    [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
+                )
+            )
 
         asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
     rng, places, outside = np.random.default_rng(0), [], 0
@@ -309,7 +315,7 @@ def _score_reach(
     """How far apart noise may put two scores of a draft: of every node that was drafted, and any
     token in its place.
     """
-    if isinstance(draft, Lookup):
+    if not scored(draft):
         return 0.0
     asked = max(
         (text.asked for text in texts), key=lambda one: len(one.prompt) + len(one.answer.tokens)

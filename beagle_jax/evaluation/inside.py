@@ -3,7 +3,6 @@ where it attends.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.loop import DecodeState, Models, Shapes, decode, propose
+from beagle_jax.decoding.engine import advance
+from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.model.beagle import DraftSpec
-from beagle_jax.model.kinds import block_of
+from beagle_jax.decoding.state import DecodeState
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.precision import exact
-from beagle_jax.model.target import embed, forward
+from beagle_jax.model.target import forward
 
 
-class Round(NamedTuple):
+class Played(NamedTuple):
     """One round of one answer."""
 
     token_W: np.ndarray  # drafted nodes, the root first
@@ -30,7 +29,8 @@ class Round(NamedTuple):
     path: list[int]  # accepted nodes, from the root on
 
 
-_propose = jax.jit(propose, static_argnames="shapes")
+_propose = jax.jit(Round.propose)
+_ONE_ROW, _ALL_ROUNDS = np.int32(1), np.int32(2**31 - 1)
 
 
 def rounds(
@@ -41,27 +41,25 @@ def rounds(
     most: int = 16,
     max_new_tokens: int = 128,
     seed: int = 0,
-) -> list[Round]:
+) -> list[Played]:
     """The first rounds of an answer, one by one."""
-    models, shapes, state = decoder.prefilled(
-        prompt, sampling, max_new_tokens=max_new_tokens, seed=seed
-    )
-    found: list[Round] = []
-    while len(found) < most and not state.done_B[0]:
-        nodes = _propose(models, shapes, state).nodes
+    now, state = decoder.prefilled([prompt], sampling, max_new_tokens=max_new_tokens, seed=seed)
+    found: list[Played] = []
+    while len(found) < most and not state.transcript.done_B[0]:
+        nodes = _propose(now, state).nodes
         token_W, parent_W, depth_W = (
             np.asarray(x_BW)[0] for x_BW in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW)
         )
-        before = int(state.count_B[0])
-        state, told = decode(models, shapes, state, np.int32(1))
-        written = np.asarray(told.out_BS)[0, before : int(told.count_B[0])].tolist()
+        before = int(state.transcript.count_B[0])
+        state, after = advance(now, state, np.int32(1), _ONE_ROW)
+        written = np.asarray(after.out_BS)[0, before : int(after.count_B[0])].tolist()
         path = [0]
         for token in written:
             children = np.flatnonzero((parent_W == path[-1]) & (token_W == token) & (depth_W > 0))
             if not len(children):
                 break
             path.append(int(children[0]))
-        found.append(Round(token_W, parent_W, depth_W, written, path))
+        found.append(Played(token_W, parent_W, depth_W, written, path))
     return found
 
 
@@ -75,33 +73,29 @@ def attention(
     places: the last one that a token sees is its own. Returns the text's tokens too; None for
     decoders whose draft has no attention.
     """
-    models, shapes, state = decoder.prefilled(prompt, max_new_tokens=max_new_tokens)
-    if not isinstance(shapes.draft, DraftSpec):
+    now, state = decoder.prefilled([prompt], max_new_tokens=max_new_tokens)
+    if not now.drafter.attends:
         return None
-    state, told = decode(models, shapes, state, np.int32(2**31 - 1))
-    tokens = [*prompt, *np.asarray(told.out_BS)[0, : int(told.count_B[0])].tolist()]
-    length = min(
-        int(state.length_B[0]), len(tokens) - 1
-    )  # states of the last tokens may not be there
+    state, after = advance(now, state, _ALL_ROUNDS, _ONE_ROW)
+    tokens = [*prompt, *np.asarray(after.out_BS)[0, : int(after.count_B[0])].tolist()]
+    # States of the last tokens may not be there.
+    length = min(int(state.cache.length_B[0]), len(tokens) - 1)
     places_1T = jnp.arange(len(prompt), length + 1)[None]
-    weights_TS = _weights(models, shapes, state, jnp.asarray(tokens)[None], places_1T)
+    weights_TS = _weights(now, state, jnp.asarray(tokens)[None], places_1T)
     return np.asarray(weights_TS)[:, :length], tokens[: length + 1]
 
 
-@partial(jax.jit, static_argnames="shapes")
+@jax.jit
 @exact
-def _weights(
-    models: Models, shapes: Shapes, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array
-) -> jax.Array:
-    spec, L, k_BKHS = shapes.draft, text_1L.shape[1], state.draft_cache.k_BKHS
-    block = block_of(spec).bind({"params": models.draft})
+def _weights(now: Round, state: DecodeState, text_1L: jax.Array, places_1T: jax.Array) -> jax.Array:
+    drafter, target, L = now.drafter, now.target, text_1L.shape[1]
+    k_BKHS = drafter.rows(state.draft).k_BKHS
+    mask_1LL = causal_mask(jnp.full(1, L), L)
     states_1LD = forward(
-        models.target, shapes.target, text_1L, jnp.arange(L)[None], causal_mask(jnp.full(1, L), L)
+        target.params, target.spec, text_1L, jnp.arange(L)[None], mask_1LL
     ).states_BTD
-    e_1TD = embed(models.target["embed_VD"], text_1L[:, places_1T[0]], spec.embed_scale)
-    x_1TD = block.fuse(e_1TD, states_1LD[:, places_1T[0] - 1])
-    q_BKGTH = block.queries(x_1TD, places_1T - int(spec.fused))
-    score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * spec.head_dim**-0.5
+    q_BKGTH = drafter.first_queries(states_1LD, text_1L, places_1T)
+    score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * q_BKGTH.shape[-1] ** -0.5
     slot_1S = jnp.arange(k_BKHS.shape[3])[None]
     seen_TS = slot_1S < places_1T[0][:, None]
     return jax.nn.softmax(

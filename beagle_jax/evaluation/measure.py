@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.chats import Chat, Message
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.decoder import Generation, SpeculativeDecoder
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.requests import NOT_FINITE, Answers
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.evaluation.answers import AnswerLog, Asked, Case
+from beagle_jax.errors import UserError
+from beagle_jax.evaluation.answers import AnswerLog, Asked, Case, TimedAnswer
 
 _TURNS_PER_CASE = 64  # seeds that lie between those of two cases
 
@@ -25,12 +27,12 @@ class Measurement:
 
     name: str
     tree: str  # what was drafted per round
-    cases: list[list[Generation]] = field(
+    cases: list[list[TimedAnswer]] = field(
         default_factory=list
     )  # of each prompt, the answers to its turns
 
     @cached_property
-    def generations(self) -> list[Generation]:
+    def generations(self) -> list[TimedAnswer]:
         """All answers, in order."""
         return [one for case in self.cases for one in case]
 
@@ -229,6 +231,18 @@ def _prompts_to_come(bench: Bench, chats: Sequence[Chat]) -> list[list[int]]:
     return [[0] * length for length in sorted(set(found))]
 
 
+def timed(answers: Answers) -> TimedAnswer:
+    """The one answer of a call, with its time. Raises UserError if the target broke down."""
+    [answer] = answers
+    if answer.finish == "error":
+        raise UserError(NOT_FINITE)
+    return TimedAnswer(
+        **vars(answer),
+        prefill_seconds=answers.prefill_seconds,
+        decode_seconds=answers.decode_seconds,
+    )
+
+
 def _turns(
     bench: Bench, chat: Chat, counters: dict[str, CompileCounter], seed: int
 ) -> tuple[dict[str, Asked], ...]:
@@ -250,12 +264,12 @@ def _turns(
         turn = {}
         for name, decoder in bench.decoders.items():
             with counters[name]:
-                [answer] = decoder.generate(
+                answers = decoder.generate(
                     [prompts[name]],
                     bench.sampling,
                     max_new_tokens=bench.max_new_tokens,
                     seed=seed + len(turns),
                 )
-            turn[name] = Asked(prompts[name], answer)
+            turn[name] = Asked(prompts[name], timed(answers))
         turns.append(turn)
     return tuple(turns)

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from beagle_jax.decoding.tuning import Tuning
-from beagle_jax.evaluation.inside import Round
+from beagle_jax.evaluation.inside import Played
 from beagle_jax.files import whole
 from beagle_jax.model.masks import early_block_mask, window_start
 
@@ -225,7 +225,7 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
     save(figure, path)
 
 
-def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) -> None:
+def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -> None:
     """The tree of one round, accepted path in colour. name: a token's text."""
     height = _heights(one)
     figure = Figure(
@@ -271,7 +271,7 @@ def plot_tree(one: Round, path: str | Path, name: Callable[[int], str] = str) ->
     save(figure, path)
 
 
-def _heights(one: Round) -> np.ndarray:
+def _heights(one: Played) -> np.ndarray:
     """Where each node stands: leaves one below the other, a parent in the middle of its
     children.
     """

@@ -6,16 +6,18 @@ written next. Nothing of the decoding loop is used: no caches, no masks over nod
 paths in Python, attention as one softmax.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import DynamicTree, Tree
-from beagle_jax.model.kinds import block_of
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
+from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.precision import exact
 from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
@@ -40,14 +42,9 @@ def replayed(
     favour: added to the draft's log-probability of each token that was written: near ties then fall
     to its side, or below 0 to the other.
     """
-    text, root, accepted = [*prompt, *answer], len(prompt), []
+    text, root, accepted, find = [*prompt, *answer], len(prompt), [], _PATHS[draft.kind]
     while root < len(text) - 1:
-        if isinstance(draft, Lookup):
-            paths = set(_prefixes(looked_up(text[: root + 1], draft.ngram, tree.depth)))
-        else:
-            paths = Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(
-                tree
-            )
+        paths = find(target, draft, tree, text, states_LD, root, append_predicted, favour)
         count = 0
         while root + count + 1 < len(text) and tuple(text[root + 1 : root + count + 2]) in paths:
             count += 1
@@ -56,8 +53,27 @@ def replayed(
     return accepted
 
 
-def _prefixes(path: Sequence[int]) -> Iterator[Path]:
-    return (tuple(path[:length]) for length in range(1, len(path) + 1))
+def replayable(draft: Draft | Drafter) -> bool:
+    """Whether this kind of draft has a second computation here."""
+    return draft.kind in _PATHS
+
+
+def scored(draft: Draft | Drafter) -> bool:
+    """Whether this kind chooses by scores of its own, which noise can tie."""
+    return draft.kind in _ENTRIES
+
+
+def _looked_up_paths(
+    target, draft: Lookup, tree: Tree, text, states_LD, root: int, *_
+) -> set[Path]:
+    tokens = looked_up(text[: root + 1], draft.ngram, tree.depth)
+    return {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
+
+
+def _grown_paths(
+    target, draft: Draft, tree: Tree, text, states_LD, root: int, append_predicted, favour
+) -> set[Path]:
+    return Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(tree)
 
 
 def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
@@ -192,31 +208,18 @@ def _predict(
 
     With them the best tokens after each, their log-probabilities, and all log-probabilities.
     """
-    block, (Q, depth) = block_of(spec).bind({"params": params}), below_Qt.shape
+    block_type, entries = _ENTRIES[spec.kind]
+    block, (Q, depth) = block_type(spec).bind({"params": params}), below_Qt.shape
 
     def embedded(tokens):
         return embed(target["embed_VD"], tokens, spec.embed_scale)
 
-    root_Q1 = jnp.broadcast_to(text_L[root], (Q, 1))
-    token_Qt = jnp.concatenate([root_Q1, below_Qt], axis=1)
+    # the tokens of each path, the root's first, and their positions
+    token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
-    # entries: of the text, the root's among them, and of the path; a token stands where the state
-    # before it does
-    if spec.fused:
-        before_QtD = jnp.concatenate(
-            [jnp.broadcast_to(states_LD[root - 1], (Q, 1, states_LD.shape[1])), above_QtD], axis=1
-        )
-        x_QtD, place_Qt = block.fuse(embedded(token_Qt), before_QtD), place_Qt - 1
-        true_LD, own_QtD, own_place_Qt = (
-            block.fuse(embedded(text_L[1:])[None], states_LD[None])[0],
-            x_QtD[:, 1:],
-            place_Qt[:, 1:],
-        )
-        kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
-    else:  # states: of the text, and those predicted above
-        x_QtD, true_LD = embedded(token_Qt), states_LD
-        own_QtD, own_place_Qt = above_QtD, place_Qt[:, :-1]
-        kept = slice(None) if append else slice(0)
+    x_QtD, place_Qt, true_LD, own_QtD, own_place_Qt, kept = entries(
+        block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append
+    )
     states_QD = _attend(
         block,
         x_QtD[:, -1:],
@@ -248,6 +251,36 @@ def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
         token_V == written_t1[depth]
     )[None]
     return log_p_QV + jnp.where(written_QV, favour, 0.0), token_V
+
+
+def _beagle_entries(
+    block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
+):
+    """Beagle's queries and positions; what they see of the text, and of their own path."""
+    kept = slice(None) if append else slice(0)
+    return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], kept
+
+
+def _eagle_entries(
+    block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
+):
+    """EAGLE's: each token fused with the state before it, and standing there."""
+    Q, depth, D = above_QtD.shape
+    root_Q1D = jnp.broadcast_to(states_LD[root - 1], (Q, 1, D))
+    x_QtD = block.fuse(embedded(token_Qt), jnp.concatenate([root_Q1D, above_QtD], axis=1))
+    true_LD = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0]
+    kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
+    return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, kept
+
+
+_ENTRIES = {
+    BeagleSpec.kind: (BeagleBlock, _beagle_entries),
+    EagleSpec.kind: (EagleBlock, _eagle_entries),
+}
+_PATHS: dict[str, Callable[..., set[Path]]] = {
+    Lookup.kind: _looked_up_paths,
+    **dict.fromkeys(_ENTRIES, _grown_paths),
+}
 
 
 def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:

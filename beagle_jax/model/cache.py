@@ -7,7 +7,8 @@ NaN.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,34 +41,52 @@ def empty_rows(
     return KVRows(k_BKHS, jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype))
 
 
-def write_rows(cache: KVRows, rows: KVRows, start_B: jax.Array) -> KVRows:
-    """Writes rows of T tokens at slots start_B .. start_B + T - 1 of each sequence.
+def write_rows(
+    cache: KVRows, rows: KVRows, start_R: jax.Array, row_R: jax.Array | None = None
+) -> KVRows:
+    """Writes rows of T tokens at slots start_R .. start_R + T - 1 of each sequence, or of the
+    sequences row_R.
 
     The caller sees to start + T <= S: a slice update past the end would be clamped onto committed
-    rows.
+    rows. The same sequence may stand in row_R twice if its rows are the same.
     """
     return KVRows(
-        _write(cache.k_BKHS, rows.k_BKHS, start_B, 3), _write(cache.v_BKSH, rows.v_BKSH, start_B, 2)
+        _write(cache.k_BKHS, rows.k_BKHS, start_R, row_R, 3),
+        _write(cache.v_BKSH, rows.v_BKSH, start_R, row_R, 2),
     )
 
 
-def _write(cache: jax.Array, rows: jax.Array, start_B: jax.Array, token_axis: int) -> jax.Array:
+def _write(
+    cache: jax.Array,
+    rows: jax.Array,
+    start_R: jax.Array,
+    row_R: jax.Array | None,
+    token_axis: int,
+) -> jax.Array:
     rows = rows.astype(cache.dtype)
 
     def corner(row, start):
         return tuple(start if axis == token_axis else row if axis == 0 else 0 for axis in range(4))
 
     if rows.shape[0] <= _UNROLL_ROWS:
-        for row in range(rows.shape[0]):
+        for line in range(rows.shape[0]):
+            row = line if row_R is None else row_R[line]
             cache = jax.lax.dynamic_update_slice(
-                cache, rows[row : row + 1], corner(row, start_B[row])
+                cache, rows[line : line + 1], corner(row, start_R[line])
             )
         return cache
+    if row_R is None:
 
-    def update(one, new, start):
-        return jax.lax.dynamic_update_slice(one, new, corner(0, start)[1:])
+        def update(old, new, start):
+            return jax.lax.dynamic_update_slice(old, new, corner(0, start)[1:])
 
-    return jax.vmap(update)(cache, rows, start_B)
+        return jax.vmap(update)(cache, rows, start_R)
+    slots = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, token_axis),
+    )
+    return jax.lax.scatter(cache, jnp.stack([row_R, start_R], axis=1), rows, slots)
 
 
 def take_rows(rows: KVRows, index_BT: jax.Array) -> KVRows:
@@ -95,3 +114,165 @@ def visible_slots(length_B: jax.Array, caches: Sequence[KVRows]) -> jax.Array:
 def write_all(caches: Sequence[KVRows], rows: Sequence[KVRows], start_B: jax.Array) -> list[KVRows]:
     """`write_rows` for every layer."""
     return [write_rows(cache, new, start_B) for cache, new in zip(caches, rows, strict=True)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """The rows of every layer, and how many tokens of each sequence they hold: slot s holds
+    position s.
+    """
+
+    layers: list[KVRows]
+    length_B: jax.Array
+
+    def with_(self, **changes: Any) -> Self:
+        """The cache with other fields."""
+        return replace(self, **changes)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each sequence."""
+        return self.layers[0].v_BKSH.shape[2] if self.layers else 0
+
+    def visible(self) -> jax.Array:
+        """Mask [B, S] of the slots that hold tokens."""
+        return visible_slots(self.length_B, self.layers)
+
+    def positions(self) -> jax.Array | None:
+        """Position [B, S] of the token in each slot; None: that of the slot's number."""
+        return None
+
+    def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
+        """A copy of some sequences' rows, and a mask [R, S] of their first `length` tokens, which
+        are of a prompt.
+        """
+        layers = [KVRows(layer.k_BKHS[row_R], layer.v_BKSH[row_R]) for layer in self.layers]
+        return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
+
+    def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
+        """Writes a chunk of T tokens of the prompts in the sequences row_R, from position `start`
+        on.
+        """
+        start_R = jnp.broadcast_to(start, row_R.shape)
+        layers = [
+            write_rows(layer, new, start_R, row_R)
+            for layer, new in zip(self.layers, rows, strict=True)
+        ]
+        return replace(self, layers=layers)
+
+    def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
+        """The cache when the sequences row_R hold so many tokens of their prompts, and no more."""
+        return replace(self, length_B=self.length_B.at[row_R].set(length_R))
+
+    def append(self, rows: Sequence[KVRows], bonus_B: jax.Array) -> Self:
+        """Writes rows of T tokens after those that every sequence holds; `length_B` decides later
+        how many of them count.
+
+        bonus_B: the round's chosen tokens, never negative.
+        """
+        # Where the rows go is made to depend on the chosen token, so that XLA must order every
+        # write after all reads and can do it in place. Without drafts nothing else ties the two,
+        # and it would copy the caches each round.
+        start_B = jnp.where(bonus_B < 0, 0, self.length_B)
+        return replace(self, layers=write_all(self.layers, rows, start_B))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingCache(KVCache):
+    """A cache for rounds of one token: its first `ring` slots are a ring that all sequences share,
+    prompts lie behind it.
+
+    Every round writes one slot, the same for each sequence, so that the write is one slice and no
+    scatter (0.3 s of 0.9 for 256 rows of a 135M model, CPU). A sequence that is not done has run in
+    every round since it was admitted: its newest slots are its own, and their order gives their
+    positions.
+
+        ring of 4, 6 rounds so far; a sequence with a prompt of 2 tokens and 3 of its answer:
+        slot       0  1  2  3 | 4  5
+        round      4  5  2  3 |          the next round writes slot 2
+        position   3  4  -  2 | 0  1
+    """
+
+    prompt_B: jax.Array  # tokens of each prompt
+    rounds: jax.Array  # so far
+    ring: int = field(metadata={"static": True})
+
+    def visible(self) -> jax.Array:
+        """Mask [B, S] of the slots that hold tokens."""
+        own_B = self.length_B - self.prompt_B
+        slot_1S = jnp.arange(self.capacity)[None]
+        own_BS = (slot_1S < self.ring) & (self._age_1S() < own_B[:, None])
+        prompt_BS = (slot_1S >= self.ring) & (slot_1S - self.ring < self.prompt_B[:, None])
+        return own_BS | prompt_BS
+
+    def positions(self) -> jax.Array | None:
+        """Position [B, S] of the token in each visible slot."""
+        slot_1S = jnp.arange(self.capacity)[None]
+        own_BS = self.length_B[:, None] - 1 - self._age_1S()
+        return jnp.where(slot_1S < self.ring, own_BS, slot_1S - self.ring)
+
+    def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
+        """A copy of some sequences' prompts, and a mask [R, S] of their first `length` tokens."""
+        layers = [
+            KVRows(layer.k_BKHS[row_R, :, :, self.ring :], layer.v_BKSH[row_R, :, self.ring :])
+            for layer in self.layers
+        ]
+        return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
+
+    def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
+        """Writes a chunk of T tokens of the prompts in the sequences row_R, from position `start`
+        on.
+        """
+        return super().put(rows, row_R, self.ring + start)
+
+    def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
+        """The cache when the sequences row_R hold so many tokens of their prompts, and no more."""
+        held = super().holding(row_R, length_R)
+        return replace(held, prompt_B=self.prompt_B.at[row_R].set(length_R))
+
+    def append(self, rows: Sequence[KVRows], bonus_B: jax.Array) -> Self:
+        """Writes the rows of one token of each sequence into the ring's next slot."""
+        # Tied to the chosen tokens for the same reason as above.
+        slot = jnp.where((bonus_B < 0).any(), 0, self.rounds % self.ring)
+        layers = [
+            KVRows(
+                _write_slot(layer.k_BKHS, new.k_BKHS, slot, 3),
+                _write_slot(layer.v_BKSH, new.v_BKSH, slot, 2),
+            )
+            for layer, new in zip(self.layers, rows, strict=True)
+        ]
+        return replace(self, layers=layers, rounds=self.rounds + 1)
+
+    def resized(self, row_N: jax.Array, room: int) -> Self:
+        """The sequences row_N alone, with room for prompts of so many tokens (never less than
+        before).
+        """
+        more = max(0, self.ring + room - self.capacity)
+        layers = [
+            KVRows(
+                jnp.pad(layer.k_BKHS[row_N], ((0, 0), (0, 0), (0, 0), (0, more))),
+                jnp.pad(layer.v_BKSH[row_N], ((0, 0), (0, 0), (0, more), (0, 0))),
+            )
+            for layer in self.layers
+        ]
+        return replace(
+            self, layers=layers, length_B=self.length_B[row_N], prompt_B=self.prompt_B[row_N]
+        )
+
+    def _age_1S(self) -> jax.Array:
+        """Rounds since each slot of the ring was written."""
+        return (self.rounds - 1 - jnp.arange(self.capacity)[None]) % self.ring
+
+
+def _write_slot(cache: jax.Array, rows: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), slot, axis)
+
+
+def repeated(rows: Sequence[KVRows], count: int) -> list[KVRows]:
+    """The rows of one sequence, for so many."""
+    return [
+        KVRows(jnp.repeat(layer.k_BKHS, count, 0), jnp.repeat(layer.v_BKSH, count, 0))
+        for layer in rows
+    ]

@@ -20,6 +20,7 @@ from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
 from beagle_jax.model.layers import (
+    PartialAttention,
     RopeFactors,
     RopeScaling,
     apply_rope,
@@ -182,6 +183,7 @@ def forward(
     mask_BTT: jax.Array,
     cache: Sequence[KVRows] | None = None,
     visible_BS: jax.Array | None = None,
+    slot_positions_BS: jax.Array | None = None,
     *,
     taps: Sequence[int] = (),
 ) -> Forward:
@@ -197,8 +199,8 @@ def forward(
       mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's
         ancestors-or-self.
       cache: keys and values of earlier tokens in each layer; None without any.
-      visible_BS: which slots of the cache every new token of a sequence sees. Under a sliding
-        window a slot stands for the position of the same number.
+      visible_BS: which slots of the cache every new token of a sequence sees.
+      slot_positions_BS: for sliding windows, the positions of the slots; None: their numbers.
       taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
         stream that enters layer i, `num_layers` the stream that leaves the last layer (method.md
         14). Without taps the program is the same as if there were none.
@@ -211,7 +213,7 @@ def forward(
         raise ValueError(f"taps {wrong}: the target has streams 0 to {spec.num_layers}")
     B, T = tokens_BT.shape
     sees, rotary = (
-        _layer_masks(spec, positions_BT, mask_BTT, visible_BS if cache else None),
+        _layer_masks(spec, positions_BT, mask_BTT, visible_BS, slot_positions_BS),
         _layer_rotary(spec, positions_BT),
     )
     x_DM = embed(params["embed_VD"], tokens_BT.reshape(-1), spec.embed_scale).T
@@ -281,7 +283,7 @@ def _column_padding(count: int) -> int:
 
 
 def _layer_masks(
-    spec, positions_BT, mask_BTT, visible_BS
+    spec, positions_BT, mask_BTT, visible_BS, slot_positions_BS=None
 ) -> list[tuple[jax.Array, jax.Array | None]]:
     """For each layer, which new tokens each new token sees, and which slots (None without a
     cache).
@@ -291,8 +293,10 @@ def _layer_masks(
     for window in set(spec.windows) - {None}:
         near_slots = slots
         if slots is not None:
-            slot_1S = jnp.arange(visible_BS.shape[1])[None]
-            near_slots = slots & within_window(positions_BT, slot_1S, window)[:, None, None]
+            at_BS = slot_positions_BS
+            if at_BS is None:
+                at_BS = jnp.arange(visible_BS.shape[1])[None]
+            near_slots = slots & within_window(positions_BT, at_BS, window)[:, None, None]
         masks[window] = (mask_BTT & within_window(positions_BT, positions_BT, window), near_slots)
     return [masks[window] for window in spec.windows or (None,) * spec.num_layers]
 
@@ -326,12 +330,28 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
     q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
     rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), v_BK1TH[:, :, 0])
     attend = partial(partial_attention, scale=spec.score_scale, cap=spec.score_cap)
-    parts = [attend(q_BKGTH, *rows, mask_BTT[:, None, None])]
+    parts = [_attend_new(attend, q_BKGTH, rows, mask_BTT)]
     if past is not None:
         parts.append(attend(q_BKGTH, *past, slots))
     out_FM = merge_attention(*parts).astype(y_DM.dtype).transpose(1, 2, 4, 0, 3).reshape(-1, B * T)
     out_FM = jnp.pad(out_FM, ((0, 0), (0, M - B * T)))
     return _project(layer, "o_DF", out_FM), rows
+
+
+def _attend_new(attend, q_BKGTH, rows: KVRows, mask_BTT) -> PartialAttention:
+    """Attention over the new tokens' own rows.
+
+    A token whose values are not finite spoils its own output only: the products of a hidden value
+    would reach the others too, as 0 times infinity, and a drafted token that is rejected must
+    decide nothing. What comes after such a token is broken with it (decoding/round.py).
+    """
+    v_BKTH = rows.v_BKSH
+    if v_BKTH.shape[2] == 1:
+        return attend(q_BKGTH, *rows, mask_BTT[:, None, None])
+    finite_BKTH = jnp.where(jnp.isfinite(v_BKTH), v_BKTH, 0)
+    part = attend(q_BKGTH, rows.k_BKHS, finite_BKTH, mask_BTT[:, None, None])
+    own_BK1TH = (v_BKTH - v_BKTH)[:, :, None].astype(jnp.float32)  # 0, or NaN where not finite
+    return part._replace(out_BKGTH=part.out_BKGTH + own_BK1TH)
 
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:

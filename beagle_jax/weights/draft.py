@@ -40,6 +40,11 @@ class Draft:
     )  # target, data, stages: what config.json says of the training
 
     @property
+    def kind(self) -> str:
+        """The name of its kind, as config.json gives it."""
+        return self.spec.kind
+
+    @property
     def fingerprint(self) -> str:
         """A digest that changes with any weight and setting; a saved draft has it in its
         config.json.

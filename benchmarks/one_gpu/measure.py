@@ -22,7 +22,7 @@ import numpy as np
 
 from beagle_jax.config import Config, load_config
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import PASSES, machine, verifying
+from beagle_jax.decoding.tuning import PASSES, Passes, machine, verifying
 from beagle_jax.errors import run_main
 from beagle_jax.hardware import Chip, chip_of, unknown_chip
 from beagle_jax.model.target import head
@@ -61,9 +61,9 @@ def median_ms(call: Callable[[], Any], repeats: int = REPEATS) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def pass_ms(call: Callable[[], Any]) -> float:
-    """Likewise of one pass of a call that makes `PASSES` of them (decoding/tuning.py)."""
-    return median_ms(call) / PASSES
+def pass_ms(work: Passes) -> float:
+    """Likewise of one pass of a call that makes several (decoding/tuning.py)."""
+    return median_ms(work.call) / work.count
 
 
 def device(toy: bool) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _matmul(N: int, dtype: str) -> float:
     x, w = (jax.random.normal(jax.random.key(k), (N, N), jnp.dtype(dtype)) for k in (0, 1))
     w = (w * N**-0.5).astype(w.dtype)  # so that products neither grow nor vanish
     chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, PASSES, lambda _, x: x @ w, x))
-    return 2 * N**3 / (pass_ms(lambda: chain(x, w)) / 1000)
+    return 2 * N**3 / (pass_ms(Passes(lambda: chain(x, w), PASSES)) / 1000)
 
 
 def _copy(count: int) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.decoding.draft import Nodes
+from beagle_jax.decoding.nodes import Nodes
 
 
 class Accepted(NamedTuple):

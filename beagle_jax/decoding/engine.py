@@ -1,0 +1,90 @@
+"""The engine: rows that are admitted, advanced and released, as jitted functions of a round and a
+state.
+
+States are donated from call to call. Nothing reaches the host between rounds, and nothing depends
+on a prompt but array contents, so a shape compiles once.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.decoding.round import Chunk, Round
+from beagle_jax.decoding.state import DecodeState, Snapshot, constrained, snapshot
+from beagle_jax.model.cache import KVRows
+from beagle_jax.model.precision import exact
+
+
+@partial(jax.jit, static_argnames=("batch", "capacity"))
+def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
+    """Rows without requests, of `capacity` slots: prompt, answer and one round's overhang."""
+    return now.empty(batch, capacity)
+
+
+@partial(jax.jit, static_argnames=("first",), donate_argnames=("state",))
+@exact
+def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> DecodeState:
+    """Reads one chunk of new prompts (`Round.read_chunk`). now: `Round.reading`."""
+    state, _ = now.part("read_chunk")(now, state, chunk, first)
+    return constrained(state, now.mesh)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+@exact
+def admit_after(
+    now: Round, state: DecodeState, chunk: Chunk, prefix: Sequence[KVRows]
+) -> tuple[DecodeState, jax.Array]:
+    """Reads what follows a prefix that all rows hold, and keeps the states [R, T, D]."""
+    return now.part("read_chunk")(now, state, chunk, True, prefix)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+@exact
+def advance(
+    now: Round, state: DecodeState, max_rounds: jax.Array, enough: jax.Array
+) -> tuple[DecodeState, Snapshot]:
+    """Runs rounds until `enough` rows are done, or `max_rounds` of them."""
+
+    def unfinished(carry):
+        index, state = carry
+        return (index < max_rounds) & (state.transcript.done_B.sum() < enough)
+
+    def body(carry):
+        index, state = carry
+        return index + 1, now.run(state)[0]
+
+    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    state = constrained(state, now.mesh)
+    return state, snapshot(state)
+
+
+@partial(jax.jit, static_argnames=("rounds",), donate_argnames=("state",))
+@exact
+def advance_keeping(
+    now: Round, state: DecodeState, *, rounds: int
+) -> tuple[DecodeState, Snapshot, jax.Array]:
+    """Runs so many rounds without drafts, and keeps the states [rounds, B, D] of the tokens
+    read.
+    """
+
+    def step(state, _):
+        state, states_B1D = now.run(state)
+        return state, states_B1D[:, 0]
+
+    state, states_SBD = jax.lax.scan(step, state, length=rounds)
+    return state, snapshot(state), states_SBD
+
+
+@jax.jit
+def peek(state: DecodeState) -> Snapshot:
+    """What the host reads, as copies."""
+    return jax.tree.map(jnp.copy, snapshot(state))
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def release(state: DecodeState, row_B: jax.Array) -> DecodeState:
+    """Ends the answers of these rows, given as a mask; they idle until they are admitted again."""
+    now = state.transcript
+    return state._replace(transcript=now._replace(done_B=now.done_B | row_B))

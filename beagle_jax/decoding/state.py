@@ -1,0 +1,104 @@
+"""What decoding holds on the device between two rounds, in parts of one subject each."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from beagle_jax.decoding.drafter import State
+from beagle_jax.decoding.sampling import Knobs
+from beagle_jax.model.cache import KVCache
+from beagle_jax.sharding import cache_shardings, whole
+
+
+class Requests(NamedTuple):
+    """What was asked for, per sequence."""
+
+    limit_B: jax.Array  # tokens that the answer may have
+    key_B: jax.Array  # of every draw (sampling.place_keys)
+    knobs: Knobs
+
+
+class Transcript(NamedTuple):
+    """The answers so far."""
+
+    root_B: jax.Array  # last token, without a state yet
+    out_BS: jax.Array  # the prefill's token first
+    count_B: jax.Array  # how many tokens of it
+    done_B: jax.Array  # finished, or a row without a request
+    broken_B: jax.Array  # ended because the target's logits were not finite
+
+
+class Stats(NamedTuple):
+    """What the answers took."""
+
+    rounds_B: jax.Array  # the prefill not counted
+    accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
+
+
+class DecodeState(NamedTuple):
+    """Everything on the device between two rounds; donated from call to call."""
+
+    cache: KVCache  # the target's; its length is the root's position
+    draft: State  # the drafter's own
+    requests: Requests
+    transcript: Transcript
+    stats: Stats
+
+
+class Snapshot(NamedTuple):
+    """What the host reads after some rounds: copies, so that the state can be donated on."""
+
+    out_BS: jax.Array | np.ndarray
+    count_B: jax.Array | np.ndarray
+    done_B: jax.Array | np.ndarray
+    broken_B: jax.Array | np.ndarray
+    rounds_B: jax.Array | np.ndarray
+    accepted_BS: jax.Array | np.ndarray
+
+
+def snapshot(state: DecodeState) -> Snapshot:
+    """The part of a state that the host reads."""
+    now, stats = state.transcript, state.stats
+    return Snapshot(
+        now.out_BS, now.count_B, now.done_B, now.broken_B, stats.rounds_B, stats.accepted_BS
+    )
+
+
+def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState:
+    """Rows without a request."""
+
+    def zeros(dtype=jnp.int32):
+        return jnp.zeros(batch, dtype)  # donated buffers must differ
+
+    def out():
+        return jnp.zeros((batch, capacity), jnp.int32)
+
+    key_B = jax.vmap(jax.random.key)(zeros(jnp.uint32))
+    return DecodeState(
+        cache,
+        draft,
+        Requests(zeros(), key_B, Knobs(zeros(jnp.float32), zeros(), jnp.ones(batch, jnp.float32))),
+        Transcript(zeros(), out(), zeros(), jnp.ones(batch, bool), zeros(bool)),
+        Stats(zeros(), out()),
+    )
+
+
+def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where each array of a state lives: the target's cache split by head, the rest on every
+    device.
+    """
+    everywhere: NamedSharding = whole(mesh)
+    shardings = jax.tree.map(lambda _: everywhere, state)
+    return shardings._replace(
+        cache=shardings.cache.with_(layers=cache_shardings(state.cache.layers, mesh))
+    )
+
+
+def constrained(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """Inside jit: the state, placed as `state_shardings` says."""
+    if mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))

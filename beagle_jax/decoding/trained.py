@@ -1,0 +1,281 @@
+"""Drafters with a trained block: Beagle and EAGLE (method.md 6.1, 6.2, 8).
+
+Both keep keys and values of true states only. They grow the same trees and differ in what a query
+is made of, where it stands, and what it sees of its own round.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from beagle_jax.decoding.draft import Frontier, LevelOutput, TreeDrafter
+from beagle_jax.decoding.drafter import Draw, Known, Proposal, Seen, State
+from beagle_jax.decoding.tree import Tree
+from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
+from beagle_jax.model.cache import KVRows, append_rows, empty_rows, visible_slots, write_rows
+from beagle_jax.model.draft import DraftSpec, LayerBlock
+from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.layers import merge_attention, partial_attention
+from beagle_jax.model.target import TargetSpec, embed, logit_columns
+
+
+class DraftHead(NamedTuple):
+    """What reads the draft's states: rows of a head, and the token each row stands for."""
+
+    rows_VD: jax.Array
+    ids_V: jax.Array | None  # None: row v is token v
+
+
+@dataclass(frozen=True)
+class TrainedDrafter(TreeDrafter):
+    """What Beagle and EAGLE share. Embedding and head are the target's or the draft's own."""
+
+    attends: ClassVar[bool] = True
+
+    spec: DraftSpec = field(metadata=dict(static=True))
+    params: dict[str, jax.Array]
+    embed_VD: jax.Array
+    head: DraftHead
+    # Predicted states become keys of the levels below (the paper's "concate"); off, all levels see
+    # true states only.
+    append_predicted: bool = field(default=True, metadata=dict(static=True))
+
+    @property
+    def ids_V(self) -> jax.Array | None:  # type: ignore[override]
+        """The token that each logit stands for; None: all in order."""
+        return self.head.ids_V
+
+    def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
+        """Grows the tree; a drawn chain's logits are spread over the whole vocabulary."""
+        proposal = super().propose(state, known, tree, draw)
+        if proposal.logits_BPV is None or self.head.ids_V is None:
+            return proposal
+        shape = (*proposal.logits_BPV.shape[:2], self.embed_VD.shape[0])
+        spread_BPV = jnp.full(shape, -jnp.inf).at[:, :, self.head.ids_V].set(proposal.logits_BPV)
+        return proposal._replace(logits_BPV=spread_BPV)
+
+    def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
+        """Raises UserError for another target's draft, and for trees that cannot be drafted."""
+        if not tree.depth:
+            return
+        if self.spec.taps:
+            raise UserError(
+                f"this draft reads the target's layers {list(self.spec.taps)}, which decoding does "
+                "not give to drafts yet; use a draft of the last states"
+            )
+        ours, theirs = self.spec.hidden_size, target.hidden_size
+        if ours != theirs:
+            raise UserError(
+                f"this draft belongs to another target (hidden size {ours}, the target's is "
+                f"{theirs})"
+            )
+        vocabulary = known = target.vocab_size
+        if self.head.ids_V is not None:
+            vocabulary, highest = len(self.head.ids_V), int(jnp.max(self.head.ids_V))
+            if highest >= known:
+                raise UserError(
+                    f"this draft belongs to another target (it scores token {highest}, the "
+                    f"target has {known})"
+                )
+        most = max(tree.kept_children(level) for level in range(tree.depth))
+        if most > vocabulary:
+            raise UserError(
+                f"the tree keeps {most} children of a node, but the draft scores only "
+                f"{vocabulary} tokens; lower topk"
+            )
+        if rule == "ratio" and (tree.scored or tree.size != tree.depth + 1):
+            raise UserError(
+                "rule 'ratio' is for chains: a tree's siblings are not independent draws; use "
+                "rule 'match'"
+            )
+
+    def owned(self) -> Any:
+        """The block's weights, and a head of fewer tokens."""
+        return self.params, (() if self.head.ids_V is None else self.head)
+
+    def at(self, state: State, state_BLD: jax.Array, length_B: jax.Array) -> State:
+        """The state when only the first length_B tokens of a text were seen.
+
+        state: after all of the text. state_BLD: the target's states of it.
+        """
+        return state
+
+    def first_queries(
+        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
+    ) -> jax.Array:
+        """Queries [1, K, G, T, H] of the first level, as if each of these places were the root."""
+        raise NotImplementedError
+
+    def rows(self, state: State) -> KVRows:
+        """Keys and values of the true states."""
+        raise NotImplementedError
+
+    def _embedded(self, token_BT: jax.Array) -> jax.Array:
+        return embed(self.embed_VD, token_BT, self.spec.embed_scale)
+
+    def _predict(
+        self,
+        block: LayerBlock,
+        rows: KVRows,
+        frontier: Frontier,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        memory: KVRows | None,
+        sees_BTQ: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Predicted states [B, T, D] of a level, over true states and the memory, and logits."""
+        q_BKGTH = block.queries(x_BTD, positions_BT)
+        slots = visible_slots(frontier.length_B, [rows])[:, None, None, None]
+        parts = [partial_attention(q_BKGTH, *rows, slots)]
+        if memory is not None:
+            parts.append(partial_attention(q_BKGTH, *memory, sees_BTQ[:, None, None]))
+        state_BTD = block.predict(x_BTD, merge_attention(*parts))
+        return state_BTD, logit_columns(self.head.rows_VD, state_BTD)
+
+    def _empty(self, batch: int, capacity: int) -> KVRows:
+        spec, dtype = self.spec, self.embed_VD.dtype
+        return empty_rows(batch, spec.num_kv_heads, capacity, spec.head_dim, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeagleDrafter(TrainedDrafter):
+    """Beagle: queries are token embeddings, and see predicted states of their strict ancestors.
+
+    Its state is a cache of keys and values of true states.
+    """
+
+    kind: ClassVar[str] = BeagleSpec.kind
+
+    spec: BeagleSpec = field(metadata={"static": True})
+
+    def init(self, batch: int, capacity: int) -> KVRows:
+        """An empty cache."""
+        return self._empty(batch, capacity)
+
+    def observe(self, state: KVRows, seen: Seen) -> KVRows:
+        """Appends the states' keys and values."""
+        block = BeagleBlock(self.spec).bind({"params": self.params})
+        rows = block.keys_values(seen.state_BTD, _positions(seen.start_B, seen.token_BT))
+        return write_rows(state, rows, seen.start_B)
+
+    def level(self, state: KVRows, frontier: Frontier) -> LevelOutput:
+        """Predicts one level."""
+        block = BeagleBlock(self.spec).bind({"params": self.params})
+        x_BTD = self._embedded(frontier.token_BT)
+        at_BT = _same_position(frontier.length_B + frontier.depth, frontier)
+        memory = frontier.memory
+        state_BTD, logits_VM = self._predict(
+            block, state, frontier, x_BTD, at_BT, memory, frontier.sees_BTQ
+        )
+        if self.append_predicted:
+            memory = append_rows(memory, block.keys_values(state_BTD, at_BT))
+        return LevelOutput(state_BTD, logits_VM, memory)
+
+    def first_queries(
+        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
+    ) -> jax.Array:
+        """Of the tokens at these places."""
+        block = BeagleBlock(self.spec).bind({"params": self.params})
+        return block.queries(self._embedded(text_1L[:, places_1T[0]]), places_1T)
+
+    def rows(self, state: KVRows) -> KVRows:
+        """The state itself."""
+        return state
+
+
+class EagleState(NamedTuple):
+    """Entries of the text so far: each true state, fused with the token after it."""
+
+    rows: KVRows
+    last_B1D: jax.Array  # the last true state
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EagleDrafter(TrainedDrafter):
+    """EAGLE: queries fuse a token with the state before it, stand at that state's position, and see
+    themselves too.
+
+    The entry of a state needs the token after it. After a chunk's last state that token comes with
+    the next chunk, whose entries therefore begin with that state's; after a prompt's last one it is
+    the root.
+    """
+
+    kind: ClassVar[str] = EagleSpec.kind
+
+    spec: EagleSpec = field(metadata=dict(static=True))
+
+    def init(self, batch: int, capacity: int) -> EagleState:
+        """No entries."""
+        shape = (batch, 1, self.spec.hidden_size)
+        return EagleState(self._empty(batch, capacity), jnp.zeros(shape, self.embed_VD.dtype))
+
+    def observe(self, state: EagleState, seen: Seen) -> EagleState:
+        """Appends the entries of these states; of a resumed prompt that of the one before too."""
+        block = EagleBlock(self.spec).bind({"params": self.params})
+        state_BTD, next_BT, start_B = seen.state_BTD, seen.next_BT, seen.start_B
+        if seen.resumed:
+            state_BTD = jnp.concatenate([state.last_B1D, state_BTD], axis=1)
+            next_BT = jnp.concatenate([seen.token_BT[:, :1], next_BT], axis=1)
+            start_B = start_B - 1
+        f_BTD = block.fuse(self._embedded(next_BT), state_BTD)
+        rows = block.keys_values(f_BTD, _positions(start_B, next_BT))
+        last_B = jnp.maximum(seen.count_B - 1, 0)[:, None, None]
+        last_B1D = jnp.take_along_axis(seen.state_BTD, last_B, axis=1)
+        last_B1D = jnp.where((seen.count_B > 0)[:, None, None], last_B1D, state.last_B1D)
+        return EagleState(write_rows(state.rows, rows, start_B), last_B1D)
+
+    def level(self, state: EagleState, frontier: Frontier) -> LevelOutput:
+        """Predicts one level."""
+        block = EagleBlock(self.spec).bind({"params": self.params})
+        before_BTD = state.last_B1D if frontier.before_BTD is None else frontier.before_BTD
+        x_BTD = block.fuse(self._embedded(frontier.token_BT), before_BTD)
+        at_BT = _same_position(frontier.length_B + frontier.depth - 1, frontier)
+        memory, sees_BTQ = None, frontier.sees_BTQ
+        if frontier.depth:  # the root's own entry is in the cache
+            above = frontier.memory if self.append_predicted else None
+            memory, sees_BTQ = self.with_own(above, sees_BTQ, block.keys_values(x_BTD, at_BT))
+        state_BTD, logits_VM = self._predict(
+            block, state.rows, frontier, x_BTD, at_BT, memory, sees_BTQ
+        )
+        return LevelOutput(state_BTD, logits_VM, memory)
+
+    def with_own(
+        self, memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows
+    ) -> tuple[KVRows, jax.Array]:
+        """The entries of this round and who sees them: a query its ancestors below the root, if
+        they are kept, and itself.
+        """
+        B, T, Q = sees_BTQ.shape
+        above_BTQ = sees_BTQ[:, :, Q if memory is None else 1 :]
+        itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
+        return append_rows(memory, own), jnp.concatenate([above_BTQ, itself_BTT], axis=2)
+
+    def at(self, state: EagleState, state_BLD: jax.Array, length_B: jax.Array) -> EagleState:
+        """The same entries, and the last state among the first length_B."""
+        last_B = (length_B - 1)[:, None, None]
+        return state._replace(last_B1D=jnp.take_along_axis(state_BLD, last_B, axis=1))
+
+    def first_queries(
+        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
+    ) -> jax.Array:
+        """Of the entries before these places."""
+        block = EagleBlock(self.spec).bind({"params": self.params})
+        e_1TD = self._embedded(text_1L[:, places_1T[0]])
+        return block.queries(block.fuse(e_1TD, state_1LD[:, places_1T[0] - 1]), places_1T - 1)
+
+    def rows(self, state: EagleState) -> KVRows:
+        """The entries."""
+        return state.rows
+
+
+def _positions(start_B: jax.Array, token_BT: jax.Array) -> jax.Array:
+    return start_B[:, None] + jnp.arange(token_BT.shape[1])[None]
+
+
+def _same_position(position_B: jax.Array, frontier: Frontier) -> jax.Array:
+    return jnp.broadcast_to(position_B[:, None], frontier.token_BT.shape)
