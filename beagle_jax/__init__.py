@@ -1,5 +1,11 @@
 """beagle_jax: Beagle speculative decoding (arXiv 2505.24544) in JAX.
 
+    from beagle_jax import SpeculativeDecoder
+
+    decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+    for answer in decoder.generate(["Why is the sky blue?"], max_new_tokens=64):
+        print(answer.text, answer.tau)
+
 Array names carry their shape as a suffix of single letters:
 
     B batch (sequences)          D model width            N query heads
@@ -13,4 +19,58 @@ Array names carry their shape as a suffix of single letters:
 `q_BKGTH` is therefore an array [batch, kv heads, group, new tokens, head width].
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beagle_jax.config import load_config
+    from beagle_jax.decoding.decoder import SpeculativeDecoder
+    from beagle_jax.decoding.requests import Answer, Answers, Request
+    from beagle_jax.decoding.sampling import Sampling
+    from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+    from beagle_jax.weights.draft import load_draft
+    from beagle_jax.weights.target import load_target
+
 __version__ = "0.1.0"
+
+# Public names and the modules that hold them. They are imported at their first use, so that
+# `import beagle_jax` and every --help stay fast.
+_PUBLIC = {
+    "Answer": "decoding.requests",
+    "Answers": "decoding.requests",
+    "Request": "decoding.requests",
+    "Sampling": "decoding.sampling",
+    "SpeculativeDecoder": "decoding.decoder",
+    "chain": "decoding.tree",
+    "dynamic_tree": "decoding.tree",
+    "load_config": "config",
+    "load_draft": "weights.draft",
+    "load_target": "weights.target",
+    "static_tree": "decoding.tree",
+}
+
+__all__ = [
+    "Answer",
+    "Answers",
+    "Request",
+    "Sampling",
+    "SpeculativeDecoder",
+    "chain",
+    "dynamic_tree",
+    "load_config",
+    "load_draft",
+    "load_target",
+    "static_tree",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

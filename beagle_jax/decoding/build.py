@@ -8,9 +8,9 @@ from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import chain, tree_of
 from beagle_jax.decoding.tuning import tuned_path, tuned_tree
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
-from beagle_jax.weights.target import Target
+from beagle_jax.weights.target import Target, configured_target
 
-LOOKUP = "lookup"  # in the place of a draft's folder
+LOOKUP, PLAIN = "lookup", "plain"  # in the place of a draft's folder
 
 
 _log = logging.getLogger(__name__)
@@ -70,3 +70,16 @@ def decoder_of(
         append_predicted=decode.append_predicted,
         rule=decode.rule,
     )
+
+
+def decoder_from(config: Config) -> SpeculativeDecoder:
+    """The decoder that a config asks for, with its target and draft loaded.
+
+    `draft.path: plain` decodes without a draft. Raises UserError for what cannot be loaded.
+    """
+    path = draft_path(config)
+    if path == PLAIN:
+        return SpeculativeDecoder(configured_target(config.target, decoding=True))
+    check_drafter(path)
+    target = configured_target(config.target, decoding=True)
+    return decoder_of(config, target, drafter_of(config, target))

@@ -4,11 +4,13 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from jax.sharding import Mesh
 
+from beagle_jax.config import Config, load_config
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
@@ -27,7 +29,7 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.session import Session, padded
 from beagle_jax.decoding.state import DecodeState
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree
-from beagle_jax.errors import UserError
+from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
 from beagle_jax.sharding import place
 from beagle_jax.weights.draft import Draft
@@ -125,6 +127,29 @@ class SpeculativeDecoder:
         self._round = Round(
             TargetModel(target.spec, params), drafter, tree, target.eos_ids, RULES[rule], mesh=mesh
         )
+
+    @classmethod
+    def from_config(cls, config: Config | str | Path, *overrides: str) -> "SpeculativeDecoder":
+        """The decoder that a config asks for, with its target and draft loaded.
+
+            decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+
+        config: a YAML file, or what `load_config` gave. overrides: `section.key=value`, of a file.
+        `draft.path=plain` decodes without a draft.
+
+        Raises:
+            UserError: The config, the target or the draft cannot be used.
+        """
+        from beagle_jax.decoding.build import decoder_from  # it builds decoders
+
+        if not isinstance(config, Config):
+            config = load_config(config, overrides)
+        elif overrides:
+            raise UsageError(
+                f"overrides {list(overrides)} were given with a config that is built already; "
+                "give the file, or config.changed(..)"
+            )
+        return decoder_from(config)
 
     @property
     def tree(self) -> Tree:
