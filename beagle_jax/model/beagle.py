@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.draft import DraftSpec as DraftSpec
 from beagle_jax.model.draft import LayerBlock, LayerSpec
 
 

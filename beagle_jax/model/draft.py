@@ -40,8 +40,6 @@ class DraftSpec(ABC):
     # what splits the dimensions of each parameter on a mesh, by the names that ARRAYS uses
     # (model/tensors.py); a parameter that is not here is whole on every device
     axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
-    # queries are tokens fused with the state before them, and stand where that state stands
-    fused: ClassVar[bool] = False
 
     hidden_size: int
     embed_scale: float = 1.0  # of the target's embedding on its way in

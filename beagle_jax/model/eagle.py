@@ -32,7 +32,6 @@ class EagleSpec(LayerSpec):
         "fc": ("model", "inner"),
         **LayerSpec.axes,
     }
-    fused: ClassVar[bool] = True
 
     input_norm: bool = False
     fc_bias: bool = True  # of the fusion layer; published drafts of Llama 3 have none

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
-from beagle_jax.model.draft import DraftSpec as DraftSpec
-from beagle_jax.model.draft import LayerBlock
+from beagle_jax.model.draft import DraftSpec, LayerBlock
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
 
 
