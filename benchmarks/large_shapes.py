@@ -35,7 +35,8 @@ from beagle_jax.decoding.tuning import (
     verifying,
 )
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.target import TargetSpec, param_table
+from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.tensors import param_table
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 

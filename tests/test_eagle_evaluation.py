@@ -236,7 +236,7 @@ def test_tuning_takes_it(place, small, monkeypatch, capsys):
         and load_draft(
             place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec
         ).spec.kind
-        == "eagle_draft"
+        == "eagle"
     )
 
 

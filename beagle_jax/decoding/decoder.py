@@ -173,7 +173,8 @@ class SpeculativeDecoder:
         """Compiles what answering prompts of these lengths in `batch` rows will need."""
         lengths = {padded(len(tokens)): tokens for tokens in map(self._codec.encode, prompts)}
         requests = [Request(tokens, max_new_tokens, sampling) for tokens in lengths.values()]
-        self._session(requests, batch)  # the capacity is that of the longest
+        if requests:
+            self._session(requests, batch)  # the capacity is that of the longest
         for request in requests:
             # One more than there are rows, so that one is refilled; each with a round.
             short = [replace(request, max_new_tokens=2)] * (batch + (batch > 1))

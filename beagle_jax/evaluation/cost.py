@@ -82,7 +82,7 @@ def memory(
         "target_weights": size(now.target.params),
         "draft_weights": size(now.drafter.owned()),
         "target_cache": size(state.cache.layers),
-        "draft_cache": size(state.draft),
+        "draft_cache": size(now.drafter.rows(state.draft)) if now.drafter.attends else 0,
         "decode_temporaries": _temporaries(rounds),
         "prefill_temporaries": _temporaries(session.first_reading()),
         "device_peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
