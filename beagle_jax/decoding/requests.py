@@ -36,7 +36,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer (definitions: product.md, "Words and numbers")."""
+    """One answer (defined in method.md 7.1)."""
 
     tokens: list[int]  # the stop token included, if one came
     text: str  # without stop token and stop string; empty when the target has no tokenizer
