@@ -1,19 +1,20 @@
-"""Chats of a source: the forms that records have, and the rules that make chats of them.
+"""Chats of a source: the accepted record formats, and the rules that turn records into chats.
 
-Knows nothing of tokenizers or models. A record is one of
+This module does not know tokenizers or models. A record has one of the formats
 
-    {"messages": [{"role": "user", "content": ".."}, ..]}      as OpenAI and Hugging Face write it
-    {"conversations": [{"from": "human", "value": ".."}, ..]}  as ShareGPT writes it
-    {"turns": ["..", ..]}    user turns: the first is the prompt, the others come later
+    {"messages": [{"role": "user", "content": ".."}, ..]}      OpenAI, Hugging Face
+    {"conversations": [{"from": "human", "value": ".."}, ..]}  ShareGPT
+    {"turns": ["..", ..]}    user turns: the first is the prompt, evaluation asks the others later
     {"prompt": ".."}         a prompt
 
-and may have `system` (or `system_prompt`), `tools` and `documents` beside it. A chat that ends with
-the user, or with a tool's result, waits for the target's answer.
+and may also have the keys `system` (or `system_prompt`), `tools` and `documents`. The target
+answers a chat that ends with a user message or with the result of a tool.
 
-Rules (method.md 5.1): roles that other projects use are mapped (`human`, `gpt`, ..). Answers before
-the first question are dropped. User messages in a row become one, joined by an empty line. A record
-that still teaches nothing or has no order is left out and counted; the first few are named, and
-above a share of them the reading ends (`data.max_bad_share`).
+Rules (method.md 5.1): Role names of other projects are mapped (`human`, `gpt`, ..). Answers before
+the first question are dropped. Consecutive user messages are joined by an empty line. A record that
+is still unusable, because it has nothing to train on or its messages have no valid order, is
+skipped and counted, and the first few are reported. Reading stops with an error if the share of
+such records exceeds `data.max_bad_share`.
 """
 
 import json
@@ -30,11 +31,11 @@ from tqdm import tqdm
 from beagle_jax.data.records import file_records
 from beagle_jax.errors import UserError
 
-Message = dict[str, Any]  # role, content, and what else the chat template may read
+Message = dict[str, Any]  # role, content, and other fields that the chat template may read
 
 MAX_BAD_SHARE = 0.2  # default of data.max_bad_share
-_EARLY_LOOK = 1000  # records after which a source that is mostly unusable need not be read further
-_NAMED = 3  # records of each fault that are named
+_EARLY_LOOK = 1000  # records after which an unusable source fails early
+_NAMED = 3  # records reported for each fault
 
 _ROLES = {
     "user": "user",
@@ -65,23 +66,23 @@ NO_QUESTION = "no question"
 
 
 class BadRecord(Exception):
-    """A record that teaches nothing or has no order; the message says why."""
+    """A record that cannot be used for training; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages in order, and where they were read."""
+    """Messages in order, and the place that they were read from."""
 
     messages: tuple[Message, ...]
-    where: str  # file:line, or the place in its source
-    kind: str = ""  # category of the prompt, if the file names one
-    later: tuple[str, ...] = ()  # what the user says next; only evaluation asks it
-    untrained: frozenset[int] = frozenset()  # answers, by index of the message, of weight 0
+    where: str  # file:line, or the record's number in its source
+    kind: str = ""  # category of the prompt, if the file gives one
+    later: tuple[str, ...] = ()  # the user's later turns; only evaluation asks them
+    untrained: frozenset[int] = frozenset()  # message indices of answers with weight 0
     variables: Mapping[str, Any] = field(default_factory=dict)  # tools, documents, for the template
 
     @property
     def waits_for_answer(self) -> bool:
-        """The last message is not the assistant's."""
+        """True if the last message is not the assistant's."""
         return self.messages[-1]["role"] != "assistant"
 
     @property
@@ -92,29 +93,35 @@ class Chat:
 
 
 def read_chats(source: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Chat]:
-    """All chats of a .jsonl, .jsonl.gz or .json file, or of a folder of .jsonl[.gz] files.
+    """Reads all chats of a .jsonl, .jsonl.gz or .json file, or of a folder of .jsonl[.gz] files.
 
-    A folder's files are shuffled and taken in turn. Raises UserError naming file and line for a
-    file that cannot be read, or that holds too many unusable records.
+    The files of a folder are shuffled, and their chats are interleaved.
+
+    Raises:
+        UserError: naming file and line, if a file cannot be read or has too many unusable records.
     """
     path = local_source(source)
     if path.is_dir():
         files = [
             file
             for file in sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
-            if not file.name.startswith("._")  # what macOS leaves beside files on other disks
+            if not file.name.startswith("._")  # metadata files of macOS
         ]
         if not files:
             raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
-        # In turn, so that a token budget takes from every file, and shuffled, as files are often
-        # sorted by kind.
+        # Interleaved, so that a token budget takes chats from every file; shuffled, because files
+        # are often sorted by kind.
         in_turn = zip_longest(*(_shuffled(_read_file(file, max_bad_share)) for file in files))
         return [chat for group in in_turn for chat in group if chat is not None]
     return _read_file(path, max_bad_share)
 
 
 def local_source(source: str) -> Path:
-    """The file or folder that `data.source` names. Raises UserError when there is none."""
+    """Returns the file or folder that `data.source` names.
+
+    Raises:
+        UserError: it does not exist.
+    """
     path = Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(
@@ -125,7 +132,7 @@ def local_source(source: str) -> Path:
 
 
 def own_prompts(split: str) -> list[Chat]:
-    """The prompts committed with this package; split is 'train' or 'held_out'."""
+    """Returns the prompts that this package contains. split: 'train' or 'held_out'."""
     path = resources.files("beagle_jax.data") / "prompts.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
@@ -152,16 +159,20 @@ def _read_file(path: Path, max_bad_share: float) -> list[Chat]:
 
 
 class LeftOut:
-    """Counts the records of a source that are left out, by fault, and ends a source of too many."""
+    """Counts the skipped records of a source by fault; too many of them are an error."""
 
     def __init__(self, source: str, max_bad_share: float, report: Callable[[str], object]):
         self._source, self._max_bad_share, self._report = source, max_bad_share, report
-        self._places: dict[str, list[str]] = {}  # fault -> first places
+        self._places: dict[str, list[str]] = {}  # fault -> places of its first records
         self._counts: dict[str, int] = {}
         self.seen = 0
 
     def add(self, fault: str, where: str) -> None:
-        """Counts one record of the `seen`."""
+        """Counts one of the `seen` records as skipped.
+
+        Raises:
+            UserError: too many of the first records were skipped (see `check`).
+        """
         self._counts[fault] = self._counts.get(fault, 0) + 1
         places = self._places.setdefault(fault, [])
         if len(places) < _NAMED:
@@ -170,9 +181,9 @@ class LeftOut:
             self.check()
 
     def check(self) -> None:
-        """Raises UserError if more than the allowed share is left out.
+        """Raises UserError if more than the allowed share of records was skipped.
 
-        Conversations without a question do not count: ShareGPT cuts long chats anywhere.
+        Conversations without a question do not count, as ShareGPT splits long chats at any message.
         """
         faults = {fault: n for fault, n in self._counts.items() if fault != NO_QUESTION}
         bad = sum(faults.values())
@@ -185,7 +196,7 @@ class LeftOut:
             )
 
     def tell(self) -> None:
-        """Reports what was left out, once."""
+        """Reports the skipped records; a second call reports nothing."""
         counts, self._counts = self._counts, {}
         if no_question := counts.pop(NO_QUESTION, 0):
             self._report(
@@ -202,9 +213,10 @@ class LeftOut:
 def chats_of(
     records: Iterable[tuple[Any, str]], source: str, max_bad_share: float = MAX_BAD_SHARE
 ) -> Iterator[Chat]:
-    """The chats of records, each with its place; unusable ones are left out, counted and named.
+    """Turns (record, place) pairs into chats; unusable records are skipped and reported.
 
-    Raises UserError when more than `max_bad_share` of the records is unusable.
+    Raises:
+        UserError: more than `max_bad_share` of the records are unusable.
     """
     left_out = LeftOut(source, max_bad_share, tqdm.write)
     unread: set[str] = set()
@@ -226,28 +238,28 @@ def chats_of(
 
 
 def _chat(record: Any, where: str) -> Chat:
-    """The chat of a record. Raises BadRecord."""
+    """Turns one record into a chat. Raises BadRecord if it is unusable."""
     if not isinstance(record, dict):
         raise BadRecord(f"the line is a {type(record).__name__}, not an object; {_FORMS}")
-    kept = {key: value for key, value in record.items() if value is not None or key == "prompt"}
-    messages, later = _messages(kept)
-    messages = _with_system(messages, kept)
-    if "conversations" in kept and not any(message["role"] == "user" for message in messages):
+    given = {key: value for key, value in record.items() if value is not None or key == "prompt"}
+    messages, later = _messages(given)
+    messages = _with_system(messages, given)
+    if "conversations" in given and not any(message["role"] == "user" for message in messages):
         raise BadRecord(NO_QUESTION)
     messages = _ordered(messages)
     untrained = {index for index, message in enumerate(messages) if not _trained(message)}
     return Chat(
         tuple(_without_weight(message) for message in messages),
         where,
-        str(kept.get("category", kept.get("kind", ""))),
+        str(given.get("category", given.get("kind", ""))),
         tuple(later),
         frozenset(index for index in untrained if messages[index]["role"] == "assistant"),
-        {key: _json_value(kept[key], key) for key in _FOR_TEMPLATE if kept.get(key)},
+        {key: _json_value(given[key], key) for key in _FOR_TEMPLATE if given.get(key)},
     )
 
 
 def _messages(record: dict[str, Any]) -> tuple[list[Message], list[str]]:
-    """Messages of a record in any form, and the user's later turns."""
+    """Returns the messages of a record in any format, and the user's later turns."""
     if "messages" in record:
         items = _nonempty_list(record, "messages")
         return [_message(item, "role", "content") for item in items], []
@@ -267,7 +279,10 @@ def _user(text: Any) -> Message:
 
 
 def _with_system(messages: list[Message], record: dict[str, Any]) -> list[Message]:
-    """The record's own system text as the first message."""
+    """Adds the record's system text as the first message.
+
+    Raises BadRecord if the record has two different system texts.
+    """
     given = [key for key in _SYSTEM if record.get(key)]
     if not given:
         return messages
@@ -283,9 +298,9 @@ def _with_system(messages: list[Message], record: dict[str, Any]) -> list[Messag
 
 
 def _ordered(messages: list[Message]) -> list[Message]:
-    """The messages in an order that a chat template takes. Raises BadRecord if there is none."""
+    """Puts messages into an order that chat templates accept. Raises BadRecord if impossible."""
     opening = [message for message in messages[:1] if message["role"] == "system"]
-    # Leading answers have no question.
+    # Answers before the first question are dropped.
     rest = list(dropwhile(lambda message: message["role"] == "assistant", messages[len(opening) :]))
     joined: list[Message] = list(opening)
     for message in rest:
@@ -315,7 +330,7 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 
 
 def _json_value(value: Any, key: str) -> Any:
-    """A list or object, also where it is written as a string of JSON, as some datasets have it."""
+    """Returns the value, parsed if it is a string of JSON (some datasets store lists so)."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:
@@ -331,7 +346,7 @@ def _nonempty_list(record: dict[str, Any], key: str) -> list[Any]:
 
 
 def _message(item: Any, role_key: str, text_key: str) -> Message:
-    """A message with `role` and `content`, and with what else it says but nulls."""
+    """Returns a message with `role` and `content`, and its other fields that are not null."""
     if not isinstance(item, dict) or role_key not in item or text_key not in item:
         raise BadRecord(f"a message needs {role_key!r} and {text_key!r}, found {item!r:.80}")
     role = item[role_key]
@@ -353,7 +368,7 @@ def _message(item: Any, role_key: str, text_key: str) -> Message:
 
 
 def _joined_parts(content: Any) -> Any:
-    """Text that is given in parts, as OpenAI's clients write it, as one string."""
+    """Joins text that is split into parts, as OpenAI's clients write it."""
     if not isinstance(content, list) or not content:
         return content
     for part in content:
@@ -365,7 +380,7 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _trained(message: Message) -> bool:
-    """False for weight 0 or `train: false`. Raises BadRecord for weights between."""
+    """Returns False for weight 0 or `train: false`. Raises BadRecord for other weights than 0, 1."""
     weight = message.get("weight", message.get("train", 1))
     if weight not in (0, 1):
         raise BadRecord(f"the weight of a message is {weight!r}; expected 0 or 1")
@@ -384,7 +399,7 @@ def _check_unicode(text: str) -> None:
 
 
 def check_text(text: Any, where: str) -> None:
-    """Raises UserError for what no tokenizer takes: no string, or half a character."""
+    """Raises UserError for text that no tokenizer accepts: not a string, or a lone surrogate."""
     if not isinstance(text, str):
         raise UserError(f"{where}: the text of a message is {text!r:.80}; expected a string")
     try:

@@ -1,6 +1,4 @@
-"""What a folder of text and states was made for, as hashes: states of one target teach nothing
-about another.
-"""
+"""Hashes that bind a folder of text and states to its target, tokenizer and chat template."""
 
 import hashlib
 import json
@@ -13,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.model.target import Params
 
 _SAMPLE = 64  # leading values of each tensor
-# Words, numbers, spaces, accents and symbols: two tokenizers of one vocabulary that split them
-# alike are taken for equal.
+# Words, numbers, spaces, accents and symbols. Two tokenizers count as equal if they have the same
+# vocabulary and split this text in the same way.
 _PROBE = (
     "It's 1,234.5 km\u00b2 \u2014 na\u00efve  caf\u00e9\n\tdef f(x): return x**2  # "
     "\u4f60\u597d \u2603"
@@ -22,10 +20,10 @@ _PROBE = (
 
 
 def fingerprints(params: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Hashes by name: the target's weights, its tokenizer, its chat template.
+    """Returns hashes by name: of the target's weights, its tokenizer and its chat template.
 
-    Weights count by their leading values, rounded to bfloat16: which dtype they are computed in is
-    no other target.
+    The hash of the weights covers their leading values, rounded to bfloat16, so that it does not
+    depend on `target.dtype`.
     """
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)])
     return {

@@ -1,15 +1,13 @@
-"""`data.folder`: the training text in parts, each with the target's states, and what they were made
-with.
+"""`data.folder`: the training text in parts, the target's states, and the settings of both.
 
-    settings.json            what made the text; a folder of other settings, or for another target,
-    is refused
-    part-0000.jsonl, ..      one line per row: tokens, and which of them are supervised
-    part-0000.states, ..     the target's states of the part's rows (data/states.py),
-    part-0000.states.json their index
-    all, all-1, ..           the source had no more for process 0, 1, ..
+    settings.json            settings and target that made the text; others are refused
+    part-0000.jsonl, ..      one record per row: tokens, and which of them are supervised
+    part-0000.states, ..     the target's states of the part's rows (data/states.py)
+    part-0000.states.json    index of these states
+    all, all-1, ..           the source has no more chats for process 0, 1, ..
 
-A part appears whole or not at all. Of n processes that fill a folder, process i writes the parts i,
-i + n, i + 2n, ..
+Each part is written atomically. If n processes fill a folder, process i writes the parts i, i + n,
+i + 2n, ..
 """
 
 import json
@@ -34,34 +32,36 @@ _HASHES = {
 
 
 def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None:
-    """Makes `data.folder` ours, or refuses one that other settings or another target filled.
+    """Claims `data.folder` for these settings.
 
-    made_for: "target", its source, and its hashes (data/fingerprint.py).
+    made_for: "target" (the target's source) and the hashes of data/fingerprint.py.
+
+    Raises:
+        UserError: another target or other settings filled the folder.
     """
     folder = Path(config.folder)
     path = folder / "settings.json"
     wanted = json.loads(json.dumps({**made_for, **config.model_dump()}))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        own = (
-            folder / f"settings-{share.index}.json"
-        )  # several processes may come here at once, with the same text
+        # Several processes may write the same text at once, so each uses its own file.
+        own = folder / f"settings-{share.index}.json"
         write_text(own, json.dumps({**wanted, "processes": share.count}, indent=1))
         os.replace(own, path)
         return
-    found = _settings(folder)
+    stored = _settings(folder)
     for key in _HASHES.keys() & wanted.keys():
-        # a hash that was not kept cannot be checked
-        if found.get(key, wanted[key]) != wanted[key]:
+        # a hash that the folder does not have cannot be checked
+        if stored.get(key, wanted[key]) != wanted[key]:
             raise UserError(
-                f"{folder} was made for {_HASHES[key]} ({key} {found[key]:.12} there, "
+                f"{folder} was made for {_HASHES[key]} ({key} {stored[key]:.12} there, "
                 f"{wanted[key]:.12} now); delete it or set another data.folder"
             )
-    # A setting that did not exist when the folder was made had its default.
-    there = Identity.read({"data": found})
+    # A setting that did not exist when the folder was made counts as its default.
+    there = Identity.read({"data": stored})
     changed = Identity.of(config, "text").diff(there, Identity.of(DataConfig(), "text").values)
-    if "target" in wanted and not same(found.get("target"), wanted["target"]):
-        changed = {"target": (found.get("target"), wanted["target"])} | changed
+    if "target" in wanted and not same(stored.get("target"), wanted["target"]):
+        changed = {"target": (stored.get("target"), wanted["target"])} | changed
     if changed:
         listed = ", ".join(
             f"{key.removeprefix('data.')} {old!r} there, {new!r} now"
@@ -74,12 +74,12 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> None
 
 
 def is_claimed(folder: str | Path) -> bool:
-    """Somebody has begun to write text there."""
+    """Returns whether the folder has been claimed, so that text is being written to it."""
     return (Path(folder) / "settings.json").exists()
 
 
 def filled_by(folder: str | Path) -> int:
-    """How many processes share the writing of a claimed folder's text."""
+    """Returns the number of processes that write the text of a claimed folder."""
     return _settings(folder).get("processes", 1)
 
 
@@ -90,12 +90,12 @@ def _settings(folder: str | Path) -> dict[str, Any]:
 
 
 def states_path(folder: str | Path, part: int) -> Path:
-    """Where the states of a part lie."""
+    """Returns the file that holds the states of a part."""
     return Path(folder) / f"part-{part:04d}.states"
 
 
 def exhausted_path(folder: str | Path, index: int) -> Path:
-    """The file that says that the source has no more for this process."""
+    """Returns the file that marks that the source has no more chats for a process."""
     return Path(folder) / (f"all-{index}" if index else "all")
 
 
@@ -109,7 +109,11 @@ def write_part(folder: str | Path, part: int, rows: Sequence[Row]) -> None:
 
 
 def read_parts(folder: str | Path) -> dict[int, list[Row]]:
-    """The text of every part, by number."""
+    """Reads the rows of every part, by part number.
+
+    Raises:
+        UserError: naming file and line of a record that is not a row.
+    """
     paths = sorted(
         Path(folder).glob("part-*.jsonl"), key=lambda path: int(path.stem.removeprefix("part-"))
     )

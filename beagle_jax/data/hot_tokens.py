@@ -1,4 +1,4 @@
-"""Which tokens answers are made of: the vocabulary that a draft may be reduced to."""
+"""Most frequent answer tokens: the reduced vocabulary that a draft may score."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,13 +9,14 @@ from beagle_jax.data.template import Row
 
 
 def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray | None:
-    """Ids of `count` tokens that the draft scores; None for count 0 or at least the vocabulary (all
-    tokens).
+    """Returns the ids of the `count` tokens that the draft scores.
 
-    First the supervised tokens seen twice or more, most frequent first; then the lowest ids, which
-    byte-pair vocabularies list roughly by frequency (measured on 82,596 answer tokens and 8,192
-    places: held-out coverage 92.7 %, against 92.3 % by frequency alone). The target still scores
-    every token, so decoding stays exact.
+    Returns None (all tokens) if count is 0 or at least `vocab_size`.
+
+    The ids are those of supervised tokens that occur twice or more, most frequent first, then the
+    lowest ids, as byte-pair vocabularies list tokens roughly by frequency (measured on 82,596
+    answer tokens with count 8,192: held-out coverage 92.7 %, against 92.3 % by frequency alone).
+    The target still scores every token, so decoding stays exact.
     """
     if count == 0 or count >= vocab_size:
         return None
@@ -35,7 +36,7 @@ def hot_tokens(rows: Iterable[Row], count: int, vocab_size: int) -> np.ndarray |
 
 
 def coverage(rows: Iterable[Row], hot_ids: np.ndarray) -> float:
-    """Share of the supervised tokens that are hot."""
+    """Returns the share of supervised tokens that are in `hot_ids`."""
     supervised = np.concatenate(
         [np.asarray(row.tokens)[np.asarray(row.supervised, bool)] for row in rows]
     )

@@ -1,8 +1,7 @@
-"""Chats of a dataset of the Hugging Face hub, or of a local folder that the `datasets` library
-reads.
+"""Chats of a Hugging Face dataset, from the hub or a local folder.
 
-The library is imported here and nowhere else: it takes a second, and nothing but `hf:` sources
-needs it.
+Only this module imports the `datasets` library, and only when it is used: the import takes a
+second, and only `hf:` sources need it.
 """
 
 from collections.abc import Iterator
@@ -17,13 +16,16 @@ from beagle_jax.hub_cache import snapshot_folder
 def hub_chats(
     name: str, split: str, streaming: bool, max_bad_share: float = MAX_BAD_SHARE
 ) -> Iterator[Chat]:
-    """Chats of `org/name[@revision]`, or of a folder of data files or of `save_to_disk`, in the
-    dataset's own order.
+    """Reads the chats of a dataset, in the dataset's own order.
 
-    split: as `datasets` writes it, "train" or "train[:1%]". streaming: records come as they are
-    read, and nothing is kept on disk. Records have the forms of data/chats.py; a column that is
-    empty counts as absent. Raises UserError for a dataset or split that is not there, and naming
-    the record for anything that is not a chat.
+    name: `org/name[@revision]`, or a folder of data files, or one that `save_to_disk` wrote. split:
+    in the notation of `datasets`, "train" or "train[:1%]". streaming: yields records while they are
+    read and stores nothing on disk. Records have the formats of data/chats.py; an empty column
+    counts as missing.
+
+    Raises:
+        UserError: the dataset or split does not exist, or too many records are not chats (the first
+            is named).
     """
     where = f"hf:{name}[{split}]"
     dataset = _load(name, split, streaming)
