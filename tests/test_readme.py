@@ -5,7 +5,6 @@ real one.
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import subprocess

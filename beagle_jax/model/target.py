@@ -202,7 +202,8 @@ def forward(
       visible_BS: which slots of the cache every new token of a sequence sees.
       slot_positions_BS: for sliding windows, the positions of the slots; None: their numbers.
       taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
-        stream that enters layer i, `num_layers` the stream that leaves the last layer. Without taps the program is the same as if there were none.
+        stream that enters layer i, `num_layers` the stream that leaves the last layer. Without
+        taps the program is the same as if there were none.
 
     Raises:
       ValueError: a tap is not between 0 and `num_layers`.
