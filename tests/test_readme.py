@@ -5,6 +5,7 @@ real one.
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -173,3 +174,96 @@ def test_the_snippet_runs(trained, monkeypatch, capsys):
     draft = {"draft.path": f"{trained['train.folder']}/draft"}
     exec(compile(source, "README.md", "exec"), {"overrides": overrides(trained | draft)})
     assert " length" in capsys.readouterr().out
+
+
+def test_every_line_is_run_here_or_dry_run_elsewhere():
+    left = [
+        line
+        for line in LINES
+        if line not in (*PYTHON_M, *SCRIPTS) and not line.startswith(ELSEWHERE)
+    ]
+    names_in_sentences = ["python -m beagle_jax.tune"]
+    assert [line for line in left if line not in names_in_sentences] == [
+        "source .venv/bin/activate",
+        "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
+        "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
+        # tests/test_experiments.py runs it, in its toy form
+        "python experiments/run.py experiments/paper.yaml",
+    ]
+
+
+# The scripts, in a clone whose environments are this Python's
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    for path in ROOT.iterdir():
+        if not path.name.startswith((".git", ".venv", "runs")):
+            (tmp_path / path.name).symlink_to(path)
+    stamp = subprocess.run(
+        "cat requirements.txt pyproject.toml | cksum",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in (".venv", ".venv-test"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "installed").write_text(stamp)
+        python = tmp_path / name / "bin" / "python"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+    return tmp_path
+
+
+def script(line: str, clone: Path, *more: str) -> subprocess.CompletedProcess:
+    settings = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/beagle_jax/xla_tests"),
+    }
+    return subprocess.run(
+        [*shlex.split(line), *more],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=settings,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in SCRIPTS if "quickstart" in line])
+def test_the_quick_start_runs(line, toy, clone, tmp_path):
+    settings = toy | {"train.folder": str(tmp_path / "run"), "data.folder": str(tmp_path / "data")}
+    done = script(line, clone, *overrides(settings))
+    assert done.returncode == 0, done.stderr
+    assert (
+        "draft written to" in done.stdout
+        and "identical to plain decoding" in done.stdout
+        and "3/3" in done.stdout
+    )
+
+
+@pytest.mark.slow
+def test_the_mesh_of_a_laptop_runs(toy, clone, tmp_path):
+    settings = toy | {"train.folder": str(tmp_path / "run"), "data.folder": str(tmp_path / "data")}
+    [line] = [line for line in LINES if line.startswith("bash launch/local_cpu.sh")]
+    done = script(line, clone, *overrides(settings))
+    assert done.returncode == 0 and "draft written to" in done.stdout, done.stderr
+
+
+def test_the_tests_run(clone):
+    assert "bash launch/test.sh" in SCRIPTS
+    done = script(
+        "bash launch/test.sh",
+        clone,
+        "tests/test_house.py",
+        "-k",
+        "readme",
+        "--numprocesses",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

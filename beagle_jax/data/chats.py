@@ -380,7 +380,10 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _trained(message: Message) -> bool:
-    """Returns False for weight 0 or `train: false`. Raises BadRecord for other weights than 0, 1."""
+    """Returns False for weight 0 or `train: false`.
+
+    Raises BadRecord for a weight that is neither 0 nor 1.
+    """
     weight = message.get("weight", message.get("train", 1))
     if weight not in (0, 1):
         raise BadRecord(f"the weight of a message is {weight!r}; expected 0 or 1")
