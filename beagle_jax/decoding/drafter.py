@@ -14,6 +14,7 @@ from beagle_jax.decoding.nodes import Nodes, chain_nodes
 from beagle_jax.decoding.sampling import Filters, Knobs, filter_logits, gumbel
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.errors import UserError
+from beagle_jax.model.cache import KVRows
 from beagle_jax.model.target import TargetSpec
 
 State = Any  # a drafter's own pytree
@@ -92,6 +93,19 @@ class Drafter:
     def owned(self) -> Any:
         """The arrays that are this drafter's own, and not the target's."""
         return ()
+
+    def rows(self, state: State) -> KVRows:
+        """Keys and values of the true states; only of kinds that attend."""
+        raise NotImplementedError
+
+    def first_queries(
+        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
+    ) -> jax.Array:
+        """Queries [1, K, G, T, H] of the first level, as if each of these places were the root.
+
+        Only of kinds that attend.
+        """
+        raise NotImplementedError
 
 
 @jax.tree_util.register_dataclass

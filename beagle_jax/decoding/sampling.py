@@ -175,7 +175,8 @@ def gumbel_of(key_BT: jax.Array, token_BTC: jax.Array) -> jax.Array:
 def _counts_tokens(key_BT: jax.Array) -> bool:
     """Whether the random numbers of this process are those that `gumbel_of` knows."""
     threefry = str(jax.random.key_impl(key_BT)) == "threefry2x32"
-    return threefry and bool(jax.config.jax_threefry_partitionable)
+    # jax adds its settings when it is imported, where no type checker sees them.
+    return threefry and bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
 
 
 def choose(logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:

@@ -103,16 +103,6 @@ class TrainedDrafter(TreeDrafter):
         """
         return state
 
-    def first_queries(
-        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
-    ) -> jax.Array:
-        """Queries [1, K, G, T, H] of the first level, as if each of these places were the root."""
-        raise NotImplementedError
-
-    def rows(self, state: State) -> KVRows:
-        """Keys and values of the true states."""
-        raise NotImplementedError
-
     def _embedded(self, token_BT: jax.Array) -> jax.Array:
         return embed(self.embed_VD, token_BT, self.spec.embed_scale)
 

@@ -90,6 +90,7 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 def _resized(state: DecodeState, row_N: jax.Array, room: int) -> DecodeState:
     """These rows only, with room for prompts of so many tokens (never less than there is)."""
     rest = jax.tree.map(lambda x: x[row_N], state._replace(cache=()))
+    assert isinstance(state.cache, RingCache)
     return rest._replace(cache=state.cache.resized(row_N, room))
 
 
