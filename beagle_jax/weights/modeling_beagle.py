@@ -51,8 +51,10 @@ class BeagleConfig(PretrainedConfig):
         provenance: dict | None = None,
         **kwargs,
     ):
-        """vocab_size: the target's. num_hot_tokens: number of tokens that the draft scores (0:
-        all). input_norm: whether queries are made from normed embeddings.
+        """Stores the shape; other arguments go to PretrainedConfig.
+
+        vocab_size: the target's. num_hot_tokens: number of tokens that the draft scores (0: all).
+        input_norm: whether queries are made from normed embeddings.
         """
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -336,7 +338,7 @@ class BeagleDraft(PreTrainedModel):
     def best_tokens(
         self, state_TD: torch.Tensor, rows_VD: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Returns the most probable token ids of the target's vocabulary, best first: [T, count]."""
+        """Returns [T, count] token ids of the target's vocabulary, most probable first."""
         logits_TV = functional.linear(state_TD.to(rows_VD.dtype), rows_VD)
         best_Tk = logits_TV.topk(count, dim=-1).indices
         return self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk

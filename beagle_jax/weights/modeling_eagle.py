@@ -29,9 +29,11 @@ class EagleConfig(BeagleConfig):
         qkv_bias: bool = False,
         **kwargs,
     ):
-        """fc_bias: whether the fusion layer has a bias. qkv_bias: whether queries, keys and values
-        have biases. frequency_scaling: rotary scaling as factor, low and high frequency factor,
-        and original positions (None: linear).
+        """Adds EAGLE's settings to those of BeagleConfig.
+
+        fc_bias: whether the fusion layer has a bias. qkv_bias: whether queries, keys and values
+        have biases. frequency_scaling: rotary scaling as factor, low and high frequency factor, and
+        original positions (None: linear).
         """
         self.fc_bias = fc_bias
         self.qkv_bias = qkv_bias
