@@ -1,4 +1,7 @@
-"""Chooses a tokenizer's chat template: `target.chat_template` and `target.template_variables`."""
+"""Sets a tokenizer's chat template from the settings of the target.
+
+The settings are `target.chat_template` and `target.template_variables`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -20,13 +23,21 @@ def choose_template(
     variables: Mapping[str, Any],
     where: str,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose chat template is the chosen one from here on.
+    """Replaces the tokenizer's chat template by the chosen one and returns the tokenizer.
 
-    choice: None for the tokenizer's own (of several named ones the default), `none` for text as it
-    is, the name of one of several, or a file. variables: what the template reads beside the
-    messages, `enable_thinking` for example; they become part of it, so its hash tells them apart.
-    where: the target's source, for messages. A tokenizer without a template stays without one: only
-    rendering messages needs it. Raises UserError for a template that is not there.
+    A tokenizer without a template stays without one: only rendering of messages needs it.
+
+    Args:
+      tokenizer: changed in place.
+      choice: None keeps the tokenizer's own template (the default one, if it has several). `none`
+        joins the messages' text without markup. Otherwise the name of one of several templates,
+        or the path of a template file.
+      variables: values that the template reads beside the messages, `enable_thinking` for
+        example. They become part of the template, so the template's hash changes with them.
+      where: the target's source, for error messages.
+
+    Raises:
+      UserError: there is no such template, or a variable cannot be set in one.
     """
     template = _chosen(tokenizer, choice, where)
     if template is not None and variables:
@@ -39,7 +50,7 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, choice: str | None, where: str) 
     own = tokenizer.chat_template
     named = own if isinstance(own, Mapping) else {}
     if choice == NO_TEMPLATE:
-        # What the tokenizer puts before any text, a beginning-of-text token or nothing.
+        # The tokenizer's own prefix: a beginning-of-text token, or nothing.
         return tokenizer.decode(tokenizer("")["input_ids"]) + _RAW
     if choice is None:
         return named.get("default", own) if named else own
@@ -56,7 +67,7 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, choice: str | None, where: str) 
 
 
 def _settings(variables: Mapping[str, Any], where: str) -> str:
-    """Statements that give the variables their values."""
+    """Writes jinja2 statements that set the variables."""
     statements = "".join(
         f"{{% set {name} = {_literal(value)} %}}" for name, value in variables.items()
     )
@@ -71,5 +82,5 @@ def _settings(variables: Mapping[str, Any], where: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value as jinja2 writes it: JSON, but for the word for nothing."""
+    """Writes a value as a jinja2 literal: JSON, except that null is `none`."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Copies of the target's arrays that a published draft brings along.
+"""Checks the copies of target arrays that a published draft contains.
 
-Decoding takes these arrays from the target itself, so a copy with other values is a part of the
-draft that would be lost.
+Decoding uses the target's own arrays. A copy with other values is therefore a trained part of the
+draft, and ignoring it would change the draft.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from beagle_jax.weights.target import Source
 # Reads one tensor of the target, by its Hugging Face name, in float32.
 TensorReader = Callable[[str], np.ndarray]
 
-# end of a copy's name -> the target's tensor
+# suffix of a copy's name -> the target's tensor
 _ORIGINALS = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "lm_head.weight": "lm_head.weight",
@@ -26,7 +26,10 @@ _ORIGINALS = {
 
 
 def tensor_reader(opened: Source, spec: TargetSpec) -> TensorReader:
-    """Reads single tensors of a target. A tied head is the embedding."""
+    """Returns a function that reads single tensors of a target.
+
+    A tied head is read from the embedding.
+    """
 
     def read(name: str) -> np.ndarray:
         if name == "lm_head.weight" and spec.tie_embeddings:
@@ -44,10 +47,19 @@ def tensor_reader(opened: Source, spec: TargetSpec) -> TensorReader:
 def check_copies(
     copies: Iterable[tuple[str, np.ndarray]], read: TensorReader | None, where: object
 ) -> None:
-    """Raises UserError for a copy of the target's embedding, head or final norm of other values.
+    """Checks that copies of the target's embedding, head and final norm equal the target's.
 
-    Values are compared in the dtype of the copy, as a draft may be published in less precision.
-    read: None if the target is not at hand; then any copy is refused.
+    Values are compared in the dtype of the copy, because a draft may be published in a lower
+    precision than its target.
+
+    Args:
+      copies: (name, array) of each copy. Other names are ignored.
+      read: reads the target's tensors. None if the target is not available; any copy is then an
+        error.
+      where: the draft's source, for error messages.
+
+    Raises:
+      UserError: a copy differs from the target's array, or cannot be compared with it.
     """
     for name, array in copies:
         original = next(

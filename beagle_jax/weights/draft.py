@@ -1,5 +1,6 @@
-"""A trained draft on disk: model.safetensors (PyTorch names, [out, in]) and config.json (method.md
-9.5).
+"""Saves and loads trained drafts: model.safetensors and config.json (method.md 9.5).
+
+Tensors have PyTorch's names and its [out, in] layout.
 """
 
 import json
@@ -21,7 +22,7 @@ from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.kinds import tensor_name
 from beagle_jax.weights.safetensors_file import digest, read_tensors, write_tensors
 
-# key of config.json: of the block's settings and tensors, so that no changed bit goes unnoticed
+# key of config.json: digest of the block's settings and tensors, which reveals damaged files
 DIGEST = "sha256"
 # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
 HOT_TOKENS = "hot_tokens"
@@ -37,23 +38,21 @@ class Draft:
     hot_ids: jax.Array | None  # token ids that the draft scores; None: all
     provenance: dict[str, Any] = field(
         repr=False
-    )  # target, data, stages: what config.json says of the training
+    )  # the training's target, data and stages, as in config.json
 
     @property
     def kind(self) -> str:
-        """The name of its kind, as config.json gives it."""
+        """Name of the draft's kind, as in config.json."""
         return self.spec.kind
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes with any weight and setting; a saved draft has it in its
-        config.json.
-        """
+        """Digest of all weights and settings; config.json of a saved draft holds it."""
         return draft_digest(self.spec, file_tensors(self))
 
 
 def save_draft(folder: str | Path, draft: Draft) -> None:
-    """Writes the folder; each file appears whole or not at all."""
+    """Writes a draft to a folder; each file is replaced as a whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = file_tensors(draft)
@@ -69,8 +68,8 @@ def save_draft(folder: str | Path, draft: Draft) -> None:
 
 
 def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
-    """Every tensor under its name in a file, which is PyTorch's; matrices are [out, in]."""
-    # A transposed view would be written wrongly by safetensors, without an error.
+    """Returns every tensor under its name in the file; matrices are [out, in]."""
+    # safetensors writes a transposed view wrongly, without an error.
     tensors = {
         tensor_name(draft.spec, name): np.ascontiguousarray(array)
         for name, array in draft.params.items()
@@ -81,9 +80,10 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
 
 
 def settings(spec: DraftSpec) -> dict[str, Any]:
-    """What the files say of the block: all but the embedding's scale, which is the target's own.
+    """Returns the draft's settings as the files store them.
 
-    qkv_bias is there only when it is true: older files, and their digests, lack it.
+    `embed_scale` is left out, because it is the target's own. `qkv_bias` is stored only if it is
+    true: older files lack it, and their digests were computed without it.
     """
     return {
         key: value
@@ -93,18 +93,23 @@ def settings(spec: DraftSpec) -> dict[str, Any]:
 
 
 def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
-    """What config.json says under DIGEST. tensors: as `file_tensors` names them."""
+    """Computes the digest that config.json stores under DIGEST.
+
+    tensors: with the names that `file_tensors` gives.
+    """
     return digest(tensors, json.dumps(settings(spec), sort_keys=True))
 
 
 def load_draft(
     folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None
 ) -> Draft:
-    """Reads a draft for this target, of the kind that its config.json says. kind: the only one that
-    will do.
+    """Loads a draft for this target; config.json names its kind.
 
-    Raises UserError naming the folder when a file or tensor is missing, extra or misshapen, or made
-    for another target.
+    kind: the only kind to accept; None accepts all.
+
+    Raises:
+      UserError: a file or tensor is missing, extra or misshapen, the draft is of another kind, or
+        it was made for another target. The message names the folder.
     """
     folder = Path(folder)
     weights_path = folder / "model.safetensors"
@@ -127,10 +132,10 @@ def load_draft(
 
 
 def hot_problem(hot_ids: np.ndarray | None, vocab_size: int) -> str:
-    """What is wrong with the ids of the tokens that a draft scores; empty if nothing is.
+    """Describes what is wrong with the scored token ids; returns "" if nothing is.
 
-    An id that is there twice would take its probability from both: what is drawn by the ratio rule
-    would no longer be distributed as the target says.
+    A repeated id would get its probability twice. The ratio rule would then accept tokens with
+    probabilities other than the target's.
     """
     if hot_ids is None:
         return ""
@@ -150,26 +155,28 @@ def hot_problem(hot_ids: np.ndarray | None, vocab_size: int) -> str:
 
 
 def check_there(folder: str | Path) -> None:
-    """Raises UserError for a folder without a draft: asked before a target is loaded for it, which
-    takes long.
+    """Checks that the folder holds a draft, before a slow load of the target.
+
+    Raises:
+      UserError: there is no readable config.json.
     """
     read_json(Path(folder) / "config.json", _TRAIN_FIRST)
 
 
 def other_target(draft: Draft, source: str) -> str | None:
-    """The target that a draft says it was trained for, where it is another one than `source`, of
-    the same shape.
+    """Returns the target that the draft was trained for, if `source` names a different one.
 
-    Folders and files may hold anything under any name: they are not compared.
+    Only `hf:` and `pypi:` sources are compared: a local folder or file can hold any model. Returns
+    None if the two agree or cannot be compared.
     """
-    told = str(draft.provenance.get("target"))
+    trained_for = str(draft.provenance.get("target"))
     (ours, _, our_revision), (theirs, _, their_revision) = (
         source.partition("@"),
-        told.partition("@"),
+        trained_for.partition("@"),
     )
     public = all(name.startswith(("hf:", "pypi:")) for name in (ours, theirs))
     return (
-        told
+        trained_for
         if public
         and (ours != theirs or (our_revision and their_revision and our_revision != their_revision))
         else None
@@ -182,9 +189,12 @@ def read_spec(
     folder: Path,
     kinds: tuple[type[DraftSpec], ...] | None = None,
 ) -> DraftSpec:
-    """The draft that a config.json describes. kinds: those that will do; None: all.
+    """Reads the draft's description from the contents of its config.json.
 
-    Raises UserError unless it is of one of these kinds, for this target.
+    kinds: the kinds to accept; None accepts all.
+
+    Raises:
+      UserError: the draft is of another kind, or was made for another target.
     """
     path, model_type = folder / "config.json", config.get("model_type")
     kinds = tuple(kind.spec for kind in KINDS.values()) if kinds is None else kinds
@@ -195,14 +205,14 @@ def read_spec(
             f"{' or '.join(repr(kind.model_type) for kind in kinds)}"
         )
     expected = kind.from_target(target)
-    told = asdict(expected) | {
+    values = asdict(expected) | {
         key: config[key] for key in asdict(expected) if key in config and key != "embed_scale"
     }
     for key, value in asdict(expected).items():
-        if isinstance(value, tuple) and isinstance(told[key], list):
-            told[key] = tuple(told[key])  # JSON has no tuples
-    if told.get("rope_scaling") is not None:
-        told["rope_scaling"] = _scaling(told["rope_scaling"], path)
+        if isinstance(value, tuple) and isinstance(values[key], list):
+            values[key] = tuple(values[key])  # JSON has no tuples
+    if values.get("rope_scaling") is not None:
+        values["rope_scaling"] = _scaling(values["rope_scaling"], path)
     wrong = [
         f"{key} {config.get(key)} there, {value} here"
         for key, value in asdict(expected).items()
@@ -211,36 +221,40 @@ def read_spec(
     if wrong:
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
     for key, value in asdict(expected).items():
-        if value is not None and type(told[key]) is not type(value):
-            raise UserError(f"{path}: {key} is {told[key]!r}; expected a value like {value!r}")
-    return kind(**told)
+        if value is not None and type(values[key]) is not type(value):
+            raise UserError(f"{path}: {key} is {values[key]!r}; expected a value like {value!r}")
+    return kind(**values)
 
 
-def _scaling(told: Any, path: Path) -> RopeScaling:
+def _scaling(numbers: Any, path: Path) -> RopeScaling:
     if (
-        not isinstance(told, list)
-        or len(told) != len(RopeScaling._fields)
-        or not all(type(value) in (int, float, type(None)) for value in told)
+        not isinstance(numbers, list)
+        or len(numbers) != len(RopeScaling._fields)
+        or not all(type(value) in (int, float, type(None)) for value in numbers)
     ):
         raise UserError(
-            f"{path}: rope_scaling is {told!r}; expected the numbers "
+            f"{path}: rope_scaling is {numbers!r}; expected the numbers "
             f"{', '.join(RopeScaling._fields)}"
         )
-    return RopeScaling(*told)
+    return RopeScaling(*numbers)
 
 
 def check_digest(
     config: dict[str, Any], spec: DraftSpec, tensors: dict[str, np.ndarray], folder: Path
 ) -> None:
-    """Raises UserError unless settings and tensors are those that config.json was written with."""
+    """Checks that settings and tensors are those that config.json was written with.
+
+    Raises:
+      UserError: the digest is missing or differs.
+    """
     if DIGEST not in config:
         raise UserError(
             f"{folder / 'config.json'}: lacks {DIGEST}; train or export the draft again"
         )
-    if config[DIGEST] != (found := draft_digest(spec, tensors)):
+    if config[DIGEST] != (actual := draft_digest(spec, tensors)):
         raise UserError(
             f"{folder}: settings and tensors are not those that config.json was written with "
-            f"({DIGEST} {config[DIGEST]!r} there, {found} found); a file is damaged or of "
+            f"({DIGEST} {config[DIGEST]!r} there, {actual} found); a file is damaged or of "
             "another draft; copy the folder again"
         )
 

@@ -1,8 +1,7 @@
-"""Reads an EAGLE-1/2 draft checkpoint as its authors publish them (method.md 9.3) into the tree of
-`model/eagle.py`.
+"""Imports published EAGLE-1/2 draft checkpoints (method.md 9.3).
 
-Every tensor is accounted for by its exact name. A copy of the target's embedding is compared with
-it and left.
+Parameters get the names of `model/eagle.py`. Every tensor must be known by its exact name. A copy
+of the target's embedding is compared with the target's and then dropped.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from beagle_jax.weights.torch_files import read_folder_config, read_weights, wei
 
 _EMBEDDING = "embed_tokens.weight"
 _QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
-_EAGLE_3 = ("midlayer.", "d2t", "t2d")  # beginnings of names that only EAGLE-3 has
+_EAGLE_3 = ("midlayer.", "d2t", "t2d")  # prefixes of names that only EAGLE-3 has
 
 
 def read_eagle_draft(
@@ -33,11 +32,13 @@ def read_eagle_draft(
     allow_pickle: bool = False,
     read: TensorReader | None = None,
 ) -> Draft:
-    """The draft in a folder (weights and config.json), in float32.
+    """Reads a draft from a folder with weights and config.json, in float32.
 
-    read: of the target's tensors, with which copies in the files are compared.
-    Raises UserError naming the file when it cannot be read, is a pickle and may not be, is no
-    EAGLE-1/2 draft, or was made for another target.
+    read: reads the target's tensors, to compare copies in the files with them.
+
+    Raises:
+      UserError: a file cannot be read, is a pickle that is not allowed, holds no EAGLE-1/2 draft,
+        or was made for another target. The message names the file.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
@@ -80,9 +81,12 @@ def read_eagle_draft(
 
 
 def _biases(config: dict[str, Any], names: list[str], source: Path) -> tuple[bool, bool]:
-    """Whether the fusion layer has a bias, and whether queries, keys and values have.
+    """Returns whether the fusion layer has a bias, and whether queries, keys and values do.
 
-    The weights say so. Raises UserError where config.json says otherwise.
+    The weights decide.
+
+    Raises:
+      UserError: config.json contradicts the weights.
     """
     has_bias = FILES[EagleSpec.kind].tensors["fc_bias"] in names
     has_qkv_bias = all(f"{name}.bias" in names for name in _QKV)
@@ -99,13 +103,15 @@ def _biases(config: dict[str, Any], names: list[str], source: Path) -> tuple[boo
 
 
 def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSpec:
-    """The draft's one layer, described as a target's; raises UserError for what the EAGLE block
-    cannot compute.
+    """Describes the draft's one layer as a target of one layer.
+
+    Raises:
+      UserError: config.json asks for something that the EAGLE block cannot compute.
     """
     layer = TargetSpec.from_hf_config(config, f"{source}: config.json")
     if config["model_type"] == "mixtral":
-        # Copied from the target; EAGLE builds its one plain layer all the same, and the tensors
-        # show it.
+        # The config is a copy of the target's. EAGLE builds a plain layer all the same, and
+        # `_match` checks the tensors against one.
         layer = dataclasses.replace(layer, experts=None)
     wrong = [
         f"{key} {getattr(layer, key)} there, {getattr(target, key)} here"
@@ -132,8 +138,9 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
 
 
 def _our_name(name: str) -> str:
-    """Names as a native folder has them: specforge's `eagle_fc` is `fc`, and the one layer needs no
-    number.
+    """Maps a published tensor name to its name in a native folder.
+
+    SpecForge's `eagle_fc` becomes `fc`; the number of the single layer is dropped.
     """
     return name.replace("eagle_fc.", "fc.", 1).removeprefix("layers.0.")
 

@@ -1,8 +1,8 @@
 """Reads GGUF files: config, tensors under Hugging Face names, tokenizer and chat template.
 
-Dequantisation is the `gguf` package's. What is done here is the renaming (`gguf_names.py`), and the
-reverse of what llama.cpp's converter does to values: it interleaves the rotary pairs of llama's q
-and k rows (Hugging Face halves them), and adds one to Gemma's norms.
+The `gguf` package dequantises. This module renames tensors (`gguf_names.py`) and undoes two changes
+that llama.cpp's converter makes to values: it interleaves the rotary pairs of llama's q and k rows
+(Hugging Face stores them as two halves), and it adds one to Gemma's norms.
 """
 
 import os
@@ -26,9 +26,9 @@ from beagle_jax.weights.gguf_tokenizer import byte_level_tokenizer
 from beagle_jax.weights.hf import HFTokenizer, generation_eos_ids
 from beagle_jax.weights.safetensors_file import aligned
 
-_ENDS = ("eos", "eot", "eom")  # special tokens that end an answer: of text, of a turn, of a message
+_ENDS = ("eos", "eot", "eom")  # tokens that end an answer: end of text, of turn, of message
 _MOST_THREADS = 8
-_VALUES = 1 << 18  # dequantised at a time: the package makes several arrays of that size on the way
+_VALUES = 1 << 18  # dequantised at a time; the package allocates several arrays of this size
 
 
 class _Stored(NamedTuple):
@@ -39,8 +39,10 @@ class _Stored(NamedTuple):
 
 
 class GGUFFile:
-    """A GGUF model of one file, memory-mapped, or of several parts. Raises UserError when it is of
-    no architecture that is read here, and for what is no model.
+    """A GGUF model in one memory-mapped file or in several parts.
+
+    Raises:
+      UserError: the file is not a model, or its architecture is not supported.
     """
 
     def __init__(self, path: Path):
@@ -72,18 +74,22 @@ class GGUFFile:
                 self._stored[tensor.name] = _Stored(part, tensor)
 
     def config(self) -> dict[str, Any]:
-        """The metadata as a Hugging Face config."""
+        """Converts the metadata to a Hugging Face config."""
         factors = self._stored.get(ROPE_FACTORS) if self._architecture.interleaved else None
         values = None if factors is None else self._values(*factors)
         return hf_config(self._name, self._architecture, self._metadata, self._stored, values)
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Hugging Face names and shapes [out, in]; a name without a counterpart keeps its own."""
+        """Lists Hugging Face names and shapes [out, in].
+
+        A tensor without a Hugging Face counterpart keeps its GGUF name.
+        """
         return [(name, _shape(stored.tensor)) for name, stored in self._by_name.items()]
 
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """A part of a tensor by its Hugging Face name. Only the rows that it has are dequantised,
-        some at a time.
+        """Reads a part of a tensor by its Hugging Face name.
+
+        Only the rows of that part are dequantised, a few at a time.
         """
         path, tensor = self._by_name[name]
         shape, order = _shape(tensor), self._row_order(name, tensor)
@@ -94,18 +100,18 @@ class GGUFFile:
             return values[index].astype(dtype)
         stored = _bytes_of(path, tensor)
         order = order[index[0]]
-        found = aligned((len(order), len(range(*index[1].indices(shape[1])))), dtype)
+        values_OI = aligned((len(order), len(range(*index[1].indices(shape[1])))), dtype)
         step = max(_VALUES // shape[1], 1)
 
         def fill(start: int) -> None:
             rows = stored[order[start : start + step]]
-            found[start : start + step] = self._dequantised(tensor, rows).reshape(
+            values_OI[start : start + step] = self._dequantised(tensor, rows).reshape(
                 len(rows), shape[1]
             )[:, index[1]]
 
         with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, _MOST_THREADS)) as workers:
             list(workers.map(fill, range(0, len(order), step)))
-        return found
+        return values_OI
 
     @cached_property
     def _by_name(self) -> dict[str, _Stored]:
@@ -114,19 +120,19 @@ class GGUFFile:
         return {names[name]: stored for name, stored in self._stored.items() if name not in hidden}
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(Hugging Face name, float32 array [out, in]) one at a time."""
+        """Yields (Hugging Face name, float32 array [out, in]), one tensor at a time."""
         for name, shape in self.shapes():
             yield name, self.read(name, tuple(map(slice, shape)), np.dtype(np.float32))
 
     def _values(self, path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-        """All of a vector, in float32."""
+        """Reads a whole vector in float32."""
         return self._dequantised(tensor, _bytes_of(path, tensor)).reshape(_shape(tensor))
 
     def _dequantised(self, tensor: gguf.ReaderTensor, rows: np.ndarray) -> np.ndarray:
-        """Some of a tensor's rows in float32, one behind another."""
+        """Dequantises some of a tensor's rows to float32, concatenated."""
         try:
-            # As one long row: the package goes through matrices by sixteen rows at a time, each
-            # with a dozen calls of numpy.
+            # One long row, because the package processes a matrix in groups of sixteen rows, with
+            # a dozen numpy calls for each group.
             return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(
                 np.float32, copy=False
             )
@@ -137,7 +143,10 @@ class GGUFFile:
             ) from None
 
     def _row_order(self, name: str, tensor: gguf.ReaderTensor) -> np.ndarray:
-        """Which of the file's rows stands where in Hugging Face's order. name: Hugging Face's."""
+        """Returns, for each row in Hugging Face's order, its index in the file.
+
+        name: the Hugging Face name.
+        """
         order = np.arange(_shape(tensor)[0])
         part = name.rpartition(".")[0]
         if not self._architecture.interleaved or not part.endswith((".q_proj", ".k_proj")):
@@ -154,16 +163,18 @@ class GGUFFile:
         return _unpermute_rows(order[:, None], count)[:, 0]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the file; without one, the file's own byte-level BPE with
-        its chat template.
+        """Loads the tokenizer beside the file, else builds one from the file's metadata.
+
+        The second is the file's byte-level BPE with its chat template.
         """
         if (self.path.parent / "tokenizer_config.json").exists():
             return HFTokenizer(self.path.parent).tokenizer()
         return byte_level_tokenizer(self._metadata)
 
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens that end an answer: those that the file names, and those of a
-        generation_config.json beside it.
+        """Returns ids of the tokens that end an answer.
+
+        These are the ones that the file names and those of a generation_config.json beside it.
         """
         count = self.config()["vocab_size"]
         named = (self._metadata.token_id(name, count) for name in _ENDS)
@@ -187,8 +198,9 @@ def _reader(path: Path) -> gguf.GGUFReader:
 
 
 def _bytes_of(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """A tensor as it is stored. Not through the reader's map: pages that it has touched count as
-    the process's memory for as long as it lives.
+    """Returns a tensor's stored bytes through a memory map of its own.
+
+    Pages that the reader's map has touched would count as memory of this process until it ends.
     """
     return (
         np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
@@ -198,13 +210,14 @@ def _bytes_of(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    """GGUF lists dimensions fastest first."""
+    """Returns the shape in numpy's order; GGUF lists the fastest dimension first."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Interleaved rotary pairs (0 1)(2 3).. per head -> half-split (0 h/2)(1 h/2+1).. as Hugging
-    Face stores them.
+    """Reorders the rows of each head from interleaved to half-split rotary pairs.
+
+    Interleaved pairs are (0 1)(2 3)..; Hugging Face's half-split pairs are (0 h/2)(1 h/2+1)..
     """
     rows, width = weight.shape
     return np.ascontiguousarray(

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file as a Hugging Face config.
+"""Converts the metadata of a GGUF file to a Hugging Face config.
 
-A key that the file lacks has llama.cpp's default; one that asks for what this decoder does not
-compute is refused by its name.
+A missing key has llama.cpp's default. A key that asks for something this decoder does not compute
+is an error that names the key.
 """
 
 from collections.abc import Collection
@@ -13,7 +13,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.weights.gguf_metadata import Metadata
 from beagle_jax.weights.gguf_names import OPTIONAL_BIASES, Architecture, has_biases
 
-# Of these keys the decoder computes the values below alone; without the key, llama.cpp does too.
+# The decoder supports only these values of these keys. They are also llama.cpp's defaults.
 _NEUTRAL = {
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
@@ -30,7 +30,7 @@ _NEUTRAL = {
 }
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA_2_CAPS = (50.0, 30.0)
-# Gemma's 27B models, by their number of layers: scores are scaled by the width over the heads.
+# Layers of Gemma's 27B models, which scale attention scores by hidden size / number of heads.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
@@ -41,8 +41,14 @@ def hf_config(
     tensors: Collection[str],
     factors: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The config. name: `general.architecture`. tensors: names of all that the file holds.
-    factors: what each rotary frequency is divided by, [H / 2]; None: nothing.
+    """Returns the Hugging Face config.
+
+    Args:
+      name: `general.architecture`.
+      architecture: its entry in ARCHITECTURES.
+      metadata: the file's.
+      tensors: GGUF names of all tensors in the file.
+      factors: divisors of the rotary frequencies, [H / 2]; None for none.
     """
     _check_neutral(name, architecture, metadata)
     width = metadata.need(f"{name}.embedding_length")
@@ -73,7 +79,7 @@ def hf_config(
     if name in _GEMMA_27B_LAYERS:
         return config | _gemma(name, architecture, metadata, config, rope)
     window = metadata.number(f"{name}.attention.sliding_window", 0)
-    if window:  # of all layers, as Mistral's
+    if window:  # in all layers, as in Mistral
         config |= {"model_type": "mistral", "sliding_window": window}
     return config | {"rope_parameters": rope}
 
@@ -101,7 +107,10 @@ def _check_neutral(name: str, architecture: Architecture, metadata: Metadata) ->
 
 
 def _vocab_size(name: str, metadata: Metadata) -> int:
-    """Rows of the embedding: as many as tokens, which only files without a tokenizer lack."""
+    """Returns the number of rows of the embedding.
+
+    This is the number of tokens, which only files without a tokenizer lack.
+    """
     if metadata.get("tokenizer.ggml.tokens") is None:
         return metadata.need(f"{name}.vocab_size")
     return len(metadata.list("tokenizer.ggml.tokens"))
@@ -123,12 +132,12 @@ def _head_dim(name: str, metadata: Metadata, width: int, heads: int) -> int:
 
 
 def _rope(name: str, metadata: Metadata, factors: np.ndarray | None) -> dict[str, Any]:
-    """Base and scaling of the rotary embedding."""
+    """Returns base and scaling of the rotary embedding."""
     theta = metadata.number(f"{name}.rope.freq_base", 10000.0)
     kind = metadata.get(f"{name}.rope.scaling.type", "linear")
     factor = metadata.number(f"{name}.rope.scaling.factor")
     if factor is None:
-        factor = metadata.number(f"{name}.rope.scale_linear", 0)  # in old files
+        factor = metadata.number(f"{name}.rope.scale_linear", 0)  # the key of old files
     if kind not in ("none", "linear"):
         raise UserError(f"{metadata.path}: RoPE scaling {kind!r} is not supported")
     linear = kind == "linear" and factor not in (0, 1)
@@ -145,7 +154,7 @@ def _rope(name: str, metadata: Metadata, factors: np.ndarray | None) -> dict[str
             "short_factor": listed,
             "long_factor": listed,
             "attention_factor": 1.0,
-            # Transformers wants these as well; with one list for all lengths they change nothing.
+            # Transformers requires these too. They have no effect if both lists are the same.
             "factor": 1.0,
             "original_max_position_embeddings": metadata.need(f"{name}.context_length"),
         }
@@ -161,7 +170,7 @@ def _gemma(
     config: dict[str, Any],
     rope: dict[str, Any],
 ) -> dict[str, Any]:
-    """What Gemma 2 and 3 have beside the others' settings."""
+    """Returns the settings that only Gemma 2 and 3 have."""
     defaults = _GEMMA_2_CAPS if name == "gemma2" else (None, None)
     caps = {
         cap: metadata.number(f"{name}.{cap}", default) or None
@@ -188,11 +197,11 @@ def _gemma(
 def _gemma_windows(
     name: str, architecture: Architecture, metadata: Metadata, layers: Any
 ) -> dict[str, Any]:
-    """The window, and which layers have it."""
+    """Returns the sliding window and the layers that have it."""
     window = metadata.number(f"{name}.attention.sliding_window", architecture.window)
     pattern = metadata.get(f"{name}.attention.sliding_window_pattern", architecture.every)
     if not window:
-        # Any number: no layer has it.
+        # The window's size does not matter, because no layer uses it.
         return {"sliding_window": 1, "layer_types": ["full_attention"] * _count(layers)}
     if type(pattern) is int:
         near = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(_count(layers))]
@@ -208,5 +217,8 @@ def _gemma_windows(
 
 
 def _count(layers: Any) -> int:
-    """A number of layers that a list can have; the config's check names what is wrong."""
+    """Returns a number of layers that a list can have.
+
+    The check of the config reports what is wrong with the original value.
+    """
     return layers if type(layers) is int and 0 < layers < 10_000 else 0

@@ -1,9 +1,9 @@
-"""Walks the header of a GGUF file before anybody else reads it: every length is held against the
-file's.
+"""Checks the header of a GGUF file before the gguf package reads it.
 
 The gguf package trusts the counts in a file: a damaged one makes it loop for hours, index past the
-end or read another tensor's bytes. What llama.cpp's own reader demands is demanded here: known
-types, tensors one after the other, and all of it inside the file.
+end or read another tensor's bytes. This module checks every length against the size of the file,
+and what llama.cpp's own reader checks: types are known, tensors follow one another without gaps,
+and all of them lie inside the file.
 """
 
 import math
@@ -33,8 +33,10 @@ _MOST_DIMENSIONS = 4
 
 
 def check_header(path: Path) -> None:
-    """Raises UserError naming the file, the byte and what is wrong there. Little-endian files of
-    version 2 and 3.
+    """Checks the header of a little-endian GGUF file of version 2 or 3.
+
+    Raises:
+      UserError: the header is wrong. The message names the file, the byte and the problem.
     """
     try:
         with (
@@ -47,13 +49,13 @@ def check_header(path: Path) -> None:
 
 
 class _Walk:
-    """A place in the file that moves on with every value read."""
+    """A cursor that advances through the file with every value it reads."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self._path, self._data, self._at = path, data, 0
 
     def check(self) -> None:
-        """The whole header, then where each tensor's bytes lie."""
+        """Reads the whole header, then checks where each tensor's bytes lie."""
         if self._bytes(4) != b"GGUF":
             raise self._broken("it does not begin with GGUF", 0)
         if (version := self._scalar("I")) not in (2, 3):
@@ -73,7 +75,7 @@ class _Walk:
         self._check_tensors(tensors, alignment)
 
     def _check_tensors(self, count: int, alignment: int) -> None:
-        """Names, sizes and offsets of the tensors, which lie one after the other."""
+        """Checks names, sizes and offsets of the tensors, which must follow one another."""
         names, expected = set(), 0
         for _ in range(count):
             name = self._string()
@@ -109,7 +111,7 @@ class _Walk:
             )
 
     def _value(self, kind: int) -> object:
-        """One value; of an array the last element."""
+        """Reads one value; for an array, returns its last element."""
         if kind in _SCALARS:
             return self._scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -146,9 +148,9 @@ class _Walk:
         self._at += count
         return self._data[self._at - count : self._at]
 
-    def _broken(self, found: str, at: int | None = None) -> UserError:
+    def _broken(self, problem: str, at: int | None = None) -> UserError:
         at = self._at if at is None else at
         return UserError(
-            f"{self._path}: not a readable GGUF file (byte {at:,}: {found}); is the file "
+            f"{self._path}: not a readable GGUF file (byte {at:,}: {problem}); is the file "
             "whole? Download it again"
         )

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file: values by key, each of the type that the reader of it needs."""
+"""Typed access to the metadata of a GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,26 +9,30 @@ from beagle_jax.errors import UserError
 
 
 class Metadata:
-    """Keys and values of one file. Raises UserError naming the file and the key."""
+    """Keys and values of one file.
+
+    Raises:
+      UserError: a value is missing or has the wrong type. The message names the file and the key.
+    """
 
     def __init__(self, path: Path, reader: gguf.GGUFReader):
         self.path, self._reader = path, reader
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or what stands for it where the file lacks it."""
+        """Returns the value of a key, or the default if the file lacks it."""
         field = self._reader.get_field(key)
         if field is None:
             return default
         try:
             return field.contents()
-        except ValueError as error:  # bytes that are no UTF-8
+        except ValueError as error:  # the bytes are not UTF-8
             raise UserError(
                 f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the "
                 "file again"
             ) from error
 
     def need(self, key: str) -> Any:
-        """The value of a key that every file has."""
+        """Returns the value of a required key."""
         value = self.get(key)
         if value is None:
             raise UserError(
@@ -38,7 +42,7 @@ class Metadata:
         return value
 
     def list(self, key: str) -> list[Any]:
-        """The value of a key that holds a list."""
+        """Returns the value of a key that holds a list."""
         value = self.need(key)
         if not isinstance(value, list):
             raise UserError(
@@ -48,7 +52,7 @@ class Metadata:
         return value
 
     def uniform(self, key: str, default: Any = None) -> Any:
-        """A value that may be given layer by layer, where all layers have the same."""
+        """Returns a value that may be given per layer, if all layers have the same."""
         value = self.get(key, default)
         if not isinstance(value, list):
             return value
@@ -60,15 +64,16 @@ class Metadata:
         return value[0]
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """A number, or the default."""
+        """Returns a number, or the default if the file lacks the key."""
         value = self.get(key, default)
         if value is not None and type(value) not in (int, float):
             raise UserError(f"{self.path}: GGUF metadata {key!r} is {value!r}, expected a number")
         return value
 
     def token_id(self, name: str, count: int) -> int | None:
-        """The id of a special token (`eos`, `bos`, ..) among `count`; None where the file names
-        none.
+        """Returns the id of a special token (`eos`, `bos`, ..), less than `count`.
+
+        Returns None if the file does not name the token.
         """
         key = f"tokenizer.ggml.{name}_token_id"
         value = self.get(key)

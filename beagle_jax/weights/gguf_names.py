@@ -1,9 +1,7 @@
-"""Which architectures of GGUF files are read, and what their tensors are called in Hugging Face
-files.
+"""Supported GGUF architectures, and the Hugging Face names of their tensors.
 
-llama.cpp's converter renames every tensor. Two more things that it does are undone in
-`weights/gguf.py`: it interleaves the rotary pairs of llama's queries and keys, and it adds one to
-Gemma's norms.
+llama.cpp's converter renames every tensor. `weights/gguf.py` undoes two more of its changes: it
+interleaves the rotary pairs of llama's queries and keys, and it adds one to Gemma's norms.
 """
 
 import re
@@ -15,7 +13,7 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # read into the config, as no parameter
+ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config, not a parameter
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -31,23 +29,23 @@ _FOUR_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-# Settings of a llama config that stand for biases, and the tensors that tell of them.
+# Settings of a llama config that add biases, and the tensors that show them.
 OPTIONAL_BIASES = {"attention_bias": tuple(_ATTENTION), "mlp_bias": tuple(_MLP)}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ANGLES = re.compile(r"blk\.(\d+)\.attn_rot_embd(?:\.weight)?")
 
 
 class Architecture(NamedTuple):
-    """What `general.architecture` stands for."""
+    """How files of one `general.architecture` are read."""
 
-    model_type: str  # of the Hugging Face config
-    layer_names: dict[str, str]  # of a layer's weights, with neither number nor ending
+    model_type: str  # in the Hugging Face config
+    layer_names: dict[str, str]  # of a layer's weights, without layer number and suffix
     biases: tuple[str, ...] = ()  # GGUF names of the projections that always have one
-    optional_biases: bool = False  # OPTIONAL_BIASES may be there
+    optional_biases: bool = False  # the file may hold OPTIONAL_BIASES
     interleaved: bool = False  # rows of attn_q and attn_k hold the rotary pairs side by side
     plus_one: bool = False  # norms are stored with one added
     window: int | None = None  # llama.cpp's default; None: no layer has a window
-    every: int = 1  # every so many layers one has no window
+    every: int = 1  # one of this many layers has no window
 
 
 _PLAIN = _TWO_NORMS | _ATTENTION | _MLP
@@ -66,8 +64,10 @@ ARCHITECTURES = {
 
 
 def hf_names(architecture: Architecture, names: Collection[str]) -> dict[str, str]:
-    """GGUF name -> Hugging Face name, of all tensors of a file. One without a counterpart keeps
-    its own, so that it is refused by the name that the file has for it.
+    """Maps the GGUF name of every tensor in a file to its Hugging Face name.
+
+    A tensor without a counterpart keeps its GGUF name, so that the error about it names it as the
+    file does.
     """
     biased = set(architecture.biases)
     for setting, projections in OPTIONAL_BIASES.items():
@@ -77,7 +77,7 @@ def hf_names(architecture: Architecture, names: Collection[str]) -> dict[str, st
 
 
 def has_biases(architecture: Architecture, names: Collection[str], setting: str) -> bool:
-    """Whether the first layer has all biases that this setting of a llama config stands for."""
+    """Returns whether the first layer has all biases of this llama config setting."""
     return architecture.optional_biases and all(
         f"blk.0.{projection}.bias" in names for projection in OPTIONAL_BIASES[setting]
     )

@@ -1,4 +1,4 @@
-"""The files of a GGUF model that was split: NAME-00001-of-00003.gguf and those beside it."""
+"""Finds the parts of a split GGUF model: NAME-00001-of-00003.gguf and so on."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,12 @@ _MERGE = "or merge them into one file with llama.cpp's gguf-split --merge"
 
 
 def part_paths(path: Path) -> list[Path]:
-    """All parts of the model, in order, from the path of any of them; of other names, the path
-    alone. Raises UserError naming the parts that are missing.
+    """Returns the paths of all parts in order, given the path of any part.
+
+    A file whose name has no part number is the only part.
+
+    Raises:
+      UserError: parts are missing. The message names them.
     """
     match = _PART.fullmatch(path.name)
     if match is None:
@@ -33,15 +37,18 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def check_parts(parts: Sequence[Metadata]) -> None:
-    """Raises UserError unless the parts say of themselves what their names do.
+    """Checks that the metadata of each part agrees with its file name.
 
-    Their split.tensors.count is not looked at: every tensor is held against the config by its name.
+    `split.tensors.count` is not checked: every tensor is checked against the config by its name.
+
+    Raises:
+      UserError: a part's metadata gives another number or count.
     """
     for number, part in enumerate(parts):
-        told = part.get("split.no", 0), part.get("split.count", 1) or 1
-        if told != (number, len(parts)):
+        stated = part.get("split.no", 0), part.get("split.count", 1) or 1
+        if stated != (number, len(parts)):
             raise UserError(
-                f"{part.path}: by its metadata this is part {told[0] + 1} of {told[1]}, by its "
+                f"{part.path}: by its metadata this is part {stated[0] + 1} of {stated[1]}, by its "
                 f"name part {number + 1} of {len(parts)}; give the parts the names that they were "
-                f"written under, NAME-{told[0] + 1:05d}-of-{told[1]:05d}.gguf, {_MERGE}"
+                f"written under, NAME-{stated[0] + 1:05d}-of-{stated[1]:05d}.gguf, {_MERGE}"
             )

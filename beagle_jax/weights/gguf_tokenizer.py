@@ -1,8 +1,7 @@
-"""Builds a tokenizer from the metadata of a GGUF file: byte-level BPE, where the file's name for
-how text is split is known.
+"""Builds a byte-level BPE tokenizer from the metadata of a GGUF file.
 
-The file holds tokens and merges, and only a name for the split. Other tokenizers are read from the
-model's own files.
+The file holds tokens and merges, but only a name for the rule that splits text. A tokenizer can be
+built if that name is known; other tokenizers are read from the model's own files.
 """
 
 from tokenizers import (
@@ -20,9 +19,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from beagle_jax.errors import UserError
 from beagle_jax.weights.gguf_metadata import Metadata
 
-# GGUF token types (the format's own numbers).
+# GGUF token types, numbered as in the format.
 _CONTROL, _USER_DEFINED = 3, 4
-# How the models themselves split text, `tokenizer.json`'s words for it.
+# The models' own patterns for splitting text, as in `tokenizer.json`.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,8 +31,10 @@ _KNOWN = ("smollm", *_PATTERNS)
 
 
 def byte_level_tokenizer(metadata: Metadata) -> PreTrainedTokenizerBase:
-    """The file's own tokenizer, with its chat template if it has one. Raises UserError for one that
-    cannot be built from the file.
+    """Builds the file's tokenizer, with its chat template if it has one.
+
+    Raises:
+      UserError: the tokenizer cannot be built from the file.
     """
     model, pre = metadata.need("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _KNOWN:
@@ -69,21 +70,21 @@ def byte_level_tokenizer(metadata: Metadata) -> PreTrainedTokenizerBase:
 
 def _bpe(metadata: Metadata, tokens: list[str], pre: str) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
-    told = metadata.list("tokenizer.ggml.merges") if metadata.get("tokenizer.ggml.merges") else []
-    merges = [tuple(merge.split(" ", 1)) for merge in told]
+    lines = metadata.list("tokenizer.ggml.merges") if metadata.get("tokenizer.ggml.merges") else []
+    merges = [tuple(merge.split(" ", 1)) for merge in lines]
     unknown = [
         merge for merge in merges if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys()
     ]
     if unknown or len(vocab) != len(tokens):
-        found = (
+        problem = (
             f"merge {' '.join(unknown[0])!r} is not of its tokens"
             if unknown
             else "two of its tokens are the same"
         )
         raise UserError(
-            f"{metadata.path}: the tokenizer is damaged ({found}); download the file again"
+            f"{metadata.path}: the tokenizer is damaged ({problem}); download the file again"
         )
-    # Llama 3 looks a word up whole before it merges.
+    # Llama 3 looks up the whole word before it applies merges.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -104,10 +105,10 @@ def _bpe(metadata: Metadata, tokens: list[str], pre: str) -> Tokenizer:
 
 
 def _split(pre: str) -> list[pre_tokenizers.PreTokenizer]:
-    """The steps that split text before merging."""
+    """Returns the steps that split text before merging."""
     if pre == "smollm":
-        # Each digit stands alone; transformers' own GGUF route drops this step and splits
-        # "\n\n1." differently.
+        # Each digit is a token of its own. The GGUF loader of transformers omits this step and
+        # splits "\n\n1." differently.
         return [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),

@@ -1,5 +1,6 @@
-"""Reads a Hugging Face model folder (config.json, safetensors, tokenizer files), local or from the
-hub.
+"""Reads a Hugging Face model folder, local or from the hub.
+
+The folder holds config.json, safetensors and tokenizer files.
 """
 
 import sys
@@ -23,40 +24,41 @@ from beagle_jax.weights.model_files import (
 from beagle_jax.weights.safetensors_file import Place, places
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_ROWS = 4096  # compared at a time
+_ROWS = 4096  # rows compared at a time
 
 
 class HFTokenizer:
-    """The part of a model folder that is not weights: config.json, tokenizer files,
-    generation_config.json.
+    """The files of a model folder other than weights.
+
+    These are config.json, the tokenizer files and generation_config.json.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json."""
+        """Returns the contents of config.json."""
         return read_json(self.path / "config.json", "a Hugging Face model folder holds it")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer."""
+        """Loads the folder's tokenizer."""
         if (self.path / "tokenizer.model").exists() and not (self.path / "tokenizer.json").exists():
             _check_sentencepiece(self.path / "tokenizer.model")
         from huggingface_hub.errors import StrictDataclassError
         from transformers import (
             AutoTokenizer,
-        )  # here, since it imports torch where that is installed: two seconds
+        )  # imported late, because it imports torch if that is installed, which takes two seconds
 
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
-        except StrictDataclassError as error:  # config.json, which is read on the way
+        except StrictDataclassError as error:  # raised for config.json, which is read as well
             raise UserError(
                 f"{self.path / 'config.json'}: transformers cannot read it "
                 f"({' '.join(str(error).split())}); correct that value in the file"
             ) from error
         except Exception as error:
-            # tokenizers raises bare Exceptions; the last ones of the others stand for valid JSON
-            # that is no tokenizer, or no config.
+            # tokenizers raises bare Exceptions. The last types of the tuple are raised for valid
+            # JSON that is not a tokenizer or config.
             if type(error) is not Exception and not isinstance(
                 error,
                 OSError | ValueError | LookupError | TypeError | AttributeError | ArithmeticError,
@@ -65,7 +67,10 @@ class HFTokenizer:
             raise UserError(f"{self.path}: no usable tokenizer in this folder ({error})") from error
 
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: generation_config.json if there is one, else config.json."""
+        """Returns ids of the tokens that end an answer.
+
+        They come from generation_config.json if it names any, else from config.json.
+        """
         ids = generation_eos_ids(self.path)
         if ids is None:
             ids = _eos_ids(self.config(), self.path)
@@ -77,18 +82,19 @@ class HFTokenizer:
 
 
 def generation_eos_ids(folder: Path) -> tuple[int, ...] | None:
-    """Ids that a folder's generation_config.json says end an answer; None when it says nothing, or
-    is not there.
+    """Returns the end tokens of a folder's generation_config.json.
+
+    Returns None if there is no such file, or it names none.
     """
     path = folder / "generation_config.json"
     return _eos_ids(read_json(path, ""), folder) if path.exists() else None
 
 
 def _eos_ids(config: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
-    told = config.get("eos_token_id")
-    if told is None:
+    value = config.get("eos_token_id")
+    if value is None:
         return None
-    ids = told if isinstance(told, list) else [told]
+    ids = value if isinstance(value, list) else [value]
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
         raise UserError(
             f"{folder}: eos_token_id is {ids}; expected a token's id, or a list of them"
@@ -97,8 +103,12 @@ def _eos_ids(config: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """Raises UserError where transformers would take the file for another library's, and name that
-    library as missing.
+    """Checks that a file can be read as a SentencePiece model.
+
+    For a damaged one, transformers would ask for another library instead.
+
+    Raises:
+      UserError: sentencepiece is not installed, or it cannot read the file.
     """
     remedy = "or use a folder that also has tokenizer.json"
     try:
@@ -118,8 +128,9 @@ def _check_sentencepiece(path: Path) -> None:
 
 
 class HFFolder(HFTokenizer):
-    """A local folder as `save_pretrained` writes it. Only safetensors are read: pickles can run
-    code.
+    """A local folder in the format of `save_pretrained`.
+
+    Only safetensors are read, because pickles can run code.
     """
 
     def __init__(self, path: Path):
@@ -133,7 +144,7 @@ class HFFolder(HFTokenizer):
             )
 
     def config(self) -> dict[str, Any]:
-        """The contents of config.json, untied where the files hold a head of their own."""
+        """Returns config.json, with the head untied if the files hold a separate head."""
         config = super().config()
         if config.get("tie_word_embeddings") is not False and self._has_own_head:
             config["tie_word_embeddings"] = False
@@ -141,8 +152,9 @@ class HFFolder(HFTokenizer):
 
     @cached_property
     def _has_own_head(self) -> bool:
-        """Whether there is an lm_head.weight of other values than the embedding. Transformers
-        computes with it, whatever tie_word_embeddings says.
+        """Returns whether lm_head.weight exists and differs from the embedding.
+
+        Transformers then computes with it, whatever tie_word_embeddings says.
         """
         head, embedding = (self._by_name.get(name) for name in (_HEAD, _EMBEDDING))
         if head is None or embedding is None:
@@ -161,22 +173,23 @@ class HFFolder(HFTokenizer):
 
     @cached_property
     def places(self) -> list[tuple[str, Place]]:
-        """Every tensor and where it lies, file by file.
+        """Returns the place of every tensor, file by file.
 
-        Raises UserError naming a broken file, a dtype that is no weight's, and what the index of
-        the files says otherwise.
+        Raises:
+          UserError: a file is broken, a dtype is not one of weights, or the index and the files
+            disagree. The message names the file.
         """
-        found = {file.name: places(file) for file in self._files}
+        places_by_file = {file.name: places(file) for file in self._files}
         if (self.path / INDEX).exists():
-            check_index(self.path / INDEX, found)
-        return [(name, place) for held in found.values() for name, place in held.items()]
+            check_index(self.path / INDEX, places_by_file)
+        return [(name, place) for held in places_by_file.values() for name, place in held.items()]
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors; a name is there twice if two files hold it."""
+        """Lists names and shapes of all tensors; a name in two files appears twice."""
         return [(name, place.shape) for name, place in self.places]
 
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """A part of a tensor; no more than that is read."""
+        """Reads a part of a tensor, without reading the rest of it."""
         return self._by_name[name].read(index, dtype)
 
     @cached_property
@@ -184,7 +197,7 @@ class HFFolder(HFTokenizer):
         return dict(self.places)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array in its stored dtype), one in memory at a time."""
+        """Yields (name, array in its stored dtype), with one array in memory at a time."""
         for name, place in self.places:
             yield name, place.read(tuple(map(slice, place.shape)), place.dtype)
 
@@ -193,22 +206,27 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
-    """Local snapshot of `org/name[@revision]` through huggingface_hub. files: name patterns.
+    """Downloads `org/name[@revision]` with huggingface_hub and returns the local snapshot.
 
-    Within a run the library goes on with a file where a connection broke. Files that are whole are
-    kept for the next run; one that the process ended in is begun again (huggingface_hub 2 gives
-    what is not whole a name of its own and removes it). Without a connection (or with
-    HF_HUB_OFFLINE) a snapshot in the library's own cache (HF_HUB_CACHE, HF_HOME) is used.
+    Within a run, the library resumes a file after a lost connection. The next run reuses complete
+    files and restarts incomplete ones (huggingface_hub 2 writes an incomplete file under a name of
+    its own and removes it). Without a connection, or with HF_HUB_OFFLINE, a snapshot in the
+    library's own cache (HF_HUB_CACHE, HF_HOME) is used.
+
+    files: patterns of the file names to download.
+
+    Raises:
+      UserError: the download failed and the cache has no snapshot.
     """
-    # Imported here: everything but this source works without the hub client.
+    # Imported late: every other source works without the hub client.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,
-    )  # the second is what its HTTP client raises
+    )  # HTTPError comes from its HTTP client
 
     name, _, revision = repo.partition("@")
-    # RuntimeError is what its other transport, hf_xet, raises.
+    # RuntimeError comes from hf_xet, its other transport.
     failures = (HTTPError, HFValidationError, OSError, RuntimeError)
     fetch = partial(
         snapshot_download,

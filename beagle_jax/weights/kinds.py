@@ -1,4 +1,4 @@
-"""The files of each kind of draft, by its name: tensors, PyTorch form and model card."""
+"""The files of each kind of draft: tensor names, PyTorch form and model card."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,22 +8,22 @@ from beagle_jax.model.draft import DraftSpec
 
 
 class TorchForm(NamedTuple):
-    """A kind's folder in PyTorch's form, and what the card in it says."""
+    """The PyTorch folder of a kind, and the text of its model card."""
 
-    model_type: str  # differs from the native folder's, so that neither is taken for the other
-    modules: tuple[str, ...]  # beside the weights; the first holds the classes
-    classes: str  # what the names of these begin with
-    title: str  # the card's words: an article and the kind's name
+    model_type: str  # differs from the native folder's, to tell the two formats apart
+    modules: tuple[str, ...]  # copied beside the weights; the first holds the classes
+    classes: str  # prefix of the class names
+    title: str  # in the card: an article and the kind's name
     tag: str
     description: str
     paper: str
-    code: str  # the modules, as the subject of a sentence
+    code: str  # in the card: the modules, as the subject of a sentence
 
 
 class KindFiles(NamedTuple):
-    """How the drafts of one kind are stored."""
+    """How drafts of one kind are stored."""
 
-    tensors: Mapping[str, str]  # parameter -> its name in a file
+    tensors: Mapping[str, str]  # parameter -> name in the file
     torch: TorchForm | None = None  # None: `convert to-torch` refuses the kind
 
 
@@ -77,12 +77,16 @@ FILES: dict[str, KindFiles] = {
 
 
 def tensor_name(spec: DraftSpec, param: str) -> str:
-    """A parameter's name in a file, which is PyTorch's."""
+    """Returns a parameter's name in the file, which is PyTorch's."""
     return FILES[spec.kind].tensors[param]
 
 
 def torch_form(kind: str) -> TorchForm:
-    """The PyTorch form of a kind. Raises UserError for a kind that has none."""
+    """Returns the PyTorch form of a kind.
+
+    Raises:
+      UserError: the kind has none.
+    """
     form = FILES[kind].torch
     if form is None:
         raise UserError(
@@ -93,7 +97,7 @@ def torch_form(kind: str) -> TorchForm:
 
 
 def kind_in_torch(model_type: object) -> str | None:
-    """The kind whose PyTorch form has this model_type in its config.json, if any."""
+    """Returns the kind whose PyTorch config.json has this model_type, else None."""
     return next(
         (
             name

@@ -1,5 +1,6 @@
-"""The model card of an exported draft: what its config and an evaluation say, and what they do not
-say named as missing.
+"""Writes the model card of an exported draft from its config and an evaluation.
+
+A fact that neither holds is named as missing.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ TRAINED_WITH = (
 EXPORTED_WITH = ("torch", "transformers", "jax", "safetensors", "numpy")
 
 _MISSING = "not recorded"
-_DISTANCES = {  # of `train.loss`
+_DISTANCES = {  # value of `train.loss` -> words of the card
     "cross_entropy": "Soft cross-entropy with",
     "kl": "Kullback-Leibler divergence from",
     "reverse_kl": "Reverse Kullback-Leibler divergence from",
@@ -45,27 +46,30 @@ _TOLD_ELSEWHERE = ("target", "target_revision", "draft", "data", "training", "ve
 
 
 def installed(packages: tuple[str, ...]) -> dict[str, str]:
-    """Exact versions of beagle_jax and of those packages that are installed."""
-    found = {"beagle_jax": __version__}
+    """Returns the versions of beagle_jax and of those packages that are installed."""
+    versions = {"beagle_jax": __version__}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def model_card(draft: Draft, measured: str | None = None, revision: str | None = None) -> str:
-    """README.md of the exported folder.
+    """Returns the README.md of the exported folder.
 
-    measured: what `acceptance` made of a report. revision: of the target as it is now, for drafts
-    that do not say which one they were trained on.
+    Args:
+      draft: the exported draft.
+      measured: the table that `acceptance` makes from a report.
+      revision: the target's current revision. It is named for drafts that do not record the
+        revision they were trained on.
     """
-    told = draft.provenance
-    data, training = told.get("data") or {}, told.get("training") or {}
-    base = str(told.get("target") or "")
-    name, _, asked = base.removeprefix("hf:").partition("@")
-    trained_on = told.get("target_revision") or asked or _MISSING
+    provenance = draft.provenance
+    data, training = provenance.get("data") or {}, provenance.get("training") or {}
+    base = str(provenance.get("target") or "")
+    name, _, source_revision = base.removeprefix("hf:").partition("@")
+    trained_on = provenance.get("target_revision") or source_revision or _MISSING
     return _CARD.format(
         **torch_form(draft.spec.kind)._asdict(),
         base_model=f"base_model: {name}\n" if base.startswith("hf:") else "",
@@ -82,8 +86,8 @@ def model_card(draft: Draft, measured: str | None = None, revision: str | None =
         stages=_stages(training),
         losses=_losses(training),
         results=measured or _MEASURE_IT,
-        more=_other_facts(told),
-        libraries=_pairs(told.get("versions") or {}) or _MISSING,
+        more=_other_facts(provenance),
+        libraries=_pairs(provenance.get("versions") or {}) or _MISSING,
         checked=_pairs(installed(EXPORTED_WITH)),
     )
 
@@ -106,10 +110,10 @@ def _stages(training: dict[str, Any]) -> str:
 
 
 def _losses(training: dict[str, Any]) -> str:
-    """What was minimised (method.md 3.2, 4.2)."""
+    """Describes the training losses (method.md 3.2, 4.2)."""
     if "vloss_weight" not in training:
         return _MISSING
-    kind = training.get("loss", "cross_entropy")  # older versions had only that
+    kind = training.get("loss", "cross_entropy")  # the only loss of older versions
     lines = [
         f"{_DISTANCES.get(kind, kind)} the target's distribution, plus "
         f"{training['vloss_weight']} times the smooth-L1 distance to its states, both per "
@@ -135,10 +139,12 @@ _MEASURE_IT = (
 
 
 def acceptance(report: dict[str, Any]) -> str:
-    """A table with one line for each suite, of the draft that a report (report.schema.json) is
-    about.
+    """Returns a table of a report's results for its draft, with one line per suite.
 
-    Raises KeyError, IndexError, TypeError or ValueError for what is no such report.
+    report: the contents of a report (report.schema.json).
+
+    Raises:
+      KeyError, IndexError, TypeError, ValueError: this is not such a report.
     """
     system = report["systems"][1]  # the first is plain decoding
     lines = [
@@ -147,20 +153,20 @@ def acceptance(report: dict[str, Any]) -> str:
     ]
     for suite in report["suites"]:
         whole = suite["groups"][0]
-        one = whole["systems"][system["name"]]
-        low, high = one["tau_interval"]
+        results = whole["systems"][system["name"]]
+        low, high = results["tau_interval"]
         lines.append(
-            f"| {suite['name']} | {whole['prompts']} | {one['tau']:.2f} | {low:.2f} to "
-            f"{high:.2f} | {one['speedup']:.2f}x | "
-            f"{one['identical_to_plain']}/{one['answers']} |"
+            f"| {suite['name']} | {whole['prompts']} | {results['tau']:.2f} | {low:.2f} to "
+            f"{high:.2f} | {results['speedup']:.2f}x | "
+            f"{results['identical_to_plain']}/{results['answers']} |"
         )
     return "\n".join([f"{system['tree']}, on {report['environment']['machine']}", "", *lines])
 
 
-def _other_facts(told: dict[str, Any]) -> str:
-    """What the config says beside the sections that `train` writes, one line each."""
+def _other_facts(provenance: dict[str, Any]) -> str:
+    """Lists the facts outside the sections that `train` writes, one per line."""
     return "".join(
-        f"- {key}: {value}\n" for key, value in told.items() if key not in _TOLD_ELSEWHERE
+        f"- {key}: {value}\n" for key, value in provenance.items() if key not in _TOLD_ELSEWHERE
     )
 
 

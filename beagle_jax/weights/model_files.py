@@ -1,8 +1,8 @@
-"""Which files of a Hugging Face folder hold the model, and whether its index agrees with them.
+"""Selects the model's files in a Hugging Face folder and checks its index.
 
 Transformers reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
-Whatever else lies there is not the model: the same weights in their maker's form
-(`consolidated.safetensors`), adapters, a trainer's files, what file managers leave behind.
+Other files are not part of the model: the same weights in their maker's form
+(`consolidated.safetensors`), adapters, a trainer's files, leftovers of file managers.
 """
 
 import re
@@ -12,21 +12,25 @@ from pathlib import Path
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
 
-INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: which holds which tensor
-# What is not downloaded of a repository: the same weights as their maker stores them, and junk.
+INDEX = "model.safetensors.index.json"  # maps tensors to files of a checkpoint in several files
+# Files of a repository that are not downloaded: the weights in their maker's form, and junk.
 OTHER_FORMS = ("consolidated*", "original/*", "._*", "*/._*")
 _MODEL = re.compile(r"model(-\d+)?(-of-\d+)?\.safetensors")
-# Only looked at where no file has a model's usual name.
+# Used only if no file has a model's usual name.
 _NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter|optimizer|optim|scheduler|scaler|training|trainer|random_states|rng)"
     r"([._-].*)?\.safetensors"
 )
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-_SHOWN = 10  # contradictions in one message
+_SHOWN = 10  # contradictions listed in one message
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model, by name. Raises UserError when there is none."""
+    """Returns the model's safetensors files, sorted by name.
+
+    Raises:
+      UserError: there are none.
+    """
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     usual = [path for path in files if _MODEL.fullmatch(path.name)]
     if (folder / INDEX).exists():
@@ -39,12 +43,12 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def adapter_beside(folder: Path) -> str | None:
-    """The name of an adapter's file that lies in the folder; None without one."""
+    """Returns the name of an adapter's file in the folder, else None."""
     return next((name for name in _ADAPTERS if (folder / name).exists()), None)
 
 
 def _nothing_to_read(folder: Path, files: Collection[Path]) -> str:
-    """What such a folder is, and what to do."""
+    """Explains what a folder without model files is, and what to do."""
     if name := adapter_beside(folder):
         return (
             f"this is a LoRA adapter ({name}), not a model; merge it into its base model "
@@ -59,7 +63,7 @@ def _nothing_to_read(folder: Path, files: Collection[Path]) -> str:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The index: name of each tensor -> name of its file."""
+    """Reads the index: name of each tensor -> name of its file."""
     listed = read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(
@@ -70,8 +74,12 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
-    """Raises UserError unless the index and the files agree. held: names of the tensors in each
-    file of the model.
+    """Checks that the index and the files agree.
+
+    held: names of the tensors in each file of the model.
+
+    Raises:
+      UserError: they disagree.
     """
     listed = _weight_map(path)
     files = set(listed.values())

@@ -1,17 +1,19 @@
-"""A Beagle draft in PyTorch, and greedy speculative decoding with it; needs torch and transformers,
-nothing else.
+"""A Beagle draft in PyTorch, with greedy speculative decoding.
+
+Needs only torch and transformers.
 
 Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention
-block. The query is the embedding of the token at position i; keys and values are states at
+block. The query is the embedding of the token at position i. Keys and values come from states at
 positions below i: the target's last hidden states after its final norm (`hidden_states[-1]` of a
-Llama), or the draft's own predictions of them. The target's frozen head reads what the block
-predicts. Embedding and head are the target's own: they are passed in, never stored here.
+Llama), or the draft's own predictions of them. The target's frozen head turns predicted states into
+logits. The target's embedding and head are passed in and never stored with the draft.
 
-    draft = AutoModel.from_pretrained(folder, trust_remote_code=True) answer =
-    draft.generate(target, tokenizer("Why is the sky blue?", return_tensors="pt").input_ids,
-    levels=3) print(tokenizer.decode(answer.sequences[0]))
+    draft = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    prompt = tokenizer("Why is the sky blue?", return_tensors="pt")
+    answer = draft.generate(target, prompt.input_ids, levels=3)
+    print(tokenizer.decode(answer.sequences[0]))
 
-Array names end in their axes. B batch, T queries, S keys, D model width, F MLP width, N query
+Array names end in their axes: B batch, T queries, S keys, D model width, F MLP width, N query
 heads, K key/value heads, G query heads per key/value head, H head width, V vocabulary, W tokens
 verified per round.
 """
@@ -24,11 +26,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-_MASKED_SCORE = -1e30  # finite, so that a row that sees nothing has no inf - inf
+_MASKED_SCORE = -1e30  # finite: a query that sees no key would compute inf - inf
 
 
 class BeagleConfig(PretrainedConfig):
-    """Shape of the block (one layer of the target), and where the draft comes from."""
+    """Shape of the block (one layer of the target), and the draft's origin."""
 
     model_type = "beagle_draft_torch"
 
@@ -49,8 +51,10 @@ class BeagleConfig(PretrainedConfig):
         provenance: dict | None = None,
         **kwargs,
     ):
-        """vocab_size: the target's. num_hot_tokens: how many of its tokens the draft scores; 0:
-        all. input_norm: queries are normed embeddings.
+        """Stores the shape; other arguments go to PretrainedConfig.
+
+        vocab_size: the target's. num_hot_tokens: number of tokens that the draft scores (0: all).
+        input_norm: whether queries are made from normed embeddings.
         """
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -75,23 +79,22 @@ class KeysValues(NamedTuple):
     v_BKSH: torch.Tensor
 
     def followed_by(self, more: "KeysValues") -> "KeysValues":
-        """Both, one after the other; neither is changed."""
+        """Returns both concatenated along the positions; neither is changed."""
         return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(self, more, strict=True)))
 
 
 class Generated(NamedTuple):
-    """An answer and what it took."""
+    """An answer and the rounds that it took."""
 
     sequences: torch.Tensor  # [1, prompt and new tokens]; the stop token included, if one came
-    rounds: int  # of draft, verify, accept; the prefill is in no round
+    rounds: int  # of draft, verify and accept, without the prefill
 
 
 class Tree:
-    """A static draft tree, given by paths of child ranks: (0, 2) is the third-best continuation of
-    the best first token.
+    """A static draft tree, given as paths of child ranks.
 
-    Node 0 is the root, the last known token; nodes are ordered by depth, then by path, so parents
-    precede children.
+    The path (0, 2) is the third-best continuation of the best first token. Node 0 is the root, the
+    last known token. Nodes are ordered by depth, then by path, so parents precede their children.
     """
 
     def __init__(self, paths: Sequence[Sequence[int]]):
@@ -107,7 +110,7 @@ class Tree:
         self.size = len(ordered)
         self.rank = [path[-1] if path else 0 for path in ordered]
         self.depth = [len(path) for path in ordered]
-        self.parent = [node_of[path[:-1]] for path in ordered]  # the root's own is the root
+        self.parent = [node_of[path[:-1]] for path in ordered]  # the root is its own parent
         self.children = [
             [node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered
         ]
@@ -115,7 +118,7 @@ class Tree:
             {node_of[path[:end]] for end in range(len(path))} for path in ordered
         ]  # strict
         inner = [node for node in range(self.size) if self.children[node]]
-        # Per draft step, the nodes that are queried: those of one depth that have children.
+        # The nodes queried in each draft step: those of one depth that have children.
         self.levels = [
             [node for node in inner if self.depth[node] == depth]
             for depth in range(max(self.depth))
@@ -123,8 +126,9 @@ class Tree:
         self.is_chain = self.depth == list(range(self.size))
 
     def accepted(self, tokens: Sequence[int], best: Sequence[int]) -> list[int]:
-        """The nodes from the root on whose tokens are the target's own choice (`best`) at their
-        parents.
+        """Returns the accepted nodes, from the root on.
+
+        A node is accepted if its token is the target's choice (`best`) at its parent.
         """
         path = [0]
         while matching := [
@@ -148,7 +152,7 @@ class _Norm(nn.Module):
 
 
 class _Projections(nn.Module):
-    """Linear maps without bias, by name."""
+    """Named linear maps without bias."""
 
     def __init__(self, **widths: tuple[int, int]):
         super().__init__()
@@ -157,10 +161,10 @@ class _Projections(nn.Module):
 
 
 class BeagleDraft(PreTrainedModel):
-    """The block, drafting with it, and speculative decoding."""
+    """The draft block, drafting, and speculative decoding."""
 
     config_class = BeagleConfig
-    # True: queries are tokens fused with the states before them, and stand where those do
+    # True: a query fuses a token with the state before it, and has that state's position
     fused = False
 
     def __init__(self, config: BeagleConfig):
@@ -185,35 +189,39 @@ class BeagleDraft(PreTrainedModel):
     # The block
 
     def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
-        """What queries are made of: the tokens' embeddings."""
+        """Returns the inputs of the queries: the tokens' embeddings."""
         return e_BTD
 
     def true_rows(
         self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
     ) -> KeysValues:
-        """What decoding keeps of true states. next_BSD: embeddings of the tokens after them."""
+        """Returns the keys and values of true states that decoding caches.
+
+        next_BSD: embeddings of the tokens after these states.
+        """
         return self.keys_values(h_BSD, positions_S)
 
     def queries(self, e_BTD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Rotated queries [B, N, T, H] of token embeddings at their positions."""
+        """Returns rotated queries [B, N, T, H] of token embeddings at their positions."""
         return self._rotated(self.self_attn.q_proj(self.input_layernorm(e_BTD)), positions_T)
 
     def keys_values(self, h_BSD: torch.Tensor, positions_S: torch.Tensor) -> KeysValues:
-        """Keys and values of states, true or predicted, at their positions."""
+        """Returns keys and values of true or predicted states at their positions."""
         k_BKSH = self._rotated(self.self_attn.k_proj(h_BSD), positions_S)
         return KeysValues(k_BKSH, self._heads(self.self_attn.v_proj(h_BSD)))
 
     def predict(
         self, e_BTD: torch.Tensor, q_BNTH: torch.Tensor, memory: KeysValues, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Predicted states [B, T, D]. mask: True where a query sees a key, broadcastable to [B, 1,
-        1, T, S].
+        """Returns predicted states [B, T, D].
+
+        mask: True where a query sees a key, broadcastable to [B, 1, 1, T, S].
         """
         B, N, T, H = q_BNTH.shape
         k_BKSH, v_BKSH = memory
         q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H) * H**-0.5
         score_BKGTS = (q_BKGTH @ k_BKSH[:, :, None].transpose(-1, -2)).float()
-        # The product with the mask gives zeros to a query that sees no key.
+        # Multiplying by the mask gives zeros to a query that sees no key.
         weight_BKGTS = score_BKGTS.masked_fill(~mask, _MASKED_SCORE).softmax(-1) * mask
         seen_BKGTH = weight_BKGTS.to(v_BKSH.dtype) @ v_BKSH[:, :, None]
         y_BTD = e_BTD + self.self_attn.o_proj(
@@ -227,9 +235,9 @@ class BeagleDraft(PreTrainedModel):
     def forward(
         self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predicted states [B, T, D] of embeddings at positions 0..T-1 over states at 0..S-1.
+        """Predicts states [B, T, D] at positions 0..T-1 from true states at 0..S-1.
 
-        mask_BTS: True where a query sees a state; None: the states before it.
+        mask_BTS: True where a query sees a state; None: the states before its position.
         """
         positions_T = torch.arange(e_BTD.shape[1], device=e_BTD.device)
         positions_S = torch.arange(h_BSD.shape[1], device=e_BTD.device)
@@ -241,14 +249,14 @@ class BeagleDraft(PreTrainedModel):
         )
 
     def head_rows(self, head_VD: torch.Tensor) -> torch.Tensor:
-        """The rows of the target's head that the draft scores."""
+        """Returns the rows of the target's head for the tokens that the draft scores."""
         return head_VD[self.hot_tokens.long()] if self.config.num_hot_tokens else head_VD
 
     def _heads(self, x_BTF: torch.Tensor) -> torch.Tensor:
         return x_BTF.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def _rotated(self, x_BTF: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Split into heads and rotated by position, in half-split pairs."""
+        """Splits into heads and rotates half-split pairs by position."""
         x_BNTH = self._heads(x_BTF)
         H = self.config.head_dim
         even_H = torch.arange(0, H, 2, dtype=torch.float32, device=x_BTF.device)
@@ -263,7 +271,7 @@ class BeagleDraft(PreTrainedModel):
         )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
-        """Rotary frequencies, of those without scaling."""
+        """Scales rotary frequencies; plain_H are those without scaling."""
         return plain_H
 
     # Drafting and decoding
@@ -278,12 +286,11 @@ class BeagleDraft(PreTrainedModel):
         rows_VD: torch.Tensor,
         last_BTD: torch.Tensor | None = None,
     ) -> list[int]:
-        """The tokens of the tree's nodes below the root, which stands at the position after the
-        true states.
+        """Drafts the tokens of a tree whose root follows the true states.
 
-        rows_VD: what `head_rows` gave. last_BTD: the last true state [1, 1, D], for a block that
-        fuses the root with it. Predicted states become keys for the levels below them, except the
-        last level's.
+        rows_VD: the result of `head_rows`. last_BTD: the last true state [1, 1, D], for a block
+        that fuses the root with it. Predicted states become keys for the deeper levels; those of
+        the last level are not needed.
         """
         tokens, asked, memory = [root] + [-1] * (tree.size - 1), [], true
         first = true.k_BKSH.shape[2]
@@ -301,7 +308,7 @@ class BeagleDraft(PreTrainedModel):
             positions_T = torch.full((len(nodes),), first + depth - int(self.fused), device=device)
             if (
                 self.fused and depth
-            ):  # rows of queries: each sees its own, and the root's is among the true ones
+            ):  # each query sees its own key, and the root's is among the true keys
                 memory, asked = (
                     memory.followed_by(self.keys_values(x_BTD, positions_T)),
                     asked + nodes,
@@ -331,7 +338,7 @@ class BeagleDraft(PreTrainedModel):
     def best_tokens(
         self, state_TD: torch.Tensor, rows_VD: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """[T, count] of the target's vocabulary, the most probable first."""
+        """Returns [T, count] token ids of the target's vocabulary, most probable first."""
         logits_TV = functional.linear(state_TD.to(rows_VD.dtype), rows_VD)
         best_Tk = logits_TV.topk(count, dim=-1).indices
         return self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
@@ -346,13 +353,12 @@ class BeagleDraft(PreTrainedModel):
         paths: Sequence[Sequence[int]] | None = None,
         eos_token_ids: int | Sequence[int] | None = None,
     ) -> Generated:
-        """Greedy speculative decoding of one prompt [1, L]: what the target alone would write, in
-        fewer passes.
+        """Decodes one prompt [1, L] greedily: the target's own text, in fewer passes.
 
-        levels: length of the chain that is drafted per round. paths: a static tree instead (see
-        `Tree`); its mask needs a target with eager or sdpa attention. eos_token_ids: end the
-        answer; None: those of the target's generation config. Raises ValueError for what does not
-        fit together.
+        levels: length of the chain drafted per round. paths: a static tree instead (see `Tree`);
+        its mask needs a target with eager or sdpa attention. eos_token_ids: tokens that end the
+        answer; None: those of the target's generation config. Raises ValueError if the arguments do
+        not fit together.
         """
         tree = Tree([(0,) * depth for depth in range(1, levels + 1)] if paths is None else paths)
         stop = target.generation_config.eos_token_id if eos_token_ids is None else eos_token_ids
@@ -362,7 +368,7 @@ class BeagleDraft(PreTrainedModel):
         self._check(target, input_ids, tree, limit, len(rows_VD))
         past = (
             DynamicCache()
-        )  # without the config: layers with a window keep all, so that drafts can be dropped again
+        )  # without the config, layers with a window keep all slots, so drafts can be dropped
         embed = target.get_input_embeddings()
         h_BTD, [root] = _read(target, input_ids, past, last_only=True)
         true = self._rows(h_BTD, [*input_ids[0, 1:].tolist(), root], embed)
@@ -385,7 +391,10 @@ class BeagleDraft(PreTrainedModel):
     def _rows(
         self, h_BTD: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0
     ) -> KeysValues:
-        """Rows of true states from a position on. after: the tokens that follow them."""
+        """Returns keys and values of true states from a position on.
+
+        after: the tokens that follow these states.
+        """
         next_BTD = embed(torch.tensor([after], device=h_BTD.device)).to(self.dtype)
         return self.true_rows(
             h_BTD.to(self.dtype),
@@ -435,8 +444,9 @@ def _read(
     last_only: bool = False,
     **options,
 ) -> tuple[torch.Tensor, list[int]]:
-    """The states [1, T, D] of tokens that follow the cache, which then holds them; the target's
-    choice after each.
+    """Appends tokens to the target's cache.
+
+    Returns their states [1, T, D] and the target's choice after each token.
     """
     out = target.base_model(input_ids=tokens_BT, past_key_values=past, use_cache=True, **options)
     h_BTD = out.last_hidden_state
@@ -447,7 +457,10 @@ def _read(
 def _verified(
     target: PreTrainedModel, tree: Tree, tokens: list[int], past: DynamicCache
 ) -> tuple[torch.Tensor, list[int]]:
-    """All nodes in one pass of the target; each sees what is cached, its ancestors and itself."""
+    """Runs all nodes through the target in one pass.
+
+    Each node sees the cache, its ancestors and itself.
+    """
     device = target.get_output_embeddings().weight.device
     tokens_BW = torch.tensor([tokens], device=device)
     if tree.is_chain:
@@ -468,10 +481,10 @@ def _verified(
 
 
 def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
-    """Drops the nodes that were not accepted from the target's cache."""
+    """Drops rejected nodes from the target's cache."""
     if path == list(range(len(path))):
         if len(path) < size:
-            past.crop(len(path) - size)  # a negative count: so many are removed from the end
+            past.crop(len(path) - size)  # a negative count removes slots at the end
         return
     kept = list(range(first)) + [first + node for node in path]
     for layer in past.layers:

@@ -1,11 +1,12 @@
-"""An EAGLE-1/2 draft in PyTorch, and greedy speculative decoding with it; needs torch and
-transformers, nothing else.
+"""An EAGLE-1/2 draft in PyTorch, with greedy speculative decoding.
 
-EAGLE drafts with a fusion layer and one decoder layer with self-attention, without an input norm
-and an output norm. Entry j is made of the token at position j + 1 and the state at position j, it
-stands at position j, sees the entries before it and itself, and predicts the state at position j +
-1. Everything else is as in modeling_beagle.py, beside this file: how to load and use the draft is
-written there.
+Needs only torch and transformers.
+
+EAGLE drafts with a fusion layer and one decoder layer with self-attention, which has no input norm
+and no output norm. Entry j fuses the token at position j + 1 with the state at position j and has
+rotary position j. It sees the entries before it and itself, and predicts the state at position j +
+1. modeling_beagle.py, beside this file, has everything else, including how to load and use the
+draft.
 """
 
 import math
@@ -17,7 +18,7 @@ from .modeling_beagle import BeagleConfig, BeagleDraft, KeysValues
 
 
 class EagleConfig(BeagleConfig):
-    """Shape of the draft, and where it comes from."""
+    """Shape of the draft, and its origin."""
 
     model_type = "eagle_draft_torch"
 
@@ -28,8 +29,10 @@ class EagleConfig(BeagleConfig):
         qkv_bias: bool = False,
         **kwargs,
     ):
-        """fc_bias: the fusion layer has one. qkv_bias: queries, keys and values have.
-        frequency_scaling: of the rotary embedding, factor, low and high frequency factor, and
+        """Adds EAGLE's settings to those of BeagleConfig.
+
+        fc_bias: whether the fusion layer has a bias. qkv_bias: whether queries, keys and values
+        have biases. frequency_scaling: rotary scaling as factor, low and high frequency factor, and
         original positions (None: linear).
         """
         self.fc_bias = fc_bias
@@ -39,7 +42,7 @@ class EagleConfig(BeagleConfig):
 
 
 class EagleDraft(BeagleDraft):
-    """The fusion layer and the block; drafting and decoding are BeagleDraft's."""
+    """The fusion layer and the block; drafting and decoding are inherited."""
 
     config_class = EagleConfig
     fused = True
@@ -54,23 +57,21 @@ class EagleDraft(BeagleDraft):
         self.post_init()
 
     def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Inputs of the layer [B, T, D], from each next token's embedding and the state before
-        it.
-        """
+        """Returns inputs [B, T, D]: each next token's embedding fused with the state before it."""
         return self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
 
     def true_rows(
         self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
     ) -> KeysValues:
-        """Rows of entries: true states, each fused with the token after it."""
+        """Returns keys and values of true states, each fused with the token after it."""
         return self.keys_values(self.fuse(next_BSD, h_BSD), positions_S)
 
     def forward(
         self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predicted states [B, L - 1, D] of rows of L positions: entry j is that of position j + 1.
+        """Predicts states [B, L - 1, D] of L positions; entry j is that of position j + 1.
 
-        e_BTD, h_BSD: embedding and true state of each position; the shift is made here. mask_BTS:
+        e_BTD, h_BSD: embedding and true state of each position; this method shifts them. mask_BTS:
         which of the L - 1 entries each entry sees; None: those before it and itself.
         """
         f_BTD = self.fuse(e_BTD[:, 1:], h_BSD[:, :-1])
@@ -85,8 +86,9 @@ class EagleDraft(BeagleDraft):
         )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
-        """Slowed down by a factor: all of them (linear), or long waves only, blended between the
-        two (Llama 3).
+        """Scales rotary frequencies: all of them (linear), or only the low ones (Llama 3).
+
+        Llama 3's frequencies between low and high are blended.
         """
         if self.config.frequency_scaling is None:
             return plain_H

@@ -1,7 +1,7 @@
-"""A target as an orbax checkpoint: one file of settings, the tokenizer, and the parameter tree as
-this library lays it out.
+"""Saves and loads a target as an orbax checkpoint.
 
-`convert to-jax` writes such a folder from any source, once; loading it renames, transposes and
+The folder holds one file of settings, the tokenizer, and the parameter tree in this library's
+layout. `convert to-jax` writes it once, from any source. Loading it then renames, transposes and
 dequantises nothing, and each process reads only the parts of each array that its devices hold, so
 that a pod starts fast.
 """
@@ -25,13 +25,13 @@ from beagle_jax.model.tensors import tensors
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.hf import HFTokenizer
 
-SETTINGS = "target.json"  # what makes a folder one of these
+SETTINGS = "target.json"  # its presence identifies such a folder
 _KIND = "beagle_target"
 _ARRAYS = "arrays"
 
 
 class OrbaxFolder(HFTokenizer):
-    """A folder that `save_target` wrote."""
+    """A folder written by `save_target`."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -47,10 +47,13 @@ class OrbaxFolder(HFTokenizer):
     def params(
         self, spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None = None
     ) -> dict[str, Any]:
-        """The parameter tree, each part read by the process that holds it: on the mesh, or on one
-        device without one.
+        """Loads the parameter tree onto the mesh, or onto one device without a mesh.
 
-        Raises UserError for arrays that are not this target's, and for a dtype they never had.
+        Each process reads only the parts that its devices hold.
+
+        Raises:
+          UserError: the arrays are not this target's, or they are stored in neither this dtype
+            nor float32.
         """
         stored = self.settings.get("dtype")
         if stored != jnp.dtype(dtype).name and stored != "float32":
@@ -70,9 +73,9 @@ class OrbaxFolder(HFTokenizer):
             ):
                 self._check_shapes(checkpointer, wanted)
                 params = checkpointer.restore((self.path / _ARRAYS).absolute(), wanted)
-                bar.update(total)  # orbax reads all at once, and tells nothing on the way
+                bar.update(total)  # orbax reads all arrays in one call and reports no progress
         except Exception as error:
-            # tensorstore raises bare Exceptions for some damage.
+            # tensorstore raises bare Exceptions for some damaged files.
             if type(error) is not Exception and not isinstance(
                 error, OSError | ValueError | KeyError
             ):
@@ -85,13 +88,13 @@ class OrbaxFolder(HFTokenizer):
         return jax.tree.map(lambda array: array.astype(dtype), params)
 
     def _check_shapes(self, checkpointer: ocp.StandardCheckpointer, wanted: Params) -> None:
-        found = checkpointer.metadata((self.path / _ARRAYS).absolute()).item_metadata
-        if found is None:
+        metadata = checkpointer.metadata((self.path / _ARRAYS).absolute()).item_metadata
+        if metadata is None:
             raise UserError(
                 f"{self.path / _ARRAYS}: no readable orbax checkpoint; write the folder again "
                 "with convert to-jax"
             )
-        held = _by_name(found.tree)
+        held = _by_name(metadata.tree)
         expected = _by_name(wanted)
         problems = [f"missing array {name}" for name in expected if name not in held]
         problems += [f"extra array {name}" for name in held if name not in expected]
@@ -107,7 +110,7 @@ class OrbaxFolder(HFTokenizer):
             )
 
     def _check_bytes(self, params: Params) -> None:
-        """Arrays that this process holds whole are those that were written."""
+        """Checks the arrays that this process holds whole against their checksums."""
         wrong = [
             name
             for name, array in _by_name(params).items()
@@ -126,16 +129,18 @@ def save_target(
     config: dict[str, Any],
     tokenizer,
     eos_ids: tuple[int, ...],
-    told: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> None:
-    """Fills an empty folder. params: laid out on the mesh that the parts on disk follow. told: of
-    source and dtype.
+    """Writes a target to an empty folder.
 
-    Raises UserError when it cannot be written.
+    params: sharded over the mesh that the parts on disk follow. provenance: source and dtype.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     settings = {
         "model_type": _KIND,
-        **told,
+        **provenance,
         "crc32": {name: _checksum(array) for name, array in _by_name(params).items()},
     }
     files = {
@@ -150,7 +155,7 @@ def save_target(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / _ARRAYS).absolute(), params)
     except Exception as error:
-        # On a full disk tokenizers raises a bare Exception, and tensorstore a ValueError.
+        # On a full disk, tokenizers raises a bare Exception and tensorstore a ValueError.
         if type(error) is not Exception and not isinstance(error, OSError | ValueError):
             raise
         raise UserError(
@@ -160,7 +165,7 @@ def save_target(
 
 
 def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Any]:
-    """Shape, dtype and place of every array."""
+    """Returns shape, dtype and sharding of every array."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     for tensor in tensors(spec):
         node = tree

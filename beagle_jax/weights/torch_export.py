@@ -1,9 +1,7 @@
-"""A draft as a PyTorch folder: weights, config and the module that runs them; and the proof that it
-fits.
+"""Exports a draft as a PyTorch folder: weights, config and the module that runs them.
 
-The tensors keep the names and layouts of the native folder, which are PyTorch's. What is written is
-loaded again with torch and must compute what the JAX block computes; only then does the folder
-appear.
+The tensors have the names and layouts of the native folder, which are PyTorch's. Before the folder
+appears, the export is loaded with torch and must compute what the JAX block computes.
 """
 
 import json
@@ -30,7 +28,7 @@ from beagle_jax.weights.kinds import tensor_name, torch_form
 from beagle_jax.weights.model_card import EXPORTED_WITH, installed
 from beagle_jax.weights.safetensors_file import write_tensors
 
-# DraftSpec field -> the name that transformers' configs use.
+# DraftSpec field -> key in a transformers config.
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -43,14 +41,18 @@ CONFIG_KEYS = {
     "input_norm": "input_norm",
     "fc_bias": "fc_bias",
     "qkv_bias": "qkv_bias",
-    "rope_scaling": "frequency_scaling",  # by its own name transformers would read it
+    "rope_scaling": "frequency_scaling",  # transformers would interpret "rope_scaling" itself
 }
-TOLERANCE = 1e-5  # of the largest value; float32 on both sides
-_POSITIONS = 16  # of the comparison
+TOLERANCE = 1e-5  # relative to the largest value; both sides compute in float32
+_POSITIONS = 16  # compared positions
 
 
 def require_torch() -> ModuleType:
-    """torch, or a UserError that says how to get it: nothing else in the package needs it."""
+    """Imports torch; no other module of the package needs it.
+
+    Raises:
+      UserError: torch is not installed. The message says how to install it.
+    """
     try:
         return import_module("torch")
     except ImportError as error:
@@ -61,7 +63,10 @@ def require_torch() -> ModuleType:
 
 
 def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -> None:
-    """Fills an empty folder. vocab_size: the target's. card: its README.md."""
+    """Fills an empty folder with the exported draft.
+
+    vocab_size: the target's. card: text of its README.md.
+    """
     tensors = file_tensors(draft)
     write_tensors(folder / "model.safetensors", tensors)
     config = json.dumps(torch_config(draft, vocab_size, tensors), indent=1)
@@ -72,7 +77,7 @@ def write_torch_folder(folder: Path, draft: Draft, vocab_size: int, card: str) -
 
 
 def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """config.json: what AutoModel needs, the sizes, and all that is known of the training."""
+    """Returns config.json: AutoModel's keys, the shape, and the draft's provenance."""
     form = torch_form(draft.spec.kind)
     classes = f"{form.modules[0]}.{form.classes}"
     return {
@@ -94,7 +99,7 @@ def torch_config(draft: Draft, vocab_size: int, tensors: dict[str, np.ndarray]) 
 
 
 def module_source(name: str) -> str:
-    """A module that runs the folder's weights."""
+    """Returns the source of a module that runs the folder's weights."""
     return (files("beagle_jax.weights") / f"{name}.py").read_text(encoding="utf-8")
 
 
@@ -102,13 +107,16 @@ def module_source(name: str) -> str:
 
 
 def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float]:
-    """Loads the folder as a PyTorch user would and compares it with the JAX block on random inputs.
+    """Loads the folder with torch and compares it with the JAX block on random inputs.
 
-    Returns the largest difference of predicted states and of logits, relative to their scale.
-    Raises UserError when a tensor differs at all, or a difference is above TOLERANCE.
+    Returns the largest difference of predicted states and of logits, each relative to the largest
+    value.
+
+    Raises:
+      UserError: a tensor differs, or a difference exceeds TOLERANCE.
     """
     torch = require_torch()
-    from transformers import AutoModel  # here, since it takes a second
+    from transformers import AutoModel  # imported late, because it takes a second
 
     module = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     held = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
@@ -130,25 +138,25 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
         states = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSD))
         logits = states @ module.head_rows(torch.from_numpy(head_VD)).T
     expected = _jax_outputs(draft, e_BTD, h_BSD, head_VD)
-    found = {
+    differences = {
         name: _difference(array.numpy(), expected[name])
         for name, array in (("states", states), ("logits", logits))
     }
-    if not max(found.values()) <= TOLERANCE:
-        measured = ", ".join(f"{name} by {value:.1e}" for name, value in found.items())
+    if not max(differences.values()) <= TOLERANCE:
+        measured = ", ".join(f"{name} by {value:.1e}" for name, value in differences.items())
         raise UserError(
             f"the exported draft does not compute what the JAX block computes: {measured} of "
             f"their scale (at most {TOLERANCE:.0e} is allowed); nothing was written; this is a "
             "fault of the converter, or of these versions "
             f"({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it"
         )
-    return found
+    return differences
 
 
 def _jax_outputs(
     draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """States and logits of this library's block for the same inputs (`teacher_forced`)."""
+    """Returns states and logits of the JAX block for the same inputs (`teacher_forced`)."""
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
     rows_VD = head_VD if draft.hot_ids is None else head_VD[np.asarray(draft.hot_ids)]
     with jax.default_matmul_precision("highest"):
@@ -158,11 +166,11 @@ def _jax_outputs(
         return {"states": np.asarray(states), "logits": np.asarray(states @ rows_VD.T)}
 
 
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference over the largest value; infinite when the shapes differ."""
+def _difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest difference over the largest value; infinity if shapes differ."""
     return (
-        float(np.abs(found - expected).max() / np.abs(expected).max())
-        if found.shape == expected.shape
+        float(np.abs(actual - expected).max() / np.abs(expected).max())
+        if actual.shape == expected.shape
         else float("inf")
     )
 

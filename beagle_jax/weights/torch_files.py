@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint in PyTorch's forms: safetensors files, or pickles if they are allowed."""
+"""Reads tensors of PyTorch checkpoints: safetensors files, or pickles if allowed."""
 
 import pickle
 from pathlib import Path
@@ -12,13 +12,17 @@ from beagle_jax.weights.draft import HOT_TOKENS
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import require_torch
 
-Named = list[tuple[str, np.ndarray]]  # a list, since two files may hold the same name
+Named = list[tuple[str, np.ndarray]]  # a list, because two files may hold the same name
 
 _PICKLES = (".bin", ".pt", ".pth")
 
 
 def read_weights(files: list[Path]) -> Named:
-    """Every tensor, in file order; raises UserError naming the file that cannot be read."""
+    """Reads every tensor, in file order.
+
+    Raises:
+      UserError: a file cannot be read. The message names it.
+    """
     return [
         pair
         for file in files
@@ -27,25 +31,27 @@ def read_weights(files: list[Path]) -> Named:
 
 
 def read_folder_config(source: Path) -> dict[str, Any]:
-    """config.json beside the weights; empty where there is none."""
+    """Reads config.json beside the weights; returns {} if there is none."""
     path = (source if source.is_dir() else source.parent) / "config.json"
     return read_json(path, "") if path.exists() else {}
 
 
 def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
-    """The weights in a folder, or the one file; raises UserError when there are none, or pickles
-    that were not allowed.
+    """Returns the weight files in a folder, or the given single file.
+
+    Raises:
+      UserError: there are none, or they are pickles and those are not allowed.
     """
     if source.is_dir():
-        found = sorted(source.glob("*.safetensors"))
-        found = found or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
-        if not found:
+        files = sorted(source.glob("*.safetensors"))
+        files = files or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
+        if not files:
             raise UserError(
                 f"{source}: no weights in this folder; expected *.safetensors, or *.bin or "
                 "*.pt with --allow-pickle"
             )
     elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
-        found = [source]
+        files = [source]
     elif source.exists():
         raise UserError(
             f"{source}: expected a folder, or a file that ends in .safetensors, "
@@ -53,13 +59,13 @@ def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
         )
     else:
         raise UserError(f"{source}: no such file or folder; --source names the draft to read")
-    if found[0].suffix in _PICKLES and not allow_pickle:
+    if files[0].suffix in _PICKLES and not allow_pickle:
         raise UserError(
-            f"{found[0]} is a pickle, which may run code when it is read; convert it to "
+            f"{files[0]} is a pickle, which may run code when it is read; convert it to "
             "safetensors, or give --allow-pickle (it is then read by "
             "torch.load(weights_only=True))"
         )
-    return found
+    return files
 
 
 def _read(path: Path) -> Named:
@@ -87,7 +93,10 @@ def _read_pickle(path: Path) -> Named:
 
 
 def _array(tensor) -> np.ndarray:
-    """numpy knows no bfloat16 of torch's; float32 holds each of its values."""
+    """Converts a tensor to numpy.
+
+    numpy has no bfloat16; float32 represents each of its values exactly.
+    """
     tensor = tensor.detach()
     return (
         (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).contiguous().numpy()

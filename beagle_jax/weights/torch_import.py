@@ -1,9 +1,8 @@
-"""A draft from PyTorch's side: a folder of ours, or a checkpoint in the published naming (method.md
-9.1).
+"""Imports a draft in PyTorch's form: our exported folder or a published checkpoint.
 
-Tensors are found by the end of their names, under any one prefix. Every tensor of the file is
-accounted for: one that is missing, doubled, misshapen or unknown is an error, and so is a setting
-that this block cannot compute.
+Published names are those of method.md 9.1. Tensors are identified by the end of their names, after
+any single prefix. Every tensor of the file must be used: a missing, doubled, misshapen or unknown
+one is an error, and so is a setting that this block cannot compute.
 """
 
 from dataclasses import asdict, replace
@@ -42,11 +41,13 @@ def read_torch_draft(
     allow_pickle: bool = False,
     read: TensorReader | None = None,
 ) -> Draft:
-    """The draft in a folder or a weights file, for this target.
+    """Reads the draft in a folder or a weights file, for this target.
 
-    read: of the target's tensors, with which copies in the files are compared.
-    Raises UserError naming the file when it cannot be read, is a pickle and may not be, does not
-    hold exactly one draft block, or was made for another target.
+    read: reads the target's tensors, to compare copies in the files with them.
+
+    Raises:
+      UserError: a file cannot be read, is a pickle that is not allowed, does not hold exactly one
+        draft block, or was made for another target. The message names the file.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
@@ -72,7 +73,7 @@ def read_torch_draft(
 def _ours(
     spec: DraftSpec, tensors: Named, target: TargetSpec, source: Path, config: dict[str, Any]
 ) -> Draft:
-    """What `write_torch_folder` wrote."""
+    """Reads a folder that `write_torch_folder` wrote."""
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
     check_digest(config, spec, dict(tensors), source)
@@ -88,15 +89,15 @@ def _ours(
 def _published(
     spec: BeagleSpec, tensors: Named, target: TargetSpec, source: Path, config: dict[str, Any]
 ) -> Draft:
-    """A Beagle draft in the published naming.
+    """Reads a Beagle draft with published names.
 
-    Its files do not say whether queries are normed: the norm's weights are there, or they are not.
+    The files do not say whether queries are normed; the presence of the norm's weights does.
     """
     norm = tensor_name(spec, "input_layernorm")
     spec = replace(spec, input_norm=any(_ends(name, norm) for name, _ in tensors))
     hot_count = config.get("num_hot_tokens") or 0
     params, hot_ids = _match(tensors, spec, target.vocab_size, hot_count, source)
-    # Drafts of this library are float32; the half precision of published ones widens exactly.
+    # Drafts of this library are float32. Published half-precision values convert exactly.
     widened = {
         name: array.astype(np.float32) if array.dtype in _HALF else array
         for name, array in params.items()
@@ -106,32 +107,36 @@ def _published(
 
 
 def _our_spec(kind: str, config: dict[str, Any], target: TargetSpec, where: Path) -> DraftSpec:
-    """The description in a folder of ours: the draft's own settings, under PyTorch's names."""
+    """Builds the description from an exported folder's config, which has PyTorch's keys."""
     expected = spec_type(kind).from_target(target)
-    told = {
+    values = {
         key: value if key in expected.of_target else config.get(CONFIG_KEYS[key])
         for key, value in asdict(expected).items()
         if key in settings(expected) or CONFIG_KEYS.get(key) in config
     }
-    return read_spec({"model_type": expected.model_type, **told}, target, where)
+    return read_spec({"model_type": expected.model_type, **values}, target, where)
 
 
 def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, where: Path) -> None:
-    """Raises UserError for another target, and for a block that this library has not."""
+    """Checks that the config describes this target and a block that can be computed.
+
+    Raises:
+      UserError: it does not.
+    """
     rope = config.get("rope_parameters")
-    told = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
+    values = {"rope_theta": rope.get("rope_theta") if isinstance(rope, dict) else None, **config}
     sizes = {
         CONFIG_KEYS[key]: value
         for key, value in settings(spec).items()
         if key not in ("init_std", "input_norm", "rope_scaling")
     }
     wrong = [
-        f"{name} {told[name]} there, {value} here"
+        f"{name} {values[name]} there, {value} here"
         for name, value in sizes.items()
-        if told.get(name) is not None and told[name] != value
+        if values.get(name) is not None and values[name] != value
     ]
-    if told.get("vocab_size") not in (None, vocab_size):
-        wrong.append(f"vocab_size {told['vocab_size']} there, {vocab_size} here")
+    if values.get("vocab_size") not in (None, vocab_size):
+        wrong.append(f"vocab_size {values['vocab_size']} there, {vocab_size} here")
     if wrong:
         raise UserError(f"{where}: this draft belongs to another target ({'; '.join(wrong)})")
     if config.get("beagle_use_lower_layers"):
@@ -145,18 +150,20 @@ def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, wher
 def _match(
     tensors: Named, spec: DraftSpec, vocab_size: int, hot_count: int, where: Path
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The block's tensors and the token ids that it scores; raises UserError listing all that does
-    not fit.
+    """Selects the block's tensors and the token ids that the draft scores.
+
+    Raises:
+      UserError: tensors do not fit. The message lists all of them.
     """
     shapes: dict[str, tuple[int, ...]] = {
         tensor_name(spec, name): shape for name, shape in spec.param_shapes().items()
     }
-    found = {
+    matches_by_end = {
         end: [(name, array) for name, array in tensors if _ends(name, end)]
         for end in (*shapes, HOT_TOKENS)
     }
     problems, prefixes = [], set()
-    for end, matches in found.items():
+    for end, matches in matches_by_end.items():
         if len(matches) > 1:
             problems.append(
                 f"{len(matches)} tensors match {end}: "
@@ -172,7 +179,7 @@ def _match(
         problems.append(
             f"the tensors stand under {len(prefixes)} prefixes ({listed}); expected one"
         )
-    matched = {name for matches in found.values() for name, _ in matches}
+    matched = {name for matches in matches_by_end.values() for name, _ in matches}
     problems += [
         f"extra tensor {name} {list(array.shape)}: this block has no such part"
         for name, array in tensors
@@ -183,8 +190,8 @@ def _match(
             f"{where}: not the weights of one {torch_form(spec.kind).classes} block for this "
             "target:\n  " + "\n  ".join(problems)
         )
-    params = {name: found[tensor_name(spec, name)][0][1] for name in spec.param_shapes()}
-    return params, found[HOT_TOKENS][0][1] if found[HOT_TOKENS] else None
+    params = {name: matches_by_end[tensor_name(spec, name)][0][1] for name in spec.param_shapes()}
+    return params, matches_by_end[HOT_TOKENS][0][1] if matches_by_end[HOT_TOKENS] else None
 
 
 def _ends(name: str, end: str) -> bool:
@@ -194,8 +201,9 @@ def _ends(name: str, end: str) -> bool:
 def _misfits(
     name: str, array: np.ndarray, shape: tuple[int, ...] | None, hot_count: int, vocab_size: int
 ) -> list[str]:
-    """What is wrong with one tensor. shape: of a weight; None: the tensor lists the tokens that the
-    draft scores.
+    """Lists what is wrong with one tensor.
+
+    shape: the expected shape of a weight; None: the tensor lists the tokens that the draft scores.
     """
     if shape is not None:
         wrong = (
@@ -215,14 +223,15 @@ def _misfits(
 
 
 def _copied_from_target(name: str, prefixes: set[str]) -> bool:
-    """Published files hold copies of the target's frozen parts, which decoding takes from the
-    target itself.
+    """Returns whether a tensor is a copy of a frozen array of the target.
+
+    Published files hold such copies; decoding uses the target's own arrays.
     """
     if any(
         _ends(name, end) for end in ("embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq")
     ):
         return True
-    # The target's final norm; under the draft's own root it would be an output norm of the draft,
-    # which we have not.
+    # A norm outside the draft's own root is the target's final norm. Under that root it would be an
+    # output norm of the draft, which this block does not have.
     roots = {prefix.partition("layers.")[0] for prefix in prefixes}
     return _ends(name, "norm.weight") and name.removesuffix("norm.weight") not in roots
