@@ -43,8 +43,8 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         write_torch_folder(
             folder, draft, target.vocab_size, model_card(draft, report, revision(opened))
         )
-        found = check_parity(folder, draft, target.vocab_size)
-    measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
+        differences = check_parity(folder, draft, target.vocab_size)
+    measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
     text = (
         f"largest difference from the JAX block, of the scale: {measured}\ndraft written to "
         f"{out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
@@ -52,7 +52,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     )
     return text, {
         "out": str(out),
-        "largest_difference": {name: float(value) for name, value in found.items()},
+        "largest_difference": {name: float(value) for name, value in differences.items()},
     }
 
 
@@ -60,8 +60,8 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Writes the native folder, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target, read = target_spec(config.target)
-    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, read)
+    target, reader = target_spec(config.target)
+    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
@@ -77,8 +77,8 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Writes the native folder of an EAGLE draft, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target, read = target_spec(config.target)
-    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, read)
+    target, reader = target_spec(config.target)
+    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
@@ -103,9 +103,11 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
         )
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = configured_target(config.target, mesh, decoding=False)
-    told = {"dtype": dtype, "source": source, "revision": target.revision}
+    origin = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
-        save_target(folder, target.params, opened.config(), target.tokenizer, target.eos_ids, told)
+        save_target(
+            folder, target.params, opened.config(), target.tokenizer, target.eos_ids, origin
+        )
     count = sum(array.nbytes for array in jax.tree.leaves(target.params))
     return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {
         "out": str(out),
@@ -124,10 +126,10 @@ def _check_target(draft: Draft, source: str, where: Path) -> None:
     """Raises UserError when the draft says that it was trained for another target of the same
     shape.
     """
-    if told := other_target(draft, source):
+    if trained_for := other_target(draft, source):
         raise UserError(
-            f"{where}: this draft belongs to another target ({told}, and target.source is "
-            f"{source}); set target.source={told}"
+            f"{where}: this draft belongs to another target ({trained_for}, and target.source is "
+            f"{source}); set target.source={trained_for}"
         )
 
 

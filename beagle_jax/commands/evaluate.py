@@ -156,7 +156,7 @@ def _settings(
 def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
     """Phases and memory of each system, after a prompt of middle length."""
     prompts = sorted(
-        (asked.prompt for case in measured.cases for turn in case.turns for asked in turn.values()),
+        (entry.prompt for case in measured.cases for turn in case.turns for entry in turn.values()),
         key=len,
     )
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
@@ -193,7 +193,7 @@ def _pictures(
     if played:
         pictures["A drafted tree"] = folder / "tree.png"
         plot_tree(
-            max(played, key=lambda one: len(one.path)),
+            max(played, key=lambda entry: len(entry.path)),
             pictures["A drafted tree"],
             lambda token: bench.tokenizer.decode([token]),
         )

@@ -132,19 +132,19 @@ def stage_figures(
 ) -> dict:
     """A stage's cost, and what follows from it."""
     steps, memory = config.train.named_stages[name].steps, memory_of(devices[0])
-    found = cost._asdict() | {
+    figures = cost._asdict() | {
         "held": cost.held,
         "steps": steps,
         "tokens_a_step": config.train.batch * config.train.row_tokens,
     }
-    found["fits"] = (
+    figures["fits"] = (
         False if cost.refusal else None if memory is None else cost.compiler_total <= memory
     )
     chip = chip_of(devices[0].device_kind)
     if chip and chip.bfloat16:
         rate = _UTILISATION * chip.bfloat16 * len(devices)
-        found["hours_at_40_percent"] = steps * cost.flops / rate / 3600
-    return found
+        figures["hours_at_40_percent"] = steps * cost.flops / rate / 3600
+    return figures
 
 
 def table(figures: dict) -> str:
@@ -168,44 +168,44 @@ def table(figures: dict) -> str:
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]
     rows = [
-        ("stage", lambda one: ""),
-        ("steps", lambda one: f"{one['steps']:,}"),
-        ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
-        ("operations a step", lambda one: f"{one['flops']:.3g}"),
+        ("stage", lambda stage: ""),
+        ("steps", lambda stage: f"{stage['steps']:,}"),
+        ("tokens a step, padding included", lambda stage: f"{stage['tokens_a_step']:,}"),
+        ("operations a step", lambda stage: f"{stage['flops']:.3g}"),
         ("draft weights", _of("weights")),
         ("optimizer", _of("optimizer")),
         ("frozen parts of the target", _of("frozen")),
         ("tokens and states", _of("batch")),
         ("temporaries", _of("temporaries")),
         ("all, by the compiler", _of("compiler_total")),
-        ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s"),
+        ("compiled in", lambda stage: f"{stage['compile_seconds']:.1f} s"),
     ]
-    if any("hours_at_40_percent" in one for one in figures["stages"].values()):
+    if any("hours_at_40_percent" in stage for stage in figures["stages"].values()):
         rows.append(
-            ("at 40 % of the chips' peak", lambda one: f"{one['hours_at_40_percent']:.1f} h")
+            ("at 40 % of the chips' peak", lambda stage: f"{stage['hours_at_40_percent']:.1f} h")
         )
     for label, show in rows:
         cells = figures["stages"].items() if label != "stage" else ()
-        values = [show(one) for _, one in cells] or list(figures["stages"])
+        values = [show(stage) for _, stage in cells] or list(figures["stages"])
         lines.append(f"{label:34}" + "".join(f"{value:>16}" for value in values))
     return "\n".join([*lines, *map(_verdict, figures["stages"].items())])
 
 
 def _verdict(entry: tuple[str, dict]) -> str:
-    name, one = entry
-    if one["refusal"]:
+    name, stage = entry
+    if stage["refusal"]:
         return (
-            f"{name}: does NOT fit: {one['refusal']}; lower train.batch, train.row_tokens or "
+            f"{name}: does NOT fit: {stage['refusal']}; lower train.batch, train.row_tokens or "
             "train.loss_rows, or raise mesh.fsdp"
         )
-    if one["fits"] is None:
+    if stage["fits"] is None:
         return f"{name}: compiles"
     return (
         f"{name}: compiles and "
-        f"{'fits' if one['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
+        f"{'fits' if stage['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
     )
 
 
 def _of(key: str) -> Callable[[dict], str]:
     """Bytes on one device."""
-    return lambda one: "-" if one[key] is None else size(one[key])
+    return lambda stage: "-" if stage[key] is None else size(stage[key])

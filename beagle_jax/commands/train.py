@@ -161,11 +161,11 @@ def best_draft(
         answers = decoder.generate(
             tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens
         )
-        found = Measurement("draft", "", [[answer] for answer in answers])
+        measured = Measurement("draft", "", [[answer] for answer in answers])
         return {
-            "tau": round(found.tau, 4),
-            "rounds": found.rounds,
-            "tokens": found.tokens - len(answers),
+            "tau": round(measured.tau, 4),
+            "rounds": measured.rounds,
+            "tokens": measured.tokens - len(answers),
         }  # the prefill's are in no round
 
     def keep(params, figures):

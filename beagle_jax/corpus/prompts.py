@@ -74,15 +74,15 @@ def self_written_prompts(
 
 
 def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
-    kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
-    if len(kept) < len(prompts):
+    short = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
+    if len(short) < len(prompts):
         tqdm.write(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than "
+            f"left out {len(prompts) - len(short)} of {len(prompts)} prompts longer than "
             f"{limit} tokens"
         )
-    if not kept:
+    if not short:
         raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
-    return kept
+    return short
 
 
 def _prompt(row: Row) -> tuple[int, ...]:

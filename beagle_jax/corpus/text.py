@@ -70,13 +70,13 @@ def _within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[i
     """Each process's parts up to its part of the budget: the text that a new folder would have, to
     the end of a part.
     """
-    kept, have, processes = {}, Counter(), filled_by(config.folder)
+    selected, have, processes = {}, Counter(), filled_by(config.folder)
     for number, rows in sorted(parts.items()):
         share = Share(number % processes, processes)
         if have[share.index] < _budget(config, share):
-            kept[number] = rows
+            selected[number] = rows
             have[share.index] += supervised_tokens(rows)
-    return kept
+    return selected
 
 
 def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:

@@ -79,8 +79,8 @@ class AnswerLog:
         self.cases[case.suite, case.number] = case
         turns = [
             {
-                name: {"prompt": asked.prompt, "answer": asdict(asked.answer)}
-                for name, asked in turn.items()
+                name: {"prompt": entry.prompt, "answer": asdict(entry.answer)}
+                for name, entry in turn.items()
             }
             for turn in case.turns
         ]
@@ -97,24 +97,24 @@ class AnswerLog:
 def _case(record: dict[str, Any]) -> Case:
     turns = tuple(
         {
-            name: Asked(asked["prompt"], TimedAnswer(**asked["answer"]))
-            for name, asked in turn.items()
+            name: Asked(entry["prompt"], TimedAnswer(**entry["answer"]))
+            for name, entry in turn.items()
         }
         for turn in record["turns"]
     )
     return Case(record["suite"], record["number"], record["category"], turns)
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def _differences(logged: dict[str, Any], requested: dict[str, Any]) -> list[str]:
     """Settings that differ, and facts of drafts, trees, prompts and machine, by dotted names.
 
     Settings that decide no answer, which 0.1.0 kept too, are passed over.
     """
-    found, wanted = Identity.read(there), Identity.read(here)
+    before, wanted = Identity.read(logged), Identity.read(requested)
     gone = {
         key: (value, None)
-        for key, value in found.values.items()
+        for key, value in before.values.items()
         if key not in wanted.values and key.partition(".")[0] not in Config.model_fields
     }
-    changed = sorted((wanted.diff(found) | gone).items())
+    changed = sorted((wanted.diff(before) | gone).items())
     return [f"{key} {old!r} there, {new!r} here" for key, (old, new) in changed]

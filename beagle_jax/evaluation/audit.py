@@ -68,8 +68,10 @@ def audit(
     none.
     """
     texts = {name: _texts(name, measured) for name in bench.decoders}
-    told = [[*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))]
-    noise = logit_noise(target, sorted(told, key=len)[-_NOISE_TEXTS:])
+    sequences = [
+        [*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))
+    ]
+    noise = logit_noise(target, sorted(sequences, key=len)[-_NOISE_TEXTS:])
     # At each place the token that was chosen is held against any other that it may have been
     # instead.
     reach = noise.reach(
@@ -81,9 +83,9 @@ def audit(
         if name in drafts:
             explained = reach if bench.sampling.greedy else None
             parted = [
-                one
+                divergence
                 for text in texts[name]
-                if (one := _divergence(target, name, text, explained)) is not None
+                if (divergence := _divergence(target, name, text, explained)) is not None
             ]
             checks.append(_equality(name, texts[name], parted, target, bench.sampling, rule))
             divergences += parted
@@ -165,8 +167,12 @@ def _equality(
     such measure.
     """
     same = sum(text.asked.answer.tokens == text.plain.answer.tokens for text in texts)
-    beyond = sum(one["within_noise"] is False for one in parted)
-    gaps = f"; logit gaps there up to {max(one['gap'] for one in parted):.3g}" if parted else ""
+    beyond = sum(divergence["within_noise"] is False for divergence in parted)
+    gaps = (
+        f"; logit gaps there up to {max(divergence['gap'] for divergence in parted):.3g}"
+        if parted
+        else ""
+    )
     gaps += f", {beyond} beyond what noise explains" if parted and sampling.greedy else ""
     passed = not parted if str(target.dtype) == "float32" else not beyond
     if rule == "ratio":  # other draws than plain decoding's, of the same distribution
@@ -189,11 +195,11 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
             count + len(tokens),
             others + int((gap_T > 0).sum()),
         )
-    found = (
+    summary = (
         f"{others} of {count} tokens are not the largest when read at once, by up to "
         f"{worst:.3g} (noise explains {reach:.3g})"
     )
-    return Check(f"{name}: the target's own greedy choice", worst <= reach, found)
+    return Check(f"{name}: the target's own greedy choice", worst <= reach, summary)
 
 
 def _next_logits(
@@ -213,7 +219,7 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     sum. Noise of a logit, which is as often up as down, moves it by the noise's square only. None
     may be drawn that the filter removes, unless noise can have brought it inside.
     """
-    sampling, asked = bench.sampling, [text.asked for text in texts]
+    sampling, entries = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
 
@@ -224,10 +230,12 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
                 )
             )
 
-        asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
+        entries = [
+            Asked(entry.prompt, draw(entry.prompt, seed)) for seed, entry in enumerate(entries)
+        ]
     rng, places, outside = np.random.default_rng(0), [], 0
-    for one in asked:
-        logits_TV, tokens = _next_logits(target, one.prompt, one.answer)
+    for entry in entries:
+        logits_TV, tokens = _next_logits(target, entry.prompt, entry.answer)
         p_TV = probabilities(logits_TV, sampling)
         own_T1 = np.take_along_axis(p_TV, tokens[:, None], axis=1)
         before_T = np.where(p_TV > own_T1, p_TV, 0).sum(axis=1)
@@ -240,12 +248,14 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
         )
     place = np.concatenate(places)
     distance, allowed = distance_from_uniform(place), allowed_distance(len(place))
-    found = (
+    summary = (
         f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of "
         f"{allowed:.4f} allowed, {outside} outside the filter"
     )
     return Check(
-        f"{name}: draws have the target's distribution", distance <= allowed and not outside, found
+        f"{name}: draws have the target's distribution",
+        distance <= allowed and not outside,
+        summary,
     )
 
 
@@ -294,19 +304,19 @@ def _acceptance(
         unexplained += all(side == accepted for side in sides)
         tied.append((min(map(len, sides)), answer.rounds, max(map(len, sides))))
     fewest, had, most = np.sum(tied, axis=0).tolist()
-    told, answers = (
+    tau, answers = (
         Measurement(name, "", [[text.asked.answer] for text in texts]).tau,
         [text.asked.answer for text in texts],
     )
-    exact = abs(told * sum(answer.rounds for answer in answers) - written) < 1e-6
-    found = (
-        f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
+    exact = abs(tau * sum(answer.rounds for answer in answers) - written) < 1e-6
+    summary = (
+        f"tau {tau:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
         f"{differing} of {len(texts)} answers have other rounds, {unexplained} of them without "
         "a near tie"
     )
-    found += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
+    summary += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
     passed = exact and not unexplained and fewest <= had <= most
-    return Check(f"{name}: acceptance recomputed from the tokens", passed, found)
+    return Check(f"{name}: acceptance recomputed from the tokens", passed, summary)
 
 
 def _score_reach(
@@ -317,11 +327,12 @@ def _score_reach(
     """
     if not scored(draft):
         return 0.0
-    asked = max(
-        (text.asked for text in texts), key=lambda one: len(one.prompt) + len(one.answer.tokens)
+    longest = max(
+        (text.asked for text in texts),
+        key=lambda entry: len(entry.prompt) + len(entry.answer.tokens),
     )
     noise = score_noise(
-        target, draft, tree, [*asked.prompt, *asked.answer.tokens], append_predicted
+        target, draft, tree, [*longest.prompt, *longest.answer.tokens], append_predicted
     )
     return noise.reach(
         target.spec.vocab_size * tree.size * sum(text.asked.answer.rounds for text in texts)
@@ -336,9 +347,9 @@ def lines(made: dict[str, Any]) -> list[str]:
         for check in made["checks"]
     ]
     shown += [
-        f"        {one['system']}: {one['suite']} prompt {one['number']}, turn "
-        f"{one['turn']}, token {one['place']}: {change(one)}, gap {one['gap']:.3g}, of the "
-        f"two best {one['top_2_gap']:.3g}{_VERDICT[one['within_noise']]}"
-        for one in made["divergences"]
+        f"        {divergence['system']}: {divergence['suite']} prompt {divergence['number']}, turn "
+        f"{divergence['turn']}, token {divergence['place']}: {change(divergence)}, gap {divergence['gap']:.3g}, of the "
+        f"two best {divergence['top_2_gap']:.3g}{_VERDICT[divergence['within_noise']]}"
+        for divergence in made["divergences"]
     ]
     return ["", "audit", *shown]

@@ -55,14 +55,14 @@ def noise_of(differences_TV: np.ndarray) -> Noise:
 
 def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
     """Of the target's logits, at the last places of these texts."""
-    found = []
+    differences = []
     for tokens in texts:
         _, logits_TV = one_by_one(target, tokens, _PLACES)
         first = len(tokens) - len(logits_TV)
-        found.append(
+        differences.append(
             logits_TV - forced_logits(target, forced_states(target, tokens), first, len(tokens))
         )
-    return noise_of(np.concatenate(found))
+    return noise_of(np.concatenate(differences))
 
 
 def score_noise(
@@ -78,15 +78,15 @@ def score_noise(
     alone_TD, _ = one_by_one(target, tokens, _PLACES)
     first = len(tokens) - len(alone_TD)
     either = (at_once_LD, at_once_LD.at[first : len(tokens)].set(alone_TD))
-    found = []
+    differences = []
     for root in np.unique(np.linspace(first + 1, len(tokens) - 1, _ROOTS).astype(int)).tolist():
         growers = [
             Grower(target, draft, tokens, states_LD, root, append_predicted) for states_LD in either
         ]
         for depth in range(min(tree.depth, len(tokens) - root)):
             path = tuple(tokens[root + 1 : root + 1 + depth])
-            found.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
-    return noise_of(np.array(found))
+            differences.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
+    return noise_of(np.array(differences))
 
 
 def distance_from_uniform(places: np.ndarray) -> float:

@@ -90,5 +90,5 @@ def memory(
 
 
 def _temporaries(lowered: jax.stages.Lowered) -> int | None:
-    found = lowered.compile().memory_analysis()
-    return None if found is None else int(found.temp_size_in_bytes)
+    analysis = lowered.compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)

@@ -22,8 +22,8 @@ def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
     """The target's states of a text [L, D], after the final norm; L is padded to a power of two,
     with rubbish at the end.
     """
-    read = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
-    return read.states_BTD[0]
+    outputs = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
+    return outputs.states_BTD[0]
 
 
 def _padded(tokens: Sequence[int]) -> jax.Array:
@@ -42,13 +42,13 @@ _logits = jax.jit(logits, static_argnums=1)
 
 def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -> np.ndarray:
     """Logits of the tokens after places first .. last - 1, [last - first, V] in float32."""
-    found = []
+    blocks = []
     for start in range(first, last, _ROWS):
         rows = np.minimum(np.arange(start, start + _ROWS), last - 1)
-        found.append(
+        blocks.append(
             np.asarray(_logits(target.params, target.spec, states_LD[rows]))[: last - start]
         )
-    return np.concatenate(found)
+    return np.concatenate(blocks)
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -58,11 +58,11 @@ def _step(params, spec, token, length, cache):
     """
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
-    read = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
+    outputs = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
     return (
-        read.states_BTD[0, 0],
-        logits(params, spec, read.states_BTD)[0, 0],
-        write_all(cache, read.rows, length_B),
+        outputs.states_BTD[0, 0],
+        logits(params, spec, outputs.states_BTD)[0, 0],
+        write_all(cache, outputs.rows, length_B),
     )
 
 
@@ -77,14 +77,14 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
     cache = write_all(
         init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32)
     )
-    states, found = [], []
+    states, all_logits = [], []
     for place in range(first, len(tokens)):
         state_D, logits_V, cache = _step(
             target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache
         )
         states.append(state_D)
-        found.append(np.asarray(logits_V))
-    return jnp.stack(states), np.stack(found)
+        all_logits.append(np.asarray(logits_V))
+    return jnp.stack(states), np.stack(all_logits)
 
 
 def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:

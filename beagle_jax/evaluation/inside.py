@@ -44,8 +44,8 @@ def rounds(
 ) -> list[Played]:
     """The first rounds of an answer, one by one."""
     now, state = decoder.prefilled([prompt], sampling, max_new_tokens=max_new_tokens, seed=seed)
-    found: list[Played] = []
-    while len(found) < most and not state.transcript.done_B[0]:
+    played: list[Played] = []
+    while len(played) < most and not state.transcript.done_B[0]:
         nodes = _propose(now, state).nodes
         token_W, parent_W, depth_W = (
             np.asarray(x_BW)[0] for x_BW in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW)
@@ -59,8 +59,8 @@ def rounds(
             if not len(children):
                 break
             path.append(int(children[0]))
-        found.append(Played(token_W, parent_W, depth_W, written, path))
-    return found
+        played.append(Played(token_W, parent_W, depth_W, written, path))
+    return played
 
 
 def attention(

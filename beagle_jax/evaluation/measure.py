@@ -34,17 +34,17 @@ class Measurement:
     @cached_property
     def generations(self) -> list[TimedAnswer]:
         """All answers, in order."""
-        return [one for case in self.cases for one in case]
+        return [answer for case in self.cases for answer in case]
 
     @property
     def tokens(self) -> int:
         """Tokens written, stop tokens included."""
-        return sum(len(one.tokens) for one in self.generations)
+        return sum(len(answer.tokens) for answer in self.generations)
 
     @property
     def rounds(self) -> int:
         """Rounds run; the prefill is in none."""
-        return sum(one.rounds for one in self.generations)
+        return sum(answer.rounds for answer in self.generations)
 
     @property
     def tau(self) -> float:
@@ -55,20 +55,20 @@ class Measurement:
     def tokens_per_second(self) -> float:
         """All tokens over all time, prefill included."""
         return self.tokens / sum(
-            one.prefill_seconds + one.decode_seconds for one in self.generations
+            answer.prefill_seconds + answer.decode_seconds for answer in self.generations
         )
 
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first over the time after the prefill."""
         return (self.tokens - len(self.generations)) / sum(
-            one.decode_seconds for one in self.generations
+            answer.decode_seconds for answer in self.generations
         )
 
     @property
     def accepted(self) -> list[int]:
         """Rounds that accepted 0, 1, .. P drafts, as far as they were emitted."""
-        return np.sum([one.accepted for one in self.generations], axis=0).tolist()
+        return np.sum([answer.accepted for answer in self.generations], axis=0).tolist()
 
     @property
     def step_alpha(self) -> list[float]:
@@ -90,8 +90,8 @@ class Measurement:
     def repeated_4_grams(self) -> float:
         """Share of 4-grams that occurred before in the same answer: loops flatter acceptance."""
         seen = total = 0
-        for one in self.generations:
-            grams = [tuple(one.tokens[i : i + 4]) for i in range(len(one.tokens) - 3)]
+        for answer in self.generations:
+            grams = [tuple(answer.tokens[i : i + 4]) for i in range(len(answer.tokens) - 3)]
             seen, total = seen + len(grams) - len(set(grams)), total + len(grams)
         return seen / max(total, 1)
 
@@ -196,26 +196,26 @@ def measure(
     for decoder in tqdm(bench.decoders.values(), desc="compiling", unit="decoder", leave=False):
         decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
     counters = {name: CompileCounter() for name in bench.decoders}
-    found, order = dict(known), {name: number for number, name in enumerate(suites)}
+    answered, order = dict(known), {name: number for number, name in enumerate(suites)}
     for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
         first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
-        case = found[name, number] = Case(
+        case = answered[name, number] = Case(
             name, number, chat.kind, _turns(bench, chat, counters, first_seed)
         )
         if log is not None:
             log.add(case)
     left_out = {
         name: sum(
-            1 + len(chat.later) - len(found[name, number].turns)
+            1 + len(chat.later) - len(answered[name, number].turns)
             for number, chat in enumerate(chats)
         )
         for name, chats in suites.items()
     }
     cases = [
-        found[name, number]
+        answered[name, number]
         for name, chats in suites.items()
         for number in range(len(chats))
-        if found[name, number].turns
+        if answered[name, number].turns
     ]
     return Measured(cases, {name: counter.count for name, counter in counters.items()}, left_out)
 
@@ -223,12 +223,12 @@ def measure(
 def _prompts_to_come(bench: Bench, chats: Sequence[Chat]) -> list[list[int]]:
     """A prompt of every length that may come, as far as lengths differ in what is compiled."""
     longest = bench.context - bench.max_new_tokens
-    found = []
+    lengths = []
     for chat in chats:
         first = len(prompt_tokens(bench.tokenizer, chat.messages, chat.where))
         last = _longest_prompt(chat, bench.tokenizer, bench.max_new_tokens)
-        found += [length for length in (*range(first, last, 64), last) if length <= longest]
-    return [[0] * length for length in sorted(set(found))]
+        lengths += [length for length in (*range(first, last, 64), last) if length <= longest]
+    return [[0] * length for length in sorted(set(lengths))]
 
 
 def timed(answers: Answers) -> TimedAnswer:
@@ -251,9 +251,9 @@ def _turns(
     turns: list[dict[str, Asked]] = []
     for question in (None, *chat.later):
         if question is not None:
-            for name, asked in turns[-1].items():
+            for name, entry in turns[-1].items():
                 histories[name] += _answered(
-                    asked.answer.text or ".", question
+                    entry.answer.text or ".", question
                 )  # templates refuse an empty answer
         prompts = {
             name: prompt_tokens(bench.tokenizer, history, chat.where)

@@ -65,13 +65,13 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
     for panel, suite in zip(
         figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"], strict=True
     ):
-        for name, one in suite["groups"][0]["systems"].items():
-            if one["step_alpha"]:
+        for name, figures in suite["groups"][0]["systems"].items():
+            if figures["step_alpha"]:
                 panel.plot(
-                    range(1, len(one["step_alpha"]) + 1),
-                    one["step_alpha"],
+                    range(1, len(figures["step_alpha"]) + 1),
+                    figures["step_alpha"],
                     "o-",
-                    label=f"{_short(name)}, tau {one['tau']:.2f}",
+                    label=f"{_short(name)}, tau {figures['tau']:.2f}",
                 )
         panel.set(
             xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1)
@@ -179,12 +179,12 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
             }
             if not by_step:
                 continue
-            steps, here = sorted(by_step), [by_step[step] for step in sorted(by_step)]
-            loss.plot(steps, [line["loss"] for line in here], style, label=split or "training")
-            for offset in range(len(here[0]["top1_by_offset"])):
+            steps, records = sorted(by_step), [by_step[step] for step in sorted(by_step)]
+            loss.plot(steps, [line["loss"] for line in records], style, label=split or "training")
+            for offset in range(len(records[0]["top1_by_offset"])):
                 agree.plot(
                     steps,
-                    [line["top1_by_offset"][offset] for line in here],
+                    [line["top1_by_offset"][offset] for line in records],
                     style,
                     color=f"C{offset}",
                     label=None if split else f"offset {offset}",
@@ -271,14 +271,14 @@ def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -
     save(figure, path)
 
 
-def _heights(one: Played) -> np.ndarray:
+def _heights(played: Played) -> np.ndarray:
     """Where each node stands: leaves one below the other, a parent in the middle of its
     children.
     """
-    height, leaves = np.zeros(len(one.token_W)), 0
-    children: list[list[int]] = [[] for _ in one.token_W]
-    for node in range(1, len(one.token_W)):
-        children[one.parent_W[node]].append(node)
+    height, leaves = np.zeros(len(played.token_W)), 0
+    children: list[list[int]] = [[] for _ in played.token_W]
+    for node in range(1, len(played.token_W)):
+        children[played.parent_W[node]].append(node)
 
     def place(node: int) -> float:
         nonlocal leaves

@@ -120,18 +120,18 @@ class Grower:
         """All paths of the tree's nodes."""
         if isinstance(tree, DynamicTree):
             return self._dynamic(tree)
-        found: dict[Path, Path] = {(): ()}  # tokens by ranks
+        by_ranks: dict[Path, Path] = {(): ()}  # tokens by ranks
         for depth in range(tree.depth):
             below = [ranks for ranks in tree.paths if len(ranks) == depth + 1]
             parents = sorted({ranks[:-1] for ranks in below})
             best, _ = self._children(
-                [found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below)
+                [by_ranks[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below)
             )
-            found |= {
-                ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]]))
+            by_ranks |= {
+                ranks: (*by_ranks[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]]))
                 for ranks in below
             }
-        return set(found.values()) - {()}
+        return set(by_ranks.values()) - {()}
 
     def scores(self, path: Path, copies: int = 1) -> np.ndarray:
         """Log-probabilities [V] after a path, over the draft's own vocabulary; to be asked for from
@@ -217,7 +217,7 @@ def _predict(
     # the tokens of each path, the root's first, and their positions
     token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
-    x_QtD, place_Qt, true_LD, own_QtD, own_place_Qt, kept = entries(
+    x_QtD, place_Qt, true_LD, own_QtD, own_place_Qt, visible = entries(
         block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append
     )
     states_QD = _attend(
@@ -226,8 +226,8 @@ def _predict(
         place_Qt[:, -1:],
         true_LD,
         root,
-        own_QtD[:, kept],
-        own_place_Qt[:, kept],
+        own_QtD[:, visible],
+        own_place_Qt[:, visible],
     )
     written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
     log_p_QV, token_V = _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour)
@@ -257,8 +257,8 @@ def _beagle_entries(
     block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
 ):
     """Beagle's queries and positions; what they see of the text, and of their own path."""
-    kept = slice(None) if append else slice(0)
-    return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], kept
+    visible = slice(None) if append else slice(0)
+    return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], visible
 
 
 def _eagle_entries(
@@ -269,8 +269,8 @@ def _eagle_entries(
     root_Q1D = jnp.broadcast_to(states_LD[root - 1], (Q, 1, D))
     x_QtD = block.fuse(embedded(token_Qt), jnp.concatenate([root_Q1D, above_QtD], axis=1))
     true_LD = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0]
-    kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
-    return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, kept
+    visible = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
+    return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, visible
 
 
 _ENTRIES = {

@@ -86,9 +86,11 @@ def _system(
 ) -> dict[str, Any]:
     tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
     answers = len(whole.generations)
-    round_ms = 1000 * sum(one.decode_seconds for one in whole.generations) / max(whole.rounds, 1)
+    round_ms = (
+        1000 * sum(answer.decode_seconds for answer in whole.generations) / max(whole.rounds, 1)
+    )
     milliseconds = {
-        "prefill": 1000 * sum(one.prefill_seconds for one in whole.generations) / answers,
+        "prefill": 1000 * sum(answer.prefill_seconds for answer in whole.generations) / answers,
         "round": round_ms,
     }
     if cost is not None:
@@ -132,15 +134,15 @@ def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[st
 
 
 def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
-    found: dict[str, list[Case]] = {}
+    groups: dict[str, list[Case]] = {}
     for case in cases:
-        found.setdefault(key(case), []).append(case)
-    return found
+        groups.setdefault(key(case), []).append(case)
+    return groups
 
 
 def _context(case: Case) -> str:
     """The doubling that the prompt's length fits in."""
-    longest = max(len(asked.prompt) for asked in case.turns[0].values())
+    longest = max(len(entry.prompt) for entry in case.turns[0].values())
     return str(max(_SHORTEST_CONTEXT, 1 << (longest - 1).bit_length()))
 
 
@@ -150,7 +152,9 @@ def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
         "by": by,
         "of": of,
         "prompts": len(cases),
-        "systems": {one.name: figures(one, plain) for one in (plain, *others)},
+        "systems": {
+            measurement.name: figures(measurement, plain) for measurement in (plain, *others)
+        },
     }
 
 
@@ -163,11 +167,11 @@ def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
     """Every figure of one way of decoding (defined in method.md 7.1)."""
 
-    def seconds(one):
-        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]
+    def seconds(timed):
+        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in timed.cases]
 
-    def tokens(one):
-        return [sum(len(a.tokens) for a in case) for case in one.cases]
+    def tokens(timed):
+        return [sum(len(a.tokens) for a in case) for case in timed.cases]
 
     in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
     rounds = [sum(a.rounds for a in case) for case in result.cases]
@@ -191,8 +195,8 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
             ),
             len(rounds),
         ),
-        "prefill_seconds": round(sum(one.prefill_seconds for one in result.generations), 4),
-        "decode_seconds": round(sum(one.decode_seconds for one in result.generations), 4),
+        "prefill_seconds": round(sum(timed.prefill_seconds for timed in result.generations), 4),
+        "decode_seconds": round(sum(timed.decode_seconds for timed in result.generations), 4),
         "identical_to_plain": result.identical_to(plain),
         "repeated_4_grams": round(result.repeated_4_grams, 4),
     }
@@ -245,12 +249,12 @@ def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> l
     )
     lines = [head, "-" * len(head)]
     for system in systems:
-        one = whole[system["name"]]
+        values = whole[system["name"]]
         lines.append(
-            f"{system['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  "
-            f"{one['decode_tokens_per_second']:7.1f}  {one['speedup']:6.2f}x  "
-            f"{one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
-            f"{one['identical_to_plain']}/{one['answers']}"
+            f"{system['name']:{width}}  {values['tau']:5.2f}  {values['tokens_per_second']:7.1f}  "
+            f"{values['decode_tokens_per_second']:7.1f}  {values['speedup']:6.2f}x  "
+            f"{values['rounds']:6d}  {values['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
+            f"{values['identical_to_plain']}/{values['answers']}"
         )
     lines += [
         f"{system['name']}: {system['tree']}; step-alpha by depth "
