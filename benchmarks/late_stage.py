@@ -71,10 +71,10 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
     at = window_queries(
         of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset
     )
-    picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
+    gathered = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
     B, U, _ = at.query_BUJ.shape
     return Prediction(
-        picked.reshape(B, U * steps, -1),
+        gathered.reshape(B, U * steps, -1),
         at.query_BUJ.reshape(B, -1),
         at.valid_BUJ.reshape(B, -1),
         jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)),

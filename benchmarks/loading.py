@@ -168,21 +168,22 @@ def measure(source: str, dtype: str) -> dict[str, float]:
     reading = read_seconds(files)
     forget(files)
     command = [sys.executable, __file__, "--load", "--source", source, "--dtype", dtype]
-    found = json.loads(
+    figures = json.loads(
         subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[
             -1
         ]
     )
     on_disk = sum(file.stat().st_size for file in files)
     print(
-        f"{source}: {on_disk / 1e9:.2f} GB on disk, {found['bytes'] / 1e9:.2f} GB of {dtype} arrays"
+        f"{source}: {on_disk / 1e9:.2f} GB on disk, {figures['bytes'] / 1e9:.2f} GB of "
+        f"{dtype} arrays"
     )
     print(
-        f"read {reading:.2f} s, load {found['seconds']:.2f} s: "
-        f"{found['seconds'] / reading:.2f}x; peak memory {found['peak'] / 1e9:.2f} GB: "
-        f"{found['peak'] / found['bytes']:.2f}x of the arrays"
+        f"read {reading:.2f} s, load {figures['seconds']:.2f} s: "
+        f"{figures['seconds'] / reading:.2f}x; peak memory {figures['peak'] / 1e9:.2f} GB: "
+        f"{figures['peak'] / figures['bytes']:.2f}x of the arrays"
     )
-    return found | {"reading": reading}
+    return figures | {"reading": reading}
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ TOPOLOGIES = {
 }
 
 
-def row(config: str, topology: str, found: dict) -> str:
+def row(config: str, topology: str, figures: dict) -> str:
     """One line of the table."""
-    devices, stages = found["devices"], found["stages"]
+    devices, stages = figures["devices"], figures["stages"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
     batch = stages["early"]["tokens_a_step"] // 2048
     need = [
@@ -40,21 +40,21 @@ def row(config: str, topology: str, found: dict) -> str:
         else "refused"
         for stage in ("early", "late")
     ]
-    fits = "yes" if all(one["fits"] for one in stages.values()) else "NO"
+    fits = "yes" if all(cost["fits"] for cost in stages.values()) else "NO"
     return (
         f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | "
         f"{' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
     )
 
 
-def table(kept: dict) -> str:
+def table(entries: dict) -> str:
     """What the README shows."""
     head = (
         "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | "
         "fits |\n|---|---|---|---|---|---|---|"
     )
     return "\n".join(
-        [head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))]
+        [head, *(row(*entry.split(), figures) for entry, figures in sorted(entries.items()))]
     )
 
 
@@ -67,21 +67,21 @@ def main() -> None:
         "--topologies", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES)
     )
     parser.add_argument("--json", required=True, help="where the figures are kept")
-    asked = parser.parse_args()
-    path = Path(asked.json)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    for name in asked.configs:
-        for topology in asked.topologies:
+    arguments = parser.parse_args()
+    path = Path(arguments.json)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    for name in arguments.configs:
+        for topology in arguments.topologies:
             config = load_config(ROOT / "configs" / f"{name}.yaml", list(TOPOLOGIES[topology]))
             text, figures = plan(config, Namespace(devices=None, topology=topology))
             print(f"{name}, {topology}\n{text}\n", flush=True)
-            kept[f"{name} {topology}"] = figures | {
+            entries[f"{name} {topology}"] = figures | {
                 "overrides": TOPOLOGIES[topology],
                 "jax": jax.__version__,
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
-    print(table(kept))
+            path.write_text(json.dumps(entries, indent=1) + "\n")
+    print(table(entries))
 
 
 if __name__ == "__main__":

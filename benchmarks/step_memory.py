@@ -90,7 +90,7 @@ def measure(
     """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to
     the first column.
     """
-    found: dict[str, dict] = {
+    peaks: dict[str, dict] = {
         "s": {form: [] for form in FORMS},
         "width": {form: [] for form in FORMS},
     }
@@ -98,28 +98,28 @@ def measure(
     for form, (axis, s, width) in tqdm(
         list(itertools.product(FORMS, places)), desc="compiling", unit="program"
     ):
-        found[axis][form].append(peak(spec, vocab, form, s, rows, width))
+        peaks[axis][form].append(peak(spec, vocab, form, s, rows, width))
     for axis, places in (("s", steps), ("width", widths)):
         print(
             f"peak of the step, MB ({rows} rows; "
             + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})")
         )
         print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))
-        for form, sizes in found[axis].items():
+        for form, sizes in peaks[axis].items():
             print(
                 f"{form:24}"
                 + "".join(f"{size / 1e6:8.1f} {size / sizes[0]:6.2f}x" for size in sizes)
             )
-    return found
+    return peaks
 
 
-def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
+def plot(peaks: dict, steps: list[int], widths: list[int], path: str) -> None:
     """Both tables as curves."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (axis, places) in zip(
         figure.subplots(1, 2), (("s", steps), ("width", widths)), strict=True
     ):
-        for form, sizes in found[axis].items():
+        for form, sizes in peaks[axis].items():
             axes.plot(places, [size / 1e6 for size in sizes], "o-", label=form)
         axes.set(
             xlabel="simulated steps s" if axis == "s" else "row length, tokens",
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")
     parser.add_argument("--plot", help="a .png or .svg to write")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     spec = BeagleSpec(
         hidden_size=576,
         intermediate_size=1536,
@@ -154,9 +154,11 @@ def main() -> None:
         rope_theta=1e5,
         rms_norm_eps=1e-5,
     )
-    found = measure(spec, 8192, asked.rows, asked.steps, asked.widths, asked.at_steps)
-    if asked.plot:
-        plot(found, asked.steps, asked.widths, asked.plot)
+    peaks = measure(
+        spec, 8192, arguments.rows, arguments.steps, arguments.widths, arguments.at_steps
+    )
+    if arguments.plot:
+        plot(peaks, arguments.steps, arguments.widths, arguments.plot)
 
 
 if __name__ == "__main__":

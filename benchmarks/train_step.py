@@ -91,7 +91,7 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
             clock = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def measure(
@@ -107,31 +107,31 @@ def measure(
         "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False}),
     }
     runs = {
-        f"{kind} {name}": ours(one, batch, table, count)
-        for kind, one in kinds.items()
+        f"{kind} {name}": ours(kind_spec, batch, table, count)
+        for kind, kind_spec in kinds.items()
         for name, count in (("early", 0), (f"late s={steps}", steps))
     }
     for how in ("eager", "compiled") if compile_it else ("eager",):
         runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
         runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
-    found = seconds_of(runs, repeats)
+    times = seconds_of(runs, repeats)
     print(
         f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on "
         f"{jax.devices()[0].device_kind}, torch {torch.__version__} on "
         f"{torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}"
     )
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         print(f"{name:28}{1 / seconds:9.3f} steps/s{rows * width / seconds:12.0f} tokens/s")
     for stage, plain in (("beagle early", ""), (f"beagle late s={steps}", f" s={steps}")):
         best = min(
             seconds
-            for name, seconds in found.items()
+            for name, seconds in times.items()
             if name.startswith("torch") and name.endswith(f"s={steps}") == bool(plain)
         )
         print(
-            f"{stage}: {best / found[stage]:.2f} times the tokens/s of the faster torch step{plain}"
+            f"{stage}: {best / times[stage]:.2f} times the tokens/s of the faster torch step{plain}"
         )
-    return found
+    return times
 
 
 def main() -> None:
@@ -152,18 +152,24 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     spec = BeagleSpec(
-        hidden_size=asked.hidden,
-        intermediate_size=asked.inner,
-        num_heads=asked.heads,
-        num_kv_heads=asked.kv_heads,
-        head_dim=asked.hidden // asked.heads,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.inner,
+        num_heads=arguments.heads,
+        num_kv_heads=arguments.kv_heads,
+        head_dim=arguments.hidden // arguments.heads,
         rope_theta=1e5,
         rms_norm_eps=1e-5,
     )
     measure(
-        spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile
+        spec,
+        arguments.vocab,
+        arguments.rows,
+        arguments.width,
+        arguments.steps,
+        arguments.repeats,
+        not arguments.no_compile,
     )
 
 

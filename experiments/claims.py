@@ -35,7 +35,7 @@ class Value(NamedTuple):
     @property
     def rounded(self) -> list[float]:
         """For a file."""
-        return [round(float(one), 4) for one in self]
+        return [round(float(number), 4) for number in self]
 
 
 def value_of(run: Mapping[int, Points], measure: str) -> Value:
@@ -97,26 +97,27 @@ def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, 
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
-    found, sides, seeds = difference(
+    gap, sides, seeds = difference(
         runs[claim.more], [runs[name] for name in claim.less], claim.measure
     )
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
-    said = OPEN if claim.unless else verdict(found, claim.at_least, claim.alike)
-    line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}
+    said = OPEN if claim.unless else verdict(gap, claim.at_least, claim.alike)
+    line |= {"difference": gap.rounded, "sides": [round(side, 4) for side in sides], "seeds": seeds}
     return line | {
         "verdict": said,
-        "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), claim.unless))),
+        "here": "; ".join(filter(None, (_sentence(claim, gap, sides, seeds), claim.unless))),
     }
 
 
-def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) -> str:
+def _sentence(claim: Claim, gap: Value, sides: Sequence[float], seeds: int) -> str:
     scale, unit = (100, " %") if claim.measure in RELATIVE else (1, "")
     digits = 1 if claim.measure in RELATIVE else 3
-    figures = [f"{scale * one:+.{digits}f}" for one in found]
+    figures = [f"{scale * number:+.{digits}f}" for number in gap]
     # sides of a memory are bytes
     left, right = (
-        f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides
+        f"{number / 2**20:.1f} MB" if claim.measure == "memory" else f"{number:.3f}"
+        for number in sides
     )
     return (
         f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} "
@@ -166,14 +167,14 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
 
 def _drawn(fractions: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
     """Each ratio as it is, then on draws of seeds and prompts: [1 + resamples]."""
-    found = []
+    ratios = []
     for above_SN, below_SN in fractions:
         draw_RS, draw_RN = (_draws(axis, count) for axis, count in enumerate(above_SN.shape))
         above_R, below_R = (
             np.einsum("rs,sn,rn->r", draw_RS, x_SN, draw_RN) for x_SN in (above_SN, below_SN)
         )
-        found.append(np.where(below_R > 0, above_R, 0.0) / np.where(below_R > 0, below_R, 1.0))
-    return found
+        ratios.append(np.where(below_R > 0, above_R, 0.0) / np.where(below_R > 0, below_R, 1.0))
+    return ratios
 
 
 def _draws(axis: int, count: int) -> np.ndarray:

@@ -118,13 +118,13 @@ class Plan:
         stays as it is.
         """
         seeds = {draft: self.runs[draft].seeds for draft in self.evaluations[name].drafts}
-        found: dict[Path, list[Training]] = {}
+        by_folder: dict[Path, list[Training]] = {}
         for place in range(max(map(len, seeds.values()))):
             folder = self.folder / "evaluations" / (f"{name}-{place}" if place else name)
-            found[folder] = [
+            by_folder[folder] = [
                 Training(draft, own[place]) for draft, own in seeds.items() if place < len(own)
             ]
-        return found
+        return by_folder
 
     def above(self, training: Training) -> Training:
         """What a run with `after` goes on from."""
@@ -168,11 +168,11 @@ class Plan:
         named = {name for figure in figures for name in self.figures[figure].of}
         named |= {name for claim in claims for name in (claim.more, *claim.less)}
         evaluations = {
-            name: one
-            for name, one in self.evaluations.items()
+            name: entry
+            for name, entry in self.evaluations.items()
             if any(which.startswith(f"{name}.") for which in named)
         }
-        named |= {draft for one in evaluations.values() for draft in one.drafts}
+        named |= {draft for entry in evaluations.values() for draft in entry.drafts}
         runs = {name: run for name, run in self.runs.items() if name in named}
         while above := {run.after for run in runs.values() if run.after} - runs.keys():
             runs = {name: run for name, run in self.runs.items() if name in runs or name in above}
@@ -181,7 +181,7 @@ class Plan:
             runs=runs,
             evaluations=evaluations,
             claims=claims,
-            figures={name: one for name, one in self.figures.items() if name in figures},
+            figures={name: entry for name, entry in self.figures.items() if name in figures},
         )
 
 
@@ -216,8 +216,8 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
             run["seeds"] = run.get("seeds", [0])[:1]
     made = {
         section: {
-            name: _made(kind, one, f"{path}: {section}.{name}")
-            for name, one in groups[section].items()
+            name: _made(kind, entry, f"{path}: {section}.{name}")
+            for name, entry in groups[section].items()
         }
         for section, kind in (("runs", Run), ("evaluations", Evaluation), ("figures", Figure))
     }
@@ -225,7 +225,9 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
         base={**base, **{key: value for key, value in overrides.items() if key != "folder"}},
         folder=folder,
         results=results,
-        claims=[_made(Claim, one, f"{path}: claims[{place}]") for place, one in enumerate(claims)],
+        claims=[
+            _made(Claim, entry, f"{path}: claims[{place}]") for place, entry in enumerate(claims)
+        ],
         **made,
     )
     _check_names(plan, path)
@@ -254,40 +256,43 @@ def _check_names(plan: Plan, path: Path) -> None:
     """Every name that is used must be there, and have what is asked of it: found out now, and not
     after hours of training.
     """
-    decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
+    decoded = {
+        f"{name}.{draft}" for name, entry in plan.evaluations.items() for draft in entry.drafts
+    }
     uses = [
         (f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after
     ]
     uses += [
         (f"evaluations.{name}.drafts", draft, plan.runs)
-        for name, one in plan.evaluations.items()
-        for draft in one.drafts
+        for name, entry in plan.evaluations.items()
+        for draft in entry.drafts
     ]
     known = plan.runs.keys() | decoded
     uses += [
-        (f"figures.{name}.of", one, known)
+        (f"figures.{name}.of", entry, known)
         for name, figure in plan.figures.items()
-        for one in figure.of
+        for entry in figure.of
     ]
     for place, claim in enumerate(plan.claims):
         uses += [(f"claims[{place}].figure", claim.figure, plan.figures)]
-        uses += [(f"claims[{place}]", one, known) for one in (claim.more, *claim.less)]
+        uses += [(f"claims[{place}]", entry, known) for entry in (claim.more, *claim.less)]
     for where, name, there in uses:
         if name not in there:
             raise UsageError(
                 f"{path}: {where} names {name!r}, which is not there; expected one of "
                 f"{', '.join(sorted(there))}"
             )
-    for name, one in plan.evaluations.items():
-        if len(set(one.drafts)) < len(one.drafts):
+    for name, entry in plan.evaluations.items():
+        if len(set(entry.drafts)) < len(entry.drafts):
             raise UsageError(
-                f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once"
+                f"{path}: evaluations.{name}.drafts is {', '.join(entry.drafts)}; expected each "
+                "once"
             )
     folders = [folder.name for name in plan.evaluations for folder in plan.evaluated(name)]
-    for one in folders:
-        if folders.count(one) > 1:
+    for entry in folders:
+        if folders.count(entry) > 1:
             raise UsageError(
-                f"{path}: evaluations.{one} would share its folder with seeds of another "
+                f"{path}: evaluations.{entry} would share its folder with seeds of another "
                 "evaluation; give it another name"
             )
     for name, figure in plan.figures.items():
@@ -305,10 +310,10 @@ def _check_names(plan: Plan, path: Path) -> None:
         having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(
             claim.measure, known
         )
-        for one in (claim.more, *claim.less):
-            if one not in having:
+        for entry in (claim.more, *claim.less):
+            if entry not in having:
                 raise UsageError(
-                    f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of "
+                    f"{path}: claims[{place}]: {entry} has no {claim.measure}; expected one of "
                     f"{', '.join(sorted(having))}"
                 )
     order = list(plan.runs)

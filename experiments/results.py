@@ -23,14 +23,18 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
     plan is; part of a table replaces none.
     """
     plan.results.mkdir(parents=True, exist_ok=True)
-    found = measured(plan) | decoded(plan)
+    measurements = measured(plan) | decoded(plan)
     # Where the text lies is this machine's affair.
     base = {key: value for key, value in plan.base.items() if key != "data.folder"}
     about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base}
-    lines, tables = [judged(claim, found) for claim in plan.claims], []
+    lines, tables = [judged(claim, measurements) for claim in plan.claims], []
     for name, figure in plan.figures.items():
-        runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
-        missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
+        runs = {
+            label: values(plan, measurements, label)
+            for label in figure.of
+            if measurements.get(label)
+        }
+        missing = {label: _reason(label, failed) for label in figure.of if label not in runs}
         made = {
             "figure": name,
             "title": figure.title,
@@ -55,8 +59,8 @@ def _reason(name: str, failed: Mapping[str, str]) -> str:
     return next(
         (
             why
-            for one, why in failed.items()
-            if one.rsplit("-", 1)[0] == name or one == name.split(".")[0]
+            for label, why in failed.items()
+            if label.rsplit("-", 1)[0] == name or label == name.split(".")[0]
         ),
         "not run",
     )
@@ -64,7 +68,7 @@ def _reason(name: str, failed: Mapping[str, str]) -> str:
 
 def measured(plan: Plan) -> Found:
     """Measurements of every training, as far as they are there."""
-    found: Found = {}
+    measurements: Found = {}
     for training in plan.trainings():
         paths = [
             plan.folder_of(training) / f"step-{step}.json"
@@ -74,15 +78,15 @@ def measured(plan: Plan) -> Found:
         if len(points) == len(
             paths
         ):  # a run that is under way is not compared with those that are done
-            found.setdefault(training.name, {})[training.seed] = points
-    return found
+            measurements.setdefault(training.name, {})[training.seed] = points
+    return measurements
 
 
 def decoded(plan: Plan) -> Found:
     """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far
     as they are there.
     """
-    found: Found = {}
+    measurements: Found = {}
     for name in plan.evaluations:
         for folder, drafts in plan.evaluated(name).items():
             if not (folder / "report.json").exists():
@@ -94,10 +98,10 @@ def decoded(plan: Plan) -> Found:
             ]
             plain, *systems = report["systems"]
             for draft, system in zip(drafts, systems, strict=True):
-                found.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [
+                measurements.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [
                     _from_answers(answers, system, plain)
                 ]
-    return found
+    return measurements
 
 
 def _from_answers(
@@ -109,21 +113,21 @@ def _from_answers(
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
 
     def seconds(turns):
-        return sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
+        return sum(answer["prefill_seconds"] + answer["decode_seconds"] for answer in turns)
 
     return {
         "step": 0,
-        "tokens": [sum(len(one["tokens"]) - 1 for one in turns) for turns in own],
-        "rounds": [sum(one["rounds"] for one in turns) for turns in own],
+        "tokens": [sum(len(answer["tokens"]) - 1 for answer in turns) for turns in own],
+        "rounds": [sum(answer["rounds"] for answer in turns) for turns in own],
         "accepted": [
-            [sum(counts) for counts in zip(*(one["accepted"] for one in turns), strict=True)]
+            [sum(counts) for counts in zip(*(answer["accepted"] for answer in turns), strict=True)]
             for turns in own
         ],
         "seconds": [seconds(turns) for turns in own],
         "plain_seconds": [
             seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers
         ],
-        "written": [sum(len(one["tokens"]) for one in turns) for turns in own],
+        "written": [sum(len(answer["tokens"]) for answer in turns) for turns in own],
         "milliseconds": system["milliseconds"],
         "bytes": _peak(system["bytes"]),
         "plain_bytes": _peak(plain["bytes"]),
@@ -174,10 +178,12 @@ def _costs(run: Mapping[int, Points]) -> dict[str, Any]:
         for measure in ("speedup", "tokens_per_second", "plain_tokens_per_second")
     }
     made["milliseconds"] = {
-        phase: round(fmean(one["milliseconds"][phase] for one in lasts), 3)
+        phase: round(fmean(last["milliseconds"][phase] for last in lasts), 3)
         for phase in lasts[0]["milliseconds"]
     }
-    return made | {key: round(fmean(one[key] for one in lasts)) for key in ("bytes", "plain_bytes")}
+    return made | {
+        key: round(fmean(last[key] for last in lasts)) for key in ("bytes", "plain_bytes")
+    }
 
 
 def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
@@ -222,7 +228,7 @@ def claims_table(lines: list[dict[str, Any]]) -> list[str]:
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """How many hold, and where."""
     counts = ", ".join(
-        f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN)
+        f"{sum(line['verdict'] == kind for line in lines)} {kind}" for kind in (HOLDS, FAILS, OPEN)
     )
     return (
         f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. "

@@ -126,16 +126,16 @@ def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
     folder, run, target = plan.folder_of(training), plan.runs[training.name], None
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
-        found = folder / f"step-{steps}.json"
+        path = folder / f"step-{steps}.json"
         config = _written(
             folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps"
         )
-        if not found.exists():
+        if not path.exists():
             target = target or training_target(config)
             train_draft(config, target)
             speed = {"training_tokens_per_second": [] if shared else training_speed(config)}
             write_text(
-                found,
+                path,
                 json.dumps(
                     {"step": steps, "seed": training.seed, **accepted(config, target), **speed}
                 ),
@@ -192,9 +192,9 @@ def accepted(config: Config, target: Target) -> dict[str, list]:
     )
     # The prefill's token is in no round.
     return {
-        "tokens": [len(one.tokens) - 1 for one in answers],
-        "rounds": [one.rounds for one in answers],
-        "accepted": [one.accepted for one in answers],
+        "tokens": [len(answer.tokens) - 1 for answer in answers],
+        "rounds": [answer.rounds for answer in answers],
+        "accepted": [answer.accepted for answer in answers],
     }
 
 
@@ -202,15 +202,15 @@ def training_speed(config: Config) -> list[float]:
     """Supervised tokens per second by line of the log, but for the first after each start of the
     program: its time holds a compilation.
     """
-    found, compiled = [], False
+    speeds, compiled = [], False
     for text in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["stage"] == "data":
             compiled = False
         elif "tokens_per_second" in line:
-            found += [line["tokens_per_second"]] if compiled else []
+            speeds += [line["tokens_per_second"]] if compiled else []
             compiled = True
-    return found
+    return speeds
 
 
 def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Training]) -> None:

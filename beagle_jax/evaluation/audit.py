@@ -347,9 +347,10 @@ def lines(made: dict[str, Any]) -> list[str]:
         for check in made["checks"]
     ]
     shown += [
-        f"        {divergence['system']}: {divergence['suite']} prompt {divergence['number']}, turn "
-        f"{divergence['turn']}, token {divergence['place']}: {change(divergence)}, gap {divergence['gap']:.3g}, of the "
-        f"two best {divergence['top_2_gap']:.3g}{_VERDICT[divergence['within_noise']]}"
+        f"        {divergence['system']}: {divergence['suite']} prompt {divergence['number']}, "
+        f"turn {divergence['turn']}, token {divergence['place']}: {change(divergence)}, "
+        f"gap {divergence['gap']:.3g}, of the two best {divergence['top_2_gap']:.3g}"
+        f"{_VERDICT[divergence['within_noise']]}"
         for divergence in made["divergences"]
     ]
     return ["", "audit", *shown]

@@ -240,7 +240,8 @@ def _divergences(audit: dict[str, Any]) -> Section:
     rows = [
         [
             divergence["system"],
-            f"{divergence['suite']} prompt {divergence['number']}, turn {divergence['turn']}, token {divergence['place']}",
+            f"{divergence['suite']} prompt {divergence['number']}, turn {divergence['turn']}, "
+            f"token {divergence['place']}",
             change(divergence),
             f"{divergence['gap']:.3g}",
             f"{divergence['top_2_gap']:.3g}",

@@ -151,12 +151,12 @@ def command(phase: str, out: Path) -> list[str]:
 
 def environment(phase: str, out: Path) -> dict[str, str]:
     """Of a phase: offline, with compiled programs kept, and its own XLA flags."""
-    found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+    variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     cache = str((out / "work" / "xla").absolute())
-    found |= {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"} | os.environ
+    variables |= {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"} | os.environ
     if phase == "unbuffered":
-        found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_COMMAND_BUFFERS}".strip()
-    return found
+        variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_COMMAND_BUFFERS}".strip()
+    return variables
 
 
 def is_done(phase: str, out: Path, toy: bool) -> bool:

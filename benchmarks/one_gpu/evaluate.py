@@ -57,10 +57,10 @@ def run(out: Path) -> None:
             f"draft.path={first}",
             f"eval.compare=[{','.join(others)}]",
         ]
-        asked = load_config(settings.config, [*limit, *settings.overrides, *ours])
+        suite_config = load_config(settings.config, [*limit, *settings.overrides, *ours])
         answers = out / "work" / f"{part}-{digest[:12]}"
         try:
-            made = evaluate(asked, str(answers))
+            made = evaluate(suite_config, str(answers))
             finish(out, part, {"suite": name, "draft_digest": digest, "report": made})
             print(table(made), flush=True)
         except UserError as error:

@@ -156,11 +156,11 @@ class Bench:
     def _plain(self) -> dict[str, Any]:
         """A step of plain decoding beside the time that reading the weights once takes."""
         timed = round_time(self.target, None, None, self.new_tokens, DISCARDED)
-        read = bytes_read(self.target)
-        floor = 1000 * read / self.chip.bandwidth if self.chip else None
+        weight_bytes = bytes_read(self.target)
+        floor = 1000 * weight_bytes / self.chip.bandwidth if self.chip else None
         return {
             **timed,
-            "weight_bytes_read": read,
+            "weight_bytes_read": weight_bytes,
             "floor_ms": floor,
             "over_floor": floor and timed["milliseconds"] / floor,
         }

@@ -19,13 +19,13 @@ def derived(parts: Parts) -> dict[str, Any]:
     measured where one call had the time for both.
     """
     shapes = sorted({part["shape"] for part in parts.values() if "shape" in part})
-    found = {}
+    by_shape = {}
     for shape in shapes:
         for phase in ("measure", "unbuffered"):
             plain = _milliseconds(parts.get(f"{phase}-{shape}-plain"))
             if plain:
-                found[f"{phase}-{shape}"] = _ratios(parts, phase, shape, plain)
-    return found
+                by_shape[f"{phase}-{shape}"] = _ratios(parts, phase, shape, plain)
+    return by_shape
 
 
 def _ratios(parts: Parts, phase: str, shape: str, plain: float) -> dict[str, Any]:
