@@ -1,6 +1,4 @@
-"""The report to read: as Markdown, and as one HTML page that holds its pictures and needs nothing
-else.
-"""
+"""The report as Markdown and as one self-contained HTML page with its pictures."""
 
 import base64
 import html
@@ -16,7 +14,7 @@ _MEGABYTE = 2**20
 
 
 class Section(NamedTuple):
-    """A heading, some sentences, and a table (none: no rows)."""
+    """A heading, sentences, and a table; no rows means no table."""
 
     title: str
     sentences: list[str]
@@ -25,7 +23,7 @@ class Section(NamedTuple):
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
-    """The whole report as tables of text."""
+    """Converts the whole report to sections of text."""
     made = [_environment(report)]
     for suite in report["suites"]:
         left_out = (
@@ -66,7 +64,10 @@ def _pipes(cells: list[str]) -> str:
 
 
 def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
-    """The report as HTML. pictures: PNG files by their titles; they are written into the page."""
+    """Renders the report as HTML.
+
+    pictures: PNG files by title; the page embeds them.
+    """
     parts = [
         "<!doctype html><html lang=en><meta "
         f"charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"
@@ -227,8 +228,9 @@ def _audit(audit: dict[str, Any]) -> Section:
 
 
 def change(divergence: dict[str, Any]) -> str:
-    """Plain decoding's token and the other: "11 became 12", or the end where an answer had
-    ended.
+    """Describes a divergence as "11 became 12": plain decoding's token, then the other.
+
+    "the end" stands for a token if that answer had already ended.
     """
     return " became ".join(
         "the end" if divergence[key] is None else str(divergence[key])

@@ -1,8 +1,7 @@
-"""The report of an evaluation: figures by suite, category and length of the prompt, as one tree of
-plain values.
+"""The report of an evaluation: figures by suite, category and prompt length.
 
-Its fields are declared and explained in report.schema.json beside this file; `evaluate` prints the
-table, and writes the same figures as JSON and as pages (evaluation/pages.py).
+A tree of plain values whose fields report.schema.json, beside this file, declares and explains.
+`evaluate` prints its table and writes it as JSON and as pages (evaluation/pages.py).
 """
 
 import os
@@ -19,16 +18,17 @@ from beagle_jax.decoding.tuning import machine
 from beagle_jax.evaluation.answers import Case
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement
 
-FORMAT = 1  # of the report; counts up when a field changes its meaning or goes away
+FORMAT = 1  # of the report; increases when a field changes its meaning or is removed
 _RESAMPLES = 2000
-_SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones by doublings
+_SHORTEST_CONTEXT = 64  # prompts up to this length form one group; longer ones double it
 
 
 def report(
     bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """settings: the config. costs: of each system, what evaluation/cost.py measured; may be
-    empty.
+    """Builds the report.
+
+    settings: the config. costs: by system, the measurements of evaluation/cost.py; may be empty.
     """
     names = list(bench.decoders)
     cases = _grouped(measured.cases, lambda case: case.suite)
@@ -46,7 +46,7 @@ def report(
 
 
 def environment() -> dict[str, Any]:
-    """Where the figures come from."""
+    """Describes the machine and the versions that the figures come from."""
     return {
         "machine": machine(),
         "devices": jax.device_count(),
@@ -59,7 +59,10 @@ def environment() -> dict[str, Any]:
 
 
 def _notes(bench: Bench, measured: Measured) -> list[str]:
-    """Suites that are not there; texts beyond those of the training, where acceptance falls."""
+    """Notes on suites without any turn that fits, and on texts longer than in training.
+
+    Acceptance falls on such texts.
+    """
     there = {case.suite for case in measured.cases}
     notes = [
         f"{name} is not there: none of its {count} turns fits the context."
@@ -141,7 +144,7 @@ def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
 
 
 def _context(case: Case) -> str:
-    """The doubling that the prompt's length fits in."""
+    """Returns the context group of a case: its longest prompt, rounded up to a power of two."""
     longest = max(len(entry.prompt) for entry in case.turns[0].values())
     return str(max(_SHORTEST_CONTEXT, 1 << (longest - 1).bit_length()))
 
@@ -159,13 +162,13 @@ def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
 
 
 def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
-    """The answers of one way of decoding to these cases."""
+    """Collects one system's answers to these cases."""
     answers = [[turn[name].answer for turn in case.turns] for case in cases]
     return Measurement(name, str(bench.decoders[name].tree), answers)
 
 
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
-    """Every figure of one way of decoding (defined in method.md 7.1)."""
+    """Computes all figures of one system (defined in method.md 7.1)."""
 
     def seconds(timed):
         return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in timed.cases]
@@ -186,8 +189,7 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 2),
         "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
         "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
-        # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for
-        # both cancels.
+        # Both systems use the same resampled prompts, so a prompt that is slow for both cancels.
         "speedup_interval": interval(
             lambda draw: (
                 _ratio(draw, tokens(result), seconds(result))
@@ -203,10 +205,9 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
 
 
 def interval(statistic, count: int) -> list[float]:
-    """95 % bootstrap interval of a statistic over prompts: the middle of its values on prompts
-    drawn with replacement.
+    """95 % bootstrap interval of a statistic: prompts are resampled with replacement.
 
-    statistic: from how often each of `count` prompts was drawn, [resamples, count], to values
+    statistic: maps draw counts [resamples, count], how often each prompt was drawn, to values
     [resamples].
     """
     draw = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
@@ -221,7 +222,7 @@ def _ratio(draw: np.ndarray, above: Sequence[float], below: Sequence[float]) -> 
 
 
 def table(made: dict[str, Any]) -> str:
-    """What the terminal shows: one line per way of decoding, a block for each suite."""
+    """Formats the report for the terminal: a block per suite, a line per system."""
     blocks = []
     for suite in made["suites"]:
         whole = suite["groups"][0]["systems"]
