@@ -1,4 +1,4 @@
-"""Tuning from a config to a tree that decode.tree=auto takes."""
+"""`tune`: from a config to the tree that decode.tree=auto uses."""
 
 from argparse import Namespace
 from dataclasses import asdict
@@ -29,8 +29,9 @@ _SHOWN = 8  # trees in the table
 
 
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Measures, remembers the best tree, writes and draws what was asked for; returns the table and
-    its figures.
+    """Measures, stores the best tree, and writes and plots what the command line requests.
+
+    Returns the table and its figures.
     """
     if not config.decode.append_predicted:
         raise UserError(
@@ -63,7 +64,7 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def table(found: Tuning) -> str:
-    """What was measured, and the best trees."""
+    """Formats the measurements and the best trees."""
     lines = [
         machine(),
         "",
@@ -102,6 +103,6 @@ def table(found: Tuning) -> str:
 
 
 def with_tree(settings: dict[str, Any], choice: Choice) -> str:
-    """A config with these settings and this tree, as YAML."""
+    """Returns a config with these settings and this tree, as YAML."""
     tree = {"tree": "dynamic", "levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
     return yaml.safe_dump(settings | {"decode": settings.get("decode", {}) | tree}, sort_keys=False)

@@ -142,7 +142,7 @@ class Bench:
     seed: int = 0
     trained_tokens: dict[str, int] = field(
         default_factory=dict
-    )  # by system: row length, in tokens, that its draft was trained on
+    )  # by system: longest text, in tokens, that its draft was trained on
 
 
 class Measured(NamedTuple):

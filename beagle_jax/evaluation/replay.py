@@ -77,10 +77,11 @@ def _grown_paths(
 
 
 def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
-    """Prompt lookup by direct search.
+    """Prompt lookup by direct search; returns `depth` drafted tokens.
 
-    Finds the longest run of last tokens, up to `ngram`, that occurred before, and its latest
-    occurrence; returns the `depth` tokens that followed.
+    Finds the longest run of last tokens, up to `ngram`, that occurred before, takes its latest
+    occurrence and copies what followed. The copy repeats if less followed. Without a match, the
+    last token repeats.
     """
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
@@ -160,7 +161,7 @@ class Grower:
         return {path for path, _ in best_first(made, tree.nodes - 1)}
 
     def _children(self, paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best tokens after each path, all of one length, and their log-probabilities."""
+        """Returns the best tokens after each path of one length, and their log-probabilities."""
         best, log_p, _ = self._after(paths, count)
         return np.asarray(best), np.asarray(log_p)
 

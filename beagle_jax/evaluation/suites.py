@@ -82,7 +82,7 @@ def suite(source: str, limit: int | None, folder: str | None = None) -> list[Cha
 
     folder: where suite files are looked for; None: nowhere.
 
-    Raises: UserError for chats that contain an answer, for a suite that cannot be found or
+    Raises: UserError for chats that end with an answer, for a suite that can neither be found nor
     downloaded, and for one without prompts.
     """
     if source == "held_out":
