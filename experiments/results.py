@@ -1,4 +1,4 @@
-"""From what the runs have left in their folders to figures and the table of claims."""
+"""Turns what the runs wrote to their folders into figures and the table of claims."""
 
 import json
 from collections.abc import Mapping
@@ -19,12 +19,13 @@ Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order o
 
 
 def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) -> str:
-    """Writes every figure's JSON and PNG and the table of claims; returns the table. whole: the
-    plan is; part of a table replaces none.
+    """Writes every figure's JSON and PNG and the table of claims; returns the table.
+
+    whole: whether `plan` is the whole plan; a part's table does not replace the whole one's.
     """
     plan.results.mkdir(parents=True, exist_ok=True)
     measurements = measured(plan) | decoded(plan)
-    # Where the text lies is this machine's affair.
+    # data.folder is a path of this machine, so it is left out.
     base = {key: value for key, value in plan.base.items() if key != "data.folder"}
     about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base}
     lines, tables = [judged(claim, measurements) for claim in plan.claims], []
@@ -55,7 +56,7 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
 
 
 def _reason(name: str, failed: Mapping[str, str]) -> str:
-    """Why a run or a draft of an evaluation is not there."""
+    """Returns why a run or a draft of an evaluation has no results."""
     return next(
         (
             why
@@ -67,7 +68,7 @@ def _reason(name: str, failed: Mapping[str, str]) -> str:
 
 
 def measured(plan: Plan) -> Found:
-    """Measurements of every training, as far as they are there."""
+    """Reads the measurements of every finished training."""
     measurements: Found = {}
     for training in plan.trainings():
         paths = [
@@ -75,16 +76,15 @@ def measured(plan: Plan) -> Found:
             for step in plan.runs[training.name].points
         ]
         points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-        if len(points) == len(
-            paths
-        ):  # a run that is under way is not compared with those that are done
+        if len(points) == len(paths):  # an unfinished run is not compared with finished ones
             measurements.setdefault(training.name, {})[training.seed] = points
     return measurements
 
 
 def decoded(plan: Plan) -> Found:
-    """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far
-    as they are there.
+    """Reads every draft of every finished evaluation, under evaluation.run.
+
+    A draft is one measurement of its seed.
     """
     measurements: Found = {}
     for name in plan.evaluations:
@@ -107,8 +107,9 @@ def decoded(plan: Plan) -> Found:
 def _from_answers(
     answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Sums by prompt over its turns, with the times of a round and the memory that the report has;
-    plain: of the same process.
+    """Sums each prompt over its turns, and adds the report's round times and memory.
+
+    plain: plain decoding in the same process.
     """
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
 
@@ -135,7 +136,7 @@ def _from_answers(
 
 
 def _peak(parts: Mapping[str, int | None]) -> int:
-    """Weights, caches and the larger of the two programs' temporaries."""
+    """Bytes of weights, caches and the larger of the two programs' temporaries."""
     held = sum(
         parts[name] for name in ("target_weights", "draft_weights", "target_cache", "draft_cache")
     )
@@ -143,7 +144,7 @@ def _peak(parts: Mapping[str, int | None]) -> int:
 
 
 def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
-    """What a figure shows of a run: each value with the ends of its 95 % interval."""
+    """Returns a figure's values of one run, each with the ends of its 95 % interval."""
     run = found[name]
     points_of_one = next(iter(run.values()))  # all seeds are measured at the same steps
     last = points_of_one[-1]
@@ -153,7 +154,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         made["curve"].append({"step": point["step"], **_figures(upto)})
     if timed := having(
         found.get(name.rpartition(".")[2], {}), "training_speed"
-    ):  # of an evaluation's draft: of its run
+    ):  # for an evaluation's draft: of its run
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
         made |= _costs(run)
@@ -161,7 +162,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     if name in plan.runs and plan.runs[name].after:
         for above in {plan.above(Training(name, seed)) for seed in run}:
             before |= {above.seed: found.get(above.name, {}).get(above.seed)}
-    if before and all(before.values()):  # its curve begins where that of the run before it ended
+    if before and all(before.values()):  # the curve starts where the previous run's ended
         start = sum(plan.runs[above].steps for above in plan.before(name))
         made["curve"] = [
             {"step": start, **_figures(before)},
@@ -171,7 +172,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
 
 
 def _costs(run: Mapping[int, Points]) -> dict[str, Any]:
-    """Times and memory of an evaluation's draft over all its seeds."""
+    """Returns times and memory of an evaluation's draft over all its seeds."""
     lasts = [points[-1] for points in run.values()]
     made = {
         measure: value_of(run, measure).rounded
@@ -195,7 +196,7 @@ def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
 
 
 def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """The picture of a figure's values."""
+    """Draws a figure from its values."""
     if figure.kind == "curve":
         draw_curve(figure.title, runs, path)
     elif figure.kind == "depth":
@@ -217,7 +218,7 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
 
 
 def claims_table(lines: list[dict[str, Any]]) -> list[str]:
-    """The verdicts, as Markdown."""
+    """Formats the verdicts as Markdown."""
     rows = ["| figure | the paper | here | verdict |", "| --- | --- | --- | --- |"]
     return rows + [
         f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |"
@@ -226,7 +227,7 @@ def claims_table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
-    """How many hold, and where."""
+    """Counts the claims by verdict and names the machine."""
     counts = ", ".join(
         f"{sum(line['verdict'] == kind for line in lines)} {kind}" for kind in (HOLDS, FAILS, OPEN)
     )
@@ -237,7 +238,7 @@ def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 
 
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The columns of the paper's Table 1, as Markdown."""
+    """Formats the columns of the paper's Table 1 as Markdown."""
     first = next(iter(runs.values()))
     rows = [
         "| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |",

@@ -64,7 +64,10 @@ def compare(
 
 
 def _whole(answers: Answers) -> Answers:
-    """Returns the answers unchanged. Raises UserError if the target produced non-finite values."""
+    """Returns the answers unchanged.
+
+    Raises: UserError if the target produced non-finite values.
+    """
     if any(answer.finish == "error" for answer in answers):
         raise UserError(NOT_FINITE)
     return answers

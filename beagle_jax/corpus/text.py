@@ -1,4 +1,4 @@
-"""The training text of `data.folder`: read if complete, else this process's share is written.
+"""The training text of `data.folder`: reads it, or writes this process's share of it.
 
 Each chat of the source that has something to learn becomes one row, in the source's order. An
 interrupted run therefore continues at the number of rows already written. data/folder.py describes
