@@ -1,13 +1,13 @@
-"""Whether the paper's training steps fit TPUs: batch rows of 2048 tokens at Llama-2-7B and
-Llama-3-8B shapes, compiled without a TPU.
+"""Whether the paper's training steps fit TPUs, compiled without a TPU.
 
-    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    #
-    needs the tpu extra, Linux on x86
+    # needs the tpu extra, Linux on x86
+    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json
 
-For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan
---config CONFIG --topology NAME OVERRIDES` would, from the repository's root; what the compiler says
-it needs on one chip is shown against the chip's HBM. Entries of the file that are not planned anew
-are kept, so that one row can be done at a time.
+Batch rows of 2048 tokens at Llama-2-7B and Llama-3-8B shapes. For each config and topology, libtpu
+compiles both stages as `python -m beagle_jax.plan --config CONFIG --topology NAME OVERRIDES` would,
+from the repository's root. The memory that the compiler needs on one chip is shown next to the
+chip's HBM. Entries of the file that are not planned again are kept, so one table row can be done at
+a time.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TOPOLOGIES = {
 
 
 def row(config: str, topology: str, figures: dict) -> str:
-    """One line of the table."""
+    """Formats one line of the table."""
     devices, stages = figures["devices"], figures["stages"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
     batch = stages["early"]["tokens_a_step"] // 2048
@@ -48,7 +48,7 @@ def row(config: str, topology: str, figures: dict) -> str:
 
 
 def table(entries: dict) -> str:
-    """What the README shows."""
+    """Formats the table that the README shows."""
     head = (
         "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | "
         "fits |\n|---|---|---|---|---|---|---|"

@@ -1,12 +1,12 @@
-"""Peak memory of a compiled training step against simulated steps s and row length, as the compiler
-plans it; nothing is run.
+"""Peak memory of a compiled training step against simulated steps s and row length.
 
     python benchmarks/step_memory.py --plot memory.png
 
-Four forms of the late step around the same loss and optimizer: ours with predicted states detached
-and with gradients through them, the plain form (method.md 4.1: every query at every step over two
-key banks), and an EAGLE draft of the same sizes under training-time test (every step's states are
-new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
+The peak is as the compiler plans it; nothing runs. Four forms of the late step share the same loss
+and optimizer: ours with predicted states detached, ours with gradients through them, the plain form
+(method.md 4.1: every query at every step over two key banks), and an EAGLE draft of the same sizes
+under training-time test (the states of every step are new queries and new keys). Peak: arguments,
+outputs and temporaries, with aliases counted once.
 """
 
 import argparse
@@ -43,7 +43,7 @@ FORMS = {
 
 @lru_cache
 def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
-    """Bytes that the gradient of one late step needs at once."""
+    """Bytes that the gradient of one late step needs at its peak."""
     objective, detach = FORMS[form]
     stage = LateStage(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
@@ -87,8 +87,9 @@ def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: 
 def measure(
     spec: BeagleSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
 ) -> dict[str, dict]:
-    """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to
-    the first column.
+    """Returns {"s": {form: [bytes]}, "width": {form: [bytes]}} and prints both as tables.
+
+    The tables are in MB and as ratios to the first column.
     """
     peaks: dict[str, dict] = {
         "s": {form: [] for form in FORMS},
@@ -114,7 +115,7 @@ def measure(
 
 
 def plot(peaks: dict, steps: list[int], widths: list[int], path: str) -> None:
-    """Both tables as curves."""
+    """Plots both tables as curves."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (axis, places) in zip(
         figure.subplots(1, 2), (("s", steps), ("width", widths)), strict=True

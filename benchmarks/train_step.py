@@ -1,13 +1,13 @@
-"""Training steps per second beside PyTorch: both stages of Beagle and of EAGLE here, and the EAGLE
-step by torch.
+"""Training steps per second, next to PyTorch.
 
-    python benchmarks/train_step.py                                  # the box's sizes, float32
-    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32
-    --kv-heads 32 --vocab 32000
+    python benchmarks/train_step.py    # default sizes, float32
+    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 \\
+        --heads 32 --kv-heads 32 --vocab 32000
 
-One process, one batch, same sizes, turns taken; medians. Ours (this library, jax) scores supervised
-positions only, in chunks. Theirs is benchmarks/torch_eagle.py, eager and through torch.compile
-where that works. Tokens are those of the rows.
+Both stages of Beagle and of EAGLE in JAX, and the EAGLE step in torch: one process, one batch, the
+same sizes, in turns; medians. Ours (this library, jax) scores supervised positions only, in chunks.
+Theirs is benchmarks/torch_eagle.py, eager and with torch.compile where that works. Tokens/s count
+all tokens of the rows.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from beagle_jax.training.kinds import OBJECTIVES
 
 
 def ours(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int):
-    """One call is one step; steps = 0 is the early stage."""
+    """Returns a call that runs one training step in JAX; steps = 0 is the early stage."""
     stage: StageConfig = EarlyStage(steps=1000, window=5)
     if steps:
         stage = LateStage(steps=1000, window=steps, simulation_steps=steps)
@@ -44,7 +44,7 @@ def ours(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int):
 
 
 def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
-    """Likewise, by PyTorch."""
+    """Returns the same in PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def put(x):
@@ -75,8 +75,9 @@ def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compil
 
 
 def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns; what does not run at all is left out, with the reason
-    printed.
+    """Returns median seconds of each run, in turns.
+
+    Leaves out a run that fails and prints the reason.
     """
     times: dict[str, list[float]] = {}
     for name, run in runs.items():
@@ -97,7 +98,7 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
 def measure(
     spec: BeagleSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool
 ) -> dict[str, float]:
-    """Prints the table; returns seconds by name."""
+    """Prints the table and returns seconds by name."""
     batch = batch_of(rows, width, spec.hidden_size, vocab)
     table = 0.1 * np.random.default_rng(1).standard_normal(
         (vocab, spec.hidden_size), dtype=np.float32

@@ -1,4 +1,4 @@
-"""Reproduces the paper's figures: trains drafts, measures all alike, and judges the claims.
+"""Reproduces the paper's figures: trains drafts, measures all, and judges the claims.
 
     python experiments/run.py experiments/paper.yaml                # everything; hours on two cores
     python experiments/run.py experiments/paper.yaml --only fig4    # what one figure needs
