@@ -1,5 +1,6 @@
-"""Takes drafts to PyTorch and back: python -m beagle_jax.convert to-torch --config FILE --out
-FOLDER
+"""Converts drafts to PyTorch and back, and targets to the format that loads fastest.
+
+python -m beagle_jax.convert to-torch --config FILE --out FOLDER
 """
 
 import sys
@@ -9,7 +10,7 @@ from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
-# What each direction takes beside --out and --overwrite.
+# Options of each direction besides --out and --overwrite.
 _OPTIONS = {
     "to-torch": ("report",),
     "from-torch": ("source", "allow_pickle"),

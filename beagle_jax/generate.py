@@ -1,5 +1,6 @@
-"""Answers a prompt with and without the draft, or chats: python -m beagle_jax.generate --config
-FILE "prompt"
+"""Answers a prompt with and without the draft, or chats.
+
+python -m beagle_jax.generate --config FILE "prompt"
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Says what a run takes before it starts: python -m beagle_jax.plan --config FILE [--topology
-v5e:4x4]
+"""Estimates memory, time and disk of a run before it starts.
+
+python -m beagle_jax.plan --config FILE [--topology v5e:4x4]
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Writes the training text and the target's states: python -m beagle_jax.prepare --config
-configs/quickstart.yaml
+"""Writes the training text and the target's states.
+
+python -m beagle_jax.prepare --config configs/quickstart.yaml
 """
 
 import sys

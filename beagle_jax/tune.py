@@ -1,5 +1,6 @@
-"""Finds the fastest draft tree for this machine and draft: python -m beagle_jax.tune --config
-FILE
+"""Finds the fastest draft tree for this machine and draft.
+
+python -m beagle_jax.tune --config FILE
 """
 
 import sys

@@ -1,13 +1,13 @@
-"""Plain and speculative greedy decoding against transformers' generate, with and without its
-prompt-lookup decoding.
+"""Plain and speculative greedy decoding against transformers' generate.
 
-    python benchmarks/against_transformers.py --config configs/smollm2_135m.yaml --prompts held_out
-    --limit 10
+    python benchmarks/against_transformers.py --config configs/smollm2_135m.yaml \\
+        --prompts held_out --limit 10
 
-Same weights, float32, same cores, one process; all take turns on each prompt, so that a drifting
-machine treats all alike. Prints tokens/s of each, prefill included, the ratios, and how many
-answers are the same. Needs torch (the `test` extra). --prompts takes any .jsonl[.gz] of prompts,
-MT-Bench for one; overrides go to the config: decode.tree=auto.
+transformers runs with and without its prompt-lookup decoding. All use the same weights in float32,
+on the same cores, in one process. They take turns on each prompt, so that machine drift affects all
+alike. Prints tokens/s of each, prefill included, the ratios, and how many answers are identical.
+Needs torch (the `test` extra). --prompts takes any .jsonl[.gz] of prompts, for example MT-Bench;
+overrides apply to the config, for example decode.tree=auto.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from beagle_jax.weights.target import load_target, open_source
 
 
 def torch_model(config: Config) -> LlamaForCausalLM:
-    """transformers' model with the very same float32 weights."""
+    """Loads transformers' model with the same float32 weights."""
     opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
     model = LlamaForCausalLM(LlamaConfig(**opened.config())).eval()
     state = {name: torch.from_numpy(array.copy()) for name, array in opened.tensors()}
@@ -38,7 +38,7 @@ def torch_model(config: Config) -> LlamaForCausalLM:
 
 
 def torch_way(model: LlamaForCausalLM, eos_ids, new_tokens: int, **options):
-    """prompt -> tokens by transformers' generate."""
+    """Returns a function from prompt to tokens that calls transformers' generate."""
 
     def generate(prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
@@ -58,7 +58,7 @@ def torch_way(model: LlamaForCausalLM, eos_ids, new_tokens: int, **options):
 
 
 def our_way(decoder: SpeculativeDecoder, new_tokens: int):
-    """prompt -> tokens by our decoder."""
+    """Returns a function from prompt to tokens that calls our decoder."""
     return lambda prompt: decoder.generate([prompt], max_new_tokens=new_tokens)[0].tokens
 
 
@@ -92,7 +92,7 @@ def main() -> None:
         ),
         **{name: our_way(decoder, arguments.new_tokens) for name, decoder in ours.items()},
     }
-    for way in ways.values():  # once, untimed
+    for way in ways.values():  # one untimed call compiles
         way(prompts[0])
     seconds, tokens, same = (dict.fromkeys(ways, 0) for _ in range(3))
     for prompt in tqdm(prompts, desc="decoding", unit="prompt"):

@@ -1,13 +1,11 @@
-"""Time and peak memory of `convert to-torch` with its parity check, on a draft of random weights of
-the paper's size.
+"""Time and peak memory of `convert to-torch`, with its parity check.
 
-    python benchmarks/export_draft.py                       # Llama-2-7B's shape: 202,383,360
-    parameters, 2.5 GB of disk
-    python benchmarks/export_draft.py --shape toy           # runs anywhere at once
+    python benchmarks/export_draft.py                # Llama-2-7B's shape
+    python benchmarks/export_draft.py --shape toy    # runs in seconds on any machine
 
-The draft is written by a process of its own, so that the peak is the converter's. Time and memory
-are printed as shares of --seconds and --gigabytes; the script exits with 1 when either is above
-one.
+The draft has random weights, by default of the paper's size: 202,383,360 parameters, 2.5 GB of
+disk. A separate process writes it, so that the peak is the converter's alone. Prints time and
+memory as shares of --seconds and --gigabytes; the exit status is 1 if either share is above 1.
 """
 
 import argparse
@@ -38,8 +36,9 @@ SHAPES = {
 
 
 def write_inputs(folder: Path, shape: str) -> None:
-    """A target's config (its weights are not read), a draft of random weights for it, and the
-    command's config.
+    """Writes the inputs: a target's config, a random draft for it, and the command's config.
+
+    The target's weights are not read.
     """
     import jax
     import numpy as np
@@ -70,7 +69,7 @@ def write_inputs(folder: Path, shape: str) -> None:
 
 
 def measure(folder: Path, limit_seconds: float, limit_gigabytes: float) -> bool:
-    """Exports, prints what it took; True when that is within the limits."""
+    """Exports the draft and prints time and memory; returns whether both are within limits."""
     weights = folder / "draft" / "model.safetensors"
     size = weights.stat().st_size
     clock = time.perf_counter()

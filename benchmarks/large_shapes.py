@@ -3,12 +3,12 @@
     python benchmarks/large_shapes.py --shapes llama2-7b llama3-8b
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
-Weights are random. Plain decoding against the bandwidth floor (bytes of the weights over the
-device's bandwidth, --bandwidth in GB/s), the cost of verifying 1 to 128 rows, of a draft level, and
-of a whole round of EAGLE-2's tree, with the speedup that this round would give at the tau of the
-paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to see what
-command buffers bring; the flags in force are printed. `bash launch/one_gpu.sh` measures all this
-and more, part by part.
+Weights are random. Measures plain decoding against the bandwidth floor (bytes of weights over the
+device's bandwidth, --bandwidth in GB/s), verification of 1 to 128 rows, one draft level, and a
+whole round of EAGLE-2's tree. Prints the speedup that this round would give at the tau of the
+paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to measure
+the effect of command buffers; it prints the flags in force. `bash launch/one_gpu.sh` measures all
+this and more, part by part.
 """
 
 import argparse
@@ -63,10 +63,10 @@ SHAPES = {
     name: TargetSpec.from_hf_config(json.loads((_FOLDER / file).read_text()), file)
     for name, file in _FILES.items()
 } | {"toy": _TOY}
-ROWS = (1, 8, 16, 32, 64, 128)  # that are verified at once
-# Beagle on MT-Bench, arXiv 2505.24544, Table 1.
+ROWS = (1, 8, 16, 32, 64, 128)  # tokens verified in one pass
+# Beagle on MT-Bench: arXiv 2505.24544, Table 1.
 PAPER_TAU = {"llama2-7b": 4.1, "llama3-8b": 3.5}
-_ANSWERS = 5  # timed ones
+_ANSWERS = 5  # timed answers
 PAPER_SPEEDUP = {"llama2-7b": 3.0, "llama3-8b": 2.5}
 
 
@@ -80,7 +80,7 @@ def _random(key, shape, dtype):
 
 
 def random_target(spec: TargetSpec, dtype) -> Target:
-    """A target of these shapes with random weights, made on the device tensor by tensor."""
+    """Makes a target of these shapes with random weights, on the device, tensor by tensor."""
     params: dict = {"layers": [{} for _ in range(spec.num_layers)]}
     for number, (path, shape) in enumerate(param_table(spec).values()):
         node = params
@@ -91,7 +91,10 @@ def random_target(spec: TargetSpec, dtype) -> Target:
 
 
 def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
-    """A Beagle draft of a target's shapes, random. hot_tokens: that it scores; 0: all."""
+    """Makes a random Beagle draft for a target.
+
+    hot_tokens: number of tokens that the draft scores; 0: all.
+    """
     draft_spec = BeagleSpec.from_target(spec)
     params = init_draft(draft_spec, jax.random.key(0))
     hot_ids = np.arange(hot_tokens, dtype=np.int32) if hot_tokens else None
@@ -99,7 +102,10 @@ def random_draft(spec: TargetSpec, dtype, hot_tokens: int = 0) -> Draft:
 
 
 def bytes_read(target: Target) -> int:
-    """Bytes of weights that a decoding step reads: an embedding only where it is the head too."""
+    """Bytes of weights that a decoding step reads.
+
+    The embedding counts only if it is also the head.
+    """
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params))
     return total - (0 if target.spec.tie_embeddings else target.params["embed_VD"].nbytes)
 
@@ -107,7 +113,7 @@ def bytes_read(target: Target) -> int:
 def draft_times(
     target: Target, draft: Draft, topk: int, timed: Callable[[Passes], float] = milliseconds
 ) -> tuple[float, float]:
-    """Milliseconds of the first draft level, and of each further one."""
+    """Milliseconds of the first draft level, and of each further level."""
     drafter = trained_drafter(draft, target.params)
     first, four = (timed(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
     return first, (four - first) / 3
@@ -116,7 +122,10 @@ def draft_times(
 def round_time(
     target: Target, draft: Draft | None, tree, new_tokens: int, discarded: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds of a round in whole answers (draft None: of a plain step), and tau."""
+    """Median milliseconds of a round over whole answers, and tau.
+
+    draft None: of a step of plain decoding.
+    """
     decoder = SpeculativeDecoder(target, *([] if draft is None else [draft, tree]))
     runs = [
         decoder.generate([[1] * 32], max_new_tokens=new_tokens)
@@ -132,7 +141,7 @@ def round_time(
 
 
 def measure(name: str, dtype, bandwidth: float | None, tree, new_tokens: int) -> None:
-    """Prints one table."""
+    """Measures one target and prints its table."""
     spec = SHAPES[name]
     target, draft = random_target(spec, dtype), random_draft(spec, dtype)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(target.params)) / 1e9

@@ -1,13 +1,14 @@
-"""Cost of a late-stage step over an early-stage step, same batch, beside the late stage in its
-plain form.
+"""Cost of a late-stage step over an early-stage step on the same batch.
 
     python benchmarks/late_stage.py
 
-For s = 1..5 (window k = s): FLOPs and temporaries of the compiled program, and the median time of a
-step, each as a ratio to the early step (window 5). The plain form runs every query at every step
-over two key banks (method.md 4.1). FLOPs: the compiler counts a loop's body once, so the chunked
-loss is left out of its count and added by hand: three products with the head per supervised row
-that the stage visits, in every form alike.
+Also measures the late stage in its plain form. For s = 1..5 (window k = s): FLOPs and temporaries
+of the compiled program and the median time of a step, each as a ratio to the early step (window 5).
+The plain form runs every query at every step over two key banks (method.md 4.1).
+
+FLOPs: the compiler counts the body of a loop once. The chunked loss is therefore left out of its
+count and added by formula: three products with the head per supervised position that the stage
+visits, in every form alike.
 """
 
 import argparse
@@ -49,12 +50,13 @@ SPEC = BeagleSpec(
     rms_norm_eps=1e-5,
 )
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
-VOCAB = 8192  # a reduced head, so that the block's share is not drowned
+VOCAB = 8192  # a reduced head, so that it does not dominate the cost
 
 
 def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
-    """The late stage as the paper describes it; rows picked afterwards, the same ones as in the
-    fast form.
+    """Computes the late stage as the paper describes it.
+
+    Selects the fast form's rows afterwards.
     """
     steps = stage.simulation_steps
     per_step = oracle_states(
@@ -71,10 +73,10 @@ def predict_plain(params, spec, stage, of: Inputs, offset) -> Prediction:
     at = window_queries(
         of.length_BC - of.first_BC, of.slot_BT.shape[1], stage.window, steps, offset
     )
-    picked = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
+    gathered = jnp.stack([of_row(per_step[j], at.query_BUJ[:, :, j]) for j in range(steps)], axis=2)
     B, U, _ = at.query_BUJ.shape
     return Prediction(
-        picked.reshape(B, U * steps, -1),
+        gathered.reshape(B, U * steps, -1),
         at.query_BUJ.reshape(B, -1),
         at.valid_BUJ.reshape(B, -1),
         jnp.broadcast_to(jnp.tile(jnp.arange(steps), U), (B, U * steps)),
@@ -87,7 +89,7 @@ PLAIN = Objective(predict_plain, late_flops)
 
 
 def plain_step(config: TrainConfig, stage: StageConfig):
-    """A train step around `predict_plain`."""
+    """Makes a training step around `predict_plain`."""
     optimizer = make_optimizer(config, stage)
 
     def step(state: TrainState, frozen, batch: Batch, seed):
@@ -108,7 +110,7 @@ def plain_step(config: TrainConfig, stage: StageConfig):
 
 
 def cost(step, init, frozen, batch: Batch, repeats: int) -> tuple[float, float, float]:
-    """(compiler FLOPs, temporary bytes, median seconds) of one step."""
+    """Returns (compiler FLOPs, temporary bytes, median seconds) of one step."""
     state = init(init_draft(SPEC, jax.random.key(0)))
     compiled = step.lower(state, frozen, batch, 0).compile()
     seconds = []

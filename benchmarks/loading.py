@@ -1,17 +1,15 @@
-"""Time and memory that loading a target takes, beside the time to read its file.
+"""Time and memory of loading a target, next to the time to read its file.
 
-    python benchmarks/loading.py                       # SmolLM2 of configs/quickstart.yaml
-    python benchmarks/loading.py --shape smollm2       # its shapes as a bfloat16 checkpoint, which
-    nothing has to be made of
-    python benchmarks/loading.py --shape 7b            # writes and loads a bfloat16 checkpoint of
-    Llama-2-7B's shapes, 13.5 GB
+    python benchmarks/loading.py                    # SmolLM2 of configs/quickstart.yaml
+    python benchmarks/loading.py --shape smollm2    # the same shapes, random, bfloat16
+    python benchmarks/loading.py --shape 7b         # Llama-2-7B's shapes, bfloat16, 13.5 GB
     python benchmarks/loading.py --source FOLDER --dtype bfloat16
 
-The file is read once through a small buffer and once by the loader, each time from the disk: its
-pages are dropped from the page cache before. Peak memory is that of a process of its own, above
-what it held after its imports. The 7B checkpoint repeats one block of random bytes, so that it
-takes its room on the disk; --sparse leaves it out (no disk is then measured, only memory). It stays
-in --folder for the next run.
+The file is read once through a small buffer and once by the loader. Both read it from the disk: its
+pages are dropped from the page cache first. Peak memory is that of a separate process, above its
+memory after imports. --shape writes the checkpoint to --folder, where it stays for the next run.
+The 7B checkpoint repeats one block of random bytes, so that it occupies disk space; --sparse leaves
+the data out, and then only memory is measured, not the disk.
 """
 
 import argparse
@@ -76,14 +74,12 @@ SHAPES = {
         num_attention_heads=4,
     ),
 }
-_FILES = 4  # of a synthetic checkpoint
-_BLOCK = 64 << 20  # bytes; random ones are made once
+_FILES = 4  # files of a synthetic checkpoint
+_BLOCK = 64 << 20  # bytes of one random block, which is generated once
 
 
 def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF16") -> None:
-    """A checkpoint, bfloat16 or F32, without a tokenizer: numbers that mean nothing, small and
-    finite.
-    """
+    """Writes a bfloat16 or float32 checkpoint of random finite numbers, without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     table = list(param_table(TargetSpec.from_hf_config(config, str(folder))).items())
     block = (
@@ -105,7 +101,7 @@ def write_checkpoint(folder: Path, config: dict, sparse: bool, stored: str = "BF
 
 
 def files_of(source: str) -> list[Path]:
-    """The files that hold the weights."""
+    """Returns the files that hold the weights."""
     opened = open_source(source, Path("~/.cache/beagle_jax").expanduser())
     return (
         [opened.path] if isinstance(opened, GGUFFile) else sorted(opened.path.glob("*.safetensors"))
@@ -113,7 +109,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def forget(files: list[Path]) -> None:
-    """Drops the files from the page cache, where the system lets us."""
+    """Drops the files from the page cache, if the system allows it."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -122,7 +118,7 @@ def forget(files: list[Path]) -> None:
 
 
 def read_seconds(files: list[Path]) -> float:
-    """From first to last byte, through 16 MB."""
+    """Returns the seconds to read the files from first to last byte, through a 16 MB buffer."""
     buffer, clock = bytearray(16 << 20), time.perf_counter()
     for file in files:
         with file.open("rb", buffering=0) as stream:
@@ -132,8 +128,9 @@ def read_seconds(files: list[Path]) -> float:
 
 
 def load(source: str, dtype: str) -> dict[str, float]:
-    """What loading took in this process: seconds, bytes of the arrays, peak bytes above those after
-    the imports.
+    """Loads in this process; returns seconds, bytes of the arrays, and peak bytes.
+
+    The peak is above the memory after the imports.
     """
     import jax
     import jax.numpy as jnp
@@ -152,8 +149,9 @@ def load(source: str, dtype: str) -> dict[str, float]:
 
 
 def peak_bytes() -> int:
-    """Of this program so far. Linux's ru_maxrss would begin with what the process that started it
-    held.
+    """Peak memory of this program so far.
+
+    Linux's ru_maxrss would include the memory of the process that started it.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -162,27 +160,28 @@ def peak_bytes() -> int:
 
 
 def measure(source: str, dtype: str) -> dict[str, float]:
-    """`load` in a process of its own, after the file was read."""
+    """Runs `load` in a separate process, after reading the file."""
     files = files_of(source)
     forget(files)
     reading = read_seconds(files)
     forget(files)
     command = [sys.executable, __file__, "--load", "--source", source, "--dtype", dtype]
-    found = json.loads(
+    figures = json.loads(
         subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[
             -1
         ]
     )
     on_disk = sum(file.stat().st_size for file in files)
     print(
-        f"{source}: {on_disk / 1e9:.2f} GB on disk, {found['bytes'] / 1e9:.2f} GB of {dtype} arrays"
+        f"{source}: {on_disk / 1e9:.2f} GB on disk, {figures['bytes'] / 1e9:.2f} GB of "
+        f"{dtype} arrays"
     )
     print(
-        f"read {reading:.2f} s, load {found['seconds']:.2f} s: "
-        f"{found['seconds'] / reading:.2f}x; peak memory {found['peak'] / 1e9:.2f} GB: "
-        f"{found['peak'] / found['bytes']:.2f}x of the arrays"
+        f"read {reading:.2f} s, load {figures['seconds']:.2f} s: "
+        f"{figures['seconds'] / reading:.2f}x; peak memory {figures['peak'] / 1e9:.2f} GB: "
+        f"{figures['peak'] / figures['bytes']:.2f}x of the arrays"
     )
-    return found | {"reading": reading}
+    return figures | {"reading": reading}
 
 
 def main() -> None:

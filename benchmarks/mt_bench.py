@@ -1,11 +1,10 @@
-"""tau of a draft on MT-Bench, first turns unless told otherwise (not part of this repository; any
-.jsonl with "turns" will do).
+"""tau of a draft on MT-Bench, first turns unless set otherwise.
 
-    python benchmarks/mt_bench.py PATH/mt_bench.jsonl.gz --config configs/smollm2_135m.yaml --levels
-    5
+    python benchmarks/mt_bench.py PATH/mt_bench.jsonl.gz --config configs/smollm2_135m.yaml \\
+        --levels 5
 
-Greedy chain, 96 new tokens, plain and speculative in one process; prints the table of
-`beagle_jax.evaluate`.
+MT-Bench is not part of this repository; any .jsonl with "turns" works. Greedy chain, 96 new tokens,
+plain and speculative decoding in one process. Prints the table of `beagle_jax.evaluate`.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def overrides(path: Path, arguments: argparse.Namespace) -> list[str]:
-    """A greedy chain on these prompts."""
+    """Settings of a greedy chain on these prompts."""
     return [
         f"eval.suites=[{path}]",
         "eval.max_new_tokens=96",

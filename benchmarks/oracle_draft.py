@@ -1,11 +1,11 @@
-"""What a round costs beyond its parts, measured with a draft that is always right.
+"""Overhead of a round beyond its parts, measured with a draft that is always right.
 
     python benchmarks/oracle_draft.py --config configs/smollm2_135m.yaml --levels 3
 
-The tokens are known in advance, so every round accepts its whole chain; the real draft runs all the
+The tokens are known in advance, so every round accepts its whole chain. The real draft runs all the
 same. Prints the time of a round over (one verification of levels + 1 rows, alone, + the draft
-steps, alone), and where the rest goes: accepting and appending, each alone, and what is left for
-the loop and the host.
+steps, alone). Also prints where the rest goes: accepting and appending, each alone, and what
+remains for the loop and the host.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from beagle_jax.weights.target import load_target
 
 
 def knows(tokens: list[int], count: int):
-    """`Round.propose`, its tokens replaced by the right ones; their dependence on the real draft
-    keeps it from being dropped.
+    """Returns `Round.propose` with the correct tokens in place of the drafted ones.
+
+    They depend on the real draft in form, so that the compiler keeps it.
     """
     known_S = jnp.asarray(np.pad(tokens, (0, count + 1)), jnp.int32)
 
@@ -54,7 +55,7 @@ def _accepted(nodes, wanted_BW, depth: int):
 
 @partial(jax.jit, donate_argnames="state")
 def _appended(now, state, accepted, states_BWD, rows):
-    """The path depends on the pass only in form, or a compiler would take it once for all."""
+    """The path depends on the pass in form only; otherwise the compiler would hoist it."""
 
     def again(index, state):
         return now.append(
@@ -75,14 +76,15 @@ def _verified(now, state):
 
 
 def ending(now, state) -> tuple[float, float]:
-    """Milliseconds of accepting a chain (the target's choice is part of verifying), and of
-    appending what was accepted.
+    """Milliseconds of accepting a chain, and of appending the accepted tokens.
+
+    The target's choice belongs to verification.
     """
     nodes, states_BWD, rows, accepted = _verified(now, state)
     accepting = milliseconds(
         Passes(lambda: _accepted(nodes, nodes.token_BW, now.tree.depth), PASSES)
     )
-    held = [state]  # given away and got back, as decoding does
+    held = [state]  # donated and returned, as in decoding
 
     def append():
         held[0] = _appended(now, held[0], accepted, states_BWD, rows)
@@ -102,7 +104,7 @@ def main() -> None:
     config = load_config(arguments.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     draft = load_draft(config.draft.path or f"{config.train.folder}/draft", target.spec)
-    # The longest answer of a few: a round cut short would spoil the mean.
+    # Take the longest of a few answers: a round that is cut short would distort the mean.
     prompts = tokenize(suite("held_out", 8), target.tokenizer)
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=arguments.new_tokens)
     prompt, answer = max(zip(prompts, answers, strict=True), key=lambda pair: len(pair[1].tokens))

@@ -1,13 +1,13 @@
-"""Whether the paper's training steps fit TPUs: batch rows of 2048 tokens at Llama-2-7B and
-Llama-3-8B shapes, compiled without a TPU.
+"""Whether the paper's training steps fit TPUs, compiled without a TPU.
 
-    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json    #
-    needs the tpu extra, Linux on x86
+    # needs the tpu extra, Linux on x86
+    JAX_PLATFORMS=cpu python benchmarks/plan_tpu.py --json benchmarks/results/plan_tpu.json
 
-For each config and topology both stages are compiled by libtpu as `python -m beagle_jax.plan
---config CONFIG --topology NAME OVERRIDES` would, from the repository's root; what the compiler says
-it needs on one chip is shown against the chip's HBM. Entries of the file that are not planned anew
-are kept, so that one row can be done at a time.
+Batch rows of 2048 tokens at Llama-2-7B and Llama-3-8B shapes. For each config and topology, libtpu
+compiles both stages as `python -m beagle_jax.plan --config CONFIG --topology NAME OVERRIDES` would,
+from the repository's root. The memory that the compiler needs on one chip is shown next to the
+chip's HBM. Entries of the file that are not planned again are kept, so one table row can be done at
+a time.
 """
 
 import argparse
@@ -29,9 +29,9 @@ TOPOLOGIES = {
 }
 
 
-def row(config: str, topology: str, found: dict) -> str:
-    """One line of the table."""
-    devices, stages = found["devices"], found["stages"]
+def row(config: str, topology: str, figures: dict) -> str:
+    """Formats one line of the table."""
+    devices, stages = figures["devices"], figures["stages"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in devices["mesh"].items() if size > 1)
     batch = stages["early"]["tokens_a_step"] // 2048
     need = [
@@ -40,21 +40,21 @@ def row(config: str, topology: str, found: dict) -> str:
         else "refused"
         for stage in ("early", "late")
     ]
-    fits = "yes" if all(one["fits"] for one in stages.values()) else "NO"
+    fits = "yes" if all(cost["fits"] for cost in stages.values()) else "NO"
     return (
         f"| {config} | {topology}, {devices['count']} chips | {mesh} | {batch} x 2048 | "
         f"{' / '.join(need)} | {devices['memory'] / 2**30:.0f} | {fits} |"
     )
 
 
-def table(kept: dict) -> str:
-    """What the README shows."""
+def table(entries: dict) -> str:
+    """Formats the table that the README shows."""
     head = (
         "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | "
         "fits |\n|---|---|---|---|---|---|---|"
     )
     return "\n".join(
-        [head, *(row(*entry.split(), figures) for entry, figures in sorted(kept.items()))]
+        [head, *(row(*entry.split(), figures) for entry, figures in sorted(entries.items()))]
     )
 
 
@@ -67,21 +67,21 @@ def main() -> None:
         "--topologies", nargs="+", default=list(TOPOLOGIES), choices=list(TOPOLOGIES)
     )
     parser.add_argument("--json", required=True, help="where the figures are kept")
-    asked = parser.parse_args()
-    path = Path(asked.json)
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    for name in asked.configs:
-        for topology in asked.topologies:
+    arguments = parser.parse_args()
+    path = Path(arguments.json)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    for name in arguments.configs:
+        for topology in arguments.topologies:
             config = load_config(ROOT / "configs" / f"{name}.yaml", list(TOPOLOGIES[topology]))
             text, figures = plan(config, Namespace(devices=None, topology=topology))
             print(f"{name}, {topology}\n{text}\n", flush=True)
-            kept[f"{name} {topology}"] = figures | {
+            entries[f"{name} {topology}"] = figures | {
                 "overrides": TOPOLOGIES[topology],
                 "jax": jax.__version__,
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=1) + "\n")
-    print(table(kept))
+            path.write_text(json.dumps(entries, indent=1) + "\n")
+    print(table(entries))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Peak memory of a compiled training step against simulated steps s and row length, as the compiler
-plans it; nothing is run.
+"""Peak memory of a compiled training step against simulated steps s and row length.
 
     python benchmarks/step_memory.py --plot memory.png
 
-Four forms of the late step around the same loss and optimizer: ours with predicted states detached
-and with gradients through them, the plain form (method.md 4.1: every query at every step over two
-key banks), and an EAGLE draft of the same sizes under training-time test (every step's states are
-new queries and new keys). Peak: arguments, outputs and temporaries, aliases once.
+The peak is as the compiler plans it; nothing runs. Four forms of the late step share the same loss
+and optimizer: ours with predicted states detached, ours with gradients through them, the plain form
+(method.md 4.1: every query at every step over two key banks), and an EAGLE draft of the same sizes
+under training-time test (the states of every step are new queries and new keys). Peak: arguments,
+outputs and temporaries, with aliases counted once.
 """
 
 import argparse
@@ -43,7 +43,7 @@ FORMS = {
 
 @lru_cache
 def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: int) -> int:
-    """Bytes that the gradient of one late step needs at once."""
+    """Bytes that the gradient of one late step needs at its peak."""
     objective, detach = FORMS[form]
     stage = LateStage(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
@@ -87,10 +87,11 @@ def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: 
 def measure(
     spec: BeagleSpec, vocab: int, rows: int, steps: list[int], widths: list[int], at_steps: int
 ) -> dict[str, dict]:
-    """{"s": {form: [bytes]}, "width": {form: [bytes]}}; prints both tables, in MB and as ratios to
-    the first column.
+    """Returns {"s": {form: [bytes]}, "width": {form: [bytes]}} and prints both as tables.
+
+    The tables are in MB and as ratios to the first column.
     """
-    found: dict[str, dict] = {
+    peaks: dict[str, dict] = {
         "s": {form: [] for form in FORMS},
         "width": {form: [] for form in FORMS},
     }
@@ -98,28 +99,28 @@ def measure(
     for form, (axis, s, width) in tqdm(
         list(itertools.product(FORMS, places)), desc="compiling", unit="program"
     ):
-        found[axis][form].append(peak(spec, vocab, form, s, rows, width))
+        peaks[axis][form].append(peak(spec, vocab, form, s, rows, width))
     for axis, places in (("s", steps), ("width", widths)):
         print(
             f"peak of the step, MB ({rows} rows; "
             + (f"width {widths[0]})" if axis == "s" else f"s = {at_steps})")
         )
         print(f"{axis:24}" + "".join(f"{place:>16}" for place in places))
-        for form, sizes in found[axis].items():
+        for form, sizes in peaks[axis].items():
             print(
                 f"{form:24}"
                 + "".join(f"{size / 1e6:8.1f} {size / sizes[0]:6.2f}x" for size in sizes)
             )
-    return found
+    return peaks
 
 
-def plot(found: dict, steps: list[int], widths: list[int], path: str) -> None:
-    """Both tables as curves."""
+def plot(peaks: dict, steps: list[int], widths: list[int], path: str) -> None:
+    """Plots both tables as curves."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (axis, places) in zip(
         figure.subplots(1, 2), (("s", steps), ("width", widths)), strict=True
     ):
-        for form, sizes in found[axis].items():
+        for form, sizes in peaks[axis].items():
             axes.plot(places, [size / 1e6 for size in sizes], "o-", label=form)
         axes.set(
             xlabel="simulated steps s" if axis == "s" else "row length, tokens",
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--at-steps", type=int, default=4, help="s of the curve over widths")
     parser.add_argument("--plot", help="a .png or .svg to write")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     spec = BeagleSpec(
         hidden_size=576,
         intermediate_size=1536,
@@ -154,9 +155,11 @@ def main() -> None:
         rope_theta=1e5,
         rms_norm_eps=1e-5,
     )
-    found = measure(spec, 8192, asked.rows, asked.steps, asked.widths, asked.at_steps)
-    if asked.plot:
-        plot(found, asked.steps, asked.widths, asked.plot)
+    peaks = measure(
+        spec, 8192, arguments.rows, arguments.steps, arguments.widths, arguments.at_steps
+    )
+    if arguments.plot:
+        plot(peaks, arguments.steps, arguments.widths, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Our own plain PyTorch form of the EAGLE training step (method.md 8), with simulated steps as
-training-time test has them.
+"""Our own plain PyTorch form of the EAGLE training step (method.md 8).
 
-The draft reads (token at j + t, state at j) fused by a linear map; at simulated step t the state is
-its own prediction of the step before, so every query and key is new: the keys of step 1 are seen
-causally, those of later steps along the diagonal.
+Simulated steps are as in training-time test. The draft reads (token at j + t, state at j), fused by
+a linear map. At simulated step t the state is its own prediction from the step before, so every
+query and key is new. The keys of step 1 are seen causally, those of later steps along the diagonal.
 """
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 
 class EagleBlock(torch.nn.Module):
-    """Fusion, causal self-attention without an input norm, gated MLP."""
+    """EAGLE block: fusion, causal self-attention without an input norm, gated MLP."""
 
     def __init__(
         self,
@@ -41,7 +40,7 @@ class EagleBlock(torch.nn.Module):
         )
 
     def rotate(self, x_BNTH, at_T):
-        """Rotary embedding, half-split pairs."""
+        """Applies rotary embedding to half-split pairs."""
         half = self.head_dim // 2
         angle = at_T[:, None] / self.theta ** (torch.arange(half, device=x_BNTH.device) / half)
         cos, sin = (
@@ -52,7 +51,7 @@ class EagleBlock(torch.nn.Module):
         return x_BNTH * cos + torch.cat([-second, first], dim=-1) * sin
 
     def forward(self, e_BTD, h_BTD, memory: list, step: int):
-        """Predicted states; appends this step's keys and values to `memory`."""
+        """Predicts states, and appends this step's keys and values to `memory`."""
         B, T, _ = e_BTD.shape
         x_BTD = self.fc(torch.cat([e_BTD, h_BTD], dim=-1))
         at_T = torch.arange(T, device=x_BTD.device) + step
@@ -87,15 +86,16 @@ class EagleBlock(torch.nn.Module):
 
 
 def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
-    """Soft cross-entropy + 10 smooth-L1 over `steps` simulated steps, per supervised token; the
-    target's side has no gradient.
+    """Soft cross-entropy + 10 smooth-L1 over `steps` simulated steps, per supervised token.
+
+    No gradient flows to the target's side.
     """
     with torch.no_grad():
         p_BLV = F.softmax((h_BLD @ head_VD.T).float(), dim=-1)
     L, loss, memory, state = e_BLD.shape[1], 0.0, [], h_BLD
     for step in range(1, steps + 1):
-        # Index j reads token j + step and predicts the state at j + step; past the row's end
-        # nothing counts.
+        # Index j reads token j + step and predicts the state at j + step. Indices past the row's
+        # end do not count.
         def shifted(x, step=step):
             return torch.roll(x, -step, dims=1)
 
@@ -108,7 +108,7 @@ def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
 
 
 def train_step(block: EagleBlock, optimizer, compile_it: bool, steps: int):
-    """A function of (e, h, counts, head) that does one AdamW step with clipping."""
+    """Returns a function of (e, h, counts, head): one AdamW step with clipping."""
     loss_of = torch.compile(eagle_loss, dynamic=False) if compile_it else eagle_loss
 
     def step(e_BLD, h_BLD, counts_BL, head_VD) -> None:

@@ -16,7 +16,10 @@ from beagle_jax.training.step import make_steps
 
 
 def batch_of(rows: int, width: int, hidden: int, vocab: int, prompt: int | None = None) -> Batch:
-    """Random tokens and states; the first `prompt` tokens (None: a third) are not supervised."""
+    """Makes a batch of random tokens and states.
+
+    The first `prompt` tokens (None: a third) are not supervised.
+    """
     rng = np.random.default_rng(0)
     counts = np.zeros((rows, width), bool)
     counts[:, width // 3 if prompt is None else prompt : -1] = True
@@ -34,7 +37,7 @@ def step_call(
     config: TrainConfig,
     stage: StageConfig,
 ) -> Callable[[], Any]:
-    """A call that makes one step on the first device."""
+    """Returns a call that runs one training step on the first device."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     step, _, init = make_steps(spec, config, stage, mesh)
     frozen, batch = place(frozen, mesh), place_rows(batch, mesh)

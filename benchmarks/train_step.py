@@ -1,13 +1,13 @@
-"""Training steps per second beside PyTorch: both stages of Beagle and of EAGLE here, and the EAGLE
-step by torch.
+"""Training steps per second, next to PyTorch.
 
-    python benchmarks/train_step.py                                  # the box's sizes, float32
-    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 --heads 32
-    --kv-heads 32 --vocab 32000
+    python benchmarks/train_step.py    # default sizes, float32
+    python benchmarks/train_step.py --rows 16 --width 2048 --hidden 4096 --inner 11008 \\
+        --heads 32 --kv-heads 32 --vocab 32000
 
-One process, one batch, same sizes, turns taken; medians. Ours (this library, jax) scores supervised
-positions only, in chunks. Theirs is benchmarks/torch_eagle.py, eager and through torch.compile
-where that works. Tokens are those of the rows.
+Both stages of Beagle and of EAGLE in JAX, and the EAGLE step in torch: one process, one batch, the
+same sizes, in turns; medians. Ours (this library, jax) scores supervised positions only, in chunks.
+Theirs is benchmarks/torch_eagle.py, eager and with torch.compile where that works. Tokens/s count
+all tokens of the rows.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from beagle_jax.training.kinds import OBJECTIVES
 
 
 def ours(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int):
-    """One call is one step; steps = 0 is the early stage."""
+    """Returns a call that runs one training step in JAX; steps = 0 is the early stage."""
     stage: StageConfig = EarlyStage(steps=1000, window=5)
     if steps:
         stage = LateStage(steps=1000, window=steps, simulation_steps=steps)
@@ -44,7 +44,7 @@ def ours(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int):
 
 
 def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compile_it: bool):
-    """Likewise, by PyTorch."""
+    """Returns the same in PyTorch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def put(x):
@@ -75,8 +75,9 @@ def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compil
 
 
 def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
-    """Median seconds of each, in turns; what does not run at all is left out, with the reason
-    printed.
+    """Returns median seconds of each run, in turns.
+
+    Leaves out a run that fails and prints the reason.
     """
     times: dict[str, list[float]] = {}
     for name, run in runs.items():
@@ -91,13 +92,13 @@ def seconds_of(runs: dict, repeats: int) -> dict[str, float]:
             clock = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def measure(
     spec: BeagleSpec, vocab: int, rows: int, width: int, steps: int, repeats: int, compile_it: bool
 ) -> dict[str, float]:
-    """Prints the table; returns seconds by name."""
+    """Prints the table and returns seconds by name."""
     batch = batch_of(rows, width, spec.hidden_size, vocab)
     table = 0.1 * np.random.default_rng(1).standard_normal(
         (vocab, spec.hidden_size), dtype=np.float32
@@ -107,31 +108,31 @@ def measure(
         "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False}),
     }
     runs = {
-        f"{kind} {name}": ours(one, batch, table, count)
-        for kind, one in kinds.items()
+        f"{kind} {name}": ours(kind_spec, batch, table, count)
+        for kind, kind_spec in kinds.items()
         for name, count in (("early", 0), (f"late s={steps}", steps))
     }
     for how in ("eager", "compiled") if compile_it else ("eager",):
         runs[f"torch EAGLE {how}"] = theirs(spec, batch, table, 1, how == "compiled")
         runs[f"torch EAGLE {how} s={steps}"] = theirs(spec, batch, table, steps, how == "compiled")
-    found = seconds_of(runs, repeats)
+    times = seconds_of(runs, repeats)
     print(
         f"{rows} x {width}, d={spec.hidden_size}, V={vocab}, float32, jax {jax.__version__} on "
         f"{jax.devices()[0].device_kind}, torch {torch.__version__} on "
         f"{torch.get_num_threads()} threads or cuda={torch.cuda.is_available()}"
     )
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         print(f"{name:28}{1 / seconds:9.3f} steps/s{rows * width / seconds:12.0f} tokens/s")
     for stage, plain in (("beagle early", ""), (f"beagle late s={steps}", f" s={steps}")):
         best = min(
             seconds
-            for name, seconds in found.items()
+            for name, seconds in times.items()
             if name.startswith("torch") and name.endswith(f"s={steps}") == bool(plain)
         )
         print(
-            f"{stage}: {best / found[stage]:.2f} times the tokens/s of the faster torch step{plain}"
+            f"{stage}: {best / times[stage]:.2f} times the tokens/s of the faster torch step{plain}"
         )
-    return found
+    return times
 
 
 def main() -> None:
@@ -152,18 +153,24 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     spec = BeagleSpec(
-        hidden_size=asked.hidden,
-        intermediate_size=asked.inner,
-        num_heads=asked.heads,
-        num_kv_heads=asked.kv_heads,
-        head_dim=asked.hidden // asked.heads,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.inner,
+        num_heads=arguments.heads,
+        num_kv_heads=arguments.kv_heads,
+        head_dim=arguments.hidden // arguments.heads,
         rope_theta=1e5,
         rms_norm_eps=1e-5,
     )
     measure(
-        spec, asked.vocab, asked.rows, asked.width, asked.steps, asked.repeats, not asked.no_compile
+        spec,
+        arguments.vocab,
+        arguments.rows,
+        arguments.width,
+        arguments.steps,
+        arguments.repeats,
+        not arguments.no_compile,
     )
 
 

@@ -1,9 +1,9 @@
-"""Speed of the target writing training answers in batches.
+"""Speed at which the target generates training answers in batches.
 
     python benchmarks/writing_answers.py --config configs/quickstart.yaml
 
-Prints answer tokens/s, prefill included and compilation excluded (the first run of the same shapes
-is thrown away).
+Prints answer tokens/s, prefill included and compilation excluded: the first run of the same shapes
+is discarded.
 """
 
 import argparse

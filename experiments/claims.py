@@ -1,9 +1,8 @@
-"""Whether what the paper says holds here: measures with their intervals, and a verdict on each
-claim.
+"""Tests the paper's claims on our runs: measures with intervals, and a verdict per claim.
 
-A measure of a run is a ratio of two sums over seeds and prompts. Its interval is bootstrapped:
-seeds and prompts are drawn with replacement, the same ones for both sides of a comparison, so that
-what makes a prompt hard for both cancels.
+A measure of a run is a ratio of two sums over seeds and prompts. Its interval is a bootstrap: seeds
+and prompts are resampled with replacement. Both sides of a comparison use the same resamples, so
+the difficulty of a prompt cancels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,10 @@ RELATIVE = (
     "speedup",
     "training_speed",
     "memory",
-)  # compared by their ratio; the others by their difference
+)  # compared by ratio; the other measures by difference
 _RESAMPLES = 2000
 
-Points = Sequence[
-    Mapping[str, Any]
-]  # measurements of one run with one seed, in order of its steps (run.py)
+Points = Sequence[Mapping[str, Any]]  # measurements of one run with one seed, by step (run.py)
 
 
 class Value(NamedTuple):
@@ -34,18 +31,19 @@ class Value(NamedTuple):
 
     @property
     def rounded(self) -> list[float]:
-        """For a file."""
-        return [round(float(one), 4) for one in self]
+        """Value, low and high, rounded for a JSON file."""
+        return [round(float(number), 4) for number in self]
 
 
 def value_of(run: Mapping[int, Points], measure: str) -> Value:
-    """One measure of a run over all its seeds."""
+    """Returns one measure of a run over all its seeds."""
     return _interval(_drawn([_fractions(run, measure, sorted(run))])[0])
 
 
 def having(run: Mapping[int, Points], measure: str) -> dict[int, Points]:
-    """A run's seeds that have a measure: a training that was too short, or not alone on its
-    machine, has no speed.
+    """Selects the seeds of a run that have a measure.
+
+    Training that was too short or shared its machine has no speed.
     """
     return {seed: points for seed, points in run.items() if len(_fraction(points, measure)[0])}
 
@@ -53,10 +51,10 @@ def having(run: Mapping[int, Points], measure: str) -> dict[int, Points]:
 def difference(
     more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str
 ) -> tuple[Value, list[float], int]:
-    """How much more the first has than the best of the others, on the seeds that all have; both
-    sides; number of seeds.
+    """Compares the first run with the best of the others, on the seeds that all have.
 
-    A run with one seed stands beside each of another's. A seed without the measure does not count.
+    Returns the difference, both sides, and the number of seeds. A run with one seed is paired with
+    each seed of the others. A seed without the measure does not count.
     """
     several = [set(having(run, measure)) for run in (more, *less) if len(run) > 1]
     seeds = sorted(set.intersection(*several)) if several else [0]
@@ -71,8 +69,10 @@ def difference(
 
 
 def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> str:
-    """What an interval of a difference says of a claim: that it is more than `at_least`, or within
-    `alike` of nothing.
+    """Decides a claim from the interval of a difference.
+
+    The claim: the difference is more than `at_least`, or with `alike`, within plus or minus
+    `alike`.
     """
     if not np.isfinite(found).all():
         return OPEN
@@ -86,7 +86,7 @@ def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> 
 
 
 def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, Any]:
-    """One line of the table of claims, as plain values."""
+    """Returns one line of the table of claims, as plain values."""
     line = {
         "figure": claim.figure,
         "says": claim.says,
@@ -97,26 +97,27 @@ def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, 
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
-    found, sides, seeds = difference(
+    gap, sides, seeds = difference(
         runs[claim.more], [runs[name] for name in claim.less], claim.measure
     )
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
-    said = OPEN if claim.unless else verdict(found, claim.at_least, claim.alike)
-    line |= {"difference": found.rounded, "sides": [round(one, 4) for one in sides], "seeds": seeds}
+    said = OPEN if claim.unless else verdict(gap, claim.at_least, claim.alike)
+    line |= {"difference": gap.rounded, "sides": [round(side, 4) for side in sides], "seeds": seeds}
     return line | {
         "verdict": said,
-        "here": "; ".join(filter(None, (_sentence(claim, found, sides, seeds), claim.unless))),
+        "here": "; ".join(filter(None, (_sentence(claim, gap, sides, seeds), claim.unless))),
     }
 
 
-def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) -> str:
+def _sentence(claim: Claim, gap: Value, sides: Sequence[float], seeds: int) -> str:
     scale, unit = (100, " %") if claim.measure in RELATIVE else (1, "")
     digits = 1 if claim.measure in RELATIVE else 3
-    figures = [f"{scale * one:+.{digits}f}" for one in found]
-    # sides of a memory are bytes
+    figures = [f"{scale * number:+.{digits}f}" for number in gap]
+    # sides of the measure `memory` are bytes
     left, right = (
-        f"{one / 2**20:.1f} MB" if claim.measure == "memory" else f"{one:.3f}" for one in sides
+        f"{number / 2**20:.1f} MB" if claim.measure == "memory" else f"{number:.3f}"
+        for number in sides
     )
     return (
         f"{claim.measure.replace('_', ' ')} {left} against {right}: {figures[0]}{unit} "
@@ -127,11 +128,9 @@ def _sentence(claim: Claim, found: Value, sides: Sequence[float], seeds: int) ->
 def _fractions(
     run: Mapping[int, Points], measure: str, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Numerators and denominators [seeds, prompts] of a measure."""
+    """Returns numerators and denominators [seeds, prompts] of a measure."""
     pairs = [_fraction(run[seed], measure) for seed in seeds]
-    shared = min(
-        len(above) for above, _ in pairs
-    )  # a resumed run has fewer lines of its log to go by
+    shared = min(len(above) for above, _ in pairs)  # a resumed run has logged fewer speeds
     above, below = (
         np.array([list(pair[side])[:shared] for pair in pairs], float) for side in (0, 1)
     )
@@ -142,17 +141,17 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
     last = points[-1]
     if measure == "tau":
         return last["tokens"], last["rounds"]
-    if measure == "curve":  # tau over all that was measured on the way
+    if measure == "curve":  # tau over all measurements during training
         return np.sum([point["tokens"] for point in points], axis=0), np.sum(
             [point["rounds"] for point in points], axis=0
         )
     if measure.startswith(
         "alpha_"
-    ):  # of the rounds that reached a depth, the share that accepted it
+    ):  # share of the rounds that accepted this depth among those that reached it
         depth = int(measure.removeprefix("alpha_"))
         reached_NP = np.array(last["accepted"])[:, ::-1].cumsum(axis=1)[:, ::-1]
         if depth >= reached_NP.shape[1]:
-            return [], []  # no draft goes that deep
+            return [], []  # no draft is this deep
         return reached_NP[:, depth], reached_NP[:, depth - 1]
     if measure == "speedup":
         return last["plain_seconds"], last["seconds"]
@@ -160,25 +159,26 @@ def _fraction(points: Points, measure: str) -> tuple[Sequence[float], Sequence[f
         return last["written"], last["plain_seconds" if measure.startswith("plain") else "seconds"]
     if measure == "memory":
         return [last["bytes"]], [1.0]
-    assert measure == "training_speed", measure  # plan.py refuses others
+    assert measure == "training_speed", measure  # plan.py refuses any other measure
     return last["training_tokens_per_second"], np.ones(len(last["training_tokens_per_second"]))
 
 
 def _drawn(fractions: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Each ratio as it is, then on draws of seeds and prompts: [1 + resamples]."""
-    found = []
+    """Returns each ratio on the data, then on resampled seeds and prompts: [1 + resamples]."""
+    ratios = []
     for above_SN, below_SN in fractions:
         draw_RS, draw_RN = (_draws(axis, count) for axis, count in enumerate(above_SN.shape))
         above_R, below_R = (
             np.einsum("rs,sn,rn->r", draw_RS, x_SN, draw_RN) for x_SN in (above_SN, below_SN)
         )
-        found.append(np.where(below_R > 0, above_R, 0.0) / np.where(below_R > 0, below_R, 1.0))
-    return found
+        ratios.append(np.where(below_R > 0, above_R, 0.0) / np.where(below_R > 0, below_R, 1.0))
+    return ratios
 
 
 def _draws(axis: int, count: int) -> np.ndarray:
-    """How often each of `count` was drawn [1 + resamples, count]; the first row is once each. The
-    same at every call.
+    """Returns how often each of `count` was drawn, [1 + resamples, count].
+
+    The first row draws each once. Every call returns the same.
     """
     rng = np.random.default_rng([axis, count])
     return np.concatenate(

@@ -1,4 +1,5 @@
-"""Pictures like the paper's, from the plain values that stand in a figure's JSON file (run.py).
+"""Plots like the paper's, from the values in a figure's JSON file (run.py).
+
 Each function writes one PNG.
 """
 
@@ -11,11 +12,11 @@ from matplotlib.figure import Figure
 
 from beagle_jax.evaluation.plots import save
 
-_DEPTHS = 3  # of step-alpha at most, beside tau, over training
+_DEPTHS = 3  # step-alpha curves at most, besides tau
 
 
 def draw_curve(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """tau and step-alpha of the first depths over training steps; bands: 95 % intervals."""
+    """Plots tau and step-alpha of the first depths over training steps; bands: 95 % intervals."""
     depths = min(
         _DEPTHS, *(len(point["step_alpha"]) for run in runs.values() for point in run["curve"])
     )
@@ -37,7 +38,7 @@ def draw_curve(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) ->
 
 
 def draw_depth(title: str, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """step-alpha by draft depth, and tau, at the end of training."""
+    """Plots step-alpha by draft depth, and tau, at the end of training."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     alpha, tau = figure.subplots(1, 2)
     for colour, (label, run) in enumerate(runs.items()):

@@ -1,5 +1,6 @@
-"""What a file of experiments says: drafts to train, how they decode, figures, and what the paper
-claims of them.
+"""Reads a file of experiments.
+
+It names drafts to train, evaluations of them, figures, and the paper's claims about them.
 """
 
 import re
@@ -13,9 +14,9 @@ import yaml
 from beagle_jax.config import parse_yaml, read_settings
 from beagle_jax.errors import UsageError
 
-_SHORTER = 120  # --short: a stage has this part of its steps
+_SHORTER = 120  # --short divides the steps of a stage by this
 _MEASURES = re.compile(r"tau|curve|alpha_[1-9]\d*|speedup|memory|training_speed")
-# added to the seed for every run that one goes on from: it shall not see the same batches again
+# Added to the seed per run that a run continues from, so that it sees other batches.
 _AFTER_SEED = 100
 
 
@@ -28,11 +29,11 @@ class Run:
     every: int | None = None  # batches between two measurements; null: one at the end
     seeds: tuple[int, ...] = (0,)
     after: str | None = (
-        None  # the run whose draft this one goes on from: that of the same seed, or its only one
+        None  # the run whose draft this run starts from: that of the same seed, or its only one
     )
     set: Mapping[str, Any] = field(
         default_factory=dict
-    )  # settings that differ from the base's, by dotted key
+    )  # settings that differ from the base, by dotted key
 
     @property
     def points(self) -> list[int]:
@@ -43,9 +44,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Trained drafts as `beagle_jax.evaluate` measures them: prompt by prompt, timed, beside plain
-    decoding.
-    """
+    """Trained drafts that `beagle_jax.evaluate` times per prompt, next to plain decoding."""
 
     drafts: tuple[str, ...]  # runs, each with all its seeds
     set: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +52,9 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One picture. curve: over training steps; depth: by draft depth; phases: of a round; table: no
-    picture.
+    """One figure.
+
+    curve: over training steps; depth: by draft depth; phases: of a round; table: no plot.
     """
 
     title: str
@@ -70,14 +70,14 @@ class Claim:
     says: str
     measure: str = "tau"
     more: str  # a run, or evaluation.run
-    less: tuple[str, ...]  # of several, the best
-    at_least: float = 0.0  # how much more it must be; less than 0: how much less it may be
-    alike: float | None = None  # in place of at_least: how far apart the two may be either way
-    unless: str | None = None  # why it cannot be decided at this scale, whatever the figures
+    less: tuple[str, ...]  # of several runs, the best counts
+    at_least: float = 0.0  # the least difference; below 0: how much less it may be
+    alike: float | None = None  # instead of at_least: the largest difference in either direction
+    unless: str | None = None  # why no figures of this scale can decide it
 
 
 class Training(NamedTuple):
-    """A run with a seed: one folder."""
+    """A run with a seed; it has one folder."""
 
     name: str
     seed: int
@@ -85,7 +85,7 @@ class Training(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A whole file."""
+    """A whole file of experiments."""
 
     base: Mapping[str, Any]  # a normal config
     folder: Path  # of the runs
@@ -96,8 +96,9 @@ class Plan:
     claims: Sequence[Claim]
 
     def trainings(self) -> Iterator[Training]:
-        """In the file's order: every run with its first seed, then all with their second, and so
-        on.
+        """Yields trainings in order: every run with its first seed, then with its second, etc.
+
+        Runs are in the file's order.
         """
         for place in range(max(len(run.seeds) for run in self.runs.values())):
             yield from (
@@ -107,39 +108,40 @@ class Plan:
             )
 
     def folder_of(self, training: Training) -> Path:
-        """Where a run keeps its config, checkpoints, log, draft and measurements."""
+        """Returns the folder of a run's config, checkpoints, log, draft and measurements."""
         return self.folder / f"{training.name}-{training.seed}"
 
     def evaluated(self, name: str) -> dict[Path, list[Training]]:
-        """By folder, the drafts that an evaluation times side by side: of every run the first
-        seed's, then the second's, and so on.
+        """Returns, by folder, the drafts that an evaluation times side by side.
 
-        A seed that is added has a folder, and plain decoding, of its own: what was timed before
-        stays as it is.
+        The first folder has every run's first seed, the second every run's second, and so on. A
+        seed added later gets its own folder and its own plain decoding, so earlier times stay as
+        they are.
         """
         seeds = {draft: self.runs[draft].seeds for draft in self.evaluations[name].drafts}
-        found: dict[Path, list[Training]] = {}
+        by_folder: dict[Path, list[Training]] = {}
         for place in range(max(map(len, seeds.values()))):
             folder = self.folder / "evaluations" / (f"{name}-{place}" if place else name)
-            found[folder] = [
+            by_folder[folder] = [
                 Training(draft, own[place]) for draft, own in seeds.items() if place < len(own)
             ]
-        return found
+        return by_folder
 
     def above(self, training: Training) -> Training:
-        """What a run with `after` goes on from."""
+        """Returns the training that a run with `after` continues from."""
         name = self.runs[training.name].after
         seeds = self.runs[name].seeds
         return Training(name, seeds[0] if len(seeds) == 1 else training.seed)
 
     def before(self, name: str) -> list[str]:
-        """The runs that a run goes on from, the nearest first."""
+        """Returns the runs that a run continues from, directly or not, nearest first."""
         above = self.runs[name].after
         return [above, *self.before(above)] if above else []
 
     def settings_of(self, training: Training, steps: int) -> dict[str, Any]:
-        """The config that trains a run up to so many steps: the base, and dotted keys that take
-        precedence.
+        """Returns the config that trains a run up to `steps` steps.
+
+        It is the base plus dotted keys, which take precedence.
         """
         run, folder = self.runs[training.name], self.folder_of(training)
         other = "late" if run.stage == "early" else "early"
@@ -148,7 +150,7 @@ class Plan:
             "train.folder": str(folder),
             f"train.{run.stage}.steps": steps,
             f"train.{other}.steps": 0,
-            # from one measurement to the next only the number of steps changes
+            # Only the number of steps changes from one measurement to the next.
             "train.accept_changes": True,
         }
         if run.after:
@@ -156,7 +158,10 @@ class Plan:
         return {**self.base, **run.set, **own}
 
     def only(self, figures: Sequence[str]) -> "Plan":
-        """What these figures and their claims need, and no more; all for none."""
+        """Returns the part of the plan that these figures and their claims need.
+
+        No figures: the whole plan.
+        """
         if not figures:
             return self
         for name in figures:
@@ -168,11 +173,11 @@ class Plan:
         named = {name for figure in figures for name in self.figures[figure].of}
         named |= {name for claim in claims for name in (claim.more, *claim.less)}
         evaluations = {
-            name: one
-            for name, one in self.evaluations.items()
+            name: entry
+            for name, entry in self.evaluations.items()
             if any(which.startswith(f"{name}.") for which in named)
         }
-        named |= {draft for one in evaluations.values() for draft in one.drafts}
+        named |= {draft for entry in evaluations.values() for draft in entry.drafts}
         runs = {name: run for name, run in self.runs.items() if name in named}
         while above := {run.after for run in runs.values() if run.after} - runs.keys():
             runs = {name: run for name, run in self.runs.items() if name in runs or name in above}
@@ -181,16 +186,18 @@ class Plan:
             runs=runs,
             evaluations=evaluations,
             claims=claims,
-            figures={name: one for name, one in self.figures.items() if name in figures},
+            figures={name: entry for name, entry in self.figures.items() if name in figures},
         )
 
 
 def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
-    """Reads the file. overrides: by dotted key, settings that all runs take, or `folder`, which
-    then holds the results too.
+    """Reads a file of experiments.
 
-    short: few steps of the first seed, and the file's short settings. Raises UsageError for a name
-    that is not there and for a key that nothing reads.
+    overrides: settings for all runs, by dotted key. The key `folder` sets the folder of the runs,
+    which then also holds the results. short: few steps of the first seed, with the file's short
+    settings.
+
+    Raises: UsageError for a name that is not defined and for an unknown key.
     """
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -216,8 +223,8 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
             run["seeds"] = run.get("seeds", [0])[:1]
     made = {
         section: {
-            name: _made(kind, one, f"{path}: {section}.{name}")
-            for name, one in groups[section].items()
+            name: _made(kind, entry, f"{path}: {section}.{name}")
+            for name, entry in groups[section].items()
         }
         for section, kind in (("runs", Run), ("evaluations", Evaluation), ("figures", Figure))
     }
@@ -225,7 +232,9 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
         base={**base, **{key: value for key, value in overrides.items() if key != "folder"}},
         folder=folder,
         results=results,
-        claims=[_made(Claim, one, f"{path}: claims[{place}]") for place, one in enumerate(claims)],
+        claims=[
+            _made(Claim, entry, f"{path}: claims[{place}]") for place, entry in enumerate(claims)
+        ],
         **made,
     )
     _check_names(plan, path)
@@ -233,7 +242,7 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
 
 
 def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """The dataclass, lists as tuples; a single name stands for a list of one."""
+    """Returns the dataclass, with lists as tuples; a single name stands for a list of one."""
     tuples = {name for name, hint in kind.__annotations__.items() if str(hint).startswith("tuple")}
     values = {
         key: tuple(value) if isinstance(value, list) else (value,) if key in tuples else value
@@ -251,43 +260,47 @@ def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_names(plan: Plan, path: Path) -> None:
-    """Every name that is used must be there, and have what is asked of it: found out now, and not
-    after hours of training.
+    """Checks that every name is defined and has the measures requested of it.
+
+    An error is then reported at once and not after hours of training.
     """
-    decoded = {f"{name}.{draft}" for name, one in plan.evaluations.items() for draft in one.drafts}
+    decoded = {
+        f"{name}.{draft}" for name, entry in plan.evaluations.items() for draft in entry.drafts
+    }
     uses = [
         (f"runs.{name}.after", run.after, plan.runs) for name, run in plan.runs.items() if run.after
     ]
     uses += [
         (f"evaluations.{name}.drafts", draft, plan.runs)
-        for name, one in plan.evaluations.items()
-        for draft in one.drafts
+        for name, entry in plan.evaluations.items()
+        for draft in entry.drafts
     ]
     known = plan.runs.keys() | decoded
     uses += [
-        (f"figures.{name}.of", one, known)
+        (f"figures.{name}.of", entry, known)
         for name, figure in plan.figures.items()
-        for one in figure.of
+        for entry in figure.of
     ]
     for place, claim in enumerate(plan.claims):
         uses += [(f"claims[{place}].figure", claim.figure, plan.figures)]
-        uses += [(f"claims[{place}]", one, known) for one in (claim.more, *claim.less)]
+        uses += [(f"claims[{place}]", entry, known) for entry in (claim.more, *claim.less)]
     for where, name, there in uses:
         if name not in there:
             raise UsageError(
                 f"{path}: {where} names {name!r}, which is not there; expected one of "
                 f"{', '.join(sorted(there))}"
             )
-    for name, one in plan.evaluations.items():
-        if len(set(one.drafts)) < len(one.drafts):
+    for name, entry in plan.evaluations.items():
+        if len(set(entry.drafts)) < len(entry.drafts):
             raise UsageError(
-                f"{path}: evaluations.{name}.drafts is {', '.join(one.drafts)}; expected each once"
+                f"{path}: evaluations.{name}.drafts is {', '.join(entry.drafts)}; expected each "
+                "once"
             )
     folders = [folder.name for name in plan.evaluations for folder in plan.evaluated(name)]
-    for one in folders:
-        if folders.count(one) > 1:
+    for entry in folders:
+        if folders.count(entry) > 1:
             raise UsageError(
-                f"{path}: evaluations.{one} would share its folder with seeds of another "
+                f"{path}: evaluations.{entry} would share its folder with seeds of another "
                 "evaluation; give it another name"
             )
     for name, figure in plan.figures.items():
@@ -305,10 +318,10 @@ def _check_names(plan: Plan, path: Path) -> None:
         having = {"speedup": decoded, "memory": decoded, "training_speed": plan.runs.keys()}.get(
             claim.measure, known
         )
-        for one in (claim.more, *claim.less):
-            if one not in having:
+        for entry in (claim.more, *claim.less):
+            if entry not in having:
                 raise UsageError(
-                    f"{path}: claims[{place}]: {one} has no {claim.measure}; expected one of "
+                    f"{path}: claims[{place}]: {entry} has no {claim.measure}; expected one of "
                     f"{', '.join(sorted(having))}"
                 )
     order = list(plan.runs)

@@ -1,4 +1,4 @@
-"""From what the runs have left in their folders to figures and the table of claims."""
+"""Turns what the runs wrote to their folders into figures and the table of claims."""
 
 import json
 from collections.abc import Mapping
@@ -19,18 +19,23 @@ Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order o
 
 
 def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) -> str:
-    """Writes every figure's JSON and PNG and the table of claims; returns the table. whole: the
-    plan is; part of a table replaces none.
+    """Writes every figure's JSON and PNG and the table of claims; returns the table.
+
+    whole: whether `plan` is the whole plan; a part's table does not replace the whole one's.
     """
     plan.results.mkdir(parents=True, exist_ok=True)
-    found = measured(plan) | decoded(plan)
-    # Where the text lies is this machine's affair.
+    measurements = measured(plan) | decoded(plan)
+    # data.folder is a path of this machine, so it is left out.
     base = {key: value for key, value in plan.base.items() if key != "data.folder"}
     about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base}
-    lines, tables = [judged(claim, found) for claim in plan.claims], []
+    lines, tables = [judged(claim, measurements) for claim in plan.claims], []
     for name, figure in plan.figures.items():
-        runs = {one: values(plan, found, one) for one in figure.of if found.get(one)}
-        missing = {one: _reason(one, failed) for one in figure.of if one not in runs}
+        runs = {
+            label: values(plan, measurements, label)
+            for label in figure.of
+            if measurements.get(label)
+        }
+        missing = {label: _reason(label, failed) for label in figure.of if label not in runs}
         made = {
             "figure": name,
             "title": figure.title,
@@ -51,38 +56,37 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
 
 
 def _reason(name: str, failed: Mapping[str, str]) -> str:
-    """Why a run or a draft of an evaluation is not there."""
+    """Returns why a run or a draft of an evaluation has no results."""
     return next(
         (
             why
-            for one, why in failed.items()
-            if one.rsplit("-", 1)[0] == name or one == name.split(".")[0]
+            for label, why in failed.items()
+            if label.rsplit("-", 1)[0] == name or label == name.split(".")[0]
         ),
         "not run",
     )
 
 
 def measured(plan: Plan) -> Found:
-    """Measurements of every training, as far as they are there."""
-    found: Found = {}
+    """Reads the measurements of every finished training."""
+    measurements: Found = {}
     for training in plan.trainings():
         paths = [
             plan.folder_of(training) / f"step-{step}.json"
             for step in plan.runs[training.name].points
         ]
         points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-        if len(points) == len(
-            paths
-        ):  # a run that is under way is not compared with those that are done
-            found.setdefault(training.name, {})[training.seed] = points
-    return found
+        if len(points) == len(paths):  # an unfinished run is not compared with finished ones
+            measurements.setdefault(training.name, {})[training.seed] = points
+    return measurements
 
 
 def decoded(plan: Plan) -> Found:
-    """Every draft of every evaluation as one measurement of its seed, under evaluation.run, as far
-    as they are there.
+    """Reads every draft of every finished evaluation, under evaluation.run.
+
+    A draft is one measurement of its seed.
     """
-    found: Found = {}
+    measurements: Found = {}
     for name in plan.evaluations:
         for folder, drafts in plan.evaluated(name).items():
             if not (folder / "report.json").exists():
@@ -94,36 +98,37 @@ def decoded(plan: Plan) -> Found:
             ]
             plain, *systems = report["systems"]
             for draft, system in zip(drafts, systems, strict=True):
-                found.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [
+                measurements.setdefault(f"{name}.{draft.name}", {})[draft.seed] = [
                     _from_answers(answers, system, plain)
                 ]
-    return found
+    return measurements
 
 
 def _from_answers(
     answers: list[dict], system: Mapping[str, Any], plain: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Sums by prompt over its turns, with the times of a round and the memory that the report has;
-    plain: of the same process.
+    """Sums each prompt over its turns, and adds the report's round times and memory.
+
+    plain: plain decoding in the same process.
     """
     own = [[turn[system["name"]]["answer"] for turn in case["turns"]] for case in answers]
 
     def seconds(turns):
-        return sum(one["prefill_seconds"] + one["decode_seconds"] for one in turns)
+        return sum(answer["prefill_seconds"] + answer["decode_seconds"] for answer in turns)
 
     return {
         "step": 0,
-        "tokens": [sum(len(one["tokens"]) - 1 for one in turns) for turns in own],
-        "rounds": [sum(one["rounds"] for one in turns) for turns in own],
+        "tokens": [sum(len(answer["tokens"]) - 1 for answer in turns) for turns in own],
+        "rounds": [sum(answer["rounds"] for answer in turns) for turns in own],
         "accepted": [
-            [sum(counts) for counts in zip(*(one["accepted"] for one in turns), strict=True)]
+            [sum(counts) for counts in zip(*(answer["accepted"] for answer in turns), strict=True)]
             for turns in own
         ],
         "seconds": [seconds(turns) for turns in own],
         "plain_seconds": [
             seconds([turn[plain["name"]]["answer"] for turn in case["turns"]]) for case in answers
         ],
-        "written": [sum(len(one["tokens"]) for one in turns) for turns in own],
+        "written": [sum(len(answer["tokens"]) for answer in turns) for turns in own],
         "milliseconds": system["milliseconds"],
         "bytes": _peak(system["bytes"]),
         "plain_bytes": _peak(plain["bytes"]),
@@ -131,7 +136,7 @@ def _from_answers(
 
 
 def _peak(parts: Mapping[str, int | None]) -> int:
-    """Weights, caches and the larger of the two programs' temporaries."""
+    """Bytes of weights, caches and the larger of the two programs' temporaries."""
     held = sum(
         parts[name] for name in ("target_weights", "draft_weights", "target_cache", "draft_cache")
     )
@@ -139,7 +144,7 @@ def _peak(parts: Mapping[str, int | None]) -> int:
 
 
 def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
-    """What a figure shows of a run: each value with the ends of its 95 % interval."""
+    """Returns a figure's values of one run, each with the ends of its 95 % interval."""
     run = found[name]
     points_of_one = next(iter(run.values()))  # all seeds are measured at the same steps
     last = points_of_one[-1]
@@ -149,7 +154,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         made["curve"].append({"step": point["step"], **_figures(upto)})
     if timed := having(
         found.get(name.rpartition(".")[2], {}), "training_speed"
-    ):  # of an evaluation's draft: of its run
+    ):  # for an evaluation's draft: of its run
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
         made |= _costs(run)
@@ -157,7 +162,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     if name in plan.runs and plan.runs[name].after:
         for above in {plan.above(Training(name, seed)) for seed in run}:
             before |= {above.seed: found.get(above.name, {}).get(above.seed)}
-    if before and all(before.values()):  # its curve begins where that of the run before it ended
+    if before and all(before.values()):  # the curve starts where the previous run's ended
         start = sum(plan.runs[above].steps for above in plan.before(name))
         made["curve"] = [
             {"step": start, **_figures(before)},
@@ -167,17 +172,19 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
 
 
 def _costs(run: Mapping[int, Points]) -> dict[str, Any]:
-    """Times and memory of an evaluation's draft over all its seeds."""
+    """Returns times and memory of an evaluation's draft over all its seeds."""
     lasts = [points[-1] for points in run.values()]
     made = {
         measure: value_of(run, measure).rounded
         for measure in ("speedup", "tokens_per_second", "plain_tokens_per_second")
     }
     made["milliseconds"] = {
-        phase: round(fmean(one["milliseconds"][phase] for one in lasts), 3)
+        phase: round(fmean(last["milliseconds"][phase] for last in lasts), 3)
         for phase in lasts[0]["milliseconds"]
     }
-    return made | {key: round(fmean(one[key] for one in lasts)) for key in ("bytes", "plain_bytes")}
+    return made | {
+        key: round(fmean(last[key] for last in lasts)) for key in ("bytes", "plain_bytes")
+    }
 
 
 def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def _figures(run: Mapping[int, Points]) -> dict[str, Any]:
 
 
 def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """The picture of a figure's values."""
+    """Draws a figure from its values."""
     if figure.kind == "curve":
         draw_curve(figure.title, runs, path)
     elif figure.kind == "depth":
@@ -211,7 +218,7 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
 
 
 def claims_table(lines: list[dict[str, Any]]) -> list[str]:
-    """The verdicts, as Markdown."""
+    """Formats the verdicts as Markdown."""
     rows = ["| figure | the paper | here | verdict |", "| --- | --- | --- | --- |"]
     return rows + [
         f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |"
@@ -220,9 +227,9 @@ def claims_table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
-    """How many hold, and where."""
+    """Counts the claims by verdict and names the machine."""
     counts = ", ".join(
-        f"{sum(line['verdict'] == one for line in lines)} {one}" for one in (HOLDS, FAILS, OPEN)
+        f"{sum(line['verdict'] == kind for line in lines)} {kind}" for kind in (HOLDS, FAILS, OPEN)
     )
     return (
         f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. "
@@ -231,7 +238,7 @@ def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 
 
 def systems_table(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The columns of the paper's Table 1, as Markdown."""
+    """Formats the columns of the paper's Table 1 as Markdown."""
     first = next(iter(runs.values()))
     rows = [
         "| draft | seeds | tau | tok/s | speedup | peak memory | trains, tok/s |",

@@ -1,21 +1,17 @@
-"""The paper's figures: trains what they compare, one draft after another, measures all alike, and
-says which claims hold.
+"""Reproduces the paper's figures: trains drafts, measures all, and judges the claims.
 
-    python experiments/run.py experiments/paper.yaml                 # everything; hours on two
-    cores
-    python experiments/run.py experiments/paper.yaml --only fig4     # what one figure needs
-    python experiments/run.py experiments/paper.yaml --short         # a few steps each, to see it
-    run; in a folder of its own
-    python experiments/run.py experiments/paper.yaml --draw          # no training: figures and
-    table of what is there
-    python experiments/run.py experiments/paper.yaml target.source=hf:org/name folder=runs/other
-    data.folder=runs/other/data
+    python experiments/run.py experiments/paper.yaml                # everything; hours on two cores
+    python experiments/run.py experiments/paper.yaml --only fig4    # what one figure needs
+    python experiments/run.py experiments/paper.yaml --short        # few steps, in its own folder
+    python experiments/run.py experiments/paper.yaml --draw         # no training: draw what exists
+    python experiments/run.py experiments/paper.yaml target.source=hf:org/name \\
+        folder=runs/other data.folder=runs/other/data
 
-A run is a folder: config.yaml (`python -m beagle_jax.train --config` takes it), log.jsonl,
-checkpoints, draft/, and step-N.json, what its draft accepted after N steps. What is there is not
-done again, a run that was cut off goes on from its last checkpoint, and a run that cannot be made
-is named in the figures. Times mean something only on a machine that does nothing else: --shared
-keeps none, and leaves what is there only for its times to another call.
+A run is a folder: config.yaml (for `python -m beagle_jax.train --config`), log.jsonl, checkpoints,
+draft/, and step-N.json with what its draft accepted after N steps. Finished work is not repeated,
+an interrupted run continues from its last checkpoint, and the figures name a run that cannot be
+made. Times are meaningful only on a machine that does nothing else: with --shared no times are
+recorded, and work that only measures times is left to a later call.
 """
 
 import argparse
@@ -93,8 +89,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
-    """Every training and evaluation that is not there yet; returns those that cannot be made, and
-    why. shared: takes no times.
+    """Makes every training and evaluation that does not exist yet.
+
+    shared: record no times. Returns the failed ones with the reason.
     """
     trainings, failed = list(plan.trainings()), {}
 
@@ -104,7 +101,7 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
         except UserError as error:
             failed[name] = str(error)
             print(f"{name} cannot be made: {error}", file=sys.stderr, flush=True)
-        # compiled programs of a hundred runs would not fit; they are read back from `programs`
+        # Compiled programs of a hundred runs would not fit in memory; `programs` has them on disk.
         jax.clear_caches()
         gc.collect()
 
@@ -120,22 +117,23 @@ def run_all(plan: Plan, *, shared: bool) -> dict[str, str]:
 
 
 def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
-    """Trains a run from point to point, and writes what its draft accepts at each, with the speed
-    of training unless `shared`.
+    """Trains a run from point to point and writes what its draft accepts at each.
+
+    Also writes the speed of training, unless `shared`.
     """
     folder, run, target = plan.folder_of(training), plan.runs[training.name], None
     folder.mkdir(parents=True, exist_ok=True)
     for steps in run.points:
-        found = folder / f"step-{steps}.json"
+        path = folder / f"step-{steps}.json"
         config = _written(
             folder / "config.yaml", plan.settings_of(training, steps), f"train.{run.stage}.steps"
         )
-        if not found.exists():
+        if not path.exists():
             target = target or training_target(config)
             train_draft(config, target)
             speed = {"training_tokens_per_second": [] if shared else training_speed(config)}
             write_text(
-                found,
+                path,
                 json.dumps(
                     {"step": steps, "seed": training.seed, **accepted(config, target), **speed}
                 ),
@@ -143,8 +141,10 @@ def train_and_measure(plan: Plan, training: Training, *, shared: bool) -> None:
 
 
 def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
-    """The config of a run, kept beside it. Raises UserError when the folder was made with settings
-    other than the number of steps.
+    """Writes the config of a run to its folder.
+
+    Raises: UserError if the folder was made with other settings than these, the number of steps
+    excepted.
     """
     return _config(path, settings, ("text", "stage", "answers", "tau"), except_for=steps)
 
@@ -152,9 +152,11 @@ def _written(path: Path, settings: Mapping[str, Any], steps: str) -> Config:
 def _config(
     path: Path, settings: Mapping[str, Any], decided: Sequence[Result], except_for: str = ""
 ) -> Config:
-    """Writes a config to `path`, and reads it. Paths in it are those of the working directory.
+    """Writes a config to `path` and reads it back.
 
-    Raises UserError, and leaves what is there, where these results were made with other settings.
+    Relative paths in it refer to the working directory.
+
+    Raises: UserError, leaving the existing file, if these results were made with other settings.
     """
     text = yaml.safe_dump(dict(settings), sort_keys=False)
     before = path.read_text(encoding="utf-8") if path.exists() else None
@@ -177,8 +179,9 @@ def _config(
 
 
 def accepted(config: Config, target: Target) -> dict[str, list]:
-    """What the draft brings in real decoding, by prompt of the first suite, all prompts as one
-    batch.
+    """Returns what the draft accepts in real decoding, by prompt of the first suite.
+
+    All prompts form one batch.
     """
     prompts = tokenize(
         suite(config.eval.suites[0], config.eval.limit, config.eval.folder), target.tokenizer
@@ -190,35 +193,37 @@ def accepted(config: Config, target: Target) -> dict[str, list]:
         max_new_tokens=config.eval.max_new_tokens,
         seed=config.decode.seed,
     )
-    # The prefill's token is in no round.
+    # The token of the prefill belongs to no round.
     return {
-        "tokens": [len(one.tokens) - 1 for one in answers],
-        "rounds": [one.rounds for one in answers],
-        "accepted": [one.accepted for one in answers],
+        "tokens": [len(answer.tokens) - 1 for answer in answers],
+        "rounds": [answer.rounds for answer in answers],
+        "accepted": [answer.accepted for answer in answers],
     }
 
 
 def training_speed(config: Config) -> list[float]:
-    """Supervised tokens per second by line of the log, but for the first after each start of the
-    program: its time holds a compilation.
+    """Returns supervised tokens per second, one value per log record.
+
+    The first record after each start of the program is left out: its time includes a compilation.
     """
-    found, compiled = [], False
+    speeds, compiled = [], False
     for text in (Path(config.train.folder) / "log.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
         if line["stage"] == "data":
             compiled = False
         elif "tokens_per_second" in line:
-            found += [line["tokens_per_second"]] if compiled else []
+            speeds += [line["tokens_per_second"]] if compiled else []
             compiled = True
-    return found
+    return speeds
 
 
 def evaluate_drafts(plan: Plan, name: str, folder: Path, drafts: Sequence[Training]) -> None:
-    """`evaluate` on drafts that an evaluation times side by side (`Plan.evaluated`); answers that
-    are in the folder are kept.
+    """Runs `evaluate` on drafts that are timed side by side (`Plan.evaluated`).
 
-    Raises UserError when what is there was measured with other settings, or the drafts were trained
-    again since.
+    Answers that are already in the folder are kept.
+
+    Raises: UserError if they were measured with other settings, or if the drafts were trained again
+    since.
     """
     folders = [plan.folder_of(draft) for draft in drafts]
     settings = {

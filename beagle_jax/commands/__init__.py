@@ -1,3 +1,4 @@
-"""What each command does once its command line has been read. The entry points beside this folder
-parse first: these files load jax.
+"""Implementation of each command.
+
+The entry points beside this folder parse the command line first, because these modules import jax.
 """

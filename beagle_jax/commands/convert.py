@@ -1,4 +1,4 @@
-"""Drafts to PyTorch and back, and targets into the form that loads fastest."""
+"""Converts drafts to PyTorch and back, and targets to the format that loads fastest."""
 
 import os
 import tempfile
@@ -28,8 +28,9 @@ from beagle_jax.weights.torch_import import read_torch_draft
 
 
 def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the PyTorch folder; it appears only after torch computed from it what the JAX block
-    computes.
+    """Exports the draft as a PyTorch folder.
+
+    The folder appears only after torch has computed the same values from it as the JAX block.
     """
     require_torch()
     source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
@@ -43,8 +44,8 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         write_torch_folder(
             folder, draft, target.vocab_size, model_card(draft, report, revision(opened))
         )
-        found = check_parity(folder, draft, target.vocab_size)
-    measured = ", ".join(f"{name} {value:.0e}" for name, value in found.items())
+        differences = check_parity(folder, draft, target.vocab_size)
+    measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
     text = (
         f"largest difference from the JAX block, of the scale: {measured}\ndraft written to "
         f"{out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
@@ -52,16 +53,16 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     )
     return text, {
         "out": str(out),
-        "largest_difference": {name: float(value) for name, value in found.items()},
+        "largest_difference": {name: float(value) for name, value in differences.items()},
     }
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the native folder, which is read back before it appears."""
+    """Imports a PyTorch draft as a native folder, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target, read = target_spec(config.target)
-    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, read)
+    target, reader = target_spec(config.target)
+    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
@@ -74,11 +75,11 @@ def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the native folder of an EAGLE draft, which is read back before it appears."""
+    """Imports an EAGLE draft as a native folder, which is read back before it appears."""
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
-    target, read = target_spec(config.target)
-    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, read)
+    target, reader = target_spec(config.target)
+    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
@@ -91,8 +92,9 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Writes the target as a folder that loads fast, its arrays in the parts that the devices of
-    `mesh` hold.
+    """Writes the target as a folder that loads fast.
+
+    Its arrays are stored in the shards that the devices of `mesh` hold.
     """
     source, dtype = config.target.source, config.target.dtype
     opened = open_source(source, Path(config.target.cache_dir).expanduser())
@@ -103,9 +105,11 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
         )
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = configured_target(config.target, mesh, decoding=False)
-    told = {"dtype": dtype, "source": source, "revision": target.revision}
+    origin = {"dtype": dtype, "source": source, "revision": target.revision}
     with staged(out) as folder:
-        save_target(folder, target.params, opened.config(), target.tokenizer, target.eos_ids, told)
+        save_target(
+            folder, target.params, opened.config(), target.tokenizer, target.eos_ids, origin
+        )
     count = sum(array.nbytes for array in jax.tree.leaves(target.params))
     return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {
         "out": str(out),
@@ -114,25 +118,23 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
-    """The target's shape, and what reads its tensors one by one; none is read here."""
+    """Returns the target's shape and a reader of its tensors; reads no tensor."""
     opened = open_source(config.source, Path(config.cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), config.source)
     return spec, tensor_reader(opened, spec)
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
-    """Raises UserError when the draft says that it was trained for another target of the same
-    shape.
-    """
-    if told := other_target(draft, source):
+    """Raises UserError if the draft names another target, of the same shape, as its own."""
+    if trained_for := other_target(draft, source):
         raise UserError(
-            f"{where}: this draft belongs to another target ({told}, and target.source is "
-            f"{source}); set target.source={told}"
+            f"{where}: this draft belongs to another target ({trained_for}, and target.source is "
+            f"{source}); set target.source={trained_for}"
         )
 
 
 def _read_report(path: str) -> str:
-    """The model card's part of what `evaluate --json` wrote."""
+    """Reads a report of `evaluate --json` and returns the model card's section on it."""
     report = read_json(Path(path), "expected what evaluate --json wrote")
     try:
         if report["format"] == 1:
@@ -149,8 +151,9 @@ def _read_report(path: str) -> str:
 
 
 def _free(arguments: Namespace, source: Path) -> Path:
-    """The output folder; raises UserError when it may not be written, or when replacing it would
-    lose something else.
+    """Returns the output folder.
+
+    Raises: UserError if it cannot be written, or if replacing it would lose anything else.
     """
     out = Path(arguments.out).expanduser()
     if not out.exists():
@@ -176,7 +179,10 @@ def _free(arguments: Namespace, source: Path) -> Path:
 
 
 def _is_ours(folder: Path) -> bool:
-    """What a folder of another kind holds, a target say, is not lost by a slip of the hand."""
+    """Whether a folder was written by convert or train.
+
+    A mistyped path must not delete any other folder, for example one of a target.
+    """
     if (folder / SETTINGS).is_file():
         return True
     config = folder / "config.json"
@@ -189,8 +195,9 @@ def _is_ours(folder: Path) -> bool:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` at the end of the block; after an error nothing
-    of it is left.
+    """Yields an empty folder that replaces `out` at the end of the block.
+
+    After an error nothing of it is left.
     """
     out = out.absolute()
     try:
@@ -201,7 +208,7 @@ def staged(out: Path) -> Iterator[Path]:
             f"--out {out}: cannot be written ({error}); choose another folder"
         ) from error
     with temporary as beside:
-        # The same name as `out`: transformers names the module that it loads after the folder.
+        # It has the same name as `out`: transformers names the loaded module after its folder.
         folder = Path(beside, out.name)
         folder.mkdir()
         yield folder

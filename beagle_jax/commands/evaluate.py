@@ -1,4 +1,4 @@
-"""Evaluation from a config to a report."""
+"""`evaluate`: from a config to a report."""
 
 import hashlib
 import json
@@ -34,15 +34,14 @@ from beagle_jax.files import write_text
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, configured_target
 
-_SHOWN_TOKENS = 48  # of an answer, in the picture of attention
+_SHOWN_TOKENS = 48  # of the answer in the attention plot
 
 
 def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -> dict:
-    """The report on plain decoding, the draft, and those of `eval.compare`.
+    """Returns the report on plain decoding, the draft, and the drafts of `eval.compare`.
 
-    out: a folder that keeps every answer as it comes, goes on from those it has, and gets the
-    report's files. audited: all answers are also held against teacher forcing
-    (evaluation/audit.py).
+    out: a folder for answers and report files; answers that it already has are not decoded again.
+    audited: also compare all answers with teacher forcing (evaluation/audit.py).
     """
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
@@ -130,8 +129,10 @@ def _settings(
     bench: Bench,
     suites: Mapping[str, Sequence[Chat]],
 ) -> dict:
-    """All that decides answers and times: under the same names there may be other weights, prompts
-    and tuned trees by now.
+    """Everything that determines answers and times.
+
+    Includes hashes of weights and prompts and the tuned trees, since these can change under the
+    same names.
     """
     weights = {
         name: draft.fingerprint if isinstance(draft, Draft) else asdict(draft)
@@ -154,9 +155,9 @@ def _settings(
 
 
 def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
-    """Phases and memory of each system, after a prompt of middle length."""
+    """Measures phases and memory of each system, after a prompt of median length."""
     prompts = sorted(
-        (asked.prompt for case in measured.cases for turn in case.turns for asked in turn.values()),
+        (entry.prompt for case in measured.cases for turn in case.turns for entry in turn.values()),
         key=len,
     )
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
@@ -167,7 +168,7 @@ def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
 
 
 def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> None:
-    """report.json, report.md and report.html, and the pictures of the last one."""
+    """Writes report.json, report.md and report.html with its pictures."""
     pictures = _pictures(config, bench, measured, made, folder / "pictures")
     write_text(folder / "report.json", json.dumps(made, indent=1) + "\n")
     write_text(folder / "report.md", markdown(made))
@@ -177,7 +178,10 @@ def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder:
 def _pictures(
     config: Config, bench: Bench, measured: Measured, made: dict, folder: Path
 ) -> dict[str, Path]:
-    """Pictures by title: of the figures, and of the first draft at work on the first prompt."""
+    """Draws the figures of the report, and the first draft at work on the first prompt.
+
+    Returns the files by title.
+    """
     folder.mkdir(exist_ok=True)
     pictures = {
         "Acceptance by depth": folder / "acceptance.png",
@@ -193,7 +197,7 @@ def _pictures(
     if played:
         pictures["A drafted tree"] = folder / "tree.png"
         plot_tree(
-            max(played, key=lambda one: len(one.path)),
+            max(played, key=lambda entry: len(entry.path)),
             pictures["A drafted tree"],
             lambda token: bench.tokenizer.decode([token]),
         )

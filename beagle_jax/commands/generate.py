@@ -1,4 +1,4 @@
-"""An answer as it comes and what it took, or a chat."""
+"""`generate`: streams an answer and compares both ways of decoding, or chats."""
 
 from argparse import Namespace
 
@@ -13,14 +13,14 @@ from beagle_jax.weights.target import Target, configured_target
 
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
-    """The target, and its decoder with the draft."""
+    """Loads the target and its speculative decoder with the draft."""
     check_drafter(draft_path(config))
     target = configured_target(config.target, decoding=True)
     return target, decoder_of(config, target, drafter_of(config, target))
 
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:
-    """Prints the answer as it comes, then what both ways of decoding took."""
+    """Streams the answer, then prints the time of speculative and of plain decoding."""
     if arguments.json != "-":
         show(fast.stream(arguments.prompt, sampling_of(config.decode), **_limits(config)))
     with terminal.working(arguments):
@@ -32,9 +32,9 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
 def compare(
     config: Config, fast: SpeculativeDecoder, plain: SpeculativeDecoder, prompt: str
 ) -> tuple[str, dict]:
-    """Times both ways of decoding."""
+    """Times speculative and plain decoding on one prompt; returns a text and the figures."""
     sampling, limits = sampling_of(config.decode), _limits(config)
-    for decoder in (fast, plain):  # compiled by now, but for what streaming does not use
+    for decoder in (fast, plain):  # streaming has compiled most programs; this compiles the rest
         decoder.warm_up([prompt], sampling, max_new_tokens=config.decode.max_new_tokens)
     fast_answers, plain_answers = (
         _whole(decoder.generate([prompt], sampling, **limits)) for decoder in (fast, plain)
@@ -64,15 +64,19 @@ def compare(
 
 
 def _whole(answers: Answers) -> Answers:
-    """Answers that came to their end. Raises UserError if the target broke down."""
+    """Returns the answers unchanged.
+
+    Raises: UserError if the target produced non-finite values.
+    """
     if any(answer.finish == "error" for answer in answers):
         raise UserError(NOT_FINITE)
     return answers
 
 
 def chat(config: Config, decoder: SpeculativeDecoder) -> None:
-    """A conversation on the terminal. Ctrl-C ends an answer, /clear forgets, an empty line or
-    Ctrl-D leaves.
+    """Runs a conversation on the terminal.
+
+    Ctrl-C ends an answer, /clear forgets the conversation, an empty line or Ctrl-D leaves.
     """
     history: list[dict[str, str]] = []
     sampling, limits = sampling_of(config.decode), _limits(config)
@@ -92,7 +96,7 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
             )
         except KeyboardInterrupt:
             print("\n[cut short]")
-        except PromptError as error:  # a full context, say: the conversation can go on
+        except PromptError as error:  # for example a full context; the conversation can continue
             print(f"{error}\n[/clear begins anew]")
             history.pop()
             continue
@@ -103,7 +107,10 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
 
 
 def show(stream: Stream, shown: list[str] | None = None) -> Answers:
-    """Prints text as it comes, and keeps it in `shown`; returns the answer with its time."""
+    """Prints text as it is generated and appends it to `shown`.
+
+    Returns the answer with its time.
+    """
     for piece in stream:
         print(piece, end="", flush=True)
         if shown is not None:

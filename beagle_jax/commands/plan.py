@@ -1,5 +1,6 @@
-"""A run before it is started: what it computes, holds and writes, and whether its steps compile and
-fit.
+"""`plan`: compute, memory and disk of a run before it starts.
+
+Also whether its training steps compile and fit the devices.
 """
 
 import math
@@ -22,13 +23,14 @@ from beagle_jax.training.cost import StageCost, stage_cost, topology_devices
 from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count, planned_spec
 
-_UTILISATION = 0.4  # share of the chip's peak that the time is told for
-_CHECKPOINTS = 3  # of each stage on disk at once: two kept, one being written
+_UTILISATION = 0.4  # share of the chip's peak that the time estimate assumes
+_CHECKPOINTS = 3  # per stage on disk at once: two complete, one being written
 
 
 def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Plans both stages for this machine's devices, `--devices` virtual ones or a `--topology`;
-    returns text and figures.
+    """Plans the stages for this machine's devices, `--devices` virtual ones or a `--topology`.
+
+    Returns the text and the figures.
     """
     if arguments.devices and arguments.topology:
         raise UsageError(
@@ -81,11 +83,11 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def memory_of(device: jax.Device) -> float | None:
-    """Bytes that a device has for a program; None if the backend does not report it."""
+    """Bytes of a device that a program can use; None if the backend does not report it."""
     if device.platform == "cpu":  # virtual devices share the machine's memory
         return None
     chip = chip_of(device.device_kind)
-    # A GPU's runtime hands out a share of its memory, which is what a program has to fit.
+    # A program has to fit the share of memory that a GPU's runtime hands out.
     limit = None if chip and device.platform == "tpu" else _reported_limit(device)
     return limit or (chip.memory if chip else None)
 
@@ -93,18 +95,18 @@ def memory_of(device: jax.Device) -> float | None:
 def _reported_limit(device: jax.Device) -> float | None:
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):  # a device of a topology
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # raised by devices of a topology
         return None
 
 
 def disk(config: Config, width: int, draft_parameters: int) -> dict:
-    """Bytes that a run writes."""
+    """Bytes that a run writes to disk."""
     online = config.data.states == "online"
     token = 0 if online else record_bytes(width, config.data.states_dtype or config.target.dtype)
     tokens = text_tokens(config)
     held = (
         3 if config.train.accumulate == 1 else 4
-    )  # parameters, two moments, and a sum of gradients; all in float32
+    )  # parameters, two moments and, with accumulation, summed gradients; all float32
     checkpoint = held * 4 * draft_parameters
     return {
         "state_of_a_token": token,
@@ -117,8 +119,9 @@ def disk(config: Config, width: int, draft_parameters: int) -> dict:
 
 
 def text_tokens(config: Config) -> int | None:
-    """Of the text that is there once it is whole; else as many as the target may write. None: the
-    source has its own answers.
+    """Tokens of the training text if it is complete, otherwise an upper bound.
+
+    None if the source has its own answers, whose length is not known.
     """
     parts = read_parts(config.data.folder)
     if parts and is_complete(config.data, parts):
@@ -130,25 +133,25 @@ def text_tokens(config: Config) -> int | None:
 def stage_figures(
     config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]
 ) -> dict:
-    """A stage's cost, and what follows from it."""
+    """Returns a stage's cost and the figures derived from it."""
     steps, memory = config.train.named_stages[name].steps, memory_of(devices[0])
-    found = cost._asdict() | {
+    figures = cost._asdict() | {
         "held": cost.held,
         "steps": steps,
         "tokens_a_step": config.train.batch * config.train.row_tokens,
     }
-    found["fits"] = (
+    figures["fits"] = (
         False if cost.refusal else None if memory is None else cost.compiler_total <= memory
     )
     chip = chip_of(devices[0].device_kind)
     if chip and chip.bfloat16:
         rate = _UTILISATION * chip.bfloat16 * len(devices)
-        found["hours_at_40_percent"] = steps * cost.flops / rate / 3600
-    return found
+        figures["hours_at_40_percent"] = steps * cost.flops / rate / 3600
+    return figures
 
 
 def table(figures: dict) -> str:
-    """The plan for a reader."""
+    """Formats the plan as a table."""
     target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
     sizes = " x ".join(f"{axis} {count}" for axis, count in devices["mesh"].items())
     states = (
@@ -168,44 +171,44 @@ def table(figures: dict) -> str:
         f"devices    {devices['count']} x {devices['kind']}{memory}, mesh {sizes}",
     ]
     rows = [
-        ("stage", lambda one: ""),
-        ("steps", lambda one: f"{one['steps']:,}"),
-        ("tokens a step, padding included", lambda one: f"{one['tokens_a_step']:,}"),
-        ("operations a step", lambda one: f"{one['flops']:.3g}"),
+        ("stage", lambda stage: ""),
+        ("steps", lambda stage: f"{stage['steps']:,}"),
+        ("tokens a step, padding included", lambda stage: f"{stage['tokens_a_step']:,}"),
+        ("operations a step", lambda stage: f"{stage['flops']:.3g}"),
         ("draft weights", _of("weights")),
         ("optimizer", _of("optimizer")),
         ("frozen parts of the target", _of("frozen")),
         ("tokens and states", _of("batch")),
         ("temporaries", _of("temporaries")),
         ("all, by the compiler", _of("compiler_total")),
-        ("compiled in", lambda one: f"{one['compile_seconds']:.1f} s"),
+        ("compiled in", lambda stage: f"{stage['compile_seconds']:.1f} s"),
     ]
-    if any("hours_at_40_percent" in one for one in figures["stages"].values()):
+    if any("hours_at_40_percent" in stage for stage in figures["stages"].values()):
         rows.append(
-            ("at 40 % of the chips' peak", lambda one: f"{one['hours_at_40_percent']:.1f} h")
+            ("at 40 % of the chips' peak", lambda stage: f"{stage['hours_at_40_percent']:.1f} h")
         )
     for label, show in rows:
         cells = figures["stages"].items() if label != "stage" else ()
-        values = [show(one) for _, one in cells] or list(figures["stages"])
+        values = [show(stage) for _, stage in cells] or list(figures["stages"])
         lines.append(f"{label:34}" + "".join(f"{value:>16}" for value in values))
     return "\n".join([*lines, *map(_verdict, figures["stages"].items())])
 
 
 def _verdict(entry: tuple[str, dict]) -> str:
-    name, one = entry
-    if one["refusal"]:
+    name, stage = entry
+    if stage["refusal"]:
         return (
-            f"{name}: does NOT fit: {one['refusal']}; lower train.batch, train.row_tokens or "
+            f"{name}: does NOT fit: {stage['refusal']}; lower train.batch, train.row_tokens or "
             "train.loss_rows, or raise mesh.fsdp"
         )
-    if one["fits"] is None:
+    if stage["fits"] is None:
         return f"{name}: compiles"
     return (
         f"{name}: compiles and "
-        f"{'fits' if one['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
+        f"{'fits' if stage['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
     )
 
 
 def _of(key: str) -> Callable[[dict], str]:
-    """Bytes on one device."""
-    return lambda one: "-" if one[key] is None else size(one[key])
+    """Returns a function that formats bytes on one device."""
+    return lambda stage: "-" if stage[key] is None else size(stage[key])

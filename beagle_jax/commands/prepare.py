@@ -18,8 +18,9 @@ from beagle_jax.weights.target import configured_target, open_source
 
 
 def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, dict]:
-    """Writes the share `part` (this process's if None) of text and states; returns a line about it
-    and its figures.
+    """Writes the share `part` (None: this process's) of text and states.
+
+    Returns a one-line summary and its figures.
     """
     check_source(config.data)
     target = configured_target(config.target, decoding=False)
@@ -45,8 +46,9 @@ def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, di
 
 
 def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
-    """The first rows of the source as they would be trained on, and the same as figures. Loads no
-    weights.
+    """Returns the first rows of the source as training would see them, as text and figures.
+
+    Loads no weights.
     """
     settings = config.target
     opened = open_source(settings.source, Path(settings.cache_dir).expanduser())

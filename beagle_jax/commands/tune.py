@@ -1,4 +1,4 @@
-"""Tuning from a config to a tree that decode.tree=auto takes."""
+"""`tune`: from a config to the tree that decode.tree=auto uses."""
 
 from argparse import Namespace
 from dataclasses import asdict
@@ -29,8 +29,9 @@ _SHOWN = 8  # trees in the table
 
 
 def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Measures, remembers the best tree, writes and draws what was asked for; returns the table and
-    its figures.
+    """Measures, stores the best tree, and writes and plots what the command line requests.
+
+    Returns the table and its figures.
     """
     if not config.decode.append_predicted:
         raise UserError(
@@ -41,29 +42,29 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     check_there(draft_path(config))
     target = configured_target(config.target, decoding=True)
     draft, prompts = load_draft(draft_path(config), target.spec), tokenize(chats, target.tokenizer)
-    found = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
+    tuning = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
     path = tuned_path(config.target.cache_dir, target, draft)
-    remember(path, found.choices[0])
+    remember(path, tuning.choices[0])
     if arguments.plot:
-        plot_tuning(found, arguments.plot)
+        plot_tuning(tuning, arguments.plot)
     if arguments.write:
         write_text(
             Path(arguments.write),
-            with_tree(read_settings(arguments.config, arguments.overrides), found.choices[0]),
+            with_tree(read_settings(arguments.config, arguments.overrides), tuning.choices[0]),
         )
     figures = {
         "machine": machine(),
-        "plain_tokens_per_second": found.plain_tokens_per_second,
+        "plain_tokens_per_second": tuning.plain_tokens_per_second,
         "remembered": str(path),
     }
     return (
-        f"{table(found)}\nremembered for decode.tree=auto in {path}",
-        figures | {"choices": [asdict(choice) for choice in found.choices]},
+        f"{table(tuning)}\nremembered for decode.tree=auto in {path}",
+        figures | {"choices": [asdict(choice) for choice in tuning.choices]},
     )
 
 
 def table(found: Tuning) -> str:
-    """What was measured, and the best trees."""
+    """Formats the measurements and the best trees."""
     lines = [
         machine(),
         "",
@@ -85,10 +86,10 @@ def table(found: Tuning) -> str:
     ]
     lines += ["", "levels  topk  nodes    tau   ms/round   tok/s   against plain"]
     plain = found.plain_tokens_per_second
-    for one in found.choices[:_SHOWN]:
+    for choice in found.choices[:_SHOWN]:
         lines.append(
-            f"{one.levels:6d}{one.topk:6d}{one.nodes:7d}{one.tau:7.2f}{one.milliseconds:11.1f}"
-            f"{one.tokens_per_second:8.1f}{one.tokens_per_second / plain:11.2f}x"
+            f"{choice.levels:6d}{choice.topk:6d}{choice.nodes:7d}{choice.tau:7.2f}{choice.milliseconds:11.1f}"
+            f"{choice.tokens_per_second:8.1f}{choice.tokens_per_second / plain:11.2f}x"
         )
     lines.append(f" plain{'':13}{1:7.2f}{found.verify_ms[1]:11.1f}{plain:8.1f}{1:11.2f}x")
     best = found.choices[0]
@@ -102,6 +103,6 @@ def table(found: Tuning) -> str:
 
 
 def with_tree(settings: dict[str, Any], choice: Choice) -> str:
-    """A config with these settings and this tree, as YAML."""
+    """Returns a config with these settings and this tree, as YAML."""
     tree = {"tree": "dynamic", "levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
     return yaml.safe_dump(settings | {"decode": settings.get("decode", {}) | tree}, sort_keys=False)

@@ -1,1 +1,1 @@
-"""Fills `data.folder`: text that the target writes, and the target's states of it."""
+"""Fills `data.folder` with text that the target generates, and the target's states of it."""

@@ -1,4 +1,4 @@
-"""Announces the disk space that the target's states need, and refuses a disk that is too small."""
+"""Announces the disk space of the target's states and refuses a disk that is too small."""
 
 import shutil
 from collections.abc import Mapping
@@ -27,10 +27,12 @@ _LESS_DISK = (
 
 
 def announce_writing(config: Config, target: Target) -> None:
-    """The size of the states before the target writes the text that they belong to: known from
-    below, guessed from above.
+    """Announces the size of the states before the target generates their text.
 
-    Of a source that may end before the budget of answer tokens is met, nothing is known from below.
+    The size is bounded from below by the missing answer tokens and estimated from above. A source
+    that can end before the budget of answer tokens is met has no lower bound.
+
+    Raises: UserError if the lower bound exceeds the free space.
     """
     data, endless = config.data, config.data.source == "self"
     written = sum(map(supervised_tokens, read_parts(data.folder).values()))
@@ -52,7 +54,10 @@ def announce_writing(config: Config, target: Target) -> None:
 
 
 def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row]]) -> None:
-    """The exact size of all states, and whether what is missing fits."""
+    """Announces the exact size of all states.
+
+    Raises: UserError if the missing states exceed the free space.
+    """
     folder, taps = config.data.folder, taps_of(config, target)
     width = record_width(target.spec, taps)
     dtype = stored_dtype(target.params, config.data.states_dtype)
@@ -82,7 +87,7 @@ def taps_of(config: Config, target: Target) -> tuple[int, ...]:
 
 
 def _existing(folder: str) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """Returns the folder, or its nearest parent that exists."""
     path = Path(folder).absolute()
     while not path.exists():
         path = path.parent

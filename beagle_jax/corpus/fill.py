@@ -16,8 +16,9 @@ from beagle_jax.weights.target import Target
 
 
 def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[StoredStates] | None]:
-    """All rows to train on and the target's states of each, None with data.states: online; what is
-    missing is written first.
+    """Returns all rows to train on and the target's states of each.
+
+    Writes what is missing first. States are None with data.states: online.
     """
     share = this_process()
     parts = fill_folder(config, target, share)
@@ -38,8 +39,9 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
 
 
 def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[Row]]:
-    """Writes what is missing of a share: text, then states. Says how much disk they take before it
-    is taken.
+    """Writes what is missing of a share, text first, then states.
+
+    Announces their disk space before it writes them. Returns the rows by part.
     """
     keeps_states = config.data.states == "disk"
     announce = partial(announce_writing, config, target) if keeps_states else (lambda: None)

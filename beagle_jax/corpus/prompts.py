@@ -1,4 +1,4 @@
-"""`data.source: self`: prompts shipped with the package, then prompts that the target makes up."""
+"""`data.source: self`: the package's own prompts, then prompts that the target generates."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from beagle_jax.data.share import Share
 from beagle_jax.data.template import Row, prompt_tokens, user_header
 from beagle_jax.errors import UserError
 
-# Prompts that the target makes up: sampled hot for variety, kept only if it ended them itself.
+# Generated prompts: sampled at high temperature for variety, kept only if they end in a stop token.
 _MADE_UP_TEMPERATURE = 1.0
 _MADE_UP_TOKENS = 48
 _MADE_UP_WORDS = 3  # shorter ones are noise
-_MADE_UP_AT_LEAST = 64  # asked for at once: of a few, none might be usable
+_MADE_UP_AT_LEAST = 64  # prompts per call: of very few, none may be usable
 
 
 def self_written_prompts(
@@ -30,12 +30,14 @@ def self_written_prompts(
     most: int,
     missing: Callable[[], int],
 ) -> Iterator[list[Row]]:
-    """Our own prompts first, then group after group that the target makes up after its user header;
-    none twice.
+    """Yields groups of prompts: the package's own first, then generated ones; none twice.
 
-    mine: the rows that this process has written, by part. missing: answer tokens still to be
-    written; a group has the prompts that they need at half-length answers, at most `most`, since
-    few large groups keep the writer's rows busy.
+    The target generates prompts by continuing its user header. mine: the rows that this process has
+    written, by part. missing: returns the number of answer tokens still to be written. A group has
+    as many prompts as these tokens need at half-length answers, at most `most`, because few large
+    groups keep the writer's batch full.
+
+    Raises: UserError if a group has no usable prompt.
     """
     chats = own_prompts("train")
     random.Random(config.seed).shuffle(chats)
@@ -45,7 +47,7 @@ def self_written_prompts(
     if fresh := [prompt for prompt in own if tuple(prompt) not in answered]:
         yield _short_enough(fresh, config.max_prompt_tokens)
     header = user_header(tokenizer)
-    # A part holds prompts of one round at most, so no run draws with the seed of an earlier one.
+    # A part has prompts of at most one round, so a resumed run does not reuse an earlier seed.
     for round_number in range(max(len(mine), 1), 1_000_000):
         wanted = min(max(2 * missing() // config.max_answer_tokens, _MADE_UP_AT_LEAST), most)
         with tqdm(desc="making up prompts", unit="tok", leave=False) as bar:
@@ -74,15 +76,15 @@ def self_written_prompts(
 
 
 def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
-    kept = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
-    if len(kept) < len(prompts):
+    short = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
+    if len(short) < len(prompts):
         tqdm.write(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts longer than "
+            f"left out {len(prompts) - len(short)} of {len(prompts)} prompts longer than "
             f"{limit} tokens"
         )
-    if not kept:
+    if not short:
         raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
-    return kept
+    return short
 
 
 def _prompt(row: Row) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""The training text of `data.folder`: read if it is complete, else this process's share is written.
+"""The training text of `data.folder`: reads it, or writes this process's share of it.
 
-Each chat of the source that can teach something becomes one row, in the source's order. The number
-of rows already written is therefore the place where an interrupted run continues. data/folder.py
-describes the files.
+Each chat of the source that has something to learn becomes one row, in the source's order. An
+interrupted run therefore continues at the number of rows already written. data/folder.py describes
+the files.
 """
 
 from collections import Counter
@@ -41,12 +41,15 @@ def training_rows(
     write: Writer,
     share: Share = ALONE,
 ) -> dict[int, list[Row]]:
-    """Rows to train on, by part: read from `data.folder` if it is complete, else this process's
-    share is written first.
+    """Returns the rows to train on, by part.
 
-    Of a folder with more text than `data.answer_tokens`, the first parts that have so many. With
-    several processes the result holds what the others have written so far. made_for: the target's
-    source and hashes; text written for another target is refused.
+    Reads `data.folder` if it is complete, otherwise first writes this process's share. If the
+    folder has more text than `data.answer_tokens`, only the first parts with that many answer
+    tokens are used. With several processes, the result contains what the others have written so
+    far. made_for: the target's source and hashes.
+
+    Raises: UserError if the text was written for another target or divided among another number of
+    processes, or if the source yields no row.
     """
     folder = Path(config.folder)
     claim(config, made_for, share)
@@ -67,16 +70,17 @@ def training_rows(
 
 
 def _within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
-    """Each process's parts up to its part of the budget: the text that a new folder would have, to
-    the end of a part.
+    """Selects each process's parts up to its part of the budget, to the end of a part.
+
+    This is the text that a new folder would have.
     """
-    kept, have, processes = {}, Counter(), filled_by(config.folder)
+    selected, have, processes = {}, Counter(), filled_by(config.folder)
     for number, rows in sorted(parts.items()):
         share = Share(number % processes, processes)
         if have[share.index] < _budget(config, share):
-            kept[number] = rows
+            selected[number] = rows
             have[share.index] += supervised_tokens(rows)
-    return kept
+    return selected
 
 
 def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
@@ -88,7 +92,7 @@ def _budget(config: DataConfig, share: Share) -> int:
 
 
 def is_complete(config: DataConfig, parts: Mapping[int, list[Row]]) -> bool:
-    """Every process has met its part of the budget, or the end of the source."""
+    """Whether every process has met its part of the budget or reached the end of the source."""
     processes = filled_by(config.folder)
     return all(
         _share_complete(config, parts, Share(index, processes)) for index in range(processes)
@@ -101,8 +105,9 @@ def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: S
 
 
 def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
-    """Tokens of the text in which the target writes so many, from above: prompts at their limit,
-    half-length answers.
+    """Upper estimate of the tokens of a text with this many answer tokens.
+
+    Assumes prompts at their limit and half-length answers.
     """
     return round(answer_tokens * (1 + 2 * config.max_prompt_tokens / config.max_answer_tokens))
 
@@ -121,7 +126,7 @@ def _write_share(
     write: Writer,
     share: Share,
 ) -> None:
-    """Writes part after part of this process until its budget is met or the source has no more."""
+    """Writes this process's parts until its budget is met or the source ends."""
     mine = _mine(parts, share)
     budget, have = _budget(config, share), sum(map(supervised_tokens, mine))
     if config.source == "self":
@@ -143,8 +148,7 @@ def _write_share(
             group, waiting = waiting[:count], waiting[count:]
             rows = _write_group(config, folder, part, group, write, bar)
             part, have = part + share.count, have + supervised_tokens(rows)
-        # the last answers go a little beyond the budget, and tqdm would show that as a share of
-        # nothing
+        # The last answers slightly exceed the budget; tqdm would then drop the total from the bar.
         bar.total = bar.n
     if config.source != "self":
         tqdm.write(
@@ -154,8 +158,9 @@ def _write_share(
 
 
 def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
-    """How many of the rows make a part: what so many answer tokens may need, at half-length answers
-    where there is none yet.
+    """Returns how many of the rows form a part that yields `tokens` answer tokens.
+
+    A row without an answer counts as a half-length answer.
     """
     expected = 0.0
     for count, row in enumerate(rows[:PART_ROWS], 1):
@@ -168,8 +173,9 @@ def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
 def _write_group(
     config: DataConfig, folder: Path, part: int, group: Sequence[Row], write: Writer, bar: tqdm
 ) -> list[Row]:
-    """Answers the rows that wait for it and writes the part. States that came with every row are
-    kept.
+    """Answers the rows that have no answer and writes the part.
+
+    Stores the target's states if every row was answered now.
     """
     given = [row for row in group if any(row.supervised)]
     prompts = [row.tokens for row in group if not any(row.supervised)]

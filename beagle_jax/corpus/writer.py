@@ -1,4 +1,4 @@
-"""The target as a writer of answers, and the form that any writer has."""
+"""The target as a writer of answers, and the interface of any writer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -12,15 +12,15 @@ from beagle_jax.weights.target import Target
 
 
 class Answer(Protocol):
-    """What the target wrote after one prompt (decoding/writer.py)."""
+    """What the target generated for one prompt (decoding/writer.py)."""
 
-    index: int  # of the prompt
+    index: int  # index of the prompt
     tokens: list[int]
     states_LD: np.ndarray  # the target's states over prompt and answer
 
 
 class Writer(Protocol):
-    """Writes continuations of token prompts and yields them in any order."""
+    """Generates continuations of token prompts and yields them in any order."""
 
     def __call__(
         self,
@@ -34,12 +34,12 @@ class Writer(Protocol):
 
 
 class TargetWriter:
-    """Writes answers with the target, `data.batch` at a time."""
+    """Generates answers with the target, `data.batch` rows at a time."""
 
     def __init__(
         self, target: Target, config: DataConfig, before_first: Callable[[], object] = lambda: None
     ):
-        """before_first: called once, when it is certain that the target will write."""
+        """before_first: called once, before the target generates for the first time."""
         self._target, self._config, self._before_first = target, config, before_first
         self._has_written = False
 

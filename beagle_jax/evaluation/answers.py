@@ -1,5 +1,7 @@
-"""All answers of an evaluation on disk, a line for each prompt as soon as it is answered, so that a
-run can go on.
+"""The answers of an evaluation on disk (answers.jsonl), one record per prompt.
+
+A record is appended as soon as its prompt is answered, so an interrupted evaluation continues where
+it stopped.
 """
 
 import json
@@ -15,14 +17,17 @@ from beagle_jax.files import write_text
 
 @dataclass(frozen=True)
 class TimedAnswer(Answer):
-    """An answer that was written alone, and its time."""
+    """An answer decoded as a batch of one, with its times in seconds."""
 
     prefill_seconds: float
     decode_seconds: float
 
 
 class Asked(NamedTuple):
-    """One prompt as one way of decoding saw it, and its answer."""
+    """The prompt that one system received in one turn, and its answer.
+
+    Systems can receive different prompts: a later turn contains the system's own earlier answers.
+    """
 
     prompt: list[int]  # tokens
     answer: TimedAnswer
@@ -30,26 +35,26 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt of a suite, with all its turns, answered by every way of decoding."""
+    """One prompt of a suite with all its turns, answered by every system."""
 
     suite: str
-    number: int  # of the prompt in its suite, from 0
+    number: int  # index of the prompt in its suite, from 0
     category: str
-    turns: tuple[
-        dict[str, Asked], ...
-    ]  # of each turn, what each way of decoding was asked and wrote
+    turns: tuple[dict[str, Asked], ...]  # by turn, then by system
 
 
 class AnswerLog:
-    """answers.jsonl: a line of settings, then a line for each case. The file only grows, by whole
-    lines.
+    """The file answers.jsonl: a record of the settings, then one record per case.
+
+    Records are only appended, each as a whole line.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """Begins the file or reads what it has; a last line that was cut off is dropped.
+        """Creates the file, or reads an existing one and drops an incomplete last line.
 
-        settings: all that decides the answers and their times. Raises UserError when the file was
-        begun with others.
+        settings: everything that determines the answers and their times.
+
+        Raises: UserError if the file has other settings or cannot be parsed.
         """
         self._path = path
         self.cases: dict[tuple[str, int], Case] = {}
@@ -75,12 +80,12 @@ class AnswerLog:
             write_text(path, whole)
 
     def add(self, case: Case) -> None:
-        """Appends a case."""
+        """Appends a case to the file."""
         self.cases[case.suite, case.number] = case
         turns = [
             {
-                name: {"prompt": asked.prompt, "answer": asdict(asked.answer)}
-                for name, asked in turn.items()
+                name: {"prompt": entry.prompt, "answer": asdict(entry.answer)}
+                for name, entry in turn.items()
             }
             for turn in case.turns
         ]
@@ -97,24 +102,24 @@ class AnswerLog:
 def _case(record: dict[str, Any]) -> Case:
     turns = tuple(
         {
-            name: Asked(asked["prompt"], TimedAnswer(**asked["answer"]))
-            for name, asked in turn.items()
+            name: Asked(entry["prompt"], TimedAnswer(**entry["answer"]))
+            for name, entry in turn.items()
         }
         for turn in record["turns"]
     )
     return Case(record["suite"], record["number"], record["category"], turns)
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Settings that differ, and facts of drafts, trees, prompts and machine, by dotted names.
+def _differences(logged: dict[str, Any], requested: dict[str, Any]) -> list[str]:
+    """Describes each setting that differs, by dotted key.
 
-    Settings that decide no answer, which 0.1.0 kept too, are passed over.
+    Settings that do not affect answers, which version 0.1.0 also recorded, are ignored.
     """
-    found, wanted = Identity.read(there), Identity.read(here)
+    before, wanted = Identity.read(logged), Identity.read(requested)
     gone = {
         key: (value, None)
-        for key, value in found.values.items()
+        for key, value in before.values.items()
         if key not in wanted.values and key.partition(".")[0] not in Config.model_fields
     }
-    changed = sorted((wanted.diff(found) | gone).items())
+    changed = sorted((wanted.diff(before) | gone).items())
     return [f"{key} {old!r} there, {new!r} here" for key, (old, new) in changed]

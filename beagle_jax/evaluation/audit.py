@@ -1,10 +1,12 @@
-"""Is decoding lossless, and are its figures true? Every answer is held against a second way of
-computing it.
+"""Audit of a report: recomputes every answer by teacher forcing and compares the two.
 
-The second way reads the written text at once (evaluation/forced.py) and walks through it with trees
-grown by other code (evaluation/replay.py). Rounding differs between the ways: a claim about tokens
-may fail by no more than noise that is measured here can explain (evaluation/chance.py), and in
-float32 all ways of decoding must write the very same tokens.
+It compares tokens, acceptance and counters. The second computation runs the complete text through
+the target in one forward pass (evaluation/forced.py) and replays the rounds with trees from
+independent code (evaluation/replay.py).
+
+The two computations round differently. Audit checks on tokens therefore allow differences up to a
+noise level that is measured on this machine (evaluation/chance.py). In float32, all systems must
+produce exactly the same tokens.
 """
 
 from collections.abc import Sequence
@@ -32,15 +34,15 @@ from beagle_jax.evaluation.replay import replayable, replayed, scored
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-# the longest ones, whose rounding noise is measured: with 64 places each, one in 193 is noisier
-# than all of them
+# Rounding noise is measured on this many of the longest texts. With 64 places each, about one
+# place in 193 is noisier than every measured place.
 _NOISE_TEXTS = 3
-_DRAWN = Sampling(1.0)  # for the test of draws when decoding itself is greedy
+_DRAWN = Sampling(1.0)  # for the check of sampled tokens when decoding is greedy
 _VERDICT = {True: ": noise explains it", False: ": noise does not explain it", None: ""}
 
 
 class Check(NamedTuple):
-    """One claim."""
+    """The result of one check: its name, whether it passed, and the figures found."""
 
     name: str
     passed: bool
@@ -48,7 +50,7 @@ class Check(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """One answer, and where it stands."""
+    """One answer of a system, with plain decoding's answer to the same turn."""
 
     where: dict[str, Any]  # suite, number, turn
     asked: Asked
@@ -64,14 +66,16 @@ def audit(
     append_predicted: bool,
     rule: str,
 ) -> dict[str, Any]:
-    """The report's `audit` (its fields: report.schema.json). drafts: by system; plain decoding has
-    none.
+    """Returns the `audit` part of the report (fields: report.schema.json).
+
+    drafts: by system; plain decoding has none.
     """
     texts = {name: _texts(name, measured) for name in bench.decoders}
-    told = [[*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))]
-    noise = logit_noise(target, sorted(told, key=len)[-_NOISE_TEXTS:])
-    # At each place the token that was chosen is held against any other that it may have been
-    # instead.
+    sequences = [
+        [*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))
+    ]
+    noise = logit_noise(target, sorted(sequences, key=len)[-_NOISE_TEXTS:])
+    # At each place the chosen token is compared with every other token of the vocabulary.
     reach = noise.reach(
         target.spec.vocab_size
         * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values())
@@ -81,9 +85,9 @@ def audit(
         if name in drafts:
             explained = reach if bench.sampling.greedy else None
             parted = [
-                one
+                divergence
                 for text in texts[name]
-                if (one := _divergence(target, name, text, explained)) is not None
+                if (divergence := _divergence(target, name, text, explained)) is not None
             ]
             checks.append(_equality(name, texts[name], parted, target, bench.sampling, rule))
             divergences += parted
@@ -122,10 +126,10 @@ def _texts(name: str, measured: Measured) -> list[_Text]:
 def _divergence(
     target: Target, name: str, text: _Text, reach: float | None
 ) -> dict[str, Any] | None:
-    """Where an answer first differs from plain decoding's; None where it does not, or where the
-    prompts already did.
+    """Returns where an answer first differs from plain decoding's, or None.
 
-    reach: None for draws, which logits alone do not decide.
+    None also if the two prompts already differed. reach: largest logit gap that noise explains;
+    None if tokens were sampled, where the logits alone do not determine the token.
     """
     mine, theirs = text.asked.answer.tokens, text.plain.answer.tokens
     if mine == theirs or text.asked.prompt != text.plain.prompt:
@@ -138,8 +142,8 @@ def _divergence(
     logits_V = forced_logits(target, forced_states(target, before), len(before) - 1, len(before))[0]
     ours, plain = (tokens[place] if place < len(tokens) else None for tokens in (mine, theirs))
     second, first = np.partition(logits_V, -2)[-2:]
-    # An answer that ends where the other goes on is no matter of rounding, nor is a token that is
-    # far from the best.
+    # Rounding does not explain an answer that ends earlier than the other, nor a token whose logit
+    # is far below the best.
     gap = (
         float("inf")
         if ours is None or plain is None
@@ -161,15 +165,21 @@ def _divergence(
 def _equality(
     name: str, texts: list[_Text], parted: list[dict], target: Target, sampling: Sampling, rule: str
 ) -> Check:
-    """float32: no difference. Less precise: every first difference is a near tie; draws have no
-    such measure.
+    """Checks that a system writes the tokens of plain decoding.
+
+    In float32 no difference is allowed. In lower precision every first difference must be a near
+    tie of logits; sampled tokens have no such criterion.
     """
     same = sum(text.asked.answer.tokens == text.plain.answer.tokens for text in texts)
-    beyond = sum(one["within_noise"] is False for one in parted)
-    gaps = f"; logit gaps there up to {max(one['gap'] for one in parted):.3g}" if parted else ""
+    beyond = sum(divergence["within_noise"] is False for divergence in parted)
+    gaps = (
+        f"; logit gaps there up to {max(divergence['gap'] for divergence in parted):.3g}"
+        if parted
+        else ""
+    )
     gaps += f", {beyond} beyond what noise explains" if parted and sampling.greedy else ""
     passed = not parted if str(target.dtype) == "float32" else not beyond
-    if rule == "ratio":  # other draws than plain decoding's, of the same distribution
+    if rule == "ratio":  # draws differ from plain decoding's but have the same distribution
         passed, gaps = True, "; the ratio rule draws other tokens"
     return Check(
         f"{name}: the tokens of plain decoding",
@@ -179,7 +189,7 @@ def _equality(
 
 
 def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) -> Check:
-    """Every greedy token has the largest logit when its text is read at once."""
+    """Checks that every greedy token has the largest logit under teacher forcing."""
     worst, count, others = 0.0, 0, 0
     for text in texts:
         logits_TV, tokens = _next_logits(target, text.asked.prompt, text.asked.answer)
@@ -189,31 +199,32 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
             count + len(tokens),
             others + int((gap_T > 0).sum()),
         )
-    found = (
+    summary = (
         f"{others} of {count} tokens are not the largest when read at once, by up to "
         f"{worst:.3g} (noise explains {reach:.3g})"
     )
-    return Check(f"{name}: the target's own greedy choice", worst <= reach, found)
+    return Check(f"{name}: the target's own greedy choice", worst <= reach, summary)
 
 
 def _next_logits(
     target: Target, prompt: Sequence[int], answer: Answer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that each token of an answer was chosen from [T, V], and the tokens [T]."""
+    """Returns the logits each answer token was chosen from [T, V], and the tokens [T]."""
     text = [*prompt, *answer.tokens]
     states_LD = forced_states(target, text)
     return forced_logits(target, states_LD, len(prompt) - 1, len(text) - 1), np.array(answer.tokens)
 
 
 def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: float) -> Check:
-    """Draws have the target's distribution: where each falls in the sum of probabilities is uniform
-    (Kolmogorov-Smirnov).
+    """Checks that sampled tokens follow the target's distribution (Kolmogorov-Smirnov).
 
-    Tokens are summed from the most likely on, so that a wrong temperature or filter moves the whole
-    sum. Noise of a logit, which is as often up as down, moves it by the noise's square only. None
-    may be drawn that the filter removes, unless noise can have brought it inside.
+    Each token falls somewhere in the cumulative distribution; these positions must be uniform. The
+    sum runs from the most likely token down, so a wrong temperature or filter shifts it as a whole.
+    Noise in a logit has either sign equally often, so it shifts the sum only by its square. No
+    token that the filter removes may be drawn, unless noise explains it. Greedy decoding is checked
+    on answers sampled for this purpose.
     """
-    sampling, asked = bench.sampling, [text.asked for text in texts]
+    sampling, entries = bench.sampling, [text.asked for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
 
@@ -224,14 +235,16 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
                 )
             )
 
-        asked = [Asked(one.prompt, draw(one.prompt, seed)) for seed, one in enumerate(asked)]
+        entries = [
+            Asked(entry.prompt, draw(entry.prompt, seed)) for seed, entry in enumerate(entries)
+        ]
     rng, places, outside = np.random.default_rng(0), [], 0
-    for one in asked:
-        logits_TV, tokens = _next_logits(target, one.prompt, one.answer)
+    for entry in entries:
+        logits_TV, tokens = _next_logits(target, entry.prompt, entry.answer)
         p_TV = probabilities(logits_TV, sampling)
         own_T1 = np.take_along_axis(p_TV, tokens[:, None], axis=1)
         before_T = np.where(p_TV > own_T1, p_TV, 0).sum(axis=1)
-        # Equally likely tokens share their part of the sum.
+        # Equally likely tokens share their part of the sum at random.
         tied_T = np.where(p_TV == own_T1, p_TV, 0).sum(axis=1)
         places.append(before_T + rng.random(len(tokens)) * tied_T)
         outside += sum(
@@ -240,18 +253,21 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
         )
     place = np.concatenate(places)
     distance, allowed = distance_from_uniform(place), allowed_distance(len(place))
-    found = (
+    summary = (
         f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of "
         f"{allowed:.4f} allowed, {outside} outside the filter"
     )
     return Check(
-        f"{name}: draws have the target's distribution", distance <= allowed and not outside, found
+        f"{name}: draws have the target's distribution",
+        distance <= allowed and not outside,
+        summary,
     )
 
 
 def _inside(logits_V: np.ndarray, token: int, sampling: Sampling, reach: float) -> bool:
-    """Whether the filter would keep the token if it, and all that are less likely, had logits
-    larger by what noise explains.
+    """Returns whether the filter would keep the token after an allowance for noise.
+
+    The allowance raises the logits of the token and of all less likely tokens by `reach`.
     """
     raised_V = logits_V + reach * (
         (logits_V < logits_V[token]) | (np.arange(len(logits_V)) == token)
@@ -267,11 +283,11 @@ def _acceptance(
     bench: Bench,
     append_predicted: bool,
 ) -> Check:
-    """Rounds and accepted drafts recomputed from the tokens, and tau by its definition.
+    """Recomputes rounds and accepted drafts from the tokens, and tau from its definition.
 
-    An answer may have had other rounds where two of the draft's own scores were nearly tied: then
-    it must have some near tie, and all such answers together as many rounds as when every tie falls
-    to one side, to the other, or in between.
+    An answer may have had other rounds where two of the draft's scores were nearly tied. Such an
+    answer must contain a near tie. The total number of rounds of all such answers must lie between
+    the totals that result when every tie is resolved one way or the other.
     """
     tree = bench.decoders[name].tree
     reach = _score_reach(target, draft, tree, texts, append_predicted)
@@ -294,34 +310,36 @@ def _acceptance(
         unexplained += all(side == accepted for side in sides)
         tied.append((min(map(len, sides)), answer.rounds, max(map(len, sides))))
     fewest, had, most = np.sum(tied, axis=0).tolist()
-    told, answers = (
+    tau, answers = (
         Measurement(name, "", [[text.asked.answer] for text in texts]).tau,
         [text.asked.answer for text in texts],
     )
-    exact = abs(told * sum(answer.rounds for answer in answers) - written) < 1e-6
-    found = (
-        f"tau {told:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
+    exact = abs(tau * sum(answer.rounds for answer in answers) - written) < 1e-6
+    summary = (
+        f"tau {tau:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
         f"{differing} of {len(texts)} answers have other rounds, {unexplained} of them without "
         "a near tie"
     )
-    found += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
+    summary += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
     passed = exact and not unexplained and fewest <= had <= most
-    return Check(f"{name}: acceptance recomputed from the tokens", passed, found)
+    return Check(f"{name}: acceptance recomputed from the tokens", passed, summary)
 
 
 def _score_reach(
     target: Target, draft: Draft | Lookup, tree: Tree, texts: list[_Text], append_predicted: bool
 ) -> float:
-    """How far apart noise may put two scores of a draft: of every node that was drafted, and any
-    token in its place.
+    """Returns the largest gap between two draft scores that noise explains.
+
+    It allows for every drafted node and any token in its place.
     """
     if not scored(draft):
         return 0.0
-    asked = max(
-        (text.asked for text in texts), key=lambda one: len(one.prompt) + len(one.answer.tokens)
+    longest = max(
+        (text.asked for text in texts),
+        key=lambda entry: len(entry.prompt) + len(entry.answer.tokens),
     )
     noise = score_noise(
-        target, draft, tree, [*asked.prompt, *asked.answer.tokens], append_predicted
+        target, draft, tree, [*longest.prompt, *longest.answer.tokens], append_predicted
     )
     return noise.reach(
         target.spec.vocab_size * tree.size * sum(text.asked.answer.rounds for text in texts)
@@ -329,16 +347,17 @@ def _score_reach(
 
 
 def lines(made: dict[str, Any]) -> list[str]:
-    """What the terminal shows."""
+    """Formats the audit for the terminal."""
     width = max(len(check["name"]) for check in made["checks"])
     shown = [
         f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}"
         for check in made["checks"]
     ]
     shown += [
-        f"        {one['system']}: {one['suite']} prompt {one['number']}, turn "
-        f"{one['turn']}, token {one['place']}: {change(one)}, gap {one['gap']:.3g}, of the "
-        f"two best {one['top_2_gap']:.3g}{_VERDICT[one['within_noise']]}"
-        for one in made["divergences"]
+        f"        {divergence['system']}: {divergence['suite']} prompt {divergence['number']}, "
+        f"turn {divergence['turn']}, token {divergence['place']}: {change(divergence)}, "
+        f"gap {divergence['gap']:.3g}, of the two best {divergence['top_2_gap']:.3g}"
+        f"{_VERDICT[divergence['within_noise']]}"
+        for divergence in made["divergences"]
     ]
     return ["", "audit", *shown]

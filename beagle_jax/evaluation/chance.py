@@ -1,14 +1,16 @@
-"""How far rounding and chance alone may move what the audit compares: measured on the spot, and
-derived from a stated rate.
+"""Tolerances of the audit: rounding noise, measured, and chance, from a stated rate.
 
-Rounding: two right ways of computing a logit differ a little. How much is measured between a text
-that is read at once and its last tokens read one by one. At one place the differences are spread
-over the vocabulary like a normal distribution; its standard deviation is taken at the noisiest of
-the places (its mean, most of the noise in bfloat16, moves all logits alike and decides nothing).
-Two logits that two ways order differently lie no further apart than their differences do, which
-takes sqrt(2) such deviations. So of n pairs that are compared one lies further apart than z sqrt(2)
-deviations with probability n Q(z) at most, Q being the normal distribution's upper tail: the audit
-takes the z at which that is the rate of false alarms.
+Two correct ways of computing a logit round differently. The difference is measured between a text
+that is read in one forward pass and its last tokens read one by one. At one place, the differences
+over the vocabulary are close to normally distributed. The standard deviation is taken at the
+noisiest place. Their mean is ignored: it is most of the noise in bfloat16, but shifts all logits
+alike and changes no choice.
+
+Two logits that the two ways order differently are at most the difference of their two errors apart,
+which has a standard deviation of sqrt(2) times that of one error. Among n compared pairs, the
+probability that one pair is further apart than z sqrt(2) deviations is at most n Q(z), where Q is
+the upper tail of the normal distribution. The audit chooses z so that this probability is the
+false-alarm rate.
 """
 
 import math
@@ -24,29 +26,28 @@ from beagle_jax.evaluation.replay import Grower
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-FALSE_ALARMS = 1e-4  # how often a check may fail right decoding
-_PLACES = 64  # at the end of a text, that are read one by one
-_ROOTS = 16  # of them, below which a draft's scores are compared
-_COPIES = 8  # of each path, the second way
+FALSE_ALARMS = 1e-4  # probability that a check fails although decoding is correct
+_PLACES = 64  # last tokens of a text that are read one by one
+_ROOTS = 16  # of these places serve as roots where the draft's scores are compared
+_COPIES = 8  # of each path in the second computation
 
 
 class Noise(NamedTuple):
-    """Differences of two right ways of computing the same logits, or a draft's
-    log-probabilities.
-    """
+    """Difference between two correct computations of logits or log-probabilities."""
 
     largest: float
     deviation: float  # their standard deviation over the vocabulary, at the noisiest place
 
     def reach(self, pairs: int, rate: float = FALSE_ALARMS) -> float:
-        """How far two values may lie apart that the two ways order differently; one of so many
-        pairs lies further at this rate.
+        """Largest gap of two values that noise can reorder, with false-alarm rate `rate`.
+
+        At this rate one of `pairs` pairs has a larger gap.
         """
         return self.deviation * math.sqrt(2) * -NormalDist().inv_cdf(rate / max(pairs, 1))
 
 
 def noise_of(differences_TV: np.ndarray) -> Noise:
-    """Of T places; V differences at each."""
+    """Measures noise from differences at T places over V tokens."""
     return Noise(
         float(np.abs(differences_TV).max()),
         float(differences_TV.astype(np.float64).std(axis=1).max()),
@@ -54,44 +55,45 @@ def noise_of(differences_TV: np.ndarray) -> Noise:
 
 
 def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
-    """Of the target's logits, at the last places of these texts."""
-    found = []
+    """Measures the noise of the target's logits at the last places of these texts."""
+    differences = []
     for tokens in texts:
         _, logits_TV = one_by_one(target, tokens, _PLACES)
         first = len(tokens) - len(logits_TV)
-        found.append(
+        differences.append(
             logits_TV - forced_logits(target, forced_states(target, tokens), first, len(tokens))
         )
-    return noise_of(np.concatenate(found))
+    return noise_of(np.concatenate(differences))
 
 
 def score_noise(
     target: Target, draft: Draft, tree: Tree, tokens: Sequence[int], append_predicted: bool
 ) -> Noise:
-    """Of a draft's log-probabilities along a text, at all its levels.
+    """Measures the noise of a draft's log-probabilities along a text, at all levels.
 
-    One way reads the states of the text read at once; the other those of its tokens read one by
-    one, for several copies of the path together: how a product is rounded depends on how many rows
-    it has.
+    One computation uses the target's states of the text read in one pass. The other uses the states
+    of its tokens read one by one, for several copies of each path together: rounding of a matrix
+    product depends on its number of rows.
     """
     at_once_LD = forced_states(target, tokens)
     alone_TD, _ = one_by_one(target, tokens, _PLACES)
     first = len(tokens) - len(alone_TD)
     either = (at_once_LD, at_once_LD.at[first : len(tokens)].set(alone_TD))
-    found = []
+    differences = []
     for root in np.unique(np.linspace(first + 1, len(tokens) - 1, _ROOTS).astype(int)).tolist():
         growers = [
             Grower(target, draft, tokens, states_LD, root, append_predicted) for states_LD in either
         ]
         for depth in range(min(tree.depth, len(tokens) - root)):
             path = tuple(tokens[root + 1 : root + 1 + depth])
-            found.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
-    return noise_of(np.array(found))
+            differences.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
+    return noise_of(np.array(differences))
 
 
 def distance_from_uniform(places: np.ndarray) -> float:
-    """Largest difference between the distribution of numbers in 0..1 and the uniform one
-    (Kolmogorov and Smirnov).
+    """Largest distance between the empirical and the uniform distribution on [0, 1].
+
+    This is the Kolmogorov-Smirnov statistic.
     """
     sorted_N, count = np.sort(places), len(places)
     return float(
@@ -103,7 +105,8 @@ def distance_from_uniform(places: np.ndarray) -> float:
 
 
 def allowed_distance(count: int, rate: float = FALSE_ALARMS) -> float:
-    """What that distance exceeds at this rate at most when so many numbers are uniform (Dvoretzky,
-    Kiefer, Wolfowitz; Massart).
+    """Distance that `count` uniform numbers exceed with probability at most `rate`.
+
+    Source: the Dvoretzky-Kiefer-Wolfowitz inequality with Massart's constant.
     """
     return math.sqrt(math.log(2 / rate) / (2 * count))

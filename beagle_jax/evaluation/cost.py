@@ -1,6 +1,4 @@
-"""What a round costs in its parts, and where memory goes: from the programs that decoding runs, at
-their real shapes.
-"""
+"""Time of a round's phases and memory of decoding, from the programs that decoding runs."""
 
 from collections.abc import Sequence
 
@@ -20,11 +18,11 @@ from beagle_jax.decoding.tuning import PASSES, Passes, milliseconds
 def phases(
     decoder: SpeculativeDecoder, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> dict[str, float]:
-    """Milliseconds of drafting a tree, and of verifying it: reading it, and choosing the target's
-    own tokens.
+    """Measures milliseconds of drafting one tree and of verifying it.
 
-    Each runs alone in a loop, with the caches that decoding has after this prompt. What a whole
-    round takes beyond the two (writing the cache, and the host's part) shows only in whole answers.
+    Verification is the target's forward pass over the tree plus the choice of the target's own
+    tokens. Each phase runs alone in a loop, with the caches that decoding has after `prompt`. The
+    remaining time of a round (cache writes and host work) only shows in whole answers.
     """
     now, state = decoder.prefilled([prompt], sampling, max_new_tokens=max_new_tokens)
     proposal = jax.jit(Round.propose)(now, state)
@@ -38,8 +36,8 @@ def phases(
 @jax.jit
 def _drafted(now: Round, state: DecodeState) -> jax.Array:
     def once(_, root_B):
-        # The text's end depends on the last pass only in form, or a compiler would look it up once
-        # for all.
+        # The length depends on the last pass in form only. Otherwise the compiler would hoist the
+        # draft out of the loop.
         length_B = jnp.minimum(state.cache.length_B, state.cache.length_B + root_B)
         again = state._replace(
             cache=state.cache.with_(length_B=length_B),
@@ -65,11 +63,10 @@ def _verified(now: Round, state: DecodeState, proposal: Proposal) -> jax.Array:
 def memory(
     decoder: SpeculativeDecoder, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int
 ) -> dict[str, int | None]:
-    """Bytes of weights and caches, and of temporaries as the compiled programs state them; the
-    device's own peak.
+    """Returns bytes of weights, caches and compiled temporaries, and the device's peak.
 
-    The device counts everything that the process did so far, for all systems; None where it does
-    not count.
+    The peak covers everything the process has done, for all systems; None if the device does not
+    report it.
     """
     session = decoder.session([prompt], sampling, max_new_tokens=max_new_tokens)
     now, state = session.now, session.first_state()
@@ -90,5 +87,5 @@ def memory(
 
 
 def _temporaries(lowered: jax.stages.Lowered) -> int | None:
-    found = lowered.compile().memory_analysis()
-    return None if found is None else int(found.temp_size_in_bytes)
+    analysis = lowered.compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)

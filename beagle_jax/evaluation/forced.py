@@ -1,5 +1,6 @@
-"""Teacher forcing: a written text read at once, without caches, trees or a loop. What the audit
-holds decoding against.
+"""Teacher forcing: one forward pass over a complete text, without caches or trees.
+
+The audit compares decoding with it.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,16 @@ from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
-_ROWS = 64  # places whose logits exist at once
+_ROWS = 64  # places whose logits are computed together
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
-    """The target's states of a text [L, D], after the final norm; L is padded to a power of two,
-    with rubbish at the end.
+    """Returns the target's states of a text [L, D], after the final norm.
+
+    L is padded to a power of two; states past the text are not meaningful.
     """
-    read = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
-    return read.states_BTD[0]
+    outputs = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
+    return outputs.states_BTD[0]
 
 
 def _padded(tokens: Sequence[int]) -> jax.Array:
@@ -41,55 +43,61 @@ _logits = jax.jit(logits, static_argnums=1)
 
 
 def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -> np.ndarray:
-    """Logits of the tokens after places first .. last - 1, [last - first, V] in float32."""
-    found = []
+    """Returns float32 logits for the tokens after places first .. last - 1.
+
+    Shape [last - first, V].
+    """
+    blocks = []
     for start in range(first, last, _ROWS):
         rows = np.minimum(np.arange(start, start + _ROWS), last - 1)
-        found.append(
+        blocks.append(
             np.asarray(_logits(target.params, target.spec, states_LD[rows]))[: last - start]
         )
-    return np.concatenate(found)
+    return np.concatenate(blocks)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _step(params, spec, token, length, cache):
-    """One token after those in the cache: its state, the logits of the next, and the cache with
-    it.
+    """Reads one token after those in the cache.
+
+    Returns its state, the logits of the next token, and the updated cache.
     """
     length_B = length[None]
     visible_BS, itself = visible_slots(length_B, cache), jnp.ones((1, 1, 1), bool)
-    read = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
+    outputs = forward(params, spec, token[None, None], length_B[None], itself, cache, visible_BS)
     return (
-        read.states_BTD[0, 0],
-        logits(params, spec, read.states_BTD)[0, 0],
-        write_all(cache, read.rows, length_B),
+        outputs.states_BTD[0, 0],
+        logits(params, spec, outputs.states_BTD)[0, 0],
+        write_all(cache, outputs.rows, length_B),
     )
 
 
 def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Array, np.ndarray]:
-    """States [T, D] and logits [T, V] of a text's last tokens, `most` of them or all, each read
-    alone after those before it.
+    """Returns states [T, D] and logits [T, V] of a text's last tokens, read one at a time.
+
+    T is `most`, or the length of the text if that is less.
     """
     first, text_1L = max(0, len(tokens) - most), _padded(tokens)
     rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)])).rows
-    # The cache begins with the rows of all tokens: those from `first` on are not seen until they
-    # are written again.
+    # The cache starts with the keys and values of all tokens. Those from `first` on stay masked
+    # until the loop writes them again.
     cache = write_all(
         init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32)
     )
-    states, found = [], []
+    states, all_logits = [], []
     for place in range(first, len(tokens)):
         state_D, logits_V, cache = _step(
             target.params, target.spec, jnp.int32(tokens[place]), jnp.int32(place), cache
         )
         states.append(state_D)
-        found.append(np.asarray(logits_V))
-    return jnp.stack(states), np.stack(found)
+        all_logits.append(np.asarray(logits_V))
+    return jnp.stack(states), np.stack(all_logits)
 
 
 def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The distribution that sampling must have, in float64 and by sorting: temperature, then top-k,
-    then top-p.
+    """The distribution that sampling must follow, in float64, computed by sorting.
+
+    Applies temperature, then top-k, then top-p.
     """
     scaled_TV = logits_TV.astype(np.float64) / sampling.temperature
     p_TV = np.exp(scaled_TV - scaled_TV.max(axis=1, keepdims=True))

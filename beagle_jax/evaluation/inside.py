@@ -1,6 +1,4 @@
-"""What happens inside a draft while it decodes: the tree of each round and what was accepted of it,
-where it attends.
-"""
+"""What a draft does while it decodes: tree and accepted path of each round, and attention."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +23,7 @@ class Played(NamedTuple):
     token_W: np.ndarray  # drafted nodes, the root first
     parent_W: np.ndarray
     depth_W: np.ndarray
-    written: list[int]  # tokens that the round added to the answer
+    written: list[int]  # tokens that this round added to the answer
     path: list[int]  # accepted nodes, from the root on
 
 
@@ -42,10 +40,13 @@ def rounds(
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> list[Played]:
-    """The first rounds of an answer, one by one."""
+    """Decodes the first rounds of an answer one by one and records each.
+
+    most: rounds at most.
+    """
     now, state = decoder.prefilled([prompt], sampling, max_new_tokens=max_new_tokens, seed=seed)
-    found: list[Played] = []
-    while len(found) < most and not state.transcript.done_B[0]:
+    played: list[Played] = []
+    while len(played) < most and not state.transcript.done_B[0]:
         nodes = _propose(now, state).nodes
         token_W, parent_W, depth_W = (
             np.asarray(x_BW)[0] for x_BW in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW)
@@ -59,26 +60,25 @@ def rounds(
             if not len(children):
                 break
             path.append(int(children[0]))
-        found.append(Played(token_W, parent_W, depth_W, written, path))
-    return found
+        played.append(Played(token_W, parent_W, depth_W, written, path))
+    return played
 
 
 def attention(
     decoder: SpeculativeDecoder, prompt: Sequence[int], *, max_new_tokens: int = 32
 ) -> tuple[np.ndarray, list[int]] | None:
-    """Where the draft's first step looks at each place of an answer: weights [T, S] over earlier
-    states, mean over heads.
+    """Returns the attention of the draft's first step at each place of an answer.
 
-    T: tokens of the answer that served as roots or could have. EAGLE's entries stand at the states'
-    places: the last one that a token sees is its own. Returns the text's tokens too; None for
-    decoders whose draft has no attention.
+    Weights [T, S] over earlier states, mean over heads, and the tokens of the text. T: tokens of
+    the answer that were roots or could have been. EAGLE's cache entries have the positions of the
+    states, so the last entry a token sees is its own. Returns None if the draft has no attention.
     """
     now, state = decoder.prefilled([prompt], max_new_tokens=max_new_tokens)
     if not now.drafter.attends:
         return None
     state, after = advance(now, state, _ALL_ROUNDS, _ONE_ROW)
     tokens = [*prompt, *np.asarray(after.out_BS)[0, : int(after.count_B[0])].tolist()]
-    # States of the last tokens may not be there.
+    # The cache may lack states of the last tokens.
     length = min(int(state.cache.length_B[0]), len(tokens) - 1)
     places_1T = jnp.arange(len(prompt), length + 1)[None]
     weights_TS = _weights(now, state, jnp.asarray(tokens)[None], places_1T)

@@ -1,4 +1,7 @@
-"""The measurement: every way of decoding answers the same prompts in one process, turn by turn."""
+"""Measures all systems on the same prompts, in one process, turn by turn.
+
+A system is a way of decoding: plain decoding, or one draft.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,57 +21,57 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog, Asked, Case, TimedAnswer
 
-_TURNS_PER_CASE = 64  # seeds that lie between those of two cases
+_TURNS_PER_CASE = 64  # distance between the seeds of two cases
 
 
 @dataclass
 class Measurement:
-    """Answers of one way of decoding (defined in method.md 7.1)."""
+    """Answers of one system, and the figures that method.md 7.1 defines on them."""
 
     name: str
-    tree: str  # what was drafted per round
+    tree: str  # shape of the tree drafted per round
     cases: list[list[TimedAnswer]] = field(
         default_factory=list
-    )  # of each prompt, the answers to its turns
+    )  # by prompt, the answers to its turns
 
     @cached_property
     def generations(self) -> list[TimedAnswer]:
         """All answers, in order."""
-        return [one for case in self.cases for one in case]
+        return [answer for case in self.cases for answer in case]
 
     @property
     def tokens(self) -> int:
-        """Tokens written, stop tokens included."""
-        return sum(len(one.tokens) for one in self.generations)
+        """Number of generated tokens, including stop tokens."""
+        return sum(len(answer.tokens) for answer in self.generations)
 
     @property
     def rounds(self) -> int:
-        """Rounds run; the prefill is in none."""
-        return sum(one.rounds for one in self.generations)
+        """Number of rounds; prefill is not a round."""
+        return sum(answer.rounds for answer in self.generations)
 
     @property
     def tau(self) -> float:
-        """Mean tokens per round over all rounds; 1 when there was none."""
+        """Mean tokens per round over all rounds; 1 if there were no rounds."""
         return (self.tokens - len(self.generations)) / self.rounds if self.rounds else 1.0
 
     @property
     def tokens_per_second(self) -> float:
-        """All tokens over all time, prefill included."""
+        """All tokens over the total time, prefill included."""
         return self.tokens / sum(
-            one.prefill_seconds + one.decode_seconds for one in self.generations
+            answer.prefill_seconds + answer.decode_seconds for answer in self.generations
         )
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens after the first over the time after the prefill."""
+        """Tokens after the first over the time after prefill."""
         return (self.tokens - len(self.generations)) / sum(
-            one.decode_seconds for one in self.generations
+            answer.decode_seconds for answer in self.generations
         )
 
     @property
     def accepted(self) -> list[int]:
-        """Rounds that accepted 0, 1, .. P drafts, as far as they were emitted."""
-        return np.sum([one.accepted for one in self.generations], axis=0).tolist()
+        """Number of rounds that accepted 0, 1, .. P drafts; only emitted drafts count."""
+        return np.sum([answer.accepted for answer in self.generations], axis=0).tolist()
 
     @property
     def step_alpha(self) -> list[float]:
@@ -80,7 +83,7 @@ class Measurement:
         ]
 
     def identical_to(self, other: "Measurement") -> int:
-        """Answers whose tokens are the same in both."""
+        """Number of answers with the same tokens in both measurements."""
         return sum(
             mine.tokens == theirs.tokens
             for mine, theirs in zip(self.generations, other.generations, strict=True)
@@ -88,16 +91,22 @@ class Measurement:
 
     @property
     def repeated_4_grams(self) -> float:
-        """Share of 4-grams that occurred before in the same answer: loops flatter acceptance."""
+        """Share of 4-grams that already occurred in the same answer.
+
+        Repetitive text inflates acceptance.
+        """
         seen = total = 0
-        for one in self.generations:
-            grams = [tuple(one.tokens[i : i + 4]) for i in range(len(one.tokens) - 3)]
+        for answer in self.generations:
+            grams = [tuple(answer.tokens[i : i + 4]) for i in range(len(answer.tokens) - 3)]
             seen, total = seen + len(grams) - len(set(grams)), total + len(grams)
         return seen / max(total, 1)
 
 
 class CompileCounter:
-    """Counts programs that XLA compiles (cached ones too) while it is the active one."""
+    """Counts the programs that XLA compiles while this counter is active.
+
+    Programs loaded from the compilation cache also count.
+    """
 
     _listening: "CompileCounter | None" = None
     _registered = False
@@ -123,37 +132,36 @@ class CompileCounter:
 
 @dataclass(frozen=True)
 class Bench:
-    """Ways of decoding that are compared, plain decoding first, and how all of them are asked."""
+    """The compared systems, plain decoding first, and the settings that all of them share."""
 
     decoders: dict[str, SpeculativeDecoder]
     tokenizer: PreTrainedTokenizerBase
-    context: int  # of all decoders
+    context: int  # cache slots of every decoder
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int = 0
     trained_tokens: dict[str, int] = field(
         default_factory=dict
-    )  # by system: longest text that its draft was trained on
+    )  # by system: longest text, in tokens, that its draft was trained on
 
 
 class Measured(NamedTuple):
-    """All answers, and what it took to get them."""
+    """All answers of a measurement, with its compilations and the turns left out."""
 
     cases: list[Case]
     compiles: dict[
         str, int
-    ]  # by system: programs compiled after the warm-up; 0 when every shape was met before
+    ]  # by system: programs compiled after warm-up; 0 if warm-up covered every shape
     left_out: dict[str, int]  # by suite: turns that did not fit the context
 
 
 def context_for(
     suites: Mapping[str, Sequence[Chat]], tokenizer, max_new_tokens: int, most: int
 ) -> int:
-    """Tokens that prompts and answers will need together: one cache size for all; at most the
-    target's own context.
+    """Returns the number of cache slots that all prompts and answers fit in, at most `most`.
 
-    An answer that is written into a later prompt may take other tokens than it was made of; twice
-    as many are allowed for.
+    most: the target's own context. An answer that becomes part of a later prompt may be tokenized
+    differently there; twice its tokens are reserved.
     """
     longest = max(
         _longest_prompt(chat, tokenizer, max_new_tokens)
@@ -179,11 +187,11 @@ def _answered(answer: str, question: str) -> list[Message]:
 def measure(
     bench: Bench, suites: Mapping[str, Sequence[Chat]], log: AnswerLog | None = None
 ) -> Measured:
-    """Every decoder on every prompt, in turn, so that a drifting machine treats all alike.
+    """Runs every system on every prompt, interleaved so that machine drift affects all alike.
 
-    A later turn is asked after the decoder's own answer to the one before. Each decoder first
-    answers one prompt of every padded length, so that compilation is not timed. Cases that the log
-    has are not asked again.
+    The prompt of a later turn contains the system's own answer to the turn before. Each system
+    first answers a prompt of every padded length, so that compilation is not timed. Cases that are
+    already in the log are not decoded again.
     """
     known = {} if log is None else log.cases
     waiting = [
@@ -196,43 +204,46 @@ def measure(
     for decoder in tqdm(bench.decoders.values(), desc="compiling", unit="decoder", leave=False):
         decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
     counters = {name: CompileCounter() for name in bench.decoders}
-    found, order = dict(known), {name: number for number, name in enumerate(suites)}
+    answered, order = dict(known), {name: number for number, name in enumerate(suites)}
     for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
         first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
-        case = found[name, number] = Case(
+        case = answered[name, number] = Case(
             name, number, chat.kind, _turns(bench, chat, counters, first_seed)
         )
         if log is not None:
             log.add(case)
     left_out = {
         name: sum(
-            1 + len(chat.later) - len(found[name, number].turns)
+            1 + len(chat.later) - len(answered[name, number].turns)
             for number, chat in enumerate(chats)
         )
         for name, chats in suites.items()
     }
     cases = [
-        found[name, number]
+        answered[name, number]
         for name, chats in suites.items()
         for number in range(len(chats))
-        if found[name, number].turns
+        if answered[name, number].turns
     ]
     return Measured(cases, {name: counter.count for name, counter in counters.items()}, left_out)
 
 
 def _prompts_to_come(bench: Bench, chats: Sequence[Chat]) -> list[list[int]]:
-    """A prompt of every length that may come, as far as lengths differ in what is compiled."""
+    """Returns prompts of every length that is compiled separately."""
     longest = bench.context - bench.max_new_tokens
-    found = []
+    lengths = []
     for chat in chats:
         first = len(prompt_tokens(bench.tokenizer, chat.messages, chat.where))
         last = _longest_prompt(chat, bench.tokenizer, bench.max_new_tokens)
-        found += [length for length in (*range(first, last, 64), last) if length <= longest]
-    return [[0] * length for length in sorted(set(found))]
+        lengths += [length for length in (*range(first, last, 64), last) if length <= longest]
+    return [[0] * length for length in sorted(set(lengths))]
 
 
 def timed(answers: Answers) -> TimedAnswer:
-    """The one answer of a call, with its time. Raises UserError if the target broke down."""
+    """Returns the only answer of a call, with its times.
+
+    Raises: UserError if the target produced non-finite values.
+    """
     [answer] = answers
     if answer.finish == "error":
         raise UserError(NOT_FINITE)
@@ -246,14 +257,14 @@ def timed(answers: Answers) -> TimedAnswer:
 def _turns(
     bench: Bench, chat: Chat, counters: dict[str, CompileCounter], seed: int
 ) -> tuple[dict[str, Asked], ...]:
-    """All turns of a chat; those that do not fit the context are left out."""
+    """Decodes all turns of a chat that fit the context."""
     histories = {name: list(chat.messages) for name in bench.decoders}
     turns: list[dict[str, Asked]] = []
     for question in (None, *chat.later):
         if question is not None:
-            for name, asked in turns[-1].items():
+            for name, entry in turns[-1].items():
                 histories[name] += _answered(
-                    asked.answer.text or ".", question
+                    entry.answer.text or ".", question
                 )  # templates refuse an empty answer
         prompts = {
             name: prompt_tokens(bench.tokenizer, history, chat.where)

@@ -1,6 +1,4 @@
-"""The report to read: as Markdown, and as one HTML page that holds its pictures and needs nothing
-else.
-"""
+"""The report as Markdown and as one self-contained HTML page with its pictures."""
 
 import base64
 import html
@@ -16,7 +14,7 @@ _MEGABYTE = 2**20
 
 
 class Section(NamedTuple):
-    """A heading, some sentences, and a table (none: no rows)."""
+    """A heading, sentences, and a table; no rows means no table."""
 
     title: str
     sentences: list[str]
@@ -25,7 +23,7 @@ class Section(NamedTuple):
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
-    """The whole report as tables of text."""
+    """Converts the whole report to sections of text."""
     made = [_environment(report)]
     for suite in report["suites"]:
         left_out = (
@@ -66,7 +64,10 @@ def _pipes(cells: list[str]) -> str:
 
 
 def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
-    """The report as HTML. pictures: PNG files by their titles; they are written into the page."""
+    """Renders the report as HTML.
+
+    pictures: PNG files by title; the page embeds them.
+    """
     parts = [
         "<!doctype html><html lang=en><meta "
         f"charset=utf-8><title>Evaluation</title><style>{_STYLE}</style><h1>Evaluation</h1>"
@@ -107,8 +108,13 @@ def _environment(report: dict[str, Any]) -> Section:
         *report["notes"],
     ]
     rows = [
-        [one["name"], one["tree"], str(one["nodes"]), str(one["compiles_after_warm_up"])]
-        for one in report["systems"]
+        [
+            system["name"],
+            system["tree"],
+            str(system["nodes"]),
+            str(system["compiles_after_warm_up"]),
+        ]
+        for system in report["systems"]
     ]
     return Section(
         "What was compared",
@@ -136,8 +142,8 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
         "step-alpha by depth",
     ]
     rows = []
-    for name, one in group["systems"].items():
-        alpha = " ".join(f"{share:.2f}" for share in one["step_alpha"])
+    for name, figures in group["systems"].items():
+        alpha = " ".join(f"{share:.2f}" for share in figures["step_alpha"])
 
         def between(edges):
             return f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
@@ -145,36 +151,36 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
         rows.append(
             [
                 name,
-                f"{one['tau']:.2f}{between(one['tau_interval'])}",
-                f"{one['tokens_per_second']:.1f}",
-                f"{one['decode_tokens_per_second']:.1f}",
-                f"{one['speedup']:.2f}x{between(one['speedup_interval'])}",
-                str(one["rounds"]),
-                str(one["tokens"]),
-                f"{one['identical_to_plain']}/{one['answers']}",
+                f"{figures['tau']:.2f}{between(figures['tau_interval'])}",
+                f"{figures['tokens_per_second']:.1f}",
+                f"{figures['decode_tokens_per_second']:.1f}",
+                f"{figures['speedup']:.2f}x{between(figures['speedup_interval'])}",
+                str(figures["rounds"]),
+                str(figures["tokens"]),
+                f"{figures['identical_to_plain']}/{figures['answers']}",
                 alpha,
             ]
         )
     unit = "turn" if group["by"] == "context" else "prompt"
-    told = (
+    summary = (
         f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s."
         if group["prompts"] > 1
         else f"One {unit}: no intervals."
     )
-    return Section(what, [told, *sentences], head, rows)
+    return Section(what, [summary, *sentences], head, rows)
 
 
 def _times(report: dict[str, Any]) -> Section:
     phases = ["prefill", "round", "draft", "verify", "rest"]
     rows = [
         [
-            one["name"],
+            system["name"],
             *(
-                f"{one['milliseconds'][phase]:.2f}" if phase in one["milliseconds"] else ""
+                f"{system['milliseconds'][phase]:.2f}" if phase in system["milliseconds"] else ""
                 for phase in phases
             ),
         ]
-        for one in report["systems"]
+        for system in report["systems"]
     ]
     sentence = (
         "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, "
@@ -185,17 +191,17 @@ def _times(report: dict[str, Any]) -> Section:
 
 
 def _memory(report: dict[str, Any]) -> Section:
-    measured = [one for one in report["systems"] if one["bytes"] is not None]
+    measured = [system for system in report["systems"] if system["bytes"] is not None]
     names = list(measured[0]["bytes"]) if measured else []
     rows = [
         [
-            one["name"],
+            system["name"],
             *(
                 "" if value is None else f"{value / _MEGABYTE:.1f}"
-                for value in one["bytes"].values()
+                for value in system["bytes"].values()
             ),
         ]
-        for one in measured
+        for system in measured
     ]
     sentence = (
         "Temporaries as the compiled programs state them; the device's peak is of the whole "
@@ -222,8 +228,9 @@ def _audit(audit: dict[str, Any]) -> Section:
 
 
 def change(divergence: dict[str, Any]) -> str:
-    """Plain decoding's token and the other: "11 became 12", or the end where an answer had
-    ended.
+    """Describes a divergence as "11 became 12": plain decoding's token, then the other.
+
+    "the end" stands for a token if that answer had already ended.
     """
     return " became ".join(
         "the end" if divergence[key] is None else str(divergence[key])
@@ -234,14 +241,15 @@ def change(divergence: dict[str, Any]) -> str:
 def _divergences(audit: dict[str, Any]) -> Section:
     rows = [
         [
-            one["system"],
-            f"{one['suite']} prompt {one['number']}, turn {one['turn']}, token {one['place']}",
-            change(one),
-            f"{one['gap']:.3g}",
-            f"{one['top_2_gap']:.3g}",
-            {True: "yes", False: "NO", None: ""}[one["within_noise"]],
+            divergence["system"],
+            f"{divergence['suite']} prompt {divergence['number']}, turn {divergence['turn']}, "
+            f"token {divergence['place']}",
+            change(divergence),
+            f"{divergence['gap']:.3g}",
+            f"{divergence['top_2_gap']:.3g}",
+            {True: "yes", False: "NO", None: ""}[divergence["within_noise"]],
         ]
-        for one in audit["divergences"]
+        for divergence in audit["divergences"]
     ]
     head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
     return Section("Where answers part from plain decoding's", [], head, rows)

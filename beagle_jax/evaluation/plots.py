@@ -1,5 +1,6 @@
-"""Pictures of what was measured (matplotlib, without a display). Every function writes one file,
-.png or .svg.
+"""Plots of measurements (matplotlib, no display needed).
+
+Each plot function writes one file, .png or .svg.
 """
 
 import json
@@ -18,19 +19,21 @@ from beagle_jax.files import whole
 from beagle_jax.model.masks import early_block_mask, window_start
 
 _PHASES = ("draft", "verify", "rest")
-_NAME = 36  # characters of a system's name that leave room for what is drawn
+_NAME = 36  # characters of a system's name that leave room for the plot
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a picture, whole or not at all."""
+    """Writes a figure; an interrupted write leaves no partial file."""
     path = Path(path)
     with whole(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix("."))
 
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
-    """Costs of verifying and drafting, and what the trees of the best levels and topk promise by
-    their size.
+    """Plots measured costs, and expected speed by tree size.
+
+    Left: milliseconds of verifying. Right: expected tokens/s of trees with the best number of
+    levels, one line per topk.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     cost, promise = figure.subplots(1, 2)
@@ -60,18 +63,18 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
 
 
 def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
-    """step-alpha by draft depth, a panel for each suite, a line for each system that drafts."""
+    """Plots step-alpha by draft depth, one panel per suite, one line per draft."""
     figure = Figure(figsize=(1 + 4 * len(report["suites"]), 4), layout="constrained")
     for panel, suite in zip(
         figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"], strict=True
     ):
-        for name, one in suite["groups"][0]["systems"].items():
-            if one["step_alpha"]:
+        for name, figures in suite["groups"][0]["systems"].items():
+            if figures["step_alpha"]:
                 panel.plot(
-                    range(1, len(one["step_alpha"]) + 1),
-                    one["step_alpha"],
+                    range(1, len(figures["step_alpha"]) + 1),
+                    figures["step_alpha"],
                     "o-",
-                    label=f"{_short(name)}, tau {one['tau']:.2f}",
+                    label=f"{_short(name)}, tau {figures['tau']:.2f}",
                 )
         panel.set(
             xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1)
@@ -82,8 +85,9 @@ def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
 
 
 def plot_phases(report: dict[str, Any], path: str | Path) -> None:
-    """Milliseconds of a round of each system, by phase. What the parts alone take beyond the round
-    is not drawn.
+    """Plots the milliseconds of a round by phase, one bar per system.
+
+    A negative rest (the phases measured alone took longer than the round) is not drawn.
     """
     systems = [system for system in report["systems"] if "draft" in system["milliseconds"]]
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(systems)), layout="constrained")
@@ -100,16 +104,18 @@ def plot_phases(report: dict[str, Any], path: str | Path) -> None:
 
 
 def _short(name: str) -> str:
-    """The end of a long name, such as that of a folder in many others."""
+    """Shortens a long name, for example a folder path, to its end."""
     return name if len(name) <= _NAME else f"..{name[2 - _NAME :]}"
 
 
 def mask_levels(width: int, window: int, steps: int, offset: int) -> np.ndarray:
-    """Who sees whom in training [query, key]: 1 a true state, 2 a state predicted in the query's
-    own window, 0 neither.
+    """Training mask as levels [query, key].
 
-    steps 1 is the early stage. A late query at window offset j < steps sees the j predicted states
-    before it; queries further on are not trained and see true states only.
+    1: a true state is visible. 2: a state predicted in the query's own window is visible. 0:
+    neither.
+
+    steps = 1 is the early stage. In the late stage, a query at window offset j < steps sees the j
+    predicted states before it. Queries further on are not trained; they see true states only.
     """
     seen_LL = np.asarray(
         early_block_mask(jnp.array([[width]]), width, window, jnp.int32(offset))[0]
@@ -129,7 +135,7 @@ def plot_masks(
     width: int = 16,
     offset: int = 2,
 ) -> None:
-    """Masks of both stages on a short row."""
+    """Plots the masks of both training stages on a short row."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     stages = (
@@ -150,10 +156,10 @@ def plot_masks(
 
 
 def plot_training(log: str | Path, path: str | Path) -> bool:
-    """Loss and top-1 agreement by window offset over the steps of both stages, from a log.jsonl;
-    dashed: held out.
+    """Plots loss and top-1 agreement by window offset over training steps, from a log.jsonl.
 
-    Returns whether there was anything to draw: a run that has just begun has logged no loss.
+    One row of panels per stage; dashed lines are held-out rows. Returns whether there was anything
+    to plot: a run that has just started has not logged a loss.
     """
     whole = [
         line
@@ -162,7 +168,7 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
     ]
     lines = [
         line for line in map(json.loads, whole) if "loss" in line
-    ]  # without a last line that a killed run cut off
+    ]  # a killed run can leave an incomplete last line; it is ignored
     if not lines:
         return False
     stages = list(dict.fromkeys(line["stage"] for line in lines))
@@ -171,7 +177,7 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
         figure.subplots(len(stages), 2, squeeze=False), stages, strict=True
     ):
         for split, style in ((None, "-"), ("held_out", "--")):
-            # A killed run goes on from its checkpoint and logs the steps after it again.
+            # A resumed run logs the steps after its checkpoint again; the last record counts.
             by_step = {
                 line["step"]: line
                 for line in lines
@@ -179,12 +185,12 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
             }
             if not by_step:
                 continue
-            steps, here = sorted(by_step), [by_step[step] for step in sorted(by_step)]
-            loss.plot(steps, [line["loss"] for line in here], style, label=split or "training")
-            for offset in range(len(here[0]["top1_by_offset"])):
+            steps, records = sorted(by_step), [by_step[step] for step in sorted(by_step)]
+            loss.plot(steps, [line["loss"] for line in records], style, label=split or "training")
+            for offset in range(len(records[0]["top1_by_offset"])):
                 agree.plot(
                     steps,
-                    [line["top1_by_offset"][offset] for line in here],
+                    [line["top1_by_offset"][offset] for line in records],
                     style,
                     color=f"C{offset}",
                     label=None if split else f"offset {offset}",
@@ -203,8 +209,9 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
 
 
 def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> None:
-    """Where the draft looks from each place of an answer (first: the place of row 0), newest states
-    at the right edge.
+    """Plots where the draft attends at each place of an answer, newest states at the right.
+
+    first: the position of weight row 0.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")
     panel = figure.subplots()
@@ -226,7 +233,10 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
 
 
 def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -> None:
-    """The tree of one round, accepted path in colour. name: a token's text."""
+    """Plots the tree of one round with its accepted path in colour.
+
+    name: returns the text of a token.
+    """
     height = _heights(one)
     figure = Figure(
         figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained"
@@ -271,14 +281,15 @@ def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -
     save(figure, path)
 
 
-def _heights(one: Played) -> np.ndarray:
-    """Where each node stands: leaves one below the other, a parent in the middle of its
-    children.
+def _heights(played: Played) -> np.ndarray:
+    """Returns the vertical position of each node.
+
+    Leaves are one below the other; a parent is centred on its children.
     """
-    height, leaves = np.zeros(len(one.token_W)), 0
-    children: list[list[int]] = [[] for _ in one.token_W]
-    for node in range(1, len(one.token_W)):
-        children[one.parent_W[node]].append(node)
+    height, leaves = np.zeros(len(played.token_W)), 0
+    children: list[list[int]] = [[] for _ in played.token_W]
+    for node in range(1, len(played.token_W)):
+        children[played.parent_W[node]].append(node)
 
     def place(node: int) -> float:
         nonlocal leaves

@@ -1,8 +1,8 @@
-"""Acceptance computed a second time, from the written tokens alone.
+"""Recomputes acceptance from the generated tokens alone, with independent code.
 
-An answer tells what its rounds must have been: at each root the draft grows its tree from the true
-states of the text before it, and the round accepted as many tokens as the tree holds of what was
-written next. Nothing of the decoding loop is used: no caches, no masks over nodes, trees as sets of
+An answer determines its rounds: at each root, the draft grows its tree from the target's true
+states of the text so far, and the round accepts the longest path of that tree that matches the
+text. Nothing here comes from the decoding loop: no caches, no masks over nodes, trees as sets of
 paths in Python, attention as one softmax.
 """
 
@@ -23,7 +23,7 @@ from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-Path = tuple[int, ...]  # tokens below the root
+Path = tuple[int, ...]  # tokens from below the root down
 
 
 def replayed(
@@ -36,11 +36,11 @@ def replayed(
     append_predicted: bool,
     favour: float = 0.0,
 ) -> list[int]:
-    """Accepted drafts of each round, as far as they were written. states_LD: the target's states of
-    prompt and answer.
+    """Returns the number of accepted drafts of each round; only emitted drafts count.
 
-    favour: added to the draft's log-probability of each token that was written: near ties then fall
-    to its side, or below 0 to the other.
+    states_LD: the target's states of prompt and answer. favour: added to the draft's
+    log-probability of each generated token. A positive value resolves near ties in favour of these
+    tokens, a negative one against them.
     """
     text, root, accepted, find = [*prompt, *answer], len(prompt), [], _PATHS[draft.kind]
     while root < len(text) - 1:
@@ -54,12 +54,12 @@ def replayed(
 
 
 def replayable(draft: Draft | Drafter) -> bool:
-    """Whether this kind of draft has a second computation here."""
+    """Whether this module can recompute drafts of this kind."""
     return draft.kind in _PATHS
 
 
 def scored(draft: Draft | Drafter) -> bool:
-    """Whether this kind chooses by scores of its own, which noise can tie."""
+    """Whether drafts of this kind choose tokens by their own scores, which noise can tie."""
     return draft.kind in _ENTRIES
 
 
@@ -77,8 +77,11 @@ def _grown_paths(
 
 
 def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
-    """Prompt lookup by searching: the longest run of last tokens that ended before, the latest of
-    them.
+    """Prompt lookup by direct search; returns `depth` drafted tokens.
+
+    Finds the longest run of last tokens, up to `ngram`, that occurred before, takes its latest
+    occurrence and copies what followed. The copy repeats if less followed. Without a match, the
+    last token repeats.
     """
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
@@ -97,7 +100,7 @@ def looked_up(text: Sequence[int], ngram: int, depth: int) -> list[int]:
 
 
 class Grower:
-    """Grows one tree below one root of a written text."""
+    """Grows one tree below one root of a given text."""
 
     def __init__(
         self,
@@ -112,35 +115,34 @@ class Grower:
         self._target, self._draft, self._states_LD, self._root = target, draft, states_LD, root
         self._text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
         self._append, self._favour = append_predicted, favour
-        self._predicted: dict[
-            Path, np.ndarray
-        ] = {}  # state that was predicted for a path's last token
+        self._predicted: dict[Path, np.ndarray] = {}  # state predicted at a path's last token
 
     def paths(self, tree: Tree) -> set[Path]:
-        """All paths of the tree's nodes."""
+        """Returns the paths of all nodes of the tree."""
         if isinstance(tree, DynamicTree):
             return self._dynamic(tree)
-        found: dict[Path, Path] = {(): ()}  # tokens by ranks
+        by_ranks: dict[Path, Path] = {(): ()}  # tokens by ranks
         for depth in range(tree.depth):
             below = [ranks for ranks in tree.paths if len(ranks) == depth + 1]
             parents = sorted({ranks[:-1] for ranks in below})
             best, _ = self._children(
-                [found[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below)
+                [by_ranks[parent] for parent in parents], 1 + max(ranks[-1] for ranks in below)
             )
-            found |= {
-                ranks: (*found[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]]))
+            by_ranks |= {
+                ranks: (*by_ranks[ranks[:-1]], int(best[parents.index(ranks[:-1])][ranks[-1]]))
                 for ranks in below
             }
-        return set(found.values()) - {()}
+        return set(by_ranks.values()) - {()}
 
     def scores(self, path: Path, copies: int = 1) -> np.ndarray:
-        """Log-probabilities [V] after a path, over the draft's own vocabulary; to be asked for from
-        the root down.
+        """Returns log-probabilities [V] after a path, over the draft's own vocabulary.
+
+        Call it from the root down: the states predicted for shorter paths are needed.
         """
         return np.asarray(self._after([path] * copies, 1)[2][0])
 
     def _dynamic(self, tree: DynamicTree) -> set[Path]:
-        """EAGLE-2's tree (method.md 6.4); of equal scores the first made wins."""
+        """Grows EAGLE-2's tree (method.md 6.4); among equal scores the first node wins."""
         beam: list[tuple[Path, float]] = [((), 0.0)]
         made: list[tuple[Path, float]] = []
 
@@ -159,12 +161,12 @@ class Grower:
         return {path for path, _ in best_first(made, tree.nodes - 1)}
 
     def _children(self, paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best tokens after each path of one length, and their log-probabilities."""
+        """Returns the best tokens after each path of one length, and their log-probabilities."""
         best, log_p, _ = self._after(paths, count)
         return np.asarray(best), np.asarray(log_p)
 
     def _after(self, paths: list[Path], count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The same, and all log-probabilities."""
+        """Returns the same as `_children`, plus the log-probabilities of all tokens."""
         depth, D = len(paths[0]), self._states_LD.shape[1]
         seen = [[self._predicted[path[:length]] for length in range(depth)] for path in paths]
         above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), depth, D), self._states_LD.dtype)
@@ -203,10 +205,11 @@ def _predict(
     append,
     count,
 ):
-    """States of the last tokens of paths below the root: below_Qt their tokens, above_QtD what was
-    predicted above each.
+    """Predicts the states of the last tokens of paths below the root.
 
-    With them the best tokens after each, their log-probabilities, and all log-probabilities.
+    below_Qt: tokens of each path. above_QtD: the state predicted above each of these tokens.
+    Returns the states, the best tokens after each path, their log-probabilities, and all
+    log-probabilities.
     """
     block_type, entries = _ENTRIES[spec.kind]
     block, (Q, depth) = block_type(spec).bind({"params": params}), below_Qt.shape
@@ -214,10 +217,10 @@ def _predict(
     def embedded(tokens):
         return embed(target["embed_VD"], tokens, spec.embed_scale)
 
-    # the tokens of each path, the root's first, and their positions
+    # tokens of each path, starting with the root's, and their positions
     token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)
     place_Qt = root + jnp.broadcast_to(jnp.arange(depth + 1)[None], (Q, depth + 1))
-    x_QtD, place_Qt, true_LD, own_QtD, own_place_Qt, kept = entries(
+    x_QtD, place_Qt, true_LD, own_QtD, own_place_Qt, visible = entries(
         block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append
     )
     states_QD = _attend(
@@ -226,8 +229,8 @@ def _predict(
         place_Qt[:, -1:],
         true_LD,
         root,
-        own_QtD[:, kept],
-        own_place_Qt[:, kept],
+        own_QtD[:, visible],
+        own_place_Qt[:, visible],
     )
     written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
     log_p_QV, token_V = _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour)
@@ -236,10 +239,10 @@ def _predict(
 
 
 def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
-    """Log-probabilities [Q, V] after each path, and the tokens [V] that they are of.
+    """Log-probabilities [Q, V] after each path, and the ids [V] of the scored tokens.
 
-    written_t1: the text after the root; the next token of it gains `favour` after a path that
-    follows it.
+    written_t1: the text after the root. A path that follows this text gains `favour` on its next
+    token.
     """
     depth = below_Qt.shape[1]
     head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
@@ -256,21 +259,23 @@ def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
 def _beagle_entries(
     block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
 ):
-    """Beagle's queries and positions; what they see of the text, and of their own path."""
-    kept = slice(None) if append else slice(0)
-    return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], kept
+    """Returns Beagle's queries and positions, and what they see of the text and their path."""
+    visible = slice(None) if append else slice(0)
+    return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], visible
 
 
 def _eagle_entries(
     block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
 ):
-    """EAGLE's: each token fused with the state before it, and standing there."""
+    """Returns the same for EAGLE: each token fused with the state before it, at its position."""
     Q, depth, D = above_QtD.shape
     root_Q1D = jnp.broadcast_to(states_LD[root - 1], (Q, 1, D))
     x_QtD = block.fuse(embedded(token_Qt), jnp.concatenate([root_Q1D, above_QtD], axis=1))
     true_LD = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0]
-    kept = slice(None) if append else slice(max(depth - 1, 0), None)  # itself at least
-    return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, kept
+    visible = (
+        slice(None) if append else slice(max(depth - 1, 0), None)
+    )  # at least the query's own entry
+    return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, visible
 
 
 _ENTRIES = {
@@ -284,8 +289,9 @@ _PATHS: dict[str, Callable[..., set[Path]]] = {
 
 
 def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:
-    """Predicted states [Q, D] of queries over the text's memory below the root, and over what is
-    each one's own.
+    """Predicts states [Q, D] of queries that attend to the text and to their own path.
+
+    They see the text's keys and values below the root.
     """
     q_QKGH = block.queries(x_Q1D, place_Q1)[:, :, :, 0]
     k_KHL, v_KLH = (x[0] for x in block.keys_values(true_LD[None], jnp.arange(len(true_LD))[None]))

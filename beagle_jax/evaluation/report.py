@@ -1,8 +1,7 @@
-"""The report of an evaluation: figures by suite, category and length of the prompt, as one tree of
-plain values.
+"""The report of an evaluation: figures by suite, category and prompt length.
 
-Its fields are declared and explained in report.schema.json beside this file; `evaluate` prints the
-table, and writes the same figures as JSON and as pages (evaluation/pages.py).
+A tree of plain values whose fields report.schema.json, beside this file, declares and explains.
+`evaluate` prints its table and writes it as JSON and as pages (evaluation/pages.py).
 """
 
 import os
@@ -19,16 +18,17 @@ from beagle_jax.decoding.tuning import machine
 from beagle_jax.evaluation.answers import Case
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement
 
-FORMAT = 1  # of the report; counts up when a field changes its meaning or goes away
+FORMAT = 1  # of the report; increases when a field changes its meaning or is removed
 _RESAMPLES = 2000
-_SHORTEST_CONTEXT = 64  # prompts up to this length are one group; longer ones by doublings
+_SHORTEST_CONTEXT = 64  # prompts up to this length form one group; longer ones double it
 
 
 def report(
     bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """settings: the config. costs: of each system, what evaluation/cost.py measured; may be
-    empty.
+    """Builds the report.
+
+    settings: the config. costs: by system, the measurements of evaluation/cost.py; may be empty.
     """
     names = list(bench.decoders)
     cases = _grouped(measured.cases, lambda case: case.suite)
@@ -46,7 +46,7 @@ def report(
 
 
 def environment() -> dict[str, Any]:
-    """Where the figures come from."""
+    """Describes the machine and the versions that the figures come from."""
     return {
         "machine": machine(),
         "devices": jax.device_count(),
@@ -59,7 +59,10 @@ def environment() -> dict[str, Any]:
 
 
 def _notes(bench: Bench, measured: Measured) -> list[str]:
-    """Suites that are not there; texts beyond those of the training, where acceptance falls."""
+    """Notes on suites without any turn that fits, and on texts longer than in training.
+
+    Acceptance falls on such texts.
+    """
     there = {case.suite for case in measured.cases}
     notes = [
         f"{name} is not there: none of its {count} turns fits the context."
@@ -86,9 +89,11 @@ def _system(
 ) -> dict[str, Any]:
     tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
     answers = len(whole.generations)
-    round_ms = 1000 * sum(one.decode_seconds for one in whole.generations) / max(whole.rounds, 1)
+    round_ms = (
+        1000 * sum(answer.decode_seconds for answer in whole.generations) / max(whole.rounds, 1)
+    )
     milliseconds = {
-        "prefill": 1000 * sum(one.prefill_seconds for one in whole.generations) / answers,
+        "prefill": 1000 * sum(answer.prefill_seconds for answer in whole.generations) / answers,
         "round": round_ms,
     }
     if cost is not None:
@@ -132,15 +137,15 @@ def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[st
 
 
 def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
-    found: dict[str, list[Case]] = {}
+    groups: dict[str, list[Case]] = {}
     for case in cases:
-        found.setdefault(key(case), []).append(case)
-    return found
+        groups.setdefault(key(case), []).append(case)
+    return groups
 
 
 def _context(case: Case) -> str:
-    """The doubling that the prompt's length fits in."""
-    longest = max(len(asked.prompt) for asked in case.turns[0].values())
+    """Returns the context group of a case: its longest prompt, rounded up to a power of two."""
+    longest = max(len(entry.prompt) for entry in case.turns[0].values())
     return str(max(_SHORTEST_CONTEXT, 1 << (longest - 1).bit_length()))
 
 
@@ -150,24 +155,26 @@ def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
         "by": by,
         "of": of,
         "prompts": len(cases),
-        "systems": {one.name: figures(one, plain) for one in (plain, *others)},
+        "systems": {
+            measurement.name: figures(measurement, plain) for measurement in (plain, *others)
+        },
     }
 
 
 def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
-    """The answers of one way of decoding to these cases."""
+    """Collects one system's answers to these cases."""
     answers = [[turn[name].answer for turn in case.turns] for case in cases]
     return Measurement(name, str(bench.decoders[name].tree), answers)
 
 
 def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
-    """Every figure of one way of decoding (defined in method.md 7.1)."""
+    """Computes all figures of one system (defined in method.md 7.1)."""
 
-    def seconds(one):
-        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in one.cases]
+    def seconds(timed):
+        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in timed.cases]
 
-    def tokens(one):
-        return [sum(len(a.tokens) for a in case) for case in one.cases]
+    def tokens(timed):
+        return [sum(len(a.tokens) for a in case) for case in timed.cases]
 
     in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
     rounds = [sum(a.rounds for a in case) for case in result.cases]
@@ -182,8 +189,7 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 2),
         "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
         "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
-        # Both systems' answers to a drawn prompt are taken together: what makes a prompt slow for
-        # both cancels.
+        # Both systems use the same resampled prompts, so a prompt that is slow for both cancels.
         "speedup_interval": interval(
             lambda draw: (
                 _ratio(draw, tokens(result), seconds(result))
@@ -191,18 +197,17 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
             ),
             len(rounds),
         ),
-        "prefill_seconds": round(sum(one.prefill_seconds for one in result.generations), 4),
-        "decode_seconds": round(sum(one.decode_seconds for one in result.generations), 4),
+        "prefill_seconds": round(sum(timed.prefill_seconds for timed in result.generations), 4),
+        "decode_seconds": round(sum(timed.decode_seconds for timed in result.generations), 4),
         "identical_to_plain": result.identical_to(plain),
         "repeated_4_grams": round(result.repeated_4_grams, 4),
     }
 
 
 def interval(statistic, count: int) -> list[float]:
-    """95 % bootstrap interval of a statistic over prompts: the middle of its values on prompts
-    drawn with replacement.
+    """95 % bootstrap interval of a statistic: prompts are resampled with replacement.
 
-    statistic: from how often each of `count` prompts was drawn, [resamples, count], to values
+    statistic: maps draw counts [resamples, count], how often each prompt was drawn, to values
     [resamples].
     """
     draw = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
@@ -217,7 +222,7 @@ def _ratio(draw: np.ndarray, above: Sequence[float], below: Sequence[float]) -> 
 
 
 def table(made: dict[str, Any]) -> str:
-    """What the terminal shows: one line per way of decoding, a block for each suite."""
+    """Formats the report for the terminal: a block per suite, a line per system."""
     blocks = []
     for suite in made["suites"]:
         whole = suite["groups"][0]["systems"]
@@ -245,12 +250,12 @@ def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> l
     )
     lines = [head, "-" * len(head)]
     for system in systems:
-        one = whole[system["name"]]
+        values = whole[system["name"]]
         lines.append(
-            f"{system['name']:{width}}  {one['tau']:5.2f}  {one['tokens_per_second']:7.1f}  "
-            f"{one['decode_tokens_per_second']:7.1f}  {one['speedup']:6.2f}x  "
-            f"{one['rounds']:6d}  {one['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
-            f"{one['identical_to_plain']}/{one['answers']}"
+            f"{system['name']:{width}}  {values['tau']:5.2f}  {values['tokens_per_second']:7.1f}  "
+            f"{values['decode_tokens_per_second']:7.1f}  {values['speedup']:6.2f}x  "
+            f"{values['rounds']:6d}  {values['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
+            f"{values['identical_to_plain']}/{values['answers']}"
         )
     lines += [
         f"{system['name']}: {system['tree']}; step-alpha by depth "

@@ -1,7 +1,7 @@
-"""Prompts to measure on: the committed ones, published suites, or any file of prompts.
+"""Prompts for evaluation: the committed ones, published suites, or any file of prompts.
 
-A suite's prompts come from a file in `eval.folder` where there is one, else from the Hugging Face
-hub. None of them are part of this repository.
+A suite is read from its file in `eval.folder` if it exists, otherwise from the Hugging Face hub. No
+suite's prompts are part of this repository.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,22 +19,22 @@ from beagle_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Suite:
-    """Where a published suite's prompts lie, and what the user says (method.md 7.1).
+    """Where the prompts of a published suite are, and the user's wording (method.md 7.1).
 
-    A record with a list of turns, in "turns" or in `turns`, is asked as it is; any other fills
-    `wording` with its fields.
+    A record with a list of turns, in "turns" or in the column `turns`, is used as it is. The fields
+    of any other record fill in `wording`.
     """
 
-    file: str  # looked for in `eval.folder`
+    file: str  # its name in `eval.folder`
     dataset: tuple[str, str | None, str] | None = None  # on the hub: id, configuration, split
     turns: str = "turns"  # the dataset's column of user turns
     wording: str = ""
     tasks: Mapping[str, str] = field(
         default_factory=dict
-    )  # categories that are told as part of another one
+    )  # categories that the report counts under another one
 
 
-# Spec-Bench lists MT-Bench, which is one of its six tasks, under these.
+# Spec-Bench lists MT-Bench, one of its six tasks, under these eight categories.
 _OF_MT_BENCH = (
     "writing",
     "roleplay",
@@ -68,8 +68,8 @@ SUITES = {
     "alpaca": Suite(
         "alpaca.jsonl.gz", ("tatsu-lab/alpaca", None, "train"), wording="{instruction}\n{input}"
     ),
-    # The 80 prompts of each that the EAGLE papers report on, and Spec-Bench, are files of their
-    # repositories.
+    # The 80 prompts per task that the EAGLE papers report on, and Spec-Bench, are files in those
+    # projects' repositories.
     "eagle_gsm8k": Suite("eagle_gsm8k.jsonl.gz"),
     "eagle_humaneval": Suite("eagle_humaneval.jsonl.gz"),
     "eagle_cnn_dm": Suite("eagle_sum.jsonl.gz"),
@@ -78,10 +78,12 @@ SUITES = {
 
 
 def suite(source: str, limit: int | None, folder: str | None = None) -> list[Chat]:
-    """The committed held-out prompts, a published suite's, or those of a file; at most `limit`.
+    """Loads the prompts of the committed set, a published suite or a file; at most `limit`.
 
-    folder: where files of suites are looked for; None: nowhere. Raises UserError for chats with
-    answers, for a suite that can neither be found nor downloaded, and for one without prompts.
+    folder: where suite files are looked for; None: nowhere.
+
+    Raises: UserError for chats that end with an answer, for a suite that can neither be found nor
+    downloaded, and for one without prompts.
     """
     if source == "held_out":
         chats = own_prompts("held_out")
@@ -109,7 +111,7 @@ def suite(source: str, limit: int | None, folder: str | None = None) -> list[Cha
 
 
 def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompt tokens of each chat's first turn."""
+    """Returns the prompt tokens of each chat's first turn."""
     return [prompt_tokens(tokenizer, chat.messages) for chat in chats]
 
 
@@ -149,7 +151,7 @@ def _published(name: str, made: Suite, path: Path | None, limit: int | None) -> 
 def _downloaded(
     name: str, made: Suite, path: Path | None, limit: int | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Records of the hub's dataset, streamed: no more than are asked for."""
+    """Streams the records of the hub's dataset; reads no more than `limit`."""
     missing = "eval.folder is not set" if path is None else f"there is no {path}"
     if made.dataset is None:
         raise UserError(

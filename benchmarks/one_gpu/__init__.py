@@ -1,1 +1,1 @@
-"""One GPU, ten minutes: what `bash launch/one_gpu.sh` runs (`__main__.py` describes it)."""
+"""Ten minutes on one GPU: what `bash launch/one_gpu.sh` runs (see `__main__.py`)."""

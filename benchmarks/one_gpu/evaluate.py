@@ -1,8 +1,8 @@
-"""Evaluates the draft on the suites that are here: python -m benchmarks.one_gpu.evaluate OUT
+"""Evaluates the draft on the available suites: python -m benchmarks.one_gpu.evaluate OUT
 
-Run by `__main__.py`, which ends it when its time is over. Answers are kept as they come, so that
-the next call goes on within a suite. Beside the draft that was trained here stand those that the
-config names, as far as they are there.
+Run by `__main__.py`, which stops it when its time is over. Answers are stored as they are
+generated, so that the next call continues within a suite. The drafts that the config names are
+evaluated next to the trained one, as far as they exist.
 """
 
 import sys
@@ -19,7 +19,11 @@ from benchmarks.one_gpu.parts import Settings, finish, is_finished, read_parts, 
 
 
 def suites_of(config: Config, settings: Settings) -> list[str]:
-    """Those that were named, else the config's that are here, and published ones that are."""
+    """Returns the suites to evaluate.
+
+    Named suites if there are any; otherwise the config's available suites and the published ones
+    that are available.
+    """
     if settings.suites is not None:
         return settings.suites
     folder = Path(config.eval.folder).expanduser()
@@ -29,7 +33,7 @@ def suites_of(config: Config, settings: Settings) -> list[str]:
 
 
 def drafts_of(out: Path, config: Config) -> list[str]:
-    """Folders of drafts, the one to report on first."""
+    """Returns the folders of the drafts, the one to report on first."""
     folders = [str(out / "draft"), config.draft.path, *config.eval.compare]
     there = [name for name in folders if name and (Path(name) / "config.json").exists()]
     there = list(dict.fromkeys(there))
@@ -42,7 +46,7 @@ def drafts_of(out: Path, config: Config) -> list[str]:
 
 
 def run(out: Path) -> None:
-    """Every suite that has no report of these drafts yet."""
+    """Evaluates every suite that has no report of these drafts yet."""
     settings = read_settings(out)
     config = load_config(settings.config, settings.overrides)
     first, *others = drafts_of(out, config)
@@ -57,10 +61,10 @@ def run(out: Path) -> None:
             f"draft.path={first}",
             f"eval.compare=[{','.join(others)}]",
         ]
-        asked = load_config(settings.config, [*limit, *settings.overrides, *ours])
+        suite_config = load_config(settings.config, [*limit, *settings.overrides, *ours])
         answers = out / "work" / f"{part}-{digest[:12]}"
         try:
-            made = evaluate(asked, str(answers))
+            made = evaluate(suite_config, str(answers))
             finish(out, part, {"suite": name, "draft_digest": digest, "report": made})
             print(table(made), flush=True)
         except UserError as error:

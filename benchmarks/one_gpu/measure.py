@@ -1,8 +1,9 @@
-"""Measures this device part by part: python -m benchmarks.one_gpu.measure OUT measure|unbuffered
+"""Measures this device part by part: python -m benchmarks.one_gpu.measure OUT PHASE
 
-Run by `__main__.py`, which ends it when its time is over. Each part is written as soon as it is
-known, and parts that are there are not measured again. Weights are random: their values do not
-change the time of a step. Compilation and the first calls are not in the figures.
+PHASE is measure or unbuffered. Run by `__main__.py`, which stops it when its time is over. Each
+part is written as soon as it is measured, and existing parts are not measured again. Weights are
+random: their values do not change the time of a step. Compilation and the first calls are excluded
+from the figures.
 """
 
 import os
@@ -45,12 +46,15 @@ REPEATS = 7
 DISCARDED = 3
 NEW_TOKENS = 96
 _TOY_NEW_TOKENS = 12
-_MATMUL = {True: 256, False: 8192}  # width of the matrices, by toy
-_COPY = {True: 2**18, False: 2**29}  # numbers copied, by toy
+_MATMUL = {True: 256, False: 8192}  # width of the matrices, by `toy`
+_COPY = {True: 2**18, False: 2**29}  # numbers copied, by `toy`
 
 
 def median_ms(call: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median milliseconds of a call, after one that compiles and those that are discarded."""
+    """Median milliseconds of a call.
+
+    Excludes the call that compiles and the discarded ones.
+    """
     for _ in range(1 + DISCARDED * (jax.default_backend() != "cpu")):
         jax.block_until_ready(call())
     seconds = []
@@ -62,12 +66,12 @@ def median_ms(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def pass_ms(work: Passes) -> float:
-    """Likewise of one pass of a call that makes several (decoding/tuning.py)."""
+    """Median milliseconds of one pass of a call that makes several (decoding/tuning.py)."""
     return median_ms(work.call) / work.count
 
 
 def device(toy: bool) -> dict[str, Any]:
-    """The device, its software, and the rates of one matrix product and one copy on it."""
+    """Returns the device, its software, and the rates of a matrix product and a copy on it."""
     first = jax.devices()[0]
     chip = chip_of(first.device_kind)
     N, count = _MATMUL[toy], _COPY[toy]
@@ -87,11 +91,11 @@ def device(toy: bool) -> dict[str, Any]:
     }
 
 
-_DTYPES = ("bfloat16", "float32")  # float32 in the precision that XLA takes unless it is set
+_DTYPES = ("bfloat16", "float32")  # float32 at XLA's default precision
 
 
 def _driver() -> str | None:
-    """Driver and memory as nvidia-smi reports them; None where it is not installed."""
+    """Returns driver and memory as nvidia-smi reports them; None if it is not installed."""
     command = [
         "nvidia-smi",
         "--query-gpu=name,driver_version,memory.total",
@@ -104,22 +108,22 @@ def _driver() -> str | None:
 
 
 def _matmul(N: int, dtype: str) -> float:
-    """Operations a second of products of random square matrices, one after another."""
+    """Operations per second of successive products of random square matrices."""
     x, w = (jax.random.normal(jax.random.key(k), (N, N), jnp.dtype(dtype)) for k in (0, 1))
-    w = (w * N**-0.5).astype(w.dtype)  # so that products neither grow nor vanish
+    w = (w * N**-0.5).astype(w.dtype)  # so that products keep their scale
     chain = jax.jit(lambda x, w: jax.lax.fori_loop(0, PASSES, lambda _, x: x @ w, x))
     return 2 * N**3 / (pass_ms(Passes(lambda: chain(x, w), PASSES)) / 1000)
 
 
 def _copy(count: int) -> float:
-    """Bytes a second, read and written, of adding one to an array."""
+    """Bytes per second, read and written, of adding one to an array."""
     x = jnp.zeros(count, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
     return 2 * x.nbytes / (median_ms(lambda: add(x)) / 1000)
 
 
 class Bench:
-    """A target and a draft of a plan's shapes, made when the first part needs them."""
+    """A target and a draft of a plan's shapes, made when a part first needs them."""
 
     def __init__(self, plan: Plan, toy: bool):
         self.plan, self.toy = plan, toy
@@ -139,7 +143,7 @@ class Bench:
         return random_draft(self.spec, self.dtype, self.hot_tokens)
 
     def measure(self, part: Part) -> dict[str, Any]:
-        """The figures of one part."""
+        """Returns the figures of one part."""
         if part.kind == "plain":
             return self._plain()
         if part.kind == "round":
@@ -154,19 +158,22 @@ class Bench:
         return self._training(part.kind)
 
     def _plain(self) -> dict[str, Any]:
-        """A step of plain decoding beside the time that reading the weights once takes."""
+        """Measures a step of plain decoding, next to the time to read the weights once."""
         timed = round_time(self.target, None, None, self.new_tokens, DISCARDED)
-        read = bytes_read(self.target)
-        floor = 1000 * read / self.chip.bandwidth if self.chip else None
+        weight_bytes = bytes_read(self.target)
+        floor = 1000 * weight_bytes / self.chip.bandwidth if self.chip else None
         return {
             **timed,
-            "weight_bytes_read": read,
+            "weight_bytes_read": weight_bytes,
             "floor_ms": floor,
             "over_floor": floor and timed["milliseconds"] / floor,
         }
 
     def _training(self, name: str) -> dict[str, Any]:
-        """A training step of the plan's config, with half the rows where memory is too small."""
+        """Measures a training step of the plan's config.
+
+        It has half the rows where memory is too small.
+        """
         rows, width = self.config.train.batch, self.config.train.row_tokens
         rows, width = (2, 32) if self.toy else (rows, width)
         refused = []
@@ -211,7 +218,7 @@ def _share(rate: float, peak: float | None) -> float | None:
 
 
 def run(out: Path, phase: str) -> None:
-    """Every part of the phase that is not there yet. One that fails is noted, and left."""
+    """Measures every part of the phase that does not exist yet; records failures and goes on."""
     settings, there = read_settings(out), read_parts(out)
     name = f"{phase}-device"
     if not is_finished(there.get(name)):
@@ -222,7 +229,7 @@ def run(out: Path, phase: str) -> None:
         if is_finished(there.get(name)):
             continue
         if bench is None or bench.plan is not part.plan:
-            bench = None  # frees the weights of the one before it
+            bench = None  # frees the previous weights
             bench = Bench(part.plan, settings.toy)
         clock = time.perf_counter()
         try:

@@ -1,4 +1,7 @@
-"""Files of results: one per finished part, whole or not at all, and what a call may go on from."""
+"""Files of results, one per finished part, and the settings a call may continue with.
+
+An interrupted write leaves no partial file.
+"""
 
 import json
 from pathlib import Path
@@ -12,19 +15,22 @@ _SETTINGS = "settings.json"
 
 
 class Settings(NamedTuple):
-    """What decides the results. A folder of results goes on only with the same."""
+    """Settings that determine the results; a folder of results continues with the same only."""
 
     config: str
     overrides: list[str]
     toy: bool
-    prompts: str | None  # that the target answers; None: those of data.source
+    prompts: str | None  # prompts that the target answers; None: those of data.source
     text: str  # folder with more text to train on
-    suites: list[str] | None  # to evaluate on; None: held_out and those whose files are there
-    limit: int | None  # prompts of a suite
+    suites: list[str] | None  # to evaluate on; None: held_out and those whose files exist
+    limit: int | None  # prompts per suite at most
 
 
 def claim(out: Path, settings: Settings) -> None:
-    """Keeps the settings in the folder of results, or refuses a folder made with others."""
+    """Stores the settings in the folder of results, or refuses a folder with other settings.
+
+    Raises: UserError for other settings.
+    """
     path = out / _SETTINGS
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -44,7 +50,7 @@ def claim(out: Path, settings: Settings) -> None:
 
 
 def read_settings(out: Path) -> Settings:
-    """The settings of a folder of results."""
+    """Reads the settings of a folder of results."""
     return Settings(**read_json(out / _SETTINGS, "the first call writes it", "delete the folder"))
 
 
@@ -55,7 +61,7 @@ def finish(out: Path, name: str, figures: dict[str, Any]) -> None:
 
 
 def read_parts(out: Path) -> dict[str, dict[str, Any]]:
-    """All results so far by name."""
+    """Reads all results so far, by name."""
     paths = sorted((out / "parts").glob("*.json"))
     return {
         path.stem: read_json(path, "a part writes it", "delete it to have it measured again")
@@ -64,5 +70,5 @@ def read_parts(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(figures: dict[str, Any] | None) -> bool:
-    """The part has its results; one that failed is tried again."""
+    """Whether the part has its results; a failed part is tried again."""
     return figures is not None and "error" not in figures and figures.get("finished", True)

@@ -1,29 +1,29 @@
-"""Phases, their parts and their time: what is left to do and how long it may take. Loads no jax."""
+"""Phases, their parts and their time: what remains to do and for how long. Loads no jax."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 PHASES = ("measure", "unbuffered", "write", "train", "evaluate")
-# Seconds of a call of ten minutes, one of which is left for the machine. Other totals are divided
-# alike.
+# Seconds of a call of ten minutes, of which one minute is kept free for the machine itself. Other
+# totals are divided in the same proportions.
 SECONDS = {"measure": 190, "unbuffered": 90, "write": 70, "train": 110, "evaluate": 80}
 TOTAL = sum(SECONDS.values())
-LEAST = 5.0  # seconds; a phase that would get less is not begun
-# Between SIGTERM and SIGKILL. A training step ends, is saved and exported as a draft.
+LEAST = 5.0  # seconds; a phase that would get less is not started
+# Seconds between SIGTERM and SIGKILL. Training ends its step, saves it and exports a draft.
 GRACE = {"train": 25.0}
 
 Tree = tuple[int, int, int]  # levels, topk, nodes
 
 
 class Plan(NamedTuple):
-    """What is measured of one target, of random weights in its shapes."""
+    """The measurements of one target, with random weights in its shapes."""
 
     shape: str  # in benchmarks/large_shapes.py
     dtype: str
-    config: str  # whose training steps are measured, with its batch and row length
+    config: str  # its training steps are measured, with its batch and row length
     trees: tuple[Tree, ...]  # the first one is measured without command buffers too
-    rows: tuple[int, ...]  # verified at once
+    rows: tuple[int, ...]  # tokens verified in one pass
 
 
 PLANS = (
@@ -46,7 +46,7 @@ TOY = (Plan("toy", "float32", "configs/quickstart.yaml", ((2, 2, 5),), (1, 4)),)
 
 
 class Part(NamedTuple):
-    """One measurement, and one file of results."""
+    """One measurement, with one file of results."""
 
     plan: Plan
     kind: str  # plain, round, verify, draft, early or late
@@ -55,13 +55,13 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file, without the phase."""
+        """Name of its file, without the phase."""
         detail = "x".join(map(str, self.tree)) if self.tree else self.rows
         return f"{self.plan.shape}-{self.kind}" + ("" if detail is None else f"-{detail}")
 
 
 def parts_of(phase: str, toy: bool) -> list[Part]:
-    """Measurements of a phase, the most wanted first: what time does not allow is at the end."""
+    """Returns a phase's measurements by importance; a short call leaves out the last."""
     plans = TOY if toy else PLANS
     if phase == "unbuffered":
         return [
@@ -80,10 +80,10 @@ def parts_of(phase: str, toy: bool) -> list[Part]:
 
 
 def allotted(waiting: Sequence[str], left: float, fixed: Mapping[str, float]) -> float:
-    """Seconds for the first of the phases that wait, of those that are left of the call.
+    """Returns the seconds of the first pending phase, out of those left in the call.
 
-    Phases with a fixed budget get it if there is so much; the others divide the rest in the
-    proportions of `SECONDS`, so that time which a phase did not need goes to those after it.
+    A phase with a fixed budget gets it, as far as time is left. The others divide the rest in the
+    proportions of `SECONDS`, so that time that a phase did not need goes to later ones.
     """
     phase, left = waiting[0], max(left, 0.0)
     if phase in fixed:
@@ -94,7 +94,10 @@ def allotted(waiting: Sequence[str], left: float, fixed: Mapping[str, float]) ->
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """Phase and seconds of `measure=120`. Raises ValueError for anything else."""
+    """Parses `measure=120` into phase and seconds.
+
+    Raises: ValueError for anything else.
+    """
     phase, equals, seconds = text.partition("=")
     if not equals or phase not in PHASES:
         raise ValueError(f"expected PHASE=SECONDS with a phase of {', '.join(PHASES)}")

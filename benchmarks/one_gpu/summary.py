@@ -1,4 +1,7 @@
-"""All results as one file and as a page, with what follows from several parts. Loads no jax."""
+"""All results as one file and one page, with figures derived from several parts.
+
+Loads no jax.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,28 +11,28 @@ from typing import Any
 from beagle_jax.files import write_text
 
 Parts = Mapping[str, dict[str, Any]]
-# Of Beagle on MT-Bench, in PyTorch on an RTX 6000 Ada: arXiv 2505.24544, Table 1.
+# Beagle on MT-Bench, in PyTorch on an RTX 6000 Ada: arXiv 2505.24544, Table 1.
 PAPER = {"llama2-7b": {"tau": 4.1, "speedup": 3.0}}
 
 
 def derived(parts: Parts) -> dict[str, Any]:
-    """By shape: ratios to a plain step, and the speedup at the paper's tau.
+    """Returns, by shape, ratios to a plain step, and the speedup at the paper's tau.
 
-    A round's speedup at tau is tau * plain / round. Ratios are of parts that the same process
-    measured where one call had the time for both.
+    The speedup of a round at tau is tau * plain / round. Parts of one ratio are measured by the
+    same process if one call had time for both.
     """
     shapes = sorted({part["shape"] for part in parts.values() if "shape" in part})
-    found = {}
+    by_shape = {}
     for shape in shapes:
         for phase in ("measure", "unbuffered"):
             plain = _milliseconds(parts.get(f"{phase}-{shape}-plain"))
             if plain:
-                found[f"{phase}-{shape}"] = _ratios(parts, phase, shape, plain)
-    return found
+                by_shape[f"{phase}-{shape}"] = _ratios(parts, phase, shape, plain)
+    return by_shape
 
 
 def _ratios(parts: Parts, phase: str, shape: str, plain: float) -> dict[str, Any]:
-    """Of one shape in one phase, over its plain step."""
+    """Returns the ratios of one shape in one phase to its plain step."""
     ratios: dict[str, Any] = {"verify_over_plain": {}, "rounds": {}}
     for name, part in parts.items():
         took = _milliseconds(part)
@@ -64,7 +67,7 @@ def write_summary(out: Path, parts: Parts, calls: list[dict[str, Any]]) -> None:
 
 
 def page(parts: Parts, calls: list[dict[str, Any]]) -> str:
-    """The results for a reader, as Markdown."""
+    """Formats the results as Markdown."""
     about = parts.get("measure-device") or parts.get("unbuffered-device") or {}
     lines = ["# One GPU", "", about.get("machine", "no device was measured yet")]
     if "matmul" in about:
@@ -97,7 +100,7 @@ def page(parts: Parts, calls: list[dict[str, Any]]) -> str:
 
 
 def _published(figures: Mapping[str, Any] | str) -> str:
-    """The peaks of the chip, or why there are none."""
+    """Formats the published peaks of the chip, or the reason why there are none."""
     if isinstance(figures, str):
         return figures
     rates = ", ".join(
@@ -110,7 +113,7 @@ def _published(figures: Mapping[str, Any] | str) -> str:
 
 
 def _shape_lines(parts: Parts, name: str, ratios: Mapping[str, Any]) -> list[str]:
-    """A table of one shape in one phase."""
+    """Formats a table of one shape in one phase."""
     plain = parts[f"{name}-plain"]
     how = " without command buffers" if name.startswith("unbuffered") else ""
     rows = [("plain step", f"{plain['milliseconds']:.3f} ms")]
@@ -136,7 +139,7 @@ def _shape_lines(parts: Parts, name: str, ratios: Mapping[str, Any]) -> list[str
 
 
 def _part_row(name: str, part_name: str, part: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Draft levels and training steps."""
+    """Formats a table row of draft levels or a training step."""
     if not part_name.startswith(f"{name}-") or "error" in part:
         return []
     if part["kind"] == "draft":
@@ -174,7 +177,7 @@ def _text_lines(parts: Parts) -> list[str]:
 
 
 def _suite_lines(part: Mapping[str, Any]) -> list[str]:
-    """A table of one suite."""
+    """Formats a table of one suite."""
     lines = [
         "",
         f"## {part['suite']}",

@@ -1,11 +1,11 @@
-"""Training text in files small enough to commit. Loads no jax.
+"""Training text in files that are small enough to commit. Loads no jax.
 
 `part-gpu-KIND-NNN.npz`, KIND `greedy` or `drawn`, holds rows end to end, each a prompt and its
-answer, in the form of experiments/text:
+answer, in the format of experiments/text:
 
-    tokens                          uint16 (uint32 where the vocabulary is larger)
+    tokens                          uint16 (uint32 for a larger vocabulary)
     prompt_tokens, answer_tokens    int32, lengths of each row's two parts
-    prompt_id                       str; of rows written here, digits of the SHA-256 of the prompt
+    prompt_id                       str; for rows written here, digits of the prompt's SHA-256
 """
 
 import hashlib
@@ -31,12 +31,15 @@ class Text(NamedTuple):
 
 
 def prompt_id(prompt: Sequence[int]) -> str:
-    """A name for a prompt that depends on its tokens alone."""
+    """Returns a name for a prompt that depends on its tokens alone."""
     return hashlib.sha256(np.array(prompt, np.int32).tobytes()).hexdigest()[:16]
 
 
 def read_text(path: Path) -> list[Text]:
-    """The rows of a file. Raises UserError for a file of another form."""
+    """Reads the rows of a file.
+
+    Raises: UserError for a file of another format.
+    """
     try:
         with np.load(path) as arrays:
             tokens, names = arrays["tokens"].tolist(), arrays["prompt_id"].tolist()
@@ -63,7 +66,7 @@ def read_text(path: Path) -> list[Text]:
 
 
 def save_text(path: Path, rows: Sequence[Text]) -> None:
-    """Writes the rows, whole or not at all."""
+    """Writes the rows; an interrupted write leaves no partial file."""
     flat = [token for row in rows for token in row.prompt + row.answer]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as partial, partial.open("wb") as stream:
@@ -77,24 +80,24 @@ def save_text(path: Path, rows: Sequence[Text]) -> None:
 
 
 def text_files(out: Path, folder: str) -> list[Path]:
-    """All text there is to train on: what lies in the folder, and what was written here."""
+    """Returns all files of training text: those in `folder` and those written here."""
     return sorted([*Path(folder).glob("part-*.npz"), *(out / "text").glob("part-*.npz")])
 
 
 def rows_of(paths: Sequence[Path]) -> Iterator[Text]:
-    """The rows of several files."""
+    """Reads the rows of several files."""
     return (row for path in paths for row in read_text(path))
 
 
 def collect(out: Path) -> dict[str, int]:
-    """Joins what the writer has left in OUT/work/text to a few files of OUT/text.
+    """Joins the writer's files in OUT/work/text into a few files of OUT/text.
 
-    Returns answers and answer tokens of all that was written here.
+    Returns the number of answers and answer tokens of all that was written here.
     """
     total = {"answers": 0, "answer_tokens": 0}
     for kind in ("greedy", "drawn"):
         written = list(rows_of(sorted((out / "work" / "text").glob(f"part-{kind}*.npz"))))
-        # In the order of writing, so that files that are full stay as they are.
+        # Files are joined in the order of writing, so that full files stay as they are.
         for number, first in enumerate(range(0, len(written), _ROWS_A_FILE)):
             rows = written[first : first + _ROWS_A_FILE]
             save_text(out / "text" / f"part-gpu-{kind}-{number:03d}.npz", rows)

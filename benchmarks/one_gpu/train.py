@@ -1,8 +1,8 @@
-"""Trains the configured drafter on all text there is: python -m benchmarks.one_gpu.train OUT
+"""Trains the configured drafter on all text: python -m benchmarks.one_gpu.train OUT
 
-Run by `__main__.py`, which sends SIGTERM when the time is over: training then saves a checkpoint,
-which the next call goes on from, and what it has reached becomes the draft that is evaluated. A run
-belongs to its text: with other text files training begins anew, in a folder of its own.
+Run by `__main__.py`, which sends SIGTERM when the time is over. Training then saves a checkpoint,
+from which the next call continues, and exports its current state as the draft to evaluate. A run
+belongs to its text: with other text files, training starts anew, in its own folder.
 """
 
 import hashlib
@@ -36,11 +36,14 @@ from benchmarks.one_gpu.parts import Settings, finish, read_settings
 from benchmarks.one_gpu.text_files import rows_of, text_files
 
 _ROWS_A_PART = 1024
-_ENDLESS = 10**12  # answer tokens: more than there will ever be
+_ENDLESS = 10**12  # answer tokens; more than any text has
 
 
 def config_of(out: Path, settings: Settings, digest: str) -> Config:
-    """The config of the run on the text of this digest. The step computes the target's states."""
+    """Returns the config of the run on the text of this digest.
+
+    The training step computes the target's states.
+    """
     folder = out / "work" / f"train-{digest[:12]}"
     ours = [f"data.folder={folder / 'data'}", f"train.folder={folder}", "data.states=online"]
     ours += [f"data.answer_tokens={_ENDLESS}", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]
@@ -48,7 +51,7 @@ def config_of(out: Path, settings: Settings, digest: str) -> Config:
 
 
 def digest_of(paths: Sequence[Path]) -> str:
-    """SHA-256 of text files, in order."""
+    """Returns a SHA-256 of text files, in order."""
     total = hashlib.sha256()
     for path in paths:
         total.update(hashlib.sha256(path.read_bytes()).digest())
@@ -56,7 +59,10 @@ def digest_of(paths: Sequence[Path]) -> str:
 
 
 def fill(config: Config, target: Target, paths: Sequence[Path]) -> None:
-    """Puts the text where training reads it. Raises UserError for text of another vocabulary."""
+    """Writes the text to the folder that training reads.
+
+    Raises: UserError for text of another vocabulary.
+    """
     if exhausted_path(config.data.folder, 0).exists():
         return
     made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
@@ -77,7 +83,7 @@ def fill(config: Config, target: Target, paths: Sequence[Path]) -> None:
 
 
 def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | None:
-    """The draft of the newest checkpoint, its stage and step; None where there is none."""
+    """Returns the draft of the newest checkpoint, with stage and step; None if there is none."""
     rows = [row for part in read_parts(config.data.folder).values() for row in part]
     start = given_draft(config, target)
     kind = spec_type(config.draft.kind)
@@ -101,7 +107,7 @@ def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | Non
 
 
 def last_figures(folder: Path) -> dict[str, Any]:
-    """The last line of the log of each stage that has figures of training."""
+    """Returns, by stage, the last log record with training figures."""
     path, last = folder / "log.jsonl", {}
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -112,7 +118,7 @@ def last_figures(folder: Path) -> dict[str, Any]:
 
 
 def keep(out: Path, draft: Draft, target: Target) -> str:
-    """Makes it the draft of these results; returns its fingerprint."""
+    """Stores a draft as the draft of these results; returns its fingerprint."""
     fresh = out / "work" / "draft"
     shutil.rmtree(fresh, ignore_errors=True)
     save_draft(fresh, draft)
@@ -122,7 +128,7 @@ def keep(out: Path, draft: Draft, target: Target) -> str:
 
 
 def run(out: Path) -> None:
-    """One run of training, or what is left of it."""
+    """Trains, or finishes an interrupted run."""
     settings = read_settings(out)
     paths = text_files(out, settings.text)
     if not paths:
@@ -140,7 +146,7 @@ def run(out: Path) -> None:
         about |= train_draft(config, target)
         draft = load_draft(folder / "draft", target.spec, spec_type(config.draft.kind))
         about |= {"finished": True}
-    except SystemExit:  # SIGTERM came, and a checkpoint is there
+    except SystemExit:  # SIGTERM arrived; training has saved a checkpoint
         reached = newest_draft(config, target)
         if reached is None:
             raise

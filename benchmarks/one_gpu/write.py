@@ -1,8 +1,8 @@
 """Lets the target write training text: python -m benchmarks.one_gpu.write OUT
 
-All prompts greedily, then all again with answers that are drawn, with another seed each time. Run
-by `__main__.py`, which ends it; what it has written lies in OUT/work/text, in files of a few
-hundred answers, and a prompt that was answered in a pass is not answered in it again.
+First answers all prompts greedily, then repeatedly with sampled answers, each pass with another
+seed. Run by `__main__.py`, which stops it. The text is in OUT/work/text, in files of a few hundred
+answers. A prompt answered in a pass is not answered in that pass again.
 """
 
 import itertools
@@ -22,22 +22,25 @@ from beagle_jax.weights.target import Target, configured_target
 from benchmarks.one_gpu.parts import Settings, finish, read_settings
 from benchmarks.one_gpu.text_files import Text, prompt_id, rows_of, save_text
 
-BLOCK = 4096  # prompts of one call of the writer, which reads the shortest first
-SAVED = 256  # answers of a file
-TEMPERATURE = 0.8  # of the drawn passes; the first is greedy
-# The decoder compiles for each size: fewer, larger batches than a config for a CPU has.
+BLOCK = 4096  # prompts per call of the writer, which takes the shortest first
+SAVED = 256  # answers per file
+TEMPERATURE = 0.8  # of the sampled passes; the first is greedy
+# The decoder compiles for each size, so use fewer and larger batches than a config for a CPU.
 ON_AN_ACCELERATOR = ("data.batch=512", "data.max_answer_tokens=160")
 
 
 def config_of(settings: Settings) -> Config:
-    """The config that says how answers are written; the user's own settings come last."""
+    """Returns the config for writing answers; the user's own settings take precedence."""
     given = [] if settings.prompts is None else [f"data.source={settings.prompts}"]
     larger = () if settings.toy else ON_AN_ACCELERATOR
     return load_config(settings.config, [*larger, *given, *settings.overrides])
 
 
 def chats_of(config: Config, named: bool) -> list[Chat]:
-    """The prompts to answer. named: by the user, so that they have to be there."""
+    """Returns the prompts to answer.
+
+    named: the user named them, so a missing file is an error.
+    """
     source = config.data.source
     if source == "self" or not (named or Path(source).expanduser().exists()):
         if source != "self":
@@ -49,7 +52,7 @@ def chats_of(config: Config, named: bool) -> list[Chat]:
 def passes(
     prompts: Sequence[list[int]], out: Path, folder: str
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Number of a pass and its prompts that have no answer in it yet; 0 is the greedy one."""
+    """Yields each pass's number and its prompts without an answer; pass 0 is greedy."""
     for number in itertools.count():
         kind, own = ("greedy", "greedy") if number == 0 else ("drawn", f"drawn{number:03d}")
         files = [*(out / "work" / "text").glob(f"part-{own}-*.npz")]
@@ -61,10 +64,10 @@ def passes(
 def blocks(
     prompts: list[list[int]], write: Writer, config: Config, number: int
 ) -> Iterator[list[Text]]:
-    """Answers of one pass in groups to save.
+    """Yields the answers of one pass in groups to save.
 
-    A block is left when few rows of the batch are busy, and its last prompts go to the next one:
-    the writer would go on with ever smaller batches, each of which it compiles for.
+    When few rows of the batch are busy, a block ends early and its last prompts move to the next
+    block. Otherwise the writer would continue with ever smaller batches and compile for each.
     """
     waiting, ready = list(prompts), []
     while waiting:
@@ -92,7 +95,7 @@ def blocks(
 
 
 def write_text(out: Path, config: Config, target: Target, chats: Sequence[Chat], text: str) -> None:
-    """Pass after pass, without an end."""
+    """Writes pass after pass and never returns."""
     prompts = [prompt_tokens(target.tokenizer, chat.messages, chat.where) for chat in chats]
     prompts = [prompt for prompt in prompts if len(prompt) <= config.data.max_prompt_tokens]
     if not prompts:
