@@ -1,7 +1,6 @@
-"""The draft that decodes best: real tau while training, the best draft kept by it, and an early
-stop.
+"""Measures tau during training, keeps the draft with the best tau, stops a stage early.
 
-Training does not know how to decode: the caller hands over what measures and what keeps.
+Training does not decode by itself: the caller passes the functions that measure and save a draft.
 """
 
 import json
@@ -18,7 +17,7 @@ Params = dict[str, Any]
 
 
 class Best:
-    """The best tau of each stage so far, kept in a file so that a resumed run knows it."""
+    """Best tau of each stage so far, stored in a file so that a resumed run knows it."""
 
     def __init__(
         self,
@@ -27,33 +26,35 @@ class Best:
         measure: Callable[[Params], dict],
         keep: Callable[[Params, dict], None],
     ):
-        """measure: parameters -> figures, "tau" among them. keep: writes the draft that is now the
-        best, with its figures.
+        """Reads the file at `path` if it was written with the same settings of `eval`.
 
-        Taus on other prompts cannot be compared: a file that was made with other settings of `eval`
-        counts as none.
+        measure: maps parameters to a dictionary of metrics that includes "tau". keep: saves the
+        draft that is now the best, with its metrics.
+
+        A tau measured on other prompts is not comparable, so a file written with other settings is
+        ignored.
         """
         self._path, self._config, self._measure, self._keep = path, config, measure, keep
         self._made_with = Identity.of(config, "tau")
-        found = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
-        there = Identity.read({"eval": _current(found.get("made_with") or {})})
+        stored = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
+        there = Identity.read({"eval": _current(stored.get("made_with") or {})})
         self._stages: dict[str, dict] = (
-            found["stages"] if found and not self._made_with.diff(there) else {}
+            stored["stages"] if stored and not self._made_with.diff(there) else {}
         )
 
     @property
     def tau(self) -> float:
-        """The best of all stages; 0 before the first measurement."""
-        return max((one["tau"] for one in self._stages.values()), default=0.0)
+        """Best tau over all stages; 0 before the first measurement."""
+        return max((best["tau"] for best in self._stages.values()), default=0.0)
 
     def due(self, done: int, steps: int) -> bool:
-        """Whether to measure after `done` of a stage's `steps`."""
+        """Returns whether to measure after `done` of a stage's `steps`."""
         return done % self._config.every == 0 or done == steps
 
     def look(self, stage: str, done: int, params: Params) -> dict:
-        """Measures, and keeps the draft if it is better than all before; returns the figures."""
+        """Measures the draft, saves it if it is the best so far, and returns its metrics."""
         figures = self._measure(params) if is_first() else {"tau": 0.0}
-        figures["tau"] = round(from_first(figures["tau"]), 4)  # on its way it is a float32
+        figures["tau"] = round(from_first(figures["tau"]), 4)  # broadcast as float32
         if is_first() and figures["tau"] > self.tau:
             self._keep(params, {"stage": stage, "step": done, **figures})
         if figures["tau"] > self._stages.get(stage, {"tau": 0.0})["tau"]:
@@ -69,7 +70,7 @@ class Best:
         return figures
 
     def exhausted(self, stage: str, done: int) -> bool:
-        """Whether `eval.patience` measurements of this stage have passed without a better one."""
+        """Returns whether tau has not improved for `eval.patience` measurements of this stage."""
         if not self._config.patience or stage not in self._stages:
             return False
         return done - self._stages[stage]["step"] >= self._config.patience * self._config.every
@@ -80,5 +81,5 @@ def _by_name(identity: Identity) -> dict[str, Any]:
 
 
 def _current(made_with: dict[str, Any]) -> dict[str, Any]:
-    """What 0.1.0 called prompts is `eval.train_prompts`."""
+    """Renames the setting that version 0.1.0 called `prompts` to `train_prompts`."""
     return {"train_prompts" if key == "prompts" else key: made_with[key] for key in made_with}

@@ -1,9 +1,9 @@
-"""Checkpoints of one stage through orbax: the draft's parameters, optimizer and step, never the
-frozen target.
+"""Checkpoints of one stage, written by orbax.
 
-Orbax writes under another name in the background and renames, so a kill leaves the one before. The
-sizes of all files are noted once a checkpoint is whole; one that was cut off later (a copy that
-ended early, a disk that lost its end) is seen by them.
+A checkpoint holds parameters, optimizer state and step of the draft, never the frozen target. Orbax
+writes in the background under a temporary name and renames at the end, so a killed run keeps its
+previous checkpoint. When a checkpoint is complete, the sizes of all its files are recorded. They
+reveal a checkpoint that was truncated later (an interrupted copy, a damaged disk).
 """
 
 import json
@@ -29,33 +29,35 @@ from beagle_jax.training.step import TrainState
 
 _KEPT = 2  # newest checkpoints kept per stage
 _SIZES = "sizes.json"
-# A failed write comes out as one UserError; orbax logs the traceback of every thread that took
-# part.
+# A failed write raises one UserError. Without this line orbax also logs a traceback per thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Settings(NamedTuple):
-    """All that decides what a stage computes, as dotted keys and JSON values."""
+    """All settings that decide what a stage computes, as JSON values by dotted key."""
 
     now: Mapping[str, Any]
-    default: Mapping[str, Any]  # what a key meant before it existed
+    default: Mapping[str, Any]  # values for keys that an older checkpoint does not have
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage of one run. A context manager: leaving it waits for the last
-    write.
+    """Checkpoints of one stage of one run.
+
+    A context manager: its exit waits for the last write.
     """
 
     def __init__(self, folder: str | Path, settings: Settings, accept_changes: bool = False):
-        """settings: what the run is made with; a folder written with others is refused, or a
-        warning if changes are accepted.
+        """Opens the folder of a stage.
+
+        settings: those of this run. Checkpoints that were written with other settings are refused,
+        or accepted with a warning if `accept_changes` is true.
         """
         self._folder = Path(folder).absolute()
         self._settings, self._accept_changes = settings, accept_changes
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
         )
-        self._unsealed: int | None = None  # the step whose sizes are not noted yet
+        self._unsealed: int | None = None  # the step whose file sizes are not recorded yet
 
     def __enter__(self) -> "StageCheckpoints":
         return self
@@ -67,15 +69,16 @@ class StageCheckpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Returns the steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, step: int, log: list[dict]) -> None:
-        """Starts writing; returns before it is done. A step that is already saved is left alone.
-        log: see Progress.waiting.
+        """Starts to write a checkpoint and returns before the write is complete.
 
-        Raises UserError for a state with a number that is not finite, and when this write or the
-        one before it failed.
+        Does nothing if this step is already saved. log: see `Progress.waiting`.
+
+        Raises:
+            UserError: a value of the state is not finite, or this write or the previous one failed.
         """
         if step in self._manager.all_steps():
             return
@@ -94,7 +97,7 @@ class StageCheckpoints:
         self._unsealed = step
 
     def check(self, state: TrainState, step: int) -> None:
-        """Raises UserError for a state with a number that is not finite."""
+        """Raises UserError if a value of the state is not finite."""
         if not bool(_finite(state)):
             raise UserError(
                 f"step {step}: a parameter or its optimizer state is not finite although the "
@@ -103,16 +106,19 @@ class StageCheckpoints:
             )
 
     def restore(self, fresh: TrainState) -> tuple[TrainState, list[dict]] | None:
-        """The newest whole state and its log, or None when there is none. `fresh` gives structure
-        and placement.
+        """Returns the newest complete state and its log; None if there is no checkpoint.
+
+        fresh: a state that gives the structure and the shardings.
+
+        Raises:
+            UserError: the checkpoint was written with other settings, or cannot be read.
         """
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             tqdm.write(
                 f"warning: {left}: this checkpoint was cut off while it was written; it is ignored"
             )
-        step = (
-            self.newest()
-        )  # whose settings come first: the state of another target may not even fit
+        # `newest` compares the settings first: the state of another target may not even fit.
+        step = self.newest()
         if step is None:
             return None
         items = {
@@ -120,14 +126,16 @@ class StageCheckpoints:
                 jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
             )
         }
-        if (self._folder / str(step) / "log").exists():  # older versions kept none
+        if (self._folder / str(step) / "log").exists():  # older versions did not save a log
             items["log"] = ocp.args.JsonRestore()
         restored = self._read(step, **items)
         return TrainState(**restored["state"]), restored["log"] if "log" in items else []
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, None when there is none. Raises UserError when
-        it was made with other settings.
+        """Returns the step of the newest complete checkpoint; None if there is none.
+
+        Raises:
+            UserError: the checkpoint was written with other settings.
         """
         step = self._newest_whole()
         if step is not None:
@@ -135,10 +143,10 @@ class StageCheckpoints:
         return step
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        """These parts of a checkpoint."""
+        """Reads the named items of a checkpoint."""
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:  # what is no JSON is a ValueError too
+        except (OSError, ValueError) as error:  # invalid JSON raises ValueError too
             raise UserError(
                 f"{self._folder}/{step}: this state does not fit the run, or is damaged "
                 f"({error}); take another train.folder, or remove this checkpoint to go on "
@@ -158,15 +166,18 @@ class StageCheckpoints:
                 f"is moved to {aside.name} and the one before it used"
             )
             if is_first():
-                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
+                shutil.rmtree(
+                    aside, ignore_errors=True
+                )  # an earlier truncated checkpoint of this step
                 (self._folder / str(step)).rename(aside)
         wait_for_all("checkpoints set aside")
         self._manager.reload()
         return whole
 
     def _cut_off(self, step: int) -> str | None:
-        """What is missing of a checkpoint; None for one that is whole, or that was killed before
-        its sizes were noted.
+        """Describes what is missing from a checkpoint; None if nothing is.
+
+        Also None if the run was killed before the file sizes were recorded.
         """
         folder = self._folder / str(step)
         note = folder / _SIZES
@@ -175,13 +186,13 @@ class StageCheckpoints:
         except UserError as error:
             return str(error)
         for name, size in sizes.items():
-            found = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if found != size:
-                return f"{name} has {found} bytes of {size}"
+            stored = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if stored != size:
+                return f"{name} has {stored} bytes of {size}"
         return None
 
     def _seal(self) -> None:
-        """Notes the sizes of a checkpoint's files, after it has been written."""
+        """Records the sizes of a checkpoint's files, after it has been written."""
         folder = self._folder / str(self._unsealed)
         if self._unsealed is not None and is_first() and folder.exists():
             sizes = {
@@ -192,11 +203,11 @@ class StageCheckpoints:
             write_text(folder / _SIZES, json.dumps(sizes))
         self._unsealed = None
 
-    def _compare(self, found: Mapping[str, Any]) -> None:
+    def _compare(self, stored: Mapping[str, Any]) -> None:
         now, default = self._settings
-        changed = Identity(now).diff(Identity.read(found), default)
+        changed = Identity(now).diff(Identity.read(stored), default)
         listed = "; ".join(
-            f"{key}: {there!r} there, {here!r} now" for key, (there, here) in changed.items()
+            f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items()
         )
         if not listed:
             return
@@ -213,7 +224,7 @@ class StageCheckpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError
             raise UserError(
                 f"{self._folder}: a checkpoint could not be written ({error}); the last whole "
                 f"one is {self._last()}. Free some space (python -m beagle_jax.plan says how "

@@ -1,9 +1,8 @@
-"""What a training step takes before there is data, weights or even the machine: work by formula,
-memory by compilation.
+"""Estimates the cost of a training step: operations by formula, memory by compilation.
 
-Everything is shapes (`jax.eval_shape`), placed as the run would place it; XLA compiles the step for
-the devices of the mesh, which may be those of a TPU topology that nobody here has
-(jax.experimental.topologies and the libtpu wheel).
+Needs neither data nor weights nor the machine: all arrays are shapes (`jax.eval_shape`) with the
+shardings of the real run. XLA compiles the step for the devices of the mesh. They may belong to a
+TPU topology that is not available (jax.experimental.topologies with the libtpu wheel).
 """
 
 import math
@@ -32,31 +31,32 @@ from beagle_jax.training.step import make_steps
 
 
 class StageCost(NamedTuple):
-    """Of one step of a stage. Bytes are those of one device."""
+    """Cost of one step of a stage. Bytes are per device."""
 
-    flops: float  # matrix products on all devices together, every token an answer
+    flops: float  # of matrix products, summed over devices; every token is an answer token
     weights: int  # the trained draft
     optimizer: int
-    # the target's embedding and head; all of it when the step computes its states, or tau is
-    # measured on the way
+    # the target's embedding and head; the whole target if the step computes its states, or if
+    # tau is measured during training
     frozen: int
     batch: int  # tokens and states
-    temporaries: int | None  # by the compiler; None: it ran out of the chip's memory
-    compiler_total: (
-        int | None
-    )  # everything at once, as the compiler counts it, and what it does not see
-    refusal: str  # what the compiler said when it ran out; else empty
+    temporaries: int | None  # by the compiler; None: they do not fit into the chip's memory
+    # the compiler's own sum, plus the arrays that stay in memory beside the step
+    compiler_total: int | None
+    refusal: str  # the compiler's out-of-memory message; else empty
     compile_seconds: float
 
     @property
     def held(self) -> int:
-        """Bytes that stay for the whole step, by their shapes."""
+        """Bytes that stay in memory during the whole step, computed from shapes."""
         return self.weights + self.optimizer + self.frozen + self.batch
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """Descriptions of a TPU's devices, "v5e:4x4". Raises UsageError without libtpu and for a name
-    that it does not know.
+    """Returns descriptions of the devices of a TPU topology, for example "v5e:4x4".
+
+    Raises:
+        UsageError: libtpu is not installed, or does not know the name.
     """
     try:
         import libtpu  # noqa: F401
@@ -83,15 +83,15 @@ def stage_cost(
     online: Any = None,
     beside: Any = None,
 ) -> StageCost:
-    """Compiles one step of a stage of `train` for the mesh; nothing is allocated.
+    """Compiles one step of a stage of `train` for the mesh, without allocating arrays.
 
-    draft_vocab: tokens that the draft scores. online: shapes of the target's parameters, when the
-    step computes its states; beside: when they only stay in memory, for tau to be measured with
-    (eval.every).
+    draft_vocab: number of tokens that the draft scores. online: shapes of the target's parameters
+    if the step computes the target's states. beside: the same shapes if the parameters only stay in
+    memory to measure tau (`eval.every`).
     """
     stage: StageConfig = config.train.named_stages[name]
     spec = spec_type(config.draft.kind).from_target(target)
-    train_step: Any  # jitted, which its type does not tell
+    train_step: Any  # jitted; its type does not show `lower`
     train_step, _, init = make_steps(spec, config.train, stage, mesh)
     params = {
         key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
@@ -133,7 +133,10 @@ def stage_cost(
 
 
 def _not_read(beside: dict[str, Any], frozen: FrozenTarget) -> dict[str, Any]:
-    """Tables that the step reads are the target's own, unless they are cut to hot tokens."""
+    """Drops the tables that the step already holds.
+
+    The step holds the target's own tables, unless they are reduced to hot tokens.
+    """
     tables = {"embed_VD": frozen.embed_VD, "head_VD": frozen.head_VD}
     return {
         key: x for key, x in beside.items() if key not in tables or x.shape != tables[key].shape
@@ -141,7 +144,10 @@ def _not_read(beside: dict[str, Any], frozen: FrozenTarget) -> dict[str, Any]:
 
 
 def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
-    """Bytes of temporaries and in all; or None for both and why the compiler refuses the step."""
+    """Returns bytes of temporaries, bytes in total, and an empty message.
+
+    If the step does not fit: None, None and the compiler's message.
+    """
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -158,13 +164,10 @@ def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
 
 
 def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
-    """The shapes of a batch whose rows are full and answers throughout, as the loader makes
-    them.
-    """
+    """Returns the shapes of a loader's batch in which every row is full and supervised."""
     L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
-    narrow_L1 = np.zeros(
-        (L, 1), jnp.dtype("float32" if stored == "int8" else stored)
-    )  # the loader copies states: one channel is enough
+    # One channel is enough: the loader copies states.
+    narrow_L1 = np.zeros((L, 1), jnp.dtype("float32" if stored == "int8" else stored))
     full = [Row([0] * L, [True] * L)] * config.train.batch
     made = BatchLoader(
         full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0
@@ -176,17 +179,17 @@ def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
 
 
 def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
-    """Operations of the matrix products of one row: L states, T queries that all count (method.md
-    3, 4.5b and 8).
+    """Counts the operations of one row's matrix products (method.md 3, 4.5b and 8).
 
-    See `Objective.flops`.
+    The row has L states and T queries that all enter the loss; see `Objective.flops`.
     """
     return objective_of(spec, stage).flops(spec, stage, vocab, L, T)
 
 
 def target_flops(spec: TargetSpec, L: int) -> float:
-    """Operations of the matrix products of the target's forward pass over one row of L tokens,
-    without the head.
+    """Counts the operations of the target's forward pass over one row of L tokens.
+
+    Matrix products only, without the head.
     """
     per_token = 2 * sum(
         math.prod(shape)
@@ -203,7 +206,7 @@ def _placed(tree: Any, where: Any) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """On the device that holds most."""
+    """Bytes on the device that holds the most."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

@@ -1,10 +1,9 @@
-"""How far the draft's distribution q is from the target's p, per row: the options of `train.loss`,
-with their gradients.
+"""Divergences between target p and draft q, per position, with gradients (`train.loss`).
 
-Each returns (distance [C], its gradient with respect to the draft's logits [C, V]). `total` sums
-over the vocabulary, which may be spread over devices; V is one device's part of it. p and q are
-probabilities, z the draft's logits; q = softmax(z), so that d f / d z_v = q_v (d f / d q_v - sum_u
-q_u d f / d q_u).
+Each function returns (distance [C], gradient with respect to the draft's logits [C, V]). `total`
+sums over the vocabulary, which may be split over devices; V is the part of one device. p and q are
+probabilities and z are the draft's logits. With q = softmax(z),
+d f / d z_v = q_v (d f / d q_v - sum_u q_u d f / d q_u).
 """
 
 from collections.abc import Callable
@@ -13,11 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_LK_ETA = 3.0  # the best of the LK paper: how fast the hybrid leaves KL as the acceptance grows
+# How fast the weight moves from KL to TV as acceptance grows; the best value of the LK paper.
+_LK_ETA = 3.0
 
 
 class Distributions(NamedTuple):
-    """Both distributions of some rows, in float32."""
+    """Target distribution p and draft distribution q of C positions, in float32."""
 
     p_CV: jax.Array
     log_p_CV: jax.Array
@@ -30,27 +30,32 @@ Distance = tuple[jax.Array, jax.Array]
 
 
 def cross_entropy(of: Distributions) -> Distance:
-    """-sum_v p(v) log q(v): the paper's (method.md 3.2)."""
+    """-sum_v p(v) log q(v), the paper's loss (method.md 3.2)."""
     return -of.total(of.p_CV * of.log_q_CV), of.q_CV - of.p_CV
 
 
 def kl(of: Distributions) -> Distance:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)): cross-entropy less the target's entropy; the
-    same gradient.
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)).
+
+    Equals the cross-entropy minus the target's entropy, with the same gradient.
     """
     return of.total(of.p_CV * (of.log_p_CV - of.log_q_CV)), of.q_CV - of.p_CV
 
 
 def reverse_kl(of: Distributions) -> Distance:
-    """KL(q || p) = sum_v q(v) (log q(v) - log p(v)): what the target finds unlikely costs most."""
+    """KL(q || p) = sum_v q(v) (log q(v) - log p(v)).
+
+    Penalises most the tokens that are unlikely under the target.
+    """
     ratio_CV = of.log_q_CV - of.log_p_CV
     distance_C = of.total(of.q_CV * ratio_CV)
     return distance_C, of.q_CV * (ratio_CV - distance_C[:, None])
 
 
 def total_variation(of: Distributions) -> Distance:
-    """TV = sum_v |p(v) - q(v)| / 2 = 1 - sum_v min(p(v), q(v)): the share of drafts that sampling
-    rejects.
+    """TV = sum_v |p(v) - q(v)| / 2 = 1 - sum_v min(p(v), q(v)).
+
+    Equals the share of draft tokens that sampling rejects.
     """
     side_CV = jnp.sign(of.q_CV - of.p_CV) / 2
     distance_C = of.total(jnp.abs(of.p_CV - of.q_CV)) / 2
@@ -58,16 +63,16 @@ def total_variation(of: Distributions) -> Distance:
 
 
 def lk_hybrid(of: Distributions) -> Distance:
-    """w KL(p || q) + (1 - w) TV with w = exp(-3 (1 - TV)), w without gradient: KL while few drafts
-    are accepted, then TV.
+    """w KL(p || q) + (1 - w) TV with w = exp(-3 (1 - TV)); w has no gradient.
 
-    Samarin et al., "LK Losses", arXiv 2602.23881.
+    Close to KL while few draft tokens are accepted, and to TV later. Samarin et al., "LK Losses",
+    arXiv 2602.23881.
     """
     (kl_C, kl_slope_CV), (tv_C, tv_slope_CV) = kl(of), total_variation(of)
     weight_C = jnp.exp(-_LK_ETA * (1 - tv_C))
 
-    def mix(one, other, weight):
-        return weight * one + (1 - weight) * other
+    def mix(kl_value, tv_value, weight):
+        return weight * kl_value + (1 - weight) * tv_value
 
     return mix(kl_C, tv_C, weight_C), mix(kl_slope_CV, tv_slope_CV, weight_C[:, None])
 

@@ -1,19 +1,19 @@
-"""Both stages of the EAGLE draft (method.md section 8): the early one is the late one with a single
-step.
+"""Both stages of the EAGLE draft (method.md section 8).
 
-What is learned is Beagle's, position for position: the prediction for position i is the state h_i,
-through the head the distribution of the token after x_i, and it counts where x_i is supervised.
-EAGLE's input for it is the entry (x_i, h_{i-1}), which stands at position i - 1 and sees the
-entries up to itself: the tokens up to x_i and the states before it. So the same positions are
-scored, and only position 0, which has no state before it, has no prediction. EAGLE's loss, 0.1
+The early stage is the late stage with a single draft step. EAGLE learns the same predictions as
+Beagle, position by position. The prediction for position i is the state h_i. The head maps it to
+the distribution of the token after x_i, and it enters the loss where x_i is supervised. EAGLE's
+input for it is the entry (x_i, h_{i-1}) at position i - 1. This entry attends to all entries up to
+itself, that is to the tokens up to x_i and the states before x_i. Both kinds therefore score the
+same positions, except position 0, which has no previous state and no prediction. EAGLE's loss, 0.1
 ploss + vloss, is a tenth of ours with its vloss_weight of 10.
 
-The late stage is training-time test, as HASS has it: from every position s draft steps, the first
-from the true state before it, the others from the step before. A step's queries are new, as they
-are made of the newest states; its keys are those of the true entries up to where the draft began,
-and of the entries that this draft has made itself, which over all positions are diagonals. Every
-step costs about what the early stage does; Beagle's late stage costs as much for all its steps
-(late.py).
+The late stage is training-time test as in HASS. It simulates s draft steps from every position: the
+first step reads the true state before the position, each later step the state predicted by the
+previous step. Each step computes new queries, because they depend on the newest states. Its keys
+are the true entries up to the start of the draft and the entries that the same draft has predicted;
+over all positions, the latter are diagonals of the score matrix. Each step costs about as much as
+the early stage, whereas Beagle's late stage costs that much for all its steps together (late.py).
 """
 
 import jax
@@ -48,31 +48,33 @@ def eagle_states(
     steps: int,
     detach: bool,
 ) -> jax.Array:
-    """Predicted states [B, T, J, D]: those j positions after query t, by draft step j (0-based) of
-    a draft that began there.
+    """Predicts states [B, T, J, D] by simulating a draft from each query.
+
+    Entry [b, t, j] is the state j positions after query t, predicted by draft step j (0-based) of
+    the draft that starts at t. Entries past the end of a chat and entries of a draft that starts at
+    position 0 are undefined.
 
     e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. count:
-    T, queries of each row (model/packing.py). detach: cut the gradient through predicted states
-    where later steps read them. What is past the chat's end, and what begins at position 0, means
-    nothing.
+    T, the number of queries of each row (model/packing.py). detach: stop the gradient where later
+    steps read predicted states.
     """
     block = EagleBlock(spec).bind({"params": params})
     L = e_BLD.shape[1]
-    # Entry j of the row: the token at j + 1 and the state at j. A draft that begins at position i
-    # begins with entry i - 1.
+    # Entry j of the row holds the token at j + 1 and the state at j. A draft from position i
+    # starts with entry i - 1.
     true_BED = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
     true_rows = block.keys_values(true_BED, places(L - 1, length_BC).place_BX)
-    asked = queries(count, length_BC, first_BC)
-    sees_BTE = keys_before(asked.chat_BT, asked.position_BT, length_BC, L - 1)
-    f_BTD = of_row(true_BED, asked.slot_BT - 1)
+    query = queries(count, length_BC, first_BC)
+    sees_BTE = keys_before(query.chat_BT, query.position_BT, length_BC, L - 1)
+    f_BTD = of_row(true_BED, query.slot_BT - 1)
     own: list[KVRows] = []
     states = []
     for step in range(steps):
         with jax.named_scope(f"simulate_{step + 1}"):
-            entry_BT = asked.position_BT - 1 + step
+            entry_BT = query.position_BT - 1 + step
             if step:
                 read_BTD = jax.lax.stop_gradient(states[-1]) if detach else states[-1]
-                f_BTD = block.fuse(of_row(e_BLD, asked.slot_BT + step), read_BTD)
+                f_BTD = block.fuse(of_row(e_BLD, query.slot_BT + step), read_BTD)
                 own.append(block.keys_values(f_BTD, entry_BT))
             q_BKGTH = block.queries(f_BTD, entry_BT)
             seen = [
@@ -84,8 +86,9 @@ def eagle_states(
 
 
 def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
-    """Attention of each query to the one key of these that its own draft has made, the diagonal of
-    the T x T scores.
+    """Attends from each query to the key that its own draft has predicted.
+
+    These are the diagonal of the T x T scores.
     """
     score_BKGT = (
         jnp.einsum("BKGTH,BKHT->BKGT", q_BKGTH, rows.k_BKHS, preferred_element_type=jnp.float32)
@@ -96,9 +99,9 @@ def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
 
 
 def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s from each query, one in the early stage (method.md 8).
+    """Simulates draft steps 1..s from each query; the early stage has one step (method.md 8).
 
-    Keys are made of tokens too, so whole rows are embedded. The offset of windows has no meaning.
+    Embeds whole rows, because keys depend on tokens too. The window offset is not used.
     """
     steps, count, e_BLD = stage.simulation_steps, of.slot_BT.shape[1], of.embedded(of.tokens_BL)
     state_BTJD = eagle_states(
@@ -124,9 +127,9 @@ def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offse
 
 
 def eagle_flops(spec: EagleSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
-    """Operations of one row (`Objective.flops`).
+    """Counts the operations of one row (`Objective.flops`).
 
-    Entries are fused of a token and a state, and keys are made of entries, which have gradients.
+    Each entry fuses a token with a state. Keys are computed from entries, which have gradients.
     """
     D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
     predicted = T * (stage.simulation_steps - 1)  # states that later steps read

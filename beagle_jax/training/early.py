@@ -1,6 +1,4 @@
-"""The early stage: every position predicts from the context of its window's start (method.md
-section 3).
-"""
+"""Early stage: positions predict from the context at their window's start (method.md 3)."""
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +22,13 @@ def early_states(
     window: int,
     offset: jax.Array,
 ) -> jax.Array:
-    """Predicted states [B, T, D]; the query at window offset r looks r + 1 tokens ahead (method.md
-    3.1).
+    """Predicts states [B, T, D] from the true states before each window (method.md 3.1).
 
-    e_BTD: embeddings of the row's queries, each chat's from position first_BC on
-    (model/packing.py); windows are counted from there. h_BLD: true states of the whole row, with
-    the training noise if any; they serve as keys and values only.
+    The query at window offset r predicts r + 1 tokens ahead.
+
+    e_BTD: embeddings of the row's queries. The queries of a chat start at position first_BC
+    (model/packing.py); windows are counted from that position. h_BLD: true states of the whole row,
+    with the training noise if any; used as keys and values only.
     """
     L, T = h_BLD.shape[1], e_BTD.shape[1]
     mask_BTL = early_block_mask(length_BC, L, window, offset, first_BC, T)
@@ -38,7 +37,7 @@ def early_states(
 
 
 def predict_early(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Every query once, weight 1 (method.md 3.2)."""
+    """Predicts every query once, with weight 1 (method.md 3.2)."""
     T = of.slot_BT.shape[1]
     e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))
     place_BT = queries(T, of.length_BC, of.first_BC).place_BT
@@ -51,7 +50,10 @@ def predict_early(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offse
 
 
 def early_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
-    """Operations of one row (`Objective.flops`); true states have no gradient (method.md 3)."""
+    """Counts the operations of one row (`Objective.flops`).
+
+    True states have no gradient (method.md 3).
+    """
     D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
     return layer_flops(spec, vocab, L, T, T) + 2 * L * 2 * 2 * D * KH
 

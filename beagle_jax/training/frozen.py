@@ -1,4 +1,4 @@
-"""The parts of the target that training reads and never changes."""
+"""Frozen parts of the target that training reads."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,12 @@ from beagle_jax.model.target import Params, TargetSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FrozenTarget:
-    """Embedding and head; the whole model too where steps compute its states.
+    """Embedding and head of the target; also the whole model if steps compute its states.
 
-    A pytree whose arrays are sharded by name like the target's own.
+    A pytree. Its arrays are sharded by name, as in the target.
     """
 
     embed_VD: jax.Array
-    head_VD: jax.Array  # rows of the tokens that the draft scores
-    model: Params | None = None  # None: batches bring states along (`data.states: disk`)
+    head_VD: jax.Array  # only the tokens that the draft scores
+    model: Params | None = None  # None: batches contain the states (`data.states: disk`)
     spec: TargetSpec | None = field(default=None, metadata=dict(static=True))  # of the model

@@ -1,4 +1,4 @@
-"""How each kind of draft is trained: its objectives, and closed-form starts."""
+"""Tables of the training objectives and closed-form starts of each kind of draft."""
 
 from collections.abc import Callable
 
@@ -22,12 +22,16 @@ OBJECTIVES: dict[str, dict[str, Objective]] = {
 }
 
 # Closed-form starts (`draft.init: ridge`), for the kinds that have one:
-# (fresh parameters, description, embedding, a batch to fit on) -> parameters
+# (initial parameters, spec, embedding, a batch to fit on) -> parameters
 WARM_STARTS: dict[str, Callable[..., dict[str, jax.Array]]] = {BeagleSpec.kind: warm_start}
 
 
 def objective_of(spec: DraftSpec, stage: StageConfig) -> Objective:
-    """The objective of a stage for a kind of draft. Raises UsageError if the kind has none."""
+    """Returns the objective of a stage for a kind of draft.
+
+    Raises:
+        UsageError: this kind has no objective for the stage.
+    """
     objectives = OBJECTIVES[spec.kind]
     if stage.objective not in objectives:
         raise UsageError(

@@ -1,13 +1,12 @@
-"""The late stage: drafting simulated inside training, at about the early stage's cost (method.md
-4.5b).
+"""Late stage: simulates drafting during training, at about the early stage's cost.
 
-With the loss at step i only on window offset i - 1, each query is needed at exactly one step, and
-true keys never change. So attention over true keys is computed once for all queries; step i adds
-the at most i - 1 predicted keys of the query's own window through the log-sum-exp merge, predicts,
-and appends one key per window.
+The method is that of method.md 4.5b. The loss at step i covers only window offset i - 1, so each
+query is needed at exactly one step, and true keys never change. Attention over true keys is
+therefore computed once for all queries. Step i merges in the at most i - 1 predicted keys of the
+query's own window (log-sum-exp merge), predicts, and appends one key per window.
 
-The loss form that the paper rejects (Fig. 12) scores at step i the offsets after i - 1 as well,
-from the same keys.
+The loss that the paper rejects (Fig. 12) also scores the offsets after i - 1 at step i, from the
+same keys.
 """
 
 from typing import NamedTuple
@@ -33,35 +32,35 @@ from beagle_jax.training.objective import (
 
 
 class LateStates(NamedTuple):
-    """Predicted states of every window, J of each, and which queries of the row they belong to."""
+    """Predicted states of every window, J of each, and the queries that they belong to."""
 
-    state_BUJD: (
-        jax.Array
-    )  # window u, draft step j (0-based): the query at offset j, after j predicted keys
-    query_BUJ: jax.Array  # which of the row's T queries that is, clipped to the last
-    valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
-    step_J: jax.Array  # the draft step: j itself, or with multi_token one for several queries
+    # window u, draft step j (0-based): the query at offset j, after j predicted keys
+    state_BUJD: jax.Array
+    query_BUJ: jax.Array  # index among the row's T queries, clipped to the last
+    valid_BUJ: jax.Array  # False where the window extends past the chat's last query
+    step_J: jax.Array  # draft step: j itself; with multi_token, several queries share a step
 
 
 class Windows(NamedTuple):
-    """The windows of each row, as many in every row."""
+    """Windows of each row; every row has U of them."""
 
     chat_BU: jax.Array
-    place_BUJ: jax.Array  # of its queries, counted from the chat's first
-    query_BUJ: jax.Array  # the same among the row's T queries, clipped to the last
-    valid_BUJ: jax.Array  # False where the window hangs over the chat's last query
+    place_BUJ: jax.Array  # index of each query within its chat
+    query_BUJ: jax.Array  # index of each query within its row, clipped to the last
+    valid_BUJ: jax.Array  # False where the window extends past the chat's last query
 
 
 def window_queries(
     size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array
 ) -> Windows:
-    """The first `steps` queries of each window; size_BC: queries of each chat, `width` of a row at
-    most.
+    """Returns the first `steps` queries of each window.
 
-    one chat of 8 queries, window 3, steps 2, offset 2:   queries [[2, 3], [5, 6], [7, 7]], valid
-    [[1, 1], [1, 1], [0, 0]]
-    The number of windows is that of offset 0 and of chats that end as badly as they can, so that
-    the shape depends on neither.
+    size_BC: number of queries of each chat. width: T, the largest number of queries in a row.
+
+    Example: one chat of 8 queries, window 3, steps 2, offset 2 gives the queries
+    [[2, 3], [5, 6], [7, 7]] with valid [[1, 1], [1, 1], [0, 0]].
+
+    U is the worst case over offsets and chat lengths, so that the shape depends on neither.
     """
     count = (width + size_BC.shape[1] * (window - 1)) // window
     chat_BU, number_BU = places(count, -(-jnp.maximum(size_BC - offset, 0) // window))
@@ -86,14 +85,13 @@ def late_states(
     detach: bool,
     multi_token: bool = False,
 ) -> LateStates:
-    """Simulates `steps` draft steps in every window of every row (method.md 4.1, computed as in
-    4.5b).
+    """Simulates `steps` draft steps in every window of every row (method.md 4.1, 4.5b).
 
-    e_BTD: embeddings of the row's queries, each chat's from position first_BC on
-    (model/packing.py); windows are counted from there. h_BLD: true states of the whole row, with
-    the training noise if any; they serve as keys and values only. detach: cut the gradient through
-    predicted states where later steps read them (method.md 4.6). multi_token: step i predicts from
-    window offset i - 1 up to the window's end, not that offset alone (l = k in method.md 4.2).
+    e_BTD: embeddings of the row's queries. The queries of a chat start at position first_BC
+    (model/packing.py); windows are counted from that position. h_BLD: true states of the whole row,
+    with the training noise if any; used as keys and values only. detach: stop the gradient where
+    later steps read predicted states (method.md 4.6). multi_token: step i predicts all offsets from
+    i - 1 to the end of the window, instead of offset i - 1 alone (l = k in method.md 4.2).
     """
     block = block_of(spec).bind({"params": params})
     (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
@@ -134,7 +132,7 @@ def late_states(
 
 
 def _where_asked(state_BUJD: jax.Array, at: Windows, spans: list[range]) -> LateStates:
-    """States with the query that each is of; spans: window offsets that each step predicts."""
+    """Joins states with their queries. spans: window offsets that each step predicts."""
     offset_J = jnp.array([offset for span in spans for offset in span])
     step_J = jnp.array([span.start for span in spans for _ in span])
     return LateStates(
@@ -143,8 +141,9 @@ def _where_asked(state_BUJD: jax.Array, at: Windows, spans: list[range]) -> Late
 
 
 def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
-    """[B, K, G, U * J, ...] -> [B * U, K, G, N, ...]: each window a batch entry, and of it the
-    queries at N offsets.
+    """Moves windows to the batch axis: [B, K, G, U * J, ...] -> [B * U, K, G, N, ...].
+
+    span: the N offsets of each window whose queries are selected.
     """
     B, K, G, _, *rest = x_BKGT.shape
     x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]
@@ -152,12 +151,12 @@ def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
 
 
 def predict_late(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s of every window (method.md 4.2)."""
+    """Predicts draft steps 1..s of every window (method.md 4.2)."""
     return _predict_windows(params, spec, stage, of, stage.window, offset)
 
 
 def predict_dense(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
-    """Draft steps 1..s from every position; most positions are predicted s times."""
+    """Predicts draft steps 1..s from every position; most positions are predicted s times."""
     return _predict_windows(params, spec, stage, of, 1, 0)
 
 
@@ -181,7 +180,7 @@ def _predict_windows(
 
 
 def late_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
-    """Operations of one row (`Objective.flops`; method.md 4.5b)."""
+    """Counts the operations of one row (`Objective.flops`; method.md 4.5b)."""
     drafts, steps, window = -(-T // stage.window), stage.simulation_steps, stage.window
     if stage.multi_token:
         outputs = drafts * sum(range(window, window - steps, -1))
@@ -190,7 +189,7 @@ def late_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) 
 
 
 def dense_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:
-    """Operations of one row (`Objective.flops`)."""
+    """Counts the operations of one row (`Objective.flops`)."""
     queries = T * stage.simulation_steps
     return _simulated_flops(spec, stage, vocab, L, T, queries, queries)
 
@@ -198,11 +197,14 @@ def dense_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int)
 def _simulated_flops(
     spec: LayerSpec, stage: StageConfig, vocab: int, L: int, drafts: int, queries: int, outputs: int
 ) -> float:
-    """Of so many drafts; keys are made of L true states, and of predicted ones that are read."""
+    """Counts the operations of `drafts` drafts over one row.
+
+    Keys are computed from L true states and from the predicted states that later steps read.
+    """
     predicted = drafts * (stage.simulation_steps - 1)
-    read = 2 * L + reading_cost(stage) * predicted
+    passes = 2 * L + reading_cost(stage) * predicted
     D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
-    return layer_flops(spec, vocab, L, queries, outputs) + read * 2 * 2 * D * KH
+    return layer_flops(spec, vocab, L, queries, outputs) + passes * 2 * 2 * D * KH
 
 
 LATE = Objective(predict_late, late_flops)

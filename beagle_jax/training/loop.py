@@ -1,4 +1,4 @@
-"""Runs a stage: batches in, checkpoints, log lines and a progress bar out."""
+"""Training loop of a stage: reads batches, writes checkpoints and the log, shows progress."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -36,16 +36,17 @@ def run_stage(
     log: Log,
     best: Best | None = None,
 ) -> dict[str, jax.Array]:
-    """Trains one stage from `params`, or from its newest checkpoint.
+    """Trains one stage from `params`, or from its newest checkpoint; returns the parameters.
 
-    name: of a stage in `config.train.named_stages`. Returns the parameters. Raises UserError when
-    the loss or a parameter stops being finite; the last checkpoint then stands. SIGTERM saves after
-    the step under way and ends the program with status 0. best: measures real decoding on the way,
-    and may end the stage early.
+    name: a key of `config.train.named_stages`. best: measures tau and may stop the stage early. On
+    SIGTERM the current step finishes, a checkpoint is saved and the program exits with status 0.
+
+    Raises:
+        UserError: the loss or a parameter is not finite. The last checkpoint is kept.
     """
     stage = config.train.named_stages[name]
     train_step, eval_step, init = make_steps(spec, config.train, stage, mesh)
-    # The signal is minded to the end of the last write.
+    # SIGTERM is handled until the last write finishes.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
@@ -56,7 +57,7 @@ def run_stage(
         for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
             state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
-                # Read only now, with the next step already under way.
+                # Fetched only after the next step has been dispatched.
                 progress.add(step, last_metrics)
             last_metrics, done = metrics, step + 1
             stopping, looking = stop.asked(), best is not None and best.due(done, stage.steps)
@@ -78,7 +79,7 @@ def run_stage(
             if finished or stopping:
                 break
         progress.close()
-    if stop.seen:  # maybe only after the last step
+    if stop.seen:  # the signal may have arrived after the last step
         _leave(name, int(state.step))
     return state.params
 
@@ -86,7 +87,7 @@ def run_stage(
 def _restored(
     checkpoints: StageCheckpoints, fresh: TrainState, name: str, stage: StageConfig
 ) -> tuple[TrainState, list]:
-    """The newest state and the metrics that wait with it, or a fresh one and none."""
+    """Returns the newest saved state and its unlogged metrics; without one, `fresh` and none."""
     state, waiting = checkpoints.restore(fresh) or (fresh, [])
     if first := int(state.step):
         tqdm.write(f"{name} stage: going on from step {first} of {stage.steps}")
@@ -102,8 +103,12 @@ def _leave(name: str, step: int) -> NoReturn:
 
 
 def check_settings(config: Config) -> None:
-    """Raises UserError for checkpoints of other settings in `train.folder`: asked before the work
-    that would be for nothing.
+    """Checks that the checkpoints in `train.folder` were written with these settings.
+
+    Call it before the expensive work of a run.
+
+    Raises:
+        UserError: a checkpoint was written with other settings.
     """
     for name in config.train.stages_to_run:
         if not config.train.accept_changes and _folder(name, config).exists():
@@ -122,7 +127,7 @@ def _checkpoints(name: str, config: Config) -> StageCheckpoints:
 
 
 def settings_of(name: str, config: Config) -> Settings:
-    """All that decides what a stage computes. No stage depends on those after it."""
+    """Returns the settings that decide what a stage computes; later stages are not among them."""
     default = Config(target=config.target)
     return Settings(
         Identity.of(config, "stage", stage=name).values,

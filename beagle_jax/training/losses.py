@@ -1,10 +1,9 @@
-"""The distance of two distributions through the frozen head, in chunks of rows, and smooth-L1
-(method.md 3.2).
+"""Losses on distributions, through the frozen head, and on states (method.md 3.2).
 
-The head is frozen, so the gradient with respect to the draft's state is all that is needed, and it
-is computed in the same pass as the value: three products with the head per row, no logits kept,
-none recomputed. Rows that do not count are skipped altogether: they are sorted to the end and the
-loop stops before them.
+The vocabulary's logits are computed in chunks of positions. Only the gradient with respect to the
+draft's state is needed, because the head is frozen. It is computed in the same pass as the loss,
+with three products with the head per position; logits are neither stored nor recomputed. Positions
+that do not enter the loss cost nothing: they are sorted to the end, and the loop stops before them.
 """
 
 from functools import partial
@@ -29,15 +28,19 @@ def distribution_loss(
     chunk: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per row the distance of two distributions over the full vocabulary: p from the true state and
-    q from the draft's.
+    """Computes the divergence of target p and draft q over the vocabulary, per position.
+
+    p comes from the true state and q from the draft's state, both through `head_VD`. Differentiable
+    in `state_MD` only, because target and head are frozen. On a mesh each device works on its own
+    positions and its part of the vocabulary; M must be a multiple of the number of devices that
+    split rows.
 
     kind: a name in distances.DISTANCES; the paper's is cross_entropy, -sum_v p(v) log q(v).
-    counts_M: boolean; rows that are False cost nothing and return 0. chunk: rows whose logits exist
-    at once on a device. Returns (distance [M], rank [M]): the rank of the target's most likely
-    token among the draft's logits, 0 where both agree. Differentiable in `state_MD` only; target
-    and head are frozen. On a mesh each device works on its own rows and its part of the vocabulary;
-    M must divide by the devices that split rows.
+    counts_M: bool; positions that are False cost nothing and return 0. chunk: number of positions
+    whose logits exist at once on a device.
+
+    Returns (distance [M], rank [M]). The rank is that of the target's most likely token among the
+    draft's logits, 0 if it is the draft's most likely token too.
     """
     distance_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
     return distance_M, rank_M
@@ -49,14 +52,14 @@ def _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
 
 
 def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M):
-    """Distance, rank and gradient of the rows of one device."""
+    """Computes distance, rank and gradient of one device's positions."""
     M, D = state_MD.shape
     count = -(-M // chunk) * chunk
-    # Rows that count first, in order; the rest is padding that the loop never reaches.
+    # Positions that enter the loss come first, in order; the loop never reaches the others.
     order = jnp.argsort(~counts_M, stable=True)
     order = jnp.pad(order, (0, count - M), constant_values=M)
     used = counts_M.sum()
-    # As many rounds on every device, so that the collectives inside the loop meet.
+    # Every device runs the same number of iterations, as the loop contains collectives.
     rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
     def step(index, carry):
@@ -68,7 +71,7 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
             return x_MD.at[row_C].get(mode="fill", fill_value=0)
 
         distance_C, rank_C, gradient_CD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
-        # Rows past `used` share the last chunk; they point out of range and are dropped.
+        # Positions after `used` in the last chunk get an index out of range and are dropped.
         target_C = jnp.where(live_C, row_C, M)
         return (
             distance.at[target_C].set(distance_C, mode="drop"),
@@ -81,8 +84,9 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
 
 
 def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
-    """Distance, rank and gradient of one chunk, in float32. V: this device's part of the
-    vocabulary.
+    """Computes distance, rank and gradient of one chunk, in float32.
+
+    V is this device's part of the vocabulary.
     """
 
     def total(x):
@@ -112,8 +116,9 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
 
 
 def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
-    """How many tokens the draft prefers to the target's most likely one, the first of them if
-    several are.
+    """Counts the tokens that the draft ranks above the target's most likely token.
+
+    If several tokens are the most likely, the one with the lowest id is meant.
     """
     V = true_CV.shape[1]
     token_V = share.first_token(V) + jnp.arange(V)
@@ -141,8 +146,9 @@ distribution_loss.defvjp(_vjp_forward, _vjp_backward)
 
 
 def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:
-    """Per row the mean over channels of 0.5 z^2 where |z| < 1, |z| - 0.5 elsewhere (method.md
-    3.2).
+    """Computes smooth-L1 per position, averaged over channels (method.md 3.2).
+
+    With z = state - true: 0.5 z^2 where |z| < 1, |z| - 0.5 elsewhere.
     """
     z_MD = state_MD.astype(jnp.float32) - true_MD.astype(jnp.float32)
     size_MD = jnp.abs(z_MD)
@@ -150,29 +156,30 @@ def smooth_l1(state_MD: jax.Array, true_MD: jax.Array) -> jax.Array:
 
 
 class Outputs(NamedTuple):
-    """M predictions of a draft, and what they are compared with."""
+    """M predictions of a draft and the target's states that they are compared with."""
 
     state_MD: jax.Array
-    normed_MD: jax.Array  # what the draft's head reads; the states themselves without a norm
+    normed_MD: jax.Array  # input of the draft's head; equals state_MD if the draft has no norm
     true_MD: jax.Array  # the target's states after its final norm
     counts_M: jax.Array  # bool: the prediction enters the loss
-    draft_head_VD: jax.Array  # reads the draft's states: the target's, or one of the draft's own
-    head_VD: jax.Array  # reads the target's states; rows of the tokens that the draft scores
+    draft_head_VD: jax.Array  # head of the draft: the target's, or the draft's own
+    head_VD: jax.Array  # head of the target, only the tokens that the draft scores
 
 
 class Terms(NamedTuple):
-    """Parts of a loss for each of M predictions; 0 where one does not count."""
+    """Terms of a loss for each of M predictions; 0 for those that do not enter the loss."""
 
     ploss_M: jax.Array  # `train.loss`, unweighted
     vloss_M: jax.Array  # smooth-L1, unweighted
     total_M: jax.Array  # what is minimised
-    rank_M: jax.Array  # of the target's most likely token among the draft's logits, from 0
+    rank_M: jax.Array  # 0-based rank of the target's most likely token among the draft's logits
 
 
 def distribution_and_state(outputs: Outputs, config: TrainConfig, mesh: Mesh) -> Terms:
     """ploss + vloss_weight * vloss, for drafts that share the target's head (method.md 3.2).
 
-    Raises ValueError for a draft with a head of its own, which this loss would not train.
+    Raises:
+        ValueError: the draft has its own head, which this loss would not train.
     """
     state_MD, normed_MD, true_MD, counts_M, draft_head_VD, head_VD = outputs
     if draft_head_VD is not head_VD:

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: log.jsonl always; TensorBoard and Weights & Biases when asked."""
+"""Metric writers: log.jsonl always, TensorBoard and Weights & Biases on request."""
 
 import json
 import os
@@ -11,12 +11,17 @@ from beagle_jax.processes import is_first
 
 
 class Log:
-    """One line of figures at a time, to every place that `log` of the config names. Only the first
-    process writes.
+    """Writes metrics to every writer that section `log` of the config enables.
+
+    Only the first process writes.
     """
 
     def __init__(self, config: Config):
-        """Raises UserError when a package that is asked for is not installed."""
+        """Opens the writers.
+
+        Raises:
+            UserError: a package that `log` needs is not installed.
+        """
         self._folder, self._writes = Path(config.train.folder), is_first()
         self._path = self._folder / "log.jsonl"
         self._board = self._run = None
@@ -32,7 +37,13 @@ class Log:
             )
 
     def write(self, line: dict[str, Any]) -> None:
-        """line: "stage", "step", maybe "split", and figures: numbers or lists of numbers."""
+        """Writes one record.
+
+        line: "stage", "step", optionally "split", and metrics, each a number or a list of numbers.
+
+        Raises:
+            UserError: log.jsonl cannot be written.
+        """
         if not self._writes:
             return
         try:
@@ -48,11 +59,11 @@ class Log:
                 self._board.add_scalar(name, value, line["step"])
             self._board.flush()
         if self._run is not None:
-            # Steps begin anew in each stage, which wandb's own counter would refuse.
+            # Steps restart in each stage; wandb's own step counter may not decrease.
             self._run.log({f"{line['stage']}/step": line["step"], **dict(_scalars(line))})
 
     def close(self) -> None:
-        """Ends the optional writers."""
+        """Closes the optional writers."""
         if self._board is not None:
             self._board.close()
         if self._run is not None:
@@ -60,29 +71,29 @@ class Log:
 
 
 def _end_with_a_line(path: Path) -> None:
-    """A killed run may have left a part of a line, which the next line would continue: it is taken
-    away.
-    """
+    """Removes an incomplete last line, which a killed run may leave in the log."""
     text = path.read_bytes() if path.exists() else b""
     if not text.endswith(b"\n") and text:
         os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _scalars(line: dict[str, Any]) -> list[tuple[str, float]]:
-    """Figures by name, "late/held_out/loss"; those of a list are numbered from 1."""
+    """Returns scalar metrics by name, "late/held_out/loss"; list items are numbered from 1."""
     prefix = "/".join(line[key] for key in ("stage", "split") if key in line)
-    found = []
+    scalars = []
     for key, value in line.items():
         if isinstance(value, list):
-            found += [(f"{prefix}/{key}_{number}", one) for number, one in enumerate(value, 1)]
+            scalars += [(f"{prefix}/{key}_{number}", item) for number, item in enumerate(value, 1)]
         elif key not in ("stage", "split", "step"):
-            found.append((f"{prefix}/{key}", value))
-    return found
+            scalars.append((f"{prefix}/{key}", value))
+    return scalars
 
 
 def check_writers(config: Config) -> None:
-    """Raises UserError when a package that `log` asks for is not installed: asked before the work
-    that there would be to log.
+    """Checks that the packages that `log` needs are installed, before the work of a run.
+
+    Raises:
+        UserError: a package is not installed.
     """
     if config.log.tensorboard:
         _tensorboard()

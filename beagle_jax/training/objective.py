@@ -1,4 +1,4 @@
-"""What a stage of training is made of: what it predicts, what it minimises, what that costs."""
+"""Training objective of a stage: its predictions, its loss terms and its cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,36 +13,36 @@ from beagle_jax.training.losses import Terms, distribution_and_state
 
 
 class Inputs(NamedTuple):
-    """What a stage predicts from: rows of L places, of which T are queried (model/packing.py)."""
+    """Inputs of a stage: rows of L positions, T of which are queries (model/packing.py)."""
 
     tokens_BL: jax.Array
-    h_BLI: jax.Array  # what the draft reads of the target, with the training noise if any
+    h_BLI: jax.Array  # the draft's inputs from the target, with the training noise if any
     length_BC: jax.Array
     first_BC: jax.Array
-    slot_BT: jax.Array  # place of each query
+    slot_BT: jax.Array  # index of each query within the row
     embedded: Callable[[jax.Array], jax.Array]  # the target's embeddings [B, X, D] of tokens [B, X]
 
 
 class Prediction(NamedTuple):
-    """N predictions a row, each for one of its T queries, in the form that all stages share."""
+    """N predictions per row, each for one of its T queries; all stages share this form."""
 
     state_BND: jax.Array
-    query_BN: jax.Array  # which query
-    # False where a window hangs over the chat's last query (EAGLE: and at position 0)
+    query_BN: jax.Array  # index of the query
+    # False where a window extends past the chat's last query (EAGLE: also at position 0)
     inside_BN: jax.Array
     group_BN: jax.Array  # window offset or draft step
     weight_N: jax.Array  # beta
-    groups: int  # how many there are
+    groups: int  # number of groups
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to train one kind of draft. training/kinds.py lists all of them."""
+    """One way to train one kind of draft. `training/kinds.py` lists all of them."""
 
-    # (params, spec, stage, Inputs, offset of the windows) -> Prediction
+    # (params, spec, stage, Inputs, window offset) -> Prediction
     predict: Callable[..., Prediction]
-    # (spec, stage, tokens that the draft scores, L, T) -> operations of the matrix products of a
-    # row of L states and T queries that all count
+    # (spec, stage, number of tokens that the draft scores, L, T) -> operations of the matrix
+    # products of a row with L states and T queries that all enter the loss
     flops: Callable[[Any, StageConfig, int, int, int], float]
     # (Outputs, settings, mesh) -> Terms
     terms: Callable[..., Terms] = distribution_and_state
@@ -55,9 +55,9 @@ def by_step(
     inside_BUJ: jax.Array,
     step_J: jax.Array,
 ) -> Prediction:
-    """Predictions of U simulated drafts, J of each, weighted by the draft step that they are of.
+    """Flattens J predictions of each of U simulated drafts and weights them by draft step.
 
-    The weights are those of the stage, s, s - 1, .., 1 unless given (method.md 4.2).
+    The weights are `stage.step_weights`, by default s, s - 1, .., 1 (method.md 4.2).
     """
     B, U, J = query_BUJ.shape
     weights = stage.step_weights or range(stage.simulation_steps, 0, -1)
@@ -78,11 +78,11 @@ def by_step(
 
 
 def layer_flops(spec: LayerSpec, vocab: int, L: int, queries: int, outputs: int) -> float:
-    """Operations of a layer's matrix products but those that make keys and values.
+    """Counts the operations of a layer's matrix products, except those for keys and values.
 
-    A product that is differentiated in both factors costs three times its forward pass; so does a
-    row of the loss with its three products with the head (training/losses.py). L: keys that each
-    query is compared with.
+    A product with gradients for both factors costs three times its forward pass. So does a position
+    of the loss, which takes three products with the head (training/losses.py). L: number of keys
+    that each query attends to.
     """
     D, F, NH = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim
     per_query, per_output = 3 * 2 * (D * NH + 2 * L * NH), 3 * 2 * (D * NH + 3 * D * F + D * vocab)
@@ -90,5 +90,5 @@ def layer_flops(spec: LayerSpec, vocab: int, L: int, queries: int, outputs: int)
 
 
 def reading_cost(stage: StageConfig) -> int:
-    """Passes of a product with predicted states: two without their gradient, else three."""
+    """Passes per product with predicted states: two without their gradient, else three."""
     return 2 if stage.detach else 3

@@ -1,6 +1,4 @@
-"""What a stage shows of itself: a progress bar, one line of the log per `log.every` steps, and a
-stop when numbers break.
-"""
+"""Progress of a stage: progress bar, log records, an error for a non-finite loss."""
 
 import math
 import time
@@ -18,7 +16,7 @@ from beagle_jax.training.step import AGREE_WITHIN, Metrics
 
 
 class Progress:
-    """Of one stage, from step `first` on."""
+    """Progress of one stage, starting at step `first`."""
 
     def __init__(
         self,
@@ -29,8 +27,10 @@ class Progress:
         first: int,
         waiting: list[dict],
     ):
-        """waiting: the steps since the last line of the log, from the checkpoint that is gone on
-        from.
+        """Opens the progress bar.
+
+        waiting: metrics of the steps since the last log record, as the restored checkpoint has
+        them (see `waiting` below).
         """
         stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
@@ -38,25 +38,26 @@ class Progress:
         self._bar = tqdm(
             total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05
         )
-        known = [
-            one for one in waiting if one.keys() == set(Metrics._fields)
-        ]  # an older version's have other figures
+        # Checkpoints of older versions have other fields.
+        known = [record for record in waiting if record.keys() == set(Metrics._fields)]
         self._since = [
-            Metrics(**{key: np.asarray(value) for key, value in one.items()}) for one in known
+            Metrics(**{key: np.asarray(value) for key, value in record.items()}) for record in known
         ]
         self._clock, self._timed = time.perf_counter(), 0.0
 
     @property
     def waiting(self) -> list[dict]:
-        """The steps since the last line, exactly, in a form that JSON takes."""
+        """Metrics of the steps since the last log record, without rounding, as JSON values."""
         return [
-            {key: np.asarray(value).tolist() for key, value in one._asdict().items()}
-            for one in self._since
+            {key: np.asarray(value).tolist() for key, value in record._asdict().items()}
+            for record in self._since
         ]
 
     def add(self, done: int, metrics: Metrics) -> None:
-        """Takes the metrics of one finished step; `done` steps are finished. Raises UserError when
-        they are not finite.
+        """Adds the metrics of one step. done: number of steps completed, this one included.
+
+        Raises:
+            UserError: the loss or the gradient norm is not finite.
         """
         metrics = jax.device_get(metrics)
         loss = float(metrics.objective) / max(float(metrics.supervised), 1.0)
@@ -74,7 +75,7 @@ class Progress:
             self._write(done)
 
     def _blame(self, step: int) -> str:
-        """Which batch it was, and whether the states or the training are to blame."""
+        """Describes the failed batch and whether its states or the training caused the failure."""
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
@@ -110,7 +111,7 @@ class Progress:
         )
 
     def held_out(self, done: int, batches: list[Metrics]) -> None:
-        """Logs and prints agreement on chats kept out of training."""
+        """Logs and prints loss and agreement on held-out chats."""
         line = summary(jax.device_get(batches))
         agree = " ".join(f"{share:.3f}" for share in line["top1_by_offset"])
         self.aside(
@@ -118,18 +119,18 @@ class Progress:
         )
 
     def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
-        """Logs and prints a measurement; its time is not the training's."""
+        """Logs and prints a measurement, and excludes its time from the training speed."""
         self._log.write({"stage": self._name, "step": done, "split": split, **line})
         tqdm.write(f"{self._name} stage, step {done}: {text}")
         self._clock, self._timed = time.perf_counter(), 0.0
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the progress bar."""
         self._bar.close()
 
 
 def summary(batches: list[Metrics]) -> dict[str, Any]:
-    """Sums over batches, divided once."""
+    """Averages metrics over batches: sums first, then divides once."""
 
     def total(field):
         return np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)

@@ -1,6 +1,4 @@
-"""One optimizer step of either stage: a pure function, jitted once per stage, its state donated and
-sharded.
-"""
+"""Train step of a stage: a pure function, jitted once, with sharded and donated state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,13 +20,15 @@ from beagle_jax.training.kinds import objective_of
 from beagle_jax.training.losses import Outputs, Terms
 from beagle_jax.training.objective import Inputs, Objective, Prediction
 
-AGREE_WITHIN = (1, 4, 10)  # of the draft's first choices; the paper's figures show four and ten
-# root mean square of an AdamW update over its learning rate (optax.contrib.muon, consistent_rms)
+# Agreement is measured within the draft's top 1, 4 and 10; the paper's figures show 4 and 10.
+AGREE_WITHIN = (1, 4, 10)
+# Root mean square of an AdamW update, divided by the learning rate (optax.contrib.muon,
+# consistent_rms).
 _ADAMW_RMS = 0.2
 
 
 class TrainState(NamedTuple):
-    """What an optimizer step changes."""
+    """State that a train step updates."""
 
     params: dict[str, jax.Array]
     opt_state: optax.OptState
@@ -36,35 +36,33 @@ class TrainState(NamedTuple):
 
 
 class Accumulated(NamedTuple):
-    """The optimizer's state between two updates, when several batches make one
-    (`train.accumulate`).
-    """
+    """Optimizer state between two updates if several batches form one (`train.accumulate`)."""
 
     inner: optax.OptState
-    gradient: dict[
-        str, jax.Array
-    ]  # of the objective, summed over the batches since the last update
-    supervised: jax.Array  # tokens supervised in them: what the sum is divided by, once
+    gradient: dict[str, jax.Array]  # of the objective, summed over batches since the last update
+    supervised: jax.Array  # supervised tokens of these batches; divides the sum, once
 
 
 class Metrics(NamedTuple):
-    """Sums over a batch: divide by a count once, at the end. J is the window offset (early) or
-    draft step (late).
+    """Sums over a batch; divide by a count once, at the end.
+
+    J is the window offset (early stage) or the draft step (late stage).
     """
 
-    ploss: jax.Array  # `train.loss` (soft cross-entropy unless another is asked for), unweighted
+    ploss: jax.Array  # `train.loss` (soft cross-entropy by default), unweighted
     vloss: jax.Array  # smooth-L1, unweighted
     objective: jax.Array  # what is minimised, before the division by `supervised`
     supervised: jax.Array  # supervised tokens of the batch: the divisor of the loss
-    count_J: jax.Array  # rows that entered the loss
-    # of them, rows whose draft has the target's most likely token among its first AGREE_WITHIN[k]
+    count_J: jax.Array  # predictions that entered the loss
+    # of these, predictions with the target's most likely token in the draft's top AGREE_WITHIN[k]
     agree_JK: jax.Array
     grad_norm: jax.Array  # before clipping; of the batches since the last update
 
 
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
-    """AdamW or Muon after clipping by global norm; linear warm-up, then constant or a cosine to
-    zero (method.md 5.4).
+    """Builds AdamW or Muon with clipping by global norm and a schedule (method.md 5.4).
+
+    The schedule is a linear warm-up, then constant or a cosine decay to zero.
     """
     warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
     if stage.schedule == "cosine":
@@ -80,8 +78,8 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, **adam)
     else:
-        # Updates of AdamW's usual size, so that one learning rate serves both; the norms' weights
-        # stay with AdamW.
+        # Muon's updates are scaled to AdamW's usual size, so that one learning rate fits both.
+        # Norm weights are still updated by AdamW.
         norms = {f"adam_{name}": value for name, value in adam.items()}
         update = optax.contrib.muon(
             schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms
@@ -92,16 +90,18 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
 def add_noise(
     states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, key: jax.Array
 ) -> jax.Array:
-    """Training noise for keys and values; targets stay clean (method.md 3.3)."""
+    """Adds training noise to states used as keys and values (method.md 3.3).
+
+    The states that the loss compares with get no noise.
+    """
     if config.noise == "none":
         return states_BLD
     if config.noise == "gaussian":
         return states_BLD + config.noise_scale * jax.random.normal(
             key, states_BLD.shape, states_BLD.dtype
         )
-    length_BL = of_row(
-        length_BC, places(states_BLD.shape[1], length_BC).chat_BX
-    )  # shorter chats get more
+    # Shorter chats get more noise.
+    length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)
     width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, 1))[..., None]
     return states_BLD + width_BL1 * (
         jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5
@@ -119,8 +119,9 @@ def stage_loss(
     key: jax.Array,
     mesh: Mesh,
 ) -> tuple[jax.Array, Metrics]:
-    """L = sum of beta (ploss + vloss_weight * vloss) over supervised rows / supervised tokens
-    (method.md 3.2, 4.2).
+    """Computes the loss and the metrics of a batch (method.md 3.2, 4.2).
+
+    L = sum of beta (ploss + vloss_weight * vloss) over supervised predictions / supervised tokens.
     """
     params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
@@ -156,7 +157,7 @@ def stage_loss(
 
 
 def _summed(out: Prediction, terms: Terms, counts_BN: jax.Array, supervised: jax.Array) -> Metrics:
-    """The terms of all predictions, weighted and summed."""
+    """Weights and sums the terms of all predictions."""
     weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
     group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
     agree_KM = [counts_BN.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
@@ -183,11 +184,11 @@ def updated(
     optimizer: optax.GradientTransformation,
     accumulate: int,
 ) -> tuple[TrainState, jax.Array]:
-    """The state after one more batch, and the gradient's norm: an update, or the sum that waits for
-    one.
+    """Applies or accumulates the gradient of one batch.
 
-    gradient: of the batch's objective, a sum; divided once, so that batches with more supervised
-    tokens weigh more.
+    gradient: of the batch's objective, which is a sum. It is divided once, before the update, so
+    that batches with more supervised tokens have more weight. Returns the new state and the norm of
+    the mean gradient.
     """
 
     def mean(total, tokens):
@@ -217,10 +218,10 @@ def updated(
 
 
 def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) -> Batch:
-    """The batch with the target's states in the target's dtype.
+    """Returns the batch with the target's states, in the target's dtype.
 
-    They are computed here if the batch comes without (`data.states: online`), which takes
-    `frozen.model`. taps: of the draft.
+    Computes the states with `frozen.model` if the batch has none (`data.states: online`). taps:
+    layers of the target that the draft reads (`DraftSpec.taps`).
     """
     if batch.inputs_BLI is not None:
         dtype = frozen.embed_VD.dtype
@@ -242,16 +243,17 @@ def make_steps(
 ) -> tuple[
     Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]
 ]:
-    """(train step, evaluation step, initial state from a copy of parameters) of one stage.
+    """Builds (train step, eval step, initial state from a copy of parameters) of one stage.
 
-    The train step takes (state, frozen, batch, seed) and donates the state; randomness depends on
-    seed and step only. The state is born sharded and stays so; `frozen` lives where the caller has
-    put it (sharding.place). Batches bring states along, or `frozen` has the model to compute them.
+    The train step takes (state, frozen, batch, seed) and donates the state. Its randomness depends
+    on seed and step only. The state is created sharded and keeps its shardings; `frozen` keeps
+    those that the caller gave it (sharding.place). Batches contain the target's states, or
+    `frozen.model` computes them.
     """
     objective = objective_of(spec, stage)
     optimizer = make_optimizer(config, stage)
 
-    # Noise is for training; measurements see the states as decoding does.
+    # Evaluation uses no noise: it reads the same states as decoding.
     clean = config.changed(noise="none")
 
     def loss(params, frozen, batch, key):
@@ -293,7 +295,7 @@ def make_steps(
 def _first_state(
     params: Any, optimizer: optax.GradientTransformation, accumulate: int
 ) -> TrainState:
-    """Of a copy of the parameters."""
+    """Builds the initial state from a copy of the parameters."""
     opt_state = optimizer.init(params)
     if accumulate > 1:
         opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))

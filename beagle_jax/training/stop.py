@@ -1,4 +1,4 @@
-"""SIGTERM as a wish to stop: what schedulers send before they take a machine away."""
+"""Turns SIGTERM into a clean stop. Schedulers send it before they preempt a machine."""
 
 import signal
 import threading
@@ -8,18 +8,18 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """A context manager; inside it SIGTERM sets a mark instead of ending the process."""
+    """Context manager in which SIGTERM sets a flag instead of ending the process."""
 
-    # how often, over all stages: several processes agree on one of these numbers to stop at, so
-    # they never begin anew
+    # Number of calls of `asked` over all stages. Several processes agree on one of these numbers
+    # to stop at, so it is never reset.
     _asked = 0
 
     def __init__(self) -> None:
-        self.seen = False  # somebody wishes to stop
+        self.seen = False  # a stop was requested
 
     def __enter__(self) -> "StopSignal":
-        # With several processes jax's own service catches the signal: all must stop after the same
-        # step.
+        # With several processes JAX's preemption service handles the signal, because all of them
+        # must stop after the same step.
         catches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._see) if catches else None
         return self
@@ -29,7 +29,10 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def asked(self) -> bool:
-        """Whether to stop now; every process asks after every step and gets the same answer."""
+        """Returns whether to stop now.
+
+        Every process must call it after every step; all of them get the same answer.
+        """
         if jax.process_count() > 1:
             StopSignal._asked += 1
             self.seen = multihost_utils.reached_preemption_sync_point(StopSignal._asked)

@@ -1,14 +1,13 @@
-"""A closed-form start for the draft: attention to the newest state, and linear maps fitted by ridge
-regression.
+"""Closed-form start of a draft: local attention, and linear maps by ridge regression.
 
-From N(0, 0.02) weights the block needs hundreds of steps before its attention finds the newest
-visible state, which carries most of what can be known about the next one. Here two thirds of the
-heads begin there: the mean embedding and the mean state are large, so a rank-one term in W_q and
-W_k makes a score that depends on distance alone through RoPE and peaks at the nearest key. Values
-and output then begin as the ridge regression of h_i on h_{i-1}, scaled down so that the embedding
-is not drowned. Last, the MLP keeps random inner weights of unit scale, and its outer matrix is the
-regression of what this attention leaves unexplained. Not in the paper; architecture, losses and
-training are unchanged (method.md 2.4 leaves the start open).
+With weights from N(0, 0.02) the block needs hundreds of steps before its attention finds the newest
+visible state, the best predictor of the next one. With this start, two thirds of the heads attend
+to it from the first step. The mean embedding and the mean state are large, so a rank-one term in
+W_q and W_k adds a score that, through RoPE, depends on distance alone and peaks at the nearest key.
+The value and output matrices start as the ridge regression of h_i on h_{i-1}, scaled down so that
+attention does not outweigh the embedding. The MLP gets random inner weights of unit scale, and its
+outer matrix is the regression of the residual that this attention leaves. This is not in the paper;
+architecture, losses and training are unchanged (method.md 2.4 leaves the start open).
 """
 
 from collections.abc import Iterable
@@ -24,12 +23,12 @@ from beagle_jax.model.masks import early_block_mask
 from beagle_jax.model.packing import of_row, queries
 from beagle_jax.model.target import embed
 
-FIT_ROWS = 1000  # chats to fit on: some 80,000 positions
-_FIT_LINES = 20  # chats whose features exist at once
-_PAIRS = 8  # rotary pairs that carry the distance score: the fastest ones tell neighbours apart
-_AMPLITUDE = (
-    4.5  # of queries and keys in those pairs: a score gap of about 2 between distances 1 and 2
-)
+FIT_ROWS = 1000  # chats to fit on: about 80,000 positions
+_FIT_LINES = 20  # chats whose features are in memory at once
+# Rotary pairs that carry the distance score; the fastest ones distinguish neighbouring positions.
+_PAIRS = 8
+# Amplitude of queries and keys in these pairs: a score gap of about 2 between distances 1 and 2.
+_AMPLITUDE = 4.5
 _ATTENTION_SCALE = 0.1  # share of the fitted state that attention adds before the MLP
 _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 
@@ -37,8 +36,10 @@ _RIDGE = 1e-3  # penalty relative to the mean diagonal of the Gram matrix
 def warm_start(
     params: dict[str, jax.Array], spec: BeagleSpec, embed_VD: jax.Array, batch: Batch
 ) -> dict[str, jax.Array]:
-    """Parameters to train from. `params` gives everything that is not fitted; `batch`, one chat a
-    row, some thousand tokens to fit on.
+    """Returns fitted parameters to start training from.
+
+    params: initial parameters; those that are not fitted are returned unchanged. batch: one chat
+    per row, to fit on; a few thousand tokens are enough.
     """
     fitted = _local_attention(
         {name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch
@@ -59,19 +60,18 @@ def warm_start(
 def _local_attention(
     fitted: dict[str, np.ndarray], spec: BeagleSpec, embed_VD, batch: Batch
 ) -> dict[str, np.ndarray]:
-    """The weights before the MLP, with most heads reading the newest state."""
+    """Sets the attention weights so that most heads read the newest state."""
     e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD) * spec.embed_scale, batch)
     u_MD = e_MD / np.sqrt(np.square(e_MD).mean(axis=1, keepdims=True) + spec.rms_norm_eps)
     K, H, G = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
-    local = max(1, 2 * K // 3)  # kv heads that begin local; the rest stay random
+    local = max(1, 2 * K // 3)  # KV heads that start local; the rest stay random
     score_H = np.zeros(H)
     score_H[: min(_PAIRS, H // 2)] = _AMPLITUDE
     fitted["q_proj"][: local * G * H] += np.tile(
         np.outer(_back_one(score_H, spec), _unit_probe(u_MD)), (local * G, 1)
     )
     fitted["k_proj"][: local * H] += np.tile(np.outer(score_H, _unit_probe(before_MD)), (local, 1))
-    # h_i - e_i from (e_i, h_{i-1}); only the part that comes from h_{i-1} goes through the
-    # attention.
+    # Fit h_i - e_i from (e_i, h_{i-1}); only the part from h_{i-1} goes through attention.
     x_MF = np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1), np.float32)], axis=1)
     linear_FD = _ridge([(x_MF.T @ x_MF, x_MF.T @ (after_MD - e_MD))])
     from_before_DD = linear_FD[u_MD.shape[1] : -1].T * _ATTENTION_SCALE
@@ -87,27 +87,25 @@ def _local_attention(
 def _feature_moments(
     params, spec: BeagleSpec, embed_VD, part: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the positions that count: features x features, and features x what the MLP should
-    add.
-    """
+    """Sums x^T x and x^T y over supervised positions (x: MLP features, y: target residual)."""
     block = BeagleBlock(spec).bind({"params": params})
     T, L = part.counts_BT.shape[1], part.tokens_BL.shape[1]
-    asked = queries(T, part.length_BC, part.first_BC)
-    e_BTD = embed(embed_VD, of_row(part.tokens_BL, asked.slot_BT), spec.embed_scale)
+    query = queries(T, part.length_BC, part.first_BC)
+    e_BTD = embed(embed_VD, of_row(part.tokens_BL, query.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
     y_BTD, gated_BTF = block.before_down(
-        e_BTD, block.attend(e_BTD, part.predicted_BLD, mask_BTL, asked.position_BT)
+        e_BTD, block.attend(e_BTD, part.predicted_BLD, mask_BTL, query.position_BT)
     )
     feature_BTF = gated_BTF * part.counts_BT[..., None]
 
     def product(x):
         return jnp.einsum("BTF,BTD->FD", feature_BTF, x)
 
-    return product(feature_BTF), product(of_row(part.predicted_BLD, asked.slot_BT) - y_BTD)
+    return product(feature_BTF), product(of_row(part.predicted_BLD, query.slot_BT) - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each supervised position i: e(x_i), h_{i-1}, h_i."""
+    """Returns e(x_i), h_{i-1} and h_i of each supervised position i."""
     line, query = np.nonzero(batch.counts_BT)
     position = batch.first_BC[line, 0] + query
     line, position = line[position > 0], position[position > 0]
@@ -117,21 +115,22 @@ def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndar
 
 
 def _unit_probe(x_MD: np.ndarray) -> np.ndarray:
-    """The vector whose product with x is 1 on average."""
+    """Returns the vector whose product with x is 1 on average."""
     mean_D = x_MD.mean(axis=0)
     return mean_D / (mean_D @ mean_D)
 
 
 def _back_one(score_H: np.ndarray, spec: BeagleSpec) -> np.ndarray:
-    """Turns the pairs back by one position, so that the score peaks at distance 1."""
+    """Rotates the pairs back by one position, so that the score peaks at distance 1."""
     half = spec.head_dim // 2
     angle = 1.0 / spec.rope_theta ** (np.arange(half) / half)
     return np.concatenate([score_H[:half] * np.cos(angle), -score_H[:half] * np.sin(angle)])
 
 
 def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The map [F, E] of least squares with a penalty, from parts of x^T x and x^T y; summed in
-    float64.
+    """Solves ridge regression for the map [F, E].
+
+    moments: parts of (x^T x, x^T y), summed in float64.
     """
     gram_FF = cross_FE = np.float64(0)
     for gram, cross in moments:
@@ -141,7 +140,7 @@ def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def _low_rank(map_DD: np.ndarray, x_MD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors [D, rank], [rank, D] of a linear map, the best for inputs distributed like x."""
+    """Returns factors [D, rank], [rank, D] of a linear map, optimal for inputs like x."""
     moment_DD = (x_MD.T @ x_MD).astype(np.float64) / len(x_MD)
     value_D, vector_DD = np.linalg.eigh(moment_DD)
     root_D = np.sqrt(np.maximum(value_D, 1e-6 * value_D.max()))
