@@ -4,7 +4,7 @@
     python benchmarks/large_shapes.py --shapes toy          # runs anywhere
 
 Weights are random. Measures plain decoding against the bandwidth floor (bytes of weights over the
-device's bandwidth, --bandwidth in GB/s), verification of 1 to 128 rows, one draft level, and a
+device's bandwidth, --bandwidth in GB/s), verification of 1 to 128 tokens, one draft level, and a
 whole round of EAGLE-2's tree. Prints the speedup that this round would give at the tau of the
 paper's Table 1 (MT-Bench). Run it again with XLA_FLAGS=--xla_gpu_enable_command_buffer= to measure
 the effect of command buffers; it prints the flags in force. `bash launch/one_gpu.sh` measures all

@@ -3,7 +3,7 @@
     python benchmarks/oracle_draft.py --config configs/smollm2_135m.yaml --levels 3
 
 The tokens are known in advance, so every round accepts its whole chain. The real draft runs all the
-same. Prints the time of a round over (one verification of levels + 1 rows, alone, + the draft
+same. Prints the time of a round over (one verification of levels + 1 tokens, alone, + the draft
 steps, alone). Also prints where the rest goes: accepting and appending, each alone, and what
 remains for the loop and the host.
 """

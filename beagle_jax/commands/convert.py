@@ -125,7 +125,7 @@ def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
 
 
 def _check_target(draft: Draft, source: str, where: Path) -> None:
-    """Raises UserError if the draft names another target, of the same shape, as its own."""
+    """Raises UserError if the draft was trained for another target of the same shape."""
     if trained_for := other_target(draft, source):
         raise UserError(
             f"{where}: this draft belongs to another target ({trained_for}, and target.source is "
@@ -153,7 +153,8 @@ def _read_report(path: str) -> str:
 def _free(arguments: Namespace, source: Path) -> Path:
     """Returns the output folder.
 
-    Raises: UserError if it cannot be written, or if replacing it would lose anything else.
+    Raises: UserError if it exists and must not be replaced, or if replacing it would lose anything
+    else.
     """
     out = Path(arguments.out).expanduser()
     if not out.exists():

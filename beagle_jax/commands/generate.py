@@ -20,7 +20,7 @@ def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
 
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:
-    """Streams the answer, then prints the time of speculative and of plain decoding."""
+    """Streams the answer, then compares the speed of speculative and plain decoding."""
     if arguments.json != "-":
         show(fast.stream(arguments.prompt, sampling_of(config.decode), **_limits(config)))
     with terminal.working(arguments):

@@ -152,9 +152,9 @@ def own_part(mesh: Mesh) -> Mesh:
 def best_draft(
     config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]
 ) -> Best:
-    """Measures tau during training and keeps the best draft in <train.folder>/best.
+    """Returns a `Best` that measures tau and keeps the best draft in <train.folder>/best.
 
-    Decodes these prompts with the settings of `decode`.
+    It decodes these prompts with the settings of `decode`.
     """
     tokens = tokenize(prompts, target.tokenizer)
 

@@ -39,7 +39,10 @@ class TargetWriter:
     def __init__(
         self, target: Target, config: DataConfig, before_first: Callable[[], object] = lambda: None
     ):
-        """before_first: called once, before the target generates for the first time."""
+        """Makes a writer that has not written yet.
+
+        before_first: called once, before the target generates for the first time.
+        """
         self._target, self._config, self._before_first = target, config, before_first
         self._has_written = False
 

@@ -34,8 +34,8 @@ from beagle_jax.evaluation.replay import replayable, replayed, scored
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-# Rounding noise is measured on this many of the longest texts. With 64 places each, about one
-# place in 193 is noisier than every measured place.
+# Rounding noise is measured on this many of the longest texts. With 64 positions each, about one
+# position in 193 is noisier than every measured position.
 _NOISE_TEXTS = 3
 _DRAWN = Sampling(1.0)  # for the check of sampled tokens when decoding is greedy
 _VERDICT = {True: ": noise explains it", False: ": noise does not explain it", None: ""}
@@ -75,7 +75,7 @@ def audit(
         [*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))
     ]
     noise = logit_noise(target, sorted(sequences, key=len)[-_NOISE_TEXTS:])
-    # At each place the chosen token is compared with every other token of the vocabulary.
+    # At each position the chosen token is compared with every other token of the vocabulary.
     reach = noise.reach(
         target.spec.vocab_size
         * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values())

@@ -1,16 +1,16 @@
 """Tolerances of the audit: rounding noise, measured, and chance, from a stated rate.
 
 Two correct ways of computing a logit round differently. The difference is measured between a text
-that is read in one forward pass and its last tokens read one by one. At one place, the differences
-over the vocabulary are close to normally distributed. The standard deviation is taken at the
-noisiest place. Their mean is ignored: it is most of the noise in bfloat16, but shifts all logits
-alike and changes no choice.
+that is read in one forward pass and its last tokens read one by one. At one position, the
+differences over the vocabulary are close to normally distributed. Their standard deviation is taken
+at the noisiest position. Their mean is ignored: it is most of the noise in bfloat16, but it shifts
+all logits alike and changes no choice.
 
-Two logits that the two ways order differently are at most the difference of their two errors apart,
-which has a standard deviation of sqrt(2) times that of one error. Among n compared pairs, the
-probability that one pair is further apart than z sqrt(2) deviations is at most n Q(z), where Q is
-the upper tail of the normal distribution. The audit chooses z so that this probability is the
-false-alarm rate.
+If the two ways order two logits differently, the logits are no further apart than the difference of
+their two errors, which has sqrt(2) times the standard deviation of one error. Among n compared
+pairs, the probability that one pair is further apart than z sqrt(2) deviations is at most n Q(z),
+where Q is the upper tail of the normal distribution. The audit chooses z so that this probability
+is the false-alarm rate.
 """
 
 import math
@@ -28,15 +28,15 @@ from beagle_jax.weights.target import Target
 
 FALSE_ALARMS = 1e-4  # probability that a check fails although decoding is correct
 _PLACES = 64  # last tokens of a text that are read one by one
-_ROOTS = 16  # of these places serve as roots where the draft's scores are compared
-_COPIES = 8  # of each path in the second computation
+_ROOTS = 16  # number of these positions at which a draft's scores are compared
+_COPIES = 8  # copies of each path in the second computation
 
 
 class Noise(NamedTuple):
     """Difference between two correct computations of logits or log-probabilities."""
 
     largest: float
-    deviation: float  # their standard deviation over the vocabulary, at the noisiest place
+    deviation: float  # their standard deviation over the vocabulary, at the noisiest position
 
     def reach(self, pairs: int, rate: float = FALSE_ALARMS) -> float:
         """Largest gap of two values that noise can reorder, with false-alarm rate `rate`.
@@ -47,7 +47,7 @@ class Noise(NamedTuple):
 
 
 def noise_of(differences_TV: np.ndarray) -> Noise:
-    """Measures noise from differences at T places over V tokens."""
+    """Measures noise from differences at T positions over V tokens."""
     return Noise(
         float(np.abs(differences_TV).max()),
         float(differences_TV.astype(np.float64).std(axis=1).max()),
@@ -55,7 +55,7 @@ def noise_of(differences_TV: np.ndarray) -> Noise:
 
 
 def logit_noise(target: Target, texts: Sequence[Sequence[int]]) -> Noise:
-    """Measures the noise of the target's logits at the last places of these texts."""
+    """Measures the noise of the target's logits at the last positions of these texts."""
     differences = []
     for tokens in texts:
         _, logits_TV = one_by_one(target, tokens, _PLACES)
@@ -105,8 +105,9 @@ def distance_from_uniform(places: np.ndarray) -> float:
 
 
 def allowed_distance(count: int, rate: float = FALSE_ALARMS) -> float:
-    """Distance that `count` uniform numbers exceed with probability at most `rate`.
+    """Returns the distance that exceeds chance: its false-alarm probability is at most `rate`.
 
-    Source: the Dvoretzky-Kiefer-Wolfowitz inequality with Massart's constant.
+    For `count` numbers that are in fact uniform. Source: the Dvoretzky-Kiefer-Wolfowitz inequality
+    with Massart's constant.
     """
     return math.sqrt(math.log(2 / rate) / (2 * count))

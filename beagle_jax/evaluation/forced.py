@@ -16,7 +16,7 @@ from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
-_ROWS = 64  # places whose logits are computed together
+_ROWS = 64  # positions whose logits are computed together
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
@@ -43,7 +43,7 @@ _logits = jax.jit(logits, static_argnums=1)
 
 
 def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -> np.ndarray:
-    """Returns float32 logits for the tokens after places first .. last - 1.
+    """Returns float32 logits for the tokens after positions first .. last - 1.
 
     Shape [last - first, V].
     """

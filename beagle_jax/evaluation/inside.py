@@ -67,7 +67,7 @@ def rounds(
 def attention(
     decoder: SpeculativeDecoder, prompt: Sequence[int], *, max_new_tokens: int = 32
 ) -> tuple[np.ndarray, list[int]] | None:
-    """Returns the attention of the draft's first step at each place of an answer.
+    """Returns the attention of the draft's first step at each position of an answer.
 
     Weights [T, S] over earlier states, mean over heads, and the tokens of the text. T: tokens of
     the answer that were roots or could have been. EAGLE's cache entries have the positions of the

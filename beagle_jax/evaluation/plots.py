@@ -209,7 +209,7 @@ def plot_training(log: str | Path, path: str | Path) -> bool:
 
 
 def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> None:
-    """Plots where the draft attends at each place of an answer, newest states at the right.
+    """Plots where the draft attends at each position of an answer, newest states at the right.
 
     first: the position of weight row 0.
     """

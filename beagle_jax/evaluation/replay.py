@@ -23,7 +23,7 @@ from beagle_jax.model.target import embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
-Path = tuple[int, ...]  # tokens from below the root down
+Path = tuple[int, ...]  # tokens of a path, the root's left out
 
 
 def replayed(
@@ -267,7 +267,10 @@ def _beagle_entries(
 def _eagle_entries(
     block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
 ):
-    """Returns the same for EAGLE: each token fused with the state before it, at its position."""
+    """Returns the same for EAGLE: each token fused with the state before it.
+
+    The fused entry has the position of that state.
+    """
     Q, depth, D = above_QtD.shape
     root_Q1D = jnp.broadcast_to(states_LD[root - 1], (Q, 1, D))
     x_QtD = block.fuse(embedded(token_Qt), jnp.concatenate([root_Q1D, above_QtD], axis=1))
