@@ -6,8 +6,8 @@
 Each phase is a separate process, which is stopped when its time is over:
 
     measure      plain decoding over the bandwidth floor, verification by tokens, draft levels,
-                 whole rounds, and both training steps with their share of the chip's matmul rate, in the
-                 shapes of Llama-2-7B and SmolLM2-135M
+                 whole rounds, and both training steps with their share of the chip's matmul rate,
+                 in the shapes of Llama-2-7B and SmolLM2-135M
     unbuffered   plain decoding and the round again, without XLA's command buffers
     write        the target answers prompts, greedily first, until the time is over
     train        the config's drafter, on the text written by `write` and that in --text
