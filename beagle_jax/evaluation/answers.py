@@ -102,12 +102,20 @@ class AnswerLog:
 def _case(record: dict[str, Any]) -> Case:
     turns = tuple(
         {
-            name: Asked(entry["prompt"], TimedAnswer(**entry["answer"]))
+            name: Asked(entry["prompt"], _answer(entry["answer"]))
             for name, entry in turn.items()
         }
         for turn in record["turns"]
     )
     return Case(record["suite"], record["number"], record["category"], turns)
+
+
+def _answer(record: dict[str, Any]) -> TimedAnswer:
+    """The answer of a record; version 0.1.0 called `finish` by another name."""
+    if "stopped_by" in record:
+        record = {**record, "finish": record["stopped_by"]}
+        del record["stopped_by"]
+    return TimedAnswer(**record)
 
 
 def _differences(logged: dict[str, Any], requested: dict[str, Any]) -> list[str]:
