@@ -1,9 +1,8 @@
-"""Key/value rows of past tokens: fixed capacity, a length per sequence, written in place when
-donated.
+"""The key/value cache: a fixed number of slots, and a length per sequence.
 
-Knows nothing of models or decoding. Slots at or past a sequence's length hold zeros or left-overs
-and are masked by the length, never by their content. Memory is zeroed, not empty: 0 x NaN would be
-NaN.
+Donated caches are written in place. Slots at or past a sequence's length hold zeros or old values.
+The mask depends only on the length, not on what the slots hold. Memory is zeroed, not left
+uninitialised, because 0 x NaN would be NaN.
 """
 
 from collections.abc import Sequence
@@ -13,15 +12,15 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-# Above this many sequences one scatter beats a slice update per sequence.
+# Above this many sequences, one scatter is faster than a slice update per sequence.
 _UNROLL_ROWS = 8
 
 
 class KVRows(NamedTuple):
-    """Keys (rotated) and values of some tokens in one layer.
+    """Rotated keys, and values, of some tokens in one layer.
 
-    Keys keep the tokens last: the score product then runs three times faster on a CPU (measured, 64
-    sequences).
+    The token axis of keys is last: on a CPU the score product is then three times as fast (measured
+    with 64 sequences).
     """
 
     k_BKHS: jax.Array
@@ -29,14 +28,14 @@ class KVRows(NamedTuple):
 
 
 def round_up(length: int, multiple: int) -> int:
-    """The next multiple: capacities and padded lengths come in steps, as each is compiled."""
+    """Rounds up to a multiple, so that few capacities and padded lengths are compiled."""
     return -(-int(length) // multiple) * multiple
 
 
 def empty_rows(
     batch: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype
 ) -> KVRows:
-    """Zeroed key and value rows [batch, K, capacity, H]."""
+    """Returns zeroed keys and values with [batch, K, capacity, H] elements."""
     k_BKHS = jnp.zeros((batch, num_kv_heads, head_dim, capacity), dtype)
     return KVRows(k_BKHS, jnp.zeros((batch, num_kv_heads, capacity, head_dim), dtype))
 
@@ -44,11 +43,11 @@ def empty_rows(
 def write_rows(
     cache: KVRows, rows: KVRows, start_R: jax.Array, row_R: jax.Array | None = None
 ) -> KVRows:
-    """Writes rows of T tokens at slots start_R .. start_R + T - 1 of each sequence, or of the
-    sequences row_R.
+    """Writes keys and values of T tokens at slots start_R .. start_R + T - 1.
 
-    The caller sees to start + T <= S: a slice update past the end would be clamped onto committed
-    rows. The same sequence may stand in row_R twice if its rows are the same.
+    They go to every sequence, or to the sequences row_R. The caller ensures start + T <= S:
+    `dynamic_update_slice` would move a write past the end back onto valid slots. A sequence may
+    appear in row_R twice if both writes are the same.
     """
     return KVRows(
         _write(cache.k_BKHS, rows.k_BKHS, start_R, row_R, 3),
@@ -90,13 +89,13 @@ def _write(
 
 
 def take_rows(rows: KVRows, index_BT: jax.Array) -> KVRows:
-    """Picks the rows of T tokens by index along the token axis, per sequence."""
+    """Selects T tokens of each sequence by index along the token axis."""
     k_BKHT = jnp.take_along_axis(rows.k_BKHS, index_BT[:, None, None, :], axis=3)
     return KVRows(k_BKHT, jnp.take_along_axis(rows.v_BKSH, index_BT[:, None, :, None], axis=2))
 
 
 def append_rows(rows: KVRows | None, more: KVRows) -> KVRows:
-    """`rows` followed by `more`, in a new array; None stands for no rows."""
+    """Concatenates along the token axis; None stands for no tokens."""
     if rows is None:
         return more
     k_BKHS = jnp.concatenate([rows.k_BKHS, more.k_BKHS], axis=3)
@@ -104,35 +103,34 @@ def append_rows(rows: KVRows | None, more: KVRows) -> KVRows:
 
 
 def visible_slots(length_B: jax.Array, caches: Sequence[KVRows]) -> jax.Array:
-    """Mask [B, S] of these caches' slots (no slots if there is no cache): those below each
-    sequence's length.
-    """
+    """Mask [B, S] of the slots below each sequence's length; S = 0 without caches."""
     capacity = caches[0].v_BKSH.shape[2] if caches else 0
     return jnp.arange(capacity)[None, :] < length_B[:, None]
 
 
 def write_all(caches: Sequence[KVRows], rows: Sequence[KVRows], start_B: jax.Array) -> list[KVRows]:
-    """`write_rows` for every layer."""
+    """Applies `write_rows` to every layer."""
     return [write_rows(cache, new, start_B) for cache, new in zip(caches, rows, strict=True)]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """The rows of every layer, and how many tokens of each sequence they hold: slot s holds
-    position s.
+    """Keys and values of every layer, and the number of tokens in each sequence.
+
+    Slot s holds position s.
     """
 
     layers: list[KVRows]
     length_B: jax.Array
 
     def with_(self, **changes: Any) -> Self:
-        """The cache with other fields."""
+        """Returns the cache with other fields."""
         return replace(self, **changes)
 
     @property
     def capacity(self) -> int:
-        """Slots of each sequence."""
+        """Number of slots per sequence."""
         return self.layers[0].v_BKSH.shape[2] if self.layers else 0
 
     def visible(self) -> jax.Array:
@@ -140,20 +138,19 @@ class KVCache:
         return visible_slots(self.length_B, self.layers)
 
     def positions(self) -> jax.Array | None:
-        """Position [B, S] of the token in each slot; None: that of the slot's number."""
+        """Position [B, S] of the token in each slot; None if it is the slot's number."""
         return None
 
     def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
-        """A copy of some sequences' rows, and a mask [R, S] of their first `length` tokens, which
-        are of a prompt.
+        """Copies some sequences' slots, with a mask [R, S] of their first `length` tokens.
+
+        These tokens belong to prompts.
         """
         layers = [KVRows(layer.k_BKHS[row_R], layer.v_BKSH[row_R]) for layer in self.layers]
         return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
 
     def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
-        """Writes a chunk of T tokens of the prompts in the sequences row_R, from position `start`
-        on.
-        """
+        """Writes a chunk of T prompt tokens to the sequences row_R, from position `start` on."""
         start_R = jnp.broadcast_to(start, row_R.shape)
         layers = [
             write_rows(layer, new, start_R, row_R)
@@ -162,18 +159,19 @@ class KVCache:
         return replace(self, layers=layers)
 
     def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
-        """The cache when the sequences row_R hold so many tokens of their prompts, and no more."""
+        """Returns the cache with exactly length_R prompt tokens in the sequences row_R."""
         return replace(self, length_B=self.length_B.at[row_R].set(length_R))
 
     def append(self, rows: Sequence[KVRows], bonus_B: jax.Array) -> Self:
-        """Writes rows of T tokens after those that every sequence holds; `length_B` decides later
-        how many of them count.
+        """Writes T tokens after those that each sequence holds.
 
-        bonus_B: the round's chosen tokens, never negative.
+        `length_B` decides later how many of them count.
+
+        bonus_B: the round's bonus tokens, never negative.
         """
-        # Where the rows go is made to depend on the chosen token, so that XLA must order every
-        # write after all reads and can do it in place. Without drafts nothing else ties the two,
-        # and it would copy the caches each round.
+        # The start depends on the bonus token, so that XLA must order every write after all reads
+        # and can write in place. Without drafts, no other dependency orders them, and XLA would
+        # copy the caches in each round.
         start_B = jnp.where(bonus_B < 0, 0, self.length_B)
         return replace(self, layers=write_all(self.layers, rows, start_B))
 
@@ -181,13 +179,13 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingCache(KVCache):
-    """A cache for rounds of one token: its first `ring` slots are a ring that all sequences share,
-    prompts lie behind it.
+    """A cache for rounds of one token.
 
-    Every round writes one slot, the same for each sequence, so that the write is one slice and no
-    scatter (0.3 s of 0.9 for 256 rows of a 135M model, CPU). A sequence that is not done has run in
-    every round since it was admitted: its newest slots are its own, and their order gives their
-    positions.
+    Its first `ring` slots are a ring that all sequences share; prompts are stored behind it. Every
+    round writes the same slot for each sequence, so the write is a slice and not a scatter. On a
+    CPU the scatter took 0.3 s of a step's 0.9 s (256 rows, 135M model). An unfinished sequence has
+    taken part in every round since it was admitted, so the newest slots of the ring hold its
+    tokens, and their order gives the positions.
 
         ring of 4, 6 rounds so far; a sequence with a prompt of 2 tokens and 3 of its answer:
         slot       0  1  2  3 | 4  5
@@ -214,7 +212,7 @@ class RingCache(KVCache):
         return jnp.where(slot_1S < self.ring, own_BS, slot_1S - self.ring)
 
     def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
-        """A copy of some sequences' prompts, and a mask [R, S] of their first `length` tokens."""
+        """Copies some sequences' prompts, with a mask [R, S] of their first `length` tokens."""
         layers = [
             KVRows(layer.k_BKHS[row_R, :, :, self.ring :], layer.v_BKSH[row_R, :, self.ring :])
             for layer in self.layers
@@ -222,19 +220,17 @@ class RingCache(KVCache):
         return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
 
     def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
-        """Writes a chunk of T tokens of the prompts in the sequences row_R, from position `start`
-        on.
-        """
+        """Writes a chunk of T prompt tokens to the sequences row_R, from position `start` on."""
         return super().put(rows, row_R, self.ring + start)
 
     def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
-        """The cache when the sequences row_R hold so many tokens of their prompts, and no more."""
+        """Returns the cache with exactly length_R prompt tokens in the sequences row_R."""
         held = super().holding(row_R, length_R)
         return replace(held, prompt_B=self.prompt_B.at[row_R].set(length_R))
 
     def append(self, rows: Sequence[KVRows], bonus_B: jax.Array) -> Self:
-        """Writes the rows of one token of each sequence into the ring's next slot."""
-        # Tied to the chosen tokens for the same reason as above.
+        """Writes one token of each sequence to the ring's next slot."""
+        # The slot depends on the bonus tokens for the same reason as in KVCache.append.
         slot = jnp.where((bonus_B < 0).any(), 0, self.rounds % self.ring)
         layers = [
             KVRows(
@@ -246,9 +242,7 @@ class RingCache(KVCache):
         return replace(self, layers=layers, rounds=self.rounds + 1)
 
     def resized(self, row_N: jax.Array, room: int) -> Self:
-        """The sequences row_N alone, with room for prompts of so many tokens (never less than
-        before).
-        """
+        """Keeps only the sequences row_N, with room for prompts of `room` tokens or more."""
         more = max(0, self.ring + room - self.capacity)
         layers = [
             KVRows(
@@ -262,7 +256,7 @@ class RingCache(KVCache):
         )
 
     def _age_1S(self) -> jax.Array:
-        """Rounds since each slot of the ring was written."""
+        """Number of rounds since each slot of the ring was written."""
         return (self.rounds - 1 - jnp.arange(self.capacity)[None]) % self.ring
 
 
@@ -271,7 +265,7 @@ def _write_slot(cache: jax.Array, rows: jax.Array, slot: jax.Array, axis: int) -
 
 
 def repeated(rows: Sequence[KVRows], count: int) -> list[KVRows]:
-    """The rows of one sequence, for so many."""
+    """Repeats one sequence's keys and values `count` times along the batch."""
     return [
         KVRows(jnp.repeat(layer.k_BKHS, count, 0), jnp.repeat(layer.v_BKSH, count, 0))
         for layer in rows

@@ -1,5 +1,6 @@
-"""What kind of value each key of a Hugging Face config may hold; what it means is
-`model/families.py`'s to know.
+"""Checks the types and ranges of values in a Hugging Face config.
+
+`model/families.py` interprets them.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,8 +58,8 @@ _ROPE_NUMBERS = (
     "partial_rotary_factor",
 )
 _ROPE_LISTS = ("short_factor", "long_factor")
-# Where null says something of its own: no window, no cap, or sizes that follow from others. The
-# families read it; a missing key stands for the family's default.
+# Keys whose null differs from a missing key: null means no window, no cap, or a size that follows
+# from others; a missing key has the family's default (model/families.py).
 _NULL_MEANS = (
     "num_key_value_heads",
     "head_dim",
@@ -67,13 +68,16 @@ _NULL_MEANS = (
     "final_logit_softcapping",
 )
 _QUANTISED = ("quantization_config", "compression_config")
-_MOST_LAYERS = 10_000  # a table of all tensors is made before any is read
-_LARGEST = 2**31  # of a count
-_LARGEST_NUMBER = 3e38  # float32's
+_MOST_LAYERS = 10_000  # limits the table of all tensors, which is built before any is read
+_LARGEST = 2**31  # largest count
+_LARGEST_NUMBER = 3e38  # about the largest float32
 
 
 def given_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without keys that are null, for which a default stands; see _NULL_MEANS."""
+    """Returns the config without keys whose value is null; such keys take their defaults.
+
+    Keys in _NULL_MEANS stay.
+    """
     return {
         key: given_values(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -82,8 +86,10 @@ def given_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
-    """Raises UserError naming the keys whose values cannot be what they stand for. null stands for
-    no value.
+    """Checks that every known key has a possible value; null stands for no value.
+
+    Raises:
+      UserError: some have not. The message names the keys.
     """
     for key in _QUANTISED:
         if config.get(key):
@@ -112,7 +118,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
 
 
 def _wrong_rope(config: Mapping[str, Any], key: str) -> list[str]:
-    """Problems of a part of the config that describes the rotary embedding, and of those in it."""
+    """Lists the problems of a part of the config that describes the rotary embedding."""
     problems = _wrong(config, (key,), lambda value: isinstance(value, Mapping), "an object")
     rope = config.get(key)
     if problems or rope is None:

@@ -1,8 +1,8 @@
-"""What every trained draft has: its description, and the layer that Beagle and EAGLE share.
+"""The interface of every trained draft, and the layer that Beagle and EAGLE share.
 
 A kind of draft is a description (`DraftSpec`), a block of parameters and a way to initialise them;
-model/kinds.py lists the kinds by name. Which target states a draft reads and how a stage trains it
-are questions of the floors above.
+model/kinds.py lists the kinds by name. Other packages decide which target states a draft reads and
+how a stage trains it.
 """
 
 from abc import ABC, abstractmethod
@@ -26,25 +26,25 @@ from beagle_jax.model.layers import (
 )
 from beagle_jax.model.target import TargetSpec
 
-_IN, _OUT = ("inner", "model"), ("model", "inner")  # into a layer's inner width, and back
+_IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftSpec(ABC):
-    """What is known of every trained draft. Hashable; one subclass for each kind."""
+    """Description of a trained draft. Hashable; each kind is a subclass."""
 
-    kind: ClassVar[str]  # its name: in `draft.kind` and in each floor's table of kinds
-    model_type: ClassVar[str]  # of a draft's config.json
-    # settings that are always the target's; a draft that has others was made for another target
+    kind: ClassVar[str]  # its name in `draft.kind` and in each package's table of kinds
+    model_type: ClassVar[str]  # in a draft's config.json
+    # settings that must equal the target's; if they differ, the draft is for another target
     of_target: ClassVar[tuple[str, ...]] = ("hidden_size",)
-    # what splits the dimensions of each parameter on a mesh, by the names that ARRAYS uses
-    # (model/tensors.py); a parameter that is not here is whole on every device
+    # logical axes of each parameter, by the names that ARRAYS uses (model/tensors.py); a parameter
+    # without an entry is replicated
     axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
 
     hidden_size: int
-    embed_scale: float = 1.0  # of the target's embedding on its way in
+    embed_scale: float = 1.0  # multiplies the embedding that the draft reads
 
-    if TYPE_CHECKING:  # what decoding's caches ask of kinds that have a layer
+    if TYPE_CHECKING:  # the sizes that decoding's caches read from kinds with a layer
         intermediate_size: int
         num_heads: int
         num_kv_heads: int
@@ -59,28 +59,31 @@ class DraftSpec(ABC):
         return ()
 
     def embedding(self, params: dict[str, jax.Array], target_VD: jax.Array) -> jax.Array:
-        """The table that the draft reads tokens with: the target's, or one among its params."""
+        """Returns the draft's token embedding: the target's, or a parameter of its own."""
         return target_VD
 
     def final_norm(self, params: dict[str, jax.Array], state_BTD: jax.Array) -> jax.Array:
-        """What the head reads of predicted states: themselves, or these after an own norm."""
+        """Returns what the head reads: predicted states, or these after a norm of the draft."""
         return state_BTD
 
     def head(self, params: dict[str, jax.Array], target_VD: jax.Array) -> jax.Array:
-        """The head of the draft: the target's, or one among its params.
+        """Returns the draft's head: the target's, or a parameter of its own.
 
-        target_VD: rows of the tokens that the draft scores.
+        target_VD: the target's rows for the tokens that the draft scores.
         """
         return target_VD
 
     @classmethod
     @abstractmethod
     def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
-        """A new draft for this target. init_std: of the linear weights, trained from scratch."""
+        """Describes a new draft for this target.
+
+        init_std: standard deviation of the initial linear weights.
+        """
 
     @abstractmethod
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+        """Returns the shape of every trainable tensor; matrices are [out, in], as in PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +101,13 @@ class LayerSpec(DraftSpec):
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
-    init_std: float = 0.02  # of the linear weights, when trained from scratch
-    # queries are normed inputs; some published drafts project them as they are (method.md 9.1)
+    init_std: float = 0.02  # standard deviation of the initial linear weights
+    # norms the inputs of queries; some published drafts do not (method.md 9.1)
     input_norm: bool = True
 
     @classmethod
     def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
-        """A draft of the shape of one of the target's layers."""
+        """Describes a draft with the shape of one of the target's layers."""
         return cls(
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -118,7 +121,7 @@ class LayerSpec(DraftSpec):
         )
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+        """Returns the shape of every trainable tensor; matrices are [out, in], as in PyTorch."""
         D, F = self.hidden_size, self.intermediate_size
         NH, KH = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes = {
@@ -139,14 +142,14 @@ class LayerSpec(DraftSpec):
         }
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines [*positions.shape, H]."""
+        """Returns cosines and sines [*positions.shape, H]."""
         return rope_tables(positions, self.head_dim, self.rope_theta)
 
 
 class LayerBlock(nn.Module):
-    """The layer in parts, because training and decoding interleave them differently.
+    """The layer in parts, which training and decoding combine differently.
 
-    A kind adds what its inputs are made of (`fuse`, `true_rows`) and how it runs over a whole row
+    A subclass defines the layer's inputs (`fuse`, `true_rows`) and a pass over whole rows
     (`teacher_forced`). See method.md 4.5b, 6.2.
     """
 
@@ -159,34 +162,36 @@ class LayerBlock(nn.Module):
             setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
-        """Inputs [B, T, D] of the layer: tokens' embeddings, and the states before these tokens if
-        the kind reads them.
+        """Returns the layer's inputs [B, T, D].
+
+        e_BTD: embeddings of the tokens. h_BTD: the states before these tokens, if the kind reads
+        them.
         """
         raise NotImplementedError
 
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """Keys and values that decoding keeps of true states at their positions.
+        """Returns the keys and values of true states that decoding caches.
 
-        next_BTD: embeddings of the tokens after them, for kinds that need these.
+        next_BTD: embeddings of the tokens after these states, for kinds that need them.
         """
         raise NotImplementedError
 
     def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        """Predicted states of whole rows, each from true states alone.
+        """Predicts states of whole rows, each from all true states before it.
 
-        Every query sees all that stands before it. e_BTD, h_BTD: embedding and state of each
-        position; a kind that needs a state before the token has no prediction for position 0.
+        e_BTD, h_BTD: embedding and state of each position. A kind that needs a state before the
+        token has no prediction for position 0.
         """
         raise NotImplementedError
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Rotated queries [B, K, G, T, H] of token embeddings at their positions."""
+        """Returns rotated queries [B, K, G, T, H] of token embeddings at their positions."""
         normed = self.spec.input_norm
         u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
         return self._rotate(self._projected("q", u_BTD), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """Rotated keys and values of states, true or predicted, at their positions."""
+        """Returns rotated keys, and values, of true or predicted states at their positions."""
         k_BKTH = self._rotate(self._projected("k", h_BTD), positions_BT)[:, :, 0]
         v_BKTH = split_heads(
             self._projected("v", h_BTD), self.spec.num_kv_heads, self.spec.head_dim
@@ -194,14 +199,14 @@ class LayerBlock(nn.Module):
         return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
 
     def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
-        """Predicted states [B, T, D] from the embeddings and what their queries attended to."""
+        """Predicts states [B, T, D] from the embeddings and their queries' attention output."""
         y_BTD, gated_BTF = self.before_down(e_BTD, attended_BKGTH)
         return y_BTD + project(gated_BTF, self.down_proj)
 
     def before_down(
         self, e_BTD: jax.Array, attended_BKGTH: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream [B, T, D] after attention, and the MLP's inner values [B, T, F]."""
+        """Returns the residual stream [B, T, D] after attention and the MLP's inner [B, T, F]."""
         y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
         z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
         return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
@@ -214,8 +219,9 @@ class LayerBlock(nn.Module):
         at_BT: jax.Array | None = None,
         at_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at positions
-        at_BS, both 0, 1, .. if None.
+        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at at_BS.
+
+        Positions that are None are 0, 1, ..
         """
         at_BT = (
             jnp.broadcast_to(jnp.arange(e_BTD.shape[1]), e_BTD.shape[:2])
@@ -240,12 +246,13 @@ class LayerBlock(nn.Module):
         at_BT: jax.Array | None = None,
         at_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """One pass over a row: predicted states [B, T, D] of `attend`'s queries (method.md 2.1)."""
+        """Predicts states [B, T, D] of whole rows with `attend` (method.md 2.1)."""
         return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
 
     def _projected(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        """Queries, keys or values ("q", "k", "v") as rows [B, T, F], with their bias if the kind
-        has one.
+        """Projects to queries, keys or values ("q", "k", "v") [B, T, F].
+
+        Adds the bias if the kind has one.
         """
         out_BTF = project(x_BTD, getattr(self, f"{name}_proj"))
         if f"{name}_bias" not in self.spec.param_shapes():
@@ -259,5 +266,5 @@ class LayerBlock(nn.Module):
 
 
 def project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
-    """A linear map of rows [B, T, D] -> [B, T, F], in their dtype."""
+    """Applies a linear map, [B, T, D] -> [B, T, F], in the dtype of x."""
     return jnp.einsum("BTD,FD->BTF", x_BTD, weight_FD.astype(x_BTD.dtype))

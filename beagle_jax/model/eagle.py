@@ -1,10 +1,9 @@
-"""The EAGLE-1/2 draft, the baseline: a fusion layer and one decoder layer with self-attention
-(method.md section 8).
+"""The EAGLE-1/2 draft, the baseline: a fusion layer and one decoder layer (method.md 8).
 
-Its inputs are shifted: entry j is made of the token at position j + 1 and the state at position j,
-it stands at position j for the rotary embedding, and what comes out of it predicts the state at
-position j + 1. The layer has no input norm and no output norm. Its parts are those of
-`model/draft.py`, on fused inputs f in place of embeddings and states.
+The layer has self-attention, and neither an input norm nor an output norm. Its inputs are shifted:
+entry j fuses the token at position j + 1 with the state at position j, has rotary position j, and
+predicts the state at position j + 1. It reuses the parts of `model/draft.py`, with fused inputs f
+in place of embeddings and states.
 """
 
 from collections.abc import Mapping
@@ -22,8 +21,9 @@ from beagle_jax.model.masks import causal_mask
 
 @dataclass(frozen=True, kw_only=True)
 class EagleSpec(LayerSpec):
-    """Shape of the EAGLE draft. Published ones have settings of their own (rms_norm_eps, say), not
-    always the target's.
+    """Shape of the EAGLE draft.
+
+    Published drafts may have settings, such as rms_norm_eps, that differ from the target's.
     """
 
     kind: ClassVar[str] = "eagle"
@@ -34,12 +34,12 @@ class EagleSpec(LayerSpec):
     }
 
     input_norm: bool = False
-    fc_bias: bool = True  # of the fusion layer; published drafts of Llama 3 have none
+    fc_bias: bool = True  # bias of the fusion layer; published drafts for Llama 3 have none
     rope_scaling: RopeScaling | None = None
-    qkv_bias: bool = False  # of queries, keys and values; published drafts of Qwen2 have them
+    qkv_bias: bool = False  # biases of queries, keys, values; published drafts for Qwen2 have them
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every trainable tensor, matrices as PyTorch stores them, [out, in]."""
+        """Returns the shape of every trainable tensor; matrices are [out, in], as in PyTorch."""
         D = self.hidden_size
         bias = {"fc_bias": (D,)} if self.fc_bias else {}
         shapes = {"fc": (D, 2 * D), **bias, **super().param_shapes()}
@@ -48,42 +48,44 @@ class EagleSpec(LayerSpec):
         return shapes
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines [*positions.shape, H]."""
+        """Returns cosines and sines [*positions.shape, H]."""
         return rope_tables(positions, self.head_dim, self.rope_theta, self.rope_scaling)
 
 
 class EagleBlock(LayerBlock):
-    """The draft in parts: `fuse`, then queries, keys_values and predict of what it gives; `row`
-    runs them on whole rows.
+    """The draft in parts: `fuse`, then queries, keys_values and predict on its output.
 
-    While decoding, the root x_n is fused with the true state h_{n-1}, a token below it with its
-    parent's predicted state; an entry sees those before it, its ancestors, and itself. The root's
-    entry is true as well: with it the cache holds an entry for each true state, as Beagle's does.
+    `row` runs them on whole rows. While decoding, the root x_n is fused with the true state
+    h_{n-1}, and a token below it with its parent's predicted state. An entry sees earlier entries,
+    its ancestors, and itself. The root's entry is made of a true state too, so that the cache holds
+    an entry for each true state, as Beagle's does.
     """
 
     spec: EagleSpec
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
-        """Inputs f [B, T, D] of the layer, from each next token's embedding and the state before it
-        (embedding first).
+        """Returns inputs f [B, T, D]: each next token's embedding fused with the state before it.
+
+        The embedding comes first in the concatenation.
         """
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
         return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
 
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
-        """Rows of entries: true states, each fused with the token after it."""
+        """Returns keys and values of true states, each fused with the token after it."""
         return self.keys_values(self.fuse(next_BTD, h_BTD), positions_BT)
 
     def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
-        """Predicted states [B, T - 1, D] of whole rows: those at positions 1 to T - 1."""
+        """Predicts states [B, T - 1, D] of whole rows, at positions 1 to T - 1."""
         B, T = e_BTD.shape[:2]
         return self.row(e_BTD, h_BTD, causal_mask(jnp.full(B, T - 1), T - 1))
 
     def row(self, e_BLD: jax.Array, h_BLD: jax.Array, mask_BTT: jax.Array) -> jax.Array:
-        """Predicted states [B, T, D] of rows of L = T + 1 positions: entry j is that of position j
-        + 1.
+        """Predicts states [B, T, D] of rows of L = T + 1 positions.
 
-        e_BLD, h_BLD: embedding and true state of each position; the shift is made here. mask_BTT:
+        Entry j predicts position j + 1.
+
+        e_BLD, h_BLD: embedding and true state of each position; this method shifts them. mask_BTT:
         which entries each entry sees, itself included (`masks.causal_mask`).
         """
         f_BTD = self.fuse(e_BLD[:, 1:], h_BLD[:, :-1])
@@ -91,6 +93,6 @@ class EagleBlock(LayerBlock):
 
 
 def init_eagle(spec: EagleSpec, key: jax.Array) -> dict[str, jax.Array]:
-    """Fresh parameters: linear weights N(0, init_std), norms one, biases zero."""
+    """Initialises parameters: linear weights N(0, init_std), norms one, biases zero."""
     two = jnp.zeros((1, 2, spec.hidden_size), jnp.float32)
     return EagleBlock(spec).init(key, two, two, jnp.zeros((1, 1, 1), bool), method="row")["params"]

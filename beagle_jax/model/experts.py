@@ -1,9 +1,9 @@
 """Routed experts: several MLPs, of which each token uses a few (Mixtral, Qwen3-MoE).
 
-Knows nothing of files or families. Exact and simple: a loop over all experts, skipping those that
-no token chose; an expert that runs reads every column and counts where it was chosen. One step of
-decoding so costs the experts it needs, a long prompt up to count / per_token times more than a
-dispatch that sorts tokens by expert would.
+The computation is exact and simple: a loop over all experts that skips those no token chose. An
+expert that runs reads every column and weights it by the token's share. A decoding step therefore
+costs only the experts that it needs. A long prompt costs up to count / per_token times as much as a
+dispatch that sorts tokens by expert.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,22 @@ import jax.numpy as jnp
 
 
 class Experts(NamedTuple):
-    """The routed experts of a target. Hashable."""
+    """Description of a target's routed experts. Hashable."""
 
     count: int  # E
     per_token: int  # experts that each token uses
-    width: int  # F of one expert
+    width: int  # F of a single expert
     renormalised: bool  # the shares of the chosen experts are scaled to sum to 1
-    dense_layers: tuple[int, ...]  # layers that have one plain MLP instead
+    dense_layers: tuple[int, ...]  # layers with a plain MLP instead
     names: tuple[
         str, str, str, str
-    ]  # of the router and each expert's gate, up and down in the files; {} is its number
+    ]  # names in files: the router, then each expert's gate, up and down; {} is its number
 
 
 def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) -> jax.Array:
-    """How much of each expert each column takes, float32 [E, M]; zero where it is not chosen and in
-    columns past `count`.
+    """Returns each expert's share of each column, float32 [E, M].
+
+    It is zero for experts that were not chosen and for columns past `count`.
     """
     M = y_DM.shape[1]
     share_EM = jax.nn.softmax(jnp.einsum("ED,DM->EM", router_ED, y_DM).astype(jnp.float32), axis=0)
@@ -42,8 +43,9 @@ def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) 
 def routed(
     share_EM: jax.Array, run: Callable[[jax.Array], jax.Array], like_DM: jax.Array
 ) -> jax.Array:
-    """The sum over experts of share times output, [D, M]. run: an expert's number -> its output [D,
-    M].
+    """Returns the sum over experts of share times output, [D, M].
+
+    run: maps an expert's number to its output [D, M].
     """
 
     def add(expert, total_DM):

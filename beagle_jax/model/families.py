@@ -1,8 +1,7 @@
-"""Which Hugging Face configs this decoder computes, and what each family adds to plain Llama.
+"""Supported Hugging Face configs, and what each family adds to plain Llama.
 
-Knows config.json and nothing of arrays: a config goes in, the fields of `model.target.TargetSpec`
-come out. A family is one line of `_FAMILIES`; what a config asks for and no field describes is
-refused by name.
+Reads a config and returns the fields of `model.target.TargetSpec`; no arrays are involved. Each
+family has an entry in `_FAMILIES`. A setting that no field describes is an error that names it.
 """
 
 from collections.abc import Mapping
@@ -21,33 +20,34 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 class _Gemma(NamedTuple):
-    """What Gemma's generations differ in: Hugging Face's own values for a missing key."""
+    """Differences between Gemma's generations; Hugging Face's defaults for missing keys."""
 
     score_cap: float | None
     logit_cap: float | None
-    local_theta: float | None  # rotary base of the layers with a window; None: that of the others
-    post_norms: bool = True  # norms stand after attention and MLP too
-    score_size: int | None = 256  # attention scores are divided by its root; None: the head's width
+    local_theta: float | None  # rotary base of layers with a window; None: that of the others
+    post_norms: bool = True  # norms after attention and MLP too
+    score_size: int | None = 256  # scores are divided by its square root; None: the head width
 
 
 class _Family(NamedTuple):
-    """What a model_type means beyond what its config says. All after `gemma` are Hugging Face's own
-    for a missing key.
+    """Properties of a model_type that its config does not state.
+
+    Fields after `gemma` are Hugging Face's defaults for missing keys.
     """
 
     known_as: str
     biases: tuple[str, ...] = ()  # projections that always have one
     may_bias: tuple[str, ...] = ()  # settings of the config that add more
     qk_norm: bool = False
-    # never; always: every layer; asked: every layer, if use_sliding_window; late: the same, but for
-    # Qwen's first layers; mixed: all but every nth.
+    # Layers with a sliding window. never: none; always: all; asked: all, if use_sliding_window is
+    # set; late: as asked, except Qwen's first layers; mixed: all except every nth.
     windowed: Literal["never", "always", "asked", "late", "mixed"] = "never"
     experts: tuple[str, str, str, str] | None = None  # see Experts.names
     experts_only: bool = False  # every layer has them, and their chosen shares always sum to 1
     gemma: _Gemma | None = None  # Gemma's norms, scales, GELU and soft caps
     window: int | None = 4096
-    every: int = 1  # mixed: n
-    kv_heads: int | None = None  # None: as many as heads
+    every: int = 1  # n of windowed = "mixed"
+    kv_heads: int | None = None  # None: the number of heads
     head_dim: int | None = None  # None: hidden_size / heads
     max_positions: int = 32768
     theta: float = 1e4
@@ -116,7 +116,7 @@ _FAMILIES = {
     ),
 }
 _BIASED_BY = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
-# The keys that each rope type needs; the types that are not here are refused.
+# The keys that each rope type needs; other types are errors.
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -126,7 +126,11 @@ _ROPE_KEYS = {
 
 
 def read_config(config: Config, where: str) -> dict[str, Any]:
-    """The fields of a TargetSpec; raises UserError naming what this decoder cannot compute."""
+    """Returns the fields of a TargetSpec.
+
+    Raises:
+      UserError: the config asks for something this decoder cannot compute. The message names it.
+    """
     family = _family(config, where)
     _check_complete(
         config,
@@ -147,8 +151,7 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        # A key that is null stands for the number of heads; one that is missing stands for the
-        # family's default.
+        # null stands for the number of heads; a missing key has the family's default.
         num_kv_heads=config.get("num_key_value_heads", family.kv_heads) or heads,
         head_dim=config.get("head_dim", family.head_dim) or config["hidden_size"] // heads,
         rope_theta=theta,
@@ -175,7 +178,7 @@ def _family(config: Config, where: str) -> _Family:
     )
     if (config.get(key) or expected) != expected:
         raise UserError(f"{where}: {key} is {config[key]!r}; expected {expected!r}")
-    # Gemma's first releases say "gelu" and mean its approximation.
+    # Gemma's first releases say "gelu" but use its tanh approximation.
     if model_type == "gemma" and config.get("hidden_act", "gelu") not in ("gelu", expected):
         raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}; expected {expected!r}")
     return family
@@ -190,25 +193,26 @@ def _check_complete(
 
 
 def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
-    """Projections with a bias."""
-    found = family.biases
+    """Returns the projections that have a bias."""
+    biased = family.biases
     for setting, projections in _BIASED_BY.items():
-        if config.get(setting) and not set(projections) <= set(found):
+        if config.get(setting) and not set(projections) <= set(biased):
             if setting not in family.may_bias:
                 raise UserError(
                     f"{where}: {setting} is true, which {config['model_type']!r} does not have"
                 )
-            found += projections
-    return found
+            biased += projections
+    return biased
 
 
 def _rope(
     config: Config, family: _Family, where: str
 ) -> tuple[float, RopeScaling | RopeFactors | None]:
-    """Base and scaling of the rotary embedding, in layers without a window if the two kinds
-    differ.
+    """Returns base and scaling of the rotary embedding.
+
+    If layers with a window have their own, returns those of layers without one.
     """
-    # transformers 5 writes rope_parameters, for Gemma 3 one of each kind of layer; older files have
+    # transformers 5 writes rope_parameters (for Gemma 3, one per kind of layer); older files have
     # rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
@@ -232,8 +236,9 @@ def _rope(
 
 
 def _rope_factors(config: Config, rope: Config, where: str) -> RopeFactors:
-    """The factors of longrope, where short and long texts have the same and scores keep their
-    scale.
+    """Returns the factors of longrope.
+
+    Supported if short and long texts have the same factors and the scores' scale is unchanged.
     """
     factors = tuple(map(float, rope["short_factor"]))
     if rope["long_factor"] != rope["short_factor"] or rope.get("attention_factor") != 1.0:
@@ -251,13 +256,14 @@ def _rope_factors(config: Config, rope: Config, where: str) -> RopeFactors:
 
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None for one that sees everything; empty when no layer has
-    one.
+    """Returns the sliding window of each layer; empty if no layer has one.
+
+    None stands for a layer that sees everything.
     """
-    asked = family.windowed in ("always", "mixed") or (
+    enabled = family.windowed in ("always", "mixed") or (
         family.windowed != "never" and config.get("use_sliding_window", False)
     )
-    window = config.get("sliding_window", family.window) if asked else None
+    window = config.get("sliding_window", family.window) if enabled else None
     if window is None:
         if family.windowed == "mixed":
             raise UserError(
@@ -284,7 +290,7 @@ def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, .
 
 
 def _layer_types(config: Config, family: _Family) -> list[str]:
-    """What the family means where the config does not say it layer by layer."""
+    """Returns the family's default for a config that does not list its layers' types."""
     every = config.get("sliding_window_pattern", family.every)
     full = {
         "late": lambda layer: layer < config.get("max_window_layers", 28),
@@ -294,7 +300,7 @@ def _layer_types(config: Config, family: _Family) -> list[str]:
 
 
 def _experts(config: Config, family: _Family, where: str) -> Experts | None:
-    """The routed experts, if the family has them."""
+    """Returns the routed experts, None if the family has none."""
     if family.experts is None:
         return None
     # transformers 5 writes num_local_experts for every family.
@@ -319,7 +325,7 @@ def _experts(config: Config, family: _Family, where: str) -> Experts | None:
 
 
 def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
-    """The fields that only Gemma has; nothing for the others."""
+    """Returns the fields that only Gemma has; {} for other families."""
     if family.gemma is None:
         return {}
     if config.get("use_bidirectional_attention"):

@@ -1,7 +1,7 @@
-"""The kinds of draft by name: how each is described, computed and initialised.
+"""The kinds of draft by name: description, block and initialisation.
 
-Each floor above has a table with the same names: decoding a drafter, training its objectives,
-weights its files. Nothing outside these tables tells kinds apart (tests/test_kinds.py).
+decoding, training and weights each have a table with the same names: drafters, objectives and
+files. No code outside these tables depends on the kind (tests/test_kinds.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
 
 
 class Kind(NamedTuple):
-    """One kind of draft."""
+    """Description, block and initialisation of a kind of draft."""
 
     spec: type[DraftSpec]
     block: Callable[[Any], Any]  # description -> the flax module of its parameters
@@ -29,15 +29,15 @@ KINDS: dict[str, Kind] = {
 
 
 def spec_type(kind: str) -> type[DraftSpec]:
-    """How a draft of this kind (`draft.kind`) is described."""
+    """Returns the description type of a kind (`draft.kind`)."""
     return KINDS[kind].spec
 
 
 def fresh_params(spec: DraftSpec, key: jax.Array) -> dict[str, jax.Array]:
-    """Random parameters to train from (method.md 2.4)."""
+    """Returns random parameters to start training from (method.md 2.4)."""
     return KINDS[spec.kind].init(spec, key)
 
 
 def block_of(spec: DraftSpec) -> LayerBlock:
-    """The flax module of a description's parameters."""
+    """Returns the flax module of a description's parameters."""
     return KINDS[spec.kind].block(spec)

@@ -1,9 +1,8 @@
 """Norm, rotary embedding and masked attention as pure functions.
 
-Attention comes in two halves so that keys may live in several places (a cache and the new tokens,
-or true and predicted states): `partial_attention` over each place, then `merge_attention`. The two
-together equal one softmax over all keys. A query that sees no key at all gets zeros (method.md
-2.5).
+Attention has two steps, so that keys may be in several places (a cache and the new tokens, or true
+and predicted states): `partial_attention` over each place, then `merge_attention`. Together they
+equal one softmax over all keys. A query that sees no key gets zeros (method.md 2.5).
 """
 
 from typing import NamedTuple
@@ -11,17 +10,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Stands for minus infinity in scores. Finite, so that a fully masked row has no inf - inf.
+# Score of a masked key. It is finite, because a query that sees no key would compute inf - inf.
 MASKED_SCORE = -1e30
 
 
 def rms_norm(
     x: jax.Array, weight_D: jax.Array, eps: float, axis: int = -1, *, offset: float = 0.0
 ) -> jax.Array:
-    """Root-mean-square norm over `axis` of width D, computed in float32, cast back before the
-    weight as HF does.
+    """Root-mean-square norm over `axis` of width D, computed in float32.
 
-    offset: not zero: multiplied by offset + weight, and cast after that (Gemma).
+    The result is cast back before it is multiplied by the weight, as in Hugging Face's Llama. If
+    offset is not 0, it is multiplied by offset + weight and then cast (Gemma).
     """
     x_f32 = x.astype(jnp.float32)
     normed = x_f32 * jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=axis, keepdims=True) + eps)
@@ -34,12 +33,11 @@ def rms_norm(
 
 
 class RopeScaling(NamedTuple):
-    """How rotary frequencies are slowed down for contexts longer than those of the first training.
-    Hashable.
+    """Scaling of rotary frequencies for contexts longer than in pre-training. Hashable.
 
-    Linear when only the factor is given. Else Llama 3's: waves that fit `original_positions` fewer
-    than low_freq_factor times are slowed by the factor, those that fit more than high_freq_factor
-    times are kept, and what lies between is blended.
+    If only the factor is given, scaling is linear. Otherwise it is Llama 3's: with n the number of
+    waves that fit in `original_positions`, a frequency is divided by the factor if n <
+    low_freq_factor, unchanged if n > high_freq_factor, and blended in between.
     """
 
     factor: float
@@ -49,7 +47,7 @@ class RopeScaling(NamedTuple):
 
 
 class RopeFactors(NamedTuple):
-    """What each rotary frequency is divided by, [H / 2] numbers. Hashable."""
+    """Divisors of the rotary frequencies, [H / 2] numbers. Hashable."""
 
     factors: tuple[float, ...]
 
@@ -60,11 +58,12 @@ def rope_tables(
     theta: float,
     scaling: RopeScaling | RopeFactors | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [*positions.shape, head_dim] of the half-split rotary embedding, in
-    float32.
+    """Returns float32 cosines and sines [*positions.shape, head_dim] of the rotary embedding.
+
+    Pairs are half-split.
     """
     frequency = rope_frequencies(head_dim, theta, scaling)
-    # float32 angles: bfloat16 would round position 257 to 256.
+    # Angles are float32, because bfloat16 would round position 257 to 256.
     angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(
         frequency, range(positions.ndim)
     )
@@ -88,13 +87,14 @@ def _scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
         return slow
     waves = scaling.original_positions * frequency / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * slow + kept * frequency
+    unscaled_share = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+    return (1 - unscaled_share) * slow + unscaled_share * frequency
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the last axis (head width, half-split pairs) of x; cos and sin broadcast against
-    it.
+    """Rotates the last axis of x (head width, half-split pairs).
+
+    cos and sin broadcast against x.
     """
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
@@ -102,9 +102,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class PartialAttention(NamedTuple):
-    """Attention over some of the keys, before normalisation (the log-sum-exp form, method.md
-    4.5b).
-    """
+    """Unnormalised attention over some of the keys (log-sum-exp form, method.md 4.5b)."""
 
     out_BKGTH: jax.Array  # sum over visible keys of exp(score - peak) * value
     peak_BKGT: jax.Array  # highest visible score, MASKED_SCORE where none is visible
@@ -112,7 +110,10 @@ class PartialAttention(NamedTuple):
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squeezes x into -cap..cap by a tanh that leaves small values as they are; None: unchanged."""
+    """Squeezes x into -cap..cap with a tanh; None leaves x unchanged.
+
+    Values small against the cap hardly change.
+    """
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -127,15 +128,15 @@ def partial_attention(
 ) -> PartialAttention:
     """Softmax numerator and denominator over one set of keys.
 
-    mask: boolean, True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: of
-    the scores; None: H ** -0.5. cap: of the scores, after the scale (`soft_cap`).
+    mask: True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: factor of the
+    scores; None: H ** -0.5. cap: limit of the scaled scores (`soft_cap`).
     """
     B, K, G, T, H = q_BKGTH.shape
     q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * (H**-0.5 if scale is None else scale)
     score = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
     score = soft_cap(score, cap)
     score = jnp.where(mask, score.reshape(B, K, G, T, -1), MASKED_SCORE)
-    # The peak cancels in the merge, so it carries no gradient.
+    # The peak cancels in the merge, so it needs no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
     out_BKMH = jnp.einsum(
@@ -147,30 +148,34 @@ def partial_attention(
 
 
 def merge_attention(*parts: PartialAttention) -> jax.Array:
-    """Normalised attention [B, K, G, T, H] (float32) over the union of the parts' keys; zeros where
-    none is visible.
+    """Normalised attention over the union of the parts' keys, float32 [B, K, G, T, H].
+
+    Zeros for a query that sees no key in any part.
     """
     peak = parts[0].peak_BKGT
     for part in parts[1:]:
         peak = jnp.maximum(peak, part.peak_BKGT)
-    # A part that saw nothing has total 0, whatever its scale: exp(MASKED - MASKED) is 1, never NaN.
+    # A part without visible keys has total 0, and a finite scale: exp(MASKED - MASKED) is 1.
     scales = [jnp.exp(part.peak_BKGT - peak) for part in parts]
     total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales, strict=True))
     out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales, strict=True))
     seen = total > 0
-    # Double where: the division never meets a zero, so neither value nor gradient can be NaN
+    # The inner `where` keeps zero out of the division, so neither value nor gradient can be NaN
     # (method.md 2.5).
     return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 
 def split_heads(x_BTF: jax.Array, num_kv_heads: int, head_dim: int) -> jax.Array:
-    """[B, T, N*H] -> [B, K, G, T, H] (keys and values have G = 1 and drop it by indexing)."""
+    """Splits heads: [B, T, N*H] -> [B, K, G, T, H].
+
+    Keys and values have G = 1; their callers index it away.
+    """
     B, T, F = x_BTF.shape
     grouped = x_BTF.reshape(B, T, num_kv_heads, F // (num_kv_heads * head_dim), head_dim)
     return grouped.transpose(0, 2, 3, 1, 4)
 
 
 def join_heads(out_BKGTH: jax.Array) -> jax.Array:
-    """[B, K, G, T, H] -> [B, T, N*H]; undoes `split_heads`."""
+    """Joins heads: [B, K, G, T, H] -> [B, T, N*H], the inverse of `split_heads`."""
     B, K, G, T, H = out_BKGTH.shape
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G * H)

@@ -1,8 +1,7 @@
-"""Who sees whom: causal, early-block and tree masks. True means visible. Each function draws its
-example.
+"""Attention masks: causal, early-block and tree masks. True means visible.
 
-Positions are 0-based, windows and offsets as in method.md 1: a window of size k starts at s(i),
-r(i) = i - s(i).
+Each docstring draws an example. Positions are 0-based; windows and offsets are those of method.md
+1: a window of size k starts at s(i), and r(i) = i - s(i).
 """
 
 import jax
@@ -12,8 +11,9 @@ from beagle_jax.model.packing import places, queries
 
 
 def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
-    """Mask [B, T, T] of right-padded tokens for the target: key <= query, and the key is not
-    padding.
+    """Mask [B, T, T] of right-padded tokens for the target.
+
+    A query sees keys up to itself, except padding.
 
     width 3, length 2:   query 0 sees 0; query 1 sees 0 1; query 2 (padding) sees 0 1.
     """
@@ -23,10 +23,11 @@ def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
 
 
 def within_window(position_BT: jax.Array, key_position_BS: jax.Array, window: int) -> jax.Array:
-    """Mask [B, T, S] of a sliding window: the key is fewer than `window` tokens back. Later keys
-    are not its concern.
+    """Mask [B, T, S] of a sliding window: the key is fewer than `window` tokens back.
 
-    window 3:   query at 4 sees keys at 2 3 4, and whatever comes after; at 1 it sees all.
+    It does not hide later keys; the causal mask does.
+
+    window 3:   query at 4 sees keys at 2 3 4, and all later ones; at 1 it sees all.
     """
     return position_BT[:, :, None] - key_position_BS[:, None, :] < window
 
@@ -49,12 +50,13 @@ def early_block_mask(
     first_BC: jax.Array | None = None,
     count: int | None = None,
 ) -> jax.Array:
-    """Mask [B, T, L] over true states: a key of the query's own chat, before the start of its
-    window (method.md 3.1).
+    """Mask [B, T, L] over true states, for the early stage (method.md 3.1).
 
-    length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: ask only for
-    `count` queries, of each chat those from first_BC on, in windows counted from there; all
-    positions if None.
+    A query sees the states of its own chat before the start of its window.
+
+    length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: return only `count`
+    queries, which are the positions from first_BC on of each chat, in windows counted from there;
+    None: all positions.
 
     width 8, window 3, offset 2 (the left half of example 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
@@ -62,29 +64,31 @@ def early_block_mask(
     the same row with chats of 5 and 3 tokens:
         query 5: nothing      query 6: 5      query 7: 5 6
     """
-    asked = queries(
+    query = queries(
         count or width, length_BC, jnp.zeros_like(length_BC) if first_BC is None else first_BC
     )
-    start_BT = asked.position_BT - asked.place_BT + window_start(asked.place_BT, window, offset)
-    return keys_before(asked.chat_BT, start_BT, length_BC, width)
+    start_BT = query.position_BT - query.place_BT + window_start(query.place_BT, window, offset)
+    return keys_before(query.chat_BT, start_BT, length_BC, width)
 
 
 def keys_before(
     chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int
 ) -> jax.Array:
-    """Mask [B, T, L] over true states: of the query's own chat, before its window's start in that
-    chat, and not padding.
+    """Mask [B, T, L] over true states: before start_BT in the query's own chat.
+
+    Padding is hidden.
     """
     key_chat_BL, key_BL = _keys(length_BC, width)
     return (key_chat_BL[:, None] == chat_BT[..., None]) & (key_BL[:, None] < start_BT[..., None])
 
 
 def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
-    """Mask [B, L, L] of the chats of a row for the target: key <= query in one chat, and the key is
-    not padding.
+    """Mask [B, L, L] of packed chats for the target: causal within each chat.
 
-    width 6, chats of 2 and 3 tokens:   0: 0   1: 0 1   2: 2   3: 2 3   4: 2 3 4   5 (padding): 2 3
-    4
+    Padding keys are hidden.
+
+    width 6, chats of 2 and 3 tokens:
+        0: 0   1: 0 1   2: 2   3: 2 3   4: 2 3 4   5 (padding): 2 3 4
     """
     chat_BL, _ = places(width, length_BC)
     key_chat_BL, _ = _keys(length_BC, width)
@@ -92,7 +96,7 @@ def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
 
 
 def _keys(length_BC: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Chat and position in it of each token [B, L]; padding is of no chat."""
+    """Returns each token's chat and its position in it [B, L]; padding has chat -1."""
     chat_BL, position_BL = places(width, length_BC)
     live_BL = jnp.arange(width)[None] < length_BC.sum(axis=1, keepdims=True)
     return jnp.where(live_BL, chat_BL, -1), position_BL

@@ -1,9 +1,9 @@
-"""Several chats in one row: which chat each token, query and window belongs to, and where in it.
+"""Packed chats: the chat of each token, query and window in a row, and its place there.
 
-The chats of a row lie one behind another from its start; length_BC has the tokens of each, 0 where
-a row has fewer than C chats. Of a chat only the positions from first_BC on are queried, and the
-queries of a row's chats lie one behind another too. A row of one chat is C = 1. Nothing here knows
-what a window is.
+The chats of a row follow one another from its start. length_BC holds the tokens of each chat, 0 if
+a row has fewer than C chats. Only the positions of a chat from first_BC on are queried, and the
+queries of a row's chats follow one another too. A row with a single chat has C = 1. Windows are
+defined elsewhere (model/masks.py).
 """
 
 from typing import NamedTuple
@@ -13,26 +13,28 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Of X things that lie chat behind chat."""
+    """Chat and place in it of X elements, which are ordered by chat."""
 
-    chat_BX: jax.Array  # whose it is
-    place_BX: jax.Array  # counted from that chat's first
+    chat_BX: jax.Array  # index of the element's chat
+    place_BX: jax.Array  # index of the element in its chat
 
 
 class Queries(NamedTuple):
-    """Of the T queries of each row. Those past the last chat's end go on as if it did; they never
-    count.
+    """Chat and positions of the T queries of each row.
+
+    Padding queries continue the last chat's numbering; they never count in a loss.
     """
 
     chat_BT: jax.Array
-    place_BT: jax.Array  # counted from the chat's first query: windows are
-    position_BT: jax.Array  # in the chat: RoPE turns by it
+    place_BT: jax.Array  # counted from the chat's first query, as windows are
+    position_BT: jax.Array  # in the chat, for rotary embeddings
     slot_BT: jax.Array  # in the row
 
 
 def places(count: int, size_BC: jax.Array) -> Places:
-    """Where the first `count` things of each row are, size_BC of which belong to each chat; what is
-    left over is the last chat's.
+    """Returns chat and place of the first `count` elements of each row.
+
+    size_BC: elements of each chat. Padding elements continue the last chat.
 
     sizes 3 0 2, count 6:   chats 0 0 0 2 2 2, places 0 1 2 0 1 2
     """
@@ -45,7 +47,7 @@ def places(count: int, size_BC: jax.Array) -> Places:
 
 
 def queries(count: int, length_BC: jax.Array, first_BC: jax.Array) -> Queries:
-    """The first `count` queries of each row."""
+    """Returns the first `count` queries of each row."""
     chat_BT, place_BT = places(count, length_BC - first_BC)
     position_BT = of_row(first_BC, chat_BT) + place_BT
     begin_BC = jnp.cumsum(length_BC, axis=1) - length_BC
@@ -53,9 +55,10 @@ def queries(count: int, length_BC: jax.Array, first_BC: jax.Array) -> Queries:
 
 
 def of_row(x: jax.Array, index_BX: jax.Array) -> jax.Array:
-    """x [B, S, ..] of each row at that row's own indices: [B, X, ..]; the nearest end where an
-    index is outside.
+    """Gathers x [B, S, ..] at each row's own indices: [B, X, ..].
+
+    An index out of range is clipped.
     """
     index_BX = jnp.clip(index_BX, 0, x.shape[1] - 1)
-    # Row by row, so that a device looks into its own rows only.
+    # vmap over rows, so that each device reads only its own rows.
     return jax.vmap(lambda x_S, index_X: x_S[index_X])(x, index_BX)

@@ -1,9 +1,9 @@
-"""Precision of matrix products: chosen here from dtype and backend, for the programs that need it.
+"""Precision of matrix products, chosen from dtype and backend for single programs.
 
-To decode in float32 is to write the very tokens of plain decoding, whatever the tree: a product
-must not depend on how many rows it has. On a TPU jax multiplies float32 matrices as bfloat16, on
-newer GPUs as TF32, unless it is told otherwise. `exact` tells it, for one program: nothing else in
-the process computes at another precision than before.
+Decoding in float32 must write exactly the tokens of plain decoding, whatever the tree, so a product
+must not depend on its number of rows. By default, jax multiplies float32 matrices as bfloat16 on
+TPUs and as TF32 on newer GPUs. `exact` changes this for one program; the rest of the process
+computes as before.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,24 +19,24 @@ R = TypeVar("R")
 
 
 def precision_for(dtypes: Iterable[jnp.dtype]) -> str | None:
-    """The precision of products of arrays of these dtypes; None leaves it to jax.
+    """Returns the precision for products of these dtypes; None leaves it to jax.
 
-    "highest" for float32 on an accelerator. None on a CPU, whose products keep all bits anyway;
-    beside any narrower float, whose rounding is the coarser one; and where the user has set
-    `jax_default_matmul_precision`, which stands.
+    It is "highest" for float32 on an accelerator. It is None on a CPU, whose products keep all bits
+    anyway; if a narrower float is present, because its rounding dominates; and if the user has set
+    `jax_default_matmul_precision`.
     """
     floats = {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
     rounds = floats == {jnp.dtype("float32")} and jax.default_backend() != "cpu"
-    # mypy: jax adds its settings when it is imported
+    # mypy does not see the settings, because jax adds them at import
     requested = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return "highest" if rounds and requested is None else None
 
 
 def exact(function: Callable[P, R]) -> Callable[P, R]:
-    """Traces or runs a function at the precision that its arguments' dtypes need.
+    """Wraps a function to run at the precision that its arguments' dtypes need.
 
-    Stands below `jax.jit`. What the function calls, other jitted functions too, computes at that
-    precision as part of this program.
+    Apply it inside `jax.jit`. Functions that it calls, jitted ones too, use the same precision as
+    part of this program.
     """
 
     @wraps(function)
@@ -49,5 +49,5 @@ def exact(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _dtypes(tree: Any) -> set[jnp.dtype]:
-    """Dtypes of all arrays in a tree; static arguments are leaves without one."""
+    """Returns the dtypes of all arrays in a tree; static arguments have none."""
     return {leaf.dtype for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")}

@@ -1,12 +1,12 @@
-"""Weight-only quantisation: a matrix as small integers, groups of its inputs sharing a scale.
+"""Weight-only quantisation: matrices of small integers with a scale per group of inputs.
 
-Knows nothing of models. A product first turns the matrix back into the dtype of the activations, so
-decoding with a draft and without one use the very same numbers. Embedding, head, norms, biases and
-routers are left as they are. Own code, since the library for it (qwix) imports flax.nnx, which does
-not import on every jax that is supported here, and keeps an int4 in a whole byte on a CPU. What
-becomes smaller is the weights at rest. XLA's CPU compiler gives each matrix that it turns back a
-buffer of its own for the whole of a compiled loop, so that there the memory of a running loop is no
-smaller (measured).
+A product first converts the matrix back to the dtype of the activations, so decoding with and
+without a draft uses the same numbers. Embedding, head, norms, biases and routers are not quantised.
+
+This is own code, because the library for it (qwix) imports flax.nnx, which does not import on every
+supported jax, and stores an int4 in a whole byte on a CPU. Quantisation reduces the stored weights.
+It does not reduce the memory of a running decode loop on a CPU (measured): XLA's CPU compiler
+allocates a buffer for each converted matrix for the whole loop.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -22,17 +22,22 @@ _LARGEST = {"int8": 127, "int4": 7}
 
 
 class Quantised(NamedTuple):
-    """A matrix [.., O, I]. Symmetric: an integer times its group's scale is the weight."""
+    """A matrix [.., O, I]: integers that are multiplied by the scale of their group.
+
+    The quantisation is symmetric.
+    """
 
     values: (
         jax.Array
-    )  # int8 [.., O, I], or two int4 in a byte: uint8 [.., O, I / 2], inputs 2i and 2i + 1
+    )  # int8 [.., O, I], or two int4 per byte: uint8 [.., O, I / 2] with inputs 2i and 2i + 1
     scale: jax.Array  # float32 [.., O, I / group]
 
 
 def quantise(weight: jax.Array, kind: Kind, group: int) -> Quantised:
-    """Rounds to nearest. group: inputs that share a scale; it must divide their number, which must
-    be even for int4.
+    """Quantises with rounding to nearest.
+
+    group: inputs that share a scale. It must divide the number of inputs, which must be even for
+    int4.
     """
     *rest, count = weight.shape
     grouped = weight.astype(jnp.float32).reshape(*rest, count // group, group)
@@ -49,7 +54,10 @@ def quantise(weight: jax.Array, kind: Kind, group: int) -> Quantised:
 
 
 def dense(weight: jax.Array | Quantised, x: jax.Array) -> jax.Array:
-    """The matrix that multiplies x, in the dtype of x; what is not quantised stays as it is."""
+    """Returns the matrix that multiplies x, in the dtype of x.
+
+    A matrix that is not quantised is returned as it is.
+    """
     if not isinstance(weight, Quantised):
         return weight
     values, scale = weight
@@ -61,12 +69,12 @@ def dense(weight: jax.Array | Quantised, x: jax.Array) -> jax.Array:
 
 
 def pick(weight: jax.Array | Quantised, index: jax.Array) -> jax.Array | Quantised:
-    """One matrix of a stack."""
+    """Returns one matrix of a stack."""
     return jax.tree.map(lambda part: part[index], weight)
 
 
 def quantise_layer(layer: dict[str, Any], kind: Kind, group: int) -> dict[str, Any]:
-    """A layer with its projections quantised."""
+    """Quantises the projections of a layer."""
     return {
         key: quantise(array, kind, group) if ARRAYS[key].quantisable else array
         for key, array in layer.items()

@@ -1,10 +1,10 @@
-"""The frozen target: a decoder of the Llama family as pure functions over a tree of arrays.
+"""The frozen target: a Llama-family decoder as pure functions over a tree of arrays.
 
 `TargetSpec` describes the architecture (`model/families.py` reads it from a config),
-`model/tensors.py` declares its arrays, `forward` runs it. Matrices keep PyTorch's [out, in] layout
-and activations run as columns [D, M], with which eight rows cost a CPU little more than one
-(`python -m beagle_jax.tune` prints the cost by rows). The state of a token is the last hidden state
-after the final norm (method.md 1); logits are `head @ state`.
+`model/tensors.py` declares its arrays, `forward` runs it. Matrices have PyTorch's [out, in] layout,
+and activations are columns [D, M]. On a CPU, eight columns then cost little more than one (`python
+-m beagle_jax.tune` prints the cost per number of columns). The state of a token is the last hidden
+state after the final norm (method.md 1); logits are `head @ state`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +37,9 @@ from beagle_jax.model.tensors import bias_key
 
 Params = Mapping[str, Any]
 
-# Products of 2, 3, 5, 6 or 7 columns run slower than those of 4 or 8 in XLA's CPU kernels
-# (measured: 41 ms at 6 columns, 36 ms at 8, for all matrices of SmolLM2-135M), so columns are
-# padded to a multiple of this.
+# Columns are padded to a multiple of this. In XLA's CPU kernels, products of 2, 3, 5, 6 or 7
+# columns are slower than those of 4 or 8 (measured on a CPU: 41 ms at 6 columns, 36 ms at 8, for
+# all matrices of SmolLM2-135M).
 _COLUMN_MULTIPLE = 4
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -57,66 +57,70 @@ class TargetSpec:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
-    max_positions: int  # longest context the target was trained for, tokens
+    max_positions: int  # longest context that the target was trained for, in tokens
     tie_embeddings: bool  # the head is the embedding matrix
 
-    # What a family adds to plain Llama.
+    # Additions of families to plain Llama.
     biases: tuple[
         str, ...
     ] = ()  # projections with a bias, by Hugging Face name: "self_attn.q_proj"
-    qk_norm: bool = (
-        False  # each head's queries and keys pass a norm of their own before they are rotated
-    )
+    qk_norm: bool = False  # norms on each head's queries and keys before they are rotated
     rope_scaling: RopeScaling | RopeFactors | None = None
     windows: tuple[
         int | None, ...
-    ] = ()  # per layer: how many tokens back a token sees, itself included; None: all
+    ] = ()  # per layer, the number of tokens that a token sees, itself included; None: all
     local_rope_theta: float | None = (
         None  # unscaled rotary base of the layers with a window; None: that of all
     )
     experts: Experts | None = None  # routed experts in place of the MLP
-    # norms scale by this + weight. Where it is not 0 they do so in float32 and round last (Gemma)
+    # norms multiply by norm_offset + weight; if it is not 0, in float32 with one rounding (Gemma)
     norm_offset: float = 0.0
-    post_norms: bool = False  # attention's and the MLP's outputs pass a norm too
+    post_norms: bool = False  # norms on the outputs of attention and MLP too
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
-    embed_scale: float = 1.0  # of the embedding on its way in; the head, if tied, reads it unscaled
-    score_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    embed_scale: float = 1.0  # factor of input embeddings; a tied head is not scaled
+    score_scale: float | None = None  # factor of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
     logit_cap: float | None = (
-        None  # logits too. A draft's scores and losses need no cap: it keeps their order
+        None  # the same for logits; a draft's scores and losses need no cap, which keeps their order
     )
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
-        """Reads a Hugging Face `config.json`; raises UserError naming what this decoder cannot
-        compute.
+        """Reads a Hugging Face `config.json`.
+
+        Raises:
+          UserError: the config asks for something this decoder cannot compute. The message names
+            it.
         """
         check_values(config, where)
         return cls(**read_config(given_values(config), where))
 
     @property
     def shortest_window(self) -> int | None:
-        """Tokens up to which no sliding window hides anything; None: there is no window."""
+        """Number of tokens up to which no sliding window hides any; None without windows."""
         return min((window for window in self.windows if window is not None), default=None)
 
 
 def head(params: Params) -> jax.Array:
-    """The LM head [V, D]: its own matrix, or the embedding when tied."""
+    """Returns the LM head [V, D], which is the embedding if they are tied."""
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
 def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Embedding rows e(x) [*tokens.shape, D]. scale: the target's `embed_scale`."""
+    """Returns embedding vectors e(x) [*tokens.shape, D].
+
+    scale: the target's `embed_scale`.
+    """
     rows = embed_VD[tokens]
     return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
 
 
 @exact
 def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
-    """Logits in float32, [*states.shape[:-1], V], computed on columns as `forward` does.
+    """Returns float32 logits [*states.shape[:-1], V], computed on columns as in `forward`.
 
-    The barrier keeps XLA from carrying the last transpose back into the layers: with it a step of
-    256 rows takes 0.55 s on a CPU, without it 0.77 to 0.92 (measured).
+    The barrier keeps XLA from moving the last transpose into the layers. On a CPU, a step of 256
+    rows takes 0.55 s with it and 0.77 to 0.92 s without (measured).
     """
     states = jax.lax.optimization_barrier(states)
     return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(
@@ -126,22 +130,22 @@ def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
 
 @exact
 def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely next token after each state, int32 [*states.shape[:-1]], and whether its
-    logit is finite.
+    """Returns the most likely next token of each state, int32 [*states.shape[:-1]].
 
-    Reduces over the columns' first axis: with a transpose in between, XLA turns the product around
-    to the row form, which takes 100 ms instead of 7 for four rows on a CPU (measured). A cap of the
-    logits would change nothing here.
+    Also returns whether its logit is finite. A cap of the logits would not change the result.
+
+    It reduces over the first axis of the columns. With a transpose in between, XLA computes the
+    product by rows, which takes 100 ms instead of 7 for four rows on a CPU (measured).
     """
     columns_VM = logit_columns(head(params), states)
     best_M = jnp.argmax(columns_VM, axis=0).astype(jnp.int32)
-    # A NaN counts as the largest, so looking at the largest finds any.
+    # argmax treats NaN as the largest value, so checking the largest one finds any NaN.
     finite_M = jnp.isfinite(jnp.take_along_axis(columns_VM, best_M[None], axis=0)[0])
     return best_M.reshape(states.shape[:-1]), finite_M.reshape(states.shape[:-1])
 
 
 def logit_columns(head_VD: jax.Array, states: jax.Array) -> jax.Array:
-    """Float32 logits as columns [V, M], one for each of the M states [.., D]."""
+    """Returns float32 logits as columns [V, M], for the M states [.., D]."""
     columns_DM = states.reshape(-1, states.shape[-1]).T
     count = columns_DM.shape[1]
     padded_DM = jnp.pad(columns_DM, ((0, 0), (0, _column_padding(count))))
@@ -151,7 +155,7 @@ def logit_columns(head_VD: jax.Array, states: jax.Array) -> jax.Array:
 
 
 def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) -> list[KVRows]:
-    """An empty cache of `capacity` slots for every layer."""
+    """Returns an empty cache of `capacity` slots for every layer."""
     return [
         empty_rows(batch, spec.num_kv_heads, capacity, spec.head_dim, dtype)
         for _ in range(spec.num_layers)
@@ -161,14 +165,14 @@ def init_cache(spec: TargetSpec, batch: int, capacity: int, dtype: jnp.dtype) ->
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Forward:
-    """What `forward` computes for T new tokens of each sequence.
+    """The results of `forward` for T new tokens of each sequence.
 
-    Unpacks as states and rows, which is all that callers without taps want.
+    Unpacks as states and rows, for callers that need no taps.
     """
 
     states_BTD: jax.Array  # after the final norm; `logits` takes these
     rows: list[KVRows]  # keys and values of the T tokens, a pair for each layer
-    taps: tuple[jax.Array, ...] = ()  # the residual streams [B, T, D] asked for, in that order
+    taps: tuple[jax.Array, ...] = ()  # the requested residual streams [B, T, D], in that order
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.states_BTD, self.rows))
@@ -189,7 +193,7 @@ def forward(
 ) -> Forward:
     """Runs T new tokens of each sequence through the target.
 
-    The cache is only read; the caller writes the rows that it wants to keep.
+    The cache is only read; the caller writes the new keys and values to it.
 
     Args:
       params: the target's arrays.
@@ -198,12 +202,12 @@ def forward(
       positions_BT: their positions in the text.
       mask_BTT: which new tokens (last axis) each new token (middle axis) sees: causal, or a tree's
         ancestors-or-self.
-      cache: keys and values of earlier tokens in each layer; None without any.
-      visible_BS: which slots of the cache every new token of a sequence sees.
-      slot_positions_BS: for sliding windows, the positions of the slots; None: their numbers.
+      cache: keys and values of earlier tokens in each layer; None if there are none.
+      visible_BS: cache slots that all new tokens of a sequence see.
+      slot_positions_BS: positions of the slots, for sliding windows; None: the slots' numbers.
       taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
         stream that enters layer i, `num_layers` the stream that leaves the last layer. Without
-        taps the program is the same as if there were none.
+        taps the compiled program is the same as if the argument did not exist.
 
     Raises:
       ValueError: a tap is not between 0 and `num_layers`.
@@ -239,7 +243,7 @@ def forward(
 def _block(
     layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots
 ) -> tuple[jax.Array, KVRows]:
-    """One layer: the residual stream after it, and the new rows."""
+    """Runs one layer; returns the residual stream after it, and the new keys and values."""
     norm = partial(_norm, spec, axis=0)
     y_DM, rows = _attention(
         layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots
@@ -251,8 +255,9 @@ def _block(
 
 @exact
 def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) -> jax.Array:
-    """One layer of `forward` on texts without padding and cache: the residual stream before it ->
-    after it.
+    """Runs one layer of `forward` on texts without padding and without a cache.
+
+    x_BTD: the residual stream before the layer. Returns the stream after it.
     """
     B, T, D = x_BTD.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -270,7 +275,7 @@ def causal_layer(layer: Params, spec: TargetSpec, index: int, x_BTD: jax.Array) 
 
 
 def final_norm(params: Params, spec: TargetSpec, x_BTD: jax.Array) -> jax.Array:
-    """The states that the residual stream after the last layer stands for."""
+    """Returns the states [B, T, D] of the residual stream after the last layer."""
     return _norm(spec, x_BTD, params["norm_D"])
 
 
@@ -285,8 +290,9 @@ def _column_padding(count: int) -> int:
 def _layer_masks(
     spec, positions_BT, mask_BTT, visible_BS, slot_positions_BS=None
 ) -> list[tuple[jax.Array, jax.Array | None]]:
-    """For each layer, which new tokens each new token sees, and which slots (None without a
-    cache).
+    """Returns, for each layer, the masks over new tokens and over slots.
+
+    The mask over slots is None without a cache.
     """
     slots = None if visible_BS is None else visible_BS[:, None, None, None]
     masks = {None: (mask_BTT, slots)}
@@ -302,7 +308,7 @@ def _layer_masks(
 
 
 def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """For each layer, the cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
+    """Returns, for each layer, cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
 
     def tables(theta, scaling):
         return [x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)]
@@ -314,8 +320,9 @@ def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.A
 
 
 def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
-    """Grouped-query attention of the new tokens over the cache and each other; returns [D, M] and
-    the new rows.
+    """Grouped-query attention of the new tokens over the cache and each other.
+
+    Returns the output [D, M] and the new keys and values.
     """
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
@@ -339,11 +346,11 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
 
 
 def _attend_new(attend, q_BKGTH, rows: KVRows, mask_BTT) -> PartialAttention:
-    """Attention over the new tokens' own rows.
+    """Attention over the new tokens' own keys and values.
 
-    A token whose values are not finite spoils its own output only: the products of a hidden value
-    would reach the others too, as 0 times infinity, and a drafted token that is rejected must
-    decide nothing. What comes after such a token is broken with it (decoding/round.py).
+    A token whose values are not finite affects only its own output. Otherwise a hidden value would
+    reach other tokens as 0 times infinity, and a rejected draft token must not affect the result.
+    Tokens after such a token still depend on it (decoding/round.py).
     """
     v_BKTH = rows.v_BKSH
     if v_BKTH.shape[2] == 1:
@@ -355,19 +362,22 @@ def _attend_new(attend, q_BKGTH, rows: KVRows, mask_BTT) -> PartialAttention:
 
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
-    """A projection of columns, [I, M] -> [O, M], and its bias if it has one."""
+    """Projects columns, [I, M] -> [O, M], and adds the bias if there is one."""
     out_OM = jnp.einsum("OI,IM->OM", dense(layer[key], x_IM), x_IM)
     bias = layer.get(bias_key(key))
     return out_OM if bias is None else out_OM + bias[:, None]
 
 
 def _heads(out_FM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
-    """Lays projected columns out as [B, K, G, T, H], padding columns dropped."""
+    """Reshapes projected columns to [B, K, G, T, H] and drops padding columns."""
     return out_FM[:, : B * T].reshape(K, -1, H, B, T).transpose(3, 0, 1, 4, 2)
 
 
 def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Array:
-    """Gated MLP, or routed experts. count: columns that are not padding."""
+    """Applies the gated MLP, or routed experts.
+
+    count: columns that are not padding.
+    """
     act = _ACTIVATIONS[spec.activation]
     if "router_ED" not in layer:
         gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)

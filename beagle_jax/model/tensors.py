@@ -1,8 +1,8 @@
-"""The one declaration of the target's arrays: names in files, shapes, sharding axes, quantisation.
+"""Declares the target's arrays: names in files, shapes, sharding axes, quantisation.
 
-`ARRAYS` says what holds for an array whatever the target's size, by its key in the parameter tree;
-`tensors` lists those that a spec has. Loading, checking, sharding, quantisation and the abstract
-shapes of a plan all read these two.
+`ARRAYS` declares what is the same for every target, by key in the parameter tree; `tensors` lists
+the arrays of a given spec. Loading, checking, sharding, quantisation and the abstract shapes of a
+plan all read these two.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ Path = tuple[str | int, ...]
 
 
 class Array(NamedTuple):
-    """What holds for one array of the parameter tree in every target."""
+    """Properties of an array of the parameter tree that are the same in every target."""
 
-    sizes: tuple[str, ...]  # of its dimensions, by their names in `_sizes`
-    axes: tuple[str | None, ...]  # what splits them on a mesh (sharding.py); None: nothing does
+    sizes: tuple[str, ...]  # its dimensions, by their names in `_sizes`
+    axes: tuple[str | None, ...]  # their logical axes (sharding.py); None: never split
     quantisable: bool = False
 
 
 class Tensor(NamedTuple):
-    """An array that a target has: where it stands in the parameter tree and in files."""
+    """An array of a target: its path in the parameter tree and its names in files."""
 
     path: Path
     shape: tuple[int, ...]  # matrices are [out, in]
-    names: tuple[str, ...]  # in Hugging Face's files: one, or one for each expert in their order
+    names: tuple[str, ...]  # Hugging Face names: one, or one per expert in order
     axes: tuple[str | None, ...]
     quantisable: bool
 
 
-_IN, _OUT = ("inner", "model"), ("model", "inner")  # into a layer's inner width, and back
+_IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
 _TABLE = ("vocabulary", None)
 ARRAYS = {
     "embed_VD": Array(("vocabulary", "model"), _TABLE),
@@ -55,12 +55,12 @@ ARRAYS = {
     "up_FD": Array(("mlp", "model"), _IN, quantisable=True),
     "down_DF": Array(("model", "mlp"), _OUT, quantisable=True),
     "after_mlp_norm_D": Array(("model",), (None,)),
-    # experts in its place
+    # experts, instead of the MLP
     "router_ED": Array(("experts", "model"), (None, None)),
     "gate_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
     "up_EFD": Array(("experts", "expert", "model"), (None, *_IN), quantisable=True),
     "down_EDF": Array(("experts", "model", "expert"), (None, *_OUT), quantisable=True),
-    # biases of projections, each as long as its matrix has rows
+    # biases of projections, with one number per output
     "q_bias_F": Array(("query",), (None,)),
     "k_bias_F": Array(("key",), (None,)),
     "v_bias_F": Array(("key",), (None,)),
@@ -72,23 +72,22 @@ ARRAYS = {
 
 
 def tensors(spec: TargetSpec) -> list[Tensor]:
-    """Every array of a target's parameter tree; each layer's stand together."""
-    found = [
+    """Lists every array of a target's parameter tree, layer by layer."""
+    arrays = [
         _tensor(spec, ("embed_VD",), "model.embed_tokens.weight"),
         _tensor(spec, ("norm_D",), "model.norm.weight"),
     ]
     if not spec.tie_embeddings:
-        found.append(_tensor(spec, ("head_VD",), "lm_head.weight"))
+        arrays.append(_tensor(spec, ("head_VD",), "lm_head.weight"))
     for layer in range(spec.num_layers):
         for key, names in _layer(spec, layer):
             full = (f"model.layers.{layer}.{name}" for name in names)
-            found.append(_tensor(spec, ("layers", layer, key), *full))
-    return found
+            arrays.append(_tensor(spec, ("layers", layer, key), *full))
+    return arrays
 
 
 def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of the target's files: Hugging Face name -> (path in the parameter tree, shape
-    [out, in]).
+    """Maps Hugging Face names to (path in the parameter tree, shape [out, in]).
 
     A path that ends in a number is one expert's slice of a stacked array.
     """
@@ -103,7 +102,7 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def bias_key(weight_key: str) -> str:
-    """Where the bias of a projection lives: "q_FD" -> "q_bias_F"."""
+    """Returns the key of a projection's bias: "q_FD" -> "q_bias_F"."""
     name, letters = weight_key.split("_")
     return f"{name}_bias_{letters[0]}"
 
@@ -115,7 +114,7 @@ def _tensor(spec: TargetSpec, path: Path, *names: str) -> Tensor:
 
 
 def _sizes(spec: TargetSpec) -> dict[str, int]:
-    """What the sizes that `ARRAYS` names are in a target."""
+    """Returns the target's values of the sizes that `ARRAYS` names."""
     return {
         "vocabulary": spec.vocab_size,
         "model": spec.hidden_size,
@@ -129,7 +128,7 @@ def _sizes(spec: TargetSpec) -> dict[str, int]:
 
 
 def _layer(spec: TargetSpec, layer: int) -> Iterator[tuple[str, list[str]]]:
-    """Keys of a layer's arrays, and the names of each in files."""
+    """Yields the keys of a layer's arrays, with the names of each in files."""
     weights = _attention(spec) | _mlp(spec, layer)
     for name, key in weights.items():
         yield key, [f"{name}.weight"]
@@ -143,8 +142,8 @@ def _layer(spec: TargetSpec, layer: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def _attention(spec: TargetSpec) -> dict[str, str]:
-    """Names of a layer's attention and norms -> their keys."""
-    # Where norms stand after attention too, that one takes the name of the norm before the MLP.
+    """Maps names of a layer's attention and norms to their keys."""
+    # With norms after attention, that norm has the name that the one before the MLP has elsewhere.
     after = "after_attention_norm_D" if spec.post_norms else "mlp_norm_D"
     names = {
         "input_layernorm": "input_norm_D",
@@ -163,7 +162,7 @@ def _attention(spec: TargetSpec) -> dict[str, str]:
 
 
 def _mlp(spec: TargetSpec, layer: int) -> dict[str, str]:
-    """Names of a layer's MLP -> their keys; none where experts stand in its place."""
+    """Maps names of a layer's MLP to their keys; {} if experts replace it."""
     if spec.experts and layer not in spec.experts.dense_layers:
         return {}
     return {"mlp.gate_proj": "gate_FD", "mlp.up_proj": "up_FD", "mlp.down_proj": "down_DF"}
