@@ -1,6 +1,6 @@
-"""The command line that all entry points share: --config FILE, then section.key=value overrides.
+"""The command line that all commands share: --config FILE, then section.key=value.
 
-Nothing here loads jax, so --help and a mistyped setting are answered at once; see
+This module does not load jax, so that --help and a mistyped setting are answered at once; see
 beagle_jax/commands.
 """
 
@@ -14,23 +14,22 @@ from beagle_jax.errors import UsageError
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with its usage errors turned into ours, and options anywhere between the
-    overrides.
-    """
+    """argparse with UsageError for its errors, and options anywhere between the overrides."""
 
     def parse_args(self, args=None, namespace=None):
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str):
         self.color = (
-            False  # Python 3.14 colours the usage where stdout is a terminal; this goes to stderr
+            False  # Python 3.14 colours the usage if stdout is a terminal, but this goes to stderr
         )
         raise UsageError(f"{message}\n{self.format_usage().strip()}\n(--help shows an example)")
 
 
 def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.ArgumentParser:
-    """A parser for `python -m beagle_jax.<name>`, with the arguments every command takes. takes:
-    what stands between them and the overrides.
+    """Returns a parser for `python -m beagle_jax.<name>` with the common arguments.
+
+    takes: the positional arguments before the overrides, for the usage line.
     """
     made = _Parser(
         prog=f"python -m beagle_jax.{name}",
@@ -60,7 +59,7 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
 
 
 def add_overrides(made: argparse.ArgumentParser) -> None:
-    """The overrides come after a command's own arguments."""
+    """Adds the overrides, which follow a command's own arguments."""
     made.add_argument(
         "overrides",
         nargs="*",
@@ -71,9 +70,9 @@ def add_overrides(made: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The config that the parsed arguments ask for; progress bars look as they ask from here on.
+    """Returns the config of the parsed arguments, and sets the style of progress bars.
 
-    Raises SystemExit, with status 0, where only the config is asked for.
+    Raises SystemExit with status 0 if only the config is to be printed.
     """
     check_writable("--json", arguments.json)
     terminal.prepare(arguments)
@@ -85,6 +84,10 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def check_writable(option: str, name: str | None) -> None:
-    """Raises UsageError, before any work, when the folder of a file to write does not exist."""
+    """Checks, before any work, that the folder of an output file exists.
+
+    Raises:
+      UsageError: it does not.
+    """
     if name and not Path(name).parent.is_dir():
         raise UsageError(f"{option} {name}: there is no folder {Path(name).parent}")

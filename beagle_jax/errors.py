@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read, and the wrapper that prints it.
+"""The exceptions that users read, and the wrapper that prints them.
 
 A `UserError` says what is wrong, where, what was expected and what to do. Entry points call
-`run_main`, which prints it without a traceback: exit status 2 for usage, 1 for the rest. What the
-file system refuses, wherever it happens, is told in the same way.
+`run_main`, which prints it without a traceback: exit status 2 for usage, 1 for the rest. Errors of
+the file system are printed in the same way.
 """
 
 import errno
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from beagle_jax.terminal import coloured
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write that ends so names no file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # failed writes with these errors name no file
 
 
 class UserError(Exception):
@@ -37,14 +37,15 @@ class ContextFull(PromptError):
 
 
 class UsageError(UserError):
-    """A command line or configuration that asks for something that does not exist."""
+    """A command line or config that names something that does not exist."""
 
     exit_status = 2
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)`; turns a UserError into one message on stderr. `--debug` keeps the
-    traceback.
+    """Runs `main(argv)` and returns the exit status; prints a UserError as one message.
+
+    The message goes to stderr. `--debug` keeps the traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv

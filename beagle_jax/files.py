@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files that are replaced as a whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -8,11 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write under; the file takes the place of `path` when the block has ended
-    without an error.
+    """Yields a temporary path; the file there replaces `path` if the block succeeds.
 
-    After an error nothing is left, so that a disk that was full is not full of a part that nobody
-    reads.
+    After an error the temporary file is deleted, so that an incomplete file does not fill the disk.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -24,6 +22,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file, replaced as a whole or not at all."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

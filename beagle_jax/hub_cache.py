@@ -1,5 +1,6 @@
-"""The Hugging Face hub's cache on this machine: its folders `models--org--name`, each with
-snapshots of a repository.
+"""The local cache of the Hugging Face hub.
+
+It has a folder `models--org--name` per repository, with snapshots of it.
 """
 
 import os
@@ -11,11 +12,14 @@ _PREFIXES = ("models--", "datasets--")
 
 
 def snapshot_folder(path: Path, setting: str) -> Path:
-    """The snapshot that a repository's folder of the hub cache stands for; other paths unchanged.
+    """Returns the snapshot in a repository's folder of the hub cache; other paths unchanged.
 
-    That is the commit which `refs/main` names, or the only one there. setting: the name of the
-    setting that gave the path, for messages. Raises UserError when no snapshot, or no single one,
-    is there.
+    This is the commit that `refs/main` names, or the only snapshot.
+
+    setting: name of the setting that gave the path, for error messages.
+
+    Raises:
+      UserError: there is no snapshot, or it is not clear which of several to use.
     """
     repository = Path(os.path.abspath(path))
     if repository.name == "snapshots":

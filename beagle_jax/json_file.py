@@ -1,4 +1,4 @@
-"""Reads one JSON file; what is wrong with it is said with the line where it shows."""
+"""Reads a JSON file; errors name the line."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,16 @@ from beagle_jax.errors import UserError
 
 
 def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> dict[str, Any]:
-    """The object that a JSON file holds. missing, damaged: what to say, and to do, when there is no
-    such file, or no JSON in it.
+    """Returns the object in a JSON file.
 
-    Raises UserError naming the file, and the line and byte where it stops being JSON.
+    missing, damaged: advice to the user if there is no file, or if it is not JSON.
+
+    Raises:
+      UserError: the file cannot be read as a JSON object. The message names the file, and the
+        line and character, or the byte, where it stops being JSON.
     """
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {missing}") from None
     except json.JSONDecodeError as error:
@@ -29,10 +32,10 @@ def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> 
         OSError,
         ValueError,
         RecursionError,
-    ) as error:  # a number of thousands of digits; thousands of brackets
+    ) as error:  # raised for thousands of digits, and for thousands of brackets
         raise UserError(f"{path}: cannot be read ({error}); {damaged}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise UserError(
-            f"{path}: holds a JSON {type(found).__name__}, expected an object; {damaged}"
+            f"{path}: holds a JSON {type(value).__name__}, expected an object; {damaged}"
         )
-    return found
+    return value

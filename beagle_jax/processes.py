@@ -1,8 +1,7 @@
-"""One run over several processes, one per host or per accelerator: how they find each other, and
-who speaks.
+"""Runs over several processes, one per host or per accelerator.
 
-Every process runs the same command. Each holds its own devices, all compute every step together,
-all take part in writing checkpoints; only the first prints and logs.
+Every process runs the same command and holds its own devices. All compute every step together and
+take part in writing checkpoints; only the first prints and logs.
 """
 
 import os
@@ -16,7 +15,7 @@ _VARIABLES = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_I
 
 
 def add_distributed(made: ArgumentParser) -> None:
-    """The flag for clusters that do not show in the environment."""
+    """Adds the flag for clusters that cannot be detected from the environment."""
     made.add_argument(
         "--distributed",
         action="store_true",
@@ -26,12 +25,15 @@ def add_distributed(made: ArgumentParser) -> None:
 
 
 def join(arguments: Namespace) -> None:
-    """Joins the other processes, if there are any; to be called before jax touches a device. All
-    but the first go quiet.
+    """Joins the run's other processes, if there are any; all but the first become quiet.
 
-    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say it outright; what they leave out is jax.distributed's to detect. Raises UserError when the
-    processes do not find each other.
+    Call it before jax touches a device. JAX_COORDINATOR_ADDRESS (host:port of the first process),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the run; jax.distributed detects what they leave
+    out.
+
+    Raises:
+      UserError: the processes do not find each other.
+      UsageError: a variable does not hold a number.
     """
     if not (
         arguments.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or _one_of_many_tasks()
@@ -41,7 +43,7 @@ def join(arguments: Namespace) -> None:
 
     try:
         jax.distributed.initialize(**_said_outright())
-    except (ValueError, RuntimeError) as error:  # nothing detected; nobody answered
+    except (ValueError, RuntimeError) as error:  # no cluster detected; no process answered
         raise UserError(
             f"the processes of this run did not find each other ({error}); start each with "
             "JAX_COORDINATOR_ADDRESS=host:port of the first, JAX_NUM_PROCESSES and "
@@ -53,14 +55,14 @@ def join(arguments: Namespace) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and logs."""
+    """Returns whether this process prints and logs."""
     import jax
 
     return jax.process_index() == 0
 
 
 def from_first(number: float) -> float:
-    """The first process's number, in every process."""
+    """Broadcasts the first process's number to every process."""
     import jax
 
     if jax.process_count() == 1:
@@ -71,7 +73,7 @@ def from_first(number: float) -> float:
 
 
 def host_copy(tree: Any) -> Any:
-    """Arrays that may be spread over all processes' devices, whole and in this process's memory."""
+    """Copies arrays, which may be sharded over all processes, whole to host memory."""
     import jax
 
     if jax.process_count() == 1:
@@ -82,16 +84,19 @@ def host_copy(tree: Any) -> Any:
 
 
 def _one_of_many_tasks() -> bool:
-    """Under srun; a batch script's own shell has no step."""
+    """Returns whether srun started this process as one of several tasks.
+
+    The shell of a batch script has no job step.
+    """
     return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
 
 
 def _said_outright() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for key, name in _VARIABLES.items():
         if name in os.environ:
             try:
-                found[key] = int(os.environ[name])
+                variables[key] = int(os.environ[name])
             except ValueError:
                 raise UsageError(f"{name} is {os.environ[name]!r}; expected a number") from None
-    return found
+    return variables

@@ -1,10 +1,10 @@
-"""The only file that knows the mesh: axes, where each array lives, placement.
+"""The mesh: its axes, where each array lives, and placement on devices.
 
-Three axes, any of them of size 1. `data` splits the rows of a batch; `fsdp` splits them too, and
-with them every matrix that is trained and its optimizer state, which is put together where it is
-used; `tensor` splits heads, MLP width and vocabulary. Arrays are annotated, programs are not:
-`jax.jit` takes shardings for what goes in and out (what used to be pjit) and XLA inserts the
-collectives. A dimension that its axis does not divide stays whole.
+No other file knows the mesh. It has three axes, each of size 1 or more. `data` splits the rows of a
+batch. `fsdp` splits them too, and also every trained matrix and its optimizer state; a matrix is
+gathered where it is used. `tensor` splits heads, MLP width and vocabulary. Arrays carry shardings,
+programs do not: `jax.jit` takes shardings of inputs and outputs (formerly pjit), and XLA inserts
+the collectives. A dimension that its axis does not divide is not split.
 """
 
 import math
@@ -26,24 +26,26 @@ from beagle_jax.model.tensors import ARRAYS, Tensor
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
 
-# The one table: which axis of the mesh splits what the target's arrays (model/tensors.py) and the
-# parameters of each kind of draft (`DraftSpec.axes`) name; anything else is on every device.
-# Products that end in the hidden size (o, down, fc) are split along what they sum over, so one
-# all-reduce follows each. The vocabulary is never split over fsdp: each row needs all of it, and
-# gathering it would cost more memory than splitting it saves.
+# The only table of logical axis -> mesh axis. The target's arrays (model/tensors.py) and the
+# parameters of each kind of draft (`DraftSpec.axes`) name logical axes; other arrays are
+# replicated. Products that end in the hidden size (o, down, fc) are split along the dimension that
+# they sum over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row
+# needs all of it, and gathering it would cost more memory than splitting it saves.
 _RULES = {"vocabulary": TENSOR, "inner": TENSOR, "model": FSDP, None: None}
 
 
 def _axes_of(name: str) -> tuple[str | None, ...] | None:
-    """What splits the dimensions of an array of this name; None: nothing is declared."""
+    """Returns the logical axes of the array with this name; None if none are declared."""
     declared: list[tuple[str | None, ...]] = [ARRAYS[name].axes] if name in ARRAYS else []
     declared += [kind.spec.axes[name] for kind in KINDS.values() if name in kind.spec.axes]
     return tuple(_RULES[axis] for axis in declared[0]) if declared else None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over all devices, or those given. Raises UserError when the sizes do not
-    multiply to their number.
+    """Returns the mesh of a run over all devices, or over the given ones.
+
+    Raises:
+      UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.model_dump()
@@ -51,19 +53,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     rest = len(devices) // known
     shape = [size if size > 0 else rest for size in sizes.values()]
     if math.prod(shape) != len(devices):
-        asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"{asked} does not fit {len(devices)} devices: the three sizes must multiply to "
+            f"{requested} does not fit {len(devices)} devices: the three sizes must multiply to "
             "their number; -1 stands for what the others leave"
         )
-    # Auto axes: XLA completes the shardings. jax.make_mesh would make Explicit ones, under which
+    # The axes are Auto: XLA completes the shardings. jax.make_mesh makes Explicit axes, with which
     # flax's init fails.
     return Mesh(np.array(devices).reshape(shape), (DATA, FSDP, TENSOR))
 
 
 def tensor_mesh(size: int) -> Mesh:
-    """A mesh of the first `size` devices along the tensor axis. Raises UserError when there are
-    fewer.
+    """Returns a mesh of the first `size` devices along the tensor axis.
+
+    Raises:
+      UserError: there are fewer devices.
     """
     devices = jax.devices()
     if not 1 <= size <= len(devices):
@@ -72,7 +76,11 @@ def tensor_mesh(size: int) -> Mesh:
 
 
 def check_rows(batch: int, mesh: Mesh) -> None:
-    """Raises UserError unless the mesh can split `train.batch` rows evenly."""
+    """Checks that the mesh can split `train.batch` rows evenly.
+
+    Raises:
+      UserError: it cannot.
+    """
     parts = math.prod(mesh.shape[axis] for axis in _ROWS)
     if batch % parts:
         raise UserError(
@@ -83,8 +91,9 @@ def check_rows(batch: int, mesh: Mesh) -> None:
 
 
 def shardings(tree, mesh: Mesh):
-    """Where each array of a tree lives: parameters and their optimizer state by name, the rest on
-    every device.
+    """Returns the sharding of each array in a tree.
+
+    Parameters and their optimizer state are sharded by name; other arrays are replicated.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, array: NamedSharding(mesh, _spec(path, array.shape, mesh)), tree
@@ -92,13 +101,14 @@ def shardings(tree, mesh: Mesh):
 
 
 def place(tree, mesh: Mesh | None):
-    """Arrays put where `shardings` says; unchanged without a mesh."""
+    """Places arrays as `shardings` says; returns them unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
 def born(make: Callable, mesh: Mesh, *arguments):
-    """`make(*arguments)`, a tree of arrays, each made where it stays: no device ever holds more
-    than its part.
+    """Runs `make(*arguments)` and creates each array of its result already sharded.
+
+    No device ever holds more than its part.
     """
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *arguments), mesh))(
         *arguments
@@ -106,7 +116,7 @@ def born(make: Callable, mesh: Mesh, *arguments):
 
 
 def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
-    """Where one array of the target lives; on the first device without a mesh."""
+    """Returns the sharding of a target array; without a mesh, the first device."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     axes = tuple(_RULES[axis] for axis in tensor.axes)
@@ -114,25 +124,27 @@ def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
 
 
 def replicate(tree, mesh: Mesh | None):
-    """A copy of every array on every device; unchanged without a mesh."""
+    """Copies every array to every device; returns the tree unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, whole(mesh))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """Split along the first dimension, the rows of a batch."""
+    """Returns the sharding along the first dimension, the rows of a batch."""
     return NamedSharding(mesh, P(_ROWS))
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch's rows this process's devices hold, and of how many: processes along
-    `tensor` hold the same ones.
+    """Returns which part of a batch's rows this process's devices hold, and of how many.
 
-    Raises UserError for a mesh on which two processes hold some rows in common and others not.
+    Processes along `tensor` hold the same rows.
+
+    Raises:
+      UserError: two processes share some of their rows, but not all.
     """
     owner_RT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
         -1, mesh.shape[TENSOR]
@@ -155,15 +167,17 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def place_rows(batch, mesh: Mesh):
-    """A batch of host arrays on the devices. With several processes each gives the rows that
-    `share_of_rows` says.
+    """Places a batch of host arrays on the devices.
+
+    With several processes, each passes the rows that `share_of_rows` gives it.
     """
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows(mesh)), batch)
 
 
 def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Inside jit: parameters put together along fsdp, as their use needs them; gradients come back
-    split.
+    """Gathers parameters along fsdp for their use; gradients come back sharded.
+
+    Call it inside jit.
     """
     if mesh.shape[FSDP] == 1:
         return params
@@ -178,20 +192,19 @@ def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 class OwnShare(NamedTuple):
-    """What `over_rows` tells a function of its device: the mesh axes (maybe none) that collectives
-    go over.
-    """
+    """One device's view in `over_rows`: the mesh axes of collectives, which may be none."""
 
-    vocabulary: tuple[str, ...]  # each holds a part of the vocabulary, for the same rows
-    rows: tuple[str, ...]  # each holds other rows
+    vocabulary: tuple[str, ...]  # devices along these hold parts of the vocabulary, the same rows
+    rows: tuple[str, ...]  # devices along these hold different rows
     first_token: Callable[
         [int], jax.Array | int
-    ]  # id of the first token of this device's part, given the part's size
+    ]  # size of this device's part of the vocabulary -> id of the part's first token
 
 
 def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
-    """`function(share, head_VD, *arrays_M)` on each device's own rows and its part of the head;
-    returns arrays by row.
+    """Wraps `function(share, head_VD, *arrays_M)` to run per device; returns arrays by row.
+
+    Each device gets its own rows and its part of the head.
     """
     vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
 
@@ -210,7 +223,7 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
 
 
 def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
-    """Where key and value rows live: split by head."""
+    """Returns the shardings of keys and values, which are split by head."""
 
     def put(x):
         return NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
@@ -219,8 +232,9 @@ def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
 
 
 def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """By the last name in the path that the table knows: the optimizer keeps trees shaped like the
-    parameters.
+    """Returns the spec for the last name in the path that the table knows.
+
+    The optimizer's state contains trees with the parameters' structure.
     """
     keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
     if "layers" in keys and keys[-1] not in ARRAYS:

@@ -1,8 +1,7 @@
-"""What a command looks like on a terminal: one style of progress bar, colour where there is a
-terminal, results apart from progress.
+"""Terminal output: progress bars and colour on stderr, results on stdout.
 
-Imported before tqdm: tqdm reads its defaults from the environment once, so one style holds for
-every bar, those of libraries included.
+Import it before tqdm, which reads its defaults from the environment once. All bars then have the
+same style, those of libraries too.
 """
 
 import json
@@ -21,20 +20,19 @@ _BAR = (
     "{desc:<24} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} {unit} "
     "[{elapsed}<{remaining}, {rate_fmt}]{postfix}"
 )
-_SECONDS_BETWEEN_LINES = (
-    "30"  # where there is no terminal, every drawing of a bar is a line of its own in some log
-)
+_SECONDS_BETWEEN_LINES = "30"  # without a terminal, every update of a bar is a new line of a log
 
 
 def prepare(arguments: Namespace) -> None:
-    """Settings of all progress bars, and of what libraries print, for this process and those it
-    starts; what the user has set stands.
+    """Configures progress bars and messages of libraries, also for child processes.
+
+    Environment variables that the user has set are not changed.
     """
     os.environ.setdefault("TQDM_BAR_FORMAT", _BAR)
     os.environ.setdefault(
         "TQDM_MININTERVAL", "0.2" if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     )
-    # transformers notes at every start that torch is absent; here it is only a tokenizer.
+    # transformers warns at every start that torch is absent, but only its tokenizers are used.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"
@@ -44,7 +42,7 @@ def prepare(arguments: Namespace) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Prints the package's warnings on stderr, wherever that is by then."""
+    """Prints the package's warnings on the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
@@ -52,8 +50,9 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def working(arguments: Namespace) -> Iterator[None]:
-    """What the block prints is progress: it goes to stderr, so that stdout holds the result alone;
-    --quiet drops it.
+    """Sends the block's prints, which are progress, to stderr; --quiet drops them.
+
+    stdout then holds only the result.
     """
     if not arguments.quiet:
         with redirect_stdout(sys.stderr):
@@ -64,8 +63,9 @@ def working(arguments: Namespace) -> Iterator[None]:
 
 
 def show(arguments: Namespace, text: str, figures: Any) -> None:
-    """Prints a command's result; with --json FILE the figures go there too, with `--json -` to
-    stdout in place of the text.
+    """Prints a command's result, and writes its figures as JSON on request.
+
+    `--json FILE` writes them to a file; `--json -` prints them on stdout instead of the text.
     """
     if arguments.json == "-":
         print(json.dumps(figures, indent=1))
@@ -76,13 +76,14 @@ def show(arguments: Namespace, text: str, figures: Any) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes for a reader."""
+    """Formats a number of bytes for readers."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def coloured(text: str, code: str, stream: TextIO) -> str:
-    """`text` in an ANSI colour (31 red, 1 bold) on a terminal; as it is elsewhere, and where
-    NO_COLOR is set.
+    """Returns `text` in an ANSI colour (31 red, 1 bold) if the stream is a terminal.
+
+    Otherwise, or if NO_COLOR is set, returns it unchanged.
     """
     if not stream.isatty() or os.environ.get("NO_COLOR"):
         return text

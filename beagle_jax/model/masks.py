@@ -33,7 +33,9 @@ def within_window(position_BT: jax.Array, key_position_BS: jax.Array, window: in
 
 
 def window_start(position: jax.Array, window: int, offset: jax.Array) -> jax.Array:
-    """s(i): first position of i's window; i itself before the first window (method.md 3.1, 12.6).
+    """s(i): first position of i's window (method.md 3.1, 12.6).
+
+    A position before the first window is its own start.
 
     window 3, offset 2:   i     0 1 2 3 4 5 6 7
                           s(i)  0 1 2 2 2 5 5 5

@@ -80,9 +80,8 @@ class TargetSpec:
     embed_scale: float = 1.0  # factor of input embeddings; a tied head is not scaled
     score_scale: float | None = None  # factor of attention scores; None: head_dim ** -0.5
     score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
-    logit_cap: float | None = (
-        None  # the same for logits; a draft's scores and losses need no cap, which keeps their order
-    )
+    # the same for logits; a draft's scores and losses need no cap, because it keeps the order
+    logit_cap: float | None = None
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], where: str) -> "TargetSpec":
