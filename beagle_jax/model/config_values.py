@@ -89,7 +89,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     """Checks that every known key has a possible value; null stands for no value.
 
     Raises:
-      UserError: some have not. The message names the keys.
+      UserError: some values are impossible. The message names their keys.
     """
     for key in _QUANTISED:
         if config.get(key):

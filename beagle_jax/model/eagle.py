@@ -56,9 +56,9 @@ class EagleBlock(LayerBlock):
     """The draft in parts: `fuse`, then queries, keys_values and predict on its output.
 
     `row` runs them on whole rows. While decoding, the root x_n is fused with the true state
-    h_{n-1}, and a token below it with its parent's predicted state. An entry sees earlier entries,
-    its ancestors, and itself. The root's entry is made of a true state too, so that the cache holds
-    an entry for each true state, as Beagle's does.
+    h_{n-1}, and a token below it with its parent's predicted state. An entry sees the entries of
+    true states before it, its ancestors, and itself. The root's entry is made of a true state too,
+    so that the cache holds an entry for each true state, as Beagle's does.
     """
 
     spec: EagleSpec

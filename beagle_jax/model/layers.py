@@ -35,9 +35,9 @@ def rms_norm(
 class RopeScaling(NamedTuple):
     """Scaling of rotary frequencies for contexts longer than in pre-training. Hashable.
 
-    If only the factor is given, scaling is linear. Otherwise it is Llama 3's: with n the number of
-    waves that fit in `original_positions`, a frequency is divided by the factor if n <
-    low_freq_factor, unchanged if n > high_freq_factor, and blended in between.
+    If only the factor is given, scaling is linear. Otherwise it is Llama 3's: a wave that fits
+    fewer than low_freq_factor times in `original_positions` is slowed by the factor, a wave that
+    fits more than high_freq_factor times is unchanged, and waves in between are blended.
     """
 
     factor: float
@@ -168,7 +168,7 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
 def split_heads(x_BTF: jax.Array, num_kv_heads: int, head_dim: int) -> jax.Array:
     """Splits heads: [B, T, N*H] -> [B, K, G, T, H].
 
-    Keys and values have G = 1; their callers index it away.
+    Keys and values have G = 1; callers drop that axis by indexing.
     """
     B, T, F = x_BTF.shape
     grouped = x_BTF.reshape(B, T, num_kv_heads, F // (num_kv_heads * head_dim), head_dim)

@@ -347,9 +347,10 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
 def _attend_new(attend, q_BKGTH, rows: KVRows, mask_BTT) -> PartialAttention:
     """Attention over the new tokens' own keys and values.
 
-    A token whose values are not finite affects only its own output. Otherwise a hidden value would
-    reach other tokens as 0 times infinity, and a rejected draft token must not affect the result.
-    Tokens after such a token still depend on it (decoding/round.py).
+    A token whose values are not finite affects only its own output. In a plain product, a masked
+    value would reach other tokens too, as 0 times infinity, and a rejected draft token must not
+    change the result. Tokens that follow such a token in an answer are unusable too
+    (decoding/round.py).
     """
     v_BKTH = rows.v_BKSH
     if v_BKTH.shape[2] == 1:

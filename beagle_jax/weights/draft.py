@@ -134,8 +134,8 @@ def load_draft(
 def hot_problem(hot_ids: np.ndarray | None, vocab_size: int) -> str:
     """Describes what is wrong with the scored token ids; returns "" if nothing is.
 
-    A repeated id would get its probability twice. The ratio rule would then accept tokens with
-    probabilities other than the target's.
+    A repeated id would take its probability from both entries. Tokens drawn by the ratio rule would
+    then not follow the target's distribution.
     """
     if hot_ids is None:
         return ""

@@ -86,7 +86,7 @@ class KeysValues(NamedTuple):
 class Generated(NamedTuple):
     """An answer and the rounds that it took."""
 
-    sequences: torch.Tensor  # [1, prompt and new tokens]; the stop token included, if one came
+    sequences: torch.Tensor  # [1, prompt and new tokens], with the end token if there is one
     rounds: int  # of draft, verify and accept, without the prefill
 
 

@@ -86,9 +86,9 @@ class EagleDraft(BeagleDraft):
         )
 
     def frequencies(self, plain_H: torch.Tensor) -> torch.Tensor:
-        """Scales rotary frequencies: all of them (linear), or only the low ones (Llama 3).
+        """Divides rotary frequencies by a factor: all (linear), or those of long waves (Llama 3).
 
-        Llama 3's frequencies between low and high are blended.
+        Llama 3 blends the frequencies between long and short waves.
         """
         if self.config.frequency_scaling is None:
             return plain_H

@@ -129,18 +129,19 @@ def save_target(
     config: dict[str, Any],
     tokenizer,
     eos_ids: tuple[int, ...],
-    provenance: dict[str, Any],
+    told: dict[str, Any],
 ) -> None:
     """Writes a target to an empty folder.
 
-    params: sharded over the mesh that the parts on disk follow. provenance: source and dtype.
+    params: sharded over the mesh that the parts on disk follow. told: the settings of source and
+    dtype.
 
     Raises:
       UserError: the folder cannot be written.
     """
     settings = {
         "model_type": _KIND,
-        **provenance,
+        **told,
         "crc32": {name: _checksum(array) for name, array in _by_name(params).items()},
     }
     files = {

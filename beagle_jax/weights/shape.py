@@ -37,7 +37,7 @@ def check_shape(config: TargetConfig, spec: TargetSpec) -> None:
     """Checks that the loaded target has the shapes that `target.shape` describes.
 
     Raises:
-      UserError: it has others. The message lists them.
+      UserError: some differ. The message names one of them.
     """
     if config.shape is None:
         return
