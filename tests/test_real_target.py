@@ -73,7 +73,6 @@ def llama(target):
     """transformers' Llama with the GGUF's dequantised float32 tensors."""
     file = open_source(SOURCE, CACHE)
     config = {**file.config(), "eos_token_id": file.eos_ids()[0], "pad_token_id": file.eos_ids()[0]}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     with no_init_weights():
         model = LlamaForCausalLM(LlamaConfig(**config)).eval()
     model.tie_weights()
