@@ -1,4 +1,4 @@
-"""Chats of a source: the accepted record formats, and the rules that turn records into chats.
+"""Chats of a source: accepted record formats, and rules that turn records into chats.
 
 This module does not know tokenizers or models. A record has one of the formats
 
@@ -93,7 +93,7 @@ class Chat:
 
 
 def read_chats(source: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Chat]:
-    """Reads all chats of a .jsonl, .jsonl.gz or .json file, or of a folder of .jsonl[.gz] files.
+    """Reads all chats of a .jsonl[.gz] or .json file, or of a folder of .jsonl[.gz] files.
 
     The files of a folder are shuffled, and their chats are interleaved.
 

@@ -1,4 +1,4 @@
-"""`data.folder`: the training text in parts, the target's states, and the settings of both.
+"""`data.folder`: training text in parts, the target's states, and the settings of both.
 
     settings.json            settings and target that made the text; others are refused
     part-0000.jsonl, ..      one record per row: tokens, and which of them are supervised

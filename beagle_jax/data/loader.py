@@ -1,8 +1,8 @@
-"""Fixed-shape training batches from chats and their states: one chat a row, or as many as fit.
+"""Fixed-shape training batches from chats and their states, one or several chats per row.
 
-The order is a function of (seed, epoch) and the position is the step number: resuming needs one
-integer. Of n processes each reads its own lines of every batch (those that its devices hold), so
-that together they see what one alone would.
+The order of rows depends on (seed, epoch) only and the position in it is the step number, so
+resuming needs one integer. With several processes, each reads the rows of a batch that its own
+devices hold; together they read the same batches as a single process.
 """
 
 from bisect import bisect_left, insort
@@ -18,44 +18,43 @@ from beagle_jax.errors import UserError
 
 
 class Batch(NamedTuple):
-    """One step's rows, right-padded to a common length L; each holds up to C chats, one behind
-    another (model/packing.py).
+    """Rows of one step, right-padded to a common length L.
 
-    Each chat is asked for predictions from its first_BC on; a row's T queries are those of its
-    chats, one behind another.
+    Each row holds up to C chats, one after another (model/packing.py). The queries of a chat start
+    at its position first_BC; the T queries of a row are those of its chats, one after another.
     """
 
     tokens_BL: np.ndarray  # int32
-    # what the draft reads of the target, zeros in the padding: its states after the final norm, or
-    # the taps of the draft, concatenated. None: computed inside the step
+    # the draft's inputs from the target, zeros in the padding: states after the final norm, or the
+    # concatenated taps of the draft. None: computed inside the step
     inputs_BLI: np.ndarray | None
     counts_BT: np.ndarray  # bool: the query enters the loss (method.md 5.2)
-    length_BC: np.ndarray  # int32: tokens of each chat; 0: the row has no such chat
-    first_BC: np.ndarray  # int32: the first position in the chat that counts
-    targets_BLD: np.ndarray | None = None  # the states after the final norm; None: the inputs
+    length_BC: np.ndarray  # int32: tokens of each chat; 0 if the row has fewer chats
+    first_BC: np.ndarray  # int32: first position of the chat that enters the loss
+    targets_BLD: np.ndarray | None = None  # states after the final norm; None: same as inputs_BLI
 
     @property
     def predicted_BLD(self) -> np.ndarray | None:
-        """The states that the draft predicts, and that give the target's logits."""
+        """States that the draft predicts; the target's logits are computed from them."""
         return self.inputs_BLI if self.targets_BLD is None else self.targets_BLD
 
 
 class _Entry(NamedTuple):
-    """A chat that has something to learn from."""
+    """A chat with at least one position that enters the loss."""
 
     tokens: list[int]
     states_LD: np.ndarray | StoredStates | None
     counting: np.ndarray  # positions that enter the loss, ascending
-    length: int  # tokens that are used
+    length: int  # number of tokens that are used
 
     @property
     def queries(self) -> int:
-        """Positions that are asked for a prediction."""
+        """Number of positions that the draft predicts."""
         return int(self.counting[-1] - self.counting[0]) + 1
 
 
 class BatchLoader:
-    """Batches of `batch` rows of `row_tokens`, forever; every row once per epoch."""
+    """Endless batches of `batch` rows of `row_tokens` tokens; every row once per epoch."""
 
     def __init__(
         self,
@@ -69,28 +68,34 @@ class BatchLoader:
         pack: bool = False,
         taps: int = 0,
     ):
-        """states: of each chat [length, D], as `states.target_states` returns them; None: batches
-        come without. taps: how many of the target's layers stand before its final states in them.
+        """Selects the chats that enter the loss and assigns them to rows.
 
-        batch: lines over all processes; a batch has those of this process, batch / share.count of
-        them. pack: a line holds several chats; which ones go together is the same in every epoch.
+        states: [length, D] of each chat, as `states.target_states` returns them; None: batches have
+        no states. batch: rows over all processes; this process returns batch / share.count of them.
+        pack: put several chats in a row, the same ones in every epoch. taps: number of layers of
+        the target that precede the final states in each record.
+
+        Raises:
+            UserError: there are fewer rows than `batch`, or share.count does not divide `batch`.
         """
         self._chats: list[_Entry] = []
         for row, states_LD in zip(
             rows, [None] * len(rows) if states is None else states, strict=True
         ):
             length = min(row_tokens, len(row.tokens))
-            # The last position predicts a token that is not there; the others count where the chat
-            # is supervised.
+            # The last position has no next token to predict; the others enter the loss where the
+            # chat is supervised.
             counting = np.flatnonzero(row.supervised[: length - 1])
-            if len(counting):  # else its answer lies beyond the cut: there is nothing to learn from
-                # Nothing sees what follows the last position that counts.
+            if len(counting):  # else the answer lies after the cut, and the chat is skipped
+                # No prediction depends on tokens after the last position that enters the loss.
                 self._chats.append(
                     _Entry(
                         row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length
                     )
                 )
-        self.left_out = len(rows) - len(self._chats)  # chats that teach nothing here
+        self.left_out = len(rows) - len(
+            self._chats
+        )  # chats without a position that enters the loss
         alone = [[index] for index in range(len(self._chats))]
         self._rows = best_fit([chat.length for chat in self._chats], row_tokens) if pack else alone
         if len(self._rows) < batch:
@@ -112,24 +117,24 @@ class BatchLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in one pass; the few rows left over are in another epoch's order."""
+        """Complete batches per epoch; the rows left over differ from epoch to epoch."""
         return len(self._rows) // self._batch
 
     @property
     def padding(self) -> float:
-        """Share of the positions of all rows that is padding."""
+        """Share of padding among the positions of all rows."""
         return self._share_left(len(self._rows))
 
     @property
     def padding_unpacked(self) -> float:
-        """What it would be with a row for each chat."""
+        """Share of padding if each chat had its own row."""
         return self._share_left(len(self._chats))
 
     def _share_left(self, rows: int) -> float:
         return 1 - sum(chat.length for chat in self._chats) / (self._width * rows)
 
     def batch_at(self, step: int) -> Batch:
-        """This process's lines of the batch of a step, counted from 0 over all epochs."""
+        """Returns this process's rows of a step's batch. Steps count from 0 over all epochs."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
         lines = self._batch // self._share.count
@@ -137,14 +142,15 @@ class BatchLoader:
         return self._fill([self._rows[index] for index in order[first : first + lines]])
 
     def sample(self, count: int) -> Batch:
-        """The first `count` chats of epoch 0's order, or all there are, as one batch of a row each;
-        the same for every process.
+        """Returns the first `count` chats of epoch 0 as one batch, each in its own row.
+
+        The batch has fewer rows if there are fewer chats. It is the same for every process.
         """
         order = np.random.default_rng([self._seed, 0]).permutation(len(self._chats))
         return self._fill([[index] for index in order[:count]])
 
     def _fill(self, lines: Sequence[Sequence[int]]) -> Batch:
-        """A batch with these chats in each line."""
+        """Builds a batch from the chats of each row, given by index."""
         B, C = len(lines), self._most_chats
         batch = Batch(
             tokens_BL=np.zeros((B, self._width), np.int32),
@@ -153,9 +159,9 @@ class BatchLoader:
             length_BC=np.zeros((B, C), np.int32),
             first_BC=np.zeros((B, C), np.int32),
         )
-        for line, picked in enumerate(lines):
+        for line, members in enumerate(lines):
             slot = query = 0
-            for place, chat in enumerate(self._chats[index] for index in picked):
+            for place, chat in enumerate(self._chats[index] for index in members):
                 batch.length_BC[line, place], batch.first_BC[line, place] = (
                     chat.length,
                     chat.counting[0],
@@ -172,29 +178,32 @@ class BatchLoader:
         )
 
     def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
-        """The states of the same."""
+        """Returns the states of each row's chats, zeros in the padding; None without states."""
 
         def read(chat):
             return np.asarray(chat.states_LD)[: chat.length]
 
         if self._chats[0].states_LD is None:
             return None
-        found = [np.concatenate([read(self._chats[index]) for index in picked]) for picked in lines]
-        states_BLI = np.zeros((len(lines), self._width, found[0].shape[1]), found[0].dtype)
-        for line, states_LD in enumerate(found):
+        parts = [
+            np.concatenate([read(self._chats[index]) for index in members]) for members in lines
+        ]
+        states_BLI = np.zeros((len(lines), self._width, parts[0].shape[1]), parts[0].dtype)
+        for line, states_LD in enumerate(parts):
             states_BLI[line, : len(states_LD)] = states_LD
         return states_BLI
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which chats share a row of `width` tokens, by index: longest first, each where the least
-    space stays free.
+    """Assigns chats, by index, to rows of `width` tokens.
+
+    Places the longest chats first, each in the row that then has the least free space.
     """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # tokens left and the row, ascending
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        found = bisect_left(free, (lengths[index], 0))
-        space, row = free.pop(found) if found < len(free) else (width, len(rows))
+        tightest = bisect_left(free, (lengths[index], 0))
+        space, row = free.pop(tightest) if tightest < len(free) else (width, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(index)

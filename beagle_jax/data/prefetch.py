@@ -1,4 +1,4 @@
-"""The next batches are read while the device computes."""
+"""Reads the next batches while the device computes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +12,9 @@ AHEAD = 2  # batches that are ready or being read
 
 
 def read_ahead(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
-    """read(step) of every step, in order; a thread is up to AHEAD steps before the caller.
+    """Yields read(step) for every step, in order; a thread reads up to AHEAD steps in advance.
 
-    What `read` raises is raised here, at its step.
+    An exception of `read` is raised at its own step.
     """
     steps = iter(steps)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:

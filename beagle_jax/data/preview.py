@@ -1,6 +1,4 @@
-"""Rows of training text as a reader sees them: which tokens there are, and which of them the draft
-learns from.
-"""
+"""Preview of training rows: their text, with supervised tokens highlighted."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,15 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.data.template import Row
 from beagle_jax.terminal import coloured
 
-_SUPERVISED, _READ = (
-    ("1;32", "32"),
-    ("2;37", "37"),
-)  # green, grey; two shades, so that neighbouring tokens tell apart
+# Green and grey, each in two shades, so that neighbouring tokens can be distinguished.
+_SUPERVISED, _READ = ("1;32", "32"), ("2;37", "37")
 
 
 def preview(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> str:
-    """The rows' text, supervised tokens in green on a terminal; elsewhere, or with NO_COLOR,
-    between >> and <<.
+    """Returns the text of the rows with the supervised tokens highlighted.
+
+    They are green on a terminal; elsewhere, or with NO_COLOR, they stand between >> and <<.
     """
     colours = coloured("x", "1", stream) != "x"
     blocks = []

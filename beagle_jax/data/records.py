@@ -1,4 +1,4 @@
-"""Records of JSON files, each with its place. Knows nothing of chats."""
+"""Records of JSON files, each with its place (file and line)."""
 
 import gzip
 import json
@@ -13,18 +13,21 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def file_records(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every chat of a file: a list in .json, else one record a line.
+    """Yields (record, place) of a file: entries of a list in .json, else one record per line.
 
-    A .json file with a record on each line is read as lines. Raises UserError naming file and line
-    for what is not JSON.
+    A .json file that has one record per line is read as lines.
+
+    Raises:
+        UserError: naming file and line, if the text is not JSON or the file cannot be read.
     """
     return _entries(path) if path.suffix == ".json" else json_lines(path)
 
 
 def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every line of a .jsonl[.gz] file that is not blank.
+    """Yields (record, place) of every line of a .jsonl[.gz] file that is not blank.
 
-    Raises UserError naming file and line.
+    Raises:
+        UserError: naming file and line, if a line is not JSON or the file cannot be read.
     """
     number = 0
     try:
@@ -44,7 +47,7 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """Record and place of every entry of a file that is one JSON list."""
+    """Yields (record, place) of every entry of a file that is one JSON list."""
     try:
         text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,7 +67,7 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _holds_lines(text: str) -> bool:
-    """True if the first line that is not blank is a whole JSON object, and more follows."""
+    """Returns whether the first non-blank line is a JSON object and more text follows."""
     first, _, rest = text.strip().partition("\n")
     if not first.startswith("{") or not rest.strip():
         return False
@@ -81,6 +84,6 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
-    # A number of thousands of digits; thousands of brackets.
+    # For example a number with thousands of digits, or thousands of nested brackets.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read ({error})") from error

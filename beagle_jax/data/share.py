@@ -1,4 +1,4 @@
-"""Which part of the work on data is this process's."""
+"""Splits data work between processes."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from jax.experimental import multihost_utils
 
 
 class Share(NamedTuple):
-    """One of `count` processes that work on the same folder, or draw from the same batches."""
+    """One of `count` processes that fill the same folder, or read the same batches."""
 
     index: int = 0
     count: int = 1
@@ -17,11 +17,11 @@ ALONE = Share()
 
 
 def this_process() -> Share:
-    """Its number among the processes of jax.distributed; the only one without it."""
+    """Returns the share of this process among those of jax.distributed; ALONE without it."""
     return Share(jax.process_index(), jax.process_count())
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process of jax.distributed has come here; at once without it."""
+    """Waits until all processes of jax.distributed have called this; without it, returns."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

@@ -1,4 +1,4 @@
-"""`data.source` as rows of tokens: chats with their answers, and prompts that wait for one."""
+"""`data.source` as rows of tokens: chats with answers, and prompts without an answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -20,8 +20,10 @@ from beagle_jax.errors import UserError
 
 
 def source_chats(config: DataConfig) -> Iterable[Chat]:
-    """The chats of `data.source`, whatever it is but the target itself. Raises UserError for one
-    that cannot be read.
+    """Returns the chats of `data.source`, which must not be `self`.
+
+    Raises:
+        UserError: the source cannot be read.
     """
     if config.source.startswith("hf:"):
         return hub_chats(
@@ -31,8 +33,12 @@ def source_chats(config: DataConfig) -> Iterable[Chat]:
 
 
 def check_source(config: DataConfig) -> None:
-    """Raises UserError for a text that is neither there nor written already: asked before a target
-    is loaded for it, which takes long.
+    """Checks that the text of `data.source` exists, or has been written to `data.folder`.
+
+    Call it before the target is loaded, which takes long.
+
+    Raises:
+        UserError: the source does not exist.
     """
     if (
         config.source != "self"
@@ -48,10 +54,14 @@ def source_rows(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Sequence[int],
 ) -> Iterator[Row]:
-    """Rows of the chats that can teach something, in order.
+    """Yields the training rows of chats, in order.
 
-    A row without supervised tokens waits for the target's answer. Says what is left out and what
-    the template does not read. Raises UserError when more than the allowed share is left out.
+    The target answers the rows that have no supervised tokens. Reports skipped chats, and message
+    fields that the chat template does not read.
+
+    Raises:
+        UserError: more than `data.max_bad_share` of the chats were skipped, or all of them are too
+            long.
     """
     left_out = LeftOut(config.source, config.max_bad_share, tqdm.write)
     unread = _Unread(tokenizer)
@@ -77,7 +87,7 @@ def source_rows(
 def _rows_of(
     config: DataConfig, chat: Chat, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]
 ) -> list[Row]:
-    """The rows of one chat, of any length."""
+    """Returns the rows of one chat, whatever their length."""
     if not chat.waits_for_answer and config.answers == "keep":
         return chat_rows(tokenizer, chat, eos_ids)
     messages = chat.messages if config.answers == "keep" else chat.question
@@ -86,7 +96,7 @@ def _rows_of(
 
 
 class _Unread:
-    """Names once each field of the messages that the chat template does not read."""
+    """Reports, once, each field of messages that the chat template does not read."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._reads = template_reads(tokenizer) | {"role", "content"}
@@ -103,14 +113,14 @@ class _Unread:
 
 
 class _Lengths:
-    """Leaves out prompts that are too long, and cuts chats; counts both."""
+    """Skips prompts that are too long, truncates chats, and counts both."""
 
     def __init__(self, config: DataConfig):
         self._config = config
         self._prompts = self._too_long = self._given = self._unanswered = 0
 
     def fitting(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows within `data.max_prompt_tokens` or cut at `data.max_chat_tokens`."""
+        """Yields prompts that are short enough, and chats cut at `data.max_chat_tokens`."""
         limit = self._config.max_chat_tokens
         for row in rows:
             if not any(row.supervised):
@@ -128,7 +138,7 @@ class _Lengths:
                 self._unanswered += 1
 
     def tell(self) -> None:
-        """Reports what was left out. Raises UserError if that was everything."""
+        """Reports what was skipped. Raises UserError if that was everything."""
         longest, cut = self._config.max_prompt_tokens, self._config.max_chat_tokens
         if self._too_long:
             tqdm.write(

@@ -1,11 +1,10 @@
-"""The target's states for every training token: one file beside each part of the text, and its
-index.
+"""The target's states of every training token, in one file per part of the text.
 
-`part-0000.states` has one record per token, rows end to end: D numbers in float32 or bfloat16, or D
-int8 numbers and their float32 scale. `part-0000.states.json`, its index, says for which tokens and
-in which dtype, and has each row's length and CRC-32, which is checked whenever the row is read.
-Answers written by the target bring their states along; other rows are run through it once. A file
-appears whole or not at all.
+`part-0000.states` has one record per token, row after row: D numbers in float32 or bfloat16, or D
+int8 numbers and their float32 scale. Its index, `part-0000.states.json`, gives the hash of the
+tokens, the dtype, and the length and CRC-32 of each row. The CRC is checked at every read of a row.
+The states of answers that the target writes are stored while it writes them; for other rows the
+target runs once. Each file is written atomically.
 """
 
 import hashlib
@@ -33,24 +32,26 @@ from beagle_jax.model.packing import places
 from beagle_jax.model.target import Params, TargetSpec, forward
 from beagle_jax.terminal import size
 
-_TOKENS_PER_BATCH = 2048  # work of one forward: more adds memory, not speed
-_WIDTH_MULTIPLE = 32  # row lengths are padded to a multiple of this: one compile each
+_TOKENS_PER_BATCH = 2048  # tokens of one forward pass; more need more memory and are not faster
+_WIDTH_MULTIPLE = 32  # rows are padded to a multiple of this; each new size recompiles
 _INT8_MAX = 127
 _AGAIN = "run prepare or train again"
 
 
 @dataclass(frozen=True)
 class StoredStates:
-    """The states [length, D] of one row in a file; np.asarray reads them: float32, or bfloat16 if
-    stored so.
+    """States [length, D] of one row in a file; `np.asarray` reads them.
+
+    The array is float32, or bfloat16 if stored as bfloat16. Reading raises UserError if the file is
+    truncated or damaged.
     """
 
     path: Path
     row: int
-    start: int  # in bytes
+    start: int  # offset in bytes
     shape: tuple[int, int]
     dtype: str  # on disk
-    crc: int | None  # None in files of before there was one
+    crc: int | None  # None for files of versions that stored no CRC
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         wanted = self.shape[0] * record_bytes(self.shape[1], self.dtype)
@@ -72,13 +73,14 @@ def states_at(
     length_BC: jax.Array,
     taps: tuple[int, ...] = (),
 ) -> jax.Array:
-    """The target's states [B, L, D] of each chat on its own (model/packing.py); what stands in the
-    padding is not zero. Not jitted.
+    """Computes the target's states [B, L, D]; chats of a row do not attend to each other.
 
-    taps: streams (`forward`) to put before them, [B, L, (taps + 1) * D].
+    See model/packing.py for rows of several chats. Padding positions are not zero. Not jitted.
+
+    taps: residual streams (see `forward`) that precede the states, giving [B, L, (taps + 1) * D].
     """
     L = tokens_BL.shape[1]
-    found = forward(
+    out = forward(
         params,
         spec,
         tokens_BL,
@@ -86,7 +88,7 @@ def states_at(
         chats_mask(length_BC, L),
         taps=taps,
     )
-    return jnp.concatenate([*found.taps, found.states_BTD], axis=-1) if taps else found.states_BTD
+    return jnp.concatenate([*out.taps, out.states_BTD], axis=-1) if taps else out.states_BTD
 
 
 _states = partial(jax.jit, static_argnames=("spec", "taps"))(states_at)
@@ -99,7 +101,7 @@ def states_in_memory(
     length_BC: np.ndarray,
     taps: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """The same on the host, a few rows at a time; for what is small."""
+    """Computes `states_at` a few rows at a time, into host memory; for small inputs."""
     lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
     parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
     return np.concatenate(
@@ -111,7 +113,7 @@ def states_in_memory(
 
 
 def stored_dtype(params: Params, dtype: str | None) -> str:
-    """`data.states_dtype`, or the target's own for None."""
+    """Returns `data.states_dtype`; the target's dtype if it is None."""
     return dtype or np.dtype(params["embed_VD"].dtype).name
 
 
@@ -123,11 +125,15 @@ def target_states(
     dtype: str | None = None,
     taps: tuple[int, ...] = (),
 ) -> list[StoredStates]:
-    """States of each row, in `path`; computed if they are not there for these rows in this
-    dtype.
+    """Returns the states of each row, stored in `path`.
 
-    taps: of the draft (`DraftSpec.taps`); the state after the final norm stands behind them.
-    Raises UserError if the file holds other taps.
+    Computes and writes them unless `path` already holds the states of these rows in this dtype.
+
+    taps: layers that the draft reads (`DraftSpec.taps`); they precede the state after the final
+    norm in each record.
+
+    Raises:
+        UserError: the file holds other taps, or there is too little disk space.
     """
     dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
     if not is_stored(path, rows, width, dtype, taps):
@@ -151,9 +157,13 @@ def keep_states(
     dtype: str | None = None,
     taps: tuple[int, ...] = (),
 ) -> None:
-    """Writes the states [length, D] that came with each row; dtype None: as they are.
+    """Writes the states [length, D] of each row, which the target computed with its answer.
 
-    taps: what stands before the state after the final norm in each record.
+    dtype: None keeps the dtype of the states. taps: layers that precede the state after the final
+    norm in each record.
+
+    Raises:
+        UserError: there is too little disk space, or the file cannot be written.
     """
     dtype = dtype or states[0].dtype.name
     _reserve(path, rows, states[0].shape[1], dtype)
@@ -163,14 +173,15 @@ def keep_states(
 def is_stored(
     path: Path, rows: Sequence[Row], width: int, dtype: str, taps: tuple[int, ...] = ()
 ) -> bool:
-    """Whether a whole file holds the states of these rows in this dtype.
+    """Returns whether a complete file holds the states of these rows in this dtype.
 
-    Raises UserError for a file of other taps, which another kind of draft still reads.
+    Raises:
+        UserError: the file has other taps. It is not replaced, as another draft may use it.
     """
     if not path.exists() or not _index(path).exists():
         return False
-    found = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
-    there = tuple(found.get("taps", ()))  # versions before taps stored what has none
+    index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
+    there = tuple(index.get("taps", ()))  # files of versions without taps have none
     if there != taps:
         raise UserError(
             f"{path}: holds states of {_named(there)}, and this draft reads {_named(taps)}; set "
@@ -178,13 +189,13 @@ def is_stored(
         )
     wanted = _description(rows, width, dtype)
     whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(
-        found.get("crc32", rows)
+        index.get("crc32", rows)
     ) == len(rows)
-    return whole_file and all(found.get(key) == wanted[key] for key in wanted)
+    return whole_file and all(index.get(key) == wanted[key] for key in wanted)
 
 
 def record_width(spec: TargetSpec, taps: tuple[int, ...] = ()) -> int:
-    """Numbers stored for a token: its taps and its state after the final norm."""
+    """Returns how many numbers a token's record has: its taps and its final state."""
     return spec.hidden_size * (len(taps) + 1)
 
 
@@ -193,7 +204,7 @@ def _named(taps: tuple[int, ...]) -> str:
 
 
 def states_bytes(rows: Sequence[Row], width: int, dtype: str) -> int:
-    """Size of the rows' states on disk."""
+    """Returns the size on disk of the rows' states, in bytes."""
     return sum(len(row.tokens) for row in rows) * record_bytes(width, dtype)
 
 
@@ -208,7 +219,7 @@ def _index(path: Path) -> Path:
 
 
 def _reserve(path: Path, rows: Sequence[Row], width: int, dtype: str) -> None:
-    """Refuses a disk that is too small before anything is written to it."""
+    """Raises UserError if the disk has too little space; called before anything is written."""
     needed, free = states_bytes(rows, width, dtype), shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
@@ -226,8 +237,9 @@ def _write(
     states: Iterable[tuple[int, np.ndarray]],
     taps: tuple[int, ...],
 ) -> None:
-    """Writes the file and its index. states: the number of a row and its states [length, D], in any
-    order.
+    """Writes the file and its index.
+
+    states: (row number, states [length, D]) pairs in any order.
     """
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
     crc = [0] * len(rows)
@@ -240,8 +252,8 @@ def _write(
                     stream.seek(starts[number])
                     stream.write(data)
                 stream.flush()
-                os.fsync(stream.fileno())  # a disk that is full may say so only now
-            _index(path).unlink(missing_ok=True)  # never an old index beside new states
+                os.fsync(stream.fileno())  # a full disk may raise only here
+            _index(path).unlink(missing_ok=True)  # new states must not have an old index
         index = _description(rows, width, dtype) | {
             "taps": list(taps),
             "row_tokens": [len(row.tokens) for row in rows],
@@ -256,13 +268,14 @@ def _write(
 
 
 def record_bytes(width: int, dtype: str) -> int:
-    """Bytes on disk of one token's state."""
+    """Returns the size on disk of one token's record, in bytes."""
     return width + 4 if dtype == "int8" else width * np.dtype(dtype).itemsize
 
 
 def _encode(states_LD: np.ndarray, dtype: str) -> bytes:
-    """Records of the tokens. int8: the state over its scale, which is its largest magnitude /
-    127.
+    """Encodes the records of the tokens.
+
+    int8: the state divided by its scale, which is the largest magnitude / 127.
     """
     if dtype != "int8":
         return np.ascontiguousarray(states_LD, np.dtype(dtype)).tobytes()
@@ -290,8 +303,10 @@ def _int8_record(width: int) -> np.dtype:
 def _compute(
     params: Params, spec: TargetSpec, rows: Sequence[Row], taps: tuple[int, ...]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and states of every row, longest first: neighbours share a padded width, and the worst
-    memory need shows at once.
+    """Yields the number and the states of every row, longest rows first.
+
+    Neighbouring rows then have the same padded width, and the largest batch runs first, so that a
+    lack of memory shows at the start.
     """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
     with tqdm(
@@ -300,12 +315,12 @@ def _compute(
         while order:
             width = -(-len(rows[order[0]].tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
             lines = max(1, _TOKENS_PER_BATCH // width)
-            picked, order = order[:lines], order[lines:]
+            current, order = order[:lines], order[lines:]
             tokens_BL, length_B1 = np.zeros((lines, width), np.int32), np.ones((lines, 1), np.int32)
-            for line, index in enumerate(picked):
+            for line, index in enumerate(current):
                 length_B1[line] = len(rows[index].tokens)
                 tokens_BL[line, : len(rows[index].tokens)] = rows[index].tokens
             states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B1, taps))
-            for line, index in enumerate(picked):
+            for line, index in enumerate(current):
                 yield index, states_BLD[line, : len(rows[index].tokens)]
-            bar.update(int(length_B1[: len(picked)].sum()))
+            bar.update(int(length_B1[: len(current)].sum()))

@@ -1,4 +1,4 @@
-"""Chats as tokens through the target's chat template, and which are supervised (method.md 5.2)."""
+"""Chats as tokens, by the target's chat template, with supervision flags (method.md 5.2)."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.data.chats import BadRecord, Chat, Message, check_text
 from beagle_jax.errors import UserError
 
-# Stands in for a user's text while the template's header is cut out.
+# Placeholder for a user's text, to find the header that the template puts before it.
 _MARK = "\u2603beagle\u2603"
 
 
 class TemplateRefusal(UserError):
-    """The target's chat template refuses messages."""
+    """The target's chat template raised an error for these messages."""
 
     def __init__(self, where: str, error: str):
         self.reason = f"the target's chat template refuses these messages ({error})"
@@ -28,11 +28,11 @@ class Row(NamedTuple):
     """One training sequence."""
 
     tokens: list[int]
-    supervised: list[bool]  # the token is part of an assistant answer (its stop token included)
+    supervised: list[bool]  # the token belongs to an assistant answer, its stop token included
 
 
 def supervised_tokens(rows: Iterable[Row]) -> int:
-    """How many tokens of the rows are supervised."""
+    """Returns the number of supervised tokens of the rows."""
     return sum(sum(row.supervised) for row in rows)
 
 
@@ -42,10 +42,13 @@ def prompt_tokens(
     where: str = "prompt",
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Tokens up to where the assistant's answer begins.
+    """Returns the tokens before the assistant's next answer, generation prompt included.
 
-    where: named in the message of an error. variables: what the template reads beside the messages
+    where: place of the messages, for error messages. variables: other inputs of the template
     (tools, documents, enable_thinking, ..).
+
+    Raises:
+        UserError: as `render`.
     """
     text = render(tokenizer, messages, True, where, variables)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -57,13 +60,16 @@ def chat_rows(
     eos_ids: Sequence[int],
     variables: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Tokens and supervision of a chat with answers: one row, or one for each answer.
+    """Returns tokens and supervision of a chat with answers: one row, or one row per answer.
 
-    An answer's span is what the template adds after the generation prompt, up to its last stop
-    token; a token that begins before the span and ends in it counts. Where the template renders an
-    answer differently once the chat goes on (Qwen3 drops earlier thinking), each answer has a row
-    of its own, as it was rendered when it was the last. Raises BadRecord for a chat that teaches
-    nothing.
+    The span of an answer is the text that the template adds after the generation prompt, up to the
+    answer's last stop token. A token that starts before the span and ends in it is supervised. Some
+    templates render an answer differently once the chat continues (Qwen3 drops earlier thinking).
+    Then each answer gets its own row, rendered as the last answer of its chat.
+
+    Raises:
+        BadRecord: no token is supervised, or an answer cannot be separated from its prompt.
+        UserError: as `render`.
     """
     spans = [
         _span(tokenizer, chat, index, variables)
@@ -82,7 +88,7 @@ def chat_rows(
 
 
 class _Span(NamedTuple):
-    """An answer in the text of the chat up to it: characters begin .. end of the text."""
+    """An answer and the chat before it; the answer is text[begin:]."""
 
     text: str
     begin: int
@@ -98,7 +104,7 @@ def _span(
     index: int,
     variables: Mapping[str, Any] | None,
 ) -> _Span:
-    """The answer that message `index` is, as it is rendered when it is the last."""
+    """Returns the answer in message `index`, rendered as the last message of its chat."""
     known = _variables(chat, variables)
     before = render(tokenizer, chat.messages[:index], True, chat.where, known)
     through = render(tokenizer, chat.messages[: index + 1], False, chat.where, known)
@@ -113,7 +119,7 @@ def _span(
 def _row(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span], eos_ids: Sequence[int]
 ) -> Row:
-    """Tokens of the text; those of the spans are supervised, each up to its last stop token."""
+    """Tokenizes the text and supervises each span up to its last stop token."""
     tokens, ends = _tokens_and_ends(tokenizer, text)
     supervised = [False] * len(tokens)
     for span in spans:
@@ -125,16 +131,19 @@ def _row(
 
 
 def _tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and the character at which each ends (never less than the one before)."""
+    """Returns token ids and the character index at which each token ends, non-decreasing."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ends = accumulate((end for _, end in encoded["offset_mapping"]), max)
     return list(encoded["input_ids"]), list(ends)
 
 
 def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of the template up to where the user's text begins.
+    """Returns the tokens that the template puts before the user's text.
 
-    The target goes on from them with a prompt that it makes up.
+    From these the target generates a prompt of its own (`data.source: self`).
+
+    Raises:
+        UserError: the template changes the user's text, or as `render`.
     """
     text = render(tokenizer, [{"role": "user", "content": _MARK}], True, "data.source: self")
     head, mark, _ = text.partition(_MARK)
@@ -153,9 +162,10 @@ def render(
     where: str,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The messages as the target's chat template writes them.
+    """Renders messages with the target's chat template.
 
-    Raises UserError for a template that is missing, or that refuses these messages.
+    Raises:
+        UserError: the tokenizer has no template, or the template refuses these messages.
     """
     template = _template(tokenizer)
     for message in messages:
@@ -173,7 +183,7 @@ def render(
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's template; of several named ones the default."""
+    """Returns the tokenizer's template; of several named templates, the default."""
     template = tokenizer.chat_template
     if template is None:
         raise UserError(
@@ -190,7 +200,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_reads(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Names of variables and fields that the template reads anywhere."""
+    """Returns the names of all variables and fields that the template reads."""
     tree = Environment(extensions=[_Generation]).parse(_template(tokenizer))
     names = {node.name for node in tree.find_all(nodes.Name)}
     names |= {node.attr for node in tree.find_all(nodes.Getattr)}
@@ -199,7 +209,7 @@ def template_reads(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 class _Generation(Extension):
-    """Parses the marks that transformers adds to templates."""
+    """Parses the `generation` tag, which transformers adds to the template language."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
