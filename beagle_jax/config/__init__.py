@@ -1,9 +1,9 @@
-"""Every setting of every command: frozen pydantic models, read from YAML.
+"""Settings of all commands: frozen pydantic models, read from YAML.
 
-A section is a module, and a setting a field of its model with its default, unit and range: they
-stand nowhere else. `reading` makes a `Config` from files and `section.key=value` overrides,
-`identity` says which settings decide a result, and `schema` writes the reference page and the
-schema for editors.
+Each section is a module, and each setting is a field of its model. The field is the only place that
+states the default, unit and range of a setting. `reading` builds a `Config` from files and
+`section.key=value` overrides, `identity` selects the settings that decide a result, and `schema`
+writes the reference page and the JSON Schema for editors.
 """
 
 from beagle_jax.config.data import COLDEST, DataConfig

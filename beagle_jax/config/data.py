@@ -6,8 +6,8 @@ from pydantic import AfterValidator, model_validator
 
 from beagle_jax.config.section import Number, Section, refusal, setting
 
-# The smallest temperature above 0; logits over a far smaller one overflow, and tokens of any logit
-# are tied.
+# Smallest temperature above 0. Logits divided by a much smaller one overflow, and then all tokens
+# have the same probability.
 COLDEST = 1e-6
 
 
@@ -51,7 +51,7 @@ class DataConfig(Section):
         affects=("stage",),
         path="output",
     )
-    # A larger budget adds to the text that is there, which stays valid.
+    # A larger budget adds to the existing text, which stays valid.
     answer_tokens: int = setting(
         60_000,
         "tokens of answers; no more text is written once there are so many",
@@ -80,8 +80,8 @@ class DataConfig(Section):
     top_k: int = setting(
         64, "when sampling, most likely tokens kept", affects=("text", "stage"), ge=1
     )
-    # Greedy text does not depend on it. Sampled text does: a batch draws for all its rows at once.
-    # A folder of sampled text is used with another batch all the same: what is there stays valid.
+    # Greedy text does not depend on the batch size. Sampled text does, because a batch draws for
+    # all its rows at once, but existing sampled text stays valid with another batch size.
     batch: int = setting(64, "answers written at once", ge=1)
     seed: int = setting(0, "of sampling and of the order of prompts", affects=("text", "stage"))
     max_bad_share: Number = setting(

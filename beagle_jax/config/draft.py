@@ -1,4 +1,4 @@
-"""Section `draft`: the drafter that decoding uses, and how a new one begins."""
+"""Section `draft`: the drafter that decoding uses, and the start of a new one."""
 
 from pathlib import Path
 from typing import Literal
@@ -42,9 +42,10 @@ class DraftConfig(Section):
     )
 
     def check_init(self) -> None:
-        """Raises UsageError unless training can begin where `init` says.
+        """Checks that training can start from `init`. Only commands that train need that folder.
 
-        Only a command that trains asks: others do not need that folder.
+        Raises:
+            UsageError: `init` is neither a known word nor the folder of a trained draft.
         """
         if self.init not in ("normal", "ridge") and not Path(self.init, "config.json").exists():
             raise UsageError(

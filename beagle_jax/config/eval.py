@@ -1,4 +1,4 @@
-"""Section `eval`: what is measured, while training and after."""
+"""Section `eval`: what is measured, during training and after it."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""Which settings decide a result, and how two configs differ in them."""
+"""Settings that decide a result, and how two configs differ in them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,19 +14,19 @@ from beagle_jax.config.whole import Config
 class Identity(NamedTuple):
     """The settings that decide a result, as JSON values by dotted key.
 
-    Fields say which results they decide (`affects`); this puts them together.
+    Each field declares the results that it decides (`affects`).
     """
 
     values: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: Section, result: Result, *, stage: str | None = None) -> "Identity":
-        """What decides a result.
+        """Collects the settings that decide a result.
 
         Args:
             config: a whole config, or one section of it.
-            result: what is decided.
-            stage: a name of `TrainConfig.named_stages`; stages after it are left out.
+            result: the kind of result.
+            stage: a key of `TrainConfig.named_stages`; later stages are left out.
         """
         if isinstance(config, Config):
             sections = {name: getattr(config, name) for name in Config.model_fields}
@@ -41,23 +41,25 @@ class Identity(NamedTuple):
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Identity":
-        """What a result on disk says of itself, nested or by dotted key, in the form of this
-        version or of 0.1.0.
+        """Reads the settings that are stored with a result on disk.
+
+        Args:
+            record: settings, nested or by dotted key, as this version or version 0.1.0 writes them.
         """
         return cls(_current_stages(dict(_dotted(record, ""))))
 
     def diff(
         self, other: "Identity", defaults: Mapping[str, Any] | None = None
     ) -> dict[str, tuple[Any, Any]]:
-        """What differs in `other`, by dotted key in order: (value there, value here).
+        """Returns the settings that differ, as {dotted key: (value in `other`, value in `self`)}.
 
-        Settings of `other` that decide nothing here are passed over, except those of stages: a
-        result that more stages led to is another one.
+        Keys are sorted. Settings that only `other` has are ignored, except those of stages: a
+        result of additional stages is a different result.
 
         Args:
-            other: of what is there.
-            defaults: of settings that `other` does not have, because it was made before they
-                existed.
+            other: settings of the result on disk.
+            defaults: values of settings that `other` does not have, because it was written before
+                they existed.
         """
         before = {**(defaults or {}), **other.values}
         stages = {key for key in other.values if key.count(".") > 1 and key.startswith("train.")}
@@ -100,7 +102,10 @@ def _dotted(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _current_stages(values: dict[str, Any]) -> dict[str, Any]:
-    """0.1.0 gave every stage all settings, and called a test-time stage a dense late one."""
+    """Translates stages as version 0.1.0 wrote them.
+
+    There every stage had all settings, and a test-time stage was a late one with `dense`.
+    """
     for name in ("early", "late"):
         prefix = f"train.{name}."
         if f"{prefix}steps" not in values or f"{prefix}objective" in values:
@@ -113,7 +118,7 @@ def _current_stages(values: dict[str, Any]) -> dict[str, Any]:
             for key, value in values.items()
             if not key.startswith(prefix)
             or key.removeprefix(prefix) in known
-            # the one setting that an early stage of EAGLE has no more, and had a use for
+            # the only removed setting that had an effect, in the early stage of EAGLE
             or (key == "train.early.step_weights" and value is not None)
         }
         values[f"{prefix}objective"] = objective

@@ -1,4 +1,4 @@
-"""The dotted keys of a config, by its models, and the error that names the nearest one."""
+"""Dotted keys of a config, and the error for an unknown key, which suggests a known one."""
 
 import difflib
 import typing
@@ -12,7 +12,7 @@ from beagle_jax.errors import UsageError
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The models that a field of this type may hold; none for a plain value."""
+    """Returns the section models that a field of this type may hold; none for a plain value."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Section) else []
     arguments = typing.get_args(annotation)
@@ -22,20 +22,20 @@ def sections_of(annotation: Any) -> list[type[Section]]:
 
 
 def field_names(models: Sequence[type[BaseModel]]) -> list[str]:
-    """The settings of a section that may be one of several models."""
+    """Returns the settings of a section that may be one of several models."""
     return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 def section_at(models: Sequence[type[Section]], name: str) -> list[type[Section]]:
-    """The models of the subsection `name`; none where a plain value stands."""
-    found = [model.model_fields[name] for model in models if name in model.model_fields]
-    return [section for field in found for section in sections_of(field.annotation)]
+    """Returns the models of the subsection `name`; none if it is a plain value."""
+    fields = [model.model_fields[name] for model in models if name in model.model_fields]
+    return [section for field in fields for section in sections_of(field.annotation)]
 
 
 def flatten(
     tree: Mapping[Any, Any], models: Sequence[type[Section]], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Dotted keys of a nested mapping; stops at values that are not sections."""
+    """Yields (dotted key, value) of a nested mapping; values that are not sections stay whole."""
     for key, value in tree.items():
         sections = section_at(models, key)
         if sections and isinstance(value, Mapping):
@@ -45,7 +45,11 @@ def flatten(
 
 
 def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mapping of dotted keys. Raises UsageError for a key below a plain value."""
+    """Returns the nested mapping of dotted keys.
+
+    Raises:
+        UsageError: a key is below a plain value.
+    """
     tree: dict[str, Any] = {}
     for key, value in settings.items():
         *sections, last = key.split(".")
@@ -59,7 +63,7 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_names(tree: Any, models: Sequence[type[Section]], prefix: str = "") -> None:
-    """Raises UsageError for a key that is no setting, and for a value in place of a section."""
+    """Raises UsageError for an unknown key, and for a plain value in place of a section."""
     names = field_names(models)
     if not isinstance(tree, Mapping):
         raise UsageError(f"{prefix.rstrip('.')} must be a section with the keys {', '.join(names)}")
@@ -72,7 +76,7 @@ def check_names(tree: Any, models: Sequence[type[Section]], prefix: str = "") ->
 
 
 def unknown(place: str, prefix: str, name: str, names: Sequence[str]) -> UsageError:
-    """The error that names the nearest setting."""
+    """Returns the error for an unknown key; it names the nearest setting, or all of them."""
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"valid keys: {', '.join(names)}"
     return UsageError(f"unknown key {place}; {hint}")

@@ -1,4 +1,4 @@
-"""Section `log`: what is printed and written while training."""
+"""Section `log`: what is printed and written during training."""
 
 from beagle_jax.config.section import Section, setting
 

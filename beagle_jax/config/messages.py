@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of this program: the key, its value, and what is expected."""
+"""Turns errors of pydantic into messages with the key, its value and the expected values."""
 
 import types
 import typing
@@ -13,7 +13,7 @@ from beagle_jax.config.keys import field_names, section_at, unknown
 from beagle_jax.config.section import Section
 from beagle_jax.errors import UsageError
 
-# Of several errors the one that explains most.
+# Of several errors, those of these types are reported first: they explain the others.
 _FIRST = ("extra_forbidden", "missing")
 _RANGES = (
     "greater_than",
@@ -32,7 +32,7 @@ _TYPES = {
 
 
 def explain(error: ValidationError, whole: type[Section]) -> tuple[str, UsageError]:
-    """The setting that is wrong, as a dotted key, and the error that says how."""
+    """Returns the dotted key of the wrong setting and an error that explains it."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _FIRST)
     return _explain(problems[0], whole)
 
@@ -62,7 +62,7 @@ def _explain(problem: ErrorDetails, whole: type[Section]) -> tuple[str, UsageErr
 
 
 class _Place:
-    """Where an error's location leads: its dotted key, and the field there."""
+    """The dotted key and the field at the location of an error."""
 
     def __init__(self, whole: type[Section], location: Sequence[int | str]):
         self.models: list[type[Section]] = [whole]
@@ -82,7 +82,7 @@ class _Place:
                 if "objective" in model.model_fields
                 and model.model_fields["objective"].default == part
             ]
-            if tagged and self.models is not below:  # the tag of a union is no part of the key
+            if tagged and self.models is not below:  # the tag of a union is not part of the key
                 below = tagged
                 continue
             self.models, self.name = below, part
@@ -102,12 +102,12 @@ def _models(annotation: Any) -> list[type[Section]]:
 
 
 def _item(annotation: Any) -> Any:
-    """The type of a list's items, through None and annotations."""
+    """Returns the type of a list's items, also of an optional or annotated list; else None."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         return arguments[0]
     if origin in (typing.Union, types.UnionType, typing.Annotated):
-        return next((found for found in map(_item, arguments) if found is not None), None)
+        return next((item for item in map(_item, arguments) if item is not None), None)
     return None
 
 
@@ -134,7 +134,7 @@ def _as_float(value: Any) -> Any:
 
 
 def _range(field: FieldInfo) -> str:
-    """The bounds of a field in words."""
+    """Returns the bounds of a field in words."""
     bounds = {
         name: getattr(item, name)
         for item in field.metadata

@@ -1,4 +1,4 @@
-"""Names of other projects, and forms of version 0.1.0, as the settings that they mean."""
+"""Translates setting names of other projects and config formats of version 0.1.0."""
 
 from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
@@ -9,17 +9,17 @@ from beagle_jax.errors import UsageError
 
 
 class Alias(NamedTuple):
-    """A name that users of another project type."""
+    """A setting name of another project."""
 
-    key: str  # the setting
-    more: int = 0  # added to its value: how far apart the two projects count
-    of: str = ""  # the project, where its value is counted differently
+    key: str  # the setting of this project
+    more: int = 0  # added to the value, if the other project counts from another start
+    of: str = ""  # the other project, if `more` is not 0
 
 
-# EAGLE's `depth` counts the levels below the first, which its code drafts before the loop over
-# depth: depth 5 drafts six levels (a real draft step each). SGLang's num_steps counts all levels;
-# num_draft_tokens and total_token count the root as `decode.nodes` does; ttt_steps and ttt_length
-# count draft steps of training-time test.
+# EAGLE's `depth` does not count the first level, which its code drafts before the loop over depth:
+# depth 5 drafts six levels, with one draft step each. SGLang's num_steps counts all levels.
+# num_draft_tokens and total_token count the root, as `decode.nodes` does. ttt_steps and ttt_length
+# count the draft steps of training-time test.
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("target.source"),
     "verifier": Alias("target.source"),
@@ -34,21 +34,24 @@ ALIASES: dict[str, Alias] = {
 
 
 def translate(key: str, value: Any) -> tuple[str, Any, str]:
-    """The setting and value that an alias means, and a line for the user if its value changes."""
+    """Returns the setting and value of an alias, and a note for the user if the value changes."""
     alias = ALIASES.get(key)
     if alias is None:
         return key, value, ""
     if not alias.more or type(value) is not int:
         return alias.key, value, ""
     shifted = value + alias.more
-    told = f"{key} {value} is {alias.of}'s, and means {alias.key} {shifted}"
-    return alias.key, shifted, told
+    note = f"{key} {value} is {alias.of}'s, and means {alias.key} {shifted}"
+    return alias.key, shifted, note
 
 
 def late_word(settings: MutableMapping[str, Any], value: str) -> bool:
-    """`train.late` may be a word, which speaks of its steps. Whether the steps are 0 from here on.
+    """Applies a word given for `train.late`; returns whether the stage now has no steps.
 
-    Raises UsageError for another word.
+    "none" skips the stage; "simulate" runs it, and removes an earlier setting of 0 steps.
+
+    Raises:
+        UsageError: it is another word.
     """
     if value == "none":
         return True
@@ -64,64 +67,68 @@ def late_word(settings: MutableMapping[str, Any], value: str) -> bool:
 
 
 def early_stage(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Keys of `train.early` without those that 0.1.0 had there and that had one value or no use,
-    and a line for the user if one of them had a use.
+    """Removes the settings of `train.early` that only version 0.1.0 had.
 
-    Raises UsageError for a value that they could not have.
+    They had a single valid value or no effect. Also returns a note for the user if a removed
+    setting had an effect.
+
+    Raises:
+        UsageError: a removed setting has a value that was never valid.
     """
-    kept, told = dict(settings), ""
-    steps = kept.pop("simulation_steps", 1)
+    current, note = dict(settings), ""
+    steps = current.pop("simulation_steps", 1)
     if steps != 1:
         raise UsageError(
             f"train.early.simulation_steps is {steps}, expected 1; simulation belongs to the late "
             "stage"
         )
-    if kept.pop("dense", False) is not False:
+    if current.pop("dense", False) is not False:
         raise UsageError(
             f"train.early.dense is {_yaml(settings['dense'])}; only the late stage has a dense form"
         )
-    if kept.pop("multi_token", False) is not False:
+    if current.pop("multi_token", False) is not False:
         raise UsageError(
             f"train.early.multi_token is {_yaml(settings['multi_token'])}; the early stage always "
             "predicts its whole window, leave it out"
         )
-    kept.pop("detach", True)
-    weights = kept.pop("step_weights", None)
+    current.pop("detach", True)
+    weights = current.pop("step_weights", None)
     if weights is not None:
-        told = (
+        note = (
             f"train.early.step_weights is {weights}, which the early stage has no use for any "
             "more; it is ignored"
         )
-    return kept, told
+    return current, note
 
 
 def late_stage(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of `train.late`, whose `dense` says the objective, as 0.1.0 has it.
+    """Replaces `dense` of `train.late` with an objective; version 0.1.0 had no objectives.
 
-    Raises UsageError for settings that a dense stage cannot have.
+    Raises:
+        UsageError: `dense` contradicts the objective, or a dense stage cannot have a setting.
     """
-    kept = dict(settings)
-    dense = kept.pop("dense", None)
+    current = dict(settings)
+    dense = current.pop("dense", None)
     if dense is None:
-        kept.setdefault("objective", "late")
+        current.setdefault("objective", "late")
     elif type(dense) is not bool:
         raise UsageError(f"train.late.dense is {dense!r}; expected bool")
-    elif kept.setdefault("objective", "test_time" if dense else "late") != (
+    elif current.setdefault("objective", "test_time" if dense else "late") != (
         "test_time" if dense else "late"
     ):
         raise UsageError(
             f"train.late.dense is {_yaml(dense)}, but train.late.objective is "
-            f"{kept['objective']}; leave train.late.dense out"
+            f"{current['objective']}; leave train.late.dense out"
         )
-    if kept["objective"] != "test_time":
-        return kept
-    if kept.pop("multi_token", False) is not False:
+    if current["objective"] != "test_time":
+        return current
+    if current.pop("multi_token", False) is not False:
         raise UsageError(
             "train.late.multi_token and train.late.dense are both true, but a draft that begins at "
             "every position has no window to predict the rest of; set one of them to false"
         )
-    kept.pop("window", None)  # 0.1.0 took one there, and did not read it
-    return kept
+    current.pop("window", None)  # version 0.1.0 accepted it and did not read it
+    return current
 
 
 def _yaml(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that a config names, as the working directory sees them."""
+"""Resolves the files and folders that a config names, relative to the working directory."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,15 @@ _WORDS = ("self", "normal", "ridge", "held_out", "lookup", "plain", "none")
 
 
 def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tuple[Any, list[str]]:
-    """The value of a path setting, and those of its paths that were found in the working directory
-    and not beside the file.
+    """Resolves the value of a path setting.
+
+    Also returns those of its paths that exist in the working directory but not beside the file.
 
     Args:
-        value: a path, a list of paths, or anything else, which is left as it is.
-        kind: outputs are relative to the working directory. An input is relative to the file, and
-            where it is not there, to the working directory.
-        folder: of the file that names it; None: the command line does.
+        value: a path, a list of paths, or any other value, which is returned unchanged.
+        kind: an output is relative to the working directory. An input is relative to the file, or
+            to the working directory if it does not exist beside the file.
+        folder: of the file that contains the setting; None for the command line.
         bare: whether a name without / and suffix may be a path.
     """
     if isinstance(value, (list, tuple)):
@@ -42,7 +43,7 @@ def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tupl
 
 
 def same(there: Any, now: Any) -> bool:
-    """Whether two values of a path setting name the same place."""
+    """Returns whether two values of a path setting name the same file or folder."""
     return _whole(there) == _whole(now)
 
 
@@ -55,8 +56,8 @@ def _whole(value: Any) -> Any:
 
 
 def _short(path: Path) -> str:
-    """The path from the working directory if it lies in there, else from the root."""
+    """Returns the path relative to the working directory if it is inside it, else absolute."""
     whole = Path(os.path.normpath(path.absolute()))
-    if not (whole.exists() and whole.samefile(path)):  # .. of a linked folder
+    if not (whole.exists() and whole.samefile(path)):  # .. after a symbolic link
         whole = path.absolute()
     return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole)

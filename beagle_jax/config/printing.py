@@ -1,4 +1,4 @@
-"""A whole config as YAML, with the origin of each value."""
+"""Prints a whole config as YAML, with the origin of each value."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +9,9 @@ from beagle_jax.config.reading import Resolved
 
 
 def describe(resolved: Resolved) -> str:
-    """YAML of all settings, each with a comment that says where its value comes from. A file of
-    this text loads as the same config.
+    """Returns YAML of all settings, each with a comment on the origin of its value.
+
+    A file with this text loads as the same config.
     """
     tree = resolved.config.model_dump()
     dropped = ("early", "late") if tree["train"]["stages"] is not None else ("stages",)
@@ -38,7 +39,7 @@ def _value(value: Any) -> str:
 
 
 def _lists(value: Any) -> Any:
-    """With lists for tuples, which YAML does not have."""
+    """Replaces tuples with lists, as YAML has no tuples."""
     if isinstance(value, (list, tuple)):
         return [_lists(item) for item in value]
     return value

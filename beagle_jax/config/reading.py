@@ -1,4 +1,4 @@
-"""From a file, the files that it extends, and the command line to a config."""
+"""Reads a config from a file, the files that it extends, and the command line."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,34 +19,34 @@ EXTENDS = "extends"
 
 
 class Value(NamedTuple):
-    """A setting as it was written."""
+    """A setting as it was written, and where."""
 
     value: Any
-    file: str  # where, for messages; of an override, the file that it changes
-    folder: Path | None  # what its paths are relative to first; None: the command line's
-    origin: str  # where, for --print-config
+    file: str  # for messages: the file, or for an override the file that it changes
+    folder: Path | None  # its paths are relative to this folder first; None for the command line
+    origin: str  # for --print-config
 
 
 Settings = dict[str, Value]  # by dotted key
 
 
 class Resolved(NamedTuple):
-    """A config, and where each of its settings comes from."""
+    """A config and the origin of each of its settings."""
 
     config: Config
-    origins: dict[str, str]  # by dotted key; a setting that is not there has its default
+    origins: dict[str, str]  # by dotted key; a missing setting has its default
 
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
 ) -> Config:
-    """Reads a YAML file and what it extends, and applies `section.key=value` overrides.
+    """Reads a YAML file and the files it extends, and applies `section.key=value` overrides.
 
     Args:
         path: the file.
         overrides: their values are YAML.
-        relative_to: what the file's paths are relative to; by default the file's folder, then the
-            working directory.
+        relative_to: folder that the file's paths are relative to; by default the file's folder,
+            then the working directory.
 
     Raises:
         UsageError: naming file and key for anything unknown, missing, of the wrong type or out of
@@ -58,7 +58,7 @@ def load_config(
 def resolve_config(
     path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
 ) -> Resolved:
-    """`load_config`, with the origin of each setting."""
+    """Like `load_config`, but also returns the origin of each setting."""
     settings = _read(Path(path), overrides, relative_to)
     files = {key: value.file for key, value in settings.items()}
     try:
@@ -68,23 +68,25 @@ def resolve_config(
     except UsageError as error:
         raise UsageError(f"{_file_of(str(error), files, path)}: {error}") from None
     except ValidationError as error:
-        key, told = explain(error, Config)
-        raise UsageError(f"{_file_of(key, files, path)}: {told}") from None
+        key, explanation = explain(error, Config)
+        raise UsageError(f"{_file_of(key, files, path)}: {explanation}") from None
     return Resolved(config, {key: value.origin for key, value in settings.items()})
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a file, the files that it extends and overrides set, section by section, without
-    defaults. Paths are as the working directory sees them.
+    """Returns the settings of a file, the files it extends and overrides, without defaults.
 
-    Raises UsageError for a file that is no such thing.
+    They are nested by section. Paths are relative to the working directory.
+
+    Raises:
+        UsageError: a file is missing, or is not a config file.
     """
     settings = _read(Path(path), overrides, None)
     return keys.nest({key: value.value for key, value in settings.items()})
 
 
 def _file_of(text: str, files: dict[str, str], path: str | Path) -> str:
-    """The file where the setting stands that a message begins with; the first file if none does."""
+    """Returns the file with the setting that a message names; `path` if it names none."""
     named = [key for key in files if key and key in text]
     return files[max(named, key=len)] if named else str(path)
 
@@ -108,7 +110,7 @@ def _read(path: Path, overrides: Sequence[str], relative_to: str | Path | None) 
 
 
 def _chain(path: Path, above: list[Path]) -> Iterator[tuple[Path, dict[Any, Any]]]:
-    """The files that `path` extends and itself, the one that all others change first."""
+    """Yields the files that `path` extends, the base of all first, and `path` itself last."""
     tree = _tree(path, above)
     base = tree.pop(EXTENDS, None)
     if base is not None:
@@ -149,7 +151,7 @@ def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
 
 
 def _add(settings: Settings, tree: dict[Any, Any], source: Value, notes: list[str]) -> None:
-    """Settings of a file or an override, over those before them."""
+    """Adds the settings of a file or an override, which replace earlier values."""
     for written, given in keys.flatten(tree, [Config]):
         key, value, note = older.translate(written, given)
         if note:
@@ -166,7 +168,7 @@ def _add(settings: Settings, tree: dict[Any, Any], source: Value, notes: list[st
 
 
 def _older_stages(settings: Settings, path: str, notes: list[str]) -> None:
-    """Puts the forms that 0.1.0 has of a stage in today's."""
+    """Translates stages from the format of version 0.1.0."""
     for name in ("early", "late"):
         prefix = f"train.{name}."
         given = {
@@ -186,12 +188,12 @@ def _older_stages(settings: Settings, path: str, notes: list[str]) -> None:
         implied = given.get("dense")
         for key, value in values.items():
             source = given.get(key, implied) or Value(None, path, None, "default")
-            if key != "objective" or key in given or implied:  # `_with_objective` has the default
+            if key != "objective" or key in given or implied:  # `_with_objective` sets the default
                 settings[prefix + key] = source._replace(value=value)
 
 
 def _with_objective(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings, with the objective that `train.late` has where it is not said."""
+    """Returns the settings with the default objective of `train.late`, if it has none."""
     train = tree.get("train", {})
     if "late" not in train:
         return tree
@@ -207,7 +209,7 @@ def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None
         bare = key != "eval.suites"
         value, elsewhere = paths.resolve(setting.value, kind, setting.folder, bare)
         settings[key] = setting._replace(value=value)
-        if key == "draft.path" or quiet:  # where training leaves its draft, in most cases
+        if key == "draft.path" or quiet:  # usually the folder that training writes
             continue
         notes += [
             f"{setting.file}: {key}: {path} is not beside this file; the one in the working "

@@ -24,8 +24,9 @@ from beagle_jax.config.whole import Config
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of a config file. Nothing is required: another file, or the command line, may
-    have the rest.
+    """Returns the JSON Schema of a config file.
+
+    No setting is required, because an extended file or the command line may set it.
     """
     made = Config.model_json_schema()
     definitions = made["$defs"]
@@ -56,7 +57,7 @@ def schema() -> dict[str, Any]:
 
 
 def _short_late(definitions: dict[str, Any], late: dict[str, Any]) -> dict[str, Any]:
-    """`train.late` as files write it: a word, or the keys of both kinds of stage and `dense`."""
+    """Schema of `train.late` in files: a word, or the keys of both kinds of stage and `dense`."""
     both = {
         **definitions["TestTimeStage"]["properties"],
         **definitions["LateStage"]["properties"],
@@ -76,7 +77,10 @@ def _short_late(definitions: dict[str, Any], late: dict[str, Any]) -> dict[str, 
 
 
 def _short_early(definitions: dict[str, Any], early: dict[str, Any]) -> dict[str, Any]:
-    """`train.early` as files write it: 0.1.0 had more keys there, with one value or no use."""
+    """Schema of `train.early` in files; some keys of version 0.1.0 are accepted too.
+
+    These keys have a single valid value or no effect.
+    """
     definitions["ShortEarlyStage"] = {
         **definitions["EarlyStage"],
         "properties": {
@@ -115,12 +119,12 @@ def _meaning(alias: str) -> str:
 
 
 def schema_text() -> str:
-    """configs/schema.json."""
+    """Returns the text of configs/schema.json."""
     return json.dumps(schema(), indent=1) + "\n"
 
 
 def page() -> str:
-    """docs/reference/settings.md."""
+    """Returns the text of docs/reference/settings.md."""
     lines = [
         "# Settings",
         "",
@@ -211,7 +215,7 @@ def _table(prefix: str, model: type[Section]) -> Iterator[str]:
 
 
 def _values(annotation: Any, metadata: Sequence[Any]) -> str:
-    """A field's type and range in words."""
+    """Returns a field's type and range in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _values(arguments[0], metadata)
@@ -243,12 +247,12 @@ def _yaml(value: Any) -> str:
     return json.dumps(list(value)) if isinstance(value, tuple) else str(value)
 
 
-# What is made, by its path in the repository.
+# Functions that make the generated files, by path in the repository.
 FILES = {"configs/schema.json": schema_text, "docs/reference/settings.md": page}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes both files, or says which of them are not current."""
+    """Writes both files; with --check, only reports those that are not current."""
     parser = argparse.ArgumentParser(prog="python -m beagle_jax.config.schema", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--root", default=".", help="of the repository")

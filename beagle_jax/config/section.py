@@ -1,4 +1,4 @@
-"""What all sections of a config have in common: frozen, strict, and checked by pydantic."""
+"""Base of all sections of a config: frozen, strict, and validated by pydantic."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-# What is kept on disk and used again only where the settings that decide it are the same:
-# the training text and its states, a stage's checkpoints, an evaluation's answers, and the
-# taus that training compares.
+# Results on disk that are reused only if the settings that decide them are unchanged: the training
+# text and its states, the checkpoints of a stage, the answers of an evaluation, and the taus that
+# training compares.
 Result = Literal["text", "stage", "answers", "tau"]
 # input: a file or folder that is read; output: one that is written.
 PathKind = Literal["input", "output"]
@@ -23,10 +23,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def changed(self, **values: Any) -> Self:
-        """This section with other values, checked like a new one.
+        """Returns this section with other values, validated like a new section.
 
-        Raises pydantic.ValidationError for a value that is not allowed. (`model_copy` checks
-        nothing.)
+        `model_copy` validates nothing.
+
+        Raises:
+            pydantic.ValidationError: a value is not allowed.
         """
         own = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**own, **values})
@@ -40,38 +42,38 @@ def setting(
     path: PathKind | None = None,
     **constraints: Any,
 ) -> Any:
-    """A field of a section; `...` as the default makes it required.
+    """Declares a field of a section.
 
     Args:
-        default: its value where a config does not name it.
-        description: what it means, with its unit.
-        affects: results on disk that are of no use once it has another value.
-        path: whether its values name files or folders that are read or written.
-        constraints: of pydantic's `Field`, such as ge=0.
+        default: value if a config does not set it; `...` makes the field required.
+        description: meaning and unit.
+        affects: results on disk that become invalid if the value changes.
+        path: "input" or "output" if the values are files or folders that are read or written.
+        constraints: of pydantic's `Field`, for example ge=0.
     """
     extra: dict[str, Any] = {"affects": list(affects)} | ({"path": path} if path else {})
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def extra_of(section: type[BaseModel], name: str) -> Mapping[str, Any]:
-    """What `setting` noted of a field: "affects", and "path" if it is one."""
+    """Returns the "affects" of a field, and its "path" if it has one, as given to `setting`."""
     extra = section.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else {}
 
 
 def refusal(template: str) -> PydanticCustomError:
-    """An error of a rule.
+    """Returns the error of a validation rule.
 
     Args:
         template: the message. `{at}` stands for the place of the section ("train.late."), `{key}`
-            for the setting's own name; other braces must be doubled.
+            for the dotted key of the setting; other braces must be doubled.
     """
     plain = template.format(at="", key="it")
     return PydanticCustomError("rule", "{plain}", {"template": template, "plain": plain})
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string, and an int may stand for a float; a bool may not."""
+    """Converts an int or a numeric string to float: YAML 1.1 reads 1e-3 as a string."""
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)

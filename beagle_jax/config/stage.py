@@ -1,4 +1,4 @@
-"""Stages of training. Each kind has an objective, and only the settings that it has a use for."""
+"""Stages of training. Each kind has an objective, and only the settings that it uses."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -32,7 +32,7 @@ class EarlyStage(_Stage):
         ge=1,
     )
 
-    # What later stages choose, as it is here.
+    # Settings of the other kinds of stage, with the fixed values of an early stage.
     simulation_steps: ClassVar[int] = 1
     step_weights: ClassVar[tuple[float, ...] | None] = None
     detach: ClassVar[bool] = True

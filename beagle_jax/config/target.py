@@ -9,7 +9,7 @@ from beagle_jax.config.section import Section, setting
 
 
 def _pairs(value: Any) -> Any:
-    """A mapping, or a list of pairs, as pairs: a config is hashable."""
+    """Turns a mapping or a list of pairs into a tuple of pairs, which is hashable."""
     items = value.items() if isinstance(value, dict) else value
     if not isinstance(items, Iterable):
         return value

@@ -81,10 +81,10 @@ class TrainConfig(Section):
 
     @property
     def named_stages(self) -> dict[str, StageConfig]:
-        """All stages in their order, those without steps too, by the name of their checkpoints.
+        """All stages in order, also those without steps, by the name of their checkpoints.
 
         The short form has "early" and "late". A stage of the long form is named after its
-        objective; the second of one objective is "late-2", and so on.
+        objective; the second stage with the same objective is "late-2", and so on.
         """
         if self.stages is None:
             return {"early": self.early, "late": self.late}
@@ -98,18 +98,19 @@ class TrainConfig(Section):
 
     @property
     def stages_to_run(self) -> dict[str, StageConfig]:
-        """`named_stages` that have steps."""
+        """The stages of `named_stages` that have steps."""
         return {name: stage for name, stage in self.named_stages.items() if stage.steps}
 
     def record(self) -> dict[str, Any]:
-        """All values as a dictionary, with each stage under its name: what a draft says of its
-        training.
+        """Returns all values as a dictionary, with each stage under its name.
+
+        A draft stores it as the record of its training.
         """
         shared = self.model_dump(exclude={"early", "late", "stages"})
         return shared | {name: stage.model_dump() for name, stage in self.named_stages.items()}
 
     def place_of(self, name: str) -> str:
-        """The dotted key of a stage of `named_stages`, as a config writes it."""
+        """Returns the dotted key of a stage of `named_stages`, as a config writes it."""
         if self.stages is None:
             return f"train.{name}"
         return f"train.stages[{list(self.named_stages).index(name)}]"

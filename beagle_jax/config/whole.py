@@ -1,4 +1,4 @@
-"""The whole config: its sections, and the rules that hold between them."""
+"""The whole config: its sections, and the rules between settings of different sections."""
 
 from typing import Self
 
@@ -30,7 +30,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_eagle(self) -> Self:
-        """Settings that only Beagle has a meaning for (training/eagle.py)."""
+        """Refuses settings that have no meaning for an EAGLE draft (training/eagle.py)."""
         if self.draft.kind != "eagle":
             return self
         if self.draft.init == "ridge":

@@ -1,4 +1,4 @@
-"""YAML that refuses a key that stands twice."""
+"""Parses YAML, and refuses a mapping that has a key twice."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from beagle_jax.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):
-    """Of two equal keys of a mapping YAML's own would silently take the last."""
+    """Refuses a key that a mapping has twice; yaml.SafeLoader silently takes the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -23,12 +23,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError also for a key that stands twice in one mapping."""
+    """Parses YAML. Raises yaml.YAMLError for invalid text or a key that is there twice."""
     return yaml.load(text, _Loader)
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Key and value of `section.key=value`. Raises UsageError for anything else."""
+    """Splits `section.key=value` into key and value.
+
+    Raises:
+        UsageError: the text has another form, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals:
         raise UsageError(f"override {override!r}: expected section.key=value")
