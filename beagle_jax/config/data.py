@@ -1,4 +1,4 @@
-"""Section `data`: chats to train on, and how the target answers prompts that have no answer."""
+"""Section `data`: chats to train on, and how the target answers prompts."""
 
 from typing import Annotated, Literal, Self
 

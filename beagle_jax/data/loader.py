@@ -87,7 +87,7 @@ class BatchLoader:
             # chat is supervised.
             counting = np.flatnonzero(row.supervised[: length - 1])
             if len(counting):  # else the answer lies after the cut, and the chat is skipped
-                # No prediction depends on tokens after the last position that enters the loss.
+                # The loss does not depend on tokens after the last position that enters it.
                 self._chats.append(
                     _Entry(
                         row.tokens, states_LD, counting, int(counting[-1]) + 1 if pack else length

@@ -39,7 +39,7 @@ def warm_start(
     """Returns fitted parameters to start training from.
 
     params: initial parameters; those that are not fitted are returned unchanged. batch: one chat
-    per row, to fit on; a few thousand tokens are enough.
+    per row, with some thousand tokens to fit on.
     """
     fitted = _local_attention(
         {name: np.array(array) for name, array in params.items()}, spec, embed_VD, batch
