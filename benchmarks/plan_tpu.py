@@ -48,10 +48,10 @@ def row(config: str, topology: str, figures: dict) -> str:
 
 
 def table(entries: dict) -> str:
-    """Formats the table that the README shows."""
+    """Formats the table that docs/results.md shows."""
     head = (
         "| config | chips | mesh | batch | needed on a chip, GiB: early / late | HBM, GiB | "
-        "fits |\n|---|---|---|---|---|---|---|"
+        "fits |\n| -- | -- | -- | -- | -- | -- | -- |"
     )
     return "\n".join(
         [head, *(row(*entry.split(), figures) for entry, figures in sorted(entries.items()))]

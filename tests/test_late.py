@@ -138,7 +138,7 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
     def wrong(self, h, at):
         return right(self, h, at + (h.shape[1] == 1))
 
-    monkeypatch.setattr(late.BeagleBlock, "keys_values", wrong)
+    monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
     with pytest.raises(AssertionError):
         _compare(row, 4, 4, True, [2], plant="late key")
 
