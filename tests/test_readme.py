@@ -187,8 +187,6 @@ def test_every_line_is_run_here_or_dry_run_elsewhere():
         "source .venv/bin/activate",
         "export JAX_COMPILATION_CACHE_DIR=~/.cache/beagle_jax/xla",
         "bash launch/local_cpu.sh train --config configs/quickstart.yaml train.folder=runs/mesh",
-        # tests/test_experiments.py runs it, in its toy form
-        "python experiments/run.py experiments/paper.yaml",
     ]
 
 
