@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 from decode_cases import MARKOV, random_draft, right_draft, round_of, run, start, target_of
 
+from beagle_jax.decoding import trained
 from beagle_jax.decoding.draft import grow
 from beagle_jax.decoding.drafter import Known
 from beagle_jax.decoding.round import Round
@@ -96,10 +97,9 @@ def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
     def wrong(self, h, at):
         return right(self, h, at + (h.shape[1] == 1))
 
-    monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
+    # Training keeps the right block: it takes the kind's own.
     monkeypatch.setattr(
-        "beagle_jax.training.late.BeagleBlock",
-        type("Right", (BeagleBlock,), {"keys_values": right}),
+        trained, "BeagleBlock", type("Wrong", (BeagleBlock,), {"keys_values": wrong})
     )
     with pytest.raises(AssertionError):
         _compare_with_training(5, 3, "late")

@@ -83,7 +83,13 @@ def _differences(pair, change=lambda spec, params: (spec, params)):
         params, {name: x for name, (x, _) in expected.items()}
     )
     assert found.keys() == expected.keys()
-    return {name: float(np.abs(found[name] - out).max()) for name, (_, out) in expected.items()}
+    # Rounding grows with what is rounded: above 25 a difference counts as a share of the largest
+    # output. Gemma 1's blocks reach 95, and differ by 2e-6 of that.
+    scales = {name: max(1.0, float(np.abs(out).max()) / 25) for name, (_, out) in expected.items()}
+    return {
+        name: float(np.abs(found[name] - out).max()) / scales[name]
+        for name, (_, out) in expected.items()
+    }
 
 
 @each_family
