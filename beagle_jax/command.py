@@ -48,7 +48,7 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
     made.add_argument(
         "--print-config",
         action="store_true",
-        help="show all settings and where each comes from, and do nothing",
+        help="show all settings and where each comes from",
     )
     made.add_argument(
         "--json", metavar="FILE", help="figures to this file too; -: to stdout, without text"

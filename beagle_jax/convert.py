@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "convert",
         "Take drafts to PyTorch and back; write a target so that it loads fast (to-jax).",
-        "python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out exported",
+        "python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
     made.add_argument(

@@ -209,7 +209,7 @@ def test_elsewhere_the_project_is_cloned_from_the_address_given(how, monkeypatch
 
 def test_a_clone_that_was_made_before_is_used_again(monkeypatch, tmp_path):
     (tmp_path / "beagle_jax_clone" / "beagle_jax").mkdir(parents=True)
-    (tmp_path / "beagle_jax_clone" / "beagle_jax" / "config.py").touch()
+    (tmp_path / "beagle_jax_clone" / "beagle_jax" / "__init__.py").touch()
     [pip] = install(monkeypatch, tmp_path)
     assert pip[-1] == str(tmp_path / "beagle_jax_clone")
 

@@ -14,7 +14,7 @@ from decode_cases import letters, next_stop, random_draft, random_eagle, target_
 
 from beagle_jax.config import TargetConfig
 from beagle_jax.data.states import states_at
-from beagle_jax.decoding import loop
+from beagle_jax.decoding import engine
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import chain
@@ -69,8 +69,8 @@ def test_a_precision_that_the_user_has_set_stands(on_tpu):
 def test_decoding(on_tpu, make, sampling):
     """Stop tokens of its own: the program is traced here and for nobody else."""
     decoder = SpeculativeDecoder(target_of(eos_ids=next_stop()), make(), chain(2))
-    models, shapes, state = decoder.prefilled([1, 2, 3], sampling, max_new_tokens=4)
-    assert _precisions(loop.decode, models, shapes, state, jnp.int32(2)) == ALL_BITS
+    now, state = decoder.prefilled([[1, 2, 3]], sampling, max_new_tokens=4)
+    assert _precisions(engine.advance, now, state, jnp.int32(2), jnp.int32(1)) == ALL_BITS
 
 
 def test_what_runs_the_target_one_by_one(on_tpu):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from safetensors.numpy import save_file
 
 from beagle_jax.config import TargetConfig
 from beagle_jax.errors import UserError
@@ -88,5 +89,5 @@ def test_without_a_shape_the_source_is_read(tmp_path, shape_of):
     folder = tmp_path / "target"
     folder.mkdir()
     path.rename(folder / "config.json")
-    (folder / "model.safetensors").touch()
+    save_file({}, folder / "model.safetensors")
     assert planned_spec(TargetConfig(source=str(folder))) == TINY

@@ -101,10 +101,7 @@ class AnswerLog:
 
 def _case(record: dict[str, Any]) -> Case:
     turns = tuple(
-        {
-            name: Asked(entry["prompt"], _answer(entry["answer"]))
-            for name, entry in turn.items()
-        }
+        {name: Asked(entry["prompt"], _answer(entry["answer"])) for name, entry in turn.items()}
         for turn in record["turns"]
     )
     return Case(record["suite"], record["number"], record["category"], turns)
