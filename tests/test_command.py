@@ -331,5 +331,5 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
     ]
     one_device, eight = ([line for line in log if "loss" in line] for log in logs)
     assert len(eight) == 3
-    for one, many in zip(one_device, eight, strict=True):
+    for one, many in zip(one_device[: len(eight)], eight, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
