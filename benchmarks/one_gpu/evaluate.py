@@ -26,8 +26,10 @@ def suites_of(config: Config, settings: Settings) -> list[str]:
     """
     if settings.suites is not None:
         return settings.suites
-    folder = Path(config.eval.folder).expanduser()
-    there = [name for name, made in SUITES.items() if (folder / made.file).exists()]
+    there: list[str] = []  # a machine without a network has those of `eval.folder` alone
+    if config.eval.folder is not None:
+        folder = Path(config.eval.folder).expanduser()
+        there = [name for name, made in SUITES.items() if (folder / made.file).exists()]
     named = [name for name in config.eval.suites if name not in SUITES or name in there]
     return list(dict.fromkeys([*named, *there]))
 
