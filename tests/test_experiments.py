@@ -402,7 +402,7 @@ def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
         assert (folder / "results" / f"{name}.png").exists() == (
             tree["figures"][name]["kind"] != "table"
         )
-    assert "the window 0" in made["fig4"]["not_run"]["window-5"]
+    assert "train.early.window is 0" in made["fig4"]["not_run"]["window-5"]
     assert [point["step"] for point in made["fig6"]["runs"]["beagle"]["curve"]] == [1, 2]
     assert [point["step"] for point in made["fig3"]["runs"]["beagle-longer"]["curve"]] == [
         2,
