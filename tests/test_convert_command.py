@@ -343,6 +343,6 @@ def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit):
         run_main(convert.main, ["--help"])
     assert (
-        "example:\n  python -m beagle_jax.convert --config configs/smollm2_135m.yaml to-torch --out"
+        "example:\n  python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out"
         in capsys.readouterr().out
     )
