@@ -315,3 +315,14 @@ def test_a_template_that_changes_the_question_has_no_header(tokenizer, using):
     using(CHATML.replace("m['content']", "m['content'] | replace('\u2603', '*')"))
     with pytest.raises(UserError, match="does not contain the user's text unchanged"):
         user_header(tokenizer)
+
+
+def test_what_a_template_reads_is_found_under_the_extensions_of_transformers(tokenizer, using):
+    using(
+        "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{{ m.name }}"
+        "{% endfor %}"
+    )
+    assert "name" in template_reads(tokenizer)
+    using("{% for m in messages %}")
+    with pytest.raises(UserError, match="the target's chat template cannot be read"):
+        template_reads(tokenizer)

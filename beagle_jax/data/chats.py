@@ -28,12 +28,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from beagle_jax.config import DataConfig
 from beagle_jax.data.records import file_records
 from beagle_jax.errors import UserError
 
 Message = dict[str, Any]  # role, content, and other fields that the chat template may read
 
-MAX_BAD_SHARE = 0.2  # default of data.max_bad_share
+MAX_BAD_SHARE: float = DataConfig.model_fields["max_bad_share"].default
 _EARLY_LOOK = 1000  # records after which an unusable source fails early
 _NAMED = 3  # records reported for each fault
 

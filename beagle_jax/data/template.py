@@ -54,12 +54,7 @@ def prompt_tokens(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def chat_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    chat: Chat,
-    eos_ids: Sequence[int],
-    variables: Mapping[str, Any] | None = None,
-) -> list[Row]:
+def chat_rows(tokenizer: PreTrainedTokenizerBase, chat: Chat, eos_ids: Sequence[int]) -> list[Row]:
     """Returns tokens and supervision of a chat with answers: one row, or one row per answer.
 
     The span of an answer is the text that the template adds after the generation prompt, up to the
@@ -72,11 +67,11 @@ def chat_rows(
         UserError: as `render`.
     """
     spans = [
-        _span(tokenizer, chat, index, variables)
+        _span(tokenizer, chat, index)
         for index, message in enumerate(chat.messages)
         if message["role"] == "assistant" and index not in chat.untrained
     ]
-    whole = render(tokenizer, chat.messages, False, chat.where, _variables(chat, variables))
+    whole = render(tokenizer, chat.messages, False, chat.where, chat.variables)
     if all(whole.startswith(span.text) for span in spans):
         rows = [_row(tokenizer, whole, spans, eos_ids)]
     else:
@@ -94,20 +89,10 @@ class _Span(NamedTuple):
     begin: int
 
 
-def _variables(chat: Chat, variables: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {**(variables or {}), **chat.variables}
-
-
-def _span(
-    tokenizer: PreTrainedTokenizerBase,
-    chat: Chat,
-    index: int,
-    variables: Mapping[str, Any] | None,
-) -> _Span:
+def _span(tokenizer: PreTrainedTokenizerBase, chat: Chat, index: int) -> _Span:
     """Returns the answer in message `index`, rendered as the last message of its chat."""
-    known = _variables(chat, variables)
-    before = render(tokenizer, chat.messages[:index], True, chat.where, known)
-    through = render(tokenizer, chat.messages[: index + 1], False, chat.where, known)
+    before = render(tokenizer, chat.messages[:index], True, chat.where, chat.variables)
+    through = render(tokenizer, chat.messages[: index + 1], False, chat.where, chat.variables)
     if not through.startswith(before):
         raise BadRecord(
             "the chat template renders an answer differently than its generation prompt begins "
@@ -201,7 +186,11 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def template_reads(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Returns the names of all variables and fields that the template reads."""
-    tree = Environment(extensions=[_Generation]).parse(_template(tokenizer))
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]  # those that transformers has
+    try:
+        tree = Environment(extensions=extensions).parse(_template(tokenizer))
+    except TemplateError as error:
+        raise UserError(f"the target's chat template cannot be read ({error})") from error
     names = {node.name for node in tree.find_all(nodes.Name)}
     names |= {node.attr for node in tree.find_all(nodes.Getattr)}
     fields = [node.arg for node in tree.find_all(nodes.Getitem)]
