@@ -67,7 +67,7 @@ class BatchLoader:
         share: Share = ALONE,
         pack: bool = False,
         taps: int = 0,
-    ):
+    ) -> None:
         """Selects the chats that enter the loss and assigns them to rows.
 
         states: [length, D] of each chat, as `states.target_states` returns them; None: batches have
@@ -180,7 +180,7 @@ class BatchLoader:
     def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
         """Returns the states of each row's chats, zeros in the padding; None without states."""
 
-        def read(chat):
+        def read(chat: _Entry) -> np.ndarray:
             return np.asarray(chat.states_LD)[: chat.length]
 
         if self._chats[0].states_LD is None:

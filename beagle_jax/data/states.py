@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from beagle_jax.data.template import Row
@@ -53,7 +54,7 @@ class StoredStates:
     dtype: str  # on disk
     crc: int | None  # None for files of versions that stored no CRC
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         wanted = self.shape[0] * record_bytes(self.shape[1], self.dtype)
         with self.path.open("rb") as stream:
             stream.seek(self.start)
