@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
@@ -105,7 +106,7 @@ def head(params: Params) -> jax.Array:
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
-def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
+def embed(embed_VD: jax.Array, tokens: AnyArray, scale: float = 1.0) -> jax.Array:
     """Returns embedding vectors e(x) [*tokens.shape, D].
 
     scale: the target's `embed_scale`.
@@ -181,7 +182,7 @@ class Forward:
 def forward(
     params: Params,
     spec: TargetSpec,
-    tokens_BT: jax.Array,
+    tokens_BT: AnyArray,
     positions_BT: jax.Array,
     mask_BTT: jax.Array,
     cache: Sequence[KVRows] | None = None,
