@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
@@ -70,8 +71,8 @@ class StoredStates:
 def states_at(
     params: Params,
     spec: TargetSpec,
-    tokens_BL: jax.Array,
-    length_BC: jax.Array,
+    tokens_BL: AnyArray,
+    length_BC: AnyArray,
     taps: tuple[int, ...] = (),
 ) -> jax.Array:
     """Computes the target's states [B, L, D]; chats of a row do not attend to each other.
@@ -98,8 +99,8 @@ _states = partial(jax.jit, static_argnames=("spec", "taps"))(states_at)
 def states_in_memory(
     params: Params,
     spec: TargetSpec,
-    tokens_BL: np.ndarray,
-    length_BC: np.ndarray,
+    tokens_BL: AnyArray,
+    length_BC: AnyArray,
     taps: tuple[int, ...] = (),
 ) -> np.ndarray:
     """Computes `states_at` a few rows at a time, into host memory; for small inputs."""
