@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
 from beagle_jax.decoding.tree import Tree
@@ -52,7 +53,7 @@ class TreeDrafter(Drafter):
     ids_V: the token that each of its logits stands for; None: logit v is of token v.
     """
 
-    ids_V: jax.Array | None = None
+    ids_V: AnyArray | None = None
 
     def level(self, state: State, frontier: Frontier) -> LevelOutput:
         """Predicts one level. True states are in `state`, predicted ones in the frontier."""
@@ -149,7 +150,7 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
     return best_BTk.reshape(B, T * k), score_BTk.reshape(B, T * k)
 
 
-def _tokens(ids_V: jax.Array | None, index: jax.Array) -> jax.Array:
+def _tokens(ids_V: AnyArray | None, index: jax.Array) -> jax.Array:
     """The tokens that indices of the draft's logits stand for."""
     return (index if ids_V is None else ids_V[index]).astype(jnp.int32)
 

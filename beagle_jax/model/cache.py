@@ -66,7 +66,7 @@ def _write(
 ) -> jax.Array:
     rows = rows.astype(cache.dtype)
 
-    def corner(row, start):
+    def corner(row: AnyArray | int, start: AnyArray) -> tuple[AnyArray | int, ...]:
         return tuple(start if axis == token_axis else row if axis == 0 else 0 for axis in range(4))
 
     if rows.shape[0] <= _UNROLL_ROWS:
@@ -78,7 +78,7 @@ def _write(
         return cache
     if row_R is None:
 
-        def update(old, new, start):
+        def update(old: jax.Array, new: jax.Array, start: AnyArray) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new, corner(0, start)[1:])
 
         return jax.vmap(update)(cache, rows, start_R)
