@@ -240,10 +240,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
 
 
 def make_steps(
-    spec: DraftSpec,
-    config: TrainConfig,
-    stage: StageConfig,
-    mesh: Mesh,
+    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh
 ) -> tuple[
     Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]
 ]:
@@ -290,13 +287,9 @@ def make_steps(
     shapes = spec.param_shapes().items()
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
     where = shardings(jax.eval_shape(init, params), mesh)
+    inputs, outputs = (where, None, rows(mesh), None), (where, whole(mesh))
     return (
-        jax.jit(
-            train_step,
-            donate_argnums=0,
-            in_shardings=(where, None, rows(mesh), None),
-            out_shardings=(where, whole(mesh)),
-        ),
+        jax.jit(train_step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs),
         jax.jit(
             eval_step, in_shardings=(where.params, None, rows(mesh)), out_shardings=whole(mesh)
         ),
