@@ -5,7 +5,9 @@ beagle_jax/commands.
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from beagle_jax import terminal
 from beagle_jax.config import Config, resolve_config
@@ -16,10 +18,10 @@ from beagle_jax.errors import UsageError
 class _Parser(argparse.ArgumentParser):
     """argparse with UsageError for its errors, and options anywhere between the overrides."""
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         return self.parse_intermixed_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.color = (
             False  # Python 3.14 colours the usage if stdout is a terminal, but this goes to stderr
         )

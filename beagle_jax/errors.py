@@ -27,7 +27,7 @@ class PromptError(UserError):
 class ContextFull(PromptError):
     """A prompt that leaves no room for an answer."""
 
-    def __init__(self, length: int, limit: int):
+    def __init__(self, length: int, limit: int) -> None:
         """length: tokens of the prompt. limit: tokens of the context."""
         super().__init__(
             f"the prompt has {length} tokens and the context ends at {limit}, which leaves no "

@@ -10,7 +10,7 @@ the collectives. A dimension that its axis does not divide is not split.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.tensors import ARRAYS, Tensor
+
+T = TypeVar("T")
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 _ROWS = (DATA, FSDP)  # the axes over which a batch is split
@@ -90,7 +92,7 @@ def check_rows(batch: int, mesh: Mesh) -> None:
         )
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns the sharding of each array in a tree.
 
     Parameters and their optimizer state are sharded by name; other arrays are replicated.
@@ -100,12 +102,12 @@ def shardings(tree, mesh: Mesh):
     )
 
 
-def place(tree, mesh: Mesh | None):
+def place(tree: T, mesh: Mesh | None) -> T:
     """Places arrays as `shardings` says; returns them unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
-def born(make: Callable, mesh: Mesh, *arguments):
+def born(make: Callable[..., T], mesh: Mesh, *arguments: Any) -> T:
     """Runs `make(*arguments)` and creates each array of its result already sharded.
 
     No device ever holds more than its part.
@@ -123,7 +125,7 @@ def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
     return NamedSharding(mesh, _divided(axes, tensor.shape, mesh))
 
 
-def replicate(tree, mesh: Mesh | None):
+def replicate(tree: T, mesh: Mesh | None) -> T:
     """Copies every array to every device; returns the tree unchanged without a mesh."""
     return tree if mesh is None else jax.device_put(tree, whole(mesh))
 
@@ -166,7 +168,7 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
 
 
-def place_rows(batch, mesh: Mesh):
+def place_rows(batch: T, mesh: Mesh) -> T:
     """Places a batch of host arrays on the devices.
 
     With several processes, each passes the rows that `share_of_rows` gives it.
@@ -208,12 +210,12 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
     """
     vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
 
-    def first_token(size):
+    def first_token(size: int) -> jax.Array | int:
         return jax.lax.axis_index(TENSOR) * size if vocabulary else 0
 
     share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
 
-    def on_all(head_VD, *arrays_M):
+    def on_all(head_VD: jax.Array, *arrays_M: jax.Array) -> Any:
         specs = (P(vocabulary or None), *(P(_ROWS) for _ in arrays_M))
         return jax.shard_map(
             partial(function, share), mesh=mesh, in_specs=specs, out_specs=P(_ROWS), check_vma=False
@@ -225,7 +227,7 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
 def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
     """Returns the shardings of keys and values, which are split by head."""
 
-    def put(x):
+    def put(x: jax.Array) -> Any:  # in the place of the array
         return NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
 
     return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]

@@ -4,6 +4,7 @@ exists.
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,55 @@ def test_a_citation_that_leads_nowhere_is_seen():
     assert known == {"1", "1.2", "13", "13.1", "13.2"}, known
     assert dangling("see method.md 1.2,\n    # 13.2 and method.md 1", known) == []
     assert dangling("method.md 13.3; method.md 2; product.md", known) == ["13.3", "2", "product.md"]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+
+
+def switched_off(mypy: dict) -> list[str]:
+    """What mypy's settings leave unchecked: error codes, and modules whose errors are ignored."""
+    sections = [mypy, *mypy.get("overrides", [])]
+    codes = [code for section in sections for code in section.get("disable_error_code", [])]
+    return codes + [
+        str(section.get("module")) for section in sections if "ignore_errors" in section
+    ]
+
+
+def test_mypy_checks_everything():
+    mypy = project()["mypy"]
+    assert switched_off(mypy) == []
+    assert mypy["disallow_untyped_defs"] and mypy["disallow_incomplete_defs"]
+
+
+def test_a_code_that_is_switched_off_is_seen():
+    override = {"module": "beagle_jax.x", "disable_error_code": ["index"]}
+    assert switched_off({"overrides": [override]}) == ["index"]
+    assert switched_off({"overrides": [{"module": "x", "ignore_errors": True}]}) == ["x"]
+
+
+def not_shipped(package_data: dict[str, list[str]]) -> list[str]:
+    """Files of the package that are neither Python nor package data, by the setuptools settings."""
+    shipped = {
+        path
+        for package, patterns in package_data.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    files = [path for path in (ROOT / "beagle_jax").rglob("*") if path.is_file()]
+    return [
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.suffix not in (".py", ".pyc") and path not in shipped
+    ]
+
+
+def test_a_built_package_has_every_file():
+    package_data = project()["setuptools"]["package-data"]
+    assert not_shipped(package_data) == []
+    assert (ROOT / "beagle_jax" / "py.typed").exists()
+
+
+def test_a_file_that_a_built_package_lacks_is_seen():
+    package_data = project()["setuptools"]["package-data"]
+    assert not_shipped(package_data | {"beagle_jax": []}) == ["beagle_jax/py.typed"]

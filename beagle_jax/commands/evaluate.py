@@ -9,6 +9,7 @@ from pathlib import Path
 from beagle_jax.config import Config, Identity
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.fingerprint import fingerprints
+from beagle_jax.data.template import decoded
 from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
@@ -139,7 +140,7 @@ def _settings(
         for name, draft in drafts.items()
     }
 
-    def digest(chats):
+    def digest(chats: Sequence[Chat]) -> str:
         return hashlib.sha256(
             json.dumps([(chat.messages, chat.later, chat.kind) for chat in chats]).encode()
         ).hexdigest()
@@ -199,7 +200,7 @@ def _pictures(
         plot_tree(
             max(played, key=lambda entry: len(entry.path)),
             pictures["A drafted tree"],
-            lambda token: bench.tokenizer.decode([token]),
+            lambda token: decoded(bench.tokenizer, [token]),
         )
     looked = attention(decoder, prompt, max_new_tokens=min(bench.max_new_tokens, _SHOWN_TOKENS))
     if looked is not None:

@@ -140,9 +140,12 @@ def stage_figures(
         "steps": steps,
         "tokens_a_step": config.train.batch * config.train.row_tokens,
     }
-    figures["fits"] = (
-        False if cost.refusal else None if memory is None else cost.compiler_total <= memory
-    )
+    if cost.refusal:
+        figures["fits"] = False
+    elif memory is None or cost.compiler_total is None:
+        figures["fits"] = None
+    else:
+        figures["fits"] = cost.compiler_total <= memory
     chip = chip_of(devices[0].device_kind)
     if chip and chip.bfloat16:
         rate = _UTILISATION * chip.bfloat16 * len(devices)

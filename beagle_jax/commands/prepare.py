@@ -63,4 +63,5 @@ def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
     figures = [
         {"tokens": row.tokens, "supervised": [int(flag) for flag in row.supervised]} for row in rows
     ]
+    assert sys.__stdout__ is not None  # the command's own, as nothing else is printed
     return preview(rows, tokenizer, sys.__stdout__), figures

@@ -68,7 +68,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
     target_spec, made_with = target.spec, provenance(config, rows, target.revision)
 
-    def draft_of(params, **more):
+    def draft_of(params: dict[str, jax.Array], **more: object) -> Draft:
         return Draft(spec, params, hot_ids, made_with | more)
 
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
@@ -172,7 +172,7 @@ def best_draft(
             "tokens": measured.tokens - len(answers),
         }  # tokens of the prefill belong to no round
 
-    def keep(params, figures):
+    def keep(params: dict[str, jax.Array], figures: dict) -> None:
         return save_draft(_best_folder(config), draft_of(params, best=figures))
 
     return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
@@ -204,20 +204,16 @@ def loaders(
             f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; "
             "lower it"
         )
-    settings = dict(
+    loader = partial(
+        BatchLoader,
         batch=config.train.batch,
         row_tokens=config.train.row_tokens,
         seed=config.train.seed,
         share=Share(*share_of_rows(mesh)),
-        pack=config.train.pack,
         taps=taps,
     )
-    training = BatchLoader(rows[:cut], states and states[:cut], **settings)
-    held_out = (
-        BatchLoader(rows[cut:], states and states[cut:], **settings | {"pack": False})
-        if config.log.eval_rows
-        else None
-    )
+    training = loader(rows[:cut], states and states[:cut], pack=config.train.pack)
+    held_out = loader(rows[cut:], states and states[cut:]) if config.log.eval_rows else None
     unpacked = f" ({training.padding_unpacked:.0%} without train.pack)" if config.train.pack else ""
     print(
         f"{cut - training.left_out} chats, {supervised_tokens(rows[:cut]):,} answer tokens, "
@@ -314,6 +310,7 @@ def first_params(
         return born(fresh, mesh, key)
     sample = training.sample(FIT_ROWS)
     if sample.inputs_BLI is None:
+        assert frozen.model is not None and frozen.spec is not None  # states are computed online
         inputs_BLI = states_in_memory(frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC)
         sample = sample._replace(inputs_BLI=inputs_BLI)
     return place(WARM_STARTS[spec.kind](fresh(key), spec, frozen.embed_VD, sample), mesh)

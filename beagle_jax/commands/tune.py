@@ -63,38 +63,38 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     )
 
 
-def table(found: Tuning) -> str:
+def table(tuning: Tuning) -> str:
     """Formats the measurements and the best trees."""
     lines = [
         machine(),
         "",
         "verify, ms:      "
-        + "  ".join(f"{rows}: {ms:.1f}" for rows, ms in found.verify_ms.items()),
+        + "  ".join(f"{rows}: {ms:.1f}" for rows, ms in tuning.verify_ms.items()),
     ]
     lines += [
         "draft, ms:       "
         + "  ".join(
-            f"topk {topk}: {found.draft_ms[1, topk]:.1f} + "
-            f"{found.draft_ms[2, topk] - found.draft_ms[1, topk]:.1f} a level"
-            for topk in sorted({k for _, k in found.draft_ms})
+            f"topk {topk}: {tuning.draft_ms[1, topk]:.1f} + "
+            f"{tuning.draft_ms[2, topk] - tuning.draft_ms[1, topk]:.1f} a level"
+            for topk in sorted({k for _, k in tuning.draft_ms})
         )
     ]
-    lines += ["", f"right token by rank, {found.places} places (share of those right above):"]
+    lines += ["", f"right token by rank, {tuning.places} places (share of those right above):"]
     lines += [
         f"  depth {depth + 1}:  " + "  ".join(f"{share:.2f}" for share in row)
-        for depth, row in enumerate(found.rank_share)
+        for depth, row in enumerate(tuning.rank_share)
     ]
     lines += ["", "levels  topk  nodes    tau   ms/round   tok/s   against plain"]
-    plain = found.plain_tokens_per_second
-    for choice in found.choices[:_SHOWN]:
+    plain = tuning.plain_tokens_per_second
+    for choice in tuning.choices[:_SHOWN]:
         lines.append(
             f"{choice.levels:6d}{choice.topk:6d}{choice.nodes:7d}{choice.tau:7.2f}{choice.milliseconds:11.1f}"
             f"{choice.tokens_per_second:8.1f}{choice.tokens_per_second / plain:11.2f}x"
         )
-    lines.append(f" plain{'':13}{1:7.2f}{found.verify_ms[1]:11.1f}{plain:8.1f}{1:11.2f}x")
-    best = found.choices[0]
+    lines.append(f" plain{'':13}{1:7.2f}{tuning.verify_ms[1]:11.1f}{plain:8.1f}{1:11.2f}x")
+    best = tuning.choices[0]
     if best.tokens_per_second <= plain:
-        dear = best.milliseconds / found.verify_ms[1]
+        dear = best.milliseconds / tuning.verify_ms[1]
         lines.append(
             f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings "
             f"{best.tau:.2f} tokens; decode plainly, or train the draft further"

@@ -64,7 +64,7 @@ def _explain(problem: ErrorDetails, whole: type[Section]) -> tuple[str, UsageErr
 class _Place:
     """The dotted key and the field at the location of an error."""
 
-    def __init__(self, whole: type[Section], location: Sequence[int | str]):
+    def __init__(self, whole: type[Section], location: Sequence[int | str]) -> None:
         self.models: list[type[Section]] = [whole]
         self.key = self.prefix = self.name = ""
         self.field: FieldInfo | None = None

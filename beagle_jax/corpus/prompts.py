@@ -10,7 +10,7 @@ from beagle_jax.config import DataConfig
 from beagle_jax.corpus.writer import Writer
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.share import Share
-from beagle_jax.data.template import Row, prompt_tokens, user_header
+from beagle_jax.data.template import Row, decoded, prompt_tokens, user_header
 from beagle_jax.errors import UserError
 
 # Generated prompts: sampled at high temperature for variety, kept only if they end in a stop token.
@@ -59,7 +59,7 @@ def self_written_prompts(
                 on_tokens=bar.update,
             )
             texts = [
-                tokenizer.decode(answer.tokens[:-1]).strip()
+                decoded(tokenizer, answer.tokens[:-1]).strip()
                 for answer in made
                 if answer.tokens[-1] in eos_ids
             ]

@@ -74,7 +74,9 @@ def _within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[i
 
     This is the text that a new folder would have.
     """
-    selected, have, processes = {}, Counter(), filled_by(config.folder)
+    selected: dict[int, list[Row]] = {}
+    have: Counter[int] = Counter()  # answer tokens by process
+    processes = filled_by(config.folder)
     for number, rows in sorted(parts.items()):
         share = Share(number % processes, processes)
         if have[share.index] < _budget(config, share):
@@ -135,9 +137,10 @@ def _write_share(
         )
     else:
         chats = islice(source_chats(config), share.index, None, share.count)
-        rows = source_rows(config, chats, tokenizer, eos_ids)
-        groups = _in_groups(islice(rows, sum(map(len, mine)), None))
-    part, waiting = share.index + share.count * len(mine), []
+        from_source = source_rows(config, chats, tokenizer, eos_ids)
+        groups = _in_groups(islice(from_source, sum(map(len, mine)), None))
+    part = share.index + share.count * len(mine)
+    waiting: list[Row] = []
     with tqdm(total=budget, initial=have, desc="training text", unit="tok", smoothing=0.05) as bar:
         while have < budget:
             waiting = waiting or next(groups, [])
@@ -182,12 +185,15 @@ def _write_group(
     bar.update(supervised_tokens(given))
     written: list[Answer] = []
     if prompts:
-        settings = dict(
-            max_new=config.max_answer_tokens,
-            temperature=config.temperature,
-            seed=config.seed + part,
+        written = list(
+            write(
+                prompts,
+                max_new=config.max_answer_tokens,
+                temperature=config.temperature,
+                seed=config.seed + part,
+                on_tokens=bar.update,
+            )
         )
-        written = list(write(prompts, **settings, on_tokens=bar.update))
     rows = given + [_row(prompts[answer.index], answer.tokens) for answer in written]
     if written and not given and config.states == "disk":
         keep_states(

@@ -14,9 +14,17 @@ from beagle_jax.weights.target import Target
 class Answer(Protocol):
     """What the target generated for one prompt (decoding/writer.py)."""
 
-    index: int  # index of the prompt
-    tokens: list[int]
-    states_LD: np.ndarray  # the target's states over prompt and answer
+    @property
+    def index(self) -> int:
+        """Index of the prompt."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The generated tokens."""
+
+    @property
+    def states_LD(self) -> np.ndarray:
+        """The target's states over prompt and answer."""
 
 
 class Writer(Protocol):
@@ -38,7 +46,7 @@ class TargetWriter:
 
     def __init__(
         self, target: Target, config: DataConfig, before_first: Callable[[], object] = lambda: None
-    ):
+    ) -> None:
         """Makes a writer that has not written yet.
 
         before_first: called once, before the target generates for the first time.

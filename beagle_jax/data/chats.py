@@ -162,7 +162,7 @@ def _read_file(path: Path, max_bad_share: float) -> list[Chat]:
 class LeftOut:
     """Counts the skipped records of a source by fault; too many of them are an error."""
 
-    def __init__(self, source: str, max_bad_share: float, report: Callable[[str], object]):
+    def __init__(self, source: str, max_bad_share: float, report: Callable[[str], object]) -> None:
         self._source, self._max_bad_share, self._report = source, max_bad_share, report
         self._places: dict[str, list[str]] = {}  # fault -> places of its first records
         self._counts: dict[str, int] = {}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.states import StoredStates
 from beagle_jax.data.template import Row
@@ -24,17 +25,17 @@ class Batch(NamedTuple):
     at its position first_BC; the T queries of a row are those of its chats, one after another.
     """
 
-    tokens_BL: np.ndarray  # int32
+    tokens_BL: AnyArray  # int32
     # the draft's inputs from the target, zeros in the padding: states after the final norm, or the
     # concatenated taps of the draft. None: computed inside the step
-    inputs_BLI: np.ndarray | None
-    counts_BT: np.ndarray  # bool: the query enters the loss (method.md 5.2)
-    length_BC: np.ndarray  # int32: tokens of each chat; 0 if the row has fewer chats
-    first_BC: np.ndarray  # int32: first position of the chat that enters the loss
-    targets_BLD: np.ndarray | None = None  # states after the final norm; None: same as inputs_BLI
+    inputs_BLI: AnyArray | None
+    counts_BT: AnyArray  # bool: the query enters the loss (method.md 5.2)
+    length_BC: AnyArray  # int32: tokens of each chat; 0 if the row has fewer chats
+    first_BC: AnyArray  # int32: first position of the chat that enters the loss
+    targets_BLD: AnyArray | None = None  # states after the final norm; None: same as inputs_BLI
 
     @property
-    def predicted_BLD(self) -> np.ndarray | None:
+    def predicted_BLD(self) -> AnyArray | None:
         """States that the draft predicts; the target's logits are computed from them."""
         return self.inputs_BLI if self.targets_BLD is None else self.targets_BLD
 
@@ -67,7 +68,7 @@ class BatchLoader:
         share: Share = ALONE,
         pack: bool = False,
         taps: int = 0,
-    ):
+    ) -> None:
         """Selects the chats that enter the loss and assigns them to rows.
 
         states: [length, D] of each chat, as `states.target_states` returns them; None: batches have
@@ -152,23 +153,17 @@ class BatchLoader:
     def _fill(self, lines: Sequence[Sequence[int]]) -> Batch:
         """Builds a batch from the chats of each row, given by index."""
         B, C = len(lines), self._most_chats
-        batch = Batch(
-            tokens_BL=np.zeros((B, self._width), np.int32),
-            inputs_BLI=None,
-            counts_BT=np.zeros((B, self._queries), bool),
-            length_BC=np.zeros((B, C), np.int32),
-            first_BC=np.zeros((B, C), np.int32),
-        )
+        tokens_BL = np.zeros((B, self._width), np.int32)
+        counts_BT = np.zeros((B, self._queries), bool)
+        length_BC, first_BC = np.zeros((B, C), np.int32), np.zeros((B, C), np.int32)
         for line, members in enumerate(lines):
             slot = query = 0
             for place, chat in enumerate(self._chats[index] for index in members):
-                batch.length_BC[line, place], batch.first_BC[line, place] = (
-                    chat.length,
-                    chat.counting[0],
-                )
-                batch.tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
-                batch.counts_BT[line, query + chat.counting - chat.counting[0]] = True
+                length_BC[line, place], first_BC[line, place] = chat.length, chat.counting[0]
+                tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
+                counts_BT[line, query + chat.counting - chat.counting[0]] = True
                 slot, query = slot + chat.length, query + chat.queries
+        batch = Batch(tokens_BL, None, counts_BT, length_BC, first_BC)
         states_BLI = self._states(lines)
         if states_BLI is None or not self._taps:
             return batch._replace(inputs_BLI=states_BLI)
@@ -180,7 +175,7 @@ class BatchLoader:
     def _states(self, lines: Sequence[Sequence[int]]) -> np.ndarray | None:
         """Returns the states of each row's chats, zeros in the padding; None without states."""
 
-        def read(chat):
+        def read(chat: _Entry) -> np.ndarray:
             return np.asarray(chat.states_LD)[: chat.length]
 
         if self._chats[0].states_LD is None:

@@ -11,18 +11,18 @@ T = TypeVar("T")
 AHEAD = 2  # batches that are ready or being read
 
 
-def read_ahead(read: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
-    """Yields read(step) for every step, in order; a thread reads up to AHEAD steps in advance.
+def read_ahead(batch_at: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+    """Yields batch_at(step) for every step, in order; a thread reads up to AHEAD steps in advance.
 
-    An exception of `read` is raised at its own step.
+    An exception of `batch_at` is raised at its own step.
     """
     steps = iter(steps)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as reader:
-        coming = deque(reader.submit(read, step) for step in islice(steps, AHEAD))
+        coming = deque(reader.submit(batch_at, step) for step in islice(steps, AHEAD))
         try:
             while coming:
                 ready = coming.popleft().result()
-                coming.extend(reader.submit(read, step) for step in islice(steps, 1))
+                coming.extend(reader.submit(batch_at, step) for step in islice(steps, 1))
                 yield ready
         finally:  # the caller stopped early
             reader.shutdown(cancel_futures=True)

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.data.template import Row
+from beagle_jax.data.template import Row, decoded
 from beagle_jax.terminal import coloured
 
 # Green and grey, each in two shades, so that neighbouring tokens can be distinguished.
@@ -32,7 +32,7 @@ def _in_colour(row: Row, tokenizer: PreTrainedTokenizerBase, stream: TextIO) -> 
     pieces = []
     for place, (token, supervised) in enumerate(zip(row.tokens, row.supervised, strict=True)):
         shade = (_SUPERVISED if supervised else _READ)[place % 2]
-        pieces.append(coloured(tokenizer.decode([token]), shade, stream))
+        pieces.append(coloured(decoded(tokenizer, [token]), shade, stream))
     return "".join(pieces)
 
 
@@ -41,6 +41,6 @@ def _in_marks(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     for supervised, run in groupby(
         zip(row.tokens, row.supervised, strict=True), key=lambda pair: pair[1]
     ):
-        text = tokenizer.decode([token for token, _ in run])
+        text = decoded(tokenizer, [token for token, _ in run])
         pieces.append(f">>{text}<<" if supervised else text)
     return "".join(pieces)

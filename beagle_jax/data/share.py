@@ -1,12 +1,13 @@
 """Splits data work between processes."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import multihost_utils
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """One of `count` processes that fill the same folder, or read the same batches."""
 
     index: int = 0

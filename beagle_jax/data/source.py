@@ -98,7 +98,7 @@ def _rows_of(
 class _Unread:
     """Reports, once, each field of messages that the chat template does not read."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._reads = template_reads(tokenizer) | {"role", "content"}
         self._named: set[str] = set()
 
@@ -115,7 +115,7 @@ class _Unread:
 class _Lengths:
     """Skips prompts that are too long, truncates chats, and counts both."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._prompts = self._too_long = self._given = self._unanswered = 0
 

@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
@@ -53,7 +55,7 @@ class StoredStates:
     dtype: str  # on disk
     crc: int | None  # None for files of versions that stored no CRC
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         wanted = self.shape[0] * record_bytes(self.shape[1], self.dtype)
         with self.path.open("rb") as stream:
             stream.seek(self.start)
@@ -69,8 +71,8 @@ class StoredStates:
 def states_at(
     params: Params,
     spec: TargetSpec,
-    tokens_BL: jax.Array,
-    length_BC: jax.Array,
+    tokens_BL: AnyArray,
+    length_BC: AnyArray,
     taps: tuple[int, ...] = (),
 ) -> jax.Array:
     """Computes the target's states [B, L, D]; chats of a row do not attend to each other.
@@ -97,8 +99,8 @@ _states = partial(jax.jit, static_argnames=("spec", "taps"))(states_at)
 def states_in_memory(
     params: Params,
     spec: TargetSpec,
-    tokens_BL: np.ndarray,
-    length_BC: np.ndarray,
+    tokens_BL: AnyArray,
+    length_BC: AnyArray,
     taps: tuple[int, ...] = (),
 ) -> np.ndarray:
     """Computes `states_at` a few rows at a time, into host memory; for small inputs."""

@@ -19,7 +19,7 @@ _MARK = "\u2603beagle\u2603"
 class TemplateRefusal(UserError):
     """The target's chat template raised an error for these messages."""
 
-    def __init__(self, where: str, error: str):
+    def __init__(self, where: str, error: str) -> None:
         self.reason = f"the target's chat template refuses these messages ({error})"
         super().__init__(f"{where}: {self.reason}")
 
@@ -122,6 +122,13 @@ def _tokens_and_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[lis
     return list(encoded["input_ids"]), list(ends)
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Returns the text of one sequence of tokens."""
+    text = tokenizer.decode(list(tokens))
+    assert isinstance(text, str)  # a list of texts only for a list of sequences
+    return text
+
+
 def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that the template puts before the user's text.
 
@@ -156,7 +163,7 @@ def render(
     for message in messages:
         check_text(message.get("content"), where)
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             list(messages),
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
@@ -165,6 +172,8 @@ def render(
         )
     except TemplateError as error:
         raise TemplateRefusal(where, str(error)) from error
+    assert isinstance(text, str)  # one chat, not tokenized
+    return text
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -186,7 +195,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def template_reads(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """Returns the names of all variables and fields that the template reads."""
-    extensions = [_Generation, "jinja2.ext.loopcontrols"]  # those that transformers has
+    # Those that transformers has.
+    extensions: list[str | type[Extension]] = [_Generation, "jinja2.ext.loopcontrols"]
     try:
         tree = Environment(extensions=extensions).parse(_template(tokenizer))
     except TemplateError as error:

@@ -72,7 +72,7 @@ def accept_by_ratio(
     P = draft_BPV.shape[1]
     p_BWV, q_BPV = jax.nn.softmax(target_BWV, axis=-1), jax.nn.softmax(draft_BPV, axis=-1)
 
-    def of_token(x_BPV):
+    def of_token(x_BPV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[..., 0]
 
     # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is
@@ -80,7 +80,7 @@ def accept_by_ratio(
     kept_BP = uniform_BP * of_token(q_BPV) < of_token(p_BWV[:, :P])
     count_B = jnp.cumprod(kept_BP, axis=1).sum(axis=1)
 
-    def at_last(x_BWV):
+    def at_last(x_BWV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BWV, count_B[:, None, None], axis=1)[:, 0]
 
     p_BV, q_BV = at_last(p_BWV), at_last(jnp.pad(q_BPV, ((0, 0), (0, 1), (0, 0))))

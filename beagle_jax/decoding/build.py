@@ -5,7 +5,7 @@ import logging
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
-from beagle_jax.decoding.tree import chain, tree_of
+from beagle_jax.decoding.tree import Tree, chain, tree_of
 from beagle_jax.decoding.tuning import tuned_path, tuned_tree
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target, configured_target
@@ -57,7 +57,7 @@ def decoder_of(
     """
     decode = config.decode
     if isinstance(draft, Lookup):
-        tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
+        tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
     elif decode.tree == "auto":
         tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft))
     else:

@@ -43,7 +43,7 @@ CAPACITY_BUCKET = 128  # caches have a multiple of so many slots
 class Stream:
     """The text of an answer as it comes; `answer` is the whole, once the text has ended."""
 
-    def __init__(self, pieces: Iterator[Piece], session: Session):
+    def __init__(self, pieces: Iterator[Piece], session: Session) -> None:
         self._pieces, self._session = pieces, session
         self._answer: Answer | None = None
 
@@ -93,7 +93,7 @@ class SpeculativeDecoder:
         append_predicted: bool = True,
         rule: Literal["match", "ratio"] = "match",
         mesh: Mesh | None = None,
-    ):
+    ) -> None:
         """Sets up the programs; compiles nothing yet.
 
         draft: a trained draft, or a drafter of any kind. context: most tokens that a prompt and its

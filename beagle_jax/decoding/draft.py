@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
 from beagle_jax.decoding.tree import Tree
@@ -52,7 +53,7 @@ class TreeDrafter(Drafter):
     ids_V: the token that each of its logits stands for; None: logit v is of token v.
     """
 
-    ids_V: jax.Array | None = None
+    ids_V: AnyArray | None = None
 
     def level(self, state: State, frontier: Frontier) -> LevelOutput:
         """Predicts one level. True states are in `state`, predicted ones in the frontier."""
@@ -62,6 +63,9 @@ class TreeDrafter(Drafter):
         """Grows the tree; of a drawn chain with the logits over the whole vocabulary."""
         grown = grow(self, state, known, tree, draw)
         return Proposal(grown.nodes, grown.logits_BPV)
+
+
+_Candidates = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # token, parent, depth, score
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def grow(
         with jax.named_scope(f"draft_{depth + 1}"):
             output = drafter.level(state, frontier)
             states.append(output.state_BTD)
-            queries.append(frontier.token_BT), sees.append(frontier.sees_BTQ)
+            queries.append(frontier.token_BT)
+            sees.append(frontier.sees_BTQ)
             if draw is None:
                 index_BC, score_BC = _best_children(tree, level, output.logits_VM)
             else:
@@ -145,12 +150,12 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
     return best_BTk.reshape(B, T * k), score_BTk.reshape(B, T * k)
 
 
-def _tokens(ids_V: jax.Array | None, index: jax.Array) -> jax.Array:
+def _tokens(ids_V: AnyArray | None, index: jax.Array) -> jax.Array:
     """The tokens that indices of the draft's logits stand for."""
     return (index if ids_V is None else ids_V[index]).astype(jnp.int32)
 
 
-def _entries(level: _Level, token_BC: jax.Array, score_BC: jax.Array) -> tuple[jax.Array, ...]:
+def _entries(level: _Level, token_BC: jax.Array, score_BC: jax.Array) -> _Candidates:
     """A level's children as candidates: token, parent, depth, score."""
     per_query = token_BC.shape[1] // level.score_BT.shape[1]
     parent_BC = jnp.repeat(level.candidate_BT, per_query, axis=1)
@@ -158,7 +163,12 @@ def _entries(level: _Level, token_BC: jax.Array, score_BC: jax.Array) -> tuple[j
 
 
 def _next_level(
-    tree: Tree, level: _Level, first: int, token_BC, score_BC, output: LevelOutput
+    tree: Tree,
+    level: _Level,
+    first: int,
+    token_BC: jax.Array,
+    score_BC: jax.Array,
+    output: LevelOutput,
 ) -> _Level:
     """The children that are continued. first: the place of this level's first candidate among
     all.
@@ -167,7 +177,7 @@ def _next_level(
     B, T = now.token_BT.shape
     pick_BN = tree.next_queries(now.depth, score_BC)
 
-    def pick(x_BC):
+    def pick(x_BC: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BC, pick_BN, axis=1)
 
     # A child sees what its parent saw, and its parent.
@@ -175,7 +185,7 @@ def _next_level(
     below_BTQ = jnp.concatenate([now.sees_BTQ, itself_BTT], axis=2)
     parent_BN = pick_BN // (token_BC.shape[1] // T)
 
-    def of_parent(x_BTQ):
+    def of_parent(x_BTQ: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
 
     frontier = Frontier(

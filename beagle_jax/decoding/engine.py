@@ -47,11 +47,11 @@ def advance(
 ) -> tuple[DecodeState, Snapshot]:
     """Runs rounds until `enough` rows are done, or `max_rounds` of them."""
 
-    def unfinished(carry):
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         index, state = carry
         return (index < max_rounds) & (state.transcript.done_B.sum() < enough)
 
-    def body(carry):
+    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         index, state = carry
         return index + 1, now.run(state)[0]
 
@@ -69,7 +69,7 @@ def advance_keeping(
     read.
     """
 
-    def step(state, _):
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
         state, states_B1D = now.run(state)
         return state, states_B1D[:, 0]
 

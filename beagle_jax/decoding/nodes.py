@@ -39,7 +39,7 @@ def chosen_nodes(
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
 
-    def pick(x_BN):
+    def pick(x_BN: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BN, chosen_BW, axis=1)
 
     node_BN = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ class Answers(Sequence[Answer]):
     def __getitem__(self, index: int) -> Answer: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Answer]: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Answer | Sequence[Answer]:
         return self.answers[index]
 
     def __len__(self) -> int:
@@ -80,7 +80,8 @@ class Answers(Sequence[Answer]):
         return tokens / (self.prefill_seconds + self.decode_seconds)
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """Part of one answer, as soon as it is there."""
 
     index: int  # of the request
@@ -110,9 +111,14 @@ class Codec:
         parts = list(prompt)
         if not parts:
             raise PromptError("the prompt is empty; give at least one token")
-        if isinstance(parts[0], Mapping):
+        messages = [dict(part) for part in parts if isinstance(part, Mapping)]
+        if len(messages) == len(parts):
+            if self.tokenizer is None:
+                raise PromptError(
+                    "this target has no tokenizer, so a prompt cannot be text; give token ids"
+                )
             try:
-                tokens = prompt_tokens(self.tokenizer, parts)
+                tokens = prompt_tokens(self.tokenizer, messages)
             except UserError as error:
                 raise PromptError(str(error)) from error
         else:
@@ -167,7 +173,9 @@ def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 def _is_part(value: object) -> bool:
     """Whether this is a message or a token, and no prompt."""
-    return isinstance(value, (Mapping, int)) or (hasattr(value, "dtype") and np.ndim(value) == 0)
+    return isinstance(value, (Mapping, int)) or (
+        hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
+    )
 
 
 def rounds_through(accepted: Sequence[int], count: int) -> list[int]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.accept import Accepted, accept_by_ratio, accept_matching
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, NoDrafter, Proposal, Seen
 from beagle_jax.decoding.nodes import Nodes
@@ -55,8 +56,13 @@ class TargetModel:
 class Rule(Protocol):
     """Decides which drafts are accepted. Hashable."""
 
-    name: str
-    draws: bool  # drafts must be drawn from the drafter's distribution
+    @property
+    def name(self) -> str:
+        """Its key in `RULES`."""
+
+    @property
+    def draws(self) -> bool:
+        """Drafts must be drawn from the drafter's distribution."""
 
     def accept(
         self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
@@ -126,10 +132,10 @@ class Chunk(NamedTuple):
     A prompt may stand in it twice, in the same row.
     """
 
-    row_R: jax.Array  # of the batch
-    token_RT: jax.Array
-    offset: jax.Array
-    length_R: jax.Array  # of the whole prompts
+    row_R: AnyArray  # of the batch
+    token_RT: AnyArray
+    offset: AnyArray
+    length_R: AnyArray  # of the whole prompts
     requests: Requests
 
 
@@ -339,10 +345,10 @@ class Round:
         seen = Seen(states_RTD, text_RT1[:, :-1], text_RT1[:, 1:], start_R, count_R, not first)
         none_R = jnp.zeros(R, jnp.int32)
 
-        def put(old, new):
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[row_R].set(new)
 
-        def of_row(x_B):
+        def of_row(x_B: jax.Array) -> jax.Array:
             return none_R.astype(x_B.dtype) if first else x_B[row_R]
 
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
@@ -385,7 +391,7 @@ class Round:
         read = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
         return read.states_BTD, read.rows
 
-    def _observe(self, state: DecodeState, seen: Seen, row_R: jax.Array) -> Any:
+    def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
         """The drafter's state after a chunk of these rows."""
         if seen.resumed:
             part = jax.tree.map(lambda x: x[row_R], state.draft)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.errors import UserError
 
@@ -69,9 +70,9 @@ class Filters(NamedTuple):
 class Knobs(NamedTuple):
     """The settings of each sequence, as arrays [B]."""
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
+    temperature_B: AnyArray
+    top_k_B: AnyArray
+    top_p_B: AnyArray
 
 
 def filters_of(samplings: Sequence[Sampling]) -> Filters:
@@ -191,13 +192,17 @@ def choose(logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filt
     )
 
 
-def _choose_of_all(logits_BTV, key_BT, knobs: Knobs, filters: Filters) -> jax.Array:
+def _choose_of_all(
+    logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters
+) -> jax.Array:
     noise_BTV = _only_drawn(gumbel(key_BT, logits_BTV.shape[-1]), knobs)
     chosen_BT = jnp.argmax(filter_logits(logits_BTV, knobs, filters) + noise_BTV, axis=-1)
     return chosen_BT.astype(jnp.int32)
 
 
-def _choose_of_few(logits_BTV, key_BT, knobs: Knobs, filters: Filters) -> jax.Array:
+def _choose_of_few(
+    logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters
+) -> jax.Array:
     """The same draw: noise is made for the largest logits only, no others can be kept."""
     B, T, V = logits_BTV.shape
     top_MC, token_MC = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
@@ -215,7 +220,7 @@ def _only_drawn(noise: jax.Array, knobs: Knobs) -> jax.Array:
 def _few(knobs: Knobs) -> jax.Array:
     """Whether every row keeps few tokens; of greedy rows it does not matter."""
     few_B = (knobs.top_k_B > 0) & (knobs.top_k_B <= _FEW)
-    return (few_B | (knobs.temperature_B == 0)).all()
+    return jnp.all(few_B | (knobs.temperature_B == 0))
 
 
 def is_stop(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:

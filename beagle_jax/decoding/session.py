@@ -49,7 +49,7 @@ class Session:
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         samplings = [request.sampling for request in self.requests]
         self.now = replace(self.now, filters=filters_of(samplings))
         self._texts = [self.codec.stream(request.stop) for request in self.requests]
@@ -143,7 +143,7 @@ class Session:
         arrays = self._arrays(requests, length_R)
         for start in range(0, token_RT.shape[1], PREFILL_CHUNK):
             chunk_RT = token_RT[:, start : start + PREFILL_CHUNK]
-            yield Chunk(row_R, chunk_RT, np.int32(start), length_R, arrays)
+            yield Chunk(row_R, chunk_RT, np.array(start, np.int32), length_R, arrays)
 
     def _arrays(self, requests: list[Request], length_R: np.ndarray) -> Requests:
         most = [min(request.max_new_tokens, self.codec.context) for request in requests]

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import State
 from beagle_jax.decoding.sampling import Knobs
 from beagle_jax.model.cache import KVCache
@@ -16,7 +17,7 @@ from beagle_jax.sharding import cache_shardings, whole
 class Requests(NamedTuple):
     """What was asked for, per sequence."""
 
-    limit_B: jax.Array  # tokens that the answer may have
+    limit_B: AnyArray  # tokens that the answer may have
     key_B: jax.Array  # of every draw (sampling.place_keys)
     knobs: Knobs
 
@@ -51,12 +52,12 @@ class DecodeState(NamedTuple):
 class Snapshot(NamedTuple):
     """What the host reads after some rounds: copies, so that the state can be donated on."""
 
-    out_BS: jax.Array | np.ndarray
-    count_B: jax.Array | np.ndarray
-    done_B: jax.Array | np.ndarray
-    broken_B: jax.Array | np.ndarray
-    rounds_B: jax.Array | np.ndarray
-    accepted_BS: jax.Array | np.ndarray
+    out_BS: AnyArray
+    count_B: AnyArray
+    done_B: AnyArray
+    broken_B: AnyArray
+    rounds_B: AnyArray
+    accepted_BS: AnyArray
 
 
 def snapshot(state: DecodeState) -> Snapshot:
@@ -70,10 +71,10 @@ def snapshot(state: DecodeState) -> Snapshot:
 def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState:
     """Rows without a request."""
 
-    def zeros(dtype=jnp.int32):
+    def zeros(dtype: DTypeLike = jnp.int32) -> jax.Array:
         return jnp.zeros(batch, dtype)  # donated buffers must differ
 
-    def out():
+    def out() -> jax.Array:
         return jnp.zeros((batch, capacity), jnp.int32)
 
     key_B = jax.vmap(jax.random.key)(zeros(jnp.uint32))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from beagle_jax.data.template import decoded
+
 # What a decoder puts in place of bytes that are not a whole character yet.
 _INCOMPLETE = "\ufffd"
 
@@ -17,7 +19,7 @@ class TextStream:
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str] = ()
-    ):
+    ) -> None:
         """stop: the text ends before the first of these strings, wherever it begins in a token or a
         round.
         """
@@ -52,8 +54,8 @@ class TextStream:
 
     def _grow(self, run: list[int]) -> None:
         self._tokens += run
-        self._text = self._tokenizer.decode(
-            [token for token in self._tokens if token not in self._eos_ids]
+        self._text = decoded(
+            self._tokenizer, [token for token in self._tokens if token not in self._eos_ids]
         )
         found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
         if found:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.draft import Frontier, LevelOutput, TreeDrafter
 from beagle_jax.decoding.drafter import Draw, Known, Proposal, Seen, State
 from beagle_jax.decoding.tree import Tree
@@ -26,7 +27,7 @@ class DraftHead(NamedTuple):
     """What reads the draft's states: rows of a head, and the token each row stands for."""
 
     rows_VD: jax.Array
-    ids_V: jax.Array | None  # None: row v is token v
+    ids_V: AnyArray | None  # None: row v is token v
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TrainedDrafter(TreeDrafter):
     append_predicted: bool = field(default=True, metadata=dict(static=True))
 
     @property
-    def ids_V(self) -> jax.Array | None:  # type: ignore[override]
+    def ids_V(self) -> AnyArray | None:  # type: ignore[override]
         """The token that each logit stands for; None: all in order."""
         return self.head.ids_V
 

@@ -33,9 +33,10 @@ from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
+from beagle_jax.model.cache import KVRows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.precision import exact
-from beagle_jax.model.target import best_tokens, forward, init_cache
+from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, init_cache
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -107,14 +108,28 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
         for levels in LEVELS:
             draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
         trees = [_widest_trees(drafter, topk, *text) for text in read]
-        grown = [np.concatenate(each) for each in zip(*trees, strict=True)]
-        order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}  # type: ignore[call-arg]  # grown are three
+        grown = _Trees(*(np.concatenate(each) for each in zip(*trees, strict=True)))
+        order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}
         if topk == max(TOPKS):
             ranks, places = _rank_share(*grown), len(grown[0])
     return Tuning(verify_ms, draft_ms, ranks, places, _choices(verify_ms, draft_ms, order))
 
 
-def _choices(verify_ms, draft_ms, order) -> list[Choice]:
+class _Trees(NamedTuple):
+    """Trees grown at M places of texts, and what really follows there."""
+
+    token_MW: np.ndarray
+    parent_MW: np.ndarray
+    depth_MW: np.ndarray
+    score_MW: np.ndarray
+    follows_MP: np.ndarray
+
+
+def _choices(
+    verify_ms: dict[int, float],
+    draft_ms: dict[tuple[int, int], float],
+    order: dict[int, dict[int, np.ndarray]],
+) -> list[Choice]:
     """Trees of every measured size; between two sizes a tree would bring less at about the price of
     the larger one.
     """
@@ -129,7 +144,8 @@ def _choices(verify_ms, draft_ms, order) -> list[Choice]:
     return sorted(found, key=lambda choice: -choice.tokens_per_second)
 
 
-class Passes(NamedTuple):
+@dataclass(frozen=True)
+class Passes:
     """A call that does its work several times over, in one program."""
 
     call: Callable[[], Any]
@@ -148,7 +164,13 @@ def milliseconds(work: Passes) -> float:
 
 
 @partial(jax.jit, static_argnames="spec")
-def _verified(params, spec, token_BW, cache, visible_BS):
+def _verified(
+    params: Params,
+    spec: TargetSpec,
+    token_BW: jax.Array,
+    cache: Sequence[KVRows],
+    visible_BS: jax.Array,
+) -> jax.Array:
     """Passes in a loop, as decoding runs them: alone, handing over hundreds of weights costs
     milliseconds (measured).
     """
@@ -156,7 +178,7 @@ def _verified(params, spec, token_BW, cache, visible_BS):
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
     positions_BW = jnp.broadcast_to(_CAPACITY + jnp.arange(W)[None], (B, W))
 
-    def read(_, token_BW):
+    def read(_: jax.Array, token_BW: jax.Array) -> jax.Array:
         verified = forward(params, spec, token_BW, positions_BW, mask_BWW, cache, visible_BS)
         return best_tokens(params, verified.states_BTD)[0]
 
@@ -182,7 +204,7 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
 
 @partial(jax.jit, static_argnames="tree")
 def _drafted(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> jax.Array:
-    def read(_, root_B):
+    def read(_: jax.Array, root_B: jax.Array) -> jax.Array:
         return drafter.propose(state, known._replace(root_B=root_B), tree, None).nodes.token_BW[
             :, -1
         ]
@@ -217,7 +239,9 @@ def _read_text(
     return drafter.observe(drafter.init(B, L), seen), states_BLD
 
 
-def _read(model: TargetModel, drafter: TrainedDrafter, prompt: list[int], answer: list[int]):
+def _read(
+    model: TargetModel, drafter: TrainedDrafter, prompt: list[int], answer: list[int]
+) -> tuple[State, jax.Array, np.ndarray, np.ndarray]:
     """The drafter's state after a text, `_BATCH` times; its states and tokens [1, L], padded; the
     answer's places that have a future.
     """
@@ -241,11 +265,9 @@ def _widest_trees(
     states_BLD: jax.Array,
     padded_BL: np.ndarray,
     roots: np.ndarray,
-):
-    """token, parent, depth, score [places, W] of the full tree at each root of a text, and what
-    really follows.
-    """
-    grown = []
+) -> _Trees:
+    """The full tree at each root of a text."""
+    grown: list[list[np.ndarray]] = []
     for start in range(0, len(roots), _BATCH):
         # The last batch repeats places; they are cut off below.
         places = jnp.asarray(np.resize(roots[start : start + _BATCH], _BATCH))
@@ -258,11 +280,16 @@ def _widest_trees(
                 for x in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW)
             ]
         )
-    follows = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
-    return *(np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)), follows
+    follows_MP = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
+    token_MW, parent_MW, depth_MW, score_MW = (
+        np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)
+    )
+    return _Trees(token_MW, parent_MW, depth_MW, score_MW, follows_MP)
 
 
-def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
+def _right_path(
+    token_MW: np.ndarray, parent_MW: np.ndarray, depth_MW: np.ndarray, follows_MP: np.ndarray
+) -> np.ndarray:
     """Node [M, P] that holds the right token at each depth below right ancestors; -1 where there is
     none.
     """
@@ -280,7 +307,12 @@ def _right_path(token_MW, parent_MW, depth_MW, follows_MP) -> np.ndarray:
 
 
 def _order_of_right_path(
-    token_MW, parent_MW, depth_MW, score_MW, follows_MP, levels: int
+    token_MW: np.ndarray,
+    parent_MW: np.ndarray,
+    depth_MW: np.ndarray,
+    score_MW: np.ndarray,
+    follows_MP: np.ndarray,
+    levels: int,
 ) -> np.ndarray:
     """How many candidates of a tree of this many levels come before the right one at each depth [M,
     levels].
@@ -297,7 +329,13 @@ def _order_of_right_path(
     return np.where(path_MP >= 0, (before & candidate_MW[:, None]).sum(axis=-1), token_MW.shape[1])
 
 
-def _rank_share(token_MW, parent_MW, depth_MW, score_MW, follows_MP) -> np.ndarray:
+def _rank_share(
+    token_MW: np.ndarray,
+    parent_MW: np.ndarray,
+    depth_MW: np.ndarray,
+    score_MW: np.ndarray,
+    follows_MP: np.ndarray,
+) -> np.ndarray:
     """[depth, rank]: of the places that are right above, the share whose right token is the
     parent's rank-th child.
     """

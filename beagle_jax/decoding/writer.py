@@ -10,6 +10,7 @@ token written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import NoDrafter
 from beagle_jax.decoding.engine import admit_after, advance_keeping
 from beagle_jax.decoding.requests import NOT_FINITE
@@ -35,7 +37,8 @@ PROMPT_BUCKET = 16  # what is read of a prompt is padded to a multiple of this: 
 _ROOM_BUCKET = 32  # and the cache's room for it to a multiple of this: each size recompiles all
 
 
-class Written(NamedTuple):
+@dataclass(frozen=True)
+class Written:
     """What the target wrote for one prompt."""
 
     index: int  # of the prompt
@@ -64,7 +67,7 @@ def _read_beginning(
     """
     shortest = min(map(len, prompts))
     # What these two share, those between them in order share too.
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     P = next((place for place in range(shortest - 1) if first[place] != last[place]), shortest - 1)
     if not P:
         dtype = params["embed_VD"].dtype
@@ -87,17 +90,17 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 
 
 @partial(jax.jit, static_argnames=("room",))
-def _resized(state: DecodeState, row_N: jax.Array, room: int) -> DecodeState:
+def _resized(state: DecodeState, row_N: AnyArray, room: int) -> DecodeState:
     """These rows only, with room for prompts of so many tokens (never less than there is)."""
-    rest = jax.tree.map(lambda x: x[row_N], state._replace(cache=()))
     assert isinstance(state.cache, RingCache)
-    return rest._replace(cache=state.cache.resized(row_N, room))
+    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_N], state[1:])
+    return DecodeState(state.cache.resized(row_N, room), draft, requests, transcript, stats)
 
 
 class _Line:
     """The host's side of one row: which prompt it answers, and the states that came so far."""
 
-    def __init__(self, index: int, prompt_states_TD: np.ndarray):
+    def __init__(self, index: int, prompt_states_TD: np.ndarray) -> None:
         self.index, self.count, self.states = index, 1, [prompt_states_TD]
 
     def grow(self, count: int, states_SD: np.ndarray) -> None:
@@ -124,7 +127,7 @@ class _Rows:
         batch: int,
         sampling: Sampling,
         seed: int,
-    ):
+    ) -> None:
         self.now, self.beginning, self.prompts = now, beginning, prompts
         self.max_new, self.sampling, self.seed = max_new, sampling, seed
         self.waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -203,7 +206,7 @@ class _Rows:
             jax.vmap(jax.random.key)(seed_R),
             knobs_of([self.sampling] * ADMIT_ROWS),
         )
-        return Chunk(np.array(rows, np.int32), token_RT, np.int32(P), length_R, requests)
+        return Chunk(np.array(rows, np.int32), token_RT, np.array(P, np.int32), length_R, requests)
 
 
 def write_answers(

@@ -49,7 +49,7 @@ class AnswerLog:
     Records are only appended, each as a whole line.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Creates the file, or reads an existing one and drops an incomplete last line.
 
         settings: everything that determines the answers and their times.

@@ -20,7 +20,7 @@ from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.requests import Answer
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.tree import Tree
-from beagle_jax.evaluation.answers import Asked
+from beagle_jax.evaluation.answers import Asked, TimedAnswer
 from beagle_jax.evaluation.chance import (
     allowed_distance,
     distance_from_uniform,
@@ -228,7 +228,7 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     if sampling.greedy:
         sampling = _DRAWN
 
-        def draw(prompt, seed):
+        def draw(prompt: list[int], seed: int) -> TimedAnswer:
             return timed(
                 bench.decoders[name].generate(
                     [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
@@ -332,7 +332,7 @@ def _score_reach(
 
     It allows for every drafted node and any token in its place.
     """
-    if not scored(draft):
+    if isinstance(draft, Lookup) or not scored(draft):
         return 0.0
     longest = max(
         (text.asked for text in texts),

@@ -1,6 +1,7 @@
 """Time of a round's phases and memory of decoding, from the programs that decoding runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def phases(
 
 @jax.jit
 def _drafted(now: Round, state: DecodeState) -> jax.Array:
-    def once(_, root_B):
+    def once(_index: jax.Array, root_B: jax.Array) -> jax.Array:
         # The length depends on the last pass in form only. Otherwise the compiler would hoist the
         # draft out of the loop.
         length_B = jnp.minimum(state.cache.length_B, state.cache.length_B + root_B)
@@ -50,7 +51,7 @@ def _drafted(now: Round, state: DecodeState) -> jax.Array:
 
 @jax.jit
 def _verified(now: Round, state: DecodeState, proposal: Proposal) -> jax.Array:
-    def once(_, shift_B):
+    def once(_index: jax.Array, shift_B: jax.Array) -> jax.Array:
         nodes = proposal.nodes
         token_BW = (nodes.token_BW + shift_B[:, None]) % now.target.spec.vocab_size
         shifted = proposal._replace(nodes=nodes._replace(token_BW=token_BW))
@@ -71,7 +72,7 @@ def memory(
     session = decoder.session([prompt], sampling, max_new_tokens=max_new_tokens)
     now, state = session.now, session.first_state()
 
-    def size(tree):
+    def size(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     rounds = advance.lower(now, state, np.int32(1), np.int32(1))

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.sampling import Sampling
-from beagle_jax.model.cache import visible_slots, write_all
+from beagle_jax.model.cache import KVRows, visible_slots, write_all
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import forward, init_cache, logits
+from beagle_jax.model.target import Forward, Params, TargetSpec, forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
 _ROWS = 64  # positions whose logits are computed together
@@ -34,7 +34,7 @@ def _padded(tokens: Sequence[int]) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="spec")
-def _read(params, spec, text_BL, length_B):
+def _read(params: Params, spec: TargetSpec, text_BL: jax.Array, length_B: jax.Array) -> Forward:
     width = text_BL.shape[1]
     return forward(params, spec, text_BL, jnp.arange(width)[None], causal_mask(length_B, width))
 
@@ -57,7 +57,9 @@ def forced_logits(target: Target, states_LD: jax.Array, first: int, last: int) -
 
 
 @partial(jax.jit, static_argnames="spec")
-def _step(params, spec, token, length, cache):
+def _step(
+    params: Params, spec: TargetSpec, token: jax.Array, length: jax.Array, cache: Sequence[KVRows]
+) -> tuple[jax.Array, jax.Array, list[KVRows]]:
     """Reads one token after those in the cache.
 
     Returns its state, the logits of the next token, and the updated cache.

@@ -6,7 +6,7 @@ A system is a way of decoding: plain decoding, or one draft.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.data.chats import Chat, Message
 from beagle_jax.data.template import prompt_tokens
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.requests import NOT_FINITE, Answers
+from beagle_jax.decoding.requests import NOT_FINITE, Answer, Answers
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog, Asked, Case, TimedAnswer
@@ -24,18 +24,19 @@ from beagle_jax.evaluation.answers import AnswerLog, Asked, Case, TimedAnswer
 _TURNS_PER_CASE = 64  # distance between the seeds of two cases
 
 
+A = TypeVar("A", bound=Answer)
+
+
 @dataclass
-class Measurement:
+class Measurement(Generic[A]):
     """Answers of one system, and the figures that method.md 7.1 defines on them."""
 
     name: str
     tree: str  # shape of the tree drafted per round
-    cases: list[list[TimedAnswer]] = field(
-        default_factory=list
-    )  # by prompt, the answers to its turns
+    cases: list[list[A]] = field(default_factory=list)  # by prompt, the answers to its turns
 
     @cached_property
-    def generations(self) -> list[TimedAnswer]:
+    def generations(self) -> list[A]:
         """All answers, in order."""
         return [answer for case in self.cases for answer in case]
 
@@ -55,14 +56,14 @@ class Measurement:
         return (self.tokens - len(self.generations)) / self.rounds if self.rounds else 1.0
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self: "Measurement[TimedAnswer]") -> float:
         """All tokens over the total time, prefill included."""
         return self.tokens / sum(
             answer.prefill_seconds + answer.decode_seconds for answer in self.generations
         )
 
     @property
-    def decode_tokens_per_second(self) -> float:
+    def decode_tokens_per_second(self: "Measurement[TimedAnswer]") -> float:
         """Tokens after the first over the time after prefill."""
         return (self.tokens - len(self.generations)) / sum(
             answer.decode_seconds for answer in self.generations
@@ -82,7 +83,7 @@ class Measurement:
             for depth in range(len(reached) - 1)
         ]
 
-    def identical_to(self, other: "Measurement") -> int:
+    def identical_to(self, other: "Measurement[A]") -> int:
         """Number of answers with the same tokens in both measurements."""
         return sum(
             mine.tokens == theirs.tokens
@@ -118,7 +119,7 @@ class CompileCounter:
             CompileCounter._registered = True
 
     @staticmethod
-    def _on_event(event: str, duration: float, **_: object) -> None:
+    def _on_event(event: str, duration_secs: float, **_: str | int) -> None:
         if CompileCounter._listening is not None and event.endswith("backend_compile_duration"):
             CompileCounter._listening.count += 1
 
@@ -156,7 +157,10 @@ class Measured(NamedTuple):
 
 
 def context_for(
-    suites: Mapping[str, Sequence[Chat]], tokenizer, max_new_tokens: int, most: int
+    suites: Mapping[str, Sequence[Chat]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    most: int,
 ) -> int:
     """Returns the number of cache slots that all prompts and answers fit in, at most `most`.
 
@@ -171,7 +175,7 @@ def context_for(
     return min(longest + max_new_tokens, most)
 
 
-def _longest_prompt(chat: Chat, tokenizer, max_new_tokens: int) -> int:
+def _longest_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> int:
     messages = list(chat.messages)
     for text in chat.later:
         messages += _answered(".", text)

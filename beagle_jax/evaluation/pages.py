@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
     for name, figures in group["systems"].items():
         alpha = " ".join(f"{share:.2f}" for share in figures["step_alpha"])
 
-        def between(edges):
+        def between(edges: Sequence[float]) -> str:
             return f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
 
         rows.append(

@@ -29,7 +29,7 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(partial, format=path.suffix.removeprefix("."))
 
 
-def plot_tuning(found: Tuning, path: str | Path) -> None:
+def plot_tuning(tuning: Tuning, path: str | Path) -> None:
     """Plots measured costs, and expected speed by tree size.
 
     Left: milliseconds of verifying. Right: expected tokens/s of trees with the best number of
@@ -37,7 +37,7 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     cost, promise = figure.subplots(1, 2)
-    cost.plot(list(found.verify_ms), list(found.verify_ms.values()), "o-", label="verify")
+    cost.plot(list(tuning.verify_ms), list(tuning.verify_ms.values()), "o-", label="verify")
     cost.set(
         xscale="log",
         xlabel="tokens verified",
@@ -45,16 +45,16 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
         title="cost of one pass of the target",
         ylim=(0, None),
     )
-    best = found.choices[0]
-    for topk in sorted({choice.topk for choice in found.choices}):
+    best = tuning.choices[0]
+    for topk in sorted({choice.topk for choice in tuning.choices}):
         row = sorted(
             (c.nodes, c.tokens_per_second)
-            for c in found.choices
+            for c in tuning.choices
             if (c.levels, c.topk) == (best.levels, topk)
         )
         if row:
             promise.plot(*zip(*row, strict=True), ".-", label=f"topk {topk}")
-    promise.axhline(found.plain_tokens_per_second, color="black", linestyle="--", label="plain")
+    promise.axhline(tuning.plain_tokens_per_second, color="black", linestyle="--", label="plain")
     promise.set(
         xscale="log", xlabel="nodes", ylabel="expected tokens/s", title=f"{best.levels} levels"
     )
@@ -232,21 +232,22 @@ def plot_attention(weights_TS: np.ndarray, path: str | Path, *, first: int) -> N
     save(figure, path)
 
 
-def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -> None:
+def plot_tree(played: Played, path: str | Path, name: Callable[[int], str] = str) -> None:
     """Plots the tree of one round with its accepted path in colour.
 
     name: returns the text of a token.
     """
-    height = _heights(one)
+    height = _heights(played)
     figure = Figure(
-        figsize=(2.5 + 2 * one.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)), layout="constrained"
+        figsize=(2.5 + 2 * played.depth_W.max(), 1.5 + 0.35 * (height.max() + 1)),
+        layout="constrained",
     )
     panel = figure.subplots()
-    for node, (parent, depth) in enumerate(zip(one.parent_W, one.depth_W, strict=True)):
-        taken = node in one.path
+    for node, (parent, depth) in enumerate(zip(played.parent_W, played.depth_W, strict=True)):
+        taken = node in played.path
         if node:
             panel.plot(
-                [one.depth_W[parent], depth],
+                [played.depth_W[parent], depth],
                 [height[parent], height[node]],
                 color="tab:green" if taken else "lightgray",
                 zorder=1,
@@ -254,7 +255,7 @@ def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -
         panel.text(
             depth,
             height[node],
-            repr(name(int(one.token_W[node]))),
+            repr(name(int(played.token_W[node]))),
             ha="center",
             va="center",
             fontsize=9,
@@ -266,15 +267,15 @@ def plot_tree(one: Played, path: str | Path, name: Callable[[int], str] = str) -
             },
         )
     panel.set(
-        xlim=(-0.5, one.depth_W.max() + 0.5),
+        xlim=(-0.5, played.depth_W.max() + 0.5),
         ylim=(height.max() + 0.7, -0.7),
         xlabel="draft depth",
         yticks=[],
     )
-    panel.set_xticks(range(one.depth_W.max() + 1))
-    written = "".join(name(token) for token in one.written)
+    panel.set_xticks(range(played.depth_W.max() + 1))
+    written = "".join(name(token) for token in played.written)
     panel.set_title(
-        f"one round: {len(one.path) - 1} drafts accepted, wrote {written!r}",
+        f"one round: {len(played.path) - 1} drafts accepted, wrote {written!r}",
         fontsize="medium",
         parse_math=False,
     )

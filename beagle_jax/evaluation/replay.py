@@ -13,17 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import DynamicTree, Tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
+from beagle_jax.model.draft import LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.precision import exact
-from beagle_jax.model.target import embed, head
+from beagle_jax.model.target import Params, embed, head
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
 Path = tuple[int, ...]  # tokens of a path, the root's left out
+# Of a kind's queries: their inputs and positions, the inputs of the text's keys, the inputs and
+# positions of their own path's keys, and which of these each query sees.
+_Entries = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, slice]
 
 
 def replayed(
@@ -64,14 +69,27 @@ def scored(draft: Draft | Drafter) -> bool:
 
 
 def _looked_up_paths(
-    target, draft: Lookup, tree: Tree, text, states_LD, root: int, *_
+    target: Target,
+    draft: Lookup,
+    tree: Tree,
+    text: Sequence[int],
+    states_LD: jax.Array,
+    root: int,
+    *_: object,
 ) -> set[Path]:
     tokens = looked_up(text[: root + 1], draft.ngram, tree.depth)
     return {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
 
 
 def _grown_paths(
-    target, draft: Draft, tree: Tree, text, states_LD, root: int, append_predicted, favour
+    target: Target,
+    draft: Draft,
+    tree: Tree,
+    text: Sequence[int],
+    states_LD: jax.Array,
+    root: int,
+    append_predicted: bool,
+    favour: float,
 ) -> set[Path]:
     return Grower(target, draft, text, states_LD, root, append_predicted, favour).paths(tree)
 
@@ -111,7 +129,7 @@ class Grower:
         root: int,
         append_predicted: bool,
         favour: float = 0.0,
-    ):
+    ) -> None:
         self._target, self._draft, self._states_LD, self._root = target, draft, states_LD, root
         self._text_L = jnp.asarray([*text, *[0] * (len(states_LD) + 1 - len(text))])
         self._append, self._favour = append_predicted, favour
@@ -146,7 +164,7 @@ class Grower:
         beam: list[tuple[Path, float]] = [((), 0.0)]
         made: list[tuple[Path, float]] = []
 
-        def best_first(pairs, count):
+        def best_first(pairs: list[tuple[Path, float]], count: int) -> list[tuple[Path, float]]:
             return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
         for _ in range(tree.levels):
@@ -192,19 +210,19 @@ class Grower:
 @partial(jax.jit, static_argnames=("spec", "append", "count"))
 @exact
 def _predict(
-    params,
-    spec,
-    target,
-    hot_ids,
-    text_L,
-    states_LD,
-    root,
-    below_Qt,
-    above_QtD,
-    favour,
-    append,
-    count,
-):
+    params: dict[str, jax.Array],
+    spec: LayerSpec,
+    target: Params,
+    hot_ids: AnyArray | None,
+    text_L: jax.Array,
+    states_LD: jax.Array,
+    root: jax.Array,
+    below_Qt: jax.Array,
+    above_QtD: jax.Array,
+    favour: float,
+    append: bool,
+    count: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Predicts the states of the last tokens of paths below the root.
 
     below_Qt: tokens of each path. above_QtD: the state predicted above each of these tokens.
@@ -214,7 +232,7 @@ def _predict(
     block_type, entries = _ENTRIES[spec.kind]
     block, (Q, depth) = block_type(spec).bind({"params": params}), below_Qt.shape
 
-    def embedded(tokens):
+    def embedded(tokens: jax.Array) -> jax.Array:
         return embed(target["embed_VD"], tokens, spec.embed_scale)
 
     # tokens of each path, starting with the root's, and their positions
@@ -238,7 +256,14 @@ def _predict(
     return states_QD, token_V[best_Qk], top_Qk, log_p_QV
 
 
-def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
+def _scores(
+    target: Params,
+    hot_ids: AnyArray | None,
+    states_QD: jax.Array,
+    below_Qt: jax.Array,
+    written_t1: jax.Array,
+    favour: float,
+) -> tuple[jax.Array, AnyArray]:
     """Log-probabilities [Q, V] after each path, and the ids [V] of the scored tokens.
 
     written_t1: the text after the root. A path that follows this text gains `favour` on its next
@@ -257,16 +282,32 @@ def _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour):
 
 
 def _beagle_entries(
-    block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
-):
+    block: LayerBlock,
+    embedded: Callable[[jax.Array], jax.Array],
+    text_L: jax.Array,
+    states_LD: jax.Array,
+    root: jax.Array,
+    token_Qt: jax.Array,
+    place_Qt: jax.Array,
+    above_QtD: jax.Array,
+    append: bool,
+) -> _Entries:
     """Returns Beagle's queries and positions, and what they see of the text and their path."""
     visible = slice(None) if append else slice(0)
     return embedded(token_Qt), place_Qt, states_LD, above_QtD, place_Qt[:, :-1], visible
 
 
 def _eagle_entries(
-    block, embedded, text_L, states_LD, root, token_Qt, place_Qt, above_QtD, append: bool
-):
+    block: LayerBlock,
+    embedded: Callable[[jax.Array], jax.Array],
+    text_L: jax.Array,
+    states_LD: jax.Array,
+    root: jax.Array,
+    token_Qt: jax.Array,
+    place_Qt: jax.Array,
+    above_QtD: jax.Array,
+    append: bool,
+) -> _Entries:
     """Returns the same for EAGLE: each token fused with the state before it.
 
     The fused entry has the position of that state.
@@ -291,7 +332,15 @@ _PATHS: dict[str, Callable[..., set[Path]]] = {
 }
 
 
-def _attend(block, x_Q1D, place_Q1, true_LD, root, own_QtD, own_place_Qt) -> jax.Array:
+def _attend(
+    block: LayerBlock,
+    x_Q1D: jax.Array,
+    place_Q1: jax.Array,
+    true_LD: jax.Array,
+    root: jax.Array,
+    own_QtD: jax.Array,
+    own_place_Qt: jax.Array,
+) -> jax.Array:
     """Predicts states [Q, D] of queries that attend to the text and to their own path.
 
     They see the text's keys and values below the root.

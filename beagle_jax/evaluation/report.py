@@ -6,7 +6,7 @@ A tree of plain values whose fields report.schema.json, beside this file, declar
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 import beagle_jax
 from beagle_jax.decoding.tuning import machine
-from beagle_jax.evaluation.answers import Case
+from beagle_jax.evaluation.answers import Case, TimedAnswer
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement
 
 FORMAT = 1  # of the report; increases when a field changes its meaning or is removed
@@ -136,7 +136,7 @@ def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[st
     }
 
 
-def _grouped(cases: Sequence[Case], key) -> dict[str, list[Case]]:
+def _grouped(cases: Sequence[Case], key: Callable[[Case], str]) -> dict[str, list[Case]]:
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(key(case), []).append(case)
@@ -161,19 +161,19 @@ def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
     }
 
 
-def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement:
+def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement[TimedAnswer]:
     """Collects one system's answers to these cases."""
     answers = [[turn[name].answer for turn in case.turns] for case in cases]
     return Measurement(name, str(bench.decoders[name].tree), answers)
 
 
-def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
+def figures(result: Measurement[TimedAnswer], plain: Measurement[TimedAnswer]) -> dict[str, Any]:
     """Computes all figures of one system (defined in method.md 7.1)."""
 
-    def seconds(timed):
+    def seconds(timed: Measurement[TimedAnswer]) -> list[float]:
         return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in timed.cases]
 
-    def tokens(timed):
+    def tokens(timed: Measurement[TimedAnswer]) -> list[int]:
         return [sum(len(a.tokens) for a in case) for case in timed.cases]
 
     in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
@@ -204,7 +204,7 @@ def figures(result: Measurement, plain: Measurement) -> dict[str, Any]:
     }
 
 
-def interval(statistic, count: int) -> list[float]:
+def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> list[float]:
     """95 % bootstrap interval of a statistic: prompts are resampled with replacement.
 
     statistic: maps draw counts [resamples, count], how often each prompt was drawn, to values

@@ -116,8 +116,10 @@ def tokenize(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _published(name: str, made: Suite, path: Path | None, limit: int | None) -> Iterator[Chat]:
-    is_here = path is not None and path.exists()
-    records = json_lines(path) if is_here else _downloaded(name, made, path, limit)
+    if path is not None and path.exists():
+        records = json_lines(path)
+    else:
+        records = _downloaded(name, made, path, limit)
     for record, where in records:
         if not isinstance(record, dict):
             raise UserError(

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
+
 # Above this many sequences, one scatter is faster than a slice update per sequence.
 _UNROLL_ROWS = 8
 
@@ -41,7 +43,7 @@ def empty_rows(
 
 
 def write_rows(
-    cache: KVRows, rows: KVRows, start_R: jax.Array, row_R: jax.Array | None = None
+    cache: KVRows, rows: KVRows, start_R: AnyArray, row_R: AnyArray | None = None
 ) -> KVRows:
     """Writes keys and values of T tokens at slots start_R .. start_R + T - 1.
 
@@ -58,13 +60,13 @@ def write_rows(
 def _write(
     cache: jax.Array,
     rows: jax.Array,
-    start_R: jax.Array,
-    row_R: jax.Array | None,
+    start_R: AnyArray,
+    row_R: AnyArray | None,
     token_axis: int,
 ) -> jax.Array:
     rows = rows.astype(cache.dtype)
 
-    def corner(row, start):
+    def corner(row: AnyArray | int, start: AnyArray) -> tuple[AnyArray | int, ...]:
         return tuple(start if axis == token_axis else row if axis == 0 else 0 for axis in range(4))
 
     if rows.shape[0] <= _UNROLL_ROWS:
@@ -76,7 +78,7 @@ def _write(
         return cache
     if row_R is None:
 
-        def update(old, new, start):
+        def update(old: jax.Array, new: jax.Array, start: AnyArray) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new, corner(0, start)[1:])
 
         return jax.vmap(update)(cache, rows, start_R)
@@ -108,7 +110,7 @@ def visible_slots(length_B: jax.Array, caches: Sequence[KVRows]) -> jax.Array:
     return jnp.arange(capacity)[None, :] < length_B[:, None]
 
 
-def write_all(caches: Sequence[KVRows], rows: Sequence[KVRows], start_B: jax.Array) -> list[KVRows]:
+def write_all(caches: Sequence[KVRows], rows: Sequence[KVRows], start_B: AnyArray) -> list[KVRows]:
     """Applies `write_rows` to every layer."""
     return [write_rows(cache, new, start_B) for cache, new in zip(caches, rows, strict=True)]
 
@@ -141,7 +143,7 @@ class KVCache:
         """Position [B, S] of the token in each slot; None if it is the slot's number."""
         return None
 
-    def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
+    def past(self, row_R: AnyArray, length: AnyArray) -> tuple[list[KVRows], jax.Array]:
         """Copies some sequences' slots, with a mask [R, S] of their first `length` tokens.
 
         These tokens belong to prompts.
@@ -149,7 +151,7 @@ class KVCache:
         layers = [KVRows(layer.k_BKHS[row_R], layer.v_BKSH[row_R]) for layer in self.layers]
         return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
 
-    def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
+    def put(self, rows: Sequence[KVRows], row_R: AnyArray, start: AnyArray) -> Self:
         """Writes a chunk of T prompt tokens to the sequences row_R, from position `start` on."""
         start_R = jnp.broadcast_to(start, row_R.shape)
         layers = [
@@ -158,7 +160,7 @@ class KVCache:
         ]
         return replace(self, layers=layers)
 
-    def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
+    def holding(self, row_R: AnyArray, length_R: AnyArray) -> Self:
         """Returns the cache with exactly length_R prompt tokens in the sequences row_R."""
         return replace(self, length_B=self.length_B.at[row_R].set(length_R))
 
@@ -211,7 +213,7 @@ class RingCache(KVCache):
         own_BS = self.length_B[:, None] - 1 - self._age_1S()
         return jnp.where(slot_1S < self.ring, own_BS, slot_1S - self.ring)
 
-    def past(self, row_R: jax.Array, length: jax.Array) -> tuple[list[KVRows], jax.Array]:
+    def past(self, row_R: AnyArray, length: AnyArray) -> tuple[list[KVRows], jax.Array]:
         """Copies some sequences' prompts, with a mask [R, S] of their first `length` tokens."""
         layers = [
             KVRows(layer.k_BKHS[row_R, :, :, self.ring :], layer.v_BKSH[row_R, :, self.ring :])
@@ -219,11 +221,11 @@ class RingCache(KVCache):
         ]
         return layers, visible_slots(jnp.broadcast_to(length, row_R.shape), layers)
 
-    def put(self, rows: Sequence[KVRows], row_R: jax.Array, start: jax.Array) -> Self:
+    def put(self, rows: Sequence[KVRows], row_R: AnyArray, start: AnyArray) -> Self:
         """Writes a chunk of T prompt tokens to the sequences row_R, from position `start` on."""
         return super().put(rows, row_R, self.ring + start)
 
-    def holding(self, row_R: jax.Array, length_R: jax.Array) -> Self:
+    def holding(self, row_R: AnyArray, length_R: AnyArray) -> Self:
         """Returns the cache with exactly length_R prompt tokens in the sequences row_R."""
         held = super().holding(row_R, length_R)
         return replace(held, prompt_B=self.prompt_B.at[row_R].set(length_R))
@@ -241,7 +243,7 @@ class RingCache(KVCache):
         ]
         return replace(self, layers=layers, rounds=self.rounds + 1)
 
-    def resized(self, row_N: jax.Array, room: int) -> Self:
+    def resized(self, row_N: AnyArray, room: int) -> Self:
         """Keeps only the sequences row_N, with room for prompts of `room` tokens or more."""
         more = max(0, self.ring + room - self.capacity)
         layers = [

@@ -150,7 +150,9 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _wrong(config: Mapping[str, Any], keys: tuple[str, ...], fits, expected: str) -> list[str]:
+def _wrong(
+    config: Mapping[str, Any], keys: tuple[str, ...], fits: Callable[[Any], bool], expected: str
+) -> list[str]:
     return [
         f"{key} is {config[key]!r}, expected {expected}"
         for key in keys

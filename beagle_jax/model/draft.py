@@ -155,7 +155,7 @@ class LayerBlock(nn.Module):
 
     spec: LayerSpec
 
-    def setup(self):
+    def setup(self) -> None:
         normal = nn.initializers.normal(self.spec.init_std)
         for name, shape in self.spec.param_shapes().items():
             vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones

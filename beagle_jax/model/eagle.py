@@ -68,6 +68,7 @@ class EagleBlock(LayerBlock):
 
         The embedding comes first in the concatenation.
         """
+        assert h_BTD is not None  # EAGLE reads them
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
         return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
 

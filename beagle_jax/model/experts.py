@@ -7,13 +7,14 @@ dispatch that sorts tokens by expert.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 
-class Experts(NamedTuple):
+@dataclass(frozen=True)
+class Experts:
     """Description of a target's routed experts. Hashable."""
 
     count: int  # E
@@ -48,10 +49,10 @@ def routed(
     run: maps an expert's number to its output [D, M].
     """
 
-    def add(expert, total_DM):
+    def add(expert: jax.Array, total_DM: jax.Array) -> jax.Array:
         share_M = share_EM[expert]
 
-        def weighted():
+        def weighted() -> jax.Array:
             return total_DM + run(expert).astype(jnp.float32) * share_M[None]
 
         return jax.lax.cond((share_M > 0).any(), weighted, lambda: total_DM)

@@ -4,6 +4,7 @@ Reads a config and returns the fields of `model.target.TargetSpec`; no arrays ar
 family has an entry in `_FAMILIES`. A setting that no field describes is an error that names it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,9 @@ class _Family(NamedTuple):
     eps: float = 1e-6
 
 
-_GEMMA = dict(may_bias=("attention_bias",), windowed="mixed", kv_heads=4, head_dim=256)
+_later_gemma = functools.partial(
+    _Family, may_bias=("attention_bias",), windowed="mixed", kv_heads=4, head_dim=256
+)
 _FAMILIES = {
     "llama": _Family(
         "Llama, Vicuna, SmolLM2", may_bias=("attention_bias", "mlp_bias"), max_positions=2048
@@ -71,7 +74,9 @@ _FAMILIES = {
         experts_only=True,
         experts=(
             "block_sparse_moe.gate",
-            *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")),
+            "block_sparse_moe.experts.{}.w1",
+            "block_sparse_moe.experts.{}.w3",
+            "block_sparse_moe.experts.{}.w2",
         ),
     ),
     "qwen2": _Family("Qwen2, Qwen2.5", biases=_QKV, windowed="late", kv_heads=32),
@@ -91,7 +96,9 @@ _FAMILIES = {
         kv_heads=4,
         experts=(
             "mlp.gate",
-            *(f"mlp.experts.{{}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+            "mlp.experts.{}.gate_proj",
+            "mlp.experts.{}.up_proj",
+            "mlp.experts.{}.down_proj",
         ),
     ),
     "gemma": _Family(
@@ -102,12 +109,9 @@ _FAMILIES = {
         max_positions=8192,
         gemma=_Gemma(None, None, None, post_norms=False, score_size=None),
     ),
-    "gemma2": _Family(
-        "Gemma 2", **_GEMMA, every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)
-    ),
-    "gemma3_text": _Family(
+    "gemma2": _later_gemma("Gemma 2", every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)),
+    "gemma3_text": _later_gemma(
         "Gemma 3 text",
-        **_GEMMA,
         qk_norm=True,
         every=6,
         max_positions=131072,
@@ -214,7 +218,7 @@ def _rope(
     """
     # transformers 5 writes rope_parameters (for Gemma 3, one per kind of layer); older files have
     # rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:
@@ -228,7 +232,8 @@ def _rope(
         raise UserError(
             f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)"
         )
-    theta = float(rope.get("rope_theta", config.get("rope_theta", family.theta)))
+    outer_theta: float = config.get("rope_theta", family.theta)
+    theta = float(rope.get("rope_theta", outer_theta))
     if kind == "longrope":
         return theta, _rope_factors(config, rope, where)
     values = [float(rope[key]) for key in _ROPE_KEYS[kind]]
@@ -312,7 +317,8 @@ def _experts(config: Config, family: _Family, where: str) -> Experts | None:
         raise UserError(
             f"{where}: num_experts_per_tok is {per_token}; expected 1 to {count} ({count_key})"
         )
-    renormalised, dense = True, ()
+    renormalised = True
+    dense: tuple[int, ...] = ()
     if not family.experts_only:
         renormalised = bool(config.get("norm_topk_prob", False))
         step, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
@@ -334,7 +340,8 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
         )
     local_theta = family.gemma.local_theta
     if local_theta is not None:
-        local = (config.get("rope_parameters") or {}).get(_SLIDING) or {}
+        rope: Config = config.get("rope_parameters") or {}
+        local: Config = rope.get(_SLIDING) or {}
         if local.get("rope_type", "default") != "default":
             raise UserError(
                 f"{where}: rope type {local['rope_type']!r} of sliding layers is not "

@@ -121,7 +121,7 @@ def partial_attention(
     q_BKGTH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | bool,
     *,
     scale: float | None = None,
     cap: float | None = None,
@@ -159,6 +159,7 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
     scales = [jnp.exp(part.peak_BKGT - peak) for part in parts]
     total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales, strict=True))
     out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales, strict=True))
+    assert not isinstance(total, int)  # there is at least one part
     seen = total > 0
     # The inner `where` keeps zero out of the division, so neither value nor gradient can be NaN
     # (method.md 2.5).

@@ -7,6 +7,7 @@ Each docstring draws an example. Positions are 0-based; windows and offsets are 
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.model.packing import places, queries
 
 
@@ -45,11 +46,11 @@ def window_start(position: jax.Array, window: int, offset: jax.Array) -> jax.Arr
 
 
 def early_block_mask(
-    length_BC: jax.Array,
+    length_BC: AnyArray,
     width: int,
     window: int,
     offset: jax.Array,
-    first_BC: jax.Array | None = None,
+    first_BC: AnyArray | None = None,
     count: int | None = None,
 ) -> jax.Array:
     """Mask [B, T, L] over true states, for the early stage (method.md 3.1).
@@ -74,7 +75,7 @@ def early_block_mask(
 
 
 def keys_before(
-    chat_BT: jax.Array, start_BT: jax.Array, length_BC: jax.Array, width: int
+    chat_BT: jax.Array, start_BT: jax.Array, length_BC: AnyArray, width: int
 ) -> jax.Array:
     """Mask [B, T, L] over true states: before start_BT in the query's own chat.
 
@@ -84,7 +85,7 @@ def keys_before(
     return (key_chat_BL[:, None] == chat_BT[..., None]) & (key_BL[:, None] < start_BT[..., None])
 
 
-def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
+def chats_mask(length_BC: AnyArray, width: int) -> jax.Array:
     """Mask [B, L, L] of packed chats for the target: causal within each chat.
 
     Padding keys are hidden.
@@ -97,7 +98,7 @@ def chats_mask(length_BC: jax.Array, width: int) -> jax.Array:
     return causal_mask(length_BC.sum(axis=1), width) & (key_chat_BL[:, None] == chat_BL[..., None])
 
 
-def _keys(length_BC: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def _keys(length_BC: AnyArray, width: int) -> tuple[jax.Array, jax.Array]:
     """Returns each token's chat and its position in it [B, L]; padding has chat -1."""
     chat_BL, position_BL = places(width, length_BC)
     live_BL = jnp.arange(width)[None] < length_BC.sum(axis=1, keepdims=True)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
+
 
 class Places(NamedTuple):
     """Chat and place in it of X elements, which are ordered by chat."""
@@ -31,7 +33,7 @@ class Queries(NamedTuple):
     slot_BT: jax.Array  # in the row
 
 
-def places(count: int, size_BC: jax.Array) -> Places:
+def places(count: int, size_BC: AnyArray) -> Places:
     """Returns chat and place of the first `count` elements of each row.
 
     size_BC: elements of each chat. Padding elements continue the last chat.
@@ -46,7 +48,7 @@ def places(count: int, size_BC: jax.Array) -> Places:
     return Places(chat_BX, index_1X - of_row(end_BC - size_BC, chat_BX))
 
 
-def queries(count: int, length_BC: jax.Array, first_BC: jax.Array) -> Queries:
+def queries(count: int, length_BC: AnyArray, first_BC: AnyArray) -> Queries:
     """Returns the first `count` queries of each row."""
     chat_BT, place_BT = places(count, length_BC - first_BC)
     position_BT = of_row(first_BC, chat_BT) + place_BT
@@ -54,7 +56,7 @@ def queries(count: int, length_BC: jax.Array, first_BC: jax.Array) -> Queries:
     return Queries(chat_BT, place_BT, position_BT, of_row(begin_BC, chat_BT) + position_BT)
 
 
-def of_row(x: jax.Array, index_BX: jax.Array) -> jax.Array:
+def of_row(x: AnyArray, index_BX: AnyArray) -> jax.Array:
     """Gathers x [B, S, ..] at each row's own indices: [B, X, ..].
 
     An index out of range is clipped.

@@ -7,7 +7,7 @@ and activations are columns [D, M]. On a CPU, eight columns then cost little mor
 state after the final norm (method.md 1); logits are `head @ state`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
@@ -41,7 +42,10 @@ Params = Mapping[str, Any]
 # columns are slower than those of 4 or 8 (measured on a CPU: 41 ms at 6 columns, 36 ms at 8, for
 # all matrices of SmolLM2-135M).
 _COLUMN_MULTIPLE = 4
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,7 @@ def head(params: Params) -> jax.Array:
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
-def embed(embed_VD: jax.Array, tokens: jax.Array, scale: float = 1.0) -> jax.Array:
+def embed(embed_VD: jax.Array, tokens: AnyArray, scale: float = 1.0) -> jax.Array:
     """Returns embedding vectors e(x) [*tokens.shape, D].
 
     scale: the target's `embed_scale`.
@@ -181,7 +185,7 @@ class Forward:
 def forward(
     params: Params,
     spec: TargetSpec,
-    tokens_BT: jax.Array,
+    tokens_BT: AnyArray,
     positions_BT: jax.Array,
     mask_BTT: jax.Array,
     cache: Sequence[KVRows] | None = None,
@@ -222,7 +226,7 @@ def forward(
     x_DM = embed(params["embed_VD"], tokens_BT.reshape(-1), spec.embed_scale).T
     x_DM = jnp.pad(x_DM, ((0, 0), (0, _column_padding(B * T))))
 
-    def unpadded(columns_DM):
+    def unpadded(columns_DM: jax.Array) -> jax.Array:
         return columns_DM[:, : B * T].T.reshape(B, T, -1)
 
     new_rows, streams = [], {}
@@ -240,7 +244,14 @@ def forward(
 
 
 def _block(
-    layer, spec, x_DM, batch_shape, rotary, past, mask_BTT, slots
+    layer: Params,
+    spec: TargetSpec,
+    x_DM: jax.Array,
+    batch_shape: tuple[int, int],
+    rotary: tuple[jax.Array, jax.Array],
+    past: KVRows | None,
+    mask_BTT: jax.Array,
+    slots: jax.Array | None,
 ) -> tuple[jax.Array, KVRows]:
     """Runs one layer; returns the residual stream after it, and the new keys and values."""
     norm = partial(_norm, spec, axis=0)
@@ -287,17 +298,23 @@ def _column_padding(count: int) -> int:
 
 
 def _layer_masks(
-    spec, positions_BT, mask_BTT, visible_BS, slot_positions_BS=None
+    spec: TargetSpec,
+    positions_BT: jax.Array,
+    mask_BTT: jax.Array,
+    visible_BS: jax.Array | None,
+    slot_positions_BS: jax.Array | None = None,
 ) -> list[tuple[jax.Array, jax.Array | None]]:
     """Returns, for each layer, the masks over new tokens and over slots.
 
     The mask over slots is None without a cache.
     """
     slots = None if visible_BS is None else visible_BS[:, None, None, None]
-    masks = {None: (mask_BTT, slots)}
-    for window in set(spec.windows) - {None}:
+    masks: dict[int | None, tuple[jax.Array, jax.Array | None]] = {None: (mask_BTT, slots)}
+    for window in set(spec.windows):
+        if window is None:
+            continue
         near_slots = slots
-        if slots is not None:
+        if visible_BS is not None and slots is not None:
             at_BS = slot_positions_BS
             if at_BS is None:
                 at_BS = jnp.arange(visible_BS.shape[1])[None]
@@ -309,8 +326,11 @@ def _layer_masks(
 def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """Returns, for each layer, cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
 
-    def tables(theta, scaling):
-        return [x[:, None, None] for x in rope_tables(positions_BT, spec.head_dim, theta, scaling)]
+    def tables(
+        theta: float, scaling: RopeScaling | RopeFactors | None
+    ) -> tuple[jax.Array, jax.Array]:
+        cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, theta, scaling)
+        return cos_BTH[:, None, None], sin_BTH[:, None, None]
 
     far = near = tables(spec.rope_theta, spec.rope_scaling)
     if spec.local_rope_theta is not None:
@@ -318,7 +338,16 @@ def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.A
     return [far if window is None else near for window in spec.windows or (None,) * spec.num_layers]
 
 
-def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
+def _attention(
+    layer: Params,
+    spec: TargetSpec,
+    y_DM: jax.Array,
+    batch_shape: tuple[int, int],
+    rotary: tuple[jax.Array, jax.Array],
+    past: KVRows | None,
+    mask_BTT: jax.Array,
+    slots: jax.Array | None,
+) -> tuple[jax.Array, KVRows]:
     """Grouped-query attention of the new tokens over the cache and each other.
 
     Returns the output [D, M] and the new keys and values.
@@ -338,13 +367,16 @@ def _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots):
     attend = partial(partial_attention, scale=spec.score_scale, cap=spec.score_cap)
     parts = [_attend_new(attend, q_BKGTH, rows, mask_BTT)]
     if past is not None:
+        assert slots is not None  # a cache comes with the mask of its slots
         parts.append(attend(q_BKGTH, *past, slots))
     out_FM = merge_attention(*parts).astype(y_DM.dtype).transpose(1, 2, 4, 0, 3).reshape(-1, B * T)
     out_FM = jnp.pad(out_FM, ((0, 0), (0, M - B * T)))
     return _project(layer, "o_DF", out_FM), rows
 
 
-def _attend_new(attend, q_BKGTH, rows: KVRows, mask_BTT) -> PartialAttention:
+def _attend_new(
+    attend: Callable[..., PartialAttention], q_BKGTH: jax.Array, rows: KVRows, mask_BTT: jax.Array
+) -> PartialAttention:
     """Attention over the new tokens' own keys and values.
 
     A token whose values are not finite affects only its own output. In a plain product, a masked
@@ -383,8 +415,10 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
         gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
-    def run(expert):
-        def times(key, x_IM):
+    assert spec.experts is not None  # a layer with a router belongs to them
+
+    def run(expert: jax.Array) -> jax.Array:
+        def times(key: str, x_IM: jax.Array) -> jax.Array:
             return dense(pick(layer[key], expert), x_IM) @ x_IM
 
         return times("down_EDF", act(times("gate_EFD", y_DM)) * times("up_EFD", y_DM))

@@ -25,7 +25,7 @@ class Best:
         config: EvalConfig,
         measure: Callable[[Params], dict],
         keep: Callable[[Params, dict], None],
-    ):
+    ) -> None:
         """Reads the file at `path` if it was written with the same settings of `eval`.
 
         measure: maps parameters to a dictionary of metrics that includes "tau". keep: saves the

@@ -46,7 +46,9 @@ class StageCheckpoints:
     A context manager: its exit waits for the last write.
     """
 
-    def __init__(self, folder: str | Path, settings: Settings, accept_changes: bool = False):
+    def __init__(
+        self, folder: str | Path, settings: Settings, accept_changes: bool = False
+    ) -> None:
         """Opens the folder of a stage.
 
         settings: those of this run. Checkpoints that were written with other settings are refused,

@@ -97,9 +97,12 @@ def stage_cost(
         key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
     }
     dtype = jnp.dtype(config.target.dtype)
+    # Shapes stand for the arrays.
+    embed_VD: Any = jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype)
+    head_VD: Any = jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)
     frozen = FrozenTarget(
-        embed_VD=jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype),
-        head_VD=jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype),
+        embed_VD=embed_VD,
+        head_VD=head_VD,
         model=online,
         spec=None if online is None else target,
     )

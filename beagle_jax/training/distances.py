@@ -71,7 +71,7 @@ def lk_hybrid(of: Distributions) -> Distance:
     (kl_C, kl_slope_CV), (tv_C, tv_slope_CV) = kl(of), total_variation(of)
     weight_C = jnp.exp(-_LK_ETA * (1 - tv_C))
 
-    def mix(kl_value, tv_value, weight):
+    def mix(kl_value: jax.Array, tv_value: jax.Array, weight: jax.Array) -> jax.Array:
         return weight * kl_value + (1 - weight) * tv_value
 
     return mix(kl_C, tv_C, weight_C), mix(kl_slope_CV, tv_slope_CV, weight_C[:, None])

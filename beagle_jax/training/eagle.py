@@ -19,6 +19,7 @@ the early stage, whereas Beagle's late stage costs that much for all its steps t
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
@@ -41,8 +42,8 @@ def eagle_states(
     spec: EagleSpec,
     e_BLD: jax.Array,
     h_BLD: jax.Array,
-    length_BC: jax.Array,
-    first_BC: jax.Array,
+    length_BC: AnyArray,
+    first_BC: AnyArray,
     *,
     count: int,
     steps: int,
@@ -68,7 +69,7 @@ def eagle_states(
     sees_BTE = keys_before(query.chat_BT, query.position_BT, length_BC, L - 1)
     f_BTD = of_row(true_BED, query.slot_BT - 1)
     own: list[KVRows] = []
-    states = []
+    states: list[jax.Array] = []
     for step in range(steps):
         with jax.named_scope(f"simulate_{step + 1}"):
             entry_BT = query.position_BT - 1 + step
@@ -98,7 +99,9 @@ def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
     return PartialAttention(value_BKGTH, score_BKGT, jnp.ones_like(score_BKGT))
 
 
-def predict_eagle(params, spec: EagleSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+def predict_eagle(
+    params: dict[str, jax.Array], spec: EagleSpec, stage: StageConfig, of: Inputs, offset: jax.Array
+) -> Prediction:
     """Simulates draft steps 1..s from each query; the early stage has one step (method.md 8).
 
     Embeds whole rows, because keys depend on tokens too. The window offset is not used.

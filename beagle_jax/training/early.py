@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.draft import LayerSpec
 from beagle_jax.model.kinds import block_of
@@ -16,8 +17,8 @@ def early_states(
     spec: LayerSpec,
     e_BTD: jax.Array,
     h_BLD: jax.Array,
-    length_BC: jax.Array,
-    first_BC: jax.Array,
+    length_BC: AnyArray,
+    first_BC: AnyArray,
     *,
     window: int,
     offset: jax.Array,
@@ -33,10 +34,12 @@ def early_states(
     L, T = h_BLD.shape[1], e_BTD.shape[1]
     mask_BTL = early_block_mask(length_BC, L, window, offset, first_BC, T)
     at_BT, at_BL = queries(T, length_BC, first_BC).position_BT, places(L, length_BC).place_BX
-    return block_of(spec).apply({"params": params}, e_BTD, h_BLD, mask_BTL, at_BT, at_BL)
+    return block_of(spec).bind({"params": params})(e_BTD, h_BLD, mask_BTL, at_BT, at_BL)
 
 
-def predict_early(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+def predict_early(
+    params: dict[str, jax.Array], spec: LayerSpec, stage: StageConfig, of: Inputs, offset: jax.Array
+) -> Prediction:
     """Predicts every query once, with weight 1 (method.md 3.2)."""
     T = of.slot_BT.shape[1]
     e_BTD = of.embedded(of_row(of.tokens_BL, of.slot_BT))

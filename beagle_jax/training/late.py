@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.cache import append_rows
 from beagle_jax.model.draft import LayerSpec
@@ -51,7 +52,7 @@ class Windows(NamedTuple):
 
 
 def window_queries(
-    size_BC: jax.Array, width: int, window: int, steps: int, offset: jax.Array
+    size_BC: AnyArray, width: int, window: int, steps: int, offset: jax.Array | int
 ) -> Windows:
     """Returns the first `steps` queries of each window.
 
@@ -76,12 +77,12 @@ def late_states(
     spec: LayerSpec,
     e_BTD: jax.Array,
     h_BLD: jax.Array,
-    length_BC: jax.Array,
-    first_BC: jax.Array,
+    length_BC: AnyArray,
+    first_BC: AnyArray,
     *,
     window: int,
     steps: int,
-    offset: jax.Array,
+    offset: jax.Array | int,
     detach: bool,
     multi_token: bool = False,
 ) -> LateStates:
@@ -150,18 +151,27 @@ def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
     return jnp.moveaxis(x_BKGUJ, 3, 1).reshape(B * U, K, G, len(span), *rest)
 
 
-def predict_late(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+def predict_late(
+    params: dict[str, jax.Array], spec: LayerSpec, stage: StageConfig, of: Inputs, offset: jax.Array
+) -> Prediction:
     """Predicts draft steps 1..s of every window (method.md 4.2)."""
     return _predict_windows(params, spec, stage, of, stage.window, offset)
 
 
-def predict_dense(params, spec: LayerSpec, stage: StageConfig, of: Inputs, offset) -> Prediction:
+def predict_dense(
+    params: dict[str, jax.Array], spec: LayerSpec, stage: StageConfig, of: Inputs, offset: jax.Array
+) -> Prediction:
     """Predicts draft steps 1..s from every position; most positions are predicted s times."""
     return _predict_windows(params, spec, stage, of, 1, 0)
 
 
 def _predict_windows(
-    params, spec: LayerSpec, stage: StageConfig, of: Inputs, window: int, offset
+    params: dict[str, jax.Array],
+    spec: LayerSpec,
+    stage: StageConfig,
+    of: Inputs,
+    window: int,
+    offset: jax.Array | int,
 ) -> Prediction:
     late = late_states(
         params,

@@ -67,10 +67,12 @@ def run_stage(
             progress.add(done, last_metrics)
             last_metrics = None
             checkpoints.check(state, done)
-            if looking:
+            if best is not None and looking:
                 figures = best.look(name, done, host_copy(state.params))
                 progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
-            finished = done == stage.steps or (looking and best.exhausted(name, done))
+            finished = done == stage.steps or (
+                best is not None and looking and best.exhausted(name, done)
+            )
             if saving or finished:
                 checkpoints.save(state, done, progress.waiting)
                 if held_out is not None and not stopping:

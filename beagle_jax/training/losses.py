@@ -46,12 +46,28 @@ def distribution_loss(
     return distance_M, rank_M
 
 
-def _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
+def _forward(
+    state_MD: jax.Array,
+    true_MD: jax.Array,
+    head_VD: jax.Array,
+    counts_M: jax.Array,
+    kind: str,
+    chunk: int,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     own_rows = over_rows(partial(_own_rows, kind, chunk), head_VD.shape[0], mesh)
     return own_rows(head_VD, state_MD, true_MD, counts_M)
 
 
-def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD, counts_M):
+def _own_rows(
+    kind: str,
+    chunk: int,
+    share: OwnShare,
+    head_VD: jax.Array,
+    state_MD: jax.Array,
+    true_MD: jax.Array,
+    counts_M: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes distance, rank and gradient of one device's positions."""
     M, D = state_MD.shape
     count = -(-M // chunk) * chunk
@@ -62,12 +78,14 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
     # Every device runs the same number of iterations, as the loop contains collectives.
     rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
-    def step(index, carry):
+    def step(
+        index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         distance, rank, gradient = carry
         row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         live_C = index * chunk + jnp.arange(chunk) < used
 
-        def read(x_MD):
+        def read(x_MD: jax.Array) -> jax.Array:
             return x_MD.at[row_C].get(mode="fill", fill_value=0)
 
         distance_C, rank_C, gradient_CD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
@@ -83,16 +101,18 @@ def _own_rows(kind: str, chunk: int, share: OwnShare, head_VD, state_MD, true_MD
     return jax.lax.fori_loop(0, rounds, step, zeros)
 
 
-def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
+def _rows(
+    kind: str, state_CD: jax.Array, true_CD: jax.Array, head_VD: jax.Array, share: OwnShare
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes distance, rank and gradient of one chunk, in float32.
 
     V is this device's part of the vocabulary.
     """
 
-    def total(x):
+    def total(x: jax.Array) -> jax.Array:
         return jax.lax.psum(x, share.vocabulary)
 
-    def highest(x):
+    def highest(x: jax.Array) -> jax.Array:
         return jax.lax.pmax(x, share.vocabulary)
 
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -101,12 +121,12 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
     top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
     peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
 
-    def log_softmax(x_CV, peak):
+    def log_softmax(x_CV: jax.Array, peak: jax.Array) -> jax.Array:
         return x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
 
     log_p_CV, log_q_CV = log_softmax(true_CV, top_C1), log_softmax(draft_CV, peak_C1)
 
-    def over_vocabulary(x_CV):
+    def over_vocabulary(x_CV: jax.Array) -> jax.Array:
         return total(x_CV.sum(axis=-1))
 
     of = Distributions(jnp.exp(log_p_CV), log_p_CV, jnp.exp(log_q_CV), log_q_CV, over_vocabulary)
@@ -115,7 +135,7 @@ def _rows(kind: str, state_CD, true_CD, head_VD, share: OwnShare):
     return distance_C, _rank(draft_CV, true_CV, top_C1, share), gradient_CD.astype(state_CD.dtype)
 
 
-def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
+def _rank(draft_CV: jax.Array, true_CV: jax.Array, top_C1: jax.Array, share: OwnShare) -> jax.Array:
     """Counts the tokens that the draft ranks above the target's most likely token.
 
     If several tokens are the most likely, the one with the lowest id is meant.
@@ -130,14 +150,28 @@ def _rank(draft_CV, true_CV, top_C1, share: OwnShare) -> jax.Array:
     return jax.lax.psum(jnp.sum(draft_CV > draft_C1, axis=-1), share.vocabulary)
 
 
-def _vjp_forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh):
+def _vjp_forward(
+    state_MD: jax.Array,
+    true_MD: jax.Array,
+    head_VD: jax.Array,
+    counts_M: jax.Array,
+    kind: str,
+    chunk: int,
+    mesh: Mesh,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     distance_M, rank_M, gradient_MD = _forward(
         state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh
     )
     return (distance_M, rank_M), gradient_MD
 
 
-def _vjp_backward(kind, chunk, mesh, gradient_MD, cotangents):
+def _vjp_backward(
+    kind: str,
+    chunk: int,
+    mesh: Mesh,
+    gradient_MD: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, None, None, None]:
     slope_M = cotangents[0]
     return (gradient_MD * slope_M[:, None].astype(gradient_MD.dtype), None, None, None)
 

@@ -16,7 +16,7 @@ class Log:
     Only the first process writes.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         """Opens the writers.
 
         Raises:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.draft import LayerSpec
 from beagle_jax.training.losses import Terms, distribution_and_state
@@ -17,8 +18,8 @@ class Inputs(NamedTuple):
 
     tokens_BL: jax.Array
     h_BLI: jax.Array  # the draft's inputs from the target, with the training noise if any
-    length_BC: jax.Array
-    first_BC: jax.Array
+    length_BC: AnyArray
+    first_BC: AnyArray
     slot_BT: jax.Array  # index of each query within the row
     embedded: Callable[[jax.Array], jax.Array]  # the target's embeddings [B, X, D] of tokens [B, X]
 

@@ -26,7 +26,7 @@ class Progress:
         training: BatchLoader,
         first: int,
         waiting: list[dict],
-    ):
+    ) -> None:
         """Opens the progress bar.
 
         waiting: metrics of the steps since the last log record, as the restored checkpoint has
@@ -41,7 +41,8 @@ class Progress:
         # Checkpoints of older versions have other fields.
         known = [record for record in waiting if record.keys() == set(Metrics._fields)]
         self._since = [
-            Metrics(**{key: np.asarray(value) for key, value in record.items()}) for record in known
+            Metrics._make(np.asarray(record[field]) for field in Metrics._fields)
+            for record in known
         ]
         self._clock, self._timed = time.perf_counter(), 0.0
 
@@ -132,7 +133,7 @@ class Progress:
 def summary(batches: list[Metrics]) -> dict[str, Any]:
     """Averages metrics over batches: sums first, then divides once."""
 
-    def total(field):
+    def total(field: str) -> Any:
         return np.sum([getattr(metrics, field) for metrics in batches], axis=0, dtype=np.float64)
 
     rows = max(float(total("count_J").sum()), 1.0)

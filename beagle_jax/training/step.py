@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.data.states import states_at
@@ -71,7 +72,7 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
         after = optax.constant_schedule(stage.learning_rate)
     by_batch = optax.join_schedules([warm, after], [stage.warmup])
 
-    def schedule(updates):
+    def schedule(updates: jax.Array) -> jax.Array:
         return by_batch(updates * config.accumulate)
 
     adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
@@ -88,7 +89,7 @@ def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTra
 
 
 def add_noise(
-    states_BLD: jax.Array, length_BC: jax.Array, config: TrainConfig, key: jax.Array
+    states_BLD: jax.Array, length_BC: AnyArray, config: TrainConfig, key: jax.Array
 ) -> jax.Array:
     """Adds training noise to states used as keys and values (method.md 3.3).
 
@@ -130,7 +131,7 @@ def stage_loss(
     h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
     slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
-    def embedded(tokens):
+    def embedded(tokens: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(
             embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale), rows(mesh)
         )
@@ -163,7 +164,7 @@ def _summed(out: Prediction, terms: Terms, counts_BN: jax.Array, supervised: jax
     agree_KM = [counts_BN.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
     agree_KBN = [agree_M.reshape(counts_BN.shape) for agree_M in agree_KM]
 
-    def by_group(x_BN):
+    def by_group(x_BN: jax.Array) -> jax.Array:
         return jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
 
     return Metrics(
@@ -191,10 +192,12 @@ def updated(
     the mean gradient.
     """
 
-    def mean(total, tokens):
+    def mean(total: Any, tokens: jax.Array) -> Any:
         return jax.tree.map(lambda x: x / (tokens + 1e-5), total)
 
-    def change(opt_state, total, tokens):
+    def change(
+        opt_state: optax.OptState, total: Any, tokens: jax.Array
+    ) -> tuple[Any, optax.OptState]:
         updates, opt_state = optimizer.update(mean(total, tokens), opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
@@ -206,11 +209,11 @@ def updated(
     held: Accumulated = state.opt_state
     total, tokens = optax.tree.add(held.gradient, gradient), held.supervised + supervised
 
-    def full():
+    def full() -> tuple[Any, Accumulated]:
         params, inner = change(held.inner, total, tokens)
         return params, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
 
-    def waiting():
+    def waiting() -> tuple[Any, Accumulated]:
         return (state.params, Accumulated(held.inner, total, tokens))
 
     params, opt_state = jax.lax.cond((state.step + 1) % accumulate == 0, full, waiting)
@@ -227,6 +230,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
         dtype = frozen.embed_VD.dtype
         cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (batch.inputs_BLI, batch.targets_BLD))
         return batch._replace(inputs_BLI=cast[0], targets_BLD=cast[1])
+    assert frozen.model is not None and frozen.spec is not None  # `data.states: online`
     with jax.named_scope("target"):
         states_BLI = states_at(frozen.model, frozen.spec, batch.tokens_BL, batch.length_BC, taps)
     if not taps:
@@ -236,10 +240,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
 
 
 def make_steps(
-    spec: DraftSpec,
-    config: TrainConfig,
-    stage: StageConfig,
-    mesh: Mesh,
+    spec: DraftSpec, config: TrainConfig, stage: StageConfig, mesh: Mesh
 ) -> tuple[
     Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics], Callable[[Any], TrainState]
 ]:
@@ -256,11 +257,15 @@ def make_steps(
     # Evaluation uses no noise: it reads the same states as decoding.
     clean = config.changed(noise="none")
 
-    def loss(params, frozen, batch, key):
+    def loss(
+        params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         metrics = stage_loss(params, spec, config, stage, objective, frozen, batch, key, mesh)[1]
         return metrics.objective, metrics
 
-    def train_step(state: TrainState, frozen, batch: Batch, seed) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, frozen: FrozenTarget, batch: Batch, seed: int
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradient, metrics = jax.grad(loss, has_aux=True)(
             state.params, frozen, with_states(frozen, batch, spec.taps), key
@@ -270,21 +275,21 @@ def make_steps(
         )
         return state, metrics._replace(grad_norm=grad_norm)
 
-    def eval_step(params, frozen, batch: Batch) -> Metrics:
+    def eval_step(params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch) -> Metrics:
         batch = with_states(frozen, batch, spec.taps)
         return stage_loss(
             params, spec, clean, stage, objective, frozen, batch, jax.random.key(0), mesh
         )[1]
 
-    def init(params) -> TrainState:
+    def init(params: dict[str, jax.Array]) -> TrainState:
         return _first_state(params, optimizer, config.accumulate)
 
     shapes = spec.param_shapes().items()
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
     where = shardings(jax.eval_shape(init, params), mesh)
-    placed = dict(in_shardings=(where, None, rows(mesh), None), out_shardings=(where, whole(mesh)))
+    inputs, outputs = (where, None, rows(mesh), None), (where, whole(mesh))
     return (
-        jax.jit(train_step, donate_argnums=0, **placed),
+        jax.jit(train_step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs),
         jax.jit(
             eval_step, in_shardings=(where.params, None, rows(mesh)), out_shardings=whole(mesh)
         ),

@@ -48,17 +48,18 @@ def warm_start(
     rng = np.random.default_rng(0)
     for name in ("gate_proj", "up_proj"):
         fitted[name] = rng.standard_normal(fitted[name].shape) / np.sqrt(spec.hidden_size)
-    fitted = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
+    start = {name: jnp.asarray(array, jnp.float32) for name, array in fitted.items()}
     parts = [
         jax.tree.map(lambda x, first=line: x[first : first + _FIT_LINES], batch)
         for line in range(0, len(batch.tokens_BL), _FIT_LINES)
     ]
-    moments = (map(np.asarray, _feature_moments(fitted, spec, embed_VD, part)) for part in parts)
-    return fitted | {"down_proj": jnp.asarray(_ridge(moments).T, jnp.float32)}
+    moments = (_feature_moments(start, spec, embed_VD, part) for part in parts)
+    on_host = ((np.asarray(gram), np.asarray(cross)) for gram, cross in moments)
+    return start | {"down_proj": jnp.asarray(_ridge(on_host).T, jnp.float32)}
 
 
 def _local_attention(
-    fitted: dict[str, np.ndarray], spec: BeagleSpec, embed_VD, batch: Batch
+    fitted: dict[str, np.ndarray], spec: BeagleSpec, embed_VD: jax.Array, batch: Batch
 ) -> dict[str, np.ndarray]:
     """Sets the attention weights so that most heads read the newest state."""
     e_MD, before_MD, after_MD = _neighbours(np.asarray(embed_VD) * spec.embed_scale, batch)
@@ -85,7 +86,7 @@ def _local_attention(
 
 @partial(jax.jit, static_argnames="spec")
 def _feature_moments(
-    params, spec: BeagleSpec, embed_VD, part: Batch
+    params: dict[str, jax.Array], spec: BeagleSpec, embed_VD: jax.Array, part: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """Sums x^T x and x^T y over supervised positions (x: MLP features, y: target residual)."""
     block = BeagleBlock(spec).bind({"params": params})
@@ -93,15 +94,16 @@ def _feature_moments(
     query = queries(T, part.length_BC, part.first_BC)
     e_BTD = embed(embed_VD, of_row(part.tokens_BL, query.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
+    states_BLD = jnp.asarray(part.predicted_BLD)
     y_BTD, gated_BTF = block.before_down(
-        e_BTD, block.attend(e_BTD, part.predicted_BLD, mask_BTL, query.position_BT)
+        e_BTD, block.attend(e_BTD, states_BLD, mask_BTL, query.position_BT)
     )
     feature_BTF = gated_BTF * part.counts_BT[..., None]
 
-    def product(x):
+    def product(x: jax.Array) -> jax.Array:
         return jnp.einsum("BTF,BTD->FD", feature_BTF, x)
 
-    return product(feature_BTF), product(of_row(part.predicted_BLD, query.slot_BT) - y_BTD)
+    return product(feature_BTF), product(of_row(states_BLD, query.slot_BT) - y_BTD)
 
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +134,8 @@ def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
     moments: parts of (x^T x, x^T y), summed in float64.
     """
-    gram_FF = cross_FE = np.float64(0)
+    gram_FF: np.ndarray = np.zeros(())
+    cross_FE: np.ndarray = np.zeros(())
     for gram, cross in moments:
         gram_FF, cross_FE = gram_FF + gram, cross_FE + cross
     gram_FF[np.diag_indices_from(gram_FF)] += _RIDGE * np.mean(np.diag(gram_FF))

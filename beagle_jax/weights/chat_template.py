@@ -51,7 +51,9 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, choice: str | None, where: str) 
     named = own if isinstance(own, Mapping) else {}
     if choice == NO_TEMPLATE:
         # The tokenizer's own prefix: a beginning-of-text token, or nothing.
-        return tokenizer.decode(tokenizer("")["input_ids"]) + _RAW
+        prefix = tokenizer.decode(tokenizer("")["input_ids"])
+        assert isinstance(prefix, str)  # of one text
+        return prefix + _RAW
     if choice is None:
         return named.get("default", own) if named else own
     if choice in named:

@@ -45,7 +45,7 @@ def tensor_reader(opened: Source, spec: TargetSpec) -> TensorReader:
 
 
 def check_copies(
-    copies: Iterable[tuple[str, np.ndarray]], read: TensorReader | None, where: object
+    copies: Iterable[tuple[str, np.ndarray]], read_target: TensorReader | None, where: object
 ) -> None:
     """Checks that copies of the target's embedding, head and final norm equal the target's.
 
@@ -54,8 +54,8 @@ def check_copies(
 
     Args:
       copies: (name, array) of each copy. Other names are ignored.
-      read: reads the target's tensors. None if the target is not available; any copy is then an
-        error.
+      read_target: reads the target's tensors. None if the target is not available; any copy is
+        then an error.
       where: the draft's source, for error messages.
 
     Raises:
@@ -67,9 +67,9 @@ def check_copies(
         )
         if original is None:
             continue
-        if read is None:
+        if read_target is None:
             raise UserError(f"{where}: {name} cannot be compared with the target's {original}")
-        if not np.array_equal(read(original).astype(array.dtype), array):
+        if not np.array_equal(read_target(original).astype(array.dtype), array):
             raise UserError(
                 f"{where}: {name} has other values than the target's {original}: the draft was "
                 "trained with an array of its own, or for another target; set target.source to "

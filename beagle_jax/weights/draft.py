@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
@@ -35,7 +36,7 @@ class Draft:
 
     spec: DraftSpec
     params: dict[str, jax.Array] = field(repr=False)
-    hot_ids: jax.Array | None  # token ids that the draft scores; None: all
+    hot_ids: AnyArray | None  # token ids that the draft scores; None: all
     provenance: dict[str, Any] = field(
         repr=False
     )  # the training's target, data and stages, as in config.json

@@ -30,11 +30,11 @@ def read_eagle_draft(
     target: TargetSpec,
     target_source: str,
     allow_pickle: bool = False,
-    read: TensorReader | None = None,
+    read_target: TensorReader | None = None,
 ) -> Draft:
     """Reads a draft from a folder with weights and config.json, in float32.
 
-    read: reads the target's tensors, to compare copies in the files with them.
+    read_target: reads the target's tensors, to compare copies in the files with them.
 
     Raises:
       UserError: a file cannot be read, is a pickle that is not allowed, holds no EAGLE-1/2 draft,
@@ -56,6 +56,7 @@ def read_eagle_draft(
             "the target; expected EAGLE-1 or 2"
         )
     fc_bias, qkv_bias = _biases(config, names, source)
+    assert not isinstance(layer.rope_scaling, RopeFactors)  # `_layer` refuses them
     spec = EagleSpec(
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
@@ -70,7 +71,7 @@ def read_eagle_draft(
     )
     params = _match(tensors, spec, target.vocab_size, source)
     own = [tensor_name(spec, name) for name in params]
-    check_copies([pair for pair in tensors if pair[0] not in own], read, source)
+    check_copies([pair for pair in tensors if pair[0] not in own], read_target, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
     return Draft(
         spec,

@@ -45,7 +45,7 @@ class GGUFFile:
       UserError: the file is not a model, or its architecture is not supported.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         paths = part_paths(path)
         readers = [_reader(part) for part in paths]

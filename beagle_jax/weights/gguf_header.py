@@ -15,7 +15,7 @@ import gguf
 
 from beagle_jax.errors import UserError
 
-_SCALARS = {
+_SCALARS: dict[int, str] = {
     gguf.GGUFValueType.UINT8: "B",
     gguf.GGUFValueType.INT8: "b",
     gguf.GGUFValueType.UINT16: "H",
@@ -51,23 +51,24 @@ def check_header(path: Path) -> None:
 class _Walk:
     """A cursor that advances through the file with every value it reads."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, 0
 
     def check(self) -> None:
         """Reads the whole header, then checks where each tensor's bytes lie."""
         if self._bytes(4) != b"GGUF":
             raise self._broken("it does not begin with GGUF", 0)
-        if (version := self._scalar("I")) not in (2, 3):
+        if (version := self._count("I")) not in (2, 3):
             raise self._broken(f"version {version}, expected 2 or 3")
-        tensors, fields = self._scalar("Q"), self._scalar("Q")
-        alignment, keys = gguf.GGUF_DEFAULT_ALIGNMENT, set()
+        tensors, fields = self._count("Q"), self._count("Q")
+        alignment: object = gguf.GGUF_DEFAULT_ALIGNMENT
+        keys: set[str] = set()
         for _ in range(fields):
             key = self._string()
             if key in keys:
                 raise self._broken(f"{key!r} stands twice")
             keys.add(key)
-            value = self._value(self._scalar("I"))
+            value = self._value(self._count("I"))
             if key == "general.alignment":
                 alignment = value
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -82,11 +83,11 @@ class _Walk:
             if name in names:
                 raise self._broken(f"tensor {name} stands twice")
             names.add(name)
-            dimensions = self._scalar("I")
+            dimensions = self._count("I")
             if not 1 <= dimensions <= _MOST_DIMENSIONS:
                 raise self._broken(f"tensor {name} has {dimensions} dimensions")
-            shape = [self._scalar("Q") for _ in range(dimensions)]
-            kind, offset = self._scalar("I"), self._scalar("Q")
+            shape = [self._count("Q") for _ in range(dimensions)]
+            kind, offset = self._count("I"), self._count("Q")
             if kind not in gguf.GGML_QUANT_SIZES:
                 raise self._broken(f"tensor {name} is stored as type {kind}, which does not exist")
             block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
@@ -118,20 +119,20 @@ class _Walk:
             return self._string()
         if kind != _ARRAY:
             raise self._broken(f"a value of type {kind}, which does not exist")
-        kind, count = self._scalar("I"), self._scalar("Q")
+        kind, count = self._count("I"), self._count("Q")
         if kind == _ARRAY or count > len(self._data) - self._at:
             raise self._broken(
                 f"an array of {count:,} values of type {kind}, which does not fit in the file"
             )
         if kind in _SCALARS:
             return self._bytes(count * struct.calcsize(_SCALARS[kind]))[-1:]
-        value = None
+        value: object = None
         for _ in range(count):
             value = self._value(kind)
         return value
 
     def _string(self) -> str:
-        start, length = self._at, self._scalar("Q")
+        start, length = self._at, self._count("Q")
         try:
             return self._bytes(length).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -139,6 +140,11 @@ class _Walk:
 
     def _scalar(self, code: str) -> int | float:
         return struct.unpack("<" + code, self._bytes(struct.calcsize("<" + code)))[0]
+
+    def _count(self, code: str) -> int:
+        number = self._scalar(code)
+        assert isinstance(number, int)  # I and Q are whole numbers
+        return number
 
     def _bytes(self, count: int) -> bytes:
         if count > len(self._data) - self._at:

@@ -15,7 +15,7 @@ class Metadata:
       UserError: a value is missing or has the wrong type. The message names the file and the key.
     """
 
-    def __init__(self, path: Path, reader: gguf.GGUFReader):
+    def __init__(self, path: Path, reader: gguf.GGUFReader) -> None:
         self.path, self._reader = path, reader
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -33,7 +33,7 @@ class HFTokenizer:
     These are config.json, the tokenizer files and generation_config.json.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     def config(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class HFFolder(HFTokenizer):
     Only safetensors are read, because pickles can run code.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._files = model_files(path)
         if name := adapter_beside(path):
@@ -161,13 +161,12 @@ class HFFolder(HFTokenizer):
             return False
         if head.shape != embedding.shape:
             return True
+
+        def rows(place: Place, start: int) -> np.ndarray:
+            return place.read((slice(start, start + _ROWS), slice(None)), np.dtype(np.float32))
+
         return not all(
-            np.array_equal(
-                *(
-                    place.read((slice(start, start + _ROWS), slice(None)), np.dtype(np.float32))
-                    for place in (head, embedding)
-                )
-            )
+            np.array_equal(rows(head, start), rows(embedding, start))
             for start in range(0, head.shape[0], _ROWS)
         )
 

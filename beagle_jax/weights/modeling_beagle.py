@@ -19,7 +19,7 @@ verified per round.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,8 +49,8 @@ class BeagleConfig(PretrainedConfig):
         input_norm: bool = True,
         target: str | None = None,
         provenance: dict | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """Stores the shape; other arguments go to PretrainedConfig.
 
         vocab_size: the target's. num_hot_tokens: number of tokens that the draft scores (0: all).
@@ -97,7 +97,7 @@ class Tree:
     last known token. Nodes are ordered by depth, then by path, so parents precede their children.
     """
 
-    def __init__(self, paths: Sequence[Sequence[int]]):
+    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
         ordered = [(), *sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))]
         node_of = {path: node for node, path in enumerate(ordered)}
         if len(ordered) != len(paths) + 1 or len(node_of) != len(ordered):
@@ -141,7 +141,7 @@ class Tree:
 class _Norm(nn.Module):
     """Root-mean-square norm, computed in float32."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
@@ -154,7 +154,7 @@ class _Norm(nn.Module):
 class _Projections(nn.Module):
     """Named linear maps without bias."""
 
-    def __init__(self, **widths: tuple[int, int]):
+    def __init__(self, **widths: tuple[int, int]) -> None:
         super().__init__()
         for name, (inner, outer) in widths.items():
             setattr(self, name, nn.Linear(inner, outer, bias=False))
@@ -167,7 +167,7 @@ class BeagleDraft(PreTrainedModel):
     # True: a query fuses a token with the state before it, and has that state's position
     fused = False
 
-    def __init__(self, config: BeagleConfig):
+    def __init__(self, config: BeagleConfig) -> None:
         super().__init__(config)
         D, F = config.hidden_size, config.intermediate_size
         NH, KH = (
@@ -442,7 +442,7 @@ def _read(
     tokens_BT: torch.Tensor,
     past: DynamicCache,
     last_only: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[torch.Tensor, list[int]]:
     """Appends tokens to the target's cache.
 

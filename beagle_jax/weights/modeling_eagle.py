@@ -10,6 +10,7 @@ draft.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ class EagleConfig(BeagleConfig):
         fc_bias: bool = True,
         frequency_scaling: list | None = None,
         qkv_bias: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """Adds EAGLE's settings to those of BeagleConfig.
 
         fc_bias: whether the fusion layer has a bias. qkv_bias: whether queries, keys and values
@@ -47,7 +48,7 @@ class EagleDraft(BeagleDraft):
     config_class = EagleConfig
     fused = True
 
-    def __init__(self, config: EagleConfig):
+    def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         if config.qkv_bias:

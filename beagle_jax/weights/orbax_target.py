@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
@@ -33,7 +34,7 @@ _ARRAYS = "arrays"
 class OrbaxFolder(HFTokenizer):
     """A folder written by `save_target`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.settings = read_json(path / SETTINGS, "convert to-jax writes it")
         if self.settings.get("model_type") != _KIND or not isinstance(
@@ -127,21 +128,21 @@ def save_target(
     folder: Path,
     params: Params,
     config: dict[str, Any],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     eos_ids: tuple[int, ...],
-    told: dict[str, Any],
+    origin: dict[str, Any],
 ) -> None:
     """Writes a target to an empty folder.
 
-    params: sharded over the mesh that the parts on disk follow. told: the settings of source and
-    dtype.
+    params: sharded over the mesh that the parts on disk follow. origin: its dtype, source and
+    revision.
 
     Raises:
       UserError: the folder cannot be written.
     """
     settings = {
         "model_type": _KIND,
-        **told,
+        **origin,
         "crc32": {name: _checksum(array) for name, array in _by_name(params).items()},
     }
     files = {
@@ -169,7 +170,7 @@ def abstract_params(spec: TargetSpec, dtype: jnp.dtype, mesh: Mesh | None) -> di
     """Returns shape, dtype and sharding of every array."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
     for tensor in tensors(spec):
-        node = tree
+        node: Any = tree
         for key in tensor.path[:-1]:
             node = node[key]
         node[tensor.path[-1]] = jax.ShapeDtypeStruct(
@@ -186,4 +187,4 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _checksum(array: jax.Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

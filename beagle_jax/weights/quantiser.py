@@ -51,7 +51,7 @@ class Quantiser:
       UserError: the group size does not divide the inputs of a matrix.
     """
 
-    def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str):
+    def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str) -> None:
         for tensor in tensors(spec):
             if tensor.quantisable and (tensor.shape[-1] % group or group % 2):
                 raise UserError(
@@ -85,6 +85,7 @@ class Quantiser:
 
         params: the target, with every layer quantised.
         """
+        assert self._streams is not None  # `take` was called for every layer
         full, small = (
             logits(params, self._spec, final_norm(params, self._spec, x_BTD))
             for x_BTD in self._streams

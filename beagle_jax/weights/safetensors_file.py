@@ -99,7 +99,7 @@ class Place(NamedTuple):
         with self.path.open("rb", buffering=0) as stream:
             if dtype == self.dtype:
                 _read_into(
-                    stream.fileno(), start, memoryview(values.reshape(-1).view(np.uint8)), self.path
+                    stream.fileno(), start, values.reshape(-1).view(np.uint8).data, self.path
                 )
             else:
                 self._convert_into(stream.fileno(), start, values.reshape(-1))
@@ -117,7 +117,7 @@ class Place(NamedTuple):
             _read_into(
                 descriptor,
                 start + begin * self.dtype.itemsize,
-                memoryview(stored.view(np.uint8)),
+                stored.view(np.uint8).data,
                 self.path,
             )
             part[...] = stored
@@ -206,7 +206,7 @@ def digest(tensors: Mapping[str, np.ndarray], settings: str) -> str:
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         sha256.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
-        sha256.update(array.reshape(-1).view(np.uint8))
+        sha256.update(array.reshape(-1).view(np.uint8).data)
     return sha256.hexdigest()
 
 

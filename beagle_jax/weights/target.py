@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def load_target(
     cache_dir: str,
     mesh: Mesh | None = None,
     *,
-    quantize: str = "none",
+    quantize: Literal["none", "int8", "int4"] = "none",
     group_size: int = 64,
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
@@ -168,7 +168,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
         if i >= vocab_size and i not in special
     }
     if beyond:
-        token = max(beyond, key=beyond.get)
+        token = max(beyond, key=lambda token: beyond[token])
         raise UserError(
             f"{where}: the tokenizer does not fit the model: it has {len(beyond)} tokens "
             f"beyond the embedding of {vocab_size} rows ({token!r} is {beyond[token]}); use "
@@ -207,7 +207,7 @@ def fill_params(
     total = sum(math.prod(tensor.shape) for tensor in arrays) * dtype.itemsize
     with tqdm(total=total, desc="loading target", unit="B", unit_scale=True, leave=False) as bar:
         for place, group in itertools.groupby(arrays, key=lambda tensor: tensor.path[:-1]):
-            node = params["layers"][place[1]] if place else params
+            node: Any = params["layers"][place[1]] if place else params
             for tensor in group:
                 sharding = target_sharding(tensor, mesh)
                 node[tensor.path[-1]] = _read_array(
@@ -232,7 +232,8 @@ def _read_array(
     """
     held: dict[tuple, np.ndarray] = {}  # part -> array: several devices may hold the same part
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # only of arrays that no device of this process holds
         key = tuple((piece.start, piece.stop) for piece in index)
         if key not in held and len(shape) < 3:
             held[key] = source.read(names[0], index, dtype)

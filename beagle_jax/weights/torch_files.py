@@ -2,7 +2,7 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from beagle_jax.json_file import read_json
 from beagle_jax.weights.draft import HOT_TOKENS
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import require_torch
+
+if TYPE_CHECKING:
+    import torch
 
 Named = list[tuple[str, np.ndarray]]  # a list, because two files may hold the same name
 
@@ -92,7 +95,7 @@ def _read_pickle(path: Path) -> Named:
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 
 
-def _array(tensor) -> np.ndarray:
+def _array(tensor: "torch.Tensor") -> np.ndarray:
     """Converts a tensor to numpy.
 
     numpy has no bfloat16; float32 represents each of its values exactly.

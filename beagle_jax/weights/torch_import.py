@@ -39,11 +39,11 @@ def read_torch_draft(
     target: TargetSpec,
     target_source: str,
     allow_pickle: bool = False,
-    read: TensorReader | None = None,
+    read_target: TensorReader | None = None,
 ) -> Draft:
     """Reads the draft in a folder or a weights file, for this target.
 
-    read: reads the target's tensors, to compare copies in the files with them.
+    read_target: reads the target's tensors, to compare copies in the files with them.
 
     Raises:
       UserError: a file cannot be read, is a pickle that is not allowed, does not hold exactly one
@@ -60,13 +60,14 @@ def read_torch_draft(
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
     if kind is None:
+        assert isinstance(spec, BeagleSpec)
         draft = _published(spec, tensors, target, source, config)
         draft = replace(draft, provenance={"target": target_source, **draft.provenance})
     else:
         draft = _ours(spec, tensors, target, source, config)
     own = [tensor_name(draft.spec, name) for name in draft.params]
     others = [pair for pair in tensors if not any(_ends(pair[0], end) for end in own)]
-    check_copies(others, read, source)
+    check_copies(others, read_target, source)
     return draft
 
 
