@@ -35,7 +35,9 @@ def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
     """Histograms over 0..2 drafts whose tau is about 1 + mean."""
     rng = np.random.default_rng(seed)
     share = rng.normal(mean / 2, 0.03, count).clip(0.01, 0.99)
-    return [np.bincount(rng.binomial(2, one, 40), minlength=3).tolist() for one in share]
+    return [
+        np.bincount(rng.binomial(2, probability, 40), minlength=3).tolist() for probability in share
+    ]
 
 
 def runs(**means: float) -> dict:

@@ -54,10 +54,10 @@ class Breaking:
     """A loader that goes wrong at one step, and remembers which steps were asked for."""
 
     def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
-        self._loader, self._step, self._how, self.asked = loader, step, how, []
+        self._loader, self._step, self._how, self.requested = loader, step, how, []
 
     def batch_at(self, step: int):
-        self.asked.append(step)
+        self.requested.append(step)
         self.steps_per_epoch = self._loader.steps_per_epoch
         batch = self._loader.batch_at(step)
         return self._how(batch) if step == self._step else batch
@@ -84,11 +84,11 @@ def saved_steps(config) -> list[int]:
         return checkpoints.steps()
 
 
-def same_params(found, expected) -> None:
+def same_params(actual, expected) -> None:
     """Bit for bit."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 def after_each_step(monkeypatch, change) -> None:

@@ -156,7 +156,7 @@ def logits(program: str) -> list[str]:
     loss, or the tables, have.
     """
     most = max(CONFIG.loss_rows, SPEC.hidden_size)
-    found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
+    shapes_in_program = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
 
     def sizes(shape):
         return [int(size) for size in shape.split(",")]
@@ -166,7 +166,7 @@ def logits(program: str) -> list[str]:
 
     return [
         shape
-        for shape in found
+        for shape in shapes_in_program
         if any(math.prod(sizes(shape)) > most * part for part in parts(shape))
     ]
 
@@ -213,9 +213,9 @@ def planted_parts(mesh: Mesh, params: dict) -> dict:
     losses.over_rows = lambda function, *rest: right(
         lambda share, *arrays: alone(share, function, *arrays), *rest
     )
-    found = run(mesh, "early", params)
+    losses_of_parts = run(mesh, "early", params)
     losses.over_rows = right
-    return found
+    return losses_of_parts
 
 
 def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
@@ -229,32 +229,32 @@ def each_axis(params: dict) -> dict:
     """With what stands beside the two stages: planted bugs, where parameters are born, Muon,
     EAGLE.
     """
-    found, eagle, muon = (
+    by_stage, eagle, muon = (
         each_stage(EACH_AXIS, params),
         fresh_params(EAGLE, jax.random.key(7)),
         CONFIG.changed(optimizer="muon"),
     )
-    found["early"] |= {
+    by_stage["early"] |= {
         "planted gather": planted_gather(mesh_of((1, 1, 2))),
         "planted parts": planted_parts(mesh_of((1, 1, 2)), params),
     }
-    found["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
-    found["early"] |= {
+    by_stage["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
+    by_stage["early"] |= {
         f"muon {shape}": run(mesh_of(shape), "early", params, muon)
         for shape in [(1, 1, 1), (2, 2, 2)]
     }
-    found["late"] |= {
+    by_stage["late"] |= {
         f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE)
         for shape in [(1, 1, 1), (2, 2, 2)]
     }
-    return found
+    return by_stage
 
 
 def main(out: str, which: str = "") -> None:
     params = fresh_params(SPEC, jax.random.key(7))
-    found = each_stage(REST, params) if which == "rest" else each_axis(params)
+    by_stage = each_stage(REST, params) if which == "rest" else each_axis(params)
     with open(out, "w") as stream:
-        json.dump(found, stream)
+        json.dump(by_stage, stream)
 
 
 if __name__ == "__main__":

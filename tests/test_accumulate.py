@@ -67,10 +67,10 @@ def micro(batch: Batch) -> list[Batch]:
     return [jax.tree.map(lambda x, at=first: x[at : at + 2], batch) for first in (0, 2, 4)]
 
 
-def check_equal(one, many) -> None:
-    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
-    for name, array in one[0].items():
-        np.testing.assert_allclose(many[0][name], array, atol=1e-5, err_msg=name)
+def check_equal(whole, accumulated) -> None:
+    np.testing.assert_allclose(accumulated[1], whole[1], rtol=1e-5)
+    for name, array in whole[0].items():
+        np.testing.assert_allclose(accumulated[0][name], array, atol=1e-5, err_msg=name)
 
 
 def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
@@ -149,7 +149,7 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
 def test_the_schedule_counts_batches(frozen):
     """Every third batch changes the weights, with the learning rate of that many batches."""
     stage = EarlyStage(steps=12, learning_rate=0.6, warmup=6)
-    optimizer, params, found = (
+    optimizer, params, rates = (
         make_optimizer(CONFIG.changed(accumulate=3), stage),
         {"w": jnp.zeros(1)},
         [],
@@ -157,5 +157,5 @@ def test_the_schedule_counts_batches(frozen):
     state = optimizer.init(params)
     for _ in range(4):
         updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
-        found.append(-float(updates["w"][0]))
-    np.testing.assert_allclose(found, [0.0, 0.3, 0.6, 0.6], atol=1e-5)
+        rates.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(rates, [0.0, 0.3, 0.6, 0.6], atol=1e-5)

@@ -135,8 +135,8 @@ def by_text(rows) -> list:
     return sorted(map(tuple, ((tuple(row.tokens), tuple(row.supervised)) for row in rows)))
 
 
-def same_rows(found, expected) -> None:
-    assert by_text(found) == by_text(expected)
+def same_rows(actual, expected) -> None:
+    assert by_text(actual) == by_text(expected)
 
 
 def test_own_prompts_come_first_then_made_up_ones(text, writer, tokenizer):
@@ -169,8 +169,8 @@ def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
     ]
     assert len(rows) == 8
     settings = [settings for _, settings in writer.calls if makes_up(settings)]
-    assert [one["temperature"] for one in settings] == [1.0] * 4
-    assert len({one["seed"] for one in settings}) == 4
+    assert [call["temperature"] for call in settings] == [1.0] * 4
+    assert len({call["seed"] for call in settings}) == 4
 
 
 def test_the_budget_stops_the_writing(text, writer, tmp_path):
@@ -196,10 +196,11 @@ def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkey
 
 def test_the_writer_is_told_the_settings(text, writer):
     text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
-    told = [settings for _, settings in writer.calls if not makes_up(settings)]
+    given = [settings for _, settings in writer.calls if not makes_up(settings)]
     assert (
-        told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))]
-        and len(told) > 1
+        given
+        == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(given))]
+        and len(given) > 1
     )
 
 
@@ -394,8 +395,10 @@ def test_states_that_came_with_the_answers_are_used(
     parts = [text(writer, answer_tokens=15)]
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     spec = SimpleNamespace(hidden_size=2)
-    kept = target_states(tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0))
-    for row, states_LD in zip(parts[0], kept, strict=True):
+    states_of_rows = target_states(
+        tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0)
+    )
+    for row, states_LD in zip(parts[0], states_of_rows, strict=True):
         np.testing.assert_array_equal(states_LD, fake_states(row.tokens))
 
 

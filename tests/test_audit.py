@@ -82,8 +82,8 @@ def test_right_decoding_passes():
     assert len(made["checks"]) == 2 + 4 and made["noise"] < 1e-3
     recomputed = [check["found"] for check in made["checks"] if ACCEPTANCE in check["name"]]
     assert all(
-        "; 0 of 7 answers have other rounds" in found and not found.startswith("tau 1.0")
-        for found in recomputed
+        "; 0 of 7 answers have other rounds" in text and not text.startswith("tau 1.0")
+        for text in recomputed
     )
 
 
@@ -166,11 +166,11 @@ def test_biased_sampler():
     the two can tell.
     """
 
-    def biased(read):
+    def biased(sampler):
         def wrong(now, state, *rest):
             knobs = state.requests.knobs
             cold = knobs._replace(temperature_B=0.5 * knobs.temperature_B)
-            return read(now, state, cold, *rest)
+            return sampler(now, state, cold, *rest)
 
         return wrong
 
@@ -207,13 +207,13 @@ def measured():
 
 
 def checked(measured, spoil=lambda answer: answer) -> dict:
-    target, bench, told = measured
+    target, bench, unspoilt = measured
     spoilt = [
         {**turn, "chain": turn["chain"]._replace(answer=spoil(turn["chain"].answer))}
-        for case in told.cases
+        for case in unspoilt.cases
         for turn in case.turns
     ]
-    cases = [dataclasses.replace(told.cases[0], turns=tuple(spoilt))]
+    cases = [dataclasses.replace(unspoilt.cases[0], turns=tuple(spoilt))]
     return audit(
         target,
         {"chain": right_draft(0.15)},
@@ -266,11 +266,11 @@ def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
 
     monkeypatch.setattr(replay_module, "_predict", noisy)
     made = [checked(measured) for _ in range(4)]
-    assert not any(failed(one) for one in made)
+    assert not any(failed(figures) for figures in made)
     assert any(
         " 0 of 7 answers have other rounds" not in check["found"]
-        for one in made
-        for check in one["checks"]
+        for figures in made
+        for check in figures["checks"]
         if ACCEPTANCE in check["name"]
     )
     deviation = 0.05  # what explains a tie does not explain that nothing was accepted
@@ -315,7 +315,9 @@ def test_a_token_that_was_never_drawn(measured):
 
 def test_an_answer_that_ends_too_early(measured):
     made = checked(measured, lambda answer: dataclasses.replace(answer, tokens=answer.tokens[:-1]))
-    assert TOKENS in failed(made) and {one["system_token"] for one in made["divergences"]} == {None}
+    assert TOKENS in failed(made) and {
+        divergence["system_token"] for divergence in made["divergences"]
+    } == {None}
     assert "became the end" in "\n".join(lines(made))
     check_schema(made, "audit")
 
@@ -340,7 +342,7 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
     assert (
         made["passed"]
         and made["noise"] > 1e-3
-        and all(one["within_noise"] for one in made["divergences"])
+        and all(divergence["within_noise"] for divergence in made["divergences"])
     )
 
     # Tokens that part for no reason of rounding: the same audit must object.
@@ -363,7 +365,7 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
         )
         made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(
-        one["within_noise"] for one in made["divergences"]
+        divergence["within_noise"] for divergence in made["divergences"]
     )
 
 

@@ -148,10 +148,16 @@ def _drafted(params, spec, embed_VD, times=1.0):
 def _trained_on(params, spec, embed_VD, times=1.0):
     """The loss of one row."""
     states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
-    one = np.ones((1, 1), np.int32)
+    ones_11 = np.ones((1, 1), np.int32)
     batch = jax.tree.map(
         jnp.asarray,
-        Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one),
+        Batch(
+            np.arange(6, dtype=np.int32)[None],
+            states_BLD,
+            np.ones((1, 4), bool),
+            6 * ones_11,
+            ones_11,
+        ),
     )
     config, frozen = (
         TrainConfig(noise="none"),

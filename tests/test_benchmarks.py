@@ -68,10 +68,10 @@ TOY = BeagleSpec(
 
 def test_train_step_at_toy_size(capsys):
     pytest.importorskip("torch")
-    found = benchmark("train_step").measure(
+    timings = benchmark("train_step").measure(
         TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False
     )
-    assert set(found) == {
+    assert set(timings) == {
         "beagle early",
         "beagle late s=2",
         "eagle early",
@@ -106,9 +106,9 @@ def test_torch_step_simulates():
 def test_step_memory_at_toy_size(tmp_path, capsys):
     bench = benchmark("step_memory")
     steps, widths = [1, 3], [64]
-    found = bench.measure(TOY, 64, 1, steps, widths, 3)
-    bench.plot(found, steps, widths, tmp_path / "memory.png")
-    grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
+    measured = bench.measure(TOY, 64, 1, steps, widths, 3)
+    bench.plot(measured, steps, widths, tmp_path / "memory.png")
+    grown = {form: sizes[-1] / sizes[0] for form, sizes in measured["s"].items()}
     assert (
         grown["ours, detached"] < 1.15
         and grown["ours, gradients kept"] < 1.3
@@ -126,8 +126,8 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
     bench = benchmark("plan_tpu")
     seen = []
 
-    def plan(config, asked):
-        seen.append((config.train.row_tokens, config.mesh.fsdp, asked.topology))
+    def plan(config, options):
+        seen.append((config.train.row_tokens, config.mesh.fsdp, options.topology))
         stage = {
             "compiler_total": 3 * 2**30,
             "refusal": "",
@@ -141,7 +141,7 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
         }
         return "plan", {
             "devices": devices,
-            "stages": {"early": stage, "late": stage | {"fits": asked.topology == "v5e:4x4"}},
+            "stages": {"early": stage, "late": stage | {"fits": options.topology == "v5e:4x4"}},
         }
 
     monkeypatch.setattr(bench, "plan", plan)
@@ -164,8 +164,8 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
         == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |"
         and second.endswith("| NO |")
     )
-    kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
-    assert kept and bench.table(kept) in (bench.ROOT / "docs" / "results.md").read_text()
+    stored = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
+    assert stored and bench.table(stored) in (bench.ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.fixture(scope="module")

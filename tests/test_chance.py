@@ -35,10 +35,10 @@ def test_noise_explains_no_more_than_it_may():
     assert noise.deviation == pytest.approx(0.1, rel=0.4) and 3.5 < noise.largest / 0.1 < 5
     # Three standard errors of so many trials; the bound is a sum over pairs that depend on each
     # other, so it is not reached.
-    found = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
-    assert RATE / 5 < found < RATE + 3 * np.sqrt(RATE / TRIALS)
+    alarm_rate = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
+    assert RATE / 5 < alarm_rate < RATE + 3 * np.sqrt(RATE / TRIALS)
     assert (
-        alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= found
+        alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= alarm_rate
     )  # the noisiest place measured leaves some room
     # Planted: a bound as if one pair were compared.
     assert alarms(Noise(0.5, 0.1).reach(1, RATE), rng) > 0.9

@@ -35,7 +35,7 @@ def test_a_verdict_is_of_the_whole_interval(low, high, rule, expected):
 
 
 def test_measures_by_hand():
-    one = point(
+    first = point(
         [[6, 3, 1], [2, 2, 6]],
         seconds=[2.0, 3.0],
         plain_seconds=[4.0, 4.0],
@@ -43,7 +43,7 @@ def test_measures_by_hand():
         training_tokens_per_second=[10.0, 20.0],
     )
     other = point([[8, 2, 0], [10, 0, 0]])
-    found = {0: [other, one]}
+    points = {0: [other, first]}
     expected = {
         "tau": (6 + 6 + 3 + 2 + 4 + 18) / 20,
         "curve": (39 + 12 + 10) / 40,
@@ -54,8 +54,8 @@ def test_measures_by_hand():
         "training_speed": 15,
     }
     for measure, value in expected.items():
-        assert value_of(found, measure).value == pytest.approx(value), measure
-    assert value_of(found, "memory") == (700, 700, 700)
+        assert value_of(points, measure).value == pytest.approx(value), measure
+    assert value_of(points, "memory") == (700, 700, 700)
     written = {0: [{"written": [30, 20], "seconds": [2.0, 3.0], "plain_seconds": [4.0, 4.0]}]}
     assert (
         value_of(written, "tokens_per_second").value == 10
@@ -67,8 +67,10 @@ def test_an_interval_is_as_wide_as_theory_says():
     """Of a mean of many equal prompts: 1.96 standard errors to either side."""
     rng = np.random.default_rng(0)
     tokens = (10 + rng.normal(0, 2, 400)).tolist()
-    found = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
-    assert found.high - found.low == pytest.approx(2 * 1.96 * np.std(tokens) / 10 / 20, rel=0.1)
+    interval = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
+    assert interval.high - interval.low == pytest.approx(
+        2 * 1.96 * np.std(tokens) / 10 / 20, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("measure", ["tau", "curve", "alpha_1", "alpha_2"])

@@ -38,10 +38,10 @@ def evaluated(trained, capsys) -> list[dict]:
         {**systems[system["name"]], **system} for system in report["systems"]
     ]
     printed = capsys.readouterr().out
-    for one in summaries:
+    for summary in summaries:
         assert (
-            f"{one['identical_to_plain']}/{one['answers']}" in printed
-            and f"{one['tau']:5.2f}" in printed
+            f"{summary['identical_to_plain']}/{summary['answers']}" in printed
+            and f"{summary['tau']:5.2f}" in printed
         )
     names = ("plain", str(trained.folder / "run" / "draft"))
     assert (plain["name"], draft["name"]) == names
@@ -78,9 +78,9 @@ def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
     assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "3/3" in printed
     monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
     assert run_main(evaluate.main, command) == 1
-    told = capsys.readouterr()
-    assert "FAILED" in told.out and " became " in told.out
-    assert "error: the audit failed; the lines above that begin with FAILED say where" in told.err
+    output = capsys.readouterr()
+    assert "FAILED" in output.out and " became " in output.out
+    assert "error: the audit failed; the lines above that begin with FAILED say where" in output.err
 
 
 def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
@@ -153,15 +153,20 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
 def test_answers_belong_to_a_target_and_its_tree(tmp_path):
     """Other weights or another tuned tree under the same names are other settings."""
     config = Config(target=TargetConfig(source="x"))
-    found = []
+    records = []
     for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
         target = target_of(MARKOV, seed=seed, tokenizer=letters())
         bench = Bench(
             {"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8
         )
-        found.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
-    assert [sum(one[key] != found[0][key] for key in one) for one in found] == [0, 1, 1, 0]
-    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {
+        records.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
+    assert [sum(record[key] != records[0][key] for key in record) for record in records] == [
+        0,
+        1,
+        1,
+        0,
+    ]
+    assert records[1]["target_sha256"] != records[0]["target_sha256"] and records[2]["trees"] == {
         "lookup": "chain of 3"
     }
 
@@ -222,25 +227,27 @@ def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
 
 
 def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
-    asked = []
+    histories = []
     right = SpeculativeDecoder.stream
     monkeypatch.setattr(
         SpeculativeDecoder,
         "stream",
-        lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o),
+        lambda self, prompt, *a, **o: (
+            histories.append(list(prompt)) or right(self, prompt, *a, **o)
+        ),
     )
     chatted(
         trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8"
     )
     printed = capsys.readouterr().out
-    assert [[message["role"] for message in history] for history in asked] == [
+    assert [[message["role"] for message in history] for history in histories] == [
         ["user"],
         ["user", "assistant", "user"],
         ["user"],
     ]
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
-    assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
+    assert histories[1][1]["content"] == first.text and printed.count(first.text) >= 2
     with monkeypatch.context() as patch:
         patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
         assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1

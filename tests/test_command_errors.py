@@ -119,8 +119,8 @@ def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):
     ],
 )
 def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
-    found, message = ended(capsys, name, "--config", workplace.config, *more)
-    assert found == status and expected in message
+    ended_with, message = ended(capsys, name, "--config", workplace.config, *more)
+    assert ended_with == status and expected in message
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             PermissionError(13, "Permission denied", "/a/place"),
@@ -241,12 +241,12 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
         ),
     ],
 )
-def test_what_the_file_system_refuses_is_one_message(capsys, error, told):
+def test_what_the_file_system_refuses_is_one_message(capsys, error, message):
     def main(argv):
         raise error
 
     assert run_main(main, []) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     with pytest.raises(type(error), match=re.escape(error.strerror)):
         run_main(main, ["--debug"])
 

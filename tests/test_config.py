@@ -435,8 +435,8 @@ def test_aliases_mean_what_their_project_means(load, alias, capsys):
     for part in key.split("."):
         config = getattr(config, part)
     assert config == expected
-    told = capsys.readouterr().err
-    assert ("run.yaml: decode.depth 5 is EAGLE's, and means decode.levels 6" in told) == (
+    printed = capsys.readouterr().err
+    assert ("run.yaml: decode.depth 5 is EAGLE's, and means decode.levels 6" in printed) == (
         alias == "decode.depth"
     )
 

@@ -81,8 +81,8 @@ def shape_of(name: str) -> TargetSpec:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_have_the_published_numbers(name):
     spec = shape_of(name)
-    found = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
-    assert (round(parameter_count(spec) / 1e6, 6), *found) == PUBLISHED[name]
+    numbers = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
+    assert (round(parameter_count(spec) / 1e6, 6), *numbers) == PUBLISHED[name]
     assert (spec.rope_scaling is not None) == (
         name == "llama_3_1_8b"
     ) and spec.tie_embeddings == name.startswith("smollm2")

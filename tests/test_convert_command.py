@@ -254,20 +254,22 @@ def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, mo
     """Two targets may have one shape: their names tell them apart, those of folders do not."""
     draft = load_draft(place.folder / "hot", place.target.spec)
     monkeypatch.setattr(converting, "open_source", lambda *_: HFFolder(place.folder / "target"))
-    for told, asked, refuses in (
+    for made_for, source_named, refuses in (
         ("hf:org/chat", "hf:org/code", True),
         ("hf:org/chat@v1", "hf:org/chat@v2", True),
         ("hf:org/chat", "hf:org/chat@v2", False),
         ("hf:org/chat", "a/folder", False),
     ):
         source = tmp_path / "native"
-        save_draft(source, replace(draft, provenance={**PROVENANCE, "target": told}))
-        status = to_torch(place, source, tmp_path / "out", f"target.source={asked}", "--overwrite")
+        save_draft(source, replace(draft, provenance={**PROVENANCE, "target": made_for}))
+        status = to_torch(
+            place, source, tmp_path / "out", f"target.source={source_named}", "--overwrite"
+        )
         assert status == refuses
         if refuses:
             assert (
-                f"{source}: this draft belongs to another target ({told}, and target.source is "
-                f"{asked})" in refused(capsys, status)
+                f"{source}: this draft belongs to another target ({made_for}, and target.source is "
+                f"{source_named})" in refused(capsys, status)
             )
         else:
             assert (
@@ -275,7 +277,7 @@ def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, mo
                     place,
                     tmp_path / "out",
                     tmp_path / "back",
-                    f"target.source={asked}",
+                    f"target.source={source_named}",
                     "--overwrite",
                 )
                 == 0

@@ -63,10 +63,10 @@ def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None,
 
 
 def _check_lossless(target, draft, tree, prompt, max_new=20, context=None, **parts) -> Answer:
-    found = _generate(target, draft, tree, prompt, max_new, context=context, **parts)
-    assert found.tokens == naive_greedy(target, prompt, max_new)
-    assert sum(found.accepted) == found.rounds
-    return found
+    answer = _generate(target, draft, tree, prompt, max_new, context=context, **parts)
+    assert answer.tokens == naive_greedy(target, prompt, max_new)
+    assert sum(answer.accepted) == answer.rounds
+    return answer
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
@@ -81,15 +81,15 @@ def test_equals_plain_decoding(tree, prompt):
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.2])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
-    found = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
+    answer = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
     if error == 0.0 and tree not in (
         TREES["ragged"],
         TREES["dynamic"],
     ):  # those do not always hold the best path to its end
         assert (
-            found.accepted[-1] >= found.rounds - 1
+            answer.accepted[-1] >= answer.rounds - 1
         )  # every round but perhaps the last goes all the way
-        assert found.rounds == -(-29 // (tree.depth + 1))
+        assert answer.rounds == -(-29 // (tree.depth + 1))
 
 
 def test_planted_bug_accepts_one_too_many():
@@ -109,9 +109,9 @@ def test_all_drafts_rejected():
     never = next(
         token for token in range(TINY.vocab_size) if token not in naive_greedy(target, [5], 20)
     )
-    found = _check_lossless(target, random_draft(hot_ids=jnp.array([never])), chain(3), [5])
-    assert found.accepted == [19, 0, 0, 0]
-    assert found.tau == 1.0
+    answer = _check_lossless(target, random_draft(hot_ids=jnp.array([never])), chain(3), [5])
+    assert answer.accepted == [19, 0, 0, 0]
+    assert answer.tau == 1.0
 
 
 def test_stop_token_anywhere_in_an_accepted_run():
@@ -121,8 +121,10 @@ def test_stop_token_anywhere_in_an_accepted_run():
     free = naive_greedy(target_of(MARKOV), [START], 8)
     prompts, stop = [[START], *([token] for token in free[:7])], free[7]
     target = target_of(MARKOV, eos_ids=(9_999, stop))
-    found = SpeculativeDecoder(target, right_draft(), chain(5)).generate(prompts, max_new_tokens=12)
-    for place, answer in enumerate(found):
+    answers = SpeculativeDecoder(target, right_draft(), chain(5)).generate(
+        prompts, max_new_tokens=12
+    )
+    for place, answer in enumerate(answers):
         assert (
             answer.tokens == naive_greedy(target, prompts[place], 12) == free[place:]
             and answer.finish == "token"
@@ -153,24 +155,26 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
     assert {0, 1, 2} < places(stop) and max(places(stop)) > tree.depth
     target = target_of(MARKOV, eos_ids=(stop,))
     for limit in (1, 2, 3, 5, 8, 16):
-        for found, plain, tokens in zip(
+        for drafted, plain, tokens in zip(
             ask(target, limit, right_draft(0.02), tree), ask(target, limit), free, strict=True
         ):
             ended = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
-            assert found.tokens == plain.tokens == ended[:limit]
+            assert drafted.tokens == plain.tokens == ended[:limit]
             assert (
-                found.finish == plain.finish == ("token" if found.tokens[-1] == stop else "length")
+                drafted.finish
+                == plain.finish
+                == ("token" if drafted.tokens[-1] == stop else "length")
             )
-            assert sum(found.accepted) == found.rounds <= plain.rounds == len(plain.tokens) - 1
+            assert sum(drafted.accepted) == drafted.rounds <= plain.rounds == len(plain.tokens) - 1
 
 
 @pytest.mark.parametrize("limit", [1, 2, 6, 7, 8, 13])
 def test_length_limit_inside_a_round(limit):
     target = target_of(MARKOV)
-    found = _generate(target, right_draft(), chain(5), [5], 13, limit)
-    assert found.tokens == naive_greedy(target, [5], 13)[:limit]
-    assert found.rounds == -(-(limit - 1) // 6)
-    assert found.tau == ((limit - 1) / found.rounds if found.rounds else 1.0)
+    answer = _generate(target, right_draft(), chain(5), [5], 13, limit)
+    assert answer.tokens == naive_greedy(target, [5], 13)[:limit]
+    assert answer.rounds == -(-(limit - 1) // 6)
+    assert answer.tau == ((limit - 1) / answer.rounds if answer.rounds else 1.0)
 
 
 def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
@@ -230,10 +234,10 @@ def test_a_draft_that_overflows_changes_no_token(monkeypatch):
         return jnp.where(jnp.argmax(columns_VM, axis=0)[None] % 2 == 1, jnp.nan, columns_VM)
 
     monkeypatch.setattr(trained, "logit_columns", broken)
-    found = _check_lossless(
+    answer = _check_lossless(
         target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30
     )
-    assert found.rounds < 29  # of the children that are numbers some are right
+    assert answer.rounds < 29  # of the children that are numbers some are right
 
 
 def _infinite_after(token: int):
@@ -273,8 +277,8 @@ def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
     never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
     target = _infinite_after(never[0])
     draft = dataclasses.replace(right_draft(), hot_ids=jnp.array(never[:4]))
-    found = _generate(target, draft, tree, [START], 8)
-    assert (found.tokens, found.finish, found.accepted[0]) == (free, "length", 7)
+    answer = _generate(target, draft, tree, [START], 8)
+    assert (answer.tokens, answer.finish, answer.accepted[0]) == (free, "length", 7)
 
 
 def test_a_rejected_node_spoils_no_other_node():
@@ -290,14 +294,14 @@ def test_a_rejected_node_spoils_no_other_node():
     target = dataclasses.replace(target, params={**params, "embed_VD": embed_VD})
     assert naive_greedy(target, [START], 8) == free
     draft = random_draft(hot_ids=jnp.array(never[-4:]))
-    found = _generate(target, draft, KINDS["dynamic"], [START], 8)
-    assert (found.tokens, found.finish) == (free, "length")
+    answer = _generate(target, draft, KINDS["dynamic"], [START], 8)
+    assert (answer.tokens, answer.finish) == (free, "length")
 
 
 def test_reduced_vocabulary_is_still_exact():
     hot = jnp.array([3, 17, 40, 41, 5], jnp.int32)
-    found = _check_lossless(target_of(), random_draft(hot_ids=hot), TREES["ragged"], [5])
-    assert found.rounds > 0
+    answer = _check_lossless(target_of(), random_draft(hot_ids=hot), TREES["ragged"], [5])
+    assert answer.rounds > 0
     target, draft = target_of(), random_draft(hot_ids=hot)
     now, state = _state(target, draft, TREES["ragged"], [[5]], 64, 4)
     drafted = jax.jit(Round.propose)(now, state)
@@ -361,14 +365,14 @@ def test_phases_are_named_in_the_program():
 
 
 def test_definitions_of_tau_and_step_alpha():
-    one = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
+    first = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
     other = TimedAnswer([1, 2, 3], "", "length", 2, [2, 0, 0], 0.5, 0.5)
-    assert one.tau == 7 / 3 and Answers((one, other), 1.0, 1.75).tokens_per_second == 4.0
-    assert Measurement("one", "", [[one]]).tokens_per_second == 4.0
-    both = Measurement("both", "chain of 2", [[one], [other]])
+    assert first.tau == 7 / 3 and Answers((first, other), 1.0, 1.75).tokens_per_second == 4.0
+    assert Measurement("one", "", [[first]]).tokens_per_second == 4.0
+    both = Measurement("both", "chain of 2", [[first], [other]])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
-    assert both.identical_to(Measurement("x", "", [[one, one]])) == 1
+    assert both.identical_to(Measurement("x", "", [[first, first]])) == 1
     assert both.repeated_4_grams == 4 / 5
 
 

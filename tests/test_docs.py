@@ -115,7 +115,7 @@ def test_a_wrong_command_is_seen(line, error, monkeypatch):
 
 
 def test_the_readme_has_the_commands_that_matter():
-    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     for needed in (
         "quickstart.sh",
         "test.sh",
@@ -126,7 +126,7 @@ def test_the_readme_has_the_commands_that_matter():
         "beagle_jax.train",
         "--chat",
     ):
-        assert any(needed in line for line in found), needed
+        assert any(needed in line for line in lines), needed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -137,7 +137,7 @@ def test_links_lead_to_files(page):
 
 def test_the_faq_answers_what_users_of_such_tools_report():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
-    asked = [section.partition("\n") for section in text.split("\n## ")[1:]]
+    questions = [section.partition("\n") for section in text.split("\n## ")[1:]]
     for subject in (
         "memory",
         "disk",
@@ -146,7 +146,11 @@ def test_the_faq_answers_what_users_of_such_tools_report():
         "template",
         "resume",
     ):  # "trained on": masks
-        [(_, _, answer)] = [one for one in asked if subject in one[0] and "GPU" not in one[0]][:1]
+        [(_, _, answer)] = [
+            question
+            for question in questions
+            if subject in question[0] and "GPU" not in question[0]
+        ][:1]
         assert len(answer.split()) > 30, subject
     assert (
         "mask" in text

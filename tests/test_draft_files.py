@@ -37,13 +37,13 @@ def draft() -> Draft:
     )
 
 
-def same_draft(found: Draft, expected: Draft) -> None:
-    same_params(found.params, expected.params)
-    assert found.spec == expected.spec and found.provenance == expected.provenance
-    assert (found.hot_ids is None) == (expected.hot_ids is None)
+def same_draft(actual: Draft, expected: Draft) -> None:
+    same_params(actual.params, expected.params)
+    assert actual.spec == expected.spec and actual.provenance == expected.provenance
+    assert (actual.hot_ids is None) == (expected.hot_ids is None)
     if expected.hot_ids is not None:
-        assert found.hot_ids.dtype == jnp.int32
-        np.testing.assert_array_equal(found.hot_ids, expected.hot_ids)
+        assert actual.hot_ids.dtype == jnp.int32
+        np.testing.assert_array_equal(actual.hot_ids, expected.hot_ids)
 
 
 @pytest.mark.parametrize("hot", [True, False])

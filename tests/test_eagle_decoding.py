@@ -77,14 +77,14 @@ def test_equals_plain_decoding(tree, case, append_predicted):
 
 
 def test_a_right_draft_goes_all_the_way_in_every_round():
-    for prompt, found in zip(
+    for prompt, answer in zip(
         PROMPTS,
         SpeculativeDecoder(target_of(MARKOV), right_eagle(), chain(3)).generate(
             PROMPTS, max_new_tokens=21
         ),
         strict=True,
     ):
-        assert found.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and found.accepted == [
+        assert answer.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and answer.accepted == [
             0,
             0,
             0,

@@ -101,10 +101,10 @@ def test_smaller_trees_are_read_off_the_widest(small):
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     grown = tuning._widest_trees(drafter, 3, *tuning._read(model, drafter, *text))
     order = tuning._order_of_right_path(*grown, 3)
-    found = (order < 7).sum(axis=1).tolist()
-    assert found == test_tuning._accepted_by_drafting(
+    accepted = (order < 7).sum(axis=1).tolist()
+    assert accepted == test_tuning._accepted_by_drafting(
         target, draft, dynamic_tree(3, 3, 8), text
-    ) and 0 < sum(found) < 3 * len(found)
+    ) and 0 < sum(accepted) < 3 * len(accepted)
 
 
 def test_costs_are_of_the_programs_that_run():
@@ -154,8 +154,8 @@ def place(tmp_path_factory) -> SimpleNamespace:
 
 def test_an_imported_draft_generates_what_plain_decoding_does(place, capsys):
     assert run_main(generate.main, ["--config", place.config, "What is 3?", "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["equal"] and found["tokens"] == 16
+    report = json.loads(capsys.readouterr().out)
+    assert report["equal"] and report["tokens"] == 16
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +210,13 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
     assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], (
         made["audit"]
     )
-    assert [one["name"] for one in made["suites"]] == list(RECORDS) and [
+    assert [suite["name"] for suite in made["suites"]] == list(RECORDS) and [
         note[:11] for note in made["notes"]
     ] == ["decode.stop"]
-    for one, (_, category, turns) in zip(made["suites"], RECORDS.values(), strict=True):
-        assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
+    for suite, (_, category, turns) in zip(made["suites"], RECORDS.values(), strict=True):
+        assert suite["turns_left_out"] == 0 and suite["groups"][0]["prompts"] == 1, category
         for name in names:
-            figures = one["groups"][0]["systems"][name]
+            figures = suite["groups"][0]["systems"][name]
             assert (figures["answers"], figures["identical_to_plain"]) == (
                 len(turns),
                 len(turns),
@@ -230,9 +230,9 @@ def test_tuning_takes_it(place, small, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
     monkeypatch.setattr(tuning, "TOPKS", (2,))
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert (
-        found["choices"]
+        report["choices"]
         and load_draft(
             place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec
         ).spec.kind

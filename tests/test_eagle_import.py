@@ -77,7 +77,10 @@ def published(embed_VD: np.ndarray | None = None) -> dict[str, np.ndarray]:
         "post_attention_layernorm": "layers.0.post_attention_layernorm.weight",
     }
     for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        names |= {f"{one}_proj": f"layers.0.{part}.{one}_proj.weight" for one in projections}
+        names |= {
+            f"{projection}_proj": f"layers.0.{part}.{projection}_proj.weight"
+            for projection in projections
+        }
     tensors = {} if embed_VD is None else {"embed_tokens.weight": embed_VD.astype(np.float16)}
     return tensors | {name: PARAMS[key] for key, name in names.items()}
 

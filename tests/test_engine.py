@@ -77,12 +77,12 @@ def _check_refilled(name: str, sampling: Sampling, rows: int = 4, **parts) -> No
     alone = [
         plain.generate([prompt], seed=7 + line, **ask)[0] for line, prompt in enumerate(prompts)
     ]
-    found = decoder.generate(prompts, seed=7, batch=rows, **ask)
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in alone]
-    assert [answer.finish for answer in found] == [answer.finish for answer in alone]
+    answers = decoder.generate(prompts, seed=7, batch=rows, **ask)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+    assert [answer.finish for answer in answers] == [answer.finish for answer in alone]
     together = decoder.generate(prompts, seed=7, **ask)
-    assert [(one.rounds, one.accepted) for one in found] == [
-        (one.rounds, one.accepted) for one in together
+    assert [(answer.rounds, answer.accepted) for answer in answers] == [
+        (answer.rounds, answer.accepted) for answer in together
     ]
 
 
@@ -226,8 +226,8 @@ def test_nothing_compiles_after_warm_up_whatever_is_asked():
 def test_any_sequence_of_whole_numbers_is_a_prompt(prompt):
     decoder = SpeculativeDecoder(target_of(), context=128)
     [expected] = decoder.generate([[5, 6, 7]], max_new_tokens=4)
-    [found] = decoder.generate(iter([prompt]), max_new_tokens=4)
-    assert found == expected
+    [answer] = decoder.generate(iter([prompt]), max_new_tokens=4)
+    assert answer == expected
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_long_prompts_are_admitted_in_chunks(monkeypatch):
     prompts = _prompts(6, 200)
     for draft in (random_draft(), random_eagle(), Lookup()):
         decoder = SpeculativeDecoder(target_of(), draft, chain(2))
-        found = decoder.generate(prompts, max_new_tokens=12, batch=2)
-        assert [answer.tokens for answer in found] == [
+        answers = decoder.generate(prompts, max_new_tokens=12, batch=2)
+        assert [answer.tokens for answer in answers] == [
             naive_greedy(target_of(), prompt, 12) for prompt in prompts
         ]

@@ -282,8 +282,8 @@ def test_planted_bug_in_greedy_tokens(family):
 
 
 def test_window_looks_as_drawn():
-    found = within_window(jnp.array([[4, 1]]), jnp.arange(6)[None], 3)
-    assert found.astype(int).tolist() == [[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]]
+    mask_BTS = within_window(jnp.array([[4, 1]]), jnp.arange(6)[None], 3)
+    assert mask_BTS.astype(int).tolist() == [[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]]
 
 
 def _rope_difference(scaling) -> float:
@@ -298,10 +298,10 @@ def _rope_difference(scaling) -> float:
         max_position_embeddings=131072,
     )
     expected = LlamaForCausalLM(config).model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
-    found = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
+    tables = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
     return max(
         float(np.abs(ours - theirs.numpy()).max())
-        for ours, theirs in zip(found, expected, strict=True)
+        for ours, theirs in zip(tables, expected, strict=True)
     )
 
 

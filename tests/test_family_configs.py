@@ -77,8 +77,8 @@ def test_what_moe_configs_ask_for():
         mixtral.rope_theta,
         mixtral.windows,
     ) == (96, True, 1e6, ())
-    asked = _read(model_type="qwen3_moe", **moe, use_sliding_window=True, max_window_layers=2)
-    assert asked.windows == (4096,) * 3  # this family knows no first layers without a window
+    spec = _read(model_type="qwen3_moe", **moe, use_sliding_window=True, max_window_layers=2)
+    assert spec.windows == (4096,) * 3  # this family knows no first layers without a window
 
 
 def test_what_configs_ask_for():
@@ -88,13 +88,13 @@ def test_what_configs_ask_for():
     assert _read(model_type="mistral", sliding_window=None).windows == ()
     assert _read(model_type="mistral", num_key_value_heads=None).num_kv_heads == 4
     assert _read(model_type="qwen2", sliding_window=9).windows == ()
-    asked = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
-    assert _read(**asked).windows == ()  # the first 28 layers see everything
-    assert _read(**asked, max_window_layers=2).windows == (None, None, 9)
+    config = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+    assert _read(**config).windows == ()  # the first 28 layers see everything
+    assert _read(**config, max_window_layers=2).windows == (None, None, 9)
     assert _read(
-        **asked, layer_types=["sliding_attention", "full_attention", "full_attention"]
+        **config, layer_types=["sliding_attention", "full_attention", "full_attention"]
     ).windows == (9, None, None)
-    assert _read(**asked, max_window_layers=2).shortest_window == 9
+    assert _read(**config, max_window_layers=2).shortest_window == 9
     assert _read(model_type="qwen3").head_dim == 128
 
 

@@ -46,8 +46,8 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
     rows_VD = model.get_output_embeddings().weight
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(TRUE)) for h_SD in h_BSD]
     theirs = [
-        module.draft(tree, int(root), one, embed, rows_VD)
-        for root, one in zip(roots, true, strict=True)
+        module.draft(tree, int(root), memory, embed, rows_VD)
+        for root, memory in zip(roots, true, strict=True)
     ]
     cache = BeagleBlock(draft.spec).apply(
         {"params": draft.params},

@@ -108,9 +108,9 @@ def test_a_damaged_list_of_settings_is_named(config, tmp_path, text):
     claim(config, MADE_FOR, ALONE)
     path = tmp_path / "data" / "settings.json"
     path.write_bytes(text.encode("latin-1"))
-    for read in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
+    for call in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
         with pytest.raises(UserError, match=f"{path}: .*; delete data.folder, or set another"):
-            read()
+            call()
 
 
 class Words:
@@ -143,8 +143,8 @@ def test_each_hash_follows_what_it_names(tiny_params):
         "tokenizer_sha256": fingerprints(tiny_params, Words("a c b")),
         "template_sha256": fingerprints(tiny_params, Words(template="{{ messages[0] }}")),
     }
-    for key, found in changed.items():
-        assert {name for name in base if found[name] != base[name]} == {key}
+    for key, after in changed.items():
+        assert {name for name in base if after[name] != base[name]} == {key}
     assert (
         fingerprints(tiny_params, Words(split=list))["tokenizer_sha256"] != base["tokenizer_sha256"]
     )

@@ -157,8 +157,8 @@ def test_planted_bug_matrices_read_the_wrong_way_round(place):
     draft = load_draft("drafts/beagle_hot", target.spec)
     turned = {name: draft.params[name].T for name in ("q_proj", "o_proj")}
     save_draft("drafts/other", replace(draft, params={**draft.params, **turned}))
-    found, right = answered("draft.path=drafts/other"), EXPECTED["drafts"]["beagle_hot"]
-    assert found["text"] == right["text"] and found["rounds"] > right["rounds"]
+    answer, right = answered("draft.path=drafts/other"), EXPECTED["drafts"]["beagle_hot"]
+    assert answer["text"] == right["text"] and answer["rounds"] > right["rounds"]
 
 
 @pytest.mark.parametrize("name", EXPECTED["drafts"])
@@ -256,9 +256,9 @@ def differing(then: list[dict], now: list[dict]) -> list[tuple[str, int, str]]:
 
     return [
         (line["stage"], line["step"], key)
-        for line, found in zip(then, now, strict=True)
+        for line, after in zip(then, now, strict=True)
         for key, value in line.items()
-        if not same(key, found[key], value)
+        if not same(key, after[key], value)
     ]
 
 
@@ -312,7 +312,7 @@ def test_a_report_and_its_answers_are_read(place):
     cases = AnswerLog(place / "evaluation" / "answers.jsonl", settings).cases
     assert list(cases) == [("eval.jsonl", 0), ("eval.jsonl", 1)]
     for case in cases.values():
-        plain, draft = (asked.answer for asked in case.turns[0].values())
+        plain, draft = (turn.answer for turn in case.turns[0].values())
         assert plain.tokens == draft.tokens and draft.rounds < plain.rounds
     [answer, _] = cases["eval.jsonl", 1].turns[0].values()
     assert EXPECTED["drafts"]["beagle_hot"]["text"].startswith(answer.answer.text)
@@ -333,9 +333,9 @@ def test_a_tuned_tree_is_found_for_its_machine_alone(place, monkeypatch, capsys)
     status, message = ended(capsys, "generate", "--config", "run.yaml", PROMPT, *argv)
     assert status == 1 and "run python -m beagle_jax.tune --config FILE" in message
     monkeypatch.setattr(tuning, "machine", lambda: MACHINE)
-    found = answered(*argv)
-    assert found == {key: EXPECTED["tuned"][key] for key in found}
-    assert found["rounds"] < EXPECTED["drafts"]["beagle_hot"]["rounds"], "the tree was not used"
+    answer = answered(*argv)
+    assert answer == {key: EXPECTED["tuned"][key] for key in answer}
+    assert answer["rounds"] < EXPECTED["drafts"]["beagle_hot"]["rounds"], "the tree was not used"
     [path] = (place / "cache" / "tuned").iterdir()
     path.write_text(path.read_text().replace("topk", "topks"))
     status, message = ended(capsys, "generate", "--config", "run.yaml", PROMPT, *argv)

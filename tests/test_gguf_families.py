@@ -210,8 +210,8 @@ def test_rope_freqs_are_llama_3_s_scaling(tmp_path, monkeypatch):
     )
     check(path, model)
     # The planted bug: the tensor is left where it is.
-    read = gguf_module.hf_config
-    monkeypatch.setattr(gguf_module, "hf_config", lambda *given: read(*given[:-1], None))
+    hf_config = gguf_module.hf_config
+    monkeypatch.setattr(gguf_module, "hf_config", lambda *given: hf_config(*given[:-1], None))
     with pytest.raises(AssertionError, match="Mismatched elements"):
         check(path, model)
 

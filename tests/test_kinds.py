@@ -35,13 +35,13 @@ def tellings(text: str) -> list[str]:
 
 
 def test_no_code_tells_kinds_apart():
-    found = {
+    telling = {
         str(path.relative_to(PACKAGE)): lines
         for path in sorted(PACKAGE.rglob("*.py"))
         if not str(path.relative_to(PACKAGE)).startswith(APART)
         and (lines := tellings(path.read_text(encoding="utf-8")))
     }
-    assert found == {}
+    assert telling == {}
 
 
 @pytest.mark.parametrize(

@@ -144,12 +144,12 @@ def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
 
 
 def test_detach_changes_gradients_only(row):
-    kept, cut = (
+    attached, detached = (
         _both(*row, jnp.int32(1), window=5, steps=3, detach=detach) for detach in (False, True)
     )
     # Two programs: rounding differs where XLA fuses them differently, by a few 1e-7 (measured).
-    np.testing.assert_allclose(kept[0][0], cut[0][0], atol=1e-5)
-    assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
+    np.testing.assert_allclose(attached[0][0], detached[0][0], atol=1e-5)
+    assert float(jnp.abs(attached[1][0]["v_proj"] - detached[1][0]["v_proj"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("multi_token", [False, True])
@@ -314,11 +314,11 @@ def test_memory_is_flat_in_the_steps(detach, within):
     grow.
     """
     # The first step's program is the same with and without: no predicted state is read.
-    found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
-    memory = [bytes_ for bytes_, _ in found]
+    costs = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
+    memory = [bytes_ for bytes_, _ in costs]
     assert max(memory) <= within * min(memory), memory
     early = _temporaries_and_flops(0, False)[1]
-    assert max(flops for _, flops in found) <= 1.2 * early, (found, early)
+    assert max(flops for _, flops in costs) <= 1.2 * early, (costs, early)
 
 
 FIRST = jnp.array([[5], [2]], jnp.int32)

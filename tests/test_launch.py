@@ -267,7 +267,11 @@ def test_sbatch_reads_its_options():
 
 
 def jobset(path: Path) -> dict:
-    return next(one for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "JobSet")
+    return next(
+        manifest
+        for manifest in yaml.safe_load_all(path.read_text())
+        if manifest["kind"] == "JobSet"
+    )
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
@@ -295,8 +299,8 @@ def test_jobsets_ask_for_a_run_that_exists(path):
     shared = container["volumeMounts"][0]["mountPath"]
     loaded = load_config(ROOT / config, overrides)
     assert all(
-        one.startswith(shared)
-        for one in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir)
+        folder.startswith(shared)
+        for folder in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir)
     )
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
@@ -366,15 +370,15 @@ def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False
         )
         for more in processes
     ]
-    ended = [one.communicate(timeout=120) for one in started]
-    assert [one.returncode for one in started] == [0] * len(started), ended
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), ended
     return [out.strip() for out, _ in ended]
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def test_tasks_of_srun_find_each_other():
@@ -395,7 +399,9 @@ def test_pods_of_the_gpu_jobset_find_each_other():
     job = workers["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
     variables = {
-        one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")
+        variable["name"]: variable.get("value")
+        for variable in container["env"]
+        if variable["name"].startswith("JAX_")
     }
     assert variables.pop("JAX_PLATFORMS") == "cuda,cpu" and variables.pop(
         "JAX_COMPILATION_CACHE_DIR"
@@ -423,10 +429,10 @@ def test_workers_of_a_tpu_slice_find_each_other():
         "MEGASCALE_NUM_SLICES": "1",
         "MEGASCALE_SLICE_ID": "0",
     }
-    found = joined(
+    joined_as = joined(
         [worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True
     )
-    assert found == ["0 2 8", "1 2 8"]
+    assert joined_as == ["0 2 8", "1 2 8"]
 
 
 def test_the_image_copies_what_exists_and_installs_extras_that_exist():
@@ -450,12 +456,12 @@ def test_the_image_copies_what_exists_and_installs_extras_that_exist():
     # What the install reads must be there before it runs, and what the launch files name after it.
     installs = next(number for number, step in enumerate(steps) if step[0] == "RUN")
     before = {name for step in steps[:installs] if step[0] == "COPY" for name in step[1:-1]}
-    read = {
+    named = {
         project["project"]["readme"],
         project["project"]["license"]["file"],
         *project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"],
     }
-    assert before == {"pyproject.toml", "beagle_jax", *read} and set(copied) - before == {
+    assert before == {"pyproject.toml", "beagle_jax", *named} and set(copied) - before == {
         "configs",
         "drafts",
     }

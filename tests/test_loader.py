@@ -116,11 +116,11 @@ def test_too_few_rows_are_an_error():
 
 def check_dealt(rows, count: int, **settings) -> None:
     """The lines of `count` processes, one below the other, are the batch of one, in every field."""
-    one = loader_of(rows, **settings)
+    undivided = loader_of(rows, **settings)
     dealt = [loader_of(rows, share=Share(index, count), **settings) for index in range(count)]
-    for step in range(2 * one.steps_per_epoch):  # two epochs
+    for step in range(2 * undivided.steps_per_epoch):  # two epochs
         for whole, *parts in zip(
-            one.batch_at(step), *(loader.batch_at(step) for loader in dealt), strict=True
+            undivided.batch_at(step), *(loader.batch_at(step) for loader in dealt), strict=True
         ):
             if whole is None:  # no targets of their own
                 assert parts == [None] * count

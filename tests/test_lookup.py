@@ -48,10 +48,10 @@ def texts(count: int = 300):
 def test_the_chain_is_what_a_search_finds(ngram):
     rows, lengths = texts()
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths - 1), ngram, DEPTH)
-    for row, length, found in zip(
+    for row, length, node_tokens in zip(
         rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
     ):
-        assert found == [row[length - 1], *search(row[:length], ngram)]
+        assert node_tokens == [row[length - 1], *search(row[:length], ngram)]
     assert nodes.parent_BW[0].tolist() == [0, 0, 1, 2, 3] and nodes.depth_BW[0].tolist() == [
         0,
         1,
@@ -67,10 +67,10 @@ def test_planted_bug_a_length_off_by_one_is_seen():
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths), 3, DEPTH)
 
     def compare():
-        for row, length, found in zip(
+        for row, length, node_tokens in zip(
             rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
         ):
-            assert found == [row[length - 1], *search(row[:length], 3)]
+            assert node_tokens == [row[length - 1], *search(row[:length], 3)]
 
     with pytest.raises(AssertionError):
         compare()
@@ -78,8 +78,8 @@ def test_planted_bug_a_length_off_by_one_is_seen():
 
 def test_the_drawn_example():
     text = jnp.array([[ord(letter) for letter in "abcxabc???"]])
-    found = lookup_chain(text, jnp.array([6]), 3, 3).token_BW[0, 1:]
-    assert "".join(map(chr, found.tolist())) == "xab"
+    suggested = lookup_chain(text, jnp.array([6]), 3, 3).token_BW[0, 1:]
+    assert "".join(map(chr, suggested.tolist())) == "xab"
 
 
 @pytest.mark.parametrize(

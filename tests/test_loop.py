@@ -65,10 +65,10 @@ def stage(frozen, start):
 
 def test_a_part_of_a_line_that_a_killed_run_left_is_taken_away(tmp_path):
     config, path = config_for(tmp_path), tmp_path / "log.jsonl"
-    for left, kept in (('{"step": 1}\n{"st', [1]), ('{"st', []), ('{"step": 1}\n', [1]), ("", [])):
+    for left, steps in (('{"step": 1}\n{"st', [1]), ('{"st', []), ('{"step": 1}\n', [1]), ("", [])):
         path.write_text(left)
         Log(config).write({"step": 2})
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 2]
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*steps, 2]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_every_step_takes_its_own_batch_once(stage, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(config, training=broken)
     stage(config, training=resumed)
-    assert broken.asked[:9] == list(range(9)) and resumed.asked == list(
+    assert broken.requested[:9] == list(range(9)) and resumed.requested == list(
         range(5, 12)
     )  # the next batches are read ahead
 
@@ -155,10 +155,10 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
     restore = StageCheckpoints.restore
 
     def forgetful(self, fresh):
-        found = restore(self, fresh)
-        if found is None:
+        restored = restore(self, fresh)
+        if restored is None:
             return None
-        state, waiting = found
+        state, waiting = restored
         if (
             lost == "optimizer"
         ):  # zeroed in place: a new array would lie elsewhere and compile the step again
@@ -234,18 +234,18 @@ def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
     """Whether the batches after a step's own are asked for while the step is under way, for so many
     seconds.
     """
-    training, found = Breaking(loader_of(20, 1)), []
+    training, filled = Breaking(loader_of(20, 1)), []
 
     def look(state, metrics):
         end = time.monotonic() + patience
-        while not found and len(training.asked) < 1 + AHEAD and time.monotonic() < end:
+        while not filled and len(training.requested) < 1 + AHEAD and time.monotonic() < end:
             time.sleep(0.01)
-        found.append(len(training.asked) >= 1 + AHEAD)
+        filled.append(len(training.requested) >= 1 + AHEAD)
         return state, metrics
 
     after_each_step(monkeypatch, look)
     stage(config, training=training)
-    return found[0]
+    return filled[0]
 
 
 def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, monkeypatch):

@@ -84,10 +84,10 @@ def test_what_lies_beside_the_model_is_not_read(tmp_path, model, beside):
     BESIDE[beside](tmp_path)
     opened = HFFolder(tmp_path)
     fill_params(SPEC, opened, jnp.dtype("float32"), "here")
-    found = dict(opened.tensors())
-    assert found.keys() == expected.keys() == llama_tensors().keys()
+    tensors = dict(opened.tensors())
+    assert tensors.keys() == expected.keys() == llama_tensors().keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(tensors[name], array)
 
 
 @pytest.mark.parametrize("beside", ["consolidated", "optimizer", "adapter"])
@@ -121,8 +121,8 @@ def test_an_adapter_beside_the_model_is_told(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     BESIDE["adapter"](tmp_path)
     HFFolder(tmp_path)
-    told = capsys.readouterr().err
-    assert "adapter_model.safetensors lies beside the model and is not applied" in told
+    printed = capsys.readouterr().err
+    assert "adapter_model.safetensors lies beside the model and is not applied" in printed
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_offline_the_own_cache_is_used_and_then_the_hub_s(repository, where, mon
         constants, "HF_HUB_CACHE", str(repository.parent if where == "hub" else empty)
     )
     assert download("org/name", caches["own"]) == repository / "snapshots" / COMMIT
-    told = capsys.readouterr().err
-    assert ("hf:org/name is read from the hub's cache" in told) == (where == "hub")
+    printed = capsys.readouterr().err
+    assert ("hf:org/name is read from the hub's cache" in printed) == (where == "hub")
     with pytest.raises(UserError, match="hf:org/other could not be downloaded"):
         download("org/other", caches["own"])

@@ -99,8 +99,8 @@ def on_eight_devices() -> None:
     everything = online.sample(4)
     states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
     by_tokens = {
-        tuple(tokens[:length]): one[:length]
-        for tokens, length, one in zip(
+        tuple(tokens[:length]): states_LD[:length]
+        for tokens, length, states_LD in zip(
             everything.tokens_BL, everything.length_BC[:, 0], states, strict=True
         )
     }

@@ -115,12 +115,12 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
         and packed.counts_BT.sum() == alone.counts_BT.sum()
     )
     (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
-    (found, their), slope = (
+    (packed_loss, their), slope = (
         (planted(draft, frozen, packed, key), {})
         if planted
         else gradient_of(name)(draft, frozen, packed, key)
     )
-    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for figure in ("ploss", "vloss", "objective", "supervised", "count_J", "agree_JK"):
         np.testing.assert_allclose(
             getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure
@@ -252,7 +252,7 @@ def test_every_window_of_every_chat_comes_once(window, steps):
     for offset in range(window):
         size_BC = rng.integers(0, 9, (40, 4))
         at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
-        for sizes, chats, placed, asked, valid in zip(
+        for sizes, chats, placed, positions, valid in zip(
             size_BC, *(np.asarray(x) for x in at), strict=True
         ):
             begin = np.cumsum(sizes) - sizes
@@ -262,10 +262,10 @@ def test_every_window_of_every_chat_comes_once(window, steps):
                 for start in range(offset, n, window)
                 for i in range(start, min(start + steps, n))
             ]
-            found = zip(
-                np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid], strict=True
+            listed = zip(
+                np.repeat(chats, steps)[valid.ravel()], placed[valid], positions[valid], strict=True
             )
-            assert [tuple(map(int, one)) for one in found] == expected
+            assert [tuple(map(int, query)) for query in listed] == expected
 
 
 def test_noise_is_as_wide_as_the_chat_is_short():
@@ -301,8 +301,8 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
             for begin, length in zip(
                 np.cumsum(lengths) - lengths, lengths[lengths > 0], strict=False
             ):
-                here = tuple(tokens[begin : begin + length])
-                whole = next(states for text, states in of_chat.items() if text[:length] == here)
+                chat = tuple(tokens[begin : begin + length])
+                whole = next(states for text, states in of_chat.items() if text[:length] == chat)
                 # 1e-4: rows of another length are summed in another order
                 np.testing.assert_allclose(
                     states[begin : begin + length], whole[:length], rtol=1e-4, atol=1e-4

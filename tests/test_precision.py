@@ -37,8 +37,8 @@ def _precisions(jitted, *arguments) -> set[str]:
     text = jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert products
-    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
-    return {name for match in found for name in (match.groups() if match else ("DEFAULT",))}
+    matches = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
+    return {name for match in matches for name in (match.groups() if match else ("DEFAULT",))}
 
 
 def _states(dtype):
@@ -113,8 +113,8 @@ def test_loading_changes_no_setting_of_jax(on_tpu, tmp_path):
         "head_dim": TINY.head_dim,
         "tie_word_embeddings": True,
     }
-    told = {"dtype": "float32"}
-    save_target(tmp_path, random_params(TINY), config, letters(), (0,), told)
+    settings = {"dtype": "float32"}
+    save_target(tmp_path, random_params(TINY), config, letters(), (0,), settings)
     before = dict(jax.config.values)
     target = configured_target(TargetConfig(source=str(tmp_path)), decoding=True)
     assert load_target(str(tmp_path), "float32", str(tmp_path)).spec == target.spec

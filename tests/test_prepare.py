@@ -136,7 +136,7 @@ def test_shares_together_are_the_whole(place, monkeypatch):
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     rows, stored = fill.rows_and_states(load_config(place.config), target)
     assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
-    assert [np.asarray(one).shape[0] for one in stored] == [len(row.tokens) for row in rows]
+    assert [np.asarray(states).shape[0] for states in stored] == [len(row.tokens) for row in rows]
 
 
 def test_shares_that_overlap_are_seen(place, monkeypatch):
@@ -193,13 +193,13 @@ def test_prompts_that_the_target_answers_are_announced_before_their_states_are_k
     )
     prepared(place, "data.answer_tokens=1000")
     most = size(1000 * (1 + 2 * 128 / 6) * 32 * 4)
-    told = (
+    sentence = (
         f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, "
         f"with their prompts at most about {most}; "
     )
     assert (
         len(said) == 2
-        and told in said[0]
+        and sentence in said[0]
         and " are free in " in said[0]
         and "to be written" not in said[1]
     )
@@ -244,15 +244,15 @@ def test_chats_are_cut_and_those_without_an_answer_left_are_counted(place, capsy
 
 def test_answers_are_written_anew_when_asked(place):
     prepared(place)
-    kept = read_parts(place.data)[0]
+    rows_before = read_parts(place.data)[0]
     prepared(place, "data.answers=regenerate", f"data.folder={place.folder}/new")
     new = read_parts(place.folder / "new")[0]
 
     def prompts(rows):
         return {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
 
-    assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {
-        tuple(row.tokens) for row in kept
+    assert prompts(new) == prompts(rows_before) and {tuple(row.tokens) for row in new} != {
+        tuple(row.tokens) for row in rows_before
     }
     assert all(sum(row.supervised) <= 6 for row in new)  # data.max_answer_tokens
 

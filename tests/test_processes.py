@@ -44,18 +44,18 @@ def joined(monkeypatch):
     """
 
     def joined(*flags: str, **variables: str) -> dict | None:
-        asked = []
+        calls = []
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(
-            jax.distributed, "initialize", lambda **settings: asked.append(settings)
+            jax.distributed, "initialize", lambda **settings: calls.append(settings)
         )
         made = ArgumentParser()
         add_distributed(made)
         join(made.parse_args(flags))
-        return asked[0] if asked else None
+        return calls[0] if calls else None
 
     return joined
 
@@ -102,17 +102,17 @@ def together(tmp_path_factory):
     said, after which step it stopped, and which tokens it holds of a batch on a mesh whose
     processes lie along `tensor`.
     """
-    folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
+    folder, tests = tmp_path_factory.mktemp("together"), Path(__file__).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     variables = environment(1) | {
-        "PYTHONPATH": f"{here.parent}:{here}",
+        "PYTHONPATH": f"{tests.parent}:{tests}",
         "TQDM_DISABLE": "1",
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, str(here / "process_cases.py"), str(folder)]
+    command = [sys.executable, str(tests / "process_cases.py"), str(folder)]
     started = [
         subprocess.Popen(
             command,
@@ -123,8 +123,8 @@ def together(tmp_path_factory):
         )
         for number in range(2)
     ]
-    ended = [one.communicate(timeout=280) for one in started]
-    assert [one.returncode for one in started] == [0, 0], "\n".join(
+    ended = [process.communicate(timeout=280) for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(
         stderr[-2000:] for _, stderr in ended
     )
     said = [line for stdout, _ in ended for line in stdout.splitlines()]
@@ -172,14 +172,14 @@ def test_two_processes_share_devices_numbers_and_parameters(together):
 
 def test_two_processes_train_the_losses_of_one(together, alone):
     """One log, by the first process; each read its half of every batch."""
-    found, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
-    assert [line["step"] for line in found] == [line["step"] for line in expected] == [3, 6]
-    for one, other in zip(found, expected, strict=True):
+    actual, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
+    assert [line["step"] for line in actual] == [line["step"] for line in expected] == [3, 6]
+    for together_line, other in zip(actual, expected, strict=True):
         for name in ("loss", "ploss", "vloss", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
+            assert together_line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
                 name
             )  # the log rounds to five digits
-        assert one["top1_by_offset"] == other["top1_by_offset"]
+        assert together_line["top1_by_offset"] == other["top1_by_offset"]
 
 
 def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together):
@@ -193,18 +193,18 @@ def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
     """jax stops all processes at one number to come: one that began anew with each stage might
     never come.
     """
-    asked = []
+    numbers = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
         "beagle_jax.training.stop.multihost_utils.reached_preemption_sync_point",
-        lambda number: asked.append(number) or len(asked) == 4,
+        lambda number: numbers.append(number) or len(numbers) == 4,
     )
     said = []
     for _ in ("early", "late"):
         with StopSignal() as stop:
             said += [stop.asked(), stop.asked()]
     assert said == [False, False, False, True] and stop.seen
-    assert asked == list(range(asked[0], asked[0] + 4))
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
 
 
 def test_processes_read_different_halves_of_the_batch():
@@ -279,7 +279,7 @@ def test_what_two_processes_saved_goes_on_in_one(together, alone):
     config, *_ = together
     assert saved_steps(config)[-1] < 12
     _, expected, run = alone
-    found = run(config)
+    params = run(config)
     for name in expected:
         scale = np.abs(np.asarray(expected[name])).max()
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-6 * scale, err_msg=name)
+        np.testing.assert_allclose(params[name], expected[name], atol=1e-6 * scale, err_msg=name)

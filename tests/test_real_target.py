@@ -168,34 +168,34 @@ def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> Answers
 
 def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
     """Three short answers; more and longer ones, and those of plain decoding, are slow."""
-    found = by_the_box(target, prompts[:3], 24)
-    assert [answer.tokens for answer in found] == by_torch(target, llama, prompts[:3], 24)
-    assert "Paris" in target.tokenizer.decode(found[0].tokens)
-    assert sum(answer.rounds for answer in found) < 0.8 * sum(
-        len(answer.tokens) - 1 for answer in found
+    answers = by_the_box(target, prompts[:3], 24)
+    assert [answer.tokens for answer in answers] == by_torch(target, llama, prompts[:3], 24)
+    assert "Paris" in target.tokenizer.decode(answers[0].tokens)
+    assert sum(answer.rounds for answer in answers) < 0.8 * sum(
+        len(answer.tokens) - 1 for answer in answers
     )
 
 
 @pytest.fixture(scope="module")
-def asked(target, prompts) -> list[list[int]]:
+def all_prompts(target, prompts) -> list[list[int]]:
     """Twenty prompts: the chats, and others that no draft was trained on."""
     return [*prompts, *tokenize(suite("held_out", 20 - len(prompts)), target.tokenizer)]
 
 
 @pytest.fixture(scope="module")
-def plain(target, asked) -> Answers:
-    return SpeculativeDecoder(target).generate(asked, max_new_tokens=64)
+def plain(target, all_prompts) -> Answers:
+    return SpeculativeDecoder(target).generate(all_prompts, max_new_tokens=64)
 
 
 @pytest.mark.slow
 def test_greedy_tokens_equal_torch(target, llama, prompts, plain):
-    found = [answer.tokens for answer in plain[: len(prompts)]]
-    assert found == by_torch(target, llama, prompts, 64)
-    assert sum(map(len, found)) > 150 and "Paris" in target.tokenizer.decode(found[0])
+    tokens = [answer.tokens for answer in plain[: len(prompts)]]
+    assert tokens == by_torch(target, llama, prompts, 64)
+    assert sum(map(len, tokens)) > 150 and "Paris" in target.tokenizer.decode(tokens[0])
 
 
 @pytest.mark.slow
-def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, asked, plain):
-    fast = by_the_box(target, asked, 64)
+def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, all_prompts, plain):
+    fast = by_the_box(target, all_prompts, 64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in plain)

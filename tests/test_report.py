@@ -84,15 +84,21 @@ def test_groups_and_figures(made):
         ("context", "256", 1),
     ]
     assert [(group["by"], group["prompts"]) for group in second["groups"]] == [("all", 1)]
-    one = first["groups"][0]["systems"]["a|<b>"]
-    assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (
+    system = first["groups"][0]["systems"]["a|<b>"]
+    assert (
+        system["tau"],
+        system["tau_interval"],
+        system["rounds"],
+        system["tokens"],
+        system["answers"],
+    ) == (
         2.0,
         [2.0, 2.0],
         12,
         27,
         3,
     )
-    assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [
+    assert system["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and system["step_alpha"] == [
         0.75,
         round(1 / 3, 4),
     ]

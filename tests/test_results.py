@@ -50,7 +50,9 @@ def measured_by_hand(
     for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
         folder.mkdir(parents=True)
         turn = {"plain": answer(13, 12, plain[taken]), "d": answer(13, rounds[taken], speed[taken])}
-        case = json.dumps({"turns": [{system: {"answer": one} for system, one in turn.items()}]})
+        case = json.dumps(
+            {"turns": [{system: {"answer": answer} for system, answer in turn.items()}]}
+        )
         (folder / "answers.jsonl").write_text("{}\n" + 2 * f"{case}\n")
         systems = [
             {
@@ -71,7 +73,7 @@ def seeds_count(plan) -> None:
         {0: 4.0, 1: 12.0, 2: 8.0},
     )
     measured_by_hand(plan, "dynamic-append", rounds, seconds, plain)
-    found = results.decoded(plan) | {
+    decoded = results.decoded(plan) | {
         "late": {
             seed: [{"training_tokens_per_second": [speed]}]
             for seed, speed in ((0, 90.0), (2, 110.0))
@@ -79,9 +81,9 @@ def seeds_count(plan) -> None:
     }
     assert {
         seed: value_of({seed: points}, "speedup").value
-        for seed, points in found["dynamic-append.late"].items()
+        for seed, points in decoded["dynamic-append.late"].items()
     } == {0: 2, 1: 3, 2: 4 / 3}
-    made = results.values(plan, found, "dynamic-append.late")
+    made = results.values(plan, decoded, "dynamic-append.late")
     tau, low, high = made["curve"][-1]["tau"]
     assert made["seeds"] == [0, 1, 2] and tau == 1.5 and (low, high) == (12 / 10, 12 / 6)
     assert (

@@ -93,16 +93,16 @@ def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path)
     """Really killed, in a process of its own, in the middle of an epoch and of a window of the
     log.
     """
-    here = Path(__file__).parent
+    tests = Path(__file__).parent
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
         "conftest.random_params(conftest.TINY);t.stopped_at('early', 11, "
         "t.config_of(sys.argv[2]), t.FrozenTarget(p['embed_VD'], p['embed_VD']), "
         "t.kill)"
     )
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}", "TQDM_DISABLE": "1"}
     died = subprocess.run(
-        [sys.executable, "-c", program, str(here), str(tmp_path)],
+        [sys.executable, "-c", program, str(tests), str(tmp_path)],
         env=environment,
         capture_output=True,
         timeout=240,
@@ -132,7 +132,7 @@ def test_a_log_that_forgets_the_steps_before_the_checkpoint_is_seen(
     monkeypatch.setattr(
         StageCheckpoints,
         "restore",
-        lambda self, fresh: (found := restore(self, fresh)) and (found[0], []),
+        lambda self, fresh: (restored := restore(self, fresh)) and (restored[0], []),
     )
     config = config_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -221,12 +221,12 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"warning: {folder}/10: this checkpoint is not whole" in told
-        and "going on from step 5 of 12" in told
+        f"warning: {folder}/10: this checkpoint is not whole" in printed
+        and "going on from step 5 of 12" in printed
     )
-    assert f"has {100 if how == 'cut' else 0} bytes of" in told and (folder / "cut-10").is_dir()
+    assert f"has {100 if how == 'cut' else 0} bytes of" in printed and (folder / "cut-10").is_dir()
 
 
 def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen, half_done, capsys):
@@ -235,12 +235,12 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
     for damaged in (folder / "10", folder / "5"):
         (damaged / "sizes.json").write_text(note.read_text()[:20])
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON"
-        in told
+        in printed
     )
-    assert (folder / "cut-5").is_dir() and "going on" not in told.partition("late stage")[0]
+    assert (folder / "cut-5").is_dir() and "going on" not in printed.partition("late stage")[0]
 
 
 def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
@@ -261,12 +261,12 @@ def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
     config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored"
-        in told
+        in printed
     )
-    assert "going on from step 5 of 12" in told
+    assert "going on from step 5 of 12" in printed
 
 
 @contextmanager
@@ -328,8 +328,8 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
         ):
             run()
     check_settings(config)
-    told = changed.changed(train=changed.train.changed(accept_changes=True))
-    both_stages(told, frozen)
+    accepting = changed.changed(train=changed.train.changed(accept_changes=True))
+    both_stages(accepting, frozen)
     assert (
         "warning: going on with other settings than" in (said := capsys.readouterr().out)
         and "train.seed: 42 there, 7 now" in said
@@ -352,9 +352,9 @@ def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
     whole, frozen, half_done, value, fits
 ):
     config, folder = half_done
-    found = json.loads(settings_file(folder).read_text())
-    del found["train.vloss_weight"]  # as if it had been added since
-    settings_file(folder).write_text(json.dumps(found))
+    settings = json.loads(settings_file(folder).read_text())
+    del settings["train.vloss_weight"]  # as if it had been added since
+    settings_file(folder).write_text(json.dumps(settings))
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "10" / "log")  # nor did it keep the steps since the last line of the log
     if fits:

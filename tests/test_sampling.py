@@ -118,8 +118,8 @@ def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_k:
         p[order[sampling.top_k :]] = 0
     p /= p.sum()
-    kept = np.cumsum(p[order]) - p[order] < sampling.top_p
-    p[order[~kept]] = 0
+    in_nucleus = np.cumsum(p[order]) - p[order] < sampling.top_p
+    p[order[~in_nucleus]] = 0
     return p / p.sum()
 
 
@@ -141,7 +141,7 @@ def check_distribution(
     tree, sampling: Sampling, rule="match", draft: Draft | None = None, **parts
 ) -> None:
     """Total variation below what an honest sample of this size shows on average, plus a fifth."""
-    exact, found = (
+    exact, sampled = (
         exact_joint(sampling),
         sampled_joint(small_target(), draft or small_draft(), tree, sampling, rule, **parts),
     )
@@ -152,10 +152,10 @@ def check_distribution(
         0.5
         * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
     )
-    assert 0.5 * np.abs(found - exact).sum() < 1.2 * honest
+    assert 0.5 * np.abs(sampled - exact).sum() < 1.2 * honest
     # Margins of the first and the last place are far sharper.
     for places in ((1, 2, 3), (0, 1, 2)):
-        assert 0.5 * np.abs(found.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
+        assert 0.5 * np.abs(sampled.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_each_row_is_filtered_by_its_own_settings():
         Sampling(2.0, 70),
         Sampling(0.0),
     ]
-    found = filter_logits(raw, knobs_of(settings), filters_of(settings))
+    logits = filter_logits(raw, knobs_of(settings), filters_of(settings))
     for row, sampling in enumerate(settings[:4]):
         alone = filtered(raw[row], sampling)
-        np.testing.assert_allclose(found[row], alone, rtol=1e-6)
+        np.testing.assert_allclose(logits[row], alone, rtol=1e-6)
     key_BT = jax.random.split(jax.random.key(0), (5, 2))
     chosen = choose(raw, key_BT, knobs_of(settings), filters_of(settings))
     assert chosen[4].tolist() == raw[4].argmax(axis=-1).tolist()  # a greedy row draws nothing
@@ -304,25 +304,27 @@ def test_ratio_rule_rejects_what_the_target_never_writes():
     )
     target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
     draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
-    found = accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))
-    assert found.count_B[0] == 0 and found.bonus_B[0] in (0, 1)
+    accepted = accept_by_ratio(
+        nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3))
+    )
+    assert accepted.count_B[0] == 0 and accepted.bonus_B[0] in (0, 1)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 100])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_filters_are_those_of_transformers(top_k, top_p):
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32) * 3
-    found = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
-    np.testing.assert_allclose(found, _by_transformers(raw, top_k, top_p), rtol=1e-6)
+    probabilities = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
+    np.testing.assert_allclose(probabilities, _by_transformers(raw, top_k, top_p), rtol=1e-6)
 
 
 def test_planted_bug_top_p_before_top_k():
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32)
-    found = np.asarray(
+    probabilities = np.asarray(
         filtered(filtered(jnp.asarray(raw), Sampling(0.7, top_p=0.3)) * 0.7, Sampling(0.7, top_k=5))
     )
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(found, _by_transformers(raw, 5, 0.3), rtol=1e-6)
+        np.testing.assert_allclose(probabilities, _by_transformers(raw, 5, 0.3), rtol=1e-6)
 
 
 def _by_transformers(raw: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

@@ -71,7 +71,7 @@ def _answers(
     parts=None,
 ):
     """Tokens of `write_answers` in the order of the prompts."""
-    found = {
+    tokens_of = {
         answer.index: answer.tokens
         for answer in write_answers(
             params,
@@ -86,8 +86,8 @@ def _answers(
             parts=parts,
         )
     }
-    assert sorted(found) == list(range(len(prompts)))
-    return [found[index] for index in range(len(prompts))]
+    assert sorted(tokens_of) == list(range(len(prompts)))
+    return [tokens_of[index] for index in range(len(prompts))]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -266,7 +266,7 @@ def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
     starts, next_BT = prompts
     tokens_BT, length_B = _pad(starts)
     _, rows = _states(tiny_params, TINY, tokens_BT, length_B)
-    cache, found = (
+    cache, states = (
         write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32)),
         [],
     )
@@ -279,8 +279,8 @@ def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
             tiny_params, TINY, tokens_B1, length_B[:, None], mask_B11, cache, length_B
         )
         cache, length_B = write_all(cache, rows, length_B), length_B + 1
-        found.append(states_B1D)
-    _check_decoded(tiny_params, prompts, jnp.concatenate(found, axis=1))
+        states.append(states_B1D)
+    _check_decoded(tiny_params, prompts, jnp.concatenate(states, axis=1))
 
 
 def _check_padded(params, starts, mask_BTT=None):
@@ -312,8 +312,8 @@ def _random_rows(batch, slots, seed) -> KVRows:
     return KVRows(jnp.asarray(key_value[0]), jnp.asarray(key_value[1].swapaxes(2, 3)))
 
 
-def _same_rows(found: KVRows, expected: KVRows):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def _same_rows(actual: KVRows, expected: KVRows):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 9])  # the slice per sequence ends at 8

@@ -71,8 +71,10 @@ def check(tokenizer, row: Row, text: str, marks: str) -> None:
     assert "".join(".^"[flag] for flag in row.supervised) == marks
 
 
-def row_of(tokenizer, asked: Chat, eos_ids=None) -> Row:
-    (row,) = chat_rows(tokenizer, asked, [tokenizer.eos_token_id] if eos_ids is None else eos_ids)
+def row_of(tokenizer, conversation: Chat, eos_ids=None) -> Row:
+    (row,) = chat_rows(
+        tokenizer, conversation, [tokenizer.eos_token_id] if eos_ids is None else eos_ids
+    )
     return row
 
 
@@ -139,10 +141,13 @@ MARKED = (
 )
 
 
-def check_against_markers(tokenizer, row: Row, asked: Chat) -> None:
+def check_against_markers(tokenizer, row: Row, conversation: Chat) -> None:
     """The row is supervised where transformers finds the template's {% generation %} markers."""
     theirs = tokenizer.apply_chat_template(
-        list(asked.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(conversation.messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     assert row.tokens == list(theirs["input_ids"])
     assert [int(flag) for flag in row.supervised] == list(theirs["assistant_masks"])
@@ -150,12 +155,12 @@ def check_against_markers(tokenizer, row: Row, asked: Chat) -> None:
 
 def test_supervised_tokens_are_those_that_a_template_marks(tokenizer, using):
     using(MARKED)
-    asked = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
-    row = row_of(tokenizer, asked)
-    check_against_markers(tokenizer, row, asked)
+    conversation = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
+    row = row_of(tokenizer, conversation)
+    check_against_markers(tokenizer, row, conversation)
     with pytest.raises(AssertionError):
         check_against_markers(
-            tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), asked
+            tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), conversation
         )
 
 
@@ -265,10 +270,12 @@ def test_what_the_template_reads_is_rendered_and_weight_0_is_not_supervised(toke
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d", "reasoning_content": "e"},
     )
-    asked = Chat(messages, "x:1", untrained=frozenset({1}), variables={"tools": [{"name": "t"}]})
+    conversation = Chat(
+        messages, "x:1", untrained=frozenset({1}), variables={"tools": [{"name": "t"}]}
+    )
     check(
         tokenizer,
-        row_of(tokenizer, asked),
+        row_of(tokenizer, conversation),
         "<user/a[t]>/<assistant/b[t]>/<user/c[t]>/<assistant/(e)d[t]>/",
         "." * 52 + "^^^^^^^^.",
     )

@@ -43,15 +43,15 @@ def to_jax(source: Path, out: Path, *more: str) -> int:
     return run_main(convert.main, ["to-jax", "--config", str(config), "--out", str(out), *more])
 
 
-def same_target(found, expected) -> None:
-    assert (found.spec, found.eos_ids) == (expected.spec, expected.eos_ids)
+def same_target(actual, expected) -> None:
+    assert (actual.spec, actual.eos_ids) == (expected.spec, expected.eos_ids)
     assert (
-        found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
-        and found.tokenizer.chat_template == expected.tokenizer.chat_template
+        actual.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        and actual.tokenizer.chat_template == expected.tokenizer.chat_template
     )
-    assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
+    assert jax.tree.structure(actual.params) == jax.tree.structure(expected.params)
     for mine, theirs in zip(
-        jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+        jax.tree.leaves(actual.params), jax.tree.leaves(expected.params), strict=True
     ):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
@@ -164,14 +164,14 @@ def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
 @pytest.mark.usefixtures("shared_steps")
 def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
-    (expected_log, expected), (log, found) = (
+    (expected_log, expected), (log, answer) = (
         commands(target, tmp_path / name)
         for name, target in (("hf", sources["folder"]), ("jax", tmp_path / "out"))
     )
     assert len(log) == 2 and [line["loss"] for line in log] == [
         line["loss"] for line in expected_log
     ]
-    assert found["equal"] and {key: found[key] for key in ("text", "tokens", "rounds")} == {
+    assert answer["equal"] and {key: answer[key] for key in ("text", "tokens", "rounds")} == {
         key: expected[key] for key in ("text", "tokens", "rounds")
     }
     assert "loading target" in capsys.readouterr().err

@@ -87,10 +87,10 @@ def test_half_precision_widens_exactly(place, tmp_path):
 
     source = published(place, tmp_path / "there", halve)
     assert from_torch(place, source, tmp_path / "here") == 0
-    found, expected = (
+    widened, expected = (
         load_file(path / "model.safetensors") for path in (tmp_path / "here", source)
     )
-    for name, array in found.items():
+    for name, array in widened.items():
         assert array.dtype == np.float32 and np.array_equal(
             array, expected[PUBLISHED + name].astype(np.float32)
         )

@@ -128,8 +128,8 @@ def toy(monkeypatch) -> ToySpec:
 def tapped_batch(params: dict[str, Any], spec: ToySpec):
     """Rows of text with what the draft reads of the target, and what it predicts."""
     batch = three_rows(3, 3, 3)
-    read = states_in_memory(params, TINY, batch.tokens_BL, batch.length_BC, spec.taps)
-    return batch._replace(inputs_BLI=read[..., :-D], targets_BLD=read[..., -D:])
+    states_BLI = states_in_memory(params, TINY, batch.tokens_BL, batch.length_BC, spec.taps)
+    return batch._replace(inputs_BLI=states_BLI[..., :-D], targets_BLD=states_BLI[..., -D:])
 
 
 @pytest.mark.parametrize("states", ["stored", "online"])

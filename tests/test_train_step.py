@@ -73,7 +73,7 @@ def predicted_by(stage: StageConfig):
     """
 
     def predicted(params, embed_VD, batch, h_BLD, offset):
-        read = Inputs(
+        inputs = Inputs(
             batch.tokens_BL,
             h_BLD,
             batch.length_BC,
@@ -81,7 +81,7 @@ def predicted_by(stage: StageConfig):
             jnp.tile(jnp.arange(L), (B, 1)),
             lambda tokens: embed_VD[tokens],
         )
-        return objective_of(SPEC, stage).predict(params, SPEC, stage, read, offset).state_BND
+        return objective_of(SPEC, stage).predict(params, SPEC, stage, inputs, offset).state_BND
 
     return quick_jit(predicted)
 
@@ -101,7 +101,7 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
         for u in range(L)
         for n, (j, r) in enumerate(scored)
     ]
-    return [one for one in listed if one[1] < L]
+    return [query for query in listed if query[1] < L]
 
 
 def metrics_by_hand(
@@ -380,7 +380,7 @@ GOLDEN = {
 def test_golden_step(tiny_draft, frozen, batch, name, stage):
     train_step, _, init = steps_of(NOISY, stage)
     state, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
-    found = {
+    figures = {
         "loss": float(metrics.objective / metrics.supervised),
         "grad_norm": float(metrics.grad_norm),
         "update_rms": rms({key: state.params[key] - tiny_draft[key] for key in tiny_draft}),
@@ -388,11 +388,11 @@ def test_golden_step(tiny_draft, frozen, batch, name, stage):
     }
     for _ in range(2):
         state, metrics = train_step(state, frozen, batch, 42)
-    found["third_loss"] = float(metrics.objective / metrics.supervised)
-    assert found == pytest.approx(GOLDEN[name], rel=1e-4), (
+    figures["third_loss"] = float(metrics.objective / metrics.supervised)
+    assert figures == pytest.approx(GOLDEN[name], rel=1e-4), (
         f"the first {name} steps changed. If that was meant (loss, noise, masks, optimizer, "
         "first weights, or another JAX version's random numbers), put the new numbers into "
-        f"GOLDEN; if not, something broke: {found}"
+        f"GOLDEN; if not, something broke: {figures}"
     )
 
 
@@ -447,7 +447,12 @@ def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
     _, gradient = gradient_of(NOISY, EARLY)(
         tiny_draft, frozen, batch, jax.random.fold_in(jax.random.key(42), 0)
     )
-    norm = np.sqrt(sum((np.asarray(one, np.float64) ** 2).sum() for one in gradient.values()))
+    norm = np.sqrt(
+        sum(
+            (np.asarray(gradient_array, np.float64) ** 2).sum()
+            for gradient_array in gradient.values()
+        )
+    )
     np.testing.assert_allclose(
         metrics.grad_norm, norm, rtol=1e-4
     )  # 1e-4: a whole backward pass, fused differently

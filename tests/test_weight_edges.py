@@ -68,8 +68,8 @@ def folder_of(folder: Path, tensors=None, config=None, **settings) -> Path:
         metadata={"format": "pt"},
     )
     path = folder / "config.json"
-    told = json.loads(path.read_text()) | (config or {})
-    path.write_text(json.dumps({key: value for key, value in told.items() if value is not ...}))
+    changed = json.loads(path.read_text()) | (config or {})
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
     return folder
 
 
@@ -131,9 +131,9 @@ def test_gemma_s_silence_means_tied_unless_a_head_differs(tmp_path):
     config = Gemma2Config(**SIZES, head_dim=16, sliding_window=6, tie_word_embeddings=False)
     random_torch(Gemma2ForCausalLM, config).save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
-    del told["tie_word_embeddings"]
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
     assert "head_VD" in check_against_transformers(tmp_path).params
 
 
@@ -206,7 +206,7 @@ def test_planted_bug_tables_are_not_looked_at(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("quantization", "message"),
     [
         ({"quant_method": "awq", "bits": 4}, r"quantization_config \('awq'\); this version reads"),
         ({"quant_method": "fp8"}, r"quantization_config \('fp8'\)"),
@@ -214,8 +214,8 @@ def test_planted_bug_tables_are_not_looked_at(tmp_path, monkeypatch):
         ("int8", r"quantization_config \('int8'\)"),
     ],
 )
-def test_quantised_weights_are_refused_by_their_method(tmp_path, told, message):
-    folder = folder_of(tmp_path, config={"quantization_config": told})
+def test_quantised_weights_are_refused_by_their_method(tmp_path, quantization, message):
+    folder = folder_of(tmp_path, config={"quantization_config": quantization})
     with pytest.raises(UserError, match=message):
         load_target(str(folder), "float32", str(folder))
     fill_params(  # its weights alone would not tell
@@ -282,8 +282,8 @@ def test_other_longrope_is_refused(change, message):
 
 def spec_of(change: dict, kind=LlamaConfig) -> TargetSpec:
     """Of a tiny config, in which ... removes a key."""
-    told = {**kind(**SIZES).to_dict(), "rope_parameters": ..., **change}
-    return TargetSpec.from_hf_config({k: v for k, v in told.items() if v is not ...}, "here")
+    config = {**kind(**SIZES).to_dict(), "rope_parameters": ..., **change}
+    return TargetSpec.from_hf_config({k: v for k, v in config.items() if v is not ...}, "here")
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,13 @@ def test_null_within_rope_parameters_stands_for_no_value(key):
 
 
 def test_null_that_means_something_stays():
-    told = {"sliding_window": None, "head_dim": None, "eps": None, "rope": {"theta": None, "x": 1}}
-    assert given_values(told) == {"sliding_window": None, "head_dim": None, "rope": {"x": 1}}
+    config = {
+        "sliding_window": None,
+        "head_dim": None,
+        "eps": None,
+        "rope": {"theta": None, "x": 1},
+    }
+    assert given_values(config) == {"sliding_window": None, "head_dim": None, "rope": {"x": 1}}
     assert spec_of({"model_type": "mistral", "sliding_window": None}).windows == ()
     assert spec_of({"model_type": "mistral", "sliding_window": ...}).windows == (4096, 4096)
 

@@ -141,20 +141,20 @@ def test_hub_failure(tmp_path, monkeypatch, kind):
 
 
 def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
-    asked = []
+    calls = []
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda name, **rest: asked.append((name, rest)) or tmp_path,
+        lambda name, **rest: calls.append((name, rest)) or tmp_path,
     )
     for source in ("hf:org/name@v1.2", "hf:org/name"):
         assert open_source(source, tmp_path / "cache").path == tmp_path
-    assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in asked] == [
+    assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in calls] == [
         ("org/name", "v1.2", tmp_path / "cache"),
         ("org/name", None, tmp_path / "cache"),
     ]
     assert not any(
-        pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"]
+        pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in calls[0][1]["allow_patterns"]
     )
 
 

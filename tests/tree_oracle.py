@@ -68,11 +68,11 @@ def best(log_V: np.ndarray, count: int) -> list[int]:
 
 def static_paths(oracle: PathOracle, paths) -> set[tuple[int, ...]]:
     """Token paths of a static tree given by ranks."""
-    found = {(): ()}
+    tokens_of = {(): ()}
     for path in sorted(paths, key=len):
-        above = found[path[:-1]]
-        found[path] = (*above, best(oracle.log_probabilities(above), path[-1] + 1)[-1])
-    return {tokens for path, tokens in found.items() if path}
+        above = tokens_of[path[:-1]]
+        tokens_of[path] = (*above, best(oracle.log_probabilities(above), path[-1] + 1)[-1])
+    return {tokens for path, tokens in tokens_of.items() if path}
 
 
 def eagle2_paths(oracle: PathOracle, levels: int, topk: int, nodes: int) -> set[tuple[int, ...]]:

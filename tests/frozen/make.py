@@ -133,9 +133,9 @@ def figures(command: str, *argv: str) -> Any:
     """What the command writes with --json."""
     run(command, "--json", "figures.json", *argv)
     path = Path("figures.json")
-    read = json.loads(path.read_text())
+    report = json.loads(path.read_text())
     path.unlink()
-    return read
+    return report
 
 
 def log_of(folder: str | Path) -> list[dict]:
@@ -155,10 +155,10 @@ def write_configs(project: Path) -> None:
         shutil.copy(path, folder)
     for name, settings in {"every": EVERY, **ALIASES}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    here = Path.cwd()
+    working_directory = Path.cwd()
     os.chdir(project)  # a config may name a draft of the project
     values = {path.stem: asdict(load_config(path)) for path in sorted(folder.glob("*.yaml"))}
-    os.chdir(here)
+    os.chdir(working_directory)
     keys = {f"{section}.{key}" for section, part in EVERY.items() for key in part}
     assert keys == {f"{section}.{key}" for section, part in values["every"].items() for key in part}
     (folder / "values.json").write_text(json.dumps(values, indent=1) + "\n")
