@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import socket
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # of 32 it takes another tenth less, and a dozen memory maps instead of 200. XLA ends the process
 # over a flag that it does not know, so only where it was seen.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# With JAX_DISABLE_MOST_OPTIMIZATIONS=0 programs are compiled as users have them.
 # Two workers on two cores: threads of torch and numpy would only take the other's time, some of it
 # to wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if version("jax").startswith("0.10."):
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -32,6 +34,7 @@ from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import make_mesh
+from beagle_jax.training.frozen import FrozenTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
@@ -39,6 +42,13 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser())
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -82,6 +92,7 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
 # Files that take ten seconds or more, the longest begun first, so that two workers end together
 # (launch/test.sh keeps the order of the files).
 LONGEST = (
+    "test_in_place",
     "test_decoder",
     "test_decoding",
     "test_command",
@@ -185,9 +196,21 @@ def shared_steps():
         yield
 
 
+@pytest.fixture
+def at_the_root(monkeypatch):
+    """Runs the test at the project's root, from which its files name each other."""
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+
+
 @pytest.fixture(scope="session")
 def tiny_params() -> dict:
     return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def frozen(tiny_params) -> FrozenTarget:
+    """What training reads of the tiny target, whose head is its embedding."""
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="session")

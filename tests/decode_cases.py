@@ -130,6 +130,19 @@ def planted(kind: type, drafter):
     return kind(*(getattr(drafter, field.name) for field in dataclasses.fields(drafter)))
 
 
+def cache_one_row_too_long(now: Round, state: DecodeState, *rest) -> DecodeState:
+    """Planted for `Round.emit`: after the first round each cache counts a token too many."""
+    after = Round.emit(now, state, *rest)
+    first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
+    cache = after.cache.with_(length_B=after.cache.length_B + first_B)
+    return after._replace(cache=cache)
+
+
+def append_at_once(now: Round, state: DecodeState, accepted, states_BWD, rows) -> DecodeState:
+    """Planted for `Round.append`: the slot does not depend on the bonus token."""
+    return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
+
+
 _planted: set[type] = set()
 
 

@@ -4,17 +4,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "experiments/paper.yaml"
 sys.path.insert(0, str(ROOT / "experiments"))
-
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """Files of experiments name others from there."""
-    monkeypatch.chdir(ROOT)
 
 
 def point(accepted: list[list[int]], step: int = 1, **more) -> dict:

@@ -11,6 +11,13 @@ import jax.numpy as jnp
 
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 
+right_keys_values = BeagleBlock.keys_values
+
+
+def late_keys_values(self: BeagleBlock, h_BQD: jax.Array, at_BQ: jax.Array):
+    """Planted for `BeagleBlock.keys_values`: a predicted key is one position late."""
+    return right_keys_values(self, h_BQD, at_BQ + (h_BQD.shape[1] == 1))
+
 
 def bank_masks(
     width: int, window: int, offset: jax.Array, step: int

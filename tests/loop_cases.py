@@ -2,17 +2,21 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import TINY
+from conftest import ONE_DEVICE, TINY
 
 from beagle_jax.config import Config, EarlyStage, LogConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
-from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.training import loop
+from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.metrics import Log
 
 SPEC = BeagleSpec.from_target(TINY)
 L = 12
@@ -47,6 +51,31 @@ def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
     ]
     return BatchLoader(
         rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
+    )
+
+
+def train_stage(
+    config: Config,
+    frozen: FrozenTarget,
+    training=None,
+    *,
+    stage: str = "early",
+    params: dict | None = None,
+    held_out=None,
+    best: Best | None = None,
+) -> dict:
+    """Runs a stage on one device and returns the draft's parameters.
+
+    Without `params` every call begins with the same ones, without `training` it reads the same 20
+    rows.
+    """
+    if params is None:
+        params = init_draft(SPEC, jax.random.key(3))
+    if training is None:
+        training = loader_of(20, 1)
+    log = Log(config)
+    return loop.run_stage(
+        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best
     )
 
 

@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from loop_cases import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
+from loop_cases import (
+    Breaking,
+    config_for,
+    infinite_state,
+    loader_of,
+    same_params,
+    saved_steps,
+    train_stage,
+)
 
 from beagle_jax.config import EarlyStage, LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 from beagle_jax.training.step import make_optimizer, make_steps, updated
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -28,11 +33,6 @@ EARLY = EarlyStage(steps=12, learning_rate=1e-3, warmup=0, window=1)
 CONFIG = TrainConfig(
     batch=2, row_tokens=10, loss_rows=8, noise="none", early=EARLY, late=LateStage(steps=0)
 )
-
-
-@pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,11 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
         more = dict(accumulate=3, checkpoint_every=2, late=LateStage(steps=0))
         return config.changed(train=config.train.changed(**more))
 
-    start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    training = loader_of(20, 1)
 
     def run(config, loader):
-        return run_stage(
-            "early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config)
-        )
+        start = init_draft(SPEC, jax.random.key(3))
+        return train_stage(config, frozen, loader, params=start)
 
     whole = run(accumulated(config_for(tmp_path / "whole")), training)
 

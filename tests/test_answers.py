@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_cases import byte_tokenizer
+from chat_cases import byte_tokenizer, spell
 
 from beagle_jax.config import DataConfig
 from beagle_jax.corpus import prompts
@@ -80,15 +80,6 @@ def makes_up(settings) -> bool:
 def fake_states(tokens) -> np.ndarray:
     """States [length, 2] that tell which token they belong to."""
     return np.stack([tokens, np.arange(len(tokens))], axis=1).astype(np.float32)
-
-
-def spell(tokenizer, tokens) -> str:
-    return (
-        tokenizer.decode(tokens)
-        .replace("<|im_start|>", "<")
-        .replace("<|im_end|>", ">")
-        .replace("\n", "/")
-    )
 
 
 @pytest.fixture

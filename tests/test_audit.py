@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import MARKOV, letters, random_draft, right_draft, target_of
+from decode_cases import (
+    MARKOV,
+    cache_one_row_too_long,
+    letters,
+    random_draft,
+    right_draft,
+    target_of,
+)
 from test_measure import chat
 from test_report import check_schema
 
@@ -126,14 +133,8 @@ def test_wrong_mask(monkeypatch):
 
 def test_stale_cache_row():
     """After the first round a row too many is taken for known."""
-
-    def wrong(now, state, *rest):
-        after = Round.emit(now, state, *rest)
-        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
-        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
-        return after._replace(cache=cache)
-
-    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts={"emit": wrong})
+    parts = {"emit": cache_one_row_too_long}
+    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts=parts)
     assert TOKENS in failed(made)
 
 

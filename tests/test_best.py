@@ -4,12 +4,9 @@ early.
 
 import json
 
-import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ONE_DEVICE
 from loop_cases import (
-    SPEC,
     Breaking,
     after_each_step,
     broken_at,
@@ -19,15 +16,12 @@ from loop_cases import (
     loader_of,
     same_params,
     saved_steps,
+    train_stage,
 )
 
 from beagle_jax.config import Config, EvalConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.best import Best
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -82,15 +76,10 @@ def test_taus_on_other_prompts_do_not_count(tmp_path):
     assert Decoder(tmp_path / "best.json", [], train_prompts=9).best.tau == 0.0
 
 
-@pytest.fixture(scope="module")
-def run(tiny_params):
-    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
-
+@pytest.fixture
+def run(frozen):
     def run(config: Config, best: Best | None, training=None) -> dict:
-        params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
-        return run_stage(
-            "early", config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config), best
-        )
+        return train_stage(config, frozen, training, best=best)
 
     return run
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment_cases import PAPER, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import point, prompts, runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import pictures
 import plan as plans
 from claims import FAILS, HOLDS, OPEN, Value, judged, value_of, verdict
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from command_cases import COMMANDS, ended, make_workplace
+from command_cases import COMMANDS, ended, workplace  # noqa: F401 (the fixture)
 
 from beagle_jax.commands import evaluate as evaluate_command
 from beagle_jax.commands import generate as generate_command
@@ -17,11 +16,6 @@ from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
 from beagle_jax.commands import tune as tune_command
 from beagle_jax.errors import UsageError, UserError, run_main
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> SimpleNamespace:
-    return make_workplace(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

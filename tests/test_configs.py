@@ -15,12 +15,7 @@ from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import shape
 from beagle_jax.weights.shape import parameter_count
 
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """Configs name files from there."""
-    monkeypatch.chdir(ROOT)
-
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 ROOT = Path(__file__).resolve().parent.parent
 # paper.yaml is what others extend: it has no target.

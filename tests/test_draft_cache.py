@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from decode_cases import MARKOV, random_draft, right_draft, round_of, run, start, target_of
+from late_oracle import late_keys_values
 
 from beagle_jax.decoding import trained
 from beagle_jax.decoding.draft import grow
@@ -92,14 +93,9 @@ def test_drafting_equals_the_late_stage(length, steps):
 
 
 def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
-    right = BeagleBlock.keys_values
-
-    def wrong(self, h, at):
-        return right(self, h, at + (h.shape[1] == 1))
-
     # Training keeps the right block: it takes the kind's own.
     monkeypatch.setattr(
-        trained, "BeagleBlock", type("Wrong", (BeagleBlock,), {"keys_values": wrong})
+        trained, "BeagleBlock", type("Wrong", (BeagleBlock,), {"keys_values": late_keys_values})
     )
     with pytest.raises(AssertionError):
         _compare_with_training(5, 3, "late")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from command_cases import make_target, write_lines
+from command_cases import make_target, trained, write_lines  # noqa: F401 (the fixture)
 
 from beagle_jax import plan, train
 from beagle_jax.errors import run_main
@@ -62,12 +62,6 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
         config=str(folder / "run.yaml"),
         target=load_target(str(folder / "target"), "float32", "unused"),
     )
-
-
-@pytest.fixture(scope="module")
-def trained(workplace) -> SimpleNamespace:
-    assert run_main(train.main, ["--config", workplace.config]) == 0
-    return workplace
 
 
 def log_of(run: Path) -> list[dict]:

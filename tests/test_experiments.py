@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from experiment_cases import PAPER, ROOT, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import PAPER, ROOT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import claims
@@ -19,6 +19,8 @@ import run as runner
 
 from beagle_jax.config import load_config
 from beagle_jax.errors import UsageError, UserError, run_main
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 def test_every_run_of_the_paper_is_a_config(tmp_path):

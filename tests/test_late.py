@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from late_oracle import oracle_states
+from late_oracle import late_keys_values, oracle_states
 
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.packing import of_row
@@ -133,12 +133,7 @@ def test_planted_bug_true_key_of_own_position(row, monkeypatch):
 
 
 def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
-    right = BeagleBlock.keys_values
-
-    def wrong(self, h, at):
-        return right(self, h, at + (h.shape[1] == 1))
-
-    monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
+    monkeypatch.setattr(BeagleBlock, "keys_values", late_keys_values)
     with pytest.raises(AssertionError):
         _compare(row, 4, 4, True, [2], plant="late key")
 

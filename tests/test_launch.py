@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from conftest import free_port
 
 from beagle_jax.config import load_config
 
@@ -373,12 +373,6 @@ def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0] * len(started), ended
     return [out.strip() for out, _ in ended]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def test_tasks_of_srun_find_each_other():

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from benchmark_cases import benchmark
+from conftest import free_port
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
 from test_gguf import _write_gguf
@@ -251,11 +251,11 @@ print(sum(part.nbytes for part in count))
 """
 
 
-def test_each_process_reads_only_what_it_holds(tmp_path, free_port):
+def test_each_process_reads_only_what_it_holds(tmp_path):
     tensors = llama_tensors()
     _folder(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    command = [sys.executable, "-c", _PROCESS.format(port=free_port)]
+    command = [sys.executable, "-c", _PROCESS.format(port=free_port())]
     environment = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": ":".join(filter(None, sys.path)),
@@ -271,13 +271,6 @@ def test_each_process_reads_only_what_it_holds(tmp_path, free_port):
     whole = sum(x.nbytes for x in tensors.values())
     norms = sum(x.nbytes for name, x in tensors.items() if "norm" in name)
     assert bytes_read == [(whole - norms) // 2 + norms] * 2
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 # Memory. Twice the arrays, as when all are held on the host first, is the planted bug.

@@ -21,6 +21,7 @@ from loop_cases import (
     loader_of,
     same_params,
     saved_steps,
+    train_stage,
 )
 
 from beagle_jax.config import EarlyStage, LogConfig, TargetConfig
@@ -31,18 +32,12 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
-from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress, summary
 from beagle_jax.training.step import Metrics
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
-
-
-@pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +48,9 @@ def start() -> dict:
 @pytest.fixture(scope="module")
 def stage(frozen, start):
     """Runs a stage of a config, from the same parameters every time."""
-    training = loader_of(20, 1)
 
-    def stage(config, training=training, held_out=None):
-        return run_stage(
-            "early", config, SPEC, start, frozen, ONE_DEVICE, training, held_out, Log(config)
-        )
+    def stage(config, training=None, held_out=None):
+        return train_stage(config, frozen, training, params=start, held_out=held_out)
 
     return stage
 

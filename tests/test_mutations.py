@@ -7,7 +7,14 @@ from functools import lru_cache
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, naive_greedy, random_draft, right_draft, target_of
+from decode_cases import (
+    MARKOV,
+    cache_one_row_too_long,
+    naive_greedy,
+    random_draft,
+    right_draft,
+    target_of,
+)
 from test_draft_cache import compare_caches
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -101,14 +108,8 @@ def test_verify_positions_off_by_one(tree):
 
 @on("chain")
 def test_cache_kept_one_row_too_long(tree):
-    def wrong(now, state, *rest):
-        after = Round.emit(now, state, *rest)
-        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
-        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
-        return after._replace(cache=cache)
-
     with pytest.raises(AssertionError):
-        _check_lossless(tree, emit=wrong)
+        _check_lossless(tree, emit=cache_one_row_too_long)
 
 
 @on("dynamic")

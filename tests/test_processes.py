@@ -1,7 +1,6 @@
 """Several processes, one run: how they find each other."""
 
 import json
-import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,19 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, TINY, environment
-from loop_cases import SPEC, config_for, lines_of, loader_of, saved_steps
+from conftest import TINY, environment, free_port
+from loop_cases import config_for, lines_of, loader_of, saved_steps, train_stage
 from process_cases import ASKED_AT
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.share import Share
 from beagle_jax.errors import UsageError, UserError
-from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.sharding import make_mesh, share_of_rows
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 from beagle_jax.training.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -103,13 +98,10 @@ def together(tmp_path_factory):
     processes lie along `tensor`.
     """
     folder, tests = tmp_path_factory.mktemp("together"), Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     variables = environment(1) | {
         "PYTHONPATH": f"{tests.parent}:{tests}",
         "TQDM_DISABLE": "1",
-        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
     command = [sys.executable, str(tests / "process_cases.py"), str(folder)]
@@ -146,17 +138,13 @@ def together(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_params, tmp_path_factory):
+def alone(frozen, tmp_path_factory):
     """The same run in one process on one device, to its end, and what goes on with a run like
     it.
     """
-    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
     def run(config) -> dict:
-        params = init_draft(SPEC, jax.random.key(3))
-        return run_stage(
-            "early", config, SPEC, params, frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config)
-        )
+        return train_stage(config, frozen)
 
     config = config_for(tmp_path_factory.mktemp("alone"))
     return config, run(config), run

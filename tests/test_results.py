@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiment_cases import PAPER, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import PAPER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import plan as plans
 import results
 from claims import value_of
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 def answer(tokens: int, rounds: int, seconds: float) -> dict:

@@ -10,13 +10,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE
 from loop_cases import (
-    SPEC,
     Breaking,
     after_each_step,
     broken_at,
@@ -26,14 +23,14 @@ from loop_cases import (
     loader_of,
     same_params,
     saved_steps,
+    train_stage,
 )
 
 from beagle_jax.config import Config, LateStage, LogConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import check_settings, run_stage, settings_of
+from beagle_jax.training.loop import check_settings, settings_of
 from beagle_jax.training.metrics import Log
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -47,12 +44,8 @@ def config_of(folder, **changes) -> Config:
 
 def both_stages(config: Config, frozen: FrozenTarget, training=None) -> dict:
     """Early and late, as the train command runs them, from parameters that depend on nothing."""
-    params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
-    for stage in ("early", "late"):
-        params = run_stage(
-            stage, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
-        )
-    return params
+    early = train_stage(config, frozen, training)
+    return train_stage(config, frozen, training, stage="late", params=early)
 
 
 def figures_of(config: Config) -> dict[tuple[str, int], dict]:
@@ -64,11 +57,6 @@ def figures_of(config: Config) -> dict[tuple[str, int], dict]:
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
-
-
-@pytest.fixture(scope="module")
 def whole(frozen, tmp_path_factory):
     """Config and parameters of both stages, which nothing interrupted."""
     config = config_of(tmp_path_factory.mktemp("whole"))
@@ -77,12 +65,10 @@ def whole(frozen, tmp_path_factory):
 
 def stopped_at(stage: str, step: int, config: Config, frozen: FrozenTarget, how) -> None:
     """Runs until a step of a stage, where `how` strikes."""
-    params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    params = None
     for name in ("early", "late"):
-        training = Breaking(loader_of(20, 1), step, how) if name == stage else calm
-        params = run_stage(
-            name, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
-        )
+        training = Breaking(loader_of(20, 1), step, how) if name == stage else None
+        params = train_stage(config, frozen, training, stage=name, params=params)
 
 
 def kill(batch):

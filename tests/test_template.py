@@ -6,6 +6,7 @@ it.
 """
 
 import pytest
+from chat_cases import CHATML, byte_tokenizer, spell
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,28 +14,10 @@ from beagle_jax.data.chats import BadRecord, Chat
 from beagle_jax.data.template import Row, chat_rows, prompt_tokens, template_reads, user_header
 from beagle_jax.errors import UserError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    letters = {
-        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture
@@ -52,15 +35,6 @@ def chat(*texts: str, system: str | None = None) -> Chat:
     return Chat(
         tuple(messages if system is None else [{"role": "system", "content": system}, *messages]),
         "chats.jsonl:7",
-    )
-
-
-def spell(tokenizer, tokens: list[int]) -> str:
-    return (
-        tokenizer.decode(tokens)
-        .replace("<|im_start|>", "<")
-        .replace("<|im_end|>", ">")
-        .replace("\n", "/")
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_params
+from decode_cases import append_at_once
 from test_target import GREEDY, NEVER, _answers, _pad, _states
 
 from beagle_jax.decoding import writer as writer_module
@@ -396,8 +397,5 @@ def test_planted_bug_cache_not_donated(tiny_params):
 
 
 def test_planted_bug_slot_free_of_the_token(tiny_params):
-    def free(now, state, accepted, states_BWD, rows):
-        return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
-
-    cache_bytes, temporary, _ = _segment_memory(tiny_params, append=free)
+    cache_bytes, temporary, _ = _segment_memory(tiny_params, append=append_at_once)
     assert temporary > cache_bytes
