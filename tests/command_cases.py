@@ -109,6 +109,6 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def trained(workplace) -> SimpleNamespace:
-    """The same after one training run."""
+    """The workplace after one training run."""
     assert run_main(train.main, ["--config", workplace.config]) == 0
     return workplace

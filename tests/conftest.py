@@ -1,4 +1,4 @@
-"""What all tests share: strict JAX settings and a tiny random target."""
+"""Fixtures that all tests share: strict JAX settings and a tiny random target."""
 
 import gc
 import itertools
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a subprocess that has this many virtual devices."""
+    """Returns the environment of a subprocess with this many virtual devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
@@ -75,8 +75,9 @@ TINY = TargetSpec(
 
 
 def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
-    """Random target weights with norms near one; std is large so that logits differ clearly between
-    tokens.
+    """Makes random target weights with norms near one.
+
+    std is large, so that logits differ clearly between tokens.
     """
     rng = np.random.default_rng(seed)
     params: dict = {"layers": [{} for _ in range(spec.num_layers)]}
@@ -130,13 +131,14 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Imports leave nothing to collect."""
+    """Switches garbage collection off during imports, which leave nothing to collect."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, and tracing makes many objects that live for a second: the collector
-    need not look through them so often.
+    """Lets the garbage collector skip what was imported and run less often.
+
+    Imported objects stay, and tracing makes many objects that live for a second.
     """
     gc.collect()
     gc.freeze()
@@ -154,10 +156,11 @@ _ended = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and
-    two megabytes: 10,000 are 2.4 GB in all.
+    """Drops compiled programs when the process holds more than 10,000 memory maps.
 
-    Counting so many takes ten milliseconds, so only every twentieth test does it.
+    A compiled program takes ten maps or more and two megabytes. Linux gives a process 65,530 maps;
+    10,000 of them are 2.4 GB in all. Counting them takes ten milliseconds, so only every twentieth
+    test does it.
     """
     yield
     maps = Path("/proc/self/maps")
@@ -168,8 +171,9 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def shared_steps():
-    """Runs of a stage that compute the same share one compiled step: where a run writes and its
-    other stage are no part of it.
+    """Lets runs of a stage share one compiled step if they compute the same.
+
+    The run's folder and the settings of its other stage do not change the step.
     """
     from beagle_jax.training import loop
 

@@ -1,9 +1,8 @@
-"""The late stage in its plain, slow form (method.md 4.1): the oracle of `training/late.py`, and a
-benchmark's other side.
+"""The late stage in its plain, slow form (method.md 4.1), the oracle of `training/late.py`.
 
-Every query runs at every step; keys live in two banks of L columns, true states T and predicted
-states P. Attention is one ordinary softmax over the 2L columns. Nothing of the fast form is reused
-but the block's projections.
+A benchmark uses it too. Every query runs at every step. Keys are in two banks of L columns, true
+states T and predicted states P. Attention is one ordinary softmax over the 2L columns. Only the
+block's projections are shared with the fast form.
 """
 
 import jax
@@ -50,8 +49,9 @@ def oracle_states(
     offset: jax.Array,
     detach: bool,
 ) -> list[jax.Array]:
-    """Per simulation step the states [B, L, D] of all queries. Only rows with r = step - 1 carry
-    the loss.
+    """Returns the states [B, L, D] of all queries for each simulation step.
+
+    Only rows with r = step - 1 count in the loss.
     """
     block = BeagleBlock(spec).bind({"params": params})
     B, L, _ = e_BLD.shape

@@ -1,4 +1,4 @@
-"""Short runs of a stage, loaders that go wrong at a step, and what a run left."""
+"""Short runs of a stage, loaders that fail at a step, and readers of what a run left."""
 
 import json
 
@@ -37,7 +37,7 @@ def config_for(folder, **changes) -> Config:
 
 
 def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
-    """Rows whose states depend on their tokens, so that there is something to learn."""
+    """Makes a loader of rows that can be learned: states depend on the tokens."""
     rng = np.random.default_rng(seed)
     table_VD = (
         np.random.default_rng(0)
@@ -80,7 +80,7 @@ def train_stage(
 
 
 class Breaking:
-    """A loader that goes wrong at one step, and remembers which steps were asked for."""
+    """A loader that fails at one step and records the requested steps."""
 
     def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
         self._loader, self._step, self._how, self.requested = loader, step, how, []
@@ -114,7 +114,7 @@ def saved_steps(config) -> list[int]:
 
 
 def same_params(actual, expected) -> None:
-    """Bit for bit."""
+    """Compares parameters bit for bit."""
     assert actual.keys() == expected.keys()
     for name in expected:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
@@ -132,7 +132,7 @@ def after_each_step(monkeypatch, change) -> None:
 
 
 def broken_at(step: int, value: float):
-    """A step after which one parameter is this value, whatever the loss was."""
+    """Makes a change that sets a parameter to `value` after a step, whatever the loss was."""
 
     def change(state, metrics):
         broken = {"q_proj": jnp.where(state.step == step, value, state.params["q_proj"])}

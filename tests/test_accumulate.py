@@ -1,6 +1,4 @@
-"""Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates
-changes nothing.
-"""
+"""Gradient accumulation: uneven micro-batches equal the big batch, also after an interruption."""
 
 from functools import lru_cache
 
@@ -37,7 +35,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(scope="module")
 def six_rows() -> Batch:
-    """Rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
+    """Makes rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
     rng = np.random.default_rng(4)
     counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
     states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
@@ -55,7 +53,7 @@ def steps_of(config: TrainConfig):
 def one_update(
     config: TrainConfig, batches: list[Batch], frozen, steps_of=steps_of
 ) -> tuple[dict, float]:
-    """Parameters and gradient norm after these batches, from the same start."""
+    """Returns parameters and gradient norm after these batches, from the same start."""
     step, _, init = steps_of(config)
     state = init(init_draft(SPEC, jax.random.key(1)))
     for batch in batches:
@@ -79,7 +77,7 @@ def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
 
 
 def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
-    """Each micro-batch divided by its own count, as the usual accumulation does."""
+    """Each micro-batch is divided by its own count, as in usual accumulation."""
     right = updated
 
     def wrong(state, gradient, supervised, *rest):
@@ -107,9 +105,7 @@ def test_weights_wait_for_the_last_batch(frozen, six_rows):
 
 
 def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
-    """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the
-    state.
-    """
+    """Checkpoints after 2, 4, .. batches hold a sum of gradients: every third batch updates."""
 
     def accumulated(config):
         more = dict(accumulate=3, checkpoint_every=2, late=LateStage(steps=0))

@@ -28,8 +28,9 @@ def tokenizer():
 
 
 class FakeWriter:
-    """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a
-    header.
+    """Answers a prompt with five tokens that depend on it, the last row first.
+
+    For a header it makes up prompts.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class FakeWriter:
 
     @property
     def answered(self) -> list[str]:
-        """Every prompt that was to be answered, as text."""
+        """Returns every prompt that was answered, as text."""
         texts = [spell(self._tokenizer, prompt) for prompts, _ in self.calls for prompt in prompts]
         return [
             text.removeprefix("<user/").removesuffix(">/<assistant/")
@@ -78,7 +79,7 @@ def makes_up(settings) -> bool:
 
 
 def fake_states(tokens) -> np.ndarray:
-    """States [length, 2] that tell which token they belong to."""
+    """Makes states [length, 2] that tell which token they belong to."""
     return np.stack([tokens, np.arange(len(tokens))], axis=1).astype(np.float32)
 
 
@@ -116,7 +117,7 @@ def source(tmp_path, *records) -> str:
 
 
 def row_for(tokenizer, question: str) -> Row:
-    """What the fake writer makes of a question."""
+    """Returns the row that the fake writer makes of a question."""
     prompt = prompt_tokens(tokenizer, [{"role": "user", "content": question}])
     answer = [sum(prompt) % 200, 7, 7, 7, tokenizer.eos_token_id]
     return Row(prompt + answer, [False] * len(prompt) + [True] * 5)
@@ -203,8 +204,9 @@ def test_a_second_run_writes_nothing(text, writer):
 
 @pytest.fixture
 def two_sources(tmp_path):
-    """Settings of a run from a file (three parts of at most four prompts) and of a self-written
-    one.
+    """Returns settings with two sources: a file, and prompts that the target makes up itself.
+
+    The file gives three parts of at most four prompts.
     """
     return [
         {
@@ -313,8 +315,9 @@ def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
 def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
     text, tokenizer, tmp_path, monkeypatch, budgets
 ):
-    """Answers shorter than expected leave prompts of a cut group over; they come next, here and
-    after a resume.
+    """Answers shorter than expected leave prompts of a group over.
+
+    These come next, in the same run and after a resume.
     """
     monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))

@@ -1,6 +1,4 @@
-"""The audit: silent where decoding is right, and loud about each planted bug (wrong mask, stale
-cache, tau, sampler).
-"""
+"""The audit passes right decoding and reports each planted bug (mask, cache, tau, sampler)."""
 
 import dataclasses
 
@@ -49,7 +47,10 @@ def audited(
     parts=None,
     plain_parts=None,
 ) -> dict:
-    """The audit of these systems; parts: planted in those with a draft."""
+    """Runs the audit of these systems.
+
+    parts: planted parts of the rounds with a draft.
+    """
     target = dataclasses.replace(target, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, max_new_tokens, 256)
     plain = SpeculativeDecoder(target, context=context)
@@ -70,7 +71,7 @@ def audited(
 
 
 def failed(made: dict) -> set[str]:
-    """What the checks that failed are about."""
+    """Returns the names of the checks that failed."""
     return {check["name"].split(": ")[1] for check in made["checks"] if not check["passed"]}
 
 
@@ -108,7 +109,7 @@ def test_right_draws_of_a_target_with_layers_pass(tree, append_predicted):
 
 
 def no_draws(*_) -> Check:
-    """For tests of greedy choice: draws have their own, and are dear to compile."""
+    """Sampling for tests of greedy choice. Tests of draws are separate, as they compile long."""
     return Check("x: draws", True, "")
 
 
@@ -132,14 +133,14 @@ def test_wrong_mask(monkeypatch):
 
 
 def test_stale_cache_row():
-    """After the first round a row too many is taken for known."""
+    """After the first round the cache counts a token too many."""
     parts = {"emit": cache_one_row_too_long}
     made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts=parts)
     assert TOKENS in failed(made)
 
 
 def test_stale_rows_of_the_draft_alone():
-    """The output stays right; only the recomputed acceptance can tell."""
+    """The output stays right; only the recomputed acceptance shows the bug."""
 
     def stale(now, state):
         rows = jax.tree.map(lambda x: -3 * x, state.draft)
@@ -163,8 +164,9 @@ def test_stale_rows_of_the_draft_alone():
 
 
 def test_biased_sampler():
-    """Draws of half the temperature: the same with any tree and with none, so that no comparison of
-    the two can tell.
+    """Draws at half the temperature are the same with and without a tree.
+
+    So a comparison of the two cannot show the bug.
     """
 
     def biased(sampler):
@@ -196,7 +198,7 @@ def test_biased_sampler():
 
 @pytest.fixture(scope="module")
 def measured():
-    """A right measurement of a chain, to spoil."""
+    """A right measurement of a chain, for the tests to change."""
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, 24, 256)
     decoders = {
@@ -254,8 +256,9 @@ def test_rounds_and_accepted_drafts_are_counted_again(measured):
 
 
 def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
-    """Scores that come out a little different each time: rounds differ where they were tied, and
-    only as far as that explains.
+    """Scores differ a little from run to run, so rounds differ at ties.
+
+    The audit accepts only differences that ties explain.
     """
     right, rng, deviation = replay_module._predict, np.random.default_rng(0), 0.3
 
@@ -327,8 +330,9 @@ def test_an_answer_that_ends_too_early(measured):
 
 
 def test_bfloat16_flips_are_near_ties(monkeypatch):
-    """In bfloat16 a verified block may round unlike single steps; where texts part, both tokens
-    were nearly tied.
+    """In bfloat16 a verified block may round differently from single steps.
+
+    Where texts part, both tokens were nearly tied.
     """
     monkeypatch.setattr(audit_module, "_draws", no_draws)
 

@@ -1,6 +1,4 @@
-"""Benchmarks that need a large device or a quiet machine run here at toy size, so that they still
-run when one can be had.
-"""
+"""Benchmarks for large devices or quiet machines, run at toy size so that they stay usable."""
 
 import json
 import math
@@ -83,9 +81,7 @@ def test_train_step_at_toy_size(capsys):
 
 
 def test_torch_step_simulates():
-    """Without simulated steps the draft never reads its own states; with them its second step
-    does.
-    """
+    """Only with simulated steps does the draft read its own states, from the second step on."""
     torch = pytest.importorskip("torch")
     bench = benchmark("train_step")
     torch.manual_seed(0)
@@ -120,8 +116,9 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
 
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
-    """One topology at a time; a stage that does not fit is said. The README has the table of what
-    was planned.
+    """Each call plans one topology, and a stage that does not fit is reported.
+
+    docs/results.md shows the table of the stored plans.
     """
     bench = benchmark("plan_tpu")
     seen = []
@@ -170,7 +167,7 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> SimpleNamespace:
-    """A tiny target and a random draft of it."""
+    """A tiny target and a random draft for it."""
     made = make_workplace(tmp_path_factory.mktemp("run"))
     spec = BeagleSpec.from_target(
         load_target(str(made.folder / "target"), "float32", "unused").spec

@@ -1,6 +1,4 @@
-"""The best draft by decoded tau: what is kept, what a resumed run knows, and when a stage ends
-early.
-"""
+"""The best draft by decoded tau: what is saved, what a resumed run knows, early ends."""
 
 import json
 
@@ -27,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 class Decoder:
-    """Taus by stage and step, in place of a decoder; remembers what was saved."""
+    """Stands for a decoder: returns given taus, and records what was saved."""
 
     def __init__(self, path, taus: list[float], **settings):
         self.taus, self.saved, self.measured = iter(taus), [], []

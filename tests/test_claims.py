@@ -66,7 +66,7 @@ def test_measures_by_hand():
 
 
 def test_an_interval_is_as_wide_as_theory_says():
-    """Of a mean of many equal prompts: 1.96 standard errors to either side."""
+    """The interval of a mean over many equal prompts is 1.96 standard errors to either side."""
     rng = np.random.default_rng(0)
     tokens = (10 + rng.normal(0, 2, 400)).tolist()
     interval = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
@@ -92,8 +92,9 @@ def test_the_best_of_several_is_what_counts():
 
 
 def test_both_sides_are_drawn_together():
-    """Prompts that differ widely leave the difference of two like runs certain; drawn apart they
-    would not.
+    """Prompts may differ widely: the difference of two equal runs is still certain.
+
+    It would not be if the two sides were resampled separately.
     """
     hard = [[40, 0, 0]] * 12 + [[0, 0, 40]] * 12
     better = [[39, 1, 0]] * 12 + [[0, 0, 40]] * 12
@@ -128,7 +129,7 @@ def test_what_was_not_run_or_cannot_be_decided_says_so():
 
 
 def test_times_of_a_shared_machine_decide_nothing():
-    """Such a training keeps none; what was timed alone is compared without it."""
+    """Training on a shared machine has no times; other trainings are compared without it."""
     claim = plans.Claim(
         figure="fig", says="a is faster", measure="training_speed", more="a", less=("b",)
     )

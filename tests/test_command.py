@@ -1,6 +1,4 @@
-"""The commands end to end on a tiny target in a Hugging Face folder, and how they end when
-something is wrong.
-"""
+"""The commands end to end on a tiny target in a Hugging Face folder, and how they fail."""
 
 import json
 import random
@@ -209,7 +207,7 @@ def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(tr
 
 
 def evaluated_tau(trained, run: Path, draft: str) -> float:
-    """What decoding both prompts one by one gives."""
+    """Returns tau from decoding both prompts one by one."""
     config = load_config(trained.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     decoder = decoder_of(config, target, load_draft(run / draft, target.spec))
@@ -243,7 +241,7 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
 
 
 def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
-    """Twelve chats in four rows or fewer: one batch of all of them an epoch."""
+    """Twelve chats fit in at most four rows: an epoch is one batch."""
     folder = trained.folder / "packed"
     options = [
         f"train.folder={folder}",
@@ -299,9 +297,7 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(trained):
-    """As tests/test_to_jax.py sees of loading and tests/test_sharding.py of a step, here through
-    the command.
-    """
+    """Through the command: tests/test_to_jax.py covers loading, tests/test_sharding.py a step."""
     folder = trained.folder / "mesh"
     options = [
         f"train.folder={folder}",

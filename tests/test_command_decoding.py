@@ -1,4 +1,4 @@
-"""The evaluate, generate and tune commands on what one training run left."""
+"""The evaluate, generate and tune commands on the result of one training run."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def evaluated(trained, capsys) -> list[dict]:
-    """The figures by system that `evaluate` writes, which are also those that it prints."""
+    """Returns the figures by system that `evaluate` writes and prints."""
     figures = trained.folder / "figures.json"
     assert (
         run_main(
@@ -62,7 +62,7 @@ def test_evaluate_finds_all_answers_identical(trained, capsys):
 
 
 class Wrong(SpeculativeDecoder):
-    """Gets the last token wrong when it drafts."""
+    """A decoder that gets the last token wrong if it drafts."""
 
     def generate(self, *arguments, **options):
         answers = super().generate(*arguments, **options)
@@ -92,7 +92,10 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 
 
 def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
-    """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
+    """Two systems next to plain decoding, and every file.
+
+    A second run decodes nothing again.
+    """
     own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
     out, command = (
         tmp_path / "out",
@@ -151,7 +154,7 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
 
 
 def test_answers_belong_to_a_target_and_its_tree(tmp_path):
-    """Other weights or another tuned tree under the same names are other settings."""
+    """Answers of other weights or of another tuned tree are not reused under the same names."""
     config = Config(target=TargetConfig(source="x"))
     records = []
     for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
@@ -172,7 +175,7 @@ def test_answers_belong_to_a_target_and_its_tree(tmp_path):
 
 
 def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
-    """It would stand where plain decoding does."""
+    """The name would clash with plain decoding."""
     (trained.folder / "plain").symlink_to(trained.folder / "run" / "draft")
     monkeypatch.chdir(trained.folder)
     assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (
@@ -212,7 +215,7 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
 
 
 def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
-    """Runs the chat; an exception among the lines is raised where a line would be typed."""
+    """Runs the chat with typed lines; an exception among them is raised instead of a line."""
     waiting = iter(lines)
 
     def typed(_):
@@ -317,8 +320,9 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
-    """As tests/test_eagle_evaluation.py sees of both kinds of draft, here from the command line and
-    with a filter.
+    """From the command line, with a filter.
+
+    tests/test_eagle_evaluation.py covers both kinds of draft.
     """
     options = ["decode.temperature=0.8", "decode.top_p=0.9", "eval.limit=3"]
     assert run_main(evaluate.main, ["--config", trained.config, *options]) == 0

@@ -1,6 +1,4 @@
-"""How the commands end when something is wrong: one message and a status, before the work
-begins.
-"""
+"""How the commands fail: one message and an exit status, before the work begins."""
 
 import re
 import subprocess
@@ -254,7 +252,7 @@ def test_other_failures_of_the_system_keep_their_traceback():
 
 
 def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
-    """The command as a user starts it, from another folder than the repository."""
+    """Runs the command as a user does, from another folder than the repository."""
     command = [sys.executable, "-m", f"beagle_jax.{name}", *argv]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent

@@ -1,6 +1,4 @@
-"""Every file in configs/: it loads, it names the folder of its own, and the paper's targets have
-the paper's settings.
-"""
+"""Every file in configs/ loads and has its own folder; the paper's targets have its settings."""
 
 import json
 from pathlib import Path
@@ -38,7 +36,7 @@ def test_loads_keeps_to_its_folder_and_has_a_tree(path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_paper_settings(path):
-    """method.md 5.4 and 6.4."""
+    """The settings are those of method.md 5.4 and 6.4."""
     train, decode = load_config(path).train, load_config(path).decode
     stage = EarlyStage(steps=42_500, learning_rate=3e-5, warmup=2000, schedule="constant", window=5)
     assert train.early == stage

@@ -1,6 +1,4 @@
-"""Drafts to PyTorch and back: the same states, the same answers, the same bits; and how a bad draft
-is refused.
-"""
+"""Drafts to PyTorch and back: same states, same answers, same bits; bad drafts are refused."""
 
 import json
 import sys
@@ -88,7 +86,10 @@ grown = jax.jit(grow, static_argnums=3)
 
 
 def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
-    """What torch, with its own form of a tree, and JAX draft below ten roots over random states."""
+    """Returns what torch, with its own tree class, and JAX draft below ten roots.
+
+    The states are random.
+    """
     draft, module = (
         load_draft(place.folder / "hot", place.target.spec),
         torch_draft(exported["hot"]),
@@ -127,7 +128,7 @@ def test_torch_drafts_the_nodes_that_jax_drafts(place, exported):
     "bug", ["siblings are seen", "parents are not seen", "a level is appended late"]
 )
 def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
-    """Planted bugs of the test above."""
+    """Bugs planted in the test above."""
     tree = tree_class(exported)(PATHS)
     if bug == "siblings are seen":
         tree.ancestors = [set(range(tree.size))] * tree.size
@@ -143,9 +144,7 @@ def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
 
 
 def test_states_are_the_last_hidden_states_after_the_norm(place):
-    """What `generate` takes for states, and `hidden_states[-1]` of a Llama, are what the head
-    reads.
-    """
+    """`generate` takes what the head reads as states, which is `hidden_states[-1]` of a Llama."""
     with torch.no_grad():
         out = place.model(torch.tensor([PROMPTS[1]]), output_hidden_states=True)
         state = place.model.base_model(torch.tensor([PROMPTS[1]])).last_hidden_state
@@ -335,7 +334,7 @@ def test_the_card_names_the_loss_that_was_asked_for(place, loss):
 
 
 def report_of(name: str) -> dict:
-    """As report.schema.json says, without what a card does not show."""
+    """Makes a report in the form of report.schema.json, without what a card does not show."""
     figures = {
         "tau": 1.6101,
         "tau_interval": [1.55, 1.674],

@@ -1,9 +1,8 @@
-"""Damaged files, 800 of them: bytes flipped and ends cut off, in every file that is read for a
-draft or a target.
+"""Damaged files, 800 of them, of every kind that is read for a draft or a target.
 
-Each must end in our own error, or in exactly what the bytes still say. The drafts' own folders
-carry a digest, so there only the undamaged draft may come out; in foreign formats a weight may
-change where its own bytes did, and nowhere else.
+Bytes are changed or the end is cut off. Each must end in our own error, or in exactly what the
+bytes still say. Folders of drafts carry a digest, so only the undamaged draft may be returned. In
+foreign formats a weight may change where its own bytes did, and nowhere else.
 """
 
 import json
@@ -96,7 +95,7 @@ def _leaves(params) -> dict:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> SimpleNamespace:
-    """One folder of each kind, whole."""
+    """One whole folder of each kind."""
     root = tmp_path_factory.mktemp("whole")
     spec = BeagleSpec.from_target(SPEC)
     draft = Draft(
@@ -135,8 +134,9 @@ def sources(tmp_path_factory) -> SimpleNamespace:
 
 
 def damaged(whole: bytes, seed: int) -> bytes:
-    """A quarter cut off, the rest with one to three bytes changed; half of the damage near the
-    beginning.
+    """Cuts off the end of one file in four, and changes one to three bytes of the others.
+
+    Half of the damage is near the beginning.
     """
     rng = np.random.default_rng(seed)
 
@@ -152,8 +152,9 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
 
 def outcomes(folder: Path, file: str, load: Callable[[Path], dict], cases: int, judge) -> list[str]:
-    """Reads `cases` damaged versions of a file; returns how each ended: "refused", or "read" when
-    `judge` found it right.
+    """Reads `cases` damaged versions of a file and returns how each ended.
+
+    "refused", or "read" if `judge` accepted what was loaded.
     """
     whole, expected = (folder / file).read_bytes(), load(folder)
     ended = []
@@ -191,9 +192,7 @@ def same(expected: dict, loaded: dict, _whole=b"", _changed=b"", where: str = ""
 def as_the_config_says(
     expected: dict, loaded: dict, _whole: bytes, changed: bytes, where: str
 ) -> None:
-    """The weights are the old ones, and each size and number is what stands in the file under its
-    key.
-    """
+    """Checks that the weights are unchanged, and that the spec follows the file."""
     same(
         {name: value for name, value in expected.items() if name not in ("spec", "eos")},
         {name: value for name, value in loaded.items() if name not in ("spec", "eos")},
@@ -216,8 +215,9 @@ def as_the_config_says(
 def where_its_bytes_changed(
     expected: dict, loaded: dict, whole: bytes, changed: bytes, where: str
 ) -> None:
-    """Weights may differ in as many values as bytes were changed in the data; shapes, names and all
-    else may not.
+    """Checks that at most as many values differ as bytes were changed in the data.
+
+    Shapes, names and all else must be equal.
     """
     assert len(whole) == len(changed) and expected.keys() == loaded.keys(), where
     count = sum(a != b for a, b in zip(whole, changed, strict=True))
@@ -236,7 +236,7 @@ def where_its_bytes_changed(
 
 
 def anything(*_) -> None:
-    """These files say what tokens are and which one ends an answer; nothing else knows."""
+    """Accepts everything: only these files say what tokens are and which one ends an answer."""
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,7 @@ def test_planted_bug_any_dtype_taken_for_weights(sources, tmp_path, monkeypatch)
 
 
 def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
-    """Two tensors of one size whose offsets changed places: every length is right, and the weights
-    are not.
-    """
+    """The offsets of two tensors of one size are swapped: lengths are right, weights are not."""
     shutil.copytree(sources / "gguf", tmp_path / "gguf")
     path = tmp_path / "gguf" / "model.gguf"
     whole = path.read_bytes()
@@ -318,7 +316,7 @@ def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [2**20, 2**62])
 def test_a_gguf_that_promises_too_much_is_refused_at_once(sources, tmp_path, count):
-    """The gguf package would walk through as many values as are promised."""
+    """The gguf package would loop over as many values as the file promises."""
     shutil.copytree(sources / "gguf", tmp_path / "gguf")
     path = tmp_path / "gguf" / "model.gguf"
     whole = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The decoder's interface: batches, stops, streams, long prompts, many prompts (method.md 13.7)."""
+"""The decoder's interface: batches, stops, streams, long and many prompts (method.md 13.7)."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def _decoder(tree, target=None, draft=None, **options) -> SpeculativeDecoder:
 
 
 def _lettered(error: float = 0.02):
-    """A target that writes letters, and a draft that is mostly right about them."""
+    """Makes a target that writes letters, and a draft that is mostly right about them."""
     return target_of(MARKOV, tokenizer=letters()), right_draft(error)
 
 
@@ -60,9 +60,7 @@ def _lettered(error: float = 0.02):
 
 @EACH_TREE
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
-    """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop
-    token.
-    """
+    """Greedy with drafts that are mostly wrong; sampled with mostly right ones and a stop token."""
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = (
@@ -109,7 +107,7 @@ def _check_batch(decoder, sampling) -> None:
 
 @pytest.fixture(scope="module")
 def two_hundred():
-    """Prompts, and what plain decoding answers."""
+    """Two hundred prompts with their answers by plain decoding."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, TINY.vocab_size, rng.integers(1, 30)).tolist() for _ in range(200)]
     plain = SpeculativeDecoder(target_of()).generate(prompts, max_new_tokens=64)
@@ -280,7 +278,7 @@ def test_messages_and_plain_text_go_through_the_chat_template():
 
 @pytest.mark.parametrize("tree", [chain(2), dynamic_tree(2, 2, 5)], ids=["chain", "dynamic"])
 def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
-    """Four chunks, the last one not full; rows of the batch end in different chunks."""
+    """Four chunks, the last one partial; rows of the batch end in different chunks."""
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [

@@ -1,6 +1,4 @@
-"""Greedy speculative decoding equals plain decoding, whatever the tree, the draft and the place
-where it stops.
-"""
+"""Greedy speculative decoding equals plain decoding, for any tree, draft and stopping point."""
 
 import dataclasses
 
@@ -112,8 +110,9 @@ def test_all_drafts_rejected():
 
 
 def test_stop_token_anywhere_in_an_accepted_run():
-    """The next token depends on the last alone: prompts along one text come to its eighth token
-    sooner and sooner.
+    """Each prompt starts one token further along one text, so it reaches the stop token sooner.
+
+    The next token depends on the last one alone.
     """
     free = naive_greedy(target_of(MARKOV), [START], 8)
     prompts, stop = [[START], *([token] for token in free[:7])], free[7]
@@ -132,8 +131,9 @@ def test_stop_token_anywhere_in_an_accepted_run():
 @MODES
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
-    """A seed writes what plain sampling writes with it; answers to all tokens come to one stop
-    token at different places.
+    """A seed gives what plain sampling gives with it.
+
+    The answers to all one-token prompts reach one stop token at different positions.
     """
 
     def ask(target, limit, *parts):
@@ -180,8 +180,9 @@ def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
 
 
 def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> DecodeState:
-    """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a
-    slot is left.
+    """Decodes with exactly as many slots as the last round needs.
+
+    That round starts at prompt + max_new - 2 at the latest and overhangs by the depth.
     """
     prompt, max_new = [3, 1, 4], 11
     [plain] = SpeculativeDecoder(target).generate([prompt], sampling, max_new_tokens=max_new)
@@ -198,7 +199,7 @@ def test_cache_exactly_full_with_drafts_accepted():
 
 
 def _never_right(sampling):
-    """A draft of TINY that knows none of the answer's tokens."""
+    """Makes a draft of TINY that scores none of the answer's tokens."""
     [plain] = SpeculativeDecoder(target_of()).generate([[3, 1, 4]], sampling, max_new_tokens=11)
     return random_draft(
         hot_ids=jnp.array(
@@ -221,8 +222,10 @@ def test_planted_bug_a_cache_of_too_few_slots():
 
 
 def test_a_draft_that_overflows_changes_no_token(monkeypatch):
-    """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds
-    only the one planted here.
+    """Children whose scores are NaN come last.
+
+    Otherwise they would come first, without their parent. A CPU makes two kinds of NaN; this test
+    plants one.
     """
     right = trained.logit_columns
 
@@ -238,7 +241,7 @@ def test_a_draft_that_overflows_changes_no_token(monkeypatch):
 
 
 def _infinite_after(token: int):
-    """A target whose logits are not finite after this token."""
+    """Makes a target whose logits are not finite after this token."""
     target = target_of(MARKOV)
     embed_VD = target.params["embed_VD"].at[token].set(jnp.inf)
     return dataclasses.replace(target, params={**target.params, "embed_VD": embed_VD})
@@ -246,7 +249,7 @@ def _infinite_after(token: int):
 
 @pytest.mark.parametrize("tree", [ROOT_ONLY, *KINDS.values()], ids=["plain", *KINDS])
 def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
-    """What was written before them is kept, and the other rows of the batch go on."""
+    """The tokens before are kept, and the other rows of the batch continue."""
     free = naive_greedy(target_of(MARKOV), [START], 8)
     texts = {token: naive_greedy(target_of(MARKOV), [token], 8) for token in range(TINY.vocab_size)}
     start, other = next(item for item in texts.items() if free[5] not in (item[0], *item[1]))
@@ -269,7 +272,10 @@ def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
 
 @pytest.mark.parametrize("tree", [chain(2), KINDS["ragged"]], ids=["chain", "ragged"])
 def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
-    """The draft knows one token only, after which nothing is finite; the target never writes it."""
+    """The draft scores one token only, after which logits are not finite.
+
+    The target never writes that token.
+    """
     free = naive_greedy(target_of(MARKOV), [START], 8)
     never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
     target = _infinite_after(never[0])
@@ -279,9 +285,7 @@ def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
 
 
 def test_a_rejected_node_spoils_no_other_node():
-    """In a target with layers a hidden value that is not finite would reach all nodes, as 0 times
-    infinity.
-    """
+    """In a target with layers a hidden value that is not finite would reach all nodes: 0 * inf."""
     free = naive_greedy(target_of(), [START], 8)
     never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
     untied = dataclasses.replace(TINY, tie_embeddings=False)

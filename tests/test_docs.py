@@ -1,6 +1,4 @@
-"""README and docs/ say only what is so: every command in them is parsed by its command or dry-run,
-every name exists.
-"""
+"""Checks README and docs/: every command parses or dry-runs, and every name exists."""
 
 import importlib
 import itertools
@@ -18,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def commands(text: str) -> list[str]:
-    """Lines of ```bash blocks and `code` that starts like a command."""
+    """Returns the lines of ```bash blocks, and `code` that starts like a command."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
     lines = [
         line.split("  #")[0].strip()
@@ -34,11 +32,11 @@ COMMANDS = sorted({line for page in PAGES for line in commands(page.read_text(en
 
 
 class Parsed(Exception):
-    """The command line was understood."""
+    """Raised when the command line was understood."""
 
 
 def check_python_m(name: str, arguments: list[str], monkeypatch) -> None:
-    """Runs an entry point up to the place where it would begin to work."""
+    """Runs an entry point until its work would begin."""
     module = importlib.import_module(name)
 
     def stop(*_):
@@ -50,7 +48,7 @@ def check_python_m(name: str, arguments: list[str], monkeypatch) -> None:
 
 
 def check_script(script: str, arguments: list[str]) -> None:
-    """Dry-runs a launch script, and returns the `python -m` lines that it prints."""
+    """Dry-runs a launch script and returns the `python -m` lines that it prints."""
     done = subprocess.run(
         ["bash", script, "--dry-run", *arguments],
         capture_output=True,

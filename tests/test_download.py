@@ -1,6 +1,4 @@
-"""`hf:` sources from a hub on this machine: a connection that breaks, a file that never comes
-whole, a name that is not there.
-"""
+"""`hf:` sources from a local hub: broken connections, incomplete files, missing repositories."""
 
 import hashlib
 import json
@@ -27,7 +25,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as a snapshot of one public repository needs."""
+    """Serves a snapshot of one public repository as the Hugging Face hub does."""
 
     protocol_version = "HTTP/1.1"
 
@@ -96,8 +94,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at
-    `start` breaks off.
+    """A running hub.
+
+    `breaks(file, start, size)` is the byte at which an answer from byte `start` on breaks off.
     """
     server = ThreadingHTTPServer(("localhost", 0), Hub)
     server.requests, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
@@ -126,7 +125,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def download(hub, tmp_path, capsys):
     def download(repo: str = "org/name") -> tuple[int, str, str]:
-        """Status, standard output and standard error."""
+        """Returns exit status, stdout and stderr."""
         status = run_main(lambda argv: print(hf.download(argv[0], tmp_path)), [repo])
         return status, *capsys.readouterr()
 

@@ -1,4 +1,4 @@
-"""An EAGLE draft through the commands: trained in both stages, written, gone on from, planned."""
+"""An EAGLE draft through the commands: trained in both stages, written, continued, planned."""
 
 import json
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_states_computed_in_the_step_give_the_same_losses(trained):
 
 
 def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):
-    """With its own settings, which may differ from the target's."""
+    """It continues with the draft's own settings, which may differ from the target's."""
     given, folder = trained.folder / "run" / "draft", trained.folder / "further"
     options = [
         "--config",

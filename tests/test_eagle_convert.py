@@ -1,6 +1,4 @@
-"""EAGLE drafts to PyTorch and back: the same states, the same nodes, the same answers, the same
-bits.
-"""
+"""EAGLE drafts to PyTorch and back: the same states, nodes, answers and bits."""
 
 import json
 from dataclasses import replace
@@ -148,7 +146,10 @@ def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
 
 @pytest.mark.parametrize("bias", ["q_bias", "v_bias"])
 def test_planted_bug_a_bias_left_out(place, bias):
-    """Queries and values; one of the keys changes nothing but by its rotation."""
+    """Biases of queries and values.
+
+    A bias of the keys would change little: only its rotation acts.
+    """
     draft, module = drafts(place, "biased")
     e_BLD, h_BLD = np.random.default_rng(5).standard_normal((2, 2, 12, 32), np.float32)
     params = {**draft.params, bias: jnp.zeros_like(draft.params[bias])}

@@ -1,5 +1,6 @@
-"""EAGLE drafts decode in Beagle's loop: the same answers as plain decoding, and states that its row
-computes (method.md 8).
+"""EAGLE drafts decode in Beagle's loop: the answers of plain decoding, and right states.
+
+The states are those that a row computes (method.md 8).
 """
 
 from dataclasses import replace
@@ -107,7 +108,7 @@ def test_draws_and_streams_are_those_of_plain_decoding():
 
 
 def decoded(spec, draft, tree, rounds, append_predicted=True):
-    """A round, and the state after some rounds of two answers."""
+    """Returns a round, and the state after some rounds of two answers."""
     target = target_of(spec)
     decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
     now, state = decoder.prefilled(PROMPTS, max_new_tokens=40)
@@ -116,7 +117,7 @@ def decoded(spec, draft, tree, rounds, append_predicted=True):
 
 @partial(jax.jit, static_argnums=0)
 def true_rows(spec, params, e_LD, h_LD):
-    """Rows of all entries of a text, by hand: each state and the embedding after it."""
+    """Computes the cache rows of all entries of a text: each state and the next embedding."""
     block = EagleBlock(spec).bind({"params": params})
     return block.keys_values(
         block.fuse(e_LD[None, 1:], h_LD[None, :-1]), jnp.arange(len(e_LD) - 1)[None]
@@ -131,8 +132,9 @@ def row_states(spec, params, e_QLD, h_QLD, mask_QTT):
 def check_known(
     spec, params, target, state, line: int, text: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a state holds of a text whose last token is the root, against all of it read at once:
-    embeddings and true states of it.
+    """Compares what a state holds of a text with all of the text read at once.
+
+    The text's last token is the root. Embeddings and true states are the text's.
     """
     n = len(text) - 1
     h_LD = np.asarray(forced_states(target, text))
@@ -155,13 +157,13 @@ def _grown(now, state):
 
 
 def text_of(prompt, state, line: int) -> list[int]:
-    """Prompt and answer so far; the last token is the root."""
+    """Returns the prompt and the answer so far; the last token is the root."""
     written = state.transcript
     return [*prompt, *written.out_BS[line, : written.count_B[line]].tolist()]
 
 
 def check_drafted(target, now, state) -> None:
-    """All queries of the next round."""
+    """Checks all queries of the next round."""
     drafted = jax.device_get(_grown(now, state))
     embed_VD, P = np.asarray(target.params["embed_VD"]), now.tree.depth
     for line, prompt in enumerate(PROMPTS):
@@ -197,7 +199,7 @@ def check_drafted(target, now, state) -> None:
 
 
 def check_cached(target, now, state) -> None:
-    """The rows in the cache, and the last state."""
+    """Checks the rows in the cache, and the last state."""
     for line, prompt in enumerate(PROMPTS):
         text = text_of(prompt, state, line)
         check_known(now.drafter.spec, now.drafter.params, target, state, line, text)
@@ -283,7 +285,7 @@ def test_planted_bugs(four_rounds, bug):
 
 
 def check_chunks(monkeypatch, plant=None) -> None:
-    """Rows of the batch end in different chunks and at their borders."""
+    """Checks prompts that end in different chunks and at their borders."""
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [
@@ -305,7 +307,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
 
 
 class _OtherBorder(EagleDrafter):
-    """The row that crosses the border is made of another token."""
+    """Planted: the entry at a chunk's border is made of another token."""
 
     def observe(self, state, seen):
         if seen.resumed:

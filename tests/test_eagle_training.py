@@ -1,6 +1,4 @@
-"""EAGLE's two stages against torch, against drafting token by token, and against what Beagle's
-stages score.
-"""
+"""EAGLE's two stages against torch, token-by-token drafting, and what Beagle's stages score."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -42,7 +40,7 @@ def params() -> dict:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """The first row has an answer from the start."""
+    """In the first row the answer starts at position 0."""
     return three_rows(0, 3, 3)
 
 
@@ -55,7 +53,7 @@ def frozen(tiny_params) -> FrozenTarget:
 def gradient_of(
     config: TrainConfig, stage: StageConfig, spec: BeagleSpec = SPEC, objective=TEST_TIME
 ):
-    """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
+    """Returns a jitted function (params, frozen, batch, key) -> ((loss, metrics), gradient)."""
 
     def loss(params, *rest):
         return stage_loss(params, spec, config, stage, objective, *rest, ONE_DEVICE)
@@ -89,8 +87,9 @@ IN_TORCH = {
 
 
 def by_torch(params: dict, frozen: FrozenTarget, batch: Batch, steps: int) -> tuple[float, dict]:
-    """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow
-    through predicted states.
+    """Returns loss and gradient of benchmarks/torch_eagle.py.
+
+    Every step has weight 1, and gradients flow through predicted states.
     """
     bench = benchmark("torch_eagle")
     block = bench.EagleBlock(
@@ -205,8 +204,9 @@ _simulated = jax.jit(eagle_states, static_argnames=("spec", "count", "steps", "d
 
 
 def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
-    """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so
-    far in the place of true ones.
+    """Returns states [B, T, J, D] by drafting alone.
+
+    Each step reads the row again, with the states drafted so far in place of true ones.
     """
     states_BQJD = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
     for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD, strict=True)):
@@ -276,9 +276,7 @@ def test_detach_changes_gradients_only(params, row):
 
 
 def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
-    """Early in windows of one, late from every position: the same counts by step, but for position
-    0.
-    """
+    """Early in windows of one, late from every position: equal counts by step except position 0."""
     beagle = BeagleSpec.from_target(TINY)
     for stage, name in ((EARLY, "early"), (LATE, "test_time")):
         (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
@@ -295,8 +293,9 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
 
 
 def test_noise_reaches_the_inputs_only(params, frozen, batch):
-    """With the state's half of the fusion zero nothing reads the states: noise then changes
-    nothing, so the targets are clean.
+    """With a zero state half in the fusion nothing reads the states.
+
+    Noise then changes nothing, so the targets are clean.
     """
     drafts = {"whole": params, "deaf": params | {"fc": params["fc"].at[:, D:].set(0)}}
     loss = {

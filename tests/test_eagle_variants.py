@@ -1,5 +1,7 @@
-"""EAGLE drafts of other targets than Llama: biases of queries, keys and values (Qwen2), a config
-copied from a mixture of experts (Mixtral), and the fusion layer with and without its bias.
+"""EAGLE drafts for other targets than Llama.
+
+Biases of queries, keys and values (Qwen2), a config copied from a mixture of experts (Mixtral), and
+a fusion layer with and without bias.
 """
 
 import numpy as np

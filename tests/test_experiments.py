@@ -1,6 +1,4 @@
-"""The figures' runner: measures and verdicts on hand-made results, the committed file, and all of
-it at toy size.
-"""
+"""The figures' runner: hand-made results, the committed file, and everything at toy size."""
 
 import json
 import sys
@@ -221,7 +219,7 @@ def test_a_part_of_the_table_does_not_replace_it(tmp_path):
 
 
 def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
-    """Trained to 20; stopped before 40 and gone on from a checkpoint at 20; and further."""
+    """Trained to 20; stopped before 40 and resumed from a checkpoint at 20; then further."""
     (tmp_path / "c.yaml").write_text(f"target: {{source: x}}\ntrain: {{folder: {tmp_path}}}")
     data, timed = (
         {"stage": "data", "step": 0},
@@ -245,7 +243,7 @@ def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """A plan whose evaluation of first seeds was made, by hand."""
+    """A plan with a hand-made evaluation of the first seeds."""
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     draft, folder = tmp_path / "late-0" / "draft", tmp_path / "evaluations" / "dynamic-append"
     for directory in (draft, folder):
@@ -258,13 +256,13 @@ def evaluated(tmp_path):
 
 
 def ask_first(plan, folder: Path) -> None:
-    """The evaluation of that name, of first seeds."""
+    """Runs the evaluation of that name, of the first seeds."""
     runner.evaluate_drafts(plan, folder.name, folder, plan.evaluated(folder.name)[folder])
 
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """Calls of `evaluate`."""
+    """Records the calls of `evaluate`."""
     calls = []
     monkeypatch.setattr(runner, "evaluate", lambda *arguments: calls.append(arguments))
     return calls
@@ -282,8 +280,9 @@ def test_an_evaluation_is_not_made_again(evaluations, evaluated):
 def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
     evaluations, evaluated, monkeypatch
 ):
-    """All runs of an evaluation side by side, seed by seed; the answers that are there are no
-    reason to ask again.
+    """An evaluation times all its runs side by side, seed by seed.
+
+    Existing answers are not repeated.
     """
     plan, folder = evaluated
     contents = {path: path.read_bytes() for path in folder.iterdir()}
@@ -348,7 +347,7 @@ def test_an_evaluation_of_other_drafts_or_settings_is_refused(evaluations, evalu
 
 
 def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
-    """For all that is trained and measured of it."""
+    """One load serves all trainings and measurements."""
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     seen = []
     monkeypatch.setattr(runner, "training_target", lambda config: seen.append("load") or "target")
@@ -376,8 +375,9 @@ def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
     900
 )  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
-    """All runs and figures; done again it trains nothing; a run that cannot be made is named and
-    holds up nothing else.
+    """All runs and figures. A second call trains nothing.
+
+    A run that cannot be made is named and delays nothing else.
     """
     from command_cases import make_target, write_lines
 

@@ -1,4 +1,4 @@
-"""What the config.json of a target family asks for, and what is refused by name."""
+"""What the config.json of a target family sets, and what is refused by name."""
 
 import pytest
 
@@ -35,9 +35,7 @@ def test_plain_llama_has_no_extras():
 
 
 def test_gemma_3_as_old_files_say_it():
-    """Keys of transformers 4, which wrote neither layer types nor rope_parameters, nor what was the
-    default.
-    """
+    """Keys of transformers 4, which wrote no layer types, no rope_parameters and no defaults."""
     old = {
         "rope_theta": 5e5,
         "rope_local_base_freq": 7.0,

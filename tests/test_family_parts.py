@@ -15,7 +15,7 @@ B, T = 2, 16
 
 
 def _torch_parts(model, tokens_BT):
-    """What went into the modules of each layer, and what came out: name -> (in, out)."""
+    """Returns input and output of each layer's modules: name -> (in, out)."""
     seen = {}
 
     def record(name):
@@ -46,7 +46,7 @@ def _torch_parts(model, tokens_BT):
 
 
 def _our_parts(spec, params, inputs):
-    """Our outputs of the same parts from the same inputs, as [B, T, D]."""
+    """Returns our outputs [B, T, D] of the same parts from the same inputs."""
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     masks = target_module._layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)
     rotary = target_module._layer_rotary(spec, positions_BT)

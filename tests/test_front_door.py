@@ -1,4 +1,4 @@
-"""What `from beagle_jax import ..` gives, and how little `import beagle_jax` loads."""
+"""What `from beagle_jax import ..` offers, and how little `import beagle_jax` loads."""
 
 import subprocess
 import sys

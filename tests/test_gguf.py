@@ -1,4 +1,4 @@
-"""GGUF files: exact tensors, known encodings, and files that are broken."""
+"""GGUF files: exact tensors, known encodings, and broken files."""
 
 import gguf
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
 
 
 def _write_gguf(path, tensors, kind=None) -> None:
-    """A GGUF of loose tensors under the file's own names: only what `tensors()` reads."""
+    """Writes a GGUF file of loose tensors under the file's own names, for `tensors()` alone."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -115,8 +115,9 @@ def test_broken_gguf_files(tmp_path):
 
 
 def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
-    """GGUF names how text is split and does not say it: what is not known here is read from the
-    model's own files.
+    """GGUF names a way to split text but does not define it.
+
+    An unknown one is read from the model's own files.
     """
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")

@@ -1,6 +1,4 @@
-"""Tokenizers that are rebuilt from a GGUF file against those of transformers with the same tokens
-and merges.
-"""
+"""Tokenizers rebuilt from a GGUF file against transformers' with the same tokens and merges."""
 
 import gguf
 import pytest
@@ -46,7 +44,7 @@ def metadata(folder, pre, tokens=tuple(TOKENS), merges=tuple(MERGES), **more) ->
 
 
 def qwen2():
-    """Transformers' own class, which knows its split and normal form."""
+    """Makes transformers' own class, which knows its split and normal form."""
     merges = [tuple(merge.split(" ")) for merge in MERGES]
     made = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(TOKENS)}, merges=merges)
     made.add_special_tokens({"additional_special_tokens": SPECIALS})
@@ -75,7 +73,7 @@ def test_planted_bug_another_split(tmp_path, pattern, monkeypatch):
 
 
 def test_llama_3_splits_as_transformers_converter_does(tmp_path):
-    """It has the pattern of Llama 3's own tokenizer.model as its default."""
+    """Its default pattern is that of Llama 3's own tokenizer.model."""
     tokenizer = byte_level_tokenizer(metadata(tmp_path, "llama-bpe", add_bos_token=False))
     expected = TikTokenConverter(vocab_file="unused").pattern
     assert gguf_tokenizer._PATTERNS["llama-bpe"] == expected

@@ -27,9 +27,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def datasets():
-    """Not imported above: it takes seconds, which only the worker that runs these tests should
-    pay.
-    """
+    """The package. Its import takes seconds, which only the worker that runs these tests pays."""
     return pytest.importorskip("datasets")
 
 
@@ -43,7 +41,7 @@ def saved(datasets, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def files(datasets, tmp_path_factory) -> str:
-    """A folder with a data file, as a dataset's repository has it."""
+    """A folder with a data file, like a dataset's repository."""
     folder = tmp_path_factory.mktemp("files")
     datasets.Dataset.from_list(RECORDS).to_parquet(folder / "train.parquet")
     return str(folder)

@@ -1,4 +1,4 @@
-"""Which settings decide a result: by hand, and against what 0.1.0 wrote."""
+"""Which settings decide a result: against hand-written lists and what 0.1.0 wrote."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_fields_name_results_that_there_are():
 
 
 def test_what_decides_each_result():
-    """The hand-written lists of 0.1.0, settings of sections by name."""
+    """Compares with the hand-written lists of 0.1.0, and other sections' settings by name."""
     text = Identity.of(CONFIG, "text").values
     assert {key.removeprefix("data.") for key in text} == set(DataConfig.model_fields) - {
         "folder",

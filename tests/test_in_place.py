@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict[str, dict]:
-    """What each case says, from a process without the suite's switches (conftest.py)."""
+    """Runs all cases in a process without the suite's compiler switches (conftest.py)."""
     out = tmp_path_factory.mktemp("in_place") / "measured.json"
     settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run(
@@ -35,9 +35,10 @@ def measured(tmp_path_factory) -> dict[str, dict]:
 
 
 def check(case: dict, part_read: float = 0.0) -> None:
-    """Nothing of a cache's size is made, and no more than half of the caches in all.
+    """Checks that no array of a cache's size is made and that temporaries are small.
 
-    part_read: the share of the sequences whose slots a later chunk may copy to read them.
+    part_read: the share of the sequences whose slots a later chunk copies in order to read them; 0
+    if it reads none.
     """
     assert case["reused"] >= case["cache"] and case["not_donated"] == 0
     assert case["copies"] == []

@@ -30,7 +30,7 @@ APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config/")
 
 
 def tellings(text: str) -> list[str]:
-    """Lines of code that tell kinds apart."""
+    """Lists lines of code that tell kinds apart."""
     return [line.strip() for line in text.splitlines() if TELLING_APART.search(line)]
 
 

@@ -1,6 +1,4 @@
-"""Launch files: clean scripts, the commands they print, a SLURM job that leaves and comes back,
-Kubernetes files against the schema.
-"""
+"""Launch files: scripts, printed commands, a SLURM job that is requeued, Kubernetes schemas."""
 
 import copy
 import os
@@ -179,9 +177,7 @@ def test_usage(script, arguments, expected):
 
 @pytest.fixture
 def cluster(tmp_path) -> Path:
-    """A clone whose environment is installed, with programs that write down how they were called in
-    place of SLURM's.
-    """
+    """A clone with an installed environment, and programs that record their calls as SLURM."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -250,7 +246,7 @@ def test_a_slurm_job_that_fails_is_not_queued_again(cluster):
 
 
 def test_sbatch_reads_its_options():
-    """SLURM stops at the first line that is neither a comment nor empty."""
+    """SLURM stops reading options at the first line that is neither a comment nor empty."""
     lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
     head = lines[
         : next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
@@ -352,7 +348,7 @@ ON_A_TPU_VM = (
 
 
 def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False) -> list[str]:
-    """What each of these processes, started together on this machine, knows of the others."""
+    """Returns what each of these processes knows of the others when they start together."""
     clean = {
         name: value
         for name, value in os.environ.items()

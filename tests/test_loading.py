@@ -1,4 +1,4 @@
-"""Loading straight into place: what is read, by whom, and how much memory it takes."""
+"""Loading straight onto devices: what is read, by which process, with how much memory."""
 
 import io
 import json
@@ -45,7 +45,7 @@ MOE = TargetSpec.from_hf_config(
 
 
 def _folder(path: Path, tensors, dtype=np.float32) -> HFFolder:
-    """Two files, as large checkpoints come."""
+    """Writes two files, as large checkpoints have."""
     names = sorted(tensors)
     for number in range(2):
         save_file(
@@ -309,7 +309,7 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 
 
 def test_peak_memory_where_a_large_head_is_converted(tmp_path):
-    """Planted: a whole tensor at once in both dtypes."""
+    """Planted: a whole tensor in both dtypes at once."""
     loading = benchmark("loading")
     loading.write_checkpoint(
         tmp_path,
@@ -324,7 +324,7 @@ def test_peak_memory_where_a_large_head_is_converted(tmp_path):
 
 
 def _planted(program: str, source: Path) -> dict:
-    """What a process says that loads in another way."""
+    """Returns what a process prints that loads in another way."""
     tests = Path(__file__).parent
     program = program.format(
         tests=str(tests), benchmarks=str(tests.parent / "benchmarks"), source=str(source)
@@ -369,8 +369,9 @@ def test_gguf_types_load_as_gguf_decodes_them(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_load_as_gguf_decodes_them(tmp_path, kind):
-    """The package writes none, so the blocks are random bytes (those of the scales' exponents kept
-    small).
+    """The package cannot write them, so the blocks are random bytes.
+
+    Bytes of the scales' exponents are small.
     """
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     raw = np.random.default_rng(0).integers(0, 40, (4, 2 * size), np.uint8)

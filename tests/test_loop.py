@@ -223,9 +223,7 @@ def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
 
 
 def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
-    """Whether the batches after a step's own are asked for while the step is under way, for so many
-    seconds.
-    """
+    """Whether later batches are requested while a step runs, within `patience` seconds."""
     training, filled = Breaking(loader_of(20, 1)), []
 
     def look(state, metrics):
@@ -273,7 +271,7 @@ def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
 
 
 def test_another_target_is_refused_by_name(whole, frozen):
-    """Its state does not even fit; the message says whose it is."""
+    """Its state does not even fit; the message names the target."""
     config, _ = whole
     spec = BeagleSpec.from_target(replace(TINY, intermediate_size=16))
     other = config.changed(target=TargetConfig(source="other"))

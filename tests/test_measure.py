@@ -1,6 +1,4 @@
-"""The measurement: figures from hand-made round logs, later turns, and runs that go on where they
-were cut off.
-"""
+"""Measurements: figures from hand-made round logs, later turns, and resumed runs."""
 
 import dataclasses
 import json
@@ -37,8 +35,9 @@ def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
 
 
 def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> TimedAnswer:
-    """An answer whose rounds emitted so many tokens each; all but the last of each were accepted
-    drafts.
+    """Makes an answer whose rounds emitted so many tokens each.
+
+    All tokens of a round but the last were accepted drafts.
     """
     accepted = np.bincount([count - 1 for count in emitted], minlength=depth + 1).tolist()
     tokens = list(range(1 + sum(emitted)))
@@ -86,8 +85,9 @@ def test_speedup_is_time_over_time_of_the_same_tokens():
 
 
 def test_intervals_are_paired_and_cover():
-    """Prompts that are slow for both systems widen neither; an interval of means has the width that
-    theory gives.
+    """Prompts that are slow for both systems do not widen the interval.
+
+    An interval of means has the width that theory gives.
     """
     slow = [[answer([2] * 6, seconds=float(n))] for n in (1, 5, 9, 30)]
     plain = [[answer([2] * 6, seconds=2.0 * n + 0.5)] for n in (1, 5, 9, 30)]
@@ -171,7 +171,7 @@ def test_draws_differ_from_prompt_to_prompt_and_repeat_from_run_to_run():
 
 @pytest.fixture
 def cut_off(tmp_path):
-    """A log of a run that was stopped while it wrote the second of three cases."""
+    """The log of a run that was stopped while it wrote the second of three cases."""
     suites, path = {"s": [chat("A", "B"), chat("C"), chat("D")]}, tmp_path / "answers.jsonl"
     bench = bench_for(suites)
     whole = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))

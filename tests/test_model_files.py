@@ -1,6 +1,4 @@
-"""Which files of a folder are the model: what else people have lying beside it, and the hub's
-cache.
-"""
+"""Which files of a folder are the model: extra files next to it, and the hub's cache."""
 
 import json
 import shutil
@@ -39,12 +37,12 @@ def numbered(folder: Path) -> None:
 
 
 def renamed(folder: Path) -> None:
-    """A file of a name of its own."""
+    """A checkpoint in one file with another name."""
     save_file(llama_tensors(), folder / "weights.safetensors")
 
 
 def listed_elsewhere(folder: Path) -> None:
-    """The index gives the files names of their own."""
+    """The index lists files with other names."""
     names = {FIRST: "part-a.safetensors", SECOND: "part-b.safetensors"}
     held = {names[file]: tensors for file, tensors in shards().items()}
     written(folder, held, weight_map(held))
@@ -148,7 +146,7 @@ def test_a_folder_of_gguf_files_is_led_to_the_file(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """The hub cache's folder of a repository: files are links into `blobs`."""
+    """A repository's folder in the hub's cache: files are links into `blobs`."""
     repository = tmp_path / "hub" / "models--org--name"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (snapshot, repository / "blobs", repository / "refs"):
@@ -202,7 +200,7 @@ def test_data_sets_of_the_hub_cache_have_snapshots_too(tmp_path):
 
 @pytest.mark.parametrize("where", ["own", "hub"])
 def test_offline_the_own_cache_is_used_and_then_the_hub_s(repository, where, monkeypatch, capsys):
-    """The library decides what a snapshot is: nothing is stubbed but the switch for offline."""
+    """The library decides what a snapshot is. Only the switch to offline is stubbed."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,6 +1,4 @@
-"""The notebooks: small, installing first, with the outputs of a full run; and executed end to end
-on a toy target with a draft of its own.
-"""
+"""The notebooks: small, with outputs of a full run, and executed on a toy target."""
 
 import ast
 import importlib.util
@@ -141,8 +139,9 @@ def install(
     repository: str = "",
     installed: bool = False,
 ) -> list[list[str]]:
-    """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a
-    machine with these device files.
+    """Returns the commands that a notebook's first cell runs.
+
+    In a folder where beagle_jax is installed or not, on a machine with these device files.
     """
     source = RUN.code_cells(read(path))[0].source.partition("import beagle_jax\n")[0]
     assert source.count('REPOSITORY = ""') == 1
@@ -230,7 +229,7 @@ def test_a_session_with_older_modules_loaded_is_to_be_restarted(monkeypatch):
 
 
 def test_an_accelerator_is_left_to_the_notebook_that_holds_it():
-    """A TPU takes one process: a second one that asks for it fails."""
+    """A TPU serves one process: a second one that asks for it fails."""
     started = [
         call
         for path in NOTEBOOKS

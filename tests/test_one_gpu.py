@@ -1,4 +1,4 @@
-"""One GPU, ten minutes: time budgets, going on, files of text, and each phase at toy size."""
+"""One GPU, ten minutes: time budgets, resuming, text files, and each phase at toy size."""
 
 import argparse
 import itertools
@@ -27,7 +27,7 @@ SETTINGS = parts.Settings("configs/quickstart.yaml", [], True, None, "none", Non
 
 
 def spent(total: float, fixed: dict[str, float], divide=allotted) -> dict[str, float]:
-    """Seconds of each phase when all take what they get."""
+    """Returns the seconds of each phase if all use what they get."""
     left, seconds = total, {}
     for place, phase in enumerate(PHASES):
         seconds[phase] = divide(PHASES[place:], left, fixed)
@@ -36,7 +36,7 @@ def spent(total: float, fixed: dict[str, float], divide=allotted) -> dict[str, f
 
 
 def divide_without_reserve(waiting, left, fixed):
-    """The planted bug: what later phases are sure of is given away."""
+    """The planted bug: time that is reserved for later phases is given away."""
     first = [waiting[0], *(phase for phase in waiting[1:] if phase not in fixed)]
     return allotted(first, left, fixed)
 
@@ -84,7 +84,7 @@ def test_every_part_has_its_own_file():
 
 
 def sleeper(tmp_path: Path, body: str) -> list[str]:
-    """A command whose process group writes its parts at once and would run for a minute."""
+    """Makes a command that writes its parts at once and would then run for a minute."""
     script = tmp_path / "phase.sh"
     script.write_text(f"#!/bin/sh\n{body}\n")
     return ["sh", str(script)]
@@ -123,7 +123,10 @@ def arguments(**changed) -> argparse.Namespace:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Phases that were begun. Each leaves all that it would; the first training is cut."""
+    """Records the phases that start.
+
+    Each leaves its whole result, but the first training is cut off.
+    """
     begun: list[str] = []
 
     def run_phase(phase, out, seconds):
@@ -235,7 +238,7 @@ def test_text_is_collected_once(tmp_path, monkeypatch):
 
 
 class Writer:
-    """Answers prompts in an odd order, and knows what it was asked."""
+    """Answers prompts in an odd order and records them."""
 
     def __init__(self):
         self.prompts: list[tuple[int, ...]] = []

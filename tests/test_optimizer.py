@@ -15,7 +15,10 @@ from beagle_jax.training.step import (
 
 
 def learning_rates(stage: StageConfig, steps: int) -> list[float]:
-    """Read off the updates: Adam turns a constant gradient into exactly the learning rate."""
+    """Reads the learning rates off the updates.
+
+    Adam turns a constant gradient into exactly the learning rate.
+    """
     optimizer, params = make_optimizer(CLEAN, stage), {"w": jnp.zeros(1)}
     state, rates = optimizer.init(params), []
     for _ in range(steps):
@@ -47,7 +50,7 @@ def test_warm_up_then_constant_or_cosine(stage, expected):
 
 
 def clipped(gradient: dict, clip_norm: float) -> dict:
-    """The gradient that Adam receives, read off its first moment."""
+    """Reads the gradient that Adam receives off its first moment."""
     optimizer = make_optimizer(CLEAN.changed(clip_norm=clip_norm), EARLY)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     (moments,) = [

@@ -1,5 +1,6 @@
-"""The plan of a run: operations, bytes, verdicts; compiled for virtual devices and, where libtpu is
-installed, for a TPU.
+"""The plan of a run: operations, bytes, verdicts, compiled for virtual devices and for a TPU.
+
+The TPU's compiler is libtpu, where it is installed.
 """
 
 import json
@@ -84,7 +85,7 @@ def mesh():
 
 
 def cost_and_count(name: str, config: Config, mesh) -> tuple[cost.StageCost, float]:
-    """A stage's cost, and how many operations XLA counts in its program."""
+    """Returns a stage's cost, and the operations that XLA counts in its program."""
     counted = []
     compile_ = jax.stages.Lowered.compile
 
@@ -105,7 +106,7 @@ def compiled(request, mesh):
 
 
 def near(planned_flops: float, counted: float) -> bool:
-    """XLA counts what is not a product too, a sixth of the work at these sizes."""
+    """XLA also counts operations that are no products, a sixth of the work at these sizes."""
     return 0.75 * counted < planned_flops < 1.05 * counted
 
 
@@ -123,7 +124,7 @@ def test_operations_are_those_that_xla_counts(compiled):
 
 @pytest.mark.parametrize("name", ["early", "late"])
 def test_operations_of_an_eagle_step(name, mesh):
-    """All rows of the loss fill one chunk, as XLA counts a loop's body once."""
+    """All rows of the loss fit in one chunk, because XLA counts a loop's body once."""
     early, late = EARLY.changed(window=1), TestTimeStage(steps=2, simulation_steps=4)
     config = config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L)
     config = config.changed(draft=DraftConfig(kind="eagle"))
@@ -148,9 +149,7 @@ def test_operations_of_an_eagle_step(name, mesh):
 
 
 def test_operations_of_a_multi_token_step(mesh):
-    """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the
-    loss.
-    """
+    """Twelve windows per row with 4 + 3 + 2 + 1 predictions each, all in one chunk of the loss."""
     late = LATE.changed(multi_token=True)
     cost, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
     assert near(cost.flops, counted), (cost.flops, counted)
@@ -200,8 +199,9 @@ def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
 
 
 def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkeypatch):
-    """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens
-    is a copy.
+    """Its layers and norm add to the tables that the step reads anyway.
+
+    A head cut to hot tokens is a copy.
     """
     params = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
     config = config_of(row_tokens=16)
@@ -309,8 +309,9 @@ def told_disk(tmp_path, **changes) -> dict:
 
 
 def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
-    """The paper's configs read chats as they are: their number of tokens says nothing about prompts
-    at their longest.
+    """The paper's configs read chats as they are.
+
+    Their number of tokens does not follow from the longest prompt.
     """
     self_written = told_disk(tmp_path)
     assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
@@ -337,7 +338,7 @@ def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
 
 
 def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
-    """As large as the state that is saved."""
+    """It is as large as the saved state."""
     for accumulate, numbers in ((1, 3), (2, 4)):
         assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
         train = config_of(accumulate=accumulate, early=EARLY.changed(steps=4)).train
@@ -353,7 +354,7 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
 
 
 def test_virtual_devices_split_the_draft(tmp_path):
-    """In a process of its own, since the number of devices is decided once."""
+    """In a separate process, since the number of devices is fixed at the start."""
     shape = tmp_path / "shape.json"
     shape.write_text(
         json.dumps(

@@ -1,6 +1,4 @@
-"""Pictures show what is there: masks against the worked example, trees and attention against
-decoding itself.
-"""
+"""Plots: masks against the worked example, trees and attention against decoding itself."""
 
 import json
 from pathlib import Path
@@ -165,7 +163,7 @@ def test_training_curves(tmp_path):
 
 
 def test_steps_that_were_logged_again_are_drawn_once(tmp_path, monkeypatch):
-    """Killed after step 3, gone on from a checkpoint after step 1."""
+    """A run that was killed after step 3 and resumed from a checkpoint after step 1."""
     lines = [
         {"stage": "early", "step": step, "loss": loss, "top1_by_offset": [0.5]}
         for step, loss in ((1, 9), (2, 8), (3, 7), (2, 8.5), (3, 7.5), (4, 6))

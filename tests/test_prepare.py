@@ -1,6 +1,4 @@
-"""`prepare` on a tiny target: text and states on disk, in shares, what is refused, and the
-preview.
-"""
+"""`prepare` on a tiny target: text and states on disk, shares, refusals, and the preview."""
 
 import io
 import json
@@ -44,9 +42,7 @@ def target_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
-    """A config over a file of ten chats, every third of which waits for its answer; parts of four
-    rows.
-    """
+    """A config with a file of ten chats, a third of which lack an answer; parts have four rows."""
     monkeypatch.setattr(text, "PART_ROWS", 4)
     lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
@@ -120,7 +116,7 @@ def test_an_interrupted_run_keeps_its_whole_parts(place, monkeypatch):
 
 
 def check_shares(place, alone: list) -> None:
-    """Two processes, in either order, leave the rows and states of one."""
+    """Checks that two processes, in either order, leave the rows and states of one."""
     for index in (1, 0):
         prepared(place, "--part", f"{index}/2")
     assert all_rows(place) == alone
@@ -295,7 +291,7 @@ class Terminal(io.StringIO):
 
 
 class Letters:
-    """A tokenizer of one letter a token, as far as the preview looks."""
+    """A tokenizer with one letter per token, as much of it as the preview reads."""
 
     def decode(self, tokens):
         return "".join(map(chr, tokens))
@@ -312,7 +308,7 @@ def test_colours_only_on_a_terminal(monkeypatch):
 
 
 def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
-    """Each process of a run on its own disk would train on other rows."""
+    """Processes that write to their own disks would train on different rows."""
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     monkeypatch.setattr(fill, "this_process", lambda: fill.Share(0, 2))
     with pytest.raises(

@@ -34,8 +34,9 @@ VARIABLES = (
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What jax.distributed is asked for, given flags and variables; None when it is not asked at
-    all.
+    """Returns what jax.distributed is called with, given flags and variables.
+
+    None if it is not called.
     """
 
     def joined(*flags: str, **variables: str) -> dict | None:
@@ -93,9 +94,10 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them
-    said, after which step it stopped, and which tokens it holds of a batch on a mesh whose
-    processes lie along `tensor`.
+    """A run of two processes, which SIGTERM ended in its early stage.
+
+    Returns its config, what each process said, after which step it stopped, and the tokens of a
+    batch that each process holds on a mesh along `tensor`.
     """
     folder, tests = tmp_path_factory.mktemp("together"), Path(__file__).parent
     variables = environment(1) | {
@@ -139,9 +141,7 @@ def together(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(frozen, tmp_path_factory):
-    """The same run in one process on one device, to its end, and what goes on with a run like
-    it.
-    """
+    """The same run in one process on one device to its end, and a function that runs another."""
 
     def run(config) -> dict:
         return train_stage(config, frozen)
@@ -159,7 +159,7 @@ def test_two_processes_share_devices_numbers_and_parameters(together):
 
 
 def test_two_processes_train_the_losses_of_one(together, alone):
-    """One log, by the first process; each read its half of every batch."""
+    """The first process writes the one log; each reads its half of every batch."""
     actual, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
     assert [line["step"] for line in actual] == [line["step"] for line in expected] == [3, 6]
     for together_line, other in zip(actual, expected, strict=True):
@@ -178,8 +178,9 @@ def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together
 
 
 def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
-    """jax stops all processes at one number to come: one that began anew with each stage might
-    never come.
+    """jax stops all processes at a future step number.
+
+    A number that starts again in each stage might never be reached.
     """
     numbers = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -210,8 +211,9 @@ def check_held(parts: list) -> None:
 
 
 def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
-    """Each reads the whole batch; by their numbers alone each would read another half, and call it
-    the whole.
+    """Each process reads the whole batch.
+
+    By its process number alone each would read another half and take it for the whole.
     """
     check_held(together[3]["rows"])
     with pytest.raises(AssertionError):
@@ -220,7 +222,7 @@ def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
 
 @dataclass(frozen=True)
 class Device:
-    """As far as a mesh looks at it."""
+    """A device, as much of it as a mesh reads."""
 
     id: int
     process_index: int
@@ -242,9 +244,7 @@ def test_which_rows_a_process_reads(monkeypatch, data, tensor, of_each, shares):
 
 
 def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> tuple[int, int]:
-    """The share of a process on a mesh of devices that belong to processes in order, so many to
-    each.
-    """
+    """Returns a process's share on a mesh whose devices belong to processes in order."""
     devices = [Device(number, number // of_each) for number in range(data * tensor)]
     monkeypatch.setattr(jax, "process_index", lambda: process)
     return share_of_rows(make_mesh(MeshConfig(data=data, tensor=tensor), devices))
@@ -261,8 +261,9 @@ def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
 
 
 def test_what_two_processes_saved_goes_on_in_one(together, alone):
-    """Another number of processes and of devices: to 1e-6 of the largest weight, since sums are
-    taken in another order.
+    """Another number of processes and devices: equal to 1e-6 of the largest weight.
+
+    Sums are taken in another order.
     """
     config, *_ = together
     assert saved_steps(config)[-1] < 12

@@ -1,6 +1,4 @@
-"""Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory
-and error.
-"""
+"""Weight-only quantisation: the numbers, decoding with them, and reported memory and error."""
 
 import dataclasses
 import json
@@ -42,7 +40,7 @@ def _quantised(params, kind, group=GROUP):
 
 @jax.jit
 def _turned_back(params):
-    """Every quantised matrix as plain float32."""
+    """Returns the parameters with every quantised matrix as plain float32."""
 
     def turned(x):
         return dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
@@ -204,7 +202,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
 
 
 def test_evaluate_and_generate_report_it(tmp_path, capsys):
-    """With a draft that looks words up: nothing is trained."""
+    """With prompt lookup as the draft, so that nothing is trained."""
     config, figures = tmp_path / "run.yaml", tmp_path / "figures.json"
     prompt = tmp_path / "prompts.jsonl"
     prompt.write_text('{"prompt": "ab"}\n')

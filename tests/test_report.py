@@ -1,4 +1,4 @@
-"""Reports keep to their schema and say what was measured, in JSON, Markdown and HTML."""
+"""Reports follow their schema and show what was measured, in JSON, Markdown and HTML."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ COST = {
 
 
 def check_schema(made: dict, part: str | None = None) -> None:
-    """part: a field of the report, which `made` then is."""
+    """part: the field of a report that `made` is; the whole report by default."""
     schema = json.loads(
         (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(
             encoding="utf-8"
@@ -47,8 +47,9 @@ def check_schema(made: dict, part: str | None = None) -> None:
 
 
 def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
-    """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds
-    of a chain of 2.
+    """Makes a prompt whose turns have so many tokens.
+
+    Nine tokens are answered plainly and in four rounds of a chain of 2.
     """
     plain = TimedAnswer(list(range(9)), "text", "length", 8, [8], 0.25, 4.0)
     fast = TimedAnswer(list(range(9)), "text", "length", 4, [1, 2, 1], 0.25, 2.0)

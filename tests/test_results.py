@@ -1,4 +1,4 @@
-"""Results of several seeds, held against figures counted by hand."""
+"""Results of several seeds, compared with figures counted by hand."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 def answer(tokens: int, rounds: int, seconds: float) -> dict:
-    """An answer to one turn; a token is of the prefill."""
+    """Makes an answer to one turn; one of its tokens belongs to the prefill."""
     accepted = [2 * rounds - tokens + 1, tokens - 1 - rounds]
     return {
         "tokens": [5] * tokens,
@@ -33,8 +33,9 @@ def answer(tokens: int, rounds: int, seconds: float) -> dict:
 def measured_by_hand(
     plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]
 ) -> None:
-    """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike;
-    milliseconds and bytes with the seed.
+    """Writes an evaluation of one draft, with two equal prompts.
+
+    By seed: rounds for 12 tokens, and seconds; milliseconds and bytes grow with the seed.
     """
 
     def bytes_of(draft):
@@ -68,7 +69,7 @@ def measured_by_hand(
 
 
 def seeds_count(plan) -> None:
-    """What the results make of an evaluation's three seeds: each beside its own plain decoding."""
+    """Checks an evaluation of three seeds, each next to its own plain decoding."""
     rounds, seconds, plain = (
         {0: 6, 1: 8, 2: 10},
         {0: 2.0, 1: 4.0, 2: 6.0},
@@ -110,7 +111,7 @@ def test_results_are_of_every_seed(tmp_path):
     "bug", ["the first seed only", "plain decoding of the first", "costs of the first"]
 )
 def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
-    """Each must fail the test above."""
+    """Each bug must make the test above fail."""
     decoded, from_answers, costs, plain = results.decoded, results._from_answers, results._costs, []
 
     def beside_the_first(*arguments):

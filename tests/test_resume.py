@@ -1,4 +1,4 @@
-"""Going on after a kill, a cut, a full disk or a change of settings: bit for bit, or not at all."""
+"""Resuming after a kill, a cut, a full disk or other settings: bit for bit, or not at all."""
 
 import json
 import os
@@ -43,13 +43,13 @@ def config_of(folder, **changes) -> Config:
 
 
 def both_stages(config: Config, frozen: FrozenTarget, training=None) -> dict:
-    """Early and late, as the train command runs them, from parameters that depend on nothing."""
+    """Runs the early and the late stage as the train command does, from fixed parameters."""
     early = train_stage(config, frozen, training)
     return train_stage(config, frozen, training, stage="late", params=early)
 
 
 def figures_of(config: Config) -> dict[tuple[str, int], dict]:
-    """The last line of every step that the log has one of, without what depends on the clock."""
+    """Returns the last log record of every step, without what depends on the clock."""
     return {
         (line["stage"], line["step"]): {**line, "tokens_per_second": None}
         for line in lines_of(config)
@@ -58,13 +58,13 @@ def figures_of(config: Config) -> dict[tuple[str, int], dict]:
 
 @pytest.fixture(scope="module")
 def whole(frozen, tmp_path_factory):
-    """Config and parameters of both stages, which nothing interrupted."""
+    """Config and parameters of an uninterrupted run of both stages."""
     config = config_of(tmp_path_factory.mktemp("whole"))
     return config, both_stages(config, frozen)
 
 
 def stopped_at(stage: str, step: int, config: Config, frozen: FrozenTarget, how) -> None:
-    """Runs until a step of a stage, where `how` strikes."""
+    """Runs until `how` strikes at a step of a stage."""
     params = None
     for name in ("early", "late"):
         training = Breaking(loader_of(20, 1), step, how) if name == stage else None
@@ -76,9 +76,7 @@ def kill(batch):
 
 
 def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path):
-    """Really killed, in a process of its own, in the middle of an epoch and of a window of the
-    log.
-    """
+    """A real kill of a separate process, in the middle of an epoch and of a log interval."""
     tests = Path(__file__).parent
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
@@ -152,8 +150,9 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
 def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(
     whole, frozen, tmp_path, monkeypatch
 ):
-    """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next
-    stage, nor end the write.
+    """After the last step no other step looks at the signal.
+
+    It must neither wait for the next stage nor end the write.
     """
     config, leave = config_of(tmp_path), StageCheckpoints.__exit__
 
@@ -257,7 +256,7 @@ def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
 
 @contextmanager
 def small_disk(limit: int):
-    """No file can grow beyond `limit` bytes, as on a disk that is full."""
+    """Limits the size of files, as on a full disk. limit: bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -286,7 +285,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_pa
 
 
 def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path, monkeypatch):
-    """Both moments are finite and the gradient is; only the update overflows."""
+    """Both moments and the gradient are finite; only the update overflows."""
     after_each_step(monkeypatch, broken_at(10, jnp.inf))
     config = config_of(tmp_path)
     with pytest.raises(
@@ -381,7 +380,7 @@ def test_optional_writers_get_the_same_figures(tmp_path, monkeypatch):
     written = []
 
     class Fake:
-        """Both packages, as far as they are used."""
+        """Stands for both packages, as much of them as is used."""
 
         SummaryWriter = staticmethod(lambda folder: Fake())
         init = staticmethod(lambda **settings: Fake())

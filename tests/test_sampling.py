@@ -1,5 +1,6 @@
-"""Sampling is lossless: filters, seeds, and the joint distribution of four tokens against an exact
-one (method.md 13.9).
+"""Sampling is lossless: filters, seeds, the joint distribution of four tokens.
+
+The distribution is compared with the exact one (method.md 13.9).
 """
 
 import dataclasses
@@ -64,16 +65,14 @@ SAMPLINGS = {
 
 @pytest.fixture
 def short_bucket(monkeypatch):
-    """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the
-    work.
-    """
+    """Pads prompts to three tokens: with the usual 64, padding would be most of the work."""
     monkeypatch.setattr(session_module, "PROMPT_BUCKET", 4)
     monkeypatch.setattr(session_module, "ADMIT_ROWS", BATCH)
     monkeypatch.setattr(decoder_module, "CAPACITY_BUCKET", 16)
 
 
 def small_target():
-    """Scaled down so that its distributions are neither flat nor decided."""
+    """Makes a target whose distributions are neither flat nor decided."""
     target = target_of(SMALL)
     return dataclasses.replace(
         target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]}
@@ -87,7 +86,7 @@ def small_draft() -> Draft:
 
 @partial(jax.jit, static_argnums=1)
 def last_logits(params, spec, text_BL):
-    """After each of the last four tokens, [B, 4, V]."""
+    """Returns the logits [B, 4, V] after each of the last four tokens."""
     B, L = text_BL.shape
     positions, mask = jnp.broadcast_to(jnp.arange(L), (B, L)), causal_mask(jnp.full(B, L), L)
     return logits(
@@ -97,7 +96,9 @@ def last_logits(params, spec, text_BL):
 
 @lru_cache
 def exact_joint(sampling: Sampling) -> np.ndarray:
-    """P(x1..x4 | prompt) [16, 16, 16, 16] by running every text of three; filters written anew in
+    """Computes P(x1..x4
+
+     prompt), [16, 16, 16, 16], by running every text of three tokens.|Filters are written again in
     numpy.
     """
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS - 1))
@@ -124,7 +125,7 @@ def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def sampled_joint(target, draft, tree, sampling: Sampling, rule="match", **parts) -> np.ndarray:
-    """Read as arrays: to make an Answer of each draw would take longer than to draw it."""
+    """Samples as arrays: an Answer for each draw would take longer than the draw."""
     decoder = SpeculativeDecoder(target, draft, tree, rule=rule).with_(**parts)
     counts = np.zeros((VOCABULARY,) * TOKENS)
     for number in range(BATCHES):
@@ -140,7 +141,10 @@ def sampled_joint(target, draft, tree, sampling: Sampling, rule="match", **parts
 def check_distribution(
     tree, sampling: Sampling, rule="match", draft: Draft | None = None, **parts
 ) -> None:
-    """Total variation below what an honest sample of this size shows on average, plus a fifth."""
+    """Checks the total variation distance from the exact distribution.
+
+    It must be below the average of an honest sample of this size, plus a fifth.
+    """
     exact, sampled = (
         exact_joint(sampling),
         sampled_joint(small_target(), draft or small_draft(), tree, sampling, rule, **parts),
@@ -163,8 +167,9 @@ def check_distribution(
     [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")],
 )
 def test_joint_distribution_of_four_tokens(tree, sampling):
-    """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with
-    the other trees is slow.
+    """Filters act on the target's logits before any tree, so each is tested with one tree.
+
+    top-p with the other trees is slow.
     """
     check_distribution(TREES[tree], SAMPLINGS[sampling])
 
@@ -177,7 +182,7 @@ def test_joint_distribution_under_top_p_with_the_other_trees(tree):
 
 @pytest.mark.parametrize("sampling", ["all", "top-k"])
 def test_joint_distribution_under_the_ratio_rule(sampling):
-    """Here the draft's logits are filtered too; what stands under top-k has a top-p as well."""
+    """This rule filters the draft's logits too; the case called top-k has a top-p as well."""
     check_distribution(TREES["chain"], SAMPLINGS[sampling], "ratio")
 
 
@@ -192,7 +197,7 @@ def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
 
 
 class AboveOnly(Ratio):
-    """Accepts where p exceeds q, and nowhere else."""
+    """Planted: accepts only where p exceeds q."""
 
     def uniform(self, key_BP):
         return jnp.ones_like(super().uniform(key_BP))
@@ -249,8 +254,9 @@ def test_a_seed_repeats_under_the_ratio_rule():
 
 
 def test_another_setting_compiles_nothing():
-    """Seeds, temperatures and filters are data, also of each prompt; only whether there are filters
-    is not.
+    """Seeds, temperatures and filters are data, also per prompt.
+
+    Only whether there are filters is static.
     """
     decoder = SpeculativeDecoder(small_target(), small_draft(), TREES["static"])
 

@@ -1,6 +1,4 @@
-"""Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that
-do not fit.
-"""
+"""Meshes: the same step on 1, 2 and 8 devices, no logits sent, and sizes that do not fit."""
 
 import json
 import subprocess
@@ -25,9 +23,7 @@ TESTS = Path(__file__).parent
 
 
 def measured(folder: Path, *which: str) -> dict:
-    """What tests/mesh_cases.py measures, by stage and mesh, on eight virtual devices in a process
-    of its own.
-    """
+    """Runs tests/mesh_cases.py on eight virtual devices; returns its results by stage and mesh."""
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -50,7 +46,7 @@ def rest(tmp_path_factory) -> dict:
 
 
 def same_numbers(single: dict, many: dict) -> None:
-    """Losses and updates of two steps and the first gradient, to 1e-5."""
+    """Compares losses and updates of two steps and the first gradient, to 1e-5."""
     np.testing.assert_allclose(many["losses"], single["losses"], rtol=1e-5)
     np.testing.assert_allclose(many["grad_norm"], single["grad_norm"], rtol=1e-5)
     assert many["agree"] == single["agree"]
@@ -142,14 +138,14 @@ def test_sizes_that_do_not_fit_the_devices(sizes):
 )
 def test_the_rest_goes_to_the_axis_that_is_left_open(sizes, shape):
     class Device:
-        """Stands for eight devices where there is one: only their number matters."""
+        """Stands for eight devices where there is one; only their number matters."""
 
     mesh = make_mesh(MeshConfig(**sizes), [Device() for _ in range(8)])
     assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == ("data", "fsdp", "tensor")
 
 
 def test_parameters_are_born_in_parts(by_stage):
-    """Each device makes its part only, and together they are what one device makes."""
+    """Each device makes only its part; together they equal what one device makes."""
     (parts, difference) = by_stage["early"]["born"]
     assert parts["q_proj"] == parts["o_proj"] == [8, 8] and parts["input_layernorm"] == [16]
     assert difference < 1e-6

@@ -1,4 +1,4 @@
-"""Stored states: each dtype, damage, full disks, and files of before there were checksums."""
+"""Stored states: each dtype, damage, full disks, and old files without checksums."""
 
 import json
 import resource
@@ -21,8 +21,9 @@ ROWS = [Row(list(range(length)), [True] * length) for length in (5, 1, 9)]
 
 
 def some_states() -> list[np.ndarray]:
-    """States of very different sizes from token to token, one of them zero: an answer's last token
-    was never read.
+    """Makes states that differ greatly in size from token to token.
+
+    One is zero: an answer's last token was never read.
     """
     rng = np.random.default_rng(0)
     made = [rng.standard_normal((len(row.tokens), WIDTH)).astype(np.float32) for row in ROWS]
@@ -41,8 +42,9 @@ def read(path, dtype=None) -> list[np.ndarray]:
 
 
 def check_close(stored, dtype: str) -> None:
-    """Half a step of the dtype's grid: of each number (bfloat16) or of its token's largest
-    (int8).
+    """Checks that the error is at most half a step of the dtype's grid.
+
+    The grid is that of each number (bfloat16) or of the token's largest number (int8).
     """
     for was, now in zip(some_states(), stored, strict=True):
         largest = np.abs(was).max(axis=1, keepdims=True)
@@ -61,9 +63,7 @@ def test_states_come_back_as_near_as_their_dtype_allows(path, dtype, size, monke
 
 
 def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
-    """With the scale of the row's largest token, small states next to a large one lose their
-    digits.
-    """
+    """One scale per row, that of its largest token, would lose the digits of small states."""
 
     def coarse(states_LD, dtype):
         records = np.empty(len(states_LD), states._int8_record(WIDTH))
@@ -124,7 +124,7 @@ def test_an_index_that_lacks_a_row_is_not_taken_for_whole(path):
 
 
 def test_files_without_checksums_are_still_read(path, monkeypatch):
-    """What versions before checksums wrote: the same records, a shorter index."""
+    """Versions before checksums wrote the same records and a shorter index."""
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     keep_states(path, ROWS, some_states())
     index = path.with_suffix(".states.json")
@@ -138,7 +138,7 @@ def test_files_without_checksums_are_still_read(path, monkeypatch):
 
 
 def test_a_write_that_fails_leaves_nothing_and_says_so(path):
-    """The system refuses to let the file grow, as it does on a full disk."""
+    """The system refuses to let the file grow, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -157,7 +157,7 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
 
 
 def tapped_states() -> list[np.ndarray]:
-    """Two streams before the states after the final norm."""
+    """Makes two streams in front of the states after the final norm."""
     return [np.concatenate([last + 1, last + 2, last], axis=1) for last in some_states()]
 
 

@@ -1,6 +1,4 @@
-"""Suites: records of every layout become prompts with their turns; files are found, downloads are
-asked for rightly.
-"""
+"""Suites: records of every layout become prompts with turns; which file or download is used."""
 
 import gzip
 import json

@@ -26,7 +26,10 @@ def _read(params, spec, tokens_BT, taps) -> Forward:
 
 
 def _check_torch_streams(model, spec, params, shift=0):
-    """Taps equal the inputs of transformers' layers. shift: plants taps of other layers."""
+    """Checks that taps equal the inputs of transformers' layers.
+
+    shift: planted, taps of other layers.
+    """
     tokens_BT = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 7))
     with torch.no_grad():
         hidden = model.model(torch.from_numpy(tokens_BT), output_hidden_states=True).hidden_states
@@ -84,7 +87,7 @@ def test_taps_over_a_cache_equal_those_of_the_whole_text(tiny_params):
 
 
 def test_without_taps_nothing_is_computed_for_them(tiny_params):
-    """The program is that of a decoder without taps, written out from the module's parts."""
+    """The program equals that of a decoder without taps, written from the module's parts."""
     tokens_BT = jnp.zeros((2, 5), jnp.int32)
     positions_BT, mask_BTT = jnp.broadcast_to(jnp.arange(5), (2, 5)), causal_mask(jnp.full(2, 5), 5)
 

@@ -1,4 +1,4 @@
-"""From chats to tokens: which tokens are supervised, typed out by hand on a toy ChatML tokenizer.
+"""From chats to tokens: which tokens are supervised, on a toy ChatML tokenizer.
 
 The tokenizer has one token per byte and one for each marker, so a row can be written as text with
 `<` for <|im_start|> and `>` for <|im_end|>, and its supervision as a line of dots and carets below
@@ -27,7 +27,7 @@ def using(tokenizer, monkeypatch):
 
 
 def chat(*texts: str, system: str | None = None) -> Chat:
-    """User and assistant in turn, after a system message if there is one."""
+    """Makes turns of user and assistant, after a system message if there is one."""
     messages = [
         {"role": ("user", "assistant")[turn % 2], "content": text}
         for turn, text in enumerate(texts)
@@ -39,7 +39,10 @@ def chat(*texts: str, system: str | None = None) -> Chat:
 
 
 def check(tokenizer, row: Row, text: str, marks: str) -> None:
-    """The row spells `text` (line ends as /) and is supervised where `marks` has a caret."""
+    """Checks that the row spells `text` and is supervised where `marks` has a caret.
+
+    The end of a line is /.
+    """
     assert len(row.tokens) == len(row.supervised) == len(text)
     assert spell(tokenizer, row.tokens) == text
     assert "".join(".^"[flag] for flag in row.supervised) == marks
@@ -116,7 +119,10 @@ MARKED = (
 
 
 def check_against_markers(tokenizer, row: Row, conversation: Chat) -> None:
-    """The row is supervised where transformers finds the template's {% generation %} markers."""
+    """Checks that the row is supervised inside the template's {% generation %} markers.
+
+    transformers finds them.
+    """
     theirs = tokenizer.apply_chat_template(
         list(conversation.messages),
         tokenize=True,
@@ -152,7 +158,7 @@ def test_user_header_ends_where_the_question_begins(tokenizer, using):
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(tokenizer, using):
-    """As Qwen3's, which drops the thinking of earlier turns."""
+    """Like Qwen3's template, which drops the thinking of earlier turns."""
     using(
         CHATML.replace(
             "m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"
@@ -184,7 +190,7 @@ MERGING = r"\s*[\r\n]+|[^\r\n]+"
 
 
 def merging_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One that joins two line ends, and a space with the H after it, into one token."""
+    """Makes a tokenizer that merges two pairs: two line ends, and a space with an H."""
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u010a\u010a", "\u0120H"]
     model = Tokenizer(
         models.BPE(

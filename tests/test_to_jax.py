@@ -1,6 +1,4 @@
-"""Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when
-they are not whole.
-"""
+"""Targets as orbax checkpoints: equal to the source, laid out over a mesh, checked for damage."""
 
 import json
 import subprocess
@@ -27,7 +25,7 @@ from beagle_jax.weights.target import load_target
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
-    """The same model as a GGUF file and as a Hugging Face folder."""
+    """One model as a GGUF file and as a Hugging Face folder."""
     root = tmp_path_factory.mktemp("to_jax")
     write_llama(root / "tiny.gguf", llama_tensors())
     opened, folder = GGUFFile(root / "tiny.gguf"), root / "folder"
@@ -87,7 +85,7 @@ np.savez(read, *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of the parts that each array is stored in."""
+    """Returns the shape of the parts in which each array is stored."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder / "arrays").item_metadata.tree
     return {name: leaf.storage.chunk_shape for name, leaf in _by_name(tree).items()}
@@ -126,7 +124,7 @@ CHATS = [
 
 
 def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
-    """What two steps of training logged, and what a draft that looks words up then decoded."""
+    """Returns the log of two training steps, and what prompt lookup then decodes."""
     folder.mkdir()
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     settings = {
@@ -249,7 +247,7 @@ def test_a_config_that_contradicts_the_arrays(sources, tmp_path):
 # tensorstore leaves an exception in a future that nobody asks.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_arrays_are_noticed(sources, tmp_path):
-    """Every byte of what orbax wrote is either needed and checked, or makes no difference."""
+    """Every byte that orbax wrote is either checked or makes no difference."""
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     expected = load_target(str(tmp_path / "out"), "float32", "unused")
     files = sorted(

@@ -1,4 +1,4 @@
-"""A kind of draft that only this file knows decodes through the public interface."""
+"""A kind of draft that only this file defines decodes through the public interface."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,7 +22,7 @@ PROMPTS = [[5], [7, 8, 9], list(range(40))]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Copies(Drafter):
-    """Drafts the last token again and again; its state counts what it saw."""
+    """Drafts the last token again and again; its state counts the tokens it saw."""
 
     kind: ClassVar[str] = "copies"
 
@@ -40,7 +40,7 @@ class Copies(Drafter):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Likes(TreeDrafter):
-    """Has a score for each token, whatever the text; a head of its own, over its own vocabulary."""
+    """Has a fixed score for each token, with its own head over its own vocabulary."""
 
     kind: ClassVar[str] = "likes"
 
@@ -65,7 +65,7 @@ class Likes(TreeDrafter):
 
 
 def _target():
-    """Repeats itself now and then."""
+    """Makes a target that repeats itself now and then."""
     return target_of(tokenizer=letters())
 
 
@@ -102,7 +102,7 @@ def test_a_toy_whose_tree_is_grown_outside_decodes(tree):
 
 
 class Wrong(Copies):
-    """A planted bug: the second copy takes the root for its parent."""
+    """Planted: the second copy has the root as its parent."""
 
     def propose(self, state, known, tree, draw):
         nodes = super().propose(state, known, tree, draw).nodes

@@ -1,6 +1,4 @@
-"""Tuning: what the widest tree says of smaller ones is what smaller trees do, and `auto` finds what
-was remembered.
-"""
+"""Tuning: the widest tree predicts what smaller trees do, and `auto` finds the stored result."""
 
 import dataclasses
 
@@ -41,7 +39,7 @@ def _answers(target, count=3):
 
 
 def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
-    """Accepted tokens at each place, by growing this very tree there."""
+    """Counts accepted tokens at each position by growing this very tree there."""
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     prompt, answer = text
     tokens, counts = prompt + answer, []

@@ -1,5 +1,7 @@
-"""What a checkpoint holds beside the parameters that its config names: a head of its own under the
-tied flag, tables of rotary frequencies, quantised weights; and configs whose values are no values.
+"""What a checkpoint holds besides the parameters that its config names.
+
+A head of its own under the tied flag, tables of rotary frequencies, quantised weights; and configs
+with null values.
 """
 
 import dataclasses
@@ -55,8 +57,9 @@ LLAMA3 = {
 
 
 def folder_of(folder: Path, tensors=None, config=None, **settings) -> Path:
-    """A tiny random llama of transformers, with its tensors and config changed. Values in
-    `tensors` and `config` replace or add; ... removes.
+    """Writes a tiny random llama of transformers, with changed tensors and config.
+
+    Values in `tensors` and `config` replace or add; ... removes.
     """
     model = random_torch(LlamaForCausalLM, LlamaConfig(**{**SIZES, **settings}))
     model.save_pretrained(folder)
@@ -88,7 +91,7 @@ def torch_logits(model) -> np.ndarray:
 
 
 def check_against_transformers(folder: Path):
-    """Logits of the loaded target equal those of what transformers loads."""
+    """Checks that the loaded target's logits equal those of what transformers loads."""
     target = load_target(str(folder), "float32", str(folder))
     expected = torch_logits(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert expected.std() > 1
@@ -230,7 +233,7 @@ def test_quantised_weights_are_refused_by_their_method(tmp_path, quantization, m
 
 
 def test_rope_factors_equal_llama_3_scaling(tmp_path):
-    """Longrope of one list is what a GGUF file's rope_freqs mean."""
+    """Longrope with one list means what a GGUF file's rope_freqs mean."""
     model = random_torch(LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3))
     plain = (1.0 / 50.0 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
     factors = [float(x) for x in plain / model.model.rotary_emb.inv_freq.numpy()]
@@ -281,7 +284,7 @@ def test_other_longrope_is_refused(change, message):
 
 
 def spec_of(change: dict, kind=LlamaConfig) -> TargetSpec:
-    """Of a tiny config, in which ... removes a key."""
+    """Reads the spec of a tiny config, in which ... removes a key."""
     config = {**kind(**SIZES).to_dict(), "rope_parameters": ..., **change}
     return TargetSpec.from_hf_config({k: v for k, v in config.items() if v is not ...}, "here")
 
@@ -408,7 +411,7 @@ def test_whole_numbers_where_others_are_usual_are_numbers():
     ids=str,
 )
 def test_a_config_that_transformers_refuses_is_one_message(tmp_path, change):
-    """It reads config.json on its way to the tokenizer."""
+    """transformers reads config.json on its way to the tokenizer."""
     folder = folder_of(tmp_path, config=change)
     with pytest.raises(UserError) as caught:
         load_target(str(folder), "float32", str(folder))

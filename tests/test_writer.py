@@ -1,6 +1,4 @@
-"""Batched writing of answers: each as if its prompt were alone, states with it, and no copy of the
-cache.
-"""
+"""Batched writing: each answer as if its prompt were alone, its states, no copied cache."""
 
 import dataclasses
 
@@ -38,8 +36,9 @@ MAX_NEW = 24
 
 @pytest.fixture(scope="module")
 def alone(tiny_params):
-    """Forty prompts of 1 to 40 tokens, and each one's greedy answer by running its whole text again
-    per token.
+    """Forty prompts of 1 to 40 tokens with their greedy answers.
+
+    Answers come from running the whole text again for each token.
     """
     rng = np.random.default_rng(5)
     prompts = [
@@ -72,7 +71,7 @@ def stops(alone):
 
 @pytest.fixture(scope="module")
 def short(alone):
-    """The shortest of them, which one program reads."""
+    """The shortest prompts, which one program reads."""
     prompts, answers = alone
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[:16]
     return [prompts[index] for index in order], [answers[index] for index in order]
@@ -162,7 +161,10 @@ DRAWN = Sampling(0.9, top_k=12)
 
 @pytest.mark.parametrize("sampling", [DRAWN, Sampling(1.0)], ids=["top-k", "all"])
 def test_the_text_does_not_depend_on_the_rows(tiny_params, alone, stops, sampling):
-    """Drawn by place: the same over 4 and 64 rows, and what the decoder writes with these seeds."""
+    """Sampled by position: the same with 4 and with 64 rows.
+
+    It is also what the decoder writes with these seeds.
+    """
     prompts, _ = alone
     ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=sampling, seed=5)
     few, many = (_answers(tiny_params, TINY, prompts, batch=batch, **ask) for batch in (4, 64))
@@ -185,7 +187,7 @@ def test_planted_bug_noise_by_row(tiny_params, alone, stops):
 
 @pytest.mark.parametrize("top_k", [5, 64, 70])
 def test_few_tokens_are_drawn_as_among_all(top_k):
-    """The noise of a token is the same whether it is made for all tokens or for some."""
+    """A token's noise is the same whether it is made for all tokens or for some."""
     logits_BTV = 3 * jax.random.normal(jax.random.key(0), (4, 3, 500))
     key_BT = jax.random.split(jax.random.key(1), (4, 3))
     noise_BTV = gumbel(key_BT, 500)
@@ -213,7 +215,7 @@ class _SlotsArePositions(RingCache):
 
 
 def test_a_sliding_window_acts_in_the_ring_too(tiny_params, short):
-    """Texts of more tokens than the window, rows refilled: what the decoder writes."""
+    """Texts longer than the window, in refilled rows, equal what the decoder writes."""
     prompts = short[0]
     params = random_params(WINDOWED, 0)
     decoder = SpeculativeDecoder(Target(WINDOWED, params, None, NEVER, "test"))
@@ -241,22 +243,21 @@ HEADER = [7, 3, 11]
 
 @pytest.fixture(scope="module")
 def with_header(alone):
-    """The same prompts behind one header, and after them one that begins otherwise in the header's
-    third token.
-    """
+    """The same prompts with one header, and then one that differs in the header's third token."""
     return [HEADER + prompt for prompt in alone[0][:19]], [7, 3, 12]
 
 
 @jax.jit
 def _of_whole_text(params, tokens_1T, length_1):
-    """The states of a text, and the best token after each."""
+    """Returns the states of a text, and the best token after each."""
     states_1TD = _states(params, TINY, tokens_1T, length_1)[0]
     return states_1TD[0], jnp.argmax(logits(params, TINY, states_1TD[0]), axis=-1)
 
 
 def _check_against_whole_texts(params, prompts):
-    """What a greedy writer chose is the best choice at each place of the whole text, and its states
-    are the text's.
+    """Checks a greedy writer against whole texts.
+
+    Each chosen token is the best at its position, and the states are the text's.
     """
     answers = list(
         write_answers(
@@ -372,9 +373,7 @@ def test_few_rows_for_many_prompts(tiny_params, short, batch):
 
 
 def _segment_memory(params, donate=("state",), **parts) -> tuple[int, int, int]:
-    """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that
-    reuse inputs.
-    """
+    """Returns bytes of the cache, of the compiled segment's temporaries, and of reused inputs."""
     now = Round(TargetModel(TINY, params), NoDrafter(), ROOT_ONLY, NEVER).with_(**parts)
     jitted = jax.jit(
         advance_keeping.__wrapped__, static_argnames=("rounds",), donate_argnames=donate
