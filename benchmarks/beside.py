@@ -156,7 +156,7 @@ def started(checkout: Path, draft_folder: Path) -> subprocess.Popen:
     )
 
 
-def asked(process: subprocess.Popen, work: str) -> dict:
+def answer_of(process: subprocess.Popen, work: str) -> dict:
     """What a serving process says of one piece of work."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(work + "\n")
@@ -173,9 +173,9 @@ def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
 
 def compare(other: Path, pairs: int, work: list[str]) -> dict[str, dict]:
     """Ratios of each kind of work. Raises RuntimeError if both decode other tokens."""
-    here = Path(__file__).resolve().parent.parent
-    draft = here / "drafts" / "smollm2-135m"
-    both = [started(here, draft), started(other.resolve(), draft)]
+    this_checkout = Path(__file__).resolve().parent.parent
+    draft = this_checkout / "drafts" / "smollm2-135m"
+    both = [started(this_checkout, draft), started(other.resolve(), draft)]
     for process in both:
         assert process.stdout is not None
         process.stdout.readline()
@@ -184,7 +184,7 @@ def compare(other: Path, pairs: int, work: list[str]) -> dict[str, dict]:
         ratios, seconds = [], []
         for number in range(pairs):
             first = number % 2  # who goes first alternates
-            answers = {index: asked(both[index], name) for index in (first, 1 - first)}
+            answers = {index: answer_of(both[index], name) for index in (first, 1 - first)}
             if answers[0]["result"] != answers[1]["result"]:
                 raise RuntimeError(f"{name}: the two checkouts wrote different results")
             ratios.append(answers[1]["seconds"] / answers[0]["seconds"])

@@ -68,19 +68,19 @@ def difference(
     return _interval(change_R), [float(drawn[0][0]), float(best_R[0])], len(seeds)
 
 
-def verdict(found: Value, at_least: float = 0.0, alike: float | None = None) -> str:
+def verdict(value: Value, at_least: float = 0.0, alike: float | None = None) -> str:
     """Decides a claim from the interval of a difference.
 
     The claim: the difference is more than `at_least`, or with `alike`, within plus or minus
     `alike`.
     """
-    if not np.isfinite(found).all():
+    if not np.isfinite(value).all():
         return OPEN
-    inside, outside = (found.low > at_least, found.high < at_least)
+    inside, outside = (value.low > at_least, value.high < at_least)
     if alike is not None:
         inside, outside = (
-            -alike < found.low and found.high < alike,
-            found.low > alike or found.high < -alike,
+            -alike < value.low and value.high < alike,
+            value.low > alike or value.high < -alike,
         )
     return HOLDS if inside else FAILS if outside else OPEN
 

@@ -143,9 +143,9 @@ def _peak(parts: Mapping[str, int | None]) -> int:
     return held + max(parts["decode_temporaries"] or 0, parts["prefill_temporaries"] or 0)
 
 
-def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
+def values(plan: Plan, by_run: Found, name: str) -> dict[str, Any]:
     """Returns a figure's values of one run, each with the ends of its 95 % interval."""
-    run = found[name]
+    run = by_run[name]
     points_of_one = next(iter(run.values()))  # all seeds are measured at the same steps
     last = points_of_one[-1]
     made: dict[str, Any] = {"seeds": sorted(run), "prompts": len(last["tokens"]), "curve": []}
@@ -153,7 +153,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
         upto = {seed: points[: place + 1] for seed, points in run.items()}
         made["curve"].append({"step": point["step"], **_figures(upto)})
     if timed := having(
-        found.get(name.rpartition(".")[2], {}), "training_speed"
+        by_run.get(name.rpartition(".")[2], {}), "training_speed"
     ):  # for an evaluation's draft: of its run
         made["training_tokens_per_second"] = value_of(timed, "training_speed").rounded
     if "seconds" in last:
@@ -161,7 +161,7 @@ def values(plan: Plan, found: Found, name: str) -> dict[str, Any]:
     before = {}
     if name in plan.runs and plan.runs[name].after:
         for above in {plan.above(Training(name, seed)) for seed in run}:
-            before |= {above.seed: found.get(above.name, {}).get(above.seed)}
+            before |= {above.seed: by_run.get(above.name, {}).get(above.seed)}
     if before and all(before.values()):  # the curve starts where the previous run's ended
         start = sum(plan.runs[above].steps for above in plan.before(name))
         made["curve"] = [

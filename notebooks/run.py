@@ -60,20 +60,20 @@ def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
     machine.
     """
     streams: dict[str, NotebookNode] = {}
-    kept = []
+    tidied = []
     for output in outputs:
         if output.output_type != "stream":
-            kept.append(output)
+            tidied.append(output)
         elif output.name in streams:
             streams[output.name].text += output.text
         else:
             streams[output.name] = output
-            kept.append(output)
+            tidied.append(output)
     for stream in streams.values():
         lines = [_last_state(line) for line in stream.text.split("\n")]
         text = "\n".join(line for line in lines if line is not None)
         stream.text = text.replace(str(HERE.parent), ".").replace(str(Path.home()), "~")
-    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+    return [output for output in tidied if output.output_type != "stream" or output.text.strip()]
 
 
 def _last_state(line: str) -> str | None:

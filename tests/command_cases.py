@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from chat_cases import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from beagle_jax import convert, evaluate, generate, prepare, train, tune
 from beagle_jax.errors import run_main
@@ -21,30 +21,12 @@ COMMANDS = {
     "convert": convert.main,
     "prepare": prepare.main,
 }
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 QUESTIONS = [f"What is {number}?" for number in range(12)]
 EVAL_QUESTIONS = [
     "Why is it so?",
     "Who are you?",
     "And a much longer question, which takes more than sixty-four tokens of one byte?",
 ]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, and ChatML."""
-    letters = {
-        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
-    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHATML, **special)
 
 
 def make_target(folder: Path) -> None:
@@ -127,6 +109,6 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def trained(workplace) -> SimpleNamespace:
-    """The same after one training run."""
+    """The workplace after one training run."""
     assert run_main(train.main, ["--config", workplace.config]) == 0
     return workplace

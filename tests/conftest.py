@@ -1,8 +1,9 @@
-"""What all tests share: strict JAX settings and a tiny random target."""
+"""Fixtures that all tests share: strict JAX settings and a tiny random target."""
 
 import gc
 import itertools
 import os
+import socket
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # of 32 it takes another tenth less, and a dozen memory maps instead of 200. XLA ends the process
 # over a flag that it does not know, so only where it was seen.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# With JAX_DISABLE_MOST_OPTIMIZATIONS=0 programs are compiled as users have them.
 # Two workers on two cores: threads of torch and numpy would only take the other's time, some of it
 # to wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if version("jax").startswith("0.10."):
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -32,6 +34,7 @@ from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import make_mesh
+from beagle_jax.training.frozen import FrozenTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiled programs are kept between runs, per user: most of a cold run's time is compilation.
@@ -41,8 +44,15 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 def environment(devices: int) -> dict[str, str]:
-    """Of a subprocess that has this many virtual devices."""
+    """Returns the environment of a subprocess with this many virtual devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
@@ -65,8 +75,9 @@ TINY = TargetSpec(
 
 
 def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
-    """Random target weights with norms near one; std is large so that logits differ clearly between
-    tokens.
+    """Makes random target weights with norms near one.
+
+    std is large, so that logits differ clearly between tokens.
     """
     rng = np.random.default_rng(seed)
     params: dict = {"layers": [{} for _ in range(spec.num_layers)]}
@@ -82,6 +93,7 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
 # Files that take ten seconds or more, the longest begun first, so that two workers end together
 # (launch/test.sh keeps the order of the files).
 LONGEST = (
+    "test_in_place",
     "test_decoder",
     "test_decoding",
     "test_command",
@@ -119,13 +131,14 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Imports leave nothing to collect."""
+    """Switches garbage collection off during imports, which leave nothing to collect."""
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, and tracing makes many objects that live for a second: the collector
-    need not look through them so often.
+    """Lets the garbage collector skip what was imported and run less often.
+
+    Imported objects stay, and tracing makes many objects that live for a second.
     """
     gc.collect()
     gc.freeze()
@@ -143,10 +156,11 @@ _ended = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """A compiled program holds ten memory maps or more, of which Linux gives a process 65,530, and
-    two megabytes: 10,000 are 2.4 GB in all.
+    """Drops compiled programs when the process holds more than 10,000 memory maps.
 
-    Counting so many takes ten milliseconds, so only every twentieth test does it.
+    A compiled program takes ten maps or more and two megabytes. Linux gives a process 65,530 maps;
+    10,000 of them are 2.4 GB in all. Counting them takes ten milliseconds, so only every twentieth
+    test does it.
     """
     yield
     maps = Path("/proc/self/maps")
@@ -157,8 +171,9 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def shared_steps():
-    """Runs of a stage that compute the same share one compiled step: where a run writes and its
-    other stage are no part of it.
+    """Lets runs of a stage share one compiled step if they compute the same.
+
+    The run's folder and the settings of its other stage do not change the step.
     """
     from beagle_jax.training import loop
 
@@ -185,9 +200,21 @@ def shared_steps():
         yield
 
 
+@pytest.fixture
+def at_the_root(monkeypatch):
+    """Runs the test at the project's root, from which its files name each other."""
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+
+
 @pytest.fixture(scope="session")
 def tiny_params() -> dict:
     return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def frozen(tiny_params) -> FrozenTarget:
+    """What training reads of the tiny target, whose head is its embedding."""
+    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="session")

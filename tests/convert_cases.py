@@ -1,6 +1,4 @@
-"""A tiny target and two drafts of it in folders, and `convert` as a user starts it: for the tests
-of converting.
-"""
+"""A tiny target and two drafts in folders, and `convert` as a user starts it."""
 
 import json
 from pathlib import Path
@@ -44,8 +42,9 @@ PROVENANCE = {
 
 
 def make_place(folder: Path) -> SimpleNamespace:
-    """A target whose next token depends mostly on the last one, and a draft that guesses it now and
-    then.
+    """Makes a target and its drafts.
+
+    The target's next token depends mostly on the last one, and the draft guesses it now and then.
     """
     make_target(folder / "target")
     settings = json.loads((folder / "target" / "config.json").read_text())
@@ -84,7 +83,7 @@ def make_place(folder: Path) -> SimpleNamespace:
 
 
 def to_torch(place, name: str | Path, out: Path, *more: str) -> int:
-    """name: of one of the two drafts, or a folder."""
+    """name: one of the two drafts, or a folder."""
     draft = f"draft.path={place.folder / name}"
     return run_main(
         convert.main, ["to-torch", "--config", place.config, "--out", str(out), draft, *more]
@@ -111,7 +110,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(place) -> dict[str, Path]:
-    """Both drafts as PyTorch folders."""
+    """Exports both drafts to PyTorch folders."""
     for name in ("whole", "hot"):
         assert to_torch(place, name, place.folder / f"{name}-torch") == 0
     return {name: place.folder / f"{name}-torch" for name in ("whole", "hot")}

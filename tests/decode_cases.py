@@ -1,6 +1,4 @@
-"""Targets and drafts for the decoding tests, and plain decoding written without any of the
-decoder's code.
-"""
+"""Targets and drafts for the decoding tests, and plain decoding without the decoder's code."""
 
 import dataclasses
 import itertools
@@ -33,14 +31,15 @@ MARKOV = dataclasses.replace(TINY, num_layers=0, tie_embeddings=False)
 
 
 def next_stop() -> tuple[int]:
-    """Stop tokens of its own keep a planted bug in the program that was compiled with it: no other
-    test meets it.
+    """Returns stop tokens that no other test uses.
+
+    They are static, so a program with a planted bug is compiled for its own test alone.
     """
     return (next(_stops),)
 
 
 def target_of(spec=TINY, eos_ids=NEVER, seed=0, tokenizer=None) -> Target:
-    """A random target."""
+    """Makes a random target."""
     params = random_params(spec, seed)
     if not spec.num_layers:
         params = {**params, "norm_D": jnp.ones_like(params["norm_D"])}
@@ -68,7 +67,10 @@ def random_draft(seed=1, hot_ids=None) -> Draft:
 
 
 def right_draft(error: float = 0.0) -> Draft:
-    """The draft of a MARKOV target: always right, or with `error` > 0 wrong now and then."""
+    """Makes the draft of a MARKOV target that is always right.
+
+    With `error` > 0 it is wrong now and then.
+    """
     draft = random_draft()
     off = {
         "o_proj": jnp.zeros_like(draft.params["o_proj"]),
@@ -93,8 +95,9 @@ def random_eagle(seed=1, hot_ids=None) -> Draft:
 
 
 def right_eagle(error: float = 0.0) -> Draft:
-    """The EAGLE draft of a MARKOV target: always right, or with `error` > 0 misled now and then by
-    states and entries before.
+    """Makes the EAGLE draft of a MARKOV target that is always right.
+
+    With `error` > 0 earlier states and entries mislead it now and then.
     """
     draft, D = random_eagle(), TINY.hidden_size
     fc = jnp.concatenate([jnp.eye(D), error * draft.params["fc"][:, D:]], axis=1)
@@ -103,7 +106,7 @@ def right_eagle(error: float = 0.0) -> Draft:
 
 
 def round_of(target, draft, tree, sampling: Sampling = GREEDY, **options) -> Round:
-    """A round as the decoder makes it."""
+    """Makes a round as the decoder does."""
     decoder = SpeculativeDecoder(target, draft, tree, **options)
     return dataclasses.replace(decoder._round, filters=filters_of([sampling]))
 
@@ -111,7 +114,7 @@ def round_of(target, draft, tree, sampling: Sampling = GREEDY, **options) -> Rou
 def start(
     now: Round, prompts, limit_B, capacity, sampling: Sampling = GREEDY, seeds=None
 ) -> DecodeState:
-    """The state after reading right-padded prompts in one piece."""
+    """Returns the state after reading right-padded prompts in one chunk."""
     width, B = max(map(len, prompts)), len(prompts)
     token_BT = np.array([prompt + [0] * (width - len(prompt)) for prompt in prompts], np.int32)
     key_B = jax.vmap(jax.random.key)(jnp.arange(B) if seeds is None else seeds)
@@ -123,18 +126,31 @@ def start(
 
 
 def planted(kind: type, drafter):
-    """The same drafter as a kind that holds a planted bug."""
+    """Returns the same drafter as another class, which holds a planted bug."""
     if kind not in _planted:
         jax.tree_util.register_dataclass(kind)
         _planted.add(kind)
     return kind(*(getattr(drafter, field.name) for field in dataclasses.fields(drafter)))
 
 
+def cache_one_row_too_long(now: Round, state: DecodeState, *rest) -> DecodeState:
+    """Planted for `Round.emit`: after the first round each cache counts a token too many."""
+    after = Round.emit(now, state, *rest)
+    first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
+    cache = after.cache.with_(length_B=after.cache.length_B + first_B)
+    return after._replace(cache=cache)
+
+
+def append_at_once(now: Round, state: DecodeState, accepted, states_BWD, rows) -> DecodeState:
+    """Planted for `Round.append`: the slot does not depend on the bonus token."""
+    return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
+
+
 _planted: set[type] = set()
 
 
 def run(now: Round, state: DecodeState, rounds: int) -> tuple[DecodeState, Snapshot]:
-    """The state after so many rounds, or when all rows are done."""
+    """Runs so many rounds, or fewer if all rows are done before."""
     return advance(now, state, np.int32(rounds), np.int32(len(state.transcript.done_B)))
 
 
@@ -157,7 +173,10 @@ _argmax_next = jax.jit(
 
 
 def naive_greedy(target: Target, prompt: list[int], max_new: int) -> list[int]:
-    """Greedy decoding by running the whole text again for each token: no cache, no loop of ours."""
+    """Decodes greedily by running the whole text again for each token.
+
+    It uses no cache and no loop of the package.
+    """
     tokens, end = list(prompt), len(prompt) + max_new
     width = -(-end // 64) * 64  # few widths, so that few programs are compiled
     while len(tokens) < end and (len(tokens) == len(prompt) or tokens[-1] not in target.eos_ids):

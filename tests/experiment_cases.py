@@ -4,22 +4,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = "experiments/paper.yaml"
 sys.path.insert(0, str(ROOT / "experiments"))
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """Files of experiments name others from there."""
-    monkeypatch.chdir(ROOT)
-
-
 def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
-    """A measurement: of each prompt, how many rounds accepted 0, 1, .. drafts; no round was cut
-    short.
+    """Makes a measurement in which no round was cut short.
+
+    accepted: for each prompt, how many rounds accepted 0, 1, .. drafts.
     """
     tokens = [sum(count * (drafts + 1) for drafts, count in enumerate(row)) for row in accepted]
     return {
@@ -32,14 +26,16 @@ def point(accepted: list[list[int]], step: int = 1, **more) -> dict:
 
 
 def prompts(mean: float, seed: int, count: int = 24) -> list[list[int]]:
-    """Histograms over 0..2 drafts whose tau is about 1 + mean."""
+    """Draws histograms over 0 to 2 accepted drafts, whose tau is about 1 + mean."""
     rng = np.random.default_rng(seed)
     share = rng.normal(mean / 2, 0.03, count).clip(0.01, 0.99)
-    return [np.bincount(rng.binomial(2, one, 40), minlength=3).tolist() for one in share]
+    return [
+        np.bincount(rng.binomial(2, probability, 40), minlength=3).tolist() for probability in share
+    ]
 
 
 def runs(**means: float) -> dict:
-    """Runs of two seeds, by their tau less one."""
+    """Makes runs of two seeds; the values are tau - 1."""
     return {
         name: {seed: [point(prompts(mean, seed))] for seed in (0, 1)}
         for name, mean in means.items()

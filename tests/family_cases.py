@@ -1,4 +1,4 @@
-"""Tiny targets of every family, with random weights of PyTorch's."""
+"""Tiny targets of every family, with random weights from PyTorch."""
 
 import pytest
 from decode_cases import NEVER, letters
@@ -143,7 +143,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
-    """A random model of transformers, and the same loaded from the folder it wrote."""
+    """Makes a random transformers model and loads the same from the folder that it wrote."""
     model_class, config_class, settings = FAMILIES[request.param]
     config = config_class(
         **{

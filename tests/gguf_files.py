@@ -57,9 +57,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k rows: the two halves of each head's rotary pairs side by
-    side.
-    """
+    """Puts q and k rows in llama.cpp's order: each rotary pair side by side."""
     rows, width = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -132,7 +130,7 @@ _GLOBAL = ("tokenizer.", "general.", "split.")
 
 
 def _keys(architecture: str, config) -> dict:
-    """What the converter writes for each of these architectures."""
+    """Returns the metadata that the converter writes for each of these architectures."""
     rope = config.rope_parameters
     full = rope.get("full_attention", rope)
     keys = {
@@ -182,7 +180,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value) -> None:
 
 
 def _converted(architecture: str, model) -> dict[str, np.ndarray]:
-    """GGUF name -> values as the converter changes them."""
+    """Returns the tensors by GGUF name, with values as the converter changes them."""
     config, tensors = model.config, {}
     arch = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

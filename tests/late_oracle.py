@@ -1,15 +1,21 @@
-"""The late stage in its plain, slow form (method.md 4.1): the oracle of `training/late.py`, and a
-benchmark's other side.
+"""The late stage in its plain, slow form (method.md 4.1), the oracle of `training/late.py`.
 
-Every query runs at every step; keys live in two banks of L columns, true states T and predicted
-states P. Attention is one ordinary softmax over the 2L columns. Nothing of the fast form is reused
-but the block's projections.
+A benchmark uses it too. Every query runs at every step. Keys are in two banks of L columns, true
+states T and predicted states P. Attention is one ordinary softmax over the 2L columns. Only the
+block's projections are shared with the fast form.
 """
 
 import jax
 import jax.numpy as jnp
 
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
+
+right_keys_values = BeagleBlock.keys_values
+
+
+def late_keys_values(self: BeagleBlock, h_BQD: jax.Array, at_BQ: jax.Array):
+    """Planted for `BeagleBlock.keys_values`: a predicted key is one position late."""
+    return right_keys_values(self, h_BQD, at_BQ + (h_BQD.shape[1] == 1))
 
 
 def bank_masks(
@@ -43,8 +49,9 @@ def oracle_states(
     offset: jax.Array,
     detach: bool,
 ) -> list[jax.Array]:
-    """Per simulation step the states [B, L, D] of all queries. Only rows with r = step - 1 carry
-    the loss.
+    """Returns the states [B, L, D] of all queries for each simulation step.
+
+    Only rows with r = step - 1 count in the loss.
     """
     block = BeagleBlock(spec).bind({"params": params})
     B, L, _ = e_BLD.shape

@@ -1,18 +1,22 @@
-"""Short runs of a stage, loaders that go wrong at a step, and what a run left."""
+"""Short runs of a stage, loaders that fail at a step, and readers of what a run left."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import TINY
+from conftest import ONE_DEVICE, TINY
 
 from beagle_jax.config import Config, EarlyStage, LogConfig, TargetConfig, TrainConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
-from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.training import loop
+from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.metrics import Log
 
 SPEC = BeagleSpec.from_target(TINY)
 L = 12
@@ -33,7 +37,7 @@ def config_for(folder, **changes) -> Config:
 
 
 def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
-    """Rows whose states depend on their tokens, so that there is something to learn."""
+    """Makes a loader of rows that can be learned: states depend on the tokens."""
     rng = np.random.default_rng(seed)
     table_VD = (
         np.random.default_rng(0)
@@ -50,14 +54,39 @@ def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
     )
 
 
+def train_stage(
+    config: Config,
+    frozen: FrozenTarget,
+    training=None,
+    *,
+    stage: str = "early",
+    params: dict | None = None,
+    held_out=None,
+    best: Best | None = None,
+) -> dict:
+    """Runs a stage on one device and returns the draft's parameters.
+
+    Without `params` every call begins with the same ones, without `training` it reads the same 20
+    rows.
+    """
+    if params is None:
+        params = init_draft(SPEC, jax.random.key(3))
+    if training is None:
+        training = loader_of(20, 1)
+    log = Log(config)
+    return loop.run_stage(
+        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best
+    )
+
+
 class Breaking:
-    """A loader that goes wrong at one step, and remembers which steps were asked for."""
+    """A loader that fails at one step and records the requested steps."""
 
     def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
-        self._loader, self._step, self._how, self.asked = loader, step, how, []
+        self._loader, self._step, self._how, self.requested = loader, step, how, []
 
     def batch_at(self, step: int):
-        self.asked.append(step)
+        self.requested.append(step)
         self.steps_per_epoch = self._loader.steps_per_epoch
         batch = self._loader.batch_at(step)
         return self._how(batch) if step == self._step else batch
@@ -84,11 +113,11 @@ def saved_steps(config) -> list[int]:
         return checkpoints.steps()
 
 
-def same_params(found, expected) -> None:
-    """Bit for bit."""
-    assert found.keys() == expected.keys()
+def same_params(actual, expected) -> None:
+    """Compares parameters bit for bit."""
+    assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 def after_each_step(monkeypatch, change) -> None:
@@ -103,7 +132,7 @@ def after_each_step(monkeypatch, change) -> None:
 
 
 def broken_at(step: int, value: float):
-    """A step after which one parameter is this value, whatever the loss was."""
+    """Makes a change that sets a parameter to `value` after a step, whatever the loss was."""
 
     def change(state, metrics):
         broken = {"q_proj": jnp.where(state.step == step, value, state.params["q_proj"])}

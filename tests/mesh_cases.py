@@ -63,8 +63,9 @@ LEVEL_0 = {"xla_backend_optimization_level": 0}  # run twice only: compiling is 
 
 
 def frozen_and_batch() -> tuple[FrozenTarget, Batch]:
-    """Ragged rows, some of two chats, some with nothing that counts, so that devices have different
-    amounts to do.
+    """Makes ragged rows, so that devices have different amounts of work.
+
+    Some rows hold two chats, some have nothing that counts.
     """
     rng = np.random.default_rng(3)
     length_B = np.array([11, 9, 11, 6, 5, 11, 10, 8], np.int32)
@@ -92,7 +93,10 @@ def run(
     config: TrainConfig = CONFIG,
     spec: BeagleSpec = SPEC,
 ) -> dict:
-    """Losses, gradients (Adam's first moment), updates after two steps, and the program's text."""
+    """Returns losses, gradients, updates after two steps, and the program's text.
+
+    The gradients are Adam's first moment.
+    """
     tables, batch = frozen_and_batch()
     step, _, init = make_steps(spec, config, STAGES[stage], mesh)
     frozen, batch = place(tables, mesh), place_rows(batch, mesh)
@@ -135,9 +139,7 @@ def run(
 
 
 def vocabulary_sent(program: str) -> list[str]:
-    """Collectives of a compiled program that move an array as long as the vocabulary, or as a
-    device's part of it.
-    """
+    """Lists collectives that move an array as long as the vocabulary or a device's part of it."""
     sent = re.findall(
         r"= \(?([^=()]*)\)? "
         r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
@@ -152,11 +154,12 @@ def vocabulary_sent(program: str) -> list[str]:
 
 
 def logits(program: str) -> list[str]:
-    """Arrays of a compiled program with a part of the vocabulary for more rows than a chunk of the
-    loss, or the tables, have.
+    """Lists arrays of a compiled program that hold a part of the vocabulary for too many rows.
+
+    More rows than a chunk of the loss has, and than the vocabulary's tables have.
     """
     most = max(CONFIG.loss_rows, SPEC.hidden_size)
-    found = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
+    shapes_in_program = {shape for shape in re.findall(r"[a-z]\w*\[([\d,]+)\]", program)}
 
     def sizes(shape):
         return [int(size) for size in shape.split(",")]
@@ -166,7 +169,7 @@ def logits(program: str) -> list[str]:
 
     return [
         shape
-        for shape in found
+        for shape in shapes_in_program
         if any(math.prod(sizes(shape)) > most * part for part in parts(shape))
     ]
 
@@ -179,8 +182,9 @@ def mesh_of(shape: tuple[int, int, int]) -> Mesh:
 
 
 def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
-    """Shapes of a device's part of the parameters, and how far they are from those that one device
-    made.
+    """Returns the shapes of each device's part of the parameters.
+
+    Also returns how far they are from those made on one device.
     """
     spread = born(partial(fresh_params, SPEC), mesh, jax.random.key(7))
     parts = {name: array.addressable_shards[0].data.shape for name, array in spread.items()}
@@ -190,7 +194,7 @@ def born_parts(mesh: Mesh, params: dict) -> tuple[dict, float]:
 
 
 def planted_gather(mesh: Mesh) -> list[list[str]]:
-    """What is sent when logits are put together on every device, and the logits."""
+    """Returns the collectives and logits of a program that gathers logits on every device."""
 
     def gather(x_MD, head_VD):
         return jax.lax.with_sharding_constraint(x_MD @ head_VD.T, whole(mesh)).sum()
@@ -204,7 +208,7 @@ def planted_gather(mesh: Mesh) -> list[list[str]]:
 
 
 def planted_parts(mesh: Mesh, params: dict) -> dict:
-    """A run whose devices forget the others' parts of the vocabulary."""
+    """Planted: each device forgets the other devices' parts of the vocabulary."""
     right = losses.over_rows
 
     def alone(share, function, *arrays):
@@ -213,9 +217,9 @@ def planted_parts(mesh: Mesh, params: dict) -> dict:
     losses.over_rows = lambda function, *rest: right(
         lambda share, *arrays: alone(share, function, *arrays), *rest
     )
-    found = run(mesh, "early", params)
+    losses_of_parts = run(mesh, "early", params)
     losses.over_rows = right
-    return found
+    return losses_of_parts
 
 
 def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
@@ -226,35 +230,33 @@ def each_stage(shapes: list[tuple[int, int, int]], params: dict) -> dict:
 
 
 def each_axis(params: dict) -> dict:
-    """With what stands beside the two stages: planted bugs, where parameters are born, Muon,
-    EAGLE.
-    """
-    found, eagle, muon = (
+    """Measures both stages along each axis, planted bugs, new parameters, Muon and EAGLE."""
+    by_stage, eagle, muon = (
         each_stage(EACH_AXIS, params),
         fresh_params(EAGLE, jax.random.key(7)),
         CONFIG.changed(optimizer="muon"),
     )
-    found["early"] |= {
+    by_stage["early"] |= {
         "planted gather": planted_gather(mesh_of((1, 1, 2))),
         "planted parts": planted_parts(mesh_of((1, 1, 2)), params),
     }
-    found["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
-    found["early"] |= {
+    by_stage["early"]["born"] = born_parts(mesh_of((2, 2, 2)), params)
+    by_stage["early"] |= {
         f"muon {shape}": run(mesh_of(shape), "early", params, muon)
         for shape in [(1, 1, 1), (2, 2, 2)]
     }
-    found["late"] |= {
+    by_stage["late"] |= {
         f"eagle {shape}": run(mesh_of(shape), "eagle", eagle, spec=EAGLE)
         for shape in [(1, 1, 1), (2, 2, 2)]
     }
-    return found
+    return by_stage
 
 
 def main(out: str, which: str = "") -> None:
     params = fresh_params(SPEC, jax.random.key(7))
-    found = each_stage(REST, params) if which == "rest" else each_axis(params)
+    by_stage = each_stage(REST, params) if which == "rest" else each_axis(params)
     with open(out, "w") as stream:
-        json.dump(found, stream)
+        json.dump(by_stage, stream)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""One of two processes that train together: python tests/process_cases.py FOLDER, with
-JAX_COORDINATOR_ADDRESS and so on set.
+"""One of two processes that train together: python tests/process_cases.py FOLDER.
 
-Trains the early stage of a tiny draft, whose second process is asked to stop by SIGTERM when it
-reads its seventh batch.
+JAX_COORDINATOR_ADDRESS and so on must be set. Trains the early stage of a tiny draft. The second
+process gets SIGTERM when it reads its seventh batch.
 """
 
 import os
@@ -27,7 +26,7 @@ PAUSE = 0.8  # seconds before each batch from then on: jax looks for the signal 
 
 
 def interrupted(batch_at):
-    """The same batches, more slowly at the end."""
+    """Sends SIGTERM to the second process at step ASKED_AT, from which on batches come slowly."""
 
     def read(step: int):
         if step == ASKED_AT and jax.process_index() == 1:

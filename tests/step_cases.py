@@ -20,8 +20,9 @@ LATE = LateStage(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_st
 
 
 def three_rows(*begin: int) -> Batch:
-    """Rows of 14, 9 and 5 tokens whose supervision begins at these places; the second has a
-    question between two answers.
+    """Makes rows of 14, 9 and 5 tokens that are supervised from these positions on.
+
+    The second row has a question between two answers.
     """
     rng = np.random.default_rng(5)
     length_B = np.array([14, 9, 5], np.int32)

@@ -1,6 +1,4 @@
-"""Gradient accumulation: uneven batches weigh as one big batch, and a stop between two updates
-changes nothing.
-"""
+"""Gradient accumulation: uneven micro-batches equal the big batch, also after an interruption."""
 
 from functools import lru_cache
 
@@ -9,15 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_DEVICE, TINY
-from loop_cases import Breaking, config_for, infinite_state, loader_of, same_params, saved_steps
+from loop_cases import (
+    Breaking,
+    config_for,
+    infinite_state,
+    loader_of,
+    same_params,
+    saved_steps,
+    train_stage,
+)
 
 from beagle_jax.config import EarlyStage, LateStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 from beagle_jax.training.step import make_optimizer, make_steps, updated
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -31,13 +34,8 @@ CONFIG = TrainConfig(
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
-
-
-@pytest.fixture(scope="module")
 def six_rows() -> Batch:
-    """Rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
+    """Makes rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
     rng = np.random.default_rng(4)
     counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
     states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
@@ -55,7 +53,7 @@ def steps_of(config: TrainConfig):
 def one_update(
     config: TrainConfig, batches: list[Batch], frozen, steps_of=steps_of
 ) -> tuple[dict, float]:
-    """Parameters and gradient norm after these batches, from the same start."""
+    """Returns parameters and gradient norm after these batches, from the same start."""
     step, _, init = steps_of(config)
     state = init(init_draft(SPEC, jax.random.key(1)))
     for batch in batches:
@@ -67,10 +65,10 @@ def micro(batch: Batch) -> list[Batch]:
     return [jax.tree.map(lambda x, at=first: x[at : at + 2], batch) for first in (0, 2, 4)]
 
 
-def check_equal(one, many) -> None:
-    np.testing.assert_allclose(many[1], one[1], rtol=1e-5)
-    for name, array in one[0].items():
-        np.testing.assert_allclose(many[0][name], array, atol=1e-5, err_msg=name)
+def check_equal(whole, accumulated) -> None:
+    np.testing.assert_allclose(accumulated[1], whole[1], rtol=1e-5)
+    for name, array in whole[0].items():
+        np.testing.assert_allclose(accumulated[0][name], array, atol=1e-5, err_msg=name)
 
 
 def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
@@ -79,7 +77,7 @@ def test_uneven_micro_batches_equal_the_big_batch(frozen, six_rows):
 
 
 def test_planted_bug_a_mean_of_means(frozen, six_rows, monkeypatch):
-    """Each micro-batch divided by its own count, as the usual accumulation does."""
+    """Each micro-batch is divided by its own count, as in usual accumulation."""
     right = updated
 
     def wrong(state, gradient, supervised, *rest):
@@ -107,20 +105,17 @@ def test_weights_wait_for_the_last_batch(frozen, six_rows):
 
 
 def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
-    """Checkpoints after 2, 4, .. of batches that are summed in threes: the sum is part of the
-    state.
-    """
+    """Checkpoints after 2, 4, .. batches hold a sum of gradients: every third batch updates."""
 
     def accumulated(config):
         more = dict(accumulate=3, checkpoint_every=2, late=LateStage(steps=0))
         return config.changed(train=config.train.changed(**more))
 
-    start, training = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    training = loader_of(20, 1)
 
     def run(config, loader):
-        return run_stage(
-            "early", config, SPEC, start, frozen, ONE_DEVICE, loader, None, Log(config)
-        )
+        start = init_draft(SPEC, jax.random.key(3))
+        return train_stage(config, frozen, loader, params=start)
 
     whole = run(accumulated(config_for(tmp_path / "whole")), training)
 
@@ -149,7 +144,7 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
 def test_the_schedule_counts_batches(frozen):
     """Every third batch changes the weights, with the learning rate of that many batches."""
     stage = EarlyStage(steps=12, learning_rate=0.6, warmup=6)
-    optimizer, params, found = (
+    optimizer, params, rates = (
         make_optimizer(CONFIG.changed(accumulate=3), stage),
         {"w": jnp.zeros(1)},
         [],
@@ -157,5 +152,5 @@ def test_the_schedule_counts_batches(frozen):
     state = optimizer.init(params)
     for _ in range(4):
         updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
-        found.append(-float(updates["w"][0]))
-    np.testing.assert_allclose(found, [0.0, 0.3, 0.6, 0.6], atol=1e-5)
+        rates.append(-float(updates["w"][0]))
+    np.testing.assert_allclose(rates, [0.0, 0.3, 0.6, 0.6], atol=1e-5)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_cases import byte_tokenizer
+from chat_cases import byte_tokenizer, spell
 
 from beagle_jax.config import DataConfig
 from beagle_jax.corpus import prompts
@@ -28,8 +28,9 @@ def tokenizer():
 
 
 class FakeWriter:
-    """Answers a prompt with five tokens that depend on it, last row first; makes up prompts for a
-    header.
+    """Answers a prompt with five tokens that depend on it, the last row first.
+
+    For a header it makes up prompts.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class FakeWriter:
 
     @property
     def answered(self) -> list[str]:
-        """Every prompt that was to be answered, as text."""
+        """Returns every prompt that was answered, as text."""
         texts = [spell(self._tokenizer, prompt) for prompts, _ in self.calls for prompt in prompts]
         return [
             text.removeprefix("<user/").removesuffix(">/<assistant/")
@@ -78,17 +79,8 @@ def makes_up(settings) -> bool:
 
 
 def fake_states(tokens) -> np.ndarray:
-    """States [length, 2] that tell which token they belong to."""
+    """Makes states [length, 2] that tell which token they belong to."""
     return np.stack([tokens, np.arange(len(tokens))], axis=1).astype(np.float32)
-
-
-def spell(tokenizer, tokens) -> str:
-    return (
-        tokenizer.decode(tokens)
-        .replace("<|im_start|>", "<")
-        .replace("<|im_end|>", ">")
-        .replace("\n", "/")
-    )
 
 
 @pytest.fixture
@@ -125,7 +117,7 @@ def source(tmp_path, *records) -> str:
 
 
 def row_for(tokenizer, question: str) -> Row:
-    """What the fake writer makes of a question."""
+    """Returns the row that the fake writer makes of a question."""
     prompt = prompt_tokens(tokenizer, [{"role": "user", "content": question}])
     answer = [sum(prompt) % 200, 7, 7, 7, tokenizer.eos_token_id]
     return Row(prompt + answer, [False] * len(prompt) + [True] * 5)
@@ -135,8 +127,8 @@ def by_text(rows) -> list:
     return sorted(map(tuple, ((tuple(row.tokens), tuple(row.supervised)) for row in rows)))
 
 
-def same_rows(found, expected) -> None:
-    assert by_text(found) == by_text(expected)
+def same_rows(actual, expected) -> None:
+    assert by_text(actual) == by_text(expected)
 
 
 def test_own_prompts_come_first_then_made_up_ones(text, writer, tokenizer):
@@ -169,8 +161,8 @@ def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
     ]
     assert len(rows) == 8
     settings = [settings for _, settings in writer.calls if makes_up(settings)]
-    assert [one["temperature"] for one in settings] == [1.0] * 4
-    assert len({one["seed"] for one in settings}) == 4
+    assert [call["temperature"] for call in settings] == [1.0] * 4
+    assert len({call["seed"] for call in settings}) == 4
 
 
 def test_the_budget_stops_the_writing(text, writer, tmp_path):
@@ -196,10 +188,11 @@ def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkey
 
 def test_the_writer_is_told_the_settings(text, writer):
     text(writer, answer_tokens=30, max_answer_tokens=9, temperature=0.5, seed=11)
-    told = [settings for _, settings in writer.calls if not makes_up(settings)]
+    given = [settings for _, settings in writer.calls if not makes_up(settings)]
     assert (
-        told == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(told))]
-        and len(told) > 1
+        given
+        == [{"max_new": 9, "temperature": 0.5, "seed": 11 + part} for part in range(len(given))]
+        and len(given) > 1
     )
 
 
@@ -211,8 +204,9 @@ def test_a_second_run_writes_nothing(text, writer):
 
 @pytest.fixture
 def two_sources(tmp_path):
-    """Settings of a run from a file (three parts of at most four prompts) and of a self-written
-    one.
+    """Returns settings with two sources: a file, and prompts that the target makes up itself.
+
+    The file gives three parts of at most four prompts.
     """
     return [
         {
@@ -321,8 +315,9 @@ def test_prompts_that_are_all_too_long_are_an_error(text, writer, tmp_path):
 def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
     text, tokenizer, tmp_path, monkeypatch, budgets
 ):
-    """Answers shorter than expected leave prompts of a cut group over; they come next, here and
-    after a resume.
+    """Answers shorter than expected leave prompts of a group over.
+
+    These come next, in the same run and after a resume.
     """
     monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
@@ -394,8 +389,10 @@ def test_states_that_came_with_the_answers_are_used(
     parts = [text(writer, answer_tokens=15)]
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     spec = SimpleNamespace(hidden_size=2)
-    kept = target_states(tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0))
-    for row, states_LD in zip(parts[0], kept, strict=True):
+    states_of_rows = target_states(
+        tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0)
+    )
+    for row, states_LD in zip(parts[0], states_of_rows, strict=True):
         np.testing.assert_array_equal(states_LD, fake_states(row.tokens))
 
 

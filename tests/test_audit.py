@@ -1,6 +1,4 @@
-"""The audit: silent where decoding is right, and loud about each planted bug (wrong mask, stale
-cache, tau, sampler).
-"""
+"""The audit passes right decoding and reports each planted bug (mask, cache, tau, sampler)."""
 
 import dataclasses
 
@@ -8,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import MARKOV, letters, random_draft, right_draft, target_of
+from decode_cases import (
+    MARKOV,
+    cache_one_row_too_long,
+    letters,
+    random_draft,
+    right_draft,
+    target_of,
+)
 from test_measure import chat
 from test_report import check_schema
 
@@ -42,7 +47,10 @@ def audited(
     parts=None,
     plain_parts=None,
 ) -> dict:
-    """The audit of these systems; parts: planted in those with a draft."""
+    """Runs the audit of these systems.
+
+    parts: planted parts of the rounds with a draft.
+    """
     target = dataclasses.replace(target, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, max_new_tokens, 256)
     plain = SpeculativeDecoder(target, context=context)
@@ -63,7 +71,7 @@ def audited(
 
 
 def failed(made: dict) -> set[str]:
-    """What the checks that failed are about."""
+    """Returns the names of the checks that failed."""
     return {check["name"].split(": ")[1] for check in made["checks"] if not check["passed"]}
 
 
@@ -82,8 +90,8 @@ def test_right_decoding_passes():
     assert len(made["checks"]) == 2 + 4 and made["noise"] < 1e-3
     recomputed = [check["found"] for check in made["checks"] if ACCEPTANCE in check["name"]]
     assert all(
-        "; 0 of 7 answers have other rounds" in found and not found.startswith("tau 1.0")
-        for found in recomputed
+        "; 0 of 7 answers have other rounds" in text and not text.startswith("tau 1.0")
+        for text in recomputed
     )
 
 
@@ -101,7 +109,7 @@ def test_right_draws_of_a_target_with_layers_pass(tree, append_predicted):
 
 
 def no_draws(*_) -> Check:
-    """For tests of greedy choice: draws have their own, and are dear to compile."""
+    """Sampling for tests of greedy choice. Tests of draws are separate, as they compile long."""
     return Check("x: draws", True, "")
 
 
@@ -125,20 +133,14 @@ def test_wrong_mask(monkeypatch):
 
 
 def test_stale_cache_row():
-    """After the first round a row too many is taken for known."""
-
-    def wrong(now, state, *rest):
-        after = Round.emit(now, state, *rest)
-        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
-        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
-        return after._replace(cache=cache)
-
-    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts={"emit": wrong})
+    """After the first round the cache counts a token too many."""
+    parts = {"emit": cache_one_row_too_long}
+    made = audited(target_of(), {"chain": random_draft()}, TREES, DRAWN, parts=parts)
     assert TOKENS in failed(made)
 
 
 def test_stale_rows_of_the_draft_alone():
-    """The output stays right; only the recomputed acceptance can tell."""
+    """The output stays right; only the recomputed acceptance shows the bug."""
 
     def stale(now, state):
         rows = jax.tree.map(lambda x: -3 * x, state.draft)
@@ -162,15 +164,16 @@ def test_stale_rows_of_the_draft_alone():
 
 
 def test_biased_sampler():
-    """Draws of half the temperature: the same with any tree and with none, so that no comparison of
-    the two can tell.
+    """Draws at half the temperature are the same with and without a tree.
+
+    So a comparison of the two cannot show the bug.
     """
 
-    def biased(read):
+    def biased(sampler):
         def wrong(now, state, *rest):
             knobs = state.requests.knobs
             cold = knobs._replace(temperature_B=0.5 * knobs.temperature_B)
-            return read(now, state, cold, *rest)
+            return sampler(now, state, cold, *rest)
 
         return wrong
 
@@ -195,7 +198,7 @@ def test_biased_sampler():
 
 @pytest.fixture(scope="module")
 def measured():
-    """A right measurement of a chain, to spoil."""
+    """A right measurement of a chain, for the tests to change."""
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, 24, 256)
     decoders = {
@@ -207,13 +210,13 @@ def measured():
 
 
 def checked(measured, spoil=lambda answer: answer) -> dict:
-    target, bench, told = measured
+    target, bench, unspoilt = measured
     spoilt = [
         {**turn, "chain": turn["chain"]._replace(answer=spoil(turn["chain"].answer))}
-        for case in told.cases
+        for case in unspoilt.cases
         for turn in case.turns
     ]
-    cases = [dataclasses.replace(told.cases[0], turns=tuple(spoilt))]
+    cases = [dataclasses.replace(unspoilt.cases[0], turns=tuple(spoilt))]
     return audit(
         target,
         {"chain": right_draft(0.15)},
@@ -253,8 +256,9 @@ def test_rounds_and_accepted_drafts_are_counted_again(measured):
 
 
 def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
-    """Scores that come out a little different each time: rounds differ where they were tied, and
-    only as far as that explains.
+    """Scores differ a little from run to run, so rounds differ at ties.
+
+    The audit accepts only differences that ties explain.
     """
     right, rng, deviation = replay_module._predict, np.random.default_rng(0), 0.3
 
@@ -266,11 +270,11 @@ def test_near_ties_of_the_draft_are_no_false_alarm(measured, monkeypatch):
 
     monkeypatch.setattr(replay_module, "_predict", noisy)
     made = [checked(measured) for _ in range(4)]
-    assert not any(failed(one) for one in made)
+    assert not any(failed(figures) for figures in made)
     assert any(
         " 0 of 7 answers have other rounds" not in check["found"]
-        for one in made
-        for check in one["checks"]
+        for figures in made
+        for check in figures["checks"]
         if ACCEPTANCE in check["name"]
     )
     deviation = 0.05  # what explains a tie does not explain that nothing was accepted
@@ -315,7 +319,9 @@ def test_a_token_that_was_never_drawn(measured):
 
 def test_an_answer_that_ends_too_early(measured):
     made = checked(measured, lambda answer: dataclasses.replace(answer, tokens=answer.tokens[:-1]))
-    assert TOKENS in failed(made) and {one["system_token"] for one in made["divergences"]} == {None}
+    assert TOKENS in failed(made) and {
+        divergence["system_token"] for divergence in made["divergences"]
+    } == {None}
     assert "became the end" in "\n".join(lines(made))
     check_schema(made, "audit")
 
@@ -324,8 +330,9 @@ def test_an_answer_that_ends_too_early(measured):
 
 
 def test_bfloat16_flips_are_near_ties(monkeypatch):
-    """In bfloat16 a verified block may round unlike single steps; where texts part, both tokens
-    were nearly tied.
+    """In bfloat16 a verified block may round differently from single steps.
+
+    Where texts part, both tokens were nearly tied.
     """
     monkeypatch.setattr(audit_module, "_draws", no_draws)
 
@@ -340,7 +347,7 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
     assert (
         made["passed"]
         and made["noise"] > 1e-3
-        and all(one["within_noise"] for one in made["divergences"])
+        and all(divergence["within_noise"] for divergence in made["divergences"])
     )
 
     # Tokens that part for no reason of rounding: the same audit must object.
@@ -363,7 +370,7 @@ def test_bfloat16_flips_are_near_ties(monkeypatch):
         )
         made = audited(target, {"chain": random_draft()}, TREES, max_new_tokens=40)
     assert {TOKENS, GREEDY_CHOICE} <= failed(made) and not all(
-        one["within_noise"] for one in made["divergences"]
+        divergence["within_noise"] for divergence in made["divergences"]
     )
 
 

@@ -61,7 +61,7 @@ def test_initial_weights(tiny_draft_spec):
 
 
 def _numpy_block(params, spec, e_LD, h_LD, mask_LL) -> np.ndarray:
-    """method.md 2.1 for one row, in float64."""
+    """Computes method.md 2.1 for one row in float64."""
     w = {name: np.asarray(array, np.float64) for name, array in params.items()}
 
     def norm(x, weight):
@@ -135,7 +135,7 @@ def test_row_that_sees_nothing_is_embedding_plus_mlp(block_case, tiny_draft_spec
 
 @partial(jax.jit, static_argnums=1)
 def _drafted(params, spec, embed_VD, times=1.0):
-    """Predicted states of a chain after one token."""
+    """Returns the predicted states of a chain after one token."""
     cache, length_B = (
         empty_rows(1, spec.num_kv_heads, 4, spec.head_dim, jnp.float32),
         jnp.zeros(1, jnp.int32),
@@ -146,12 +146,18 @@ def _drafted(params, spec, embed_VD, times=1.0):
 
 @partial(jax.jit, static_argnums=1)
 def _trained_on(params, spec, embed_VD, times=1.0):
-    """The loss of one row."""
+    """Returns the loss of one row."""
     states_BLD = np.random.default_rng(1).standard_normal((1, 6, spec.hidden_size), np.float32)
-    one = np.ones((1, 1), np.int32)
+    ones_11 = np.ones((1, 1), np.int32)
     batch = jax.tree.map(
         jnp.asarray,
-        Batch(np.arange(6, dtype=np.int32)[None], states_BLD, np.ones((1, 4), bool), 6 * one, one),
+        Batch(
+            np.arange(6, dtype=np.int32)[None],
+            states_BLD,
+            np.ones((1, 4), bool),
+            6 * ones_11,
+            ones_11,
+        ),
     )
     config, frozen = (
         TrainConfig(noise="none"),

@@ -1,6 +1,4 @@
-"""Benchmarks that need a large device or a quiet machine run here at toy size, so that they still
-run when one can be had.
-"""
+"""Benchmarks for large devices or quiet machines, run at toy size so that they stay usable."""
 
 import json
 import math
@@ -68,10 +66,10 @@ TOY = BeagleSpec(
 
 def test_train_step_at_toy_size(capsys):
     pytest.importorskip("torch")
-    found = benchmark("train_step").measure(
+    timings = benchmark("train_step").measure(
         TOY, 64, rows=2, width=24, steps=2, repeats=1, compile_it=False
     )
-    assert set(found) == {
+    assert set(timings) == {
         "beagle early",
         "beagle late s=2",
         "eagle early",
@@ -83,9 +81,7 @@ def test_train_step_at_toy_size(capsys):
 
 
 def test_torch_step_simulates():
-    """Without simulated steps the draft never reads its own states; with them its second step
-    does.
-    """
+    """Only with simulated steps does the draft read its own states, from the second step on."""
     torch = pytest.importorskip("torch")
     bench = benchmark("train_step")
     torch.manual_seed(0)
@@ -106,9 +102,9 @@ def test_torch_step_simulates():
 def test_step_memory_at_toy_size(tmp_path, capsys):
     bench = benchmark("step_memory")
     steps, widths = [1, 3], [64]
-    found = bench.measure(TOY, 64, 1, steps, widths, 3)
-    bench.plot(found, steps, widths, tmp_path / "memory.png")
-    grown = {form: sizes[-1] / sizes[0] for form, sizes in found["s"].items()}
+    measured = bench.measure(TOY, 64, 1, steps, widths, 3)
+    bench.plot(measured, steps, widths, tmp_path / "memory.png")
+    grown = {form: sizes[-1] / sizes[0] for form, sizes in measured["s"].items()}
     assert (
         grown["ours, detached"] < 1.15
         and grown["ours, gradients kept"] < 1.3
@@ -120,14 +116,15 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
 
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
-    """One topology at a time; a stage that does not fit is said. The README has the table of what
-    was planned.
+    """Each call plans one topology, and a stage that does not fit is reported.
+
+    docs/results.md shows the table of the stored plans.
     """
     bench = benchmark("plan_tpu")
     seen = []
 
-    def plan(config, asked):
-        seen.append((config.train.row_tokens, config.mesh.fsdp, asked.topology))
+    def plan(config, options):
+        seen.append((config.train.row_tokens, config.mesh.fsdp, options.topology))
         stage = {
             "compiler_total": 3 * 2**30,
             "refusal": "",
@@ -141,7 +138,7 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
         }
         return "plan", {
             "devices": devices,
-            "stages": {"early": stage, "late": stage | {"fits": asked.topology == "v5e:4x4"}},
+            "stages": {"early": stage, "late": stage | {"fits": options.topology == "v5e:4x4"}},
         }
 
     monkeypatch.setattr(bench, "plan", plan)
@@ -164,13 +161,13 @@ def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):
         == "| llama2_7b_chat | v5e:4x4, 16 chips | fsdp 16 | 16 x 2048 | 3.0 / 3.0 | 16 | yes |"
         and second.endswith("| NO |")
     )
-    kept = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
-    assert kept and bench.table(kept) in (bench.ROOT / "docs" / "results.md").read_text()
+    stored = json.loads((bench.ROOT / "benchmarks" / "results" / "plan_tpu.json").read_text())
+    assert stored and bench.table(stored) in (bench.ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> SimpleNamespace:
-    """A tiny target and a random draft of it."""
+    """A tiny target and a random draft for it."""
     made = make_workplace(tmp_path_factory.mktemp("run"))
     spec = BeagleSpec.from_target(
         load_target(str(made.folder / "target"), "float32", "unused").spec

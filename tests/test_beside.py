@@ -22,7 +22,7 @@ def stand_in(seconds: float, result: list[int]) -> subprocess.Popen:
 
 
 def test_ratios_are_of_pairs(monkeypatch, tmp_path):
-    """Both take twice as long every other time, which the ratio of a pair does not see."""
+    """Both checkouts take twice as long every other time, which cancels in the ratio of a pair."""
     bench = benchmark("beside")
     waiting = [stand_in(1.0, [7]), stand_in(2.0, [7])]
     monkeypatch.setattr(bench, "started", lambda checkout, draft: waiting.pop(0))

@@ -1,6 +1,4 @@
-"""False alarms of the audit come at the rate that is stated, on numbers drawn by numpy; what is
-wrong is beyond them.
-"""
+"""The audit's false alarm rate equals the stated one, on numbers from numpy; bugs exceed it."""
 
 import numpy as np
 import pytest
@@ -18,11 +16,10 @@ PLACES, V = 20, 50
 
 
 def alarms(reach: float, rng: np.random.Generator) -> float:
-    """Share of audits in which rounding alone lets another token than the best win that lies
-    further below it than `reach`.
+    """Returns the share of audits with a false alarm.
 
-    The worst that can be: at all places all others lie as far below the best as is just not
-    allowed.
+    In a false alarm rounding alone lets a token win that is further below the best than `reach`.
+    This is the worst case: at every position all other tokens are exactly that far below the best.
     """
     differences = rng.normal(0, 0.1, (TRIALS, PLACES, V))
     wins = differences[..., 1:].max(axis=-1) - reach > differences[..., 0]
@@ -35,17 +32,17 @@ def test_noise_explains_no_more_than_it_may():
     assert noise.deviation == pytest.approx(0.1, rel=0.4) and 3.5 < noise.largest / 0.1 < 5
     # Three standard errors of so many trials; the bound is a sum over pairs that depend on each
     # other, so it is not reached.
-    found = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
-    assert RATE / 5 < found < RATE + 3 * np.sqrt(RATE / TRIALS)
+    alarm_rate = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
+    assert RATE / 5 < alarm_rate < RATE + 3 * np.sqrt(RATE / TRIALS)
     assert (
-        alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= found
+        alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= alarm_rate
     )  # the noisiest place measured leaves some room
     # Planted: a bound as if one pair were compared.
     assert alarms(Noise(0.5, 0.1).reach(1, RATE), rng) > 0.9
 
 
 def test_noisy_places_count():
-    """One place in ten is three times as noisy: the noisiest of those measured decides."""
+    """One position in ten is three times as noisy: the noisiest measured one decides."""
     rng = np.random.default_rng(1)
     width_T1 = np.where(np.arange(192) % 10, 0.1, 0.3)[:, None]
     noise = noise_of(rng.normal(0, 1, (192, V)) * width_T1)

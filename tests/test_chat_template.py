@@ -1,7 +1,7 @@
 """`target.chat_template` and `target.template_variables`."""
 
 import pytest
-from command_cases import byte_tokenizer
+from chat_cases import byte_tokenizer
 
 from beagle_jax.config import load_config
 from beagle_jax.data.template import prompt_tokens

@@ -149,8 +149,8 @@ def test_blank_lines_are_skipped_but_counted(write):
 
 def test_packed_files_are_read_too(write):
     path = write(GOOD, {"turns": ["Why?"]}, name="chats.jsonl.gz")
-    read = [(chat.messages[0]["content"], chat.where) for chat in read_chats(path)]
-    assert read == [("Hi", f"{path}:1"), ("Why?", f"{path}:2")]
+    questions = [(chat.messages[0]["content"], chat.where) for chat in read_chats(path)]
+    assert questions == [("Hi", f"{path}:1"), ("Why?", f"{path}:2")]
 
 
 def test_files_of_a_folder_are_taken_in_turn(write, tmp_path):
@@ -327,31 +327,31 @@ def test_questions_in_a_row_become_one_and_two_answers_have_no_order(write, caps
     chats = read_chats(path)
     assert chats[-1].messages == ({"role": "user", "content": "Hi\n\nThere?"}, ANSWER)
     assert [chat.where for chat in chats] == [f"{path}:{line}" for line in range(1, 7)]
-    told = capsys.readouterr().out
-    assert f"left out 1 of 7 records ({path}:7): two answers stand in a row" in told
+    printed = capsys.readouterr().out
+    assert f"left out 1 of 7 records ({path}:7): two answers stand in a row" in printed
 
 
 def test_an_empty_answer_is_left_out_counted_and_named(write, capsys):
     empty = {"messages": [USER, {"role": "assistant", "content": ""}]}
     path = write(*[{"messages": [USER, ANSWER]}] * 40, *[empty] * 5)
     assert len(read_chats(path)) == 40
-    told = capsys.readouterr().out
-    assert f"left out 5 of 45 records ({path}:41, {path}:42, {path}:43, ..): 'content'" in told
+    printed = capsys.readouterr().out
+    assert f"left out 5 of 45 records ({path}:41, {path}:42, {path}:43, ..): 'content'" in printed
     with pytest.raises(UserError, match=r"5 of the 45 records .* data.max_bad_share = 0.1;"):
         read_chats(path, max_bad_share=0.1)
 
 
 def test_a_source_that_is_mostly_unusable_is_not_read_to_its_end():
-    read = []
+    numbers = []
 
     def records():
         for number in range(5000):
-            read.append(number)
+            numbers.append(number)
             yield {"text": "x"}, f"x:{number}"
 
     with pytest.raises(UserError, match=r"x:0: the keys are text; .* data.max_bad_share"):
         list(chats_of(records(), "x"))
-    assert len(read) == 1000
+    assert len(numbers) == 1000
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
@@ -363,8 +363,8 @@ def test_a_system_column_is_the_first_message(write, key):
         {key: "", "messages": [USER, ANSWER]},
         {key: "Be brief", "prompt": "Hi"},
     )
-    found = [chat.messages for chat in read_chats(path)]
-    assert found == [
+    messages = [chat.messages for chat in read_chats(path)]
+    assert messages == [
         (SYSTEM, USER, ANSWER),
         (SYSTEM, USER, ANSWER),
         (USER, ANSWER),

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment_cases import PAPER, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import point, prompts, runs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import pictures
 import plan as plans
 from claims import FAILS, HOLDS, OPEN, Value, judged, value_of, verdict
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_a_verdict_is_of_the_whole_interval(low, high, rule, expected):
 
 
 def test_measures_by_hand():
-    one = point(
+    first = point(
         [[6, 3, 1], [2, 2, 6]],
         seconds=[2.0, 3.0],
         plain_seconds=[4.0, 4.0],
@@ -43,7 +45,7 @@ def test_measures_by_hand():
         training_tokens_per_second=[10.0, 20.0],
     )
     other = point([[8, 2, 0], [10, 0, 0]])
-    found = {0: [other, one]}
+    points = {0: [other, first]}
     expected = {
         "tau": (6 + 6 + 3 + 2 + 4 + 18) / 20,
         "curve": (39 + 12 + 10) / 40,
@@ -54,8 +56,8 @@ def test_measures_by_hand():
         "training_speed": 15,
     }
     for measure, value in expected.items():
-        assert value_of(found, measure).value == pytest.approx(value), measure
-    assert value_of(found, "memory") == (700, 700, 700)
+        assert value_of(points, measure).value == pytest.approx(value), measure
+    assert value_of(points, "memory") == (700, 700, 700)
     written = {0: [{"written": [30, 20], "seconds": [2.0, 3.0], "plain_seconds": [4.0, 4.0]}]}
     assert (
         value_of(written, "tokens_per_second").value == 10
@@ -64,11 +66,13 @@ def test_measures_by_hand():
 
 
 def test_an_interval_is_as_wide_as_theory_says():
-    """Of a mean of many equal prompts: 1.96 standard errors to either side."""
+    """The interval of a mean over many equal prompts is 1.96 standard errors to either side."""
     rng = np.random.default_rng(0)
     tokens = (10 + rng.normal(0, 2, 400)).tolist()
-    found = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
-    assert found.high - found.low == pytest.approx(2 * 1.96 * np.std(tokens) / 10 / 20, rel=0.1)
+    interval = value_of({0: [{"tokens": tokens, "rounds": [10] * 400}]}, "tau")
+    assert interval.high - interval.low == pytest.approx(
+        2 * 1.96 * np.std(tokens) / 10 / 20, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("measure", ["tau", "curve", "alpha_1", "alpha_2"])
@@ -88,8 +92,9 @@ def test_the_best_of_several_is_what_counts():
 
 
 def test_both_sides_are_drawn_together():
-    """Prompts that differ widely leave the difference of two like runs certain; drawn apart they
-    would not.
+    """Prompts may differ widely: the difference of two equal runs is still certain.
+
+    It would not be if the two sides were resampled separately.
     """
     hard = [[40, 0, 0]] * 12 + [[0, 0, 40]] * 12
     better = [[39, 1, 0]] * 12 + [[0, 0, 40]] * 12
@@ -124,7 +129,7 @@ def test_what_was_not_run_or_cannot_be_decided_says_so():
 
 
 def test_times_of_a_shared_machine_decide_nothing():
-    """Such a training keeps none; what was timed alone is compared without it."""
+    """Training on a shared machine has no times; other trainings are compared without it."""
     claim = plans.Claim(
         figure="fig", says="a is faster", measure="training_speed", more="a", less=("b",)
     )

@@ -1,6 +1,4 @@
-"""The commands end to end on a tiny target in a Hugging Face folder, and how they end when
-something is wrong.
-"""
+"""The commands end to end on a tiny target in a Hugging Face folder, and how they fail."""
 
 import json
 import random
@@ -98,20 +96,20 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
     for *_, training, held_out, _, _ in seen:
-        found = []
+        places = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
                 batch = loader.batch_at(step)
                 for tokens, length, row_states in zip(
                     batch.tokens_BL, batch.length_BC[:, 0], batch.inputs_BLI, strict=True
                 ):
-                    found.append([row.tokens for row in rows].index(tokens[:length].tolist()))
+                    places.append([row.tokens for row in rows].index(tokens[:length].tolist()))
                     np.testing.assert_array_equal(
-                        row_states[:length], states_MD[starts[found[-1]] :][:length]
+                        row_states[:length], states_MD[starts[places[-1]] :][:length]
                     )
         order = list(range(12))
         random.Random(0).shuffle(order)  # as `train` does
-        assert sorted(found[:8]) == sorted(order[:8]) and sorted(found[8:]) == sorted(order[8:])
+        assert sorted(places[:8]) == sorted(order[:8]) and sorted(places[8:]) == sorted(order[8:])
 
 
 def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeypatch, capsys):
@@ -131,12 +129,12 @@ def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeyp
         )
         == 0
     )
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
         f"left out {12 - learned} of 12 chats without an answer in their first 31 tokens "
-        "(train.row_tokens)" in told
+        "(train.row_tokens)" in printed
     )
-    assert f"{learned} chats, " in told and 0 < learned < 12
+    assert f"{learned} chats, " in printed and 0 < learned < 12
 
 
 @pytest.mark.parametrize(
@@ -172,9 +170,11 @@ def test_a_run_that_cannot_go_on_is_refused_before_the_target_is_loaded(
 
 
 def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(trained, monkeypatch):
-    run, read, right = trained.folder / "looking", [], train_command.suite
+    run, suites_read, right = trained.folder / "looking", [], train_command.suite
     monkeypatch.setattr(
-        train_command, "suite", lambda *arguments: read.append(arguments) or right(*arguments)
+        train_command,
+        "suite",
+        lambda *arguments: suites_read.append(arguments) or right(*arguments),
     )
     assert (
         run_main(
@@ -189,7 +189,7 @@ def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(tr
         )
         == 0
     )
-    assert len(read) == 1, "the prompts are read once"
+    assert len(suites_read) == 1, "the prompts are read once"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     looked = [line for line in log if line.get("split") == "decoding"]
     assert [(line["stage"], line["step"]) for line in looked] == [
@@ -207,7 +207,7 @@ def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(tr
 
 
 def evaluated_tau(trained, run: Path, draft: str) -> float:
-    """What decoding both prompts one by one gives."""
+    """Returns tau from decoding both prompts one by one."""
     config = load_config(trained.config)
     target = load_target(config.target.source, config.target.dtype, config.target.cache_dir)
     decoder = decoder_of(config, target, load_draft(run / draft, target.spec))
@@ -241,7 +241,7 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
 
 
 def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
-    """Twelve chats in four rows or fewer: one batch of all of them an epoch."""
+    """Twelve chats fit in at most four rows: an epoch is one batch."""
     folder = trained.folder / "packed"
     options = [
         f"train.folder={folder}",
@@ -261,11 +261,11 @@ def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
         and len(log) - len(held_out) == 3
         and held_out
     )
-    told = (
+    sentence = (
         f"{about['padding']:.0%} of the positions are padding ({about['padding_unpacked']:.0%} "
         "without train.pack)"
     )
-    assert told in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
     assert (
         load_file(folder / "draft" / "model.safetensors").keys()
         == load_file(trained.folder / "run" / "draft" / "model.safetensors").keys()
@@ -297,9 +297,7 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(trained):
-    """As tests/test_to_jax.py sees of loading and tests/test_sharding.py of a step, here through
-    the command.
-    """
+    """Through the command: tests/test_to_jax.py covers loading, tests/test_sharding.py a step."""
     folder = trained.folder / "mesh"
     options = [
         f"train.folder={folder}",
@@ -331,5 +329,5 @@ def test_eight_devices_load_a_part_of_the_target_each_and_train_the_same_losses(
     ]
     one_device, eight = ([line for line in log if "loss" in line] for log in logs)
     assert len(eight) == 3
-    for one, many in zip(one_device[: len(eight)], eight, strict=True):
-        assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for single, split in zip(one_device[: len(eight)], eight, strict=True):
+        assert split["loss"] == pytest.approx(single["loss"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""The evaluate, generate and tune commands on what one training run left."""
+"""The evaluate, generate and tune commands on the result of one training run."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
 def evaluated(trained, capsys) -> list[dict]:
-    """The figures by system that `evaluate` writes, which are also those that it prints."""
+    """Returns the figures by system that `evaluate` writes and prints."""
     figures = trained.folder / "figures.json"
     assert (
         run_main(
@@ -38,10 +38,10 @@ def evaluated(trained, capsys) -> list[dict]:
         {**systems[system["name"]], **system} for system in report["systems"]
     ]
     printed = capsys.readouterr().out
-    for one in summaries:
+    for summary in summaries:
         assert (
-            f"{one['identical_to_plain']}/{one['answers']}" in printed
-            and f"{one['tau']:5.2f}" in printed
+            f"{summary['identical_to_plain']}/{summary['answers']}" in printed
+            and f"{summary['tau']:5.2f}" in printed
         )
     names = ("plain", str(trained.folder / "run" / "draft"))
     assert (plain["name"], draft["name"]) == names
@@ -62,7 +62,7 @@ def test_evaluate_finds_all_answers_identical(trained, capsys):
 
 
 class Wrong(SpeculativeDecoder):
-    """Gets the last token wrong when it drafts."""
+    """A decoder that gets the last token wrong if it drafts."""
 
     def generate(self, *arguments, **options):
         answers = super().generate(*arguments, **options)
@@ -78,9 +78,9 @@ def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
     assert printed.count("\npassed  ") == 6 and "FAILED" not in printed and "3/3" in printed
     monkeypatch.setattr("beagle_jax.decoding.build.SpeculativeDecoder", Wrong)
     assert run_main(evaluate.main, command) == 1
-    told = capsys.readouterr()
-    assert "FAILED" in told.out and " became " in told.out
-    assert "error: the audit failed; the lines above that begin with FAILED say where" in told.err
+    output = capsys.readouterr()
+    assert "FAILED" in output.out and " became " in output.out
+    assert "error: the audit failed; the lines above that begin with FAILED say where" in output.err
 
 
 def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
@@ -92,7 +92,10 @@ def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):
 
 
 def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
-    """Two systems beside plain decoding, every file, and a second run that asks nothing again."""
+    """Two systems next to plain decoding, and every file.
+
+    A second run decodes nothing again.
+    """
     own = write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS)
     out, command = (
         tmp_path / "out",
@@ -151,23 +154,28 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
 
 
 def test_answers_belong_to_a_target_and_its_tree(tmp_path):
-    """Other weights or another tuned tree under the same names are other settings."""
+    """Answers of other weights or of another tuned tree are not reused under the same names."""
     config = Config(target=TargetConfig(source="x"))
-    found = []
+    records = []
     for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
         target = target_of(MARKOV, seed=seed, tokenizer=letters())
         bench = Bench(
             {"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8
         )
-        found.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
-    assert [sum(one[key] != found[0][key] for key in one) for one in found] == [0, 1, 1, 0]
-    assert found[1]["target_sha256"] != found[0]["target_sha256"] and found[2]["trees"] == {
+        records.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
+    assert [sum(record[key] != records[0][key] for key in record) for record in records] == [
+        0,
+        1,
+        1,
+        0,
+    ]
+    assert records[1]["target_sha256"] != records[0]["target_sha256"] and records[2]["trees"] == {
         "lookup": "chain of 3"
     }
 
 
 def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
-    """It would stand where plain decoding does."""
+    """The name would clash with plain decoding."""
     (trained.folder / "plain").symlink_to(trained.folder / "run" / "draft")
     monkeypatch.chdir(trained.folder)
     assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (
@@ -207,7 +215,7 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
 
 
 def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
-    """Runs the chat; an exception among the lines is raised where a line would be typed."""
+    """Runs the chat with typed lines; an exception among them is raised instead of a line."""
     waiting = iter(lines)
 
     def typed(_):
@@ -222,25 +230,27 @@ def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
 
 
 def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
-    asked = []
+    histories = []
     right = SpeculativeDecoder.stream
     monkeypatch.setattr(
         SpeculativeDecoder,
         "stream",
-        lambda self, prompt, *a, **o: asked.append(list(prompt)) or right(self, prompt, *a, **o),
+        lambda self, prompt, *a, **o: (
+            histories.append(list(prompt)) or right(self, prompt, *a, **o)
+        ),
     )
     chatted(
         trained, monkeypatch, ["Hi", "And?", "/clear", "Hi", EOFError()], "decode.max_new_tokens=8"
     )
     printed = capsys.readouterr().out
-    assert [[message["role"] for message in history] for history in asked] == [
+    assert [[message["role"] for message in history] for history in histories] == [
         ["user"],
         ["user", "assistant", "user"],
         ["user"],
     ]
     target = load_target(str(trained.folder / "target"), "float32", "unused")
     [first] = SpeculativeDecoder(target).generate(["Hi"], max_new_tokens=8)
-    assert asked[1][1]["content"] == first.text and printed.count(first.text) >= 2
+    assert histories[1][1]["content"] == first.text and printed.count(first.text) >= 2
     with monkeypatch.context() as patch:
         patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
         assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1
@@ -310,8 +320,9 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_sampled_answers_are_those_of_plain_sampling(trained, capsys):
-    """As tests/test_eagle_evaluation.py sees of both kinds of draft, here from the command line and
-    with a filter.
+    """From the command line, with a filter.
+
+    tests/test_eagle_evaluation.py covers both kinds of draft.
     """
     options = ["decode.temperature=0.8", "decode.top_p=0.9", "eval.limit=3"]
     assert run_main(evaluate.main, ["--config", trained.config, *options]) == 0

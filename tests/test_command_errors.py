@@ -1,15 +1,12 @@
-"""How the commands end when something is wrong: one message and a status, before the work
-begins.
-"""
+"""How the commands fail: one message and an exit status, before the work begins."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from command_cases import COMMANDS, ended, make_workplace
+from command_cases import COMMANDS, ended, workplace  # noqa: F401 (the fixture)
 
 from beagle_jax.commands import evaluate as evaluate_command
 from beagle_jax.commands import generate as generate_command
@@ -17,11 +14,6 @@ from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
 from beagle_jax.commands import tune as tune_command
 from beagle_jax.errors import UsageError, UserError, run_main
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> SimpleNamespace:
-    return make_workplace(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -119,8 +111,8 @@ def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):
     ],
 )
 def test_exit_status_and_message(workplace, capsys, name, more, status, expected):
-    found, message = ended(capsys, name, "--config", workplace.config, *more)
-    assert found == status and expected in message
+    ended_with, message = ended(capsys, name, "--config", workplace.config, *more)
+    assert ended_with == status and expected in message
 
 
 @pytest.mark.parametrize(
@@ -229,7 +221,7 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             PermissionError(13, "Permission denied", "/a/place"),
@@ -241,12 +233,12 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
         ),
     ],
 )
-def test_what_the_file_system_refuses_is_one_message(capsys, error, told):
+def test_what_the_file_system_refuses_is_one_message(capsys, error, message):
     def main(argv):
         raise error
 
     assert run_main(main, []) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     with pytest.raises(type(error), match=re.escape(error.strerror)):
         run_main(main, ["--debug"])
 
@@ -260,7 +252,7 @@ def test_other_failures_of_the_system_keep_their_traceback():
 
 
 def python_m(name: str, *argv: str) -> subprocess.CompletedProcess:
-    """The command as a user starts it, from another folder than the repository."""
+    """Runs the command as a user does, from another folder than the repository."""
     command = [sys.executable, "-m", f"beagle_jax.{name}", *argv]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent

@@ -1,6 +1,4 @@
-"""Config files: every error message, aliases, overrides, conversions, and the defaults that the
-files rely on.
-"""
+"""Config files: error messages, aliases, overrides, conversions, and defaults."""
 
 from pathlib import Path
 
@@ -36,8 +34,9 @@ def load(tmp_path):
 
 
 def refused(load, text: str, *overrides: str) -> str:
-    """The message of the usage error that this file and these overrides cause; it names the file or
-    the override.
+    """Returns the usage error's message for this file and these overrides.
+
+    Checks that it names the file or the override.
     """
     with pytest.raises(UsageError) as caught:
         load(text, *overrides)
@@ -283,7 +282,7 @@ def test_a_dense_late_stage_has_no_windows(load):
 
 
 def test_late_stage_in_one_word(load):
-    """`none` and `simulate` stand beside the section, and the last word counts."""
+    """`none` and `simulate` may stand next to the section; the last one wins."""
 
     def steps(text, *overrides):
         return load(TARGET + text, *overrides).train.late.steps
@@ -435,8 +434,8 @@ def test_aliases_mean_what_their_project_means(load, alias, capsys):
     for part in key.split("."):
         config = getattr(config, part)
     assert config == expected
-    told = capsys.readouterr().err
-    assert ("run.yaml: decode.depth 5 is EAGLE's, and means decode.levels 6" in told) == (
+    printed = capsys.readouterr().err
+    assert ("run.yaml: decode.depth 5 is EAGLE's, and means decode.levels 6" in printed) == (
         alias == "decode.depth"
     )
 

@@ -1,4 +1,4 @@
-"""Files that extend others, paths from any working directory, and what --print-config shows."""
+"""Files that extend others, paths from any working directory, and --print-config."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a file below a folder that is not the working directory; returns its path."""
+    """Writes a file below a folder other than the working directory; returns its path."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -242,7 +242,7 @@ def test_a_wrong_list_of_stages_is_refused(write, text, message):
 
 
 def test_stages_of_0_1_0(write, capsys):
-    """All settings in every stage: what had one value there is passed over."""
+    """Version 0.1.0 has every setting in every stage; one that had a single value is ignored."""
     old = "simulation_steps: 1, detach: false, dense: false, multi_token: false, step_weights: null"
     path = write(
         "run.yaml",

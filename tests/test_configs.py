@@ -1,6 +1,4 @@
-"""Every file in configs/: it loads, it names the folder of its own, and the paper's targets have
-the paper's settings.
-"""
+"""Every file in configs/ loads and has its own folder; the paper's targets have its settings."""
 
 import json
 from pathlib import Path
@@ -15,12 +13,7 @@ from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import shape
 from beagle_jax.weights.shape import parameter_count
 
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """Configs name files from there."""
-    monkeypatch.chdir(ROOT)
-
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 ROOT = Path(__file__).resolve().parent.parent
 # paper.yaml is what others extend: it has no target.
@@ -43,7 +36,7 @@ def test_loads_keeps_to_its_folder_and_has_a_tree(path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_paper_settings(path):
-    """method.md 5.4 and 6.4."""
+    """The settings are those of method.md 5.4 and 6.4."""
     train, decode = load_config(path).train, load_config(path).decode
     stage = EarlyStage(steps=42_500, learning_rate=3e-5, warmup=2000, schedule="constant", window=5)
     assert train.early == stage
@@ -81,8 +74,8 @@ def shape_of(name: str) -> TargetSpec:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_have_the_published_numbers(name):
     spec = shape_of(name)
-    found = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
-    assert (round(parameter_count(spec) / 1e6, 6), *found) == PUBLISHED[name]
+    numbers = (spec.vocab_size, spec.max_positions, spec.rope_theta, spec.rms_norm_eps)
+    assert (round(parameter_count(spec) / 1e6, 6), *numbers) == PUBLISHED[name]
     assert (spec.rope_scaling is not None) == (
         name == "llama_3_1_8b"
     ) and spec.tie_embeddings == name.startswith("smollm2")

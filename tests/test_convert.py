@@ -1,6 +1,4 @@
-"""Drafts to PyTorch and back: the same states, the same answers, the same bits; and how a bad draft
-is refused.
-"""
+"""Drafts to PyTorch and back: same states, same answers, same bits; bad drafts are refused."""
 
 import json
 import sys
@@ -40,10 +38,12 @@ def test_torch_predicts_the_states_and_logits_of_jax(place, exported, name):
     mask_BTS = rng.random((2, 12, 12)) < 0.4
     mask_BTS[:, 3] = False  # a query that sees nothing
     with torch.no_grad():
-        found = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSD), torch.from_numpy(mask_BTS))
-        logits = found @ module.head_rows(place.model.lm_head.weight).T
+        predicted_BTD = module(
+            torch.from_numpy(e_BTD), torch.from_numpy(h_BSD), torch.from_numpy(mask_BTS)
+        )
+        logits = predicted_BTD @ module.head_rows(place.model.lm_head.weight).T
     expected = BeagleBlock(draft.spec).apply({"params": draft.params}, e_BTD, h_BSD, mask_BTS)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(predicted_BTD.numpy(), expected, rtol=1e-5, atol=1e-5)
     rows_VD = (
         place.target.params["head_VD"]
         if draft.hot_ids is None
@@ -52,7 +52,7 @@ def test_torch_predicts_the_states_and_logits_of_jax(place, exported, name):
     np.testing.assert_allclose(
         logits.numpy(), expected @ rows_VD.T, rtol=1e-5, atol=1e-4
     )  # a sum of products over D
-    assert np.abs(found.numpy() - e_BTD).max() > 0.1
+    assert np.abs(predicted_BTD.numpy() - e_BTD).max() > 0.1
 
 
 @pytest.mark.parametrize(("name", "tree"), [("whole", "static"), ("hot", "chain")])
@@ -64,19 +64,19 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, t
     module = torch_draft(exported[name])
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
-        found = module.generate(place.model, ids, max_new_tokens=24, **options)
+        torch_answer = module.generate(place.model, ids, max_new_tokens=24, **options)
         [jax_answer] = fast.generate([prompt], max_new_tokens=24)
         [plain] = place.plain.generate([prompt], max_new_tokens=24)
         theirs = place.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
         )
         assert (
-            found.sequences[0].tolist()
+            torch_answer.sequences[0].tolist()
             == prompt + jax_answer.tokens
             == prompt + plain.tokens
             == theirs[0].tolist()
         )
-        assert found.rounds == jax_answer.rounds < len(plain.tokens) - 1
+        assert torch_answer.rounds == jax_answer.rounds < len(plain.tokens) - 1
         assert sum(jax_answer.accepted[1:]) > 1, (
             "the draft must be right sometimes, else acceptance is not tested"
         )
@@ -86,7 +86,10 @@ grown = jax.jit(grow, static_argnums=3)
 
 
 def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
-    """What torch, with its own form of a tree, and JAX draft below ten roots over random states."""
+    """Returns what torch, with its own tree class, and JAX draft below ten roots.
+
+    The states are random.
+    """
     draft, module = (
         load_draft(place.folder / "hot", place.target.spec),
         torch_draft(exported["hot"]),
@@ -100,16 +103,16 @@ def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
     )
     drafter = BeagleDrafter(draft.spec, draft.params, params["embed_VD"], head)
     known = Known(jnp.asarray(roots), jnp.full(10, 6))
-    found = grown(drafter, cache, known, static_tree(PATHS))
+    drafted_tree = grown(drafter, cache, known, static_tree(PATHS))
     rows_VD, embed = (
         module.head_rows(place.model.lm_head.weight),
         place.model.get_input_embeddings(),
     )
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(6)) for h_SD in h_BSD]
     return [
-        module.draft(tree, int(root), one, embed, rows_VD)
-        for root, one in zip(roots, true, strict=True)
-    ], found.nodes.token_BW.tolist()
+        module.draft(tree, int(root), memory, embed, rows_VD)
+        for root, memory in zip(roots, true, strict=True)
+    ], drafted_tree.nodes.token_BW.tolist()
 
 
 def tree_class(exported):
@@ -117,15 +120,15 @@ def tree_class(exported):
 
 
 def test_torch_drafts_the_nodes_that_jax_drafts(place, exported):
-    found, expected = drafted(place, exported, tree_class(exported)(PATHS))
-    assert found == expected
+    by_torch, expected = drafted(place, exported, tree_class(exported)(PATHS))
+    assert by_torch == expected
 
 
 @pytest.mark.parametrize(
     "bug", ["siblings are seen", "parents are not seen", "a level is appended late"]
 )
 def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
-    """Planted bugs of the test above."""
+    """Bugs planted in the test above."""
     tree = tree_class(exported)(PATHS)
     if bug == "siblings are seen":
         tree.ancestors = [set(range(tree.size))] * tree.size
@@ -136,14 +139,12 @@ def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
             {node for node in above if tree.depth[node] < depth - 1}
             for above, depth in zip(tree.ancestors, tree.depth, strict=True)
         ]
-    found, expected = drafted(place, exported, tree)
-    assert found != expected
+    by_torch, expected = drafted(place, exported, tree)
+    assert by_torch != expected
 
 
 def test_states_are_the_last_hidden_states_after_the_norm(place):
-    """What `generate` takes for states, and `hidden_states[-1]` of a Llama, are what the head
-    reads.
-    """
+    """`generate` takes what the head reads as states, which is `hidden_states[-1]` of a Llama."""
     with torch.no_grad():
         out = place.model(torch.tensor([PROMPTS[1]]), output_hidden_states=True)
         state = place.model.base_model(torch.tensor([PROMPTS[1]])).last_hidden_state
@@ -304,14 +305,17 @@ def test_a_card_without_provenance_says_so():
     assert "revision not recorded in training; 1a2b when exported" in model_card(
         Draft(spec, {}, None, {"target": "hf:org/name"}), None, "1a2b"
     )
-    for told in ({"target": "hf:org/name@v1"}, {"target": "hf:org/name", "target_revision": "v1"}):
-        assert "`, revision v1\n" in model_card(Draft(spec, {}, None, told), None, "1a2b")
+    for provenance in (
+        {"target": "hf:org/name@v1"},
+        {"target": "hf:org/name", "target_revision": "v1"},
+    ):
+        assert "`, revision v1\n" in model_card(Draft(spec, {}, None, provenance), None, "1a2b")
 
 
 @pytest.mark.parametrize("loss", get_args(get_type_hints(TrainConfig)["loss"]))
 def test_the_card_names_the_loss_that_was_asked_for(place, loss):
-    told = {**PROVENANCE, "training": {**PROVENANCE["training"], "loss": loss}}
-    draft = Draft(load_draft(place.folder / "hot", place.target.spec).spec, {}, None, told)
+    provenance = {**PROVENANCE, "training": {**PROVENANCE["training"], "loss": loss}}
+    draft = Draft(load_draft(place.folder / "hot", place.target.spec).spec, {}, None, provenance)
     line = (
         model_card(draft)
         .partition("### Losses\n\n")[2]
@@ -330,7 +334,7 @@ def test_the_card_names_the_loss_that_was_asked_for(place, loss):
 
 
 def report_of(name: str) -> dict:
-    """As report.schema.json says, without what a card does not show."""
+    """Makes a report in the form of report.schema.json, without what a card does not show."""
     figures = {
         "tau": 1.6101,
         "tau_interval": [1.55, 1.674],

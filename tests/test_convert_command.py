@@ -1,6 +1,4 @@
-"""The convert command: planted bugs leave no folder, a folder is replaced as a whole, and drafts
-come back from PyTorch.
-"""
+"""The convert command: whole folders or none, replacement, and PyTorch to JAX."""
 
 import json
 import os
@@ -26,7 +24,7 @@ from beagle_jax.weights.hf import HFFolder
 
 
 def change_module(monkeypatch, *changes: tuple[str, str]) -> str:
-    """The exported module with some of its text changed; the message that must come."""
+    """Changes some text of the exported module; returns the expected message."""
     right = wrong = torch_export.module_source("modeling_beagle")
     for old, new in changes:
         wrong = wrong.replace(old, new)
@@ -145,7 +143,7 @@ def test_a_folder_that_cannot_be_made_is_named(place, tmp_path, capsys):
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "overwrite"])
 def test_a_full_disk_leaves_no_half_folder(place, exported, tmp_path, capsys, before):
-    """Both directions, and what was there stays."""
+    """In both directions an existing folder stays as it was."""
     if before:
         shutil.copytree(exported["hot"], tmp_path / "out")
     with small_disk(4000):
@@ -251,23 +249,25 @@ def test_drafts_of_another_target_are_refused(place, exported, tmp_path, capsys)
 
 
 def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, monkeypatch):
-    """Two targets may have one shape: their names tell them apart, those of folders do not."""
+    """Two targets may have one shape. Public names tell them apart, names of folders do not."""
     draft = load_draft(place.folder / "hot", place.target.spec)
     monkeypatch.setattr(converting, "open_source", lambda *_: HFFolder(place.folder / "target"))
-    for told, asked, refuses in (
+    for made_for, source_named, refuses in (
         ("hf:org/chat", "hf:org/code", True),
         ("hf:org/chat@v1", "hf:org/chat@v2", True),
         ("hf:org/chat", "hf:org/chat@v2", False),
         ("hf:org/chat", "a/folder", False),
     ):
         source = tmp_path / "native"
-        save_draft(source, replace(draft, provenance={**PROVENANCE, "target": told}))
-        status = to_torch(place, source, tmp_path / "out", f"target.source={asked}", "--overwrite")
+        save_draft(source, replace(draft, provenance={**PROVENANCE, "target": made_for}))
+        status = to_torch(
+            place, source, tmp_path / "out", f"target.source={source_named}", "--overwrite"
+        )
         assert status == refuses
         if refuses:
             assert (
-                f"{source}: this draft belongs to another target ({told}, and target.source is "
-                f"{asked})" in refused(capsys, status)
+                f"{source}: this draft belongs to another target ({made_for}, and target.source is "
+                f"{source_named})" in refused(capsys, status)
             )
         else:
             assert (
@@ -275,7 +275,7 @@ def test_a_draft_of_another_public_target_is_refused(place, tmp_path, capsys, mo
                     place,
                     tmp_path / "out",
                     tmp_path / "back",
-                    f"target.source={asked}",
+                    f"target.source={source_named}",
                     "--overwrite",
                 )
                 == 0

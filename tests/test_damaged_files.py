@@ -1,9 +1,8 @@
-"""Damaged files, 800 of them: bytes flipped and ends cut off, in every file that is read for a
-draft or a target.
+"""Damaged files, 800 of them, of every kind that is read for a draft or a target.
 
-Each must end in our own error, or in exactly what the bytes still say. The drafts' own folders
-carry a digest, so there only the undamaged draft may come out; in foreign formats a weight may
-change where its own bytes did, and nowhere else.
+Bytes are changed or the end is cut off. Each must end in our own error, or in exactly what the
+bytes still say. Folders of drafts carry a digest, so only the undamaged draft may be returned. In
+foreign formats a weight may change where its own bytes did, and nowhere else.
 """
 
 import json
@@ -96,7 +95,7 @@ def _leaves(params) -> dict:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> SimpleNamespace:
-    """One folder of each kind, whole."""
+    """One whole folder of each kind."""
     root = tmp_path_factory.mktemp("whole")
     spec = BeagleSpec.from_target(SPEC)
     draft = Draft(
@@ -135,8 +134,9 @@ def sources(tmp_path_factory) -> SimpleNamespace:
 
 
 def damaged(whole: bytes, seed: int) -> bytes:
-    """A quarter cut off, the rest with one to three bytes changed; half of the damage near the
-    beginning.
+    """Cuts off the end of one file in four, and changes one to three bytes of the others.
+
+    Half of the damage is near the beginning.
     """
     rng = np.random.default_rng(seed)
 
@@ -145,24 +145,25 @@ def damaged(whole: bytes, seed: int) -> bytes:
 
     if rng.random() < 0.25:
         return whole[: place()]
-    found = bytearray(whole)
+    changed = bytearray(whole)
     for _ in range(rng.integers(1, 4)):
-        found[place()] ^= 1 << rng.integers(8) if rng.random() < 0.5 else rng.integers(1, 256)
-    return bytes(found)
+        changed[place()] ^= 1 << rng.integers(8) if rng.random() < 0.5 else rng.integers(1, 256)
+    return bytes(changed)
 
 
-def outcomes(folder: Path, file: str, read: Callable[[Path], dict], cases: int, judge) -> list[str]:
-    """Reads `cases` damaged versions of a file; returns how each ended: "refused", or "read" when
-    `judge` found it right.
+def outcomes(folder: Path, file: str, load: Callable[[Path], dict], cases: int, judge) -> list[str]:
+    """Reads `cases` damaged versions of a file and returns how each ended.
+
+    "refused", or "read" if `judge` accepted what was loaded.
     """
-    whole, expected = (folder / file).read_bytes(), read(folder)
+    whole, expected = (folder / file).read_bytes(), load(folder)
     ended = []
     try:
         for case in range(cases):
             changed = damaged(whole, zlib.crc32(file.encode()) + case)
             (folder / file).write_bytes(changed)
             try:
-                found = read(folder)
+                loaded = load(folder)
             except UserError as error:
                 if str(folder) not in str(error):
                     raise AssertionError(
@@ -170,42 +171,40 @@ def outcomes(folder: Path, file: str, read: Callable[[Path], dict], cases: int, 
                     ) from error
                 ended.append("refused")
             else:
-                judge(expected, found, whole, changed, f"case {case}")
+                judge(expected, loaded, whole, changed, f"case {case}")
                 ended.append("read")
     finally:
         (folder / file).write_bytes(whole)
     return ended
 
 
-def same(expected: dict, found: dict, _whole=b"", _changed=b"", where: str = "") -> None:
-    assert expected.keys() == found.keys(), where
+def same(expected: dict, loaded: dict, _whole=b"", _changed=b"", where: str = "") -> None:
+    assert expected.keys() == loaded.keys(), where
     for name, value in expected.items():
         equal = (
-            np.array_equal(value, found[name], equal_nan=True)
+            np.array_equal(value, loaded[name], equal_nan=True)
             if isinstance(value, np.ndarray)
-            else value == found[name]
+            else value == loaded[name]
         )
         assert equal, f"{where}: {name} changed without a word"
 
 
 def as_the_config_says(
-    expected: dict, found: dict, _whole: bytes, changed: bytes, where: str
+    expected: dict, loaded: dict, _whole: bytes, changed: bytes, where: str
 ) -> None:
-    """The weights are the old ones, and each size and number is what stands in the file under its
-    key.
-    """
+    """Checks that the weights are unchanged, and that the spec follows the file."""
     same(
         {name: value for name, value in expected.items() if name not in ("spec", "eos")},
-        {name: value for name, value in found.items() if name not in ("spec", "eos")},
+        {name: value for name, value in loaded.items() if name not in ("spec", "eos")},
         where=where,
     )
-    told, spec = json.loads(changed), found["spec"]
-    rope = told.get("rope_parameters") or {}
-    assert spec.rope_theta == rope.get("rope_theta", 10000.0) and spec.rms_norm_eps == told.get(
+    written, spec = json.loads(changed), loaded["spec"]
+    rope = written.get("rope_parameters") or {}
+    assert spec.rope_theta == rope.get("rope_theta", 10000.0) and spec.rms_norm_eps == written.get(
         "rms_norm_eps", 1e-6
     ), where
     assert (
-        spec.max_positions == told.get("max_position_embeddings", 2048)
+        spec.max_positions == written.get("max_position_embeddings", 2048)
         and spec.rope_scaling is None
     ), where
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.hidden_size) == (4, 2, 16, 64), (
@@ -214,33 +213,34 @@ def as_the_config_says(
 
 
 def where_its_bytes_changed(
-    expected: dict, found: dict, whole: bytes, changed: bytes, where: str
+    expected: dict, loaded: dict, whole: bytes, changed: bytes, where: str
 ) -> None:
-    """Weights may differ in as many values as bytes were changed in the data; shapes, names and all
-    else may not.
+    """Checks that at most as many values differ as bytes were changed in the data.
+
+    Shapes, names and all else must be equal.
     """
-    assert len(whole) == len(changed) and expected.keys() == found.keys(), where
+    assert len(whole) == len(changed) and expected.keys() == loaded.keys(), where
     count = sum(a != b for a, b in zip(whole, changed, strict=True))
     values = 0
     for name, value in expected.items():
         if isinstance(value, np.ndarray):
-            values += int((value.view(np.uint32) != found[name].view(np.uint32)).sum())
+            values += int((value.view(np.uint32) != loaded[name].view(np.uint32)).sum())
         elif name == "spec":
             numbers = [
                 field
                 for field in ("rope_theta", "rms_norm_eps", "max_positions")
-                if getattr(value, field) != getattr(found[name], field)
+                if getattr(value, field) != getattr(loaded[name], field)
             ]
-            assert value == found[name] or len(numbers) <= count, where
+            assert value == loaded[name] or len(numbers) <= count, where
     assert values <= count, f"{where}: {values} values changed for {count} bytes"
 
 
 def anything(*_) -> None:
-    """These files say what tokens are and which one ends an answer; nothing else knows."""
+    """Accepts everything: only these files say what tokens are and which one ends an answer."""
 
 
 @pytest.mark.parametrize(
-    ("source", "file", "read", "cases", "judge"),
+    ("source", "file", "load", "cases", "judge"),
     [
         ("draft", "model.safetensors", read_draft, 120, same),
         ("draft", "config.json", read_draft, 60, same),
@@ -259,10 +259,10 @@ def anything(*_) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damage_ends_in_our_error_or_in_what_the_bytes_say(
-    sources, tmp_path, source, file, read, cases, judge
+    sources, tmp_path, source, file, load, cases, judge
 ):
     shutil.copytree(sources / source, tmp_path / source)
-    ended = outcomes(tmp_path / source, file, read, cases, judge)
+    ended = outcomes(tmp_path / source, file, load, cases, judge)
     assert len(ended) == cases and ended.count("refused") >= cases / 10
 
 
@@ -286,9 +286,7 @@ def test_planted_bug_any_dtype_taken_for_weights(sources, tmp_path, monkeypatch)
 
 
 def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
-    """Two tensors of one size whose offsets changed places: every length is right, and the weights
-    are not.
-    """
+    """The offsets of two tensors of one size are swapped: lengths are right, weights are not."""
     shutil.copytree(sources / "gguf", tmp_path / "gguf")
     path = tmp_path / "gguf" / "model.gguf"
     whole = path.read_bytes()
@@ -318,7 +316,7 @@ def test_planted_bug_gguf_offsets_believed(sources, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [2**20, 2**62])
 def test_a_gguf_that_promises_too_much_is_refused_at_once(sources, tmp_path, count):
-    """The gguf package would walk through as many values as are promised."""
+    """The gguf package would loop over as many values as the file promises."""
     shutil.copytree(sources / "gguf", tmp_path / "gguf")
     path = tmp_path / "gguf" / "model.gguf"
     whole = bytearray(path.read_bytes())

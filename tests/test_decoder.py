@@ -1,4 +1,4 @@
-"""The decoder's interface: batches, stops, streams, long prompts, many prompts (method.md 13.7)."""
+"""The decoder's interface: batches, stops, streams, long and many prompts (method.md 13.7)."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def _decoder(tree, target=None, draft=None, **options) -> SpeculativeDecoder:
 
 
 def _lettered(error: float = 0.02):
-    """A target that writes letters, and a draft that is mostly right about them."""
+    """Makes a target that writes letters, and a draft that is mostly right about them."""
     return target_of(MARKOV, tokenizer=letters()), right_draft(error)
 
 
@@ -60,9 +60,7 @@ def _lettered(error: float = 0.02):
 
 @EACH_TREE
 def test_a_batch_repeats_what_each_prompt_gets_alone(tree, sampling):
-    """Greedily with drafts that are mostly wrong; drawn with mostly right ones, and a stop
-    token.
-    """
+    """Greedy with drafts that are mostly wrong; sampled with mostly right ones and a stop token."""
     target, draft = target_of(), random_draft()
     if not sampling.greedy:
         target, draft = (
@@ -109,7 +107,7 @@ def _check_batch(decoder, sampling) -> None:
 
 @pytest.fixture(scope="module")
 def two_hundred():
-    """Prompts, and what plain decoding answers."""
+    """Two hundred prompts with their answers by plain decoding."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, TINY.vocab_size, rng.integers(1, 30)).tolist() for _ in range(200)]
     plain = SpeculativeDecoder(target_of()).generate(prompts, max_new_tokens=64)
@@ -142,8 +140,8 @@ def test_two_hundred_prompts_with_the_other_trees(two_hundred, tree):
     _check_many(two_hundred, SMALL_TREES[tree], True)
 
 
-def _check_many(asked, tree, append_predicted: bool) -> None:
-    prompts, plain = asked
+def _check_many(prompts_and_answers, tree, append_predicted: bool) -> None:
+    prompts, plain = prompts_and_answers
     fast = _decoder(tree, append_predicted=append_predicted).generate(prompts, max_new_tokens=64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < sum(answer.rounds for answer in plain)
@@ -160,16 +158,16 @@ def test_a_stop_string_ends_the_answer_wherever_it_lies(tree, begin):
     [free] = decoder.generate([[5]], max_new_tokens=40)
     stop = free.text[begin : begin + 3]
     place = free.text.find(stop)
-    [found] = decoder.generate([[5]], max_new_tokens=40, stop=["never there", stop])
-    assert found.text == free.text[:place] and found.finish == "string"
-    assert found.tokens == free.tokens[: place + len(stop)]
+    [answer] = decoder.generate([[5]], max_new_tokens=40, stop=["never there", stop])
+    assert answer.text == free.text[:place] and answer.finish == "string"
+    assert answer.tokens == free.tokens[: place + len(stop)]
     # The tokens of the rounds that count: nothing after the stop is in them.
-    assert sum(found.accepted) == found.rounds
-    emitted = 1 + sum(count * number for number, count in enumerate(found.accepted, start=1))
-    assert len(found.tokens) <= emitted <= len(found.tokens) + 1
-    [whole] = decoder.generate([[5]], max_new_tokens=len(found.tokens))
-    assert (found.rounds, found.tokens) == (whole.rounds, whole.tokens)
-    assert "".join(decoder.stream([5], max_new_tokens=40, stop=[stop])) == found.text
+    assert sum(answer.accepted) == answer.rounds
+    emitted = 1 + sum(count * number for number, count in enumerate(answer.accepted, start=1))
+    assert len(answer.tokens) <= emitted <= len(answer.tokens) + 1
+    [whole] = decoder.generate([[5]], max_new_tokens=len(answer.tokens))
+    assert (answer.rounds, answer.tokens) == (whole.rounds, whole.tokens)
+    assert "".join(decoder.stream([5], max_new_tokens=40, stop=[stop])) == answer.text
 
 
 def test_each_row_of_a_batch_has_its_own_stop():
@@ -177,8 +175,8 @@ def test_each_row_of_a_batch_has_its_own_stop():
     decoder = _decoder(chain(3), target, draft)
     free = decoder.generate([[5], [6], [9]], max_new_tokens=40)
     stops = [free[0].text[2:5], free[1].text[20:23]]
-    found = decoder.generate([[5], [6], [9]], max_new_tokens=40, stop=stops)
-    for mine, theirs in zip(found, free, strict=True):
+    answers = decoder.generate([[5], [6], [9]], max_new_tokens=40, stop=stops)
+    for mine, theirs in zip(answers, free, strict=True):
         places = [place for place in (theirs.text.find(stop) for stop in stops) if place >= 0]
         assert mine.text == theirs.text[: min(places)] if places else mine == theirs
 
@@ -186,16 +184,16 @@ def test_each_row_of_a_batch_has_its_own_stop():
 def test_the_context_ends_an_answer():
     decoder = _decoder(chain(3), context=32)
     prompt = [1, 2, 3, 4, 5]
-    [found] = decoder.generate([prompt], max_new_tokens=10**10)
-    assert found.tokens == naive_greedy(target_of(), prompt, 27) and found.finish == "context"
+    [answer] = decoder.generate([prompt], max_new_tokens=10**10)
+    assert answer.tokens == naive_greedy(target_of(), prompt, 27) and answer.finish == "context"
     [short] = decoder.generate([prompt], max_new_tokens=4)
     assert short.finish == "length" and len(short.tokens) == 4
 
 
 def test_a_stop_token_is_named():
     stop = naive_greedy(target_of(MARKOV), [5], 9)[5]
-    [found] = _decoder(chain(3), target_of(MARKOV, (stop,)), right_draft()).generate([[5]])
-    assert found.finish == "token" and found.tokens[-1] == stop and found.tokens.count(stop) == 1
+    [answer] = _decoder(chain(3), target_of(MARKOV, (stop,)), right_draft()).generate([[5]])
+    assert answer.finish == "token" and answer.tokens[-1] == stop and answer.tokens.count(stop) == 1
 
 
 # Streams and chats
@@ -253,18 +251,18 @@ def test_messages_and_plain_text_go_through_the_chat_template():
         {"role": "assistant", "content": "C"},
         {"role": "user", "content": "D"},
     ]
-    told = target.tokenizer.encode("uABaCuDa", add_special_tokens=False)
+    token_ids = target.tokenizer.encode("uABaCuDa", add_special_tokens=False)
     [by_chat], [by_tokens] = (
         decoder.generate([chat], max_new_tokens=9),
-        decoder.generate([told], max_new_tokens=9),
+        decoder.generate([token_ids], max_new_tokens=9),
     )
     assert by_chat.tokens == by_tokens.tokens
     [by_text], [by_tokens] = (
         decoder.generate(["AB"], max_new_tokens=9),
         decoder.generate([[33, 34]], max_new_tokens=9),
     )
-    told = target.tokenizer.encode("uABa", add_special_tokens=False)
-    assert by_text.tokens == decoder.generate([told], max_new_tokens=9)[0].tokens
+    token_ids = target.tokenizer.encode("uABa", add_special_tokens=False)
+    assert by_text.tokens == decoder.generate([token_ids], max_new_tokens=9)[0].tokens
     with pytest.raises(
         UserError, match=r"prompt: the text of a message is not Unicode .*surrogates"
     ):
@@ -280,7 +278,7 @@ def test_messages_and_plain_text_go_through_the_chat_template():
 
 @pytest.mark.parametrize("tree", [chain(2), dynamic_tree(2, 2, 5)], ids=["chain", "dynamic"])
 def test_long_prompts_are_read_in_chunks(tree, monkeypatch):
-    """Four chunks, the last one not full; rows of the batch end in different chunks."""
+    """Four chunks, the last one partial; rows of the batch end in different chunks."""
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [
@@ -301,8 +299,8 @@ def test_planted_bug_a_chunk_at_the_wrong_positions(monkeypatch):
         )
 
     prompt = np.random.default_rng(0).integers(0, TINY.vocab_size, 200).tolist()
-    [found] = _decoder(chain(2)).with_(read_chunk=wrong).generate([prompt], max_new_tokens=12)
-    assert found.tokens != naive_greedy(target_of(), prompt, 12)
+    [answer] = _decoder(chain(2)).with_(read_chunk=wrong).generate([prompt], max_new_tokens=12)
+    assert answer.tokens != naive_greedy(target_of(), prompt, 12)
 
 
 # Several devices

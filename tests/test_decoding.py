@@ -1,9 +1,6 @@
-"""Greedy speculative decoding equals plain decoding, whatever the tree, the draft and the place
-where it stops.
-"""
+"""Greedy speculative decoding equals plain decoding, for any tree, draft and stopping point."""
 
 import dataclasses
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +31,6 @@ from beagle_jax.decoding.tree import EAGLE_PATHS, ROOT_ONLY, chain, dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import TimedAnswer
 from beagle_jax.evaluation.measure import CompileCounter, Measurement
-from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.weights.draft import Draft
 
 TREES = {
     "chain 1": chain(1),
@@ -63,10 +58,10 @@ def _generate(target, draft, tree, prompt, max_new=20, limit=None, context=None,
 
 
 def _check_lossless(target, draft, tree, prompt, max_new=20, context=None, **parts) -> Answer:
-    found = _generate(target, draft, tree, prompt, max_new, context=context, **parts)
-    assert found.tokens == naive_greedy(target, prompt, max_new)
-    assert sum(found.accepted) == found.rounds
-    return found
+    answer = _generate(target, draft, tree, prompt, max_new, context=context, **parts)
+    assert answer.tokens == naive_greedy(target, prompt, max_new)
+    assert sum(answer.accepted) == answer.rounds
+    return answer
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
@@ -81,15 +76,15 @@ def test_equals_plain_decoding(tree, prompt):
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.2])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
-    found = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
+    answer = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
     if error == 0.0 and tree not in (
         TREES["ragged"],
         TREES["dynamic"],
     ):  # those do not always hold the best path to its end
         assert (
-            found.accepted[-1] >= found.rounds - 1
+            answer.accepted[-1] >= answer.rounds - 1
         )  # every round but perhaps the last goes all the way
-        assert found.rounds == -(-29 // (tree.depth + 1))
+        assert answer.rounds == -(-29 // (tree.depth + 1))
 
 
 def test_planted_bug_accepts_one_too_many():
@@ -109,20 +104,23 @@ def test_all_drafts_rejected():
     never = next(
         token for token in range(TINY.vocab_size) if token not in naive_greedy(target, [5], 20)
     )
-    found = _check_lossless(target, random_draft(hot_ids=jnp.array([never])), chain(3), [5])
-    assert found.accepted == [19, 0, 0, 0]
-    assert found.tau == 1.0
+    answer = _check_lossless(target, random_draft(hot_ids=jnp.array([never])), chain(3), [5])
+    assert answer.accepted == [19, 0, 0, 0]
+    assert answer.tau == 1.0
 
 
 def test_stop_token_anywhere_in_an_accepted_run():
-    """The next token depends on the last alone: prompts along one text come to its eighth token
-    sooner and sooner.
+    """Each prompt starts one token further along one text, so it reaches the stop token sooner.
+
+    The next token depends on the last one alone.
     """
     free = naive_greedy(target_of(MARKOV), [START], 8)
     prompts, stop = [[START], *([token] for token in free[:7])], free[7]
     target = target_of(MARKOV, eos_ids=(9_999, stop))
-    found = SpeculativeDecoder(target, right_draft(), chain(5)).generate(prompts, max_new_tokens=12)
-    for place, answer in enumerate(found):
+    answers = SpeculativeDecoder(target, right_draft(), chain(5)).generate(
+        prompts, max_new_tokens=12
+    )
+    for place, answer in enumerate(answers):
         assert (
             answer.tokens == naive_greedy(target, prompts[place], 12) == free[place:]
             and answer.finish == "token"
@@ -133,8 +131,9 @@ def test_stop_token_anywhere_in_an_accepted_run():
 @MODES
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
-    """A seed writes what plain sampling writes with it; answers to all tokens come to one stop
-    token at different places.
+    """A seed gives what plain sampling gives with it.
+
+    The answers to all one-token prompts reach one stop token at different positions.
     """
 
     def ask(target, limit, *parts):
@@ -153,24 +152,26 @@ def test_stop_tokens_and_limits_inside_a_round(tree, sampling):
     assert {0, 1, 2} < places(stop) and max(places(stop)) > tree.depth
     target = target_of(MARKOV, eos_ids=(stop,))
     for limit in (1, 2, 3, 5, 8, 16):
-        for found, plain, tokens in zip(
+        for drafted, plain, tokens in zip(
             ask(target, limit, right_draft(0.02), tree), ask(target, limit), free, strict=True
         ):
             ended = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
-            assert found.tokens == plain.tokens == ended[:limit]
+            assert drafted.tokens == plain.tokens == ended[:limit]
             assert (
-                found.finish == plain.finish == ("token" if found.tokens[-1] == stop else "length")
+                drafted.finish
+                == plain.finish
+                == ("token" if drafted.tokens[-1] == stop else "length")
             )
-            assert sum(found.accepted) == found.rounds <= plain.rounds == len(plain.tokens) - 1
+            assert sum(drafted.accepted) == drafted.rounds <= plain.rounds == len(plain.tokens) - 1
 
 
 @pytest.mark.parametrize("limit", [1, 2, 6, 7, 8, 13])
 def test_length_limit_inside_a_round(limit):
     target = target_of(MARKOV)
-    found = _generate(target, right_draft(), chain(5), [5], 13, limit)
-    assert found.tokens == naive_greedy(target, [5], 13)[:limit]
-    assert found.rounds == -(-(limit - 1) // 6)
-    assert found.tau == ((limit - 1) / found.rounds if found.rounds else 1.0)
+    answer = _generate(target, right_draft(), chain(5), [5], 13, limit)
+    assert answer.tokens == naive_greedy(target, [5], 13)[:limit]
+    assert answer.rounds == -(-(limit - 1) // 6)
+    assert answer.tau == ((limit - 1) / answer.rounds if answer.rounds else 1.0)
 
 
 def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
@@ -179,8 +180,9 @@ def _state(target, draft, tree, prompts, capacity, max_new, sampling=GREEDY):
 
 
 def _check_full_cache(target, draft, tree, sampling, *, missing=0) -> DecodeState:
-    """The last round starts at the latest at prompt + max_new - 2 and overhangs by the depth: not a
-    slot is left.
+    """Decodes with exactly as many slots as the last round needs.
+
+    That round starts at prompt + max_new - 2 at the latest and overhangs by the depth.
     """
     prompt, max_new = [3, 1, 4], 11
     [plain] = SpeculativeDecoder(target).generate([prompt], sampling, max_new_tokens=max_new)
@@ -197,7 +199,7 @@ def test_cache_exactly_full_with_drafts_accepted():
 
 
 def _never_right(sampling):
-    """A draft of TINY that knows none of the answer's tokens."""
+    """Makes a draft of TINY that scores none of the answer's tokens."""
     [plain] = SpeculativeDecoder(target_of()).generate([[3, 1, 4]], sampling, max_new_tokens=11)
     return random_draft(
         hot_ids=jnp.array(
@@ -220,8 +222,10 @@ def test_planted_bug_a_cache_of_too_few_slots():
 
 
 def test_a_draft_that_overflows_changes_no_token(monkeypatch):
-    """Its children come last. NaN would come first, and without its parent; of a CPU's two kinds
-    only the one planted here.
+    """Children whose scores are NaN come last.
+
+    Otherwise they would come first, without their parent. A CPU makes two kinds of NaN; this test
+    plants one.
     """
     right = trained.logit_columns
 
@@ -230,14 +234,14 @@ def test_a_draft_that_overflows_changes_no_token(monkeypatch):
         return jnp.where(jnp.argmax(columns_VM, axis=0)[None] % 2 == 1, jnp.nan, columns_VM)
 
     monkeypatch.setattr(trained, "logit_columns", broken)
-    found = _check_lossless(
+    answer = _check_lossless(
         target_of(MARKOV, next_stop()), right_draft(0.02), TREES["dynamic"], [5], 30
     )
-    assert found.rounds < 29  # of the children that are numbers some are right
+    assert answer.rounds < 29  # of the children that are numbers some are right
 
 
 def _infinite_after(token: int):
-    """A target whose logits are not finite after this token."""
+    """Makes a target whose logits are not finite after this token."""
     target = target_of(MARKOV)
     embed_VD = target.params["embed_VD"].at[token].set(jnp.inf)
     return dataclasses.replace(target, params={**target.params, "embed_VD": embed_VD})
@@ -245,7 +249,7 @@ def _infinite_after(token: int):
 
 @pytest.mark.parametrize("tree", [ROOT_ONLY, *KINDS.values()], ids=["plain", *KINDS])
 def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
-    """What was written before them is kept, and the other rows of the batch go on."""
+    """The tokens before are kept, and the other rows of the batch continue."""
     free = naive_greedy(target_of(MARKOV), [START], 8)
     texts = {token: naive_greedy(target_of(MARKOV), [token], 8) for token in range(TINY.vocab_size)}
     start, other = next(item for item in texts.items() if free[5] not in (item[0], *item[1]))
@@ -268,19 +272,20 @@ def test_logits_that_turn_infinite_on_the_way_end_the_answer(tree, caplog):
 
 @pytest.mark.parametrize("tree", [chain(2), KINDS["ragged"]], ids=["chain", "ragged"])
 def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
-    """The draft knows one token only, after which nothing is finite; the target never writes it."""
+    """The draft scores one token only, after which logits are not finite.
+
+    The target never writes that token.
+    """
     free = naive_greedy(target_of(MARKOV), [START], 8)
     never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
     target = _infinite_after(never[0])
     draft = dataclasses.replace(right_draft(), hot_ids=jnp.array(never[:4]))
-    found = _generate(target, draft, tree, [START], 8)
-    assert (found.tokens, found.finish, found.accepted[0]) == (free, "length", 7)
+    answer = _generate(target, draft, tree, [START], 8)
+    assert (answer.tokens, answer.finish, answer.accepted[0]) == (free, "length", 7)
 
 
 def test_a_rejected_node_spoils_no_other_node():
-    """In a target with layers a hidden value that is not finite would reach all nodes, as 0 times
-    infinity.
-    """
+    """In a target with layers a hidden value that is not finite would reach all nodes: 0 * inf."""
     free = naive_greedy(target_of(), [START], 8)
     never = [token for token in range(TINY.vocab_size) if token not in (START, *free)]
     untied = dataclasses.replace(TINY, tie_embeddings=False)
@@ -290,14 +295,14 @@ def test_a_rejected_node_spoils_no_other_node():
     target = dataclasses.replace(target, params={**params, "embed_VD": embed_VD})
     assert naive_greedy(target, [START], 8) == free
     draft = random_draft(hot_ids=jnp.array(never[-4:]))
-    found = _generate(target, draft, KINDS["dynamic"], [START], 8)
-    assert (found.tokens, found.finish) == (free, "length")
+    answer = _generate(target, draft, KINDS["dynamic"], [START], 8)
+    assert (answer.tokens, answer.finish) == (free, "length")
 
 
 def test_reduced_vocabulary_is_still_exact():
     hot = jnp.array([3, 17, 40, 41, 5], jnp.int32)
-    found = _check_lossless(target_of(), random_draft(hot_ids=hot), TREES["ragged"], [5])
-    assert found.rounds > 0
+    answer = _check_lossless(target_of(), random_draft(hot_ids=hot), TREES["ragged"], [5])
+    assert answer.rounds > 0
     target, draft = target_of(), random_draft(hot_ids=hot)
     now, state = _state(target, draft, TREES["ragged"], [[5]], 64, 4)
     drafted = jax.jit(Round.propose)(now, state)
@@ -318,57 +323,21 @@ def test_nothing_compiles_after_warm_up():
     assert counter.count > 0
 
 
-@pytest.mark.parametrize(
-    ("tree", "sampling"),
-    [(ROOT_ONLY, GREEDY), (ROOT_ONLY, DRAWN), (chain(3), GREEDY), (dynamic_tree(3, 3, 8), DRAWN)],
-    ids=["plain-greedy", "plain-drawn", "chain-greedy", "dynamic-drawn"],
-)
-def test_caches_are_donated_and_updated_in_place(tree, sampling):
-    _check_in_place(engine.advance, tree, sampling)
-
-
-def test_planted_bug_caches_that_are_not_given_away():
-    with pytest.raises(AssertionError):
-        _check_in_place(jax.jit(engine.advance.__wrapped__), ROOT_ONLY, GREEDY)
-
-
-@lru_cache
-def _check_in_place(advance, tree, sampling) -> str:
-    """The program's text."""
-    # Heads wide enough that the scores of a tree over all slots are small beside the keys.
-    spec = dataclasses.replace(TINY, head_dim=64)
-    draft_spec = BeagleSpec.from_target(spec)
-    draft = (
-        Draft(draft_spec, init_draft(draft_spec, jax.random.key(0)), None, {})
-        if tree.depth
-        else None
-    )
-    now, state = _state(target_of(spec), draft, tree, [[5]], 2048, 8, sampling)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.draft)))
-    compiled = advance.lower(now, state, np.int32(9), np.int32(1)).compile()
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 2
-    compiled(now, state, np.int32(9), np.int32(1))
-    assert state.cache.layers[0].k_BKHS.is_deleted()
-    assert draft is None or state.draft.v_BKSH.is_deleted()
-    return compiled.as_text()
-
-
 def test_phases_are_named_in_the_program():
-    text = _check_in_place(engine.advance, chain(3), GREEDY)
+    now, state = _state(target_of(), random_draft(), chain(3), [[5]], 64, 8)
+    text = engine.advance.lower(now, state, np.int32(9), np.int32(1)).compile().as_text()
     assert all(f"/{phase}/" in text for phase in ("draft", "verify", "accept", "append"))
 
 
 def test_definitions_of_tau_and_step_alpha():
-    one = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
+    first = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
     other = TimedAnswer([1, 2, 3], "", "length", 2, [2, 0, 0], 0.5, 0.5)
-    assert one.tau == 7 / 3 and Answers((one, other), 1.0, 1.75).tokens_per_second == 4.0
-    assert Measurement("one", "", [[one]]).tokens_per_second == 4.0
-    both = Measurement("both", "chain of 2", [[one], [other]])
+    assert first.tau == 7 / 3 and Answers((first, other), 1.0, 1.75).tokens_per_second == 4.0
+    assert Measurement("one", "", [[first]]).tokens_per_second == 4.0
+    both = Measurement("both", "chain of 2", [[first], [other]])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
-    assert both.identical_to(Measurement("x", "", [[one, one]])) == 1
+    assert both.identical_to(Measurement("x", "", [[first, first]])) == 1
     assert both.repeated_4_grams == 4 / 5
 
 

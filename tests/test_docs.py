@@ -1,6 +1,4 @@
-"""README and docs/ say only what is so: every command in them is parsed by its command or dry-run,
-every name exists.
-"""
+"""Checks README and docs/: every command parses or dry-runs, and every name exists."""
 
 import importlib
 import itertools
@@ -18,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def commands(text: str) -> list[str]:
-    """Lines of ```bash blocks and `code` that starts like a command."""
+    """Returns the lines of ```bash blocks, and `code` that starts like a command."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
     lines = [
         line.split("  #")[0].strip()
@@ -34,11 +32,11 @@ COMMANDS = sorted({line for page in PAGES for line in commands(page.read_text(en
 
 
 class Parsed(Exception):
-    """The command line was understood."""
+    """Raised when the command line was understood."""
 
 
 def check_python_m(name: str, arguments: list[str], monkeypatch) -> None:
-    """Runs an entry point up to the place where it would begin to work."""
+    """Runs an entry point until its work would begin."""
     module = importlib.import_module(name)
 
     def stop(*_):
@@ -50,7 +48,7 @@ def check_python_m(name: str, arguments: list[str], monkeypatch) -> None:
 
 
 def check_script(script: str, arguments: list[str]) -> None:
-    """Dry-runs a launch script, and returns the `python -m` lines that it prints."""
+    """Dry-runs a launch script and returns the `python -m` lines that it prints."""
     done = subprocess.run(
         ["bash", script, "--dry-run", *arguments],
         capture_output=True,
@@ -115,7 +113,7 @@ def test_a_wrong_command_is_seen(line, error, monkeypatch):
 
 
 def test_the_readme_has_the_commands_that_matter():
-    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     for needed in (
         "quickstart.sh",
         "test.sh",
@@ -126,7 +124,7 @@ def test_the_readme_has_the_commands_that_matter():
         "beagle_jax.train",
         "--chat",
     ):
-        assert any(needed in line for line in found), needed
+        assert any(needed in line for line in lines), needed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -137,7 +135,7 @@ def test_links_lead_to_files(page):
 
 def test_the_faq_answers_what_users_of_such_tools_report():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
-    asked = [section.partition("\n") for section in text.split("\n## ")[1:]]
+    questions = [section.partition("\n") for section in text.split("\n## ")[1:]]
     for subject in (
         "memory",
         "disk",
@@ -146,7 +144,11 @@ def test_the_faq_answers_what_users_of_such_tools_report():
         "template",
         "resume",
     ):  # "trained on": masks
-        [(_, _, answer)] = [one for one in asked if subject in one[0] and "GPU" not in one[0]][:1]
+        [(_, _, answer)] = [
+            question
+            for question in questions
+            if subject in question[0] and "GPU" not in question[0]
+        ][:1]
         assert len(answer.split()) > 30, subject
     assert (
         "mask" in text

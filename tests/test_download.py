@@ -1,6 +1,4 @@
-"""`hf:` sources from a hub on this machine: a connection that breaks, a file that never comes
-whole, a name that is not there.
-"""
+"""`hf:` sources from a local hub: broken connections, incomplete files, missing repositories."""
 
 import hashlib
 import json
@@ -27,7 +25,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as a snapshot of one public repository needs."""
+    """Serves a snapshot of one public repository as the Hugging Face hub does."""
 
     protocol_version = "HTTP/1.1"
 
@@ -39,7 +37,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        self.server.asked[path] += 1
+        self.server.requests[path] += 1
         name = path.removeprefix(f"/org/name/resolve/{COMMIT}/")
         if path.startswith("/api/models/org/name/revision/"):
             return self.answer(
@@ -96,11 +94,12 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A running hub. `breaks(file, start, size)`: the byte at which an answer that begins at
-    `start` breaks off.
+    """A running hub.
+
+    `breaks(file, start, size)` is the byte at which an answer from byte `start` on breaks off.
     """
     server = ThreadingHTTPServer(("localhost", 0), Hub)
-    server.asked, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
+    server.requests, server.sent, server.breaks = Counter(), [], lambda name, start, size: size
     url = f"http://localhost:{server.server_port}"
     # The chunk is what is written at once: 10 MB of a real file.
     settings = {
@@ -126,7 +125,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def download(hub, tmp_path, capsys):
     def download(repo: str = "org/name") -> tuple[int, str, str]:
-        """Status, standard output and standard error."""
+        """Returns exit status, stdout and stderr."""
         status = run_main(lambda argv: print(hf.download(argv[0], tmp_path)), [repo])
         return status, *capsys.readouterr()
 
@@ -134,8 +133,8 @@ def download(hub, tmp_path, capsys):
 
 
 def test_what_a_target_needs_and_nothing_else(download):
-    status, printed, told = download()
-    assert status == 0, told
+    status, printed, errors = download()
+    assert status == 0, errors
     folder = Path(printed.strip())
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert (
@@ -149,8 +148,8 @@ def test_a_broken_connection_is_gone_on_with_where_it_broke(hub, download):
     hub.breaks = lambda name, start, size: (
         half if name == "model.safetensors" and start == 0 else size
     )
-    status, printed, told = download()
-    assert status == 0, told
+    status, printed, errors = download()
+    assert status == 0, errors
     assert (Path(printed.strip()) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     first, second = [(start, end) for name, start, end in hub.sent if name == "model.safetensors"]
     assert (
@@ -164,12 +163,12 @@ def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(
     hub, download, tmp_path
 ):
     hub.breaks = lambda name, start, size: start if name == "model.safetensors" else size
-    status, printed, told = download()
-    assert status == 1 and "Traceback" not in told and printed == ""
-    assert "error: target.source: hf:org/name could not be downloaded (" in told
+    status, printed, errors = download()
+    assert status == 1 and "Traceback" not in errors and printed == ""
+    assert "error: target.source: hf:org/name could not be downloaded (" in errors
     assert (
         "check the name and the network and run again, which goes on from the files that are whole"
-        in told
+        in errors
     )
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     hub.breaks = lambda name, start, size: size
@@ -179,6 +178,6 @@ def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(
 
 
 def test_a_repository_that_is_not_there(download):
-    status, _, told = download("org/other@v1")
-    assert status == 1 and "Traceback" not in told
-    assert "error: target.source: hf:org/other@v1 could not be downloaded (" in told
+    status, _, errors = download("org/other@v1")
+    assert status == 1 and "Traceback" not in errors
+    assert "error: target.source: hf:org/other@v1 could not be downloaded (" in errors

@@ -1,5 +1,6 @@
-"""Drafting with a cache computes what training simulates, and the caches hold true states only
-(method.md 13.2, 13.10).
+"""Drafting with a cache equals training's simulation, and caches hold true states only.
+
+method.md 13.2, 13.10.
 """
 
 from functools import lru_cache, partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 from decode_cases import MARKOV, random_draft, right_draft, round_of, run, start, target_of
+from late_oracle import late_keys_values
 
 from beagle_jax.decoding import trained
 from beagle_jax.decoding.draft import grow
@@ -28,7 +30,7 @@ TREE = static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)])
 
 
 def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
-    """What one round drafts, from a cache of true states below `length`."""
+    """Returns what one round drafts, from a cache of true states below `length`."""
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     rows = block.keys_values(states_BLD, jnp.arange(states_BLD.shape[1])[None])
     empty = empty_rows(1, draft.spec.num_kv_heads, 32, draft.spec.head_dim, jnp.float32)
@@ -43,10 +45,9 @@ def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
 
 @lru_cache
 def _both_ways(steps: int, plant: str = ""):
-    """What is drafted and what the late stage simulates for the drafted text, as a jitted function
-    of states and length.
+    """Returns a jitted function of states and length: the drafted text, and its late stage.
 
-    plant: a program with a planted bug is none that another test may meet.
+    plant: a name of its own for a program with a planted bug, so that no other test meets it.
     """
     target, draft = target_of(), random_draft()
     embed_VD = target.params["embed_VD"]
@@ -92,14 +93,9 @@ def test_drafting_equals_the_late_stage(length, steps):
 
 
 def test_planted_bug_draft_attends_to_itself_late(monkeypatch):
-    right = BeagleBlock.keys_values
-
-    def wrong(self, h, at):
-        return right(self, h, at + (h.shape[1] == 1))
-
     # Training keeps the right block: it takes the kind's own.
     monkeypatch.setattr(
-        trained, "BeagleBlock", type("Wrong", (BeagleBlock,), {"keys_values": wrong})
+        trained, "BeagleBlock", type("Wrong", (BeagleBlock,), {"keys_values": late_keys_values})
     )
     with pytest.raises(AssertionError):
         _compare_with_training(5, 3, "late")
@@ -113,8 +109,9 @@ def _alone(params, spec, *rest):
 @pytest.mark.parametrize("append_predicted", [True, False])
 @pytest.mark.parametrize("tree", [TREE, dynamic_tree(3, 3, 9)], ids=["static", "dynamic"])
 def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
-    """In a tree, each query's state is that of the chain of its own path; without appended states,
-    of its depth alone.
+    """In a tree each query's state is that of the chain along its own path.
+
+    Without appended states it depends on the depth alone.
     """
     target, draft = target_of(), random_draft()
     states_BLD = jax.random.normal(jax.random.key(0), (1, LENGTH, TINY.hidden_size))
@@ -143,7 +140,7 @@ def test_a_query_sees_its_strict_ancestors_only(tree, append_predicted):
 
 @partial(jax.jit, static_argnames="spec")
 def _rows_of_text(params, spec, draft_params, text_BL):
-    """The draft's and the target's rows of a text read at once, layer by layer."""
+    """Returns the draft's and the target's cache rows of a text that is read at once."""
     B, L = text_BL.shape
     positions_BL = jnp.arange(L)[None]
     states_BLD, rows = forward(params, spec, text_BL, positions_BL, causal_mask(jnp.full(B, L), L))

@@ -1,4 +1,4 @@
-"""A draft on disk: bit for bit, whole or not at all, refused by name where it does not fit."""
+"""A draft on disk: bit for bit, whole or not at all, and refused by name if it does not fit."""
 
 import json
 from dataclasses import replace
@@ -37,13 +37,13 @@ def draft() -> Draft:
     )
 
 
-def same_draft(found: Draft, expected: Draft) -> None:
-    same_params(found.params, expected.params)
-    assert found.spec == expected.spec and found.provenance == expected.provenance
-    assert (found.hot_ids is None) == (expected.hot_ids is None)
+def same_draft(actual: Draft, expected: Draft) -> None:
+    same_params(actual.params, expected.params)
+    assert actual.spec == expected.spec and actual.provenance == expected.provenance
+    assert (actual.hot_ids is None) == (expected.hot_ids is None)
     if expected.hot_ids is not None:
-        assert found.hot_ids.dtype == jnp.int32
-        np.testing.assert_array_equal(found.hot_ids, expected.hot_ids)
+        assert actual.hot_ids.dtype == jnp.int32
+        np.testing.assert_array_equal(actual.hot_ids, expected.hot_ids)
 
 
 @pytest.mark.parametrize("hot", [True, False])
@@ -154,7 +154,7 @@ def test_a_draft_of_another_target_is_refused(draft, tmp_path):
 
 
 def test_a_token_that_is_scored_twice_is_refused(draft, tmp_path):
-    """Under the ratio rule its probability would be lost."""
+    """The ratio rule would lose a part of its probability."""
     save_draft(tmp_path, replace(draft, hot_ids=jnp.array([7, 3, 60, 3], jnp.int32)))
     with pytest.raises(UserError, match=f"{tmp_path}: hot_tokens holds token 3 more than once"):
         load_draft(tmp_path, TINY)

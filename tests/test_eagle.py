@@ -1,5 +1,6 @@
-"""The EAGLE draft against method.md section 8 written out in torch, one entry at a time, from the
-row's own indices.
+"""The EAGLE draft against method.md section 8 written in torch, one entry at a time.
+
+The entries' indices are the row's own.
 """
 
 from dataclasses import replace
@@ -34,7 +35,7 @@ ROW = 8
 
 @pytest.mark.parametrize(("spec", "count"), [(LLAMA_2_7B, 235_937_792), (LLAMA_3_8B, 251_662_336)])
 def test_parameter_count(spec, count):
-    """method.md 2.3."""
+    """The number of method.md 2.3."""
     shapes = jax.eval_shape(lambda: init_eagle(spec, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
     assert {name: leaf.shape for name, leaf in shapes.items()} == spec.param_shapes()
@@ -46,8 +47,9 @@ def test_initial_vectors():
 
 
 def reference(params, spec: EagleSpec, e_LD, h_LD) -> torch.Tensor:
-    """Predicted states [L, D] by position, in float64: row i is that of position i; row 0, which
-    nothing predicts, is zero.
+    """Returns predicted states [L, D] by position, in float64.
+
+    Row i is that of position i; row 0 is zero, as nothing predicts it.
     """
     w = {
         name: torch.tensor(np.asarray(array), dtype=torch.float64) for name, array in params.items()
@@ -156,8 +158,9 @@ def test_planted_bugs(case, bug):
 
 
 def test_only_the_rows_that_may_change_do(case):
-    """Token i reaches entries i - 1 and later, state i entries i and later: the predictions from i,
-    and from i + 1.
+    """Token i reaches entries from i - 1 on, and state i entries from i on.
+
+    So predictions change from i on, or from i + 1 on.
     """
     params, e_LD, h_LD, _ = case
     before, place = run(params, e_LD, h_LD), 4
@@ -169,8 +172,9 @@ def test_only_the_rows_that_may_change_do(case):
 
 
 def check_parts(case, late: int = 0, merged=merge_attention) -> None:
-    """Cached entries, then one more: the root's token fused with the last true state, as decoding
-    does it. late: planted, its place.
+    """Compares cached entries and one more, as decoding makes it, with the reference.
+
+    That entry is the root's token fused with the last true state. late: planted, its position.
     """
     params, e_LD, h_LD, expected = case
     block, last = EagleBlock(SPEC).bind({"params": params}), ROW - 2

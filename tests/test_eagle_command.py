@@ -1,4 +1,4 @@
-"""An EAGLE draft through the commands: trained in both stages, written, gone on from, planned."""
+"""An EAGLE draft through the commands: trained in both stages, written, continued, planned."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from command_cases import make_target, write_lines
+from command_cases import make_target, trained, write_lines  # noqa: F401 (the fixture)
 
 from beagle_jax import plan, train
 from beagle_jax.errors import run_main
@@ -62,12 +62,6 @@ def workplace(tmp_path_factory) -> SimpleNamespace:
         config=str(folder / "run.yaml"),
         target=load_target(str(folder / "target"), "float32", "unused"),
     )
-
-
-@pytest.fixture(scope="module")
-def trained(workplace) -> SimpleNamespace:
-    assert run_main(train.main, ["--config", workplace.config]) == 0
-    return workplace
 
 
 def log_of(run: Path) -> list[dict]:
@@ -131,7 +125,7 @@ def test_states_computed_in_the_step_give_the_same_losses(trained):
 
 
 def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):
-    """With its own settings, which may differ from the target's."""
+    """It continues with the draft's own settings, which may differ from the target's."""
     given, folder = trained.folder / "run" / "draft", trained.folder / "further"
     options = [
         "--config",

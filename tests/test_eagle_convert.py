@@ -1,6 +1,4 @@
-"""EAGLE drafts to PyTorch and back: the same states, the same nodes, the same answers, the same
-bits.
-"""
+"""EAGLE drafts to PyTorch and back: the same states, nodes, answers and bits."""
 
 import json
 from dataclasses import replace
@@ -75,8 +73,8 @@ def test_torch_predicts_the_states_of_jax(place, name):
         {"params": draft.params}, e_BLD, h_BLD, jnp.asarray(mask_BTT), method="row"
     )
     with torch.no_grad():
-        found = module(*map(torch.from_numpy, (e_BLD, h_BLD, mask_BTT)))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+        torch_states = module(*map(torch.from_numpy, (e_BLD, h_BLD, mask_BTT)))
+    np.testing.assert_allclose(torch_states.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +84,18 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, name, tree):
     (draft, module), (shape, options) = drafts(place, name), TREES[tree]
     fast = SpeculativeDecoder(place.target, draft, shape)
     for prompt in PROMPTS:
-        found = module.generate(place.model, torch.tensor([prompt]), max_new_tokens=40, **options)
+        torch_answer = module.generate(
+            place.model, torch.tensor([prompt]), max_new_tokens=40, **options
+        )
         [jax_answer], [plain] = (
             decoder.generate([prompt], max_new_tokens=40) for decoder in (fast, place.plain)
         )
-        assert found.sequences[0].tolist() == prompt + jax_answer.tokens == prompt + plain.tokens
-        assert found.rounds == jax_answer.rounds < len(plain.tokens) - 1
+        assert (
+            torch_answer.sequences[0].tolist()
+            == prompt + jax_answer.tokens
+            == prompt + plain.tokens
+        )
+        assert torch_answer.rounds == jax_answer.rounds < len(plain.tokens) - 1
         assert sum(jax_answer.accepted[1:]) > 1, (
             "the draft must be right sometimes, else acceptance is not tested"
         )
@@ -134,23 +138,27 @@ def test_wrong_drafting_shows_in_the_rounds(place, monkeypatch, bug):
         )
     after = ask()
     assert all(
-        torch.equal(one.sequences, two.sequences) for one, two in zip(before, after, strict=True)
+        torch.equal(right.sequences, wrong.sequences)
+        for right, wrong in zip(before, after, strict=True)
     )
-    assert [one.rounds for one in before] != [two.rounds for two in after]
+    assert [right.rounds for right in before] != [wrong.rounds for wrong in after]
 
 
 @pytest.mark.parametrize("bias", ["q_bias", "v_bias"])
 def test_planted_bug_a_bias_left_out(place, bias):
-    """Queries and values; one of the keys changes nothing but by its rotation."""
+    """Biases of queries and values.
+
+    A bias of the keys would change little: only its rotation acts.
+    """
     draft, module = drafts(place, "biased")
     e_BLD, h_BLD = np.random.default_rng(5).standard_normal((2, 2, 12, 32), np.float32)
     params = {**draft.params, bias: jnp.zeros_like(draft.params[bias])}
     mask_BTT = causal_mask(jnp.array([11, 11]), 11)
     wrong = EagleBlock(draft.spec).apply({"params": params}, e_BLD, h_BLD, mask_BTT, method="row")
     with torch.no_grad():
-        found = module(torch.from_numpy(e_BLD), torch.from_numpy(h_BLD)).numpy()
+        torch_states = module(torch.from_numpy(e_BLD), torch.from_numpy(h_BLD)).numpy()
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        np.testing.assert_allclose(found, wrong, atol=1e-4)
+        np.testing.assert_allclose(torch_states, wrong, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCALINGS)

@@ -1,5 +1,6 @@
-"""EAGLE drafts decode in Beagle's loop: the same answers as plain decoding, and states that its row
-computes (method.md 8).
+"""EAGLE drafts decode in Beagle's loop: the answers of plain decoding, and right states.
+
+The states are those that a row computes (method.md 8).
 """
 
 from dataclasses import replace
@@ -19,7 +20,6 @@ from decode_cases import (
     right_eagle,
     round_of,
     run,
-    start,
     target_of,
 )
 
@@ -27,7 +27,6 @@ from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import grow
 from beagle_jax.decoding.drafter import Known
-from beagle_jax.decoding.engine import advance
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.trained import EagleDrafter
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
@@ -35,8 +34,7 @@ from beagle_jax.evaluation import inside
 from beagle_jax.evaluation.forced import forced_states
 from beagle_jax.evaluation.inside import attention
 from beagle_jax.evaluation.measure import CompileCounter
-from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
-from beagle_jax.weights.draft import Draft
+from beagle_jax.model.eagle import EagleBlock
 
 STATIC = static_tree([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1)])
 TREES = {"chain": chain(3), "static": STATIC, "dynamic": dynamic_tree(3, 3, 8)}
@@ -77,14 +75,14 @@ def test_equals_plain_decoding(tree, case, append_predicted):
 
 
 def test_a_right_draft_goes_all_the_way_in_every_round():
-    for prompt, found in zip(
+    for prompt, answer in zip(
         PROMPTS,
         SpeculativeDecoder(target_of(MARKOV), right_eagle(), chain(3)).generate(
             PROMPTS, max_new_tokens=21
         ),
         strict=True,
     ):
-        assert found.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and found.accepted == [
+        assert answer.tokens == naive_greedy(target_of(MARKOV), prompt, 21) and answer.accepted == [
             0,
             0,
             0,
@@ -110,7 +108,7 @@ def test_draws_and_streams_are_those_of_plain_decoding():
 
 
 def decoded(spec, draft, tree, rounds, append_predicted=True):
-    """A round, and the state after some rounds of two answers."""
+    """Returns a round, and the state after some rounds of two answers."""
     target = target_of(spec)
     decoder = SpeculativeDecoder(target, draft, tree, append_predicted=append_predicted)
     now, state = decoder.prefilled(PROMPTS, max_new_tokens=40)
@@ -119,7 +117,7 @@ def decoded(spec, draft, tree, rounds, append_predicted=True):
 
 @partial(jax.jit, static_argnums=0)
 def true_rows(spec, params, e_LD, h_LD):
-    """Rows of all entries of a text, by hand: each state and the embedding after it."""
+    """Computes the cache rows of all entries of a text: each state and the next embedding."""
     block = EagleBlock(spec).bind({"params": params})
     return block.keys_values(
         block.fuse(e_LD[None, 1:], h_LD[None, :-1]), jnp.arange(len(e_LD) - 1)[None]
@@ -134,8 +132,9 @@ def row_states(spec, params, e_QLD, h_QLD, mask_QTT):
 def check_known(
     spec, params, target, state, line: int, text: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a state holds of a text whose last token is the root, against all of it read at once:
-    embeddings and true states of it.
+    """Compares what a state holds of a text with all of the text read at once.
+
+    The text's last token is the root. Embeddings and true states are the text's.
     """
     n = len(text) - 1
     h_LD = np.asarray(forced_states(target, text))
@@ -158,13 +157,13 @@ def _grown(now, state):
 
 
 def text_of(prompt, state, line: int) -> list[int]:
-    """Prompt and answer so far; the last token is the root."""
+    """Returns the prompt and the answer so far; the last token is the root."""
     written = state.transcript
     return [*prompt, *written.out_BS[line, : written.count_B[line]].tolist()]
 
 
 def check_drafted(target, now, state) -> None:
-    """All queries of the next round."""
+    """Checks all queries of the next round."""
     drafted = jax.device_get(_grown(now, state))
     embed_VD, P = np.asarray(target.params["embed_VD"]), now.tree.depth
     for line, prompt in enumerate(PROMPTS):
@@ -200,7 +199,7 @@ def check_drafted(target, now, state) -> None:
 
 
 def check_cached(target, now, state) -> None:
-    """The rows in the cache, and the last state."""
+    """Checks the rows in the cache, and the last state."""
     for line, prompt in enumerate(PROMPTS):
         text = text_of(prompt, state, line)
         check_known(now.drafter.spec, now.drafter.params, target, state, line, text)
@@ -286,7 +285,7 @@ def test_planted_bugs(four_rounds, bug):
 
 
 def check_chunks(monkeypatch, plant=None) -> None:
-    """Rows of the batch end in different chunks and at their borders."""
+    """Checks prompts that end in different chunks and at their borders."""
     monkeypatch.setattr(session_module, "PREFILL_CHUNK", 64)
     rng = np.random.default_rng(0)
     prompts = [
@@ -308,7 +307,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
 
 
 class _OtherBorder(EagleDrafter):
-    """The row that crosses the border is made of another token."""
+    """Planted: the entry at a chunk's border is made of another token."""
 
     def observe(self, state, seen):
         if seen.resumed:
@@ -322,21 +321,6 @@ def test_planted_bug_the_token_after_a_chunk(monkeypatch):
 
 
 # Programs
-
-
-def test_caches_are_donated_and_updated_in_place():
-    spec = replace(TINY, head_dim=64)  # heads so wide that scores are small beside keys
-    target, draft_spec = target_of(spec), EagleSpec.from_target(spec)
-    draft = Draft(draft_spec, init_eagle(draft_spec, jax.random.key(0)), None, {})
-    now = round_of(target, draft, TREES["dynamic"])
-    state = start(now, [[5]], [8], 2048)
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.draft)))
-    compiled = advance.lower(now, state, np.int32(9), np.int32(1)).compile()
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 2
-    compiled(now, state, np.int32(9), np.int32(1))
-    assert state.draft.rows.v_BKSH.is_deleted() and state.draft.last_B1D.is_deleted()
 
 
 def test_nothing_compiles_after_warm_up():

@@ -1,6 +1,4 @@
-"""EAGLE drafts are audited, tuned and measured as Beagle's are, and the commands take their
-folders.
-"""
+"""EAGLE drafts are audited, tuned and measured like Beagle's, and the commands take them."""
 
 import gzip
 import json
@@ -68,7 +66,7 @@ def test_replayed_rounds_are_those_that_were_run(tree, append_predicted):
 
 
 def test_the_audit_passes(monkeypatch):
-    """Of its draws the commands tell below."""
+    """Greedy only; the commands below test draws."""
     monkeypatch.setattr(audit_module, "_draws", no_draws)
     made = audited(target_of(MARKOV), {"dynamic": right_eagle(0.05)}, TREES)
     assert made["passed"] and failed(made) == set()
@@ -101,10 +99,10 @@ def test_smaller_trees_are_read_off_the_widest(small):
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     grown = tuning._widest_trees(drafter, 3, *tuning._read(model, drafter, *text))
     order = tuning._order_of_right_path(*grown, 3)
-    found = (order < 7).sum(axis=1).tolist()
-    assert found == test_tuning._accepted_by_drafting(
+    accepted = (order < 7).sum(axis=1).tolist()
+    assert accepted == test_tuning._accepted_by_drafting(
         target, draft, dynamic_tree(3, 3, 8), text
-    ) and 0 < sum(found) < 3 * len(found)
+    ) and 0 < sum(accepted) < 3 * len(accepted)
 
 
 def test_costs_are_of_the_programs_that_run():
@@ -121,7 +119,7 @@ def test_costs_are_of_the_programs_that_run():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> SimpleNamespace:
-    """A target, and an EAGLE draft of it that was imported from its authors' form."""
+    """A target, and an EAGLE draft for it that was imported from its authors' format."""
     folder = tmp_path_factory.mktemp("eagle")
     make_target(folder / "target")
     (folder / "eval.jsonl").write_text('{"prompt": "What is 2?"}\n{"prompt": "Name a colour."}\n')
@@ -154,13 +152,13 @@ def place(tmp_path_factory) -> SimpleNamespace:
 
 def test_an_imported_draft_generates_what_plain_decoding_does(place, capsys):
     assert run_main(generate.main, ["--config", place.config, "What is 3?", "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["equal"] and found["tokens"] == 16
+    report = json.loads(capsys.readouterr().out)
+    assert report["equal"] and report["tokens"] == 16
 
 
 @pytest.fixture(scope="module")
 def suites(place) -> list[str]:
-    """Overrides: a record of every suite that is published."""
+    """Overrides with one record of every published suite."""
     for name, (record, *_) in RECORDS.items():
         with gzip.open(place.folder / SUITES[name].file, "wt", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
@@ -190,7 +188,7 @@ def test_evaluation_reports_and_audits_it(place, suites):
 
 @pytest.fixture(scope="module")
 def beside(place, suites) -> list[str]:
-    """Overrides: a Beagle draft and prompt lookup beside the EAGLE draft, on those suites."""
+    """Overrides with a Beagle draft and prompt lookup next to the EAGLE draft, on those suites."""
     spec = BeagleSpec.from_target(
         load_target(str(place.folder / "target"), "float32", "x").spec, init_std=0.3
     )
@@ -200,8 +198,9 @@ def beside(place, suites) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperature):
-    """All turns, greedy and drawn: the answers of plain decoding from either draft, and an audit
-    that passes.
+    """All turns, greedy and sampled: both drafts give plain decoding's answers.
+
+    The audit passes.
     """
     made = evaluated(
         load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True
@@ -210,13 +209,13 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
     assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], (
         made["audit"]
     )
-    assert [one["name"] for one in made["suites"]] == list(RECORDS) and [
+    assert [suite["name"] for suite in made["suites"]] == list(RECORDS) and [
         note[:11] for note in made["notes"]
     ] == ["decode.stop"]
-    for one, (_, category, turns) in zip(made["suites"], RECORDS.values(), strict=True):
-        assert one["turns_left_out"] == 0 and one["groups"][0]["prompts"] == 1, category
+    for suite, (_, category, turns) in zip(made["suites"], RECORDS.values(), strict=True):
+        assert suite["turns_left_out"] == 0 and suite["groups"][0]["prompts"] == 1, category
         for name in names:
-            figures = one["groups"][0]["systems"][name]
+            figures = suite["groups"][0]["systems"][name]
             assert (figures["answers"], figures["identical_to_plain"]) == (
                 len(turns),
                 len(turns),
@@ -230,9 +229,9 @@ def test_tuning_takes_it(place, small, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
     monkeypatch.setattr(tuning, "TOPKS", (2,))
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert (
-        found["choices"]
+        report["choices"]
         and load_draft(
             place.folder / "draft", load_target(str(place.folder / "target"), "float32", "x").spec
         ).spec.kind

@@ -1,4 +1,4 @@
-"""EAGLE-1/2 drafts in the naming that their authors publish, and how others are refused."""
+"""EAGLE-1/2 drafts with their authors' tensor names, and how other drafts are refused."""
 
 import json
 from pathlib import Path
@@ -70,14 +70,20 @@ def embedding_of(target: Path) -> np.ndarray:
 
 
 def published(embed_VD: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The tensors of method.md 9.3. embed_VD: the copy of the target's embedding, if there is."""
+    """Returns the tensors of method.md 9.3.
+
+    embed_VD: the copy of the target's embedding, if there is one.
+    """
     names = {
         "fc": "fc.weight",
         "fc_bias": "fc.bias",
         "post_attention_layernorm": "layers.0.post_attention_layernorm.weight",
     }
     for part, projections in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        names |= {f"{one}_proj": f"layers.0.{part}.{one}_proj.weight" for one in projections}
+        names |= {
+            f"{projection}_proj": f"layers.0.{part}.{projection}_proj.weight"
+            for projection in projections
+        }
     tensors = {} if embed_VD is None else {"embed_tokens.weight": embed_VD.astype(np.float16)}
     return tensors | {name: PARAMS[key] for key, name in names.items()}
 
@@ -126,7 +132,10 @@ def test_published_drafts_are_read_exactly(target, tmp_path):
 
 
 def test_an_embedding_of_its_own_is_refused(target, tmp_path, capsys):
-    """Decoding reads the target's. A single changed value is seen, half precision is not."""
+    """Decoding uses the target's embedding.
+
+    A single changed value is detected; half precision is accepted.
+    """
     embed_VD = embedding_of(target).copy()
     embed_VD[17, 3] += 0.01
     source = write(tmp_path / "there", published(embed_VD), CONFIG)

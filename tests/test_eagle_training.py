@@ -1,6 +1,4 @@
-"""EAGLE's two stages against torch, against drafting token by token, and against what Beagle's
-stages score.
-"""
+"""EAGLE's two stages against torch, token-by-token drafting, and what Beagle's stages score."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -42,7 +40,7 @@ def params() -> dict:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """The first row has an answer from the start."""
+    """In the first row the answer starts at position 0."""
     return three_rows(0, 3, 3)
 
 
@@ -55,7 +53,7 @@ def frozen(tiny_params) -> FrozenTarget:
 def gradient_of(
     config: TrainConfig, stage: StageConfig, spec: BeagleSpec = SPEC, objective=TEST_TIME
 ):
-    """((loss, metrics), gradient) as a jitted function of (params, frozen, batch, key)."""
+    """Returns a jitted function (params, frozen, batch, key) -> ((loss, metrics), gradient)."""
 
     def loss(params, *rest):
         return stage_loss(params, spec, config, stage, objective, *rest, ONE_DEVICE)
@@ -89,8 +87,9 @@ IN_TORCH = {
 
 
 def by_torch(params: dict, frozen: FrozenTarget, batch: Batch, steps: int) -> tuple[float, dict]:
-    """Loss and gradient of benchmarks/torch_eagle.py: every step weighs 1, and gradients flow
-    through predicted states.
+    """Returns loss and gradient of benchmarks/torch_eagle.py.
+
+    Every step has weight 1, and gradients flow through predicted states.
     """
     bench = benchmark("torch_eagle")
     block = bench.EagleBlock(
@@ -128,9 +127,9 @@ def same_as_torch(params, frozen, batch, theirs: Batch, steps: int, **changes) -
     (loss, _), gradient = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
     expected, expected_gradient = by_torch(params, frozen, theirs, steps)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for name, one in expected_gradient.items():
+    for name, value in expected_gradient.items():
         np.testing.assert_allclose(
-            gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name
+            gradient[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name
         )
 
 
@@ -176,8 +175,10 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
     _, expected = by_torch(params, frozen, batch, 3)
 
     def compare():
-        for name, one in expected.items():
-            np.testing.assert_allclose(gradient[name], one, rtol=0, atol=1e-5 * np.abs(one).max())
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                gradient[name], value, rtol=0, atol=1e-5 * np.abs(value).max()
+            )
 
     with pytest.raises(AssertionError):
         compare()
@@ -203,18 +204,19 @@ _simulated = jax.jit(eagle_states, static_argnames=("spec", "count", "steps", "d
 
 
 def drafted(params, e_BLD, h_BLD, bug: str = "") -> np.ndarray:
-    """[B, T, J, D] by drafting alone: the row once more for each step, with the states drafted so
-    far in the place of true ones.
+    """Returns states [B, T, J, D] by drafting alone.
+
+    Each step reads the row again, with the states drafted so far in place of true ones.
     """
-    found = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
+    states_BQJD = np.zeros((B, ASKED, LATE.simulation_steps, D), np.float32)
     for line, (e_LD, h_LD) in enumerate(zip(e_BLD, h_BLD, strict=True)):
         for query in range(ASKED):
             known, at = np.array(h_LD), FIRST[line] + query
             for step in range(min(LATE.simulation_steps, L - at)):
-                found[line, query, step] = _row(params, e_LD, known)[at + step - 1]
+                states_BQJD[line, query, step] = _row(params, e_LD, known)[at + step - 1]
                 if bug != "true states":
-                    known[at + step - (bug == "one early")] = found[line, query, step]
-    return found
+                    known[at + step - (bug == "one early")] = states_BQJD[line, query, step]
+    return states_BQJD
 
 
 def simulated(params, e_BLD, h_BLD, first_B=FIRST, detach: bool = True) -> jax.Array:
@@ -235,12 +237,12 @@ def row() -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.random.default_rng(3).standard_normal((2, B, L, D)).astype(np.float32))
 
 
-def same_where_it_means_something(found, expected) -> None:
+def same_where_it_means_something(actual, expected) -> None:
     for line in range(B):
         for query in range(ASKED):
             steps = L - FIRST[line] - query
             np.testing.assert_allclose(
-                found[line, query, :steps], expected[line, query, :steps], atol=1e-5
+                actual[line, query, :steps], expected[line, query, :steps], atol=1e-5
             )
 
 
@@ -265,18 +267,16 @@ def test_detach_changes_gradients_only(params, row):
     def score(p, detach):
         return jnp.sum(jnp.sin(simulated(p, *row, detach=detach)))
 
-    kept, cut = (jax.value_and_grad(score)(params, detach) for detach in (False, True))
-    np.testing.assert_allclose(kept[0], cut[0], rtol=1e-5)
-    assert float(jnp.abs(kept[1]["fc"] - cut[1]["fc"]).max()) > 1e-3
+    attached, detached = (jax.value_and_grad(score)(params, detach) for detach in (False, True))
+    np.testing.assert_allclose(attached[0], detached[0], rtol=1e-5)
+    assert float(jnp.abs(attached[1]["fc"] - detached[1]["fc"]).max()) > 1e-3
 
 
 # What is scored
 
 
 def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
-    """Early in windows of one, late from every position: the same counts by step, but for position
-    0.
-    """
+    """Early in windows of one, late from every position: equal counts by step except position 0."""
     beagle = BeagleSpec.from_target(TINY)
     for stage, name in ((EARLY, "early"), (LATE, "test_time")):
         (_, ours), _ = gradient_of(CLEAN, stage)(params, frozen, batch, jax.random.key(0))
@@ -293,8 +293,9 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
 
 
 def test_noise_reaches_the_inputs_only(params, frozen, batch):
-    """With the state's half of the fusion zero nothing reads the states: noise then changes
-    nothing, so the targets are clean.
+    """With a zero state half in the fusion nothing reads the states.
+
+    Noise then changes nothing, so the targets are clean.
     """
     drafts = {"whole": params, "deaf": params | {"fc": params["fc"].at[:, D:].set(0)}}
     loss = {

@@ -1,5 +1,7 @@
-"""EAGLE drafts of other targets than Llama: biases of queries, keys and values (Qwen2), a config
-copied from a mixture of experts (Mixtral), and the fusion layer with and without its bias.
+"""EAGLE drafts for other targets than Llama.
+
+Biases of queries, keys and values (Qwen2), a config copied from a mixture of experts (Mixtral), and
+a fusion layer with and without bias.
 """
 
 import numpy as np
@@ -42,10 +44,10 @@ def biases() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("told", [{}, {"qkv_bias": True}])
-def test_biases_of_a_qwen2_draft_are_read(target, tmp_path, told):
+@pytest.mark.parametrize("settings", [{}, {"qkv_bias": True}])
+def test_biases_of_a_qwen2_draft_are_read(target, tmp_path, settings):
     tensors = published(embedding_of(target)) | biases()
-    source = write(tmp_path / "there", tensors, QWEN2 | told)
+    source = write(tmp_path / "there", tensors, QWEN2 | settings)
     assert run(target, source, tmp_path / "here") == 0
     draft = load_draft(tmp_path / "here", spec_of(target))
     assert draft.spec.qkv_bias and draft.spec.fc_bias

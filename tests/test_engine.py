@@ -1,4 +1,4 @@
-"""Rows that come and go: refilled rows answer as if alone, and admitting changes no other row."""
+"""Rows that come and go: refilled rows answer as if alone; admission changes no other row."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def _prompts(count: int = 40, longest: int = 60) -> list[list[int]]:
 
 
 def _system(name: str, sampling: Sampling, **parts):
-    """A decoder, and what plain decoding of its target answers to each prompt alone."""
+    """Returns a decoder, and what plain decoding answers to each prompt alone."""
     wrong, right, tree = SYSTEMS[name]
     if sampling.greedy:
         target, draft = target_of(), wrong and wrong()
@@ -77,12 +77,12 @@ def _check_refilled(name: str, sampling: Sampling, rows: int = 4, **parts) -> No
     alone = [
         plain.generate([prompt], seed=7 + line, **ask)[0] for line, prompt in enumerate(prompts)
     ]
-    found = decoder.generate(prompts, seed=7, batch=rows, **ask)
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in alone]
-    assert [answer.finish for answer in found] == [answer.finish for answer in alone]
+    answers = decoder.generate(prompts, seed=7, batch=rows, **ask)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+    assert [answer.finish for answer in answers] == [answer.finish for answer in alone]
     together = decoder.generate(prompts, seed=7, **ask)
-    assert [(one.rounds, one.accepted) for one in found] == [
-        (one.rounds, one.accepted) for one in together
+    assert [(answer.rounds, answer.accepted) for answer in answers] == [
+        (answer.rounds, answer.accepted) for answer in together
     ]
 
 
@@ -93,14 +93,14 @@ def test_forty_prompts_over_four_rows_get_what_each_gets_alone(name, sampling):
 
 
 def _stale_length(now, state, chunk, first):
-    """A row keeps the length of the answer before."""
+    """Planted: a row keeps the length of the previous answer."""
     after, states_RTD = Round.read_chunk(now, state, chunk, first)
     length_B = jnp.maximum(after.cache.length_B, state.cache.length_B)
     return after._replace(cache=after.cache.with_(length_B=length_B)), states_RTD
 
 
 def _stale_seed(now, state, chunk, first):
-    """A row draws with the seed of the answer before."""
+    """Planted: a row samples with the seed of the previous answer."""
     after, states_RTD = Round.read_chunk(now, state, chunk, first)
     used_B = state.requests.limit_B > 0
     key_B = jnp.where(used_B, state.requests.key_B, after.requests.key_B)
@@ -116,7 +116,7 @@ def test_planted_bugs_of_refilled_rows(bug, sampling):
 
 
 def test_rows_of_stops_and_pieces_are_refilled():
-    """Stop strings release a row; pieces come for every request and join to its answer."""
+    """Stop strings release a row; every request gets pieces that join to its answer."""
     target = target_of(MARKOV, tokenizer=letters())
     decoder = SpeculativeDecoder(target, right_draft(0.02), chain(2), context=128)
     prompts = [[token] for token in range(20)]
@@ -172,7 +172,7 @@ def _chunk_for(row: int, prompt: list[int], width: int) -> Chunk:
 
 @pytest.mark.parametrize("name", ["beagle dynamic", "eagle chain", "lookup", "plain"])
 def test_admitting_changes_nothing_in_the_other_rows(name):
-    """On every array of the state, in the midst of answers."""
+    """Compares every array of the state, in the middle of answers."""
     wrong, _, tree = SYSTEMS[name]
     now = round_of(target_of(), wrong and wrong(), tree)
     state, _ = run(now, start(now, [[5], [6, 7], [8, 9, 10]], [20] * 3, 64), 3)
@@ -193,7 +193,7 @@ def _data(x):
 
 
 def test_nothing_compiles_after_warm_up_whatever_is_asked():
-    """Streams, stops, lengths, refills, seeds; with committed weights, as files give them."""
+    """Streams, stops, lengths, refills and seeds, with committed weights, as files give them."""
     target = target_of(tokenizer=letters())
     params = jax.device_put(target.params, jax.devices()[0])
     target = type(target)(target.spec, params, target.tokenizer, target.eos_ids, "test")
@@ -226,8 +226,8 @@ def test_nothing_compiles_after_warm_up_whatever_is_asked():
 def test_any_sequence_of_whole_numbers_is_a_prompt(prompt):
     decoder = SpeculativeDecoder(target_of(), context=128)
     [expected] = decoder.generate([[5, 6, 7]], max_new_tokens=4)
-    [found] = decoder.generate(iter([prompt]), max_new_tokens=4)
-    assert found == expected
+    [answer] = decoder.generate(iter([prompt]), max_new_tokens=4)
+    assert answer == expected
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_long_prompts_are_admitted_in_chunks(monkeypatch):
     prompts = _prompts(6, 200)
     for draft in (random_draft(), random_eagle(), Lookup()):
         decoder = SpeculativeDecoder(target_of(), draft, chain(2))
-        found = decoder.generate(prompts, max_new_tokens=12, batch=2)
-        assert [answer.tokens for answer in found] == [
+        answers = decoder.generate(prompts, max_new_tokens=12, batch=2)
+        assert [answer.tokens for answer in answers] == [
             naive_greedy(target_of(), prompt, 12) for prompt in prompts
         ]

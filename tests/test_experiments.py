@@ -1,6 +1,4 @@
-"""The figures' runner: measures and verdicts on hand-made results, the committed file, and all of
-it at toy size.
-"""
+"""The figures' runner: hand-made results, the committed file, and everything at toy size."""
 
 import json
 import sys
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from experiment_cases import PAPER, ROOT, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import PAPER, ROOT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import claims
@@ -19,6 +17,8 @@ import run as runner
 
 from beagle_jax.config import load_config
 from beagle_jax.errors import UsageError, UserError, run_main
+
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 def test_every_run_of_the_paper_is_a_config(tmp_path):
@@ -75,7 +75,9 @@ def test_one_figure_needs_its_runs_and_those_before_them():
 
 
 def test_first_seeds_come_first():
-    order = [tuple(one) for one in plans.load_plan(Path(PAPER), {}, short=False).trainings()]
+    order = [
+        tuple(training) for training in plans.load_plan(Path(PAPER), {}, short=False).trainings()
+    ]
     assert order[0] == ("beagle", 0) and order.index(("beagle", 1)) > order.index(("window-4", 0))
     assert len(order) == len(set(order))
 
@@ -169,9 +171,9 @@ def test_first_seeds_come_first():
 def test_a_wrong_file_is_refused(change, message, tmp_path):
     tree = yaml.safe_load(Path(PAPER).read_text()) | {"evaluations": {}}
     tree["figures"] = {
-        name: one
-        for name, one in tree["figures"].items()
-        if not any("." in run for run in one["of"])
+        name: figure
+        for name, figure in tree["figures"].items()
+        if not any("." in run for run in figure["of"])
     }
     tree["claims"] = []
     path = tmp_path / "x.yaml"
@@ -217,7 +219,7 @@ def test_a_part_of_the_table_does_not_replace_it(tmp_path):
 
 
 def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
-    """Trained to 20; stopped before 40 and gone on from a checkpoint at 20; and further."""
+    """Trained to 20; stopped before 40 and resumed from a checkpoint at 20; then further."""
     (tmp_path / "c.yaml").write_text(f"target: {{source: x}}\ntrain: {{folder: {tmp_path}}}")
     data, timed = (
         {"stage": "data", "step": 0},
@@ -241,11 +243,11 @@ def test_speed_is_without_the_lines_that_hold_a_compilation(tmp_path):
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """A plan whose evaluation of first seeds was made, by hand."""
+    """A plan with a hand-made evaluation of the first seeds."""
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     draft, folder = tmp_path / "late-0" / "draft", tmp_path / "evaluations" / "dynamic-append"
-    for one in (draft, folder):
-        one.mkdir(parents=True)
+    for directory in (draft, folder):
+        directory.mkdir(parents=True)
     (draft / "config.json").write_text('{"sha256": "a"}')
     ask_first(plan, folder)
     (folder / "answers.jsonl").write_text('{"drafts": {"late": "a"}}\n')
@@ -254,39 +256,42 @@ def evaluated(tmp_path):
 
 
 def ask_first(plan, folder: Path) -> None:
-    """The evaluation of that name, of first seeds."""
+    """Runs the evaluation of that name, of the first seeds."""
     runner.evaluate_drafts(plan, folder.name, folder, plan.evaluated(folder.name)[folder])
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Calls of `evaluate`."""
-    found = []
-    monkeypatch.setattr(runner, "evaluate", lambda *arguments: found.append(arguments))
-    return found
+def evaluations(monkeypatch):
+    """Records the calls of `evaluate`."""
+    calls = []
+    monkeypatch.setattr(runner, "evaluate", lambda *arguments: calls.append(arguments))
+    return calls
 
 
-def test_an_evaluation_is_not_made_again(asked, evaluated):
+def test_an_evaluation_is_not_made_again(evaluations, evaluated):
     plan, folder = evaluated
     ask_first(plan, folder)
-    assert len(asked) == 1
+    assert len(evaluations) == 1
     # What only trainings are told of is no reason.
     ask_first(replace(plan, base={**plan.base, "train": {}}), folder)
-    assert len(asked) == 1
+    assert len(evaluations) == 1
 
 
 def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
-    asked, evaluated, monkeypatch
+    evaluations, evaluated, monkeypatch
 ):
-    """All runs of an evaluation side by side, seed by seed; the answers that are there are no
-    reason to ask again.
+    """An evaluation times all its runs side by side, seed by seed.
+
+    Existing answers are not repeated.
     """
     plan, folder = evaluated
-    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    contents = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(runner, "train_and_measure", lambda *_, **__: None)
-    assert runner.run_all(plan, shared=True) == {} and len(asked) == 1
+    assert runner.run_all(plan, shared=True) == {} and len(evaluations) == 1
     assert runner.run_all(plan, shared=False) == {}
-    asks = {Path(out).name: (config.draft.path, *config.eval.compare) for config, out in asked[1:]}
+    asks = {
+        Path(out).name: (config.draft.path, *config.eval.compare) for config, out in evaluations[1:]
+    }
 
     def at(name, seed):
         return f"{plan.folder}/{name}-{seed}/draft"
@@ -298,7 +303,7 @@ def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
         assert asks[of["systems"][seed]] == tuple(at(name, seed) for name in systems)
         assert asks[of["static-append"][seed]] == (at("late", seed),)
     assert asks["dynamic-append-1"] == (at("late", 1),)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    assert {path: path.read_bytes() for path in folder.iterdir()} == contents
 
 
 def test_a_run_with_fewer_seeds_stands_beside_the_first_ones_only():
@@ -307,25 +312,28 @@ def test_a_run_with_fewer_seeds_stands_beside_the_first_ones_only():
         plan, runs={**plan.runs, "eagle-late": replace(plan.runs["eagle-late"], seeds=(7,))}
     )
     first, second, third = plan.evaluated("systems").values()
-    assert ("eagle-late", 7) in first and {one.name for one in third} == {
-        one.name for one in second
-    } == {one.name for one in first} - {"eagle-late"}
+    assert ("eagle-late", 7) in first and {training.name for training in third} == {
+        training.name for training in second
+    } == {training.name for training in first} - {"eagle-late"}
     short = plans.load_plan(Path(PAPER), {}, short=True)
     assert [folder.name for name in short.evaluations for folder in short.evaluated(name)] == list(
         short.evaluations
     )
 
 
-def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
+def test_an_evaluation_of_other_drafts_or_settings_is_refused(evaluations, evaluated):
     plan, folder = evaluated
-    one = plan.evaluations[folder.name]
+    evaluation = plan.evaluations[folder.name]
     with pytest.raises(
         UserError,
         match=r"dynamic-append/config.yaml: made with other settings of decode.nodes; delete",
     ):
         ask_first(
             replace(
-                plan, evaluations={folder.name: replace(one, set={**one.set, "decode.nodes": 5})}
+                plan,
+                evaluations={
+                    folder.name: replace(evaluation, set={**evaluation.set, "decode.nodes": 5})
+                },
             ),
             folder,
         )
@@ -335,11 +343,11 @@ def test_an_evaluation_of_other_drafts_or_settings_is_refused(asked, evaluated):
         match="dynamic-append: its drafts were trained again since they were measured; delete it",
     ):
         ask_first(plan, folder)
-    assert len(asked) == 1
+    assert len(evaluations) == 1
 
 
 def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
-    """For all that is trained and measured of it."""
+    """One load serves all trainings and measurements."""
     plan = replace(plans.load_plan(Path(PAPER), {}, short=False), folder=tmp_path)
     seen = []
     monkeypatch.setattr(runner, "training_target", lambda config: seen.append("load") or "target")
@@ -367,8 +375,9 @@ def test_a_training_loads_the_target_once(tmp_path, monkeypatch):
     900
 )  # twenty-one trainings and all that is measured: minutes alone, and more beside other work
 def test_everything_at_toy_size(tmp_path, capsys, monkeypatch):
-    """All runs and figures; done again it trains nothing; a run that cannot be made is named and
-    holds up nothing else.
+    """All runs and figures. A second call trains nothing.
+
+    A run that cannot be made is named and delays nothing else.
     """
     from command_cases import make_target, write_lines
 

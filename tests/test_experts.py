@@ -1,6 +1,4 @@
-"""Routed experts against the definition written out token by token, and what the loop over experts
-skips.
-"""
+"""Routed experts against the definition, token by token, and which experts are skipped."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,7 @@ def arrays():
 
 
 def _by_hand(router_ED, map_EDD, y_DM, experts):
-    """One token at a time."""
+    """Computes one token at a time."""
     out_DM = np.zeros_like(y_DM)
     for m in range(y_DM.shape[1]):
         raw_E = router_ED @ y_DM[:, m]
@@ -64,8 +62,9 @@ def test_padding_columns_ask_for_nothing(arrays):
 
 
 def test_an_expert_that_nobody_chose_is_not_run(arrays):
-    """Its output is NaN here: only skipping keeps that out of the sum, and planted use of all lets
-    it in.
+    """That expert's output is NaN: only skipping keeps it out of the sum.
+
+    Planted: running all experts lets it in.
     """
     _, map_EDD, y_DM = arrays
     poisoned = jnp.asarray(map_EDD).at[1].set(jnp.nan)

@@ -1,6 +1,4 @@
-"""Each family of the target against transformers' own model of it: logits, states, greedy tokens,
-drafted tokens.
-"""
+"""Each target family against transformers' model: logits, states, greedy and drafted tokens."""
 
 import dataclasses
 import itertools
@@ -59,7 +57,7 @@ def test_states_and_logits_equal_torch(family):
 
 
 def _without(key):
-    """Leaves one tensor out of the last layer, as if the loader did not know it."""
+    """Planted: leaves one tensor out of the last layer, as if the loader did not know it."""
 
     def plant(spec, params):
         *rest, last = params["layers"]
@@ -172,8 +170,9 @@ def test_planted_bug_in_states(family, plant):
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 def test_planted_bug_norm_after_rope(family, monkeypatch):
-    """A norm without weight commutes with a rotation, so what tells the order is the weight: here
-    it comes late.
+    """A norm without weight commutes with a rotation, so only its weight shows the order.
+
+    Here the weight is applied late.
     """
     late = []
 
@@ -195,7 +194,7 @@ def test_planted_bug_norm_after_rope(family, monkeypatch):
 
 
 def _torch_answers(model):
-    """Greedy tokens of transformers' generate, each prompt alone."""
+    """Returns greedy tokens of transformers' generate, each prompt alone."""
     answers = []
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
@@ -211,7 +210,7 @@ def _torch_answers(model):
 
 
 def _decoded(target, tree=ROOT_ONLY):
-    """Our tokens, with a random draft where the tree needs one."""
+    """Returns our tokens, with a random draft if the tree needs one."""
     spec = BeagleSpec.from_target(target.spec, init_std=0.3)
     decoder = SpeculativeDecoder(
         target, Draft(spec, init_draft(spec, jax.random.key(1)), None, {}), tree
@@ -248,8 +247,9 @@ def test_greedy_tokens_equal_torch_with_a_tree(family):
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3 moe with all", "gemma 3"], indirect=True)
 def test_greedy_tokens_equal_torch_plainly(family):
-    """What a family brings is in `forward`, which a tree asks for more rows: windows, experts and
-    Gemma's layers stand for all.
+    """The families differ in `forward` alone, which a tree calls with more rows.
+
+    So windows, experts and Gemma's layers represent all families with a tree.
     """
     model, target = family
     assert _decoded(target) == _torch_answers(model)
@@ -258,7 +258,7 @@ def test_greedy_tokens_equal_torch_plainly(family):
 @pytest.mark.parametrize("far", [-1, 1])
 @pytest.mark.parametrize("family", ["mistral"], indirect=True)
 def test_planted_bug_in_the_window_over_the_cache(family, far, monkeypatch):
-    """New tokens see right, slots are cut off one too early or too late."""
+    """New tokens are masked right; slots are cut off one too early or too late."""
 
     def wrong(position_BT, key_BS, window):
         return within_window(position_BT, key_BS, window + (far if key_BS.shape[0] == 1 else 0))
@@ -282,12 +282,12 @@ def test_planted_bug_in_greedy_tokens(family):
 
 
 def test_window_looks_as_drawn():
-    found = within_window(jnp.array([[4, 1]]), jnp.arange(6)[None], 3)
-    assert found.astype(int).tolist() == [[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]]
+    mask_BTS = within_window(jnp.array([[4, 1]]), jnp.arange(6)[None], 3)
+    assert mask_BTS.astype(int).tolist() == [[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]]
 
 
 def _rope_difference(scaling) -> float:
-    """From transformers' cosines and sines for the sizes of Llama 3.1."""
+    """Returns the difference from transformers' cosines and sines at the sizes of Llama 3.1."""
     rope = {**LLAMA3_ROPE, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
     config = LlamaConfig(
         hidden_size=256,
@@ -298,10 +298,10 @@ def _rope_difference(scaling) -> float:
         max_position_embeddings=131072,
     )
     expected = LlamaForCausalLM(config).model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
-    found = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
+    tables = rope_tables(jnp.arange(64)[None], 128, 5e5, scaling)
     return max(
         float(np.abs(ours - theirs.numpy()).max())
-        for ours, theirs in zip(found, expected, strict=True)
+        for ours, theirs in zip(tables, expected, strict=True)
     )
 
 

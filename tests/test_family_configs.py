@@ -1,4 +1,4 @@
-"""What the config.json of a target family asks for, and what is refused by name."""
+"""What the config.json of a target family sets, and what is refused by name."""
 
 import pytest
 
@@ -35,9 +35,7 @@ def test_plain_llama_has_no_extras():
 
 
 def test_gemma_3_as_old_files_say_it():
-    """Keys of transformers 4, which wrote neither layer types nor rope_parameters, nor what was the
-    default.
-    """
+    """Keys of transformers 4, which wrote no layer types, no rope_parameters and no defaults."""
     old = {
         "rope_theta": 5e5,
         "rope_local_base_freq": 7.0,
@@ -77,8 +75,8 @@ def test_what_moe_configs_ask_for():
         mixtral.rope_theta,
         mixtral.windows,
     ) == (96, True, 1e6, ())
-    asked = _read(model_type="qwen3_moe", **moe, use_sliding_window=True, max_window_layers=2)
-    assert asked.windows == (4096,) * 3  # this family knows no first layers without a window
+    spec = _read(model_type="qwen3_moe", **moe, use_sliding_window=True, max_window_layers=2)
+    assert spec.windows == (4096,) * 3  # this family knows no first layers without a window
 
 
 def test_what_configs_ask_for():
@@ -88,13 +86,13 @@ def test_what_configs_ask_for():
     assert _read(model_type="mistral", sliding_window=None).windows == ()
     assert _read(model_type="mistral", num_key_value_heads=None).num_kv_heads == 4
     assert _read(model_type="qwen2", sliding_window=9).windows == ()
-    asked = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
-    assert _read(**asked).windows == ()  # the first 28 layers see everything
-    assert _read(**asked, max_window_layers=2).windows == (None, None, 9)
+    config = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+    assert _read(**config).windows == ()  # the first 28 layers see everything
+    assert _read(**config, max_window_layers=2).windows == (None, None, 9)
     assert _read(
-        **asked, layer_types=["sliding_attention", "full_attention", "full_attention"]
+        **config, layer_types=["sliding_attention", "full_attention", "full_attention"]
     ).windows == (9, None, None)
-    assert _read(**asked, max_window_layers=2).shortest_window == 9
+    assert _read(**config, max_window_layers=2).shortest_window == 9
     assert _read(model_type="qwen3").head_dim == 128
 
 

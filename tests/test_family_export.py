@@ -1,6 +1,4 @@
-"""Exported drafts beside targets of other families: what they change, embedding scale and windows,
-reaches torch too.
-"""
+"""Exported drafts of other target families: embedding scale and windows reach torch too."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +23,9 @@ grown = jax.jit(grow, static_argnums=3)
 
 
 def exported(target, folder):
-    """A random draft of a target, and torch's of its folder, which passed the converter's
-    comparison.
+    """Returns a random draft of a target, and torch's from its folder.
+
+    The folder passed the converter's comparison.
     """
     spec = BeagleSpec.from_target(target.spec, init_std=0.3)
     draft = Draft(spec, init_draft(spec, jax.random.key(1)), None, {})
@@ -37,7 +36,7 @@ def exported(target, folder):
 
 
 def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[list[int]]]:
-    """The nodes below some roots over random states, of torch and of JAX."""
+    """Returns the nodes below some roots over random states, from torch and from JAX."""
     h_BSD = np.random.default_rng(6).standard_normal(
         (ROOTS, TRUE, target.spec.hidden_size), np.float32
     )
@@ -46,8 +45,8 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
     rows_VD = model.get_output_embeddings().weight
     true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(TRUE)) for h_SD in h_BSD]
     theirs = [
-        module.draft(tree, int(root), one, embed, rows_VD)
-        for root, one in zip(roots, true, strict=True)
+        module.draft(tree, int(root), memory, embed, rows_VD)
+        for root, memory in zip(roots, true, strict=True)
     ]
     cache = BeagleBlock(draft.spec).apply(
         {"params": draft.params},

@@ -15,7 +15,7 @@ B, T = 2, 16
 
 
 def _torch_parts(model, tokens_BT):
-    """What went into the modules of each layer, and what came out: name -> (in, out)."""
+    """Returns input and output of each layer's modules: name -> (in, out)."""
     seen = {}
 
     def record(name):
@@ -46,7 +46,7 @@ def _torch_parts(model, tokens_BT):
 
 
 def _our_parts(spec, params, inputs):
-    """Our outputs of the same parts from the same inputs, as [B, T, D]."""
+    """Returns our outputs [B, T, D] of the same parts from the same inputs."""
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     masks = target_module._layer_masks(spec, positions_BT, causal_mask(jnp.full(B, T), T), None)
     rotary = target_module._layer_rotary(spec, positions_BT)
@@ -79,15 +79,15 @@ def _differences(pair, change=lambda spec, params: (spec, params)):
     model, target = pair
     spec, params = change(target.spec, target.params)
     expected = _torch_parts(model, np.random.default_rng(3).integers(0, spec.vocab_size, (B, T)))
-    found = jax.jit(lambda params, inputs: _our_parts(spec, params, inputs))(
+    outputs = jax.jit(lambda params, inputs: _our_parts(spec, params, inputs))(
         params, {name: x for name, (x, _) in expected.items()}
     )
-    assert found.keys() == expected.keys()
+    assert outputs.keys() == expected.keys()
     # Rounding grows with what is rounded: above 25 a difference counts as a share of the largest
     # output. Gemma 1's blocks reach 95, and differ by 2e-6 of that.
     scales = {name: max(1.0, float(np.abs(out).max()) / 25) for name, (_, out) in expected.items()}
     return {
-        name: float(np.abs(found[name] - out).max()) / scales[name]
+        name: float(np.abs(outputs[name] - out).max()) / scales[name]
         for name, (_, out) in expected.items()
     }
 
@@ -101,12 +101,12 @@ def test_each_part_equals_torch(family):
 def test_rope_equals_torch(family):
     model, target = family
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    for index, found in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
+    for index, tables in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
         kind = (model.config.layer_types[index],) if target.spec.local_rope_theta else ()
         expected = model.model.rotary_emb(
             torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind
         )
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(tables, expected, strict=True):
             np.testing.assert_allclose(ours[:, 0, 0], theirs.numpy(), atol=1e-5)
 
 
@@ -114,7 +114,10 @@ def test_rope_equals_torch(family):
 def test_planted_bug_shows_in_its_part_alone(family):
     first, *rest = family[1].params["layers"]
     shifted = {**first, "up_FD": jnp.roll(first["up_FD"], 1, axis=0)}
-    found = _differences(
+    differences = _differences(
         family, lambda spec, params: (spec, {**params, "layers": [shifted, *rest]})
     )
-    assert {name for name, difference in found.items() if difference > 1e-3} == {"mlp 0", "block 0"}
+    assert {name for name, difference in differences.items() if difference > 1e-3} == {
+        "mlp 0",
+        "block 0",
+    }

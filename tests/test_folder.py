@@ -1,4 +1,4 @@
-"""The folder of training text: what it was made for, and parts that are damaged."""
+"""The folder of training text: what it was made for, and damaged parts."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_folder_made_for_something_else_is_refused_by_hash(config, key, named)
 
 
 def test_a_folder_of_before_there_were_hashes_is_still_taken(config, tmp_path):
-    """settings.json as it was: no hashes, no processes, none of the newer keys."""
+    """An old settings.json: no hashes, no processes, none of the newer keys."""
     newer = ("split", "streaming", "answers", "max_chat_tokens", "states", "states_dtype")
     old = {
         "target": "a",
@@ -108,13 +108,13 @@ def test_a_damaged_list_of_settings_is_named(config, tmp_path, text):
     claim(config, MADE_FOR, ALONE)
     path = tmp_path / "data" / "settings.json"
     path.write_bytes(text.encode("latin-1"))
-    for read in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
+    for call in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
         with pytest.raises(UserError, match=f"{path}: .*; delete data.folder, or set another"):
-            read()
+            call()
 
 
 class Words:
-    """A tokenizer of words, as far as a fingerprint looks."""
+    """A tokenizer of words, as much of it as a fingerprint reads."""
 
     def __init__(self, words="a b c", template="{{ messages }}", split=lambda text: text.split()):
         self.chat_template, self._words, self._split = template, words.split(), split
@@ -143,8 +143,8 @@ def test_each_hash_follows_what_it_names(tiny_params):
         "tokenizer_sha256": fingerprints(tiny_params, Words("a c b")),
         "template_sha256": fingerprints(tiny_params, Words(template="{{ messages[0] }}")),
     }
-    for key, found in changed.items():
-        assert {name for name in base if found[name] != base[name]} == {key}
+    for key, after in changed.items():
+        assert {name for name in base if after[name] != base[name]} == {key}
     assert (
         fingerprints(tiny_params, Words(split=list))["tokenizer_sha256"] != base["tokenizer_sha256"]
     )

@@ -1,4 +1,4 @@
-"""What `from beagle_jax import ..` gives, and how little `import beagle_jax` loads."""
+"""What `from beagle_jax import ..` offers, and how little `import beagle_jax` loads."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_the_table_and_the_list_of_public_names_are_one():
     ],
 )
 def test_importing_loads_little(code, absent):
-    told = subprocess.run(
+    modules = subprocess.run(
         [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"],
         capture_output=True,
         text=True,
@@ -51,7 +51,7 @@ def test_importing_loads_little(code, absent):
         timeout=120,
         check=True,
     ).stdout.split()
-    assert [name for name in absent if name in told] == []
+    assert [name for name in absent if name in modules] == []
 
 
 def test_a_decoder_from_a_config_writes_what_its_parts_write(config):

@@ -1,6 +1,7 @@
-"""What version 0.1.0 left on disk still loads: tests/frozen/0.1.0, written by tests/frozen/make.py.
+"""What version 0.1.0 left on disk (tests/frozen/0.1.0) still loads.
 
-Numbers are compared with those that version 0.1.0 computed after it, from the same files.
+tests/frozen/make.py wrote it. Numbers are compared with those that version 0.1.0 computed from the
+same files.
 """
 
 import json
@@ -69,13 +70,13 @@ def run(command: str, *argv: str) -> int:
 
 
 def figures(command: str, *argv: str) -> dict[str, Any]:
-    """What a command writes with --json."""
+    """Returns what a command writes with --json."""
     assert run(command, "--json", "figures.json", *argv) == 0
     return json.loads(Path("figures.json").read_text())
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of writing of each file."""
+    """Returns content and modification time of each file."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -87,7 +88,7 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key, as JSON has them."""
+    """Returns values by dotted key, as in JSON."""
     flat = {}
     for key, value in tree.items():
         inner = isinstance(value, dict)
@@ -96,7 +97,7 @@ def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resolved(path: Path, *overrides: str) -> dict[str, Any]:
-    """Every setting of a config by its dotted key, whatever holds it."""
+    """Returns every setting of a config by its dotted key, whichever section has it."""
     config = load_config(path, overrides)
     now = dotted(config.model_dump())
     now["train.late.dense"] = now.pop("train.late.objective") == "test_time"
@@ -104,7 +105,7 @@ def resolved(path: Path, *overrides: str) -> dict[str, Any]:
 
 
 def changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings of then that have another value now, or none."""
+    """Returns old settings that now have another value, or none."""
     names = {key: MOVED.get(key, key) for key in then}
     return [
         key
@@ -140,7 +141,7 @@ def test_planted_bugs_in_a_config_are_seen(monkeypatch):
 
 
 def answered(*argv: str) -> dict[str, Any]:
-    """Text, tokens and rounds of the prompt; a character of the text is a token."""
+    """Returns text, tokens and rounds of the prompt; one character is one token."""
     made = figures("generate", PROMPT, *argv)
     assert made["equal"], "the text is not that of plain decoding"
     return {key: made[key] for key in ("text", "tokens", "rounds")}
@@ -152,13 +153,13 @@ def test_a_draft_decodes_the_same_tokens_in_as_many_rounds(place, name):
 
 
 def test_planted_bug_matrices_read_the_wrong_way_round(place):
-    """Only the rounds see the draft: the text is the target's with any."""
+    """Only the rounds depend on the draft: with any draft the text is the target's."""
     target = load_target("target", "float32", "cache")
     draft = load_draft("drafts/beagle_hot", target.spec)
     turned = {name: draft.params[name].T for name in ("q_proj", "o_proj")}
     save_draft("drafts/other", replace(draft, params={**draft.params, **turned}))
-    found, right = answered("draft.path=drafts/other"), EXPECTED["drafts"]["beagle_hot"]
-    assert found["text"] == right["text"] and found["rounds"] > right["rounds"]
+    answer, right = answered("draft.path=drafts/other"), EXPECTED["drafts"]["beagle_hot"]
+    assert answer["text"] == right["text"] and answer["rounds"] > right["rounds"]
 
 
 @pytest.mark.parametrize("name", EXPECTED["drafts"])
@@ -237,14 +238,14 @@ DIGITS = {"loss": 1e-5, "ploss": 1e-5, "vloss": 1e-6, "grad_norm": 1e-4}
 
 
 def last_lines(folder: Path) -> list[dict]:
-    """The last line of each stage, step and split."""
+    """Returns the last log record of each stage, step and split."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     last = {(line["stage"], line["step"], line.get("split")): line for line in lines}
     return list(last.values())
 
 
 def differing(then: list[dict], now: list[dict]) -> list[tuple[str, int, str]]:
-    """Stage, step and name of the figures that are not those that were expected."""
+    """Returns stage, step and name of the figures that differ from the expected ones."""
 
     def where(line):
         return (line["stage"], line["step"], line.get("split"))
@@ -256,14 +257,14 @@ def differing(then: list[dict], now: list[dict]) -> list[tuple[str, int, str]]:
 
     return [
         (line["stage"], line["step"], key)
-        for line, found in zip(then, now, strict=True)
+        for line, after in zip(then, now, strict=True)
         for key, value in line.items()
-        if not same(key, found[key], value)
+        if not same(key, after[key], value)
     ]
 
 
 def gone_on(place: Path, name: str) -> tuple[list[dict], dict]:
-    """Log and best taus after an interrupted run has gone on to its end."""
+    """Returns log and best taus after an interrupted run was continued to its end."""
     assert run("train", f"train.folder={name}", *EXPECTED["runs"][name]["overrides"]) == 0
     return last_lines(place / name), json.loads((place / name / "best.json").read_text())["stages"]
 
@@ -279,7 +280,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(place, name):
 
 
 def test_planted_bugs_in_what_a_run_goes_on_from(place):
-    """The optimizer's moments forgotten, and the best tau of the stage before."""
+    """The optimizer's moments are lost, or the best tau of the stage before."""
     folder = unpacked(place, "adamw_late")
     checkpoint = folder / "checkpoints" / "late" / "3"
     with ocp.StandardCheckpointer() as checkpointer:
@@ -312,7 +313,7 @@ def test_a_report_and_its_answers_are_read(place):
     cases = AnswerLog(place / "evaluation" / "answers.jsonl", settings).cases
     assert list(cases) == [("eval.jsonl", 0), ("eval.jsonl", 1)]
     for case in cases.values():
-        plain, draft = (asked.answer for asked in case.turns[0].values())
+        plain, draft = (turn.answer for turn in case.turns[0].values())
         assert plain.tokens == draft.tokens and draft.rounds < plain.rounds
     [answer, _] = cases["eval.jsonl", 1].turns[0].values()
     assert EXPECTED["drafts"]["beagle_hot"]["text"].startswith(answer.answer.text)
@@ -333,9 +334,9 @@ def test_a_tuned_tree_is_found_for_its_machine_alone(place, monkeypatch, capsys)
     status, message = ended(capsys, "generate", "--config", "run.yaml", PROMPT, *argv)
     assert status == 1 and "run python -m beagle_jax.tune --config FILE" in message
     monkeypatch.setattr(tuning, "machine", lambda: MACHINE)
-    found = answered(*argv)
-    assert found == {key: EXPECTED["tuned"][key] for key in found}
-    assert found["rounds"] < EXPECTED["drafts"]["beagle_hot"]["rounds"], "the tree was not used"
+    answer = answered(*argv)
+    assert answer == {key: EXPECTED["tuned"][key] for key in answer}
+    assert answer["rounds"] < EXPECTED["drafts"]["beagle_hot"]["rounds"], "the tree was not used"
     [path] = (place / "cache" / "tuned").iterdir()
     path.write_text(path.read_text().replace("topk", "topks"))
     status, message = ended(capsys, "generate", "--config", "run.yaml", PROMPT, *argv)

@@ -1,4 +1,4 @@
-"""GGUF files: exact tensors, known encodings, and files that are broken."""
+"""GGUF files: exact tensors, known encodings, and broken files."""
 
 import gguf
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from beagle_jax.weights.target import (
 def _compare_gguf(folder, kind) -> None:
     tensors = llama_tensors()
     write_llama(folder / "tiny.gguf", tensors, kind=kind)
-    found = dict(GGUFFile(folder / "tiny.gguf").tensors())
-    assert found.keys() == tensors.keys()
+    read_back = dict(GGUFFile(folder / "tiny.gguf").tensors())
+    assert read_back.keys() == tensors.keys()
     for name, array in tensors.items():
         # Quantisation is per row, so it commutes with the permutation of rows.
         expected = (
@@ -30,7 +30,7 @@ def _compare_gguf(folder, kind) -> None:
             if array.ndim == 1
             else gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
         )
-        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+        np.testing.assert_array_equal(read_back[name], expected, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
@@ -50,7 +50,7 @@ def test_planted_bug_rows_left_permuted(tmp_path, monkeypatch):
 
 
 def _write_gguf(path, tensors, kind=None) -> None:
-    """A GGUF of loose tensors under the file's own names: only what `tensors()` reads."""
+    """Writes a GGUF file of loose tensors under the file's own names, for `tensors()` alone."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -68,13 +68,13 @@ def test_gguf_biases_and_own_head_are_named(tmp_path):
         "blk.1.attn_q.bias": np.arange(64, dtype=np.float32),
     }
     _write_gguf(tmp_path / "biased.gguf", tensors)
-    found = dict(GGUFFile(tmp_path / "biased.gguf").tensors())
-    np.testing.assert_array_equal(found["lm_head.weight"], tensors["output.weight"])
-    np.testing.assert_array_equal(found["blk.1.attn_q.bias"], tensors["blk.1.attn_q.bias"])
+    stored = dict(GGUFFile(tmp_path / "biased.gguf").tensors())
+    np.testing.assert_array_equal(stored["lm_head.weight"], tensors["output.weight"])
+    np.testing.assert_array_equal(stored["blk.1.attn_q.bias"], tensors["blk.1.attn_q.bias"])
     with pytest.raises(UserError, match=r"extra tensor blk.1.attn_q.bias \[64\]"):
         fill_params(
             TargetSpec.from_hf_config(LLAMA, "test"),
-            Held(found.items()),
+            Held(stored.items()),
             jnp.dtype("float32"),
             "here",
         )
@@ -115,8 +115,9 @@ def test_broken_gguf_files(tmp_path):
 
 
 def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
-    """GGUF names how text is split and does not say it: what is not known here is read from the
-    model's own files.
+    """GGUF names a way to split text but does not define it.
+
+    An unknown one is read from the model's own files.
     """
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     expected = load_target(str(tmp_path / "tiny.gguf"), "float32", "unused")
@@ -128,12 +129,12 @@ def test_a_tokenizer_beside_a_gguf_file_is_taken(tmp_path):
     ):
         load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
     expected.tokenizer.save_pretrained(tmp_path / "other")
-    found = load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
+    target = load_target(str(tmp_path / "other" / "pre.gguf"), "float32", "unused")
     assert (
-        found.tokenizer.encode("ab\n\n1 2") == expected.tokenizer.encode("ab\n\n1 2")
-        and found.eos_ids == expected.eos_ids
+        target.tokenizer.encode("ab\n\n1 2") == expected.tokenizer.encode("ab\n\n1 2")
+        and target.eos_ids == expected.eos_ids
     )
-    assert found.tokenizer.chat_template == expected.tokenizer.chat_template
+    assert target.tokenizer.chat_template == expected.tokenizer.chat_template
 
 
 def test_a_header_that_names_a_tensor_twice(tmp_path):

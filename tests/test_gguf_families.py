@@ -1,5 +1,6 @@
-"""GGUF files of each architecture against the model of transformers that they were written from;
-keys that may be missing, split files, ends of answers, and what is refused by its name.
+"""GGUF files of each architecture against the transformers model that they were written from.
+
+Also optional keys, split files, stop tokens, and what is refused by its name.
 """
 
 import json
@@ -76,13 +77,13 @@ ARCHITECTURES = {
 
 
 def made(kind: str, **changes):
-    """A random model of transformers, and the architecture that llama.cpp has for it."""
+    """Makes a random transformers model and its architecture's name in llama.cpp."""
     architecture, model_class, config_class, settings = ARCHITECTURES[kind]
     return architecture, random_torch(model_class, config_class(**{**SIZES, **settings, **changes}))
 
 
 def written(folder: Path, kind: str, changes=None, **more) -> tuple[Path, object]:
-    """A GGUF file of a random model with a tokenizer beside it."""
+    """Writes a GGUF file of a random model with a tokenizer next to it."""
     architecture, model = made(kind, **(changes or {}))
     write_model(folder / "tiny.gguf", architecture, model, **more)
     letters().save_pretrained(folder)
@@ -196,7 +197,7 @@ def test_a_pattern_of_windows(tmp_path, pattern):
 
 
 def factors_of(model) -> np.ndarray:
-    """What the converter writes as rope_freqs.weight."""
+    """Returns what the converter writes as rope_freqs.weight."""
     plain = 1.0 / 50.0 ** (np.arange(0, 8, 2, dtype=np.float32) / 8)
     return (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
 
@@ -210,14 +211,14 @@ def test_rope_freqs_are_llama_3_s_scaling(tmp_path, monkeypatch):
     )
     check(path, model)
     # The planted bug: the tensor is left where it is.
-    read = gguf_module.hf_config
-    monkeypatch.setattr(gguf_module, "hf_config", lambda *given: read(*given[:-1], None))
+    hf_config = gguf_module.hf_config
+    monkeypatch.setattr(gguf_module, "hf_config", lambda *given: hf_config(*given[:-1], None))
     with pytest.raises(AssertionError, match="Mismatched elements"):
         check(path, model)
 
 
 def test_the_config_of_rope_freqs_is_one_that_transformers_computes(tmp_path):
-    """A folder of `convert to-jax` holds it, and its tokenizer is read through it."""
+    """A folder of `convert to-jax` contains it, and its tokenizer is read through it."""
     _, model = made("llama", rope_parameters=LLAMA3)
     extra = {"rope_freqs.weight": factors_of(model)}
     path, _ = written(tmp_path, "llama", {"rope_parameters": LLAMA3}, extra=extra)
@@ -373,7 +374,7 @@ def test_what_is_not_computed_is_refused_by_its_name(tmp_path, metadata, message
 
 
 def other_architecture(folder: Path, architecture: str) -> Path:
-    """A llama's file whose `general.architecture` says something else."""
+    """Writes a llama's file with another `general.architecture`."""
     writer = gguf.GGUFWriter(folder / "tiny.gguf", architecture)
     writer.add_block_count(2)
     writer.add_tensor("token_embd.weight", np.zeros((61, 32), np.float32))

@@ -1,6 +1,4 @@
-"""Tokenizers that are rebuilt from a GGUF file against those of transformers with the same tokens
-and merges.
-"""
+"""Tokenizers rebuilt from a GGUF file against transformers' with the same tokens and merges."""
 
 import gguf
 import pytest
@@ -46,7 +44,7 @@ def metadata(folder, pre, tokens=tuple(TOKENS), merges=tuple(MERGES), **more) ->
 
 
 def qwen2():
-    """Transformers' own class, which knows its split and normal form."""
+    """Makes transformers' own class, which knows its split and normal form."""
     merges = [tuple(merge.split(" ")) for merge in MERGES]
     made = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(TOKENS)}, merges=merges)
     made.add_special_tokens({"additional_special_tokens": SPECIALS})
@@ -54,11 +52,11 @@ def qwen2():
 
 
 def check_qwen2(folder) -> None:
-    expected, found = qwen2(), byte_level_tokenizer(metadata(folder, "qwen2"))
+    expected, tokenizer = qwen2(), byte_level_tokenizer(metadata(folder, "qwen2"))
     for text in TEXTS:
         ids = expected.encode(text, add_special_tokens=False)
-        assert found.encode(text) == ids, text
-        assert found.decode(ids) == expected.decode(ids)
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == expected.decode(ids)
 
 
 def test_qwen2_equals_transformers(tmp_path):
@@ -75,27 +73,32 @@ def test_planted_bug_another_split(tmp_path, pattern, monkeypatch):
 
 
 def test_llama_3_splits_as_transformers_converter_does(tmp_path):
-    """It has the pattern of Llama 3's own tokenizer.model as its default."""
-    found = byte_level_tokenizer(metadata(tmp_path, "llama-bpe", add_bos_token=False))
+    """Its default pattern is that of Llama 3's own tokenizer.model."""
+    tokenizer = byte_level_tokenizer(metadata(tmp_path, "llama-bpe", add_bos_token=False))
     expected = TikTokenConverter(vocab_file="unused").pattern
     assert gguf_tokenizer._PATTERNS["llama-bpe"] == expected
-    digits = [found.convert_ids_to_tokens(i) for i in found.encode("12345")]
+    digits = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.encode("12345")]
     assert digits == ["123", "4", "5"]
-    assert found.convert_ids_to_tokens(found.encode("abc")) == ["abc"]  # whole, without merges
+    # Whole, without merges.
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abc")) == ["abc"]
 
 
-@pytest.mark.parametrize(("told", "expected"), [(None, True), (True, True), (False, False)])
-def test_llama_3_begins_with_its_first_token_unless_the_file_says_no(tmp_path, told, expected):
-    more = {} if told is None else {"add_bos_token": told}
-    found = byte_level_tokenizer(metadata(tmp_path, "llama-bpe", **more))
-    assert (found.encode("ab")[0] == 1) is expected
-    assert found.encode("ab", add_special_tokens=False)[0] != 1
+@pytest.mark.parametrize(
+    ("add_bos_token", "expected"), [(None, True), (True, True), (False, False)]
+)
+def test_llama_3_begins_with_its_first_token_unless_the_file_says_no(
+    tmp_path, add_bos_token, expected
+):
+    more = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    tokenizer = byte_level_tokenizer(metadata(tmp_path, "llama-bpe", **more))
+    assert (tokenizer.encode("ab")[0] == 1) is expected
+    assert tokenizer.encode("ab", add_special_tokens=False)[0] != 1
 
 
 def test_others_begin_with_no_token_unless_the_file_says_so(tmp_path):
     assert byte_level_tokenizer(metadata(tmp_path, "qwen2")).encode("ab") == [TOKENS.index("ab")]
-    found = byte_level_tokenizer(metadata(tmp_path, "qwen2", add_bos_token=True))
-    assert found.encode("ab") == [1, TOKENS.index("ab")]
+    tokenizer = byte_level_tokenizer(metadata(tmp_path, "qwen2", add_bos_token=True))
+    assert tokenizer.encode("ab") == [1, TOKENS.index("ab")]
 
 
 def test_what_does_not_fit_together_is_damage(tmp_path):

@@ -206,13 +206,13 @@ def test_what_docstrings_cite_is_in_the_repository():
     files = [
         path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds
     ]
-    found = {
+    wrong_of = {
         str(path.relative_to(ROOT)): wrong
         for path in files
         if path.name != "test_house.py" and "frozen" not in path.parts
         if (wrong := dangling(path.read_text(encoding="utf-8"), known))
     }
-    assert found == {}
+    assert wrong_of == {}
 
 
 def test_a_citation_that_leads_nowhere_is_seen():

@@ -27,9 +27,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def datasets():
-    """Not imported above: it takes seconds, which only the worker that runs these tests should
-    pay.
-    """
+    """The package. Its import takes seconds, which only the worker that runs these tests pays."""
     return pytest.importorskip("datasets")
 
 
@@ -43,7 +41,7 @@ def saved(datasets, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def files(datasets, tmp_path_factory) -> str:
-    """A folder with a data file, as a dataset's repository has it."""
+    """A folder with a data file, like a dataset's repository."""
     folder = tmp_path_factory.mktemp("files")
     datasets.Dataset.from_list(RECORDS).to_parquet(folder / "train.parquet")
     return str(folder)
@@ -59,10 +57,10 @@ def own_cache(datasets, tmp_path, monkeypatch):
 def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
     folder = request.getfixturevalue(kind)
     where = f"hf:{folder}[train], record"
-    asked = {"role": "user", "content": "Why?"}
+    question = {"role": "user", "content": "Why?"}
     assert list(hub_chats(folder, "train", streaming)) == [
         Chat((QUESTION, ANSWER), f"{where} 1"),
-        Chat((asked,), f"{where} 2"),
+        Chat((question,), f"{where} 2"),
         Chat((QUESTION, ANSWER), f"{where} 4"),
     ]
     assert "left out 1 of 4 conversations, which hold no question" in capsys.readouterr().out
@@ -70,14 +68,14 @@ def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
 
 def test_streaming_reads_no_further_than_asked(datasets, files, monkeypatch):
     dataset = datasets.load_dataset(files, split="train", streaming=True)
-    read = []
+    records = []
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda *_, **__: dataset.map(lambda record: read.append(1) or record),
+        lambda *_, **__: dataset.map(lambda record: records.append(1) or record),
     )
     next(hub_chats(files, "train", True))
-    assert len(read) < len(RECORDS)
+    assert len(records) < len(RECORDS)
 
 
 def test_a_slice_of_a_split(files):

@@ -1,4 +1,4 @@
-"""Which settings decide a result: by hand, and against what 0.1.0 wrote."""
+"""Which settings decide a result: against hand-written lists and what 0.1.0 wrote."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_fields_name_results_that_there_are():
 
 
 def test_what_decides_each_result():
-    """The hand-written lists of 0.1.0, settings of sections by name."""
+    """Compares with the hand-written lists of 0.1.0, and other sections' settings by name."""
     text = Identity.of(CONFIG, "text").values
     assert {key.removeprefix("data.") for key in text} == set(DataConfig.model_fields) - {
         "folder",
@@ -124,8 +124,8 @@ def test_checkpoints_of_0_1_0_are_taken():
     now = Identity.of(CONFIG, "stage")
     assert now.diff(Identity.read(old(EARLY, OLD_STAGE))) == {}
     dense = changed(late=TestTimeStage(steps=500))
-    found = Identity.read(old(EARLY, OLD_STAGE | {"dense": True, "window": 9}))
-    assert Identity.of(dense, "stage").diff(found) == {}
+    old_identity = Identity.read(old(EARLY, OLD_STAGE | {"dense": True, "window": 9}))
+    assert Identity.of(dense, "stage").diff(old_identity) == {}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_checkpoints_of_0_1_0_are_taken():
     ],
 )
 def test_checkpoints_of_0_1_0_with_other_settings_are_seen(early, late, key):
-    found = Identity.read(old(EARLY | early, OLD_STAGE | late))
-    assert key in Identity.of(CONFIG, "stage").diff(found)
+    old_identity = Identity.read(old(EARLY | early, OLD_STAGE | late))
+    assert key in Identity.of(CONFIG, "stage").diff(old_identity)
 
 
 def test_the_same_place_may_be_written_in_two_ways(monkeypatch):

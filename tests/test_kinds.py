@@ -30,18 +30,18 @@ APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config/")
 
 
 def tellings(text: str) -> list[str]:
-    """Lines of code that tell kinds apart."""
+    """Lists lines of code that tell kinds apart."""
     return [line.strip() for line in text.splitlines() if TELLING_APART.search(line)]
 
 
 def test_no_code_tells_kinds_apart():
-    found = {
+    telling = {
         str(path.relative_to(PACKAGE)): lines
         for path in sorted(PACKAGE.rglob("*.py"))
         if not str(path.relative_to(PACKAGE)).startswith(APART)
         and (lines := tellings(path.read_text(encoding="utf-8")))
     }
-    assert found == {}
+    assert telling == {}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from late_oracle import oracle_states
+from late_oracle import late_keys_values, oracle_states
 
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.packing import of_row
@@ -34,8 +34,9 @@ def row():
 
 
 def _scored(window: int, steps: int, multi_token: bool) -> list[tuple[int, int]]:
-    """Draft step and window offset of each prediction, as method.md 4.2 sums them: l = i, or l
-    = k.
+    """Returns draft step and window offset of each prediction that method.md 4.2 sums.
+
+    With l = i, or with l = k.
     """
     return [
         (step, offset)
@@ -52,10 +53,10 @@ _early = jax.jit(early_states, static_argnums=1, static_argnames=("window",))
 
 @partial(jax.jit, static_argnames=("window", "steps", "detach", "multi_token", "plant"))
 def _both(params, e_BLD, h_BLD, offset, *, window, steps, detach, multi_token=False, plant=""):
-    """States and gradients of the fast and of the plain form, on the same rows.
+    """Returns states and gradients of the fast and of the plain form, on the same rows.
 
-    plant: a program with a planted bug is none that another test may meet. It has no gradients: the
-    states tell.
+    plant: a name of its own for a program with a planted bug, so that no other test meets it. It
+    has no gradients: the states show the bug.
     """
     settings = dict(window=window, steps=steps, offset=offset, detach=detach)
     at, scored = (
@@ -113,7 +114,7 @@ def test_equals_plain_form(row, window, steps, detach):
 
 @pytest.mark.parametrize(("window", "steps", "detach"), [(3, 3, True), (3, 3, False), (4, 2, True)])
 def test_multi_token_equals_plain_form(row, window, steps, detach):
-    """The loss form l = k: at each step the queries after its own too (Fig. 12 of the paper)."""
+    """The loss form l = k: each step scores later queries too (Fig. 12 of the paper)."""
     _compare(row, window, steps, detach, range(window), multi_token=True)
 
 
@@ -133,29 +134,24 @@ def test_planted_bug_true_key_of_own_position(row, monkeypatch):
 
 
 def test_planted_bug_predicted_key_one_position_late(row, monkeypatch):
-    right = BeagleBlock.keys_values
-
-    def wrong(self, h, at):
-        return right(self, h, at + (h.shape[1] == 1))
-
-    monkeypatch.setattr(BeagleBlock, "keys_values", wrong)
+    monkeypatch.setattr(BeagleBlock, "keys_values", late_keys_values)
     with pytest.raises(AssertionError):
         _compare(row, 4, 4, True, [2], plant="late key")
 
 
 def test_detach_changes_gradients_only(row):
-    kept, cut = (
+    attached, detached = (
         _both(*row, jnp.int32(1), window=5, steps=3, detach=detach) for detach in (False, True)
     )
     # Two programs: rounding differs where XLA fuses them differently, by a few 1e-7 (measured).
-    np.testing.assert_allclose(kept[0][0], cut[0][0], atol=1e-5)
-    assert float(jnp.abs(kept[1][0]["v_proj"] - cut[1][0]["v_proj"]).max()) > 1e-3
+    np.testing.assert_allclose(attached[0][0], detached[0][0], atol=1e-5)
+    assert float(jnp.abs(attached[1][0]["v_proj"] - detached[1][0]["v_proj"]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("multi_token", [False, True])
 @pytest.mark.parametrize("offset", [0, 2])
 def test_first_step_is_the_early_stage(row, offset, multi_token):
-    """At the windows' starts; with l = k in whole windows (method.md 13.3)."""
+    """At the windows' first positions; with l = k in whole windows (method.md 13.3)."""
     params, e_BLD, h_BLD = row
     early = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, window=3, offset=jnp.int32(offset))
     settings = dict(
@@ -224,7 +220,7 @@ def test_positions_are_relative(row):
 
 
 def _check_dense(row, steps, shift=0):
-    """With a window at every position, each window of every offset is among them."""
+    """With a window at every position, the windows of every offset are among them."""
     params, e_BLD, h_BLD = row
 
     def run(window, offset):
@@ -270,7 +266,7 @@ def test_planted_bug_dense_windows_one_later(row):
 
 @lru_cache
 def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
-    """Of a compiled gradient through `steps` simulated steps, in windows of as many."""
+    """Measures a compiled gradient through `steps` simulated steps, in windows of that size."""
     B, L, D = 2, 128, SPEC.hidden_size
     rows = [jax.ShapeDtypeStruct((B, L, D), jnp.float32)] * 2
     lengths = jax.ShapeDtypeStruct((B, 1), jnp.int32)
@@ -310,15 +306,13 @@ def _temporaries_and_flops(steps: int, detach: bool) -> tuple[int, float]:
 
 @pytest.mark.parametrize(("detach", "within"), [(True, 1.15), (False, 1.3)])
 def test_memory_is_flat_in_the_steps(detach, within):
-    """benchmarks/step_memory.py shows every s from 1 to 8, with the loss, beside forms that
-    grow.
-    """
+    """benchmarks/step_memory.py shows s from 1 to 8, with the loss, next to forms that grow."""
     # The first step's program is the same with and without: no predicted state is read.
-    found = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
-    memory = [bytes_ for bytes_, _ in found]
+    costs = [_temporaries_and_flops(steps, detach and steps > 1) for steps in (1, 5)]
+    memory = [bytes_ for bytes_, _ in costs]
     assert max(memory) <= within * min(memory), memory
     early = _temporaries_and_flops(0, False)[1]
-    assert max(flops for _, flops in found) <= 1.2 * early, (found, early)
+    assert max(flops for _, flops in costs) <= 1.2 * early, (costs, early)
 
 
 FIRST = jnp.array([[5], [2]], jnp.int32)
@@ -326,7 +320,7 @@ ASKED = 6  # queries of each row
 
 
 def _check_part_of_a_row(row, offset, first_BC=FIRST):
-    """Asking for a few positions of each row gives what asking for all of it gives there."""
+    """Checks that a few positions of each row give what they give in the whole row."""
     params, e_BLD, h_BLD = row
     e_BTD = jnp.stack(
         [e_LD[first : first + ASKED] for e_LD, first in zip(e_BLD, FIRST[:, 0], strict=True)]

@@ -1,13 +1,10 @@
-"""Launch files: clean scripts, the commands they print, a SLURM job that leaves and comes back,
-Kubernetes files against the schema.
-"""
+"""Launch files: scripts, printed commands, a SLURM job that is requeued, Kubernetes schemas."""
 
 import copy
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +14,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from conftest import free_port
 
 from beagle_jax.config import load_config
 
@@ -179,9 +177,7 @@ def test_usage(script, arguments, expected):
 
 @pytest.fixture
 def cluster(tmp_path) -> Path:
-    """A clone whose environment is installed, with programs that write down how they were called in
-    place of SLURM's.
-    """
+    """A clone with an installed environment, and programs that record their calls as SLURM."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -250,7 +246,7 @@ def test_a_slurm_job_that_fails_is_not_queued_again(cluster):
 
 
 def test_sbatch_reads_its_options():
-    """SLURM stops at the first line that is neither a comment nor empty."""
+    """SLURM stops reading options at the first line that is neither a comment nor empty."""
     lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
     head = lines[
         : next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
@@ -267,7 +263,11 @@ def test_sbatch_reads_its_options():
 
 
 def jobset(path: Path) -> dict:
-    return next(one for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "JobSet")
+    return next(
+        manifest
+        for manifest in yaml.safe_load_all(path.read_text())
+        if manifest["kind"] == "JobSet"
+    )
 
 
 @pytest.mark.parametrize("path", JOBSETS, ids=lambda path: path.name)
@@ -295,8 +295,8 @@ def test_jobsets_ask_for_a_run_that_exists(path):
     shared = container["volumeMounts"][0]["mountPath"]
     loaded = load_config(ROOT / config, overrides)
     assert all(
-        one.startswith(shared)
-        for one in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir)
+        folder.startswith(shared)
+        for folder in (loaded.train.folder, loaded.data.folder, loaded.target.cache_dir)
     )
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
@@ -348,7 +348,7 @@ ON_A_TPU_VM = (
 
 
 def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False) -> list[str]:
-    """What each of these processes, started together on this machine, knows of the others."""
+    """Returns what each of these processes knows of the others when they start together."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -366,15 +366,9 @@ def joined(processes: list[dict[str, str]], before: str = "", flag: bool = False
         )
         for more in processes
     ]
-    ended = [one.communicate(timeout=120) for one in started]
-    assert [one.returncode for one in started] == [0] * len(started), ended
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), ended
     return [out.strip() for out, _ in ended]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 def test_tasks_of_srun_find_each_other():
@@ -395,7 +389,9 @@ def test_pods_of_the_gpu_jobset_find_each_other():
     job = workers["template"]["spec"]
     [container] = job["template"]["spec"]["containers"]
     variables = {
-        one["name"]: one.get("value") for one in container["env"] if one["name"].startswith("JAX_")
+        variable["name"]: variable.get("value")
+        for variable in container["env"]
+        if variable["name"].startswith("JAX_")
     }
     assert variables.pop("JAX_PLATFORMS") == "cuda,cpu" and variables.pop(
         "JAX_COMPILATION_CACHE_DIR"
@@ -423,10 +419,10 @@ def test_workers_of_a_tpu_slice_find_each_other():
         "MEGASCALE_NUM_SLICES": "1",
         "MEGASCALE_SLICE_ID": "0",
     }
-    found = joined(
+    joined_as = joined(
         [worker | {"TPU_WORKER_ID": number} for number in "01"], before=ON_A_TPU_VM, flag=True
     )
-    assert found == ["0 2 8", "1 2 8"]
+    assert joined_as == ["0 2 8", "1 2 8"]
 
 
 def test_the_image_copies_what_exists_and_installs_extras_that_exist():
@@ -450,12 +446,12 @@ def test_the_image_copies_what_exists_and_installs_extras_that_exist():
     # What the install reads must be there before it runs, and what the launch files name after it.
     installs = next(number for number, step in enumerate(steps) if step[0] == "RUN")
     before = {name for step in steps[:installs] if step[0] == "COPY" for name in step[1:-1]}
-    read = {
+    named = {
         project["project"]["readme"],
         project["project"]["license"]["file"],
         *project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"],
     }
-    assert before == {"pyproject.toml", "beagle_jax", *read} and set(copied) - before == {
+    assert before == {"pyproject.toml", "beagle_jax", *named} and set(copied) - before == {
         "configs",
         "drafts",
     }

@@ -35,7 +35,7 @@ def qkv():
 
 @jax.jit
 def _reference(q, k, v, mask):
-    """jax.nn.dot_product_attention, with zeros where nothing is visible."""
+    """Calls jax.nn.dot_product_attention, with zeros where nothing is visible."""
     out = jax.nn.dot_product_attention(
         q.reshape(B, K * G, T, H).swapaxes(1, 2),
         k.transpose(0, 3, 1, 2),

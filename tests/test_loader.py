@@ -1,6 +1,4 @@
-"""Batches of rows: cut, padded, aligned with their states, dealt to processes; and the tokens that
-the draft will score.
-"""
+"""Batches: cut, padded, aligned with their states, dealt to processes; and hot tokens."""
 
 from collections import Counter
 
@@ -15,7 +13,7 @@ from beagle_jax.errors import UserError
 
 
 def rows_of_lengths(*lengths: int, prompt: int = 2) -> list[Row]:
-    """Rows whose first token is their number and whose others count up."""
+    """Makes rows whose first token is their number and whose other tokens count up."""
     rng = np.random.default_rng(3)
     return [
         Row(
@@ -115,12 +113,12 @@ def test_too_few_rows_are_an_error():
 
 
 def check_dealt(rows, count: int, **settings) -> None:
-    """The lines of `count` processes, one below the other, are the batch of one, in every field."""
-    one = loader_of(rows, **settings)
+    """Checks that the lines of `count` processes together are the batch of one, in every field."""
+    undivided = loader_of(rows, **settings)
     dealt = [loader_of(rows, share=Share(index, count), **settings) for index in range(count)]
-    for step in range(2 * one.steps_per_epoch):  # two epochs
+    for step in range(2 * undivided.steps_per_epoch):  # two epochs
         for whole, *parts in zip(
-            one.batch_at(step), *(loader.batch_at(step) for loader in dealt), strict=True
+            undivided.batch_at(step), *(loader.batch_at(step) for loader in dealt), strict=True
         ):
             if whole is None:  # no targets of their own
                 assert parts == [None] * count

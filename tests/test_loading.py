@@ -1,9 +1,8 @@
-"""Loading straight into place: what is read, by whom, and how much memory it takes."""
+"""Loading straight onto devices: what is read, by which process, with how much memory."""
 
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from benchmark_cases import benchmark
+from conftest import free_port
 from gguf_files import llama_tensors, write_llama
 from safetensors.numpy import save_file
 from test_gguf import _write_gguf
@@ -45,7 +45,7 @@ MOE = TargetSpec.from_hf_config(
 
 
 def _folder(path: Path, tensors, dtype=np.float32) -> HFFolder:
-    """Two files, as large checkpoints come."""
+    """Writes two files, as large checkpoints have."""
     names = sorted(tensors)
     for number in range(2):
         save_file(
@@ -55,18 +55,18 @@ def _folder(path: Path, tensors, dtype=np.float32) -> HFFolder:
     return HFFolder(path)
 
 
-def _equal(found, expected) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def _equal(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", [np.float32, np.float16, jnp.bfloat16])
 def test_arrays_are_those_of_the_files(tmp_path, stored, dtype):
     tensors = llama_tensors()
-    found = fill_params(SPEC, _folder(tmp_path, tensors, stored), jnp.dtype(dtype), "here")
+    params = fill_params(SPEC, _folder(tmp_path, tensors, stored), jnp.dtype(dtype), "here")
     _equal(
-        found,
+        params,
         fill_params(
             SPEC,
             Held((name, x.astype(stored)) for name, x in tensors.items()),
@@ -74,7 +74,7 @@ def test_arrays_are_those_of_the_files(tmp_path, stored, dtype):
             "here",
         ),
     )
-    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
 
 def _moe_tensors():
@@ -119,15 +119,15 @@ def test_with_two_devices():
 @pytest.mark.parametrize("experts", [False, True])
 def test_a_mesh_of_devices_gets_its_parts_and_no_more_is_read(tmp_path, experts, monkeypatch):
     spec, tensors = (MOE, _moe_tensors()) if experts else (SPEC, llama_tensors())
-    opened, mesh, read = _folder(tmp_path, tensors), tensor_mesh(2), []
+    opened, mesh, parts = _folder(tmp_path, tensors), tensor_mesh(2), []
     monkeypatch.setattr(
         HFFolder,
         "read",
-        lambda self, name, index, dtype: read.append(_read(self, name, index, dtype)) or read[-1],
+        lambda self, name, index, dtype: parts.append(_read(self, name, index, dtype)) or parts[-1],
     )
-    found = fill_params(spec, opened, jnp.dtype("float32"), "here", mesh)
-    _equal(found, fill_params(spec, Held(tensors.items()), jnp.dtype("float32"), "here"))
-    layer = found["layers"][1]
+    params = fill_params(spec, opened, jnp.dtype("float32"), "here", mesh)
+    _equal(params, fill_params(spec, Held(tensors.items()), jnp.dtype("float32"), "here"))
+    layer = params["layers"][1]
     split = {"q_FD": 0, "o_DF": 1} | (
         {"gate_EFD": 1, "down_EDF": 2} if experts else {"gate_FD": 0, "down_DF": 1}
     )
@@ -135,7 +135,7 @@ def test_a_mesh_of_devices_gets_its_parts_and_no_more_is_read(tmp_path, experts,
         whole, part = layer[key].shape, layer[key].addressable_shards[0].data.shape
         assert part == (*whole[:dimension], whole[dimension] // 2, *whole[dimension + 1 :]), key
     # Each byte once, though every device holds the norms.
-    assert sum(part.nbytes for part in read) == sum(x.nbytes for x in tensors.values())
+    assert sum(part.nbytes for part in parts) == sum(x.nbytes for x in tensors.values())
 
 
 _read = HFFolder.read
@@ -149,11 +149,11 @@ def test_planted_bug_a_mesh_with_parts_from_the_wrong_place(tmp_path, monkeypatc
         return _read(self, name, (slice(None), *index[1:]), dtype)[: len(range(64)[index[0]])]
 
     monkeypatch.setattr(HFFolder, "read", lambda *a: shifted(*a) if "q_proj" in a[1] else _read(*a))
-    found = fill_params(
+    params = fill_params(
         SPEC, _folder(tmp_path, tensors), jnp.dtype("float32"), "here", tensor_mesh(2)
     )
     with pytest.raises(AssertionError):
-        _equal(found, fill_params(SPEC, Held(tensors.items()), jnp.dtype("float32"), "here"))
+        _equal(params, fill_params(SPEC, Held(tensors.items()), jnp.dtype("float32"), "here"))
 
 
 def test_any_part_of_a_tensor(tmp_path):
@@ -167,9 +167,9 @@ def test_any_part_of_a_tensor(tmp_path):
         (slice(1, 2), slice(9, 10)),
     ]:
         for dtype in (np.float32, jnp.bfloat16):
-            found = place.read(index, np.dtype(dtype))
-            np.testing.assert_array_equal(found, array[index].astype(dtype))
-            assert found.ctypes.data % 64 == 0 and found.flags.c_contiguous
+            values = place.read(index, np.dtype(dtype))
+            np.testing.assert_array_equal(values, array[index].astype(dtype))
+            assert values.ctypes.data % 64 == 0 and values.flags.c_contiguous
 
 
 def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
@@ -178,11 +178,11 @@ def test_a_tensor_is_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "_PIECE", 100)  # neither a row nor a part of one
     monkeypatch.setattr(safetensors_file, "_VALUES", 30)
     for dtype in (np.float32, jnp.bfloat16):
-        found = places(tmp_path / "model.safetensors")["x"].read(
+        values = places(tmp_path / "model.safetensors")["x"].read(
             (slice(1, 6), slice(None)), np.dtype(dtype)
         )
-        np.testing.assert_array_equal(found, array[1:6].astype(dtype))
-        assert found.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(values, array[1:6].astype(dtype))
+        assert values.ctypes.data % 64 == 0
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):
@@ -226,10 +226,10 @@ def test_loading_shows_a_bar_that_ends_full(tmp_path, monkeypatch):
         "tqdm",
         lambda **named: bars.append(tqdm(**named, disable=False, file=io.StringIO())) or bars[-1],
     )
-    found = fill_params(SPEC, _folder(tmp_path, llama_tensors()), jnp.dtype("bfloat16"), "here")
+    params = fill_params(SPEC, _folder(tmp_path, llama_tensors()), jnp.dtype("bfloat16"), "here")
     (bar,) = bars
     assert bar.desc == "loading target" and bar.n == bar.total == sum(
-        x.nbytes for x in jax.tree.leaves(found)
+        x.nbytes for x in jax.tree.leaves(params)
     )
 
 
@@ -251,11 +251,11 @@ print(sum(part.nbytes for part in count))
 """
 
 
-def test_each_process_reads_only_what_it_holds(tmp_path, free_port):
+def test_each_process_reads_only_what_it_holds(tmp_path):
     tensors = llama_tensors()
     _folder(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    command = [sys.executable, "-c", _PROCESS.format(port=free_port)]
+    command = [sys.executable, "-c", _PROCESS.format(port=free_port())]
     environment = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": ":".join(filter(None, sys.path)),
@@ -267,17 +267,10 @@ def test_each_process_reads_only_what_it_holds(tmp_path, free_port):
         )
         for n in range(2)
     ]
-    found = [int(process.communicate(timeout=120)[0].split()[-1]) for process in running]
+    bytes_read = [int(process.communicate(timeout=120)[0].split()[-1]) for process in running]
     whole = sum(x.nbytes for x in tensors.values())
     norms = sum(x.nbytes for name, x in tensors.items() if "norm" in name)
-    assert found == [(whole - norms) // 2 + norms] * 2
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    assert bytes_read == [(whole - norms) // 2 + norms] * 2
 
 
 # Memory. Twice the arrays, as when all are held on the host first, is the planted bug.
@@ -298,12 +291,12 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 def test_peak_memory_is_little_more_than_the_arrays(tmp_path, capsys):
     loading = benchmark("loading")
     loading.write_checkpoint(tmp_path, loading.SHAPES["middle"], sparse=True)
-    found, printed = loading.measure(str(tmp_path), "bfloat16"), capsys.readouterr().out
+    memory, printed = loading.measure(str(tmp_path), "bfloat16"), capsys.readouterr().out
     assert "x of the arrays" in printed and "read " in printed
-    assert found["bytes"] > 4e8
-    assert 0.9 < found["peak"] / found["bytes"] < 1.2
-    found = _planted(_HOLD_ALL, tmp_path)
-    assert found["peak"] / found["bytes"] > 1.7
+    assert memory["bytes"] > 4e8
+    assert 0.9 < memory["peak"] / memory["bytes"] < 1.2
+    memory = _planted(_HOLD_ALL, tmp_path)
+    assert memory["peak"] / memory["bytes"] > 1.7
 
 
 _WHOLE_TENSORS = """
@@ -316,7 +309,7 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 
 
 def test_peak_memory_where_a_large_head_is_converted(tmp_path):
-    """Planted: a whole tensor at once in both dtypes."""
+    """Planted: a whole tensor in both dtypes at once."""
     loading = benchmark("loading")
     loading.write_checkpoint(
         tmp_path,
@@ -324,17 +317,17 @@ def test_peak_memory_where_a_large_head_is_converted(tmp_path):
         sparse=True,
         stored="F32",
     )
-    found = loading.measure(str(tmp_path), "bfloat16")
-    assert 0.9 < found["peak"] / found["bytes"] < 1.2
-    found = _planted(_WHOLE_TENSORS, tmp_path)
-    assert found["peak"] / found["bytes"] > 1.5
+    memory = loading.measure(str(tmp_path), "bfloat16")
+    assert 0.9 < memory["peak"] / memory["bytes"] < 1.2
+    memory = _planted(_WHOLE_TENSORS, tmp_path)
+    assert memory["peak"] / memory["bytes"] > 1.5
 
 
 def _planted(program: str, source: Path) -> dict:
-    """What a process says that loads in another way."""
-    here = Path(__file__).parent
+    """Returns what a process prints that loads in another way."""
+    tests = Path(__file__).parent
     program = program.format(
-        tests=str(here), benchmarks=str(here.parent / "benchmarks"), source=str(source)
+        tests=str(tests), benchmarks=str(tests.parent / "benchmarks"), source=str(source)
     )
     printed = subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True
@@ -370,19 +363,20 @@ def test_gguf_types_load_as_gguf_decodes_them(tmp_path, kind):
         else gguf.quants.dequantize(gguf.quants.quantize(x, TYPES[kind]), TYPES[kind])
         for name, x in tensors.items()
     }
-    found = fill_params(spec, GGUFFile(tmp_path / "tiny.gguf"), jnp.dtype("float32"), "x")
-    _equal(found, fill_params(spec, Held(rounded.items()), jnp.dtype("float32"), "x"))
+    params = fill_params(spec, GGUFFile(tmp_path / "tiny.gguf"), jnp.dtype("float32"), "x")
+    _equal(params, fill_params(spec, Held(rounded.items()), jnp.dtype("float32"), "x"))
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_load_as_gguf_decodes_them(tmp_path, kind):
-    """The package writes none, so the blocks are random bytes (those of the scales' exponents kept
-    small).
+    """The package cannot write them, so the blocks are random bytes.
+
+    Bytes of the scales' exponents are small.
     """
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     raw = np.random.default_rng(0).integers(0, 40, (4, 2 * size), np.uint8)
     _write_gguf(tmp_path / "k.gguf", {"output_norm.weight": raw}, kind=TYPES[kind])
-    ((name, found),) = GGUFFile(tmp_path / "k.gguf").tensors()
-    assert (name, found.shape, found.dtype) == ("model.norm.weight", (4, 2 * block), np.float32)
-    np.testing.assert_array_equal(found, gguf.quants.dequantize(raw, TYPES[kind]))
-    assert np.isfinite(found).all() and found.std() > 0
+    ((name, values),) = GGUFFile(tmp_path / "k.gguf").tensors()
+    assert (name, values.shape, values.dtype) == ("model.norm.weight", (4, 2 * block), np.float32)
+    np.testing.assert_array_equal(values, gguf.quants.dequantize(raw, TYPES[kind]))
+    assert np.isfinite(values).all() and values.std() > 0

@@ -1,6 +1,4 @@
-"""Prompt lookup: what it drafts against a search through Python lists, and that its output is plain
-decoding's.
-"""
+"""Prompt lookup: drafts against a search through Python lists, answers against plain decoding."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +20,9 @@ DEPTH = 4
 
 
 def search(text: list[int], ngram: int, depth: int = DEPTH) -> list[int]:
-    """The same by hand: longest run first, of each length the latest; a found text goes on with its
-    period.
+    """Searches by hand: the longest run first, and the latest one of each length.
+
+    A text that ends in its own period continues with it.
     """
     period = 1
     for size in range(min(ngram, len(text) - 1), 0, -1):
@@ -38,7 +37,7 @@ def search(text: list[int], ngram: int, depth: int = DEPTH) -> list[int]:
 
 
 def texts(count: int = 300):
-    """Texts of few letters, so that runs repeat, with rubbish after their end."""
+    """Makes texts of few letters, so that runs repeat, with garbage after their end."""
     rng = np.random.default_rng(0)
     width, lengths = 24, rng.integers(1, 21, count)
     return rng.integers(0, 3, (count, width)), lengths
@@ -48,10 +47,10 @@ def texts(count: int = 300):
 def test_the_chain_is_what_a_search_finds(ngram):
     rows, lengths = texts()
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths - 1), ngram, DEPTH)
-    for row, length, found in zip(
+    for row, length, node_tokens in zip(
         rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
     ):
-        assert found == [row[length - 1], *search(row[:length], ngram)]
+        assert node_tokens == [row[length - 1], *search(row[:length], ngram)]
     assert nodes.parent_BW[0].tolist() == [0, 0, 1, 2, 3] and nodes.depth_BW[0].tolist() == [
         0,
         1,
@@ -67,10 +66,10 @@ def test_planted_bug_a_length_off_by_one_is_seen():
     nodes = lookup_chain(jnp.asarray(rows), jnp.asarray(lengths), 3, DEPTH)
 
     def compare():
-        for row, length, found in zip(
+        for row, length, node_tokens in zip(
             rows.tolist(), lengths, np.asarray(nodes.token_BW).tolist(), strict=True
         ):
-            assert found == [row[length - 1], *search(row[:length], 3)]
+            assert node_tokens == [row[length - 1], *search(row[:length], 3)]
 
     with pytest.raises(AssertionError):
         compare()
@@ -78,8 +77,8 @@ def test_planted_bug_a_length_off_by_one_is_seen():
 
 def test_the_drawn_example():
     text = jnp.array([[ord(letter) for letter in "abcxabc???"]])
-    found = lookup_chain(text, jnp.array([6]), 3, 3).token_BW[0, 1:]
-    assert "".join(map(chr, found.tolist())) == "xab"
+    suggested = lookup_chain(text, jnp.array([6]), 3, 3).token_BW[0, 1:]
+    assert "".join(map(chr, suggested.tolist())) == "xab"
 
 
 @pytest.mark.parametrize(
@@ -99,8 +98,9 @@ def test_output_is_that_of_plain_decoding(spec, sampling):
 
 
 def test_a_text_that_repeats_itself_is_looked_up():
-    """A target whose next token depends on the last one alone runs in circles; most rounds then
-    bring four tokens.
+    """If the next token depends on the last one alone, the text repeats.
+
+    Most rounds then give four tokens.
     """
     [answer] = SpeculativeDecoder(target_of(MARKOV), Lookup(), chain(3)).generate(
         [[5]], max_new_tokens=150
@@ -127,7 +127,7 @@ def test_the_text_is_kept_over_chunks_and_rounds(monkeypatch):
 
 
 def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
-    """The output stays right; the text no longer is what was written."""
+    """The output stays right; the text to search is no longer what was written."""
 
     def wrong(now, state, *rest):
         after = Round.append(now, state, *rest)

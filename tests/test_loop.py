@@ -21,6 +21,7 @@ from loop_cases import (
     loader_of,
     same_params,
     saved_steps,
+    train_stage,
 )
 
 from beagle_jax.config import EarlyStage, LogConfig, TargetConfig
@@ -31,18 +32,12 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.training import loop
 from beagle_jax.training.checkpoint import StageCheckpoints
-from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress, summary
 from beagle_jax.training.step import Metrics
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
-
-
-@pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +48,19 @@ def start() -> dict:
 @pytest.fixture(scope="module")
 def stage(frozen, start):
     """Runs a stage of a config, from the same parameters every time."""
-    training = loader_of(20, 1)
 
-    def stage(config, training=training, held_out=None):
-        return run_stage(
-            "early", config, SPEC, start, frozen, ONE_DEVICE, training, held_out, Log(config)
-        )
+    def stage(config, training=None, held_out=None):
+        return train_stage(config, frozen, training, params=start, held_out=held_out)
 
     return stage
 
 
 def test_a_part_of_a_line_that_a_killed_run_left_is_taken_away(tmp_path):
     config, path = config_for(tmp_path), tmp_path / "log.jsonl"
-    for left, kept in (('{"step": 1}\n{"st', [1]), ('{"st', []), ('{"step": 1}\n', [1]), ("", [])):
+    for left, steps in (('{"step": 1}\n{"st', [1]), ('{"st', []), ('{"step": 1}\n', [1]), ("", [])):
         path.write_text(left)
         Log(config).write({"step": 2})
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 2]
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*steps, 2]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +125,7 @@ def test_every_step_takes_its_own_batch_once(stage, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(config, training=broken)
     stage(config, training=resumed)
-    assert broken.asked[:9] == list(range(9)) and resumed.asked == list(
+    assert broken.requested[:9] == list(range(9)) and resumed.requested == list(
         range(5, 12)
     )  # the next batches are read ahead
 
@@ -155,10 +147,10 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
     restore = StageCheckpoints.restore
 
     def forgetful(self, fresh):
-        found = restore(self, fresh)
-        if found is None:
+        restored = restore(self, fresh)
+        if restored is None:
             return None
-        state, waiting = found
+        state, waiting = restored
         if (
             lost == "optimizer"
         ):  # zeroed in place: a new array would lie elsewhere and compile the step again
@@ -231,21 +223,19 @@ def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
 
 
 def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
-    """Whether the batches after a step's own are asked for while the step is under way, for so many
-    seconds.
-    """
-    training, found = Breaking(loader_of(20, 1)), []
+    """Whether later batches are requested while a step runs, within `patience` seconds."""
+    training, filled = Breaking(loader_of(20, 1)), []
 
     def look(state, metrics):
         end = time.monotonic() + patience
-        while not found and len(training.asked) < 1 + AHEAD and time.monotonic() < end:
+        while not filled and len(training.requested) < 1 + AHEAD and time.monotonic() < end:
             time.sleep(0.01)
-        found.append(len(training.asked) >= 1 + AHEAD)
+        filled.append(len(training.requested) >= 1 + AHEAD)
         return state, metrics
 
     after_each_step(monkeypatch, look)
     stage(config, training=training)
-    return found[0]
+    return filled[0]
 
 
 def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, monkeypatch):
@@ -281,7 +271,7 @@ def test_a_folder_with_other_settings_is_refused(whole, stage, changes, named):
 
 
 def test_another_target_is_refused_by_name(whole, frozen):
-    """Its state does not even fit; the message says whose it is."""
+    """Its state does not even fit; the message names the target."""
     config, _ = whole
     spec = BeagleSpec.from_target(replace(TINY, intermediate_size=16))
     other = config.changed(target=TargetConfig(source="other"))

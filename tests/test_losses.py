@@ -28,8 +28,9 @@ def rows():
 
 
 def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
-    """Every option of `train.loss` as its formula reads, over whole logits; differentiated by
-    jax.
+    """Computes every option of `train.loss` by its formula, over whole logits.
+
+    jax differentiates it.
     """
     log_p_MV, log_q_MV = (
         jax.nn.log_softmax(true_MD @ head_VD.T),
@@ -50,8 +51,9 @@ def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
 
 
 def _with_gradient(loss):
-    """(gradient by state of a weighted sum, the summands) as a jitted function of what `rows`
-    holds.
+    """Returns a jitted function of `rows`: the gradient by state, and the summands.
+
+    The gradient is that of a weighted sum of them.
     """
 
     def weighted(state, *rest):
@@ -70,11 +72,11 @@ def _by_formula(kind):
 
 def _compare(rows, chunk, kind="cross_entropy") -> None:
     counts = rows[3]
-    gradient, found = _with_gradient(
+    gradient, values = _with_gradient(
         lambda *rows: distribution_loss(*rows, kind, chunk, ONE_DEVICE)[0]
     )(*rows)
     expected, by_formula = _by_formula(kind)(*rows)
-    np.testing.assert_allclose(found, by_formula, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(values, by_formula, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * float(jnp.abs(expected).max()))
     assert float(jnp.abs(gradient[~counts]).max()) == 0.0 and float(jnp.abs(expected).max()) > 0.01
 
@@ -104,9 +106,9 @@ def test_planted_bug_another_distance(rows, kind, monkeypatch):
 
 
 def test_distances_by_hand():
-    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): numbers to check with a pencil."""
+    """p = (1/2, 1/4, 1/4) and q = (1/4, 1/4, 1/2), to compute by hand."""
     p, q, ln2 = jnp.array([[0.5, 0.25, 0.25]]), jnp.array([[0.25, 0.25, 0.5]]), np.log(2)
-    found = {
+    distances = {
         kind: float(f(Distributions(p, jnp.log(p), q, jnp.log(q), lambda x: x.sum(axis=-1)))[0][0])
         for kind, f in DISTANCES.items()
     }
@@ -118,7 +120,7 @@ def test_distances_by_hand():
         "total_variation": 0.25,
         "lk_hybrid": share * 0.25 * ln2 + (1 - share) * 0.25,
     }
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert distances == pytest.approx(expected, rel=1e-5)
 
 
 def test_planted_bug_gradient_without_the_target(rows, monkeypatch):

@@ -1,6 +1,4 @@
-"""The measurement: figures from hand-made round logs, later turns, and runs that go on where they
-were cut off.
-"""
+"""Measurements: figures from hand-made round logs, later turns, and resumed runs."""
 
 import dataclasses
 import json
@@ -37,8 +35,9 @@ def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
 
 
 def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> TimedAnswer:
-    """An answer whose rounds emitted so many tokens each; all but the last of each were accepted
-    drafts.
+    """Makes an answer whose rounds emitted so many tokens each.
+
+    All tokens of a round but the last were accepted drafts.
     """
     accepted = np.bincount([count - 1 for count in emitted], minlength=depth + 1).tolist()
     tokens = list(range(1 + sum(emitted)))
@@ -46,8 +45,10 @@ def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> TimedAns
 
 
 def test_tau_counts_the_bonus_token_and_no_prefill():
-    one = Measurement("x", "", [[answer([4, 1, 2])], [answer([1])]])
-    assert (one.tokens, one.rounds) == (10, 4) and one.tau == (4 + 1 + 2 + 1) / 4
+    measurement = Measurement("x", "", [[answer([4, 1, 2])], [answer([1])]])
+    assert (measurement.tokens, measurement.rounds) == (10, 4) and measurement.tau == (
+        4 + 1 + 2 + 1
+    ) / 4
     plain = Measurement("plain", "", [[answer([1] * 9, 0)]])
     assert plain.tau == 1 and plain.accepted == [9] and plain.step_alpha == []
 
@@ -59,12 +60,12 @@ def test_an_answer_of_the_prefill_alone_has_no_round():
 
 def test_tau_is_the_mean_over_rounds_not_over_answers():
     mixed = Measurement("x", "", [[answer([4])], [answer([1] * 9)]])
-    assert mixed.tau == 13 / 10 != np.mean([one.tau for one in mixed.generations])
+    assert mixed.tau == 13 / 10 != np.mean([generation.tau for generation in mixed.generations])
 
 
 def test_step_alpha_is_a_share_of_the_rounds_that_came_that_far():
-    one = Measurement("x", "", [[answer([4, 4, 2, 1])]])
-    assert one.accepted == [1, 1, 0, 2] and one.step_alpha == [3 / 4, 2 / 3, 2 / 2]
+    measurement = Measurement("x", "", [[answer([4, 4, 2, 1])]])
+    assert measurement.accepted == [1, 1, 0, 2] and measurement.step_alpha == [3 / 4, 2 / 3, 2 / 2]
 
 
 def test_a_depth_that_no_round_reached_has_no_share():
@@ -84,8 +85,9 @@ def test_speedup_is_time_over_time_of_the_same_tokens():
 
 
 def test_intervals_are_paired_and_cover():
-    """Prompts that are slow for both systems widen neither; an interval of means has the width that
-    theory gives.
+    """Prompts that are slow for both systems do not widen the interval.
+
+    An interval of means has the width that theory gives.
     """
     slow = [[answer([2] * 6, seconds=float(n))] for n in (1, 5, 9, 30)]
     plain = [[answer([2] * 6, seconds=2.0 * n + 0.5)] for n in (1, 5, 9, 30)]
@@ -154,12 +156,12 @@ def test_turns_that_do_not_fit_are_left_out_for_all():
 def test_draws_differ_from_prompt_to_prompt_and_repeat_from_run_to_run():
     suites = {"s": [chat("AB"), chat("AB")]}
     bench = bench_for(suites, 12, Sampling(1.5))
-    told = [
+    drawn = [
         [turn[name].answer.tokens for case in measure(bench, suites).cases for turn in case.turns]
         for name in bench.decoders
     ]
-    assert told[0] == told[1] and told[0][0] != told[0][1]
-    assert told[0] == [
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
+    assert drawn[0] == [
         turn["plain"].answer.tokens for case in measure(bench, suites).cases for turn in case.turns
     ]
 
@@ -169,7 +171,7 @@ def test_draws_differ_from_prompt_to_prompt_and_repeat_from_run_to_run():
 
 @pytest.fixture
 def cut_off(tmp_path):
-    """A log of a run that was stopped while it wrote the second of three cases."""
+    """The log of a run that was stopped while it wrote the second of three cases."""
     suites, path = {"s": [chat("A", "B"), chat("C"), chat("D")]}, tmp_path / "answers.jsonl"
     bench = bench_for(suites)
     whole = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
@@ -181,25 +183,25 @@ def cut_off(tmp_path):
 
 def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
     suites, path, bench, whole = cut_off
-    asked = []
+    calls = []
     right = SpeculativeDecoder.generate
     monkeypatch.setattr(
         SpeculativeDecoder,
         "generate",
-        lambda self, prompts, *a, **o: asked.append(1) or right(self, prompts, *a, **o),
+        lambda self, prompts, *a, **o: calls.append(1) or right(self, prompts, *a, **o),
     )
     again = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
-    assert len(asked) == 2 * len(bench.decoders)
+    assert len(calls) == 2 * len(bench.decoders)
 
     def untimed(measured):
         return [
             [
                 {
                     name: (
-                        asked.prompt,
-                        dataclasses.replace(asked.answer, prefill_seconds=0, decode_seconds=0),
+                        reply.prompt,
+                        dataclasses.replace(reply.answer, prefill_seconds=0, decode_seconds=0),
                     )
-                    for name, asked in turn.items()
+                    for name, reply in turn.items()
                 }
                 for turn in case.turns
             ]

@@ -1,6 +1,4 @@
-"""Which files of a folder are the model: what else people have lying beside it, and the hub's
-cache.
-"""
+"""Which files of a folder are the model: extra files next to it, and the hub's cache."""
 
 import json
 import shutil
@@ -39,12 +37,12 @@ def numbered(folder: Path) -> None:
 
 
 def renamed(folder: Path) -> None:
-    """A file of a name of its own."""
+    """A checkpoint in one file with another name."""
     save_file(llama_tensors(), folder / "weights.safetensors")
 
 
 def listed_elsewhere(folder: Path) -> None:
-    """The index gives the files names of their own."""
+    """The index lists files with other names."""
     names = {FIRST: "part-a.safetensors", SECOND: "part-b.safetensors"}
     held = {names[file]: tensors for file, tensors in shards().items()}
     written(folder, held, weight_map(held))
@@ -84,10 +82,10 @@ def test_what_lies_beside_the_model_is_not_read(tmp_path, model, beside):
     BESIDE[beside](tmp_path)
     opened = HFFolder(tmp_path)
     fill_params(SPEC, opened, jnp.dtype("float32"), "here")
-    found = dict(opened.tensors())
-    assert found.keys() == expected.keys() == llama_tensors().keys()
+    tensors = dict(opened.tensors())
+    assert tensors.keys() == expected.keys() == llama_tensors().keys()
     for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(tensors[name], array)
 
 
 @pytest.mark.parametrize("beside", ["consolidated", "optimizer", "adapter"])
@@ -121,8 +119,8 @@ def test_an_adapter_beside_the_model_is_told(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     BESIDE["adapter"](tmp_path)
     HFFolder(tmp_path)
-    told = capsys.readouterr().err
-    assert "adapter_model.safetensors lies beside the model and is not applied" in told
+    printed = capsys.readouterr().err
+    assert "adapter_model.safetensors lies beside the model and is not applied" in printed
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_a_folder_of_gguf_files_is_led_to_the_file(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """The hub cache's folder of a repository: files are links into `blobs`."""
+    """A repository's folder in the hub's cache: files are links into `blobs`."""
     repository = tmp_path / "hub" / "models--org--name"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (snapshot, repository / "blobs", repository / "refs"):
@@ -202,7 +200,7 @@ def test_data_sets_of_the_hub_cache_have_snapshots_too(tmp_path):
 
 @pytest.mark.parametrize("where", ["own", "hub"])
 def test_offline_the_own_cache_is_used_and_then_the_hub_s(repository, where, monkeypatch, capsys):
-    """The library decides what a snapshot is: nothing is stubbed but the switch for offline."""
+    """The library decides what a snapshot is. Only the switch to offline is stubbed."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -213,7 +211,7 @@ def test_offline_the_own_cache_is_used_and_then_the_hub_s(repository, where, mon
         constants, "HF_HUB_CACHE", str(repository.parent if where == "hub" else empty)
     )
     assert download("org/name", caches["own"]) == repository / "snapshots" / COMMIT
-    told = capsys.readouterr().err
-    assert ("hf:org/name is read from the hub's cache" in told) == (where == "hub")
+    printed = capsys.readouterr().err
+    assert ("hf:org/name is read from the hub's cache" in printed) == (where == "hub")
     with pytest.raises(UserError, match="hf:org/other could not be downloaded"):
         download("org/other", caches["own"])

@@ -1,5 +1,6 @@
-"""Bugs that decoding engines have shipped, planted one by one: the equality and cache tests must
-see each of them.
+"""Bugs that decoding engines have shipped, planted one by one.
+
+The equality tests or the cache tests must see each of them.
 """
 
 from functools import lru_cache
@@ -7,7 +8,14 @@ from functools import lru_cache
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
-from decode_cases import MARKOV, naive_greedy, random_draft, right_draft, target_of
+from decode_cases import (
+    MARKOV,
+    cache_one_row_too_long,
+    naive_greedy,
+    random_draft,
+    right_draft,
+    target_of,
+)
 from test_draft_cache import compare_caches
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -28,8 +36,9 @@ def _expected(spec) -> list[list[int]]:
 
 
 def _check_lossless(tree, specs=(TINY, MARKOV), **parts) -> None:
-    """specs: with drafts that are mostly wrong for TINY, and mostly right for MARKOV. parts: of a
-    round, planted.
+    """specs: TINY with drafts that are mostly wrong, MARKOV with mostly right ones.
+
+    parts: planted parts of a round.
     """
     for spec in specs:
         draft = random_draft() if spec == TINY else right_draft(0.02)
@@ -53,8 +62,9 @@ def _one_path_too_long(now, state, proposal, states_BWD):
 
 
 def on(*names: str):
-    """The kinds of tree that a check runs with: all for what must hold, and for a bug one or two
-    where it can show.
+    """Runs a check with these kinds of tree.
+
+    All kinds for what must hold; for a bug one or two that can show it.
     """
     return pytest.mark.parametrize("tree", [TREES[name] for name in names], ids=names)
 
@@ -78,15 +88,13 @@ def test_wrong_acceptance(name, bug):
 
 
 def _reading(change):
-    """A round that reads other nodes than were drafted."""
+    """Makes a round that reads other nodes than were drafted."""
     return lambda now, state, nodes: Round.read(now, state, change(nodes))
 
 
 @on("chain", "dynamic")
 def test_verify_mask_sees_siblings(tree):
-    """Every node sees all nodes of the tree: in a chain the later ones, in a tree its siblings
-    too.
-    """
+    """Every node sees all nodes: the later ones in a chain, in a tree its siblings too."""
     everything = _reading(lambda nodes: nodes._replace(above_BWW=jnp.ones_like(nodes.above_BWW)))
     with pytest.raises(AssertionError):
         _check_lossless(tree, read=everything)
@@ -101,19 +109,13 @@ def test_verify_positions_off_by_one(tree):
 
 @on("chain")
 def test_cache_kept_one_row_too_long(tree):
-    def wrong(now, state, *rest):
-        after = Round.emit(now, state, *rest)
-        first_B = (after.stats.rounds_B == 1).astype(jnp.int32)
-        cache = after.cache.with_(length_B=after.cache.length_B + first_B)
-        return after._replace(cache=cache)
-
     with pytest.raises(AssertionError):
-        _check_lossless(tree, emit=wrong)
+        _check_lossless(tree, emit=cache_one_row_too_long)
 
 
 @on("dynamic")
 def test_predicted_states_left_in_the_draft_cache(tree):
-    """The output stays right, acceptance decays: only the cache test can see it."""
+    """The output stays right and acceptance falls: only the cache test shows it."""
 
     def wrong(now, state, accepted, states_BWD, rows):
         return Round.append(now, state, accepted, 1.1 * states_BWD, rows)
@@ -125,7 +127,7 @@ def test_predicted_states_left_in_the_draft_cache(tree):
 
 @on("static")
 def test_verify_mask_without_the_diagonal(tree):
-    """The draft's mask (strict ancestors) in the place of the target's (ancestors or self)."""
+    """The draft's mask (strict ancestors) replaces the target's (ancestors or self)."""
     itself_WW = jnp.eye(tree.size, dtype=bool)
     strict = _reading(lambda nodes: nodes._replace(above_BWW=nodes.above_BWW & ~itself_WW[None]))
     with pytest.raises(AssertionError):

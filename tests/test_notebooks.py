@@ -1,6 +1,4 @@
-"""The notebooks: small, installing first, with the outputs of a full run; and executed end to end
-on a toy target with a draft of its own.
-"""
+"""The notebooks: small, with outputs of a full run, and executed on a toy target."""
 
 import ast
 import importlib.util
@@ -122,8 +120,8 @@ def test_bars_are_kept_as_they_ended_and_paths_without_the_machine():
     ]
     outputs = [new_output("stream", name="stderr", text=text) for text in pieces]
     outputs.insert(2, new_output("stream", name="stdout", text="one\n"))
-    found = RUN.tidy(outputs)
-    assert [(output.name, output.text) for output in found] == [
+    tidied = RUN.tidy(outputs)
+    assert [(output.name, output.text) for output in tidied] == [
         ("stderr", "loading: 100%|\nat ./runs"),
         ("stdout", "one\n"),
     ]
@@ -139,10 +137,11 @@ def install(
     devices=(),
     path: Path = NOTEBOOKS[0],
     repository: str = "",
-    found: bool = False,
+    installed: bool = False,
 ) -> list[list[str]]:
-    """The commands that the first cell runs in a folder where beagle_jax is found, or not, on a
-    machine with these device files.
+    """Returns the commands that a notebook's first cell runs.
+
+    In a folder where beagle_jax is installed or not, on a machine with these device files.
     """
     source = RUN.code_cells(read(path))[0].source.partition("import beagle_jax\n")[0]
     assert source.count('REPOSITORY = ""') == 1
@@ -150,7 +149,7 @@ def install(
     monkeypatch.chdir(place)
     monkeypatch.setenv(PRECISION, "")  # so that it is gone again after the test
     monkeypatch.delenv(PRECISION)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
     monkeypatch.setattr(
         os.path,
         "exists",
@@ -163,7 +162,7 @@ def install(
 
 
 def test_where_it_is_installed_nothing_is(monkeypatch, tmp_path):
-    assert install(monkeypatch, tmp_path, found=True) == []
+    assert install(monkeypatch, tmp_path, installed=True) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -181,15 +180,15 @@ def test_a_clone_is_installed_as_it_is_with_the_jax_of_the_runtime(
 ):
     [pip] = install(monkeypatch, ROOT / "notebooks", devices=devices, path=path)
     assert pip[1:5] == ["-m", "pip", "install", "--quiet"] and pip[-2:] == ["--editable", str(ROOT)]
-    asked, bounds = (
+    requirement, bounds = (
         Requirement(pip[5]),
         re.search(r"^jax(\S+)", (ROOT / "requirements.txt").read_text(), re.M).group(1),
     )
     assert (
-        asked.specifier == Requirement(f"jax{bounds}").specifier
-        and "".join(f"[{one}]" for one in asked.extras) == extra
+        requirement.specifier == Requirement(f"jax{bounds}").specifier
+        and "".join(f"[{extra_name}]" for extra_name in requirement.extras) == extra
     )
-    assert asked.extras <= set(metadata("jax").get_all("Provides-Extra"))
+    assert requirement.extras <= set(metadata("jax").get_all("Provides-Extra"))
     assert pip[6:-2] == (["torch"] if path.stem == "d_your_own" else [])
     # Losslessness in float32 is shown on every runtime: where float32 would be multiplied in fewer
     # bits, it is asked for.
@@ -230,7 +229,7 @@ def test_a_session_with_older_modules_loaded_is_to_be_restarted(monkeypatch):
 
 
 def test_an_accelerator_is_left_to_the_notebook_that_holds_it():
-    """A TPU takes one process: a second one that asks for it fails."""
+    """A TPU serves one process: a second one that asks for it fails."""
     started = [
         call
         for path in NOTEBOOKS

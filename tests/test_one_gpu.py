@@ -1,4 +1,4 @@
-"""One GPU, ten minutes: time budgets, going on, files of text, and each phase at toy size."""
+"""One GPU, ten minutes: time budgets, resuming, text files, and each phase at toy size."""
 
 import argparse
 import itertools
@@ -27,7 +27,7 @@ SETTINGS = parts.Settings("configs/quickstart.yaml", [], True, None, "none", Non
 
 
 def spent(total: float, fixed: dict[str, float], divide=allotted) -> dict[str, float]:
-    """Seconds of each phase when all take what they get."""
+    """Returns the seconds of each phase if all use what they get."""
     left, seconds = total, {}
     for place, phase in enumerate(PHASES):
         seconds[phase] = divide(PHASES[place:], left, fixed)
@@ -36,7 +36,7 @@ def spent(total: float, fixed: dict[str, float], divide=allotted) -> dict[str, f
 
 
 def divide_without_reserve(waiting, left, fixed):
-    """The planted bug: what later phases are sure of is given away."""
+    """The planted bug: time that is reserved for later phases is given away."""
     first = [waiting[0], *(phase for phase in waiting[1:] if phase not in fixed)]
     return allotted(first, left, fixed)
 
@@ -84,7 +84,7 @@ def test_every_part_has_its_own_file():
 
 
 def sleeper(tmp_path: Path, body: str) -> list[str]:
-    """A command whose process group writes its parts at once and would run for a minute."""
+    """Makes a command that writes its parts at once and would then run for a minute."""
     script = tmp_path / "phase.sh"
     script.write_text(f"#!/bin/sh\n{body}\n")
     return ["sh", str(script)]
@@ -123,7 +123,10 @@ def arguments(**changed) -> argparse.Namespace:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Phases that were begun. Each leaves all that it would; the first training is cut."""
+    """Records the phases that start.
+
+    Each leaves its whole result, but the first training is cut off.
+    """
     begun: list[str] = []
 
     def run_phase(phase, out, seconds):
@@ -235,14 +238,14 @@ def test_text_is_collected_once(tmp_path, monkeypatch):
 
 
 class Writer:
-    """Answers prompts in an odd order, and knows what it was asked."""
+    """Answers prompts in an odd order and records them."""
 
     def __init__(self):
-        self.asked: list[tuple[int, ...]] = []
+        self.prompts: list[tuple[int, ...]] = []
 
     def __call__(self, prompts, *, max_new, temperature, seed, on_tokens):
         for index in reversed(range(len(prompts))):
-            self.asked.append(tuple(prompts[index]))
+            self.prompts.append(tuple(prompts[index]))
             yield argparse.Namespace(index=index, tokens=[len(prompts[index])])
 
 
@@ -285,12 +288,12 @@ def test_ratios_follow_from_the_parts():
         "measure-llama2-7b-late": shape | {"kind": "late", "error": "out of memory"},
         "unbuffered-llama2-7b-plain": plain | {"milliseconds": 6.0},
     }
-    found = summary.derived(made)
-    assert found["measure-llama2-7b"] == {
+    ratios = summary.derived(made)
+    assert ratios["measure-llama2-7b"] == {
         "verify_over_plain": {64: 1.25},
         "rounds": {"6x10x60": {"round_over_plain": 2.0, "speedup_at_paper_tau": 2.05}},
     }
-    assert found["unbuffered-llama2-7b"]["plain_over_buffered"] == 1.5
+    assert ratios["unbuffered-llama2-7b"]["plain_over_buffered"] == 1.5
     matmul = {"shape": [8192] * 3, "dtypes": {"bfloat16": 7.9e14}}
     device = {"machine": "gpu", "matmul": matmul, "copy": {"bytes_per_second": 4.3e12}}
     device["published"] = chip_of("NVIDIA H200")._asdict()
@@ -371,9 +374,9 @@ def test_every_part_is_measured_at_toy_size(tmp_path, monkeypatch):
     parts.claim(tmp_path, SETTINGS)
     measure.run(tmp_path, "measure")
     assert one_gpu.is_done("measure", tmp_path, True)
-    found = parts.read_parts(tmp_path)
-    assert found["measure-toy-late"]["flops_per_second"] > 0
-    assert found["measure-toy-plain"]["over_floor"] is None, "a CPU has no published bandwidth"
+    results = parts.read_parts(tmp_path)
+    assert results["measure-toy-late"]["flops_per_second"] > 0
+    assert results["measure-toy-plain"]["over_floor"] is None, "a CPU has no published bandwidth"
     # A second call finds all of it there.
     monkeypatch.setattr(measure.Bench, "measure", lambda *_: pytest.fail("measured again"))
     measure.run(tmp_path, "measure")
@@ -389,13 +392,13 @@ def test_text_is_written_and_training_that_is_cut_goes_on(workplace, tmp_path, m
     monkeypatch.setattr(write, "passes", lambda *given: itertools.islice(endless(*given), 1))
     write.main([str(tmp_path)])
     assert collect(tmp_path)["answers"] == 12
-    asked = loop.StopSignal.asked
+    stop_asked = loop.StopSignal.asked
     monkeypatch.setattr(loop.StopSignal, "asked", lambda self: self._see() or True)
     train.main([str(tmp_path)])
     cut = parts.read_parts(tmp_path)["train"]
     assert (cut["finished"], cut["stopped_in"], cut["stopped_after"]) == (False, "early", 1)
     assert (tmp_path / "draft" / "model.safetensors").exists()
-    monkeypatch.setattr(loop.StopSignal, "asked", asked)
+    monkeypatch.setattr(loop.StopSignal, "asked", stop_asked)
     train.main([str(tmp_path)])
     whole = parts.read_parts(tmp_path)["train"]
     assert whole["finished"] and whole["fingerprint"] != cut["fingerprint"]

@@ -1,4 +1,4 @@
-"""States computed inside the step and states from disk: the same losses and updates."""
+"""States computed in the step and states from disk give the same losses and updates."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def some_rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def loaders(tiny_params, tmp_path_factory):
-    """A loader per way to come to the states; None is online."""
+    """One loader per way to get the states; None is online."""
     rows = some_rows()
     folder, settings = tmp_path_factory.mktemp("states"), dict(batch=4, row_tokens=L, seed=0)
     made = {None: BatchLoader(rows, None, **settings)}
@@ -59,7 +59,7 @@ def whole(tiny_params) -> FrozenTarget:
 
 
 def stepped(loader, params, tiny_params, stage, mesh=ONE_DEVICE, steps_of=steps_of):
-    """Metrics and parameters after one step."""
+    """Returns metrics and parameters after one step."""
     train_step, _, init = steps_of(SPEC, CLEAN, stage, mesh)
     frozen = place(
         whole(tiny_params),
@@ -92,15 +92,18 @@ def test_online_and_stored_states_give_the_same_losses(stage, loaders, tiny_draf
 
 
 def on_eight_devices() -> None:
-    """The target forward split over the mesh of the step, against stored states on one device."""
+    """Compares stored states with the target's forward, split over the step's mesh.
+
+    The stored states are one device's.
+    """
     params, draft, rows = random_params(TINY), init_draft(SPEC, jax.random.key(1)), some_rows()
     settings = dict(batch=4, row_tokens=L, seed=0)
     online = BatchLoader(rows, None, **settings)
     everything = online.sample(4)
     states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
     by_tokens = {
-        tuple(tokens[:length]): one[:length]
-        for tokens, length, one in zip(
+        tuple(tokens[:length]): states_LD[:length]
+        for tokens, length, states_LD in zip(
             everything.tokens_BL, everything.length_BC[:, 0], states, strict=True
         )
     }
@@ -153,7 +156,7 @@ def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
 
 
 def test_the_target_is_computed_once_and_not_differentiated(loaders, tiny_draft, tiny_params):
-    """In the compiled step the target's products stand once: no gradient goes through it."""
+    """The compiled step has the target's products once: no gradient flows through it."""
     train_step, _, init = steps_of(SPEC, CLEAN, EARLY, ONE_DEVICE)
     frozen = whole(tiny_params)
     text = train_step.lower(init(tiny_draft), frozen, loaders[None].batch_at(0), 0).as_text(

@@ -15,13 +15,16 @@ from beagle_jax.training.step import (
 
 
 def learning_rates(stage: StageConfig, steps: int) -> list[float]:
-    """Read off the updates: Adam turns a constant gradient into exactly the learning rate."""
+    """Reads the learning rates off the updates.
+
+    Adam turns a constant gradient into exactly the learning rate.
+    """
     optimizer, params = make_optimizer(CLEAN, stage), {"w": jnp.zeros(1)}
-    state, found = optimizer.init(params), []
+    state, rates = optimizer.init(params), []
     for _ in range(steps):
         updates, state = optimizer.update({"w": jnp.full(1, 0.25)}, state, params)
-        found.append(-float(updates["w"][0]))
-    return found
+        rates.append(-float(updates["w"][0]))
+    return rates
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_warm_up_then_constant_or_cosine(stage, expected):
 
 
 def clipped(gradient: dict, clip_norm: float) -> dict:
-    """The gradient that Adam receives, read off its first moment."""
+    """Reads the gradient that Adam receives off its first moment."""
     optimizer = make_optimizer(CLEAN.changed(clip_norm=clip_norm), EARLY)
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     (moments,) = [
@@ -58,9 +61,9 @@ def clipped(gradient: dict, clip_norm: float) -> dict:
     return {name: moment / (1 - CLEAN.beta1) for name, moment in moments.mu.items()}
 
 
-def check_clipped(found: dict, expected: dict) -> None:
+def check_clipped(actual: dict, expected: dict) -> None:
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_clipping_is_by_the_norm_of_all_tensors_together():

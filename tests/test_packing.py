@@ -1,6 +1,4 @@
-"""Several chats in a row: the same losses and gradients as one chat a row, and nothing of one chat
-seen in another.
-"""
+"""Several chats per row: losses and gradients of one chat per row, and no leak between chats."""
 
 import itertools
 from functools import lru_cache
@@ -41,8 +39,9 @@ STAGES = {
 
 
 def some_rows(seed: int, count: int = 7) -> list[Row]:
-    """Chats of 4 to 12 tokens, any two of which fit in a row; some with a question between two
-    answers, some that end in what is not supervised.
+    """Makes chats of 4 to 12 tokens, any two of which fit in a row.
+
+    Some have a question between two answers, some end in unsupervised tokens.
     """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 13, count)
@@ -57,7 +56,7 @@ def some_rows(seed: int, count: int = 7) -> list[Row]:
 
 
 def loader_of(rows: list[Row], **settings) -> BatchLoader:
-    """States that tell chats apart."""
+    """Makes a loader whose states tell chats apart."""
     rng = np.random.default_rng(len(rows))
     states = [
         rng.standard_normal((len(row.tokens), TINY.hidden_size)).astype(np.float32) for row in rows
@@ -66,7 +65,10 @@ def loader_of(rows: list[Row], **settings) -> BatchLoader:
 
 
 def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
-    """All rows of a loader of one row a batch, in shapes that do not depend on the chats."""
+    """Returns all rows of a loader with one row per batch.
+
+    The shapes do not depend on the chats.
+    """
     steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
     assert all(step.targets_BLD is None for step in steps)  # one array where both are equal
@@ -80,7 +82,7 @@ def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
 
 
 def loss_of(name: str):
-    """(loss, metrics) of a stage as a function of (params, frozen, batch, key)."""
+    """Returns a function (params, frozen, batch, key) -> (loss, metrics) of a stage."""
     spec, objective = (
         (EAGLE, OBJECTIVES["eagle"]["test_time"])
         if name == "eagle"
@@ -93,16 +95,15 @@ def loss_of(name: str):
 
 @lru_cache
 def gradient_of(name: str):
-    """((loss, metrics), gradient), jitted."""
+    """Returns a jitted function like `loss_of` that gives ((loss, metrics), gradient)."""
     return quick_jit(jax.value_and_grad(loss_of(name), has_aux=True))
 
 
 def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=None) -> bool:
-    """The loss, its parts, counts by offset and gradients of some chats, packed and one a row, with
-    one offset of the windows.
+    """Compares chats packed with the same chats one per row: loss, parts, counts, gradients.
 
-    planted: what computes (loss, metrics) of the packed ones in another way, without gradients.
-    Returns whether chats fill a row to its last place.
+    With one offset of the windows. planted: another way to compute (loss, metrics) of the packed
+    rows, without gradients. Returns whether chats fill a row to its last position.
     """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
@@ -115,12 +116,12 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
         and packed.counts_BT.sum() == alone.counts_BT.sum()
     )
     (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
-    (found, their), slope = (
+    (packed_loss, their), slope = (
         (planted(draft, frozen, packed, key), {})
         if planted
         else gradient_of(name)(draft, frozen, packed, key)
     )
-    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for figure in ("ploss", "vloss", "objective", "supervised", "count_J", "agree_JK"):
         np.testing.assert_allclose(
             getattr(their, figure), getattr(metrics, figure), rtol=1e-5, err_msg=figure
@@ -146,20 +147,20 @@ def test_packed_and_unpacked_losses_and_gradients_are_equal(drafts, tiny_params,
 
 
 def one_chat(chat_BT, start_BT, length_BC, width, right=masks.keys_before):
-    """Keys of the chats before are seen too."""
+    """Planted: keys of earlier chats are seen too."""
     begin_BC = jnp.cumsum(length_BC, axis=1) - length_BC
     begin_BT = jnp.take_along_axis(begin_BC, chat_BT, axis=1)
     return right(0 * chat_BT, begin_BT + start_BT, length_BC.sum(axis=1, keepdims=True), width)
 
 
 def running_windows(count, length_BC, first_BC):
-    """Windows are counted over the row, not over each chat."""
+    """Planted: windows are counted over the row, not over each chat."""
     right = queries(count, length_BC, first_BC)
     return right._replace(place_BT=jnp.broadcast_to(jnp.arange(count), right.place_BT.shape))
 
 
 def running_keys(count, size_BC):
-    """Keys are turned by their place in the row, queries by their place in the chat."""
+    """Planted: keys are rotated by their position in the row, queries by that in the chat."""
     right = places(count, size_BC)
     return (
         right._replace(place_BX=jnp.broadcast_to(jnp.arange(count), right.place_BX.shape))
@@ -252,7 +253,7 @@ def test_every_window_of_every_chat_comes_once(window, steps):
     for offset in range(window):
         size_BC = rng.integers(0, 9, (40, 4))
         at = windows_of(size_BC, int(size_BC.sum(axis=1).max()), window, steps, offset)
-        for sizes, chats, placed, asked, valid in zip(
+        for sizes, chats, placed, positions, valid in zip(
             size_BC, *(np.asarray(x) for x in at), strict=True
         ):
             begin = np.cumsum(sizes) - sizes
@@ -262,10 +263,10 @@ def test_every_window_of_every_chat_comes_once(window, steps):
                 for start in range(offset, n, window)
                 for i in range(start, min(start + steps, n))
             ]
-            found = zip(
-                np.repeat(chats, steps)[valid.ravel()], placed[valid], asked[valid], strict=True
+            listed = zip(
+                np.repeat(chats, steps)[valid.ravel()], placed[valid], positions[valid], strict=True
             )
-            assert [tuple(map(int, one)) for one in found] == expected
+            assert [tuple(map(int, query)) for query in listed] == expected
 
 
 def test_noise_is_as_wide_as_the_chat_is_short():
@@ -301,8 +302,8 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
             for begin, length in zip(
                 np.cumsum(lengths) - lengths, lengths[lengths > 0], strict=False
             ):
-                here = tuple(tokens[begin : begin + length])
-                whole = next(states for text, states in of_chat.items() if text[:length] == here)
+                chat = tuple(tokens[begin : begin + length])
+                whole = next(states for text, states in of_chat.items() if text[:length] == chat)
                 # 1e-4: rows of another length are summed in another order
                 np.testing.assert_allclose(
                     states[begin : begin + length], whole[:length], rtol=1e-4, atol=1e-4

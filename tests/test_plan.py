@@ -1,5 +1,6 @@
-"""The plan of a run: operations, bytes, verdicts; compiled for virtual devices and, where libtpu is
-installed, for a TPU.
+"""The plan of a run: operations, bytes, verdicts, compiled for virtual devices and for a TPU.
+
+The TPU's compiler is libtpu, where it is installed.
 """
 
 import json
@@ -84,7 +85,7 @@ def mesh():
 
 
 def cost_and_count(name: str, config: Config, mesh) -> tuple[cost.StageCost, float]:
-    """A stage's cost, and how many operations XLA counts in its program."""
+    """Returns a stage's cost, and the operations that XLA counts in its program."""
     counted = []
     compile_ = jax.stages.Lowered.compile
 
@@ -104,43 +105,43 @@ def compiled(request, mesh):
     return request.param, *cost_and_count(request.param, config_of(), mesh)
 
 
-def near(found: float, counted: float) -> bool:
-    """XLA counts what is not a product too, a sixth of the work at these sizes."""
-    return 0.75 * counted < found < 1.05 * counted
+def near(planned_flops: float, counted: float) -> bool:
+    """XLA also counts operations that are no products, a sixth of the work at these sizes."""
+    return 0.75 * counted < planned_flops < 1.05 * counted
 
 
 def test_operations_are_those_that_xla_counts(compiled):
-    name, found, counted = compiled
-    assert near(found.flops, counted), (found.flops, counted)
+    name, cost, counted = compiled
+    assert near(cost.flops, counted), (cost.flops, counted)
     stage = EARLY if name == "early" else LATE
     for planted in (
         dict(spec=replace(SPEC, intermediate_size=256)),
         dict(vocab=2 * V),
     ):
-        asked = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1) | planted
-        assert not near(2 * row_flops(**asked), counted), planted
+        sizes = dict(spec=SPEC, stage=stage, vocab=V, L=L, T=L - 1) | planted
+        assert not near(2 * row_flops(**sizes), counted), planted
 
 
 @pytest.mark.parametrize("name", ["early", "late"])
 def test_operations_of_an_eagle_step(name, mesh):
-    """All rows of the loss fill one chunk, as XLA counts a loop's body once."""
+    """All rows of the loss fit in one chunk, because XLA counts a loop's body once."""
     early, late = EARLY.changed(window=1), TestTimeStage(steps=2, simulation_steps=4)
     config = config_of(early=early, late=late, loss_rows=(2 if name == "early" else 8) * L)
     config = config.changed(draft=DraftConfig(kind="eagle"))
-    found, counted = cost_and_count(name, config, mesh)
-    assert near(found.flops, counted), (found.flops, counted)
-    assert found.weights == 4 * sum(
+    cost, counted = cost_and_count(name, config, mesh)
+    assert near(cost.flops, counted), (cost.flops, counted)
+    assert cost.weights == 4 * sum(
         int(np.prod(shape)) for shape in EagleSpec.from_target(TARGET).param_shapes().values()
     )
-    asked = dict(spec=EagleSpec.from_target(TARGET), vocab=V, L=L, T=L - 1)
+    sizes = dict(spec=EagleSpec.from_target(TARGET), vocab=V, L=L, T=L - 1)
     by_stage = {
-        "early": row_flops(stage=early, **asked),
-        "late": row_flops(stage=late, **asked),
+        "early": row_flops(stage=early, **sizes),
+        "late": row_flops(stage=late, **sizes),
     }
     assert (
-        found.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
+        cost.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
     )  # s times the work
-    wider = asked | {"spec": replace(asked["spec"], intermediate_size=256)}
+    wider = sizes | {"spec": replace(sizes["spec"], intermediate_size=256)}
     assert not near(
         2 * row_flops(stage=early if name == "early" else late, **wider),
         counted,
@@ -148,22 +149,20 @@ def test_operations_of_an_eagle_step(name, mesh):
 
 
 def test_operations_of_a_multi_token_step(mesh):
-    """Twelve windows a row with 4 + 3 + 2 + 1 predictions each, all of them in one chunk of the
-    loss.
-    """
+    """Twelve windows per row with 4 + 3 + 2 + 1 predictions each, all in one chunk of the loss."""
     late = LATE.changed(multi_token=True)
-    found, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
-    assert near(found.flops, counted), (found.flops, counted)
+    cost, counted = cost_and_count("late", config_of(late=late, loss_rows=2 * 12 * 10), mesh)
+    assert near(cost.flops, counted), (cost.flops, counted)
     assert not near(2 * row_flops(SPEC, LATE, V, L, L - 1), counted)
 
 
 def test_bytes_are_those_of_the_shapes(compiled):
-    _, found, _ = compiled
+    _, cost, _ = compiled
     numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
-    assert (found.weights, found.frozen) == (4 * numbers, 2 * 4 * V * 64)
-    assert 8 * numbers <= found.optimizer <= 8 * numbers + 64  # two moments and counters
-    assert found.batch == 2 * (L * 4 + L * 64 * 4 + (L - 1) + 4 + 4)
-    assert found.compiler_total >= found.held and found.temporaries > 0 and not found.refusal
+    assert (cost.weights, cost.frozen) == (4 * numbers, 2 * 4 * V * 64)
+    assert 8 * numbers <= cost.optimizer <= 8 * numbers + 64  # two moments and counters
+    assert cost.batch == 2 * (L * 4 + L * 64 * 4 + (L - 1) + 4 + 4)
+    assert cost.compiler_total >= cost.held and cost.temporaries > 0 and not cost.refusal
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "int8"])
@@ -192,30 +191,31 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
 def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
     name, stored, _ = compiled
     online = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
-    found = stage_cost(name, config_of(), TARGET, V, mesh, online)
+    cost = stage_cost(name, config_of(), TARGET, V, mesh, online)
     whole = 4 * parameter_count(TARGET)
-    assert found.frozen == stored.frozen + whole and found.batch == stored.batch - 2 * L * 64 * 4
+    assert cost.frozen == stored.frozen + whole and cost.batch == stored.batch - 2 * L * 64 * 4
     per_token = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two layers
-    assert found.flops - stored.flops == 2 * L * (per_token + 2 * 4 * L * 64)
+    assert cost.flops - stored.flops == 2 * L * (per_token + 2 * 4 * L * 64)
 
 
 def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkeypatch):
-    """Its layers and norm, beside the tables that the step reads anyway; a head cut to hot tokens
-    is a copy.
+    """Its layers and norm add to the tables that the step reads anyway.
+
+    A head cut to hot tokens is a copy.
     """
     params = abstract_params(TARGET, jnp.dtype(jnp.float32), mesh)
     config = config_of(row_tokens=16)
     alone, beside = (
-        stage_cost("early", config, TARGET, V, mesh, None, kept) for kept in (None, params)
+        stage_cost("early", config, TARGET, V, mesh, None, resident) for resident in (None, params)
     )
     more = 4 * (parameter_count(TARGET) - V * 64)
     assert (beside.frozen - alone.frozen, beside.compiler_total - alone.compiler_total) == (
         more,
         more,
     ) and beside.flops == alone.flops
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        "beagle_jax.commands.plan.stage_cost", lambda *arguments: asked.append(arguments) or alone
+        "beagle_jax.commands.plan.stage_cost", lambda *arguments: calls.append(arguments) or alone
     )
     for every in (0, 7):
         planned(
@@ -225,7 +225,7 @@ def test_a_target_that_stays_to_measure_tau_with_is_counted(mesh, capsys, monkey
             f"target.shape={ROOT}/configs/shapes/llama_2_7b.json",
             f"eval.every={every}",
         )
-    assert [arguments[-1] is None for arguments in asked] == [True, True, False, False]
+    assert [arguments[-1] is None for arguments in calls] == [True, True, False, False]
 
 
 def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):
@@ -235,10 +235,10 @@ def test_a_refusal_of_the_compiler_is_part_of_the_plan(mesh, monkeypatch):
         )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", full)
-    found = stage_cost("early", config_of(), TARGET, V, mesh)
+    cost = stage_cost("early", config_of(), TARGET, V, mesh)
     assert (
-        found.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"
-        and found.temporaries is None
+        cost.refusal == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm"
+        and cost.temporaries is None
     )
     monkeypatch.setattr(
         jax.stages.Lowered,
@@ -275,17 +275,19 @@ def test_the_papers_targets_are_planned_on_a_laptop_without_weights(
         "mesh.data=-1",
         "mesh.fsdp=1",
     )
-    found = planned(capsys, "--config", str(ROOT / "configs" / f"{name}.yaml"), *short)
+    report = planned(capsys, "--config", str(ROOT / "configs" / f"{name}.yaml"), *short)
     assert (
-        found["target"]["parameters"] == parameters and found["target"]["bytes"] == 2 * parameters
+        report["target"]["parameters"] == parameters and report["target"]["bytes"] == 2 * parameters
     )
-    assert found["draft"]["parameters"] == drafted and found["disk"]["state_of_a_token"] == 2 * 4096
-    early = found["stages"]["early"]
+    assert (
+        report["draft"]["parameters"] == drafted and report["disk"]["state_of_a_token"] == 2 * 4096
+    )
+    early = report["stages"]["early"]
     assert (
         early["weights"] == 4 * drafted and early["compiler_total"] > early["held"] > 12 * drafted
     )
-    assert found["disk"]["checkpoint"] == 12 * drafted and "late" not in found["stages"]
-    assert "does NOT fit" not in table(found) and "early: compiles" in table(found)
+    assert report["disk"]["checkpoint"] == 12 * drafted and "late" not in report["stages"]
+    assert "does NOT fit" not in table(report) and "early: compiles" in table(report)
 
 
 def told_disk(tmp_path, **changes) -> dict:
@@ -307,8 +309,9 @@ def told_disk(tmp_path, **changes) -> dict:
 
 
 def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
-    """The paper's configs read chats as they are: their number of tokens says nothing about prompts
-    at their longest.
+    """The paper's configs read chats as they are.
+
+    Their number of tokens does not follow from the longest prompt.
     """
     self_written = told_disk(tmp_path)
     assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
@@ -335,7 +338,7 @@ def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
 
 
 def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
-    """As large as the state that is saved."""
+    """It is as large as the saved state."""
     for accumulate, numbers in ((1, 3), (2, 4)):
         assert told_disk(tmp_path, accumulate=accumulate)["checkpoint"] == numbers * 4 * 1000
         train = config_of(accumulate=accumulate, early=EARLY.changed(steps=4)).train
@@ -351,7 +354,7 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
 
 
 def test_virtual_devices_split_the_draft(tmp_path):
-    """In a process of its own, since the number of devices is decided once."""
+    """In a separate process, since the number of devices is fixed at the start."""
     shape = tmp_path / "shape.json"
     shape.write_text(
         json.dumps(
@@ -391,8 +394,8 @@ def test_virtual_devices_split_the_draft(tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["devices"] == {
+    report = json.loads(done.stdout)
+    assert report["devices"] == {
         "count": 4,
         "kind": "cpu",
         "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
@@ -400,7 +403,7 @@ def test_virtual_devices_split_the_draft(tmp_path):
     }
     numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
     assert (
-        found["stages"]["early"]["weights"] == numbers + 3 * 2 * 64
+        report["stages"]["early"]["weights"] == numbers + 3 * 2 * 64
     )  # a quarter of each matrix; the two norms are on every device
 
 
@@ -434,11 +437,11 @@ def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, ca
 def test_a_tpu_that_is_not_there_compiles_the_step():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
     devices = cost.topology_devices("v5e:2x2")
-    found = stage_cost(
+    planned_cost = stage_cost(
         "late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices)
     )
     assert len(devices) == 4 and devices[0].device_kind in CHIPS
-    assert found.held <= found.compiler_total < CHIPS[devices[0].device_kind].memory
+    assert planned_cost.held <= planned_cost.compiler_total < CHIPS[devices[0].device_kind].memory
 
 
 def test_verdicts_and_hours_are_told():
@@ -476,16 +479,16 @@ def test_verdicts_and_hours_are_told():
         "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
         "stages": {"early": stage, "late": refused},
     }
-    told = table(figures)
+    printed = table(figures)
     assert (
-        "16 x TPU v5 lite of 16 GiB, mesh data 16" in told
-        and "3.2 h" in told
-        and "17.00 GB" in told
-        and "8.19 kB a token, as many as the source has" in told
+        "16 x TPU v5 lite of 16 GiB, mesh data 16" in printed
+        and "3.2 h" in printed
+        and "17.00 GB" in printed
+        and "8.19 kB a token, as many as the source has" in printed
     )
     figures["disk"]["states_at_most"] = 5e9
     assert "8.19 kB a token, at most 5.00 GB; checkpoints 6.00 GB" in table(figures)
     assert (
-        "early: compiles and does NOT fit; lower train.batch" in told
-        and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in told
+        "early: compiles and does NOT fit; lower train.batch" in printed
+        and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in printed
     )

@@ -1,6 +1,4 @@
-"""Pictures show what is there: masks against the worked example, trees and attention against
-decoding itself.
-"""
+"""Plots: masks against the worked example, trees and attention against decoding itself."""
 
 import json
 from pathlib import Path
@@ -58,24 +56,27 @@ def test_masks_are_the_worked_example(steps, tmp_path):
 def check_rounds(decoder) -> list[Played]:
     [answer] = decoder.generate([[5, 7]], max_new_tokens=30)
     played = rounds(decoder, [5, 7], most=99, max_new_tokens=30)
-    assert [token for one in played for token in one.written] == answer.tokens[1:] and len(
+    assert [token for round_ in played for token in round_.written] == answer.tokens[1:] and len(
         played
     ) == answer.rounds
     # A round cut short by the limit may have accepted all that it wrote.
     assert (
-        np.bincount([len(one.path) - 1 for one in played], minlength=4).tolist() == answer.accepted
+        np.bincount([len(round_.path) - 1 for round_ in played], minlength=4).tolist()
+        == answer.accepted
     )
     return played
 
 
 def test_planted_bug_the_tree_of_another_round(monkeypatch):
-    decoder, kept, right = (
+    decoder, proposals, right = (
         SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE),
         [],
         inside._propose,
     )
     monkeypatch.setattr(
-        inside, "_propose", lambda *a: kept.append(right(*a)) or kept[max(0, len(kept) - 2)]
+        inside,
+        "_propose",
+        lambda *a: proposals.append(right(*a)) or proposals[max(0, len(proposals) - 2)],
     )
     with pytest.raises(AssertionError):
         check_rounds(decoder)
@@ -85,16 +86,18 @@ def test_rounds_are_those_of_the_answer(tmp_path):
     decoder = SpeculativeDecoder(target_of(MARKOV), right_draft(0.15), TREE)
     played = check_rounds(decoder)
     assert len(rounds(decoder, [5, 7], most=2, max_new_tokens=30)) == 2
-    one = max(played, key=lambda one: len(one.path))
-    for above, node, token in zip(one.path, one.path[1:], one.written, strict=False):
-        assert one.parent_W[node] == above and one.token_W[node] == token
-    plot_tree(one, tmp_path / "t.png", lambda token: f"$x{token}_")
+    longest = max(played, key=lambda round_: len(round_.path))
+    for above, node, token in zip(longest.path, longest.path[1:], longest.written, strict=False):
+        assert longest.parent_W[node] == above and longest.token_W[node] == token
+    plot_tree(longest, tmp_path / "t.png", lambda token: f"$x{token}_")
     assert is_picture(tmp_path / "t.png")
 
 
 def test_a_tree_is_drawn_without_crossings():
-    one = Played(np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0])
-    assert _heights(one).tolist() == [1.25, 0.5, 2.0, 2.0, 0.0, 1.0]
+    drawn = Played(
+        np.arange(6), np.array([0, 0, 0, 2, 1, 1]), np.array([0, 1, 1, 2, 2, 2]), [], [0]
+    )
+    assert _heights(drawn).tolist() == [1.25, 0.5, 2.0, 2.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("bug", ["another place", "itself seen"])
@@ -160,7 +163,7 @@ def test_training_curves(tmp_path):
 
 
 def test_steps_that_were_logged_again_are_drawn_once(tmp_path, monkeypatch):
-    """Killed after step 3, gone on from a checkpoint after step 1."""
+    """A run that was killed after step 3 and resumed from a checkpoint after step 1."""
     lines = [
         {"stage": "early", "step": step, "loss": loss, "top1_by_offset": [0.5]}
         for step, loss in ((1, 9), (2, 8), (3, 7), (2, 8.5), (3, 7.5), (4, 6))
@@ -186,7 +189,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     monkeypatch.setattr(Figure, "savefig", cut_off)
     with pytest.raises(OSError, match="no space"):
         plot_masks(4, 4, 2, path)
-    assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == ["m.png"]
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["m.png"]
 
 
 @pytest.mark.parametrize("logged", ['{"stage": "data"}\n', "", '{"stage": "early", "st'])

@@ -1,7 +1,6 @@
-"""Float32 products keep all bits on an accelerator, in the programs that need it and nowhere else.
+"""Float32 products keep all bits on an accelerator, in the programs that need it.
 
-Programs are lowered for a TPU on this machine and read; that they compute so there is the backend's
-part.
+Programs are lowered for a TPU on this machine and read; nothing runs on a TPU.
 """
 
 import re
@@ -28,21 +27,21 @@ ALL_BITS, AS_IT_IS = {"HIGHEST"}, {"DEFAULT"}
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """Programs traced from here on are for a TPU."""
+    """Lowers programs for a TPU from here on."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
 
 def _precisions(jitted, *arguments) -> set[str]:
-    """The precisions of a program's products."""
+    """Returns the precisions of a program's products."""
     text = jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert products
-    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
-    return {name for match in found for name in (match.groups() if match else ("DEFAULT",))}
+    matches = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
+    return {name for match in matches for name in (match.groups() if match else ("DEFAULT",))}
 
 
 def _states(dtype):
-    """The program that computes the states of training text, and its arguments."""
+    """Returns the program that computes the states of training text, and its arguments."""
     params = jax.tree.map(lambda x: x.astype(dtype), random_params(TINY))
     jitted = jax.jit(lambda *arguments: states_at(arguments[0], TINY, *arguments[1:]))
     return jitted, params, jnp.zeros((2, 16), jnp.int32), jnp.full((2, 1), 9)
@@ -67,14 +66,14 @@ def test_a_precision_that_the_user_has_set_stands(on_tpu):
 @pytest.mark.parametrize("make", [random_draft, random_eagle])
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=1.0)])
 def test_decoding(on_tpu, make, sampling):
-    """Stop tokens of its own: the program is traced here and for nobody else."""
+    """It has stop tokens of its own, so that its program is traced here."""
     decoder = SpeculativeDecoder(target_of(eos_ids=next_stop()), make(), chain(2))
     now, state = decoder.prefilled([[1, 2, 3]], sampling, max_new_tokens=4)
     assert _precisions(engine.advance, now, state, jnp.int32(2), jnp.int32(1)) == ALL_BITS
 
 
 def test_what_runs_the_target_one_by_one(on_tpu):
-    """Text writing, audits and quantisation use these outside of the programs above."""
+    """Text writing, audits and quantisation use these outside the programs above."""
     params, x_BTD = random_params(TINY), jnp.zeros((1, 4, TINY.hidden_size))
     programs = {
         "logits": jax.jit(lambda params, x_BTD: logits(params, TINY, x_BTD)),
@@ -85,7 +84,7 @@ def test_what_runs_the_target_one_by_one(on_tpu):
 
 
 def test_a_program_without_it_is_seen(on_tpu, monkeypatch):
-    """The planted bug: `forward` and what it calls, without the scope."""
+    """Planted: `forward` and what it calls, without the scope."""
     plain = jax.jit(lambda params, *rest: forward.__wrapped__(params, TINY, *rest))
     arguments = jnp.zeros((1, 4), jnp.int32), jnp.arange(4)[None], jnp.ones((1, 4, 4), bool)
     assert _precisions(plain, random_params(TINY), *arguments) == AS_IT_IS
@@ -113,8 +112,8 @@ def test_loading_changes_no_setting_of_jax(on_tpu, tmp_path):
         "head_dim": TINY.head_dim,
         "tie_word_embeddings": True,
     }
-    told = {"dtype": "float32"}
-    save_target(tmp_path, random_params(TINY), config, letters(), (0,), told)
+    settings = {"dtype": "float32"}
+    save_target(tmp_path, random_params(TINY), config, letters(), (0,), settings)
     before = dict(jax.config.values)
     target = configured_target(TargetConfig(source=str(tmp_path)), decoding=True)
     assert load_target(str(tmp_path), "float32", str(tmp_path)).spec == target.spec

@@ -1,4 +1,4 @@
-"""Reading ahead: what is read when, in which order, and how it ends. No clocks."""
+"""Reading ahead: what is read, when, in which order, and how it ends. No clocks."""
 
 import threading
 
@@ -8,7 +8,7 @@ from beagle_jax.data.prefetch import AHEAD, read_ahead
 
 
 class Reader:
-    """Notes what is read; step `broken` raises."""
+    """Records what is read; step `broken` raises."""
 
     def __init__(self, broken: int | None = None):
         self.done, self.broken = [], broken
@@ -23,13 +23,13 @@ class Reader:
         return step * 10
 
     def reaches(self, count: int) -> bool:
-        """So many steps are read without the caller asking for more."""
+        """Whether so many steps are read without another request."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self.done) >= count, timeout=20)
 
 
 def check_reads_ahead(batches, reader: Reader) -> None:
-    """With step 0 in the caller's hands, the next AHEAD steps are read though it asks for none."""
+    """With step 0 delivered, the next AHEAD steps are read without a request."""
     assert next(batches) == 0
     assert reader.reaches(1 + AHEAD)
 

@@ -1,6 +1,4 @@
-"""`prepare` on a tiny target: text and states on disk, in shares, what is refused, and the
-preview.
-"""
+"""`prepare` on a tiny target: text and states on disk, shares, refusals, and the preview."""
 
 import io
 import json
@@ -44,9 +42,7 @@ def target_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
-    """A config over a file of ten chats, every third of which waits for its answer; parts of four
-    rows.
-    """
+    """A config with a file of ten chats, a third of which lack an answer; parts have four rows."""
     monkeypatch.setattr(text, "PART_ROWS", 4)
     lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
@@ -120,7 +116,7 @@ def test_an_interrupted_run_keeps_its_whole_parts(place, monkeypatch):
 
 
 def check_shares(place, alone: list) -> None:
-    """Two processes, in either order, leave the rows and states of one."""
+    """Checks that two processes, in either order, leave the rows and states of one."""
     for index in (1, 0):
         prepared(place, "--part", f"{index}/2")
     assert all_rows(place) == alone
@@ -136,7 +132,7 @@ def test_shares_together_are_the_whole(place, monkeypatch):
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     rows, stored = fill.rows_and_states(load_config(place.config), target)
     assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
-    assert [np.asarray(one).shape[0] for one in stored] == [len(row.tokens) for row in rows]
+    assert [np.asarray(states).shape[0] for states in stored] == [len(row.tokens) for row in rows]
 
 
 def test_shares_that_overlap_are_seen(place, monkeypatch):
@@ -193,13 +189,13 @@ def test_prompts_that_the_target_answers_are_announced_before_their_states_are_k
     )
     prepared(place, "data.answer_tokens=1000")
     most = size(1000 * (1 + 2 * 128 / 6) * 32 * 4)
-    told = (
+    sentence = (
         f"target states of up to 1,000 answer tokens to be written: {size(1000 * 32 * 4)}, "
         f"with their prompts at most about {most}; "
     )
     assert (
         len(said) == 2
-        and told in said[0]
+        and sentence in said[0]
         and " are free in " in said[0]
         and "to be written" not in said[1]
     )
@@ -244,15 +240,15 @@ def test_chats_are_cut_and_those_without_an_answer_left_are_counted(place, capsy
 
 def test_answers_are_written_anew_when_asked(place):
     prepared(place)
-    kept = read_parts(place.data)[0]
+    rows_before = read_parts(place.data)[0]
     prepared(place, "data.answers=regenerate", f"data.folder={place.folder}/new")
     new = read_parts(place.folder / "new")[0]
 
     def prompts(rows):
         return {tuple(row.tokens[: row.supervised.index(True)]) for row in rows}
 
-    assert prompts(new) == prompts(kept) and {tuple(row.tokens) for row in new} != {
-        tuple(row.tokens) for row in kept
+    assert prompts(new) == prompts(rows_before) and {tuple(row.tokens) for row in new} != {
+        tuple(row.tokens) for row in rows_before
     }
     assert all(sum(row.supervised) <= 6 for row in new)  # data.max_answer_tokens
 
@@ -295,7 +291,7 @@ class Terminal(io.StringIO):
 
 
 class Letters:
-    """A tokenizer of one letter a token, as far as the preview looks."""
+    """A tokenizer with one letter per token, as much of it as the preview reads."""
 
     def decode(self, tokens):
         return "".join(map(chr, tokens))
@@ -312,7 +308,7 @@ def test_colours_only_on_a_terminal(monkeypatch):
 
 
 def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
-    """Each process of a run on its own disk would train on other rows."""
+    """Processes that write to their own disks would train on different rows."""
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     monkeypatch.setattr(fill, "this_process", lambda: fill.Share(0, 2))
     with pytest.raises(

@@ -1,7 +1,6 @@
 """Several processes, one run: how they find each other."""
 
 import json
-import socket
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,19 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, TINY, environment
-from loop_cases import SPEC, config_for, lines_of, loader_of, saved_steps
+from conftest import TINY, environment, free_port
+from loop_cases import config_for, lines_of, loader_of, saved_steps, train_stage
 from process_cases import ASKED_AT
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.share import Share
 from beagle_jax.errors import UsageError, UserError
-from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.sharding import make_mesh, share_of_rows
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import run_stage
-from beagle_jax.training.metrics import Log
 from beagle_jax.training.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -39,23 +34,24 @@ VARIABLES = (
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What jax.distributed is asked for, given flags and variables; None when it is not asked at
-    all.
+    """Returns what jax.distributed is called with, given flags and variables.
+
+    None if it is not called.
     """
 
     def joined(*flags: str, **variables: str) -> dict | None:
-        asked = []
+        calls = []
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(
-            jax.distributed, "initialize", lambda **settings: asked.append(settings)
+            jax.distributed, "initialize", lambda **settings: calls.append(settings)
         )
         made = ArgumentParser()
         add_distributed(made)
         join(made.parse_args(flags))
-        return asked[0] if asked else None
+        return calls[0] if calls else None
 
     return joined
 
@@ -98,21 +94,19 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """Config of a run of two processes that SIGTERM ended in its early stage, what each of them
-    said, after which step it stopped, and which tokens it holds of a batch on a mesh whose
-    processes lie along `tensor`.
+    """A run of two processes, which SIGTERM ended in its early stage.
+
+    Returns its config, what each process said, after which step it stopped, and the tokens of a
+    batch that each process holds on a mesh along `tensor`.
     """
-    folder, here = tmp_path_factory.mktemp("together"), Path(__file__).parent
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    folder, tests = tmp_path_factory.mktemp("together"), Path(__file__).parent
     variables = environment(1) | {
-        "PYTHONPATH": f"{here.parent}:{here}",
+        "PYTHONPATH": f"{tests.parent}:{tests}",
         "TQDM_DISABLE": "1",
-        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [sys.executable, str(here / "process_cases.py"), str(folder)]
+    command = [sys.executable, str(tests / "process_cases.py"), str(folder)]
     started = [
         subprocess.Popen(
             command,
@@ -123,8 +117,8 @@ def together(tmp_path_factory):
         )
         for number in range(2)
     ]
-    ended = [one.communicate(timeout=280) for one in started]
-    assert [one.returncode for one in started] == [0, 0], "\n".join(
+    ended = [process.communicate(timeout=280) for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(
         stderr[-2000:] for _, stderr in ended
     )
     said = [line for stdout, _ in ended for line in stdout.splitlines()]
@@ -146,17 +140,11 @@ def together(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_params, tmp_path_factory):
-    """The same run in one process on one device, to its end, and what goes on with a run like
-    it.
-    """
-    frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
+def alone(frozen, tmp_path_factory):
+    """The same run in one process on one device to its end, and a function that runs another."""
 
     def run(config) -> dict:
-        params = init_draft(SPEC, jax.random.key(3))
-        return run_stage(
-            "early", config, SPEC, params, frozen, ONE_DEVICE, loader_of(20, 1), None, Log(config)
-        )
+        return train_stage(config, frozen)
 
     config = config_for(tmp_path_factory.mktemp("alone"))
     return config, run(config), run
@@ -171,15 +159,15 @@ def test_two_processes_share_devices_numbers_and_parameters(together):
 
 
 def test_two_processes_train_the_losses_of_one(together, alone):
-    """One log, by the first process; each read its half of every batch."""
-    found, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
-    assert [line["step"] for line in found] == [line["step"] for line in expected] == [3, 6]
-    for one, other in zip(found, expected, strict=True):
+    """The first process writes the one log; each reads its half of every batch."""
+    actual, expected = lines_of(together[0])[:2], lines_of(alone[0])[:2]
+    assert [line["step"] for line in actual] == [line["step"] for line in expected] == [3, 6]
+    for together_line, other in zip(actual, expected, strict=True):
         for name in ("loss", "ploss", "vloss", "grad_norm"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
+            assert together_line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
                 name
             )  # the log rounds to five digits
-        assert one["top1_by_offset"] == other["top1_by_offset"]
+        assert together_line["top1_by_offset"] == other["top1_by_offset"]
 
 
 def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together):
@@ -190,21 +178,22 @@ def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together
 
 
 def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
-    """jax stops all processes at one number to come: one that began anew with each stage might
-    never come.
+    """jax stops all processes at a future step number.
+
+    A number that starts again in each stage might never be reached.
     """
-    asked = []
+    numbers = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
         "beagle_jax.training.stop.multihost_utils.reached_preemption_sync_point",
-        lambda number: asked.append(number) or len(asked) == 4,
+        lambda number: numbers.append(number) or len(numbers) == 4,
     )
     said = []
     for _ in ("early", "late"):
         with StopSignal() as stop:
             said += [stop.asked(), stop.asked()]
     assert said == [False, False, False, True] and stop.seen
-    assert asked == list(range(asked[0], asked[0] + 4))
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
 
 
 def test_processes_read_different_halves_of_the_batch():
@@ -222,8 +211,9 @@ def check_held(parts: list) -> None:
 
 
 def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
-    """Each reads the whole batch; by their numbers alone each would read another half, and call it
-    the whole.
+    """Each process reads the whole batch.
+
+    By its process number alone each would read another half and take it for the whole.
     """
     check_held(together[3]["rows"])
     with pytest.raises(AssertionError):
@@ -232,7 +222,7 @@ def test_processes_along_the_tensor_axis_hold_the_same_rows(together):
 
 @dataclass(frozen=True)
 class Device:
-    """As far as a mesh looks at it."""
+    """A device, as much of it as a mesh reads."""
 
     id: int
     process_index: int
@@ -254,9 +244,7 @@ def test_which_rows_a_process_reads(monkeypatch, data, tensor, of_each, shares):
 
 
 def shared(monkeypatch, data: int, tensor: int, of_each: int, process: int) -> tuple[int, int]:
-    """The share of a process on a mesh of devices that belong to processes in order, so many to
-    each.
-    """
+    """Returns a process's share on a mesh whose devices belong to processes in order."""
     devices = [Device(number, number // of_each) for number in range(data * tensor)]
     monkeypatch.setattr(jax, "process_index", lambda: process)
     return share_of_rows(make_mesh(MeshConfig(data=data, tensor=tensor), devices))
@@ -273,13 +261,14 @@ def test_processes_that_share_some_rows_only_are_refused(monkeypatch, process):
 
 
 def test_what_two_processes_saved_goes_on_in_one(together, alone):
-    """Another number of processes and of devices: to 1e-6 of the largest weight, since sums are
-    taken in another order.
+    """Another number of processes and devices: equal to 1e-6 of the largest weight.
+
+    Sums are taken in another order.
     """
     config, *_ = together
     assert saved_steps(config)[-1] < 12
     _, expected, run = alone
-    found = run(config)
+    params = run(config)
     for name in expected:
         scale = np.abs(np.asarray(expected[name])).max()
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-6 * scale, err_msg=name)
+        np.testing.assert_allclose(params[name], expected[name], atol=1e-6 * scale, err_msg=name)

@@ -1,6 +1,4 @@
-"""Weight-only quantisation: the numbers, what decoding writes with them, and what is told of memory
-and error.
-"""
+"""Weight-only quantisation: the numbers, decoding with them, and reported memory and error."""
 
 import dataclasses
 import json
@@ -42,14 +40,14 @@ def _quantised(params, kind, group=GROUP):
 
 @jax.jit
 def _turned_back(params):
-    """Every quantised matrix as plain float32."""
+    """Returns the parameters with every quantised matrix as plain float32."""
 
-    def one(x):
+    def turned(x):
         return dense(x, jnp.ones(())) if isinstance(x, Quantised) else x
 
     return {
         **params,
-        "layers": [{key: one(x) for key, x in layer.items()} for layer in params["layers"]],
+        "layers": [{key: turned(x) for key, x in layer.items()} for layer in params["layers"]],
     }
 
 
@@ -57,11 +55,13 @@ def _turned_back(params):
 def test_weights_are_rounded_to_the_nearest_step_of_their_group(kind, largest):
     weight = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float32)
     weight[2, :8] = 0  # a group without a scale
-    found = np.asarray(dense(quantise(jnp.asarray(weight), kind, 8), jnp.ones(())))
+    dequantised = np.asarray(dense(quantise(jnp.asarray(weight), kind, 8), jnp.ones(())))
     step = np.repeat(np.abs(weight.reshape(6, 3, 8)).max(axis=-1) / largest, 8, axis=1)
-    assert (np.abs(found - weight) <= step / 2 + 1e-6).all()
-    np.testing.assert_allclose(found, np.round(weight / np.where(step, step, 1)) * step, atol=1e-6)
-    assert not found[2, :8].any() and np.isfinite(found).all()
+    assert (np.abs(dequantised - weight) <= step / 2 + 1e-6).all()
+    np.testing.assert_allclose(
+        dequantised, np.round(weight / np.where(step, step, 1)) * step, atol=1e-6
+    )
+    assert not dequantised[2, :8].any() and np.isfinite(dequantised).all()
 
 
 def test_planted_bug_halves_of_a_byte_swapped():
@@ -114,8 +114,8 @@ def test_trees_write_what_plain_decoding_of_the_same_quantised_target_writes(kin
 
     def write(target, *draft):
         return [
-            one.tokens
-            for one in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)
+            answer.tokens
+            for answer in SpeculativeDecoder(target, *draft).generate(PROMPTS, max_new_tokens=24)
         ]
 
     plain = write(target)
@@ -141,10 +141,10 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
     errors = {}
     for kind in ("int8", "int4"):
         target = load_target(source, "float32", "unused", quantize=kind, group_size=16)
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert (
-            f"target quantised to {kind}, groups of 16: " in told
-            and "MB at rest; on 32 random tokens logits are off by" in told
+            f"target quantised to {kind}, groups of 16: " in printed
+            and "MB at rest; on 32 random tokens logits are off by" in printed
         )
         assert all(
             isinstance(layer["q_FD"], Quantised)
@@ -160,8 +160,10 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
         )
         full, small = (run(params, tokens, at, mask) for params in (whole.params, target.params))
         errors[kind] = float(jnp.sqrt(jnp.mean((small - full) ** 2) / jnp.var(full)))
-        assert f"off by {errors[kind]:.1%} of their spread" in told
-        assert f"{sum(x.nbytes for x in jax.tree.leaves(whole.params)) / 1e6:,.0f} MB -> " in told
+        assert f"off by {errors[kind]:.1%} of their spread" in printed
+        assert (
+            f"{sum(x.nbytes for x in jax.tree.leaves(whole.params)) / 1e6:,.0f} MB -> " in printed
+        )
     assert 0 < errors["int8"] < errors["int4"]
 
 
@@ -200,7 +202,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
 
 
 def test_evaluate_and_generate_report_it(tmp_path, capsys):
-    """With a draft that looks words up: nothing is trained."""
+    """With prompt lookup as the draft, so that nothing is trained."""
     config, figures = tmp_path / "run.yaml", tmp_path / "figures.json"
     prompt = tmp_path / "prompts.jsonl"
     prompt.write_text('{"prompt": "ab"}\n')
@@ -215,11 +217,11 @@ def test_evaluate_and_generate_report_it(tmp_path, capsys):
         )
     )
     assert run_main(generate.main, ["--config", str(config), "ab", "--json", str(figures)]) == 0
-    told = json.loads(figures.read_text())["quantised"]
+    quantised = json.loads(figures.read_text())["quantised"]
     assert (
-        (told["kind"], told["group"]) == ("int4", 16)
-        and told["bytes_after"] < told["bytes_before"]
-        and told["logit_error"] > 0
+        (quantised["kind"], quantised["group"]) == ("int4", 16)
+        and quantised["bytes_after"] < quantised["bytes_before"]
+        and quantised["logit_error"] > 0
     )
     line = next(
         line

@@ -1,6 +1,4 @@
-"""Every command of the README is run: on a tiny target in a folder, with few steps, in place of the
-real one.
-"""
+"""Runs every command of the README on a tiny target, with few steps."""
 
 import importlib
 import io
@@ -44,7 +42,7 @@ SMALL_PLAN = ["train.batch=8", "train.row_tokens=16", "train.loss_rows=16", "tra
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> dict[str, str]:
-    """What replaces the settings of a real run."""
+    """Overrides that replace the settings of a real run."""
     folder = tmp_path_factory.mktemp("readme")
     make_target(folder / "target")
     return {
@@ -76,9 +74,7 @@ def overrides(toy: dict[str, str]) -> list[str]:
 
 
 def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -> tuple[int, str]:
-    """Status and standard output of a `python -m beagle_jax.NAME` line in its toy form, with more
-    options.
-    """
+    """Runs a README line in its toy form with more options; returns status and stdout."""
     _, _, module, *arguments = [*shlex.split(line), *more]
     name = module.removeprefix("beagle_jax.")
     if name == "plan":  # in a process of its own: the number of devices is decided once
@@ -109,7 +105,7 @@ def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -
 
 @pytest.fixture(scope="module")
 def trained(toy, tmp_path_factory) -> dict[str, str]:
-    """After the README's own training command."""
+    """The result of the README's own training command."""
     [train] = [line for line in PYTHON_M if line.startswith("python -m beagle_jax.train")]
     with pytest.MonkeyPatch.context() as patch:
         status, printed = ran(train, toy, tmp_path_factory.mktemp("train"), patch)
@@ -137,7 +133,7 @@ SHOWS = {
 
 @pytest.mark.parametrize("line", PYTHON_M)
 def test_a_command_runs(line, trained, tmp_path, monkeypatch):
-    """And leaves its figures where --json says; a chat has none."""
+    """Figures are where --json says; a chat has none."""
     figures = tmp_path / "figures.json"
     status, printed = ran(
         line,

@@ -1,5 +1,6 @@
-"""SmolLM2-135M-Instruct, as the quick start loads it: against transformers on the same float32
-weights, and with the draft in the box.
+"""SmolLM2-135M-Instruct as the quick start loads it, and its shipped draft.
+
+Compared with transformers on the same float32 weights.
 """
 
 from dataclasses import replace
@@ -54,7 +55,7 @@ TOLERANCE = 2e-3
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    """Dequantised from Q4_1; skips where the package index cannot be reached."""
+    """The target, dequantised from Q4_1. Skips if the package index cannot be reached."""
     try:
         return load_target(SOURCE, "float32", str(CACHE))
     except UserError as error:
@@ -89,7 +90,7 @@ def llama(target):
 
 
 def test_shape_is_that_of_the_config(target):
-    """Numbers of a GGUF are float32."""
+    """Numbers in a GGUF are float32."""
     assert replace(target.spec, rms_norm_eps=1e-5) == shape_of("smollm2_135m")
     assert target.spec.rms_norm_eps == pytest.approx(1e-5)
 
@@ -113,13 +114,13 @@ def test_tokenizer(target):
 
 @pytest.fixture(scope="module")
 def expected_logits(llama, prompts):
-    """Logits of torch at every position of each prompt, run alone."""
+    """Returns torch's logits at every position of each prompt, one prompt at a time."""
     with torch.no_grad():
         return [llama(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
 
 
 def difference(params, spec, prompts, expected) -> float:
-    """Largest difference of any logit at any position."""
+    """Returns the largest difference of any logit at any position."""
     tokens_BT, length_B = _pad(prompts)
     B, T = tokens_BT.shape
     # One operation after the other: thirty layers share them all, and as one program they take ten
@@ -148,7 +149,7 @@ def test_planted_bug_in_logits(target, prompts, expected_logits):
 
 
 def by_torch(target, llama, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy tokens of transformers' generate, to the stop token."""
+    """Returns greedy tokens of transformers' generate, up to the stop token."""
     width, stop = max(map(len, prompts)), target.eos_ids[0]
     left = torch.tensor([[stop] * (width - len(prompt)) + prompt for prompt in prompts])
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -167,35 +168,35 @@ def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> Answers
 
 
 def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
-    """Three short answers; more and longer ones, and those of plain decoding, are slow."""
-    found = by_the_box(target, prompts[:3], 24)
-    assert [answer.tokens for answer in found] == by_torch(target, llama, prompts[:3], 24)
-    assert "Paris" in target.tokenizer.decode(found[0].tokens)
-    assert sum(answer.rounds for answer in found) < 0.8 * sum(
-        len(answer.tokens) - 1 for answer in found
+    """Three short answers. More and longer ones, and those of plain decoding, are slow."""
+    answers = by_the_box(target, prompts[:3], 24)
+    assert [answer.tokens for answer in answers] == by_torch(target, llama, prompts[:3], 24)
+    assert "Paris" in target.tokenizer.decode(answers[0].tokens)
+    assert sum(answer.rounds for answer in answers) < 0.8 * sum(
+        len(answer.tokens) - 1 for answer in answers
     )
 
 
 @pytest.fixture(scope="module")
-def asked(target, prompts) -> list[list[int]]:
+def all_prompts(target, prompts) -> list[list[int]]:
     """Twenty prompts: the chats, and others that no draft was trained on."""
     return [*prompts, *tokenize(suite("held_out", 20 - len(prompts)), target.tokenizer)]
 
 
 @pytest.fixture(scope="module")
-def plain(target, asked) -> Answers:
-    return SpeculativeDecoder(target).generate(asked, max_new_tokens=64)
+def plain(target, all_prompts) -> Answers:
+    return SpeculativeDecoder(target).generate(all_prompts, max_new_tokens=64)
 
 
 @pytest.mark.slow
 def test_greedy_tokens_equal_torch(target, llama, prompts, plain):
-    found = [answer.tokens for answer in plain[: len(prompts)]]
-    assert found == by_torch(target, llama, prompts, 64)
-    assert sum(map(len, found)) > 150 and "Paris" in target.tokenizer.decode(found[0])
+    tokens = [answer.tokens for answer in plain[: len(prompts)]]
+    assert tokens == by_torch(target, llama, prompts, 64)
+    assert sum(map(len, tokens)) > 150 and "Paris" in target.tokenizer.decode(tokens[0])
 
 
 @pytest.mark.slow
-def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, asked, plain):
-    fast = by_the_box(target, asked, 64)
+def test_the_draft_in_the_box_writes_what_plain_decoding_writes(target, all_prompts, plain):
+    fast = by_the_box(target, all_prompts, 64)
     assert [answer.tokens for answer in fast] == [answer.tokens for answer in plain]
     assert sum(answer.rounds for answer in fast) < 0.8 * sum(answer.rounds for answer in plain)

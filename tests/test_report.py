@@ -1,4 +1,4 @@
-"""Reports keep to their schema and say what was measured, in JSON, Markdown and HTML."""
+"""Reports follow their schema and show what was measured, in JSON, Markdown and HTML."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ COST = {
 
 
 def check_schema(made: dict, part: str | None = None) -> None:
-    """part: a field of the report, which `made` then is."""
+    """part: the field of a report that `made` is; the whole report by default."""
     schema = json.loads(
         (resources.files("beagle_jax.evaluation") / "report.schema.json").read_text(
             encoding="utf-8"
@@ -47,8 +47,9 @@ def check_schema(made: dict, part: str | None = None) -> None:
 
 
 def case(suite: str, number: int, category: str, lengths: list[int]) -> Case:
-    """A prompt whose turns have these many tokens: nine tokens answered plainly and in four rounds
-    of a chain of 2.
+    """Makes a prompt whose turns have so many tokens.
+
+    Nine tokens are answered plainly and in four rounds of a chain of 2.
     """
     plain = TimedAnswer(list(range(9)), "text", "length", 8, [8], 0.25, 4.0)
     fast = TimedAnswer(list(range(9)), "text", "length", 4, [1, 2, 1], 0.25, 2.0)
@@ -84,15 +85,21 @@ def test_groups_and_figures(made):
         ("context", "256", 1),
     ]
     assert [(group["by"], group["prompts"]) for group in second["groups"]] == [("all", 1)]
-    one = first["groups"][0]["systems"]["a|<b>"]
-    assert (one["tau"], one["tau_interval"], one["rounds"], one["tokens"], one["answers"]) == (
+    system = first["groups"][0]["systems"]["a|<b>"]
+    assert (
+        system["tau"],
+        system["tau_interval"],
+        system["rounds"],
+        system["tokens"],
+        system["answers"],
+    ) == (
         2.0,
         [2.0, 2.0],
         12,
         27,
         3,
     )
-    assert one["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and one["step_alpha"] == [
+    assert system["speedup"] == pytest.approx(4.25 / 2.25, abs=1e-4) and system["step_alpha"] == [
         0.75,
         round(1 / 3, 4),
     ]

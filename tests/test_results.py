@@ -1,4 +1,4 @@
-"""Results of several seeds, held against figures counted by hand."""
+"""Results of several seeds, compared with figures counted by hand."""
 
 import json
 import sys
@@ -6,16 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiment_cases import PAPER, at_the_root, point, prompts, runs  # noqa: F401 (the fixture)
+from experiment_cases import PAPER
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import plan as plans
 import results
 from claims import value_of
 
+pytestmark = pytest.mark.usefixtures("at_the_root")
+
 
 def answer(tokens: int, rounds: int, seconds: float) -> dict:
-    """An answer to one turn; a token is of the prefill."""
+    """Makes an answer to one turn; one of its tokens belongs to the prefill."""
     accepted = [2 * rounds - tokens + 1, tokens - 1 - rounds]
     return {
         "tokens": [5] * tokens,
@@ -31,8 +33,9 @@ def answer(tokens: int, rounds: int, seconds: float) -> dict:
 def measured_by_hand(
     plan, name: str, rounds: dict[int, int], speed: dict[int, float], plain: dict[int, float]
 ) -> None:
-    """An evaluation of one draft: by seed, rounds for 12 tokens and seconds, of two prompts alike;
-    milliseconds and bytes with the seed.
+    """Writes an evaluation of one draft, with two equal prompts.
+
+    By seed: rounds for 12 tokens, and seconds; milliseconds and bytes grow with the seed.
     """
 
     def bytes_of(draft):
@@ -50,7 +53,9 @@ def measured_by_hand(
     for (folder, [draft]), taken in zip(plan.evaluated(name).items(), rounds, strict=True):
         folder.mkdir(parents=True)
         turn = {"plain": answer(13, 12, plain[taken]), "d": answer(13, rounds[taken], speed[taken])}
-        case = json.dumps({"turns": [{system: {"answer": one} for system, one in turn.items()}]})
+        case = json.dumps(
+            {"turns": [{system: {"answer": answer} for system, answer in turn.items()}]}
+        )
         (folder / "answers.jsonl").write_text("{}\n" + 2 * f"{case}\n")
         systems = [
             {
@@ -64,14 +69,14 @@ def measured_by_hand(
 
 
 def seeds_count(plan) -> None:
-    """What the results make of an evaluation's three seeds: each beside its own plain decoding."""
+    """Checks an evaluation of three seeds, each next to its own plain decoding."""
     rounds, seconds, plain = (
         {0: 6, 1: 8, 2: 10},
         {0: 2.0, 1: 4.0, 2: 6.0},
         {0: 4.0, 1: 12.0, 2: 8.0},
     )
     measured_by_hand(plan, "dynamic-append", rounds, seconds, plain)
-    found = results.decoded(plan) | {
+    decoded = results.decoded(plan) | {
         "late": {
             seed: [{"training_tokens_per_second": [speed]}]
             for seed, speed in ((0, 90.0), (2, 110.0))
@@ -79,9 +84,9 @@ def seeds_count(plan) -> None:
     }
     assert {
         seed: value_of({seed: points}, "speedup").value
-        for seed, points in found["dynamic-append.late"].items()
+        for seed, points in decoded["dynamic-append.late"].items()
     } == {0: 2, 1: 3, 2: 4 / 3}
-    made = results.values(plan, found, "dynamic-append.late")
+    made = results.values(plan, decoded, "dynamic-append.late")
     tau, low, high = made["curve"][-1]["tau"]
     assert made["seeds"] == [0, 1, 2] and tau == 1.5 and (low, high) == (12 / 10, 12 / 6)
     assert (
@@ -106,7 +111,7 @@ def test_results_are_of_every_seed(tmp_path):
     "bug", ["the first seed only", "plain decoding of the first", "costs of the first"]
 )
 def test_planted_bugs_of_seeds(bug, tmp_path, monkeypatch):
-    """Each must fail the test above."""
+    """Each bug must make the test above fail."""
     decoded, from_answers, costs, plain = results.decoded, results._from_answers, results._costs, []
 
     def beside_the_first(*arguments):

@@ -1,4 +1,4 @@
-"""Going on after a kill, a cut, a full disk or a change of settings: bit for bit, or not at all."""
+"""Resuming after a kill, a cut, a full disk or other settings: bit for bit, or not at all."""
 
 import json
 import os
@@ -10,13 +10,10 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE
 from loop_cases import (
-    SPEC,
     Breaking,
     after_each_step,
     broken_at,
@@ -26,14 +23,14 @@ from loop_cases import (
     loader_of,
     same_params,
     saved_steps,
+    train_stage,
 )
 
 from beagle_jax.config import Config, LateStage, LogConfig
 from beagle_jax.errors import UserError
-from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import check_settings, run_stage, settings_of
+from beagle_jax.training.loop import check_settings, settings_of
 from beagle_jax.training.metrics import Log
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -46,17 +43,13 @@ def config_of(folder, **changes) -> Config:
 
 
 def both_stages(config: Config, frozen: FrozenTarget, training=None) -> dict:
-    """Early and late, as the train command runs them, from parameters that depend on nothing."""
-    params, training = init_draft(SPEC, jax.random.key(3)), training or loader_of(20, 1)
-    for stage in ("early", "late"):
-        params = run_stage(
-            stage, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
-        )
-    return params
+    """Runs the early and the late stage as the train command does, from fixed parameters."""
+    early = train_stage(config, frozen, training)
+    return train_stage(config, frozen, training, stage="late", params=early)
 
 
 def figures_of(config: Config) -> dict[tuple[str, int], dict]:
-    """The last line of every step that the log has one of, without what depends on the clock."""
+    """Returns the last log record of every step, without what depends on the clock."""
     return {
         (line["stage"], line["step"]): {**line, "tokens_per_second": None}
         for line in lines_of(config)
@@ -64,25 +57,18 @@ def figures_of(config: Config) -> dict[tuple[str, int], dict]:
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_params) -> FrozenTarget:
-    return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
-
-
-@pytest.fixture(scope="module")
 def whole(frozen, tmp_path_factory):
-    """Config and parameters of both stages, which nothing interrupted."""
+    """Config and parameters of an uninterrupted run of both stages."""
     config = config_of(tmp_path_factory.mktemp("whole"))
     return config, both_stages(config, frozen)
 
 
 def stopped_at(stage: str, step: int, config: Config, frozen: FrozenTarget, how) -> None:
-    """Runs until a step of a stage, where `how` strikes."""
-    params, calm = init_draft(SPEC, jax.random.key(3)), loader_of(20, 1)
+    """Runs until `how` strikes at a step of a stage."""
+    params = None
     for name in ("early", "late"):
-        training = Breaking(loader_of(20, 1), step, how) if name == stage else calm
-        params = run_stage(
-            name, config, SPEC, params, frozen, ONE_DEVICE, training, None, Log(config)
-        )
+        training = Breaking(loader_of(20, 1), step, how) if name == stage else None
+        params = train_stage(config, frozen, training, stage=name, params=params)
 
 
 def kill(batch):
@@ -90,19 +76,17 @@ def kill(batch):
 
 
 def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path):
-    """Really killed, in a process of its own, in the middle of an epoch and of a window of the
-    log.
-    """
-    here = Path(__file__).parent
+    """A real kill of a separate process, in the middle of an epoch and of a log interval."""
+    tests = Path(__file__).parent
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import conftest, test_resume as t;p = "
         "conftest.random_params(conftest.TINY);t.stopped_at('early', 11, "
         "t.config_of(sys.argv[2]), t.FrozenTarget(p['embed_VD'], p['embed_VD']), "
         "t.kill)"
     )
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{tests.parent}", "TQDM_DISABLE": "1"}
     died = subprocess.run(
-        [sys.executable, "-c", program, str(here), str(tmp_path)],
+        [sys.executable, "-c", program, str(tests), str(tmp_path)],
         env=environment,
         capture_output=True,
         timeout=240,
@@ -132,7 +116,7 @@ def test_a_log_that_forgets_the_steps_before_the_checkpoint_is_seen(
     monkeypatch.setattr(
         StageCheckpoints,
         "restore",
-        lambda self, fresh: (found := restore(self, fresh)) and (found[0], []),
+        lambda self, fresh: (restored := restore(self, fresh)) and (restored[0], []),
     )
     config = config_of(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -166,8 +150,9 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
 def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(
     whole, frozen, tmp_path, monkeypatch
 ):
-    """Nobody asks after the last step, and a schedule's wish to stop must not wait for the next
-    stage, nor end the write.
+    """After the last step no other step looks at the signal.
+
+    It must neither wait for the next stage nor end the write.
     """
     config, leave = config_of(tmp_path), StageCheckpoints.__exit__
 
@@ -221,12 +206,12 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"warning: {folder}/10: this checkpoint is not whole" in told
-        and "going on from step 5 of 12" in told
+        f"warning: {folder}/10: this checkpoint is not whole" in printed
+        and "going on from step 5 of 12" in printed
     )
-    assert f"has {100 if how == 'cut' else 0} bytes of" in told and (folder / "cut-10").is_dir()
+    assert f"has {100 if how == 'cut' else 0} bytes of" in printed and (folder / "cut-10").is_dir()
 
 
 def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen, half_done, capsys):
@@ -235,12 +220,12 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
     for damaged in (folder / "10", folder / "5"):
         (damaged / "sizes.json").write_text(note.read_text()[:20])
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON"
-        in told
+        in printed
     )
-    assert (folder / "cut-5").is_dir() and "going on" not in told.partition("late stage")[0]
+    assert (folder / "cut-5").is_dir() and "going on" not in printed.partition("late stage")[0]
 
 
 def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
@@ -261,17 +246,17 @@ def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
     config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
     same_params(both_stages(config, frozen), whole[1])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored"
-        in told
+        in printed
     )
-    assert "going on from step 5 of 12" in told
+    assert "going on from step 5 of 12" in printed
 
 
 @contextmanager
 def small_disk(limit: int):
-    """No file can grow beyond `limit` bytes, as on a disk that is full."""
+    """Limits the size of files, as on a full disk. limit: bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -300,7 +285,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_pa
 
 
 def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path, monkeypatch):
-    """Both moments are finite and the gradient is; only the update overflows."""
+    """Both moments and the gradient are finite; only the update overflows."""
     after_each_step(monkeypatch, broken_at(10, jnp.inf))
     config = config_of(tmp_path)
     with pytest.raises(
@@ -328,8 +313,8 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
         ):
             run()
     check_settings(config)
-    told = changed.changed(train=changed.train.changed(accept_changes=True))
-    both_stages(told, frozen)
+    accepting = changed.changed(train=changed.train.changed(accept_changes=True))
+    both_stages(accepting, frozen)
     assert (
         "warning: going on with other settings than" in (said := capsys.readouterr().out)
         and "train.seed: 42 there, 7 now" in said
@@ -352,9 +337,9 @@ def test_a_key_that_an_old_checkpoint_does_not_know_counts_as_its_default(
     whole, frozen, half_done, value, fits
 ):
     config, folder = half_done
-    found = json.loads(settings_file(folder).read_text())
-    del found["train.vloss_weight"]  # as if it had been added since
-    settings_file(folder).write_text(json.dumps(found))
+    settings = json.loads(settings_file(folder).read_text())
+    del settings["train.vloss_weight"]  # as if it had been added since
+    settings_file(folder).write_text(json.dumps(settings))
     (folder / "10" / "sizes.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "10" / "log")  # nor did it keep the steps since the last line of the log
     if fits:
@@ -395,7 +380,7 @@ def test_optional_writers_get_the_same_figures(tmp_path, monkeypatch):
     written = []
 
     class Fake:
-        """Both packages, as far as they are used."""
+        """Stands for both packages, as much of them as is used."""
 
         SummaryWriter = staticmethod(lambda folder: Fake())
         init = staticmethod(lambda **settings: Fake())

@@ -1,5 +1,6 @@
-"""Sampling is lossless: filters, seeds, and the joint distribution of four tokens against an exact
-one (method.md 13.9).
+"""Sampling is lossless: filters, seeds, the joint distribution of four tokens.
+
+The distribution is compared with the exact one (method.md 13.9).
 """
 
 import dataclasses
@@ -64,16 +65,14 @@ SAMPLINGS = {
 
 @pytest.fixture
 def short_bucket(monkeypatch):
-    """Prompts of three tokens, thousands of them: padding each to the usual 64 would be most of the
-    work.
-    """
+    """Pads prompts to three tokens: with the usual 64, padding would be most of the work."""
     monkeypatch.setattr(session_module, "PROMPT_BUCKET", 4)
     monkeypatch.setattr(session_module, "ADMIT_ROWS", BATCH)
     monkeypatch.setattr(decoder_module, "CAPACITY_BUCKET", 16)
 
 
 def small_target():
-    """Scaled down so that its distributions are neither flat nor decided."""
+    """Makes a target whose distributions are neither flat nor decided."""
     target = target_of(SMALL)
     return dataclasses.replace(
         target, params={**target.params, "norm_D": 0.5 * target.params["norm_D"]}
@@ -87,7 +86,7 @@ def small_draft() -> Draft:
 
 @partial(jax.jit, static_argnums=1)
 def last_logits(params, spec, text_BL):
-    """After each of the last four tokens, [B, 4, V]."""
+    """Returns the logits [B, 4, V] after each of the last four tokens."""
     B, L = text_BL.shape
     positions, mask = jnp.broadcast_to(jnp.arange(L), (B, L)), causal_mask(jnp.full(B, L), L)
     return logits(
@@ -97,7 +96,9 @@ def last_logits(params, spec, text_BL):
 
 @lru_cache
 def exact_joint(sampling: Sampling) -> np.ndarray:
-    """P(x1..x4 | prompt) [16, 16, 16, 16] by running every text of three; filters written anew in
+    """Computes P(x1..x4
+
+     prompt), [16, 16, 16, 16], by running every text of three tokens.|Filters are written again in
     numpy.
     """
     texts = list(itertools.product(range(VOCABULARY), repeat=TOKENS - 1))
@@ -118,13 +119,13 @@ def filter_by_hand(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_k:
         p[order[sampling.top_k :]] = 0
     p /= p.sum()
-    kept = np.cumsum(p[order]) - p[order] < sampling.top_p
-    p[order[~kept]] = 0
+    in_nucleus = np.cumsum(p[order]) - p[order] < sampling.top_p
+    p[order[~in_nucleus]] = 0
     return p / p.sum()
 
 
 def sampled_joint(target, draft, tree, sampling: Sampling, rule="match", **parts) -> np.ndarray:
-    """Read as arrays: to make an Answer of each draw would take longer than to draw it."""
+    """Samples as arrays: an Answer for each draw would take longer than the draw."""
     decoder = SpeculativeDecoder(target, draft, tree, rule=rule).with_(**parts)
     counts = np.zeros((VOCABULARY,) * TOKENS)
     for number in range(BATCHES):
@@ -140,8 +141,11 @@ def sampled_joint(target, draft, tree, sampling: Sampling, rule="match", **parts
 def check_distribution(
     tree, sampling: Sampling, rule="match", draft: Draft | None = None, **parts
 ) -> None:
-    """Total variation below what an honest sample of this size shows on average, plus a fifth."""
-    exact, found = (
+    """Checks the total variation distance from the exact distribution.
+
+    It must be below the average of an honest sample of this size, plus a fifth.
+    """
+    exact, sampled = (
         exact_joint(sampling),
         sampled_joint(small_target(), draft or small_draft(), tree, sampling, rule, **parts),
     )
@@ -152,10 +156,10 @@ def check_distribution(
         0.5
         * np.minimum(np.sqrt(2 * exact * (1 - exact) / (np.pi * BATCH * BATCHES)), 2 * exact).sum()
     )
-    assert 0.5 * np.abs(found - exact).sum() < 1.2 * honest
+    assert 0.5 * np.abs(sampled - exact).sum() < 1.2 * honest
     # Margins of the first and the last place are far sharper.
     for places in ((1, 2, 3), (0, 1, 2)):
-        assert 0.5 * np.abs(found.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
+        assert 0.5 * np.abs(sampled.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -163,8 +167,9 @@ def check_distribution(
     [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")],
 )
 def test_joint_distribution_of_four_tokens(tree, sampling):
-    """Filters act on the target's logits alone, before any tree: of each one tree tells; top-p with
-    the other trees is slow.
+    """Filters act on the target's logits before any tree, so each is tested with one tree.
+
+    top-p with the other trees is slow.
     """
     check_distribution(TREES[tree], SAMPLINGS[sampling])
 
@@ -177,7 +182,7 @@ def test_joint_distribution_under_top_p_with_the_other_trees(tree):
 
 @pytest.mark.parametrize("sampling", ["all", "top-k"])
 def test_joint_distribution_under_the_ratio_rule(sampling):
-    """Here the draft's logits are filtered too; what stands under top-k has a top-p as well."""
+    """This rule filters the draft's logits too; the case called top-k has a top-p as well."""
     check_distribution(TREES["chain"], SAMPLINGS[sampling], "ratio")
 
 
@@ -192,7 +197,7 @@ def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
 
 
 class AboveOnly(Ratio):
-    """Accepts where p exceeds q, and nowhere else."""
+    """Planted: accepts only where p exceeds q."""
 
     def uniform(self, key_BP):
         return jnp.ones_like(super().uniform(key_BP))
@@ -249,8 +254,9 @@ def test_a_seed_repeats_under_the_ratio_rule():
 
 
 def test_another_setting_compiles_nothing():
-    """Seeds, temperatures and filters are data, also of each prompt; only whether there are filters
-    is not.
+    """Seeds, temperatures and filters are data, also per prompt.
+
+    Only whether there are filters is static.
     """
     decoder = SpeculativeDecoder(small_target(), small_draft(), TREES["static"])
 
@@ -283,10 +289,10 @@ def test_each_row_is_filtered_by_its_own_settings():
         Sampling(2.0, 70),
         Sampling(0.0),
     ]
-    found = filter_logits(raw, knobs_of(settings), filters_of(settings))
+    logits = filter_logits(raw, knobs_of(settings), filters_of(settings))
     for row, sampling in enumerate(settings[:4]):
         alone = filtered(raw[row], sampling)
-        np.testing.assert_allclose(found[row], alone, rtol=1e-6)
+        np.testing.assert_allclose(logits[row], alone, rtol=1e-6)
     key_BT = jax.random.split(jax.random.key(0), (5, 2))
     chosen = choose(raw, key_BT, knobs_of(settings), filters_of(settings))
     assert chosen[4].tolist() == raw[4].argmax(axis=-1).tolist()  # a greedy row draws nothing
@@ -304,25 +310,27 @@ def test_ratio_rule_rejects_what_the_target_never_writes():
     )
     target_BWV = jnp.log(jnp.array([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]))
     draft_BPV = jnp.log(jnp.array([[[0.1, 0.1, 0.8]]]))
-    found = accept_by_ratio(nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3)))
-    assert found.count_B[0] == 0 and found.bonus_B[0] in (0, 1)
+    accepted = accept_by_ratio(
+        nodes, target_BWV, draft_BPV, jnp.zeros((1, 1)), jnp.zeros((1, 2, 3))
+    )
+    assert accepted.count_B[0] == 0 and accepted.bonus_B[0] in (0, 1)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 100])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_filters_are_those_of_transformers(top_k, top_p):
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32) * 3
-    found = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
-    np.testing.assert_allclose(found, _by_transformers(raw, top_k, top_p), rtol=1e-6)
+    probabilities = np.asarray(filtered(jnp.asarray(raw), Sampling(0.7, top_k, top_p)))
+    np.testing.assert_allclose(probabilities, _by_transformers(raw, top_k, top_p), rtol=1e-6)
 
 
 def test_planted_bug_top_p_before_top_k():
     raw = np.random.default_rng(0).normal(size=(6, 100)).astype(np.float32)
-    found = np.asarray(
+    probabilities = np.asarray(
         filtered(filtered(jnp.asarray(raw), Sampling(0.7, top_p=0.3)) * 0.7, Sampling(0.7, top_k=5))
     )
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(found, _by_transformers(raw, 5, 0.3), rtol=1e-6)
+        np.testing.assert_allclose(probabilities, _by_transformers(raw, 5, 0.3), rtol=1e-6)
 
 
 def _by_transformers(raw: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

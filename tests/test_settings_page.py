@@ -1,4 +1,4 @@
-"""The reference page and the schema are made from the models, and the schema knows a wrong file."""
+"""The reference page and the schema come from the models, and the schema detects wrong files."""
 
 import json
 from pathlib import Path

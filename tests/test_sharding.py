@@ -1,6 +1,4 @@
-"""Meshes: the same step on 1, 2 and 8 devices, no logits on the wire, and the errors of sizes that
-do not fit.
-"""
+"""Meshes: the same step on 1, 2 and 8 devices, no logits sent, and sizes that do not fit."""
 
 import json
 import subprocess
@@ -25,9 +23,7 @@ TESTS = Path(__file__).parent
 
 
 def measured(folder: Path, *which: str) -> dict:
-    """What tests/mesh_cases.py measures, by stage and mesh, on eight virtual devices in a process
-    of its own.
-    """
+    """Runs tests/mesh_cases.py on eight virtual devices; returns its results by stage and mesh."""
     variables = environment(8) | {
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -40,7 +36,7 @@ def measured(folder: Path, *which: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def by_stage(tmp_path_factory) -> dict:
     return measured(tmp_path_factory.mktemp("meshes"))
 
 
@@ -49,13 +45,13 @@ def rest(tmp_path_factory) -> dict:
     return measured(tmp_path_factory.mktemp("rest"), "rest")
 
 
-def same_numbers(one: dict, many: dict) -> None:
-    """Losses and updates of two steps and the first gradient, to 1e-5."""
-    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
-    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-5)
-    assert many["agree"] == one["agree"]
+def same_numbers(single: dict, many: dict) -> None:
+    """Compares losses and updates of two steps and the first gradient, to 1e-5."""
+    np.testing.assert_allclose(many["losses"], single["losses"], rtol=1e-5)
+    np.testing.assert_allclose(many["grad_norm"], single["grad_norm"], rtol=1e-5)
+    assert many["agree"] == single["agree"]
     for kind in ("first_gradient", "updates"):
-        for ours, theirs in zip(many[kind], one[kind], strict=True):
+        for ours, theirs in zip(many[kind], single[kind], strict=True):
             size = np.abs(theirs).max()
             # Adam divides a small gradient by its own size, so updates (of 1e-3 a step) are
             # compared as they stand.
@@ -66,11 +62,11 @@ def same_numbers(one: dict, many: dict) -> None:
 
 
 def check_mesh(of_stage: dict, shape: tuple[int, int, int]) -> None:
-    one, many = of_stage["(1, 1, 1)"], of_stage[str(shape)]
-    same_numbers(one, many)
-    assert np.sum(one["agree"]) > 0
+    single, many = of_stage["(1, 1, 1)"], of_stage[str(shape)]
+    same_numbers(single, many)
+    assert np.sum(single["agree"]) > 0
     assert (
-        one["logits"] == many["logits"] == []
+        single["logits"] == many["logits"] == []
         and many["vocabulary_sent"] == []
         and many["on_fewer_devices"] == []
         and many["not_donated"] == 0
@@ -82,8 +78,8 @@ def check_mesh(of_stage: dict, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("stage", ["early", "late"])
 @pytest.mark.parametrize("shape", EACH_AXIS, ids=str)
-def test_a_mesh_along_each_axis_computes_the_same_step(found, stage, shape):
-    check_mesh(found[stage], shape)
+def test_a_mesh_along_each_axis_computes_the_same_step(by_stage, stage, shape):
+    check_mesh(by_stage[stage], shape)
 
 
 @pytest.mark.slow
@@ -93,31 +89,31 @@ def test_every_other_mesh_of_eight_computes_the_same_step(rest, stage, shape):
     check_mesh(rest[stage], shape)
 
 
-def test_muon_computes_the_same_step_too(found):
-    same_numbers(found["early"]["muon (1, 1, 1)"], found["early"]["muon (2, 2, 2)"])
+def test_muon_computes_the_same_step_too(by_stage):
+    same_numbers(by_stage["early"]["muon (1, 1, 1)"], by_stage["early"]["muon (2, 2, 2)"])
     with pytest.raises(AssertionError):
-        same_numbers(found["early"]["(1, 1, 1)"], found["early"]["muon (2, 2, 2)"])
+        same_numbers(by_stage["early"]["(1, 1, 1)"], by_stage["early"]["muon (2, 2, 2)"])
 
 
-def test_eagle_computes_the_same_step_too(found):
-    one, many = (found["late"][f"eagle {shape}"] for shape in ("(1, 1, 1)", "(2, 2, 2)"))
-    same_numbers(one, many)
+def test_eagle_computes_the_same_step_too(by_stage):
+    single, many = (by_stage["late"][f"eagle {shape}"] for shape in ("(1, 1, 1)", "(2, 2, 2)"))
+    same_numbers(single, many)
     assert (
         many["vocabulary_sent"] == many["on_fewer_devices"] == many["whole"] == []
         and many["not_donated"] == 0
-        and np.sum(one["agree"]) > 0
+        and np.sum(single["agree"]) > 0
     )
     with pytest.raises(AssertionError):
-        same_numbers(found["late"]["(1, 1, 1)"], many)
+        same_numbers(by_stage["late"]["(1, 1, 1)"], many)
 
 
-def test_planted_bug_each_device_alone_with_its_part_of_the_vocabulary(found):
+def test_planted_bug_each_device_alone_with_its_part_of_the_vocabulary(by_stage):
     with pytest.raises(AssertionError):
-        same_numbers(found["early"]["(1, 1, 1)"], found["early"]["planted parts"])
+        same_numbers(by_stage["early"]["(1, 1, 1)"], by_stage["early"]["planted parts"])
 
 
-def test_planted_bug_logits_put_together(found):
-    sent, logits = found["early"]["planted gather"]
+def test_planted_bug_logits_put_together(by_stage):
+    sent, logits = by_stage["early"]["planted gather"]
     assert sent != [] and logits == ["88,464"]
 
 
@@ -142,15 +138,15 @@ def test_sizes_that_do_not_fit_the_devices(sizes):
 )
 def test_the_rest_goes_to_the_axis_that_is_left_open(sizes, shape):
     class Device:
-        """Stands for eight devices where there is one: only their number matters."""
+        """Stands for eight devices where there is one; only their number matters."""
 
     mesh = make_mesh(MeshConfig(**sizes), [Device() for _ in range(8)])
     assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == ("data", "fsdp", "tensor")
 
 
-def test_parameters_are_born_in_parts(found):
-    """Each device makes its part only, and together they are what one device makes."""
-    (parts, difference) = found["early"]["born"]
+def test_parameters_are_born_in_parts(by_stage):
+    """Each device makes only its part; together they equal what one device makes."""
+    (parts, difference) = by_stage["early"]["born"]
     assert parts["q_proj"] == parts["o_proj"] == [8, 8] and parts["input_layernorm"] == [16]
     assert difference < 1e-6
 
@@ -171,17 +167,17 @@ def test_an_array_of_the_target_without_axes_is_refused():
     with pytest.raises(ValueError, match=r"the target's array new_FD has no axes; declare it in"):
         shardings({"layers": [layer]}, mesh)
     del layer["new_FD"]
-    [found] = shardings({"layers": [layer]}, mesh)["layers"]
-    assert tuple(found["q_FD"].spec) == ("tensor", "fsdp")
+    [of_layer] = shardings({"layers": [layer]}, mesh)["layers"]
+    assert tuple(of_layer["q_FD"].spec) == ("tensor", "fsdp")
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
     mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "tensor"))
     shapes = {"q_proj": (6, 8), "down_proj": (6, 7), "head_VD": (61, 8), "input_layernorm": (8,)}
-    found = shardings(
+    by_name = shardings(
         {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}, mesh
     )
-    assert {name: tuple(sharding.spec) for name, sharding in found.items()} == {
+    assert {name: tuple(sharding.spec) for name, sharding in by_name.items()} == {
         "q_proj": ("tensor", "fsdp"),
         "down_proj": (None, None),
         "head_VD": (None, None),

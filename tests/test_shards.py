@@ -1,6 +1,4 @@
-"""Checkpoints in several files: the index that says which file holds which tensor is held against
-the files.
-"""
+"""Checkpoints in several files: the index is checked against the files."""
 
 import json
 from pathlib import Path
@@ -24,7 +22,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def shards() -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of two files."""
+    """Returns the tensors of two files."""
     tensors = llama_tensors()
     names = sorted(tensors)
     return {
@@ -66,7 +64,7 @@ def test_a_table_of_angles_is_listed_and_not_read(tmp_path):
 
 
 def moved(held, listed):
-    """A tensor lies in another file than the index says."""
+    """Puts a tensor into another file than the index says."""
     held[SECOND][Q_PROJ] = held[FIRST].pop(Q_PROJ)
     return [
         f"{Q_PROJ} is listed in {FIRST}, which lacks it",
@@ -75,31 +73,31 @@ def moved(held, listed):
 
 
 def doubled(held, listed):
-    """A tensor lies in two files."""
+    """Puts a tensor into two files."""
     held[SECOND][Q_PROJ] = 2 * held[FIRST][Q_PROJ]
     return [f"{Q_PROJ} is in {SECOND}, but listed in {FIRST}"]
 
 
 def lost(held, listed):
-    """A file was not copied."""
+    """Leaves out a file."""
     del held[SECOND]
     return [f"{SECOND} is listed, but not in the folder"]
 
 
 def left_over(held, listed):
-    """A file of an older checkpoint stayed behind."""
+    """Leaves a file of an older checkpoint."""
     held["model-00003-of-00003.safetensors"] = {Q_PROJ: held[FIRST][Q_PROJ]}
     return ["model-00003-of-00003.safetensors is in the folder, but not listed"]
 
 
 def unlisted(held, listed):
-    """The index lacks a tensor."""
+    """Removes a tensor from the index."""
     del listed[Q_PROJ]
     return [f"{Q_PROJ} is in {FIRST}, but not listed"]
 
 
 def promised(held, listed):
-    """The index has a tensor that no file holds."""
+    """Adds a tensor to the index that no file holds."""
     listed["lm_head.weight"] = FIRST
     return [f"lm_head.weight is listed in {FIRST}, which lacks it"]
 

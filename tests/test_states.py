@@ -1,4 +1,4 @@
-"""Stored states: each dtype, damage, full disks, and files of before there were checksums."""
+"""Stored states: each dtype, damage, full disks, and old files without checksums."""
 
 import json
 import resource
@@ -21,8 +21,9 @@ ROWS = [Row(list(range(length)), [True] * length) for length in (5, 1, 9)]
 
 
 def some_states() -> list[np.ndarray]:
-    """States of very different sizes from token to token, one of them zero: an answer's last token
-    was never read.
+    """Makes states that differ greatly in size from token to token.
+
+    One is zero: an answer's last token was never read.
     """
     rng = np.random.default_rng(0)
     made = [rng.standard_normal((len(row.tokens), WIDTH)).astype(np.float32) for row in ROWS]
@@ -37,14 +38,15 @@ def path(tmp_path):
 
 
 def read(path, dtype=None) -> list[np.ndarray]:
-    return [np.asarray(one) for one in target_states(PARAMS, SPEC, ROWS, path, dtype)]
+    return [np.asarray(states) for states in target_states(PARAMS, SPEC, ROWS, path, dtype)]
 
 
-def check_close(found, dtype: str) -> None:
-    """Half a step of the dtype's grid: of each number (bfloat16) or of its token's largest
-    (int8).
+def check_close(stored, dtype: str) -> None:
+    """Checks that the error is at most half a step of the dtype's grid.
+
+    The grid is that of each number (bfloat16) or of the token's largest number (int8).
     """
-    for was, now in zip(some_states(), found, strict=True):
+    for was, now in zip(some_states(), stored, strict=True):
         largest = np.abs(was).max(axis=1, keepdims=True)
         step = {"float32": 0 * largest, "bfloat16": np.abs(was) / 256, "int8": largest / 254}[dtype]
         assert (np.abs(now.astype(np.float32) - was) <= step * 1.0001).all()
@@ -55,15 +57,13 @@ def test_states_come_back_as_near_as_their_dtype_allows(path, dtype, size, monke
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     keep_states(path, ROWS, some_states(), dtype)
     assert path.stat().st_size == states_bytes(ROWS, WIDTH, dtype) == 15 * size
-    found = read(path, dtype)
-    assert found[0].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    check_close(found, dtype)
+    stored = read(path, dtype)
+    assert stored[0].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    check_close(stored, dtype)
 
 
 def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
-    """With the scale of the row's largest token, small states next to a large one lose their
-    digits.
-    """
+    """One scale per row, that of its largest token, would lose the digits of small states."""
 
     def coarse(states_LD, dtype):
         records = np.empty(len(states_LD), states._int8_record(WIDTH))
@@ -80,7 +80,7 @@ def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
 def test_each_row_can_be_read_alone(path):
     keep_states(path, ROWS, some_states())
     stored = target_states(PARAMS, SPEC, ROWS, path)
-    assert [one.shape for one in stored] == [(5, WIDTH), (1, WIDTH), (9, WIDTH)]
+    assert [states.shape for states in stored] == [(5, WIDTH), (1, WIDTH), (9, WIDTH)]
     np.testing.assert_array_equal(stored[2], some_states()[2])
 
 
@@ -118,13 +118,13 @@ def test_a_damaged_index_is_named(path, text):
 def test_an_index_that_lacks_a_row_is_not_taken_for_whole(path):
     keep_states(path, ROWS, some_states())
     index = path.with_suffix(".states.json")
-    found = json.loads(index.read_text())
-    index.write_text(json.dumps(found | {"crc32": found["crc32"][:-1]}))
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"crc32": content["crc32"][:-1]}))
     assert not is_stored(path, ROWS, WIDTH, "float32")
 
 
 def test_files_without_checksums_are_still_read(path, monkeypatch):
-    """What versions before checksums wrote: the same records, a shorter index."""
+    """Versions before checksums wrote the same records and a shorter index."""
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     keep_states(path, ROWS, some_states())
     index = path.with_suffix(".states.json")
@@ -138,7 +138,7 @@ def test_files_without_checksums_are_still_read(path, monkeypatch):
 
 
 def test_a_write_that_fails_leaves_nothing_and_says_so(path):
-    """The system refuses to let the file grow, as it does on a full disk."""
+    """The system refuses to let the file grow, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
@@ -157,7 +157,7 @@ def test_a_write_that_fails_leaves_nothing_and_says_so(path):
 
 
 def tapped_states() -> list[np.ndarray]:
-    """Two streams before the states after the final norm."""
+    """Makes two streams in front of the states after the final norm."""
     return [np.concatenate([last + 1, last + 2, last], axis=1) for last in some_states()]
 
 
@@ -166,9 +166,9 @@ def test_stored_states_say_which_streams_stand_before_them(path, monkeypatch):
     keep_states(path, ROWS, tapped_states(), taps=(3, 7))
     assert json.loads(states._index(path).read_text())["taps"] == [3, 7]
     stored = target_states(PARAMS, SPEC, ROWS, path, taps=(3, 7))
-    assert [one.shape for one in stored] == [(5, 48), (1, 48), (9, 48)]
-    for found, expected in zip(stored, tapped_states(), strict=True):
-        np.testing.assert_array_equal(np.asarray(found), expected)
+    assert [states.shape for states in stored] == [(5, 48), (1, 48), (9, 48)]
+    for states_LI, expected in zip(stored, tapped_states(), strict=True):
+        np.testing.assert_array_equal(np.asarray(states_LI), expected)
 
 
 @pytest.mark.parametrize(
@@ -205,15 +205,15 @@ def test_files_of_before_there_were_taps_hold_the_final_norm_alone(path, monkeyp
 @pytest.mark.parametrize("taps", [0, 2])
 def test_a_batch_has_inputs_and_targets_apart_only_where_they_differ(taps):
     rows = [Row([1, 2, 3, 4, 5], [True] * 5), Row([6, 7, 8], [True] * 3)]
-    kept = [
+    states = [
         np.arange(len(row.tokens) * 4 * (taps + 1), dtype=np.float32).reshape(len(row.tokens), -1)
         for row in rows
     ]
-    loader = BatchLoader(rows, kept, batch=2, row_tokens=5, seed=0, taps=taps)
+    loader = BatchLoader(rows, states, batch=2, row_tokens=5, seed=0, taps=taps)
     batch = loader.sample(2)
     line = int(np.flatnonzero(batch.length_BC[:, 0] == 5)[0])
-    np.testing.assert_array_equal(batch.predicted_BLD[line], kept[0][:, -4:])
+    np.testing.assert_array_equal(batch.predicted_BLD[line], states[0][:, -4:])
     if taps:
-        np.testing.assert_array_equal(batch.inputs_BLI[line], kept[0][:, :-4])
+        np.testing.assert_array_equal(batch.inputs_BLI[line], states[0][:, :-4])
     else:
         assert batch.targets_BLD is None and batch.predicted_BLD is batch.inputs_BLI

@@ -1,6 +1,4 @@
-"""Suites: records of every layout become prompts with their turns; files are found, downloads are
-asked for rightly.
-"""
+"""Suites: records of every layout become prompts with turns; which file or download is used."""
 
 import gzip
 import json
@@ -88,14 +86,14 @@ def test_mt_bench_is_one_of_the_six_tasks_of_spec_bench(tmp_path):
 
 @pytest.mark.parametrize("limit", [None, 1])
 def test_without_a_file_the_hub_is_asked(monkeypatch, tmp_path, limit):
-    asked = []
+    requests = []
 
     class Records(list):
         def take(self, count):
             return self[:count]
 
     def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
+        requests.append((arguments, options))
         return Records(
             [
                 {"prompt": ["Write.", "Rewrite."], "category": "writing"},
@@ -111,7 +109,7 @@ def test_without_a_file_the_hub_is_asked(monkeypatch, tmp_path, limit):
         ),
     )
     chats = suite("mt_bench", limit, str(tmp_path))
-    assert asked == [
+    assert requests == [
         (("HuggingFaceH4/mt_bench_prompts", None), {"split": "train", "streaming": True})
     ]
     assert [said(chat) for chat in chats] == [["Write.", "Rewrite."], ["Sum."]][:limit]

@@ -26,13 +26,16 @@ def _read(params, spec, tokens_BT, taps) -> Forward:
 
 
 def _check_torch_streams(model, spec, params, shift=0):
-    """Taps equal the inputs of transformers' layers. shift: plants taps of other layers."""
+    """Checks that taps equal the inputs of transformers' layers.
+
+    shift: planted, taps of other layers.
+    """
     tokens_BT = np.random.default_rng(1).integers(0, spec.vocab_size, (3, 7))
     with torch.no_grad():
         hidden = model.model(torch.from_numpy(tokens_BT), output_hidden_states=True).hidden_states
     taps = [(layer + shift) % spec.num_layers for layer in range(spec.num_layers)]
-    read = _read(params, spec, tokens_BT, taps)
-    for stream_BTD, expected_BTD in zip(read.taps, hidden[: spec.num_layers], strict=True):
+    reading = _read(params, spec, tokens_BT, taps)
+    for stream_BTD, expected_BTD in zip(reading.taps, hidden[: spec.num_layers], strict=True):
         np.testing.assert_allclose(stream_BTD, expected_BTD.numpy(), atol=1e-4, rtol=1e-5)
 
 
@@ -51,9 +54,11 @@ def test_planted_bug_in_taps(family):
 
 def test_the_stream_after_the_last_layer_gives_the_states(tiny_params):
     tokens_BT = np.random.default_rng(2).integers(0, TINY.vocab_size, (2, 5))
-    read = _read(tiny_params, TINY, tokens_BT, (2,))
-    assert np.abs(read.taps[0] - read.states_BTD).max() > 0.1
-    np.testing.assert_allclose(final_norm(tiny_params, TINY, read.taps[0]), read.states_BTD, 1e-6)
+    reading = _read(tiny_params, TINY, tokens_BT, (2,))
+    assert np.abs(reading.taps[0] - reading.states_BTD).max() > 0.1
+    np.testing.assert_allclose(
+        final_norm(tiny_params, TINY, reading.taps[0]), reading.states_BTD, 1e-6
+    )
 
 
 def test_taps_come_in_the_order_asked_for(tiny_params):
@@ -82,7 +87,7 @@ def test_taps_over_a_cache_equal_those_of_the_whole_text(tiny_params):
 
 
 def test_without_taps_nothing_is_computed_for_them(tiny_params):
-    """The program is that of a decoder without taps, written out from the module's parts."""
+    """The program equals that of a decoder without taps, written from the module's parts."""
     tokens_BT = jnp.zeros((2, 5), jnp.int32)
     positions_BT, mask_BTT = jnp.broadcast_to(jnp.arange(5), (2, 5)), causal_mask(jnp.full(2, 5), 5)
 

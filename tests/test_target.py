@@ -33,7 +33,7 @@ NEVER = (10_000,)  # a stop token that is not in the vocabulary
 
 @partial(jax.jit, static_argnums=1)
 def _states(params, spec, tokens_BT, length_B, mask_BTT=None):
-    """States and key/value rows of right-padded tokens, without a cache."""
+    """Returns states and cache rows of right-padded tokens, without a cache."""
     B, T = tokens_BT.shape
     mask_BTT = causal_mask(length_B, T) if mask_BTT is None else mask_BTT
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -49,7 +49,7 @@ def _over_cache(params, spec, tokens_BT, positions_BT, mask_BTT, cache, length_B
 
 
 def _pad(prompts, width=None):
-    """Right-padded tokens [B, T] and lengths [B]."""
+    """Returns right-padded tokens [B, T] and lengths [B]."""
     lengths = [len(prompt) for prompt in prompts]
     tokens = np.zeros((len(prompts), width or max(lengths)), np.int32)
     for line, prompt in enumerate(prompts):
@@ -70,8 +70,8 @@ def _answers(
     seed=0,
     parts=None,
 ):
-    """Tokens of `write_answers` in the order of the prompts."""
-    found = {
+    """Returns the tokens of `write_answers` in the order of the prompts."""
+    tokens_of = {
         answer.index: answer.tokens
         for answer in write_answers(
             params,
@@ -86,8 +86,8 @@ def _answers(
             parts=parts,
         )
     }
-    assert sorted(found) == list(range(len(prompts)))
-    return [found[index] for index in range(len(prompts))]
+    assert sorted(tokens_of) == list(range(len(prompts)))
+    return [tokens_of[index] for index in range(len(prompts))]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -143,7 +143,7 @@ def _with_layer(params, index, **changes):
 
 
 def _interleaved(spec, params, layer=0):
-    """The query rows of one layer in llama.cpp's order, as if a converter had forgotten them."""
+    """Planted: one layer's query rows are left in llama.cpp's order."""
     q_FD = params["layers"][layer]["q_FD"]
     rows = (
         q_FD.reshape(spec.num_heads, 2, spec.head_dim // 2, -1).swapaxes(1, 2).reshape(q_FD.shape)
@@ -200,7 +200,7 @@ def test_best_tokens_are_the_argmax_of_logits(tiny_llama):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Three prompts of unlike length and the four tokens that follow each."""
+    """Three prompts of different lengths, and the four tokens that follow each."""
     rng = np.random.default_rng(3)
     return [
         rng.integers(0, TINY.vocab_size, length).tolist() for length in (7, 1, 10)
@@ -208,7 +208,7 @@ def prompts():
 
 
 def _alone(params, tokens):
-    """States [T, D] and key/value rows of one sequence without padding or cache."""
+    """Returns states [T, D] and cache rows of one sequence without padding or cache."""
     states_1TD, rows = _states(params, TINY, *_pad([tokens]))
     return states_1TD[0], rows
 
@@ -216,8 +216,9 @@ def _alone(params, tokens):
 def _decoded(
     params, prompts, next_BT, shift=0, turn=lambda rows, T: rows, cached=lambda length_B: length_B
 ):
-    """States [B, T, D] of `next_BT` over a cache that a padded prefill filled; the other arguments
-    plant bugs.
+    """Returns states [B, T, D] of `next_BT` over a cache that a padded prefill filled.
+
+    The other arguments plant bugs.
     """
     tokens_BT, length_B = _pad(prompts)
     _, rows = _states(params, TINY, tokens_BT, length_B)
@@ -239,7 +240,7 @@ def _check_decoded(params, prompts, found_BTD):
 
 
 def _turn_back(rows, T):
-    """Cached keys with their rotation undone."""
+    """Planted: the rotation of cached keys is undone."""
     cos, sin = rope_tables(jnp.arange(T)[None, None], TINY.head_dim, TINY.rope_theta)
     return rows._replace(k_BKHS=apply_rope(rows.k_BKHS.swapaxes(2, 3), cos, -sin).swapaxes(2, 3))
 
@@ -266,7 +267,7 @@ def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
     starts, next_BT = prompts
     tokens_BT, length_B = _pad(starts)
     _, rows = _states(tiny_params, TINY, tokens_BT, length_B)
-    cache, found = (
+    cache, states = (
         write_all(init_cache(TINY, 3, 20, jnp.float32), rows, jnp.zeros(3, jnp.int32)),
         [],
     )
@@ -279,8 +280,8 @@ def test_one_token_at_a_time_equals_uncached(tiny_params, prompts):
             tiny_params, TINY, tokens_B1, length_B[:, None], mask_B11, cache, length_B
         )
         cache, length_B = write_all(cache, rows, length_B), length_B + 1
-        found.append(states_B1D)
-    _check_decoded(tiny_params, prompts, jnp.concatenate(found, axis=1))
+        states.append(states_B1D)
+    _check_decoded(tiny_params, prompts, jnp.concatenate(states, axis=1))
 
 
 def _check_padded(params, starts, mask_BTT=None):
@@ -312,8 +313,8 @@ def _random_rows(batch, slots, seed) -> KVRows:
     return KVRows(jnp.asarray(key_value[0]), jnp.asarray(key_value[1].swapaxes(2, 3)))
 
 
-def _same_rows(found: KVRows, expected: KVRows):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def _same_rows(actual: KVRows, expected: KVRows):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 9])  # the slice per sequence ends at 8

@@ -1,4 +1,4 @@
-"""The target's states on disk: those of a direct forward, made once, never taken for others."""
+"""The target's states on disk equal a direct forward, are made once, and are never mixed up."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ direct_forward = jax.jit(forward, static_argnums=1)
 
 
 def check_states(row_states, rows, params) -> None:
-    """The states are those of each row alone, unpadded."""
+    """Checks that the states are those of each row alone, unpadded."""
     for row, states_LD in zip(rows, row_states, strict=True):
         length = len(row.tokens)
         positions = jnp.arange(length)[None]
@@ -109,9 +109,7 @@ def test_a_run_broken_off_leaves_the_old_states(tiny_params, tmp_path, monkeypat
 
 
 def test_new_states_never_pass_for_old_ones(tiny_params, tmp_path, monkeypatch):
-    """A run that ends between the two files must not leave the old description beside the new
-    states.
-    """
+    """A run that ends between its two writes must not leave the old description with new states."""
     first, second = STATE_ROWS[:2], [STATE_ROWS[1], STATE_ROWS[0]]
     target_states(tiny_params, TINY, first, tmp_path / "a.states")
     replace = files.os.replace

@@ -1,4 +1,4 @@
-"""From chats to tokens: which tokens are supervised, typed out by hand on a toy ChatML tokenizer.
+"""From chats to tokens: which tokens are supervised, on a toy ChatML tokenizer.
 
 The tokenizer has one token per byte and one for each marker, so a row can be written as text with
 `<` for <|im_start|> and `>` for <|im_end|>, and its supervision as a line of dots and carets below
@@ -6,6 +6,7 @@ it.
 """
 
 import pytest
+from chat_cases import CHATML, byte_tokenizer, spell
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,28 +14,10 @@ from beagle_jax.data.chats import BadRecord, Chat
 from beagle_jax.data.template import Row, chat_rows, prompt_tokens, template_reads, user_header
 from beagle_jax.errors import UserError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    letters = {
-        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    model = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    model.pre_tokenizer, model.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return byte_tokenizer()
 
 
 @pytest.fixture
@@ -44,7 +27,7 @@ def using(tokenizer, monkeypatch):
 
 
 def chat(*texts: str, system: str | None = None) -> Chat:
-    """User and assistant in turn, after a system message if there is one."""
+    """Makes turns of user and assistant, after a system message if there is one."""
     messages = [
         {"role": ("user", "assistant")[turn % 2], "content": text}
         for turn, text in enumerate(texts)
@@ -55,24 +38,20 @@ def chat(*texts: str, system: str | None = None) -> Chat:
     )
 
 
-def spell(tokenizer, tokens: list[int]) -> str:
-    return (
-        tokenizer.decode(tokens)
-        .replace("<|im_start|>", "<")
-        .replace("<|im_end|>", ">")
-        .replace("\n", "/")
-    )
-
-
 def check(tokenizer, row: Row, text: str, marks: str) -> None:
-    """The row spells `text` (line ends as /) and is supervised where `marks` has a caret."""
+    """Checks that the row spells `text` and is supervised where `marks` has a caret.
+
+    The end of a line is /.
+    """
     assert len(row.tokens) == len(row.supervised) == len(text)
     assert spell(tokenizer, row.tokens) == text
     assert "".join(".^"[flag] for flag in row.supervised) == marks
 
 
-def row_of(tokenizer, asked: Chat, eos_ids=None) -> Row:
-    (row,) = chat_rows(tokenizer, asked, [tokenizer.eos_token_id] if eos_ids is None else eos_ids)
+def row_of(tokenizer, conversation: Chat, eos_ids=None) -> Row:
+    (row,) = chat_rows(
+        tokenizer, conversation, [tokenizer.eos_token_id] if eos_ids is None else eos_ids
+    )
     return row
 
 
@@ -139,10 +118,16 @@ MARKED = (
 )
 
 
-def check_against_markers(tokenizer, row: Row, asked: Chat) -> None:
-    """The row is supervised where transformers finds the template's {% generation %} markers."""
+def check_against_markers(tokenizer, row: Row, conversation: Chat) -> None:
+    """Checks that the row is supervised inside the template's {% generation %} markers.
+
+    transformers finds them.
+    """
     theirs = tokenizer.apply_chat_template(
-        list(asked.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(conversation.messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     assert row.tokens == list(theirs["input_ids"])
     assert [int(flag) for flag in row.supervised] == list(theirs["assistant_masks"])
@@ -150,12 +135,12 @@ def check_against_markers(tokenizer, row: Row, asked: Chat) -> None:
 
 def test_supervised_tokens_are_those_that_a_template_marks(tokenizer, using):
     using(MARKED)
-    asked = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
-    row = row_of(tokenizer, asked)
-    check_against_markers(tokenizer, row, asked)
+    conversation = chat("caf\u00e9?", "o\u00f9 \u2603", "a", "b")
+    row = row_of(tokenizer, conversation)
+    check_against_markers(tokenizer, row, conversation)
     with pytest.raises(AssertionError):
         check_against_markers(
-            tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), asked
+            tokenizer, row._replace(supervised=[False, *row.supervised[:-1]]), conversation
         )
 
 
@@ -173,7 +158,7 @@ def test_user_header_ends_where_the_question_begins(tokenizer, using):
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(tokenizer, using):
-    """As Qwen3's, which drops the thinking of earlier turns."""
+    """Like Qwen3's template, which drops the thinking of earlier turns."""
     using(
         CHATML.replace(
             "m['content']", "(m['content'] if loop.last or m['role'] == 'user' else '...')"
@@ -205,7 +190,7 @@ MERGING = r"\s*[\r\n]+|[^\r\n]+"
 
 
 def merging_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One that joins two line ends, and a space with the H after it, into one token."""
+    """Makes a tokenizer that merges two pairs: two line ends, and a space with an H."""
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u010a\u010a", "\u0120H"]
     model = Tokenizer(
         models.BPE(
@@ -265,10 +250,12 @@ def test_what_the_template_reads_is_rendered_and_weight_0_is_not_supervised(toke
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d", "reasoning_content": "e"},
     )
-    asked = Chat(messages, "x:1", untrained=frozenset({1}), variables={"tools": [{"name": "t"}]})
+    conversation = Chat(
+        messages, "x:1", untrained=frozenset({1}), variables={"tools": [{"name": "t"}]}
+    )
     check(
         tokenizer,
-        row_of(tokenizer, asked),
+        row_of(tokenizer, conversation),
         "<user/a[t]>/<assistant/b[t]>/<user/c[t]>/<assistant/(e)d[t]>/",
         "." * 52 + "^^^^^^^^.",
     )

@@ -28,8 +28,8 @@ SPECS = {
 
 
 def test_every_declared_array_is_some_targets():
-    found = {tensor.path[-1] for spec in SPECS.values() for tensor in tensors(spec)}
-    assert found == ARRAYS.keys()
+    declared = {tensor.path[-1] for spec in SPECS.values() for tensor in tensors(spec)}
+    assert declared == ARRAYS.keys()
 
 
 @pytest.mark.parametrize("key", ARRAYS)

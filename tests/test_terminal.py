@@ -1,6 +1,4 @@
-"""Commands on a terminal and off it: help without jax, results apart from progress, colour only
-where it is wanted.
-"""
+"""Commands on and off a terminal: help without jax, results apart from progress, colours."""
 
 import io
 import json
@@ -88,7 +86,7 @@ def test_a_mistyped_setting_is_answered_before_jax_is_loaded():
 
 
 def test_what_loads_jax_is_seen():
-    """The planted bug of the tests above: an import at the top."""
+    """The bug planted for the tests above: an import at the top."""
     code = "import beagle_jax.commands.train\n" + LOADED.format(
         name="train", argv=["--help"], heavy=HEAVY
     )

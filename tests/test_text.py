@@ -12,7 +12,7 @@ HALF = "\ufffd"
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    """One token per byte, so that every character beyond ASCII arrives in pieces."""
+    """Makes a tokenizer with one token per byte: other characters than ASCII arrive in pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(alphabet)} | {
         "<stop>": STOP,
@@ -27,16 +27,14 @@ def byte_tokenizer():
 
 
 class _Careless(TextStream):
-    """The planted bug: shows whatever the tokens decode to."""
+    """Planted: shows whatever the tokens decode to."""
 
     def add(self, tokens):
         return self._tokenizer.decode(list(tokens))
 
 
 def _check_whole(stream, tokenizer, text, run):
-    """Feeds `run` tokens at a time; what is shown is the text, never with a broken character in
-    it.
-    """
+    """Feeds `run` tokens at a time and checks the shown text, which has no broken character."""
     tokens, shown = tokenizer.encode(text), ""
     for start in range(0, len(tokens), run):
         new = stream.add(tokens[start : start + run])

@@ -1,6 +1,4 @@
-"""Targets as orbax checkpoints: bit-equal to the source, laid out over a mesh, and refused when
-they are not whole.
-"""
+"""Targets as orbax checkpoints: equal to the source, laid out over a mesh, checked for damage."""
 
 import json
 import subprocess
@@ -27,7 +25,7 @@ from beagle_jax.weights.target import load_target
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
-    """The same model as a GGUF file and as a Hugging Face folder."""
+    """One model as a GGUF file and as a Hugging Face folder."""
     root = tmp_path_factory.mktemp("to_jax")
     write_llama(root / "tiny.gguf", llama_tensors())
     opened, folder = GGUFFile(root / "tiny.gguf"), root / "folder"
@@ -43,15 +41,15 @@ def to_jax(source: Path, out: Path, *more: str) -> int:
     return run_main(convert.main, ["to-jax", "--config", str(config), "--out", str(out), *more])
 
 
-def same_target(found, expected) -> None:
-    assert (found.spec, found.eos_ids) == (expected.spec, expected.eos_ids)
+def same_target(actual, expected) -> None:
+    assert (actual.spec, actual.eos_ids) == (expected.spec, expected.eos_ids)
     assert (
-        found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
-        and found.tokenizer.chat_template == expected.tokenizer.chat_template
+        actual.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        and actual.tokenizer.chat_template == expected.tokenizer.chat_template
     )
-    assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
+    assert jax.tree.structure(actual.params) == jax.tree.structure(expected.params)
     for mine, theirs in zip(
-        jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+        jax.tree.leaves(actual.params), jax.tree.leaves(expected.params), strict=True
     ):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
@@ -87,7 +85,7 @@ np.savez(read, *[np.asarray(leaf) for leaf in jax.tree.leaves(params)])
 
 
 def stored_parts(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of the parts that each array is stored in."""
+    """Returns the shape of the parts in which each array is stored."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder / "arrays").item_metadata.tree
     return {name: leaf.storage.chunk_shape for name, leaf in _by_name(tree).items()}
@@ -126,7 +124,7 @@ CHATS = [
 
 
 def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
-    """What two steps of training logged, and what a draft that looks words up then decoded."""
+    """Returns the log of two training steps, and what prompt lookup then decodes."""
     folder.mkdir()
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     settings = {
@@ -164,14 +162,14 @@ def commands(target: Path, folder: Path) -> tuple[list[dict], dict]:
 @pytest.mark.usefixtures("shared_steps")
 def test_training_and_decoding_take_the_folder_for_the_target(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
-    (expected_log, expected), (log, found) = (
+    (expected_log, expected), (log, answer) = (
         commands(target, tmp_path / name)
         for name, target in (("hf", sources["folder"]), ("jax", tmp_path / "out"))
     )
     assert len(log) == 2 and [line["loss"] for line in log] == [
         line["loss"] for line in expected_log
     ]
-    assert found["equal"] and {key: found[key] for key in ("text", "tokens", "rounds")} == {
+    assert answer["equal"] and {key: answer[key] for key in ("text", "tokens", "rounds")} == {
         key: expected[key] for key in ("text", "tokens", "rounds")
     }
     assert "loading target" in capsys.readouterr().err
@@ -249,7 +247,7 @@ def test_a_config_that_contradicts_the_arrays(sources, tmp_path):
 # tensorstore leaves an exception in a future that nobody asks.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_arrays_are_noticed(sources, tmp_path):
-    """Every byte of what orbax wrote is either needed and checked, or makes no difference."""
+    """Every byte that orbax wrote is either checked or makes no difference."""
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     expected = load_target(str(tmp_path / "out"), "float32", "unused")
     files = sorted(

@@ -1,4 +1,4 @@
-"""Drafts that come from PyTorch: published names, and every way in which a file can be wrong."""
+"""Drafts from PyTorch: published names, and every way in which a file can be wrong."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def published(
     prefix: str = PUBLISHED,
     config: dict | None = None,
 ) -> Path:
-    """A checkpoint in the published naming, with copies of the target's frozen parts."""
+    """Makes a checkpoint with the published names and copies of the target's frozen parts."""
     tensors = {
         prefix + name: array
         for name, array in load_file(place.folder / "whole" / "model.safetensors").items()
@@ -68,7 +68,7 @@ def test_published_names_are_accepted(place, tmp_path, prefix):
     "name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
 )
 def test_an_array_that_the_target_has_otherwise_is_refused(place, tmp_path, capsys, name):
-    """Decoding takes it from the target. A single changed value is seen."""
+    """Decoding takes the target's own. A single changed value is detected."""
 
     def change(tensors):
         tensors[name] = tensors[name].copy()
@@ -87,17 +87,17 @@ def test_half_precision_widens_exactly(place, tmp_path):
 
     source = published(place, tmp_path / "there", halve)
     assert from_torch(place, source, tmp_path / "here") == 0
-    found, expected = (
+    widened, expected = (
         load_file(path / "model.safetensors") for path in (tmp_path / "here", source)
     )
-    for name, array in found.items():
+    for name, array in widened.items():
         assert array.dtype == np.float32 and np.array_equal(
             array, expected[PUBLISHED + name].astype(np.float32)
         )
 
 
 def test_drafts_without_an_input_norm_project_embeddings_as_they_are(place, tmp_path):
-    """method.md 9.1: absent means identity, which no norm weights are."""
+    """method.md 9.1: a missing norm is the identity, which no norm weights are."""
     source = published(
         place, tmp_path / "there", lambda tensors: tensors.pop(PUBLISHED + "input_layernorm.weight")
     )

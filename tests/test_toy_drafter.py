@@ -1,4 +1,4 @@
-"""A kind of draft that only this file knows decodes through the public interface."""
+"""A kind of draft that only this file defines decodes through the public interface."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,7 +22,7 @@ PROMPTS = [[5], [7, 8, 9], list(range(40))]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Copies(Drafter):
-    """Drafts the last token again and again; its state counts what it saw."""
+    """Drafts the last token again and again; its state counts the tokens it saw."""
 
     kind: ClassVar[str] = "copies"
 
@@ -40,7 +40,7 @@ class Copies(Drafter):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Likes(TreeDrafter):
-    """Has a score for each token, whatever the text; a head of its own, over its own vocabulary."""
+    """Has a fixed score for each token, with its own head over its own vocabulary."""
 
     kind: ClassVar[str] = "likes"
 
@@ -65,7 +65,7 @@ class Likes(TreeDrafter):
 
 
 def _target():
-    """Repeats itself now and then."""
+    """Makes a target that repeats itself now and then."""
     return target_of(tokenizer=letters())
 
 
@@ -75,12 +75,12 @@ def test_a_toy_decodes(sampling):
     plain = SpeculativeDecoder(target).generate(PROMPTS, sampling, max_new_tokens=30, seed=2)
     decoder = SpeculativeDecoder(target, Copies(), chain(3))
     for batch in (None, 2):
-        found = decoder.generate(PROMPTS, sampling, max_new_tokens=30, seed=2, batch=batch)
-        assert [answer.tokens for answer in found] == [answer.tokens for answer in plain]
+        answers = decoder.generate(PROMPTS, sampling, max_new_tokens=30, seed=2, batch=batch)
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in plain]
     if sampling.greedy:
         assert plain[0].tokens == naive_greedy(target, PROMPTS[0], 30)
     stream = decoder.stream(PROMPTS[0], sampling, max_new_tokens=30, seed=2)
-    assert "".join(stream) == plain[0].text and stream.answer == found[0]
+    assert "".join(stream) == plain[0].text and stream.answer == answers[0]
 
 
 def test_a_toy_sees_every_token_once():
@@ -96,13 +96,13 @@ def test_a_toy_whose_tree_is_grown_outside_decodes(tree):
     expected = [naive_greedy(target, prompt, 24) for prompt in PROMPTS]
     tokens = jnp.array([expected[0][1], 5, 17, 40], jnp.int32)
     likes = Likes(jnp.array([3.0, 2.0, 1.0, 0.0]), tokens)
-    found = SpeculativeDecoder(target, likes, tree).generate(PROMPTS, max_new_tokens=24)
-    assert [answer.tokens for answer in found] == expected
-    assert sum(answer.rounds for answer in found) < 3 * 23  # the liked token was accepted
+    answers = SpeculativeDecoder(target, likes, tree).generate(PROMPTS, max_new_tokens=24)
+    assert [answer.tokens for answer in answers] == expected
+    assert sum(answer.rounds for answer in answers) < 3 * 23  # the liked token was accepted
 
 
 class Wrong(Copies):
-    """A planted bug: the second copy takes the root for its parent."""
+    """Planted: the second copy has the root as its parent."""
 
     def propose(self, state, known, tree, draw):
         nodes = super().propose(state, known, tree, draw).nodes
@@ -113,8 +113,8 @@ def test_planted_bug_a_node_with_another_parent():
     jax.tree_util.register_dataclass(Wrong)
     target = target_of()
     # after some of these prompts the target repeats a token once, and not twice
-    found = SpeculativeDecoder(target, Wrong(), chain(2)).generate(
+    answers = SpeculativeDecoder(target, Wrong(), chain(2)).generate(
         [[token] for token in range(TINY.vocab_size)], max_new_tokens=24
     )
     expected = [naive_greedy(target, [token], 24) for token in range(TINY.vocab_size)]
-    assert [answer.tokens for answer in found] != expected
+    assert [answer.tokens for answer in answers] != expected

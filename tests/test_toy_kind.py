@@ -1,8 +1,7 @@
-"""A kind of draft that only this file defines: it trains, is saved and loaded, and nothing in the
-package knows of it.
+"""A kind of draft that only this file defines trains, is saved and is loaded.
 
-It predicts a state from the last token and from streams of the target, without attention, and owns
-an embedding, a norm and a head.
+It predicts a state from the last token and from streams of the target, without attention. It has
+its own embedding, norm and head.
 """
 
 import json
@@ -81,7 +80,7 @@ class ToyBlock(nn.Module):
             setattr(self, name, self.param(name, nn.initializers.normal(0.3), shape))
 
     def __call__(self, e_BTD: jax.Array, before_BTI: jax.Array) -> jax.Array:
-        """States predicted from tokens, and from what the draft reads at the places before them."""
+        """Predicts states from tokens and from what the draft reads before them."""
         return jnp.concatenate([e_BTD, before_BTI], axis=-1) @ self.mix.T
 
 
@@ -115,7 +114,7 @@ def toy_flops(spec: ToySpec, stage: Any, vocab: int, L: int, T: int) -> float:
 
 @pytest.fixture
 def toy(monkeypatch) -> ToySpec:
-    """The kind, registered on each floor while a test runs."""
+    """Registers the kind in each layer of the package while a test runs."""
     objective = Objective(predict_toy, toy_flops, own_head_loss)
     names = {"mix": "mix.weight", "embed_VD": "embed_tokens.weight"}
     names |= {"head_VD": "lm_head.weight", "norm": "norm.weight"}
@@ -126,10 +125,10 @@ def toy(monkeypatch) -> ToySpec:
 
 
 def tapped_batch(params: dict[str, Any], spec: ToySpec):
-    """Rows of text with what the draft reads of the target, and what it predicts."""
+    """Makes rows of text with what the draft reads of the target and what it predicts."""
     batch = three_rows(3, 3, 3)
-    read = states_in_memory(params, TINY, batch.tokens_BL, batch.length_BC, spec.taps)
-    return batch._replace(inputs_BLI=read[..., :-D], targets_BLD=read[..., -D:])
+    states_BLI = states_in_memory(params, TINY, batch.tokens_BL, batch.length_BC, spec.taps)
+    return batch._replace(inputs_BLI=states_BLI[..., :-D], targets_BLD=states_BLI[..., -D:])
 
 
 @pytest.mark.parametrize("states", ["stored", "online"])
@@ -156,7 +155,10 @@ def test_it_trains_with_all_that_it_owns(toy, tiny_params, states):
 
 
 def test_it_is_split_as_it_says(toy, monkeypatch):
-    """Over a mesh; what it says nothing of is whole, and so is all of a kind that nobody knows."""
+    """Over a mesh: arrays without a declared axis stay whole.
+
+    So do all arrays of an unknown kind.
+    """
     mesh = jax.sharding.AbstractMesh((1, 2, 4), ("data", "fsdp", "tensor"))
     params = jax.eval_shape(lambda: fresh_params(toy, jax.random.key(3)))
     assert {name: x.spec for name, x in shardings(params, mesh).items()} == {
@@ -170,7 +172,7 @@ def test_it_is_split_as_it_says(toy, monkeypatch):
 
 
 def test_what_it_reads_is_not_what_it_predicts(toy, tiny_params):
-    """Planted: the states that it predicts in place of those that it reads."""
+    """Planted: the predicted states in place of those that it reads."""
     params = fresh_params(toy, jax.random.key(3))
     _, evaluate, _ = make_steps(toy, CLEAN, EARLY, ONE_DEVICE)
     frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])

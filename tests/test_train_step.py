@@ -1,6 +1,4 @@
-"""One optimizer step of each stage: the loss by hand, noise, weights, metrics, schedule, clipping,
-golden numbers.
-"""
+"""One optimizer step of each stage: loss by hand, noise, metrics, clipping, golden numbers."""
 
 from functools import lru_cache
 
@@ -37,9 +35,7 @@ def batch() -> Batch:
 
 @pytest.fixture(scope="module")
 def frozen(tiny_params) -> FrozenTarget:
-    """The head is that of a draft reduced to four hot tokens, so that draft and target agree now
-    and then.
-    """
+    """A target whose head is reduced to four hot tokens, so that the draft sometimes agrees."""
     return FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"][:4])
 
 
@@ -48,7 +44,7 @@ _noisy = quick_jit(add_noise, static_argnums=2)
 
 @lru_cache
 def loss_of(config: TrainConfig, stage: StageConfig):
-    """(loss, metrics) as a jitted function of (params, frozen, batch, key)."""
+    """Returns a jitted function (params, frozen, batch, key) -> (loss, metrics)."""
     return quick_jit(
         lambda params, *rest: stage_loss(
             params, SPEC, config, stage, objective_of(SPEC, stage), *rest, ONE_DEVICE
@@ -58,7 +54,7 @@ def loss_of(config: TrainConfig, stage: StageConfig):
 
 @lru_cache
 def gradient_of(config: TrainConfig, stage: StageConfig):
-    """((loss, metrics), gradient), likewise."""
+    """Returns a jitted function like `loss_of` that gives ((loss, metrics), gradient)."""
 
     def loss(params, *rest):
         return stage_loss(params, SPEC, config, stage, objective_of(SPEC, stage), *rest, ONE_DEVICE)
@@ -68,12 +64,13 @@ def gradient_of(config: TrainConfig, stage: StageConfig):
 
 @lru_cache
 def predicted_by(stage: StageConfig):
-    """Predicted states as a jitted function of (params, embeddings [V, D], batch, states, offset);
-    every place is queried.
+    """Returns a jitted function for predicted states, with a query at every position.
+
+    Its arguments: params, embeddings [V, D], batch, states, offset.
     """
 
     def predicted(params, embed_VD, batch, h_BLD, offset):
-        read = Inputs(
+        inputs = Inputs(
             batch.tokens_BL,
             h_BLD,
             batch.length_BC,
@@ -81,14 +78,15 @@ def predicted_by(stage: StageConfig):
             jnp.tile(jnp.arange(L), (B, 1)),
             lambda tokens: embed_VD[tokens],
         )
-        return objective_of(SPEC, stage).predict(params, SPEC, stage, read, offset).state_BND
+        return objective_of(SPEC, stage).predict(params, SPEC, stage, inputs, offset).state_BND
 
     return quick_jit(predicted)
 
 
 def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]]:
-    """(place among the predictions, row position, window offset or draft step, weight), listed by
-    hand.
+    """Lists the queries by hand.
+
+    Each is (place among the predictions, row position, window offset or draft step, weight).
     """
     if stage.simulation_steps == 1:
         return [(i, i, (i - offset) % stage.window if i >= offset else 0, 1.0) for i in range(L)]
@@ -101,13 +99,13 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
         for u in range(L)
         for n, (j, r) in enumerate(scored)
     ]
-    return [one for one in listed if one[1] < L]
+    return [query for query in listed if query[1] < L]
 
 
 def metrics_by_hand(
     stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0, within=AGREE_WITHIN
 ) -> dict:
-    """The sums of method.md 3.2 and 4.2 in float64, position after position."""
+    """Computes the sums of method.md 3.2 and 4.2 in float64, position by position."""
     groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
     out = {
         "ploss": 0.0,
@@ -145,7 +143,7 @@ def check_metrics(metrics, expected: dict) -> None:
 
 
 def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
-    """(loss, metrics) of the library, and the sums by hand with a bug planted."""
+    """Returns (loss, metrics) of the library, and the sums by hand with a planted bug."""
     noise_key, offset_key = jax.random.split(jax.random.key(seed))
     offset = int(jax.random.randint(offset_key, (), 0, stage.window))
     h_BLD = _noisy(batch.inputs_BLI, batch.length_BC, NOISY, noise_key)
@@ -184,8 +182,9 @@ def test_a_wrong_loss_is_seen(tiny_draft, frozen, batch, stage, bug):
 
 
 def test_noise_reaches_keys_and_values_only(tiny_draft, frozen, batch):
-    """With o_proj zero the block ignores its memory: noise then changes nothing, so the targets are
-    clean.
+    """With o_proj = 0 the block ignores its memory.
+
+    Noise then changes nothing, so the targets are clean.
     """
     drafts = {
         "whole": tiny_draft,
@@ -240,7 +239,7 @@ def test_gaussian_noise_and_none():
 
 @BOTH
 def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
-    """A row three times, or once beside rows that are not supervised: the same loss."""
+    """A row three times, or once next to unsupervised rows, gives the same loss."""
     thrice = jax.tree.map(lambda field: np.repeat(field[:1], B, axis=0), batch)
     once = batch._replace(counts_BT=batch.counts_BT * np.array([[True], [False], [False]]))
     loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(
@@ -270,8 +269,9 @@ def test_another_late_loss_is_the_one_by_hand(tiny_draft, frozen, batch, change)
 
 
 def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
-    """Step j then scores every position that has j before it, whatever the offset; windows score
-    about one in k.
+    """Step j scores every position that has j positions before it, whatever the offset.
+
+    Windows score about one in k.
     """
     dense = TestTimeStage(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3)
     _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
@@ -281,7 +281,7 @@ def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
 
 
 def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monkeypatch):
-    """Of four hot tokens, so within one, two and three."""
+    """There are four hot tokens, so agreement is within one, two and three."""
     monkeypatch.setattr("beagle_jax.training.step.AGREE_WITHIN", (1, 2, 3))
     _, metrics = loss_of.__wrapped__(CLEAN, EARLY)(tiny_draft, frozen, batch, jax.random.key(1))
     offset = int(jax.random.randint(jax.random.split(jax.random.key(1))[1], (), 0, EARLY.window))
@@ -312,7 +312,10 @@ def test_vloss_weighs_ten_by_default(tiny_draft, frozen, batch):
 
 
 def same_loss_and_gradient(draft, frozen, batch, late_batch) -> None:
-    """Windows of one position: early on `batch` equals late on `late_batch` (method.md 13.3)."""
+    """Compares windows of one position: early on `batch`, late on `late_batch`.
+
+    method.md 13.3.
+    """
     (early, _), early_gradient = gradient_of(CLEAN, EARLY_ONE)(
         draft, frozen, batch, jax.random.key(1)
     )
@@ -380,7 +383,7 @@ GOLDEN = {
 def test_golden_step(tiny_draft, frozen, batch, name, stage):
     train_step, _, init = steps_of(NOISY, stage)
     state, metrics = train_step(init(copy_of(tiny_draft)), frozen, batch, 42)
-    found = {
+    figures = {
         "loss": float(metrics.objective / metrics.supervised),
         "grad_norm": float(metrics.grad_norm),
         "update_rms": rms({key: state.params[key] - tiny_draft[key] for key in tiny_draft}),
@@ -388,11 +391,11 @@ def test_golden_step(tiny_draft, frozen, batch, name, stage):
     }
     for _ in range(2):
         state, metrics = train_step(state, frozen, batch, 42)
-    found["third_loss"] = float(metrics.objective / metrics.supervised)
-    assert found == pytest.approx(GOLDEN[name], rel=1e-4), (
+    figures["third_loss"] = float(metrics.objective / metrics.supervised)
+    assert figures == pytest.approx(GOLDEN[name], rel=1e-4), (
         f"the first {name} steps changed. If that was meant (loss, noise, masks, optimizer, "
         "first weights, or another JAX version's random numbers), put the new numbers into "
-        f"GOLDEN; if not, something broke: {found}"
+        f"GOLDEN; if not, something broke: {figures}"
     )
 
 
@@ -447,7 +450,12 @@ def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
     _, gradient = gradient_of(NOISY, EARLY)(
         tiny_draft, frozen, batch, jax.random.fold_in(jax.random.key(42), 0)
     )
-    norm = np.sqrt(sum((np.asarray(one, np.float64) ** 2).sum() for one in gradient.values()))
+    norm = np.sqrt(
+        sum(
+            (np.asarray(gradient_array, np.float64) ** 2).sum()
+            for gradient_array in gradient.values()
+        )
+    )
     np.testing.assert_allclose(
         metrics.grad_norm, norm, rtol=1e-4
     )  # 1e-4: a whole backward pass, fused differently

@@ -1,6 +1,4 @@
-"""Trees: their shapes, the trees that drafting grows against slow oracles, masks, and error
-messages (method.md 13.8).
-"""
+"""Trees: shapes, drafted trees against slow oracles, masks, error messages (method.md 13.8)."""
 
 from dataclasses import replace
 from functools import partial
@@ -57,7 +55,7 @@ def _cached(spec, params, states_BLD):
 
 
 def _grown(tree):
-    """The tree drafted for two sequences at once, and what the oracle needs to draft each."""
+    """Returns the tree drafted for two sequences at once, and what the oracle needs for each."""
     target, draft = target_of(), random_draft()
     embed_VD = target.params["embed_VD"]
     states_BLD = jax.random.normal(jax.random.key(3), (2, 10, TINY.hidden_size))
@@ -76,9 +74,7 @@ def _grown(tree):
 
 
 def _check_nodes(tree) -> None:
-    """Nodes of each sequence are the oracle's paths, parents come first, and the mask is that of
-    walking up.
-    """
+    """Checks the nodes against the oracle's paths: parents come first, the mask follows them."""
     nodes, oracles = _grown(tree)
     for line, oracle in enumerate(oracles):
         token_W, parent_W, depth_W = (np.asarray(x[line]) for x in nodes[:3])
@@ -127,7 +123,7 @@ def test_planted_bug_siblings_in_another_order(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["eagle", "deep"])
 def test_planted_bug_mask_with_the_diagonal_of_siblings(name, monkeypatch):
-    """Each child sees all queries of the level above instead of its parent alone."""
+    """Each child sees all queries of the level above, not its parent's alone."""
     right = drafting._next_level
 
     def wrong(*arguments):

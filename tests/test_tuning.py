@@ -1,6 +1,4 @@
-"""Tuning: what the widest tree says of smaller ones is what smaller trees do, and `auto` finds what
-was remembered.
-"""
+"""Tuning: the widest tree predicts what smaller trees do, and `auto` finds the stored result."""
 
 import dataclasses
 
@@ -41,10 +39,10 @@ def _answers(target, count=3):
 
 
 def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
-    """Accepted tokens at each place, by growing this very tree there."""
+    """Counts accepted tokens at each position by growing this very tree there."""
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
     prompt, answer = text
-    tokens, found = prompt + answer, []
+    tokens, counts = prompt + answer, []
     grown = jax.jit(lambda *where: grow(drafter, *where, tree).nodes)
     padded = np.zeros((1, 64), np.int32)
     padded[0, : len(tokens)] = tokens
@@ -66,8 +64,8 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
             above, count = fits[0], count + 1
             if count == tree.depth:
                 break
-        found.append(count)
-    return found
+        counts.append(count)
+    return counts
 
 
 @pytest.mark.parametrize(("levels", "topk", "nodes"), [(3, 3, 8), (2, 3, 5), (1, 2, 3), (3, 2, 11)])
@@ -95,9 +93,9 @@ def test_a_right_draft_is_always_first(small):
         ([5], [7, 2]),
         (list(range(61)), [3] * 30),
     )  # their places have no future, or lie past what is looked at
-    found = tuning.tune(target, right_draft(), [short, *texts, long])
-    np.testing.assert_allclose(found.rank_share[:, 0], 1.0)
-    assert found.places == 3 * (30 - 3)
+    tuned = tuning.tune(target, right_draft(), [short, *texts, long])
+    np.testing.assert_allclose(tuned.rank_share[:, 0], 1.0)
+    assert tuned.places == 3 * (30 - 3)
     with pytest.raises(
         UserError,
         match=r"no answer to the sample prompts is longer than 3 tokens within the first 64 of "
@@ -106,25 +104,25 @@ def test_a_right_draft_is_always_first(small):
         tuning.tune(target, right_draft(), [short, long])
     chain = [
         choice
-        for choice in found.choices
+        for choice in tuned.choices
         if (choice.levels, choice.topk, choice.nodes) == (3, 1, 4)
     ]
     assert chain[0].tau == 4.0
-    assert found.choices == sorted(found.choices, key=lambda choice: -choice.tokens_per_second)
+    assert tuned.choices == sorted(tuned.choices, key=lambda choice: -choice.tokens_per_second)
 
 
 def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
     target = target_of()
-    found = tuning.tune(target, random_draft(), _answers(target))
-    assert found.rank_share[0].sum() < 0.5
+    tuned = tuning.tune(target, random_draft(), _answers(target))
+    assert tuned.rank_share[0].sum() < 0.5
     slow = dataclasses.replace(
-        found, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)]
+        tuned, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)]
     )
     assert (
         "no tree pays here: the best round takes 20.00 times a plain step and brings 1.01 tokens"
         in tune_command.table(slow)
     )
-    plot_tuning(found, tmp_path / "tuning.png")
+    plot_tuning(tuned, tmp_path / "tuning.png")
     assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,11 +172,11 @@ def test_a_draft_of_another_public_target_is_named(tmp_path, caplog, source, war
         f"target: {{source: '{source}'}}\ndraft: {{path: {tmp_path}/draft}}\n"
     )
     drafter_of(load_config(tmp_path / "c.yaml"), target)
-    told = (
+    warning = (
         f"{tmp_path}/draft: this draft belongs to another target (hf:org/chat, and "
         "target.source is hf:org/code)"
     )
-    assert (told in caplog.text) == warned
+    assert (warning in caplog.text) == warned
 
 
 def test_the_written_config_has_the_tree_and_what_the_command_line_set(tmp_path):

@@ -1,6 +1,4 @@
-"""The closed-form start: it sees the newest state, fits better than chance, and leaves the shapes
-alone.
-"""
+"""The closed-form start: sees the newest state, fits better than chance, keeps the shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +25,9 @@ VOCAB, ROWS, WIDTH = 40, 24, 64
 
 @pytest.fixture(scope="module")
 def linear_text():
-    """States that follow linearly from the token and the state before, around a large mean as real
-    ones have.
+    """Makes states that are linear in the token and the previous state.
+
+    They have a large mean, as real states do.
     """
     rng = np.random.default_rng(0)
     embed_VD = 0.3 + 0.3 * rng.standard_normal((VOCAB, SPEC.hidden_size))
@@ -69,7 +68,10 @@ def _error(params, embed_VD, batch):
 
 @jax.jit
 def _nearest_share(params, embed_VD, batch):
-    """Attention weight on the newest visible state, mean over the first head's queries."""
+    """Returns the attention weight on the newest visible state.
+
+    The mean over the first head's queries.
+    """
     block = BeagleBlock(SPEC).bind({"params": params})
     position = jnp.broadcast_to(jnp.arange(WIDTH), (ROWS, WIDTH))
     q_BKGTH = block.queries(embed_VD[batch.tokens_BL], position)

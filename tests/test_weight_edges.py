@@ -1,5 +1,7 @@
-"""What a checkpoint holds beside the parameters that its config names: a head of its own under the
-tied flag, tables of rotary frequencies, quantised weights; and configs whose values are no values.
+"""What a checkpoint holds besides the parameters that its config names.
+
+A head of its own under the tied flag, tables of rotary frequencies, quantised weights; and configs
+with null values.
 """
 
 import dataclasses
@@ -55,8 +57,9 @@ LLAMA3 = {
 
 
 def folder_of(folder: Path, tensors=None, config=None, **settings) -> Path:
-    """A tiny random llama of transformers, with its tensors and config changed. Values in
-    `tensors` and `config` replace or add; ... removes.
+    """Writes a tiny random llama of transformers, with changed tensors and config.
+
+    Values in `tensors` and `config` replace or add; ... removes.
     """
     model = random_torch(LlamaForCausalLM, LlamaConfig(**{**SIZES, **settings}))
     model.save_pretrained(folder)
@@ -68,8 +71,8 @@ def folder_of(folder: Path, tensors=None, config=None, **settings) -> Path:
         metadata={"format": "pt"},
     )
     path = folder / "config.json"
-    told = json.loads(path.read_text()) | (config or {})
-    path.write_text(json.dumps({key: value for key, value in told.items() if value is not ...}))
+    changed = json.loads(path.read_text()) | (config or {})
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
     return folder
 
 
@@ -88,7 +91,7 @@ def torch_logits(model) -> np.ndarray:
 
 
 def check_against_transformers(folder: Path):
-    """Logits of the loaded target equal those of what transformers loads."""
+    """Checks that the loaded target's logits equal those of what transformers loads."""
     target = load_target(str(folder), "float32", str(folder))
     expected = torch_logits(AutoModelForCausalLM.from_pretrained(folder).eval())
     assert expected.std() > 1
@@ -131,9 +134,9 @@ def test_gemma_s_silence_means_tied_unless_a_head_differs(tmp_path):
     config = Gemma2Config(**SIZES, head_dim=16, sliding_window=6, tie_word_embeddings=False)
     random_torch(Gemma2ForCausalLM, config).save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "config.json").read_text())
-    del told["tie_word_embeddings"]
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
     assert "head_VD" in check_against_transformers(tmp_path).params
 
 
@@ -206,7 +209,7 @@ def test_planted_bug_tables_are_not_looked_at(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("quantization", "message"),
     [
         ({"quant_method": "awq", "bits": 4}, r"quantization_config \('awq'\); this version reads"),
         ({"quant_method": "fp8"}, r"quantization_config \('fp8'\)"),
@@ -214,8 +217,8 @@ def test_planted_bug_tables_are_not_looked_at(tmp_path, monkeypatch):
         ("int8", r"quantization_config \('int8'\)"),
     ],
 )
-def test_quantised_weights_are_refused_by_their_method(tmp_path, told, message):
-    folder = folder_of(tmp_path, config={"quantization_config": told})
+def test_quantised_weights_are_refused_by_their_method(tmp_path, quantization, message):
+    folder = folder_of(tmp_path, config={"quantization_config": quantization})
     with pytest.raises(UserError, match=message):
         load_target(str(folder), "float32", str(folder))
     fill_params(  # its weights alone would not tell
@@ -230,7 +233,7 @@ def test_quantised_weights_are_refused_by_their_method(tmp_path, told, message):
 
 
 def test_rope_factors_equal_llama_3_scaling(tmp_path):
-    """Longrope of one list is what a GGUF file's rope_freqs mean."""
+    """Longrope with one list means what a GGUF file's rope_freqs mean."""
     model = random_torch(LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3))
     plain = (1.0 / 50.0 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
     factors = [float(x) for x in plain / model.model.rotary_emb.inv_freq.numpy()]
@@ -281,9 +284,9 @@ def test_other_longrope_is_refused(change, message):
 
 
 def spec_of(change: dict, kind=LlamaConfig) -> TargetSpec:
-    """Of a tiny config, in which ... removes a key."""
-    told = {**kind(**SIZES).to_dict(), "rope_parameters": ..., **change}
-    return TargetSpec.from_hf_config({k: v for k, v in told.items() if v is not ...}, "here")
+    """Reads the spec of a tiny config, in which ... removes a key."""
+    config = {**kind(**SIZES).to_dict(), "rope_parameters": ..., **change}
+    return TargetSpec.from_hf_config({k: v for k, v in config.items() if v is not ...}, "here")
 
 
 @pytest.mark.parametrize(
@@ -319,8 +322,13 @@ def test_null_within_rope_parameters_stands_for_no_value(key):
 
 
 def test_null_that_means_something_stays():
-    told = {"sliding_window": None, "head_dim": None, "eps": None, "rope": {"theta": None, "x": 1}}
-    assert given_values(told) == {"sliding_window": None, "head_dim": None, "rope": {"x": 1}}
+    config = {
+        "sliding_window": None,
+        "head_dim": None,
+        "eps": None,
+        "rope": {"theta": None, "x": 1},
+    }
+    assert given_values(config) == {"sliding_window": None, "head_dim": None, "rope": {"x": 1}}
     assert spec_of({"model_type": "mistral", "sliding_window": None}).windows == ()
     assert spec_of({"model_type": "mistral", "sliding_window": ...}).windows == (4096, 4096)
 
@@ -403,7 +411,7 @@ def test_whole_numbers_where_others_are_usual_are_numbers():
     ids=str,
 )
 def test_a_config_that_transformers_refuses_is_one_message(tmp_path, change):
-    """It reads config.json on its way to the tokenizer."""
+    """transformers reads config.json on its way to the tokenizer."""
     folder = folder_of(tmp_path, config=change)
     with pytest.raises(UserError) as caught:
         load_target(str(folder), "float32", str(folder))

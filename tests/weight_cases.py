@@ -13,7 +13,7 @@ LLAMA = {
 
 
 class Held:
-    """Tensors in memory, for the loader; a name may come twice."""
+    """Tensors in memory, for the loader; a name may occur twice."""
 
     def __init__(self, pairs):
         self._pairs = list(pairs)

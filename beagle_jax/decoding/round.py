@@ -354,7 +354,10 @@ class Round:
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
         ended_R = is_stop(root_R, self.eos_ids) | (chunk.requests.limit_B <= 1) | broken_R
         done_R = jnp.where(ends_R, ended_R, (length_R > offset + T) | now.done_B[row_R])
-        cache = state.cache.put(rows, row_R, offset)
+        # The slot depends on the chosen tokens, none of which is negative, so that XLA must order
+        # every write after all reads of the chunks before: it would copy the caches otherwise.
+        slot = jnp.where((wanted_R1 < 0).any(), 0, offset)
+        cache = state.cache.put(rows, row_R, slot)
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
             self._observe(state, seen, row_R),

@@ -1,4 +1,4 @@
-"""Configs that set every setting of a released version, none as its default where that can be."""
+"""Configs that set every setting of a released version, where possible not to its default."""
 
 from typing import Any
 

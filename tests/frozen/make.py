@@ -81,7 +81,7 @@ SETTINGS = {
 
 
 def write_target(folder: Path) -> None:
-    """A random Llama of two layers of width 16, with a token for every ASCII character."""
+    """Writes a random Llama of two layers of width 16, with a token for every ASCII character."""
     # As GPT-2 writes bytes: those that do not print are moved to 256 and on.
     letters = [*map(chr, range(33, 127)), *map(chr, range(256, 290))]
     model = Tokenizer(models.BPE(vocab={x: n for n, x in enumerate(letters)}, merges=[]))
@@ -113,7 +113,7 @@ def write_lines(path: str, prompts: list[str]) -> None:
 
 
 def run(command: str, *argv: str, status: int = 0) -> None:
-    """A command of the version, in this process."""
+    """Runs a command of that version in this process."""
     from beagle_jax import convert, evaluate, generate, prepare, train
     from beagle_jax.errors import run_main
 
@@ -130,23 +130,23 @@ def run(command: str, *argv: str, status: int = 0) -> None:
 
 
 def figures(command: str, *argv: str) -> Any:
-    """What the command writes with --json."""
+    """Returns what the command writes with --json."""
     run(command, "--json", "figures.json", *argv)
     path = Path("figures.json")
-    read = json.loads(path.read_text())
+    report = json.loads(path.read_text())
     path.unlink()
-    return read
+    return report
 
 
 def log_of(folder: str | Path) -> list[dict]:
-    """The last line of each step and split, without what depends on the clock."""
+    """Returns the last record of each step and split, without what depends on the clock."""
     lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
     last = {(line["stage"], line["step"], line.get("split")): line for line in lines}
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in last.values()]
 
 
 def write_configs(project: Path) -> None:
-    """The configs that were shipped, one of every setting, one of every alias, and their values."""
+    """Writes the shipped configs, one with all settings, one with all aliases, and their values."""
     from beagle_jax.config import load_config
 
     folder = Path("configs").absolute()
@@ -155,17 +155,20 @@ def write_configs(project: Path) -> None:
         shutil.copy(path, folder)
     for name, settings in {"every": EVERY, **ALIASES}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    here = Path.cwd()
+    working_directory = Path.cwd()
     os.chdir(project)  # a config may name a draft of the project
     values = {path.stem: asdict(load_config(path)) for path in sorted(folder.glob("*.yaml"))}
-    os.chdir(here)
+    os.chdir(working_directory)
     keys = {f"{section}.{key}" for section, part in EVERY.items() for key in part}
     assert keys == {f"{section}.{key}" for section, part in values["every"].items() for key in part}
     (folder / "values.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def write_drafts() -> dict[str, Any]:
-    """Drafts as train exports them; what each brings is in the rounds, as the text is the same."""
+    """Writes drafts as train exports them, with the answers of each.
+
+    All drafts give the same text; the rounds tell them apart.
+    """
     expected = {}
     for name, more in DRAFTS.items():
         run("train", f"train.folder=scratch/{name}", *LONGER, *more)
@@ -177,9 +180,9 @@ def write_drafts() -> dict[str, Any]:
 
 
 def write_runs() -> dict[str, Any]:
-    """Interrupted runs, and the log and best taus of each after the same version went on.
+    """Writes interrupted runs, and what the same version logged when it continued them.
 
-    Orbax writes thirty files a checkpoint, so a run is one archive.
+    Orbax writes thirty files per checkpoint, so each run is one archive.
     """
     from beagle_jax.data.loader import BatchLoader
 
@@ -204,7 +207,7 @@ def write_runs() -> dict[str, Any]:
 
 
 def write_evaluation() -> dict[str, Any]:
-    """A report with all answers, a tree that was tuned, a target and a draft in other forms."""
+    """Writes a report with all answers, a tuned tree, and a target and a draft in other forms."""
     from beagle_jax.config import load_config
     from beagle_jax.decoding import tuning
     from beagle_jax.weights.draft import load_draft
@@ -227,7 +230,7 @@ def write_evaluation() -> dict[str, Any]:
 
 
 def main(project: Path, out: Path) -> None:
-    """Everything, in the order in which one part needs another."""
+    """Writes everything, in the order in which one part needs another."""
     sys.path.insert(0, str(project))
     jax.config.update("jax_platforms", "cpu")
     # Each program runs a few times, and most are needed twice: to compile is most of the time.
