@@ -373,7 +373,7 @@ def _broken_target():
         ),
         (
             lambda: SpeculativeDecoder(target_of()).generate([[1, 61]]),
-            "the prompt holds token 61, and the target's vocabulary ends at 60",
+            "the prompt holds token 61; expected tokens of the target's vocabulary, 0 to 60",
         ),
         (lambda: SpeculativeDecoder(target_of(), None, chain(1)), "needs a draft"),
         (
@@ -400,10 +400,10 @@ def _broken_target():
             lambda: SpeculativeDecoder(target_of()).generate([[1]], stop="x"),
             "expected a list of strings",
         ),
-        (lambda: next(SpeculativeDecoder(target_of()).stream([1])), "no text to stream"),
+        (lambda: next(SpeculativeDecoder(target_of()).stream([1])), "cannot be streamed as text"),
         (
             lambda: SpeculativeDecoder(target_of(), _wide_draft(), chain(1)),
-            "hidden size 64, the target's is 32",
+            "hidden size is 64, the target's is 32",
         ),
         (
             lambda: SpeculativeDecoder(

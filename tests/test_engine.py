@@ -233,7 +233,7 @@ def test_any_sequence_of_whole_numbers_is_a_prompt(prompt):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([[5.0, 6.0]], "expected text, a list of messages, or a sequence of whole numbers"),
+        ([[5.0, 6.0]], "expected text, a list of messages, or a sequence of token ids"),
         ([["Why?"]], "expected text, a list of messages, or a sequence"),
         ([[[5, 6]]], "expected text, a list of messages, or a sequence"),
         (np.array([5, 6]), "takes a list of prompts, and was given one"),

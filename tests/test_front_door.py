@@ -70,5 +70,5 @@ def test_a_decoder_from_a_config_writes_what_its_parts_write(config):
 
 
 def test_overrides_belong_to_a_file(config):
-    with pytest.raises(UsageError, match=r"overrides .* with a config that is built already"):
+    with pytest.raises(UsageError, match=r"overrides .* cannot be applied to a Config object"):
         SpeculativeDecoder.from_config(load_config(config), "draft.path=lookup")

@@ -140,8 +140,7 @@ def test_planted_bug_rejected_drafts_left_in_the_text(monkeypatch):
 def test_what_lookup_cannot_do():
     with pytest.raises(
         UserError,
-        match="prompt lookup drafts a chain and knows no probabilities, but was given a dynamic "
-        "tree",
+        match="prompt lookup drafts a chain without probabilities, but got a dynamic tree",
     ):
         SpeculativeDecoder(target_of(), Lookup(), dynamic_tree(2, 2, 4))
     with pytest.raises(UserError, match="and rule 'ratio'"):

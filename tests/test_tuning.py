@@ -98,8 +98,8 @@ def test_a_right_draft_is_always_first(small):
     assert tuned.places == 3 * (30 - 3)
     with pytest.raises(
         UserError,
-        match=r"no answer to the sample prompts is longer than 3 tokens within the first 64 of "
-        r"its text, .* raise eval.max",
+        match=r"no answer to the sample prompts has more than 3 tokens among the first 64 of "
+        r"prompt and answer; raise eval.max",
     ):
         tuning.tune(target, right_draft(), [short, long])
     chain = [

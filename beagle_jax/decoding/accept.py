@@ -1,6 +1,4 @@
-"""Verification: which drafted tokens the target accepts, and the token it adds itself (method.md
-6.6).
-"""
+"""Acceptance of drafted tokens, and the token that the target adds (method.md 6.6)."""
 
 from typing import NamedTuple
 
@@ -11,19 +9,21 @@ from beagle_jax.decoding.nodes import Nodes
 
 
 class Accepted(NamedTuple):
-    """What one round found, per sequence."""
+    """The accepted path of one round, per sequence."""
 
     path_BP1: jax.Array  # nodes from the root along the accepted path; the last one repeats
     count_B: jax.Array  # accepted draft tokens a, 0..P
-    token_BP1: jax.Array  # the a accepted tokens, then the target's own next token, then left-overs
-    bonus_B: jax.Array  # that next token: the new root
+    token_BP1: jax.Array  # the a accepted tokens, then the target's next token; the rest is unused
+    bonus_B: jax.Array  # the target's next token, which becomes the new root
 
 
 def accept_matching(nodes: Nodes, wanted_BW: jax.Array, depth: int) -> Accepted:
-    """wanted_BW: the target's own choice after each node, greedy or drawn. depth: P, of the deepest
-    possible node.
+    """Accepts the longest path that the target itself would choose.
 
-    A node is accepted iff it and all its ancestors are what the target wanted after their parents.
+    wanted_BW: the target's choice after each node, greedy or drawn. depth: P, the largest depth
+    that a node can have.
+
+    A node is accepted iff it and all its ancestors are the target's choices after their parents.
     Children of a node differ in their tokens, so at most one path matches and the deepest accepted
     node is unique. With drawn choices this is EAGLE-2's rule: a child is accepted with the target's
     probability of its token.
@@ -62,12 +62,12 @@ def accept_by_ratio(
     uniform_BP: jax.Array,
     noise_BWV: jax.Array,
 ) -> Accepted:
-    """Leviathan's rule for a chain whose tokens were drawn from the draft: accept with min(1, p /
-    q).
+    """Accepts each token of a drawn chain with probability min(1, p / q) (Leviathan et al.).
 
-    target_BWV, draft_BPV: filtered logits of both over the full vocabulary. uniform_BP: in [0, 1).
-    noise_BWV: Gumbel noise of the places after each node, for the token that the target adds: drawn
-    from the normalised max(0, p - q) at the first rejection, from p when everything was accepted.
+    target_BWV, draft_BPV: filtered logits over the full vocabulary; p and q are their softmax.
+    uniform_BP: one number in [0, 1) per draft. noise_BWV: Gumbel noise of the place after each
+    node. It draws the token that the target adds: from the normalised max(0, p - q) after the first
+    rejection, from p if every draft was accepted.
     """
     P = draft_BPV.shape[1]
     p_BWV, q_BPV = jax.nn.softmax(target_BWV, axis=-1), jax.nn.softmax(draft_BPV, axis=-1)
@@ -75,8 +75,7 @@ def accept_by_ratio(
     def of_token(x_BPV: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BPV, nodes.token_BW[:, 1:, None], axis=-1)[..., 0]
 
-    # Strictly below: a token that the target never writes (p = 0) is rejected even when the draw is
-    # exactly 0.
+    # The comparison is strict: a token with p = 0 is rejected even if the draw is exactly 0.
     kept_BP = uniform_BP * of_token(q_BPV) < of_token(p_BWV[:, :P])
     count_B = jnp.cumprod(kept_BP, axis=1).sum(axis=1)
 
@@ -85,7 +84,7 @@ def accept_by_ratio(
 
     p_BV, q_BV = at_last(p_BWV), at_last(jnp.pad(q_BPV, ((0, 0), (0, 1), (0, 0))))
     residual_BV = jnp.maximum(p_BV - q_BV, 0.0)
-    # Rounding alone can leave nothing; then p and q are the same, and p will do.
+    # Rounding can make the residual zero everywhere. Then p equals q, and p is used instead.
     residual_BV = jnp.where(residual_BV.sum(axis=-1, keepdims=True) > 0, residual_BV, p_BV)
     bonus_B = jnp.argmax(jnp.log(residual_BV) + at_last(noise_BWV), axis=-1).astype(jnp.int32)
     return _accepted(nodes, count_B, count_B, bonus_B, P)

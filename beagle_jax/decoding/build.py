@@ -1,4 +1,4 @@
-"""From a config to a decoder."""
+"""Builds a decoder from a config."""
 
 import logging
 
@@ -10,27 +10,27 @@ from beagle_jax.decoding.tuning import tuned_path, tuned_tree
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target, configured_target
 
-LOOKUP, PLAIN = "lookup", "plain"  # in the place of a draft's folder
+LOOKUP, PLAIN = "lookup", "plain"  # allowed in place of a draft's folder
 
 
 _log = logging.getLogger(__name__)
 
 
 def draft_path(config: Config) -> str:
-    """`draft.path`, or where training leaves its draft."""
+    """Returns `draft.path`, or if it is null the folder to which training exports its draft."""
     return config.draft.path or f"{config.train.folder}/draft"
 
 
 def check_drafter(path: str) -> None:
-    """Raises UserError for a draft that is not there."""
+    """Checks that the draft's folder exists. Raises UserError if it does not."""
     if path != LOOKUP:
         check_there(path)
 
 
 def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft | Lookup:
-    """What drafts: a trained draft's folder (`draft.path` if none is given), or prompt lookup.
+    """Loads the trained draft at `path` (default: `draft.path`), or sets up prompt lookup.
 
-    Logs a warning about a draft that names another target.
+    Logs a warning if the draft was trained for another target.
     """
     path = path or draft_path(config)
     if path == LOOKUP:
@@ -38,8 +38,8 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
     draft = load_draft(path, target.spec)
     if other := other_target(draft, target.source):
         _log.warning(
-            "%s: this draft belongs to another target (%s, and target.source is %s): the text "
-            "stays right, but few drafts will be",
+            "%s: this draft belongs to another target (%s, and target.source is %s); the text "
+            "stays exact, but few drafted tokens will be accepted",
             path,
             other,
             target.source,
@@ -50,10 +50,10 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
 def decoder_of(
     config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None
 ) -> SpeculativeDecoder:
-    """The decoder that a config asks for; `decode.tree: auto` takes the tree that was tuned here.
+    """Builds the decoder of a config from a loaded target and draft.
 
-    Prompt lookup drafts a chain of as many tokens as the tree verifies, so that a round costs the
-    target the same.
+    `decode.tree: auto` uses the tree that `tune` chose on this machine. Prompt lookup drafts a
+    chain of as many tokens as the tree verifies, so that a round costs the target the same.
     """
     decode = config.decode
     if isinstance(draft, Lookup):
@@ -73,9 +73,10 @@ def decoder_of(
 
 
 def decoder_from(config: Config) -> SpeculativeDecoder:
-    """The decoder that a config asks for, with its target and draft loaded.
+    """Loads the target and the draft of a config and builds their decoder.
 
-    `draft.path: plain` decodes without a draft. Raises UserError for what cannot be loaded.
+    `draft.path: plain` decodes without a draft. Raises UserError if the target or the draft cannot
+    be loaded.
     """
     path = draft_path(config)
     if path == PLAIN:

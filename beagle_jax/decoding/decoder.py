@@ -1,4 +1,4 @@
-"""The decoder that everything else calls: prompts in, text, tokens and measurements out."""
+"""`SpeculativeDecoder`: prompts in; text, tokens and measurements out."""
 
 import copy
 import logging
@@ -37,11 +37,11 @@ from beagle_jax.weights.target import Target
 
 _log = logging.getLogger(__name__)
 
-CAPACITY_BUCKET = 128  # caches have a multiple of so many slots
+CAPACITY_BUCKET = 128  # the number of cache slots is a multiple of this
 
 
 class Stream:
-    """The text of an answer as it comes; `answer` is the whole, once the text has ended."""
+    """Iterator over the text of one answer; `answer` is the whole answer."""
 
     def __init__(self, pieces: Iterator[Piece], session: Session) -> None:
         self._pieces, self._session = pieces, session
@@ -59,7 +59,7 @@ class Stream:
 
     @property
     def answer(self) -> Answer:
-        """The whole answer. Reads the rest of the stream."""
+        """The whole answer; reads the rest of the stream first."""
         for _ in self:
             pass
         assert self._answer is not None
@@ -67,16 +67,16 @@ class Stream:
 
     @property
     def answers(self) -> Answers:
-        """The answer with its time."""
+        """The whole answer, with the time that it took."""
         answer, session = self.answer, self._session
         return Answers((answer,), session.prefill_seconds, session.decode_seconds)
 
 
 class SpeculativeDecoder:
-    """Lossless decoding of a target with a draft and a tree, or plainly without a draft.
+    """Lossless decoding of a target with a draft and a tree, or plain decoding without a draft.
 
-    A program is compiled once for each (rows, padded prompt length, capacity, filters of sampling)
-    and then kept.
+    Each combination of rows, padded prompt length, cache capacity and sampling filters compiles
+    once; the compiled program is kept.
 
         decoder = SpeculativeDecoder(target, draft, chain(3))
         [answer] = decoder.generate(["Why is the sky blue?"])
@@ -96,11 +96,11 @@ class SpeculativeDecoder:
     ) -> None:
         """Sets up the programs; compiles nothing yet.
 
-        draft: a trained draft, or a drafter of any kind. context: most tokens that a prompt and its
-        answer may have together, and then the one capacity of the caches; None: the target's own
-        context, and the largest capacity that a call has needed so far. append_predicted: predicted
-        states become keys of the levels below. rule: how drafts are accepted (`round.RULES`). mesh:
-        the devices that share the target.
+        draft: a trained draft, or a drafter of any kind. context: limit of a prompt and its answer
+        together, in tokens; all caches then have this capacity. None: the limit is the target's
+        own context, and caches have the largest capacity that a call has needed so far.
+        append_predicted: predicted states become keys of deeper levels. rule: how drafts are
+        accepted (`round.RULES`). mesh: the devices over which the target is sharded.
 
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
@@ -114,7 +114,8 @@ class SpeculativeDecoder:
             raise UserError(
                 f"a context of {context} tokens does not fit: the target's is "
                 f"{target.spec.max_positions}, and a round of this tree adds up to "
-                f"{tree.depth + 1}; choose one between"
+                f"{tree.depth + 1}; choose a context of {tree.depth + 2} to "
+                f"{target.spec.max_positions} tokens"
             )
         self._fixed = context is not None
         self._capacity = 0 if context is None else round_up(context + tree.depth + 1, 64)
@@ -130,34 +131,34 @@ class SpeculativeDecoder:
 
     @classmethod
     def from_config(cls, config: Config | str | Path, *overrides: str) -> "SpeculativeDecoder":
-        """The decoder that a config asks for, with its target and draft loaded.
+        """Loads the target and the draft of a config and returns their decoder.
 
             decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
 
-        config: a YAML file, or what `load_config` gave. overrides: `section.key=value`, of a file.
-        `draft.path=plain` decodes without a draft.
+        config: a YAML file, or a config from `load_config`. overrides: `section.key=value`, only
+        for a file. `draft.path=plain` decodes without a draft.
 
         Raises:
             UserError: The config, the target or the draft cannot be used.
         """
-        from beagle_jax.decoding.build import decoder_from  # it builds decoders
+        from beagle_jax.decoding.build import decoder_from  # imports this module
 
         if not isinstance(config, Config):
             config = load_config(config, overrides)
         elif overrides:
             raise UsageError(
-                f"overrides {list(overrides)} were given with a config that is built already; "
-                "give the file, or config.changed(..)"
+                f"overrides {list(overrides)} cannot be applied to a Config object; give the "
+                "path of the config file, or change the object with config.changed(..)"
             )
         return decoder_from(config)
 
     @property
     def tree(self) -> Tree:
-        """What is drafted per round."""
+        """The tree that each round drafts."""
         return self._round.tree
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
-        """A decoder with parts of its rounds replaced (`Round.with_`)."""
+        """Returns a decoder with parts of its rounds replaced (`Round.with_`)."""
         other = copy.copy(self)
         other._round = self._round.with_(**parts)
         return other
@@ -170,13 +171,13 @@ class SpeculativeDecoder:
         max_new_tokens: int = 128,
         batch: int = 1,
     ) -> None:
-        """Compiles what answering prompts of these lengths in `batch` rows will need."""
+        """Compiles the programs for prompts of these lengths in `batch` rows."""
         lengths = {padded(len(tokens)): tokens for tokens in map(self._codec.encode, prompts)}
         requests = [Request(tokens, max_new_tokens, sampling) for tokens in lengths.values()]
         if requests:
-            self._session(requests, batch)  # the capacity is that of the longest
+            self._session(requests, batch)  # sets the capacity to that of the longest prompt
         for request in requests:
-            # One more than there are rows, so that one is refilled; each with a round.
+            # One request more than rows, so that a row is refilled; each answer has a round.
             short = [replace(request, max_new_tokens=2)] * (batch + (batch > 1))
             session = self._session(short, batch)
             state = session.first_state()
@@ -194,18 +195,18 @@ class SpeculativeDecoder:
         seed: int = 0,
         batch: int | None = None,
     ) -> Answers:
-        """Answers all prompts. Prompt n draws with seed + n, so a batch repeats what each would get
-        alone.
+        """Answers all prompts, in the order in which they were given.
 
-        stop: an answer ends before the first of these strings. It ends also at the target's stop
-        tokens, after max_new_tokens, where the context is full, and with a warning where the
-        target's logits are not finite. batch: rows that run at once, a finished one taking the next
-        prompt; None: a row for each prompt.
+        Prompt n draws with seed + n, so a prompt gets the same answer alone and in a batch. stop:
+        an answer ends before the first of these strings. It also ends at the target's stop tokens,
+        after max_new_tokens, where the context is full and, with a warning, where the target's
+        logits are not finite. batch: number of rows; a finished row takes the next prompt. None:
+        one row for each prompt.
 
         Raises:
             PromptError: A prompt is empty or not a prompt.
             ContextFull: A prompt leaves no room for an answer.
-            UserError: A setting means nothing.
+            UserError: A setting is out of range.
         """
         session = self.session(
             prompts, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, batch=batch
@@ -226,12 +227,11 @@ class SpeculativeDecoder:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Stream:
-        """The text of an answer as it comes, a few rounds at a time. Takes what `generate`
-        takes.
-        """
+        """Yields the text of one answer, a few rounds at a time. See `generate` for arguments."""
         if self._codec.tokenizer is None:
             raise UserError(
-                "this target has no tokenizer, so there is no text to stream; use generate"
+                "this target has no tokenizer, so its answer cannot be streamed as text; use "
+                "generate, which returns tokens"
             )
         request = Request(self._codec.encode(prompt), max_new_tokens, sampling, tuple(stop), seed)
         session = self._session([request], 1, stop, streaming=True)
@@ -247,7 +247,7 @@ class SpeculativeDecoder:
         seed: int = 0,
         batch: int | None = None,
     ) -> Session:
-        """What `generate` runs. Takes and raises what it does."""
+        """Returns the session that `generate` runs; same arguments and errors."""
         requests = [
             Request(self._codec.encode(prompt), max_new_tokens, sampling, tuple(stop), seed + line)
             for line, prompt in enumerate(prompts_of(prompts))
@@ -255,7 +255,7 @@ class SpeculativeDecoder:
         return self._session(requests, batch, stop)
 
     def pieces(self, requests: Sequence[Request], batch: int) -> Iterator[Piece]:
-        """Parts of all answers as they come, over `batch` rows."""
+        """Yields parts of all answers as they are decoded, in `batch` rows."""
         return iter(self._session(requests, batch, streaming=True))
 
     def prefilled(
@@ -266,7 +266,7 @@ class SpeculativeDecoder:
         max_new_tokens: int = 128,
         seed: int = 0,
     ) -> tuple[Round, DecodeState]:
-        """A round, and the state after the prompts: to measure parts of a round, or to draw one."""
+        """Returns a round and the state after the prompts, to measure or draw parts of it."""
         session = self.session(prompts, sampling, max_new_tokens=max_new_tokens, seed=seed)
         return session.now, session.first_state()
 
@@ -278,8 +278,8 @@ class SpeculativeDecoder:
         *,
         streaming: bool = False,
     ) -> Session:
-        """Raises UserError for settings that mean nothing."""
-        self._codec.stream(stop)  # before its letters are taken for strings
+        """Checks the settings. Raises UserError if one is out of range."""
+        self._codec.stream(stop)  # checks that `stop` is a list, not one string
         if not requests:
             raise UserError("there are no prompts; give at least one")
         if batch is not None and batch < 1:
@@ -289,8 +289,8 @@ class SpeculativeDecoder:
                 raise UserError(f"max_new_tokens is {request.max_new_tokens}; expected at least 1")
             if self._round.rule.draws and request.sampling.check().greedy:
                 raise UserError(
-                    "rule 'ratio' accepts drafts that were drawn; set a temperature, or use rule "
-                    "'match'"
+                    "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
+                    "temperature, or use rule 'match'"
                 )
             request.sampling.check()
         rows = min(batch or len(requests), len(requests))

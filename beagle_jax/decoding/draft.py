@@ -1,8 +1,8 @@
-"""Growing a tree of drafts level by level (method.md 6.2, 6.4, 8).
+"""Grows a tree of drafts level by level (method.md 6.2, 6.4, 8).
 
-A drafter predicts one level at a time (`TreeDrafter.level`); which children are kept, continued and
-verified is decided here, by the tree. True states live in the drafter's own state; predicted ones
-only in arrays that end with the round, so nothing has to be rolled back.
+A drafter predicts one level at a time (`TreeDrafter.level`). The tree decides which children are
+kept, continued and verified. True states are kept in the drafter's own state. Predicted states are
+only in arrays of the current round, so a rejected draft needs no rollback.
 """
 
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from beagle_jax.model.precision import exact
 class Frontier(NamedTuple):
     """The queries of one level, T of them. Q: all queries of the levels above."""
 
-    depth: int  # of the queries, the root's is 0; static
+    depth: int  # of the queries; that of the root is 0; static
     length_B: jax.Array  # the root's position
     token_BT: jax.Array
     sees_BTQ: jax.Array  # the strict ancestors of each query
     before_BTD: jax.Array | None  # the predicted state of each query's parent; the root has none
-    memory: Any  # what `level` returned for the level above; None at the root
+    memory: Any  # the output `memory` of the level above; None at the root
 
 
 class LevelOutput(NamedTuple):
-    """What a drafter predicts for a level."""
+    """Predictions of a drafter for one level."""
 
-    state_BTD: jax.Array  # of each query's token
-    logits_VM: jax.Array  # of the token after each, as columns (M = B * T, sequences first)
-    memory: Any  # for the level below; unused after the last level, and then not computed
+    state_BTD: jax.Array  # predicted state of each query's token
+    logits_VM: jax.Array  # of the token after each query, as columns (M = B * T, B outermost)
+    memory: Any  # input of the next level; after the last level it is unused and not computed
 
 
 class Grown(NamedTuple):
-    """A grown tree, and how it grew. Q: all queries of a round, level by level, the root first."""
+    """A grown tree with its queries. Q: all queries of a round, by level, the root first."""
 
     nodes: Nodes
     state_BQD: jax.Array  # predicted state of each query's token
@@ -48,19 +48,19 @@ class Grown(NamedTuple):
 
 
 class TreeDrafter(Drafter):
-    """A drafter whose tree is grown outside.
+    """A drafter that predicts one level at a time; `grow` builds the tree.
 
-    ids_V: the token that each of its logits stands for; None: logit v is of token v.
+    ids_V: token id of each of its logits; None: logit v belongs to token v.
     """
 
     ids_V: AnyArray | None = None
 
     def level(self, state: State, frontier: Frontier) -> LevelOutput:
-        """Predicts one level. True states are in `state`, predicted ones in the frontier."""
+        """Predicts one level, from true states in `state` and predicted states in `frontier`."""
         raise NotImplementedError
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
-        """Grows the tree; of a drawn chain with the logits over the whole vocabulary."""
+        """Grows the tree. A drawn chain also returns its logits over the whole vocabulary."""
         grown = grow(self, state, known, tree, draw)
         return Proposal(grown.nodes, grown.logits_BPV)
 
@@ -73,7 +73,7 @@ class _Level:
     """A frontier with its place in the tree."""
 
     frontier: Frontier
-    candidate_BT: jax.Array  # each query's place among all candidates, from 1; 0 for the root
+    candidate_BT: jax.Array  # index of each query among all candidates, from 1; the root has 0
     score_BT: jax.Array  # cumulative log-probability (zero in trees that need no scores)
 
 
@@ -81,8 +81,9 @@ class _Level:
 def grow(
     drafter: TreeDrafter, state: State, known: Known, tree: Tree, draw: Draw | None = None
 ) -> Grown:
-    """Drafts below the root: the best children of each query, or one draw from the draft's
-    distribution in a chain.
+    """Drafts below the root: the best children of each query, or drawn tokens for a chain.
+
+    Drawn tokens come from the draft's distribution, one per level.
     """
     B = known.root_B.shape[0]
     zero_B1, score_B1 = jnp.zeros((B, 1), jnp.int32), jnp.zeros((B, 1), jnp.float32)
@@ -122,21 +123,22 @@ def grow(
 
 
 def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
-    """Each level's mask [B, T, Q so far] over the queries of all levels."""
+    """Pads the mask of each level, [B, T, Q so far], to the queries of all levels."""
     count = sum(mask.shape[1] for mask in masks)
     return [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in masks]
 
 
 def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logit index and cumulative log-probability [B, T * k] of each query's k best children, in
-    (query, rank) order.
+    """Returns the k best children of each query, in (query, rank) order.
+
+    Returns their logit indices and cumulative log-probabilities, both [B, T * k].
     """
     (B, T), k = level.score_BT.shape, tree.kept_children(level.frontier.depth)
     if k == 1 and not tree.scored:
         best_BTk = jnp.argmax(logits_VM, axis=0).reshape(B, T, 1)
         score_BTk = jnp.zeros((B, T, 1), jnp.float32)
     else:
-        # The barrier keeps XLA from turning the product round to rows, which is slower
+        # The barrier keeps XLA from computing the product by rows, which is slower on a CPU
         # (model/target.py).
         logits_BTV = jax.lax.optimization_barrier(logits_VM).T.reshape(B, T, -1)
         top_BTk, best_BTk = jax.lax.top_k(logits_BTV, k)
@@ -144,8 +146,8 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
         if tree.scored:
             total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
             score_BTk = level.score_BT[..., None] + jnp.minimum(top_BTk - total_BT[..., None], 0.0)
-            # A draft that overflows may be wrong, but not choose a child without its parent: NaN
-            # would come before all numbers.
+            # A draft that overflows scores NaN, which top_k sorts before all numbers. That would
+            # select a child without its parent.
             score_BTk = jnp.where(score_BTk > -jnp.inf, score_BTk, -jnp.inf)
     return best_BTk.reshape(B, T * k), score_BTk.reshape(B, T * k)
 
@@ -170,8 +172,9 @@ def _next_level(
     score_BC: jax.Array,
     output: LevelOutput,
 ) -> _Level:
-    """The children that are continued. first: the place of this level's first candidate among
-    all.
+    """Returns the level of the continued children.
+
+    first: index of this level's first candidate among all candidates.
     """
     now = level.frontier
     B, T = now.token_BT.shape
@@ -180,7 +183,7 @@ def _next_level(
     def pick(x_BC: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BC, pick_BN, axis=1)
 
-    # A child sees what its parent saw, and its parent.
+    # A child sees the queries that its parent sees, and its parent.
     itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
     below_BTQ = jnp.concatenate([now.sees_BTQ, itself_BTT], axis=2)
     parent_BN = pick_BN // (token_BC.shape[1] // T)

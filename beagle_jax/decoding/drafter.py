@@ -1,8 +1,8 @@
-"""What drafts: the interface of every kind, and the kind that drafts nothing.
+"""The interface of all drafters, and the drafter of plain decoding.
 
-A drafter is a pytree: its weights are leaves, what describes it is static. It keeps a state of its
-own for each sequence, which nobody else looks into; every array of the state has the sequences as
-its first axis, so that rows can be admitted one by one.
+A drafter is a pytree: its weights are leaves, its description is static. It has a state of its own,
+which the decoder stores without reading it. The first axis of every array of the state is the
+batch, so that rows can be admitted separately.
 """
 
 from dataclasses import dataclass
@@ -25,48 +25,47 @@ class Seen(NamedTuple):
 
     state_BTD: jax.Array  # the target's states of these tokens
     token_BT: jax.Array
-    # The token after each. After the last one of a chunk in which the prompt does not end it is
-    # not known yet.
+    # The token after each. The last entry is not yet known if the prompt goes on after this chunk.
     next_BT: jax.Array
     start_B: jax.Array  # position of the first token
-    count_B: jax.Array  # how many of the T are text; what is past them must change nothing
-    # Static: True for every chunk of a prompt but the first. The token after the last state before
-    # these is token_BT[:, 0], and was not known when that state was seen.
+    count_B: jax.Array  # how many of the T are text; the rest is padding and must have no effect
+    # Static: True for every chunk of a prompt except the first. The last state of the chunk before
+    # was seen without the token after it; that token is token_BT[:, 0] of this chunk.
     resumed: bool = False
 
 
 class Known(NamedTuple):
-    """Where a round begins."""
+    """Start of a round: the root and its position."""
 
-    root_B: jax.Array  # last known token, without a state yet
-    length_B: jax.Array  # its position: so many tokens were seen
+    root_B: jax.Array  # last known token; the target has not computed its state yet
+    length_B: jax.Array  # position of the root = number of tokens that were seen
 
 
 class Draw(NamedTuple):
-    """How to draw drafts from the drafter's own distribution, for the ratio rule."""
+    """Settings for drawing drafts from the drafter's distribution, for the ratio rule."""
 
     key_BP: jax.Array  # of each depth below the root
     knobs: Knobs
     filters: Filters
 
     def choose(self, logits_BV: jax.Array, depth: int) -> tuple[jax.Array, jax.Array]:
-        """A draw [B], as an index into the last axis, and the filtered logits [B, V]."""
+        """Returns a draw [B], an index into the last axis, and the filtered logits [B, V]."""
         logits_BV = filter_logits(logits_BV[:, None], self.knobs, self.filters)[:, 0]
         noise_BV = gumbel(self.key_BP[:, depth : depth + 1], logits_BV.shape[-1])[:, 0]
         return (logits_BV + noise_BV).argmax(axis=-1), logits_BV
 
 
 class Proposal(NamedTuple):
-    """A round's drafted tree."""
+    """The drafted tree of a round."""
 
     nodes: Nodes
-    # of a chain that was drawn: the filtered logits of each draw, over the whole vocabulary
+    # only for a drawn chain: the filtered logits of each draw, over the whole vocabulary
     logits_BPV: jax.Array | None = None
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Base of all kinds. A kind overrides `init`, `observe` and `propose`.
+    """Base class. A kind of drafter overrides `init`, `observe` and `propose`.
 
     A kind whose tree is grown level by level defines `level` and lets `draft.grow` call it.
     """
@@ -76,34 +75,34 @@ class Drafter:
     attends: ClassVar[bool] = False  # to states of the text; then it has `rows` and `first_queries`
 
     def init(self, batch: int, capacity: int) -> State:
-        """The state of sequences of which nothing was seen. capacity: positions at most."""
+        """Returns the state of empty sequences. capacity: largest number of positions."""
         raise NotImplementedError
 
     def observe(self, state: State, seen: Seen) -> State:
-        """The state after more text."""
+        """Returns the state after more text."""
         raise NotImplementedError
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
-        """The tree below the root. draw: the tree is a chain, and its tokens are to be drawn."""
+        """Drafts the tree below the root. draw: if given, the tokens of a chain are drawn."""
         raise NotImplementedError
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
-        """Raises UserError unless this drafter, the target, the tree and the rule fit."""
+        """Checks that drafter, target, tree and rule fit. Raises UserError if they do not."""
 
     def owned(self) -> Any:
-        """The arrays that are this drafter's own, and not the target's."""
+        """Returns the arrays of this drafter that it does not share with the target."""
         return ()
 
     def rows(self, state: State) -> KVRows:
-        """Keys and values of the true states; only of kinds that attend."""
+        """Returns keys and values of the true states. Only for kinds that attend."""
         raise NotImplementedError
 
     def first_queries(
         self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
     ) -> jax.Array:
-        """Queries [1, K, G, T, H] of the first level, as if each of these places were the root.
+        """Returns queries [1, K, G, T, H] of the first level, with each position as the root.
 
-        Only of kinds that attend.
+        Only for kinds that attend.
         """
         raise NotImplementedError
 
@@ -116,18 +115,18 @@ class NoDrafter(Drafter):
     kind: ClassVar[str] = "none"
 
     def init(self, batch: int, capacity: int) -> State:
-        """No state."""
+        """Returns the empty state."""
         return ()
 
     def observe(self, state: State, seen: Seen) -> State:
-        """No state."""
+        """Returns the empty state."""
         return ()
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
-        """The root alone."""
+        """Returns the tree of the root alone."""
         return Proposal(chain_nodes(known.root_B[:, None]))
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
-        """Raises UserError for any tree but the root alone."""
+        """Raises UserError unless the tree is the root alone."""
         if tree.depth:
             raise UserError("a draft tree needs a draft; set draft.path, or decode plainly")

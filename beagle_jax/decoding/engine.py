@@ -1,8 +1,7 @@
-"""The engine: rows that are admitted, advanced and released, as jitted functions of a round and a
-state.
+"""The engine: jitted functions that admit, advance and release rows of a decoding state.
 
-States are donated from call to call. Nothing reaches the host between rounds, and nothing depends
-on a prompt but array contents, so a shape compiles once.
+The state is donated from call to call. No value is copied to the host between rounds. Only the
+contents of arrays depend on the prompt, so each shape compiles once.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from beagle_jax.model.precision import exact
 
 @partial(jax.jit, static_argnames=("batch", "capacity"))
 def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
-    """Rows without requests, of `capacity` slots: prompt, answer and one round's overhang."""
+    """Returns rows without requests. capacity: slots for prompt, answer and a round's drafts."""
     return now.empty(batch, capacity)
 
 
@@ -36,7 +35,7 @@ def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> Decod
 def admit_after(
     now: Round, state: DecodeState, chunk: Chunk, prefix: Sequence[KVRows]
 ) -> tuple[DecodeState, jax.Array]:
-    """Reads what follows a prefix that all rows hold, and keeps the states [R, T, D]."""
+    """Reads prompts that follow a prefix stored in all rows; also returns states [R, T, D]."""
     return now.part("read_chunk")(now, state, chunk, True, prefix)
 
 
@@ -45,7 +44,7 @@ def admit_after(
 def advance(
     now: Round, state: DecodeState, max_rounds: jax.Array, enough: jax.Array
 ) -> tuple[DecodeState, Snapshot]:
-    """Runs rounds until `enough` rows are done, or `max_rounds` of them."""
+    """Runs rounds until `enough` rows are done, at most `max_rounds` rounds."""
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         index, state = carry
@@ -65,9 +64,7 @@ def advance(
 def advance_keeping(
     now: Round, state: DecodeState, *, rounds: int
 ) -> tuple[DecodeState, Snapshot, jax.Array]:
-    """Runs so many rounds without drafts, and keeps the states [rounds, B, D] of the tokens
-    read.
-    """
+    """Runs rounds without drafts; also returns the states [rounds, B, D] of their tokens."""
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
         state, states_B1D = now.run(state)
@@ -79,12 +76,12 @@ def advance_keeping(
 
 @jax.jit
 def peek(state: DecodeState) -> Snapshot:
-    """What the host reads, as copies."""
+    """Copies the part of the state that the host reads."""
     return jax.tree.map(jnp.copy, snapshot(state))
 
 
 @partial(jax.jit, donate_argnames=("state",))
 def release(state: DecodeState, row_B: jax.Array) -> DecodeState:
-    """Ends the answers of these rows, given as a mask; they idle until they are admitted again."""
+    """Ends the answers of the masked rows, which idle until a request is admitted to them."""
     now = state.transcript
     return state._replace(transcript=now._replace(done_B=now.done_B | row_B))

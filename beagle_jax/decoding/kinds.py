@@ -1,4 +1,4 @@
-"""The table of trained kinds, by the name that a draft's config.json gives."""
+"""Table of trained kinds of draft, by their name in config.json."""
 
 from jax.sharding import Mesh
 
@@ -16,9 +16,9 @@ TRAINED: dict[str, type[TrainedDrafter]] = {
 def trained_drafter(
     draft: Draft, target: Params, *, append_predicted: bool = True, mesh: Mesh | None = None
 ) -> TrainedDrafter:
-    """The drafter of a trained draft over a target's embedding and head.
+    """Returns the drafter of a trained draft, with the target's embedding and head.
 
-    target: its parameters, placed. append_predicted: see `TrainedDrafter`.
+    target: its parameters, on their devices. append_predicted: see `TrainedDrafter`.
     """
     params, ids_V = replicate((draft.params, draft.hot_ids), mesh)
     head_VD = head(target)
@@ -35,7 +35,7 @@ def drafter_for(
     append_predicted: bool = True,
     mesh: Mesh | None = None,
 ) -> Drafter:
-    """The drafter of anything that can stand for one; drafters are themselves."""
+    """Returns the drafter of a draft; a drafter is returned as it is, None drafts nothing."""
     if draft is None:
         return NoDrafter()
     if isinstance(draft, Drafter):

@@ -1,9 +1,9 @@
-"""Prompt lookup: the baseline that needs no draft. What followed the last tokens when they stood in
-the text before.
+"""Prompt lookup: drafts by copying from earlier text. A baseline that needs no trained draft.
 
-The longest run of last tokens that also ends earlier in the text decides, of equal ones the latest;
-the tokens after it are drafted as a chain. Fixed shapes, no host: one comparison of the text with
-its own end, shifted. Verification is everyone's, so this is as lossless as any draft.
+It finds the longest run of last tokens that also occurs earlier in the text (the latest occurrence
+if several are equally long) and drafts the tokens after it as a chain. All shapes are fixed and
+nothing runs on the host: the text is compared with shifted copies of its end. Drafts are verified
+as those of any drafter, so decoding is lossless.
 """
 
 from dataclasses import dataclass, field
@@ -22,19 +22,19 @@ from beagle_jax.model.target import TargetSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lookup(Drafter):
-    """Drafts from the text itself. Its state is the text [B, S] by position; garbage past it."""
+    """Drafts from the text itself. State: the tokens by position [B, S], undefined past the end."""
 
     kind: ClassVar[str] = "lookup"
 
-    # longest run of last tokens that is looked for
+    # length of the longest run of last tokens to search for
     ngram: int = field(default=3, metadata=dict(static=True))
 
     def init(self, batch: int, capacity: int) -> jax.Array:
-        """No text."""
+        """Returns the state of an empty text."""
         return jnp.zeros((batch, capacity), jnp.int32)
 
     def observe(self, state: jax.Array, seen: Seen) -> jax.Array:
-        """Writes the tokens down, and the one after the last of them."""
+        """Stores the tokens, and the token after the last of them."""
         (B, T), capacity = seen.token_BT.shape, state.shape[1]
         token_BT1 = jnp.concatenate([seen.token_BT[:, :1], seen.next_BT], axis=1)
         step_1T = jnp.arange(T + 1)[None]
@@ -43,25 +43,24 @@ class Lookup(Drafter):
         return state.at[jnp.arange(B)[:, None], slot_BT].set(token_BT1, mode="drop")
 
     def propose(self, state: jax.Array, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
-        """What followed before."""
+        """Drafts the tokens that followed the earlier occurrence."""
         return Proposal(lookup_chain(state, known.length_B, self.ngram, tree.depth))
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
-        """Raises UserError for anything but a chain under the match rule."""
+        """Raises UserError unless the tree is a chain and the rule is match."""
         if tree.size != tree.depth + 1 or tree.scored or rule == "ratio":
             raise UserError(
-                "prompt lookup drafts a chain and knows no probabilities, but was given a "
-                f"{tree} and rule {rule!r}; use a chain and rule 'match'"
+                f"prompt lookup drafts a chain without probabilities, but got a {tree} and rule "
+                f"{rule!r}; use a chain and rule 'match'"
             )
 
 
 def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int) -> Nodes:
-    """A chain of `depth` tokens below the root, which is the token at position length_B of the
-    text.
+    """Drafts a chain of `depth` tokens below the root, the token at position length_B of the text.
 
-    A run that ends `period` tokens before the root predicts that the text repeats with this period,
-    also past its own end. Where not even the root was seen before, the root is repeated: something
-    must be drafted.
+    An earlier run that ends `period` tokens before the root predicts that the text repeats with
+    this period, also past its own end. If not even the root occurs earlier, the root is repeated,
+    because shapes are fixed and some token must be drafted.
 
         text      a b c x a b c | ?      run a b c, period 4, drafts x a b
     """
@@ -72,7 +71,7 @@ def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int
         last_B1 = jnp.take_along_axis(text_BS, jnp.maximum(length_B - back, 0)[:, None], axis=1)
         fits_BS &= (jnp.roll(text_BS, back, axis=1) == last_B1) & (slot_1S >= back)
         run_BS += fits_BS
-    # The latest of the longest; a run of none at all ends at the token before the root.
+    # The latest of the longest runs. A run of length 0 ends at the token before the root.
     rank_BS = jnp.where(slot_1S < length_B[:, None], run_BS * S + slot_1S, -1)
     period_B = jnp.maximum(length_B - jnp.argmax(rank_BS, axis=1), 1)
     step_1P = jnp.arange(depth)[None]

@@ -10,7 +10,7 @@ class Nodes(NamedTuple):
     """A drafted tree of W nodes; node 0 is the root, parents precede children."""
 
     token_BW: jax.Array
-    parent_BW: jax.Array  # the root is its own
+    parent_BW: jax.Array  # the root is its own parent
     depth_BW: jax.Array
     # verify mask: True where the column's node is the row's node or one of its ancestors
     above_BWW: jax.Array
@@ -19,7 +19,7 @@ class Nodes(NamedTuple):
 
 
 def chain_nodes(token_BW: jax.Array) -> Nodes:
-    """A chain of these tokens, the root first; of one token, the tree of plain decoding."""
+    """Returns a chain of tokens, the root first. One token is the tree of plain decoding."""
     B, W = token_BW.shape
     depth_BW = jnp.broadcast_to(jnp.arange(W)[None], (B, W))
     above_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
@@ -35,7 +35,7 @@ def chosen_nodes(
     score_BN: jax.Array,
     levels: int,
 ) -> Nodes:
-    """The chosen candidates as a tree, parents renumbered; the root is added."""
+    """Returns the chosen candidates as a tree: adds the root and renumbers parents."""
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
 

@@ -1,4 +1,4 @@
-"""What is asked of a decoder and what it answers; prompts to tokens and tokens to text."""
+"""Requests and answers of a decoder; conversion of prompts to tokens and of tokens to text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to answer it."""
+    """One prompt, with the settings of its answer."""
 
     tokens: Sequence[int]  # of the prompt
     max_new_tokens: int = 128
@@ -36,28 +36,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer (defined in method.md 7.1)."""
+    """One answer. Its measures are defined in method.md 7.1."""
 
     tokens: list[int]  # the stop token included, if one came
     text: str  # without stop token and stop string; empty when the target has no tokenizer
-    # The target's stop token, a stop string, max_new_tokens, a full context; or "error": the
-    # target's logits were not finite after these tokens.
+    # Why the answer ends: the target's stop token, a stop string, max_new_tokens or a full context;
+    # "error": the target's logits after these tokens were not finite.
     finish: Finish
-    rounds: int  # the prefill is in no round
-    # histogram: rounds that accepted 0, 1, .. P drafts, as far as they were emitted
+    rounds: int  # the prefill is not counted
+    # Number of rounds that accepted 0, 1, .. P drafts. Only emitted tokens count.
     accepted: list[int]
 
     @property
     def tau(self) -> float:
-        """Tokens per round; a round cut short counts what it emitted. 1 for an answer without a
-        round.
-        """
+        """Tokens per round; only emitted tokens count. 1 for an answer without a round."""
         return (len(self.tokens) - 1) / self.rounds if self.rounds else 1.0
 
 
 @dataclass(frozen=True)
 class Answers(Sequence[Answer]):
-    """All answers of a call, in the order of its prompts, and the time that they took together."""
+    """All answers of a call, in the order of its prompts, and their total time."""
 
     answers: tuple[Answer, ...]
     prefill_seconds: float
@@ -75,7 +73,7 @@ class Answers(Sequence[Answer]):
 
     @property
     def tokens_per_second(self) -> float:
-        """All tokens of all answers over all time, prefill included."""
+        """Tokens of all answers divided by the total time, prefill included."""
         tokens = sum(len(answer.tokens) for answer in self.answers)
         return tokens / (self.prefill_seconds + self.decode_seconds)
 
@@ -86,21 +84,21 @@ class Piece:
 
     index: int  # of the request
     tokens: list[int]
-    text: str  # what these tokens complete
-    answer: Answer | None  # the whole, with its last piece
+    text: str  # the text that these tokens complete
+    answer: Answer | None  # the whole answer; only in its last piece
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Prompts to tokens, and tokens to text, for one target."""
+    """Converts prompts to tokens, and tokens to text, for one target."""
 
     tokenizer: PreTrainedTokenizerBase | None
     eos_ids: tuple[int, ...]
     vocab_size: int
-    context: int  # tokens that a prompt and its answer may have together
+    context: int  # limit of a prompt and its answer together, in tokens
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt.
+        """Returns the tokens of a prompt.
 
         Raises:
             ContextFull: The prompt leaves no room for an answer.
@@ -125,42 +123,43 @@ class Codec:
             tokens = _token_ids(parts)
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             raise PromptError(
-                f"the prompt holds token {max(tokens, key=abs)}, and the target's vocabulary "
-                f"ends at {self.vocab_size - 1}; use its own tokenizer"
+                f"the prompt holds token {max(tokens, key=abs)}; expected tokens of the target's "
+                f"vocabulary, 0 to {self.vocab_size - 1}; use the target's own tokenizer"
             )
         if len(tokens) >= self.context:
             raise ContextFull(len(tokens), self.context)
         return tokens
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream | None:
-        """Text of tokens as they come; None without a tokenizer.
+        """Returns a new text stream for one answer; None without a tokenizer.
 
-        Raises UserError for stop strings that cannot be looked for.
+        Raises UserError if `stop` is not a list of strings, or needs a tokenizer.
         """
         if isinstance(stop, str) or not all(isinstance(part, str) and part for part in stop):
             raise UserError(f"stop is {stop!r}; expected a list of strings, none of them empty")
         if self.tokenizer is None:
             if stop:
                 raise UserError(
-                    "this target has no tokenizer, so stop strings cannot be looked for"
+                    "this target has no tokenizer, so stop strings cannot be found in its answers; "
+                    "leave stop out"
                 )
             return None
         return TextStream(self.tokenizer, self.eos_ids, stop)
 
 
 def _token_ids(parts: Sequence[object]) -> list[int]:
-    """Python ints of token ids. Raises PromptError for anything else."""
+    """Converts token ids to Python ints. Raises PromptError for other values."""
     numbers = np.asarray(parts)
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
         raise PromptError(
             f"the prompt is {parts!r:.80}; expected text, a list of messages, or a sequence of "
-            "whole numbers, the token ids"
+            "token ids (whole numbers)"
         )
     return numbers.tolist()
 
 
 def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-    """The prompts of a call. Raises PromptError when it was given one instead of a list."""
+    """Iterates over the prompts of a call. Raises PromptError for one prompt without a list."""
     if not isinstance(prompts, (str, Mapping)):
         prompts = list(prompts)
         if not any(_is_part(part) for part in prompts):
@@ -179,13 +178,13 @@ def _is_part(value: object) -> bool:
 
 
 def rounds_through(accepted: Sequence[int], count: int) -> list[int]:
-    """Accepted drafts of the rounds that wrote an answer's first `count` tokens.
+    """Returns the accepted drafts of the rounds that wrote an answer's first `count` tokens.
 
-    The prefill wrote the first; a round writes its accepted drafts and one token more. What the
-    last of these rounds accepted after those tokens does not count.
+    The prefill writes the first token. A round writes its accepted drafts and one more token.
+    Drafts that the last of these rounds accepted after the first `count` tokens are not counted.
 
-        accepted 2 0 3, count 5: the rounds wrote tokens 2-4, 5, 6-9; those that count are 2 0
-        accepted 2 0 3, count 7: 2 0 2
+        accepted 2 0 3, count 5: the rounds wrote tokens 2-4, 5 and 6-9; the result is 2 0
+        accepted 2 0 3, count 7: the result is 2 0 2
     """
     through: list[int] = []
     written = 1

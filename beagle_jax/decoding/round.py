@@ -1,8 +1,8 @@
 """One round of decoding: propose a tree, let the target read it, accept a path, append its rows.
 
 Plain decoding is the same round with the tree of the root alone. A `Round` holds everything that a
-round reads: weights are leaves of it, all else is static, so that `jit` compiles once for each
-shape. `with_` puts another function in the place of a part.
+round reads except the state: weights are its leaves, the rest is static, so that `jit` compiles
+once for each shape. `with_` replaces a part by another function.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from beagle_jax.model.target import (
     logits,
 )
 
-# What a place's key is folded with, so that its draws are independent of each other.
+# Folded into the key of a position, so that its draws for different purposes are independent.
 FOR_TARGET, FOR_DRAFT, FOR_ACCEPTING = 0, 1, 2
 
 _STATIC = {"static": True}
@@ -47,7 +47,7 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TargetModel:
-    """A target's weights, and their static description."""
+    """The weights of a target and their static description."""
 
     spec: TargetSpec = field(metadata=_STATIC)
     params: Params
@@ -67,13 +67,13 @@ class Rule(Protocol):
     def accept(
         self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
-        """What is accepted, and which nodes' logits are finite [B, W]."""
+        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
         ...
 
 
 @dataclass(frozen=True)
 class Match:
-    """Drafts are accepted where they are the target's own choice, greedy or drawn (method.md 6.6).
+    """Accepts drafts that equal the target's own choice, greedy or drawn (method.md 6.6).
 
     With drawn choices this is EAGLE-2's rule.
     """
@@ -84,7 +84,7 @@ class Match:
     def accept(
         self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
-        """What is accepted, and which nodes' logits are finite [B, W]."""
+        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
         place_BW = state.transcript.count_B[:, None] + proposal.nodes.depth_BW
         wanted_BW, finite_BW = now.choose(state.requests, states_BWD, place_BW)
         return accept_matching(proposal.nodes, wanted_BW, now.tree.depth), finite_BW
@@ -100,7 +100,7 @@ class Ratio:
     def accept(
         self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
-        """What is accepted, and which nodes' logits are finite [B, W]."""
+        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
         assert proposal.logits_BPV is not None, "the ratio rule needs the draft's logits"
         requests, count_B1 = state.requests, state.transcript.count_B[:, None]
         raw_BWV = logits(now.target.params, now.target.spec, states_BWD)
@@ -119,7 +119,7 @@ class Ratio:
         return accepted, jnp.isfinite(raw_BWV.max(axis=-1))
 
     def uniform(self, key_BP: jax.Array) -> jax.Array:
-        """A number in [0, 1) for each draft."""
+        """Draws a number in [0, 1) for each draft."""
         return jax.vmap(jax.vmap(jax.random.uniform))(key_BP)
 
 
@@ -129,7 +129,7 @@ RULES: dict[str, Rule] = {"match": Match(), "ratio": Ratio()}
 class Chunk(NamedTuple):
     """A chunk of R right-padded prompts: T tokens from position `offset` on.
 
-    A prompt may stand in it twice, in the same row.
+    A prompt may be in it twice, for the same row of the batch.
     """
 
     row_R: AnyArray  # of the batch
@@ -142,10 +142,10 @@ class Chunk(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Round:
-    """All that a round reads but the state.
+    """Everything that a round reads except the state.
 
-    Parts are called with the round first: `round.with_(accept=f)` calls `f(round, state, proposal,
-    states)` in the place of `Round.accept`, in a program of its own.
+    A replaced part gets the round as its first argument: `round.with_(accept=f)` calls `f(round,
+    state, proposal, states)` instead of `Round.accept`. It compiles to a program of its own.
     """
 
     target: TargetModel
@@ -158,14 +158,15 @@ class Round:
     parts: tuple[tuple[str, Callable[..., Any]], ...] = field(metadata=_STATIC, default=())
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
-        """The round with some of its parts replaced: read_chunk, propose, read, accept, append,
-        emit or keys.
+        """Returns the round with some of its parts replaced.
+
+        Parts: read_chunk, propose, read, accept, append, emit and keys.
         """
         return replace(self, parts=tuple(sorted({**dict(self.parts), **parts}.items())))
 
     @property
     def reading(self) -> Self:
-        """The round as prompts need it: their programs are the same for every tree and rule."""
+        """The round for reading prompts, which compiles once for all trees and rules."""
         parts = tuple(part for part in self.parts if part[0] in ("read_chunk", "keys"))
         return replace(self, tree=ROOT_ONLY, rule=RULES["match"], parts=parts)
 
@@ -175,7 +176,7 @@ class Round:
         return replace(self, drafter=NoDrafter(), tree=ROOT_ONLY, rule=RULES["match"])
 
     def empty(self, batch: int, capacity: int) -> DecodeState:
-        """A state whose rows have no request. capacity: tokens of a text and a round's overhang."""
+        """Returns a state without requests. capacity: slots for a text and a round's drafts."""
         dtype = self.target.params["embed_VD"].dtype
         layers = init_cache(self.target.spec, batch, capacity, dtype)
         cache = KVCache(layers, jnp.zeros(batch, jnp.int32))
@@ -183,9 +184,9 @@ class Round:
         return constrained(state, self.mesh)
 
     def run(self, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-        """One round of every row; finished ones compute along and change nothing that counts.
+        """Runs one round of every row. Also returns the target's states [B, W, D] of the nodes.
 
-        Returns the target's states [B, W, D] of the nodes too.
+        Finished rows are computed too, but their answers do not change.
         """
         with jax.named_scope("draft"):
             proposal = self.part("propose")(self, state)
@@ -198,7 +199,7 @@ class Round:
         return self.part("emit")(self, state, accepted, finite_BW), states_BWD
 
     def propose(self, state: DecodeState) -> Proposal:
-        """This round's tree."""
+        """Drafts the tree of this round."""
         draw = None
         if self.rule.draws:
             place_BP = state.transcript.count_B[:, None] + jnp.arange(self.tree.depth)[None]
@@ -208,7 +209,7 @@ class Round:
         return self.drafter.propose(state.draft, known, self.tree, draw)
 
     def read(self, state: DecodeState, nodes: Nodes) -> tuple[jax.Array, list[KVRows]]:
-        """The target's states of the nodes [B, W, D], and their key/value rows."""
+        """Returns the target's states of the nodes [B, W, D], and their key/value rows."""
         cache = state.cache
         positions_BW = cache.length_B[:, None] + nodes.depth_BW
         target = self.target
@@ -227,20 +228,22 @@ class Round:
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
-        """What is accepted, and which nodes' logits are finite [B, W]."""
+        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
         return self.rule.accept(self, state, proposal, states_BWD)
 
     def append(
         self, state: DecodeState, accepted: Accepted, states_BWD: jax.Array, rows: list[KVRows]
     ) -> DecodeState:
-        """Writes the rows of the accepted path only, and shows the drafter its true states: rows
-        past it are overwritten by the next round.
+        """Appends the accepted path to the cache, and passes its true states to the drafter.
+
+        The cache gets rows of this path only; entries after it are overwritten by the next round.
         """
         path_BP1 = accepted.path_BP1
         if self.tree.depth:
             rows = [take_rows(layer, path_BP1) for layer in rows]
         cache = state.cache.append(rows, accepted.bonus_B)
-        # Ordered after the reads of the drafter's state, as the cache's rows are.
+        # bonus_B < 0 never holds. It makes this write depend on the accepted tokens, so that XLA
+        # orders it after all reads of the drafter's state and can update that state in place.
         start_B = jnp.where(accepted.bonus_B < 0, 0, state.cache.length_B)
         tokens_BP2 = jnp.concatenate([state.transcript.root_B[:, None], accepted.token_BP1], axis=1)
         seen = Seen(
@@ -253,10 +256,10 @@ class Round:
         return state._replace(cache=cache, draft=self.drafter.observe(state.draft, seen))
 
     def emit(self, state: DecodeState, accepted: Accepted, finite_BW: jax.Array) -> DecodeState:
-        """Writes the round's tokens: up to the first stop token, and never past the limit.
+        """Writes the tokens of the round, up to the first stop token and the limit.
 
-        A node whose logits are not finite breaks its row if it is on the accepted path; the tokens
-        before it count.
+        If the logits of a node on the accepted path are not finite, the answer ends as broken. The
+        tokens before that node are kept.
         """
         now, stats, (B, P1) = state.transcript, state.stats, accepted.token_BP1.shape
         row_B, step_1P = jnp.arange(B), jnp.arange(P1)[None]
@@ -276,7 +279,7 @@ class Round:
         column_BP = jnp.where(
             step_1P < emitted_B[:, None], now.count_B[:, None] + step_1P, capacity
         )
-        counted_B = live_B & (emitted_B > 0)  # a round that broke at its root brought nothing
+        counted_B = live_B & (emitted_B > 0)  # a round that breaks at its root does not count
         round_B = jnp.where(counted_B, stats.rounds_B, capacity)
         length_B = state.cache.length_B + jnp.where(live_B, accepted.count_B + 1, 0)
         out_BS = now.out_BS.at[row_B[:, None], column_BP].set(accepted.token_BP1, mode="drop")
@@ -299,8 +302,9 @@ class Round:
     def choose(
         self, requests: Requests, states_BWD: jax.Array, place_BW: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The target's own next token after each state, greedy or drawn with the noise of its
-        place; and is it finite?
+        """Returns the target's next token after each state, and whether its logits are finite.
+
+        The token is the most likely one, or drawn with the noise of its position in the answer.
         """
         params, spec = self.target.params, self.target.spec
         if not self.filters.drawn:
@@ -311,7 +315,7 @@ class Round:
         return wanted_BW, jnp.isfinite(raw_BWV.max(axis=-1))
 
     def keys(self, key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
-        """The random key [B, T] of each place, for one purpose."""
+        """Returns the random key [B, T] of each position of an answer, for one purpose."""
         return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
     def read_chunk(
@@ -323,9 +327,10 @@ class Round:
     ) -> tuple[DecodeState, jax.Array]:
         """Reads a chunk of new prompts into their rows; other rows stay as they are.
 
-        first: the rows begin anew. A row whose prompt ends here gets the first token of its answer,
-        and runs from now on. prefix: the tokens before the chunk, of one sequence, if every row of
-        the cache holds the same ones. Returns the target's states [R, T, D] of the chunk too.
+        first: the chunk begins new requests in its rows. A row whose prompt ends in this chunk gets
+        the first token of its answer, and takes part in rounds from then on. prefix: key/value rows
+        of the tokens before the chunk, of one sequence, if they are the same in every row of the
+        cache. Also returns the target's states [R, T, D] of the chunk.
         """
         row_R, offset, length_R = chunk.row_R, chunk.offset, chunk.length_R
         R, T = chunk.token_RT.shape
@@ -337,7 +342,7 @@ class Round:
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
-        # After a prompt's last token comes the root.
+        # The token after a prompt's last token is the root.
         at_RT1 = offset + jnp.arange(T + 1)[None]
         text_RT1 = jnp.concatenate([chunk.token_RT, root_R[:, None]], axis=1)
         text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
@@ -381,7 +386,7 @@ class Round:
         first: bool,
         prefix: Sequence[KVRows] | None,
     ) -> tuple[jax.Array, list[KVRows]]:
-        """The target's states [R, T, D] of a chunk, and its rows."""
+        """Returns the target's states [R, T, D] of a chunk, and its key/value rows."""
         R, T = chunk.token_RT.shape
         positions_RT = jnp.broadcast_to(chunk.offset + jnp.arange(T)[None], (R, T))
         past: tuple = ()
@@ -404,5 +409,5 @@ class Round:
         return jax.tree.map(lambda x, new: x.at[row_R].set(new), state.draft, part)
 
     def part(self, name: str) -> Callable[..., Any]:
-        """A part as it was put in place, to be called with the round first."""
+        """Returns the replacement of a part, or the method itself; call it with the round first."""
         return dict(self.parts).get(name, getattr(type(self), name))

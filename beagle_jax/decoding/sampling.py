@@ -1,15 +1,14 @@
-"""How the target's next token is chosen: the most likely one, or a seeded draw from its filtered
-distribution.
+"""Choice of the target's next token: the most likely token, or a seeded draw.
 
-A draw is tied to the token's place in the answer, not to the round that happens to reach it: place
-n of an answer always uses the noise of (seed, n). The target's choice at a place is then a function
-of the text before it alone, so speculative sampling writes the very tokens that plain sampling
-writes with the same seed, whatever the tree (sample-and-match, method.md 6.6: EAGLE-2's rule with
-the drafts as point masses). Draws at different places are independent, and drafts never see the
+The noise of a draw depends on the token's position in the answer, not on the round that reaches it:
+position n of an answer always uses the noise of (seed, n). The target's choice at a position is
+then a function of the text before it. With the same seed, speculative sampling therefore writes the
+same tokens as plain sampling, for every tree (sample-and-match, method.md 6.6: EAGLE-2's rule with
+the drafts as point masses). Draws at different positions are independent, and drafts never see the
 noise, so the output has the target's distribution.
 
-Settings are arrays, one value for each sequence: another temperature or seed compiles nothing. Only
-what changes the program itself is static (`Filters`).
+Settings are arrays with one value per sequence: a new temperature or seed compiles nothing. Only
+settings that change the program are static (`Filters`).
 """
 
 from collections.abc import Sequence
@@ -25,13 +24,13 @@ from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.errors import UserError
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
-# Up to this top-k only so many of the largest logits are looked at (more than top-k: others may tie
-# with the last one kept); above it all are sorted.
+# If every top-k is at most _FEW, only the _LOOKED_AT largest logits are read (more than top-k,
+# because several may be equal to the last one kept). Otherwise all logits are sorted.
 _FEW, _LOOKED_AT = 64, 96
 
 
 class Sampling(NamedTuple):
-    """How the next tokens of one answer are chosen. Filters apply in this order."""
+    """Sampling settings of one answer. The filters are applied in this order."""
 
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # only this many most likely tokens are kept; 0: all
@@ -43,14 +42,14 @@ class Sampling(NamedTuple):
         return self.temperature == 0
 
     def check(self) -> "Sampling":
-        """Itself. Raises UserError for values that mean nothing."""
+        """Returns these settings. Raises UserError if a value is out of range."""
         if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
             raise UserError(
                 f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
                 f"least {COLDEST}"
             )
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or how many to keep")
+            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or a whole number")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; expected a share above 0 and at most 1")
         return self
@@ -60,7 +59,7 @@ GREEDY = Sampling()
 
 
 class Filters(NamedTuple):
-    """What of sampling is in a program. Hashable: static in jit."""
+    """The sampling steps that a compiled program contains. Hashable: static in jit."""
 
     drawn: bool = False  # False: every answer takes the most likely tokens
     top_k: bool = False
@@ -68,7 +67,7 @@ class Filters(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """The settings of each sequence, as arrays [B]."""
+    """Sampling settings of each sequence, as arrays [B]."""
 
     temperature_B: AnyArray
     top_k_B: AnyArray
@@ -76,7 +75,7 @@ class Knobs(NamedTuple):
 
 
 def filters_of(samplings: Sequence[Sampling]) -> Filters:
-    """What a program needs for answers with these settings."""
+    """Returns the filters that a program needs for these settings."""
     drawn = [sampling for sampling in samplings if not sampling.greedy]
     return Filters(
         bool(drawn),
@@ -86,7 +85,7 @@ def filters_of(samplings: Sequence[Sampling]) -> Filters:
 
 
 def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
-    """These settings as arrays of the host."""
+    """Converts the settings to NumPy arrays."""
     temperature, top_k, top_p = zip(*samplings, strict=True)
     return Knobs(
         np.array(temperature, np.float32),
@@ -96,22 +95,22 @@ def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
 
 
 def sampling_of(config: DecodeConfig) -> Sampling:
-    """The sampling that a config asks for."""
+    """Returns the sampling settings of a config."""
     return Sampling(config.temperature, config.top_k, config.top_p).check()
 
 
 def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
-    """`filter_logits` with the same settings for every row."""
+    """Applies `filter_logits` with the same settings for every row."""
     knobs = Knobs(*(jnp.asarray(x) for x in knobs_of([sampling])))
     return filter_logits(logits_MV[None], knobs, filters_of([sampling]))[0]
 
 
 def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
-    """Tempered logits in float32 with removed tokens at minus infinity; softmax gives the
-    distribution.
+    """Divides logits by the temperature, and sets removed tokens to minus infinity.
 
-    Tokens tied with the last one kept stay: a filter depends on values, never on token order. Rows
-    whose temperature is 0 are filtered as at 1.
+    Returns float32 logits, whose softmax is the distribution to draw from. Tokens equal to the last
+    one kept are kept too: a filter depends on values, never on the order of tokens. Rows with
+    temperature 0 are filtered as with temperature 1.
     """
     temperature_B = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1.0)
     logits_BTV = logits_BTV.astype(jnp.float32) / temperature_B[:, None, None]
@@ -130,9 +129,9 @@ def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.
 
 
 def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: int) -> jax.Array:
-    """The lowest logit [B, T, 1] that the filters keep, looked for among the `count` largest."""
+    """Returns the lowest logit [B, T, 1] that the filters keep, among the `count` largest."""
     B, T, V = logits_BTV.shape
-    # Only the values are sorted; as rows, for which backends have kernels.
+    # Only values are sorted, in two dimensions, for which backends have kernels.
     sorted_BTC = jax.lax.top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
     keep_B = jnp.where(knobs.top_k_B > 0, jnp.minimum(knobs.top_k_B, count), count)
     kept_BTC = jnp.broadcast_to(
@@ -148,24 +147,26 @@ def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: i
 
 
 def place_keys(key_B: jax.Array, place_BT: jax.Array) -> jax.Array:
-    """The random key [B, T] of each place of an answer, from the sequence's key [B]."""
+    """Returns the random key [B, T] of each position, from the key [B] of each sequence."""
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, place_BT)
 
 
 def gumbel(key_BT: jax.Array, count: int) -> jax.Array:
-    """Gumbel noise [B, T, count]: the largest of logits plus noise is a draw from their softmax."""
+    """Returns Gumbel noise [B, T, count]; argmax(logits + noise) is a draw from their softmax."""
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32)))(key_BT)
 
 
 def gumbel_of(key_BT: jax.Array, token_BTC: jax.Array) -> jax.Array:
-    """`gumbel` of some tokens alone: with JAX's threefry the noise of a token depends on the key
-    and on its number, not on how many there are.
+    """Returns the values of `gumbel` for some tokens only.
+
+    With JAX's threefry generator, the noise of a token depends on the key and the token id, not on
+    the size of the vocabulary.
     """
     key_BT2 = jax.random.key_data(key_BT)
     token = token_BTC.astype(jnp.uint32)
     halves = (jnp.broadcast_to(key_BT2[..., n : n + 1], token.shape) for n in (0, 1))
     first, second = threefry2x32_p.bind(*halves, jnp.zeros_like(token), token)
-    # Random bits to a number in [tiny, 1), as jax.random.uniform makes it.
+    # Converts random bits to a number in [tiny, 1), in the same way as jax.random.uniform.
     bits = ((first ^ second) >> 9) | np.float32(1).view(np.uint32)
     tiny = jnp.finfo(jnp.float32).tiny
     uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1.0
@@ -174,14 +175,14 @@ def gumbel_of(key_BT: jax.Array, token_BTC: jax.Array) -> jax.Array:
 
 
 def _counts_tokens(key_BT: jax.Array) -> bool:
-    """Whether the random numbers of this process are those that `gumbel_of` knows."""
+    """Returns whether this process uses the random number generator of `gumbel_of`."""
     threefry = str(jax.random.key_impl(key_BT)) == "threefry2x32"
-    # jax adds its settings when it is imported, where no type checker sees them.
+    # jax adds its settings at import, where type checkers cannot see them.
     return threefry and bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
 
 
 def choose(logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
-    """A draw int32 [B, T] from each filtered distribution; the most likely token in greedy rows."""
+    """Draws from each filtered distribution, int32 [B, T]; greedy rows get the best token."""
     V = logits_BTV.shape[-1]
     if not filters.top_k or V <= _LOOKED_AT or not _counts_tokens(key_BT):
         return _choose_of_all(logits_BTV, key_BT, knobs, filters)
@@ -218,13 +219,13 @@ def _only_drawn(noise: jax.Array, knobs: Knobs) -> jax.Array:
 
 
 def _few(knobs: Knobs) -> jax.Array:
-    """Whether every row keeps few tokens; of greedy rows it does not matter."""
+    """Returns whether every row keeps few tokens. Greedy rows do not matter."""
     few_B = (knobs.top_k_B > 0) & (knobs.top_k_B <= _FEW)
     return jnp.all(few_B | (knobs.temperature_B == 0))
 
 
 def is_stop(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Elementwise: does this token end an answer?"""
+    """Returns whether each token ends an answer, elementwise."""
     return (
         token[..., None] == jnp.expand_dims(jnp.asarray(eos_ids, jnp.int32), range(token.ndim))
     ).any(axis=-1)

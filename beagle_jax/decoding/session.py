@@ -1,7 +1,7 @@
-"""Many requests over the rows of one state: a finished row takes the next request.
+"""Answers many requests in the rows of one state: a finished row takes the next request.
 
-Programs depend on the rows, the capacity and padded prompt lengths alone. Request n is answered as
-if it were alone, in whatever row it runs.
+Compiled programs depend only on the number of rows, the capacity and padded prompt lengths. An
+answer does not depend on the row or on the other requests.
 """
 
 import time
@@ -19,16 +19,16 @@ from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.model.cache import round_up
 
-PROMPT_BUCKET = 64  # shortest padded prompt; longer ones go up by doubling: one compile each
-PREFILL_CHUNK = 512  # prompts longer than this are read in pieces of it
-ADMIT_ROWS = 16  # prompts read at once
-ROUNDS_PER_LOOK = 8  # rounds between two looks of the host, where it has to look
+PROMPT_BUCKET = 64  # smallest padded length; longer lengths double. Each length compiles once
+PREFILL_CHUNK = 512  # longer prompts are read in chunks of this many tokens
+ADMIT_ROWS = 16  # largest number of prompts read at once
+ROUNDS_PER_LOOK = 8  # rounds between two reads by the host, if it needs text before the end
 _ALL_ROUNDS = 2**31 - 1
 
 
 @dataclass
 class _Line:
-    """The host's side of a row: which request it answers."""
+    """Host data of a row: the request that it answers."""
 
     index: int
     request: Request
@@ -38,14 +38,14 @@ class _Line:
 
 @dataclass
 class Session:
-    """Requests being answered. Iterate over it for their pieces, in no fixed order of requests."""
+    """Iterator over pieces of the answers to some requests, in no fixed order of requests."""
 
     now: Round
     codec: Codec
     requests: Sequence[Request]
     rows: int
     capacity: int
-    streaming: bool = False  # pieces are wanted early, and not only whole answers
+    streaming: bool = False  # yield pieces early, not only whole answers
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
 
@@ -60,14 +60,14 @@ class Session:
         waiting = list(range(len(self.requests)))
         lines: list[_Line | None] = [None] * self.rows
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
-        ready: Snapshot | None = None  # of before the rounds that run
+        ready: Snapshot | None = None  # taken before the rounds that are running
         while waiting or any(lines):
             state, admitted = self._refill(state, lines, waiting)
             clock = time.perf_counter()
             if looking and (admitted or ready is None):
                 ready = peek(state)
             state, coming = advance(self.now, state, most, self._enough(lines, waiting))
-            # The next rounds run while the host turns the last ones into text.
+            # The device runs the next rounds while the host decodes text of the last ones.
             snapshot = Snapshot(*jax.device_get(ready if looking else coming))
             ready = coming
             self.decode_seconds += time.perf_counter() - clock
@@ -81,20 +81,21 @@ class Session:
                 state = release(state, ended_B)
 
     def first_state(self) -> DecodeState:
-        """The state after the prompts of as many requests as there are rows."""
+        """Returns the state after the first prompts, one in each row."""
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
         return self._refill(state, [None] * self.rows, list(range(self.rows)))[0]
 
     def first_reading(self) -> jax.stages.Lowered:
-        """The program that reads the first chunk of the first prompts."""
+        """Returns the lowered program that reads the first chunk of the first prompts."""
         width = min(ADMIT_ROWS, self.rows)
         chunk = next(self._chunks(list(range(width)), list(self.requests[:width]), width))
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
         return admit.lower(self.now.reading, state, chunk, first=True)
 
     def _enough(self, lines: list[_Line | None], waiting: list[int]) -> np.int32:
-        """Rows that must be done before the rounds stop: all, or those that the next requests
-        need.
+        """Returns how many rows must be done before rounds stop.
+
+        All rows, or as many as the next requests need.
         """
         if not waiting:
             return np.int32(self.rows)
@@ -102,9 +103,9 @@ class Session:
         return np.int32(min(lines.count(None) + group, self.rows))
 
     def _width(self, waiting: list[int]) -> int:
-        """Prompts to read at once: two sizes, one for the first rows and one for refills.
+        """Returns how many prompts to read at once: one size at the start, one for refills.
 
-        Half-empty prefills cost as much as full ones, and rows that idle cost more.
+        A half-empty prefill costs as much as a full one, and idle rows cost even more.
         """
         filled = len(waiting) < len(self.requests)
         return min(ADMIT_ROWS, max(1, self.rows // 4) if filled else self.rows)
@@ -112,7 +113,7 @@ class Session:
     def _refill(
         self, state: DecodeState, lines: list[_Line | None], waiting: list[int]
     ) -> tuple[DecodeState, bool]:
-        """Admits waiting requests to free rows; was any admitted?"""
+        """Admits waiting requests to free rows. Also returns whether any was admitted."""
         clock, admitted = time.perf_counter(), False
         width = self._width(waiting)
         free = [row for row, line in enumerate(lines) if line is None]
@@ -131,8 +132,9 @@ class Session:
         return state, admitted
 
     def _chunks(self, rows: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
-        """The prompts of some requests, in chunks. What is missing to the width repeats the last
-        one, which changes nothing.
+        """Splits the prompts of some requests into chunks.
+
+        If there are fewer prompts than `width`, the last one is repeated, which has no effect.
         """
         requests = requests + requests[-1:] * (width - len(requests))
         row_R = np.array(rows + rows[-1:] * (width - len(rows)), np.int32)
@@ -156,7 +158,7 @@ class Session:
         )
 
     def _piece(self, line: _Line, row: int, snapshot: Snapshot) -> Piece:
-        """What a row wrote since the last look."""
+        """Returns the tokens and text that a row wrote since the last read."""
         count = int(snapshot.count_B[row])
         tokens = snapshot.out_BS[row, line.count : count].tolist()
         text = "" if line.text is None else line.text.add(tokens)
@@ -187,7 +189,7 @@ class Session:
 
 
 def padded(length: int) -> int:
-    """Columns that a prompt takes in the prefill."""
+    """Returns the padded length of a prompt in the prefill."""
     if length > PREFILL_CHUNK:
         return round_up(length, PREFILL_CHUNK)
     return max(PROMPT_BUCKET, 1 << (int(length) - 1).bit_length())

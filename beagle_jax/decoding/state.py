@@ -1,4 +1,4 @@
-"""What decoding holds on the device between two rounds, in parts of one subject each."""
+"""The decoding state on the device between two rounds."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from beagle_jax.sharding import cache_shardings, whole
 
 
 class Requests(NamedTuple):
-    """What was asked for, per sequence."""
+    """Settings of the requests, per sequence."""
 
     limit_B: AnyArray  # tokens that the answer may have
     key_B: jax.Array  # of every draw (sampling.place_keys)
@@ -25,32 +25,32 @@ class Requests(NamedTuple):
 class Transcript(NamedTuple):
     """The answers so far."""
 
-    root_B: jax.Array  # last token, without a state yet
-    out_BS: jax.Array  # the prefill's token first
-    count_B: jax.Array  # how many tokens of it
-    done_B: jax.Array  # finished, or a row without a request
-    broken_B: jax.Array  # ended because the target's logits were not finite
+    root_B: jax.Array  # last token; the target has not computed its state yet
+    out_BS: jax.Array  # tokens of the answer; the first is that of the prefill
+    count_B: jax.Array  # number of tokens in out_BS
+    done_B: jax.Array  # the answer is finished, or the row has no request
+    broken_B: jax.Array  # the answer ended because the target's logits were not finite
 
 
 class Stats(NamedTuple):
-    """What the answers took."""
+    """Counters of the rounds, per sequence."""
 
-    rounds_B: jax.Array  # the prefill not counted
-    accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
+    rounds_B: jax.Array  # the prefill is not counted
+    accepted_BS: jax.Array  # accepted and emitted draft tokens of each round
 
 
 class DecodeState(NamedTuple):
     """Everything on the device between two rounds; donated from call to call."""
 
-    cache: KVCache  # the target's; its length is the root's position
-    draft: State  # the drafter's own
+    cache: KVCache  # of the target; its length is the root's position
+    draft: State  # of the drafter
     requests: Requests
     transcript: Transcript
     stats: Stats
 
 
 class Snapshot(NamedTuple):
-    """What the host reads after some rounds: copies, so that the state can be donated on."""
+    """Values that the host reads after some rounds: copies, because the state is donated."""
 
     out_BS: AnyArray
     count_B: AnyArray
@@ -61,7 +61,7 @@ class Snapshot(NamedTuple):
 
 
 def snapshot(state: DecodeState) -> Snapshot:
-    """The part of a state that the host reads."""
+    """Copies the part of a state that the host reads."""
     now, stats = state.transcript, state.stats
     return Snapshot(
         now.out_BS, now.count_B, now.done_B, now.broken_B, stats.rounds_B, stats.accepted_BS
@@ -69,7 +69,7 @@ def snapshot(state: DecodeState) -> Snapshot:
 
 
 def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState:
-    """Rows without a request."""
+    """Returns a state whose rows have no request."""
 
     def zeros(dtype: DTypeLike = jnp.int32) -> jax.Array:
         return jnp.zeros(batch, dtype)  # donated buffers must differ
@@ -88,9 +88,7 @@ def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState
 
 
 def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Where each array of a state lives: the target's cache split by head, the rest on every
-    device.
-    """
+    """Returns the sharding of each array: the target's cache by head, the rest replicated."""
     everywhere: NamedSharding = whole(mesh)
     shardings = jax.tree.map(lambda _: everywhere, state)
     return shardings._replace(
@@ -99,7 +97,7 @@ def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 
 def constrained(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """Inside jit: the state, placed as `state_shardings` says."""
+    """Constrains a state inside jit to `state_shardings`."""
     if mesh is None:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))

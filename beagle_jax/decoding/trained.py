@@ -1,7 +1,7 @@
 """Drafters with a trained block: Beagle and EAGLE (method.md 6.1, 6.2, 8).
 
-Both keep keys and values of true states only. They grow the same trees and differ in what a query
-is made of, where it stands, and what it sees of its own round.
+Both keep keys and values of true states only, and grow the same trees. They differ in the inputs of
+a query, in its position, and in what it sees of its own round.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from beagle_jax.model.target import TargetSpec, embed, logit_columns
 
 
 class DraftHead(NamedTuple):
-    """What reads the draft's states: rows of a head, and the token each row stands for."""
+    """Head that reads the draft's states: its rows, and the token id of each row."""
 
     rows_VD: jax.Array
     ids_V: AnyArray | None  # None: row v is token v
@@ -32,7 +32,7 @@ class DraftHead(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainedDrafter(TreeDrafter):
-    """What Beagle and EAGLE share. Embedding and head are the target's or the draft's own."""
+    """Base of Beagle and EAGLE. Embedding and head are the target's or the draft's own."""
 
     attends: ClassVar[bool] = True
 
@@ -40,8 +40,8 @@ class TrainedDrafter(TreeDrafter):
     params: dict[str, jax.Array]
     embed_VD: jax.Array
     head: DraftHead
-    # Predicted states become keys of the levels below (the paper's "concate"); off, all levels see
-    # true states only.
+    # True: predicted states become keys of deeper levels (the paper's "concate"). False: all levels
+    # see only true states.
     append_predicted: bool = field(default=True, metadata=dict(static=True))
 
     @property
@@ -50,7 +50,7 @@ class TrainedDrafter(TreeDrafter):
         return self.head.ids_V
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
-        """Grows the tree; a drawn chain's logits are spread over the whole vocabulary."""
+        """Grows the tree; logits of a drawn chain are expanded to the whole vocabulary."""
         proposal = super().propose(state, known, tree, draw)
         if proposal.logits_BPV is None or self.head.ids_V is None:
             return proposal
@@ -59,19 +59,19 @@ class TrainedDrafter(TreeDrafter):
         return proposal._replace(logits_BPV=spread_BPV)
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
-        """Raises UserError for another target's draft, and for trees that cannot be drafted."""
+        """Raises UserError for a draft of another target or a tree that it cannot draft."""
         if not tree.depth:
             return
         if self.spec.taps:
             raise UserError(
-                f"this draft reads the target's layers {list(self.spec.taps)}, which decoding does "
-                "not give to drafts yet; use a draft of the last states"
+                f"this draft reads the target's layers {list(self.spec.taps)}; this version "
+                "decodes only with drafts that read the last states; use such a draft"
             )
         ours, theirs = self.spec.hidden_size, target.hidden_size
         if ours != theirs:
             raise UserError(
-                f"this draft belongs to another target (hidden size {ours}, the target's is "
-                f"{theirs})"
+                f"this draft belongs to another target (its hidden size is {ours}, the target's is "
+                f"{theirs}); set draft.path or target.source to a pair that fits"
             )
         vocabulary = known = target.vocab_size
         if self.head.ids_V is not None:
@@ -79,7 +79,7 @@ class TrainedDrafter(TreeDrafter):
             if highest >= known:
                 raise UserError(
                     f"this draft belongs to another target (it scores token {highest}, the "
-                    f"target has {known})"
+                    f"target has {known}); set draft.path or target.source to a pair that fits"
                 )
         most = max(tree.kept_children(level) for level in range(tree.depth))
         if most > vocabulary:
@@ -94,13 +94,13 @@ class TrainedDrafter(TreeDrafter):
             )
 
     def owned(self) -> Any:
-        """The block's weights, and a head of fewer tokens."""
+        """Returns the block's weights, and the head if it has fewer tokens."""
         return self.params, (() if self.head.ids_V is None else self.head)
 
     def at(self, state: State, state_BLD: jax.Array, length_B: jax.Array) -> State:
-        """The state when only the first length_B tokens of a text were seen.
+        """Returns the state after only the first length_B tokens of a text.
 
-        state: after all of the text. state_BLD: the target's states of it.
+        state: state after the whole text. state_BLD: the target's states of the text.
         """
         return state
 
@@ -117,7 +117,7 @@ class TrainedDrafter(TreeDrafter):
         memory: KVRows | None,
         sees_BTQ: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Predicted states [B, T, D] of a level, over true states and the memory, and logits."""
+        """Predicts states [B, T, D] of a level and their logits, from true states and memory."""
         q_BKGTH = block.queries(x_BTD, positions_BT)
         slots = visible_slots(frontier.length_B, [rows])[:, None, None, None]
         parts = [partial_attention(q_BKGTH, *rows, slots)]
@@ -136,7 +136,7 @@ class TrainedDrafter(TreeDrafter):
 class BeagleDrafter(TrainedDrafter):
     """Beagle: queries are token embeddings, and see predicted states of their strict ancestors.
 
-    Its state is a cache of keys and values of true states.
+    The state is a cache with keys and values of true states.
     """
 
     kind: ClassVar[str] = BeagleSpec.kind
@@ -144,11 +144,11 @@ class BeagleDrafter(TrainedDrafter):
     spec: BeagleSpec = field(metadata={"static": True})
 
     def init(self, batch: int, capacity: int) -> KVRows:
-        """An empty cache."""
+        """Returns an empty cache."""
         return self._empty(batch, capacity)
 
     def observe(self, state: KVRows, seen: Seen) -> KVRows:
-        """Appends the states' keys and values."""
+        """Appends keys and values of the states."""
         block = BeagleBlock(self.spec).bind({"params": self.params})
         rows = block.keys_values(seen.state_BTD, _positions(seen.start_B, seen.token_BT))
         return write_rows(state, rows, seen.start_B)
@@ -169,17 +169,17 @@ class BeagleDrafter(TrainedDrafter):
     def first_queries(
         self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
     ) -> jax.Array:
-        """Of the tokens at these places."""
+        """Returns the queries of the tokens at these positions."""
         block = BeagleBlock(self.spec).bind({"params": self.params})
         return block.queries(self._embedded(text_1L[:, places_1T[0]]), places_1T)
 
     def rows(self, state: KVRows) -> KVRows:
-        """The state itself."""
+        """Returns the state, which is the cache."""
         return state
 
 
 class EagleState(NamedTuple):
-    """Entries of the text so far: each true state, fused with the token after it."""
+    """Cache of the text so far; a slot holds a true state fused with the token after it."""
 
     rows: KVRows
     last_B1D: jax.Array  # the last true state
@@ -188,12 +188,12 @@ class EagleState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EagleDrafter(TrainedDrafter):
-    """EAGLE: queries fuse a token with the state before it, stand at that state's position, and see
-    themselves too.
+    """EAGLE: queries fuse a token with the state before it.
 
-    The entry of a state needs the token after it. After a chunk's last state that token comes with
-    the next chunk, whose entries therefore begin with that state's; after a prompt's last one it is
-    the root.
+    A query has the position of that state, and sees itself too. The cache slot of a state also
+    needs the token after it. For the last state of a chunk, that token comes with the next chunk,
+    which therefore writes the slot of that state first. For the last state of a prompt, it is the
+    root.
     """
 
     kind: ClassVar[str] = EagleSpec.kind
@@ -201,12 +201,12 @@ class EagleDrafter(TrainedDrafter):
     spec: EagleSpec = field(metadata=dict(static=True))
 
     def init(self, batch: int, capacity: int) -> EagleState:
-        """No entries."""
+        """Returns an empty cache."""
         shape = (batch, 1, self.spec.hidden_size)
         return EagleState(self._empty(batch, capacity), jnp.zeros(shape, self.embed_VD.dtype))
 
     def observe(self, state: EagleState, seen: Seen) -> EagleState:
-        """Appends the entries of these states; of a resumed prompt that of the one before too."""
+        """Appends slots of these states; for a resumed prompt, also of the state before them."""
         block = EagleBlock(self.spec).bind({"params": self.params})
         state_BTD, next_BT, start_B = seen.state_BTD, seen.next_BT, seen.start_B
         if seen.resumed:
@@ -227,7 +227,7 @@ class EagleDrafter(TrainedDrafter):
         x_BTD = block.fuse(self._embedded(frontier.token_BT), before_BTD)
         at_BT = _same_position(frontier.length_B + frontier.depth - 1, frontier)
         memory, sees_BTQ = None, frontier.sees_BTQ
-        if frontier.depth:  # the root's own entry is in the cache
+        if frontier.depth:  # the root's own slot is already in the cache
             above = frontier.memory if self.append_predicted else None
             memory, sees_BTQ = self.with_own(above, sees_BTQ, block.keys_values(x_BTD, at_BT))
         state_BTD, logits_VM = self._predict(
@@ -238,8 +238,9 @@ class EagleDrafter(TrainedDrafter):
     def with_own(
         self, memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows
     ) -> tuple[KVRows, jax.Array]:
-        """The entries of this round and who sees them: a query its ancestors below the root, if
-        they are kept, and itself.
+        """Returns keys and values of this round, and the mask of who sees them.
+
+        A query sees itself and, if predicted states are appended, its ancestors below the root.
         """
         B, T, Q = sees_BTQ.shape
         above_BTQ = sees_BTQ[:, :, Q if memory is None else 1 :]
@@ -247,20 +248,20 @@ class EagleDrafter(TrainedDrafter):
         return append_rows(memory, own), jnp.concatenate([above_BTQ, itself_BTT], axis=2)
 
     def at(self, state: EagleState, state_BLD: jax.Array, length_B: jax.Array) -> EagleState:
-        """The same entries, and the last state among the first length_B."""
+        """Returns the same cache, with the last state among the first length_B."""
         last_B = (length_B - 1)[:, None, None]
         return state._replace(last_B1D=jnp.take_along_axis(state_BLD, last_B, axis=1))
 
     def first_queries(
         self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
     ) -> jax.Array:
-        """Of the entries before these places."""
+        """Returns the queries of the slots before these positions."""
         block = EagleBlock(self.spec).bind({"params": self.params})
         e_1TD = self._embedded(text_1L[:, places_1T[0]])
         return block.queries(block.fuse(e_1TD, state_1LD[:, places_1T[0] - 1]), places_1T - 1)
 
     def rows(self, state: EagleState) -> KVRows:
-        """The entries."""
+        """Returns the cache."""
         return state.rows
 
 

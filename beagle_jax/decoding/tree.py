@@ -1,9 +1,9 @@
 """Draft trees: which drafted tokens are continued, and which are verified (method.md 6.4, 6.5).
 
 A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level
-in the same way (`draft.grow`): each query of a level keeps its best children, some children
-become the next level's queries, and at the end some of all children become nodes. A static tree
-says which by fixed places, a dynamic one by score.
+in the same way (`draft.grow`). Each query of a level keeps its best children as candidates. Some
+candidates become the queries of the next level. At the end, some of all candidates become nodes. A
+static tree selects them by fixed indices, a dynamic tree by score.
 
 A static tree is given by paths of child ranks: (0, 2) is the third-best continuation of the best
 first token. A chain is the tree (0,), (0, 0), (0, 0, 0), ..
@@ -54,20 +54,20 @@ EAGLE_PATHS: tuple[tuple[int, ...], ...] = (
 class StaticTree:
     """A tree of fixed shape. Hashable by its paths, so that it can be a static argument of jit.
 
-    The node order is by depth, then by path: parents precede children. Example, paths (0,), (1,),
-    (0, 0):
+    Nodes are ordered by depth, then by path, so that parents precede children. Example with the
+    paths (0,), (1,), (0, 0):
 
-        root            node      0  1  2  3        draft mask (strict ancestors)   verify mask (or
-        self)
-        |- a  (0,)      parent    0  0  0  1        root sees -                     root: root
-        |  '- c (0, 0)  depth     0  1  1  2        a: root    c: root a            a: root a   c:
-        root a c
-        '- b  (1,)      rank      0  0  1  0        b: root                         b: root b
+        root            node      0  1  2  3     draft mask            verify mask
+        |- a  (0,)      parent    0  0  0  1     (strict ancestors)    (ancestors and itself)
+        |  '- c (0, 0)  depth     0  1  1  2     root: -               root: root
+        '- b  (1,)      rank      0  0  1  0     a: root               a: root a
+                                                 b: root               b: root b
+                                                 c: root a             c: root a c
     """
 
     paths: tuple[tuple[int, ...], ...]
 
-    scored = False  # the shape does not depend on scores, so none are computed
+    scored = False  # the shape does not depend on scores, so they are not computed
 
     def __str__(self) -> str:
         if not self.depth:
@@ -94,7 +94,7 @@ class StaticTree:
 
     @cached_property
     def parent_W(self) -> np.ndarray:
-        """Parent of each node; the root is its own."""
+        """Parent of each node; the root is its own parent."""
         index = {path: node for node, path in enumerate(self._ordered)}
         return np.array([index[path[:-1]] for path in self._ordered], np.int32)
 
@@ -105,12 +105,12 @@ class StaticTree:
 
     @cached_property
     def rank_W(self) -> np.ndarray:
-        """Which of its parent's best continuations a node is, 0 the best."""
+        """Rank of each node among the best continuations of its parent, 0 for the best."""
         return np.array([path[-1] if path else 0 for path in self._ordered], np.int32)
 
     @cached_property
     def _queries(self) -> list[np.ndarray]:
-        """Per level, the nodes that have children."""
+        """The nodes with children, for each level."""
         inner = set(self.parent_W[1:].tolist())
         return [
             np.array([node for node in np.flatnonzero(self.depth_W == level) if node in inner])
@@ -118,12 +118,13 @@ class StaticTree:
         ]
 
     def kept_children(self, level: int) -> int:
-        """Best children that each query of a level (0: the root's) keeps as candidates."""
+        """Returns how many children each query of a level keeps. Level 0 is that of the root."""
         return int(self.rank_W[self.depth_W == level + 1].max()) + 1
 
     def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
-        """Which of a level's candidates are the next level's queries: indices [B, T] in (query,
-        rank) order.
+        """Returns which candidates of a level are the queries of the next level.
+
+        Returns their indices [B, T], in (query, rank) order.
         """
         return jnp.broadcast_to(
             self._places(level, self._queries[level + 1])[None],
@@ -131,8 +132,9 @@ class StaticTree:
         )
 
     def chosen(self, score_BN: jax.Array) -> jax.Array:
-        """Which of all candidates, level after level, become nodes 1.. of the tree: ascending
-        indices [B, W - 1].
+        """Returns which of all candidates become nodes 1, 2, .. of the tree.
+
+        Candidates are numbered level after level; returns ascending indices [B, W - 1].
         """
         start = np.cumsum(
             [
@@ -150,19 +152,19 @@ class StaticTree:
         return jnp.broadcast_to(np.concatenate(below)[None], (score_BN.shape[0], self.size - 1))
 
     def _places(self, level: int, nodes: np.ndarray) -> np.ndarray:
-        """Where nodes one level below `level` stand among its candidates."""
+        """Returns the indices of nodes one level below `level` among its candidates."""
         column = np.searchsorted(self._queries[level], self.parent_W[nodes])
         return (column * self.kept_children(level) + self.rank_W[nodes]).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2's tree (method.md 6.4): the draft's own confidence decides where it grows. Hashable.
+    """EAGLE-2's tree (method.md 6.4), which grows where the draft is confident. Hashable.
 
-    Every level keeps the `topk` best children of each query; the `topk` best of these by cumulative
-    log-probability are continued; at the end the `nodes` - 1 best of all candidates are verified. A
-    node's score is at most its parent's, and of equal scores the shallower is taken, so the
-    ancestors of a chosen node are chosen.
+    Every level keeps the `topk` best children of each query, and continues the `topk` best of these
+    by cumulative log-probability. At the end, the `nodes` - 1 best of all candidates are verified.
+    A node's score is at most its parent's, and among equal scores the shallower node is chosen, so
+    the ancestors of a chosen node are chosen too.
     """
 
     levels: int  # draft forwards per round
@@ -185,16 +187,17 @@ class DynamicTree:
         return self.levels
 
     def kept_children(self, level: int) -> int:
-        """Best children that each query of a level keeps as candidates."""
+        """Returns how many children each query of a level keeps as candidates."""
         return self.topk
 
     def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
-        """The best candidates of a level [B, topk]."""
+        """Returns indices of the best candidates of a level [B, topk]."""
         return jax.lax.top_k(score_BC, self.topk)[1]
 
     def chosen(self, score_BN: jax.Array) -> jax.Array:
-        """The best candidates of all levels, in order of creation [B, W - 1]: parents precede
-        children.
+        """Returns indices of the best candidates of all levels [B, W - 1].
+
+        They are in order of creation, so that parents precede children.
         """
         return jnp.sort(jax.lax.top_k(score_BN, self.nodes - 1)[1], axis=-1)
 
@@ -205,13 +208,15 @@ ROOT_ONLY = StaticTree(())
 
 
 def chain(levels: int) -> StaticTree:
-    """One draft token per level."""
+    """Returns a chain: one draft token per level."""
     return StaticTree(tuple((0,) * depth for depth in range(1, levels + 1)))
 
 
 def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
-    """A tree of given paths. Raises UserError when a path's parent is missing, or a path is empty
-    or repeated.
+    """Returns the tree with these paths.
+
+    Raises:
+        UserError: The parent of a path is missing, or a path is empty or repeated.
     """
     known = {tuple(path) for path in paths}
     if len(known) < len(paths) or () in known:
@@ -230,14 +235,15 @@ def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
 
 
 def candidates(levels: int, topk: int) -> int:
-    """Children that a dynamic tree keeps over all levels: the root's, then those of topk queries a
-    level.
+    """Returns how many candidates a dynamic tree keeps over all levels.
+
+    These are the children of the root, then those of `topk` queries per level.
     """
     return topk + (levels - 1) * topk**2
 
 
 def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
-    """EAGLE-2's tree. Raises UserError for sizes that cannot be filled."""
+    """Returns EAGLE-2's tree. Raises UserError if there are fewer candidates than nodes."""
     if levels < 1 or topk < 1:
         raise UserError(
             f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both "
@@ -253,7 +259,7 @@ def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
 
 
 def tree_of(config: DecodeConfig) -> Tree:
-    """The tree that a config asks for."""
+    """Returns the tree of a config."""
     if config.tree == "chain":
         return chain(config.levels)
     if config.tree == "dynamic":

@@ -1,10 +1,9 @@
-"""Which dynamic tree is fastest here: measured costs of this machine against measured acceptance of
-this draft.
+"""Choice of the fastest dynamic tree, from measured costs and measured acceptance.
 
 A round of a tree with P levels, k children per node and W nodes takes draft(P, k) + verify(W), and
-brings one token more than it accepts. Acceptance needs no decoding loop: along texts that the
-target wrote, the draft grows its widest tree at every place, and the places of the right
-continuation in its ranking tell what every smaller tree would accept.
+writes one token more than it accepts. Acceptance is measured without a decoding loop: at every
+position of texts that the target wrote, the draft grows its widest tree. The ranks of the correct
+continuation in that tree determine what every smaller tree would accept.
 """
 
 import hashlib
@@ -45,14 +44,14 @@ LEVELS = range(1, 7)
 TOPKS = (1, 2, 3, 4, 6, 8)
 _CAPACITY = 256  # cache slots while measuring
 _REPEATS = 7
-PASSES = 4  # passes of one timed call
+PASSES = 4  # passes in one timed call
 _TUNE = "run python -m beagle_jax.tune --config FILE"
-_BATCH = 16  # places of a text whose trees are grown at once
+_BATCH = 16  # positions of a text whose trees are grown at once
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One tree, and what it promises."""
+    """One tree, with its expected speed."""
 
     levels: int
     topk: int
@@ -62,40 +61,44 @@ class Choice:
 
     @property
     def tokens_per_second(self) -> float:
-        """Expected, prefill not counted."""
+        """Expected speed, without the prefill."""
         return 1000 * self.tau / self.milliseconds
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """All that was measured."""
+    """All measurements."""
 
-    verify_ms: dict[int, float]  # by rows
+    verify_ms: dict[int, float]  # by number of nodes
     draft_ms: dict[tuple[int, int], float]  # by (levels, topk)
     rank_share: (
         np.ndarray
-    )  # [depth, rank]: share of places, right so far, whose right token has this rank
-    places: int  # how many places of text were looked at
+    )  # [depth, rank]: share of correct tokens with this rank, where all tokens above are correct
+    places: int  # number of positions of text that were measured
     choices: list[Choice]  # best first
 
     @property
     def plain_tokens_per_second(self) -> float:
-        """Of plain decoding, on the same terms."""
+        """Expected speed of plain decoding, without the prefill."""
         return 1000 / self.verify_ms[1]
 
 
 def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
-    """texts: prompts and the target's answers, as tokens. Raises UserError when all of them are too
-    short.
+    """Measures this machine and this draft, and ranks all trees by expected speed.
+
+    texts: prompts and the target's answers, as tokens.
+
+    Raises:
+        UserError: All texts are too short to measure acceptance.
     """
     drafter = trained_drafter(draft, target.params)
     model = TargetModel(target.spec, target.params)
     read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
     if not read:
         raise UserError(
-            f"no answer to the sample prompts is longer than {max(LEVELS)} tokens within the "
-            f"first {_CAPACITY} of its text, so there is nothing to measure acceptance on; "
-            "raise eval.max_new_tokens or --prompts, or set other eval.suites"
+            "acceptance cannot be measured: no answer to the sample prompts has more than "
+            f"{max(LEVELS)} tokens among the first {_CAPACITY} of prompt and answer; raise "
+            "eval.max_new_tokens or --prompts, or set other eval.suites"
         )
     verify_ms = {
         rows: milliseconds(verifying(target, rows))
@@ -153,7 +156,7 @@ class Passes:
 
 
 def milliseconds(work: Passes) -> float:
-    """Median time of one pass; the first call is not timed."""
+    """Returns the median time of one pass; the first call is not timed."""
     jax.block_until_ready(work.call())
     seconds = []
     for _ in range(_REPEATS):
@@ -186,7 +189,7 @@ def _verified(
 
 
 def verifying(target: Target, rows: int) -> Passes:
-    """A call that verifies this many rows, greedily, `PASSES` times."""
+    """Returns a call that verifies `rows` nodes greedily, `PASSES` times."""
     cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
     return Passes(lambda: _verified(target.params, target.spec, tokens, cache, visible), PASSES)
@@ -194,7 +197,7 @@ def verifying(target: Target, rows: int) -> Passes:
 
 @partial(jax.jit, static_argnames="tree")
 def _grown(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> Nodes:
-    """The tree below each root; nothing of it is left out."""
+    """Returns the whole tree below each root."""
     return drafter.propose(state, known, tree, None).nodes
 
 
@@ -213,14 +216,14 @@ def _drafted(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) ->
 
 
 def drafting(drafter: TrainedDrafter, tree: Tree) -> Passes:
-    """A call that drafts this tree `PASSES` times."""
+    """Returns a call that drafts this tree `PASSES` times."""
     state = drafter.init(1, _CAPACITY)
     known = Known(jnp.zeros(1, jnp.int32), jnp.full(1, _CAPACITY - 8))
     return Passes(lambda: _drafted(drafter, tree, state, known), PASSES)
 
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
-    """A tree of few nodes: choosing them is part of the cost of drafting."""
+    """Returns a tree with few nodes: choosing them is part of the cost of drafting."""
     return dynamic_tree(levels, topk, min(8, candidates(levels, topk) + 1))
 
 
@@ -229,7 +232,7 @@ def small_tree(levels: int, topk: int) -> DynamicTree:
 def _read_text(
     model: TargetModel, drafter: TrainedDrafter, text_BL: jax.Array
 ) -> tuple[State, jax.Array]:
-    """The drafter's state after a text, and the target's states [B, L, D]."""
+    """Returns the drafter's state after a text, and the target's states [B, L, D]."""
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     mask_BLL = causal_mask(jnp.full(B, L), L)
@@ -254,7 +257,7 @@ def _read(
 
 
 def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
-    """Places of an answer that have a future. None of a short answer, or after a long prompt."""
+    """Returns positions of an answer with enough text after them; empty if it is too short."""
     return np.arange(len(prompt), min(len(prompt) + len(answer), _CAPACITY) - max(LEVELS))
 
 
@@ -269,7 +272,7 @@ def _widest_trees(
     """The full tree at each root of a text."""
     grown: list[list[np.ndarray]] = []
     for start in range(0, len(roots), _BATCH):
-        # The last batch repeats places; they are cut off below.
+        # The last batch repeats positions, which are removed below.
         places = jnp.asarray(np.resize(roots[start : start + _BATCH], _BATCH))
         at_B = drafter.at(state, jnp.repeat(states_BLD, _BATCH, axis=0), places)
         known = Known(jnp.asarray(padded_BL[0])[places], places)
@@ -314,10 +317,9 @@ def _order_of_right_path(
     follows_MP: np.ndarray,
     levels: int,
 ) -> np.ndarray:
-    """How many candidates of a tree of this many levels come before the right one at each depth [M,
-    levels].
+    """Returns how many candidates come before the correct one at each depth [M, levels].
 
-    Candidates that are not there come after all others.
+    levels: of the tree. A correct token that is not a candidate comes after all candidates.
     """
     path_MP = _right_path(token_MW, parent_MW, depth_MW, follows_MP)[:, :levels]
     candidate_MW = (depth_MW >= 1) & (depth_MW <= levels)
@@ -343,7 +345,7 @@ def _rank_share(
     share = np.zeros((follows_MP.shape[1], topk))
     above = np.zeros(len(token_MW), int)
     for depth, node in enumerate(path_MP.T):
-        # Only where the parent was continued can there be children at all.
+        # A node has children only if it was continued.
         reached = (above >= 0) & ((parent_MW == above[:, None]) & (depth_MW == depth + 1)).any(
             axis=1
         )
@@ -361,13 +363,13 @@ def _rank_share(
 def answers_for_tuning(
     target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[tuple[list[int], list[int]]]:
-    """The target's own greedy answers, written as one batch."""
+    """Returns the target's greedy answers, written as one batch."""
     answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=max_new_tokens)
     return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def machine() -> str:
-    """What the costs were measured on."""
+    """Returns a description of the device on which the costs were measured."""
     device = jax.devices()[0]
     name = device.device_kind if device.platform != "cpu" else f"{_processor()} x{os.cpu_count()}"
     return f"{device.platform} {name}, jax {jax.__version__}"
@@ -382,7 +384,7 @@ def _processor() -> str:
 
 
 def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
-    """Where the tree for this machine, target and draft is remembered."""
+    """Returns the path of the tuned tree for this machine, target and draft."""
     quantised = (
         "" if target.quantised is None else f" {target.quantised.kind} {target.quantised.group}"
     )
@@ -393,13 +395,13 @@ def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
 
 
 def remember(path: Path, choice: Choice) -> None:
-    """Keeps a choice for `decode.tree: auto`."""
+    """Saves a choice for `decode.tree: auto`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"machine": machine(), **asdict(choice)}, indent=1) + "\n")
 
 
 def tuned_tree(path: Path) -> DynamicTree:
-    """The remembered choice. Raises UserError when there is none."""
+    """Loads the saved choice. Raises UserError if there is none."""
     if not path.exists():
         raise UserError(
             "decode.tree is auto, but no tree was tuned for this draft on this machine "

@@ -1,12 +1,12 @@
-"""Writing answers to many prompts at once: the engine without a drafter, on a ring, keeping states.
+"""Writes the target's answers to many prompts, with its states, as training data.
 
-This is how the target writes training data, and its states with it: they are the text's cheapest
-by-product. Rounds run in segments of a few so that the host can show progress and refill rows.
-Prompt n draws with seed + n by the place of each token, so that the text does not depend on the
-rows.
+It runs the engine without a drafter, on a ring cache. The states are a by-product of decoding and
+cost nothing extra. Rounds run in short segments, so that the host can show progress and refill
+rows. Prompt n draws with seed + n and the position of each token, so the text does not depend on
+the number of rows.
 
-What all prompts begin with, a chat template's header, is read once: a token read costs as much as a
-token written.
+A prefix that all prompts share, such as the header of a chat template, is read once: reading a
+token costs as much as writing one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +31,10 @@ from beagle_jax.model.cache import KVRows, RingCache, append_rows, repeated, rou
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import Params, TargetSpec, forward, init_cache
 
-SEGMENT_ROUNDS = 8  # tokens per row between two looks of the host
+SEGMENT_ROUNDS = 8  # tokens per row between two reads by the host
 ADMIT_ROWS = 16  # prompts read in one prefill
-PROMPT_BUCKET = 16  # what is read of a prompt is padded to a multiple of this: one compile each
-_ROOM_BUCKET = 32  # and the cache's room for it to a multiple of this: each size recompiles all
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of this; each length compiles once
+_ROOM_BUCKET = 32  # cache slots for prompts are a multiple of this: a new size recompiles all
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class Written:
     """What the target wrote for one prompt."""
 
     index: int  # of the prompt
-    tokens: list[int]  # with the stop token, if one came
-    # the target's states over prompt and answer; zeros at the last token, which it never read
+    tokens: list[int]  # of the answer, with its stop token if there is one
+    # The target's states of prompt and answer. Zeros for the last token, which was never read.
     states_LD: np.ndarray
 
 
 class Beginning(NamedTuple):
-    """What all prompts begin with, P tokens: its rows in each layer, of one sequence, and its
-    states.
+    """The prefix of P tokens that all prompts share: key/value rows of each layer, and states.
+
+    The rows are those of one sequence.
     """
 
     rows: list[KVRows]
@@ -62,8 +63,10 @@ _read = jax.jit(forward, static_argnames="spec")
 def _read_beginning(
     params: Params, spec: TargetSpec, prompts: Sequence[Sequence[int]]
 ) -> Beginning:
-    """Reads what all prompts begin with, perhaps nothing. One token of each is left: what comes
-    next is read off that.
+    """Reads the longest prefix that all prompts share; it may be empty.
+
+    At least one token of each prompt stays outside, because its state predicts the answer's first
+    token.
     """
     shortest = min(map(len, prompts))
     # What these two share, those between them in order share too.
@@ -81,7 +84,7 @@ def _read_beginning(
 
 @partial(jax.jit, static_argnames=("spec", "batch", "max_new"))
 def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: int) -> DecodeState:
-    """Rows without requests, all of which hold the beginning."""
+    """Returns rows without requests, each with the shared prefix in its cache."""
     rings = init_cache(spec, batch, max_new, beginning[0].v_BKSH.dtype)
     layers = list(map(append_rows, rings, repeated(beginning, batch)))
     zero_B = jnp.zeros(batch, jnp.int32)
@@ -98,13 +101,13 @@ def _resized(state: DecodeState, row_N: AnyArray, room: int) -> DecodeState:
 
 
 class _Line:
-    """The host's side of one row: which prompt it answers, and the states that came so far."""
+    """Host data of a row: the prompt that it answers, and the states so far."""
 
     def __init__(self, index: int, prompt_states_TD: np.ndarray) -> None:
         self.index, self.count, self.states = index, 1, [prompt_states_TD]
 
     def grow(self, count: int, states_SD: np.ndarray) -> None:
-        """Takes the states of the tokens that this segment read: one for each that it chose."""
+        """Appends the states of a segment, one for each token that it wrote."""
         self.states.append(states_SD[: count - self.count].copy())
         self.count = count
 
@@ -114,8 +117,10 @@ class _Line:
 
 
 class _Rows:
-    """The rows of a state, and the prompts that wait for them, shortest first: neighbours share a
-    padded length, and the cache grows only when it must.
+    """The rows of a state, and the prompts that wait for a row.
+
+    Prompts wait in order of their length, the shortest first: neighbours then share a padded
+    length, and the cache grows as late as possible.
     """
 
     def __init__(
@@ -136,9 +141,9 @@ class _Rows:
         self.lines: list[_Line | None] = [None] * batch
 
     def refill(self) -> int:
-        """Admits prompts to free rows: a full prefill or nothing, except at the end. How many?
+        """Admits prompts to free rows, and returns how many.
 
-        Half-empty prefills cost as much as full ones.
+        It waits for a full prefill, except at the end: a half-empty one costs as much.
         """
         free = [row for row, line in enumerate(self.lines) if line is None]
         admitted = 0
@@ -152,7 +157,7 @@ class _Rows:
         return admitted
 
     def shrink(self) -> None:
-        """Drops rows that no prompt will need, when they are many."""
+        """Drops rows that no prompt will use, if at least half of all rows can go."""
         live = [row for row, line in enumerate(self.lines) if line is not None]
         fewer = _rows(len(self.lines), len(live))
         if not self.waiting and fewer < len(self.lines):
@@ -162,7 +167,7 @@ class _Rows:
             self.lines = [self.lines[row] for row in keep]
 
     def run(self) -> tuple[int, list[Written]]:
-        """Runs a segment: how many tokens it wrote, and the answers that it ended."""
+        """Runs a segment. Returns how many tokens it wrote, and the answers that ended."""
         self.state, now, states_SBD = advance_keeping(self.now, self.state, rounds=SEGMENT_ROUNDS)
         now, states_SBD = jax.device_get((now, states_SBD))
         live = [(row, line) for row, line in enumerate(self.lines) if line is not None]
@@ -190,8 +195,9 @@ class _Rows:
             self.lines[row] = _Line(index, np.concatenate([self.beginning.states_PD, own_TD]))
 
     def _chunk(self, rows: list[int], taken: list[int]) -> Chunk:
-        """What follows the beginning in some prompts; the last one is repeated up to
-        ADMIT_ROWS.
+        """Returns a chunk of what follows the prefix in some prompts.
+
+        If there are fewer prompts than ADMIT_ROWS, the last one is repeated.
         """
         P, missing = len(self.beginning.states_PD), ADMIT_ROWS - len(rows)
         rows, taken = rows + rows[-1:] * missing, taken + taken[-1:] * missing
@@ -224,9 +230,11 @@ def write_answers(
 ) -> Iterator[Written]:
     """Yields answers as rows finish, in no fixed order.
 
-    batch: rows at most. on_tokens: gets how many tokens each segment added. parts: of the
-    rounds, replaced (`Round.with_`). Raises UserError when
-    the target's logits are not finite.
+    batch: largest number of rows. on_tokens: called with the number of new tokens after each
+    segment. parts: replacements for parts of a round (`Round.with_`).
+
+    Raises:
+        UserError: The target's logits are not finite.
     """
     if not prompts:
         return
@@ -245,8 +253,9 @@ def write_answers(
 
 
 def _rows(batch: int, prompts: int) -> int:
-    """Rows for so many prompts: the batch, or its half, quarter, ..: few sizes, as each is
-    compiled.
+    """Returns a number of rows for these prompts: the batch, or its half, quarter, ...
+
+    There are few sizes, because each one compiles.
     """
     while -(-batch // 2) >= max(prompts, ADMIT_ROWS):
         batch = -(-batch // 2)
