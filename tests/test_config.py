@@ -229,8 +229,8 @@ def test_tau_while_training_needs_a_tree_and_measurements(load):
 
 def test_chats_kept_out_fill_a_batch(load):
     assert (
-        "log.eval_rows is 3, less than train.batch = 4: chats that are kept out are measured "
-        "in whole batches" in refused(load, TARGET, "log.eval_rows=3", "train.batch=4")
+        "log.eval_rows is 3, less than train.batch = 4, but held-out chats are measured in "
+        "whole batches" in refused(load, TARGET, "log.eval_rows=3", "train.batch=4")
     )
     load(TARGET, "log.eval_rows=4", "train.batch=4")
 
@@ -340,7 +340,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ),
         (
             "mesh.tensor=-1",
-            "mesh.data and mesh.tensor are both -1; only one of them can be what the others leave",
+            "mesh.data and mesh.tensor are both -1 (all devices that the others leave); expected "
+            "at most one -1",
         ),
         ("train.clip_norm=0", "train.clip_norm is 0.0; expected more than 0"),
         ("data.answers=rewrite", "data.answers is 'rewrite'; expected one of keep, regenerate"),
@@ -367,7 +368,8 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ("train.late.simulation_steps=0", "train.late.simulation_steps is 0; expected at least 1"),
         (
             "train.late.step_weights=[2, 1]",
-            "train.late.step_weights has 2 entries, expected 4 (simulation_steps)",
+            "train.late.step_weights has 2 entries; expected 4, one for each of "
+            "train.late.simulation_steps",
         ),
         (
             "train.early.simulation_steps=2",

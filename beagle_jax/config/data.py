@@ -25,79 +25,82 @@ class DataConfig(Section):
 
     source: str = setting(
         "self",
-        "self: the target writes all; a .jsonl[.gz] or .json file; a folder; "
-        "hf:org/name[@revision]; hf:FOLDER",
+        "chats: a .jsonl[.gz] or .json file, a folder of .jsonl[.gz] files, "
+        "hf:org/name[@revision] or hf:FOLDER; self: the target writes prompts and answers",
         affects=("text", "stage"),
         path="input",
     )
     split: str = setting(
         "train",
-        "of an hf: dataset, as the datasets library writes it",
+        "split of an hf: dataset, as the datasets library writes it",
         affects=("text", "stage"),
     )
     streaming: bool = setting(
         False,
-        "read an hf: dataset as it comes, and keep nothing of it on disk",
+        "read an hf: dataset as a stream, without a copy on disk",
         affects=("stage",),
     )
     answers: Literal["keep", "regenerate"] = setting(
         "keep",
-        "regenerate: chats are cut at their first answer, and the target writes it",
+        "keep: the answers of the chats; regenerate: chats are cut before their first answer, and "
+        "the target writes it",
         affects=("text", "stage"),
     )
     folder: str = setting(
         "runs/data",
-        "where prompts, answers and states are kept, for this and the next run",
+        "folder for prompts, answers and states, which later runs use again",
         affects=("stage",),
         path="output",
     )
     # A larger budget adds to the existing text, which stays valid.
     answer_tokens: int = setting(
         60_000,
-        "tokens of answers; no more text is written once there are so many",
+        "tokens of answers to train on; no more text is written after them",
         affects=("stage",),
         ge=1,
     )
     max_prompt_tokens: int = setting(
         128,
-        "tokens; longer prompts are left out, and counted",
+        "limit in tokens; longer prompts are left out, and their number is printed",
         affects=("text", "stage"),
         ge=1,
     )
     max_chat_tokens: int = setting(
         2048,
-        "tokens; chats that have answers are cut here; those without one before the cut are left "
-        "out, and counted",
+        "limit in tokens; longer chats with answers are cut; those without an answer before the "
+        "cut are left out, and their number is printed",
         affects=("text", "stage"),
         ge=1,
     )
     max_answer_tokens: int = setting(
-        96, "tokens; an answer is cut here", affects=("text", "stage"), ge=1
+        96, "limit in tokens of an answer that the target writes", affects=("text", "stage"), ge=1
     )
     temperature: Temperature = setting(
-        0.0, "of the answers; 0 is greedy", affects=("text", "stage"), ge=0
+        0.0, "temperature of the answers; 0: greedy", affects=("text", "stage"), ge=0
     )
-    top_k: int = setting(
-        64, "when sampling, most likely tokens kept", affects=("text", "stage"), ge=1
-    )
+    top_k: int = setting(64, "sampling: most likely tokens kept", affects=("text", "stage"), ge=1)
     # Greedy text does not depend on the batch size. Sampled text does, because a batch draws for
     # all its rows at once, but existing sampled text stays valid with another batch size.
-    batch: int = setting(64, "answers written at once", ge=1)
-    seed: int = setting(0, "of sampling and of the order of prompts", affects=("text", "stage"))
+    batch: int = setting(64, "answers written at the same time", ge=1)
+    seed: int = setting(
+        0, "seed of sampling and of the order of prompts", affects=("text", "stage")
+    )
     max_bad_share: Number = setting(
         0.2,
-        "share of a source's records that may be unusable; they are left out, counted and named",
+        "largest share of unusable records in a source; they are left out, and the log counts "
+        "and names them",
         ge=0,
         le=1,
     )
     states: Literal["disk", "online"] = setting(
         "disk",
-        "the target's states: computed once and read back, or anew in every training step",
+        "the target's states; disk: computed once and stored; online: computed in every training "
+        "step",
         affects=("stage",),
     )
     states_dtype: Literal["float32", "bfloat16", "int8"] | None = setting(
         None,
-        "of states on disk; int8 has a scale a token; null: target.dtype",
+        "dtype of states on disk; int8 has one scale per token; null: target.dtype",
         affects=("text", "stage"),
     )
 

@@ -10,7 +10,10 @@ class DecodeConfig(Section):
     """The draft tree, how tokens are chosen, and where an answer ends."""
 
     tree: Literal["chain", "static", "dynamic", "auto"] = setting(
-        "chain", "static: of `paths`; auto: what `tune` found here", affects=("answers",)
+        "chain",
+        "shape of the draft tree; static: see `paths`; auto: the tree that `tune` chose on this "
+        "machine",
+        affects=("answers",),
     )
     levels: int = setting(5, "chain, dynamic: draft steps per round", affects=("answers",), ge=1)
     topk: int = setting(
@@ -32,8 +35,8 @@ class DecodeConfig(Section):
     )
     ngram: int = setting(
         3,
-        "draft.path lookup: longest run of last tokens looked for; it drafts a chain of as many "
-        "tokens as the tree has",
+        "draft.path lookup: length of the longest run of last tokens to search for; it drafts a "
+        "chain of as many tokens as the tree has",
         affects=("answers",),
         ge=1,
     )
@@ -42,16 +45,18 @@ class DecodeConfig(Section):
         'predicted states become keys of deeper levels (the paper\'s "concate")',
         affects=("answers",),
     )
-    temperature: Temperature = setting(0.0, "0: greedy", affects=("answers",), ge=0)
+    temperature: Temperature = setting(
+        0.0, "temperature of sampling; 0: greedy", affects=("answers",), ge=0
+    )
     top_k: int = setting(0, "sampling: most likely tokens kept; 0: all", affects=("answers",), ge=0)
     top_p: Number = setting(
-        1.0, "sampling: share of probability kept", affects=("answers",), gt=0, le=1
+        1.0, "sampling: share of the probability kept", affects=("answers",), gt=0, le=1
     )
     rule: Literal["match", "ratio"] = setting(
         "match",
-        "sampling: how drafts are accepted; ratio: Leviathan's, for chains",
+        "sampling: rule to accept drafts; ratio: Leviathan's rule, only for chains",
         affects=("answers",),
     )
-    seed: int = setting(0, "of every draw", affects=("answers",), ge=0)
-    max_new_tokens: int = setting(128, "tokens; an answer ends here", ge=1)
-    stop: Listed[str] = setting((), "or before any of these strings")
+    seed: int = setting(0, "seed of all draws", affects=("answers",), ge=0)
+    max_new_tokens: int = setting(128, "limit in tokens of an answer", ge=1)
+    stop: Listed[str] = setting((), "strings; an answer ends before the first of them")

@@ -12,19 +12,19 @@ class DraftConfig(Section):
 
     path: str | None = setting(
         None,
-        "folder of a trained draft; lookup: none, what followed the same words before; null: "
+        "folder of a trained draft; lookup: prompt lookup, which copies from earlier text; null: "
         "<train.folder>/draft",
         path="input",
     )
     kind: Literal["beagle", "eagle"] = setting(
         "beagle",
-        "of a draft that is trained; one that is loaded says itself what it is",
+        "kind of draft to train; a trained draft stores its own kind",
         affects=("stage",),
     )
     init: str = setting(
         "normal",
-        "normal; ridge: a closed-form start (training/warm_start.py); or a draft's folder, to go "
-        "on from it",
+        "initial weights; normal: random; ridge: a closed-form solution (training/warm_start.py); "
+        "or the folder of a draft to continue from",
         affects=("stage",),
         path="input",
     )
@@ -36,7 +36,8 @@ class DraftConfig(Section):
     )
     hot_tokens: int = setting(
         0,
-        "the draft scores only this many most frequent answer tokens; 0: all (method.md 3.2)",
+        "number of tokens that the draft scores, the most frequent ones of answers; 0: all "
+        "(method.md 3.2)",
         affects=("stage",),
         ge=0,
     )

@@ -12,22 +12,25 @@ class EvalConfig(Section):
 
     suites: Listed[str] = setting(
         ("held_out",),
-        "held_out: 40 committed prompts; names of evaluation/suites.py; .jsonl[.gz] files",
+        "sets of prompts; held_out: 40 prompts of this repository; other names in "
+        "evaluation/suites.py; or .jsonl[.gz] files",
         affects=("answers", "tau"),
         path="input",
     )
     folder: str | None = setting(
         None,
-        "where the suites' files are looked for before they are downloaded from the hub; null: "
-        "nowhere",
+        "folder with the files of the suites; what is not there is downloaded from the hub; null: "
+        "no folder",
         path="input",
     )
     limit: int | None = setting(
-        None, "only the first so many prompts of each suite", affects=("answers",), ge=1
+        None, "number of first prompts to use of each suite; null: all", affects=("answers",), ge=1
     )
-    max_new_tokens: int = setting(96, "tokens per answer", affects=("answers", "tau"), ge=1)
+    max_new_tokens: int = setting(
+        96, "limit in tokens of an answer", affects=("answers", "tau"), ge=1
+    )
     compare: Listed[str] = setting(
-        (), "more drafts to show beside the first: folders, or lookup", path="input"
+        (), "more drafts to compare with the first: folders, or lookup", path="input"
     )
     every: int = setting(
         0,
@@ -37,13 +40,13 @@ class EvalConfig(Section):
     )
     train_prompts: int = setting(
         8,
-        "training: prompts of the first suite that it is measured on, in one batch",
+        "training: number of prompts for these measurements, from the first suite, in one batch",
         affects=("tau",),
         ge=1,
     )
     patience: int = setting(
         0,
-        "training: a stage ends after so many measurements without a better tau; 0: never",
+        "training: measurements without a better tau after which a stage ends; 0: never",
         ge=0,
     )
 

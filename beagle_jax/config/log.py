@@ -9,11 +9,13 @@ class LogConfig(Section):
     every: int = setting(10, "steps between two lines of the log", ge=1)
     eval_rows: int = setting(
         0,
-        "chats kept out of training to measure agreement on; 0: none",
+        "chats kept out of training, on which agreement with the target is measured; 0: none",
         affects=("stage",),
         ge=0,
     )
     tensorboard: bool = setting(
-        False, "figures to <train.folder>/tensorboard too; needs tensorboardX"
+        False, "also write metrics to <train.folder>/tensorboard; needs tensorboardX"
     )
-    wandb: str | None = setting(None, "project of Weights & Biases that gets them too; needs wandb")
+    wandb: str | None = setting(
+        None, "also send metrics to this project of Weights & Biases; needs wandb"
+    )

@@ -26,17 +26,19 @@ class MeshConfig(Section):
     """How training is spread over devices (sharding.py). The sizes multiply to their number."""
 
     data: _Size = setting(
-        -1, "groups of devices that hold other rows of a batch; -1: what the others leave"
+        -1, "parts of a batch (data parallel); -1: all devices that the others leave"
     )
-    fsdp: _Size = setting(1, "parts of a batch, and of each trained matrix and its optimizer state")
-    tensor: _Size = setting(1, "parts of heads, MLP width and vocabulary")
+    fsdp: _Size = setting(
+        1, "parts of a batch, of each trained matrix and of its optimizer state; -1: the rest"
+    )
+    tensor: _Size = setting(1, "parts of heads, MLP width and vocabulary; -1: the rest")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         rest = [name for name, size in self.model_dump().items() if size == -1]
         if len(rest) > 1:
             raise refusal(
-                f"{' and '.join('{at}' + name for name in rest)} are both -1; only one of them can "
-                "be what the others leave"
+                f"{' and '.join('{at}' + name for name in rest)} are both -1 (all devices that the "
+                "others leave); expected at most one -1"
             )
         return self

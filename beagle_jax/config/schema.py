@@ -46,7 +46,7 @@ def schema() -> dict[str, Any]:
         _add_alias(made, definitions, alias, meant.key)
     made["properties"][EXTENDS] = {
         "type": "string",
-        "description": "a config file that this one changes, relative to this one",
+        "description": "a config file that this one changes; relative to this file",
     }
     made["patternProperties"] = {rf"^({'|'.join(Config.model_fields)})\.": {}}  # dotted keys
     return {
@@ -61,8 +61,8 @@ def _short_late(definitions: dict[str, Any], late: dict[str, Any]) -> dict[str, 
     both = {
         **definitions["TestTimeStage"]["properties"],
         **definitions["LateStage"]["properties"],
-        "objective": {"enum": ["late", "test_time"], "description": "what is learnt"},
-        "dense": {"type": "boolean", "description": "true: objective test_time, as 0.1.0 wrote it"},
+        "objective": {"enum": ["late", "test_time"], "description": "training objective"},
+        "dense": {"type": "boolean", "description": "version 0.1.0; true: objective test_time"},
     }
     definitions["ShortLateStage"] = {
         "type": "object",
@@ -85,11 +85,11 @@ def _short_early(definitions: dict[str, Any], early: dict[str, Any]) -> dict[str
         **definitions["EarlyStage"],
         "properties": {
             **definitions["EarlyStage"]["properties"],
-            "simulation_steps": {"const": 1, "description": "of 0.1.0; always 1"},
-            "detach": {"type": "boolean", "description": "of 0.1.0; without effect"},
-            "dense": {"const": False, "description": "of 0.1.0; always false"},
-            "multi_token": {"const": False, "description": "of 0.1.0; always false"},
-            "step_weights": {"description": "of 0.1.0; without effect"},
+            "simulation_steps": {"const": 1, "description": "version 0.1.0; always 1"},
+            "detach": {"type": "boolean", "description": "version 0.1.0; has no effect"},
+            "dense": {"const": False, "description": "version 0.1.0; always false"},
+            "multi_token": {"const": False, "description": "version 0.1.0; always false"},
+            "step_weights": {"description": "version 0.1.0; has no effect"},
         },
         "description": "`train.early`",
     }
@@ -114,7 +114,7 @@ def _add_alias(made: dict[str, Any], definitions: dict[str, Any], alias: str, ke
 def _meaning(alias: str) -> str:
     meant = ALIASES[alias]
     return f"stands for {meant.key}" + (
-        f", which counts {meant.more} more than {meant.of} does" if meant.more else ""
+        f", whose value is larger than {meant.of} by {meant.more}" if meant.more else ""
     )
 
 
@@ -132,14 +132,14 @@ def page() -> str:
         "",
         "Every setting of every command, by section. A config is a YAML file with these sections;",
         "`section.key=value` on the command line changes a setting of the file, and",
-        "`--print-config` shows all of them and where each comes from. A file may begin with",
-        "`extends: other.yaml`, and then says only what differs. The last column names what is",
-        "kept on disk and is of no use once the setting has another value: the training *text*",
-        "with its states, the checkpoints of a *stage*, the *answers* of an evaluation, and the",
-        "*tau*s that training compares.",
+        "`--print-config` shows all settings and where each comes from. A file may begin with",
+        "`extends: other.yaml`, and then contains only what differs. The last column names the",
+        "results on disk that depend on the setting, and cannot be used after a change of its",
+        "value: the training *text* with its states, the checkpoints of a *stage*, the *answers*",
+        "of an evaluation, and the values of *tau* that training compares.",
         "",
-        "Files and folders that are read are relative to the config file, and where they are not",
-        "there, to the working directory. What is written, and all that the command line names, is",
+        "Paths of input files and folders are relative to the config file; if they do not exist",
+        "there, to the working directory. Paths of output, and all paths on the command line, are",
         "relative to the working directory. `~` is the home folder.",
     ]
     for name, field in Config.model_fields.items():
@@ -174,7 +174,7 @@ def page() -> str:
         "",
         "::: beagle_jax.config.section",
         "",
-        "What a wrong setting is answered with:",
+        "The exception for a wrong setting:",
         "",
         "::: beagle_jax.errors",
     ]

@@ -13,21 +13,21 @@ class _Stage(Section):
     """What every stage has."""
 
     steps: int = setting(0, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
-    learning_rate: Number = setting(3e-5, "its peak, after warm-up", affects=_AFFECTS, ge=0)
+    learning_rate: Number = setting(3e-5, "peak, reached after warm-up", affects=_AFFECTS, ge=0)
     warmup: int = setting(100, "batches of linear warm-up", affects=_AFFECTS, ge=0)
     schedule: Literal["constant", "cosine"] = setting(
-        "constant", "after warm-up; cosine ends at zero", affects=_AFFECTS
+        "constant", "learning rate after warm-up; cosine ends at zero", affects=_AFFECTS
     )
 
 
 class EarlyStage(_Stage):
     """Every position of a window is predicted from true states (method.md 3)."""
 
-    objective: Literal["early"] = setting("early", "what is learnt", affects=_AFFECTS)
+    objective: Literal["early"] = setting("early", "training objective", affects=_AFFECTS)
     steps: int = setting(1000, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
     window: int = setting(
         5,
-        "k: positions predicted from one context (method.md 3.1); EAGLE has 1",
+        "k: positions predicted from one context (method.md 3.1); 1 for EAGLE",
         affects=_AFFECTS,
         ge=1,
     )
@@ -43,7 +43,7 @@ class EarlyStage(_Stage):
 class LateStage(_Stage):
     """Draft steps are simulated from the start of each window (method.md 4)."""
 
-    objective: Literal["late"] = setting("late", "what is learnt", affects=_AFFECTS)
+    objective: Literal["late"] = setting("late", "training objective", affects=_AFFECTS)
     steps: int = setting(500, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
     window: int = setting(
         4, "k: positions predicted from one context (method.md 3.1)", affects=_AFFECTS, ge=1
@@ -59,7 +59,7 @@ class LateStage(_Stage):
     )
     multi_token: bool = setting(
         False,
-        "a simulated step predicts the rest of its window too, l = k in place of l = i "
+        "a simulated step also predicts the rest of its window: l = k instead of l = i "
         "(method.md 4.2)",
         affects=_AFFECTS,
     )
@@ -85,7 +85,7 @@ class TestTimeStage(_Stage):
 
     __test__: ClassVar[bool] = False  # pytest collects classes of such names
 
-    objective: Literal["test_time"] = setting("test_time", "what is learnt", affects=_AFFECTS)
+    objective: Literal["test_time"] = setting("test_time", "training objective", affects=_AFFECTS)
     steps: int = setting(500, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
     simulation_steps: int = setting(4, "s: draft steps simulated", affects=_AFFECTS, ge=1)
     step_weights: Listed[Number] | None = setting(
@@ -108,8 +108,8 @@ class TestTimeStage(_Stage):
 def _check_weights(stage: LateStage | TestTimeStage) -> None:
     if stage.step_weights is not None and len(stage.step_weights) != stage.simulation_steps:
         raise refusal(
-            f"{{at}}step_weights has {len(stage.step_weights)} entries, expected "
-            f"{stage.simulation_steps} (simulation_steps)"
+            f"{{at}}step_weights has {len(stage.step_weights)} entries; expected "
+            f"{stage.simulation_steps}, one for each of {{at}}simulation_steps"
         )
 
 

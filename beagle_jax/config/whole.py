@@ -22,11 +22,11 @@ class Config(Section):
     target: TargetConfig = setting(..., "the frozen LLM")
     draft: DraftConfig = setting(DraftConfig(), "the drafter")
     data: DataConfig = setting(DataConfig(), "chats to train on")
-    train: TrainConfig = setting(TrainConfig(), "stages, and what they share")
-    mesh: MeshConfig = setting(MeshConfig(), "how training is spread over devices")
+    train: TrainConfig = setting(TrainConfig(), "training stages, and the settings they share")
+    mesh: MeshConfig = setting(MeshConfig(), "devices of a training run")
     decode: DecodeConfig = setting(DecodeConfig(), "draft tree, sampling, end of an answer")
-    eval: EvalConfig = setting(EvalConfig(), "what is measured")
-    log: LogConfig = setting(LogConfig(), "what is printed and written while training")
+    eval: EvalConfig = setting(EvalConfig(), "prompts and limits of evaluation")
+    log: LogConfig = setting(LogConfig(), "metrics of a training run")
 
     @model_validator(mode="after")
     def _check_eagle(self) -> Self:
@@ -61,8 +61,8 @@ class Config(Section):
         if 0 < self.log.eval_rows < self.train.batch:
             raise refusal(
                 f"log.eval_rows is {self.log.eval_rows}, less than train.batch = "
-                f"{self.train.batch}: chats that are kept out are measured in whole batches; raise "
-                "it, or set it to 0"
+                f"{self.train.batch}, but held-out chats are measured in whole batches; raise "
+                "log.eval_rows, or set it to 0"
             )
         if self.eval.every and self.decode.tree == "auto":
             raise refusal(

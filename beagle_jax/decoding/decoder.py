@@ -73,7 +73,7 @@ class Stream:
 
 
 class SpeculativeDecoder:
-    """Lossless decoding of a target with a draft and a tree, or plain decoding without a draft.
+    """Lossless decoding of a target, with a draft and a tree or plainly without a draft.
 
     Each combination of rows, padded prompt length, cache capacity and sampling filters compiles
     once; the compiled program is kept.

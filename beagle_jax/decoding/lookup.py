@@ -1,4 +1,4 @@
-"""Prompt lookup: drafts by copying from earlier text. A baseline that needs no trained draft.
+"""Prompt lookup: drafts by copying earlier text, a baseline without a trained draft.
 
 It finds the longest run of last tokens that also occurs earlier in the text (the latest occurrence
 if several are equally long) and drafts the tokens after it as a chain. All shapes are fixed and
@@ -22,7 +22,10 @@ from beagle_jax.model.target import TargetSpec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lookup(Drafter):
-    """Drafts from the text itself. State: the tokens by position [B, S], undefined past the end."""
+    """Drafts from the text itself.
+
+    The state is the text, tokens by position [B, S], undefined past its end.
+    """
 
     kind: ClassVar[str] = "lookup"
 
@@ -56,11 +59,12 @@ class Lookup(Drafter):
 
 
 def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int) -> Nodes:
-    """Drafts a chain of `depth` tokens below the root, the token at position length_B of the text.
+    """Drafts a chain of `depth` tokens below the root.
 
-    An earlier run that ends `period` tokens before the root predicts that the text repeats with
-    this period, also past its own end. If not even the root occurs earlier, the root is repeated,
-    because shapes are fixed and some token must be drafted.
+    The root is the token at position length_B of the text. An earlier run that ends `period` tokens
+    before the root predicts that the text repeats with this period, also past its own end. If not
+    even the root occurs earlier, the root is repeated, because shapes are fixed and some token must
+    be drafted.
 
         text      a b c x a b c | ?      run a b c, period 4, drafts x a b
     """

@@ -1,4 +1,4 @@
-"""Requests and answers of a decoder; conversion of prompts to tokens and of tokens to text."""
+"""Requests and answers of a decoder; conversion between prompts, tokens and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

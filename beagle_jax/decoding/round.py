@@ -1,4 +1,4 @@
-"""One round of decoding: propose a tree, let the target read it, accept a path, append its rows.
+"""One round of decoding: propose a tree, read it, accept a path, append its rows.
 
 Plain decoding is the same round with the tree of the root alone. A `Round` holds everything that a
 round reads except the state: weights are its leaves, the rest is static, so that `jit` compiles

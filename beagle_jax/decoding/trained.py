@@ -134,9 +134,10 @@ class TrainedDrafter(TreeDrafter):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BeagleDrafter(TrainedDrafter):
-    """Beagle: queries are token embeddings, and see predicted states of their strict ancestors.
+    """Beagle: queries are token embeddings.
 
-    The state is a cache with keys and values of true states.
+    They see true states, and predicted states of their strict ancestors. The drafter's state is a
+    cache with keys and values of true states.
     """
 
     kind: ClassVar[str] = BeagleSpec.kind

@@ -1,4 +1,4 @@
-"""Draft trees: which drafted tokens are continued, and which are verified (method.md 6.4, 6.5).
+"""Draft trees: which drafts are continued, and which are verified (method.md 6.4, 6.5).
 
 A node is a drafted token; node 0 is the root, the last known token. Every tree grows level by level
 in the same way (`draft.grow`). Each query of a level keeps its best children as candidates. Some
@@ -52,7 +52,7 @@ EAGLE_PATHS: tuple[tuple[int, ...], ...] = (
 
 @dataclass(frozen=True)
 class StaticTree:
-    """A tree of fixed shape. Hashable by its paths, so that it can be a static argument of jit.
+    """A tree of fixed shape. Hashable by its paths, for use as a static argument of jit.
 
     Nodes are ordered by depth, then by path, so that parents precede children. Example with the
     paths (0,), (1,), (0, 0):
