@@ -53,9 +53,9 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
         help="show all settings and where each comes from",
     )
     made.add_argument(
-        "--json", metavar="FILE", help="figures to this file too; -: to stdout, without text"
+        "--json", metavar="FILE", help="also write the result as JSON; -: to stdout, without text"
     )
-    made.add_argument("--quiet", action="store_true", help="no progress, the result alone")
+    made.add_argument("--quiet", action="store_true", help="print only the result, no progress")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
 
@@ -92,4 +92,4 @@ def check_writable(option: str, name: str | None) -> None:
       UsageError: it does not.
     """
     if name and not Path(name).parent.is_dir():
-        raise UsageError(f"{option} {name}: there is no folder {Path(name).parent}")
+        raise UsageError(f"{option} {name}: there is no folder {Path(name).parent}; create it")

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "convert",
-        "Take drafts to PyTorch and back; write a target so that it loads fast (to-jax).",
+        "Convert drafts to PyTorch and back; write a target in a form that loads fast (to-jax).",
         "python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
@@ -31,11 +31,11 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="to-torch, to-jax; with --source from-torch, import-eagle",
+        help="to-torch, to-jax; from-torch, import-eagle (with --source)",
     )
     made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     made.add_argument(
-        "--overwrite", action="store_true", help="replace that folder, as a whole, if it exists"
+        "--overwrite", action="store_true", help="replace the whole folder if it exists"
     )
     made.add_argument(
         "--source", metavar="PATH", help="from-torch, import-eagle: folder or weights file"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         help="from-torch, import-eagle: read .bin and .pt too",
     )
     made.add_argument(
-        "--report", metavar="FILE", help="to-torch: what evaluate --json wrote, for the card"
+        "--report", metavar="FILE", help="to-torch: file of evaluate --json, for the model card"
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

@@ -60,9 +60,9 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         if debug or (error.filename is None and error.errno not in _FULL):
             raise
         return _told(
-            f"{error.filename or 'a file that was being written'}: {error.strerror}; what was "
-            "whole before is kept. Free some space, or name a place that can be read and "
-            "written; --debug shows what was being done"
+            f"{error.filename or 'a file that was being written'}: {error.strerror}; files that "
+            "were complete before are unchanged. Free some space, or choose a path that can be "
+            "read and written; --debug shows the operation that failed"
         )
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -18,14 +18,14 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument(
         "--out",
         metavar="FOLDER",
-        help="keep every answer there, go on from those that are, and write the whole report: "
-        "report.json, report.md, report.html",
+        help="folder for all answers and the report (report.json, report.md, report.html); answers "
+        "that are there are used again",
     )
     made.add_argument(
         "--audit",
         action="store_true",
-        help="hold every answer and every round against a second way of computing it; "
-        "exit status 1 when one differs",
+        help="compute every answer and every round in a second way and compare; "
+        "exit status 1 if one differs",
     )
     add_overrides(made)
     arguments = made.parse_args(argv)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         report,
     )
     if arguments.audit and not report["audit"]["passed"]:
-        raise UserError("the audit failed; the lines above that begin with FAILED say where")
+        raise UserError("the audit failed; see the lines above that begin with FAILED")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,6 @@ def chip_of(device_kind: str) -> Chip | None:
 def unknown_chip(device_kind: str) -> str:
     """Returns the message for a device whose peaks are not known."""
     return (
-        f"no published peaks of {device_kind!r} in beagle_jax/hardware.py, so shares of them are "
-        f"left out; known: {', '.join(CHIPS)}"
+        f"beagle_jax/hardware.py has no published peaks of {device_kind!r}, so shares of the peak "
+        f"are left out; known: {', '.join(CHIPS)}"
     )

@@ -34,7 +34,7 @@ def snapshot_folder(path: Path, setting: str) -> Path:
         if len(commits) != 1:
             listed = ", ".join(commits) or "none"
             raise UserError(
-                f"{setting}: {path} is the hub cache's folder of a repository, and its refs/main "
+                f"{setting}: {path} is a repository folder of the hub cache, and its refs/main "
                 f"names no snapshot that is there (snapshots: {listed}); give the folder of one "
                 f"snapshot, {snapshots / 'COMMIT'}"
             )

@@ -15,21 +15,21 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "plan",
-        "Parameters, work, memory and disk of a training run, and whether its steps\ncompile "
-        "and fit. Needs no weights.",
+        "Show parameters, operations, memory and disk of a training run, and whether its\nsteps "
+        "compile and fit into memory. Needs no weights.",
         "python -m beagle_jax.plan --config configs/llama2_7b_chat.yaml --topology v5e:4x4 "
         "mesh.fsdp=16",
     )
     made.add_argument(
         "--topology",
         metavar="NAME",
-        help="compile for this TPU, v5e:4x4 for example, without having one; needs libtpu",
+        help="compile for this TPU topology, for example v5e:4x4; needs libtpu, but no TPU",
     )
     made.add_argument(
         "--devices",
         type=int,
         metavar="N",
-        help="plan for N devices, as virtual CPUs, instead of those of this machine",
+        help="plan for N virtual CPU devices instead of the devices of this machine",
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "prepare",
-        "Write the training text and the target's states, as train would do first.",
+        "Write the training text and the target's states, which is the first step of train.",
         "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview",
     )
     made.add_argument(
@@ -25,12 +25,10 @@ def main(argv: Sequence[str]) -> None:
         nargs="?",
         const=3,
         metavar="N",
-        help="write nothing; print the first N rows (3 unless given) with their supervised "
-        "tokens in colour",
+        help="print the first N rows (default 3) with their supervised tokens in colour; "
+        "write nothing",
     )
-    made.add_argument(
-        "--part", metavar="I/N", help="do share I (0 to N-1) of N and leave the others"
-    )
+    made.add_argument("--part", metavar="I/N", help="write only share I (0 to N-1) of N")
     add_distributed(made)
     add_overrides(made)
     arguments = made.parse_args(argv)

@@ -57,8 +57,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(shape) != len(devices):
         requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"{requested} does not fit {len(devices)} devices: the three sizes must multiply to "
-            "their number; -1 stands for what the others leave"
+            f"{requested} does not fit {len(devices)} devices: the product of the three sizes must "
+            "be their number; -1 is replaced by what the others leave"
         )
     # The axes are Auto: XLA completes the shardings. jax.make_mesh makes Explicit axes, with which
     # flax's init fails.
@@ -73,7 +73,7 @@ def tensor_mesh(size: int) -> Mesh:
     """
     devices = jax.devices()
     if not 1 <= size <= len(devices):
-        raise UserError(f"a mesh of {size} devices was asked for; this process sees {len(devices)}")
+        raise UserError(f"the mesh needs {size} devices, but this process has {len(devices)}")
     return make_mesh(MeshConfig(data=1, tensor=size), devices[:size])
 
 
@@ -162,8 +162,8 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     ):
         raise UserError(
             f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several "
-            "processes unevenly; set it to a divisor or a multiple of the devices that each "
-            "process has"
+            "processes unevenly; set it to a divisor or a multiple of the number of devices of "
+            "a process"
         )
     return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
 

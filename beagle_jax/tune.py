@@ -23,13 +23,13 @@ def main(argv: Sequence[str]) -> None:
         type=int,
         default=12,
         metavar="N",
-        help="sample prompts, of the first of eval.suites",
+        help="number of sample prompts, from the first of eval.suites",
     )
     made.add_argument(
         "--write", metavar="FILE", help="also write the config, with the chosen tree in it"
     )
     made.add_argument(
-        "--plot", metavar="FILE", help="also draw costs and promises, as .png or .svg"
+        "--plot", metavar="FILE", help="also plot measured costs and expected speeds (.png, .svg)"
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

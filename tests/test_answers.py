@@ -359,7 +359,7 @@ def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, mon
 
 
 def test_a_target_that_makes_up_nothing_usable_is_an_error(text, tokenizer):
-    with pytest.raises(UserError, match=r"data.source: self: the target made up no usable prompt"):
+    with pytest.raises(UserError, match=r"data.source: self: the target wrote no usable prompt"):
         text(FakeWriter(tokenizer, ("short",)))
 
 

@@ -88,7 +88,7 @@ def test_conversations_without_a_question_are_left_out_and_counted(write, capsys
     )
     (chat,) = read_chats(path)
     assert chat == Chat((USER, ANSWER), f"{path}:3")
-    assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
+    assert "left out 2 of 3 conversations without a question" in capsys.readouterr().out
     assert "the file holds no chats" in error_of(write({"conversations": [answer]}))
 
 
@@ -101,7 +101,7 @@ def test_a_conversation_of_answers_alone_does_not_end_the_reading(write, capsys)
         {"conversations": [question, answer]},
     )
     assert [chat.where for chat in read_chats(path)] == [f"{path}:3"]
-    assert "left out 2 of 3 conversations, which hold no question" in capsys.readouterr().out
+    assert "left out 2 of 3 conversations without a question" in capsys.readouterr().out
 
 
 def test_a_json_file_is_one_list(write, tmp_path):

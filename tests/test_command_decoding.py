@@ -142,14 +142,14 @@ def test_evaluate_leaves_a_whole_report(trained, capsys, tmp_path):
     status, message = ended(capsys, "evaluate", *command, "decode.levels=1", "--out", str(out))
     assert (
         status == 1
-        and "answers.jsonl: was begun with other settings (decode.levels 2 there, 1 here; trees."
+        and "answers.jsonl: was written with other settings (decode.levels 2 there, 1 here; trees."
         in message
     )
     write_lines(tmp_path / "own.jsonl", EVAL_QUESTIONS[::-1])
     status, message = ended(capsys, "evaluate", *command, "--out", str(out))
     assert (
         status == 1
-        and f"answers.jsonl: was begun with other settings (prompts_sha256.{own} " in message
+        and f"answers.jsonl: was written with other settings (prompts_sha256.{own} " in message
     )
 
 
@@ -180,7 +180,8 @@ def test_a_draft_cannot_be_called_plain(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained.folder)
     assert ended(capsys, "evaluate", "--config", trained.config, "eval.compare=[plain]") == (
         1,
-        "plain is what decoding without a draft is called; write ./plain for the folder\n",
+        "draft.path or eval.compare is plain, which means decoding without a draft and is always "
+        "measured; remove it, or write ./plain for a folder of this name\n",
     )
 
 
@@ -255,7 +256,7 @@ def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
         patch.setattr("builtins.input", lambda _: b"caf\xe9".decode())
         assert run_main(generate.main, ["--config", trained.config, "--chat"]) == 1
     assert (
-        "error: what was typed is not text in this terminal's encoding ('utf-8' codec"
+        "error: the input is not text in this terminal's encoding ('utf-8' codec"
         in capsys.readouterr().err
     )
     assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3

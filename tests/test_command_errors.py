@@ -176,7 +176,7 @@ def test_a_missing_config_names_one_to_start_from(capsys):
     assert (
         status == 2
         and message
-        == "none.yaml: no such config file; configs/quickstart.yaml is one to start from\n"
+        == "none.yaml: no such config file; start for example from configs/quickstart.yaml\n"
     )
 
 
@@ -190,7 +190,7 @@ def test_prompts_with_answers_cannot_be_evaluated(workplace, capsys):
         capsys, "evaluate", "--config", workplace.config, f"eval.suites=[{path}]"
     )
     assert status == 1 and message.startswith(
-        f"{path}:1: the chat ends with an answer; evaluation needs prompts"
+        f"{path}:1: the chat ends with an answer; expected chats that end with a user message"
     )
 
 
@@ -225,11 +225,13 @@ def test_errors_that_are_not_the_users_keep_their_traceback():
     [
         (
             PermissionError(13, "Permission denied", "/a/place"),
-            "error: /a/place: Permission denied; what was whole before is kept. Free some",
+            "error: /a/place: Permission denied; files that were complete before are unchanged. "
+            "Free some",
         ),
         (
             OSError(28, "No space left on device"),
-            "error: a file that was being written: No space left on device; what was whole",
+            "error: a file that was being written: No space left on device; files that were "
+            "complete",
         ),
     ],
 )

@@ -327,7 +327,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ),
         (
             "train.early.dense=true",
-            "train.early.dense is true; only the late stage has a dense form",
+            "train.early.dense is true; only a late stage can be dense; leave it out",
         ),
         (
             "train.early.multi_token=true",
@@ -373,7 +373,7 @@ def test_a_learning_rate_must_be_a_number(load, value):
         ),
         (
             "train.early.simulation_steps=2",
-            "train.early.simulation_steps is 2, expected 1; simulation belongs to the late stage",
+            "train.early.simulation_steps is 2; expected 1: only the late stage simulates",
         ),
     ],
 )

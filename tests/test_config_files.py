@@ -253,7 +253,7 @@ def test_stages_of_0_1_0(write, capsys):
     assert (train.early, train.late) == (EarlyStage(window=3), TestTimeStage(simulation_steps=7))
     assert capsys.readouterr().err == ""
     load_config(path, ["train.early.step_weights=[2.0]"])
-    assert "train.early.step_weights is [2.0], which the early stage has no use for any more" in (
+    assert "train.early.step_weights is [2.0], but the early stage no longer uses it" in (
         capsys.readouterr().err
     )
 
@@ -261,7 +261,7 @@ def test_stages_of_0_1_0(write, capsys):
 def test_missing_file_names_one_to_start_from(tmp_path):
     with pytest.raises(
         UsageError,
-        match=r"none\.yaml: no such config file; configs/quickstart\.yaml is one to start from",
+        match=r"none\.yaml: no such config file; start for example from configs/quickstart\.yaml",
     ):
         load_config(tmp_path / "none.yaml")
 
@@ -272,11 +272,11 @@ def test_missing_file_names_one_to_start_from(tmp_path):
         (b"train: [1", r"run\.yaml: not valid YAML: .*line 1"),
         (
             b"train:\n  batch: 1\n  batch: 2",
-            r"run\.yaml: not valid YAML: the key 'batch' stands there twice.*line 3, column 3",
+            r"run\.yaml: not valid YAML: the key 'batch' appears twice.*line 3, column 3",
         ),
         (
             b"train: {batch: 1}\ntrain: {seed: 2}",
-            r"run\.yaml: not valid YAML: the key 'train' stands there twice",
+            r"run\.yaml: not valid YAML: the key 'train' appears twice",
         ),
         (b"\xff\xfe\x00", r"run\.yaml: cannot be read \(.*expected a YAML file in UTF-8"),
         (

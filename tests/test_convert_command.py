@@ -30,7 +30,7 @@ def change_module(monkeypatch, *changes: tuple[str, str]) -> str:
         wrong = wrong.replace(old, new)
     assert wrong != right
     monkeypatch.setattr(torch_export, "module_source", lambda name: wrong)
-    return "does not compute what the JAX block computes: states by"
+    return "differ from those of the JAX block: states by"
 
 
 def swapped_in_module(monkeypatch):
@@ -66,9 +66,7 @@ def swapped_in_file(monkeypatch):
         write(path, {**tensors, names[0]: tensors[names[1]], names[1]: tensors[names[0]]})
 
     monkeypatch.setattr(torch_export, "write_tensors", wrong)
-    return (
-        "does not hold what the JAX draft holds (self_attn.k_proj.weight, self_attn.v_proj.weight)"
-    )
+    return "differ from those of the JAX draft (self_attn.k_proj.weight, self_attn.v_proj.weight)"
 
 
 @pytest.mark.parametrize("bug", [swapped_in_module, late_keys, wrong_rows, swapped_in_file])
@@ -118,18 +116,18 @@ def test_an_existing_folder_is_refused_or_replaced_as_a_whole(place, tmp_path, c
 def test_overwriting_does_not_lose_other_things(place, exported, tmp_path, capsys):
     for source in (place.folder / "hot", place.folder):
         status = to_torch(place, "hot", source, "--overwrite")
-        assert "what is to be converted is in this folder" in refused(capsys, status)
+        assert "this folder holds the files to convert" in refused(capsys, status)
     status = from_torch(
         place, exported["hot"] / "model.safetensors", exported["hot"], "--overwrite"
     )
-    assert "what is to be converted is in this folder" in refused(capsys, status)
+    assert "this folder holds the files to convert" in refused(capsys, status)
     (tmp_path / "thesis.txt").write_text("years of work")
     for out in (tmp_path, place.folder / "target"):  # a target has a config.json too
-        assert "nothing that convert or train wrote is in this folder" in refused(
+        assert "this folder holds no output of convert or train" in refused(
             capsys, to_torch(place, "hot", out, "--overwrite")
         )
     assert (place.folder / "target" / "model.safetensors").exists()
-    assert "there is a file of this name" in refused(
+    assert "a file of this name exists" in refused(
         capsys, to_torch(place, "hot", tmp_path / "thesis.txt", "--overwrite")
     )
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
@@ -302,9 +300,8 @@ def test_a_changed_bit_is_noticed(place, exported, tmp_path, capsys, of):
         if of == "native"
         else from_torch(place, folder, tmp_path / "out")
     )
-    assert (
-        f"{folder}: settings and tensors are not those that config.json was written with"
-        in refused(capsys, status)
+    assert f"{folder}: settings and tensors do not match the checksum in config.json" in refused(
+        capsys, status
     )
 
 

@@ -351,5 +351,5 @@ def test_a_gguf_that_promises_too_much_is_refused_at_once(sources, tmp_path, cou
     ],
 )
 def test_values_that_no_config_has(change, message):
-    with pytest.raises(UserError, match=f"here: the model config cannot be right: .*{message}"):
+    with pytest.raises(UserError, match=f"here: the model config is not valid: .*{message}"):
         TargetSpec.from_hf_config({**CONFIG, **change}, "here")

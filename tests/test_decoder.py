@@ -353,5 +353,5 @@ def test_a_target_over_eight_devices_writes_the_same():
 
 
 def test_too_many_devices():
-    with pytest.raises(UserError, match="a mesh of 999 devices was asked for"):
+    with pytest.raises(UserError, match="the mesh needs 999 devices"):
         tensor_mesh(999)

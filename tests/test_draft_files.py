@@ -79,7 +79,7 @@ def test_a_draft_that_changed_on_disk_is_seen(draft, tmp_path, bug):
         tensors["hot_tokens"] = np.sort(tensors["hot_tokens"])
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(
-        UserError, match=r"settings and tensors are not those that config.json was written with"
+        UserError, match=r"settings and tensors do not match the checksum in config.json"
     ):
         load_draft(tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())

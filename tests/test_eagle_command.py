@@ -97,7 +97,7 @@ def test_training_leaves_log_and_draft(trained):
 def test_a_second_run_goes_on_from_the_checkpoints(trained, capsys):
     before = (trained.folder / "run" / "draft" / "model.safetensors").read_bytes()
     assert run_main(train.main, ["--config", trained.config]) == 0
-    assert "late stage: going on from step 2 of 2" in capsys.readouterr().err
+    assert "late stage: continues from step 2 of 2" in capsys.readouterr().err
     assert (trained.folder / "run" / "draft" / "model.safetensors").read_bytes() == before and len(
         log_of(trained.folder / "run")
     ) == 5

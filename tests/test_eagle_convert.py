@@ -208,7 +208,7 @@ def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, ol
     right = torch_export.module_source
     assert old in right("modeling_eagle")
     monkeypatch.setattr(torch_export, "module_source", lambda name: right(name).replace(old, new))
-    assert "does not compute what the JAX block computes: states by" in refused(
+    assert "differ from those of the JAX block: states by" in refused(
         capsys, to_torch(place, "eagle-whole", tmp_path / "out")
     )
     assert not any(tmp_path.iterdir())
@@ -222,10 +222,10 @@ def test_a_planted_bug_leaves_no_folder(place, tmp_path, monkeypatch, capsys, ol
         ({"fc_bias": False}, "extra tensor fc.bias"),
         (
             {"rope_theta": 5.0},
-            "settings and tensors are not those that config.json was written with",
+            "settings and tensors do not match the checksum in config.json",
         ),
         ({"frequency_scaling": "linear"}, "rope_scaling is 'linear'; expected the numbers factor"),
-        ({"model_type": "eagle_draft"}, "this is a native draft already; set draft.path to it"),
+        ({"model_type": "eagle_draft"}, "already a draft of beagle_jax; set draft.path to it"),
     ],
 )
 def test_folders_that_do_not_fit(place, tmp_path, capsys, changes, expected):

@@ -140,7 +140,7 @@ def test_an_embedding_of_its_own_is_refused(target, tmp_path, capsys):
     embed_VD[17, 3] += 0.01
     source = write(tmp_path / "there", published(embed_VD), CONFIG)
     message = refused(capsys, run(target, source, tmp_path / "here"))
-    assert f"{source}: embed_tokens.weight has other values than the target's" in message
+    assert f"{source}: the values of embed_tokens.weight differ from the target's" in message
     assert "set target.source to the model that it was trained for" in message
     assert not (tmp_path / "here").exists()
     with pytest.raises(UserError, match=r"embed_tokens\.weight cannot be compared"):
@@ -196,7 +196,7 @@ def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
         ),
         (
             lambda t: t.update({"eagle_fc.weight": np.ones((32, 64), np.float16)}),
-            "fc.weight stands in two files",
+            "fc.weight is in two files",
         ),
         (
             lambda t: t.update({"embed_tokens.weight": np.ones((301, 32), np.float16)}),

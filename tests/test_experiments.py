@@ -201,7 +201,7 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
     text = Path(PAPER).read_text()
     (tmp_path / "x.yaml").write_text(text.replace("  window-5:", "  window-1:", 1))
     with pytest.raises(
-        UsageError, match=r"(?s)x.yaml: not valid YAML.* the key 'window-1' stands there twice"
+        UsageError, match=r"(?s)x.yaml: not valid YAML.* the key 'window-1' appears twice"
     ):
         plans.load_plan(tmp_path / "x.yaml", {}, short=False)
 

@@ -101,7 +101,7 @@ def test_what_configs_ask_for():
     [
         (
             {"model_type": "gemma3"},
-            r"model_type is 'gemma3'; this version computes 'llama' \(Llama, Vicuna, "
+            r"model_type is 'gemma3'; this version supports 'llama' \(Llama, Vicuna, "
             r"SmolLM2\), 'mistral'",
         ),
         ({"model_type": "qwen2_moe"}, "model_type is 'qwen2_moe'"),

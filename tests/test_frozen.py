@@ -169,7 +169,7 @@ def test_a_changed_number_of_a_draft_is_seen(place, name):
     tensors["self_attn.q_proj.weight"][1, 2] += 1e-3
     save_file(tensors, path)
     target = load_target("target", "float32", "cache")
-    with pytest.raises(UserError, match=r"sha256 .* a file is damaged or of another draft"):
+    with pytest.raises(UserError, match=r"sha256 .* a file is damaged or belongs to another draft"):
         load_draft(f"drafts/{name}", target.spec)
 
 
@@ -326,7 +326,7 @@ def test_answers_from_another_machine_are_refused_with_what_to_do(place, capsys)
     argv = ["--config", "run.yaml", "--out", "evaluation", HOT]
     status, message = ended(capsys, "evaluate", *argv)
     assert status == 1 and f"environment.machine {MACHINE!r} there" in message
-    assert "give another --out, or remove the file to begin anew" in message
+    assert "give another --out, or remove the file to start again" in message
 
 
 def test_a_tuned_tree_is_found_for_its_machine_alone(place, monkeypatch, capsys):

@@ -110,7 +110,7 @@ def test_broken_gguf_files(tmp_path):
     with pytest.raises(UserError, match="architecture is 'falcon'"):
         GGUFFile(tmp_path / "other.gguf")
     write_llama(tmp_path / "pre.gguf", llama_tensors(), pre="deepseek-llm")
-    with pytest.raises(UserError, match="tokenizer 'gpt2'/'deepseek-llm' cannot be rebuilt"):
+    with pytest.raises(UserError, match="tokenizer 'gpt2'/'deepseek-llm' cannot be built"):
         GGUFFile(tmp_path / "pre.gguf").tokenizer()
 
 

@@ -102,12 +102,12 @@ def test_others_begin_with_no_token_unless_the_file_says_so(tmp_path):
 
 
 def test_what_does_not_fit_together_is_damage(tmp_path):
-    with pytest.raises(UserError, match="merge 'x yz' is not of its tokens"):
+    with pytest.raises(UserError, match="merge 'x yz' uses tokens that it lacks"):
         byte_level_tokenizer(metadata(tmp_path, "qwen2", merges=["x yz"]))
     with pytest.raises(UserError, match=r"tokens, .* types"):
         byte_level_tokenizer(metadata(tmp_path, "qwen2", tokens=[*TOKENS, "more"]))
 
 
 def test_an_unknown_split_is_named(tmp_path):
-    with pytest.raises(UserError, match="tokenizer 'gpt2'/'olmo' cannot be rebuilt from GGUF"):
+    with pytest.raises(UserError, match="tokenizer 'gpt2'/'olmo' cannot be built from GGUF"):
         byte_level_tokenizer(metadata(tmp_path, "olmo"))

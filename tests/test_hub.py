@@ -63,7 +63,7 @@ def test_chats_of_a_local_dataset(kind, streaming, request, capsys):
         Chat((question,), f"{where} 2"),
         Chat((QUESTION, ANSWER), f"{where} 4"),
     ]
-    assert "left out 1 of 4 conversations, which hold no question" in capsys.readouterr().out
+    assert "left out 1 of 4 conversations without a question" in capsys.readouterr().out
 
 
 def test_streaming_reads_no_further_than_asked(datasets, files, monkeypatch):

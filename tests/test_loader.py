@@ -143,7 +143,7 @@ def test_processes_with_orders_of_their_own_are_seen(monkeypatch):
 def test_a_batch_that_processes_do_not_divide_is_an_error():
     with pytest.raises(
         UserError,
-        match=r"train.batch is 4, which 3 processes do not divide; make it a multiple of 3",
+        match=r"train.batch is 4, but there are 3 processes; set it to a multiple of 3",
     ):
         loader_of(rows_of_lengths(5, 5, 5, 5), batch=4, share=Share(0, 3))
 

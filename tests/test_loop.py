@@ -167,7 +167,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_last_checkpoint(whole, sta
     config = config_for(tmp_path)
     message = (
         r"early stage, step 8: the loss is (nan|inf), .* the last checkpoint is kept. Its "
-        r"batch is number 2 of epoch 1; row 0 of it has states that are not finite \(row 0 "
+        r"batch is number 2 of epoch 1; its row 0 has states that are not finite \(row 0 "
         r"begins with the tokens \[\d+, .*\]\): delete the states in data.folder"
     )
     with pytest.raises(UserError, match=message):
@@ -191,7 +191,7 @@ def test_an_infinite_gradient_stops_the_run_too(stage, tmp_path, monkeypatch):
     config = config_for(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"step 5: the loss is \d.*, its gradient's norm inf; .*, and its states are "
+        match=r"step 5: the loss is \d.*, the norm of its gradient inf; .*, and its states are "
         r"finite: lower train.early.learn",
     ):
         stage(config)
@@ -215,8 +215,8 @@ def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
     training = BatchLoader([Row([1, 2, 3], [True] * 3)] * 4, None, batch=4, row_tokens=L, seed=1)
     progress = Progress("early", config_for(tmp_path), None, training, 0, [])
     message = (
-        r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate, unless it is the "
-        r"target's states, made in the step"
+        r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate. If that does not "
+        r"help, the target's states, which this step computes"
     )
     with pytest.raises(UserError, match=message):
         progress.add(7, Metrics(*[np.float32("nan")] * len(Metrics._fields)))

@@ -215,7 +215,7 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
 def test_other_settings_are_refused(cut_off):
     with pytest.raises(
         UserError,
-        match=r"was begun with other settings \(a.b 1 there, 2 here; c None there, 3 here\); "
+        match=r"was written with other settings \(a.b 1 there, 2 here; c None there, 3 here\); "
         r"give another --out",
     ):
         AnswerLog(cut_off[1], {"a": {"b": 2}, "c": 3})

@@ -158,7 +158,7 @@ def ended(place, capsys, *argv: str) -> str:
 def test_a_folder_that_two_processes_began_is_not_finished_by_one(place, capsys):
     prepared(place, "--part", "0/2")
     assert (
-        "its text is divided among 2 processes and not complete, 1 work now; finish it with"
+        "its text is not complete and divided among 2 processes, but this run has 1; finish it with"
         in ended(place, capsys)
     )
 
@@ -313,6 +313,6 @@ def test_parts_of_other_processes_must_be_seen(place, monkeypatch):
     monkeypatch.setattr(fill, "this_process", lambda: fill.Share(0, 2))
     with pytest.raises(
         UserError,
-        match="lacks what other processes wrote; it must be a folder that all of them see",
+        match="lacks files that other processes wrote; set a folder on a file system that all",
     ):
         fill.rows_and_states(load_config(place.config), target)

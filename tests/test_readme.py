@@ -124,7 +124,7 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
 SHOWS = {
     "generate": "token sequences equal: yes",
     "evaluate": "identical to plain decoding",
-    "tune": "remembered for decode.tree=auto in",
+    "tune": "saved for decode.tree=auto in",
     "convert": "exported",
     "plan": "early: compiles",
     "train": "draft written to",

@@ -235,7 +235,7 @@ def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
     with pytest.raises(
         UserError,
         match=r"early/10: this state does not fit the run, or is damaged .*remove this checkpoint "
-        r"to go on",
+        r"to continue",
     ):
         both_stages(config, frozen)
 
@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(whole, frozen, tmp_pa
         stopped_at("early", 8, config, frozen, interrupt)
     message = (
         r"checkpoints/early: a checkpoint could not be written \(.*File too large.*\); the "
-        r"last whole one is that of step 5"
+        r"last complete one is that of step 5"
     )
     with small_disk(4000), pytest.raises(UserError, match=message):
         both_stages(config, frozen)

@@ -111,8 +111,8 @@ def test_an_index_that_contradicts_the_files(tmp_path, change, monkeypatch):
         loaded(written(tmp_path, held, listed))
     message = str(caught.value)
     assert (
-        f"model.safetensors.index.json: the index contradicts the files ({len(expected)} places)"
-        in message
+        f"model.safetensors.index.json: the index does not match the files ({len(expected)} "
+        "differences)" in message
     )
     assert message.split("\n  ")[1:] == expected
     # The planted bug: nobody looks. What is left is seen only where a tensor is missing or there

@@ -177,7 +177,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer(toke
 
 def test_a_generation_prompt_that_the_answer_does_not_follow_is_refused(tokenizer, using):
     using(CHATML.replace("assistant\n", "assistant\n<think>\n"))
-    with pytest.raises(BadRecord, match="renders an answer differently than its generation prompt"):
+    with pytest.raises(BadRecord, match="does not begin an answer with its generation prompt"):
         row_of(tokenizer, chat("Hi", "Yo!"))
 
 
@@ -300,7 +300,7 @@ def test_messages_that_the_template_refuses_are_named(tokenizer, using):
 
 def test_a_template_that_changes_the_question_has_no_header(tokenizer, using):
     using(CHATML.replace("m['content']", "m['content'] | replace('\u2603', '*')"))
-    with pytest.raises(UserError, match="does not contain the user's text unchanged"):
+    with pytest.raises(UserError, match="changes the user's text"):
         user_header(tokenizer)
 
 

@@ -204,7 +204,7 @@ def test_half_precision_stays_what_it_is(sources, tmp_path, capsys):
 def test_other_folders_are_refused(sources, tmp_path, capsys):
     assert to_jax(sources["folder"], tmp_path / "out") == 0
     out = tmp_path / "out"
-    assert "was written by convert to-jax already" in refused(
+    assert "is already an output of convert to-jax" in refused(
         capsys, to_jax(out, tmp_path / "again")
     )
     assert "target.quantize is int8, which is for decoding; set target.quantize=none" in refused(

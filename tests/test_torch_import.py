@@ -76,7 +76,7 @@ def test_an_array_that_the_target_has_otherwise_is_refused(place, tmp_path, caps
 
     source = published(place, tmp_path / "there", change)
     message = refused(capsys, from_torch(place, source, tmp_path / "here"))
-    assert f"{source}: {name} has other values than the target's {name}" in message
+    assert f"{source}: the values of {name} differ from the target's {name}" in message
     assert not (tmp_path / "here").exists()
 
 
@@ -222,7 +222,7 @@ def test_tensors_that_do_not_fit_are_listed(place, tmp_path, capsys, change, exp
             "(num_attention_heads 8 there, 4 here; rope_theta 500000.0 there",
         ),
         ({"beagle_use_lower_layers": 7}, "beagle_use_lower_layers is 7"),
-        ({"model_type": "beagle_draft"}, "this is a native draft already; set draft.path to it"),
+        ({"model_type": "beagle_draft"}, "already a draft of beagle_jax; set draft.path to it"),
         ([], "holds a JSON list, expected an object"),
     ],
 )
@@ -303,7 +303,7 @@ def test_pickles_are_read_only_when_allowed_and_as_weights_only(place, tmp_path,
         and not (tmp_path / "sprung").exists()
     )
     torch.save([1], trapped)
-    assert "something else than named tensors" in refused(
+    assert "expected named tensors, but it holds other values" in refused(
         capsys, from_torch(place, trapped, tmp_path / "there", "--allow-pickle")
     )
     file.write_bytes(file.read_bytes()[:-100])

@@ -201,7 +201,7 @@ def test_tree_of_config():
     [
         ([(0,), (0,)], "repeated or an empty path"),
         ([()], "repeated or an empty path"),
-        ([(0,), (1, 0)], r"\[1, 0\] hangs in the air; its parent \[1\] is not in the list"),
+        ([(0,), (1, 0)], r"the parent \[1\] of \[1, 0\] is not in the list"),
         ([(-1,)], "negative rank"),
     ],
 )

@@ -186,9 +186,9 @@ def test_a_table_before_or_after_scaling_is_left(tmp_path, scaled):
 @pytest.mark.parametrize(
     ("name", "stored", "message"),
     [
-        (ANGLES, table(500000.0), "holds other frequencies than those of the config"),
-        (ANGLES, table(11000.0, jnp.bfloat16), "holds other frequencies"),
-        (ANGLES, table()[:3].copy(), "holds other frequencies"),
+        (ANGLES, table(500000.0), "holds frequencies that differ from the config's"),
+        (ANGLES, table(11000.0, jnp.bfloat16), "holds frequencies that differ"),
+        (ANGLES, table()[:3].copy(), "holds frequencies that differ"),
         (ANGLES.replace("1", "2"), table(), r"extra tensor model.layers.2.self_attn.rotary"),
         ("model.layers.0.mlp.up_proj.bias", table(), r"extra tensor .*up_proj.bias \[4\]"),
         ("model.layers.2.input_layernorm.weight", table(), "extra tensor model.layers.2"),

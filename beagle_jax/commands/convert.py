@@ -47,8 +47,8 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         differences = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
     text = (
-        f"largest difference from the JAX block, of the scale: {measured}\ndraft written to "
-        f"{out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
+        f"largest difference from the JAX block, as a share of its scale: {measured}\ndraft "
+        f"written to {out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
         "trust_remote_code=True)"
     )
     return text, {
@@ -100,8 +100,8 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     opened = open_source(source, Path(config.target.cache_dir).expanduser())
     if isinstance(opened, OrbaxFolder):
         raise UserError(
-            f"target.source: {source} was written by convert to-jax already; name the model "
-            "that it came from"
+            f"target.source: {source} is already an output of convert to-jax; set it to the "
+            "model from which that was made"
         )
     mesh, out = make_mesh(config.mesh), _free(arguments, opened.path)
     target = configured_target(config.target, mesh, decoding=False)
@@ -141,12 +141,12 @@ def _read_report(path: str) -> str:
             return acceptance(report)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"--report {path}: not a report on a draft ({error!r}); expected what evaluate "
-            "--json wrote"
+            f"--report {path}: not a report on a draft ({error!r}); expected a file from "
+            "evaluate --json"
         ) from error
     raise UserError(
         f"--report {path}: not a report of this version (format {report['format']!r}); "
-        "expected what evaluate --json wrote"
+        "expected a file from evaluate --json"
     )
 
 
@@ -160,7 +160,7 @@ def _free(arguments: Namespace, source: Path) -> Path:
     if not out.exists():
         return out
     if not out.is_dir():
-        raise UserError(f"--out {out}: there is a file of this name; choose another folder")
+        raise UserError(f"--out {out}: a file of this name exists; choose another folder")
     if not arguments.overwrite:
         raise UserError(
             f"--out {out}: this folder exists; choose another, or give --overwrite to replace "
@@ -168,13 +168,13 @@ def _free(arguments: Namespace, source: Path) -> Path:
         )
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(
-            f"--out {out}: what is to be converted is in this folder, and --overwrite would "
-            "remove it; choose another"
+            f"--out {out}: this folder holds the files to convert, and --overwrite would remove "
+            "them; choose another"
         )
     if any(out.iterdir()) and not _is_ours(out):
         raise UserError(
-            f"--out {out}: nothing that convert or train wrote is in this folder, so it is not "
-            "replaced; choose another"
+            f"--out {out}: this folder holds no output of convert or train, so --overwrite does "
+            "not replace it; choose another"
         )
     return out
 

@@ -52,7 +52,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
         check_drafter(name)
     if "plain" in names:
         raise UserError(
-            "plain is what decoding without a draft is called; write ./plain for the folder"
+            "draft.path or eval.compare is plain, which means decoding without a draft and is "
+            "always measured; remove it, or write ./plain for a folder of this name"
         )
     target = configured_target(config.target, decoding=True)
     drafts = {name: drafter_of(config, target, name) for name in names}

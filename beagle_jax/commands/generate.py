@@ -80,7 +80,7 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
     """
     history: list[dict[str, str]] = []
     sampling, limits = sampling_of(config.decode), _limits(config)
-    print("Type a message. Ctrl-C cuts an answer short, /clear begins anew, an empty line leaves.")
+    print("Type a message. Ctrl-C stops an answer, /clear starts a new chat, an empty line quits.")
     while text := _ask():
         if text == "/clear":
             history.clear()
@@ -95,9 +95,9 @@ def chat(config: Config, decoder: SpeculativeDecoder) -> None:
                 f"{answer.tau:.2f}]"
             )
         except KeyboardInterrupt:
-            print("\n[cut short]")
+            print("\n[stopped]")
         except PromptError as error:  # for example a full context; the conversation can continue
-            print(f"{error}\n[/clear begins anew]")
+            print(f"{error}\n[/clear starts a new chat]")
             history.pop()
             continue
         if shown:
@@ -127,7 +127,8 @@ def _ask() -> str:
         return ""
     except UnicodeDecodeError as error:
         raise UserError(
-            f"what was typed is not text in this terminal's encoding ({error})"
+            f"the input is not text in this terminal's encoding ({error}); start again and "
+            "type text"
         ) from error
 
 

@@ -34,7 +34,8 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """
     if arguments.devices and arguments.topology:
         raise UsageError(
-            "--devices and --topology were both given; a topology has its own number of devices"
+            "--devices and --topology were both given, but a topology sets its own number of "
+            "devices; leave --devices out"
         )
     if arguments.devices:
         jax.config.update("jax_platforms", "cpu")
@@ -158,7 +159,7 @@ def table(figures: dict) -> str:
     target, draft, space, devices = (figures[key] for key in ("target", "draft", "disk", "devices"))
     sizes = " x ".join(f"{axis} {count}" for axis, count in devices["mesh"].items())
     states = (
-        "as many as the source has (prepare says how many)"
+        "for as many tokens as the source has (prepare prints their number)"
         if space["states_at_most"] is None
         else f"at most {size(space['states_at_most'])}"
     )

@@ -58,7 +58,7 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
         "remembered": str(path),
     }
     return (
-        f"{table(tuning)}\nremembered for decode.tree=auto in {path}",
+        f"{table(tuning)}\nsaved for decode.tree=auto in {path}",
         figures | {"choices": [asdict(choice) for choice in tuning.choices]},
     )
 
@@ -96,8 +96,9 @@ def table(tuning: Tuning) -> str:
     if best.tokens_per_second <= plain:
         dear = best.milliseconds / tuning.verify_ms[1]
         lines.append(
-            f"no tree pays here: the best round takes {dear:.2f} times a plain step and brings "
-            f"{best.tau:.2f} tokens; decode plainly, or train the draft further"
+            f"no tree is faster than plain decoding: the best round takes {dear:.2f} times as long "
+            f"as a plain step and writes {best.tau:.2f} tokens; decode plainly, or train the draft "
+            "further"
         )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ def translate(key: str, value: Any) -> tuple[str, Any, str]:
     if not alias.more or type(value) is not int:
         return alias.key, value, ""
     shifted = value + alias.more
-    note = f"{key} {value} is {alias.of}'s, and means {alias.key} {shifted}"
+    note = f"{key} {value} counts as {alias.of} does; it means {alias.key} {shifted}"
     return alias.key, shifted, note
 
 
@@ -79,12 +79,13 @@ def early_stage(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     steps = current.pop("simulation_steps", 1)
     if steps != 1:
         raise UsageError(
-            f"train.early.simulation_steps is {steps}, expected 1; simulation belongs to the late "
-            "stage"
+            f"train.early.simulation_steps is {steps}; expected 1: only the late stage simulates; "
+            "leave it out"
         )
     if current.pop("dense", False) is not False:
         raise UsageError(
-            f"train.early.dense is {_yaml(settings['dense'])}; only the late stage has a dense form"
+            f"train.early.dense is {_yaml(settings['dense'])}; only a late stage can be dense; "
+            "leave it out"
         )
     if current.pop("multi_token", False) is not False:
         raise UsageError(
@@ -95,8 +96,8 @@ def early_stage(settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     weights = current.pop("step_weights", None)
     if weights is not None:
         note = (
-            f"train.early.step_weights is {weights}, which the early stage has no use for any "
-            "more; it is ignored"
+            f"train.early.step_weights is {weights}, but the early stage no longer uses it; it "
+            "is ignored"
         )
     return current, note
 

@@ -120,7 +120,7 @@ def _chain(path: Path, above: list[Path]) -> Iterator[tuple[Path, dict[Any, Any]
         below = path.parent / Path(base).expanduser()
         if below.resolve() in [file.resolve() for file in chain]:
             files = " -> ".join(str(file) for file in (*chain, below))
-            raise UsageError(f"{path}: {EXTENDS} goes round in a circle: {files}")
+            raise UsageError(f"{path}: {EXTENDS} forms a circle: {files}; remove one of them")
         yield from _chain(below, chain)
     yield path, tree
 
@@ -131,11 +131,11 @@ def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
     except FileNotFoundError:
         if above:
             raise UsageError(
-                f"{above[-1]}: {EXTENDS} names {path}, which is not there; it is looked for in the "
-                "folder of the file that names it"
+                f"{above[-1]}: {EXTENDS} names {path}, which does not exist; the path is relative "
+                "to the file that names it"
             ) from None
         raise UsageError(
-            f"{path}: no such config file; configs/quickstart.yaml is one to start from"
+            f"{path}: no such config file; start for example from configs/quickstart.yaml"
         ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error

@@ -27,8 +27,8 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
         parts = read_parts(config.data.folder)
         if not is_complete(config.data, parts):
             raise UserError(
-                f"data.folder: {config.data.folder} lacks what other processes wrote; it must "
-                "be a folder that all of them see"
+                f"data.folder: {config.data.folder} lacks files that other processes wrote; set "
+                "a folder on a file system that all processes share"
             )
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":

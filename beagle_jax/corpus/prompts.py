@@ -50,7 +50,7 @@ def self_written_prompts(
     # A part has prompts of at most one round, so a resumed run does not reuse an earlier seed.
     for round_number in range(max(len(mine), 1), 1_000_000):
         wanted = min(max(2 * missing() // config.max_answer_tokens, _MADE_UP_AT_LEAST), most)
-        with tqdm(desc="making up prompts", unit="tok", leave=False) as bar:
+        with tqdm(desc="writing prompts", unit="tok", leave=False) as bar:
             made = write(
                 [header] * wanted,
                 max_new=_MADE_UP_TOKENS,
@@ -68,7 +68,7 @@ def self_written_prompts(
         fresh = [prompt for prompt in prompts if tuple(prompt) not in known]
         if not fresh:
             raise UserError(
-                "data.source: self: the target made up no usable prompt; give prompts with "
+                "data.source: self: the target wrote no usable prompt; give prompts with "
                 "data.source: file.jsonl"
             )
         known.update(map(tuple, fresh))

@@ -57,8 +57,8 @@ def training_rows(
     if not is_complete(config, parts):
         if filled_by(folder) != share.count:
             raise UserError(
-                f"{folder}: its text is divided among {filled_by(folder)} processes and not "
-                f"complete, {share.count} work now; finish it with python -m "
+                f"{folder}: its text is not complete and divided among {filled_by(folder)} "
+                f"processes, but this run has {share.count}; finish it with python -m "
                 f"beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
             )
         if not _share_complete(config, parts, share):

@@ -193,7 +193,7 @@ class LeftOut:
             raise UserError(
                 f"{self._places[first][0]}: {first}; {bad} of the {self.seen} records read from "
                 f"{self._source} cannot be used, more than data.max_bad_share = "
-                f"{self._max_bad_share:g}; mend the file, or raise it to leave them out"
+                f"{self._max_bad_share:g}; correct the file, or raise it to leave them out"
             )
 
     def tell(self) -> None:
@@ -201,8 +201,8 @@ class LeftOut:
         counts, self._counts = self._counts, {}
         if no_question := counts.pop(NO_QUESTION, 0):
             self._report(
-                f"{self._source}: left out {no_question} of {self.seen} conversations, which hold "
-                "no question"
+                f"{self._source}: left out {no_question} of {self.seen} conversations without a "
+                "question"
             )
         for fault, count in counts.items():
             named = ", ".join(self._places[fault]) + (", .." if count > _NAMED else "")
@@ -289,7 +289,7 @@ def _with_system(messages: list[Message], record: dict[str, Any]) -> list[Messag
         return messages
     text = record[given[0]]
     if len(given) > 1 and record[given[1]] != text:
-        raise BadRecord(f"{given[0]!r} and {given[1]!r} differ; one of them must go")
+        raise BadRecord(f"{given[0]!r} and {given[1]!r} differ; remove one of them")
     first = _message({"role": "system", "content": text}, "role", "content")
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] != first["content"]:
@@ -310,7 +310,7 @@ def _ordered(messages: list[Message]) -> list[Message]:
             joined[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
             continue
         if last and last["role"] == message["role"] == "assistant" and not last.get("tool_calls"):
-            raise BadRecord("two answers stand in a row")
+            raise BadRecord("an answer follows an answer; expected a user message between them")
         joined.append(message)
     if not any(message["role"] == "user" for message in joined):
         raise BadRecord("the chat has no user message")
@@ -409,4 +409,4 @@ def check_text(text: Any, where: str) -> None:
     try:
         _check_unicode(text)
     except BadRecord as error:
-        raise UserError(f"{where}: {error}; take half characters out of it") from error
+        raise UserError(f"{where}: {error}; remove incomplete characters from it") from error

@@ -129,7 +129,7 @@ def _read_part(path: Path) -> list[Row]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{number}: not a row of training text ({error!r}); delete {path} to "
-                "write it anew"
+                "write it again"
             ) from error
     return rows
 

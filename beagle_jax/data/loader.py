@@ -108,8 +108,8 @@ class BatchLoader:
             )
         if batch % share.count:
             raise UserError(
-                f"train.batch is {batch}, which {share.count} processes do not divide; make it "
-                f"a multiple of {share.count}"
+                f"train.batch is {batch}, but there are {share.count} processes; set it to a "
+                f"multiple of {share.count}"
             )
         self._batch, self._width, self._seed, self._share = batch, row_tokens, seed, share
         self._taps = taps

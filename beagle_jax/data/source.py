@@ -107,8 +107,8 @@ class _Unread:
         if new := fields - self._reads - self._named:
             self._named |= new
             tqdm.write(
-                f"{chat.where}: the target's chat template does not read {', '.join(sorted(new))}; "
-                "it is not in the text"
+                f"{chat.where}: the target's chat template does not use {', '.join(sorted(new))}; "
+                "the training text does not contain it"
             )
 
 

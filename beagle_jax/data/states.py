@@ -62,8 +62,8 @@ class StoredStates:
             data = stream.read(wanted)
         if len(data) < wanted or (self.crc is not None and zlib.crc32(data) != self.crc):
             raise UserError(
-                f"{self.path}, row {self.row}: the states are not those that were written (cut "
-                f"off or changed); delete {self.path.name} and {_AGAIN}"
+                f"{self.path}, row {self.row}: the states are incomplete or were changed after "
+                f"they were written; delete {self.path.name} and {_AGAIN}"
             )
         return np.asarray(_decode(data, self.shape, self.dtype), dtype)
 
@@ -187,7 +187,7 @@ def is_stored(
     if there != taps:
         raise UserError(
             f"{path}: holds states of {_named(there)}, and this draft reads {_named(taps)}; set "
-            f"another data.folder, or delete {path.name} to have it written anew"
+            f"another data.folder, or delete {path.name} to write it again"
         )
     wanted = _description(rows, width, dtype)
     whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(
@@ -264,8 +264,8 @@ def _write(
         write_text(_index(path), json.dumps(index))
     except OSError as error:
         raise UserError(
-            f"{path}: the target's states cannot be written ({error.strerror}); the parts "
-            "before it are kept, make room and run again to go on"
+            f"{path}: the target's states cannot be written ({error.strerror}); earlier parts "
+            "are kept. Free some space, then run again to continue"
         ) from error
 
 

@@ -95,8 +95,8 @@ def _span(tokenizer: PreTrainedTokenizerBase, chat: Chat, index: int) -> _Span:
     through = render(tokenizer, chat.messages[: index + 1], False, chat.where, chat.variables)
     if not through.startswith(before):
         raise BadRecord(
-            "the chat template renders an answer differently than its generation prompt begins "
-            "it, so the answer's tokens cannot be told apart"
+            "the chat template does not begin an answer with its generation prompt, so the "
+            "answer's tokens cannot be identified"
         )
     return _Span(through, len(before))
 
@@ -141,8 +141,8 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     head, mark, _ = text.partition(_MARK)
     if not mark:
         raise UserError(
-            "the chat template does not contain the user's text unchanged; data.source: self "
-            "needs that"
+            "the chat template changes the user's text; data.source: self needs a template that "
+            "does not"
         )
     return tokenizer.encode(head, add_special_tokens=False)
 

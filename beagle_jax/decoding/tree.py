@@ -228,8 +228,8 @@ def static_tree(paths: Sequence[Sequence[int]]) -> StaticTree:
             )
         if len(path) > 1 and path[:-1] not in known:
             raise UserError(
-                f"decode.paths: {list(path)} hangs in the air; its parent {list(path[:-1])} is "
-                "not in the list"
+                f"decode.paths: the parent {list(path[:-1])} of {list(path)} is not in the list; "
+                "add it"
             )
     return StaticTree(tuple(sorted(known, key=lambda path: (len(path), path))))
 

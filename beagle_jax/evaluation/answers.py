@@ -69,12 +69,12 @@ class AnswerLog:
             self.cases = {(record["suite"], record["number"]): _case(record) for record in cases}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}: not the answers of an evaluation ({error}); remove it to begin anew"
+                f"{path}: not the answers of an evaluation ({error}); remove it to start again"
             ) from error
         if different := _differences(begun, settings):
             raise UserError(
-                f"{path}: was begun with other settings ({'; '.join(different)}); give another "
-                "--out, or remove the file to begin anew"
+                f"{path}: was written with other settings ({'; '.join(different)}); give another "
+                "--out, or remove the file to start again"
             )
         if whole != text:
             write_text(path, whole)

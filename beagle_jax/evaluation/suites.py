@@ -104,8 +104,8 @@ def suite(source: str, limit: int | None, folder: str | None = None) -> list[Cha
     for chat in chats:
         if not chat.waits_for_answer:
             raise UserError(
-                f"{chat.where}: the chat ends with an answer; evaluation needs prompts that "
-                "wait for one"
+                f"{chat.where}: the chat ends with an answer; expected chats that end with a "
+                "user message"
             )
     return chats[:limit]
 
@@ -136,8 +136,8 @@ def _published(name: str, made: Suite, path: Path | None, limit: int | None) -> 
                 ]
             except KeyError as error:
                 raise UserError(
-                    f"{where}: no text {error} among {', '.join(record)}; this is not a record "
-                    f"of {name}"
+                    f"{where}: the key {error} with text is missing (keys: {', '.join(record)}); "
+                    f"this is not a record of {name}"
                 ) from None
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{where}: expected user turns that are not empty, found {turns!r:.80}")
@@ -158,7 +158,7 @@ def _downloaded(
     if made.dataset is None:
         raise UserError(
             f"eval.suites: {name} is not on the hub and {missing}; set eval.folder to "
-            f"where {made.file} lies"
+            f"the folder of {made.file}"
         )
     source, configuration, split = made.dataset
     try:

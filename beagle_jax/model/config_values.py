@@ -113,7 +113,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         problems = _contradictions(config)
     if problems:
         raise UserError(
-            f"{where}: the model config cannot be right: {'; '.join(problems)}; is its file whole?"
+            f"{where}: the model config is not valid: {'; '.join(problems)}; is its file whole?"
         )
 
 
@@ -142,8 +142,8 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
         )
     if heads and not config.get("head_dim") and config.get("hidden_size", heads) % heads:
         problems.append(
-            f"hidden_size {config['hidden_size']} is no multiple of {heads} heads, and there "
-            "is no head_dim"
+            f"hidden_size {config['hidden_size']} is no multiple of {heads} heads, and "
+            "head_dim is missing"
         )
     if (config.get("num_hidden_layers") or 0) > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {config['num_hidden_layers']}")

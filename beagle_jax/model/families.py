@@ -175,7 +175,7 @@ def _family(config: Config, where: str) -> _Family:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:
         known = ", ".join(f"{name!r} ({family.known_as})" for name, family in _FAMILIES.items())
-        raise UserError(f"{where}: model_type is {model_type!r}; this version computes {known}")
+        raise UserError(f"{where}: model_type is {model_type!r}; this version supports {known}")
     family = _FAMILIES[model_type]
     key, expected = (
         ("hidden_activation", "gelu_pytorch_tanh") if family.gemma else ("hidden_act", "silu")

@@ -117,7 +117,7 @@ class StageCheckpoints:
         """
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
             tqdm.write(
-                f"warning: {left}: this checkpoint was cut off while it was written; it is ignored"
+                f"warning: {left}: the writing of this checkpoint was interrupted; it is ignored"
             )
         # `newest` compares the settings first: the state of another target may not even fit.
         step = self.newest()
@@ -151,7 +151,7 @@ class StageCheckpoints:
         except (OSError, ValueError) as error:  # invalid JSON raises ValueError too
             raise UserError(
                 f"{self._folder}/{step}: this state does not fit the run, or is damaged "
-                f"({error}); take another train.folder, or remove this checkpoint to go on "
+                f"({error}); set another train.folder, or remove this checkpoint to continue "
                 "from the one before it"
             ) from error
 
@@ -164,8 +164,8 @@ class StageCheckpoints:
                 break
             aside = self._folder / f"cut-{step}"
             tqdm.write(
-                f"warning: {self._folder}/{step}: this checkpoint is not whole ({problem}); it "
-                f"is moved to {aside.name} and the one before it used"
+                f"warning: {self._folder}/{step}: this checkpoint is not complete ({problem}); "
+                f"it is moved to {aside.name}, and the one before it is used"
             )
             if is_first():
                 shutil.rmtree(
@@ -216,10 +216,10 @@ class StageCheckpoints:
         if not self._accept_changes:
             raise UserError(
                 f"{self._folder} holds a run with other settings ({listed}); delete it, set "
-                "another train.folder, or go on with the changes by train.accept_changes=true"
+                "another train.folder, or continue with the changes: train.accept_changes=true"
             )
         tqdm.write(
-            f"warning: going on with other settings than {self._folder} was made with ({listed})"
+            f"warning: {self._folder} was made with other settings ({listed}); training continues"
         )
 
     @contextmanager
@@ -228,9 +228,9 @@ class StageCheckpoints:
             yield
         except (OSError, ValueError) as error:  # tensorstore raises ValueError
             raise UserError(
-                f"{self._folder}: a checkpoint could not be written ({error}); the last whole "
-                f"one is {self._last()}. Free some space (python -m beagle_jax.plan says how "
-                "much), then run again"
+                f"{self._folder}: a checkpoint could not be written ({error}); the last complete "
+                f"one is {self._last()}. Free some space (python -m beagle_jax.plan shows how "
+                "much is needed), then run again"
             ) from error
 
     def _last(self) -> str:

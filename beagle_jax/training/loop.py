@@ -92,14 +92,14 @@ def _restored(
     """Returns the newest saved state and its unlogged metrics; without one, `fresh` and none."""
     state, waiting = checkpoints.restore(fresh) or (fresh, [])
     if first := int(state.step):
-        tqdm.write(f"{name} stage: going on from step {first} of {stage.steps}")
+        tqdm.write(f"{name} stage: continues from step {first} of {stage.steps}")
     return state, waiting
 
 
 def _leave(name: str, step: int) -> NoReturn:
     tqdm.write(
         f"{name} stage: stopped by SIGTERM after step {step}, which is saved; the same command "
-        "goes on from there"
+        "continues from there"
     )
     raise SystemExit(0)
 

@@ -65,7 +65,7 @@ class Progress:
         if not math.isfinite(loss) or not math.isfinite(metrics.grad_norm):
             self._bar.close()
             raise UserError(
-                f"{self._name} stage, step {done}: the loss is {loss}, its gradient's norm "
+                f"{self._name} stage, step {done}: the loss is {loss}, the norm of its gradient "
                 f"{float(metrics.grad_norm)}; the last checkpoint is kept. "
                 f"{self._blame(done - 1)}"
             )
@@ -82,8 +82,8 @@ class Progress:
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.inputs_BLI is None:
             return (
-                f"{where}. Lower {self._place}.learning_rate, unless it is the target's "
-                "states, made in the step, that are not finite"
+                f"{where}. Lower {self._place}.learning_rate. If that does not help, the target's "
+                "states, which this step computes, are not finite: try target.dtype=float32"
             )
         broken = np.flatnonzero(
             ~np.isfinite(np.asarray(batch.inputs_BLI, np.float32)).all(axis=(1, 2))
@@ -92,9 +92,9 @@ class Progress:
             return f"{where}, and its states are finite: lower {self._place}.learning_rate"
         tokens = np.asarray(batch.tokens_BL)[broken[0]]
         return (
-            f"{where}; row {', '.join(map(str, broken))} of it has states that are not finite "
+            f"{where}; its row {', '.join(map(str, broken))} has states that are not finite "
             f"(row {broken[0]} begins with the tokens {tokens[:8].tolist()}): delete the "
-            "states in data.folder to have them made again"
+            "states in data.folder, and the next run computes them again"
         )
 
     def _write(self, done: int) -> None:

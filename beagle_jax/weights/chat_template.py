@@ -62,8 +62,8 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, choice: str | None, where: str) 
     if not path.is_file():
         names = ", ".join([*named, NO_TEMPLATE])
         raise UserError(
-            f"target.chat_template: {choice!r} is no file; expected one, null for the template of "
-            f"{where}, or one of {names} ({NO_TEMPLATE}: text as it is)"
+            f"target.chat_template: {choice!r} is no file; expected a file, null for the template "
+            f"of {where}, or one of {names} ({NO_TEMPLATE}: plain text)"
         )
     return path.read_text(encoding="utf-8")
 

@@ -71,7 +71,7 @@ def check_copies(
             raise UserError(f"{where}: {name} cannot be compared with the target's {original}")
         if not np.array_equal(read_target(original).astype(array.dtype), array):
             raise UserError(
-                f"{where}: {name} has other values than the target's {original}: the draft was "
+                f"{where}: the values of {name} differ from the target's {original}: the draft was "
                 "trained with an array of its own, or for another target; set target.source to "
                 "the model that it was trained for, in its original precision"
             )

@@ -254,9 +254,9 @@ def check_digest(
         )
     if config[DIGEST] != (actual := draft_digest(spec, tensors)):
         raise UserError(
-            f"{folder}: settings and tensors are not those that config.json was written with "
-            f"({DIGEST} {config[DIGEST]!r} there, {actual} found); a file is damaged or of "
-            "another draft; copy the folder again"
+            f"{folder}: settings and tensors do not match the checksum in config.json "
+            f"({DIGEST} {config[DIGEST]!r} there, {actual} found); a file is damaged or belongs "
+            "to another draft; copy the folder again"
         )
 
 

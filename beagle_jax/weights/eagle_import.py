@@ -44,8 +44,8 @@ def read_eagle_draft(
     config = read_folder_config(source)
     if not config:
         raise UserError(
-            f"{source}: no config.json beside the weights; it says the draft's rope base and "
-            "norm epsilon"
+            f"{source}: no config.json beside the weights, which holds the draft's rope base and "
+            "norm epsilon; copy it there"
         )
     layer = _layer(config, target, source)
     tensors = [(_our_name(name), array) for name, array in read_weights(files)]
@@ -132,8 +132,8 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
     unknown += ["Gemma's layer"] * layer.post_norms + ["experts"] * (layer.experts is not None)
     if unknown:
         raise UserError(
-            f"{source}: config.json asks for {' and '.join(unknown)}; the EAGLE draft has one "
-            "plain Llama layer"
+            f"{source}: config.json has {' and '.join(unknown)}; expected one plain Llama layer, "
+            "the only form of EAGLE drafts that this version supports"
         )
     return layer
 
@@ -153,7 +153,7 @@ def _match(
     ignored = {_EMBEDDING: (vocab_size, spec.hidden_size)}
     held, problems = dict(tensors), []
     names = [name for name, _ in tensors]
-    problems += [f"{name} stands in two files" for name in held if names.count(name) > 1]
+    problems += [f"{name} is in two files" for name in held if names.count(name) > 1]
     problems += [
         f"missing tensor {name} {list(shape)}" for name, shape in shapes.items() if name not in held
     ]

@@ -55,8 +55,8 @@ class GGUFFile:
         kind = self._metadata.get("general.type", "model")
         if kind != "model":
             raise UserError(
-                f"{path}: this GGUF file is of type {kind!r} (general.type), not a model; give the "
-                "model's own file"
+                f"{path}: the type of this GGUF file is {kind!r} (general.type), not a model; "
+                "give the file of the model itself"
             )
         self._name = self._metadata.need("general.architecture")
         if self._name not in ARCHITECTURES:
@@ -70,7 +70,7 @@ class GGUFFile:
         for part, reader in zip(paths, readers, strict=True):
             for tensor in reader.tensors:
                 if tensor.name in self._stored:
-                    raise UserError(f"{path}: tensor {tensor.name} stands in two parts")
+                    raise UserError(f"{path}: tensor {tensor.name} is in two parts")
                 self._stored[tensor.name] = _Stored(part, tensor)
 
     def config(self) -> dict[str, Any]:

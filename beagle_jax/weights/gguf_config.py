@@ -102,7 +102,7 @@ def _check_neutral(name: str, architecture: Architecture, metadata: Metadata) ->
         if value not in values:
             raise UserError(
                 f"{metadata.path}: GGUF metadata '{name}.{key}' is {value!r}, which this version "
-                f"does not compute; expected {values[0]!r}"
+                f"does not support; expected {values[0]!r}"
             )
 
 
@@ -126,7 +126,7 @@ def _head_dim(name: str, metadata: Metadata, width: int, heads: int) -> int:
         if size != head_dim:
             raise UserError(
                 f"{metadata.path}: attention has keys of {head_dim} dimensions and {what} {size}, "
-                "which this version does not compute"
+                "which this version does not support"
             )
     return head_dim
 
@@ -144,8 +144,8 @@ def _rope(name: str, metadata: Metadata, factors: np.ndarray | None) -> dict[str
     if factors is not None and not np.all(factors == 1):
         if linear:
             raise UserError(
-                f"{metadata.path}: RoPE scaling by a factor of {factor} and by a tensor rope_freqs "
-                "at once is not supported"
+                f"{metadata.path}: RoPE scaling by both a factor ({factor}) and a tensor "
+                "rope_freqs is not supported"
             )
         listed = [float(value) for value in factors]
         return {

@@ -66,7 +66,7 @@ class _Walk:
         for _ in range(fields):
             key = self._string()
             if key in keys:
-                raise self._broken(f"{key!r} stands twice")
+                raise self._broken(f"{key!r} appears twice")
             keys.add(key)
             value = self._value(self._count("I"))
             if key == "general.alignment":
@@ -81,7 +81,7 @@ class _Walk:
         for _ in range(count):
             name = self._string()
             if name in names:
-                raise self._broken(f"tensor {name} stands twice")
+                raise self._broken(f"tensor {name} appears twice")
             names.add(name)
             dimensions = self._count("I")
             if not 1 <= dimensions <= _MOST_DIMENSIONS:

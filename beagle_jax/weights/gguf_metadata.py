@@ -59,7 +59,7 @@ class Metadata:
         if not value or any(item != value[0] for item in value):
             raise UserError(
                 f"{self.path}: GGUF metadata {key!r} differs from layer to layer ({value}), which "
-                "this version does not compute"
+                "this version does not support"
             )
         return value[0]
 

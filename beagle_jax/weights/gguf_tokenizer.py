@@ -40,8 +40,8 @@ def byte_level_tokenizer(metadata: Metadata) -> PreTrainedTokenizerBase:
     if model != "gpt2" or pre not in _KNOWN:
         known = ", ".join(f"'gpt2'/{name!r}" for name in _KNOWN)
         raise UserError(
-            f"{metadata.path}: tokenizer {model!r}/{pre!r} cannot be rebuilt from GGUF here "
-            f"(only {known}); put the model's tokenizer files (tokenizer.json, "
+            f"{metadata.path}: tokenizer {model!r}/{pre!r} cannot be built from GGUF "
+            f"(supported: {known}); put the model's tokenizer files (tokenizer.json, "
             "tokenizer_config.json, ..) beside it, or use its Hugging Face folder"
         )
     tokens = metadata.list("tokenizer.ggml.tokens")
@@ -77,9 +77,9 @@ def _bpe(metadata: Metadata, tokens: list[str], pre: str) -> Tokenizer:
     ]
     if unknown or len(vocab) != len(tokens):
         problem = (
-            f"merge {' '.join(unknown[0])!r} is not of its tokens"
+            f"merge {' '.join(unknown[0])!r} uses tokens that it lacks"
             if unknown
-            else "two of its tokens are the same"
+            else "two of its tokens are equal"
         )
         raise UserError(
             f"{metadata.path}: the tokenizer is damaged ({problem}); download the file again"

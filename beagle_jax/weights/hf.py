@@ -115,7 +115,7 @@ def _check_sentencepiece(path: Path) -> None:
         import sentencepiece
     except ImportError:
         raise UserError(
-            f"{path}: reading it takes the sentencepiece package, which is not installed: pip "
+            f"{path}: reading it needs the sentencepiece package, which is not installed: pip "
             f"install sentencepiece; {remedy}"
         ) from None
     try:
@@ -138,8 +138,8 @@ class HFFolder(HFTokenizer):
         self._files = model_files(path)
         if name := adapter_beside(path):
             print(
-                f"{path}: {name} lies beside the model and is not applied; merge the adapter "
-                "first to decode with it",
+                f"{path}: the adapter {name} is beside the model and is not applied; merge it "
+                "into the model first to decode with it",
                 file=sys.stderr,
             )
 
@@ -242,8 +242,8 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
         except failures:
             raise UserError(
                 f"target.source: hf:{repo} could not be downloaded ({error}); check the name and "
-                "the network and run again, which goes on from the files that are whole; or give "
-                "a local folder"
+                "the network, then run again (complete files are not downloaded again); or give a "
+                "local folder"
             ) from error
     print(f"hf:{repo} is read from the hub's cache, {snapshot}", file=sys.stderr)
     return snapshot

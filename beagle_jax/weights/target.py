@@ -259,12 +259,12 @@ def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
     table, problems, seen = param_table(spec), [], set()
     for name, shape in source.shapes():
         if name in seen:
-            problems.append(f"{name} stands in two files")
+            problems.append(f"{name} is in two files")
         elif match := _ANGLES.fullmatch(name):
             if int(match[1] or 0) >= spec.num_layers:
                 problems.append(f"extra tensor {name} {list(shape)}")
             elif not _is_rotary_table(spec, source, name, shape):
-                problems.append(f"{name} holds other frequencies than those of the config")
+                problems.append(f"{name} holds frequencies that differ from the config's")
         elif name not in table:
             # Some files also store the tied head.
             if not (spec.tie_embeddings and name == "lm_head.weight"):

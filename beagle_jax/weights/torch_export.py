@@ -127,7 +127,7 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
     ]
     if wrong or len(held) != len(file_tensors(draft)):
         raise UserError(
-            "the exported draft does not hold what the JAX draft holds "
+            "the tensors of the exported draft differ from those of the JAX draft "
             f"({', '.join(wrong) or 'extra tensors'}); nothing was written; this is a fault of "
             "the converter, please report it"
         )
@@ -145,7 +145,7 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
     if not max(differences.values()) <= TOLERANCE:
         measured = ", ".join(f"{name} by {value:.1e}" for name, value in differences.items())
         raise UserError(
-            f"the exported draft does not compute what the JAX block computes: {measured} of "
+            f"the outputs of the exported draft differ from those of the JAX block: {measured} of "
             f"their scale (at most {TOLERANCE:.0e} is allowed); nothing was written; this is a "
             "fault of the converter, or of these versions "
             f"({', '.join(map(' '.join, installed(EXPORTED_WITH).items()))}), please report it"

@@ -89,8 +89,8 @@ def _read_pickle(path: Path) -> Named:
         isinstance(value, torch.Tensor) for value in held.values()
     ):
         raise UserError(
-            f"{path}: holds something else than named tensors; give the file with the weights "
-            "to --source"
+            f"{path}: expected named tensors, but it holds other values; give --source the file "
+            "with the weights"
         )
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 

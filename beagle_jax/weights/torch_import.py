@@ -52,7 +52,7 @@ def read_torch_draft(
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
     if config.get("model_type") in [kind.spec.model_type for kind in KINDS.values()]:
-        raise UserError(f"{source}: this is a native draft already; set draft.path to it")
+        raise UserError(f"{source}: already a draft of beagle_jax; set draft.path to it")
     kind = kind_in_torch(config.get("model_type"))
     spec = (
         BeagleSpec.from_target(target) if kind is None else _our_spec(kind, config, target, source)
@@ -178,7 +178,7 @@ def _match(
     if len(prefixes) > 1:
         listed = ", ".join(map(repr, sorted(prefixes)))
         problems.append(
-            f"the tensors stand under {len(prefixes)} prefixes ({listed}); expected one"
+            f"the tensors have {len(prefixes)} different prefixes ({listed}); expected one"
         )
     matched = {name for matches in matches_by_end.values() for name, _ in matches}
     problems += [
