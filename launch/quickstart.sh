@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole road on two CPU cores and 8 GB: a real chat model writes its training text, gets a
-# drafter and answers faster with it. About 20 minutes; --short: 3 minutes, too little training to
-# be faster.
+# All steps on two CPU cores and 8 GB: a real chat model writes training text, a drafter is trained
+# on it, and the model answers faster with this drafter. About 20 minutes; --short takes 3 minutes,
+# which is too little training for a speedup.
 #   bash launch/quickstart.sh [--dry-run] [--short] [section.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 if [ ${#short[@]} -gt 0 ]; then
-  echo "this was --short, which trains too little to be faster: bash launch/quickstart.sh"
+  echo "--short trains too little for a speedup; the whole run: bash launch/quickstart.sh"
 else
-  echo "to talk with it: source .venv/bin/activate && python -m beagle_jax.generate --config $config --chat $*"
+  echo "to chat with the model: source .venv/bin/activate && python -m beagle_jax.generate --config $config --chat $*"
 fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A Cloud TPU VM or pod slice: what is committed here is copied to all workers, and all start the
-# same command; jax.distributed finds the others by the machine's metadata. Needs gcloud, logged in,
-# and train.folder and data.folder on storage that all workers see.
+# A Cloud TPU VM or pod slice: copies the committed files to all workers and starts the same command
+# on each. jax.distributed finds the workers by the machine's metadata. Needs gcloud with a login,
+# and train.folder and data.folder on storage that all workers share.
 #   bash launch/tpu_pod.sh [--dry-run] NAME ZONE COMMAND --config FILE [section.key=value ...]
 #   bash launch/tpu_pod.sh pod-1 us-west4-a train --config configs/llama2_7b_chat.yaml mesh.fsdp=16
 #   bash launch/tpu_pod.sh --here COMMAND ...     on a worker itself, or on a single TPU VM
-# Where the workers' python3 is older than 3.11, install one there and name it: PYTHON=python3.11
-# bash launch/tpu_pod.sh ...
+# If python3 of the workers is older than 3.11, install a newer one there and name it:
+# PYTHON=python3.11 bash launch/tpu_pod.sh ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -20,7 +20,7 @@ fi
 name=$1 zone=$2
 archive=beagle_jax.tar.gz
 if [ -n "$(git status --porcelain)" ]; then
-  echo "note: changes that are not committed stay here" >&2
+  echo "note: changes that are not committed are not copied" >&2
 fi
 on_all=(gcloud compute tpus tpu-vm)
 run git archive --output="$archive" HEAD

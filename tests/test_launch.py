@@ -153,7 +153,7 @@ def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
         return bash("tpu_pod.sh", "--dry-run", "pod-1", "us-west4-a", *COMMAND, cwd=tmp_path).stderr
 
     git("init")
-    assert "changes that are not committed stay here" in dry_run()
+    assert "changes that are not committed are not copied" in dry_run()
     git("add", ".")
     git("commit", "--message", "all")
     assert dry_run() == ""

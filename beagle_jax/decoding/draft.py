@@ -138,8 +138,8 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
         best_BTk = jnp.argmax(logits_VM, axis=0).reshape(B, T, 1)
         score_BTk = jnp.zeros((B, T, 1), jnp.float32)
     else:
-        # The barrier keeps XLA from computing the product by rows, which is slower on a CPU
-        # (model/target.py).
+        # The barrier keeps XLA from computing the product by rows. Where that was measured is in
+        # model/target.py, best_tokens.
         logits_BTV = jax.lax.optimization_barrier(logits_VM).T.reshape(B, T, -1)
         top_BTk, best_BTk = jax.lax.top_k(logits_BTV, k)
         score_BTk = jnp.zeros_like(top_BTk)

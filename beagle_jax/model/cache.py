@@ -21,8 +21,8 @@ _UNROLL_ROWS = 8
 class KVRows(NamedTuple):
     """Rotated keys, and values, of some tokens in one layer.
 
-    The token axis of keys is last: on a CPU the score product is then three times as fast (measured
-    with 64 sequences).
+    The token axis of keys is last. On a CPU with two cores, the score product of 64 sequences was
+    then three times as fast; on accelerators the order has not been measured.
     """
 
     k_BKHS: jax.Array
@@ -184,8 +184,9 @@ class RingCache(KVCache):
     """A cache for rounds of one token.
 
     Its first `ring` slots are a ring that all sequences share; prompts are stored behind it. Every
-    round writes the same slot for each sequence, so the write is a slice and not a scatter. On a
-    CPU the scatter took 0.3 s of a step's 0.9 s (256 rows, 135M model). An unfinished sequence has
+    round writes the same slot for each sequence, so the write is a slice and not a scatter. On two
+    Intel Xeon cores (2.3 GHz), the scatter took 0.3 s of a step's 0.9 s (256 rows of SmolLM2-135M,
+    `benchmarks/writing_answers.py`). An unfinished sequence has
     taken part in every round since it was admitted, so the newest slots of the ring hold its
     tokens, and their order gives the positions.
 

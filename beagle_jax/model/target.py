@@ -2,9 +2,11 @@
 
 `TargetSpec` describes the architecture (`model/families.py` reads it from a config),
 `model/tensors.py` declares its arrays, `forward` runs it. Matrices have PyTorch's [out, in] layout,
-and activations are columns [D, M]. On a CPU, eight columns then cost little more than one (`python
--m beagle_jax.tune` prints the cost per number of columns). The state of a token is the last hidden
-state after the final norm (method.md 1); logits are `head @ state`.
+and activations are columns [D, M]. This layout was chosen on two Intel Xeon cores (2.3 GHz), where
+eight columns cost little more than one (`python -m beagle_jax.tune` prints the cost per number of
+columns); on a GPU, cuBLAS treats both layouts alike, and on a TPU it has not been measured. The
+state of a token is the last hidden state after the final norm (method.md 1); logits are `head @
+state`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +40,9 @@ from beagle_jax.model.tensors import bias_key
 
 Params = Mapping[str, Any]
 
-# Columns are padded to a multiple of this. In XLA's CPU kernels, products of 2, 3, 5, 6 or 7
-# columns are slower than those of 4 or 8 (measured on a CPU: 41 ms at 6 columns, 36 ms at 8, for
-# all matrices of SmolLM2-135M).
+# Columns are padded to a multiple of this, for XLA's CPU kernels: products of 2, 3, 5, 6 or 7
+# columns are slower there than those of 4 or 8. On two Intel Xeon cores (2.3 GHz), all matrices of
+# SmolLM2-135M took 41 ms at 6 columns and 36 ms at 8. TPUs pad to larger tiles anyway.
 _COLUMN_MULTIPLE = 4
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -122,8 +124,9 @@ def embed(embed_VD: jax.Array, tokens: AnyArray, scale: float = 1.0) -> jax.Arra
 def logits(params: Params, spec: TargetSpec, states: jax.Array) -> jax.Array:
     """Returns float32 logits [*states.shape[:-1], V], computed on columns as in `forward`.
 
-    The barrier keeps XLA from moving the last transpose into the layers. On a CPU, a step of 256
-    rows takes 0.55 s with it and 0.77 to 0.92 s without (measured).
+    The barrier keeps XLA from moving the last transpose into the layers. It was measured only on
+    two Intel Xeon cores (2.3 GHz), where a step of 256 rows of SmolLM2-135M
+    (`benchmarks/writing_answers.py`) took 0.55 s with it and 0.77 to 0.92 s without.
     """
     states = jax.lax.optimization_barrier(states)
     return soft_cap(logit_columns(head(params), states), spec.logit_cap).T.reshape(
@@ -138,7 +141,8 @@ def best_tokens(params: Params, states: jax.Array) -> tuple[jax.Array, jax.Array
     Also returns whether its logit is finite. A cap of the logits would not change the result.
 
     It reduces over the first axis of the columns. With a transpose in between, XLA computes the
-    product by rows, which takes 100 ms instead of 7 for four rows on a CPU (measured).
+    product by rows: 100 ms instead of 7 for four rows of SmolLM2-135M on two Intel Xeon cores
+    (2.3 GHz), the only machine on which this was measured.
     """
     columns_VM = logit_columns(head(params), states)
     best_M = jnp.argmax(columns_VM, axis=0).astype(jnp.int32)
