@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests except the slow ones (-m slow), in a virtual environment of their own. Arguments are
-# passed to pytest: bash launch/test.sh -k late
+# Runs all tests except the slow ones (-m slow), in a virtual environment of their own. Arguments
+# are passed to pytest: bash launch/test.sh -k late
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
