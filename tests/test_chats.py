@@ -328,7 +328,7 @@ def test_questions_in_a_row_become_one_and_two_answers_have_no_order(write, caps
     assert chats[-1].messages == ({"role": "user", "content": "Hi\n\nThere?"}, ANSWER)
     assert [chat.where for chat in chats] == [f"{path}:{line}" for line in range(1, 7)]
     printed = capsys.readouterr().out
-    assert f"left out 1 of 7 records ({path}:7): two answers stand in a row" in printed
+    assert f"left out 1 of 7 records ({path}:7): an answer follows an answer" in printed
 
 
 def test_an_empty_answer_is_left_out_counted_and_named(write, capsys):

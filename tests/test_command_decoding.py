@@ -80,7 +80,7 @@ def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
     assert run_main(evaluate.main, command) == 1
     output = capsys.readouterr()
     assert "FAILED" in output.out and " became " in output.out
-    assert "error: the audit failed; the lines above that begin with FAILED say where" in output.err
+    assert "error: the audit failed; see the lines above that begin with FAILED" in output.err
 
 
 def test_evaluate_sees_a_wrong_token(trained, capsys, monkeypatch):

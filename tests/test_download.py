@@ -167,7 +167,7 @@ def test_a_connection_that_never_holds_is_one_message_and_the_next_run_goes_on(
     assert status == 1 and "Traceback" not in errors and printed == ""
     assert "error: target.source: hf:org/name could not be downloaded (" in errors
     assert (
-        "check the name and the network and run again, which goes on from the files that are whole"
+        "check the name and the network, then run again (complete files are not downloaded again)"
         in errors
     )
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))

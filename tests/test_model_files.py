@@ -120,7 +120,7 @@ def test_an_adapter_beside_the_model_is_told(tmp_path, capsys):
     BESIDE["adapter"](tmp_path)
     HFFolder(tmp_path)
     printed = capsys.readouterr().err
-    assert "adapter_model.safetensors lies beside the model and is not applied" in printed
+    assert "the adapter adapter_model.safetensors is beside the model and is not applied" in printed
 
 
 @pytest.mark.parametrize(

@@ -484,7 +484,7 @@ def test_verdicts_and_hours_are_told():
         "16 x TPU v5 lite of 16 GiB, mesh data 16" in printed
         and "3.2 h" in printed
         and "17.00 GB" in printed
-        and "8.19 kB a token, as many as the source has" in printed
+        and "8.19 kB a token, for as many tokens as the source has" in printed
     )
     figures["disk"]["states_at_most"] = 5e9
     assert "8.19 kB a token, at most 5.00 GB; checkpoints 6.00 GB" in table(figures)

@@ -208,8 +208,8 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
     same_params(both_stages(config, frozen), whole[1])
     printed = capsys.readouterr().out
     assert (
-        f"warning: {folder}/10: this checkpoint is not whole" in printed
-        and "going on from step 5 of 12" in printed
+        f"warning: {folder}/10: this checkpoint is not complete" in printed
+        and "continues from step 5 of 12" in printed
     )
     assert f"has {100 if how == 'cut' else 0} bytes of" in printed and (folder / "cut-10").is_dir()
 
@@ -222,10 +222,12 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
     same_params(both_stages(config, frozen), whole[1])
     printed = capsys.readouterr().out
     assert (
-        f"warning: {folder}/10: this checkpoint is not whole ({folder}/10/sizes.json: not JSON"
+        f"warning: {folder}/10: this checkpoint is not complete ({folder}/10/sizes.json: not JSON"
         in printed
     )
-    assert (folder / "cut-5").is_dir() and "going on" not in printed.partition("late stage")[0]
+    assert (folder / "cut-5").is_dir() and "continues from" not in printed.partition("late stage")[
+        0
+    ]
 
 
 def test_a_checkpoint_whose_settings_are_damaged_is_named(frozen, half_done):
@@ -248,10 +250,10 @@ def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
     same_params(both_stages(config, frozen), whole[1])
     printed = capsys.readouterr().out
     assert (
-        "10.orbax-checkpoint-tmp: this checkpoint was cut off while it was written; it is ignored"
+        "10.orbax-checkpoint-tmp: the writing of this checkpoint was interrupted; it is ignored"
         in printed
     )
-    assert "going on from step 5 of 12" in printed
+    assert "continues from step 5 of 12" in printed
 
 
 @contextmanager
@@ -315,10 +317,9 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
     check_settings(config)
     accepting = changed.changed(train=changed.train.changed(accept_changes=True))
     both_stages(accepting, frozen)
-    assert (
-        "warning: going on with other settings than" in (said := capsys.readouterr().out)
-        and "train.seed: 42 there, 7 now" in said
-    )
+    said = capsys.readouterr().out
+    assert "warning: " in said and " was made with other settings (" in said
+    assert "train.seed: 42 there, 7 now" in said
 
 
 def test_changes_that_make_another_state_say_so(frozen, half_done):

@@ -94,7 +94,7 @@ class SpeculativeDecoder:
         rule: Literal["match", "ratio"] = "match",
         mesh: Mesh | None = None,
     ) -> None:
-        """Sets up the programs; compiles nothing yet.
+        """Checks that the parts fit together. Nothing is compiled before the first call.
 
         draft: a trained draft, or a drafter of any kind. context: limit of a prompt and its answer
         together, in tokens; all caches then have this capacity. None: the limit is the target's

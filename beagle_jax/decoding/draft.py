@@ -153,12 +153,12 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
 
 
 def _tokens(ids_V: AnyArray | None, index: jax.Array) -> jax.Array:
-    """The tokens that indices of the draft's logits stand for."""
+    """Maps indices of the draft's logits to token ids."""
     return (index if ids_V is None else ids_V[index]).astype(jnp.int32)
 
 
 def _entries(level: _Level, token_BC: jax.Array, score_BC: jax.Array) -> _Candidates:
-    """A level's children as candidates: token, parent, depth, score."""
+    """Returns the children of a level as candidates: token, parent, depth, score."""
     per_query = token_BC.shape[1] // level.score_BT.shape[1]
     parent_BC = jnp.repeat(level.candidate_BT, per_query, axis=1)
     return token_BC, parent_BC, jnp.full_like(parent_BC, level.frontier.depth + 1), score_BC

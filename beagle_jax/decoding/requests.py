@@ -80,7 +80,7 @@ class Answers(Sequence[Answer]):
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of one answer, as soon as it is there."""
+    """Part of one answer, returned as soon as it is decoded."""
 
     index: int  # of the request
     tokens: list[int]
@@ -171,7 +171,7 @@ def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 
 def _is_part(value: object) -> bool:
-    """Whether this is a message or a token, and no prompt."""
+    """Returns whether the value is part of a prompt: a message or a token."""
     return isinstance(value, (Mapping, int)) or (
         hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     )

@@ -132,7 +132,7 @@ class Chunk(NamedTuple):
     A prompt may be in it twice, for the same row of the batch.
     """
 
-    row_R: AnyArray  # of the batch
+    row_R: AnyArray  # row of the batch for each prompt
     token_RT: AnyArray
     offset: AnyArray
     length_R: AnyArray  # of the whole prompts
@@ -400,7 +400,7 @@ class Round:
         return read.states_BTD, read.rows
 
     def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
-        """The drafter's state after a chunk of these rows."""
+        """Returns the drafter's state after a chunk of these rows."""
         if seen.resumed:
             part = jax.tree.map(lambda x: x[row_R], state.draft)
         else:

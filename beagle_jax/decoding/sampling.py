@@ -204,7 +204,7 @@ def _choose_of_all(
 def _choose_of_few(
     logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters
 ) -> jax.Array:
-    """The same draw: noise is made for the largest logits only, no others can be kept."""
+    """The same draw, with noise only for the largest logits: no other token can be kept."""
     B, T, V = logits_BTV.shape
     top_MC, token_MC = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
     top_BTC, token_BTC = top_MC.reshape(B, T, -1), token_MC.reshape(B, T, -1)

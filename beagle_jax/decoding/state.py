@@ -17,8 +17,8 @@ from beagle_jax.sharding import cache_shardings, whole
 class Requests(NamedTuple):
     """Settings of the requests, per sequence."""
 
-    limit_B: AnyArray  # tokens that the answer may have
-    key_B: jax.Array  # of every draw (sampling.place_keys)
+    limit_B: AnyArray  # largest number of tokens of the answer
+    key_B: jax.Array  # random key of the sequence's draws (sampling.place_keys)
     knobs: Knobs
 
 

@@ -27,7 +27,7 @@ class DraftHead(NamedTuple):
     """Head that reads the draft's states: its rows, and the token id of each row."""
 
     rows_VD: jax.Array
-    ids_V: AnyArray | None  # None: row v is token v
+    ids_V: AnyArray | None  # None: row v belongs to token v
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TrainedDrafter(TreeDrafter):
 
     @property
     def ids_V(self) -> AnyArray | None:  # type: ignore[override]
-        """The token that each logit stands for; None: all in order."""
+        """Token id of each logit; None: logit v belongs to token v."""
         return self.head.ids_V
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:

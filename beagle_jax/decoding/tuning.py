@@ -119,7 +119,7 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
 
 
 class _Trees(NamedTuple):
-    """Trees grown at M places of texts, and what really follows there."""
+    """Trees grown at M positions of texts, and the tokens that follow each in its text."""
 
     token_MW: np.ndarray
     parent_MW: np.ndarray
@@ -133,8 +133,9 @@ def _choices(
     draft_ms: dict[tuple[int, int], float],
     order: dict[int, dict[int, np.ndarray]],
 ) -> list[Choice]:
-    """Trees of every measured size; between two sizes a tree would bring less at about the price of
-    the larger one.
+    """Returns trees of all measured sizes, the fastest first.
+
+    A size between two measured ones costs about as much as the larger one, and accepts less.
     """
     found = []
     for (levels, topk), drafting_ms in draft_ms.items():
@@ -149,7 +150,7 @@ def _choices(
 
 @dataclass(frozen=True)
 class Passes:
-    """A call that does its work several times over, in one program."""
+    """A call that repeats its work several times in one program."""
 
     call: Callable[[], Any]
     count: int
@@ -174,8 +175,10 @@ def _verified(
     cache: Sequence[KVRows],
     visible_BS: jax.Array,
 ) -> jax.Array:
-    """Passes in a loop, as decoding runs them: alone, handing over hundreds of weights costs
-    milliseconds (measured).
+    """Runs passes in one loop, as decoding does.
+
+    A call of its own for each pass would include the time to pass hundreds of weights to it, which
+    is milliseconds.
     """
     B, W = token_BW.shape
     mask_BWW = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool))[None], (B, W, W))
@@ -245,8 +248,10 @@ def _read_text(
 def _read(
     model: TargetModel, drafter: TrainedDrafter, prompt: list[int], answer: list[int]
 ) -> tuple[State, jax.Array, np.ndarray, np.ndarray]:
-    """The drafter's state after a text, `_BATCH` times; its states and tokens [1, L], padded; the
-    answer's places that have a future.
+    """Reads a text.
+
+    Returns the drafter's state after it, repeated `_BATCH` times; the target's states [1, L, D] and
+    the tokens [1, L], both padded; and the positions of `_places`.
     """
     tokens = (prompt + answer)[:_CAPACITY]
     padded_BL = np.zeros((1, _CAPACITY), np.int32)
@@ -269,7 +274,7 @@ def _widest_trees(
     padded_BL: np.ndarray,
     roots: np.ndarray,
 ) -> _Trees:
-    """The full tree at each root of a text."""
+    """Grows the full tree at each root of a text."""
     grown: list[list[np.ndarray]] = []
     for start in range(0, len(roots), _BATCH):
         # The last batch repeats positions, which are removed below.
@@ -293,8 +298,9 @@ def _widest_trees(
 def _right_path(
     token_MW: np.ndarray, parent_MW: np.ndarray, depth_MW: np.ndarray, follows_MP: np.ndarray
 ) -> np.ndarray:
-    """Node [M, P] that holds the right token at each depth below right ancestors; -1 where there is
-    none.
+    """Returns the correct node at each depth [M, P], -1 if the tree does not contain it.
+
+    A node is correct if its token and those of all its ancestors follow in the text.
     """
     places = np.arange(len(token_MW))
     path, above = np.full(follows_MP.shape, -1), np.zeros(len(token_MW), int)
@@ -338,8 +344,9 @@ def _rank_share(
     score_MW: np.ndarray,
     follows_MP: np.ndarray,
 ) -> np.ndarray:
-    """[depth, rank]: of the places that are right above, the share whose right token is the
-    parent's rank-th child.
+    """Returns how often the correct token has each rank among its siblings, [depth, rank].
+
+    The share is taken over the positions at which all tokens above are correct.
     """
     path_MP, topk = _right_path(token_MW, parent_MW, depth_MW, follows_MP), max(TOPKS)
     share = np.zeros((follows_MP.shape[1], topk))

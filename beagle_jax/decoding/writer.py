@@ -39,7 +39,7 @@ _ROOM_BUCKET = 32  # cache slots for prompts are a multiple of this: a new size 
 
 @dataclass(frozen=True)
 class Written:
-    """What the target wrote for one prompt."""
+    """The target's answer to one prompt, with its states."""
 
     index: int  # of the prompt
     tokens: list[int]  # of the answer, with its stop token if there is one
@@ -69,7 +69,7 @@ def _read_beginning(
     token.
     """
     shortest = min(map(len, prompts))
-    # What these two share, those between them in order share too.
+    # All prompts lie between these two in sorted order, so they share the prefix of these two.
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     P = next((place for place in range(shortest - 1) if first[place] != last[place]), shortest - 1)
     if not P:
@@ -94,7 +94,7 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 
 @partial(jax.jit, static_argnames=("room",))
 def _resized(state: DecodeState, row_N: AnyArray, room: int) -> DecodeState:
-    """These rows only, with room for prompts of so many tokens (never less than there is)."""
+    """Keeps only these rows, with at least `room` cache slots for prompts; never shrinks them."""
     assert isinstance(state.cache, RingCache)
     draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_N], state[1:])
     return DecodeState(state.cache.resized(row_N, room), draft, requests, transcript, stats)

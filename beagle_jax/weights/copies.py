@@ -68,7 +68,10 @@ def check_copies(
         if original is None:
             continue
         if read_target is None:
-            raise UserError(f"{where}: {name} cannot be compared with the target's {original}")
+            raise UserError(
+                f"{where}: {name} cannot be compared with the target's {original}, because "
+                "the target is not available"
+            )
         if not np.array_equal(read_target(original).astype(array.dtype), array):
             raise UserError(
                 f"{where}: the values of {name} differ from the target's {original}: the draft was "
