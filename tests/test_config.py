@@ -437,9 +437,9 @@ def test_aliases_mean_what_their_project_means(load, alias, capsys):
         config = getattr(config, part)
     assert config == expected
     printed = capsys.readouterr().err
-    assert ("run.yaml: decode.depth 5 is EAGLE's, and means decode.levels 6" in printed) == (
-        alias == "decode.depth"
-    )
+    assert (
+        "run.yaml: decode.depth 5 counts as EAGLE does; it means decode.levels 6" in printed
+    ) == (alias == "decode.depth")
 
 
 def test_aliases_work_in_the_file_and_give_way_to_overrides(load):

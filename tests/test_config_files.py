@@ -55,7 +55,9 @@ def test_a_circle_is_refused_with_its_chain(write):
 
 
 def test_a_missing_base_and_a_base_that_is_no_path(write):
-    with pytest.raises(UsageError, match=r"top\.yaml: extends names .*none\.yaml, which is not"):
+    with pytest.raises(
+        UsageError, match=r"top\.yaml: extends names .*none\.yaml, which does not exist"
+    ):
         load_config(write("top.yaml", "extends: none.yaml"))
     with pytest.raises(UsageError, match=r"top\.yaml: extends is 3; expected the path"):
         load_config(write("top.yaml", "extends: 3"))
