@@ -121,16 +121,16 @@ class StaticTree:
         """Best children that each query of a level (0: the root's) keeps as candidates."""
         return int(self.rank_W[self.depth_W == level + 1].max()) + 1
 
-    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+    def next_queries(self, level: int, score_BA: jax.Array) -> jax.Array:
         """Which of a level's candidates are the next level's queries: indices [B, T] in (query,
         rank) order.
         """
         return jnp.broadcast_to(
             self._places(level, self._queries[level + 1])[None],
-            (score_BC.shape[0], len(self._queries[level + 1])),
+            (score_BA.shape[0], len(self._queries[level + 1])),
         )
 
-    def chosen(self, score_BN: jax.Array) -> jax.Array:
+    def chosen(self, score_BZ: jax.Array) -> jax.Array:
         """Which of all candidates, level after level, become nodes 1.. of the tree: ascending
         indices [B, W - 1].
         """
@@ -147,7 +147,7 @@ class StaticTree:
             start[level] + self._places(level, np.flatnonzero(self.depth_W == level + 1))
             for level in range(self.depth)
         ]
-        return jnp.broadcast_to(np.concatenate(below)[None], (score_BN.shape[0], self.size - 1))
+        return jnp.broadcast_to(np.concatenate(below)[None], (score_BZ.shape[0], self.size - 1))
 
     def _places(self, level: int, nodes: np.ndarray) -> np.ndarray:
         """Where nodes one level below `level` stand among its candidates."""
@@ -188,15 +188,15 @@ class DynamicTree:
         """Best children that each query of a level keeps as candidates."""
         return self.topk
 
-    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+    def next_queries(self, level: int, score_BA: jax.Array) -> jax.Array:
         """The best candidates of a level [B, topk]."""
-        return jax.lax.top_k(score_BC, self.topk)[1]
+        return jax.lax.top_k(score_BA, self.topk)[1]
 
-    def chosen(self, score_BN: jax.Array) -> jax.Array:
+    def chosen(self, score_BZ: jax.Array) -> jax.Array:
         """The best candidates of all levels, in order of creation [B, W - 1]: parents precede
         children.
         """
-        return jnp.sort(jax.lax.top_k(score_BN, self.nodes - 1)[1], axis=-1)
+        return jnp.sort(jax.lax.top_k(score_BZ, self.nodes - 1)[1], axis=-1)
 
 
 Tree = StaticTree | DynamicTree

@@ -90,11 +90,11 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 
 
 @partial(jax.jit, static_argnames=("room",))
-def _resized(state: DecodeState, row_N: AnyArray, room: int) -> DecodeState:
+def _resized(state: DecodeState, row_R: AnyArray, room: int) -> DecodeState:
     """These rows only, with room for prompts of so many tokens (never less than there is)."""
     assert isinstance(state.cache, RingCache)
-    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_N], state[1:])
-    return DecodeState(state.cache.resized(row_N, room), draft, requests, transcript, stats)
+    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_R], state[1:])
+    return DecodeState(state.cache.resized(row_R, room), draft, requests, transcript, stats)
 
 
 class _Line:
