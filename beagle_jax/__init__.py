@@ -13,8 +13,12 @@ Array names carry their shape as a suffix of single letters:
     T new tokens in a forward    V vocabulary             G query heads per K (N = K * G)
     S cache slots (keys)         H head width             M columns of a matrix product (B * T)
     W tree nodes per round       P tree depth             J draft steps in a training window
-    U windows in a row           C rows of a logits chunk R rows picked out of a batch
-    I width of a draft's inputs
+    U windows in a row           C chats of a row         R rows picked out of a batch or of M
+    A candidates of a level      Y predictions of a row   Z candidates of all levels of a tree
+    Q draft queries of a round   E experts                X elements of any kind
+    I width of inputs            O width of outputs
+
+A small letter is a size that only its own file knows (`top_BTk`).
 
 `q_BKGTH` is therefore an array [batch, kv heads, group, new tokens, head width].
 """

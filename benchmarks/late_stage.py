@@ -141,7 +141,7 @@ def main() -> None:
     batch = batch_of(arguments.rows, arguments.width, SPEC.hidden_size, VOCAB)
     table = jax.random.normal(jax.random.key(1), (VOCAB, SPEC.hidden_size)) * 0.1
     frozen = FrozenTarget(table, table)
-    head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counts_BT.sum())
+    head_flops = 3 * 2 * VOCAB * SPEC.hidden_size * float(batch.counted_BT.sum())
     stage = EarlyStage(steps=1000, window=5)
     step, _, init = make_steps(SPEC, config, stage, MESH)
     base = cost(step, init, frozen, batch, arguments.repeats)

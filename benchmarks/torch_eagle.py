@@ -85,7 +85,7 @@ class EagleBlock(torch.nn.Module):
         return y_BTD + self.down(F.silu(self.gate(z_BTD)) * self.up(z_BTD))
 
 
-def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
+def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counted_BL, head_VD, steps: int):
     """Soft cross-entropy + 10 smooth-L1 over `steps` simulated steps, per supervised token.
 
     No gradient flows to the target's side.
@@ -100,20 +100,20 @@ def eagle_loss(block: EagleBlock, e_BLD, h_BLD, counts_BL, head_VD, steps: int):
             return torch.roll(x, -step, dims=1)
 
         state = block(shifted(e_BLD), state, memory, step - 1)
-        live_BL = shifted(counts_BL) & (torch.arange(L, device=state.device) < L - step)
+        live_BL = shifted(counted_BL) & (torch.arange(L, device=state.device) < L - step)
         ce_BL = -(shifted(p_BLV) * F.log_softmax((state @ head_VD.T).float(), dim=-1)).sum(-1)
         l1_BL = F.smooth_l1_loss(state, shifted(h_BLD), reduction="none").mean(-1)
         loss = loss + ((ce_BL + 10 * l1_BL) * live_BL).sum()
-    return loss / counts_BL.sum()
+    return loss / counted_BL.sum()
 
 
 def train_step(block: EagleBlock, optimizer, compile_it: bool, steps: int):
     """Returns a function of (e, h, counts, head): one AdamW step with clipping."""
     loss_of = torch.compile(eagle_loss, dynamic=False) if compile_it else eagle_loss
 
-    def step(e_BLD, h_BLD, counts_BL, head_VD) -> None:
+    def step(e_BLD, h_BLD, counted_BL, head_VD) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss_of(block, e_BLD, h_BLD, counts_BL, head_VD, steps).backward()
+        loss_of(block, e_BLD, h_BLD, counted_BL, head_VD, steps).backward()
         torch.nn.utils.clip_grad_norm_(block.parameters(), 0.5)
         optimizer.step()
 

@@ -62,7 +62,7 @@ def theirs(spec: BeagleSpec, batch: Batch, table: np.ndarray, steps: int, compil
     optimizer = torch.optim.AdamW(block.parameters(), lr=3e-5, betas=(0.9, 0.95), weight_decay=0.0)
     e_BLD, inputs = (
         put(table[batch.tokens_BL]),
-        [put(x) for x in (batch.inputs_BLI, batch.counts_BT, table)],
+        [put(x) for x in (batch.inputs_BLI, batch.counted_BT, table)],
     )
     step = train_step(block, optimizer, compile_it, steps)
 

@@ -73,8 +73,8 @@ def frozen_and_batch() -> tuple[FrozenTarget, Batch]:
         [length_B - [4, 0, 0, 2, 0, 7, 1, 0], [4, 0, 0, 2, 0, 7, 1, 0]], axis=1
     ).astype(np.int32)
     live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = live_BL & (np.arange(L) >= 2) & (np.arange(L) < length_B[:, None] - 1)
-    counts_BL[3:5] = False
+    counted_BL = live_BL & (np.arange(L) >= 2) & (np.arange(L) < length_B[:, None] - 1)
+    counted_BL[3:5] = False
     states_BLD = (
         rng.standard_normal((B, L, SPEC.hidden_size)).astype(np.float32) * live_BL[..., None]
     )
@@ -83,7 +83,7 @@ def frozen_and_batch() -> tuple[FrozenTarget, Batch]:
         *(rng.standard_normal((V, SPEC.hidden_size)).astype(np.float32) for _ in range(2))
     )
     tables.head_VD[::99] *= 6  # five tokens stand out, so that draft and target agree now and then
-    return tables, Batch(tokens_BL, states_BLD, counts_BL, length_BC, np.zeros((B, 2), np.int32))
+    return tables, Batch(tokens_BL, states_BLD, counted_BL, length_BC, np.zeros((B, 2), np.int32))
 
 
 def run(

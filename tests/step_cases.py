@@ -27,15 +27,15 @@ def three_rows(*begin: int) -> Batch:
     rng = np.random.default_rng(5)
     length_B = np.array([14, 9, 5], np.int32)
     live_BL = np.arange(L) < length_B[:, None]
-    counts_BL = (
+    counted_BL = (
         live_BL
         & (np.arange(L) >= np.array(begin)[:, None])
         & (np.arange(L) < length_B[:, None] - 1)
     )
-    counts_BL[1, 5:7] = False
+    counted_BL[1, 5:7] = False
     states_BLD = rng.standard_normal((B, L, D)).astype(np.float32) * live_BL[..., None]
     tokens_BL = rng.integers(0, TINY.vocab_size, (B, L)).astype(np.int32) * live_BL
-    return Batch(tokens_BL, states_BLD, counts_BL, length_B[:, None], np.zeros((B, 1), np.int32))
+    return Batch(tokens_BL, states_BLD, counted_BL, length_B[:, None], np.zeros((B, 1), np.int32))
 
 
 # The programs here are small and run once or twice: compiling them without optimisation halves the

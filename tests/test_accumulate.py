@@ -37,11 +37,11 @@ CONFIG = TrainConfig(
 def six_rows() -> Batch:
     """Makes rows with 7, 1, 2, 1, 8 and 3 supervised tokens: micro-batches of 8, 3 and 11."""
     rng = np.random.default_rng(4)
-    counts_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
+    counted_BT = np.arange(10) < np.array([7, 1, 2, 1, 8, 3])[:, None]
     states_BLD = rng.standard_normal((6, 10, TINY.hidden_size)).astype(np.float32)
     tokens_BL = rng.integers(0, TINY.vocab_size, (6, 10)).astype(np.int32)
     return Batch(
-        tokens_BL, states_BLD, counts_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32)
+        tokens_BL, states_BLD, counted_BT, np.full((6, 1), 10, np.int32), np.zeros((6, 1), np.int32)
     )
 
 

@@ -107,7 +107,7 @@ def by_torch(params: dict, frozen: FrozenTarget, batch: Batch, steps: int) -> tu
     table_VD = np.asarray(frozen.embed_VD)
     inputs = [
         torch.tensor(np.asarray(x))
-        for x in (table_VD[batch.tokens_BL], batch.inputs_BLI, batch.counts_BT, frozen.head_VD)
+        for x in (table_VD[batch.tokens_BL], batch.inputs_BLI, batch.counted_BT, frozen.head_VD)
     ]
     loss = bench.eagle_loss(block, *inputs, steps)
     loss.backward()
@@ -138,7 +138,7 @@ def test_loss_and_gradient_are_those_of_torch(params, frozen, batch, steps):
     same_as_torch(params, frozen, batch, batch, steps)
 
 
-@pytest.mark.parametrize("field", ["tokens_BL", "inputs_BLI", "counts_BT"])
+@pytest.mark.parametrize("field", ["tokens_BL", "inputs_BLI", "counted_BT"])
 def test_planted_bug_anything_shifted(params, frozen, batch, field):
     shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
     with pytest.raises(AssertionError):
@@ -283,12 +283,12 @@ def test_the_positions_that_beagle_scores(params, tiny_draft, frozen, batch):
         (_, theirs), _ = gradient_of(CLEAN, stage, beagle, OBJECTIVES["beagle"][name])(
             tiny_draft, frozen, batch, jax.random.key(0)
         )
-        assert ours.supervised == theirs.supervised == batch.counts_BT.sum()
+        assert ours.supervised == theirs.supervised == batch.counted_BT.sum()
         # Row 0 has an answer from position 0 on: one prediction less at the first step, and one
         # draft less of each length.
         assert (theirs.count_J - ours.count_J).tolist() == [1.0] * len(ours.count_J)
         assert ours.count_J.tolist() == [
-            batch.counts_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)
+            batch.counted_BT[:, step + 1 :].sum() for step in range(stage.simulation_steps)
         ]
 
 

@@ -236,6 +236,8 @@ def test_any_sequence_of_whole_numbers_is_a_prompt(prompt):
         ([[5.0, 6.0]], "expected text, a list of messages, or a sequence of token ids"),
         ([["Why?"]], "expected text, a list of messages, or a sequence"),
         ([[[5, 6]]], "expected text, a list of messages, or a sequence"),
+        (["Why?"], "no tokenizer, so a prompt cannot be text"),
+        ([[{"role": "user", "content": "Hi"}, 5]], "expected text, a list of messages"),
         (np.array([5, 6]), "takes a list of prompts, and was given one"),
         ({"role": "user", "content": "Hi"}, "takes a list of prompts, and was given one"),
     ],

@@ -1,5 +1,7 @@
 """Routed experts against the definition, token by token, and which experts are skipped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ def _by_hand(router_ED, map_EDD, y_DM, experts):
 @pytest.mark.parametrize("renormalised", [True, False])
 def test_experts_equal_their_definition(arrays, renormalised):
     router_ED, map_EDD, y_DM = arrays
-    experts = EXPERTS._replace(renormalised=renormalised)
+    experts = dataclasses.replace(EXPERTS, renormalised=renormalised)
     found_DM = routed(
         shares(router_ED, experts, y_DM, M),
         lambda e: jnp.asarray(map_EDD)[e] @ y_DM,
@@ -48,7 +50,12 @@ def test_experts_equal_their_definition(arrays, renormalised):
     with pytest.raises(AssertionError):  # planted: the other rule
         np.testing.assert_allclose(
             found_DM,
-            _by_hand(router_ED, map_EDD, y_DM, experts._replace(renormalised=not renormalised)),
+            _by_hand(
+                router_ED,
+                map_EDD,
+                y_DM,
+                dataclasses.replace(experts, renormalised=not renormalised),
+            ),
             atol=1e-5,
         )
 

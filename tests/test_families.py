@@ -98,7 +98,7 @@ def _experts_swapped(spec, params):
 
 def _experts(**changes):
     return lambda spec, params: (
-        dataclasses.replace(spec, experts=spec.experts._replace(**changes)),
+        dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, **changes)),
         params,
     )
 

@@ -42,7 +42,7 @@ def test_batches_are_cut_padded_and_aligned():
         assert (
             batch.tokens_BL.shape == (2, 6)
             and batch.inputs_BLI.shape == (2, 6, 3)
-            and batch.counts_BT.shape == (2, 3)
+            and batch.counted_BT.shape == (2, 3)
         )
         for line in range(2):
             number, length = int(batch.tokens_BL[line, 0]), int(batch.length_BC[line, 0])
@@ -55,7 +55,7 @@ def test_batches_are_cut_padded_and_aligned():
             ]
             assert not batch.inputs_BLI[line, length:].any()
             assert batch.first_BC[line].tolist() == [2]
-            assert batch.counts_BT[line].tolist() == [
+            assert batch.counted_BT[line].tolist() == [
                 position < length - 1 for position in (2, 3, 4)
             ]
             seen.add(number)

@@ -27,7 +27,7 @@ def rows():
     )
 
 
-def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
+def _plain(state_MD, true_MD, head_VD, counted_M, kind="cross_entropy"):
     """Computes every option of `train.loss` by its formula, over whole logits.
 
     jax differentiates it.
@@ -47,7 +47,7 @@ def _plain(state_MD, true_MD, head_VD, counts_M, kind="cross_entropy"):
         "total_variation": 1 - acceptance_M,
         "lk_hybrid": weight_M * kl_M + (1 - weight_M) * (1 - acceptance_M),
     }[kind]
-    return jnp.where(counts_M, distance_M, 0.0)
+    return jnp.where(counted_M, distance_M, 0.0)
 
 
 def _with_gradient(loss):

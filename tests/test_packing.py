@@ -113,7 +113,7 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
     assert (
         not alone.length_BC[:, 1:].any()
         and (packed.length_BC > 0).sum(axis=1).max() > 1
-        and packed.counts_BT.sum() == alone.counts_BT.sum()
+        and packed.counted_BT.sum() == alone.counted_BT.sum()
     )
     (loss, metrics), gradient = gradient_of(name)(draft, frozen, alone, key)
     (packed_loss, their), slope = (
@@ -355,13 +355,13 @@ def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():
                 counting = np.flatnonzero(of_tokens[seen[-1]].supervised[:-1])
                 assert (first, length) == (counting[0], counting[-1] + 1)
                 assert (
-                    np.flatnonzero(batch.counts_BT[line, query : query + length - first]) + first
+                    np.flatnonzero(batch.counted_BT[line, query : query + length - first]) + first
                 ).tolist() == counting.tolist()
                 slot, query = slot + length, query + length - first
             assert (
                 not batch.tokens_BL[line, slot:].any()
                 and not batch.inputs_BLI[line, slot:].any()
-                and not batch.counts_BT[line, query:].any()
+                and not batch.counted_BT[line, query:].any()
             )
             live += slot
     assert len(set(seen)) == len(seen) == 40

@@ -103,7 +103,7 @@ def own_head_loss(outputs: Outputs, config: Any, mesh: Any) -> Terms:
     p_MV = jax.nn.softmax(outputs.true_MD @ outputs.head_VD.T)
     logits_MV = outputs.normed_MD @ outputs.draft_head_VD.T
     loss_M = -jnp.sum(p_MV * jax.nn.log_softmax(logits_MV), axis=-1)
-    loss_M = jnp.where(outputs.counts_M, loss_M, 0.0)
+    loss_M = jnp.where(outputs.counted_M, loss_M, 0.0)
     best_M1 = jnp.take_along_axis(logits_MV, p_MV.argmax(axis=-1)[:, None], axis=-1)
     return Terms(loss_M, 0 * loss_M, loss_M, jnp.sum(logits_MV > best_M1, axis=-1))
 
@@ -151,7 +151,7 @@ def test_it_trains_with_all_that_it_owns(toy, tiny_params, states):
     assert set(state.params) == {"mix", "embed_VD", "head_VD", "norm"}
     for name, array in state.params.items():
         assert not np.array_equal(array, params[name]), f"{name} was not trained"
-    assert float(metrics.supervised) == batch.counts_BT.sum()
+    assert float(metrics.supervised) == batch.counted_BT.sum()
 
 
 def test_it_is_split_as_it_says(toy, monkeypatch):

@@ -78,7 +78,7 @@ def predicted_by(stage: StageConfig):
             jnp.tile(jnp.arange(L), (B, 1)),
             lambda tokens: embed_VD[tokens],
         )
-        return objective_of(SPEC, stage).predict(params, SPEC, stage, inputs, offset).state_BND
+        return objective_of(SPEC, stage).predict(params, SPEC, stage, inputs, offset).state_BYD
 
     return quick_jit(predicted)
 
@@ -103,7 +103,7 @@ def queries(stage: StageConfig, offset: int) -> list[tuple[int, int, int, float]
 
 
 def metrics_by_hand(
-    stage, offset, state_BTD, true_BLD, head_VD, counts_BL, vloss_weight=10.0, within=AGREE_WITHIN
+    stage, offset, state_BTD, true_BLD, head_VD, counted_BL, vloss_weight=10.0, within=AGREE_WITHIN
 ) -> dict:
     """Computes the sums of method.md 3.2 and 4.2 in float64, position by position."""
     groups = stage.window if stage.simulation_steps == 1 else stage.simulation_steps
@@ -119,7 +119,7 @@ def metrics_by_hand(
     )
     for row in range(B):
         for place, position, group, weight in queries(stage, offset):
-            if not counts_BL[row, position]:
+            if not counted_BL[row, position]:
                 continue
             draft, true = head_VD @ state_BTD[row, place], head_VD @ true_BLD[row, position]
             p = np.exp(true - true.max()) / np.exp(true - true.max()).sum()
@@ -133,7 +133,7 @@ def metrics_by_hand(
             out["agree_JK"][group] += [
                 true.argmax() in np.argsort(-draft)[:count] for count in within
             ]
-    return out | {"supervised": counts_BL.sum()}
+    return out | {"supervised": counted_BL.sum()}
 
 
 def check_metrics(metrics, expected: dict) -> None:
@@ -154,7 +154,7 @@ def both_ways(draft, frozen, batch, stage, seed: int, bug: str = ""):
         state_BTD,
         h_BLD if bug == "noisy targets" else batch.inputs_BLI,
         frozen.head_VD,
-        np.roll(batch.counts_BT, -1, axis=1) if bug == "shifted mask" else batch.counts_BT,
+        np.roll(batch.counted_BT, -1, axis=1) if bug == "shifted mask" else batch.counted_BT,
         1.0 if bug == "vloss weight" else 10.0,
     )
     return loss_of(NOISY, stage)(draft, frozen, batch, jax.random.key(seed)), by_hand
@@ -167,7 +167,7 @@ def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, 
         (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
         check_metrics(metrics, by_hand)
         np.testing.assert_allclose(
-            loss, by_hand["objective"] / batch.counts_BT.sum(), rtol=1e-4
+            loss, by_hand["objective"] / batch.counted_BT.sum(), rtol=1e-4
         )  # as in check_metrics
         agree += [by_hand["agree_JK"][:, 0].sum() / by_hand["count_J"].sum()]
     assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
@@ -241,14 +241,14 @@ def test_gaussian_noise_and_none():
 def test_the_loss_is_per_supervised_token(tiny_draft, frozen, batch, stage):
     """A row three times, or once next to unsupervised rows, gives the same loss."""
     thrice = jax.tree.map(lambda field: np.repeat(field[:1], B, axis=0), batch)
-    once = batch._replace(counts_BT=batch.counts_BT * np.array([[True], [False], [False]]))
+    once = batch._replace(counted_BT=batch.counted_BT * np.array([[True], [False], [False]]))
     loss_thrice, metrics_thrice = loss_of(CLEAN, stage)(
         tiny_draft, frozen, thrice, jax.random.key(1)
     )
     loss_once, metrics_once = loss_of(CLEAN, stage)(tiny_draft, frozen, once, jax.random.key(1))
     np.testing.assert_allclose(loss_thrice, loss_once, rtol=1e-5)
     np.testing.assert_allclose(metrics_thrice.objective, 3 * metrics_once.objective, rtol=1e-5)
-    assert metrics_once.supervised == batch.counts_BT[0].sum() and metrics_once.objective > 1
+    assert metrics_once.supervised == batch.counted_BT[0].sum() and metrics_once.objective > 1
     loss_all, _ = loss_of(CLEAN, stage)(tiny_draft, frozen, batch, jax.random.key(1))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(loss_all, loss_once, rtol=1e-5)
@@ -275,7 +275,7 @@ def test_dense_begins_a_window_at_every_position(tiny_draft, frozen, batch):
     """
     dense = TestTimeStage(steps=10, learning_rate=1e-3, warmup=0, simulation_steps=3)
     _, metrics = loss_of(NOISY, dense)(tiny_draft, frozen, batch, jax.random.key(1))
-    assert metrics.count_J.tolist() == [batch.counts_BT[:, step:].sum() for step in range(3)]
+    assert metrics.count_J.tolist() == [batch.counted_BT[:, step:].sum() for step in range(3)]
     _, windows = loss_of(NOISY, LATE)(tiny_draft, frozen, batch, jax.random.key(1))
     assert windows.count_J.sum() < 0.5 * metrics.count_J.sum()
 
@@ -296,7 +296,7 @@ def test_agreement_within_more_choices_than_one(tiny_draft, frozen, batch, monke
             state_BTD,
             batch.inputs_BLI,
             frozen.head_VD,
-            batch.counts_BT,
+            batch.counted_BT,
             within=within,
         )["agree_JK"]
 
@@ -335,7 +335,7 @@ def test_late_with_one_step_in_windows_of_one_is_early(tiny_draft, frozen, batch
     same_loss_and_gradient(tiny_draft, frozen, batch, batch)
 
 
-@pytest.mark.parametrize("field", ["inputs_BLI", "tokens_BL", "counts_BT"])
+@pytest.mark.parametrize("field", ["inputs_BLI", "tokens_BL", "counted_BT"])
 def test_late_with_anything_shifted_is_not_early(tiny_draft, frozen, batch, field):
     shifted = batch._replace(**{field: np.roll(getattr(batch, field), 1, axis=1)})
     with pytest.raises(AssertionError):

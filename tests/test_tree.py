@@ -109,12 +109,12 @@ def test_planted_bug_siblings_in_another_order(name, monkeypatch):
     right = drafting._best_children
 
     def swapped(tree, level, *rest):
-        index_BC, score_BC = right(tree, level, *rest)
+        index_BA, score_BA = right(tree, level, *rest)
 
-        def per_query(x_BC):
-            return x_BC.reshape(*level.score_BT.shape, -1)[..., ::-1].reshape(x_BC.shape)
+        def per_query(x_BA):
+            return x_BA.reshape(*level.score_BT.shape, -1)[..., ::-1].reshape(x_BA.shape)
 
-        return per_query(index_BC), score_BC
+        return per_query(index_BA), score_BA
 
     monkeypatch.setattr(drafting, "_best_children", swapped)
     with pytest.raises(AssertionError):

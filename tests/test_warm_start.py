@@ -39,12 +39,12 @@ def linear_text():
             2.0 + 3.0 * embed_VD[tokens_BL[:, position]] + states_BLD[:, position - 1] @ carry_DD.T
         )
         states_BLD[:, position] = drive
-    counts_BT = np.ones((ROWS, WIDTH), bool)
-    counts_BT[:, -1] = False
+    counted_BT = np.ones((ROWS, WIDTH), bool)
+    counted_BT[:, -1] = False
     batch = Batch(
         tokens_BL,
         states_BLD,
-        counts_BT,
+        counted_BT,
         np.full((ROWS, 1), WIDTH, np.int32),
         np.zeros((ROWS, 1), np.int32),
     )

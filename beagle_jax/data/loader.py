@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     # the draft's inputs from the target, zeros in the padding: states after the final norm, or the
     # concatenated taps of the draft. None: computed inside the step
     inputs_BLI: AnyArray | None
-    counts_BT: AnyArray  # bool: the query enters the loss (method.md 5.2)
+    counted_BT: AnyArray  # bool: the query enters the loss (method.md 5.2)
     length_BC: AnyArray  # int32: tokens of each chat; 0 if the row has fewer chats
     first_BC: AnyArray  # int32: first position of the chat that enters the loss
     targets_BLD: AnyArray | None = None  # states after the final norm; None: same as inputs_BLI
@@ -154,16 +154,16 @@ class BatchLoader:
         """Builds a batch from the chats of each row, given by index."""
         B, C = len(lines), self._most_chats
         tokens_BL = np.zeros((B, self._width), np.int32)
-        counts_BT = np.zeros((B, self._queries), bool)
+        counted_BT = np.zeros((B, self._queries), bool)
         length_BC, first_BC = np.zeros((B, C), np.int32), np.zeros((B, C), np.int32)
         for line, members in enumerate(lines):
             slot = query = 0
             for place, chat in enumerate(self._chats[index] for index in members):
                 length_BC[line, place], first_BC[line, place] = chat.length, chat.counting[0]
                 tokens_BL[line, slot : slot + chat.length] = chat.tokens[: chat.length]
-                counts_BT[line, query + chat.counting - chat.counting[0]] = True
+                counted_BT[line, query + chat.counting - chat.counting[0]] = True
                 slot, query = slot + chat.length, query + chat.queries
-        batch = Batch(tokens_BL, None, counts_BT, length_BC, first_BC)
+        batch = Batch(tokens_BL, None, counted_BT, length_BC, first_BC)
         states_BLI = self._states(lines)
         if states_BLI is None or not self._taps:
             return batch._replace(inputs_BLI=states_BLI)

@@ -101,21 +101,21 @@ def grow(
             queries.append(frontier.token_BT)
             sees.append(frontier.sees_BTQ)
             if draw is None:
-                index_BC, score_BC = _best_children(tree, level, output.logits_VM)
+                index_BA, score_BA = _best_children(tree, level, output.logits_VM)
             else:
                 index_B, logits_BV = draw.choose(output.logits_VM.T, depth)
-                index_BC, score_BC = index_B[:, None], level.score_BT
+                index_BA, score_BA = index_B[:, None], level.score_BT
                 drawn.append(logits_BV)
-            token_BC = _tokens(drafter.ids_V, index_BC)
+            token_BA = _tokens(drafter.ids_V, index_BA)
             first = sum(token.shape[1] for token, *_ in candidates)
-            candidates.append(_entries(level, token_BC, score_BC))
+            candidates.append(_entries(level, token_BA, score_BA))
             if depth + 1 < tree.depth:
-                level = _next_level(tree, level, first, token_BC, score_BC, output)
-    token_BN, parent_BN, depth_BN, score_BN = (
+                level = _next_level(tree, level, first, token_BA, score_BA, output)
+    token_BZ, parent_BZ, depth_BZ, score_BZ = (
         jnp.concatenate(each, axis=1) for each in zip(*candidates, strict=True)
     )
-    chosen_BW = tree.chosen(score_BN[:, 1:]) + 1
-    nodes = chosen_nodes(chosen_BW, token_BN, parent_BN, depth_BN, score_BN, tree.depth)
+    chosen_BW = tree.chosen(score_BZ[:, 1:]) + 1
+    nodes = chosen_nodes(chosen_BW, token_BZ, parent_BZ, depth_BZ, score_BZ, tree.depth)
     state_BQD, token_BQ, sees_BQQ = (
         jnp.concatenate(each, axis=1) for each in (states, queries, _same_width(sees))
     )
@@ -157,19 +157,19 @@ def _tokens(ids_V: AnyArray | None, index: jax.Array) -> jax.Array:
     return (index if ids_V is None else ids_V[index]).astype(jnp.int32)
 
 
-def _entries(level: _Level, token_BC: jax.Array, score_BC: jax.Array) -> _Candidates:
+def _entries(level: _Level, token_BA: jax.Array, score_BA: jax.Array) -> _Candidates:
     """Returns the children of a level as candidates: token, parent, depth, score."""
-    per_query = token_BC.shape[1] // level.score_BT.shape[1]
-    parent_BC = jnp.repeat(level.candidate_BT, per_query, axis=1)
-    return token_BC, parent_BC, jnp.full_like(parent_BC, level.frontier.depth + 1), score_BC
+    per_query = token_BA.shape[1] // level.score_BT.shape[1]
+    parent_BA = jnp.repeat(level.candidate_BT, per_query, axis=1)
+    return token_BA, parent_BA, jnp.full_like(parent_BA, level.frontier.depth + 1), score_BA
 
 
 def _next_level(
     tree: Tree,
     level: _Level,
     first: int,
-    token_BC: jax.Array,
-    score_BC: jax.Array,
+    token_BA: jax.Array,
+    score_BA: jax.Array,
     output: LevelOutput,
 ) -> _Level:
     """Returns the level of the continued children.
@@ -178,25 +178,25 @@ def _next_level(
     """
     now = level.frontier
     B, T = now.token_BT.shape
-    pick_BN = tree.next_queries(now.depth, score_BC)
+    pick_BX = tree.next_queries(now.depth, score_BA)
 
-    def pick(x_BC: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x_BC, pick_BN, axis=1)
+    def pick(x_BA: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BA, pick_BX, axis=1)
 
     # A child sees the queries that its parent sees, and its parent.
     itself_BTT = jnp.broadcast_to(jnp.eye(T, dtype=bool)[None], (B, T, T))
     below_BTQ = jnp.concatenate([now.sees_BTQ, itself_BTT], axis=2)
-    parent_BN = pick_BN // (token_BC.shape[1] // T)
+    parent_BX = pick_BX // (token_BA.shape[1] // T)
 
     def of_parent(x_BTQ: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x_BTQ, parent_BN[..., None], axis=1)
+        return jnp.take_along_axis(x_BTQ, parent_BX[..., None], axis=1)
 
     frontier = Frontier(
         now.depth + 1,
         now.length_B,
-        pick(token_BC),
+        pick(token_BA),
         of_parent(below_BTQ),
         of_parent(output.state_BTD),
         output.memory,
     )
-    return _Level(frontier, pick_BN + first, pick(score_BC))
+    return _Level(frontier, pick_BX + first, pick(score_BA))

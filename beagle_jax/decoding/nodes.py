@@ -29,26 +29,26 @@ def chain_nodes(token_BW: jax.Array) -> Nodes:
 
 def chosen_nodes(
     chosen_BW: jax.Array,
-    token_BN: jax.Array,
-    parent_BN: jax.Array,
-    depth_BN: jax.Array,
-    score_BN: jax.Array,
+    token_BZ: jax.Array,
+    parent_BZ: jax.Array,
+    depth_BZ: jax.Array,
+    score_BZ: jax.Array,
     levels: int,
 ) -> Nodes:
     """Returns the chosen candidates as a tree: adds the root and renumbers parents."""
     chosen_BW = jnp.pad(chosen_BW, ((0, 0), (1, 0)))
     B, W = chosen_BW.shape
 
-    def pick(x_BN: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x_BN, chosen_BW, axis=1)
+    def pick(x_BZ: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BZ, chosen_BW, axis=1)
 
-    node_BN = (
-        jnp.zeros_like(token_BN).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
+    node_BZ = (
+        jnp.zeros_like(token_BZ).at[jnp.arange(B)[:, None], chosen_BW].set(jnp.arange(W)[None])
     )
-    parent_BW = jnp.take_along_axis(node_BN, pick(parent_BN), axis=1)
+    parent_BW = jnp.take_along_axis(node_BZ, pick(parent_BZ), axis=1)
     walk_BW = jnp.broadcast_to(jnp.arange(W)[None], (B, W))
     above_BWW = walk_BW[..., None] == jnp.arange(W)[None, None]
     for _ in range(levels):
         walk_BW = jnp.take_along_axis(parent_BW, walk_BW, axis=1)
         above_BWW |= walk_BW[..., None] == jnp.arange(W)[None, None]
-    return Nodes(pick(token_BN), parent_BW, pick(depth_BN), above_BWW, pick(score_BN))
+    return Nodes(pick(token_BZ), parent_BW, pick(depth_BZ), above_BWW, pick(score_BZ))

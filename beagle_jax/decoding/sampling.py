@@ -132,18 +132,18 @@ def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: i
     """Returns the lowest logit [B, T, 1] that the filters keep, among the `count` largest."""
     B, T, V = logits_BTV.shape
     # Only values are sorted, in two dimensions, for which backends have kernels.
-    sorted_BTC = jax.lax.top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
+    sorted_BTk = jax.lax.top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
     keep_B = jnp.where(knobs.top_k_B > 0, jnp.minimum(knobs.top_k_B, count), count)
-    kept_BTC = jnp.broadcast_to(
-        jnp.arange(count)[None, None] < keep_B[:, None, None], sorted_BTC.shape
+    kept_BTk = jnp.broadcast_to(
+        jnp.arange(count)[None, None] < keep_B[:, None, None], sorted_BTk.shape
     )
     if filters.top_p:
-        p_BTC = jax.nn.softmax(jnp.where(kept_BTC, sorted_BTC, _REMOVED), axis=-1)
-        before_BTC = jnp.cumsum(p_BTC, axis=-1) - p_BTC
+        p_BTk = jax.nn.softmax(jnp.where(kept_BTk, sorted_BTk, _REMOVED), axis=-1)
+        before_BTk = jnp.cumsum(p_BTk, axis=-1) - p_BTk
         top_p_B11 = knobs.top_p_B[:, None, None]
-        kept_BTC &= (before_BTC < top_p_B11) | (top_p_B11 >= 1)
-    last_BT1 = jnp.maximum(kept_BTC.sum(axis=-1, keepdims=True) - 1, 0)  # at least one is kept
-    return jnp.take_along_axis(sorted_BTC, last_BT1, axis=-1)
+        kept_BTk &= (before_BTk < top_p_B11) | (top_p_B11 >= 1)
+    last_BT1 = jnp.maximum(kept_BTk.sum(axis=-1, keepdims=True) - 1, 0)  # at least one is kept
+    return jnp.take_along_axis(sorted_BTk, last_BT1, axis=-1)
 
 
 def place_keys(key_B: jax.Array, place_BT: jax.Array) -> jax.Array:
@@ -156,14 +156,14 @@ def gumbel(key_BT: jax.Array, count: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32)))(key_BT)
 
 
-def gumbel_of(key_BT: jax.Array, token_BTC: jax.Array) -> jax.Array:
+def gumbel_of(key_BT: jax.Array, token_BTk: jax.Array) -> jax.Array:
     """Returns the values of `gumbel` for some tokens only.
 
     With JAX's threefry generator, the noise of a token depends on the key and the token id, not on
     the size of the vocabulary.
     """
     key_BT2 = jax.random.key_data(key_BT)
-    token = token_BTC.astype(jnp.uint32)
+    token = token_BTk.astype(jnp.uint32)
     halves = (jnp.broadcast_to(key_BT2[..., n : n + 1], token.shape) for n in (0, 1))
     first, second = threefry2x32_p.bind(*halves, jnp.zeros_like(token), token)
     # Converts random bits to a number in [tiny, 1), in the same way as jax.random.uniform.
@@ -206,12 +206,12 @@ def _choose_of_few(
 ) -> jax.Array:
     """The same draw, with noise only for the largest logits: no other token can be kept."""
     B, T, V = logits_BTV.shape
-    top_MC, token_MC = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
-    top_BTC, token_BTC = top_MC.reshape(B, T, -1), token_MC.reshape(B, T, -1)
-    kept_BTC = filter_logits(top_BTC, knobs, filters)
-    noisy_BTC = kept_BTC + _only_drawn(gumbel_of(key_BT, token_BTC), knobs)
-    place_BT1 = jnp.argmax(noisy_BTC, axis=-1)[..., None]
-    return jnp.take_along_axis(token_BTC, place_BT1, axis=-1)[..., 0].astype(jnp.int32)
+    top_Mk, token_Mk = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
+    top_BTk, token_BTk = top_Mk.reshape(B, T, -1), token_Mk.reshape(B, T, -1)
+    kept_BTk = filter_logits(top_BTk, knobs, filters)
+    noisy_BTk = kept_BTk + _only_drawn(gumbel_of(key_BT, token_BTk), knobs)
+    place_BT1 = jnp.argmax(noisy_BTk, axis=-1)[..., None]
+    return jnp.take_along_axis(token_BTk, place_BT1, axis=-1)[..., 0].astype(jnp.int32)
 
 
 def _only_drawn(noise: jax.Array, knobs: Knobs) -> jax.Array:

@@ -121,17 +121,17 @@ class StaticTree:
         """Returns how many children each query of a level keeps. Level 0 is that of the root."""
         return int(self.rank_W[self.depth_W == level + 1].max()) + 1
 
-    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+    def next_queries(self, level: int, score_BA: jax.Array) -> jax.Array:
         """Returns which candidates of a level are the queries of the next level.
 
         Returns their indices [B, T], in (query, rank) order.
         """
         return jnp.broadcast_to(
             self._places(level, self._queries[level + 1])[None],
-            (score_BC.shape[0], len(self._queries[level + 1])),
+            (score_BA.shape[0], len(self._queries[level + 1])),
         )
 
-    def chosen(self, score_BN: jax.Array) -> jax.Array:
+    def chosen(self, score_BZ: jax.Array) -> jax.Array:
         """Returns which of all candidates become nodes 1, 2, .. of the tree.
 
         Candidates are numbered level after level; returns ascending indices [B, W - 1].
@@ -149,7 +149,7 @@ class StaticTree:
             start[level] + self._places(level, np.flatnonzero(self.depth_W == level + 1))
             for level in range(self.depth)
         ]
-        return jnp.broadcast_to(np.concatenate(below)[None], (score_BN.shape[0], self.size - 1))
+        return jnp.broadcast_to(np.concatenate(below)[None], (score_BZ.shape[0], self.size - 1))
 
     def _places(self, level: int, nodes: np.ndarray) -> np.ndarray:
         """Returns the indices of nodes one level below `level` among its candidates."""
@@ -190,16 +190,16 @@ class DynamicTree:
         """Returns how many children each query of a level keeps as candidates."""
         return self.topk
 
-    def next_queries(self, level: int, score_BC: jax.Array) -> jax.Array:
+    def next_queries(self, level: int, score_BA: jax.Array) -> jax.Array:
         """Returns indices of the best candidates of a level [B, topk]."""
-        return jax.lax.top_k(score_BC, self.topk)[1]
+        return jax.lax.top_k(score_BA, self.topk)[1]
 
-    def chosen(self, score_BN: jax.Array) -> jax.Array:
+    def chosen(self, score_BZ: jax.Array) -> jax.Array:
         """Returns indices of the best candidates of all levels [B, W - 1].
 
         They are in order of creation, so that parents precede children.
         """
-        return jnp.sort(jax.lax.top_k(score_BN, self.nodes - 1)[1], axis=-1)
+        return jnp.sort(jax.lax.top_k(score_BZ, self.nodes - 1)[1], axis=-1)
 
 
 Tree = StaticTree | DynamicTree

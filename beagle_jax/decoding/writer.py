@@ -93,11 +93,11 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 
 
 @partial(jax.jit, static_argnames=("room",))
-def _resized(state: DecodeState, row_N: AnyArray, room: int) -> DecodeState:
+def _resized(state: DecodeState, row_R: AnyArray, room: int) -> DecodeState:
     """Keeps only these rows, with at least `room` cache slots for prompts; never shrinks them."""
     assert isinstance(state.cache, RingCache)
-    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_N], state[1:])
-    return DecodeState(state.cache.resized(row_N, room), draft, requests, transcript, stats)
+    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_R], state[1:])
+    return DecodeState(state.cache.resized(row_R, room), draft, requests, transcript, stats)
 
 
 class _Line:

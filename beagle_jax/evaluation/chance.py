@@ -95,11 +95,11 @@ def distance_from_uniform(places: np.ndarray) -> float:
 
     This is the Kolmogorov-Smirnov statistic.
     """
-    sorted_N, count = np.sort(places), len(places)
+    sorted_X, count = np.sort(places), len(places)
     return float(
         max(
-            np.max(np.arange(1, count + 1) / count - sorted_N),
-            np.max(sorted_N - np.arange(count) / count),
+            np.max(np.arange(1, count + 1) / count - sorted_X),
+            np.max(sorted_X - np.arange(count) / count),
         )
     )
 

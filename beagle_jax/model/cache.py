@@ -244,18 +244,18 @@ class RingCache(KVCache):
         ]
         return replace(self, layers=layers, rounds=self.rounds + 1)
 
-    def resized(self, row_N: AnyArray, room: int) -> Self:
-        """Keeps only the sequences row_N, with room for prompts of `room` tokens or more."""
+    def resized(self, row_R: AnyArray, room: int) -> Self:
+        """Keeps only the sequences row_R, with room for prompts of `room` tokens or more."""
         more = max(0, self.ring + room - self.capacity)
         layers = [
             KVRows(
-                jnp.pad(layer.k_BKHS[row_N], ((0, 0), (0, 0), (0, 0), (0, more))),
-                jnp.pad(layer.v_BKSH[row_N], ((0, 0), (0, 0), (0, more), (0, 0))),
+                jnp.pad(layer.k_BKHS[row_R], ((0, 0), (0, 0), (0, 0), (0, more))),
+                jnp.pad(layer.v_BKSH[row_R], ((0, 0), (0, 0), (0, more), (0, 0))),
             )
             for layer in self.layers
         ]
         return replace(
-            self, layers=layers, length_B=self.length_B[row_N], prompt_B=self.prompt_B[row_N]
+            self, layers=layers, length_B=self.length_B[row_R], prompt_B=self.prompt_B[row_R]
         )
 
     def _age_1S(self) -> jax.Array:

@@ -117,7 +117,7 @@ def stage_cost(
     temporaries, total, refusal = _compiled(
         train_step.lower(state, frozen, batch, config.train.seed)
     )
-    B, T = batch.counts_BT.shape
+    B, T = batch.counted_BT.shape
     return StageCost(
         flops=B
         * (

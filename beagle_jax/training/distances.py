@@ -1,6 +1,6 @@
 """Divergences between target p and draft q, per position, with gradients (`train.loss`).
 
-Each function returns (distance [C], gradient with respect to the draft's logits [C, V]). `total`
+Each function returns (distance [R], gradient with respect to the draft's logits [R, V]). `total`
 sums over the vocabulary, which may be split over devices; V is the part of one device. p and q are
 probabilities and z are the draft's logits. With q = softmax(z),
 d f / d z_v = q_v (d f / d q_v - sum_u q_u d f / d q_u).
@@ -17,13 +17,13 @@ _LK_ETA = 3.0
 
 
 class Distributions(NamedTuple):
-    """Target distribution p and draft distribution q of C positions, in float32."""
+    """Target distribution p and draft distribution q of R positions, in float32."""
 
-    p_CV: jax.Array
-    log_p_CV: jax.Array
-    q_CV: jax.Array
-    log_q_CV: jax.Array
-    total: Callable[[jax.Array], jax.Array]  # [C, V] -> [C]
+    p_RV: jax.Array
+    log_p_RV: jax.Array
+    q_RV: jax.Array
+    log_q_RV: jax.Array
+    total: Callable[[jax.Array], jax.Array]  # [R, V] -> [R]
 
 
 Distance = tuple[jax.Array, jax.Array]
@@ -31,7 +31,7 @@ Distance = tuple[jax.Array, jax.Array]
 
 def cross_entropy(of: Distributions) -> Distance:
     """-sum_v p(v) log q(v), the paper's loss (method.md 3.2)."""
-    return -of.total(of.p_CV * of.log_q_CV), of.q_CV - of.p_CV
+    return -of.total(of.p_RV * of.log_q_RV), of.q_RV - of.p_RV
 
 
 def kl(of: Distributions) -> Distance:
@@ -39,7 +39,7 @@ def kl(of: Distributions) -> Distance:
 
     Equals the cross-entropy minus the target's entropy, with the same gradient.
     """
-    return of.total(of.p_CV * (of.log_p_CV - of.log_q_CV)), of.q_CV - of.p_CV
+    return of.total(of.p_RV * (of.log_p_RV - of.log_q_RV)), of.q_RV - of.p_RV
 
 
 def reverse_kl(of: Distributions) -> Distance:
@@ -47,9 +47,9 @@ def reverse_kl(of: Distributions) -> Distance:
 
     Penalises most the tokens that are unlikely under the target.
     """
-    ratio_CV = of.log_q_CV - of.log_p_CV
-    distance_C = of.total(of.q_CV * ratio_CV)
-    return distance_C, of.q_CV * (ratio_CV - distance_C[:, None])
+    ratio_RV = of.log_q_RV - of.log_p_RV
+    distance_R = of.total(of.q_RV * ratio_RV)
+    return distance_R, of.q_RV * (ratio_RV - distance_R[:, None])
 
 
 def total_variation(of: Distributions) -> Distance:
@@ -57,9 +57,9 @@ def total_variation(of: Distributions) -> Distance:
 
     Equals the share of draft tokens that sampling rejects.
     """
-    side_CV = jnp.sign(of.q_CV - of.p_CV) / 2
-    distance_C = of.total(jnp.abs(of.p_CV - of.q_CV)) / 2
-    return distance_C, of.q_CV * (side_CV - of.total(of.q_CV * side_CV)[:, None])
+    side_RV = jnp.sign(of.q_RV - of.p_RV) / 2
+    distance_R = of.total(jnp.abs(of.p_RV - of.q_RV)) / 2
+    return distance_R, of.q_RV * (side_RV - of.total(of.q_RV * side_RV)[:, None])
 
 
 def lk_hybrid(of: Distributions) -> Distance:
@@ -68,13 +68,13 @@ def lk_hybrid(of: Distributions) -> Distance:
     Close to KL while few draft tokens are accepted, and to TV later. Samarin et al., "LK Losses",
     arXiv 2602.23881.
     """
-    (kl_C, kl_slope_CV), (tv_C, tv_slope_CV) = kl(of), total_variation(of)
-    weight_C = jnp.exp(-_LK_ETA * (1 - tv_C))
+    (kl_R, kl_slope_RV), (tv_R, tv_slope_RV) = kl(of), total_variation(of)
+    weight_R = jnp.exp(-_LK_ETA * (1 - tv_R))
 
     def mix(kl_value: jax.Array, tv_value: jax.Array, weight: jax.Array) -> jax.Array:
         return weight * kl_value + (1 - weight) * tv_value
 
-    return mix(kl_C, tv_C, weight_C), mix(kl_slope_CV, tv_slope_CV, weight_C[:, None])
+    return mix(kl_R, tv_R, weight_R), mix(kl_slope_RV, tv_slope_RV, weight_R[:, None])
 
 
 DISTANCES = {

@@ -63,11 +63,11 @@ def eagle_states(
     L = e_BLD.shape[1]
     # Entry j of the row holds the token at j + 1 and the state at j. A draft from position i
     # starts with entry i - 1.
-    true_BED = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
-    true_rows = block.keys_values(true_BED, places(L - 1, length_BC).place_BX)
+    true_BSD = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
+    true_rows = block.keys_values(true_BSD, places(L - 1, length_BC).place_BX)
     query = queries(count, length_BC, first_BC)
-    sees_BTE = keys_before(query.chat_BT, query.position_BT, length_BC, L - 1)
-    f_BTD = of_row(true_BED, query.slot_BT - 1)
+    sees_BTS = keys_before(query.chat_BT, query.position_BT, length_BC, L - 1)
+    f_BTD = of_row(true_BSD, query.slot_BT - 1)
     own: list[KVRows] = []
     states: list[jax.Array] = []
     for step in range(steps):
@@ -79,7 +79,7 @@ def eagle_states(
                 own.append(block.keys_values(f_BTD, entry_BT))
             q_BKGTH = block.queries(f_BTD, entry_BT)
             seen = [
-                partial_attention(q_BKGTH, *true_rows, sees_BTE[:, None, None]),
+                partial_attention(q_BKGTH, *true_rows, sees_BTS[:, None, None]),
                 *(_own_key(q_BKGTH, rows) for rows in own),
             ]
             states.append(block.predict(f_BTD, merge_attention(*seen)))

@@ -120,12 +120,12 @@ def late_states(
                 attended = merge_attention(
                     seen, partial_attention(_of_windows(q_BKGTH, U, span), *memory, True)
                 )
-            state_XND = block.predict(
+            state_XTD = block.predict(
                 e_BUJD[:, :, span.start : span.stop].reshape(B * U, len(span), D), attended
             )
-            states.append(state_XND.reshape(B, U, len(span), D))
+            states.append(state_XTD.reshape(B, U, len(span), D))
             if step + 1 < steps:  # the last state is never read (lazy append, method.md 6.2)
-                own_X1D = state_XND[:, :1]
+                own_X1D = state_XTD[:, :1]
                 read_X1D = jax.lax.stop_gradient(own_X1D) if detach else own_X1D
                 at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
                 memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
@@ -142,9 +142,9 @@ def _where_asked(state_BUJD: jax.Array, at: Windows, spans: list[range]) -> Late
 
 
 def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
-    """Moves windows to the batch axis: [B, K, G, U * J, ...] -> [B * U, K, G, N, ...].
+    """Moves windows to the batch axis: [B, K, G, U * J, ...] -> [B * U, K, G, T, ...].
 
-    span: the N offsets of each window whose queries are selected.
+    span: the T offsets of each window whose queries are selected.
     """
     B, K, G, _, *rest = x_BKGT.shape
     x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]

@@ -23,7 +23,7 @@ def distribution_loss(
     state_MD: jax.Array,
     true_MD: jax.Array,
     head_VD: jax.Array,
-    counts_M: jax.Array,
+    counted_M: jax.Array,
     kind: str,
     chunk: int,
     mesh: Mesh,
@@ -36,13 +36,13 @@ def distribution_loss(
     split rows.
 
     kind: a name in distances.DISTANCES; the paper's is cross_entropy, -sum_v p(v) log q(v).
-    counts_M: bool; positions that are False cost nothing and return 0. chunk: number of positions
+    counted_M: bool; positions that are False cost nothing and return 0. chunk: number of positions
     whose logits exist at once on a device.
 
     Returns (distance [M], rank [M]). The rank is that of the target's most likely token among the
     draft's logits, 0 if it is the draft's most likely token too.
     """
-    distance_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh)
+    distance_M, rank_M, _ = _forward(state_MD, true_MD, head_VD, counted_M, kind, chunk, mesh)
     return distance_M, rank_M
 
 
@@ -50,13 +50,13 @@ def _forward(
     state_MD: jax.Array,
     true_MD: jax.Array,
     head_VD: jax.Array,
-    counts_M: jax.Array,
+    counted_M: jax.Array,
     kind: str,
     chunk: int,
     mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     own_rows = over_rows(partial(_own_rows, kind, chunk), head_VD.shape[0], mesh)
-    return own_rows(head_VD, state_MD, true_MD, counts_M)
+    return own_rows(head_VD, state_MD, true_MD, counted_M)
 
 
 def _own_rows(
@@ -66,15 +66,15 @@ def _own_rows(
     head_VD: jax.Array,
     state_MD: jax.Array,
     true_MD: jax.Array,
-    counts_M: jax.Array,
+    counted_M: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes distance, rank and gradient of one device's positions."""
     M, D = state_MD.shape
     count = -(-M // chunk) * chunk
     # Positions that enter the loss come first, in order; the loop never reaches the others.
-    order = jnp.argsort(~counts_M, stable=True)
+    order = jnp.argsort(~counted_M, stable=True)
     order = jnp.pad(order, (0, count - M), constant_values=M)
-    used = counts_M.sum()
+    used = counted_M.sum()
     # Every device runs the same number of iterations, as the loop contains collectives.
     rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
@@ -82,19 +82,19 @@ def _own_rows(
         index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         distance, rank, gradient = carry
-        row_C = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
-        live_C = index * chunk + jnp.arange(chunk) < used
+        row_R = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
+        live_R = index * chunk + jnp.arange(chunk) < used
 
         def read(x_MD: jax.Array) -> jax.Array:
-            return x_MD.at[row_C].get(mode="fill", fill_value=0)
+            return x_MD.at[row_R].get(mode="fill", fill_value=0)
 
-        distance_C, rank_C, gradient_CD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
+        distance_R, rank_R, gradient_RD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
         # Positions after `used` in the last chunk get an index out of range and are dropped.
-        target_C = jnp.where(live_C, row_C, M)
+        target_R = jnp.where(live_R, row_R, M)
         return (
-            distance.at[target_C].set(distance_C, mode="drop"),
-            rank.at[target_C].set(rank_C, mode="drop"),
-            gradient.at[target_C].set(gradient_CD, mode="drop"),
+            distance.at[target_R].set(distance_R, mode="drop"),
+            rank.at[target_R].set(rank_R, mode="drop"),
+            gradient.at[target_R].set(gradient_RD, mode="drop"),
         )
 
     zeros = (jnp.zeros(M, jnp.float32), jnp.zeros(M, jnp.int32), jnp.zeros((M, D), state_MD.dtype))
@@ -102,7 +102,7 @@ def _own_rows(
 
 
 def _rows(
-    kind: str, state_CD: jax.Array, true_CD: jax.Array, head_VD: jax.Array, share: OwnShare
+    kind: str, state_RD: jax.Array, true_RD: jax.Array, head_VD: jax.Array, share: OwnShare
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes distance, rank and gradient of one chunk, in float32.
 
@@ -116,51 +116,51 @@ def _rows(
         return jax.lax.pmax(x, share.vocabulary)
 
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    draft_CV = product("CD,VD->CV", state_CD, head_VD)
-    true_CV = product("CD,VD->CV", true_CD, head_VD)
-    top_C1 = highest(true_CV.max(axis=-1, keepdims=True))
-    peak_C1 = highest(draft_CV.max(axis=-1, keepdims=True))
+    draft_RV = product("RD,VD->RV", state_RD, head_VD)
+    true_RV = product("RD,VD->RV", true_RD, head_VD)
+    top_R1 = highest(true_RV.max(axis=-1, keepdims=True))
+    peak_R1 = highest(draft_RV.max(axis=-1, keepdims=True))
 
-    def log_softmax(x_CV: jax.Array, peak: jax.Array) -> jax.Array:
-        return x_CV - peak - jnp.log(total(jnp.exp(x_CV - peak).sum(axis=-1, keepdims=True)))
+    def log_softmax(x_RV: jax.Array, peak: jax.Array) -> jax.Array:
+        return x_RV - peak - jnp.log(total(jnp.exp(x_RV - peak).sum(axis=-1, keepdims=True)))
 
-    log_p_CV, log_q_CV = log_softmax(true_CV, top_C1), log_softmax(draft_CV, peak_C1)
+    log_p_RV, log_q_RV = log_softmax(true_RV, top_R1), log_softmax(draft_RV, peak_R1)
 
-    def over_vocabulary(x_CV: jax.Array) -> jax.Array:
-        return total(x_CV.sum(axis=-1))
+    def over_vocabulary(x_RV: jax.Array) -> jax.Array:
+        return total(x_RV.sum(axis=-1))
 
-    of = Distributions(jnp.exp(log_p_CV), log_p_CV, jnp.exp(log_q_CV), log_q_CV, over_vocabulary)
-    distance_C, slope_CV = DISTANCES[kind](of)
-    gradient_CD = total(product("CV,VD->CD", slope_CV.astype(head_VD.dtype), head_VD))
-    return distance_C, _rank(draft_CV, true_CV, top_C1, share), gradient_CD.astype(state_CD.dtype)
+    of = Distributions(jnp.exp(log_p_RV), log_p_RV, jnp.exp(log_q_RV), log_q_RV, over_vocabulary)
+    distance_R, slope_RV = DISTANCES[kind](of)
+    gradient_RD = total(product("RV,VD->RD", slope_RV.astype(head_VD.dtype), head_VD))
+    return distance_R, _rank(draft_RV, true_RV, top_R1, share), gradient_RD.astype(state_RD.dtype)
 
 
-def _rank(draft_CV: jax.Array, true_CV: jax.Array, top_C1: jax.Array, share: OwnShare) -> jax.Array:
+def _rank(draft_RV: jax.Array, true_RV: jax.Array, top_R1: jax.Array, share: OwnShare) -> jax.Array:
     """Counts the tokens that the draft ranks above the target's most likely token.
 
     If several tokens are the most likely, the one with the lowest id is meant.
     """
-    V = true_CV.shape[1]
+    V = true_RV.shape[1]
     token_V = share.first_token(V) + jnp.arange(V)
     unseen = jnp.iinfo(jnp.int32).max
-    best_C1 = jnp.where(true_CV == top_C1, token_V[None], unseen).min(axis=-1, keepdims=True)
-    best_C1 = jax.lax.pmin(best_C1, share.vocabulary)
-    draft_C1 = jnp.where(token_V[None] == best_C1, draft_CV, 0.0).sum(axis=-1, keepdims=True)
-    draft_C1 = jax.lax.psum(draft_C1, share.vocabulary)
-    return jax.lax.psum(jnp.sum(draft_CV > draft_C1, axis=-1), share.vocabulary)
+    best_R1 = jnp.where(true_RV == top_R1, token_V[None], unseen).min(axis=-1, keepdims=True)
+    best_R1 = jax.lax.pmin(best_R1, share.vocabulary)
+    draft_R1 = jnp.where(token_V[None] == best_R1, draft_RV, 0.0).sum(axis=-1, keepdims=True)
+    draft_R1 = jax.lax.psum(draft_R1, share.vocabulary)
+    return jax.lax.psum(jnp.sum(draft_RV > draft_R1, axis=-1), share.vocabulary)
 
 
 def _vjp_forward(
     state_MD: jax.Array,
     true_MD: jax.Array,
     head_VD: jax.Array,
-    counts_M: jax.Array,
+    counted_M: jax.Array,
     kind: str,
     chunk: int,
     mesh: Mesh,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     distance_M, rank_M, gradient_MD = _forward(
-        state_MD, true_MD, head_VD, counts_M, kind, chunk, mesh
+        state_MD, true_MD, head_VD, counted_M, kind, chunk, mesh
     )
     return (distance_M, rank_M), gradient_MD
 
@@ -195,7 +195,7 @@ class Outputs(NamedTuple):
     state_MD: jax.Array
     normed_MD: jax.Array  # input of the draft's head; equals state_MD if the draft has no norm
     true_MD: jax.Array  # the target's states after its final norm
-    counts_M: jax.Array  # bool: the prediction enters the loss
+    counted_M: jax.Array  # bool: the prediction enters the loss
     draft_head_VD: jax.Array  # head of the draft: the target's, or the draft's own
     head_VD: jax.Array  # head of the target, only the tokens that the draft scores
 
@@ -215,11 +215,11 @@ def distribution_and_state(outputs: Outputs, config: TrainConfig, mesh: Mesh) ->
     Raises:
         ValueError: the draft has its own head, which this loss would not train.
     """
-    state_MD, normed_MD, true_MD, counts_M, draft_head_VD, head_VD = outputs
+    state_MD, normed_MD, true_MD, counted_M, draft_head_VD, head_VD = outputs
     if draft_head_VD is not head_VD:
         raise ValueError("a draft with a head of its own needs a loss of its own")
     ploss_M, rank_M = distribution_loss(
-        normed_MD, true_MD, head_VD, counts_M, config.loss, config.loss_rows, mesh
+        normed_MD, true_MD, head_VD, counted_M, config.loss, config.loss_rows, mesh
     )
-    vloss_M = jnp.where(counts_M, smooth_l1(state_MD, true_MD), 0.0)
+    vloss_M = jnp.where(counted_M, smooth_l1(state_MD, true_MD), 0.0)
     return Terms(ploss_M, vloss_M, ploss_M + config.vloss_weight * vloss_M, rank_M)

@@ -25,14 +25,14 @@ class Inputs(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """N predictions per row, each for one of its T queries; all stages share this form."""
+    """Y predictions per row, each for one of its T queries; all stages share this form."""
 
-    state_BND: jax.Array
-    query_BN: jax.Array  # index of the query
+    state_BYD: jax.Array
+    query_BY: jax.Array  # index of the query
     # False where a window extends past the chat's last query (EAGLE: also at position 0)
-    inside_BN: jax.Array
-    group_BN: jax.Array  # window offset or draft step
-    weight_N: jax.Array  # beta
+    inside_BY: jax.Array
+    group_BY: jax.Array  # window offset or draft step
+    weight_Y: jax.Array  # beta
     groups: int  # number of groups
 
 
@@ -63,7 +63,7 @@ def by_step(
     B, U, J = query_BUJ.shape
     weights = stage.step_weights or range(stage.simulation_steps, 0, -1)
     beta_J = jnp.asarray(weights, jnp.float32)[step_J]
-    group_BN = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
+    group_BY = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
 
     def flat(x_BUJ: jax.Array) -> jax.Array:
         return x_BUJ.reshape(B, U * J, *x_BUJ.shape[3:])
@@ -72,7 +72,7 @@ def by_step(
         flat(state_BUJD),
         flat(query_BUJ),
         flat(inside_BUJ),
-        group_BN,
+        group_BY,
         jnp.tile(beta_J, U),
         stage.simulation_steps,
     )

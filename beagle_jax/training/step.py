@@ -129,7 +129,7 @@ def stage_loss(
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.predicted_BLD)
     h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
-    slot_BT = queries(batch.counts_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
+    slot_BT = queries(batch.counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
     def embedded(tokens: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(
@@ -140,40 +140,40 @@ def stage_loss(
         jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
     )
     out = objective.predict(params, spec, stage, inputs, offset)
-    counts_BN = of_row(jnp.asarray(batch.counts_BT), out.query_BN) & out.inside_BN
-    true_BND = of_row(true_BLD, of_row(slot_BT, out.query_BN))
-    state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BND, true_BND))
-    counts_M = counts_BN.reshape(-1)
+    counted_BY = of_row(jnp.asarray(batch.counted_BT), out.query_BY) & out.inside_BY
+    true_BYD = of_row(true_BLD, of_row(slot_BT, out.query_BY))
+    state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BYD, true_BYD))
+    counted_M = counted_BY.reshape(-1)
     outputs = Outputs(
         state_MD,
         spec.final_norm(params, state_MD),
         true_MD,
-        counts_M,
+        counted_M,
         spec.head(params, frozen.head_VD),
         frozen.head_VD,
     )
     terms = objective.terms(outputs, config, mesh)
-    metrics = _summed(out, terms, counts_BN, jnp.sum(batch.counts_BT))
+    metrics = _summed(out, terms, counted_BY, jnp.sum(batch.counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
 
 
-def _summed(out: Prediction, terms: Terms, counts_BN: jax.Array, supervised: jax.Array) -> Metrics:
+def _summed(out: Prediction, terms: Terms, counted_BY: jax.Array, supervised: jax.Array) -> Metrics:
     """Weights and sums the terms of all predictions."""
-    weight_M = jnp.broadcast_to(out.weight_N, counts_BN.shape).reshape(-1)
-    group_BNJ = jax.nn.one_hot(out.group_BN, out.groups, dtype=bool)
-    agree_KM = [counts_BN.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
-    agree_KBN = [agree_M.reshape(counts_BN.shape) for agree_M in agree_KM]
+    weight_M = jnp.broadcast_to(out.weight_Y, counted_BY.shape).reshape(-1)
+    group_BYJ = jax.nn.one_hot(out.group_BY, out.groups, dtype=bool)
+    agree_KM = [counted_BY.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
+    agree_KBY = [agree_M.reshape(counted_BY.shape) for agree_M in agree_KM]
 
-    def by_group(x_BN: jax.Array) -> jax.Array:
-        return jnp.sum(x_BN[..., None] & group_BNJ, axis=(0, 1))
+    def by_group(x_BY: jax.Array) -> jax.Array:
+        return jnp.sum(x_BY[..., None] & group_BYJ, axis=(0, 1))
 
     return Metrics(
         ploss=jnp.sum(terms.ploss_M),
         vloss=jnp.sum(terms.vloss_M),
         objective=jnp.sum(weight_M * terms.total_M),
         supervised=supervised,
-        count_J=by_group(counts_BN),
-        agree_JK=jnp.stack([by_group(agree_BN) for agree_BN in agree_KBN], axis=1),
+        count_J=by_group(counted_BY),
+        agree_JK=jnp.stack([by_group(agree_BY) for agree_BY in agree_KBY], axis=1),
         grad_norm=jnp.float32(0),
     )
 

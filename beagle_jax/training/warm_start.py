@@ -76,11 +76,11 @@ def _local_attention(
     x_MF = np.concatenate([u_MD, before_MD, np.ones((len(u_MD), 1), np.float32)], axis=1)
     linear_FD = _ridge([(x_MF.T @ x_MF, x_MF.T @ (after_MD - e_MD))])
     from_before_DD = linear_FD[u_MD.shape[1] : -1].T * _ATTENTION_SCALE
-    out_DR, in_RD = _low_rank(from_before_DD, before_MD, local * H)
-    fitted["v_proj"][: local * H] = in_RD
+    out_Dr, in_rD = _low_rank(from_before_DD, before_MD, local * H)
+    fitted["v_proj"][: local * H] = in_rD
     for head in range(local * G):
         rank = slice(head // G * H, (head // G + 1) * H)
-        fitted["o_proj"][:, head * H : (head + 1) * H] = out_DR[:, rank] / G
+        fitted["o_proj"][:, head * H : (head + 1) * H] = out_Dr[:, rank] / G
     return fitted
 
 
@@ -90,7 +90,7 @@ def _feature_moments(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums x^T x and x^T y over supervised positions (x: MLP features, y: target residual)."""
     block = BeagleBlock(spec).bind({"params": params})
-    T, L = part.counts_BT.shape[1], part.tokens_BL.shape[1]
+    T, L = part.counted_BT.shape[1], part.tokens_BL.shape[1]
     query = queries(T, part.length_BC, part.first_BC)
     e_BTD = embed(embed_VD, of_row(part.tokens_BL, query.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
@@ -98,7 +98,7 @@ def _feature_moments(
     y_BTD, gated_BTF = block.before_down(
         e_BTD, block.attend(e_BTD, states_BLD, mask_BTL, query.position_BT)
     )
-    feature_BTF = gated_BTF * part.counts_BT[..., None]
+    feature_BTF = gated_BTF * part.counted_BT[..., None]
 
     def product(x: jax.Array) -> jax.Array:
         return jnp.einsum("BTF,BTD->FD", feature_BTF, x)
@@ -108,7 +108,7 @@ def _feature_moments(
 
 def _neighbours(embed_VD: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns e(x_i), h_{i-1} and h_i of each supervised position i."""
-    line, query = np.nonzero(batch.counts_BT)
+    line, query = np.nonzero(batch.counted_BT)
     position = batch.first_BC[line, 0] + query
     line, position = line[position > 0], position[position > 0]
     states_BLD = np.asarray(batch.predicted_BLD, np.float32)
@@ -130,16 +130,16 @@ def _back_one(score_H: np.ndarray, spec: BeagleSpec) -> np.ndarray:
 
 
 def _ridge(moments: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Solves ridge regression for the map [F, E].
+    """Solves ridge regression for the map [F, O].
 
     moments: parts of (x^T x, x^T y), summed in float64.
     """
     gram_FF: np.ndarray = np.zeros(())
-    cross_FE: np.ndarray = np.zeros(())
+    cross_FO: np.ndarray = np.zeros(())
     for gram, cross in moments:
-        gram_FF, cross_FE = gram_FF + gram, cross_FE + cross
+        gram_FF, cross_FO = gram_FF + gram, cross_FO + cross
     gram_FF[np.diag_indices_from(gram_FF)] += _RIDGE * np.mean(np.diag(gram_FF))
-    return np.linalg.solve(gram_FF, cross_FE)
+    return np.linalg.solve(gram_FF, cross_FO)
 
 
 def _low_rank(map_DD: np.ndarray, x_MD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +147,6 @@ def _low_rank(map_DD: np.ndarray, x_MD: np.ndarray, rank: int) -> tuple[np.ndarr
     moment_DD = (x_MD.T @ x_MD).astype(np.float64) / len(x_MD)
     value_D, vector_DD = np.linalg.eigh(moment_DD)
     root_D = np.sqrt(np.maximum(value_D, 1e-6 * value_D.max()))
-    left_DR, size_R, right_RD = np.linalg.svd(map_DD @ (vector_DD * root_D))
-    factor = np.sqrt(size_R[:rank])
-    return left_DR[:, :rank] * factor, (right_RD[:rank] * factor[:, None] / root_D) @ vector_DD.T
+    left_Dr, size_r, right_rD = np.linalg.svd(map_DD @ (vector_DD * root_D))
+    factor = np.sqrt(size_r[:rank])
+    return left_Dr[:, :rank] * factor, (right_rD[:rank] * factor[:, None] / root_D) @ vector_DD.T
