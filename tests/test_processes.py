@@ -191,7 +191,7 @@ def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
     said = []
     for _ in ("early", "late"):
         with StopSignal() as stop:
-            said += [stop.asked(), stop.asked()]
+            said += [stop.requested(), stop.requested()]
     assert said == [False, False, False, True] and stop.seen
     assert numbers == list(range(numbers[0], numbers[0] + 4))
 
