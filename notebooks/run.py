@@ -1,10 +1,10 @@
-"""Runs the notebooks in full and keeps in them what they print and draw.
+"""Runs the notebooks in full and stores in them what they print and draw.
 
     python notebooks/run.py                     # all four: half an hour on two CPU cores
     python notebooks/run.py b_masks_and_stages  # one of them
 
-Needs the `test` extra. Run it after any change of a notebook's code (but for its first cell, which
-installs): tests/test_notebooks.py compares.
+Needs the `test` extra. Run it after each change of a notebook's code, which tests/test_notebooks.py
+checks. The first cell, which installs, is excepted.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(names: list[str]) -> None:
-    """names: stems of the notebooks to run; none: all."""
+    """Runs and rewrites notebooks. names: their stems; none: all four."""
     os.environ["PYTHONWARNINGS"] = (
         "ignore:IProgress not found"  # tqdm would like a widget for its bars; text is what is kept
     )
@@ -42,13 +42,14 @@ def main(names: list[str]) -> None:
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """In order."""
+    """Returns the code cells in order."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def digest(notebook: NotebookNode) -> str:
-    """Of all code after the first cell, which installs: what `outputs_of` in a notebook's metadata
-    must be.
+    """Returns the SHA-256 of all code after the first cell, which installs.
+
+    A notebook's metadata hold it as `outputs_of`: the code that wrote the outputs.
     """
     return hashlib.sha256(
         "\n\n".join(cell.source for cell in code_cells(notebook)[1:]).encode()
@@ -56,8 +57,9 @@ def digest(notebook: NotebookNode) -> str:
 
 
 def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
-    """Pieces of one stream as one text, of each progress bar its last state, and no path of this
-    machine.
+    """Joins the pieces of each stream, and removes paths of this machine.
+
+    Of each progress bar only the last state remains.
     """
     streams: dict[str, NotebookNode] = {}
     tidied = []
@@ -77,8 +79,9 @@ def tidy(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
 
 
 def _last_state(line: str) -> str | None:
-    """Of a line that was written over; None if it was wiped in the end, as bars that leave nothing
-    do.
+    """Returns the last state of a line that was overwritten.
+
+    None if it was cleared at the end, as by bars that leave nothing.
     """
     *before, last = [state.rstrip() for state in line.split("\r")]
     if last or not before:

@@ -133,9 +133,8 @@ def test_a_run_stopped_between_two_updates_goes_on_exactly(tmp_path, frozen):
     with pytest.raises(KeyboardInterrupt):
         run(cut, Stopping())
     assert 4 in saved_steps(cut)
-    with pytest.raises(
-        UserError, match="early stage, step 5: the loss is"
-    ):  # the second of its three
+    # It is the second of the update's three batches.
+    with pytest.raises(UserError, match="early stage, step 5: the loss is"):
         run(cut, Breaking(loader_of(20, 1), 4, infinite_state))
     assert saved_steps(cut)[-1] == 4
     same_params(run(cut, training), whole)

@@ -170,18 +170,16 @@ def test_the_budget_stops_the_writing(text, writer, tmp_path):
     assert len(writer.calls) == 1 and sum(sum(row.supervised) for row in rows) == 15
     writer.calls.clear()
     rows = text(writer, answer_tokens=16, folder=str(tmp_path / "more"))
-    assert (
-        sum(sum(row.supervised) for row in rows) == 20
-    )  # one more row, not the 2 made-up prompts that there were
+    # One more row, not the 2 made-up prompts that there were.
+    assert sum(sum(row.supervised) for row in rows) == 20
     assert [len(prompts) for prompts, _ in writer.calls] == [3, prompts._MADE_UP_AT_LEAST, 1]
 
 
 def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "_MADE_UP_AT_LEAST", 2)
     writer = FakeWriter(tokenizer, [f"Tell me of {place} {{n}}" for place in range(40)])
-    text(
-        writer, answer_tokens=100
-    )  # 15 from OWN; answers of 10 tokens at most, so of 5 for what is known
+    # 15 from OWN; answers of 10 tokens at most, so of 5 for what is known.
+    text(writer, answer_tokens=100)
     assert [len(prompts) for prompts, _ in writer.calls] == [3, 17, 17]
     assert len(set(writer.answered)) == 20
 
@@ -237,9 +235,8 @@ def test_an_interrupted_run_goes_on_after_its_last_part(
     monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
-    fails_at = (
-        2 if which == 0 else 3
-    )  # the second part: of our own source the second call makes up prompts
+    # The second part: of our own source the second call makes up prompts.
+    fails_at = 2 if which == 0 else 3
     rows = interrupted_then_resumed(text, tokenizer, str(tmp_path / "broken"), fails_at, **settings)
     same_rows(rows, expected)
     assert not list(tmp_path.glob("*/*.partial"))

@@ -83,9 +83,8 @@ DRAWS, ACCEPTANCE = "draws have the target's distribution", "acceptance recomput
 
 
 def test_right_decoding_passes():
-    made = audited(
-        target_of(MARKOV), {"static": right_draft(0.15)}, TREES
-    )  # words looked up: tests/test_eagle_evaluation.py
+    # Prompt lookup: tests/test_eagle_evaluation.py.
+    made = audited(target_of(MARKOV), {"static": right_draft(0.15)}, TREES)
     assert made["passed"] and made["divergences"] == [] and failed(made) == set()
     assert len(made["checks"]) == 2 + 4 and made["noise"] < 1e-3
     recomputed = [check["found"] for check in made["checks"] if ACCEPTANCE in check["name"]]
@@ -230,10 +229,11 @@ def checked(measured, spoil=lambda answer: answer) -> dict:
 def test_tau_off_by_one(measured, monkeypatch):
     assert checked(measured)["passed"]
     right = Measurement.tau.fget
+    # Without the bonus token, and with the prefill's token.
     for wrong in (
         lambda self: right(self) - 1,
         lambda self: self.tokens / self.rounds,
-    ):  # no bonus token; the prefill's counted
+    ):
         with monkeypatch.context() as planted:
             planted.setattr(Measurement, "tau", property(wrong))
             assert failed(checked(measured)) == {ACCEPTANCE}

@@ -92,9 +92,8 @@ def test_torch_step_simulates():
     changed = h.clone()
     changed[:, 5] += 1
     other = block(e, changed, [], 0)
-    assert torch.equal(first[:, :5], other[:, :5]) and not torch.allclose(
-        first[:, 5], other[:, 5]
-    )  # causal
+    # Attention is causal.
+    assert torch.equal(first[:, :5], other[:, :5]) and not torch.allclose(first[:, 5], other[:, 5])
     second = block(e, first, memory, 1)
     assert len(memory) == 2 and not torch.allclose(first, second)
 

@@ -112,9 +112,8 @@ def test_a_stage_ends_early_and_stays_ended(run, tmp_path):
 
 def test_a_resumed_run_measures_what_was_lost_and_ends_the_same(run, tmp_path):
     config = config_for(tmp_path)
-    with pytest.raises(
-        KeyboardInterrupt
-    ):  # after the measurement of step 9, with the checkpoint of step 5
+    # After the measurement of step 9, with the checkpoint of step 5.
+    with pytest.raises(KeyboardInterrupt):
         run(
             config.changed(train=config.train.changed(checkpoint_every=5)),
             Decoder(tmp_path / "best.json", [1.1, 1.3, 1.2]).best,

@@ -34,9 +34,8 @@ def test_noise_explains_no_more_than_it_may():
     # other, so it is not reached.
     alarm_rate = alarms(Noise(0.5, 0.1).reach(PLACES * (V - 1), RATE), rng)
     assert RATE / 5 < alarm_rate < RATE + 3 * np.sqrt(RATE / TRIALS)
-    assert (
-        alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= alarm_rate
-    )  # the noisiest place measured leaves some room
+    # The noisiest place measured leaves some room.
+    assert alarms(noise.reach(PLACES * (V - 1), RATE), rng) <= alarm_rate
     # Planted: a bound as if one pair were compared.
     assert alarms(Noise(0.5, 0.1).reach(1, RATE), rng) > 0.9
 
@@ -47,9 +46,8 @@ def test_noisy_places_count():
     width_T1 = np.where(np.arange(192) % 10, 0.1, 0.3)[:, None]
     noise = noise_of(rng.normal(0, 1, (192, V)) * width_T1)
     assert noise.deviation > 0.3 * 0.9
-    assert noise.reach(1000) == pytest.approx(
-        noise.deviation * np.sqrt(2) * 5.2, rel=0.01
-    )  # 1e-7 of a normal distribution lies beyond 5.2
+    # 1e-7 of a normal distribution lies beyond 5.2.
+    assert noise.reach(1000) == pytest.approx(noise.deviation * np.sqrt(2) * 5.2, rel=0.01)
 
 
 def test_what_moves_all_logits_alike_is_no_noise():

@@ -235,9 +235,8 @@ def test_training_online_logs_the_losses_of_training_from_disk(trained):
     disk_steps, online_steps = ([line for line in log if "loss" in line] for log in logs)
     assert len(disk_steps) == len(online_steps) == 5
     for disk, online in zip(disk_steps, online_steps, strict=True):
-        assert online["loss"] == pytest.approx(
-            disk["loss"], rel=1e-3
-        )  # five steps apart, of rows that were summed in another order
+        # Five steps apart, of rows that were summed in another order.
+        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)
 
 
 def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
@@ -253,9 +252,8 @@ def test_packed_chats_train_too_and_padding_is_told(trained, capsys):
     ]
     assert run_main(train.main, ["--config", trained.config, *options]) == 0
     about, *log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    held_out = [
-        line for line in log if line.get("split") == "held_out"
-    ]  # whose two chats would share one row
+    # Its two chats would share one row.
+    held_out = [line for line in log if line.get("split") == "held_out"]
     assert (
         about["padding"] < 0.5 < 0.7 < about["padding_unpacked"]
         and len(log) - len(held_out) == 3

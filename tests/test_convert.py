@@ -49,9 +49,8 @@ def test_torch_predicts_the_states_and_logits_of_jax(place, exported, name):
         if draft.hot_ids is None
         else place.target.params["head_VD"][draft.hot_ids]
     )
-    np.testing.assert_allclose(
-        logits.numpy(), expected @ rows_VD.T, rtol=1e-5, atol=1e-4
-    )  # a sum of products over D
+    # A sum of products over D.
+    np.testing.assert_allclose(logits.numpy(), expected @ rows_VD.T, rtol=1e-5, atol=1e-4)
     assert np.abs(predicted_BTD.numpy() - e_BTD).max() > 0.1
 
 

@@ -28,15 +28,15 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVCache
 from beagle_jax.sharding import tensor_mesh
 
-STATIC = static_tree(
-    [(0,), (1,), (3,), (0, 0), (1, 0), (1, 2)]
-)  # EAGLE's own tree is decoded in test_decoding.py
+# EAGLE's own tree is decoded in test_decoding.py.
+STATIC = static_tree([(0,), (1,), (3,), (0, 0), (1, 0), (1, 2)])
+# Each level is compiled for a quarter of a second.
 TREES = {
     "plain": ROOT_ONLY,
     "chain": chain(2),
     "static": STATIC,
     "dynamic": dynamic_tree(2, 3, 7),
-}  # each level is compiled for a quarter of a second
+}
 DRAWN = Sampling(0.8, top_k=20)
 # Draws take the same way through every tree: with none, and with the kind that is the hardest.
 EACH_TREE = pytest.mark.parametrize(
@@ -87,12 +87,13 @@ def test_planted_bug_all_rows_of_a_batch_see_as_far_as_the_first():
 
 
 def _check_batch(decoder, sampling) -> None:
+    # One padded length: others are compiled in test_decoding.py.
     prompts = [
         [5],
         [7, 8, 9, 10, 11],
         [2, 3],
         list(range(60)),
-    ]  # of one padded length: others are compiled in test_decoding.py
+    ]
     together = decoder.generate(prompts, sampling, max_new_tokens=24, seed=7)
     alone = [
         decoder.generate([prompt], sampling, max_new_tokens=24, seed=7 + line)[0]
@@ -115,11 +116,12 @@ def two_hundred():
     return prompts, plain
 
 
+# With two hundred prompts running takes long.
 SMALL_TREES = {
     "chain": chain(2),
     "static": static_tree([(0,), (1,), (0, 0)]),
     "dynamic": dynamic_tree(2, 2, 4),
-}  # here running takes long
+}
 
 
 def test_two_hundred_prompts_of_64_tokens_equal_plain_decoding(two_hundred):
@@ -266,9 +268,8 @@ def test_messages_and_plain_text_go_through_the_chat_template():
     with pytest.raises(
         UserError, match=r"prompt: the text of a message is not Unicode .*surrogates"
     ):
-        decoder.generate(
-            ["caf\udce9"]
-        )  # how Python hands over a byte of a command line that is not UTF-8
+        # Python passes bytes of a command line that are not UTF-8 in this form.
+        decoder.generate(["caf\udce9"])
     with pytest.raises(UserError, match="prompt: the text of a message is 5; expected a string"):
         decoder.generate([[{"role": "user", "content": 5}]])
 

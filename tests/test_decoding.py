@@ -77,13 +77,13 @@ def test_equals_plain_decoding(tree, prompt):
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_equals_plain_decoding_when_drafts_are_accepted(tree, error):
     answer = _check_lossless(target_of(MARKOV), right_draft(error), tree, [5], 30)
+    # These do not always contain the best path to its end.
     if error == 0.0 and tree not in (
         TREES["ragged"],
         TREES["dynamic"],
-    ):  # those do not always hold the best path to its end
-        assert (
-            answer.accepted[-1] >= answer.rounds - 1
-        )  # every round but perhaps the last goes all the way
+    ):
+        # Every round but perhaps the last goes all the way.
+        assert answer.accepted[-1] >= answer.rounds - 1
         assert answer.rounds == -(-29 // (tree.depth + 1))
 
 

@@ -73,9 +73,8 @@ def check(line: str, monkeypatch) -> None:
             word for word in words[2:] if word.startswith("--") and f'"{word}"' not in text
         ] == []
     elif words[0] in ("bash", "sbatch") and words[-1] != ".ci/run":
-        script, *arguments = itertools.dropwhile(
-            lambda word: word.startswith("--"), words[1:]
-        )  # sbatch's own options
+        # Options of sbatch itself.
+        script, *arguments = itertools.dropwhile(lambda word: word.startswith("--"), words[1:])
         check_script(script, [argument for argument in arguments if argument != "--dry-run"])
         if {"train", "evaluate"} & set(arguments):
             first = min(
@@ -136,6 +135,7 @@ def test_links_lead_to_files(page):
 def test_the_faq_answers_what_users_of_such_tools_report():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
     questions = [section.partition("\n") for section in text.split("\n## ")[1:]]
+    # "trained on" stands for masks.
     for subject in (
         "memory",
         "disk",
@@ -143,7 +143,7 @@ def test_the_faq_answers_what_users_of_such_tools_report():
         "tau",
         "template",
         "resume",
-    ):  # "trained on": masks
+    ):
         [(_, _, answer)] = [
             question
             for question in questions

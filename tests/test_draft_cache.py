@@ -34,9 +34,8 @@ def _draft(draft, embed_VD, states_BLD, length, root, tree, **options):
     block = BeagleBlock(draft.spec).bind({"params": draft.params})
     rows = block.keys_values(states_BLD, jnp.arange(states_BLD.shape[1])[None])
     empty = empty_rows(1, draft.spec.num_kv_heads, 32, draft.spec.head_dim, jnp.float32)
-    cache = write_rows(
-        empty, rows, jnp.zeros(1, jnp.int32)
-    )  # slots at and past `length` hold rows that must not show
+    # Slots at and past `length` hold rows that must not show.
+    cache = write_rows(empty, rows, jnp.zeros(1, jnp.int32))
     drafter = BeagleDrafter(
         draft.spec, draft.params, embed_VD, DraftHead(embed_VD, None), **options
     )

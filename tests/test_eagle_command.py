@@ -119,9 +119,8 @@ def test_states_computed_in_the_step_give_the_same_losses(trained):
         == 0
     )
     for disk, online in zip(log_of(trained.folder / "run")[:3], log_of(folder), strict=True):
-        assert online["loss"] == pytest.approx(
-            disk["loss"], rel=1e-3
-        )  # three steps apart, of rows that were summed in another order
+        # Three steps apart, of rows that were summed in another order.
+        assert online["loss"] == pytest.approx(disk["loss"], rel=1e-3)
 
 
 def test_training_goes_on_from_an_eagle_draft_only(trained, capsys):

@@ -180,9 +180,8 @@ def check_drafted(target, now, state) -> None:
             np.tile(np.tri(L - 1, dtype=bool), (Q, 1, 1)),
         )
         for query in range(Q):
-            for depth, above in enumerate(
-                [*np.flatnonzero(sees_QQ[query]), query]
-            ):  # the root first
+            # The root first.
+            for depth, above in enumerate([*np.flatnonzero(sees_QQ[query]), query]):
                 e_QLD[query, n + depth] = embed_VD[drafted.query_token_BQ[line, above]]
                 h_QLD[query, n + depth] = drafted.state_BQD[line, above]
         if not now.drafter.append_predicted:
@@ -363,9 +362,8 @@ def test_attention_is_that_of_the_block():
         )
     )
     q_KGTH, k_KHT = jax.device_get(parts(f_1TD, jnp.arange(L - 1)[None]))
-    for row, place in enumerate(
-        range(3, L)
-    ):  # its entry stands one place before it, and is the last that it sees
+    # Its entry stands one place before it, and is the last that it sees.
+    for row, place in enumerate(range(3, L)):
         heads = [
             np.exp(q_KGTH[k, g, place - 1] @ k_KHT[k, :, :place] / np.sqrt(8))
             for k in range(2)

@@ -169,9 +169,10 @@ def test_planted_bugs_of_the_late_stage(params, frozen, batch, bug, monkeypatch)
             lambda self, f, at: right(self, f, at if f.shape[1] == L - 1 else at * 0),
         )
     stage = LATE.changed(**{"step_weights": (1.0,) * 3, "detach": False} | changes)
+    # No other test may get this program from the cache.
     (_, _), gradient = gradient_of.__wrapped__(CLEAN, stage)(
         params, frozen, batch, jax.random.key(0)
-    )  # remembered by no other test
+    )
     _, expected = by_torch(params, frozen, batch, 3)
 
     def compare():

@@ -203,9 +203,8 @@ def _torch_answers(model):
                 tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=32
             )
         answers.append(full[0, len(prompt) :].tolist())
-    assert (
-        len(set(itertools.chain(*answers))) > 7
-    )  # a token that repeats for ever would equal anything
+    # A token that repeats for ever would equal anything.
+    assert len(set(itertools.chain(*answers))) > 7
     return answers
 
 
@@ -307,9 +306,8 @@ def _rope_difference(scaling) -> float:
 
 def test_llama3_rope_equals_torch():
     assert _rope_difference(RopeScaling(8.0, 1.0, 4.0, 8192)) < 1e-5
-    assert (
-        _rope_difference(RopeScaling(8.0, 1.0, 2.0, 8192)) > 1e-3
-    )  # planted: another end of the blend
+    # Planted: another end of the blend.
+    assert _rope_difference(RopeScaling(8.0, 1.0, 2.0, 8192)) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)

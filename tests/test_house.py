@@ -1,8 +1,7 @@
-"""What house style can check by itself: sizes, requirements with reasons, a README that names what
-exists.
-"""
+"""Checks of the house style: sizes, layers, requirements with reasons, citations, names."""
 
 import ast
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -22,8 +21,9 @@ ENTRY_POINTS = sorted(
 
 
 def too_long(root: Path) -> list[str]:
-    """Files of more than 500 lines among what is written by hand: not the licence, data, weights,
-    notebooks or results.
+    """Lists files of more than 500 lines among those written by hand.
+
+    Not the licence, data, weights, notebooks and results.
     """
     folders = (
         "beagle_jax",
@@ -118,8 +118,9 @@ def test_readme_names_files_that_exist():
 
 
 def too_wide(root: Path) -> list[str]:
-    """Comment lines over 100 columns in settings and scripts, but for addresses, which cannot be
-    cut; configs/ and experiments/ are left out until settings are declared anew.
+    """Lists comment lines over 100 columns in settings and scripts.
+
+    Addresses cannot be cut and are free. configs/ and experiments/ are not checked.
     """
     kinds = (".yaml", ".yml", ".toml", ".sh", ".sbatch")
     paths = [
@@ -147,8 +148,10 @@ def test_a_line_that_is_wider_is_seen(tmp_path):
 
 
 def check_matrix(requirement: str, jobs: list[dict[str, str]]) -> None:
-    """The first job has the oldest minor version of jax that the requirement allows, the last the
-    newest, and none has one that it does not.
+    """Checks the jobs' versions of jax against the requirement.
+
+    The first job has the oldest minor version that it allows, the last job the newest, and no job
+    one that it does not allow.
     """
     bounds = {part.operator: Version(part.version) for part in Requirement(requirement).specifier}
     pins = [
@@ -183,7 +186,7 @@ ELSEWHERE = re.compile(r"\b(?:product|layout|joints|house_style|quickstart_targe
 
 
 def sections(method: str) -> set[str]:
-    """Numbers of the headings of docs/method.md, and of the points of its two lists."""
+    """Returns the numbers of docs/method.md's headings and of the points of its two lists."""
     numbers = set(re.findall(r"^#+ (\d+(?:\.\d+[a-z]?)?)[. ]", method, re.M))
     for part in re.split(r"^## ", method, flags=re.M)[1:]:
         chapter = part.partition(".")[0]
@@ -193,7 +196,7 @@ def sections(method: str) -> set[str]:
 
 
 def dangling(text: str, known: set[str]) -> list[str]:
-    """Citations in a file that lead to no section of docs/method.md, or out of the repository."""
+    """Lists citations that lead to no section of docs/method.md, or out of the repository."""
     flat = re.sub(r"\s+(?:# )?", " ", text)
     cited = [number for match in CITED.findall(flat) for number in match.split(", ")]
     return [number for number in cited if number not in known] + ELSEWHERE.findall(flat)
@@ -272,3 +275,91 @@ def test_a_built_package_has_every_file():
 def test_a_file_that_a_built_package_lacks_is_seen():
     package_data = project()["setuptools"]["package-data"]
     assert not_shipped(package_data | {"beagle_jax": []}) == ["beagle_jax/py.typed"]
+
+
+# They say that something was found, asked for or read, and not what it is.
+EMPTY_NAMES = frozenset(["one", "told", "found", "asked", "read", "kept", "picked", "here"])
+VERBS = frozenset({"read"})  # a function may be called that: it reads
+
+
+def bound_names(tree: ast.AST) -> list[tuple[int, str]]:
+    """Lists (line, name) of everything that a file binds.
+
+    Variables of every kind, parameters, assigned attributes, functions and classes.
+    """
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.append((node.lineno, node.attr))
+        elif isinstance(node, ast.arg):
+            names.append((node.lineno, node.arg))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if node.name not in VERBS:
+                names.append((node.lineno, node.name))
+        elif isinstance(node, ast.alias):
+            names.append((node.lineno, node.asname or ""))
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+            names.append((node.lineno, node.name or ""))
+    return names
+
+
+def empty_names(source: str) -> list[str]:
+    """Lists bound names that the house forbids, as "line: name"."""
+    names = sorted(set(bound_names(ast.parse(source))))
+    return [f"{line}: {name}" for line, name in names if name in EMPTY_NAMES]
+
+
+def code_of(path: Path) -> str:
+    """Returns a Python file's text, or the code cells of a notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def test_names_say_what_they_hold():
+    folders = ("beagle_jax", "benchmarks", "experiments", "notebooks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    files += (ROOT / "notebooks").glob("*.ipynb")
+    wrong = {str(path.relative_to(ROOT)): empty_names(code_of(path)) for path in sorted(files)}
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "found = 1",
+        "a, (b, *kept) = x",
+        "found: int",
+        "found += 1",
+        "self.asked = 1",
+        "for one in x: pass",
+        "[one for one in x]",
+        "{k: 1 for k, one in x}",
+        "(told := x)",
+        "lambda read: 0",
+        "def f(a, *, told=1): pass",
+        "def f(*picked): pass",
+        "def asked(): pass",
+        "class found: pass",
+        "with x as here: pass",
+        "import x as found",
+        "from x import y as here",
+        "try: pass\nexcept E as told: pass",
+        "match x:\n case [one, *_]: pass",
+        "match x:\n case [_, *kept]: pass",
+    ],
+)
+def test_a_name_that_says_nothing_is_seen(line):
+    assert len(empty_names(line)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["def read(x): pass", "found_names = 1", "f(found=1)", "x.kept", "x['one']", "print(one)"],
+)
+def test_other_uses_of_these_words_are_free(line):
+    assert empty_names(line) == []

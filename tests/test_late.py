@@ -19,9 +19,8 @@ from beagle_jax.training.late import late_states
 
 # Moderate weights: float32 error of the two summation orders then stays well below the tolerance.
 SPEC = BeagleSpec.from_target(TINY, init_std=0.15)
-LENGTH = jnp.array(
-    [[13], [9]], jnp.int32
-)  # 13 is no multiple of any window but 1; the second row is ragged
+# 13 is no multiple of any window but 1; the second row is ragged.
+LENGTH = jnp.array([[13], [9]], jnp.int32)
 START = jnp.zeros((2, 1), jnp.int32)  # whole rows are asked for
 
 
@@ -210,9 +209,8 @@ def test_positions_are_relative(row):
         )
         return jnp.einsum("BKGTH,BKHS->BKGTS", q, rows.k_BKHS)
 
-    np.testing.assert_allclose(
-        scores(0), scores(100), atol=1e-4
-    )  # angles near 100 lose two digits in float32
+    # Angles near 100 lose two digits in float32.
+    np.testing.assert_allclose(scores(0), scores(100), atol=1e-4)
     q = block.queries(e_BLD, positions + 1)
     shifted = jnp.einsum("BKGTH,BKHS->BKGTS", q, block.keys_values(h_BLD, positions).k_BKHS)
     with pytest.raises(AssertionError):
@@ -331,9 +329,8 @@ def _check_part_of_a_row(row, offset, first_BC=FIRST):
         _late(params, SPEC, e_BTD, h_BLD, LENGTH, first_BC, steps=2, detach=True, **settings)
     )
     for line, first in enumerate(FIRST[:, 0].tolist()):
-        whole = dict(
-            window=3, offset=jnp.int32((first + offset) % 3)
-        )  # the same windows, counted from the row's start
+        # The same windows, counted from the row's start.
+        whole = dict(window=3, offset=jnp.int32((first + offset) % 3))
         expected_TD = _early(params, SPEC, e_BLD, h_BLD, LENGTH, START, **whole)[line, first:]
         np.testing.assert_allclose(early[line, offset:], expected_TD[offset:ASKED], atol=1e-5)
         all_windows = jax.device_get(

@@ -256,9 +256,8 @@ def test_sbatch_reads_its_options():
         for line in head
         if line.startswith("#SBATCH --") and "=" in line
     )
-    assert (
-        options["ntasks-per-node"] == options["gpus-per-node"] == "8"
-    )  # one task a GPU, each sees all of its host
+    # One task a GPU, each sees all of its host.
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
     assert "#SBATCH --requeue" in head and options["signal"] == "B:USR1@300"
 
 

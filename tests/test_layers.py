@@ -110,22 +110,21 @@ def test_rope_rotates_half_split_pairs():
             angle = position / 100.0 ** (pair / 4)
             turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             expected[line, [pair, pair + 4]] = turn @ x[line, [pair, pair + 4]]
+    # Angle 300 in float32.
     np.testing.assert_allclose(
         apply_rope(jnp.asarray(x, jnp.float32), cos, sin), expected, atol=1e-4
-    )  # angle 300 in float32
+    )
 
 
 def test_norm_with_one_added_keeps_small_weights_in_bfloat16():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)), jnp.bfloat16)
-    weight = jnp.full(
-        6, 2.0**-9, jnp.bfloat16
-    )  # 1 + 2**-9 is no bfloat16: the sum has to be made in float32
+    # 1 + 2**-9 is no bfloat16: the sum has to be made in float32.
+    weight = jnp.full(6, 2.0**-9, jnp.bfloat16)
     normed = np.asarray(rms_norm(x.astype(jnp.float32), jnp.ones(6), 1e-5))
     expected = jnp.asarray(normed * (1 + 2.0**-9), jnp.bfloat16)
     np.testing.assert_array_equal(rms_norm(x, weight, 1e-5, offset=1.0), expected)
-    rounded = rms_norm(
-        x, (1 + weight).astype(jnp.bfloat16), 1e-5
-    )  # planted: added before, and lost
+    # Planted: added before, and lost.
+    rounded = rms_norm(x, (1 + weight).astype(jnp.bfloat16), 1e-5)
     assert (rounded != expected).any()
 
 

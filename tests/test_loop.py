@@ -125,21 +125,21 @@ def test_every_step_takes_its_own_batch_once(stage, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(config, training=broken)
     stage(config, training=resumed)
-    assert broken.requested[:9] == list(range(9)) and resumed.requested == list(
-        range(5, 12)
-    )  # the next batches are read ahead
+    # The next batches are read ahead.
+    assert broken.requested[:9] == list(range(9)) and resumed.requested == list(range(5, 12))
 
 
 def test_stop_and_resume_is_bit_equal(whole, stage, tmp_path):
     config, params = interrupted_then_resumed(stage, tmp_path, 8)
     same_params(params, whole[1])
+    # Steps 6 to 8 were run twice.
     assert [line["step"] for line in lines_of(config)] == [
         3,
         6,
         6,
         9,
         12,
-    ]  # steps 6 to 8 were run twice
+    ]
 
 
 @pytest.mark.parametrize("lost", ["optimizer", "step"])
@@ -151,9 +151,8 @@ def test_a_resume_that_loses_something_is_seen(whole, stage, tmp_path, monkeypat
         if restored is None:
             return None
         state, waiting = restored
-        if (
-            lost == "optimizer"
-        ):  # zeroed in place: a new array would lie elsewhere and compile the step again
+        # Zeroed in place: a new array would lie elsewhere and compile the step again.
+        if lost == "optimizer":
             return state._replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state)), waiting
         return state._replace(step=state.step + 1), waiting
 

@@ -392,13 +392,13 @@ def test_text_is_written_and_training_that_is_cut_goes_on(workplace, tmp_path, m
     monkeypatch.setattr(write, "passes", lambda *given: itertools.islice(endless(*given), 1))
     write.main([str(tmp_path)])
     assert collect(tmp_path)["answers"] == 12
-    stop_asked = loop.StopSignal.asked
-    monkeypatch.setattr(loop.StopSignal, "asked", lambda self: self._see() or True)
+    requested = loop.StopSignal.requested
+    monkeypatch.setattr(loop.StopSignal, "requested", lambda self: self._see() or True)
     train.main([str(tmp_path)])
     cut = parts.read_parts(tmp_path)["train"]
     assert (cut["finished"], cut["stopped_in"], cut["stopped_after"]) == (False, "early", 1)
     assert (tmp_path / "draft" / "model.safetensors").exists()
-    monkeypatch.setattr(loop.StopSignal, "asked", stop_asked)
+    monkeypatch.setattr(loop.StopSignal, "requested", requested)
     train.main([str(tmp_path)])
     whole = parts.read_parts(tmp_path)["train"]
     assert whole["finished"] and whole["fingerprint"] != cut["fingerprint"]

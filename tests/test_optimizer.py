@@ -70,10 +70,11 @@ def test_clipping_is_by_the_norm_of_all_tensors_together():
     gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
     check_clipped(clipped(gradient, 0.5), {"a": [0.3, 0.0], "b": [[0.4]]})
     check_clipped(clipped(gradient, 6.0), gradient)
+    # Clipped by value, and by tensor.
     for wrong in (
         {"a": [0.5, 0.0], "b": [[0.5]]},
         {"a": [0.3, 0.0], "b": [[0.5]]},
-    ):  # by value, by tensor
+    ):
         with pytest.raises(AssertionError):
             check_clipped(clipped(gradient, 0.5), wrong)
 

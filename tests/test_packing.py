@@ -107,9 +107,8 @@ def check_same(name: str, seed: int, draft: dict, tiny_params: dict, planted=Non
     """
     rows, key = some_rows(seed), jax.random.key(seed)
     frozen = FrozenTarget(tiny_params["embed_VD"], tiny_params["embed_VD"])
-    alone, packed = (
-        everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True)
-    )  # of one shape, so of one program
+    # All have one shape, so one program reads them.
+    alone, packed = (everything(loader_of(rows, pack=pack), 7, 7) for pack in (False, True))
     assert (
         not alone.length_BC[:, 1:].any()
         and (packed.length_BC > 0).sum(axis=1).max() > 1
@@ -194,9 +193,8 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_what_crosses_chats_is_seen(drafts, tiny_params, monkeypatch, bug):
     name, plants = BUGS[bug]
-    check_same(
-        name, 0, drafts[name], tiny_params
-    )  # the right program is traced before anything is planted
+    # The right program is traced before anything is planted.
+    check_same(name, 0, drafts[name], tiny_params)
     for module, function, wrong in plants:
         monkeypatch.setattr(module, function, wrong)
     planted = quick_jit(loss_of(name))
@@ -318,9 +316,8 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
         "beagle_jax.data.states.chats_mask",
         lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width),
     )
-    planted = jax.jit(
-        lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1
-    )  # the other is traced already
+    # The other is traced already.
+    planted = jax.jit(lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1)
     monkeypatch.setattr("beagle_jax.data.states._states", planted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC))
@@ -334,9 +331,8 @@ def test_chats_fit_their_rows_and_come_once():
         assert sorted(itertools.chain(*rows)) == list(range(len(lengths))) and all(
             sum(lengths[at] for at in row) <= width for row in rows
         )
-        assert (
-            len(rows) <= 1.25 * sum(lengths) / width + 1
-        )  # best fit decreasing needs at most 11/9 of the optimum
+        # Best fit decreasing needs at most 11/9 of the optimum.
+        assert len(rows) <= 1.25 * sum(lengths) / width + 1
 
 
 def test_packed_batches_hold_the_chats_whole_and_say_how_much_is_padding():

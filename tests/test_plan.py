@@ -138,9 +138,8 @@ def test_operations_of_an_eagle_step(name, mesh):
         "early": row_flops(stage=early, **sizes),
         "late": row_flops(stage=late, **sizes),
     }
-    assert (
-        cost.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
-    )  # s times the work
+    # s times the work.
+    assert cost.flops == 2 * by_stage[name] and 3.5 < by_stage["late"] / by_stage["early"] < 4.2
     wider = sizes | {"spec": replace(sizes["spec"], intermediate_size=256)}
     assert not near(
         2 * row_flops(stage=early if name == "early" else late, **wider),
@@ -314,10 +313,11 @@ def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
     Their number of tokens does not follow from the longest prompt.
     """
     self_written = told_disk(tmp_path)
+    # Answers of half the length.
     assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
         5000,
         5000 * 64 * 4,
-    )  # answers of half the length
+    )
     assert told_disk(tmp_path, states="online")["states_at_most"] == 0
     given = told_disk(tmp_path, source="hf:org/name")
     assert (
@@ -348,9 +348,8 @@ def test_a_checkpoint_holds_the_sum_of_gradients_too(tmp_path, mesh):
         def count(tree):
             return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-        assert (
-            0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10
-        )  # and counters
+        # The rest are counters.
+        assert 0 <= count(jax.eval_shape(init, params)) - numbers * count(params) < 10
 
 
 def test_virtual_devices_split_the_draft(tmp_path):
@@ -402,9 +401,8 @@ def test_virtual_devices_split_the_draft(tmp_path):
         "memory": None,
     }
     numbers = sum(int(np.prod(shape)) for shape in SPEC.param_shapes().values())
-    assert (
-        report["stages"]["early"]["weights"] == numbers + 3 * 2 * 64
-    )  # a quarter of each matrix; the two norms are on every device
+    # A quarter of each matrix; the two norms are on every device.
+    assert report["stages"]["early"]["weights"] == numbers + 3 * 2 * 64
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(tmp_path, capsys):

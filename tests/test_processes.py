@@ -164,17 +164,15 @@ def test_two_processes_train_the_losses_of_one(together, alone):
     assert [line["step"] for line in actual] == [line["step"] for line in expected] == [3, 6]
     for together_line, other in zip(actual, expected, strict=True):
         for name in ("loss", "ploss", "vloss", "grad_norm"):
-            assert together_line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), (
-                name
-            )  # the log rounds to five digits
+            # The log rounds to five digits.
+            assert together_line[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), name
         assert together_line["top1_by_offset"] == other["top1_by_offset"]
 
 
 def test_sigterm_to_one_process_stops_and_saves_all_after_the_same_step(together):
     config, _, (first, second), _ = together
-    assert (
-        first == second == saved_steps(config)[-1] and ASKED_AT - 2 < first < 12
-    )  # batches are read ahead of their steps
+    # Batches are read ahead of their steps.
+    assert first == second == saved_steps(config)[-1] and ASKED_AT - 2 < first < 12
 
 
 def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
@@ -191,7 +189,7 @@ def test_processes_agree_on_a_number_that_only_grows(monkeypatch):
     said = []
     for _ in ("early", "late"):
         with StopSignal() as stop:
-            said += [stop.asked(), stop.asked()]
+            said += [stop.requested(), stop.requested()]
     assert said == [False, False, False, True] and stop.seen
     assert numbers == list(range(numbers[0], numbers[0] + 4))
 

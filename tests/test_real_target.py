@@ -162,9 +162,10 @@ def by_torch(target, llama, prompts: list[list[int]], max_new_tokens: int) -> li
 
 def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> Answers:
     draft = load_draft(Path(__file__).parent.parent / "drafts" / "smollm2-135m", target.spec)
+    # Each node costs time on a CPU.
     return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 3)).generate(
         prompts, max_new_tokens=max_new_tokens
-    )  # each node is work here
+    )
 
 
 def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):

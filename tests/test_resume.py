@@ -93,9 +93,8 @@ def test_killed_outright_and_started_again_is_bit_equal(whole, frozen, tmp_path)
     )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()[-2000:]
     config = config_of(tmp_path)
-    assert lines_of(config)[-1]["step"] > 5 and saved_steps(config)[-1:] != [
-        12
-    ]  # batches may be read ahead of their step
+    # Batches may be read ahead of their step.
+    assert lines_of(config)[-1]["step"] > 5 and saved_steps(config)[-1:] != [12]
     same_params(both_stages(config, frozen), whole[1])
     assert figures_of(config) == figures_of(whole[0])
 
@@ -134,9 +133,8 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
     config = config_of(tmp_path)
     with pytest.raises(SystemExit) as end:
         stopped_at("early", 6, config, frozen, terminate)
-    last = saved_steps(config)[
-        -1
-    ]  # the step under way; the batch that brought the signal may have been read ahead of it
+    # The step under way; the batch that brought the signal may have been read ahead of it.
+    last = saved_steps(config)[-1]
     assert end.value.code == 0 and 5 <= last <= 7
     assert (
         f"early stage: stopped by SIGTERM after step {last}, which is saved"
@@ -304,9 +302,8 @@ def test_a_broken_parameter_after_a_finite_loss_is_never_saved(frozen, tmp_path,
 
 def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, capsys):
     config, _ = half_done
-    changed = config.changed(
-        train=config.train.changed(seed=7), data=config.data.changed(seed=3)
-    )  # in no step's program
+    # Neither is part of a step's program.
+    changed = config.changed(train=config.train.changed(seed=7), data=config.data.changed(seed=3))
     for run in (lambda: both_stages(changed, frozen), lambda: check_settings(changed)):
         with pytest.raises(
             UserError,

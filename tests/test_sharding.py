@@ -16,9 +16,8 @@ from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import check_rows, make_mesh, shardings
 
-pytestmark = pytest.mark.timeout(
-    600
-)  # a dozen programs and more are compiled, unless the cache has them
+# A dozen programs and more are compiled, unless the cache has them.
+pytestmark = pytest.mark.timeout(600)
 TESTS = Path(__file__).parent
 
 
@@ -71,9 +70,8 @@ def check_mesh(of_stage: dict, shape: tuple[int, int, int]) -> None:
         and many["on_fewer_devices"] == []
         and many["not_donated"] == 0
     )
-    assert (many["whole"] == []) == (
-        shape != (8, 1, 1)
-    )  # matrices are split as soon as fsdp or tensor is
+    # Matrices are split as soon as fsdp or tensor is.
+    assert (many["whole"] == []) == (shape != (8, 1, 1))
 
 
 @pytest.mark.parametrize("stage", ["early", "late"])

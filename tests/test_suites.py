@@ -49,9 +49,8 @@ def said(chat) -> list[str]:
 def test_a_record_becomes_what_the_user_says(name, tmp_path):
     record, category, turns = RECORDS[name]
     with gzip.open(tmp_path / SUITES[name].file, "wt", encoding="utf-8") as stream:
-        stream.write(
-            json.dumps(record) + "\n\n \n" + json.dumps(record) + "\n"
-        )  # empty lines are none
+        # Empty lines are no records.
+        stream.write(json.dumps(record) + "\n\n \n" + json.dumps(record) + "\n")
     chats = suite(name, None, str(tmp_path))
     assert [(said(chat), chat.kind) for chat in chats] == 2 * [(turns, category)]
     assert (

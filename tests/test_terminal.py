@@ -133,9 +133,8 @@ def test_one_style_of_bar_off_when_quiet():
     shown = run(BAR.format(quiet=False)).stderr
     assert "reading                  100%|" in shown and "3/3 file [" in shown
     assert run(BAR.format(quiet=True)).stderr == ""
-    assert (
-        "mine 3" in run(BAR.format(quiet=False), TQDM_BAR_FORMAT="mine {n_fmt}").stderr
-    )  # the user's own stands
+    # The user's own format stays.
+    assert "mine 3" in run(BAR.format(quiet=False), TQDM_BAR_FORMAT="mine {n_fmt}").stderr
 
 
 WITHOUT_TORCH = """

@@ -166,9 +166,8 @@ def test_loss_and_metrics_by_hand_with_clean_targets(tiny_draft, frozen, batch, 
     for seed in range(4):
         (loss, metrics), by_hand = both_ways(tiny_draft, frozen, batch, stage, seed)
         check_metrics(metrics, by_hand)
-        np.testing.assert_allclose(
-            loss, by_hand["objective"] / batch.counted_BT.sum(), rtol=1e-4
-        )  # as in check_metrics
+        # As in check_metrics.
+        np.testing.assert_allclose(loss, by_hand["objective"] / batch.counted_BT.sum(), rtol=1e-4)
         agree += [by_hand["agree_JK"][:, 0].sum() / by_hand["count_J"].sum()]
     assert 0 < np.mean(agree) < 1 and len(set(agree)) > 1
 
@@ -208,9 +207,8 @@ def test_uniform_noise_shrinks_with_the_row_length():
     for row, width in zip(noise, 0.2 * 512 / np.array([64, 256, 512, 2048]), strict=True):
         assert -width / 2 <= row.min() < -0.499 * width and 0.499 * width < row.max() <= width / 2
         share, _ = np.histogram(row, bins=8, range=(-width / 2, width / 2))
-        np.testing.assert_allclose(
-            share / row.size, 1 / 8, atol=0.01
-        )  # 0.01: five standard errors of 32,000 draws
+        # 0.01: five standard errors of 32,000 draws.
+        np.testing.assert_allclose(share / row.size, 1 / 8, atol=0.01)
     assert not np.allclose(
         noise[0, :, 0] / noise[0].std(), noise[1, :, 0] / noise[1].std(), atol=0.1
     )
@@ -419,9 +417,8 @@ def test_the_state_holds_the_draft_only_and_the_frozen_parts_stay(tiny_draft, fr
         state, _ = train_step(state, frozen, batch, 42)
     assert set(state.params) == set(SPEC.param_shapes())
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 1)
-    assert sizes == sorted(
-        3 * [int(np.prod(shape)) for shape in SPEC.param_shapes().values()]
-    )  # parameters, mean, variance
+    # Parameters, mean, variance.
+    assert sizes == sorted(3 * [int(np.prod(shape)) for shape in SPEC.param_shapes().values()])
     jax.tree.map(np.testing.assert_array_equal, frozen, before)
     for name, array in state.params.items():
         assert not np.array_equal(array, tiny_draft[name]), f"{name} was not trained"
@@ -456,7 +453,6 @@ def test_reported_gradient_norm_is_before_clipping(tiny_draft, frozen, batch):
             for gradient_array in gradient.values()
         )
     )
-    np.testing.assert_allclose(
-        metrics.grad_norm, norm, rtol=1e-4
-    )  # 1e-4: a whole backward pass, fused differently
+    # 1e-4: a whole backward pass, fused differently.
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
     assert norm > NOISY.clip_norm

@@ -89,10 +89,11 @@ def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
 def test_a_right_draft_is_always_first(small):
     target = target_of(MARKOV)
     texts = _answers(target)
+    # Their places have no future, or lie past what is looked at.
     short, long = (
         ([5], [7, 2]),
         (list(range(61)), [3] * 30),
-    )  # their places have no future, or lie past what is looked at
+    )
     tuned = tuning.tune(target, right_draft(), [short, *texts, long])
     np.testing.assert_allclose(tuned.rank_share[:, 0], 1.0)
     assert tuned.places == 3 * (30 - 3)

@@ -319,9 +319,8 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     write_llama(tmp_path / "tiny.gguf", llama_tensors())
     tokenizer = GGUFFile(tmp_path / "tiny.gguf").tokenizer()
     check_vocabulary(tokenizer, 12, "here")
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<image>"]}
-    )  # as Gemma's, never in a chat
+    # As Gemma's, never in a chat.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     check_vocabulary(tokenizer, 12, "here")
     tokenizer.add_tokens(["word"])
     with pytest.raises(

@@ -89,9 +89,8 @@ def test_each_answer_is_that_of_the_row_alone(tiny_params, alone, stops, batch):
     prompts, answers = alone
     expected = [_cut(answer, stops) for answer in answers]
     lengths = list(map(len, expected))
-    assert (
-        0 < lengths.count(MAX_NEW) < 30 and len(set(lengths)) > 5
-    )  # both kinds of ending, at many lengths
+    # Both kinds of ending, at many lengths.
+    assert 0 < lengths.count(MAX_NEW) < 30 and len(set(lengths)) > 5
     counted = []
     written = _answers(
         tiny_params,
@@ -269,9 +268,8 @@ def _check_against_whole_texts(params, prompts):
         text = prompts[answer.index] + answer.tokens
         states_LD, best_L = map(np.asarray, _of_whole_text(params, *_pad([text], width=64)))
         assert answer.tokens == best_L[len(prompts[answer.index]) - 1 : len(text) - 1].tolist()
-        np.testing.assert_allclose(
-            answer.states_LD[:-1], states_LD[: len(text) - 1], atol=1e-4
-        )  # 1e-4: another order of summation
+        # 1e-4: another order of summation.
+        np.testing.assert_allclose(answer.states_LD[:-1], states_LD[: len(text) - 1], atol=1e-4)
 
 
 @pytest.mark.parametrize("begins", ["with a header", "in two tokens", "alike and ends so"])
@@ -326,9 +324,8 @@ def _check_answer_states(params, prompts, stops, shift=0):
         text = prompts[answer.index] + answer.tokens
         expected_LD = np.asarray(_states(params, TINY, *_pad([text], width=64))[0])[0, : len(text)]
         found_LD = np.roll(answer.states_LD[:-1], shift, axis=0)
-        np.testing.assert_allclose(
-            found_LD, expected_LD[:-1], atol=1e-4
-        )  # 1e-4: another order of summation
+        # 1e-4: another order of summation.
+        np.testing.assert_allclose(found_LD, expected_LD[:-1], atol=1e-4)
         assert answer.states_LD.shape == expected_LD.shape and not answer.states_LD[-1].any()
 
 

@@ -2,9 +2,8 @@
 
 import torch
 
-torch.set_num_threads(
-    1
-)  # two beside another busy job on two cores fall to a tenth of the speed of one
+# Two beside another busy job on two cores fall to a tenth of the speed of one.
+torch.set_num_threads(1)
 
 
 def random_torch(model_class, config) -> torch.nn.Module:

@@ -33,9 +33,8 @@ class PathOracle:
 
     def __init__(self, draft, embed_VD, head_VD, states_LD, length, root, depth):
         self.draft, self.embed_VD, self.head_VD, self.root = draft, embed_VD, head_VD, root
-        rows = (
-            -(-(length + depth) // 16) * 16
-        )  # few sizes, so that few programs are compiled; what lies past the end is not seen
+        # Few sizes, so that few programs are compiled; what lies past the end is not seen.
+        rows = -(-(length + depth) // 16) * 16
         self.memory_SD = np.zeros((rows, embed_VD.shape[1]), np.float32)
         self.memory_SD[:length] = states_LD[:length]
         self.length = length

@@ -213,7 +213,7 @@ class Round:
         cache = state.cache
         positions_BW = cache.length_B[:, None] + nodes.depth_BW
         target = self.target
-        read = forward(
+        output = forward(
             target.params,
             target.spec,
             nodes.token_BW,
@@ -223,7 +223,7 @@ class Round:
             cache.visible(),
             cache.positions(),
         )
-        return read.states_BTD, read.rows
+        return output.states_BTD, output.rows
 
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
@@ -396,8 +396,8 @@ class Round:
             past = state.cache.past(chunk.row_R, chunk.offset)
         mask_RTT = causal_mask(count_R, T)
         target = self.target
-        read = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
-        return read.states_BTD, read.rows
+        output = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
+        return output.states_BTD, output.rows
 
     def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
         """Returns the drafter's state after a chunk of these rows."""

@@ -57,10 +57,10 @@ class TextStream:
         self._text = decoded(
             self._tokenizer, [token for token in self._tokens if token not in self._eos_ids]
         )
-        found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
-        if found:
+        stops = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
+        if stops:
             self.tokens_at_stop = len(self._tokens)
-            self._text = self._text[: min(found)]
+            self._text = self._text[: min(stops)]
             self._shown = max(self._shown, len(self._text))
             return
         safe = (

@@ -93,8 +93,8 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     """
     drafter = trained_drafter(draft, target.params)
     model = TargetModel(target.spec, target.params)
-    read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
-    if not read:
+    texts_read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
+    if not texts_read:
         raise UserError(
             "acceptance cannot be measured: no answer to the sample prompts has more than "
             f"{max(LEVELS)} tokens among the first {_CAPACITY} of prompt and answer; raise "
@@ -107,10 +107,12 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
-        one, many = (milliseconds(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4))
+        one_level, four_levels = (
+            milliseconds(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4)
+        )
         for levels in LEVELS:
-            draft_ms[levels, topk] = one + (levels - 1) * (many - one) / 3
-        trees = [_widest_trees(drafter, topk, *text) for text in read]
+            draft_ms[levels, topk] = one_level + (levels - 1) * (four_levels - one_level) / 3
+        trees = [_widest_trees(drafter, topk, *text) for text in texts_read]
         grown = _Trees(*(np.concatenate(each) for each in zip(*trees, strict=True)))
         order[topk] = {levels: _order_of_right_path(*grown, levels) for levels in LEVELS}
         if topk == max(TOPKS):
@@ -137,15 +139,15 @@ def _choices(
 
     A size between two measured ones costs about as much as the larger one, and accepts less.
     """
-    found = []
+    choices = []
     for (levels, topk), drafting_ms in draft_ms.items():
         for nodes in verify_ms:
             if 2 <= nodes <= candidates(levels, topk) + 1:
                 accepted = (order[topk][levels] < nodes - 1).sum(axis=1).mean()
-                found.append(
+                choices.append(
                     Choice(levels, topk, nodes, 1 + float(accepted), drafting_ms + verify_ms[nodes])
                 )
-    return sorted(found, key=lambda choice: -choice.tokens_per_second)
+    return sorted(choices, key=lambda choice: -choice.tokens_per_second)
 
 
 @dataclass(frozen=True)
@@ -414,8 +416,8 @@ def tuned_tree(path: Path) -> DynamicTree:
             "decode.tree is auto, but no tree was tuned for this draft on this machine "
             f"({machine()}); {_TUNE}"
         )
-    kept = read_json(path, "", _TUNE)
+    stored = read_json(path, "", _TUNE)
     try:
-        return dynamic_tree(kept["levels"], kept["topk"], kept["nodes"])
+        return dynamic_tree(stored["levels"], stored["topk"], stored["nodes"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tuned tree ({error!r}); {_TUNE}") from error

@@ -42,18 +42,22 @@ _VERDICT = {True: ": noise explains it", False: ": noise does not explain it", N
 
 
 class Check(NamedTuple):
-    """The result of one check: its name, whether it passed, and the figures found."""
+    """The result of one check: its name, whether it passed, and the figures in words."""
 
     name: str
     passed: bool
-    found: str
+    figures: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the check as the report has it."""
+        return {"name": self.name, "passed": self.passed, "found": self.figures}
 
 
 class _Text(NamedTuple):
     """One answer of a system, with plain decoding's answer to the same turn."""
 
     where: dict[str, Any]  # suite, number, turn
-    asked: Asked
+    system: Asked
     plain: Asked
 
 
@@ -72,13 +76,13 @@ def audit(
     """
     texts = {name: _texts(name, measured) for name in bench.decoders}
     sequences = [
-        [*text.asked.prompt, *text.asked.answer.tokens] for text in next(iter(texts.values()))
+        [*text.system.prompt, *text.system.answer.tokens] for text in next(iter(texts.values()))
     ]
     noise = logit_noise(target, sorted(sequences, key=len)[-_NOISE_TEXTS:])
     # At each position the chosen token is compared with every other token of the vocabulary.
     reach = noise.reach(
         target.spec.vocab_size
-        * max(sum(len(text.asked.answer.tokens) for text in each) for each in texts.values())
+        * max(sum(len(text.system.answer.tokens) for text in each) for each in texts.values())
     )
     checks, divergences = [], []
     for name in tqdm(bench.decoders, desc="audit", unit="system"):
@@ -106,7 +110,7 @@ def audit(
         "passed": all(check.passed for check in checks),
         "noise": round(noise.largest, 6),
         "reach": round(reach, 6),
-        "checks": [check._asdict() for check in checks],
+        "checks": [check.as_json() for check in checks],
         "divergences": divergences,
     }
 
@@ -131,14 +135,14 @@ def _divergence(
     None also if the two prompts already differed. reach: largest logit gap that noise explains;
     None if tokens were sampled, where the logits alone do not determine the token.
     """
-    mine, theirs = text.asked.answer.tokens, text.plain.answer.tokens
-    if mine == theirs or text.asked.prompt != text.plain.prompt:
+    mine, theirs = text.system.answer.tokens, text.plain.answer.tokens
+    if mine == theirs or text.system.prompt != text.plain.prompt:
         return None
     place = next(
         (n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
         min(len(mine), len(theirs)),
     )
-    before = [*text.asked.prompt, *mine[:place]]
+    before = [*text.system.prompt, *mine[:place]]
     logits_V = forced_logits(target, forced_states(target, before), len(before) - 1, len(before))[0]
     ours, plain = (tokens[place] if place < len(tokens) else None for tokens in (mine, theirs))
     second, first = np.partition(logits_V, -2)[-2:]
@@ -170,7 +174,7 @@ def _equality(
     In float32 no difference is allowed. In lower precision every first difference must be a near
     tie of logits; sampled tokens have no such criterion.
     """
-    same = sum(text.asked.answer.tokens == text.plain.answer.tokens for text in texts)
+    same = sum(text.system.answer.tokens == text.plain.answer.tokens for text in texts)
     beyond = sum(divergence["within_noise"] is False for divergence in parted)
     gaps = (
         f"; logit gaps there up to {max(divergence['gap'] for divergence in parted):.3g}"
@@ -192,7 +196,7 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
     """Checks that every greedy token has the largest logit under teacher forcing."""
     worst, count, others = 0.0, 0, 0
     for text in texts:
-        logits_TV, tokens = _next_logits(target, text.asked.prompt, text.asked.answer)
+        logits_TV, tokens = _next_logits(target, text.system.prompt, text.system.answer)
         gap_T = logits_TV.max(axis=1) - np.take_along_axis(logits_TV, tokens[:, None], axis=1)[:, 0]
         worst, count, others = (
             max(worst, float(gap_T.max())),
@@ -224,7 +228,7 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
     token that the filter removes may be drawn, unless noise explains it. Greedy decoding is checked
     on answers sampled for this purpose.
     """
-    sampling, entries = bench.sampling, [text.asked for text in texts]
+    sampling, entries = bench.sampling, [text.system for text in texts]
     if sampling.greedy:
         sampling = _DRAWN
 
@@ -293,7 +297,7 @@ def _acceptance(
     reach = _score_reach(target, draft, tree, texts, append_predicted)
     rounds, written, differing, unexplained, tied = 0, 0, 0, 0, [(0, 0, 0)]
     for text in tqdm(texts, desc=f"rounds of {name}", unit="answer", leave=False):
-        prompt, answer = text.asked
+        prompt, answer = text.system
         states_LD = forced_states(target, [*prompt, *answer.tokens])
         again = partial(
             replayed, target, draft, tree, prompt, answer.tokens, states_LD, append_predicted
@@ -311,8 +315,8 @@ def _acceptance(
         tied.append((min(map(len, sides)), answer.rounds, max(map(len, sides))))
     fewest, had, most = np.sum(tied, axis=0).tolist()
     tau, answers = (
-        Measurement(name, "", [[text.asked.answer] for text in texts]).tau,
-        [text.asked.answer for text in texts],
+        Measurement(name, "", [[text.system.answer] for text in texts]).tau,
+        [text.system.answer for text in texts],
     )
     exact = abs(tau * sum(answer.rounds for answer in answers) - written) < 1e-6
     summary = (
@@ -335,14 +339,14 @@ def _score_reach(
     if isinstance(draft, Lookup) or not scored(draft):
         return 0.0
     longest = max(
-        (text.asked for text in texts),
+        (text.system for text in texts),
         key=lambda entry: len(entry.prompt) + len(entry.answer.tokens),
     )
     noise = score_noise(
         target, draft, tree, [*longest.prompt, *longest.answer.tokens], append_predicted
     )
     return noise.reach(
-        target.spec.vocab_size * tree.size * sum(text.asked.answer.rounds for text in texts)
+        target.spec.vocab_size * tree.size * sum(text.system.answer.rounds for text in texts)
     )
 
 

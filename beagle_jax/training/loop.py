@@ -60,7 +60,7 @@ def run_stage(
                 # Fetched only after the next step has been dispatched.
                 progress.add(step, last_metrics)
             last_metrics, done = metrics, step + 1
-            stopping, looking = stop.asked(), best is not None and best.due(done, stage.steps)
+            stopping, looking = stop.requested(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
             if not (saving or looking):
                 continue

@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 class StopSignal:
     """Context manager in which SIGTERM sets a flag instead of ending the process."""
 
-    # Number of calls of `asked` over all stages. Several processes agree on one of these numbers
-    # to stop at, so it is never reset.
-    _asked = 0
+    # Number of calls of `requested` over all stages. Several processes agree on one of these
+    # numbers to stop at, so it is never reset.
+    _calls = 0
 
     def __init__(self) -> None:
         self.seen = False  # a stop was requested
@@ -28,14 +28,14 @@ class StopSignal:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Returns whether to stop now.
 
         Every process must call it after every step; all of them get the same answer.
         """
         if jax.process_count() > 1:
-            StopSignal._asked += 1
-            self.seen = multihost_utils.reached_preemption_sync_point(StopSignal._asked)
+            StopSignal._calls += 1
+            self.seen = multihost_utils.reached_preemption_sync_point(StopSignal._calls)
         return self.seen
 
     def _see(self, *_: object) -> None:

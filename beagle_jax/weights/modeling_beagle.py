@@ -292,7 +292,7 @@ class BeagleDraft(PreTrainedModel):
         that fuses the root with it. Predicted states become keys for the deeper levels; those of
         the last level are not needed.
         """
-        tokens, asked, memory = [root] + [-1] * (tree.size - 1), [], true
+        tokens, query_nodes, memory = [root] + [-1] * (tree.size - 1), [], true
         first = true.k_BKSH.shape[2]
         device, states = true.k_BKSH.device, {}
         for depth, nodes in enumerate(tree.levels):
@@ -309,29 +309,29 @@ class BeagleDraft(PreTrainedModel):
             if (
                 self.fused and depth
             ):  # each query sees its own key, and the root's is among the true keys
-                memory, asked = (
+                memory, query_nodes = (
                     memory.followed_by(self.keys_values(x_BTD, positions_T)),
-                    asked + nodes,
+                    query_nodes + nodes,
                 )
             above = [
-                [other == node or other in tree.ancestors[node] for other in asked]
+                [other == node or other in tree.ancestors[node] for other in query_nodes]
                 for node in nodes
             ]
             above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(
-                len(nodes), len(asked)
+                len(nodes), len(query_nodes)
             )
             sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
             state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
             states |= dict(zip(nodes, state_BTD.unbind(1), strict=True))
-            kept = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
-            best_Tk = self.best_tokens(state_BTD[0], rows_VD, kept)
+            ranks = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
+            best_Tk = self.best_tokens(state_BTD[0], rows_VD, ranks)
             for node, best in zip(nodes, best_Tk.tolist(), strict=True):
                 for child in tree.children[node]:
                     tokens[child] = best[tree.rank[child]]
             if not self.fused and depth + 1 < len(tree.levels):
-                memory, asked = (
+                memory, query_nodes = (
                     memory.followed_by(self.keys_values(state_BTD, positions_T)),
-                    asked + nodes,
+                    query_nodes + nodes,
                 )
         return tokens
 
@@ -486,9 +486,9 @@ def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
         if len(path) < size:
             past.crop(len(path) - size)  # a negative count removes slots at the end
         return
-    kept = list(range(first)) + [first + node for node in path]
+    slots = list(range(first)) + [first + node for node in path]
     for layer in past.layers:
-        index_S = torch.tensor(kept, device=layer.keys.device)
+        index_S = torch.tensor(slots, device=layer.keys.device)
         layer.keys, layer.values = (
             layer.keys.index_select(2, index_S),
             layer.values.index_select(2, index_S),
