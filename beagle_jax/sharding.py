@@ -1,6 +1,6 @@
 """The mesh: its axes, where each array lives, and placement on devices.
 
-No other file knows the mesh. It has three axes, each of size 1 or more. `data` splits the rows of a
+No other file names its axes. It has three, each of size 1 or more. `data` splits the rows of a
 batch. `fsdp` splits them too, and also every trained matrix and its optimizer state; a matrix is
 gathered where it is used. `tensor` splits heads, MLP width and vocabulary. Arrays carry shardings,
 programs do not: `jax.jit` takes shardings of inputs and outputs (formerly pjit), and XLA inserts
@@ -50,7 +50,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = config.model_dump()
+    sizes = config.model_dump()  # in the order of the axes
     known = math.prod(size for size in sizes.values() if size > 0)
     rest = len(devices) // known
     shape = [size if size > 0 else rest for size in sizes.values()]

@@ -209,7 +209,10 @@ class Round:
         return self.drafter.propose(state.draft, known, self.tree, draw)
 
     def read(self, state: DecodeState, nodes: Nodes) -> tuple[jax.Array, list[KVRows]]:
-        """Returns the target's states of the nodes [B, W, D], and their key/value rows."""
+        """Runs the target over the tree: the pass that verifies the drafts.
+
+        Returns its states of the nodes [B, W, D], and their key/value rows.
+        """
         cache = state.cache
         positions_BW = cache.length_B[:, None] + nodes.depth_BW
         target = self.target
@@ -228,7 +231,7 @@ class Round:
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
-        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
+        """Lets the rule decide: what `accept.py` computes, and whether logits are finite [B, W]."""
         return self.rule.accept(self, state, proposal, states_BWD)
 
     def append(

@@ -84,7 +84,11 @@ class Measurement(Generic[A]):
         ]
 
     def identical_to(self, other: "Measurement[A]") -> int:
-        """Number of answers with the same tokens in both measurements."""
+        """Returns the number of answers with the same tokens in both measurements.
+
+        The stop token counts; text and finish reason are not compared. The report shows the result
+        for each system (`report.py`).
+        """
         return sum(
             mine.tokens == theirs.tokens
             for mine, theirs in zip(self.generations, other.generations, strict=True)

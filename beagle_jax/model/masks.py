@@ -61,7 +61,7 @@ def early_block_mask(
     queries, which are the positions from first_BC on of each chat, in windows counted from there;
     None: all positions.
 
-    width 8, window 3, offset 2 (the left half of example 4.4):
+    width 8, window 3, offset 2 (the left half of the example in method.md 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
         query 1: 0            query 5, 6, 7: 0 1 2 3 4
     the same row with chats of 5 and 3 tokens:

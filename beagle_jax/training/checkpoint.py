@@ -1,7 +1,9 @@
 """Checkpoints of one stage, written by orbax.
 
-A checkpoint holds parameters, optimizer state and step of the draft, never the frozen target. Orbax
-writes in the background under a temporary name and renames at the end, so a killed run keeps its
+A checkpoint holds three items: `state`, the draft's parameters, optimizer state and step
+(`step.TrainState`); `settings`, every setting that decides the stage; and `log`, the metrics of the
+steps since the last log record, so that a resumed run writes the same records. It never holds the
+frozen target. Orbax writes in the background under a temporary name and renames at the end, so a killed run keeps its
 previous checkpoint. When a checkpoint is complete, the sizes of all its files are recorded. They
 reveal a checkpoint that was truncated later (an interrupted copy, a damaged disk).
 """
@@ -77,7 +79,8 @@ class StageCheckpoints:
     def save(self, state: TrainState, step: int, log: list[dict]) -> None:
         """Starts to write a checkpoint and returns before the write is complete.
 
-        Does nothing if this step is already saved. log: see `Progress.waiting`.
+        Does nothing if this step is already saved. log: metrics of the steps since the last log
+        record (`progress.Progress.waiting`).
 
         Raises:
             UserError: a value of the state is not finite, or this write or the previous one failed.

@@ -30,7 +30,7 @@ class Progress:
         """Opens the progress bar.
 
         waiting: metrics of the steps since the last log record, as the restored checkpoint has
-        them (see `waiting` below).
+        them (the property `waiting`).
         """
         stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training

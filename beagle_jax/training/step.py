@@ -123,6 +123,9 @@ def stage_loss(
     """Computes the loss and the metrics of a batch (method.md 3.2, 4.2).
 
     L = sum of beta (ploss + vloss_weight * vloss) over supervised predictions / supervised tokens.
+    The objective sets beta (`Prediction.weight_Y`; the late stage's by draft step, in
+    `objective.by_step`) and adds both losses (`Objective.terms`). Training takes the gradient of
+    the sum and divides later, in `updated`.
     """
     params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
@@ -158,7 +161,7 @@ def stage_loss(
 
 
 def _summed(out: Prediction, terms: Terms, counted_BY: jax.Array, supervised: jax.Array) -> Metrics:
-    """Weights and sums the terms of all predictions."""
+    """Sums the terms of all predictions, each with the weight that the objective gave it."""
     weight_M = jnp.broadcast_to(out.weight_Y, counted_BY.shape).reshape(-1)
     group_BYJ = jax.nn.one_hot(out.group_BY, out.groups, dtype=bool)
     agree_KM = [counted_BY.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]

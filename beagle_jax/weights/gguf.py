@@ -174,7 +174,8 @@ class GGUFFile:
     def eos_ids(self) -> tuple[int, ...]:
         """Returns ids of the tokens that end an answer.
 
-        These are the ones that the file names and those of a generation_config.json beside it.
+        These are the ones that the file names and those of a generation_config.json beside it. (Of
+        a model folder, only the first file that names any counts: `HFTokenizer.eos_ids` in hf.py.)
         """
         count = self.config()["vocab_size"]
         named = (self._metadata.token_id(name, count) for name in _ENDS)

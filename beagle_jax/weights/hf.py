@@ -69,7 +69,8 @@ class HFTokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         """Returns ids of the tokens that end an answer.
 
-        They come from generation_config.json if it names any, else from config.json.
+        They come from generation_config.json if it names any, else from config.json. (A GGUF file
+        adds those of generation_config.json to its own: `GGUFFile.eos_ids` in gguf.py.)
         """
         ids = generation_eos_ids(self.path)
         if ids is None:
