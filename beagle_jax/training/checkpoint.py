@@ -3,9 +3,10 @@
 A checkpoint holds three items: `state`, the draft's parameters, optimizer state and step
 (`step.TrainState`); `settings`, every setting that decides the stage; and `log`, the metrics of the
 steps since the last log record, so that a resumed run writes the same records. It never holds the
-frozen target. Orbax writes in the background under a temporary name and renames at the end, so a killed run keeps its
-previous checkpoint. When a checkpoint is complete, the sizes of all its files are recorded. They
-reveal a checkpoint that was truncated later (an interrupted copy, a damaged disk).
+frozen target. Orbax writes in the background under a temporary name and renames at the end, so a
+killed run keeps its previous checkpoint. When a checkpoint is complete, the sizes of all its files
+are recorded. They reveal a checkpoint that was truncated later (an interrupted copy, a damaged
+disk).
 """
 
 import json
