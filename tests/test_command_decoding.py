@@ -287,7 +287,9 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
     assert calls == [["user"], ["user"], ["user", "assistant", "user"], ["user"]]
 
 
-def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("pays", [True, False])
+def test_tune_remembers_what_auto_takes(trained, monkeypatch, capsys, tmp_path, pays):
+    """A tree where one pays, plain decoding where none does."""
     for name, value in {
         "VERIFY_ROWS": (1, 4),
         "LEVELS": range(1, 3),
@@ -295,6 +297,10 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
         "_CAPACITY": 128,
     }.items():
         monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", value)
+    milliseconds = {"verifying": 1.0, "drafting": 1e-6 if pays else 100.0}
+    for name in milliseconds:
+        monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", lambda *_, name=name: name)
+    monkeypatch.setattr("beagle_jax.decoding.tuning.milliseconds", milliseconds.__getitem__)
     files = [
         "--plot",
         str(tmp_path / "t.svg"),
@@ -309,14 +315,20 @@ def test_tune_remembers_a_tree_that_auto_takes(trained, monkeypatch, capsys, tmp
     assert "levels  topk  nodes" in printed and "against plain" in printed
     assert "<svg" in (tmp_path / "t.svg").read_text()
     written = load_config(tmp_path / "t.yaml").decode
-    assert written.tree == "dynamic"
-    assert (
-        run_main(
-            evaluate.main, ["--config", trained.config, cache, "decode.tree=auto", "eval.limit=3"]
-        )
-        == 0
-    )
+    assert written.tree == ("dynamic" if pays else "auto")
+    assert ("no tree is faster than plain" in printed) == (not pays)
+    assert f"{'the first tree' if pays else 'plain decoding'} is saved for" in printed
+    config, auto = ["--config", trained.config], [cache, "decode.tree=auto"]
+    report = tmp_path / "report.json"
+    options = ["eval.limit=3", "--audit", "--json", str(report)]
+    assert run_main(evaluate.main, [*config, *auto, *options]) == 0
     assert "3/3" in capsys.readouterr().out
+    tree = json.loads(report.read_text())["systems"][1]["tree"]
+    assert ("dynamic" in tree) == pays and ("no draft" in tree) == (not pays)
+    assert run_main(generate.main, [*config, EVAL_QUESTIONS[2], *auto]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("token sequences equal: yes\n")
+    assert err.count("decoding plainly, without the draft") == (not pays)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from beagle_jax.decoding.draft import grow
 from beagle_jax.decoding.drafter import Known
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import TargetModel
-from beagle_jax.decoding.tree import dynamic_tree
+from beagle_jax.decoding.tree import ROOT_ONLY, dynamic_tree
 from beagle_jax.decoding.tuning import Choice, remember, tuned_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
@@ -110,6 +110,9 @@ def test_a_right_draft_is_always_first(small):
     ]
     assert chain[0].tau == 4.0
     assert tuned.choices == sorted(tuned.choices, key=lambda choice: -choice.tokens_per_second)
+    free = dataclasses.replace(tuned, verify_ms={1: 1e6})
+    assert free.best == tuned.choices[0]
+    assert dataclasses.replace(tuned, verify_ms={1: 1e-6}).best is None
 
 
 def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
@@ -119,6 +122,7 @@ def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
     slow = dataclasses.replace(
         tuned, verify_ms={1: 1.0, 8: 50.0}, choices=[Choice(1, 1, 2, 1.01, 20.0)]
     )
+    assert slow.best is None
     assert (
         "no tree is faster than plain decoding: the best round takes 20.00 times as long as a "
         "plain step and writes 1.01 tokens" in tune_command.table(slow)
@@ -127,7 +131,7 @@ def test_a_wrong_draft_does_not_pay_and_the_table_says_so(small, tmp_path):
     assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
+def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch, caplog):
     target, draft = target_of(), random_draft()
     (tmp_path / "c.yaml").write_text(
         f"target: {{source: test, cache_dir: {tmp_path}}}\ndecode: {{tree: auto}}\n"
@@ -141,6 +145,11 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
         decoder_of(config, target, draft)
     remember(tuned_path(str(tmp_path), target, draft), Choice(2, 3, 6, 1.5, 10.0))
     assert decoder_of(config, target, draft).tree == dynamic_tree(2, 3, 6)
+    remember(tuned_path(str(tmp_path), target, draft), None)
+    plain = decoder_of(config, target, draft)
+    assert plain.tree == ROOT_ONLY and caplog.text.count("decoding plainly") == 1
+    [answer] = plain.generate([[5, 6]], max_new_tokens=5)
+    assert answer.rounds == 4 and answer.tau == 1
     int8, int4 = (
         dataclasses.replace(target, quantised=Cost(kind, 64, 1, 1, 0.0, 1.0))
         for kind in ("int8", "int4")
@@ -156,7 +165,9 @@ def test_auto_takes_the_remembered_tree(tmp_path, monkeypatch):
         decoder_of(config, target, draft)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"levels": "2", "topk": 3, "nodes": 6}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"levels": "2", "topk": 3, "nodes": 6}', '{"plain": 1}']
+)
 def test_a_damaged_memory_is_named(tmp_path, text):
     (tmp_path / "tuned.json").write_text(text)
     with pytest.raises(UserError, match=r"tuned.json: .*; run python -m beagle_jax.tune"):

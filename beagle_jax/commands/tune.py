@@ -44,21 +44,23 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
     draft, prompts = load_draft(draft_path(config), target.spec), tokenize(chats, target.tokenizer)
     tuning = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
     path = tuned_path(config.target.cache_dir, target, draft)
-    remember(path, tuning.choices[0])
+    remember(path, tuning.best)
     if arguments.plot:
         plot_tuning(tuning, arguments.plot)
     if arguments.write:
         write_text(
             Path(arguments.write),
-            with_tree(read_settings(arguments.config, arguments.overrides), tuning.choices[0]),
+            with_tree(read_settings(arguments.config, arguments.overrides), tuning.best),
         )
     figures = {
         "machine": machine(),
         "plain_tokens_per_second": tuning.plain_tokens_per_second,
         "remembered": str(path),
+        "plain": tuning.best is None,
     }
+    what = "plain decoding" if tuning.best is None else "the first tree"
     return (
-        f"{table(tuning)}\nsaved for decode.tree=auto in {path}",
+        f"{table(tuning)}\n{what} is saved for decode.tree=auto in {path}",
         figures | {"choices": [asdict(choice) for choice in tuning.choices]},
     )
 
@@ -93,7 +95,7 @@ def table(tuning: Tuning) -> str:
         )
     lines.append(f" plain{'':13}{1:7.2f}{tuning.verify_ms[1]:11.1f}{plain:8.1f}{1:11.2f}x")
     best = tuning.choices[0]
-    if best.tokens_per_second <= plain:
+    if tuning.best is None:
         dear = best.milliseconds / tuning.verify_ms[1]
         lines.append(
             f"no tree is faster than plain decoding: the best round takes {dear:.2f} times as long "
@@ -103,7 +105,14 @@ def table(tuning: Tuning) -> str:
     return "\n".join(lines)
 
 
-def with_tree(settings: dict[str, Any], choice: Choice) -> str:
-    """Returns a config with these settings and this tree, as YAML."""
-    tree = {"tree": "dynamic", "levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
+def with_tree(settings: dict[str, Any], choice: Choice | None) -> str:
+    """Returns a config with these settings and this tree, as YAML.
+
+    choice: None if no tree pays. The config then has `tree: auto`, which decodes plainly on this
+    machine.
+    """
+    tree: dict[str, Any] = {"tree": "auto"}
+    if choice is not None:
+        sizes = {"levels": choice.levels, "topk": choice.topk, "nodes": choice.nodes}
+        tree = {"tree": "dynamic", **sizes}
     return yaml.safe_dump(settings | {"decode": settings.get("decode", {}) | tree}, sort_keys=False)

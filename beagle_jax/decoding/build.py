@@ -52,14 +52,20 @@ def decoder_of(
 ) -> SpeculativeDecoder:
     """Builds the decoder of a config from a loaded target and draft.
 
-    `decode.tree: auto` uses the tree that `tune` chose on this machine. Prompt lookup drafts a
-    chain of as many tokens as the tree verifies, so that a round costs the target the same.
+    `decode.tree: auto` uses the tree that `tune` chose on this machine, or decodes plainly, with a
+    warning, if no tree was faster. Prompt lookup drafts a chain of as many tokens as the tree
+    verifies, so that a round costs the target the same.
     """
     decode = config.decode
     if isinstance(draft, Lookup):
         tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
     elif decode.tree == "auto":
         tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft))
+        if not tree.depth:
+            _log.warning(
+                "decode.tree is auto, and tune found no tree that is faster than plain decoding "
+                "on this machine: decoding plainly, without the draft"
+            )
     else:
         tree = tree_of(decode)
     return SpeculativeDecoder(

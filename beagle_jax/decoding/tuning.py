@@ -28,7 +28,7 @@ from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.nodes import Nodes
 from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.trained import TrainedDrafter
-from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree
+from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree, candidates, dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
@@ -46,6 +46,7 @@ _CAPACITY = 256  # cache slots while measuring
 _REPEATS = 7
 PASSES = 4  # passes in one timed call
 _TUNE = "run python -m beagle_jax.tune --config FILE"
+_PLAIN = "plain"  # key of a saved choice
 _BATCH = 16  # positions of a text whose trees are grown at once
 
 
@@ -81,6 +82,12 @@ class Tuning:
     def plain_tokens_per_second(self) -> float:
         """Expected speed of plain decoding, without the prefill."""
         return 1000 / self.verify_ms[1]
+
+    @property
+    def best(self) -> Choice | None:
+        """The fastest tree; None if no tree is faster than plain decoding."""
+        best = self.choices[0]
+        return best if best.tokens_per_second > self.plain_tokens_per_second else None
 
 
 def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
@@ -403,20 +410,27 @@ def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
     return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
 
 
-def remember(path: Path, choice: Choice) -> None:
-    """Saves a choice for `decode.tree: auto`."""
+def remember(path: Path, choice: Choice | None) -> None:
+    """Saves a choice for `decode.tree: auto`; None stands for plain decoding."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"machine": machine(), **asdict(choice)}, indent=1) + "\n")
+    stored = {_PLAIN: True} if choice is None else asdict(choice)
+    write_text(path, json.dumps({"machine": machine(), **stored}, indent=1) + "\n")
 
 
-def tuned_tree(path: Path) -> DynamicTree:
-    """Loads the saved choice. Raises UserError if there is none."""
+def tuned_tree(path: Path) -> Tree:
+    """Loads the saved choice: a dynamic tree, or `ROOT_ONLY` if none is faster than plain decoding.
+
+    Raises:
+        UserError: Nothing is saved, or it is not a choice.
+    """
     if not path.exists():
         raise UserError(
             "decode.tree is auto, but no tree was tuned for this draft on this machine "
             f"({machine()}); {_TUNE}"
         )
     stored = read_json(path, "", _TUNE)
+    if stored.get(_PLAIN) is True:
+        return ROOT_ONLY
     try:
         return dynamic_tree(stored["levels"], stored["topk"], stored["nodes"])
     except (KeyError, TypeError) as error:
