@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from loop_cases import (
     Breaking,
@@ -17,8 +18,18 @@ from loop_cases import (
     train_stage,
 )
 
-from beagle_jax.config import Config, EvalConfig
+from beagle_jax.config import (
+    Config,
+    DecodeConfig,
+    EarlyStage,
+    EvalConfig,
+    Identity,
+    LateStage,
+    TargetConfig,
+    TrainConfig,
+)
 from beagle_jax.errors import UserError
+from beagle_jax.training import best as best_module
 from beagle_jax.training.best import Best
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -29,24 +40,37 @@ class Decoder:
 
     def __init__(self, path, taus: list[float], **settings):
         self.taus, self.saved, self.measured = iter(taus), [], []
-        self.best = Best(path, EvalConfig(**{"every": 3} | settings), self.measure, self.keep)
+        changes = {key: settings.pop(key) for key in ("train", "decode") if key in settings}
+        config = Config(
+            target=TargetConfig(source="x"), eval=EvalConfig(**{"every": 3} | settings), **changes
+        )
+        self.best = Best(path, config, self.measure, self.keep, self.restore)
 
     def measure(self, params: dict) -> dict:
         self.measured.append(params)
         return {"tau": next(self.taus), "rounds": 5}
 
-    def keep(self, params: dict, figures: dict) -> None:
+    def keep(self, folder, params: dict, figures: dict) -> None:
         self.saved.append((figures["stage"], figures["step"], figures["tau"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"best": figures}))
+        np.savez(folder / "weights.npz", **params)
+
+    def restore(self, folder) -> dict:
+        return dict(np.load(folder / "weights.npz"))
 
 
 def test_only_a_better_tau_replaces_the_best_and_stages_are_told_apart(tmp_path):
     decoder = Decoder(tmp_path / "best.json", [1.2, 1.5, 1.4, 1.3, 1.6], patience=2)
     for stage, step in (("early", 3), ("early", 6), ("early", 9), ("late", 3), ("late", 6)):
         decoder.best.look(stage, step, {})
-    assert (
-        decoder.saved == [("early", 3, 1.2), ("early", 6, 1.5), ("late", 6, 1.6)]
-        and decoder.best.tau == 1.6
-    )
+    assert decoder.saved == [
+        ("early", 3, 1.2),
+        ("early", 6, 1.5),
+        ("late", 3, 1.3),
+        ("late", 6, 1.6),
+    ]
+    assert decoder.best.folder == tmp_path / "best" / "late"
     stages = json.loads((tmp_path / "best.json").read_text())["stages"]
     assert stages == {"early": {"step": 6, "tau": 1.5}, "late": {"step": 6, "tau": 1.6}}
 
@@ -56,7 +80,7 @@ def test_a_damaged_list_of_taus_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"best.json: not JSON .*; delete it, and tau is compared anew"
     ):
-        Best(tmp_path / "best.json", EvalConfig(every=1), None, None)
+        Decoder(tmp_path / "best.json", [])
 
 
 def test_a_stage_is_exhausted_after_so_many_measurements(tmp_path):
@@ -65,13 +89,74 @@ def test_a_stage_is_exhausted_after_so_many_measurements(tmp_path):
     assert [done for done in range(0, 16, 3) if decoder.best.exhausted("early", done)] == [12, 15]
     assert not decoder.best.exhausted("late", 99)
     never = Decoder(tmp_path / "best.json", [], patience=0)
-    assert never.best.tau == 1.5 and not never.best.exhausted("early", 99)
+    assert never.best.folder == tmp_path / "best" / "early" and not never.best.exhausted(
+        "early", 99
+    )
 
 
 def test_taus_on_other_prompts_do_not_count(tmp_path):
     Decoder(tmp_path / "best.json", [1.5]).best.look("early", 3, {})
-    assert Decoder(tmp_path / "best.json", []).best.tau == 1.5
-    assert Decoder(tmp_path / "best.json", [], train_prompts=9).best.tau == 0.0
+    assert Decoder(tmp_path / "best.json", []).best.folder == tmp_path / "best" / "early"
+    assert Decoder(tmp_path / "best.json", [], train_prompts=9).best.folder is None
+
+
+EARLY = {"early": EarlyStage(learning_rate=0.1)}
+OTHER_LATE = {"late": LateStage(learning_rate=0.1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ({}, ["early", "late"]),
+        ({"train": TrainConfig(checkpoint_every=3)}, ["early", "late"]),
+        ({"train": TrainConfig(**EARLY)}, []),
+        ({"train": TrainConfig(**OTHER_LATE)}, ["early"]),
+        ({"train": TrainConfig(noise="none")}, []),
+        ({"decode": DecodeConfig(levels=2)}, []),
+        ({"decode": DecodeConfig(tree="dynamic")}, []),
+        ({"decode": DecodeConfig(temperature=0.5)}, []),
+        ({"decode": DecodeConfig(max_new_tokens=7)}, ["early", "late"]),
+        ({"max_new_tokens": 5}, []),
+        ({"patience": 7}, ["early", "late"]),
+    ],
+)
+def test_taus_of_other_settings_do_not_count(tmp_path, capsys, settings, stages):
+    """Neither for patience nor for the draft that is exported, and a line names the settings."""
+    path = tmp_path / "best.json"
+    before = Decoder(path, [1.2, 1.6])
+    before.best.look("early", 3, {}), before.best.look("late", 3, {})
+    again = Decoder(path, [1.1], **{"patience": 1} | settings)
+    assert [stage for stage in ("early", "late") if again.best.exhausted(stage, 99)] == stages
+    assert again.best.folder == (tmp_path / "best" / stages[-1] if stages else None)
+    printed = capsys.readouterr().out
+    assert printed.count("was measured with other settings") == 2 - len(stages)
+    if not stages:
+        again.best.look("early", 6, {})
+        assert again.saved == [("early", 6, 1.1)]
+        assert again.best.folder == tmp_path / "best" / "early"
+    if settings.get("train") == TrainConfig(**EARLY):
+        assert "train.early.learning_rate: 3e-05 there, 0.1 now" in printed
+
+
+def test_planted_bug_taus_bound_to_the_settings_of_eval_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(best_module, "_identity", lambda config, _: Identity.of(config.eval, "tau"))
+    settings = {"train": TrainConfig(**EARLY)}
+    with pytest.raises(AssertionError):
+        test_taus_of_other_settings_do_not_count(tmp_path, capsys, settings, [])
+
+
+def test_the_best_of_version_0_1_0_counts_with_its_draft_s_settings(tmp_path):
+    """It had one folder for all stages, and only the settings of `eval` beside the taus."""
+    made_with = {"suites": ["held_out"], "every": 3, "prompts": 8, "max_new_tokens": 96}
+    stages = {"early": {"step": 3, "tau": 1.5}, "late": {"step": 3, "tau": 1.2}}
+    (tmp_path / "best.json").write_text(json.dumps({"made_with": made_with, "stages": stages}))
+    (tmp_path / "best").mkdir()
+    draft = {"training": TrainConfig().record(), "best": {"stage": "early", "step": 3, "tau": 1.5}}
+    (tmp_path / "best" / "config.json").write_text(json.dumps(draft))
+    same = Decoder(tmp_path / "best.json", [], patience=1).best
+    assert same.folder == tmp_path / "best" and same.exhausted("late", 6)
+    other = Decoder(tmp_path / "best.json", [], patience=1, train=TrainConfig(**EARLY)).best
+    assert other.folder is None and not other.exhausted("late", 6)
 
 
 @pytest.fixture
@@ -105,6 +190,9 @@ def test_a_stage_ends_early_and_stays_ended(run, tmp_path):
     config = config_for(tmp_path)
     decoder = Decoder(tmp_path / "best.json", [1.4, 1.3], patience=1)
     ended = run(config, decoder.best)
+    same_params(ended, decoder.measured[0])  # the best ones, not the last
+    with pytest.raises(AssertionError):
+        same_params(ended, decoder.measured[1])
     assert looks_of(config) == [(3, 1.4), (6, 1.3)] and saved_steps(config) == [5, 6]
     again = Decoder(tmp_path / "best.json", [], patience=1)
     same_params(run(config, again.best, Breaking(loader_of(20, 1), 6, interrupt)), ended)

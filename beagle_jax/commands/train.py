@@ -89,12 +89,10 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     )
     draft = draft_of(host_copy(trained))
     folder = Path(config.train.folder) / "draft"
+    measured = best.folder if best is not None else None
     if is_first():
         save_draft(
-            folder,
-            load_draft(_best_folder(config), target_spec, type(spec))
-            if best is not None and best.tau
-            else draft,
+            folder, draft if measured is None else load_draft(measured, target_spec, type(spec))
         )
     return {
         "draft": str(folder),
@@ -130,6 +128,12 @@ def check_beforehand(config: Config) -> list[Chat]:
     check_writers(config)
     check_settings(config)
     check_source(config.data)
+    if config.eval.every and config.decode.tree == "auto":
+        raise UserError(
+            "decode.tree is auto, which is tuned for a trained draft, but eval.every is "
+            f"{config.eval.every}, which decodes with drafts that are in training; set "
+            "decode.tree to chain, static or dynamic"
+        )
     return (
         suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
         if config.eval.every
@@ -152,7 +156,7 @@ def own_part(mesh: Mesh) -> Mesh:
 def best_draft(
     config: Config, target: Target, prompts: Sequence[Chat], draft_of: Callable[..., Draft]
 ) -> Best:
-    """Returns a `Best` that measures tau and keeps the best draft in <train.folder>/best.
+    """Returns a `Best` that measures tau and keeps each stage's best in <train.folder>/best.
 
     It decodes these prompts with the settings of `decode`.
     """
@@ -172,14 +176,13 @@ def best_draft(
             "tokens": measured.tokens - len(answers),
         }  # tokens of the prefill belong to no round
 
-    def keep(params: dict[str, jax.Array], figures: dict) -> None:
-        return save_draft(_best_folder(config), draft_of(params, best=figures))
+    def keep(folder: Path, params: dict[str, jax.Array], figures: dict) -> None:
+        save_draft(folder, draft_of(params, best=figures))
 
-    return Best(Path(config.train.folder) / "best.json", config.eval, measure, keep)
+    def restore(folder: Path) -> dict:
+        return load_draft(folder, target.spec, spec_type(config.draft.kind)).params
 
-
-def _best_folder(config: Config) -> Path:
-    return Path(config.train.folder) / "best"
+    return Best(Path(config.train.folder) / "best.json", config, measure, keep, restore)
 
 
 def shuffled(
