@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.config import Config, load_config
+from beagle_jax.decoding.arguments import stop_strings, whole_number
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
@@ -105,6 +106,9 @@ class SpeculativeDecoder:
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
         """
+        _check_parts(target, draft, tree, rule)
+        if context is not None:
+            context = whole_number("context", context, 1)
         params = place(target.params, mesh)
         drafter = drafter_for(
             draft if tree.depth else None, params, append_predicted=append_predicted, mesh=mesh
@@ -143,6 +147,10 @@ class SpeculativeDecoder:
         """
         from beagle_jax.decoding.build import decoder_from  # imports this module
 
+        if not isinstance(config, Config | str | Path):
+            raise UsageError(
+                f"config is {config!r:.80}; expected the path of a YAML file, or a Config"
+            )
         if not isinstance(config, Config):
             config = load_config(config, overrides)
         elif overrides:
@@ -172,7 +180,9 @@ class SpeculativeDecoder:
         batch: int = 1,
     ) -> None:
         """Compiles the programs for prompts of these lengths in `batch` rows."""
-        lengths = {padded(len(tokens)): tokens for tokens in map(self._codec.encode, prompts)}
+        batch = whole_number("batch", batch, 1)
+        encoded = map(self._codec.encode, prompts_of(prompts))
+        lengths = {padded(len(tokens)): tokens for tokens in encoded}
         requests = [Request(tokens, max_new_tokens, sampling) for tokens in lengths.values()]
         if requests:
             self._session(requests, batch)  # sets the capacity to that of the longest prompt
@@ -233,8 +243,9 @@ class SpeculativeDecoder:
                 "this target has no tokenizer, so its answer cannot be streamed as text; use "
                 "generate, which returns tokens"
             )
-        request = Request(self._codec.encode(prompt), max_new_tokens, sampling, tuple(stop), seed)
-        session = self._session([request], 1, stop, streaming=True)
+        stops = stop_strings(stop)
+        request = Request(self._codec.encode(prompt), max_new_tokens, sampling, stops, seed)
+        session = self._session([request], 1, streaming=True)
         return Stream(iter(session), session)
 
     def session(
@@ -248,11 +259,12 @@ class SpeculativeDecoder:
         batch: int | None = None,
     ) -> Session:
         """Returns the session that `generate` runs; same arguments and errors."""
+        stops, first = stop_strings(stop), whole_number("seed", seed)
         requests = [
-            Request(self._codec.encode(prompt), max_new_tokens, sampling, tuple(stop), seed + line)
+            Request(self._codec.encode(prompt), max_new_tokens, sampling, stops, first + line)
             for line, prompt in enumerate(prompts_of(prompts))
         ]
-        return self._session(requests, batch, stop)
+        return self._session(requests, batch)
 
     def pieces(self, requests: Sequence[Request], batch: int) -> Iterator[Piece]:
         """Yields parts of all answers as they are decoded, in `batch` rows."""
@@ -271,28 +283,19 @@ class SpeculativeDecoder:
         return session.now, session.first_state()
 
     def _session(
-        self,
-        requests: Sequence[Request],
-        batch: int | None,
-        stop: Sequence[str] = (),
-        *,
-        streaming: bool = False,
+        self, requests: Sequence[Request], batch: int | None, *, streaming: bool = False
     ) -> Session:
-        """Checks the settings. Raises UserError if one is out of range."""
-        self._codec.stream(stop)  # checks that `stop` is a list, not one string
+        """Checks the settings. Raises UserError if one means nothing."""
         if not requests:
             raise UserError("there are no prompts; give at least one")
-        if batch is not None and batch < 1:
-            raise UserError(f"batch is {batch}; expected at least 1 row")
-        for request in requests:
-            if request.max_new_tokens < 1:
-                raise UserError(f"max_new_tokens is {request.max_new_tokens}; expected at least 1")
-            if self._round.rule.draws and request.sampling.check().greedy:
-                raise UserError(
-                    "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
-                    "temperature, or use rule 'match'"
-                )
-            request.sampling.check()
+        if batch is not None:
+            batch = whole_number("batch", batch, 1)
+        requests = [request.check() for request in requests]
+        if self._round.rule.draws and any(request.sampling.greedy for request in requests):
+            raise UserError(
+                "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
+                "temperature, or use rule 'match'"
+            )
         rows = min(batch or len(requests), len(requests))
         most = max(len(request.tokens) + request.max_new_tokens for request in requests)
         need = min(most, self._codec.context) + self.tree.depth + 1
@@ -300,3 +303,18 @@ class SpeculativeDecoder:
         needed = 0 if self._fixed else round_up(need, CAPACITY_BUCKET)
         self._capacity = max(self._capacity, needed, widest)
         return Session(self._round, self._codec, requests, rows, self._capacity, streaming)
+
+
+def _check_parts(target: object, draft: object, tree: object, rule: object) -> None:
+    """Raises UserError if one of them is something else, such as the path of a draft."""
+    if not isinstance(target, Target):
+        raise UserError(f"target is {target!r:.80}; expected what load_target returns")
+    if isinstance(draft, str | Path):
+        raise UserError(f"draft is {draft!r:.80}; expected what load_draft returns, or None")
+    if not isinstance(tree, Tree):
+        raise UserError(
+            f"tree is {tree!r:.80}; expected chain(..), static_tree(..), dynamic_tree(..) or "
+            "ROOT_ONLY"
+        )
+    if rule not in RULES:
+        raise UserError(f"rule is {rule!r:.80}; expected one of {', '.join(RULES)}")

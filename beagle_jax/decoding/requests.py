@@ -1,19 +1,22 @@
 """Requests and answers of a decoder; conversion between prompts, tokens and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.arguments import stop_strings, whole_number
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.errors import ContextFull, PromptError, UserError
 
 # A user's message, a chat that waits for an answer, or token ids in any container.
 Prompt = str | Sequence[Mapping[str, str]] | Iterable[int]
+
+_EXPECTED = "expected text, a list of messages, or a sequence of whole numbers, the token ids"
 
 Finish = Literal["token", "string", "length", "context", "error"]
 
@@ -32,6 +35,25 @@ class Request:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
     seed: int = 0
+
+    def check(self) -> "Request":
+        """Returns this request with Python's numbers.
+
+        Raises:
+            UserError: a setting means nothing.
+        """
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(
+                f"sampling is {self.sampling!r:.80}; expected "
+                "Sampling(temperature, top_k, top_p), the same for all prompts"
+            )
+        return replace(
+            self,
+            max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 1),
+            sampling=self.sampling.check(),
+            stop=stop_strings(self.stop),
+            seed=whole_number("seed", self.seed),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,11 +128,15 @@ class Codec:
         """
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
+        if not _is_sequence(prompt) or isinstance(prompt, set | frozenset | Mapping):
+            raise PromptError(f"the prompt is {prompt!r:.80}; {_EXPECTED}")
         parts = list(prompt)
         if not parts:
             raise PromptError("the prompt is empty; give at least one token")
         messages = [dict(part) for part in parts if isinstance(part, Mapping)]
-        if len(messages) == len(parts):
+        if messages and len(messages) < len(parts):
+            raise PromptError(f"the prompt is {parts!r:.80}; {_EXPECTED}")
+        if messages:
             if self.tokenizer is None:
                 raise PromptError(
                     "this target has no tokenizer, so a prompt cannot be text; give token ids"
@@ -135,8 +161,6 @@ class Codec:
 
         Raises UserError if `stop` is not a list of strings, or needs a tokenizer.
         """
-        if isinstance(stop, str) or not all(isinstance(part, str) and part for part in stop):
-            raise UserError(f"stop is {stop!r}; expected a list of strings, none of them empty")
         if self.tokenizer is None:
             if stop:
                 raise UserError(
@@ -149,17 +173,28 @@ class Codec:
 
 def _token_ids(parts: Sequence[object]) -> list[int]:
     """Converts token ids to Python ints. Raises PromptError for other values."""
-    numbers = np.asarray(parts)
+    try:
+        numbers = np.asarray(parts)
+    except ValueError:  # numbers and lists beside each other
+        numbers = np.empty(0)
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-        raise PromptError(
-            f"the prompt is {parts!r:.80}; expected text, a list of messages, or a sequence of "
-            "token ids (whole numbers)"
-        )
+        several = all(isinstance(part, str) or np.ndim(part) for part in parts)  # type: ignore[arg-type]
+        hint = "; of several prompts each is given by itself" if several else ""
+        raise PromptError(f"the prompt is {parts!r:.80}; {_EXPECTED}{hint}")
     return numbers.tolist()
+
+
+def _is_sequence(value: object) -> bool:
+    """Whether this can be a list of prompts, messages or tokens."""
+    if isinstance(value, bytes | bytearray) or getattr(value, "ndim", None) == 0:
+        return False
+    return isinstance(value, Iterable)
 
 
 def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     """Iterates over the prompts of a call. Raises PromptError for one prompt without a list."""
+    if not _is_sequence(prompts):
+        raise PromptError(f"prompts is {prompts!r:.80}; expected a list of prompts")
     if not isinstance(prompts, (str, Mapping)):
         prompts = list(prompts)
         if not any(_is_part(part) for part in prompts):
@@ -172,7 +207,9 @@ def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 def _is_part(value: object) -> bool:
     """Returns whether the value is part of a prompt: a message or a token."""
-    return isinstance(value, (Mapping, int)) or (
+    if isinstance(value, Mapping):
+        return "input_ids" not in value  # what a tokenizer returns is refused as a prompt
+    return isinstance(value, int) or (
         hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
     )
 

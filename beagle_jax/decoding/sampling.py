@@ -21,6 +21,7 @@ from jax.extend.random import threefry2x32_p
 
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import COLDEST, DecodeConfig
+from beagle_jax.decoding.arguments import real_number, whole_number
 from beagle_jax.errors import UserError
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
@@ -42,17 +43,26 @@ class Sampling(NamedTuple):
         return self.temperature == 0
 
     def check(self) -> "Sampling":
-        """Returns these settings. Raises UserError if a value is out of range."""
-        if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
+        """Returns these settings as Python's numbers.
+
+        Raises:
+            UserError: a value means nothing.
+        """
+        expected = f"0 (greedy) or a number of at least {COLDEST}"
+        temperature = real_number("temperature", self.temperature, expected)
+        if temperature != 0 and not COLDEST <= temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; expected {expected}")
+        try:
+            top_k = whole_number("top_k", self.top_k, 0)
+        except UserError:
             raise UserError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
-                f"least {COLDEST}"
-            )
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or a whole number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected a share above 0 and at most 1")
-        return self
+                f"top_k is {self.top_k!r}; expected 0 (all tokens) or a whole number"
+            ) from None
+        expected = "a share above 0 and at most 1"
+        top_p = real_number("top_p", self.top_p, expected)
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected {expected}")
+        return Sampling(temperature, top_k, top_p)
 
 
 GREEDY = Sampling()

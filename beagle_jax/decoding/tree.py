@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.config import DecodeConfig
+from beagle_jax.decoding.arguments import whole_number
 from beagle_jax.errors import UserError
 
 # EAGLE-1's tree: 25 nodes and the root (method.md 6.5).
@@ -208,7 +209,8 @@ ROOT_ONLY = StaticTree(())
 
 
 def chain(levels: int) -> StaticTree:
-    """Returns a chain: one draft token per level."""
+    """Returns a chain: one draft token per level. Raises UserError for a negative number."""
+    levels = whole_number("levels", levels, 0)
     return StaticTree(tuple((0,) * depth for depth in range(1, levels + 1)))
 
 
@@ -244,6 +246,10 @@ def candidates(levels: int, topk: int) -> int:
 
 def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
     """Returns EAGLE-2's tree. Raises UserError if there are fewer candidates than nodes."""
+    levels, topk, nodes = (
+        whole_number(name, value)
+        for name, value in (("levels", levels), ("topk", topk), ("nodes", nodes))
+    )
     if levels < 1 or topk < 1:
         raise UserError(
             f"decode: a dynamic tree of levels {levels} and topk {topk} drafts nothing; both "
