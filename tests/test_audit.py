@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from decode_cases import (
     MARKOV,
     cache_one_row_too_long,
@@ -22,11 +23,14 @@ from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling, filtered
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.evaluation import audit as audit_module
+from beagle_jax.evaluation import forced as forced_module
 from beagle_jax.evaluation import replay as replay_module
 from beagle_jax.evaluation.audit import Check, audit, lines
 from beagle_jax.evaluation.chance import logit_noise
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement, context_for, measure
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import forward
 
 PROMPTS = {"s": [chat("AB", "C"), chat("DEF"), chat("G" * 30), chat("H"), chat("KLM"), chat("N")]}
 TREES = {
@@ -388,6 +392,46 @@ def test_what_comes_later_does_not_change_a_forced_reading():
     for text in (tokens, long):
         noise = logit_noise(target, [text])
         assert 0 < noise.deviation < noise.largest < 1e-3
+
+
+WINDOWED = dataclasses.replace(TINY, windows=(None, 20))
+
+
+@pytest.mark.parametrize("spec", [TINY, WINDOWED], ids=["full", "window"])
+def test_a_long_text_is_read_in_blocks(spec, monkeypatch):
+    _check_blocks(spec, monkeypatch)
+
+
+def test_planted_bug_a_block_does_not_see_those_before(monkeypatch):
+    monkeypatch.setattr(
+        forced_module,
+        "visible_slots",
+        lambda start_B, cache: jnp.zeros((1, cache[0].v_BKSH.shape[2]), bool),
+    )
+    forced_module._read_block.clear_cache()
+    with pytest.raises(AssertionError):
+        _check_blocks(TINY, monkeypatch)
+    forced_module._read_block.clear_cache()
+
+
+def _check_blocks(spec, monkeypatch) -> None:
+    """The states of one pass, without an array of text by text."""
+    target, tokens = target_of(spec), np.random.default_rng(0).integers(0, 61, 200).tolist()
+    mask = causal_mask(jnp.array([200]), 200)
+    text_BL = jnp.array([tokens])
+    expected = forward(target.params, spec, text_BL, jnp.arange(200)[None], mask).states_BTD[0]
+    monkeypatch.setattr(forced_module, "_BLOCK", 64)
+    sizes = []
+    read = forced_module.forward
+
+    def noted(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS):
+        sizes.append((mask_BTT.shape[-1], visible_BS.shape[-1]))
+        return read(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS)
+
+    monkeypatch.setattr(forced_module, "forward", noted)
+    found = forced_states(target, tokens)
+    assert set(sizes) <= {(64, 256)}
+    np.testing.assert_allclose(found[:200], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,19 @@ def test_generate_prints_the_answer_of_plain_decoding(trained, capsys):
     )
 
 
+@pytest.mark.parametrize("rule", ["match", "ratio"])
+def test_a_sampled_comparison_says_what_was_compared(trained, capsys, rule):
+    """The ratio rule draws other tokens on purpose: no alarm about it."""
+    drawn = ["decode.temperature=0.8", f"decode.rule={rule}", "decode.levels=2"]
+    assert run_main(generate.main, ["--config", trained.config, "Hello", *drawn]) == 0
+    printed = capsys.readouterr().out
+    if rule == "match":
+        assert printed.endswith("token sequences equal: yes\n")
+    else:
+        assert "equal: " not in printed and "not compared: decode.rule=ratio draws" in printed
+        assert "from the same distribution" in printed
+
+
 def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
     """Runs the chat with typed lines; an exception among them is raised instead of a line."""
     waiting = iter(lines)

@@ -17,6 +17,7 @@ from beagle_jax.model.target import Forward, Params, TargetSpec, forward, init_c
 from beagle_jax.weights.target import Target
 
 _ROWS = 64  # positions whose logits are computed together
+_BLOCK = 512  # positions that are read together
 
 
 def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
@@ -24,8 +25,24 @@ def forced_states(target: Target, tokens: Sequence[int]) -> jax.Array:
 
     L is padded to a power of two; states past the text are not meaningful.
     """
-    outputs = _read(target.params, target.spec, _padded(tokens), jnp.array([len(tokens)]))
-    return outputs.states_BTD[0]
+    return _read(target, tokens)[0]
+
+
+def _read(target: Target, tokens: Sequence[int]) -> tuple[jax.Array, list[KVRows]]:
+    """Returns the states [L, D] and the cache of a text, read in blocks.
+
+    So the scores of attention are [_BLOCK, L] numbers a head and not [L, L].
+    """
+    text_1L, length_B = _padded(tokens), jnp.array([len(tokens)])
+    cache = init_cache(target.spec, 1, text_1L.shape[1], target.dtype)
+    blocks = []
+    for start in range(0, text_1L.shape[1], _BLOCK):
+        block_1T = text_1L[:, start : start + _BLOCK]
+        states_TD, cache = _read_block(
+            target.params, target.spec, block_1T, jnp.array([start]), length_B, cache
+        )
+        blocks.append(states_TD)
+    return jnp.concatenate(blocks), cache
 
 
 def _padded(tokens: Sequence[int]) -> jax.Array:
@@ -33,10 +50,22 @@ def _padded(tokens: Sequence[int]) -> jax.Array:
     return jnp.array([[*tokens, *[0] * (width - len(tokens))]], jnp.int32)
 
 
-@partial(jax.jit, static_argnames="spec")
-def _read(params: Params, spec: TargetSpec, text_BL: jax.Array, length_B: jax.Array) -> Forward:
-    width = text_BL.shape[1]
-    return forward(params, spec, text_BL, jnp.arange(width)[None], causal_mask(length_B, width))
+@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def _read_block(
+    params: Params,
+    spec: TargetSpec,
+    text_BT: jax.Array,
+    start_B: jax.Array,
+    length_B: jax.Array,
+    cache: list[KVRows],
+) -> tuple[jax.Array, list[KVRows]]:
+    """Reads tokens from position `start_B` on, after those in the cache."""
+    width = text_BT.shape[1]
+    position_BT = start_B[:, None] + jnp.arange(width)[None]
+    mask_BTT = causal_mask(length_B - start_B, width)
+    visible_BS = visible_slots(start_B, cache)
+    outputs = forward(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS)
+    return outputs.states_BTD[0], write_all(cache, outputs.rows, start_B)
 
 
 _logits = jax.jit(logits, static_argnums=1)
@@ -79,13 +108,10 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
 
     T is `most`, or the length of the text if that is less.
     """
-    first, text_1L = max(0, len(tokens) - most), _padded(tokens)
-    rows = _read(target.params, target.spec, text_1L, jnp.array([len(tokens)])).rows
+    first = max(0, len(tokens) - most)
     # The cache starts with the keys and values of all tokens. Those from `first` on stay masked
     # until the loop writes them again.
-    cache = write_all(
-        init_cache(target.spec, 1, text_1L.shape[1], target.dtype), rows, jnp.zeros(1, jnp.int32)
-    )
+    _, cache = _read(target, tokens)
     states, all_logits = [], []
     for place in range(first, len(tokens)):
         state_D, logits_V, cache = _step(
