@@ -114,7 +114,9 @@ def test_one_prompt_in_place_of_a_list_is_refused(decoder, prompts):
 
 def test_text_without_a_tokenizer_is_refused(speechless):
     for prompt in ("A", CHAT):
-        with pytest.raises(PromptError, match="no tokenizer, so a prompt cannot be text; give token"):
+        with pytest.raises(
+            PromptError, match="no tokenizer, so a prompt cannot be text; give token"
+        ):
             speechless.generate([prompt])
 
 

@@ -33,8 +33,10 @@ class TargetConfig(Section):
         affects=("stage", "answers"),
         path="input",
     )
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "dtype of weights and computation", affects=("stage", "answers")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32",
+        "dtype of weights and computation; float16: for GPUs without bfloat16, such as a T4",
+        affects=("stage", "answers"),
     )
     cache_dir: str = setting("~/.cache/beagle_jax", "folder for downloads and tuned trees")
     quantize: Literal["none", "int8", "int4"] = setting(

@@ -209,9 +209,7 @@ def _is_part(value: object) -> bool:
     """Returns whether the value is part of a prompt: a message or a token."""
     if isinstance(value, Mapping):
         return "input_ids" not in value  # what a tokenizer returns is refused as a prompt
-    return isinstance(value, int) or (
-        hasattr(value, "dtype") and getattr(value, "ndim", None) == 0
-    )
+    return isinstance(value, int) or (hasattr(value, "dtype") and getattr(value, "ndim", None) == 0)
 
 
 def rounds_through(accepted: Sequence[int], count: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.model.cache import KVRows, visible_slots, write_all
 from beagle_jax.model.masks import causal_mask
-from beagle_jax.model.target import Forward, Params, TargetSpec, forward, init_cache, logits
+from beagle_jax.model.target import Params, TargetSpec, forward, init_cache, logits
 from beagle_jax.weights.target import Target
 
 _ROWS = 64  # positions whose logits are computed together

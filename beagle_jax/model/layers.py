@@ -139,8 +139,13 @@ def partial_attention(
     # The peak cancels in the merge, so it needs no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
+    # The sum is not normalised yet: over many keys it exceeds 65504, the largest float16.
+    wide = jnp.float32 if v_BKSH.dtype == jnp.float16 else None
     out_BKMH = jnp.einsum(
-        "BKMS,BKSH->BKMH", weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype), v_BKSH
+        "BKMS,BKSH->BKMH",
+        weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=wide,
     )
     return PartialAttention(
         out_BKMH.reshape(B, K, G, T, H).astype(jnp.float32), peak, weight.sum(axis=-1)

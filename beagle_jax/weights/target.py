@@ -116,11 +116,14 @@ def load_target(
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
 ) -> Target:
-    """Loads the target of `target.source` in `dtype` ('float32' or 'bfloat16').
+    """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
     It is sharded over the mesh if there is one. quantize, group_size, chat_template and
     template_variables are those of `TargetConfig`. Quantisation prints the memory saved and its
     error; it does not work with a mesh.
+
+    Raises:
+        UserError: The source is no target, or its weights do not fit the dtype.
     """
     opened = open_source(source, Path(cache_dir).expanduser())
     spec = TargetSpec.from_hf_config(opened.config(), source)
@@ -137,10 +140,25 @@ def load_target(
         params = opened.params(spec, jnp.dtype(dtype), mesh)
     else:
         params = fill_params(spec, opened, jnp.dtype(dtype), source, mesh, quantiser)
+    if jnp.dtype(dtype) == jnp.float16:
+        _check_range(params, source)
     cost = quantiser.cost(params) if quantiser else None
     if cost:
         print(f"target quantised to {cost}", file=sys.stderr)
     return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost)
+
+
+def _check_range(params: Params, source: str) -> None:
+    """Raises UserError if a weight is too large for float16, which ends at 65504."""
+    arrays = jax.tree_util.tree_leaves_with_path(params)
+    floats = [(path, x) for path, x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+    broken = [jax.tree_util.keystr(path) for path, x in floats if not bool(jnp.isfinite(x).all())]
+    if broken:
+        raise UserError(
+            f"{source}: {broken[0]} and {len(broken) - 1} more arrays hold values that float16 "
+            "cannot hold (it ends at 65504) or that are not finite; set target.dtype=bfloat16 "
+            "or float32"
+        )
 
 
 def revision(opened: Source) -> str | None:
