@@ -96,7 +96,7 @@ def _eos_ids(config: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
     if value is None:
         return None
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+    if not ids or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise UserError(
             f"{folder}: eos_token_id is {ids}; expected a token's id, or a list of them"
         )
