@@ -136,9 +136,9 @@ DRAWN = {"temperature": 0.8}
     ],
 )
 def test_numbers_of_any_library_are_settings(decoder, settings, same):
-    found, expected = (Sampling(**DRAWN | each) for each in (settings, same))
-    assert found.check() == expected and {type(x) for x in found.check()} == {int, float}
-    assert decoder.generate([[5]], found)[0] == decoder.generate([[5]], expected)[0]
+    answered, expected = (Sampling(**DRAWN | each) for each in (settings, same))
+    assert answered.check() == expected and {type(x) for x in answered.check()} == {int, float}
+    assert decoder.generate([[5]], answered)[0] == decoder.generate([[5]], expected)[0]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_whole_numbers_and_containers_of_any_library_are_accepted(decoder, setti
     usual = {"max_new_tokens": 3, "seed": 3}
     if settings.get("seed") in (-1, 2**80):
         usual["seed"] = settings["seed"] % 2**32
-    [found] = decoder.generate([[5]], Sampling(0.8), **usual | settings)
-    assert found == decoder.generate([[5]], Sampling(0.8), **usual)[0]
+    [answered] = decoder.generate([[5]], Sampling(0.8), **usual | settings)
+    assert answered == decoder.generate([[5]], Sampling(0.8), **usual)[0]
 
 
 @pytest.mark.parametrize(

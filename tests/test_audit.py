@@ -422,16 +422,16 @@ def _check_blocks(spec, monkeypatch) -> None:
     expected = forward(target.params, spec, text_BL, jnp.arange(200)[None], mask).states_BTD[0]
     monkeypatch.setattr(forced_module, "_BLOCK", 64)
     sizes = []
-    read = forced_module.forward
+    true_forward = forced_module.forward
 
     def noted(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS):
         sizes.append((mask_BTT.shape[-1], visible_BS.shape[-1]))
-        return read(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS)
+        return true_forward(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS)
 
     monkeypatch.setattr(forced_module, "forward", noted)
-    found = forced_states(target, tokens)
+    states_LD = forced_states(target, tokens)
     assert set(sizes) <= {(64, 256)}
-    np.testing.assert_allclose(found[:200], expected, atol=1e-4)
+    np.testing.assert_allclose(states_LD[:200], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -201,8 +201,8 @@ def test_tau_is_measured_while_training_and_the_best_draft_is_the_one_written(tr
     best = max(looked, key=lambda line: line["tau"])  # the first of equals
     draft = json.loads((run / "draft" / "config.json").read_text())
     assert draft["best"] == {key: best[key] for key in ("stage", "step", "tau", "rounds", "tokens")}
-    kept = f"best/{best['stage']}"
-    tensors = [load_file(run / name / "model.safetensors") for name in ("draft", kept)]
+    folders = ("draft", f"best/{best['stage']}")
+    tensors = [load_file(run / name / "model.safetensors") for name in folders]
     assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert evaluated_tau(trained, run, "draft") == pytest.approx(best["tau"], abs=1e-4)
 

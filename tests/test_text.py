@@ -262,8 +262,8 @@ def _check_stops(stream: type, kind: str) -> None:
             stops += [part] if part else []
         expected = expected_text(tokenizer, tokens, stops)
         for run in (1, 4, 100):
-            found = _streamed(stream, tokenizer, tokens, run, stops)
-            assert found == expected, (tokens, stops, run)
+            streamed = _streamed(stream, tokenizer, tokens, run, stops)
+            assert streamed == expected, (tokens, stops, run)
         stopped += expected[1] is not None
     assert stopped > 20
 

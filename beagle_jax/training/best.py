@@ -100,11 +100,13 @@ class Best:
             return False
         return done - self._stages[stage]["step"] >= self._config.patience * self._config.every
 
-    def weights(self, stage: str, last: Params) -> Params:
-        """Returns the best parameters of an exhausted stage, from its folder.
+    def weights(self, stage: str, done: int, last: Params) -> Params:
+        """Returns the best parameters of a stage, from its folder; `last` if it is not exhausted.
 
-        last: those of its last step, which give the shardings.
+        last: those after `done` steps, which also give the shardings.
         """
+        if not self.exhausted(stage, done):
+            return last
         wait_for_all("the best draft")  # the first process writes it
         folder = self.folder_of(stage)
         if folder is None:

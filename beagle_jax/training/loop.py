@@ -84,9 +84,7 @@ def run_stage(
         progress.close()
     if stop.seen:  # the signal may have arrived after the last step
         _leave(name, int(state.step))
-    if best is not None and best.exhausted(name, int(state.step)):
-        return best.weights(name, state.params)
-    return state.params
+    return state.params if best is None else best.weights(name, int(state.step), state.params)
 
 
 def _restored(
