@@ -16,7 +16,7 @@ from beagle_jax.errors import ContextFull, PromptError, UserError
 # A user's message, a chat that waits for an answer, or token ids in any container.
 Prompt = str | Sequence[Mapping[str, str]] | Iterable[int]
 
-_EXPECTED = "expected text, a list of messages, or a sequence of whole numbers, the token ids"
+_EXPECTED = "expected text, a list of messages, or a sequence of token ids (whole numbers)"
 
 Finish = Literal["token", "string", "length", "context", "error"]
 

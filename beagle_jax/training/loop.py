@@ -38,9 +38,8 @@ def run_stage(
 ) -> dict[str, jax.Array]:
     """Trains one stage from `params`, or from its newest checkpoint; returns the parameters.
 
-    name: a key of `config.train.named_stages`. best: measures tau and may stop the stage early; the
-    parameters are then those with the best tau, not the last ones. On SIGTERM the current step
-    finishes, a checkpoint is saved and the program exits with status 0.
+    name: a key of `config.train.named_stages`. best: measures tau, may stop the stage early with
+    its best parameters. On SIGTERM a checkpoint is saved and the program exits with status 0.
 
     Raises:
         UserError: the loss or a parameter is not finite. The last checkpoint is kept.
