@@ -433,5 +433,5 @@ def tuned_tree(path: Path) -> Tree:
         return ROOT_ONLY
     try:
         return dynamic_tree(stored["levels"], stored["topk"], stored["nodes"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, UserError) as error:
         raise UserError(f"{path}: not a tuned tree ({error!r}); {_TUNE}") from error
