@@ -11,6 +11,8 @@ import jax
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.evaluation.pages import acceptance
+from beagle_jax.evaluation.report import Report
 from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
@@ -20,7 +22,7 @@ from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.kinds import kind_in_torch
-from beagle_jax.weights.model_card import acceptance, model_card
+from beagle_jax.weights.model_card import model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
@@ -39,10 +41,10 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     target = TargetSpec.from_hf_config(opened.config(), config.target.source)
     draft = load_draft(source, target)
     _check_target(draft, config.target.source, source)
-    report = _read_report(arguments.report) if arguments.report else None
+    results = _results(arguments.report) if arguments.report else None
     with staged(out) as folder:
         write_torch_folder(
-            folder, draft, target.vocab_size, model_card(draft, report, revision(opened))
+            folder, draft, target.vocab_size, model_card(draft, results, revision(opened))
         )
         differences = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
@@ -133,21 +135,12 @@ def _check_target(draft: Draft, source: str, where: Path) -> None:
         )
 
 
-def _read_report(path: str) -> str:
-    """Reads a report of `evaluate --json` and returns the model card's section on it."""
-    report = read_json(Path(path), "expected what evaluate --json wrote")
-    try:
-        if report["format"] == 1:
-            return acceptance(report)
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--report {path}: not a report on a draft ({error!r}); expected a file from "
-            "evaluate --json"
-        ) from error
-    raise UserError(
-        f"--report {path}: not a report of this version (format {report['format']!r}); "
-        "expected a file from evaluate --json"
-    )
+def _results(path: str) -> str:
+    """Reads a report of `evaluate --json` and returns the model card's table of results."""
+    report = Report.read(Path(path))
+    if not report.speculative:
+        raise UserError(f"{path}: a report on plain decoding only; expected results of a draft")
+    return acceptance(report)
 
 
 def _free(arguments: Namespace, source: Path) -> Path:

@@ -165,7 +165,7 @@ def best_draft(
         answers = decoder.generate(
             tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens
         )
-        measured = Measurement("draft", "", [[answer] for answer in answers])
+        measured = Measurement("draft", [[answer] for answer in answers])
         return {
             "tau": round(measured.tau, 4),
             "rounds": measured.rounds,
