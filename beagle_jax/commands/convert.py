@@ -3,7 +3,7 @@
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
+
+_TRY = 'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path='
 
 
 def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -60,37 +62,35 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Imports a PyTorch draft as a native folder, which is read back before it appears."""
+    """Imports a PyTorch draft as a native folder."""
+    _, out = _imported(config, arguments, read_torch_draft)
+    return f"draft written to {out}; {_TRY}{out}", {"out": str(out)}
+
+
+def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Imports an EAGLE draft as a native folder."""
+    draft, out = _imported(config, arguments, read_eagle_draft)
+    count = sum(array.size for array in draft.params.values())
+    text = f"EAGLE draft of {count:,} parameters written to {out}; {_TRY}{out}"
+    return text, {"out": str(out), "parameters": count}
+
+
+def _imported(
+    config: Config, arguments: Namespace, read: Callable[..., Draft]
+) -> tuple[Draft, Path]:
+    """Writes the draft that `read` finds as a native folder, which is read back before it appears.
+
+    Returns the draft and the folder.
+    """
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
     target, reader = target_spec(config.target)
-    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, reader)
+    draft = read(source, target, config.target.source, arguments.allow_pickle, reader)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
-    return (
-        f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your '
-        f'prompt" draft.path={out}',
-        {"out": str(out)},
-    )
-
-
-def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Imports an EAGLE draft as a native folder, which is read back before it appears."""
-    source = Path(arguments.source).expanduser()
-    out = _free(arguments, source)
-    target, reader = target_spec(config.target)
-    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, reader)
-    with staged(out) as folder:
-        save_draft(folder, draft)
-        load_draft(folder, target)
-    count = sum(array.size for array in draft.params.values())
-    text = (
-        f"EAGLE draft of {count:,} parameters written to {out}; "
-        f'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}'
-    )
-    return text, {"out": str(out), "parameters": count}
+    return draft, out
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
