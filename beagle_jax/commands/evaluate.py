@@ -33,6 +33,7 @@ from beagle_jax.evaluation.plots import (
 from beagle_jax.evaluation.report import Report
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.files import write_text
+from beagle_jax.terminal import listen
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, configured_target
 
@@ -45,6 +46,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     out: a folder for answers and report files; answers that it already has are not decoded again.
     audited: also compare all answers with teacher forcing (evaluation/audit.py).
     """
+    listen()
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
     }

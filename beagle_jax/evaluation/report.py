@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 
@@ -279,20 +279,18 @@ class Report(Part):
 
         Raises: UserError if the file is not such a report.
         """
-        expected = "expected what evaluate --json wrote"
+        expected = "expected a file from evaluate --json"
         values = read_json(path, expected)
         if values.get("format", FORMAT) != FORMAT:
-            raise UserError(
-                f"{path}: not a report of this version (format {values['format']!r}); {expected}"
+            raise BadFile(
+                path, f"not a report of this version (format {values['format']!r}); {expected}"
             )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             problem = error.errors()[0]
             place = ".".join(map(str, problem["loc"]))
-            raise UserError(
-                f"{path}: not a report ({place}: {problem['msg']}); {expected}"
-            ) from error
+            raise BadFile(path, f"not a report ({place}: {problem['msg']}); {expected}") from error
 
 
 class _Plain(GenerateJsonSchema):
