@@ -309,9 +309,9 @@ def test_a_run_of_other_settings_is_refused(place, capsys):
 def test_a_report_and_its_answers_are_read(place):
     report = json.loads((place / "evaluation" / "report.json").read_text())
     check_schema(report)
-    read = Report.read(place / "evaluation" / "report.json")
-    assert read.as_json() == report
-    assert markdown(read) == (place / "evaluation" / "report.md").read_text()
+    loaded = Report.read(place / "evaluation" / "report.json")
+    assert loaded.as_json() == report
+    assert markdown(loaded) == (place / "evaluation" / "report.md").read_text()
     settings = json.loads((place / "evaluation" / "answers.jsonl").read_text().splitlines()[0])
     cases = AnswerLog(place / "evaluation" / "answers.jsonl", settings).cases
     assert list(cases) == [("eval.jsonl", 0), ("eval.jsonl", 1)]

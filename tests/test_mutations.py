@@ -118,9 +118,9 @@ def test_cache_kept_one_row_too_long(tree):
 def test_predicted_states_left_in_the_draft_cache(tree):
     """The output stays right and acceptance falls: only the cache test shows it."""
 
-    def wrong(now, state, accepted, read):
-        read = dataclasses.replace(read, states_BTD=1.1 * read.states_BTD)
-        return Round.append(now, state, accepted, read)
+    def wrong(now, state, accepted, output):
+        output = dataclasses.replace(output, states_BTD=1.1 * output.states_BTD)
+        return Round.append(now, state, accepted, output)
 
     _check_lossless(tree, [TINY], append=wrong)
     with pytest.raises(AssertionError):

@@ -193,10 +193,10 @@ def check_taps(monkeypatch, tree, prompts=PROMPTS, **parts) -> None:
         length = int(state.cache.length_B[row])
         text = [*prompt, *np.asarray(snapshot.out_BS[row]).tolist()][:length]
         place_1L, mask_1LL = jnp.arange(length)[None], causal_mask(jnp.array([length]), length)
-        read = forward(
+        output = forward(
             target.params, target.spec, jnp.array([text]), place_1L, mask_1LL, taps=drafter.taps
         )
-        expected_LI = np.concatenate([stream[0] for stream in read.taps], axis=-1)
+        expected_LI = np.concatenate([stream[0] for stream in output.taps], axis=-1)
         # 1e-4: several layers, read in chunks and trees here and at once there
         given_LI = state.draft.input_BSI[row, :length]
         np.testing.assert_allclose(given_LI, expected_LI, atol=1e-4, rtol=1e-5)
@@ -212,17 +212,17 @@ def test_a_drafter_gets_the_streams_that_it_taps(monkeypatch, tree):
     check_taps(monkeypatch, tree)
 
 
-def _of_unaccepted_nodes(now, state, accepted, read):
+def _of_unaccepted_nodes(now, state, accepted, output):
     """Each round's first nodes in the place of its path, in the taps alone."""
     path_BP1 = jnp.broadcast_to(jnp.arange(3)[None], accepted.path_BP1.shape)
     first = accepted._replace(path_BP1=path_BP1)
-    wrong = Round.append(now, state, first, read).draft
-    return Round.append(now, state, accepted, read)._replace(draft=wrong)
+    wrong = Round.append(now, state, first, output).draft
+    return Round.append(now, state, accepted, output)._replace(draft=wrong)
 
 
 def _of_another_layer(now, state, nodes):
-    read = Round.read(now, state, nodes)
-    return replace(read, taps=read.taps[::-1])
+    output = Round.read(now, state, nodes)
+    return replace(output, taps=output.taps[::-1])
 
 
 def _one_token_late(now, state, chunk, first, prefix=None):

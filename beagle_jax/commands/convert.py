@@ -76,16 +76,16 @@ def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def _imported(
-    config: Config, arguments: Namespace, read: Callable[..., Draft]
+    config: Config, arguments: Namespace, read_draft: Callable[..., Draft]
 ) -> tuple[Draft, Path]:
-    """Writes the draft that `read` finds as a native folder, which is read back before it appears.
+    """Writes the draft from `read_draft` as a native folder, and reads it back before it appears.
 
     Returns the draft and the folder.
     """
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
     target, reader = target_spec(config.target)
-    draft = read(source, target, config.target.source, arguments.allow_pickle, reader)
+    draft = read_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)

@@ -192,12 +192,12 @@ class Round:
         with jax.named_scope("draft"):
             proposal = self.part("propose")(self, state)
         with jax.named_scope("verify"):
-            read = self.part("read")(self, state, proposal.nodes)
+            output = self.part("read")(self, state, proposal.nodes)
         with jax.named_scope("accept"):
-            accepted, finite_BW = self.part("accept")(self, state, proposal, read.states_BTD)
+            accepted, finite_BW = self.part("accept")(self, state, proposal, output.states_BTD)
         with jax.named_scope("append"):
-            state = self.part("append")(self, state, accepted, read)
-        return self.part("emit")(self, state, accepted, finite_BW), read.states_BTD
+            state = self.part("append")(self, state, accepted, output)
+        return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
@@ -235,7 +235,7 @@ class Round:
         """Lets the rule decide: what `accept.py` computes, and whether logits are finite [B, W]."""
         return self.rule.accept(self, state, proposal, states_BWD)
 
-    def append(self, state: DecodeState, accepted: Accepted, read: Forward) -> DecodeState:
+    def append(self, state: DecodeState, accepted: Accepted, output: Forward) -> DecodeState:
         """Appends the accepted path to the cache, and passes its true states to the drafter.
 
         The cache gets rows of this path only; entries after it are overwritten by the next round.
@@ -245,7 +245,7 @@ class Round:
         def on_path(x_BWI: jax.Array) -> jax.Array:
             return jnp.take_along_axis(x_BWI, path_BP1[..., None], axis=1)
 
-        rows, tapped_BWI = read.rows, read.tapped_BTI
+        rows, tapped_BWI = output.rows, output.tapped_BTI
         if self.tree.depth:
             rows = [take_rows(layer, path_BP1) for layer in rows]
         cache = state.cache.append(rows, accepted.bonus_B)
@@ -254,7 +254,7 @@ class Round:
         start_B = jnp.where(accepted.bonus_B < 0, 0, state.cache.length_B)
         tokens_BP2 = jnp.concatenate([state.transcript.root_B[:, None], accepted.token_BP1], axis=1)
         seen = Seen(
-            on_path(read.states_BTD),
+            on_path(output.states_BTD),
             tokens_BP2[:, :-1],
             accepted.token_BP1,
             start_B,
@@ -344,9 +344,9 @@ class Round:
         R, T = chunk.token_RT.shape
         count_R = jnp.clip(length_R - offset, 0, T)  # tokens of this chunk
         ends_R = (length_R > offset) & (length_R <= offset + T)
-        read = self._read_text(state, chunk, count_R, first, prefix)
+        output = self._read_text(state, chunk, count_R, first, prefix)
         last_R = jnp.maximum(count_R - 1, 0)[:, None, None]
-        last_R1D = jnp.take_along_axis(read.states_BTD, last_R, axis=1)
+        last_R1D = jnp.take_along_axis(output.states_BTD, last_R, axis=1)
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
@@ -356,7 +356,7 @@ class Round:
         text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
         start_R = jnp.broadcast_to(offset, (R,))
         tokens = text_RT1[:, :-1], text_RT1[:, 1:]
-        seen = Seen(read.states_BTD, *tokens, start_R, count_R, not first, read.tapped_BTI)
+        seen = Seen(output.states_BTD, *tokens, start_R, count_R, not first, output.tapped_BTI)
         none_R = jnp.zeros(R, jnp.int32)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -371,7 +371,7 @@ class Round:
         # The slot depends on the chosen tokens, none of which is negative, so that XLA must order
         # every write after all reads of the chunks before: it would copy the caches otherwise.
         slot = jnp.where((wanted_R1 < 0).any(), 0, offset)
-        cache = state.cache.put(read.rows, row_R, slot)
+        cache = state.cache.put(output.rows, row_R, slot)
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
             self._observe(state, seen, row_R),
@@ -385,7 +385,7 @@ class Round:
             ),
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
-        return after, read.states_BTD
+        return after, output.states_BTD
 
     def _read_text(
         self,

@@ -241,11 +241,11 @@ def _read_text(
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     mask_BLL = causal_mask(jnp.full(B, L), L)
-    read = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL, taps=drafter.taps)
+    output = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL, taps=drafter.taps)
     start_B, count_B = jnp.zeros(B, jnp.int32), jnp.full(B, L)
     next_BL = jnp.roll(text_BL, -1, axis=1)
-    seen = Seen(read.states_BTD, text_BL, next_BL, start_B, count_B, tapped_BTI=read.tapped_BTI)
-    return drafter.observe(drafter.init(B, L), seen), read.states_BTD
+    seen = Seen(output.states_BTD, text_BL, next_BL, start_B, count_B, tapped_BTI=output.tapped_BTI)
+    return drafter.observe(drafter.init(B, L), seen), output.states_BTD
 
 
 def _read(

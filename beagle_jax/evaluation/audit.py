@@ -345,7 +345,7 @@ def lines(made: Audit) -> list[str]:
     """Formats the audit for the terminal."""
     width = max(len(check.name) for check in made.checks)
     shown = [
-        f"{'passed' if check.passed else 'FAILED'}  {check.name:{width}}  {check.found}"
+        f"{'passed' if check.passed else 'FAILED'}  {check.name:{width}}  {check.figures}"
         for check in made.checks
     ]
     shown += [

@@ -213,7 +213,8 @@ def _memory(report: Report) -> Section:
 
 def _audit(audit: Audit) -> Section:
     rows = [
-        [check.name, "passed" if check.passed else "FAILED", check.found] for check in audit.checks
+        [check.name, "passed" if check.passed else "FAILED", check.figures]
+        for check in audit.checks
     ]
     sentence = (
         f"Rounding moves a logit by up to {audit.noise:.3g}; gaps of two logits up to "

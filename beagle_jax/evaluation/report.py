@@ -31,7 +31,10 @@ class Part(BaseModel):
 
     # Reports of later versions may have further fields in the same format.
     model_config = ConfigDict(
-        frozen=True, extra="ignore", json_schema_extra={"additionalProperties": False}
+        frozen=True,
+        extra="ignore",
+        serialize_by_alias=True,
+        json_schema_extra={"additionalProperties": False},
     )
 
 
@@ -189,7 +192,7 @@ class Check(Part):
 
     name: str = Field(description="what was checked, of which system")
     passed: bool = Field(description="the claim holds")
-    found: str = Field(description="the figures, in words")
+    figures: str = Field(alias="found", description="the figures, in words")
 
 
 class Divergence(Part):
