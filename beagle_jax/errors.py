@@ -8,6 +8,7 @@ the file system are printed in the same way.
 import errno
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from beagle_jax.terminal import coloured
 
@@ -34,6 +35,18 @@ class ContextFull(PromptError):
             "room for an answer; shorten the prompt"
         )
         self.length, self.limit = length, limit
+
+
+class BadFile(UserError):
+    """A file that does not hold what it should."""
+
+    def __init__(self, path: Path, problem: str, where: str = ""):
+        """problem: what is wrong, and what to do.
+
+        where: the place in the file, as messages write it after the path, for example ":12".
+        """
+        super().__init__(f"{path}{where}: {problem}")
+        self.path, self.where = path, where
 
 
 class UsageError(UserError):

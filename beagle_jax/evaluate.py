@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
         report = evaluate(config, arguments.out, audited=arguments.audit)
     show(
         arguments,
-        "\n".join([table(report), *(lines(report["audit"]) if arguments.audit else [])]),
-        report,
+        "\n".join([table(report), *(lines(report.audit) if report.audit else [])]),
+        report.as_json(),
     )
-    if arguments.audit and not report["audit"]["passed"]:
+    if report.audit and not report.audit.passed:
         raise UserError("the audit failed; see the lines above that begin with FAILED")
 
 

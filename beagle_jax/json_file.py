@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile
 
 
 def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> dict[str, Any]:
@@ -13,29 +13,27 @@ def read_json(path: Path, missing: str, damaged: str = "is the file whole?") -> 
     missing, damaged: advice to the user if there is no file, or if it is not JSON.
 
     Raises:
-      UserError: the file cannot be read as a JSON object. The message names the file, and the
+      BadFile: the file cannot be read as a JSON object. The message names the file, and the
         line and character, or the byte, where it stops being JSON.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {missing}") from None
+        raise BadFile(path, f"no such file; {missing}") from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not JSON (line {error.lineno}, character {error.pos}: {error.msg}); {damaged}"
+        raise BadFile(
+            path, f"not JSON (line {error.lineno}, character {error.pos}: {error.msg}); {damaged}"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not text in UTF-8 (byte {error.start}: {error.reason}); {damaged}"
+        raise BadFile(
+            path, f"not text in UTF-8 (byte {error.start}: {error.reason}); {damaged}"
         ) from error
     except (
         OSError,
         ValueError,
         RecursionError,
     ) as error:  # raised for thousands of digits, and for thousands of brackets
-        raise UserError(f"{path}: cannot be read ({error}); {damaged}") from error
+        raise BadFile(path, f"cannot be read ({error}); {damaged}") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: holds a JSON {type(value).__name__}, expected an object; {damaged}"
-        )
+        raise BadFile(path, f"holds a JSON {type(value).__name__}, expected an object; {damaged}")
     return value

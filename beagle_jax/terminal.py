@@ -36,16 +36,27 @@ def prepare(arguments: Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if arguments.quiet:
         os.environ["TQDM_DISABLE"] = "1"
+    listen()
+
+
+def listen() -> None:
+    """Prints what the package logs, unless its logger has a handler already."""
     logger = logging.getLogger("beagle_jax")
     if not logger.handlers:
-        logger.addHandler(_Warnings())
+        logger.addHandler(_Messages())
+        logger.setLevel(logging.INFO)
 
 
-class _Warnings(logging.Handler):
-    """Prints the package's warnings on the current stderr."""
+class _Messages(logging.Handler):
+    """Prints progress beside the bars, and warnings on the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+        from tqdm import tqdm  # after `prepare`
+
+        if record.levelno >= logging.WARNING:
+            print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+        else:
+            tqdm.write(self.format(record))
 
 
 @contextmanager

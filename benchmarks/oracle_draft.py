@@ -54,16 +54,12 @@ def _accepted(nodes, wanted_BW, depth: int):
 
 
 @partial(jax.jit, donate_argnames="state")
-def _appended(now, state, accepted, states_BWD, rows):
+def _appended(now, state, accepted, output):
     """The path depends on the pass in form only; otherwise the compiler would hoist it."""
 
     def again(index, state):
-        return now.append(
-            state,
-            accepted._replace(path_BP1=accepted.path_BP1 - index // PASSES),
-            states_BWD,
-            rows,
-        )
+        path_BP1 = accepted.path_BP1 - index // PASSES
+        return now.append(state, accepted._replace(path_BP1=path_BP1), output)
 
     return jax.lax.fori_loop(0, PASSES, again, state)
 
@@ -71,8 +67,8 @@ def _appended(now, state, accepted, states_BWD, rows):
 @jax.jit
 def _verified(now, state):
     nodes = now.propose(state).nodes
-    states_BWD, rows = now.read(state, nodes)
-    return nodes, states_BWD, rows, accept_matching(nodes, nodes.token_BW, now.tree.depth)
+    output = now.read(state, nodes)
+    return nodes, output, accept_matching(nodes, nodes.token_BW, now.tree.depth)
 
 
 def ending(now, state) -> tuple[float, float]:
@@ -80,14 +76,14 @@ def ending(now, state) -> tuple[float, float]:
 
     The target's choice belongs to verification.
     """
-    nodes, states_BWD, rows, accepted = _verified(now, state)
+    nodes, output, accepted = _verified(now, state)
     accepting = milliseconds(
         Passes(lambda: _accepted(nodes, nodes.token_BW, now.tree.depth), PASSES)
     )
     held = [state]  # donated and returned, as in decoding
 
     def append():
-        held[0] = _appended(now, held[0], accepted, states_BWD, rows)
+        held[0] = _appended(now, held[0], accepted, output)
         return held[0]
 
     return accepting, milliseconds(Passes(append, PASSES))

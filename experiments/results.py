@@ -10,8 +10,8 @@ from claims import FAILS, HOLDS, OPEN, Points, having, judged, value_of
 from pictures import draw_curve, draw_depth
 from plan import Figure, Plan, Training
 
+from beagle_jax.evaluation.figures import environment
 from beagle_jax.evaluation.plots import plot_phases
-from beagle_jax.evaluation.report import environment
 from beagle_jax.files import write_text
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 
@@ -27,7 +27,11 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
     measurements = measured(plan) | decoded(plan)
     # data.folder is a path of this machine, so it is left out.
     base = {key: value for key, value in plan.base.items() if key != "data.folder"}
-    about = {"environment": environment(), "versions": installed(TRAINED_WITH), "base": base}
+    about = {
+        "environment": environment().model_dump(),
+        "versions": installed(TRAINED_WITH),
+        "base": base,
+    }
     lines, tables = [judged(claim, measurements) for claim in plan.claims], []
     for name, figure in plan.figures.items():
         runs = {

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beagle_jax import terminal
 from beagle_jax.config import EarlyStage, LateStage, MeshConfig
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec
@@ -152,6 +153,9 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 _ended = itertools.count(1)
+
+
+terminal.listen()  # as commands do: what lower floors log is printed
 
 
 @pytest.fixture(autouse=True)

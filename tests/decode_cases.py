@@ -141,9 +141,9 @@ def cache_one_row_too_long(now: Round, state: DecodeState, *rest) -> DecodeState
     return after._replace(cache=cache)
 
 
-def append_at_once(now: Round, state: DecodeState, accepted, states_BWD, rows) -> DecodeState:
+def append_at_once(now: Round, state: DecodeState, accepted, output) -> DecodeState:
     """Planted for `Round.append`: the slot does not depend on the bonus token."""
-    return state._replace(cache=state.cache.append(rows, jnp.zeros_like(accepted.bonus_B)))
+    return state._replace(cache=state.cache.append(output.rows, jnp.zeros_like(accepted.bonus_B)))
 
 
 _planted: set[type] = set()

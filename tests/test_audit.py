@@ -25,10 +25,18 @@ from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
 from beagle_jax.evaluation import audit as audit_module
 from beagle_jax.evaluation import forced as forced_module
 from beagle_jax.evaluation import replay as replay_module
-from beagle_jax.evaluation.audit import Check, audit, lines
+from beagle_jax.evaluation.audit import audit
 from beagle_jax.evaluation.chance import logit_noise
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
-from beagle_jax.evaluation.measure import Bench, Measured, Measurement, context_for, measure
+from beagle_jax.evaluation.measure import (
+    Bench,
+    Measured,
+    Measurement,
+    System,
+    context_for,
+    measure,
+)
+from beagle_jax.evaluation.report import Audit, Check
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward
 
@@ -57,14 +65,15 @@ def audited(
     """
     target = dataclasses.replace(target, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, max_new_tokens, 256)
-    plain = SpeculativeDecoder(target, context=context)
-    decoders = {"plain": plain.with_(**(plain_parts or {}))}
+    plain = SpeculativeDecoder(target, context=context).with_(**(plain_parts or {}))
+    systems = []
     for name, draft in drafts.items():
         options = dict(context=context, append_predicted=append_predicted)
         decoder = SpeculativeDecoder(target, draft, trees[name], **options)
-        decoders[name] = decoder.with_(**(parts or {}))
-    bench = Bench(decoders, target.tokenizer, context, max_new_tokens, sampling, 3)
-    return audit(
+        systems.append(System(name, decoder.with_(**(parts or {}))))
+    plain = System("plain", plain)
+    bench = Bench(plain, tuple(systems), target.tokenizer, context, max_new_tokens, sampling, 3)
+    made = audit(
         target,
         drafts,
         bench,
@@ -72,6 +81,11 @@ def audited(
         append_predicted=append_predicted,
         rule="match",
     )
+    return made.model_dump(mode="json")
+
+
+def lines(made: dict) -> list[str]:
+    return audit_module.lines(Audit.model_validate(made))
 
 
 def failed(made: dict) -> set[str]:
@@ -112,8 +126,8 @@ def test_right_draws_of_a_target_with_layers_pass(tree, append_predicted):
 
 
 def no_draws(*_) -> Check:
-    """Sampling for tests of greedy choice. Tests of draws are separate, as they compile long."""
-    return Check("x: draws", True, "")
+    """For tests of greedy choice: draws have their own, and are dear to compile."""
+    return Check(name="x: draws", passed=True, found="")
 
 
 def test_wrong_mask(monkeypatch):
@@ -204,11 +218,9 @@ def measured():
     """A right measurement of a chain, for the tests to change."""
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(PROMPTS, target.tokenizer, 24, 256)
-    decoders = {
-        "plain": SpeculativeDecoder(target, context=context),
-        "chain": SpeculativeDecoder(target, right_draft(0.15), chain(2), context=context),
-    }
-    bench = Bench(decoders, target.tokenizer, context, 24, DRAWN, 3)
+    plain = System("plain", SpeculativeDecoder(target, context=context))
+    draft = SpeculativeDecoder(target, right_draft(0.15), chain(2), context=context)
+    bench = Bench(plain, (System("chain", draft),), target.tokenizer, context, 24, DRAWN, 3)
     return target, bench, measure(bench, PROMPTS)
 
 
@@ -220,7 +232,7 @@ def checked(measured, spoil=lambda answer: answer) -> dict:
         for turn in case.turns
     ]
     cases = [dataclasses.replace(unspoilt.cases[0], turns=tuple(spoilt))]
-    return audit(
+    made = audit(
         target,
         {"chain": right_draft(0.15)},
         bench,
@@ -228,6 +240,7 @@ def checked(measured, spoil=lambda answer: answer) -> dict:
         append_predicted=True,
         rule="match",
     )
+    return made.model_dump(mode="json")
 
 
 def test_tau_off_by_one(measured, monkeypatch):

@@ -16,7 +16,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import chain
 from beagle_jax.errors import run_main
-from beagle_jax.evaluation.measure import Bench
+from beagle_jax.evaluation.measure import Bench, System
 from beagle_jax.weights.target import load_target
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -159,9 +159,8 @@ def test_answers_belong_to_a_target_and_its_tree(tmp_path):
     records = []
     for seed, levels in ((0, 2), (1, 2), (0, 3), (0, 2)):
         target = target_of(MARKOV, seed=seed, tokenizer=letters())
-        bench = Bench(
-            {"lookup": SpeculativeDecoder(target, Lookup(), chain(levels))}, target.tokenizer, 64, 8
-        )
+        system = System("lookup", SpeculativeDecoder(target, Lookup(), chain(levels)))
+        bench = Bench(system, (), target.tokenizer, 64, 8)
         records.append(evaluate_command._settings(config, target, {"lookup": Lookup()}, bench, {}))
     assert [sum(record[key] != records[0][key] for key in record) for record in records] == [
         0,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import jax
@@ -333,23 +334,23 @@ def test_the_card_names_the_loss_that_was_asked_for(place, loss):
 
 
 def report_of(name: str) -> dict:
-    """Makes a report in the form of report.schema.json, without what a card does not show."""
-    figures = {
+    """The report of version 0.1.0 with another draft's figures, on two suites."""
+    frozen = Path(__file__).parent / "frozen" / "0.1.0" / "evaluation" / "report.json"
+    report = json.loads(frozen.read_text())
+    report["environment"]["machine"] = "cpu x"
+    report["systems"][1] |= {"name": name, "tree": "chain of 3"}
+    [suite] = report["suites"]
+    plain, figures = suite["groups"][0]["systems"].values()
+    figures |= {
         "tau": 1.6101,
         "tau_interval": [1.55, 1.674],
         "speedup": 1.124,
         "identical_to_plain": 39,
         "answers": 40,
     }
-    suites = [
-        {
-            "name": suite,
-            "groups": [{"by": "all", "prompts": 40, "systems": {"plain": {}, name: figures}}],
-        }
-        for suite in ("mt_bench", "gsm8k")
-    ]
-    systems = [{"name": "plain", "tree": "no draft"}, {"name": name, "tree": "chain of 3"}]
-    return {"format": 1, "environment": {"machine": "cpu x"}, "systems": systems, "suites": suites}
+    group = {"by": "all", "of": "", "prompts": 40, "systems": {"plain": plain, name: figures}}
+    suites = [suite | {"name": title, "groups": [group]} for title in ("mt_bench", "gsm8k")]
+    return report | {"suites": suites}
 
 
 def test_the_card_shows_what_was_measured(place, tmp_path, capsys):

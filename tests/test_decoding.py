@@ -333,11 +333,11 @@ def test_definitions_of_tau_and_step_alpha():
     first = TimedAnswer([1] * 8, "", "length", 3, [1, 0, 2], 0.5, 1.5)
     other = TimedAnswer([1, 2, 3], "", "length", 2, [2, 0, 0], 0.5, 0.5)
     assert first.tau == 7 / 3 and Answers((first, other), 1.0, 1.75).tokens_per_second == 4.0
-    assert Measurement("one", "", [[first]]).tokens_per_second == 4.0
-    both = Measurement("both", "chain of 2", [[first], [other]])
+    assert Measurement("one", [[first]]).tokens_per_second == 4.0
+    both = Measurement("both", [[first], [other]])
     assert (both.tokens, both.rounds, both.tau) == (11, 5, 9 / 5)
     assert both.step_alpha == [2 / 5, 1.0]
-    assert both.identical_to(Measurement("x", "", [[first, first]])) == 1
+    assert both.identical_to(Measurement("x", [[first, first]])) == 1
     assert both.repeated_4_grams == 4 / 5
 
 

@@ -204,7 +204,7 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
     """
     made = evaluated(
         load_config(place.config, [*beside, f"decode.temperature={temperature}"]), audited=True
-    )
+    ).as_json()
     names = ["plain", *(str(place.folder / name) for name in ("draft", "beside")), "lookup"]
     assert [system["name"] for system in made["systems"]] == names and made["audit"]["passed"], (
         made["audit"]

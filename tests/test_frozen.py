@@ -24,6 +24,7 @@ from beagle_jax.decoding import tuning
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation.answers import AnswerLog
 from beagle_jax.evaluation.pages import markdown
+from beagle_jax.evaluation.report import Report
 from beagle_jax.weights.draft import load_draft, save_draft
 from beagle_jax.weights.target import load_target
 
@@ -308,7 +309,9 @@ def test_a_run_of_other_settings_is_refused(place, capsys):
 def test_a_report_and_its_answers_are_read(place):
     report = json.loads((place / "evaluation" / "report.json").read_text())
     check_schema(report)
-    assert markdown(report) == (place / "evaluation" / "report.md").read_text()
+    loaded = Report.read(place / "evaluation" / "report.json")
+    assert loaded.as_json() == report
+    assert markdown(loaded) == (place / "evaluation" / "report.md").read_text()
     settings = json.loads((place / "evaluation" / "answers.jsonl").read_text().splitlines()[0])
     cases = AnswerLog(place / "evaluation" / "answers.jsonl", settings).cases
     assert list(cases) == [("eval.jsonl", 0), ("eval.jsonl", 1)]

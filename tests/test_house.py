@@ -97,6 +97,31 @@ def test_layers_of_the_package_know_only_those_below():
             assert used <= allowed, f"{path} imports {used - allowed}"
 
 
+PRINTING = ("command.py", "errors.py", "terminal.py")  # what commands share
+# Programs of their own: one that ships with exports, one that writes generated files.
+APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config/schema.py")
+
+
+def prints(text: str) -> list[int]:
+    """Lines that print."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    names = ("print", "tqdm.write", "sys.stdout.write", "sys.stderr.write")
+    return [node.lineno for node in calls if ast.unparse(node.func) in names]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_commands_and_entry_points_print(path):
+    name = path.relative_to(ROOT / "beagle_jax").as_posix()
+    if path in ENTRY_POINTS or name in PRINTING + APART or name.startswith("commands/"):
+        return
+    assert prints(path.read_text(encoding="utf-8")) == [], "log it, and terminal.py prints it"
+
+
+def test_what_prints_is_seen():
+    text = 'x = 1\nprint(x)\nif x:\n    tqdm.write("x")\n_log.info("print(x)")\n'
+    assert prints(text) == [2, 4]
+
+
 @pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.stem)
 def test_entry_points_parse_call_and_print(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 80

@@ -13,8 +13,8 @@ from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.tree import chain
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog, TimedAnswer
-from beagle_jax.evaluation.measure import Bench, Measurement, context_for, measure
-from beagle_jax.evaluation.report import figures, interval
+from beagle_jax.evaluation.figures import figures, interval
+from beagle_jax.evaluation.measure import Bench, Measurement, System, context_for, measure
 
 
 def chat(*turns: str, kind: str = "x") -> Chat:
@@ -24,11 +24,10 @@ def chat(*turns: str, kind: str = "x") -> Chat:
 def bench_for(suites, max_new_tokens=12, sampling=GREEDY) -> Bench:
     target = target_of(MARKOV, tokenizer=letters())
     context = context_for(suites, target.tokenizer, max_new_tokens, target.spec.max_positions)
-    decoders = {
-        "plain": SpeculativeDecoder(target, context=context),
-        "chain": SpeculativeDecoder(target, right_draft(0.02), chain(2), context=context),
-    }
-    return Bench(decoders, target.tokenizer, context, max_new_tokens, sampling, 5)
+    plain = System("plain", SpeculativeDecoder(target, context=context))
+    draft = SpeculativeDecoder(target, right_draft(0.02), chain(2), context=context)
+    systems = (plain, (System("chain", draft),))
+    return Bench(*systems, target.tokenizer, context, max_new_tokens, sampling, 5)
 
 
 # Figures of round logs made by hand
@@ -45,39 +44,39 @@ def answer(emitted: list[int], depth: int = 3, seconds: float = 1.0) -> TimedAns
 
 
 def test_tau_counts_the_bonus_token_and_no_prefill():
-    measurement = Measurement("x", "", [[answer([4, 1, 2])], [answer([1])]])
+    measurement = Measurement("x", [[answer([4, 1, 2])], [answer([1])]])
     assert (measurement.tokens, measurement.rounds) == (10, 4) and measurement.tau == (
         4 + 1 + 2 + 1
     ) / 4
-    plain = Measurement("plain", "", [[answer([1] * 9, 0)]])
+    plain = Measurement("plain", [[answer([1] * 9, 0)]])
     assert plain.tau == 1 and plain.accepted == [9] and plain.step_alpha == []
 
 
 def test_an_answer_of_the_prefill_alone_has_no_round():
-    assert Measurement("x", "", [[answer([])]]).tau == 1.0
-    assert Measurement("x", "", [[answer([])], [answer([4])]]).tau == 4.0
+    assert Measurement("x", [[answer([])]]).tau == 1.0
+    assert Measurement("x", [[answer([])], [answer([4])]]).tau == 4.0
 
 
 def test_tau_is_the_mean_over_rounds_not_over_answers():
-    mixed = Measurement("x", "", [[answer([4])], [answer([1] * 9)]])
+    mixed = Measurement("x", [[answer([4])], [answer([1] * 9)]])
     assert mixed.tau == 13 / 10 != np.mean([generation.tau for generation in mixed.generations])
 
 
 def test_step_alpha_is_a_share_of_the_rounds_that_came_that_far():
-    measurement = Measurement("x", "", [[answer([4, 4, 2, 1])]])
+    measurement = Measurement("x", [[answer([4, 4, 2, 1])]])
     assert measurement.accepted == [1, 1, 0, 2] and measurement.step_alpha == [3 / 4, 2 / 3, 2 / 2]
 
 
 def test_a_depth_that_no_round_reached_has_no_share():
-    assert Measurement("x", "", [[answer([1, 1])]]).step_alpha == [0.0, 0.0, 0.0]
+    assert Measurement("x", [[answer([1, 1])]]).step_alpha == [0.0, 0.0, 0.0]
 
 
 def test_speedup_is_time_over_time_of_the_same_tokens():
     plain = Measurement(
-        "plain", "", [[answer([1] * 7, 0, seconds=7.5)], [answer([1] * 7, 0, seconds=7.5)]]
+        "plain", [[answer([1] * 7, 0, seconds=7.5)], [answer([1] * 7, 0, seconds=7.5)]]
     )
-    fast = Measurement("fast", "", [[answer([4, 3], seconds=3.5)], [answer([4, 3], seconds=3.5)]])
-    made = figures(fast, plain)
+    fast = Measurement("fast", [[answer([4, 3], seconds=3.5)], [answer([4, 3], seconds=3.5)]])
+    made = figures(fast, plain).model_dump(mode="json")
     assert (made["tokens_per_second"], made["decode_tokens_per_second"]) == (2.0, 2.0)
     assert (made["speedup"], made["speedup_interval"]) == (2.0, [2.0, 2.0])
     assert (made["tau"], made["tau_interval"], made["identical_to_plain"]) == (3.5, [3.5, 3.5], 2)
@@ -91,9 +90,8 @@ def test_intervals_are_paired_and_cover():
     """
     slow = [[answer([2] * 6, seconds=float(n))] for n in (1, 5, 9, 30)]
     plain = [[answer([2] * 6, seconds=2.0 * n + 0.5)] for n in (1, 5, 9, 30)]
-    assert figures(Measurement("x", "", slow), Measurement("plain", "", plain))[
-        "speedup_interval"
-    ] == [2.0, 2.0]
+    made = figures(Measurement("x", slow), Measurement("plain", plain))
+    assert made.speedup_interval == (2.0, 2.0)
     values = np.random.default_rng(1).normal(3, 1, 400)
     low, high = interval(lambda draw: draw @ values / draw.sum(axis=1), 400)
     assert abs((high - low) - 2 * 1.96 / 20) < 0.02 and low < values.mean() < high
@@ -103,7 +101,7 @@ def test_planted_bug_unpaired_intervals_are_wider():
     times = np.array([1.0, 5.0, 9.0, 30.0, 2.0, 14.0])
     paired = interval(lambda draw: (draw @ (2 * times)) / (draw @ times), 6)
     apart = interval(lambda draw: (draw @ (2 * times)) / (draw[::-1] @ times), 6)
-    assert paired == [2.0, 2.0] and apart[1] - apart[0] > 1
+    assert paired == (2.0, 2.0) and apart[1] - apart[0] > 1
 
 
 # Turns
@@ -118,7 +116,7 @@ def test_a_later_turn_follows_the_systems_own_answer():
         and left_out == {"s": 0}
         and compiles == {"plain": 0, "chain": 0}
     )
-    for name in bench.decoders:
+    for name in ("plain", "chain"):
         first, second = (turn[name] for turn in cases[0].turns)
         history = [("user", "AB"), ("assistant", first.answer.text), ("user", "C")]
         text = "".join(role[0] + said for role, said in history) + "a"
@@ -139,7 +137,9 @@ def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
     )
     stopping = target_of(MARKOV, tokenizer=letters(), eos_ids=(first.answer.tokens[0],))
     mute = dataclasses.replace(
-        bench, decoders={"plain": SpeculativeDecoder(stopping, context=bench.context)}
+        bench,
+        plain=System("plain", SpeculativeDecoder(stopping, context=bench.context)),
+        speculative=(),
     )
     [empty], _, _ = measure(mute, suites)
     first, second = (turn["plain"] for turn in empty.turns)
@@ -158,7 +158,7 @@ def test_draws_differ_from_prompt_to_prompt_and_repeat_from_run_to_run():
     bench = bench_for(suites, 12, Sampling(1.5))
     drawn = [
         [turn[name].answer.tokens for case in measure(bench, suites).cases for turn in case.turns]
-        for name in bench.decoders
+        for name in ("plain", "chain")
     ]
     assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
     assert drawn[0] == [
@@ -191,7 +191,7 @@ def test_a_run_goes_on_with_what_is_missing(cut_off, monkeypatch):
         lambda self, prompts, *a, **o: calls.append(1) or right(self, prompts, *a, **o),
     )
     again = measure(bench, suites, AnswerLog(path, {"a": {"b": 1}}))
-    assert len(calls) == 2 * len(bench.decoders)
+    assert len(calls) == 2 * len(bench.systems)
 
     def untimed(measured):
         return [

@@ -3,6 +3,7 @@
 The equality tests or the cache tests must see each of them.
 """
 
+import dataclasses
 from functools import lru_cache
 
 import jax.numpy as jnp
@@ -117,8 +118,9 @@ def test_cache_kept_one_row_too_long(tree):
 def test_predicted_states_left_in_the_draft_cache(tree):
     """The output stays right and acceptance falls: only the cache test shows it."""
 
-    def wrong(now, state, accepted, states_BWD, rows):
-        return Round.append(now, state, accepted, 1.1 * states_BWD, rows)
+    def wrong(now, state, accepted, output):
+        output = dataclasses.replace(output, states_BTD=1.1 * output.states_BTD)
+        return Round.append(now, state, accepted, output)
 
     _check_lossless(tree, [TINY], append=wrong)
     with pytest.raises(AssertionError):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -420,7 +421,8 @@ def test_suites_are_evaluated_once_for_a_draft(tmp_path, monkeypatch):
         begun.append((*config.eval.suites, config.eval.limit, config.draft.path))
         if "mt_bench" in config.eval.suites and len(begun) == 2:
             raise UserError("no prompt fits")
-        return {"suites": [{"groups": [{"systems": {}}]}]}
+        report = {"suites": [{"groups": [{"systems": {}}]}]}
+        return SimpleNamespace(as_json=lambda: report)
 
     monkeypatch.setattr(evaluate, "evaluate", fake)
     monkeypatch.setattr(evaluate, "table", str)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -203,12 +204,12 @@ def test_a_log_without_a_loss_or_with_a_cut_line_is_no_picture(tmp_path, logged)
 
 def drawn_with_long_names(folder) -> None:
     name = "/one/folder/of/many" * 6 + "/draft"
-    figures = {"step_alpha": [0.5, 0.4], "tau": 1.5}
-    milliseconds = {"draft": 1.0, "verify": 2.0, "rest": 0.5}
-    report = {
-        "suites": [{"name": name, "groups": [{"systems": {name: figures}}]}],
-        "systems": [{"name": name, "milliseconds": milliseconds}],
-    }
+    group = SimpleNamespace(systems={name: SimpleNamespace(step_alpha=[0.5, 0.4], tau=1.5)})
+    milliseconds = SimpleNamespace(draft=1.0, verify=2.0, rest=0.5)
+    report = SimpleNamespace(
+        suites=[SimpleNamespace(name=name, whole=group)],
+        systems=[SimpleNamespace(name=name, milliseconds=milliseconds)],
+    )
     plot_acceptance(report, folder / "a.png")
     plot_phases(report, folder / "p.png")
 

@@ -141,7 +141,7 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
     errors = {}
     for kind in ("int8", "int4"):
         target = load_target(source, "float32", "unused", quantize=kind, group_size=16)
-        printed = capsys.readouterr().err
+        printed = "".join(capsys.readouterr())
         assert (
             f"target quantised to {kind}, groups of 16: " in printed
             and "MB at rest; on 32 random tokens logits are off by" in printed

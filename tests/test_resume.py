@@ -204,7 +204,7 @@ def test_a_checkpoint_that_was_cut_off_is_set_aside_and_the_one_before_used(
     largest = largest_of(folder / "10")
     largest.write_bytes(largest.read_bytes()[:100]) if how == "cut" else largest.unlink()
     same_params(both_stages(config, frozen), whole[1])
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert (
         f"warning: {folder}/10: this checkpoint is not complete" in printed
         and "continues from step 5 of 12" in printed
@@ -218,7 +218,7 @@ def test_a_checkpoint_whose_list_of_sizes_is_damaged_is_set_aside(whole, frozen,
     for damaged in (folder / "10", folder / "5"):
         (damaged / "sizes.json").write_text(note.read_text()[:20])
     same_params(both_stages(config, frozen), whole[1])
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert (
         f"warning: {folder}/10: this checkpoint is not complete ({folder}/10/sizes.json: not JSON"
         in printed
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_was_being_written_is_ignored_with_a_warning(
     config, folder = half_done
     (folder / "10").rename(folder / "10.orbax-checkpoint-tmp")  # what a kill leaves
     same_params(both_stages(config, frozen), whole[1])
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert (
         "10.orbax-checkpoint-tmp: the writing of this checkpoint was interrupted; it is ignored"
         in printed
@@ -314,7 +314,7 @@ def test_changes_are_refused_by_key_and_accepted_when_told(frozen, half_done, ca
     check_settings(config)
     accepting = changed.changed(train=changed.train.changed(accept_changes=True))
     both_stages(accepting, frozen)
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "warning: " in said and " was made with other settings (" in said
     assert "train.seed: 42 there, 7 now" in said
 

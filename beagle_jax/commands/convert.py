@@ -3,7 +3,7 @@
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import jax
 
 from beagle_jax.config import Config, TargetConfig
 from beagle_jax.errors import UserError
+from beagle_jax.evaluation.pages import acceptance
+from beagle_jax.evaluation.report import Report
 from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
@@ -20,11 +22,13 @@ from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.kinds import kind_in_torch
-from beagle_jax.weights.model_card import acceptance, model_card
+from beagle_jax.weights.model_card import model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
+
+_TRY = 'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path='
 
 
 def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -39,10 +43,10 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     target = TargetSpec.from_hf_config(opened.config(), config.target.source)
     draft = load_draft(source, target)
     _check_target(draft, config.target.source, source)
-    report = _read_report(arguments.report) if arguments.report else None
+    results = _results(arguments.report) if arguments.report else None
     with staged(out) as folder:
         write_torch_folder(
-            folder, draft, target.vocab_size, model_card(draft, report, revision(opened))
+            folder, draft, target.vocab_size, model_card(draft, results, revision(opened))
         )
         differences = check_parity(folder, draft, target.vocab_size)
     measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
@@ -58,37 +62,35 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Imports a PyTorch draft as a native folder, which is read back before it appears."""
+    """Imports a PyTorch draft as a native folder."""
+    _, out = _imported(config, arguments, read_torch_draft)
+    return f"draft written to {out}; {_TRY}{out}", {"out": str(out)}
+
+
+def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Imports an EAGLE draft as a native folder."""
+    draft, out = _imported(config, arguments, read_eagle_draft)
+    count = sum(array.size for array in draft.params.values())
+    text = f"EAGLE draft of {count:,} parameters written to {out}; {_TRY}{out}"
+    return text, {"out": str(out), "parameters": count}
+
+
+def _imported(
+    config: Config, arguments: Namespace, read_draft: Callable[..., Draft]
+) -> tuple[Draft, Path]:
+    """Writes the draft from `read_draft` as a native folder, and reads it back before it appears.
+
+    Returns the draft and the folder.
+    """
     source = Path(arguments.source).expanduser()
     out = _free(arguments, source)
     target, reader = target_spec(config.target)
-    draft = read_torch_draft(source, target, config.target.source, arguments.allow_pickle, reader)
+    draft = read_draft(source, target, config.target.source, arguments.allow_pickle, reader)
     _check_target(draft, config.target.source, source)
     with staged(out) as folder:
         save_draft(folder, draft)
         load_draft(folder, target)
-    return (
-        f'draft written to {out}; try: python -m beagle_jax.generate --config FILE "your '
-        f'prompt" draft.path={out}',
-        {"out": str(out)},
-    )
-
-
-def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
-    """Imports an EAGLE draft as a native folder, which is read back before it appears."""
-    source = Path(arguments.source).expanduser()
-    out = _free(arguments, source)
-    target, reader = target_spec(config.target)
-    draft = read_eagle_draft(source, target, config.target.source, arguments.allow_pickle, reader)
-    with staged(out) as folder:
-        save_draft(folder, draft)
-        load_draft(folder, target)
-    count = sum(array.size for array in draft.params.values())
-    text = (
-        f"EAGLE draft of {count:,} parameters written to {out}; "
-        f'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path={out}'
-    )
-    return text, {"out": str(out), "parameters": count}
+    return draft, out
 
 
 def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -133,21 +135,12 @@ def _check_target(draft: Draft, source: str, where: Path) -> None:
         )
 
 
-def _read_report(path: str) -> str:
-    """Reads a report of `evaluate --json` and returns the model card's section on it."""
-    report = read_json(Path(path), "expected what evaluate --json wrote")
-    try:
-        if report["format"] == 1:
-            return acceptance(report)
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--report {path}: not a report on a draft ({error!r}); expected a file from "
-            "evaluate --json"
-        ) from error
-    raise UserError(
-        f"--report {path}: not a report of this version (format {report['format']!r}); "
-        "expected a file from evaluate --json"
-    )
+def _results(path: str) -> str:
+    """Reads a report of `evaluate --json` and returns the model card's table of results."""
+    report = Report.read(Path(path))
+    if not report.speculative:
+        raise UserError(f"{path}: a report on plain decoding only; expected results of a draft")
+    return acceptance(report)
 
 
 def _free(arguments: Namespace, source: Path) -> Path:

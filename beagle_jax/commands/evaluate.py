@@ -18,8 +18,9 @@ from beagle_jax.errors import UserError
 from beagle_jax.evaluation.answers import AnswerLog
 from beagle_jax.evaluation.audit import audit
 from beagle_jax.evaluation.cost import memory, phases
+from beagle_jax.evaluation.figures import environment, report
 from beagle_jax.evaluation.inside import attention, rounds
-from beagle_jax.evaluation.measure import Bench, Measured, context_for, measure
+from beagle_jax.evaluation.measure import Bench, Measured, System, context_for, measure
 from beagle_jax.evaluation.pages import markdown, page
 from beagle_jax.evaluation.plots import (
     plot_acceptance,
@@ -29,21 +30,23 @@ from beagle_jax.evaluation.plots import (
     plot_training,
     plot_tree,
 )
-from beagle_jax.evaluation.report import environment, report
+from beagle_jax.evaluation.report import Report
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.files import write_text
+from beagle_jax.terminal import listen
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, configured_target
 
 _SHOWN_TOKENS = 48  # of the answer in the attention plot
 
 
-def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -> dict:
+def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -> Report:
     """Returns the report on plain decoding, the draft, and the drafts of `eval.compare`.
 
     out: a folder for answers and report files; answers that it already has are not decoded again.
     audited: also compare all answers with teacher forcing (evaluation/audit.py).
     """
+    listen()
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
     }
@@ -74,53 +77,46 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
             f"{target.spec.max_positions} tokens with eval.max_new_tokens "
             f"{config.eval.max_new_tokens}; lower it, or choose other prompts"
         )
-    made = report(
-        bench, measured, config.model_dump(), {} if out is None else _costs(bench, measured)
-    )
-    if target.quantised:
-        made["notes"].append(
-            f"The target, in plain decoding too, is quantised to {target.quantised}."
-        )
-    if config.decode.stop:
-        made["notes"].append(
-            "decode.stop is for generate: answers here end at stop tokens and at "
-            "eval.max_new_tokens alone."
-        )
+    costs = {} if out is None else _costs(bench, measured)
+    checked = None
     if audited:
-        made["audit"] = audit(
-            target,
-            drafts,
-            bench,
-            measured,
-            append_predicted=config.decode.append_predicted,
-            rule=config.decode.rule,
-        )
+        append, rule = config.decode.append_predicted, config.decode.rule
+        checked = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
+    notes = _notes(config, target)
+    made = report(bench, measured, config.model_dump(), costs, notes=notes, audit=checked)
     if out is not None:
         _write(config, bench, measured, made, Path(out))
     return made
 
 
+def _notes(config: Config, target: Target) -> list[str]:
+    notes = []
+    if target.quantised:
+        notes.append(f"The target, in plain decoding too, is quantised to {target.quantised}.")
+    if config.decode.stop:
+        notes.append(
+            "decode.stop is for generate: answers here end at stop tokens and at "
+            "eval.max_new_tokens alone."
+        )
+    return notes
+
+
 def _bench(
     config: Config, target: Target, drafts: dict[str, Draft | Lookup], context: int
 ) -> Bench:
-    decoders = {"plain": SpeculativeDecoder(target, context=context)}
-    for name, draft in drafts.items():
-        decoders[name] = decoder_of(config, target, draft, context=context)
-    rows = {
-        name: draft.provenance.get("training", {}).get("row_tokens")
-        for name, draft in drafts.items()
-        if isinstance(draft, Draft)
-    }
-    trained = {name: tokens for name, tokens in rows.items() if tokens is not None}
-    sampling = sampling_of(config.decode)
+    def system(name: str, draft: Draft | Lookup) -> System:
+        trained = draft.provenance.get("training", {}) if isinstance(draft, Draft) else {}
+        decoder = decoder_of(config, target, draft, context=context)
+        return System(name, decoder, trained.get("row_tokens"))
+
     return Bench(
-        decoders,
+        System("plain", SpeculativeDecoder(target, context=context)),
+        tuple(system(name, draft) for name, draft in drafts.items()),
         target.tokenizer,
         context,
         config.eval.max_new_tokens,
-        sampling,
+        sampling_of(config.decode),
         config.decode.seed,
-        trained,
     )
 
 
@@ -149,10 +145,10 @@ def _settings(
     return {
         **Identity.of(config, "answers").values,
         "drafts": weights,
-        "trees": {name: str(decoder.tree) for name, decoder in bench.decoders.items()},
+        "trees": {system.name: str(system.decoder.tree) for system in bench.systems},
         "prompts_sha256": {name: digest(chats) for name, chats in suites.items()},
         **fingerprints(target.params, target.tokenizer),
-        "environment": environment(),
+        "environment": environment().model_dump(),
     }
 
 
@@ -164,21 +160,24 @@ def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
     )
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
     return {
-        name: {"milliseconds": phases(decoder, *ask), "bytes": memory(decoder, *ask)}
-        for name, decoder in bench.decoders.items()
+        system.name: {
+            "milliseconds": phases(system.decoder, *ask),
+            "bytes": memory(system.decoder, *ask),
+        }
+        for system in bench.systems
     }
 
 
-def _write(config: Config, bench: Bench, measured: Measured, made: dict, folder: Path) -> None:
+def _write(config: Config, bench: Bench, measured: Measured, made: Report, folder: Path) -> None:
     """Writes report.json, report.md and report.html with its pictures."""
     pictures = _pictures(config, bench, measured, made, folder / "pictures")
-    write_text(folder / "report.json", json.dumps(made, indent=1) + "\n")
+    write_text(folder / "report.json", json.dumps(made.as_json(), indent=1) + "\n")
     write_text(folder / "report.md", markdown(made))
     write_text(folder / "report.html", page(made, pictures))
 
 
 def _pictures(
-    config: Config, bench: Bench, measured: Measured, made: dict, folder: Path
+    config: Config, bench: Bench, measured: Measured, made: Report, folder: Path
 ) -> dict[str, Path]:
     """Draws the figures of the report, and the first draft at work on the first prompt.
 
@@ -191,8 +190,8 @@ def _pictures(
     }
     plot_acceptance(made, pictures["Acceptance by depth"])
     plot_phases(made, pictures["Time by phase"])
-    name = list(bench.decoders)[1]
-    decoder, prompt = bench.decoders[name], measured.cases[0].turns[0][name].prompt
+    first = bench.speculative[0]
+    decoder, prompt = first.decoder, measured.cases[0].turns[0][first.name].prompt
     played = rounds(
         decoder, prompt, bench.sampling, max_new_tokens=bench.max_new_tokens, seed=bench.seed
     )

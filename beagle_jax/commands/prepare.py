@@ -12,6 +12,7 @@ from beagle_jax.data.share import Share, this_process
 from beagle_jax.data.source import check_source, source_chats, source_rows
 from beagle_jax.data.states import stored_dtype
 from beagle_jax.data.template import supervised_tokens
+from beagle_jax.terminal import listen
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import configured_target, open_source
@@ -22,6 +23,7 @@ def prepare_share(config: Config, part: tuple[int, int] | None) -> tuple[str, di
 
     Returns a one-line summary and its figures.
     """
+    listen()
     check_source(config.data)
     target = configured_target(config.target, decoding=False)
     check_shape(config.target, target.spec)
@@ -50,6 +52,7 @@ def preview_rows(config: Config, count: int) -> tuple[str, list[dict]]:
 
     Loads no weights.
     """
+    listen()
     settings = config.target
     opened = open_source(settings.source, Path(settings.cache_dir).expanduser())
     tokenizer = choose_template(

@@ -33,6 +33,7 @@ from beagle_jax.model.kinds import fresh_params, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
+from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.kinds import WARM_STARTS
@@ -52,6 +53,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     memory. Returns the draft's folder, the number of rows and answer tokens, and the size of the
     draft's vocabulary.
     """
+    listen()
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
     share_of_rows(mesh)  # raises UserError if the mesh cannot be used
@@ -169,7 +171,7 @@ def best_draft(
         answers = decoder.generate(
             tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens
         )
-        measured = Measurement("draft", "", [[answer] for answer in answers])
+        measured = Measurement("draft", [[answer] for answer in answers])
         return {
             "tau": round(measured.tau, 4),
             "rounds": measured.rounds,

@@ -1,6 +1,6 @@
 """Reads a config from a file, the files that it extends, and the command line."""
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from beagle_jax.config.section import extra_of
 from beagle_jax.config.whole import Config
 from beagle_jax.config.yaml_text import parse_override, parse_yaml
 from beagle_jax.errors import UsageError
+
+_log = logging.getLogger(__name__)
 
 EXTENDS = "extends"
 
@@ -105,7 +107,7 @@ def _read(path: Path, overrides: Sequence[str], relative_to: str | Path | None) 
     _older_stages(settings, str(path), notes)
     _resolve_paths(settings, notes, quiet=relative_to is not None)
     for note in dict.fromkeys(notes):
-        print(note, file=sys.stderr)
+        _log.warning(note)
     return settings
 
 

@@ -1,5 +1,6 @@
 """Announces the disk space of the target's states and refuses a disk that is too small."""
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from beagle_jax.errors import UserError
 from beagle_jax.model.kinds import spec_type
 from beagle_jax.terminal import size
 from beagle_jax.weights.target import Target
+
+_log = logging.getLogger(__name__)
 
 _LESS_DISK = (
     "lower data.answer_tokens, set data.states_dtype: int8 or data.states: online, or "
@@ -41,7 +44,7 @@ def announce_writing(config: Config, target: Target) -> None:
     record = record_bytes(width, stored_dtype(target.params, data.states_dtype))
     with_prompts = expected_tokens(data, tokens)
     free = shutil.disk_usage(_existing(data.folder)).free
-    print(
+    _log.info(
         f"target states of {'' if endless else 'up to '}{tokens:,} answer tokens to be "
         f"written: {size(tokens * record)}, with their prompts at most about "
         f"{size(with_prompts * record)}; {size(free)} are free in {data.folder}"
@@ -69,7 +72,7 @@ def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row
     )
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free
-    print(
+    _log.info(
         f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} "
         f"in {len(parts)} part{'s' * (len(parts) > 1)}; {size(missing)} to write, {size(free)} "
         f"free in {folder}"

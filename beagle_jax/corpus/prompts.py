@@ -10,6 +10,7 @@ from beagle_jax.config import DataConfig
 from beagle_jax.corpus.writer import Writer
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.share import Share
+from beagle_jax.data.source import Lengths
 from beagle_jax.data.template import Row, decoded, prompt_tokens, user_header
 from beagle_jax.errors import UserError
 
@@ -45,7 +46,7 @@ def self_written_prompts(
     answered = {_prompt(row) for rows in mine for row in rows}
     known = answered | set(map(tuple, own))
     if fresh := [prompt for prompt in own if tuple(prompt) not in answered]:
-        yield _short_enough(fresh, config.max_prompt_tokens)
+        yield _fitting(config, fresh)
     header = user_header(tokenizer)
     # A part has prompts of at most one round, so a resumed run does not reuse an earlier seed.
     for round_number in range(max(len(mine), 1), 1_000_000):
@@ -72,19 +73,14 @@ def self_written_prompts(
                 "data.source: file.jsonl"
             )
         known.update(map(tuple, fresh))
-        yield _short_enough(fresh, config.max_prompt_tokens)
+        yield _fitting(config, fresh)
 
 
-def _short_enough(prompts: list[list[int]], limit: int) -> list[Row]:
-    short = [Row(prompt, [False] * len(prompt)) for prompt in prompts if len(prompt) <= limit]
-    if len(short) < len(prompts):
-        tqdm.write(
-            f"left out {len(prompts) - len(short)} of {len(prompts)} prompts longer than "
-            f"{limit} tokens"
-        )
-    if not short:
-        raise UserError(f"data.max_prompt_tokens is {limit}, but every prompt is longer; raise it")
-    return short
+def _fitting(config: DataConfig, prompts: list[list[int]]) -> list[Row]:
+    lengths = Lengths(config)
+    rows = list(lengths.fitting(Row(prompt, [False] * len(prompt)) for prompt in prompts))
+    lengths.tell()
+    return rows
 
 
 def _prompt(row: Row) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ interrupted run therefore continues at the number of rows already written. data/
 the files.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -29,6 +30,8 @@ from beagle_jax.data.source import source_chats, source_rows
 from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 PART_ROWS = 1024  # rows of one part
 
@@ -154,7 +157,7 @@ def _write_share(
         # The last answers slightly exceed the budget; tqdm would then drop the total from the bar.
         bar.total = bar.n
     if config.source != "self":
-        tqdm.write(
+        _log.info(
             f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of "
             f"{config.source} is not used"
         )

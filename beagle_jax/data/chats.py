@@ -18,6 +18,7 @@ such records exceeds `data.max_bad_share`.
 """
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,11 +27,11 @@ from itertools import dropwhile, zip_longest
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from beagle_jax.config import DataConfig
 from beagle_jax.data.records import file_records
 from beagle_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 Message = dict[str, Any]  # role, content, and other fields that the chat template may read
 
@@ -219,7 +220,7 @@ def chats_of(
     Raises:
         UserError: more than `max_bad_share` of the records are unusable.
     """
-    left_out = LeftOut(source, max_bad_share, tqdm.write)
+    left_out = LeftOut(source, max_bad_share, _log.info)
     unread: set[str] = set()
     try:
         for record, where in records:
@@ -231,7 +232,7 @@ def chats_of(
                 continue
             if new := {key for key in record if key not in _READ} - unread:
                 unread |= new
-                tqdm.write(f"{where}: not read: {', '.join(sorted(map(str, new)))}")
+                _log.info(f"{where}: not read: {', '.join(sorted(map(str, new)))}")
             yield chat
         left_out.check()
     finally:

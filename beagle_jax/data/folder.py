@@ -20,7 +20,7 @@ from beagle_jax.config import DataConfig, Identity
 from beagle_jax.config.paths import same
 from beagle_jax.data.share import Share
 from beagle_jax.data.template import Row
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 
@@ -127,9 +127,10 @@ def _read_part(path: Path) -> list[Row]:
             record = json.loads(line.decode("utf-8"))
             rows.append(_row(record["tokens"], record["supervised"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number}: not a row of training text ({error!r}); delete {path} to "
-                "write it again"
+            raise BadFile(
+                path,
+                f"not a row of training text ({error!r}); delete {path} to write it again",
+                where=f":{number}",
             ) from error
     return rows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -18,7 +18,7 @@ def file_records(path: Path) -> Iterator[tuple[Any, str]]:
     A .json file that has one record per line is read as lines.
 
     Raises:
-        UserError: naming file and line, if the text is not JSON or the file cannot be read.
+        BadFile: naming file and line, if the text is not JSON or the file cannot be read.
     """
     return _entries(path) if path.suffix == ".json" else json_lines(path)
 
@@ -27,7 +27,7 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
     """Yields (record, place) of every line of a .jsonl[.gz] file that is not blank.
 
     Raises:
-        UserError: naming file and line, if a line is not JSON or the file cannot be read.
+        BadFile: naming file and line, if a line is not JSON or the file cannot be read.
     """
     number = 0
     try:
@@ -36,13 +36,13 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str]]:
                 if number == 1:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
                 if line.strip():
-                    where = f"{path}:{number}"
-                    yield _json(line.decode("utf-8").rstrip(), where), where
+                    text = line.decode("utf-8").rstrip()
+                    yield _json(text, path, f":{number}"), f"{path}:{number}"
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 ({error})") from error
+        raise BadFile(path, f"not UTF-8 ({error})", where=f":{number}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}:{number + 1}: cannot be read ({error}); is the file whole?"
+        raise BadFile(
+            path, f"cannot be read ({error}); is the file whole?", where=f":{number + 1}"
         ) from error
 
 
@@ -51,17 +51,18 @@ def _entries(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         text = path.read_bytes().removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from error
+        raise BadFile(path, f"not UTF-8 ({error})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise BadFile(path, f"cannot be read ({error})") from error
     if _holds_lines(text):
         yield from json_lines(path)
         return
-    records = _json(text, str(path))
+    records = _json(text, path)
     if not isinstance(records, list):
-        raise UserError(
-            f"{path}: a .json file must be one list of chats, found a {type(records).__name__}; "
-            "name a file of one chat a line .jsonl"
+        raise BadFile(
+            path,
+            f"a .json file must be one list of chats, found a {type(records).__name__}; "
+            "name a file of one chat a line .jsonl",
         )
     yield from ((record, f"{path}, entry {number}") for number, record in enumerate(records, 1))
 
@@ -78,12 +79,13 @@ def _holds_lines(text: str) -> bool:
     return True
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, path: Path, where: str = "") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
+        problem = f"not JSON ({error.msg} at {line}column {error.colno})"
+        raise BadFile(path, problem, where) from error
     # For example a number with thousands of digits, or thousands of nested brackets.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read ({error})") from error
+        raise BadFile(path, f"cannot be read ({error})", where) from error

@@ -1,8 +1,8 @@
 """`data.source` as rows of tokens: chats with answers, and prompts without an answer."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
@@ -17,6 +17,8 @@ from beagle_jax.data.template import (
     template_reads,
 )
 from beagle_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def source_chats(config: DataConfig) -> Iterable[Chat]:
@@ -63,9 +65,9 @@ def source_rows(
         UserError: more than `data.max_bad_share` of the chats were skipped, or all of them are too
             long.
     """
-    left_out = LeftOut(config.source, config.max_bad_share, tqdm.write)
+    left_out = LeftOut(config.source, config.max_bad_share, _log.info)
     unread = _Unread(tokenizer)
-    length = _Lengths(config)
+    length = Lengths(config)
     try:
         for chat in chats:
             left_out.seen += 1
@@ -106,13 +108,13 @@ class _Unread:
         fields = {*chat.variables, *(field for message in chat.messages for field in message)}
         if new := fields - self._reads - self._named:
             self._named |= new
-            tqdm.write(
+            _log.info(
                 f"{chat.where}: the target's chat template does not use {', '.join(sorted(new))}; "
                 "the training text does not contain it"
             )
 
 
-class _Lengths:
+class Lengths:
     """Skips prompts that are too long, truncates chats, and counts both."""
 
     def __init__(self, config: DataConfig) -> None:
@@ -141,11 +143,11 @@ class _Lengths:
         """Reports what was skipped. Raises UserError if that was everything."""
         longest, cut = self._config.max_prompt_tokens, self._config.max_chat_tokens
         if self._too_long:
-            tqdm.write(
+            _log.info(
                 f"left out {self._too_long} of {self._prompts} prompts longer than {longest} tokens"
             )
         if self._unanswered:
-            tqdm.write(
+            _log.info(
                 f"left out {self._unanswered} of {self._given} chats without an answer in their "
                 f"first {cut} tokens"
             )

@@ -32,6 +32,13 @@ class Seen(NamedTuple):
     # Static: True for every chunk of a prompt except the first. The last state of the chunk before
     # was seen without the token after it; that token is token_BT[:, 0] of this chunk.
     resumed: bool = False
+    # The streams of the target that `Drafter.taps` names, concatenated in its order; None without.
+    tapped_BTI: jax.Array | None = None
+
+    @property
+    def input_BTI(self) -> jax.Array:
+        """What the drafter reads of the target: its taps, or without taps the states."""
+        return self.state_BTD if self.tapped_BTI is None else self.tapped_BTI
 
 
 class Known(NamedTuple):
@@ -71,8 +78,12 @@ class Drafter:
     """
 
     kind: ClassVar[str] = ""
-    taps: ClassVar[tuple[int, ...]] = ()  # streams of the target that `Seen.state_BTD` must hold
     attends: ClassVar[bool] = False  # to states of the text; then it has `rows` and `first_queries`
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Streams of the target that `observe` gets in `Seen.tapped_BTI` (see `forward`)."""
+        return ()
 
     def init(self, batch: int, capacity: int) -> State:
         """Returns the state of empty sequences. capacity: largest number of positions."""

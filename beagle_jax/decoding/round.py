@@ -30,6 +30,7 @@ from beagle_jax.decoding.tree import ROOT_ONLY, Tree
 from beagle_jax.model.cache import KVCache, KVRows, repeated, take_rows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import (
+    Forward,
     Params,
     TargetSpec,
     best_tokens,
@@ -191,12 +192,12 @@ class Round:
         with jax.named_scope("draft"):
             proposal = self.part("propose")(self, state)
         with jax.named_scope("verify"):
-            states_BWD, rows = self.part("read")(self, state, proposal.nodes)
+            output = self.part("read")(self, state, proposal.nodes)
         with jax.named_scope("accept"):
-            accepted, finite_BW = self.part("accept")(self, state, proposal, states_BWD)
+            accepted, finite_BW = self.part("accept")(self, state, proposal, output.states_BTD)
         with jax.named_scope("append"):
-            state = self.part("append")(self, state, accepted, states_BWD, rows)
-        return self.part("emit")(self, state, accepted, finite_BW), states_BWD
+            state = self.part("append")(self, state, accepted, output)
+        return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
@@ -208,15 +209,15 @@ class Round:
         known = Known(state.transcript.root_B, state.cache.length_B)
         return self.drafter.propose(state.draft, known, self.tree, draw)
 
-    def read(self, state: DecodeState, nodes: Nodes) -> tuple[jax.Array, list[KVRows]]:
+    def read(self, state: DecodeState, nodes: Nodes) -> Forward:
         """Runs the target over the tree: the pass that verifies the drafts.
 
-        Returns its states of the nodes [B, W, D], and their key/value rows.
+        Returns its states of the nodes [B, W, D], their key/value rows, and what the drafter taps.
         """
         cache = state.cache
         positions_BW = cache.length_B[:, None] + nodes.depth_BW
         target = self.target
-        output = forward(
+        return forward(
             target.params,
             target.spec,
             nodes.token_BW,
@@ -225,8 +226,8 @@ class Round:
             cache.layers,
             cache.visible(),
             cache.positions(),
+            taps=self.drafter.taps,
         )
-        return output.states_BTD, output.rows
 
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
@@ -234,14 +235,17 @@ class Round:
         """Lets the rule decide: what `accept.py` computes, and whether logits are finite [B, W]."""
         return self.rule.accept(self, state, proposal, states_BWD)
 
-    def append(
-        self, state: DecodeState, accepted: Accepted, states_BWD: jax.Array, rows: list[KVRows]
-    ) -> DecodeState:
+    def append(self, state: DecodeState, accepted: Accepted, output: Forward) -> DecodeState:
         """Appends the accepted path to the cache, and passes its true states to the drafter.
 
         The cache gets rows of this path only; entries after it are overwritten by the next round.
         """
         path_BP1 = accepted.path_BP1
+
+        def on_path(x_BWI: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(x_BWI, path_BP1[..., None], axis=1)
+
+        rows, tapped_BWI = output.rows, output.tapped_BTI
         if self.tree.depth:
             rows = [take_rows(layer, path_BP1) for layer in rows]
         cache = state.cache.append(rows, accepted.bonus_B)
@@ -250,11 +254,12 @@ class Round:
         start_B = jnp.where(accepted.bonus_B < 0, 0, state.cache.length_B)
         tokens_BP2 = jnp.concatenate([state.transcript.root_B[:, None], accepted.token_BP1], axis=1)
         seen = Seen(
-            jnp.take_along_axis(states_BWD, path_BP1[..., None], axis=1),
+            on_path(output.states_BTD),
             tokens_BP2[:, :-1],
             accepted.token_BP1,
             start_B,
             jnp.where(state.transcript.done_B, 0, accepted.count_B + 1),
+            tapped_BTI=None if tapped_BWI is None else on_path(tapped_BWI),
         )
         return state._replace(cache=cache, draft=self.drafter.observe(state.draft, seen))
 
@@ -339,9 +344,9 @@ class Round:
         R, T = chunk.token_RT.shape
         count_R = jnp.clip(length_R - offset, 0, T)  # tokens of this chunk
         ends_R = (length_R > offset) & (length_R <= offset + T)
-        states_RTD, rows = self._read_text(state, chunk, count_R, first, prefix)
+        output = self._read_text(state, chunk, count_R, first, prefix)
         last_R = jnp.maximum(count_R - 1, 0)[:, None, None]
-        last_R1D = jnp.take_along_axis(states_RTD, last_R, axis=1)
+        last_R1D = jnp.take_along_axis(output.states_BTD, last_R, axis=1)
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
@@ -350,7 +355,8 @@ class Round:
         text_RT1 = jnp.concatenate([chunk.token_RT, root_R[:, None]], axis=1)
         text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
         start_R = jnp.broadcast_to(offset, (R,))
-        seen = Seen(states_RTD, text_RT1[:, :-1], text_RT1[:, 1:], start_R, count_R, not first)
+        tokens = text_RT1[:, :-1], text_RT1[:, 1:]
+        seen = Seen(output.states_BTD, *tokens, start_R, count_R, not first, output.tapped_BTI)
         none_R = jnp.zeros(R, jnp.int32)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -365,7 +371,7 @@ class Round:
         # The slot depends on the chosen tokens, none of which is negative, so that XLA must order
         # every write after all reads of the chunks before: it would copy the caches otherwise.
         slot = jnp.where((wanted_R1 < 0).any(), 0, offset)
-        cache = state.cache.put(rows, row_R, slot)
+        cache = state.cache.put(output.rows, row_R, slot)
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
             self._observe(state, seen, row_R),
@@ -379,7 +385,7 @@ class Round:
             ),
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
-        return after, states_RTD
+        return after, output.states_BTD
 
     def _read_text(
         self,
@@ -388,8 +394,8 @@ class Round:
         count_R: jax.Array,
         first: bool,
         prefix: Sequence[KVRows] | None,
-    ) -> tuple[jax.Array, list[KVRows]]:
-        """Returns the target's states [R, T, D] of a chunk, and its key/value rows."""
+    ) -> Forward:
+        """Returns a chunk's states [R, T, D], key/value rows, and what the drafter taps."""
         R, T = chunk.token_RT.shape
         positions_RT = jnp.broadcast_to(chunk.offset + jnp.arange(T)[None], (R, T))
         past: tuple = ()
@@ -398,9 +404,10 @@ class Round:
         elif not first:
             past = state.cache.past(chunk.row_R, chunk.offset)
         mask_RTT = causal_mask(count_R, T)
-        target = self.target
-        output = forward(target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past)
-        return output.states_BTD, output.rows
+        target, taps = self.target, self.drafter.taps
+        return forward(
+            target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past, taps=taps
+        )
 
     def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
         """Returns the drafter's state after a chunk of these rows."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from beagle_jax.data.template import decoded
+
 # What a decoder puts in place of bytes that are not a whole character yet.
 _INCOMPLETE = "\ufffd"
 _BLOCK = 32  # tokens between two cuts of the window
@@ -35,18 +37,18 @@ class _Traits(NamedTuple):
 @lru_cache(maxsize=8)
 def _traits(tokenizer: PreTrainedTokenizerBase) -> _Traits:
     names = [f"<0x{byte:02X}>" for byte in range(256)]
-    ids = tokenizer.convert_tokens_to_ids(names)
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
     byte_ids = {
         token
         for name, token in zip(names, ids, strict=True)
-        if token is not None and tokenizer.convert_ids_to_tokens(token) == name
+        if isinstance(token, int) and tokenizer.convert_ids_to_tokens(token) == name
     }
-    if any(tokenizer.decode([token]).startswith("<0x") for token in byte_ids):
+    if any(decoded(tokenizer, [token]).startswith("<0x") for token in byte_ids):
         byte_ids = set()  # the names are shown as they are
     cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
     # transformers ignores that setting for BPE, unless another one overrules it.
     spaced = tokenizer.convert_tokens_to_ids("Ġ.")
-    if cleans_up and spaced is not None and tokenizer.decode([spaced]) == " .":
+    if cleans_up and isinstance(spaced, int) and decoded(tokenizer, [spaced]) == " .":
         cleans_up = False
     return _Traits(frozenset(byte_ids), cleans_up)
 

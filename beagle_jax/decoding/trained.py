@@ -45,6 +45,11 @@ class TrainedDrafter(TreeDrafter):
     append_predicted: bool = field(default=True, metadata=dict(static=True))
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """Streams of the target that the draft reads, as in training."""
+        return self.spec.taps
+
+    @property
     def ids_V(self) -> AnyArray | None:  # type: ignore[override]
         """Token id of each logit; None: logit v belongs to token v."""
         return self.head.ids_V
@@ -62,11 +67,6 @@ class TrainedDrafter(TreeDrafter):
         """Raises UserError for a draft of another target or a tree that it cannot draft."""
         if not tree.depth:
             return
-        if self.spec.taps:
-            raise UserError(
-                f"this draft reads the target's layers {list(self.spec.taps)}; this version "
-                "decodes only with drafts that read the last states; use such a draft"
-            )
         ours, theirs = self.spec.hidden_size, target.hidden_size
         if ours != theirs:
             raise UserError(
@@ -151,7 +151,7 @@ class BeagleDrafter(TrainedDrafter):
     def observe(self, state: KVRows, seen: Seen) -> KVRows:
         """Appends keys and values of the states."""
         block = BeagleBlock(self.spec).bind({"params": self.params})
-        rows = block.keys_values(seen.state_BTD, _positions(seen.start_B, seen.token_BT))
+        rows = block.keys_values(seen.input_BTI, _positions(seen.start_B, seen.token_BT))
         return write_rows(state, rows, seen.start_B)
 
     def level(self, state: KVRows, frontier: Frontier) -> LevelOutput:
@@ -209,7 +209,7 @@ class EagleDrafter(TrainedDrafter):
     def observe(self, state: EagleState, seen: Seen) -> EagleState:
         """Appends slots of these states; for a resumed prompt, also of the state before them."""
         block = EagleBlock(self.spec).bind({"params": self.params})
-        state_BTD, next_BT, start_B = seen.state_BTD, seen.next_BT, seen.start_B
+        state_BTD, next_BT, start_B = seen.input_BTI, seen.next_BT, seen.start_B
         if seen.resumed:
             state_BTD = jnp.concatenate([state.last_B1D, state_BTD], axis=1)
             next_BT = jnp.concatenate([seen.token_BT[:, :1], next_BT], axis=1)
@@ -217,7 +217,7 @@ class EagleDrafter(TrainedDrafter):
         f_BTD = block.fuse(self._embedded(next_BT), state_BTD)
         rows = block.keys_values(f_BTD, _positions(start_B, next_BT))
         last_B = jnp.maximum(seen.count_B - 1, 0)[:, None, None]
-        last_B1D = jnp.take_along_axis(seen.state_BTD, last_B, axis=1)
+        last_B1D = jnp.take_along_axis(seen.input_BTI, last_B, axis=1)
         last_B1D = jnp.where((seen.count_B > 0)[:, None, None], last_B1D, state.last_B1D)
         return EagleState(write_rows(state.rows, rows, start_B), last_B1D)
 

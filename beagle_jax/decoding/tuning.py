@@ -29,7 +29,7 @@ from beagle_jax.decoding.nodes import Nodes
 from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.trained import TrainedDrafter
 from beagle_jax.decoding.tree import ROOT_ONLY, DynamicTree, Tree, candidates, dynamic_tree
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.cache import KVRows
@@ -248,10 +248,11 @@ def _read_text(
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     mask_BLL = causal_mask(jnp.full(B, L), L)
-    states_BLD = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL).states_BTD
+    output = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL, taps=drafter.taps)
+    start_B, count_B = jnp.zeros(B, jnp.int32), jnp.full(B, L)
     next_BL = jnp.roll(text_BL, -1, axis=1)
-    seen = Seen(states_BLD, text_BL, next_BL, jnp.zeros(B, jnp.int32), jnp.full(B, L))
-    return drafter.observe(drafter.init(B, L), seen), states_BLD
+    seen = Seen(output.states_BTD, text_BL, next_BL, start_B, count_B, tapped_BTI=output.tapped_BTI)
+    return drafter.observe(drafter.init(B, L), seen), output.states_BTD
 
 
 def _read(
@@ -434,4 +435,4 @@ def tuned_tree(path: Path) -> Tree:
     try:
         return dynamic_tree(stored["levels"], stored["topk"], stored["nodes"])
     except (KeyError, UserError) as error:
-        raise UserError(f"{path}: not a tuned tree ({error!r}); {_TUNE}") from error
+        raise BadFile(path, f"not a tuned tree ({error!r}); {_TUNE}") from error

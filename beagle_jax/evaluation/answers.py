@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from beagle_jax.config import Config, Identity
 from beagle_jax.decoding.requests import Answer
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 
 
@@ -68,8 +68,8 @@ class AnswerLog:
             begun, *cases = map(json.loads, whole.splitlines())
             self.cases = {(record["suite"], record["number"]): _case(record) for record in cases}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not the answers of an evaluation ({error}); remove it to start again"
+            raise BadFile(
+                path, f"not the answers of an evaluation ({error}); remove it to start again"
             ) from error
         if different := _differences(begun, settings):
             raise UserError(

@@ -28,9 +28,9 @@ from beagle_jax.evaluation.chance import (
     score_noise,
 )
 from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
-from beagle_jax.evaluation.measure import Bench, Measured, Measurement, timed
-from beagle_jax.evaluation.pages import change
+from beagle_jax.evaluation.measure import Bench, Measured, Measurement, System, timed
 from beagle_jax.evaluation.replay import replayable, replayed, scored
+from beagle_jax.evaluation.report import Audit, Check, Divergence
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -39,18 +39,6 @@ from beagle_jax.weights.target import Target
 _NOISE_TEXTS = 3
 _DRAWN = Sampling(1.0)  # for the check of sampled tokens when decoding is greedy
 _VERDICT = {True: ": noise explains it", False: ": noise does not explain it", None: ""}
-
-
-class Check(NamedTuple):
-    """The result of one check: its name, whether it passed, and the figures in words."""
-
-    name: str
-    passed: bool
-    figures: str
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the check as the report has it."""
-        return {"name": self.name, "passed": self.passed, "found": self.figures}
 
 
 class _Text(NamedTuple):
@@ -69,12 +57,12 @@ def audit(
     *,
     append_predicted: bool,
     rule: str,
-) -> dict[str, Any]:
-    """Returns the `audit` part of the report (fields: report.schema.json).
+) -> Audit:
+    """Returns the `audit` part of the report.
 
     drafts: by system; plain decoding has none.
     """
-    texts = {name: _texts(name, measured) for name in bench.decoders}
+    texts = {system.name: _texts(system.name, measured) for system in bench.systems}
     sequences = [
         [*text.system.prompt, *text.system.answer.tokens] for text in next(iter(texts.values()))
     ]
@@ -85,7 +73,8 @@ def audit(
         * max(sum(len(text.system.answer.tokens) for text in each) for each in texts.values())
     )
     checks, divergences = [], []
-    for name in tqdm(bench.decoders, desc="audit", unit="system"):
+    for system in tqdm(bench.systems, desc="audit", unit="system"):
+        name = system.name
         if name in drafts:
             explained = reach if bench.sampling.greedy else None
             parted = [
@@ -97,22 +86,24 @@ def audit(
             divergences += parted
         if bench.sampling.greedy:
             checks.append(_largest_logit(target, name, texts[name], reach))
-        checks.append(_draws(target, name, texts[name], bench, reach))
+        checks.append(_draws(target, system, texts[name], bench, reach))
         if name in drafts and rule == "match":
             if not replayable(drafts[name]):
                 kind = f"drafts of kind {drafts[name].kind!r} are not computed a second time"
-                checks.append(Check(f"{name}: acceptance is not recomputed", True, kind))
+                checks.append(_check(f"{name}: acceptance is not recomputed", True, kind))
                 continue
-            checks.append(
-                _acceptance(target, drafts[name], name, texts[name], bench, append_predicted)
-            )
-    return {
-        "passed": all(check.passed for check in checks),
-        "noise": round(noise.largest, 6),
-        "reach": round(reach, 6),
-        "checks": [check.as_json() for check in checks],
-        "divergences": divergences,
-    }
+            checks.append(_acceptance(target, drafts[name], system, texts[name], append_predicted))
+    return Audit(
+        passed=all(check.passed for check in checks),
+        noise=round(noise.largest, 6),
+        reach=round(reach, 6),
+        checks=checks,
+        divergences=divergences,
+    )
+
+
+def _check(name: str, passed: bool, figures: str) -> Check:
+    return Check(name=name, passed=bool(passed), found=figures)
 
 
 def _texts(name: str, measured: Measured) -> list[_Text]:
@@ -127,9 +118,7 @@ def _texts(name: str, measured: Measured) -> list[_Text]:
     ]
 
 
-def _divergence(
-    target: Target, name: str, text: _Text, reach: float | None
-) -> dict[str, Any] | None:
+def _divergence(target: Target, name: str, text: _Text, reach: float | None) -> Divergence | None:
     """Returns where an answer first differs from plain decoding's, or None.
 
     None also if the two prompts already differed. reach: largest logit gap that noise explains;
@@ -154,20 +143,25 @@ def _divergence(
         else max(first - logits_V[ours], first - logits_V[plain])
     )
     gap = float(min(gap, np.finfo(np.float32).max))
-    return {
-        "system": name,
+    return Divergence(
+        system=name,
         **text.where,
-        "place": place,
-        "plain": plain,
-        "system_token": ours,
-        "gap": gap,
-        "top_2_gap": float(first - second),
-        "within_noise": None if reach is None else bool(gap <= reach),
-    }
+        place=place,
+        plain=plain,
+        system_token=ours,
+        gap=gap,
+        top_2_gap=float(first - second),
+        within_noise=None if reach is None else bool(gap <= reach),
+    )
 
 
 def _equality(
-    name: str, texts: list[_Text], parted: list[dict], target: Target, sampling: Sampling, rule: str
+    name: str,
+    texts: list[_Text],
+    parted: list[Divergence],
+    target: Target,
+    sampling: Sampling,
+    rule: str,
 ) -> Check:
     """Checks that a system writes the tokens of plain decoding.
 
@@ -175,9 +169,9 @@ def _equality(
     tie of logits; sampled tokens have no such criterion.
     """
     same = sum(text.system.answer.tokens == text.plain.answer.tokens for text in texts)
-    beyond = sum(divergence["within_noise"] is False for divergence in parted)
+    beyond = sum(divergence.within_noise is False for divergence in parted)
     gaps = (
-        f"; logit gaps there up to {max(divergence['gap'] for divergence in parted):.3g}"
+        f"; logit gaps there up to {max(divergence.gap for divergence in parted):.3g}"
         if parted
         else ""
     )
@@ -185,7 +179,7 @@ def _equality(
     passed = not parted if str(target.dtype) == "float32" else not beyond
     if rule == "ratio":  # draws differ from plain decoding's but have the same distribution
         passed, gaps = True, "; the ratio rule draws other tokens"
-    return Check(
+    return _check(
         f"{name}: the tokens of plain decoding",
         passed,
         f"{same} of {len(texts)} answers are the same{gaps}",
@@ -207,7 +201,7 @@ def _largest_logit(target: Target, name: str, texts: list[_Text], reach: float) 
         f"{others} of {count} tokens are not the largest when read at once, by up to "
         f"{worst:.3g} (noise explains {reach:.3g})"
     )
-    return Check(f"{name}: the target's own greedy choice", worst <= reach, summary)
+    return _check(f"{name}: the target's own greedy choice", worst <= reach, summary)
 
 
 def _next_logits(
@@ -219,7 +213,7 @@ def _next_logits(
     return forced_logits(target, states_LD, len(prompt) - 1, len(text) - 1), np.array(answer.tokens)
 
 
-def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: float) -> Check:
+def _draws(target: Target, system: System, texts: list[_Text], bench: Bench, reach: float) -> Check:
     """Checks that sampled tokens follow the target's distribution (Kolmogorov-Smirnov).
 
     Each token falls somewhere in the cumulative distribution; these positions must be uniform. The
@@ -234,7 +228,7 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
 
         def draw(prompt: list[int], seed: int) -> TimedAnswer:
             return timed(
-                bench.decoders[name].generate(
+                system.decoder.generate(
                     [prompt], sampling, max_new_tokens=bench.max_new_tokens, seed=seed
                 )
             )
@@ -261,8 +255,8 @@ def _draws(target: Target, name: str, texts: list[_Text], bench: Bench, reach: f
         f"{len(place)} draws at temperature {sampling.temperature}: distance {distance:.4f} of "
         f"{allowed:.4f} allowed, {outside} outside the filter"
     )
-    return Check(
-        f"{name}: draws have the target's distribution",
+    return _check(
+        f"{system.name}: draws have the target's distribution",
         distance <= allowed and not outside,
         summary,
     )
@@ -282,9 +276,8 @@ def _inside(logits_V: np.ndarray, token: int, sampling: Sampling, reach: float) 
 def _acceptance(
     target: Target,
     draft: Draft | Lookup,
-    name: str,
+    system: System,
     texts: list[_Text],
-    bench: Bench,
     append_predicted: bool,
 ) -> Check:
     """Recomputes rounds and accepted drafts from the tokens, and tau from its definition.
@@ -293,7 +286,7 @@ def _acceptance(
     answer must contain a near tie. The total number of rounds of all such answers must lie between
     the totals that result when every tie is resolved one way or the other.
     """
-    tree = bench.decoders[name].tree
+    name, tree = system.name, system.decoder.tree
     reach = _score_reach(target, draft, tree, texts, append_predicted)
     rounds, written, differing, unexplained, tied = 0, 0, 0, 0, [(0, 0, 0)]
     for text in tqdm(texts, desc=f"rounds of {name}", unit="answer", leave=False):
@@ -314,10 +307,8 @@ def _acceptance(
         unexplained += all(side == accepted for side in sides)
         tied.append((min(map(len, sides)), answer.rounds, max(map(len, sides))))
     fewest, had, most = np.sum(tied, axis=0).tolist()
-    tau, answers = (
-        Measurement(name, "", [[text.system.answer] for text in texts]).tau,
-        [text.system.answer for text in texts],
-    )
+    answers = [text.system.answer for text in texts]
+    tau = Measurement(name, [[answer] for answer in answers]).tau
     exact = abs(tau * sum(answer.rounds for answer in answers) - written) < 1e-6
     summary = (
         f"tau {tau:.4f}, recomputed {written / max(rounds, 1):.4f} over {rounds} rounds; "
@@ -326,7 +317,7 @@ def _acceptance(
     )
     summary += f"; they had {had} rounds, recomputed {fewest} to {most}" if differing else ""
     passed = exact and not unexplained and fewest <= had <= most
-    return Check(f"{name}: acceptance recomputed from the tokens", passed, summary)
+    return _check(f"{name}: acceptance recomputed from the tokens", passed, summary)
 
 
 def _score_reach(
@@ -350,18 +341,18 @@ def _score_reach(
     )
 
 
-def lines(made: dict[str, Any]) -> list[str]:
+def lines(made: Audit) -> list[str]:
     """Formats the audit for the terminal."""
-    width = max(len(check["name"]) for check in made["checks"])
+    width = max(len(check.name) for check in made.checks)
     shown = [
-        f"{'passed' if check['passed'] else 'FAILED'}  {check['name']:{width}}  {check['found']}"
-        for check in made["checks"]
+        f"{'passed' if check.passed else 'FAILED'}  {check.name:{width}}  {check.figures}"
+        for check in made.checks
     ]
     shown += [
-        f"        {divergence['system']}: {divergence['suite']} prompt {divergence['number']}, "
-        f"turn {divergence['turn']}, token {divergence['place']}: {change(divergence)}, "
-        f"gap {divergence['gap']:.3g}, of the two best {divergence['top_2_gap']:.3g}"
-        f"{_VERDICT[divergence['within_noise']]}"
-        for divergence in made["divergences"]
+        f"        {divergence.system}: {divergence.suite} prompt {divergence.number}, "
+        f"turn {divergence.turn}, token {divergence.place}: {divergence.change}, "
+        f"gap {divergence.gap:.3g}, of the two best {divergence.top_2_gap:.3g}"
+        f"{_VERDICT[divergence.within_noise]}"
+        for divergence in made.divergences
     ]
     return ["", "audit", *shown]

@@ -4,7 +4,7 @@ A system is a way of decoding: plain decoding, or one draft.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
 
@@ -32,8 +32,7 @@ class Measurement(Generic[A]):
     """Answers of one system, and the figures that method.md 7.1 defines on them."""
 
     name: str
-    tree: str  # shape of the tree drafted per round
-    cases: list[list[A]] = field(default_factory=list)  # by prompt, the answers to its turns
+    cases: list[list[A]]  # by prompt, the answers to its turns
 
     @cached_property
     def generations(self) -> list[A]:
@@ -136,18 +135,30 @@ class CompileCounter:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The compared systems, plain decoding first, and the settings that all of them share."""
+class System:
+    """A way of decoding under its name in the report."""
 
-    decoders: dict[str, SpeculativeDecoder]
+    name: str  # "plain", "lookup", or the folder of the draft
+    decoder: SpeculativeDecoder
+    trained_tokens: int | None = None  # longest text, in tokens, that its draft was trained on
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The compared systems, and the settings that all of them share."""
+
+    plain: System  # decoding without a draft
+    speculative: tuple[System, ...]  # decoding with a draft
     tokenizer: PreTrainedTokenizerBase
     context: int  # cache slots of every decoder
     max_new_tokens: int
     sampling: Sampling = GREEDY
     seed: int = 0
-    trained_tokens: dict[str, int] = field(
-        default_factory=dict
-    )  # by system: longest text, in tokens, that its draft was trained on
+
+    @property
+    def systems(self) -> tuple[System, ...]:
+        """All systems, plain decoding first."""
+        return (self.plain, *self.speculative)
 
 
 class Measured(NamedTuple):
@@ -209,9 +220,9 @@ def measure(
         if (name, number) not in known
     ]
     lengths = _prompts_to_come(bench, [chat for *_, chat in waiting])
-    for decoder in tqdm(bench.decoders.values(), desc="compiling", unit="decoder", leave=False):
-        decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
-    counters = {name: CompileCounter() for name in bench.decoders}
+    for system in tqdm(bench.systems, desc="compiling", unit="decoder", leave=False):
+        system.decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
+    counters = {system.name: CompileCounter() for system in bench.systems}
     answered, order = dict(known), {name: number for number, name in enumerate(suites)}
     for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
         first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
@@ -266,7 +277,7 @@ def _turns(
     bench: Bench, chat: Chat, counters: dict[str, CompileCounter], seed: int
 ) -> tuple[dict[str, Asked], ...]:
     """Decodes all turns of a chat that fit the context."""
-    histories = {name: list(chat.messages) for name in bench.decoders}
+    histories = {system.name: list(chat.messages) for system in bench.systems}
     turns: list[dict[str, Asked]] = []
     for question in (None, *chat.later):
         if question is not None:
@@ -281,14 +292,14 @@ def _turns(
         if max(map(len, prompts.values())) + bench.max_new_tokens > bench.context:
             break
         turn = {}
-        for name, decoder in bench.decoders.items():
-            with counters[name]:
-                answers = decoder.generate(
-                    [prompts[name]],
+        for system in bench.systems:
+            with counters[system.name]:
+                answers = system.decoder.generate(
+                    [prompts[system.name]],
                     bench.sampling,
                     max_new_tokens=bench.max_new_tokens,
                     seed=seed + len(turns),
                 )
-            turn[name] = Asked(prompts[name], timed(answers))
+            turn[system.name] = Asked(prompts[system.name], timed(answers))
         turns.append(turn)
     return tuple(turns)

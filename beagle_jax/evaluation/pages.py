@@ -4,7 +4,9 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from beagle_jax.evaluation.report import Audit, Group, Memory, Report
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto}
 body{max-width:70em;padding:0 1em;color:#222}
@@ -23,26 +25,24 @@ class Section(NamedTuple):
     rows: list[list[str]]
 
 
-def sections(report: dict[str, Any]) -> list[Section]:
+def sections(report: Report) -> list[Section]:
     """Converts the whole report to sections of text."""
     made = [_environment(report)]
-    for suite in report["suites"]:
-        left_out = (
-            [f"{suite['turns_left_out']} turns did not fit the context and were left out."]
-            if suite["turns_left_out"]
-            else []
-        )
+    for suite in report.suites:
+        left_out = []
+        if suite.turns_left_out:
+            left_out = [f"{suite.turns_left_out} turns did not fit the context and were left out."]
         made += [
-            _group(suite["name"], group, left_out if group["by"] == "all" else [])
-            for group in suite["groups"]
+            _group(suite.name, group, left_out if group.by == "all" else [])
+            for group in suite.groups
         ]
     made += [_times(report), _memory(report)]
-    if report["audit"] is not None:
-        made += [_audit(report["audit"]), _divergences(report["audit"])]
+    if report.audit is not None:
+        made += [_audit(report.audit), _divergences(report.audit)]
     return [section for section in made if section.rows or section.sentences]
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: Report) -> str:
     """The report as Markdown."""
     lines = ["# Evaluation", ""]
     for section in sections(report):
@@ -64,7 +64,7 @@ def _pipes(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def page(report: dict[str, Any], pictures: dict[str, Path]) -> str:
+def page(report: Report, pictures: dict[str, Path]) -> str:
     """Renders the report as HTML.
 
     pictures: PNG files by title; the page embeds them.
@@ -92,30 +92,29 @@ def _cells(tag: str, cells: list[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _environment(report: dict[str, Any]) -> Section:
-    decode, where = report["settings"]["decode"], report["environment"]
+def _environment(report: Report) -> Section:
+    decode, where = report.settings["decode"], report.environment
     drawn = (
         f"temperature {decode['temperature']}, top_k {decode['top_k']}, top_p {decode['top_p']}"
         if decode["temperature"]
         else "greedy"
     )
     sentences = [
-        f"Target {report['settings']['target']['source']} in "
-        f"{report['settings']['target']['dtype']}, {drawn}, up to "
-        f"{report['settings']['eval']['max_new_tokens']} new tokens.",
-        f"{where['machine']}; Python {where['python']}, jaxlib {where['jaxlib']}, beagle_jax "
-        f"{where['beagle_jax']}; {where['devices']} "
-        f"{'device' if where['devices'] == 1 else 'devices'}.",
-        *report["notes"],
+        f"Target {report.settings['target']['source']} in "
+        f"{report.settings['target']['dtype']}, {drawn}, up to "
+        f"{report.settings['eval']['max_new_tokens']} new tokens.",
+        f"{where.machine}; Python {where.python}, jaxlib {where.jaxlib}, beagle_jax "
+        f"{where.beagle_jax}; {where.devices} {'device' if where.devices == 1 else 'devices'}.",
+        *report.notes,
     ]
     rows = [
         [
-            system["name"],
-            system["tree"],
-            str(system["nodes"]),
-            str(system["compiles_after_warm_up"]),
+            system.name,
+            system.tree,
+            str(system.nodes),
+            str(system.compiles_after_warm_up),
         ]
-        for system in report["systems"]
+        for system in report.systems
     ]
     return Section(
         "What was compared",
@@ -125,12 +124,12 @@ def _environment(report: dict[str, Any]) -> Section:
     )
 
 
-def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
+def _group(suite: str, group: Group, sentences: list[str]) -> Section:
     what = {
         "all": suite,
-        "category": f"{suite}: {group['of'] or 'no category'}",
-        "context": f"{suite}: prompts up to {group['of']} tokens",
-    }[group["by"]]
+        "category": f"{suite}: {group.of or 'no category'}",
+        "context": f"{suite}: prompts up to {group.of} tokens",
+    }[group.by]
     head = [
         "system",
         "tau",
@@ -143,45 +142,45 @@ def _group(suite: str, group: dict[str, Any], sentences: list[str]) -> Section:
         "step-alpha by depth",
     ]
     rows = []
-    for name, figures in group["systems"].items():
-        alpha = " ".join(f"{share:.2f}" for share in figures["step_alpha"])
+    for name, figures in group.systems.items():
+        alpha = " ".join(f"{share:.2f}" for share in figures.step_alpha)
 
         def between(edges: Sequence[float]) -> str:
-            return f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group["prompts"] > 1 else ""
+            return f" [{edges[0]:.2f}, {edges[1]:.2f}]" if group.prompts > 1 else ""
 
         rows.append(
             [
                 name,
-                f"{figures['tau']:.2f}{between(figures['tau_interval'])}",
-                f"{figures['tokens_per_second']:.1f}",
-                f"{figures['decode_tokens_per_second']:.1f}",
-                f"{figures['speedup']:.2f}x{between(figures['speedup_interval'])}",
-                str(figures["rounds"]),
-                str(figures["tokens"]),
-                f"{figures['identical_to_plain']}/{figures['answers']}",
+                f"{figures.tau:.2f}{between(figures.tau_interval)}",
+                f"{figures.tokens_per_second:.1f}",
+                f"{figures.decode_tokens_per_second:.1f}",
+                f"{figures.speedup:.2f}x{between(figures.speedup_interval)}",
+                str(figures.rounds),
+                str(figures.tokens),
+                f"{figures.identical_to_plain}/{figures.answers}",
                 alpha,
             ]
         )
-    unit = "turn" if group["by"] == "context" else "prompt"
+    unit = "turn" if group.by == "context" else "prompt"
     summary = (
-        f"{group['prompts']} {unit}s; in brackets 95 % intervals over {unit}s."
-        if group["prompts"] > 1
+        f"{group.prompts} {unit}s; in brackets 95 % intervals over {unit}s."
+        if group.prompts > 1
         else f"One {unit}: no intervals."
     )
     return Section(what, [summary, *sentences], head, rows)
 
 
-def _times(report: dict[str, Any]) -> Section:
+def _times(report: Report) -> Section:
     phases = ["prefill", "round", "draft", "verify", "rest"]
     rows = [
         [
-            system["name"],
+            system.name,
             *(
-                f"{system['milliseconds'][phase]:.2f}" if phase in system["milliseconds"] else ""
+                "" if (value := getattr(system.milliseconds, phase)) is None else f"{value:.2f}"
                 for phase in phases
             ),
         ]
-        for system in report["systems"]
+        for system in report.systems
     ]
     sentence = (
         "Prefill and round: means over whole answers. Draft and verify: each alone in a loop, "
@@ -191,18 +190,14 @@ def _times(report: dict[str, Any]) -> Section:
     return Section("Time by phase, ms", [sentence], ["system", *phases], rows)
 
 
-def _memory(report: dict[str, Any]) -> Section:
-    measured = [system for system in report["systems"] if system["bytes"] is not None]
-    names = list(measured[0]["bytes"]) if measured else []
+def _memory(report: Report) -> Section:
     rows = [
         [
-            system["name"],
-            *(
-                "" if value is None else f"{value / _MEGABYTE:.1f}"
-                for value in system["bytes"].values()
-            ),
+            system.name,
+            *("" if value is None else f"{value / _MEGABYTE:.1f}" for _, value in system.bytes),
         ]
-        for system in measured
+        for system in report.systems
+        if system.bytes is not None
     ]
     sentence = (
         "Temporaries as the compiled programs state them; the device's peak is of the whole "
@@ -211,46 +206,53 @@ def _memory(report: dict[str, Any]) -> Section:
     return Section(
         "Memory, MiB",
         [sentence] if rows else [],
-        ["system", *(name.replace("_", " ") for name in names)],
+        ["system", *(name.replace("_", " ") for name in Memory.model_fields)],
         rows,
     )
 
 
-def _audit(audit: dict[str, Any]) -> Section:
+def _audit(audit: Audit) -> Section:
     rows = [
-        [check["name"], "passed" if check["passed"] else "FAILED", check["found"]]
-        for check in audit["checks"]
+        [check.name, "passed" if check.passed else "FAILED", check.figures]
+        for check in audit.checks
     ]
     sentence = (
-        f"Rounding moves a logit by up to {audit['noise']:.3g}; gaps of two logits up to "
-        f"{audit['reach']:.3g} are explained by it."
+        f"Rounding moves a logit by up to {audit.noise:.3g}; gaps of two logits up to "
+        f"{audit.reach:.3g} are explained by it."
     )
     return Section("Audit", [sentence], ["check", "", "found"], rows)
 
 
-def change(divergence: dict[str, Any]) -> str:
-    """Describes a divergence as "11 became 12": plain decoding's token, then the other.
-
-    "the end" stands for a token if that answer had already ended.
-    """
-    return " became ".join(
-        "the end" if divergence[key] is None else str(divergence[key])
-        for key in ("plain", "system_token")
-    )
-
-
-def _divergences(audit: dict[str, Any]) -> Section:
+def _divergences(audit: Audit) -> Section:
     rows = [
         [
-            divergence["system"],
-            f"{divergence['suite']} prompt {divergence['number']}, turn {divergence['turn']}, "
-            f"token {divergence['place']}",
-            change(divergence),
-            f"{divergence['gap']:.3g}",
-            f"{divergence['top_2_gap']:.3g}",
-            {True: "yes", False: "NO", None: ""}[divergence["within_noise"]],
+            divergence.system,
+            f"{divergence.suite} prompt {divergence.number}, turn {divergence.turn}, "
+            f"token {divergence.place}",
+            divergence.change,
+            f"{divergence.gap:.3g}",
+            f"{divergence.top_2_gap:.3g}",
+            {True: "yes", False: "NO", None: ""}[divergence.within_noise],
         ]
-        for divergence in audit["divergences"]
+        for divergence in audit.divergences
     ]
     head = ["system", "where", "token", "logit gap", "gap of the two best", "explained by rounding"]
     return Section("Where answers part from plain decoding's", [], head, rows)
+
+
+def acceptance(report: Report) -> str:
+    """Formats the results of the report's first draft for a model card, one line per suite."""
+    system = report.speculative[0]
+    lines = [
+        "| suite | prompts | tau | 95 % interval | speedup | identical to plain decoding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for suite in report.suites:
+        results = suite.whole.systems[system.name]
+        low, high = results.tau_interval
+        lines.append(
+            f"| {suite.name} | {suite.whole.prompts} | {results.tau:.2f} | {low:.2f} to "
+            f"{high:.2f} | {results.speedup:.2f}x | "
+            f"{results.identical_to_plain}/{results.answers} |"
+        )
+    return "\n".join([f"{system.tree}, on {report.environment.machine}", "", *lines])

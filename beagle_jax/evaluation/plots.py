@@ -6,7 +6,6 @@ Each plot function writes one file, .png or .svg.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from beagle_jax.decoding.tuning import Tuning
 from beagle_jax.evaluation.inside import Played
+from beagle_jax.evaluation.report import Report
 from beagle_jax.files import whole
 from beagle_jax.model.masks import early_block_mask, window_start
 
@@ -62,41 +62,39 @@ def plot_tuning(tuning: Tuning, path: str | Path) -> None:
     save(figure, path)
 
 
-def plot_acceptance(report: dict[str, Any], path: str | Path) -> None:
+def plot_acceptance(report: Report, path: str | Path) -> None:
     """Plots step-alpha by draft depth, one panel per suite, one line per draft."""
-    figure = Figure(figsize=(1 + 4 * len(report["suites"]), 4), layout="constrained")
+    figure = Figure(figsize=(1 + 4 * len(report.suites), 4), layout="constrained")
     for panel, suite in zip(
-        figure.subplots(1, len(report["suites"]), squeeze=False)[0], report["suites"], strict=True
+        figure.subplots(1, len(report.suites), squeeze=False)[0], report.suites, strict=True
     ):
-        for name, figures in suite["groups"][0]["systems"].items():
-            if figures["step_alpha"]:
+        for name, figures in suite.whole.systems.items():
+            if figures.step_alpha:
                 panel.plot(
-                    range(1, len(figures["step_alpha"]) + 1),
-                    figures["step_alpha"],
+                    range(1, len(figures.step_alpha) + 1),
+                    figures.step_alpha,
                     "o-",
-                    label=f"{_short(name)}, tau {figures['tau']:.2f}",
+                    label=f"{_short(name)}, tau {figures.tau:.2f}",
                 )
-        panel.set(
-            xlabel="draft depth", ylabel="step-alpha", title=_short(suite["name"]), ylim=(0, 1)
-        )
+        panel.set(xlabel="draft depth", ylabel="step-alpha", title=_short(suite.name), ylim=(0, 1))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
     save(figure, path)
 
 
-def plot_phases(report: dict[str, Any], path: str | Path) -> None:
+def plot_phases(report: Report, path: str | Path) -> None:
     """Plots the milliseconds of a round by phase, one bar per system.
 
     A negative rest (the phases measured alone took longer than the round) is not drawn.
     """
-    systems = [system for system in report["systems"] if "draft" in system["milliseconds"]]
+    systems = [system for system in report.systems if system.milliseconds.draft is not None]
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(systems)), layout="constrained")
     panel, left = figure.subplots(), np.zeros(len(systems))
     for phase in _PHASES:
-        width = np.array([max(system["milliseconds"][phase], 0.0) for system in systems])
+        width = np.array([max(getattr(system.milliseconds, phase), 0.0) for system in systems])
         panel.barh(range(len(systems)), width, left=left, label=phase)
         left += width
-    panel.set_yticks(range(len(systems)), [_short(system["name"]) for system in systems])
+    panel.set_yticks(range(len(systems)), [_short(system.name) for system in systems])
     panel.set(xlabel="ms per round", title="time by phase")
     panel.invert_yaxis()
     panel.legend()

@@ -1,248 +1,340 @@
-"""The report of an evaluation: figures by suite, category and prompt length.
+"""The report of an evaluation: its fields, their meaning, reading it, and its table.
 
-A tree of plain values whose fields report.schema.json, beside this file, declares and explains.
-`evaluate` prints its table and writes it as JSON and as pages (evaluation/pages.py).
+`python -m beagle_jax.evaluation.report` writes report.schema.json, beside this file, from these
+models. evaluation/figures.py computes the values.
 """
 
-import os
-import platform
-from collections.abc import Callable, Sequence
-from typing import Any
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import jax
-import jaxlib
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from pydantic.json_schema import GenerateJsonSchema, SkipJsonSchema
 
-import beagle_jax
-from beagle_jax.decoding.tuning import machine
-from beagle_jax.evaluation.answers import Case, TimedAnswer
-from beagle_jax.evaluation.measure import Bench, Measured, Measurement
+from beagle_jax.errors import BadFile
+from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 
-FORMAT = 1  # of the report; increases when a field changes its meaning or is removed
-_RESAMPLES = 2000
-_SHORTEST_CONTEXT = 64  # prompts up to this length form one group; longer ones double it
+FORMAT: Literal[1] = 1  # increases when a field changes its meaning or is removed
+SCHEMA = Path(__file__).with_name("report.schema.json")
+
+_SETTINGS = ("target", "draft", "decode", "eval")  # sections that every report has
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[float, float]
+By = Literal["all", "category", "context"]
+_Optional = float | SkipJsonSchema[None]  # a number, or no such field in the file
 
 
-def report(
-    bench: Bench, measured: Measured, settings: dict[str, Any], costs: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Builds the report.
+class Part(BaseModel):
+    """A part of the report. It cannot be changed."""
 
-    settings: the config. costs: by system, the measurements of evaluation/cost.py; may be empty.
+    # Reports of later versions may have further fields in the same format.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        serialize_by_alias=True,
+        json_schema_extra={"additionalProperties": False},
+    )
+
+
+class Environment(Part):
+    """The machine and the versions that the figures come from."""
+
+    machine: str = Field(description="platform, device or processor, jax version")
+    devices: Count = Field(description="devices of the process")
+    cores: int | None = Field(description="processor cores")
+    python: str = Field(description="version")
+    jax: str = Field(description="version")
+    jaxlib: str = Field(description="version")
+    beagle_jax: str = Field(description="version")
+
+
+class Milliseconds(Part):
+    """Mean times. draft, verify and rest exist only if --out was given."""
+
+    prefill: float = Field(description="reading a prompt, and its first token")
+    round: float = Field(description="a whole round, from whole answers")
+    draft: _Optional = Field(default=None, description="drafting a tree, alone in a loop")
+    verify: _Optional = Field(
+        default=None,
+        description="the target's pass over the tree and its choice of tokens, alone in a loop",
+    )
+    rest: _Optional = Field(
+        default=None,
+        description="round minus draft minus verify: cache writes and host work; below zero if the "
+        "parts alone took longer",
+    )
+
+    @model_serializer
+    def measured(self) -> dict[str, float]:
+        """Returns the times that were measured, by phase."""
+        return {name: value for name, value in self if value is not None}
+
+
+class Memory(Part):
+    """Bytes in memory."""
+
+    target_weights: Count | None = Field(description="all tensors of the target")
+    draft_weights: Count | None = Field(
+        description="the draft's tensors, and its copy of head rows if it scores fewer tokens than "
+        "the target"
+    )
+    target_cache: Count | None = Field(description="keys and values, at the capacity in use")
+    draft_cache: Count | None = Field(description="the draft's keys and values")
+    decode_temporaries: Count | None = Field(
+        description="what the compiled decoding loop states beyond its arguments and results; null "
+        "if it states nothing"
+    )
+    prefill_temporaries: Count | None = Field(description="the same of reading a prompt")
+    device_peak: Count | None = Field(
+        description="the device's own counter for the whole process; null if it has none"
+    )
+
+
+class SystemEntry(Part):
+    """One way of decoding."""
+
+    name: str = Field(description="plain, lookup, or the folder of a draft")
+    tree: str = Field(description="what is drafted per round, in words")
+    levels: Count = Field(description="draft steps per round")
+    nodes: Count = Field(description="tokens verified per round, the root included")
+    trained_tokens: int | None = Field(
+        description="longest text that the draft was trained on, tokens; null if that is unknown "
+        "or there is no training"
+    )
+    compiles_after_warm_up: Count = Field(
+        description="programs compiled while times were taken; 0 unless something is wrong"
+    )
+    milliseconds: Milliseconds = Field(description="mean times")
+    bytes: Memory | None = Field(description="memory; null without --out")
+
+
+class Figures(Part):
+    """One system on one group of prompts (method.md 7.1)."""
+
+    answers: Count = Field(description="answers: one for each turn of each prompt")
+    tokens: Count = Field(description="generated tokens, stop tokens included")
+    rounds: Count = Field(
+        description="draft, verify, accept iterations; the prefill is not a round"
+    )
+    tau: float = Field(
+        ge=1,
+        description="tokens per round, the target's own token included, the prefill's excluded",
+    )
+    tau_interval: Interval = Field(
+        description="95 % bootstrap interval of tau, over prompts; of a single prompt both ends "
+        "are tau itself"
+    )
+    accepted: list[Count] = Field(
+        description="rounds that accepted 0, 1, .. drafts; only emitted drafts count"
+    )
+    step_alpha: list[Share] = Field(
+        description="per draft depth, of the rounds that reached it, the share that accepted it"
+    )
+    tokens_per_second: float = Field(
+        ge=0, description="all tokens over all time, prefill included, compilation excluded"
+    )
+    decode_tokens_per_second: float = Field(
+        ge=0, description="tokens after each answer's first over the time after the prefill"
+    )
+    speedup: float = Field(
+        ge=0, description="tokens per second over those of the first system, plain decoding"
+    )
+    speedup_interval: Interval = Field(
+        description="95 % bootstrap interval of the speedup, over prompts, both systems drawn "
+        "together; of a single prompt both ends are the speedup itself"
+    )
+    prefill_seconds: float = Field(ge=0, description="sum over answers")
+    decode_seconds: float = Field(ge=0, description="sum over answers, prefill excluded")
+    identical_to_plain: Count = Field(
+        description="answers with exactly the tokens of plain decoding"
+    )
+    repeated_4_grams: Share = Field(
+        description="share of 4-grams that already occurred in the same answer; repetitive text "
+        "inflates acceptance"
+    )
+
+
+class Group(Part):
+    """Some prompts of a suite."""
+
+    by: By = Field(description="what the prompts share")
+    of: str = Field(
+        description="the category; or the most tokens that prompts of this range have, a power of "
+        "two; empty for all"
+    )
+    prompts: Count = Field(description="prompts with all their turns; for context, single turns")
+    systems: dict[str, Figures] = Field(min_length=1, description="figures by the system's name")
+
+
+class Suite(Part):
+    """One suite."""
+
+    name: str = Field(description="as in eval.suites")
+    turns_left_out: Count = Field(
+        description="turns that did not fit the target's context, the same for all systems"
+    )
+    groups: list[Group] = Field(
+        min_length=1,
+        description="all prompts first, then each category and each range of prompt lengths if "
+        "there are several",
+    )
+
+    @property
+    def whole(self) -> Group:
+        """All prompts of the suite."""
+        return self.groups[0]
+
+
+class Check(Part):
+    """A claim of the audit, and its result."""
+
+    name: str = Field(description="what was checked, of which system")
+    passed: bool = Field(description="the claim holds")
+    figures: str = Field(alias="found", description="the figures, in words")
+
+
+class Divergence(Part):
+    """An answer that differs from plain decoding's, and where it first does."""
+
+    system: str = Field(description="its name")
+    suite: str = Field(description="its name")
+    number: Count = Field(description="of the prompt, from 0")
+    turn: Count = Field(description="of the prompt, from 0")
+    place: Count = Field(description="of the token in the answer, from 0")
+    plain: int | None = Field(description="plain decoding's token; null if its answer had ended")
+    system_token: int | None = Field(description="the other token; null if its answer had ended")
+    gap: float = Field(
+        ge=0,
+        description="how far the less likely of the two lies below the largest logit under teacher "
+        "forcing; the largest float32 if an answer had ended",
+    )
+    top_2_gap: float = Field(ge=0, description="difference of the two highest logits there")
+    within_noise: bool | None = Field(
+        description="the gap is at most the reach; null for draws, which logits alone do not decide"
+    )
+
+    @property
+    def change(self) -> str:
+        """The difference as "11 became 12": plain decoding's token, then the other.
+
+        "the end" stands for a token if that answer had already ended.
+        """
+        return " became ".join(
+            "the end" if token is None else str(token) for token in (self.plain, self.system_token)
+        )
+
+
+class Audit(Part):
+    """Result of --audit."""
+
+    passed: bool = Field(description="every check passed")
+    noise: float = Field(
+        ge=0,
+        description="largest difference between the logits of a text in one pass and of its last "
+        "tokens read one by one, over the longest texts",
+    )
+    reach: float = Field(
+        ge=0,
+        description="gap of two logits up to which such differences explain that another token was "
+        "chosen; right decoding goes beyond it in one of ten thousand audits at most "
+        "(evaluation/chance.py)",
+    )
+    checks: list[Check] = Field(min_length=1, description="one for each claim")
+    divergences: list[Divergence] = Field(
+        description="each answer that differs from plain decoding's, where it first does"
+    )
+
+
+class Report(Part):
+    """Figures of several ways of decoding on the same prompts, in one process.
+
+    The README defines tau, step-alpha and speedup.
     """
-    names = list(bench.decoders)
-    cases = _grouped(measured.cases, lambda case: case.suite)
-    return {
-        "format": FORMAT,
-        "environment": environment(),
-        "settings": settings,
-        "notes": _notes(bench, measured),
-        "systems": [_system(name, bench, measured, costs.get(name)) for name in names],
-        "suites": [
-            _suite(name, group, bench, measured.left_out[name]) for name, group in cases.items()
-        ],
-        "audit": None,
-    }
 
+    format: Literal[1] = Field(
+        description="increases when a field changes its meaning or is removed; new fields leave it "
+        "as it is"
+    )
+    environment: Environment = Field(description="where the figures come from")
+    settings: dict[str, Any] = Field(
+        description="the whole config, with its names",
+        json_schema_extra={"required": list(_SETTINGS)},
+    )
+    notes: list[str] = Field(description="what a reader should know before trusting a figure")
+    systems: list[SystemEntry] = Field(min_length=1, description="plain decoding first")
+    suites: list[Suite] = Field(min_length=1, description="in the order of eval.suites")
+    audit: Audit | None = Field(description="result of --audit; null without it")
 
-def environment() -> dict[str, Any]:
-    """Describes the machine and the versions that the figures come from."""
-    return {
-        "machine": machine(),
-        "devices": jax.device_count(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "beagle_jax": beagle_jax.__version__,
-    }
+    @property
+    def speculative(self) -> list[SystemEntry]:
+        """The systems with a draft, in the order of the settings."""
+        return self.systems[1:]
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the report as plain values, as it is written to files."""
+        return self.model_dump(mode="json")
 
-def _notes(bench: Bench, measured: Measured) -> list[str]:
-    """Notes on suites without any turn that fits, and on texts longer than in training.
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """Reads a report file of this version or an earlier one.
 
-    Acceptance falls on such texts.
-    """
-    there = {case.suite for case in measured.cases}
-    notes = [
-        f"{name} is not there: none of its {count} turns fits the context."
-        for name, count in measured.left_out.items()
-        if name not in there
-    ]
-    for name, trained in bench.trained_tokens.items():
-        texts = [
-            len(turn[name].prompt) + len(turn[name].answer.tokens)
-            for case in measured.cases
-            for turn in case.turns
-        ]
-        longer = sum(length > trained for length in texts)
-        if longer:
-            notes.append(
-                f"{longer} of {len(texts)} texts are longer than the {trained} tokens that "
-                f"{name} was trained on."
+        Raises: UserError if the file is not such a report.
+        """
+        expected = "expected a file from evaluate --json"
+        values = read_json(path, expected)
+        if values.get("format", FORMAT) != FORMAT:
+            raise BadFile(
+                path, f"not a report of this version (format {values['format']!r}); {expected}"
             )
-    return notes
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise BadFile(path, f"not a report ({place}: {problem['msg']}); {expected}") from error
 
 
-def _system(
-    name: str, bench: Bench, measured: Measured, cost: dict[str, Any] | None
-) -> dict[str, Any]:
-    tree, whole = bench.decoders[name].tree, of_system(name, bench, measured.cases)
-    answers = len(whole.generations)
-    round_ms = (
-        1000 * sum(answer.decode_seconds for answer in whole.generations) / max(whole.rounds, 1)
-    )
-    milliseconds = {
-        "prefill": 1000 * sum(answer.prefill_seconds for answer in whole.generations) / answers,
-        "round": round_ms,
-    }
-    if cost is not None:
-        phases = cost["milliseconds"]
-        milliseconds |= {**phases, "rest": round_ms - sum(phases.values())}
+class _Plain(GenerateJsonSchema):
+    """Leaves out titles, which would repeat names, and defaults, which no file contains."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: Any) -> dict[str, Any]:
+        return self.generate_inner(schema["schema"])
+
+
+def schema() -> dict[str, Any]:
+    """Returns the JSON Schema of a report."""
+    made = Report.model_json_schema(schema_generator=_Plain)
     return {
-        "name": name,
-        "tree": str(tree),
-        "levels": tree.depth,
-        "nodes": tree.size,
-        "trained_tokens": bench.trained_tokens.get(name),
-        "compiles_after_warm_up": measured.compiles[name],
-        "milliseconds": {key: round(value, 3) for key, value in milliseconds.items()},
-        "bytes": None if cost is None else cost["bytes"],
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **made,
+        "title": "Report of beagle_jax.evaluate",
     }
 
 
-def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> dict[str, Any]:
-    turns = [
-        Case(case.suite, case.number, case.category, (turn,))
-        for case in cases
-        for turn in case.turns
-    ]
-    by_category, by_context = _grouped(cases, lambda case: case.category), _grouped(turns, _context)
-    groups = [("all", "", cases)]
-    groups += (
-        [("category", key, group) for key, group in by_category.items()]
-        if len(by_category) > 1
-        else []
-    )
-    groups += (
-        [("context", key, by_context[key]) for key in sorted(by_context, key=int)]
-        if len(by_context) > 1
-        else []
-    )
-    return {
-        "name": name,
-        "turns_left_out": left_out,
-        "groups": [_group(by, of, group, bench) for by, of, group in groups],
-    }
-
-
-def _grouped(cases: Sequence[Case], key: Callable[[Case], str]) -> dict[str, list[Case]]:
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        groups.setdefault(key(case), []).append(case)
-    return groups
-
-
-def _context(case: Case) -> str:
-    """Returns the context group of a case: its longest prompt, rounded up to a power of two."""
-    longest = max(len(entry.prompt) for entry in case.turns[0].values())
-    return str(max(_SHORTEST_CONTEXT, 1 << (longest - 1).bit_length()))
-
-
-def _group(by: str, of: str, cases: list[Case], bench: Bench) -> dict[str, Any]:
-    plain, *others = (of_system(name, bench, cases) for name in bench.decoders)
-    return {
-        "by": by,
-        "of": of,
-        "prompts": len(cases),
-        "systems": {
-            measurement.name: figures(measurement, plain) for measurement in (plain, *others)
-        },
-    }
-
-
-def of_system(name: str, bench: Bench, cases: Sequence[Case]) -> Measurement[TimedAnswer]:
-    """Collects one system's answers to these cases."""
-    answers = [[turn[name].answer for turn in case.turns] for case in cases]
-    return Measurement(name, str(bench.decoders[name].tree), answers)
-
-
-def figures(result: Measurement[TimedAnswer], plain: Measurement[TimedAnswer]) -> dict[str, Any]:
-    """Computes all figures of one system (defined in method.md 7.1)."""
-
-    def seconds(timed: Measurement[TimedAnswer]) -> list[float]:
-        return [sum(a.prefill_seconds + a.decode_seconds for a in case) for case in timed.cases]
-
-    def tokens(timed: Measurement[TimedAnswer]) -> list[int]:
-        return [sum(len(a.tokens) for a in case) for case in timed.cases]
-
-    in_rounds = [sum(len(a.tokens) - 1 for a in case) for case in result.cases]
-    rounds = [sum(a.rounds for a in case) for case in result.cases]
-    return {
-        "answers": len(result.generations),
-        "tokens": result.tokens,
-        "rounds": result.rounds,
-        "tau": round(result.tau, 4),
-        "tau_interval": interval(lambda draw: _ratio(draw, in_rounds, rounds), len(rounds)),
-        "accepted": result.accepted,
-        "step_alpha": [round(share, 4) for share in result.step_alpha],
-        "tokens_per_second": round(result.tokens_per_second, 2),
-        "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
-        "speedup": round(result.tokens_per_second / plain.tokens_per_second, 4),
-        # Both systems use the same resampled prompts, so a prompt that is slow for both cancels.
-        "speedup_interval": interval(
-            lambda draw: (
-                _ratio(draw, tokens(result), seconds(result))
-                / _ratio(draw, tokens(plain), seconds(plain))
-            ),
-            len(rounds),
-        ),
-        "prefill_seconds": round(sum(timed.prefill_seconds for timed in result.generations), 4),
-        "decode_seconds": round(sum(timed.decode_seconds for timed in result.generations), 4),
-        "identical_to_plain": result.identical_to(plain),
-        "repeated_4_grams": round(result.repeated_4_grams, 4),
-    }
-
-
-def interval(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> list[float]:
-    """95 % bootstrap interval of a statistic: prompts are resampled with replacement.
-
-    statistic: maps draw counts [resamples, count], how often each prompt was drawn, to values
-    [resamples].
-    """
-    draw = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    return [round(float(edge), 4) for edge in np.percentile(statistic(draw), [2.5, 97.5])]
-
-
-def _ratio(draw: np.ndarray, above: Sequence[float], below: Sequence[float]) -> np.ndarray:
-    total = draw @ np.asarray(below, float)
-    return np.where(total > 0, draw @ np.asarray(above, float), 1.0) / np.where(
-        total > 0, total, 1.0
-    )
-
-
-def table(made: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """Formats the report for the terminal: a block per suite, a line per system."""
     blocks = []
-    for suite in made["suites"]:
-        whole = suite["groups"][0]["systems"]
-        title = [suite["name"]] if len(made["suites"]) > 1 else []
-        notes = (
-            [f"{suite['turns_left_out']} turns did not fit the context and were left out"]
-            if suite["turns_left_out"]
-            else []
-        )
-        blocks.append("\n".join([*title, *_lines(made["systems"], whole), *notes]))
+    for suite in report.suites:
+        title = [suite.name] if len(report.suites) > 1 else []
+        notes = []
+        if suite.turns_left_out:
+            notes = [f"{suite.turns_left_out} turns did not fit the context and were left out"]
+        blocks.append("\n".join([*title, *_lines(report.systems, suite.whole.systems), *notes]))
     return "\n".join(
         [
             "\n\n".join(blocks),
             "tok/s: prefill included; decode: without it. Times exclude compilation.",
-            *made["notes"],
+            *report.notes,
         ]
     )
 
 
-def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> list[str]:
+def _lines(systems: list[SystemEntry], whole: dict[str, Figures]) -> list[str]:
     width = max(map(len, whole))
     head = (
         f"{'':{width}}  {'tau':>5}  {'tok/s':>7}  {'decode':>7}  {'speedup':>7}  {'rounds':>6} "
@@ -250,18 +342,22 @@ def _lines(systems: list[dict[str, Any]], whole: dict[str, dict[str, Any]]) -> l
     )
     lines = [head, "-" * len(head)]
     for system in systems:
-        values = whole[system["name"]]
+        values = whole[system.name]
         lines.append(
-            f"{system['name']:{width}}  {values['tau']:5.2f}  {values['tokens_per_second']:7.1f}  "
-            f"{values['decode_tokens_per_second']:7.1f}  {values['speedup']:6.2f}x  "
-            f"{values['rounds']:6d}  {values['tokens']:6d}  {system['compiles_after_warm_up']:8d}  "
-            f"{values['identical_to_plain']}/{values['answers']}"
+            f"{system.name:{width}}  {values.tau:5.2f}  {values.tokens_per_second:7.1f}  "
+            f"{values.decode_tokens_per_second:7.1f}  {values.speedup:6.2f}x  "
+            f"{values.rounds:6d}  {values.tokens:6d}  {system.compiles_after_warm_up:8d}  "
+            f"{values.identical_to_plain}/{values.answers}"
         )
     lines += [
-        f"{system['name']}: {system['tree']}; step-alpha by depth "
+        f"{system.name}: {system.tree}; step-alpha by depth "
         f"{'  '.join(f'{share:.2f}' for share in alpha)}"
         for system in systems
-        if (alpha := whole[system["name"]]["step_alpha"])
+        if (alpha := whole[system.name].step_alpha)
     ]
-    repeated = whole[systems[0]["name"]]["repeated_4_grams"]
+    repeated = whole[systems[0].name].repeated_4_grams
     return [*lines, f"repeated 4-grams in the answers: {repeated:.1%}"]
+
+
+if __name__ == "__main__":
+    write_text(SCHEMA, json.dumps(schema(), indent=1) + "\n")

@@ -181,6 +181,11 @@ class Forward:
     rows: list[KVRows]  # keys and values of the T tokens, a pair for each layer
     taps: tuple[jax.Array, ...] = ()  # the requested residual streams [B, T, D], in that order
 
+    @property
+    def tapped_BTI(self) -> jax.Array | None:
+        """The requested streams side by side, or None if there are none."""
+        return jnp.concatenate(self.taps, axis=-1) if self.taps else None
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.states_BTD, self.rows))
 

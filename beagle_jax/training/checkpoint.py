@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from beagle_jax.config import Identity
 from beagle_jax.data.share import wait_for_all
@@ -34,6 +33,7 @@ _KEPT = 2  # newest checkpoints kept per stage
 _SIZES = "sizes.json"
 # A failed write raises one UserError. Without this line orbax also logs a traceback per thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+_log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
@@ -120,9 +120,7 @@ class StageCheckpoints:
             UserError: the checkpoint was written with other settings, or cannot be read.
         """
         for left in sorted(self._folder.glob("*.orbax-checkpoint-tmp")):
-            tqdm.write(
-                f"warning: {left}: the writing of this checkpoint was interrupted; it is ignored"
-            )
+            _log.warning(f"{left}: the writing of this checkpoint was interrupted; it is ignored")
         # `newest` compares the settings first: the state of another target may not even fit.
         step = self.newest()
         if step is None:
@@ -167,8 +165,8 @@ class StageCheckpoints:
                 whole = step
                 break
             aside = self._folder / f"cut-{step}"
-            tqdm.write(
-                f"warning: {self._folder}/{step}: this checkpoint is not complete ({problem}); "
+            _log.warning(
+                f"{self._folder}/{step}: this checkpoint is not complete ({problem}); "
                 f"it is moved to {aside.name}, and the one before it is used"
             )
             if is_first():
@@ -222,9 +220,7 @@ class StageCheckpoints:
                 f"{self._folder} holds a run with other settings ({listed}); delete it, set "
                 "another train.folder, or continue with the changes: train.accept_changes=true"
             )
-        tqdm.write(
-            f"warning: {self._folder} was made with other settings ({listed}); training continues"
-        )
+        _log.warning(f"{self._folder} was made with other settings ({listed}); training continues")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Training loop of a stage: reads batches, writes checkpoints and the log, shows progress."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from beagle_jax.config import Config, Identity, StageConfig
 from beagle_jax.data.loader import BatchLoader
@@ -22,6 +22,8 @@ from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress
 from beagle_jax.training.step import Metrics, TrainState, make_steps
 from beagle_jax.training.stop import StopSignal
+
+_log = logging.getLogger(__name__)
 
 
 def run_stage(
@@ -92,12 +94,12 @@ def _restored(
     """Returns the newest saved state and its unlogged metrics; without one, `fresh` and none."""
     state, waiting = checkpoints.restore(fresh) or (fresh, [])
     if first := int(state.step):
-        tqdm.write(f"{name} stage: continues from step {first} of {stage.steps}")
+        _log.info(f"{name} stage: continues from step {first} of {stage.steps}")
     return state, waiting
 
 
 def _leave(name: str, step: int) -> NoReturn:
-    tqdm.write(
+    _log.info(
         f"{name} stage: stopped by SIGTERM after step {step}, which is saved; the same command "
         "continues from there"
     )

@@ -1,5 +1,6 @@
 """Progress of a stage: progress bar, log records, an error for a non-finite loss."""
 
+import logging
 import math
 import time
 from typing import Any
@@ -13,6 +14,8 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.errors import UserError
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.step import AGREE_WITHIN, Metrics
+
+_log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -122,7 +125,7 @@ class Progress:
     def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
         """Logs and prints a measurement, and excludes its time from the training speed."""
         self._log.write({"stage": self._name, "step": done, "split": split, **line})
-        tqdm.write(f"{self._name} stage, step {done}: {text}")
+        _log.info(f"{self._name} stage, step {done}: {text}")
         self._clock, self._timed = time.perf_counter(), 0.0
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.arrays import AnyArray
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.draft import DraftSpec
@@ -201,9 +201,10 @@ def read_spec(
     kinds = tuple(kind.spec for kind in KINDS.values()) if kinds is None else kinds
     kind = next((kind for kind in kinds if kind.model_type == model_type), None)
     if kind is None:
-        raise UserError(
-            f"{path}: model_type is {model_type!r}, expected "
-            f"{' or '.join(repr(kind.model_type) for kind in kinds)}"
+        raise BadFile(
+            path,
+            f"model_type is {model_type!r}, expected "
+            f"{' or '.join(repr(kind.model_type) for kind in kinds)}",
         )
     expected = kind.from_target(target)
     values = asdict(expected) | {
@@ -223,7 +224,7 @@ def read_spec(
         raise UserError(f"{folder}: this draft belongs to another target ({'; '.join(wrong)})")
     for key, value in asdict(expected).items():
         if value is not None and type(values[key]) is not type(value):
-            raise UserError(f"{path}: {key} is {values[key]!r}; expected a value like {value!r}")
+            raise BadFile(path, f"{key} is {values[key]!r}; expected a value like {value!r}")
     return kind(**values)
 
 
@@ -233,9 +234,9 @@ def _scaling(numbers: Any, path: Path) -> RopeScaling:
         or len(numbers) != len(RopeScaling._fields)
         or not all(type(value) in (int, float, type(None)) for value in numbers)
     ):
-        raise UserError(
-            f"{path}: rope_scaling is {numbers!r}; expected the numbers "
-            f"{', '.join(RopeScaling._fields)}"
+        raise BadFile(
+            path,
+            f"rope_scaling is {numbers!r}; expected the numbers {', '.join(RopeScaling._fields)}",
         )
     return RopeScaling(*numbers)
 

@@ -57,14 +57,9 @@ def read_eagle_draft(
         )
     fc_bias, qkv_bias = _biases(config, names, source)
     assert not isinstance(layer.rope_scaling, RopeFactors)  # `_layer` refuses them
-    spec = EagleSpec(
-        hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-        num_heads=layer.num_heads,
-        num_kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_dim,
-        rope_theta=layer.rope_theta,
-        rms_norm_eps=layer.rms_norm_eps,
+    spec = dataclasses.replace(
+        EagleSpec.from_target(layer),
+        embed_scale=1.0,  # published drafts read the embedding as it is
         fc_bias=fc_bias,
         rope_scaling=layer.rope_scaling,
         qkv_bias=qkv_bias,

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.weights.gguf_config import hf_config
 from beagle_jax.weights.gguf_header import check_header
 from beagle_jax.weights.gguf_metadata import Metadata
@@ -54,23 +54,25 @@ class GGUFFile:
         check_parts(parts)
         kind = self._metadata.get("general.type", "model")
         if kind != "model":
-            raise UserError(
-                f"{path}: the type of this GGUF file is {kind!r} (general.type), not a model; "
-                "give the file of the model itself"
+            raise BadFile(
+                path,
+                f"the type of this GGUF file is {kind!r} (general.type), not a model; "
+                "give the file of the model itself",
             )
         self._name = self._metadata.need("general.architecture")
         if self._name not in ARCHITECTURES:
-            raise UserError(
-                f"{path}: architecture is {self._name!r}; this version reads GGUF files of "
+            raise BadFile(
+                path,
+                f"architecture is {self._name!r}; this version reads GGUF files of "
                 f"{', '.join(map(repr, ARCHITECTURES))}; for other models use the Hugging Face "
-                "folder"
+                "folder",
             )
         self._architecture = ARCHITECTURES[self._name]
         self._stored: dict[str, _Stored] = {}
         for part, reader in zip(paths, readers, strict=True):
             for tensor in reader.tensors:
                 if tensor.name in self._stored:
-                    raise UserError(f"{path}: tensor {tensor.name} is in two parts")
+                    raise BadFile(path, f"tensor {tensor.name} is in two parts")
                 self._stored[tensor.name] = _Stored(part, tensor)
 
     def config(self) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def _reader(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+        raise BadFile(path, f"not a readable GGUF file ({error}); download it again") from error
 
 
 def _bytes_of(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gguf
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 
 _SCALARS: dict[int, str] = {
     gguf.GGUFValueType.UINT8: "B",
@@ -45,7 +45,7 @@ def check_header(path: Path) -> None:
         ):
             _Walk(path, data).check()
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise UserError(f"{path}: not a readable GGUF file ({error}); download it again") from error
+        raise BadFile(path, f"not a readable GGUF file ({error}); download it again") from error
 
 
 class _Walk:
@@ -156,7 +156,8 @@ class _Walk:
 
     def _broken(self, problem: str, at: int | None = None) -> UserError:
         at = self._at if at is None else at
-        return UserError(
-            f"{self._path}: not a readable GGUF file (byte {at:,}: {problem}); is the file "
-            "whole? Download it again"
+        return BadFile(
+            self._path,
+            f"not a readable GGUF file (byte {at:,}: {problem}); is the file "
+            "whole? Download it again",
         )

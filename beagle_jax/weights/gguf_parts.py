@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile
 from beagle_jax.weights.gguf_metadata import Metadata
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -29,9 +29,10 @@ def part_paths(path: Path) -> list[Path]:
     ]
     missing = [part.name for part in paths if not part.is_file()]
     if path not in paths or missing:
-        raise UserError(
-            f"{path}: this is one part of {count}, and {', '.join(missing) or 'its number'} is not "
-            f"beside it; put all parts into one folder, {_MERGE}"
+        raise BadFile(
+            path,
+            f"this is one part of {count}, and {', '.join(missing) or 'its number'} is not "
+            f"beside it; put all parts into one folder, {_MERGE}",
         )
     return paths
 
@@ -47,8 +48,9 @@ def check_parts(parts: Sequence[Metadata]) -> None:
     for number, part in enumerate(parts):
         stated = part.get("split.no", 0), part.get("split.count", 1) or 1
         if stated != (number, len(parts)):
-            raise UserError(
-                f"{part.path}: by its metadata this is part {stated[0] + 1} of {stated[1]}, by its "
+            raise BadFile(
+                part.path,
+                f"by its metadata this is part {stated[0] + 1} of {stated[1]}, by its "
                 f"name part {number + 1} of {len(parts)}; give the parts the names that they were "
-                f"written under, NAME-{stated[0] + 1:05d}-of-{stated[1]:05d}.gguf, {_MERGE}"
+                f"written under, NAME-{stated[0] + 1:05d}-of-{stated[1]:05d}.gguf, {_MERGE}",
             )

@@ -3,7 +3,7 @@
 The folder holds config.json, safetensors and tokenizer files.
 """
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 from beagle_jax.weights.model_files import (
     INDEX,
@@ -22,6 +22,8 @@ from beagle_jax.weights.model_files import (
     model_files,
 )
 from beagle_jax.weights.safetensors_file import Place, places
+
+_log = logging.getLogger(__name__)
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 4096  # rows compared at a time
@@ -122,9 +124,10 @@ def _check_sentencepiece(path: Path) -> None:
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a SentencePiece model ({error}); is the file whole? "
-            f"Copy or download it again, {remedy}"
+        raise BadFile(
+            path,
+            f"cannot be read as a SentencePiece model ({error}); is the file whole? "
+            f"Copy or download it again, {remedy}",
         ) from error
 
 
@@ -138,10 +141,11 @@ class HFFolder(HFTokenizer):
         super().__init__(path)
         self._files = model_files(path)
         if name := adapter_beside(path):
-            print(
-                f"{path}: the adapter {name} is beside the model and is not applied; merge it "
-                "into the model first to decode with it",
-                file=sys.stderr,
+            _log.warning(
+                "%s: the adapter %s is beside the model and is not applied; merge it into the "
+                "model first to decode with it",
+                path,
+                name,
             )
 
     def config(self) -> dict[str, Any]:
@@ -246,5 +250,5 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
                 "the network, then run again (complete files are not downloaded again); or give a "
                 "local folder"
             ) from error
-    print(f"hf:{repo} is read from the hub's cache, {snapshot}", file=sys.stderr)
+    _log.warning("hf:%s is read from the hub's cache, %s", repo, snapshot)
     return snapshot

@@ -61,7 +61,7 @@ def model_card(draft: Draft, measured: str | None = None, revision: str | None =
 
     Args:
       draft: the exported draft.
-      measured: the table that `acceptance` makes from a report.
+      measured: the table of results, from `evaluation.pages.acceptance`.
       revision: the target's current revision. It is named for drafts that do not record the
         revision they were trained on.
     """
@@ -136,31 +136,6 @@ _MEASURE_IT = (
     f"{_MISSING}: `python -m beagle_jax.evaluate --json FILE` measures it, and `convert "
     "to-torch --report FILE` writes it here"
 )
-
-
-def acceptance(report: dict[str, Any]) -> str:
-    """Returns a table of a report's results for its draft, with one line per suite.
-
-    report: the contents of a report (report.schema.json).
-
-    Raises:
-      KeyError, IndexError, TypeError, ValueError: this is not such a report.
-    """
-    system = report["systems"][1]  # the first is plain decoding
-    lines = [
-        "| suite | prompts | tau | 95 % interval | speedup | identical to plain decoding |",
-        "|---|---|---|---|---|---|",
-    ]
-    for suite in report["suites"]:
-        whole = suite["groups"][0]
-        results = whole["systems"][system["name"]]
-        low, high = results["tau_interval"]
-        lines.append(
-            f"| {suite['name']} | {whole['prompts']} | {results['tau']:.2f} | {low:.2f} to "
-            f"{high:.2f} | {results['speedup']:.2f}x | "
-            f"{results['identical_to_plain']}/{results['answers']} |"
-        )
-    return "\n".join([f"{system['tree']}, on {report['environment']['machine']}", "", *lines])
 
 
 def _other_facts(provenance: dict[str, Any]) -> str:

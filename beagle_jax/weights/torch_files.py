@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beagle_jax.errors import UserError
+from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 from beagle_jax.weights.draft import HOT_TOKENS
 from beagle_jax.weights.safetensors_file import read_tensors
@@ -81,16 +81,18 @@ def _read_pickle(path: Path) -> Named:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path}: torch.load(weights_only=True) cannot read it ({reason}); is it whole, "
-            "and does it hold weights only?"
+        raise BadFile(
+            path,
+            f"torch.load(weights_only=True) cannot read it ({reason}); is it whole, "
+            "and does it hold weights only?",
         ) from error
     if not isinstance(held, dict) or not all(
         isinstance(value, torch.Tensor) for value in held.values()
     ):
-        raise UserError(
-            f"{path}: expected named tensors, but it holds other values; give --source the file "
-            "with the weights"
+        raise BadFile(
+            path,
+            "expected named tensors, but it holds other values; give --source the file with the "
+            "weights",
         )
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 

@@ -54,14 +54,12 @@ def read_torch_draft(
     if config.get("model_type") in [kind.spec.model_type for kind in KINDS.values()]:
         raise UserError(f"{source}: already a draft of beagle_jax; set draft.path to it")
     kind = kind_in_torch(config.get("model_type"))
-    spec = (
-        BeagleSpec.from_target(target) if kind is None else _our_spec(kind, config, target, source)
-    )
+    published = BeagleSpec.from_target(target)
+    spec = published if kind is None else _our_spec(kind, config, target, source)
     _check_config(config, spec, target.vocab_size, source)
     tensors = read_weights(files)
     if kind is None:
-        assert isinstance(spec, BeagleSpec)
-        draft = _published(spec, tensors, target, source, config)
+        draft = _published(published, tensors, target, source, config)
         draft = replace(draft, provenance={"target": target_source, **draft.provenance})
     else:
         draft = _ours(spec, tensors, target, source, config)

@@ -67,7 +67,7 @@ def run(out: Path) -> None:
         answers = out / "work" / f"{part}-{digest[:12]}"
         try:
             made = evaluate(suite_config, str(answers))
-            finish(out, part, {"suite": name, "draft_digest": digest, "report": made})
+            finish(out, part, {"suite": name, "draft_digest": digest, "report": made.as_json()})
             print(table(made), flush=True)
         except UserError as error:
             finish(out, part, {"suite": name, "error": str(error)})
