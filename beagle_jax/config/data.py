@@ -26,7 +26,8 @@ class DataConfig(Section):
     source: str = setting(
         "self",
         "chats: a .jsonl[.gz] or .json file, a folder of .jsonl[.gz] files, "
-        "hf:org/name[@revision] or hf:FOLDER; self: the target writes prompts and answers",
+        "hf:org/name[@revision] or hf:FOLDER; token rows: a .rows file or a folder of them; self: "
+        "the target writes prompts and answers",
         affects=("text", "stage"),
         path="input",
     )
@@ -42,8 +43,8 @@ class DataConfig(Section):
     )
     answers: Literal["keep", "regenerate"] = setting(
         "keep",
-        "keep: the answers of the chats; regenerate: chats are cut before their first answer, and "
-        "the target writes it",
+        "keep: the answers of the chats; regenerate: the target writes each answer of a chat anew, "
+        "after those that it wrote",
         affects=("text", "stage"),
     )
     folder: str = setting(
@@ -91,6 +92,11 @@ class DataConfig(Section):
         "and names them",
         ge=0,
         le=1,
+    )
+    unread: Literal["ignore", "refuse"] = setting(
+        "ignore",
+        "a chat's fields that neither a rule nor the chat template reads; ignore: each is named "
+        "once, with its line",
     )
     states: Literal["disk", "online"] = setting(
         "disk",
