@@ -34,7 +34,7 @@ from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.training.best import Best
-from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS
 from beagle_jax.training.loop import check_settings, run_stage
 from beagle_jax.training.metrics import Log, check_writers
@@ -72,7 +72,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
         return Draft(spec, params, hot_ids, made_with | more)
 
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
-    frozen = frozen_parts(target, hot_ids, online=states is None)
+    frozen = frozen_parts(target, hot_ids, states is None, measured=config.log.eval_rows > 0)
     if best is None:
         del target  # frees the memory of its layers, unless the caller keeps the target
     training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
@@ -105,12 +105,33 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
 
 
 def draft_vocabulary(config: Config, rows: list[Row], vocab_size: int) -> np.ndarray | None:
-    """Ids of the tokens that the draft scores (`draft.hot_tokens`); None: all tokens."""
-    hot_ids = hot_tokens(rows, config.draft.hot_tokens, vocab_size)
+    """Ids of the tokens that the draft scores (`draft.hot_tokens`); None: all tokens.
+
+    rows: in training's order. Tokens are counted on those that are trained on, without the last
+    `log.eval_rows`.
+    """
+    cut = training_count(config, rows)
+    hot_ids = hot_tokens(rows[:cut], config.draft.hot_tokens, vocab_size)
     if hot_ids is not None:
-        share = coverage(rows, hot_ids)
-        print(f"draft vocabulary: {len(hot_ids)} tokens, {share:.1%} of the answers")
+        shares = f"{coverage(rows[:cut], hot_ids):.1%} of the answers trained on"
+        if config.log.eval_rows:
+            shares += f", {coverage(rows[cut:], hot_ids):.1%} of the held-out ones"
+        print(f"draft vocabulary: {len(hot_ids)} tokens, {shares}")
     return hot_ids
+
+
+def training_count(config: Config, rows: Sequence[Row]) -> int:
+    """Returns how many of the rows are trained on; the others are held out.
+
+    Raises: UserError if none is left for training.
+    """
+    cut = len(rows) - config.log.eval_rows
+    if cut < 1:
+        raise UserError(
+            f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; "
+            "lower it"
+        )
+    return cut
 
 
 def training_target(config: Config) -> Target:
@@ -198,12 +219,7 @@ def loaders(
 
     Raises: UserError if no rows are left for training.
     """
-    cut = len(rows) - config.log.eval_rows
-    if cut < 1:
-        raise UserError(
-            f"log.eval_rows is {config.log.eval_rows}, but there are only {len(rows)} rows; "
-            "lower it"
-        )
+    cut = training_count(config, rows)
     loader = partial(
         BatchLoader,
         batch=config.train.batch,
@@ -254,10 +270,13 @@ def train(
     return params
 
 
-def frozen_parts(target: Target, hot_ids: np.ndarray | None, online: bool) -> FrozenTarget:
+def frozen_parts(
+    target: Target, hot_ids: np.ndarray | None, online: bool, measured: bool = False
+) -> FrozenTarget:
     """Returns the parts of this process's target that training reads.
 
-    online: training steps compute the target's states, so its layers are included.
+    online: training steps compute the target's states, so its layers are included. measured: rows
+    are held out, and their figures are over all tokens, so the whole head is included.
     """
     # With a reduced draft vocabulary, both distributions of the loss are over that vocabulary,
     # since the draft scores no other token.
@@ -267,6 +286,12 @@ def frozen_parts(target: Target, hot_ids: np.ndarray | None, online: bool) -> Fr
         head_VD=head_VD,
         model=target.params if online else None,
         spec=target.spec if online else None,
+        vocabulary=Vocabulary(
+            head(target.params),
+            jnp.zeros(target.spec.vocab_size, bool).at[hot_ids].set(True),
+        )
+        if measured and hot_ids is not None
+        else None,
     )
 
 
@@ -277,7 +302,8 @@ def spread(
     if jax.process_count() > 1 and frozen.model is not None:
         # `frozen.model` is on this process only. Each process reads its shards of a shared model.
         shared = configured_target(config.target, mesh, decoding=False)
-        return place(frozen_parts(shared, hot_ids, online=True), mesh)
+        measured = config.log.eval_rows > 0
+        return place(frozen_parts(shared, hot_ids, online=True, measured=measured), mesh)
     return place(jax.device_get(frozen) if jax.process_count() > 1 else frozen, mesh)
 
 

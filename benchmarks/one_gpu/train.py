@@ -16,11 +16,17 @@ from typing import Any
 
 import jax
 
-from beagle_jax.commands.train import given_draft, provenance, train_draft, training_target
+from beagle_jax.commands.train import (
+    draft_vocabulary,
+    given_draft,
+    provenance,
+    shuffled,
+    train_draft,
+    training_target,
+)
 from beagle_jax.config import Config, load_config
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.folder import read_parts
-from beagle_jax.data.hot_tokens import hot_tokens
 from beagle_jax.data.rows_file import Header, write_rows
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
@@ -76,6 +82,7 @@ def fill(config: Config, target: Target, paths: Sequence[Path]) -> None:
 def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | None:
     """Returns the draft of the newest checkpoint, with stage and step; None if there is none."""
     rows = [row for part in read_parts(config.data.folder).values() for row in part]
+    rows, _ = shuffled(config.data.seed, rows, None)
     start = given_draft(config, target)
     kind = spec_type(config.draft.kind)
     spec = kind.from_target(target.spec, config.draft.init_std) if start is None else start.spec
@@ -91,7 +98,7 @@ def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | Non
             restored = checkpoints.restore(fresh)
         if restored is not None:
             state, step = restored[0], int(restored[0].step)
-            hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
+            hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
             made = provenance(config, rows, target.revision) | {"stopped": [stage, step]}
             return Draft(spec, host_copy(state.params), hot_ids, made), stage, step
     return None
