@@ -343,8 +343,8 @@ def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, mon
     right = waves._group
     monkeypatch.setattr(waves, "PART_ROWS", 4)
 
-    def forgets(items, missing, length):
-        group, expected = right(items, missing, length)
+    def forgets(items, missing, length, most):
+        group, expected = right(items, missing, length, most)
         list(islice(items, 4 - len(group)))
         return group, expected
 

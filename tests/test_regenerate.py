@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from text_cases import letters_tokenizer
+from chat_cases import byte_tokenizer
 
 from beagle_jax.config import DataConfig
 from beagle_jax.corpus import answers as corpus_answers
@@ -51,7 +51,7 @@ def regenerated(tmp_path):
     def run(*records, template=None, words="", stops=True, **settings):
         path = tmp_path / "chats.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        tokenizer = letters_tokenizer()
+        tokenizer = byte_tokenizer()
         tokenizer.chat_template = template or tokenizer.chat_template
         writer = Counting(tokenizer, words, stops)
         config = DataConfig(
@@ -136,6 +136,6 @@ def test_states_are_those_of_the_last_call(regenerated, tmp_path):
     """They cover the whole row, as the target read it for its last answer."""
     rows, _ = regenerated(chat("A?", "old", "B?", "old"), chat("D?", "old"))
     stored = np.fromfile(states_path(tmp_path / "data", 0), np.float32)
-    lengths = [len(letters_tokenizer().encode(text)) for text in rows]
+    lengths = [len(byte_tokenizer().encode(text)) for text in rows]
     assert record_bytes(2, "float32") == 8 and len(lengths) == 2
     assert stored[0] == 2 and stored[-1] == 1

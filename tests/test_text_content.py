@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment
-from text_cases import QuickWriter, filled, letters_tokenizer, write_chats
+from text_cases import QuickWriter, byte_tokenizer, filled, write_chats
 
 from beagle_jax.config import DataConfig
 from beagle_jax.corpus import text as corpus_text
@@ -78,7 +78,7 @@ def test_a_budget_divided_among_processes_is_seen(tmp_path, written, monkeypatch
     monkeypatch.setattr(
         corpus_text,
         "plan",
-        lambda items, first, missing, length, is_own: waves.plan(
+        lambda items, first, missing, length, is_own, _: waves.plan(
             items, first, missing / (1 + (not is_own(first + 1))), length, is_own
         ),
     )
@@ -165,7 +165,7 @@ def test_processes_that_run_together(tmp_path, count, source):
 
 
 def questions(rows) -> list[int]:
-    tokenizer = letters_tokenizer()
+    tokenizer = byte_tokenizer()
     texts = (tokenizer.decode(row.tokens) for row in rows)
     return [int(text.split("Question ")[1].split("?")[0]) for text in texts]
 

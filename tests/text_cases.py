@@ -11,24 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from chat_cases import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MADE_FOR = {"target": "a-target"}
-
-
-def letters_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, and ChatML."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    special = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
-    return PreTrainedTokenizerFast(tokenizer_object=model, chat_template=CHATML, **special)
 
 
 class QuickWriter:
@@ -57,7 +43,7 @@ def filled(folder: Path, source: str, share, batch: int = 4, **settings) -> list
     from beagle_jax.corpus.text import training_rows
 
     waves.PART_ROWS = 4
-    tokenizer = letters_tokenizer()
+    tokenizer = byte_tokenizer()
     given = {"answer_tokens": 60, "max_answer_tokens": 8, "states": "online"} | settings
     config = DataConfig(folder=str(folder), source=source, **given)
     writer = QuickWriter(tokenizer, batch)

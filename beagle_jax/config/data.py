@@ -27,7 +27,14 @@ class DataConfig(Section):
         "self",
         "chats: a .jsonl[.gz] or .json file, a folder of .jsonl[.gz] files, "
         "hf:org/name[@revision] or hf:FOLDER; token rows: a .rows file or a folder of them; self: "
-        "the target writes prompts and answers",
+        "the target writes prompts and answers; openai:URL#MODEL: a server answers data.prompts",
+        affects=("text", "stage"),
+        path="input",
+    )
+    prompts: str | None = setting(
+        None,
+        "chats that the server of an openai: source answers, named as in data.source; null: the "
+        "package's own prompts",
         affects=("text", "stage"),
         path="input",
     )
@@ -109,6 +116,17 @@ class DataConfig(Section):
         "dtype of states on disk; int8 has one scale per token; null: target.dtype",
         affects=("text", "stage"),
     )
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.prompts is not None and not self.source.startswith("openai:"):
+            raise refusal(
+                f"{{at}}prompts is {self.prompts}, which only an openai: source reads; make it "
+                "{at}source"
+            )
+        if self.prompts is not None and self.prompts.startswith(("self", "openai:")):
+            raise refusal(f"{{at}}prompts is {self.prompts}; expected a file, a folder or hf:..")
+        return self
 
     @model_validator(mode="after")
     def _check_states(self) -> Self:

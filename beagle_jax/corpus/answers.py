@@ -8,8 +8,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
+from beagle_jax.corpus.server import ServerAnswers
 from beagle_jax.corpus.writer import Writer
 from beagle_jax.data.chats import Message
+from beagle_jax.data.source import SERVER
 from beagle_jax.data.template import Row, TemplateRefusal, prompt_tokens, supervised_tokens
 
 _SEED_OF_A_TURN = 1_000_003
@@ -35,7 +37,9 @@ def answerer_of(
     eos_ids: Sequence[int],
     write: Writer,
 ) -> Answerer:
-    """Returns what writes the missing answers of `data.source`."""
+    """Returns what writes the missing answers of `data.source`: the target, or a server."""
+    if config.source.startswith(SERVER):
+        return ServerAnswers(config, tokenizer, eos_ids)
     return TargetAnswers(config, tokenizer, eos_ids, write)
 
 

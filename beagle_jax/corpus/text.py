@@ -30,7 +30,7 @@ from beagle_jax.data.folder import (
 )
 from beagle_jax.data.rows_file import Header
 from beagle_jax.data.share import ALONE, Share, wait_for_all
-from beagle_jax.data.source import pinned, source_chats, source_rows
+from beagle_jax.data.source import SERVER, pinned, source_chats, source_rows
 from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.data.vocabulary import check_ids
@@ -186,7 +186,8 @@ class _Text:
         length = answer_length(self._config, self.parts)
         items = self._items_from(first, round(wanted / length))
         # Every process computes the same plan.
-        planned = plan(items, first, wanted, length, self._is_own)
+        by_server = self._config.source.startswith(SERVER)
+        planned = plan(items, first, wanted, length, self._is_own, by_server)
         self._place += sum(planned.wave.items)
         wait_for_all("the text is planned")
         if self._share.index == 0 or not self._share.together:

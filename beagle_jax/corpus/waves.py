@@ -14,6 +14,7 @@ from beagle_jax.data.folder import Wave
 from beagle_jax.data.template import Row, supervised_tokens
 
 PART_ROWS = 1024  # items of one part
+SERVER_ROWS = 128  # of a part that a server answers: an interruption loses what it answered of it
 # Parts of a wave: bounds memory, and in the first wave also the text beyond the budget, when the
 # length of answers is not known yet.
 WAVE_PARTS, FIRST_WAVE_PARTS = 64, 8
@@ -39,21 +40,23 @@ def plan(
     missing: int,
     length: float,
     is_own: Callable[[int], bool],
+    by_server: bool = False,
 ) -> Planned:
     """Plans the parts that are expected to give the missing answer tokens.
 
     items: of the source, from the first one that no part holds. first: number of the first part.
     length: answer tokens of an item without an answer. is_own: whether this process writes a part;
-    items of other parts are not kept.
+    items of other parts are not kept. by_server: a server answers the items.
     """
+    rows = min(PART_ROWS, SERVER_ROWS) if by_server else PART_ROWS
     most = FIRST_WAVE_PARTS if first == 0 else WAVE_PARTS
     sizes: list[int] = []
     own: dict[int, list[Row]] = {}
     expected, ended = 0.0, False
     while expected < missing and len(sizes) < most:
-        group, tokens = _group(items, missing - expected, length)
+        group, tokens = _group(items, missing - expected, length, rows)
         expected += tokens
-        ended = expected < missing and len(group) < PART_ROWS
+        ended = expected < missing and len(group) < rows
         if group:
             if is_own(first + len(sizes)):
                 own[first + len(sizes)] = group
@@ -73,11 +76,13 @@ def follow(items: Iterator[Row], wave: Wave, is_own: Callable[[int], bool]) -> d
     return own
 
 
-def _group(items: Iterator[Row], missing: float, length: float) -> tuple[list[Row], float]:
+def _group(
+    items: Iterator[Row], missing: float, length: float, most: int
+) -> tuple[list[Row], float]:
     """Returns the items of one part and the answer tokens that they are expected to give."""
     group: list[Row] = []
     expected = 0.0
-    for row in islice(items, PART_ROWS):
+    for row in islice(items, most):
         group.append(row)
         expected += sum(row.supervised) or length * row.answers
         if expected >= missing:

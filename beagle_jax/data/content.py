@@ -26,6 +26,9 @@ def content_of(config: DataConfig) -> list[Content]:
 
     `sha256` is None if only `revision`, the commit of a dataset on the hub, identifies the content.
     """
+    if config.source.startswith("openai:"):  # what the server is asked
+        prompts = config.changed(source=config.prompts or "self", prompts=None)
+        return [entry | {"name": config.source} for entry in content_of(prompts)]
     if config.source.startswith("hf:"):
         name = config.source.removeprefix("hf:")
         folder = Path(name).expanduser()

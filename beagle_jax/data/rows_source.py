@@ -20,7 +20,7 @@ def rows_files(source: str) -> list[Path]:
 
     Of a folder that is a `data.folder`, these are the parts of its text.
     """
-    if source == "self" or source.startswith("hf:"):
+    if source == "self" or source.startswith(("hf:", "openai:")):
         return []
     path = Path(source).expanduser()
     if path.suffix == SUFFIX:

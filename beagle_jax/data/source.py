@@ -1,12 +1,20 @@
 """`data.source` as rows of tokens: chats with answers, and prompts without an answer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.data.chats import BadRecord, Chat, LeftOut, local_source, read_chats
+from beagle_jax.data.chats import (
+    BadRecord,
+    Chat,
+    LeftOut,
+    local_source,
+    own_prompts,
+    read_chats,
+)
 from beagle_jax.data.folder import is_claimed, source_revision
 from beagle_jax.data.hub import hub_chats
 from beagle_jax.data.rows_source import rows_files, stored_rows
@@ -20,13 +28,39 @@ from beagle_jax.data.template import (
 from beagle_jax.data.vocabulary import check_ids
 from beagle_jax.errors import UserError
 
+SERVER = "openai:"
+
 
 def pinned(config: DataConfig) -> DataConfig:
     """Returns the config with the commit of the dataset that `data.folder` holds text of."""
-    if not config.source.startswith("hf:") or "@" in config.source:
+    key = "prompts" if config.source.startswith(SERVER) else "source"
+    name = getattr(config, key) or ""
+    if not name.startswith("hf:") or "@" in name:
         return config
     revision = source_revision(config.folder)
-    return config.changed(source=f"{config.source}@{revision}") if revision else config
+    return config.changed(**{key: f"{name}@{revision}"}) if revision else config
+
+
+def server_of(source: str) -> tuple[str, str]:
+    """Returns URL and model of an `openai:` source.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    url, _, model = source.removeprefix(SERVER).partition("#")
+    if not url.startswith(("http://", "https://")) or not model:
+        raise UserError(
+            f"data.source: {source!r} is not openai:URL#MODEL; expected, for example, "
+            "openai:http://127.0.0.1:8000/v1#org/name"
+        )
+    return url, model
+
+
+def _prompts_of(config: DataConfig) -> DataConfig | None:
+    """Returns a config whose source is the prompts of a server; None: the package's own."""
+    if config.prompts is None:
+        return None
+    return config.changed(source=config.prompts, prompts=None)
 
 
 def source_chats(config: DataConfig) -> Iterable[Chat]:
@@ -37,6 +71,9 @@ def source_chats(config: DataConfig) -> Iterable[Chat]:
     """
     if rows_files(config.source):
         return ()
+    if config.source.startswith(SERVER):
+        prompts = _prompts_of(config)
+        return own_prompts("train") if prompts is None else source_chats(prompts)
     if config.source.startswith("hf:"):
         return hub_chats(
             config.source.removeprefix("hf:"),
@@ -56,11 +93,19 @@ def check_source(config: DataConfig) -> None:
     Raises:
         UserError: the source does not exist.
     """
-    if (
-        config.source != "self"
-        and not config.source.startswith("hf:")
-        and not is_claimed(config.folder)
-    ):
+    if is_claimed(config.folder) or config.source == "self":
+        return
+    if config.source.startswith(SERVER):
+        server_of(config.source)
+        prompts = _prompts_of(config)
+        if prompts is not None and rows_files(prompts.source):
+            raise UserError(
+                f"data.prompts: {config.prompts} holds token rows, and a server answers chats; "
+                "give a .jsonl file"
+            )
+        if prompts is not None:
+            check_source(prompts)
+    elif not config.source.startswith("hf:"):
         local_source(config.source)
 
 
@@ -118,13 +163,13 @@ def _rows_of(
     """Returns the rows of one chat, whatever their length."""
     if not chat.waits_for_answer and config.answers == "keep":
         return chat_rows(tokenizer, chat, eos_ids)
-    if config.answers == "keep":
-        tokens = prompt_tokens(tokenizer, chat.messages, chat.where, chat.variables)
-        return [Row(tokens, [False] * len(tokens))]
+    if config.answers == "keep":  # the answers that are there are context of the next one
+        chat = replace(chat, untrained=frozenset(range(len(chat.messages))))
     if not chat.contexts:
         raise BadRecord("no answer of the chat can be written anew")
     tokens = prompt_tokens(tokenizer, chat.contexts[0], chat.where, chat.variables)
-    return [Row(tokens, [False] * len(tokens), chat if len(chat.contexts) > 1 else None)]
+    by_turns = len(chat.contexts) > 1 or config.source.startswith(SERVER)
+    return [Row(tokens, [False] * len(tokens), chat if by_turns else None)]
 
 
 class _Unread:
