@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 from conftest import environment
 from text_cases import QuickWriter, byte_tokenizer, filled, write_chats
 
-from beagle_jax.config import DataConfig
+from beagle_jax.commands import train as train_command
+from beagle_jax.commands.train import check_rows_of_run
+from beagle_jax.config import DataConfig, load_config
 from beagle_jax.corpus import text as corpus_text
 from beagle_jax.corpus import waves
 from beagle_jax.data import source as data_source
 from beagle_jax.data.folder import read_parts, read_waves
 from beagle_jax.data.share import ALONE, Share
+from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 
 
@@ -268,3 +272,47 @@ def test_the_commit_of_a_dataset_is_recorded_and_read_again(tmp_path, monkeypatc
 def test_a_commit_that_was_named_is_read_as_it_is():
     config = DataConfig(source="hf:org/name@main", folder="nowhere")
     assert data_source.pinned(config) is config
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """Claims a run's folder for rows, as if it had a checkpoint."""
+    (tmp_path / "run.yaml").write_text("target: {source: x}\n")
+
+    def claim(numbers, *more: str) -> None:
+        config = load_config(tmp_path / "run.yaml", [f"train.folder={tmp_path}/run", *more])
+        check_rows_of_run(config, [Row([number, 1], [False, True]) for number in numbers])
+        (tmp_path / "run" / "checkpoints" / "early" / "1").mkdir(parents=True, exist_ok=True)
+
+    return claim
+
+
+def check_other_rows(run_of) -> None:
+    run_of([1, 2])
+    run_of([1, 2])
+    with pytest.raises(UserError, match=r"run holds a run on other rows .*accept_changes=true"):
+        run_of([2, 1])
+
+
+def test_a_run_on_other_rows_is_refused(run_of, capsys):
+    check_other_rows(run_of)
+    run_of([2, 1], "train.accept_changes=true")
+    assert "warning: " in capsys.readouterr().out
+    run_of([2, 1])
+
+
+def test_rows_that_nobody_compares_are_seen(run_of, monkeypatch):
+    """The planted bug."""
+    monkeypatch.setattr(train_command, "rows_digest", lambda rows: "0" * 64)
+    with pytest.raises(pytest.fail.Exception):
+        check_other_rows(run_of)
+
+
+def test_a_run_without_a_checkpoint_may_change_its_rows(tmp_path, run_of):
+    run_of([1, 2])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run_of([2, 1])
+    run_of([2, 1])

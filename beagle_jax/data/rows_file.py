@@ -94,18 +94,16 @@ def write_rows(path: Path, rows: Sequence[Row], header: Header) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    tokens_N = np.concatenate([[], *(row.tokens for row in rows)]).astype(np.int64)
-    supervised_N = np.concatenate([[], *(row.supervised for row in rows)]).astype(bool)
-    lengths = [len(row.tokens) for row in rows]
+    tokens_N, supervised_N, start_R = _joined(rows)
     short = np.uint16 if not len(tokens_N) or tokens_N.max() < 2**16 else np.uint32
     arrays = {
         "tokens": tokens_N.astype(short),
         "supervised": supervised_N,
-        "start": np.cumsum([0, *lengths], dtype=np.int64),
+        "start": start_R,
         "prompt_tokens": np.array([_prompt_length(row) for row in rows], np.int32),
         "answer_tokens": np.array([sum(row.supervised) for row in rows], np.int32),
     }
-    digest = rows_digest(arrays["tokens"], supervised_N, arrays["start"])
+    digest = _digest(tokens_N, supervised_N, start_R)
     described = json.dumps(asdict(header) | {"rows_sha256": digest})
     try:
         with whole(path) as partial:
@@ -136,8 +134,20 @@ def open_rows(path: str | Path) -> RowsFile:
     return found
 
 
-def rows_digest(tokens_N: np.ndarray, supervised_N: np.ndarray, start_R: np.ndarray) -> str:
-    """Returns the SHA-256 of rows, whatever the dtype of their tokens."""
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Returns the SHA-256 of rows: of their tokens, supervision, lengths and order."""
+    return _digest(*_joined(rows))
+
+
+def _joined(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens [N] and supervision [N] of all rows, and the index [R + 1]."""
+    tokens_N = np.concatenate([[], *(row.tokens for row in rows)]).astype(np.int64)
+    supervised_N = np.concatenate([[], *(row.supervised for row in rows)]).astype(bool)
+    return tokens_N, supervised_N, np.cumsum([0, *(len(row.tokens) for row in rows)])
+
+
+def _digest(tokens_N: np.ndarray, supervised_N: np.ndarray, start_R: np.ndarray) -> str:
+    """Returns the hash of rows, whatever the dtype of their tokens."""
     digest = hashlib.sha256()
     for array, dtype in ((tokens_N, np.uint32), (supervised_N, np.uint8), (start_R, np.int64)):
         for begin in range(0, len(array), 1 << 24):  # a copy of the whole text may not fit
@@ -185,6 +195,6 @@ def _fault(found: RowsFile) -> str:
     sizes = (len(found.supervised_N), len(found.prompt_tokens_R), len(found.answer_tokens_R))
     if sizes != (N, R, R):
         return f"it has {N} tokens in {R} rows, and lists of {sizes} for them"
-    if rows_digest(found.tokens_N, found.supervised_N, start_R) != found.header.rows_sha256:
+    if _digest(found.tokens_N, found.supervised_N, start_R) != found.header.rows_sha256:
         return "its rows are not those that its header describes (rows_sha256)"
     return ""

@@ -285,19 +285,8 @@ def make_steps(
 
     def eval_step(params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch) -> Metrics:
         batch = with_states(frozen, batch, spec.taps)
-        key = jax.random.key(0)
-        return stage_loss(
-            params,
-            spec,
-            clean,
-            stage,
-            objective,
-            frozen,
-            batch,
-            key,
-            mesh,
-            frozen.vocabulary,
-        )[1]
+        of_batch = (spec, clean, stage, objective, frozen, batch, jax.random.key(0), mesh)
+        return stage_loss(params, *of_batch, frozen.vocabulary)[1]
 
     def init(params: dict[str, jax.Array]) -> TrainState:
         return _first_state(params, optimizer, config.accumulate)
