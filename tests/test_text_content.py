@@ -274,6 +274,14 @@ def test_a_commit_that_was_named_is_read_as_it_is():
     assert data_source.pinned(config) is config
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_prompt_without_an_embedding_is_refused_before_it_is_answered(tmp_path, which):
+    source = [write_chats(tmp_path / "chats.jsonl", range(4), lambda number: False), "self"][which]
+    with pytest.raises(UserError, match=r"token 25\d \('.*'\) at position \d+ has no row in the"):
+        filled(tmp_path / "data", source, ALONE, vocab_size=250)
+    assert not list((tmp_path / "data").glob("part-*"))
+
+
 # Checkpoints
 
 

@@ -36,7 +36,9 @@ class QuickWriter:
                 yield SimpleNamespace(index=index, tokens=tokens, states_LD=states_LD)
 
 
-def filled(folder: Path, source: str, share, batch: int = 4, **settings) -> list:
+def filled(
+    folder: Path, source: str, share, batch: int = 4, vocab_size: int | None = None, **settings
+) -> list:
     """Fills a folder as one of its processes; returns the rows to train on."""
     from beagle_jax.config import DataConfig
     from beagle_jax.corpus import waves
@@ -48,7 +50,13 @@ def filled(folder: Path, source: str, share, batch: int = 4, **settings) -> list
     config = DataConfig(folder=str(folder), source=source, **given)
     writer = QuickWriter(tokenizer, batch)
     parts = training_rows(
-        config, MADE_FOR, tokenizer, [tokenizer.eos_token_id], writer, share, len(tokenizer)
+        config,
+        MADE_FOR,
+        tokenizer,
+        [tokenizer.eos_token_id],
+        writer,
+        share,
+        vocab_size or len(tokenizer),
     )
     return [row for rows in parts.values() for row in rows]
 

@@ -214,7 +214,9 @@ class _Text:
                     self._share,
                     self._header,
                 )
-            return iter(self._own_prompts.items(parts) or self._own_prompts.grow(parts, wanted))
+            fresh = self._own_prompts.items(parts) or self._own_prompts.grow(parts, wanted)
+            check_ids(fresh, self._vocab_size, "data.source: self", self._tokenizer)
+            return iter(fresh)
         start = items_before(config.folder, part)
         if self._place < 0 or self._place > start:
             self._items, self._place = self._rows(), 0
