@@ -222,7 +222,7 @@ def over_vocabulary(
         outputs.normed_MD,
         outputs.true_MD,
         vocabulary.head_VD,
-        outputs.counts_M,
+        outputs.counted_M,
         config.loss,
         config.loss_rows,
         mesh,
