@@ -40,8 +40,8 @@ ROWS = [answer(5, 5, 6, 6), *[answer(9, 9, 9, 6)] * 8]
 
 def check_counted_on_training_rows(config, capsys) -> None:
     assert draft_vocabulary(config, ROWS, 61).tolist() == [5, 6]
-    told = capsys.readouterr().out
-    assert "2 tokens, 100.0% of the answers trained on, 25.0% of the held-out ones" in told
+    output = capsys.readouterr().out
+    assert "2 tokens, 100.0% of the answers trained on, 25.0% of the held-out ones" in output
 
 
 def test_tokens_are_counted_on_training_rows(config, capsys):
@@ -62,7 +62,7 @@ def some_rows() -> list[Row]:
     rng = np.random.default_rng(2)
     lengths = (14, 9, 6, 11)
     tokens = [rng.integers(0, TINY.vocab_size, n).tolist() for n in lengths]
-    return [Row(one, [place >= 3 for place in range(len(one))]) for one in tokens]
+    return [Row(row, [place >= 3 for place in range(len(row))]) for row in tokens]
 
 
 def measured(params, tiny_params, scored: np.ndarray | None, over_all: bool):
@@ -115,7 +115,7 @@ def test_the_whole_head_is_kept_for_held_out_rows_only(tiny_params):
     target = type("Target", (), dict(params=tiny_params, spec=TINY))
     assert frozen_parts(target, HOT, False).vocabulary is None
     assert frozen_parts(target, None, False, measured=True).vocabulary is None
-    kept = frozen_parts(target, HOT, False, measured=True).vocabulary
-    assert kept.head_VD is head(tiny_params)
-    assert np.flatnonzero(kept.scored_V).tolist() == HOT.tolist()
+    vocabulary = frozen_parts(target, HOT, False, measured=True).vocabulary
+    assert vocabulary.head_VD is head(tiny_params)
+    assert np.flatnonzero(vocabulary.scored_V).tolist() == HOT.tolist()
     assert coverage([answer(20, 3)], HOT) == 0.5

@@ -29,9 +29,9 @@ def files(tmp_path) -> list[Path]:
 
 def check_rows(path: Path, texts: list[Text]) -> None:
     opened = open_rows(path)
-    found = [(row.tokens, sum(row.supervised), row.supervised.index(True)) for row in opened]
+    actual = [(row.tokens, sum(row.supervised), row.supervised.index(True)) for row in opened]
     wanted = [(text.prompt + text.answer, len(text.answer), len(text.prompt)) for text in texts]
-    assert found == wanted
+    assert actual == wanted
 
 
 def test_rows_are_those_of_the_parts_in_order(tmp_path, files):

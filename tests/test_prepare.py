@@ -301,9 +301,9 @@ def test_rows_of_another_target_or_of_none_are_told(place, capsys):
     path = place.folder / "text.rows"
     write_rows(path, [Row([1, 2, 3], [False, True, True])], Header({"target_sha256": "9" * 64}))
     prepared(place, f"data.source={path}")
-    told = capsys.readouterr().err
-    assert "does not say which tokenizer and chat template its rows are of" in told
-    assert "its answers are of another target" in told
+    output = capsys.readouterr().err
+    assert "does not say which tokenizer and chat template its rows are of" in output
+    assert "its answers are of another target" in output
 
 
 def test_an_incomplete_text_is_not_exported(place, capsys):
@@ -383,15 +383,17 @@ def test_a_check_that_counts_one_token_too_many_is_seen(place, capsys, short_tar
 @pytest.mark.parametrize("record", [{"id": 7}, {"messages": [{"name": "Ann"}, {}]}])
 def test_fields_that_nothing_reads_are_named_once_or_refused(place, capsys, record):
     records = [chat(number, True) for number in range(3)]
-    for one in records[1:]:
-        for message, more in zip(one["messages"], record.get("messages", [{}, {}]), strict=True):
+    for changed in records[1:]:
+        for message, more in zip(
+            changed["messages"], record.get("messages", [{}, {}]), strict=True
+        ):
             message.update(more)
-        one.update({key: value for key, value in record.items() if key != "messages"})
+        changed.update({key: value for key, value in record.items() if key != "messages"})
     (place.folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     field, line = ("id" if "id" in record else "name"), f"{place.folder}/chats.jsonl:2"
     prepared(place)
-    told = capsys.readouterr().err
-    assert told.count(f"{line}: ") == 1 and told.count(f" {field}") == 1
+    output = capsys.readouterr().err
+    assert output.count(f"{line}: ") == 1 and output.count(f" {field}") == 1
     message = ended(place, capsys, "data.unread=refuse", f"data.folder={place.folder}/other")
     assert message.startswith(f"error: {line}: ") and "data.unread: ignore" in message
 

@@ -27,7 +27,7 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: list[dict] = []
+        self.requests: list[dict] = []
         self.reply = lambda request: {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
@@ -35,7 +35,7 @@ class StandIn(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(request | {"path": self.path})
+        self.server.requests.append(request | {"path": self.path})
         answer = {"role": "assistant", "content": f"On {request['messages'][-1]['content']}"}
         changes = self.server.reply(request)
         status = changes.get("status", 200)
@@ -106,8 +106,8 @@ def check_answers(written) -> None:
 def test_a_server_answers_the_prompts_in_their_order(written, server):
     server.reply = lambda request: {}
     check_answers(written)
-    assert {request["path"] for request in server.asked} == {"/v1/chat/completions"}
-    request = next(r for r in server.asked if r["messages"][-1]["content"] == QUESTIONS[0])
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    request = next(r for r in server.requests if r["messages"][-1]["content"] == QUESTIONS[0])
     assert request["model"] == "org/name" and request["max_tokens"] == 96
     assert request["temperature"] == 0 and "top_k" not in request
 
@@ -126,8 +126,10 @@ def test_answers_of_other_questions_are_seen(written, server, monkeypatch):
 
 def test_sampling_settings_reach_the_server(written, server):
     written(temperature=0.5, top_k=7, max_answer_tokens=20, seed=100)
-    assert {(r["temperature"], r["top_k"], r["max_tokens"]) for r in server.asked} == {(0.5, 7, 20)}
-    assert len({request["seed"] for request in server.asked}) == 10
+    assert {(r["temperature"], r["top_k"], r["max_tokens"]) for r in server.requests} == {
+        (0.5, 7, 20)
+    }
+    assert len({request["seed"] for request in server.requests}) == 10
 
 
 def test_an_interrupted_run_asks_for_what_is_missing_only(written, server):
@@ -137,18 +139,18 @@ def test_an_interrupted_run_asks_for_what_is_missing_only(written, server):
     server.reply = fails
     with pytest.raises(UserError, match=r"/v1 gave no answer of org/name .*run again to go on"):
         written()
-    server.asked.clear()
+    server.requests.clear()
     server.reply = lambda request: {}
     check_answers(written)
-    again = {request["messages"][-1]["content"] for request in server.asked}
+    again = {request["messages"][-1]["content"] for request in server.requests}
     assert again == set(QUESTIONS[4:]), "the first part is kept"
 
 
 def test_a_finished_text_needs_no_server(written, server, monkeypatch):
     first = written()
-    server.asked.clear()
+    server.requests.clear()
     monkeypatch.setattr(corpus_text, "answerer_of", lambda *_: pytest.fail("asked again"))
-    assert written() == first and not server.asked
+    assert written() == first and not server.requests
 
 
 def test_given_answers_stay_and_regenerated_ones_follow_each_other(written, server):
@@ -161,7 +163,7 @@ def test_given_answers_stay_and_regenerated_ones_follow_each_other(written, serv
         ]
     }
     assert written([record]) == ["[user/A?]/[assistant/>>old]/[user/B?]/[assistant/old]/"]
-    assert not server.asked
+    assert not server.requests
 
 
 def test_every_turn_is_asked_for(written, server):
@@ -173,7 +175,7 @@ def test_every_turn_is_asked_for(written, server):
     ]
     rows = written([{"messages": messages}], answers="regenerate")
     assert rows == ["[user/A?]/[assistant/>>On A?]/[user/B?]/[assistant/On B?]/"]
-    assert [len(request["messages"]) for request in server.asked] == [1, 3]
+    assert [len(request["messages"]) for request in server.requests] == [1, 3]
 
 
 def test_an_answer_that_was_cut_has_no_end(written, server):

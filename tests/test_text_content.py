@@ -252,17 +252,17 @@ def test_a_deleted_part_is_written_again(tmp_path):
 
 
 def test_the_commit_of_a_dataset_is_recorded_and_read_again(tmp_path, monkeypatch):
-    commits, read = iter(["a" * 40, "b" * 40]), []
+    commits, names = iter(["a" * 40, "b" * 40]), []
     monkeypatch.setattr("beagle_jax.data.content.hub_revision", lambda name: next(commits))
 
     def chats(name, *more):
-        read.append(name)
+        names.append(name)
         return data_source.read_chats(write_chats(tmp_path / "x.jsonl", range(24)))
 
     monkeypatch.setattr(data_source, "hub_chats", chats)
     filled(tmp_path / "data", "hf:org/name", ALONE, answer_tokens=20)
     filled(tmp_path / "data", "hf:org/name", ALONE, answer_tokens=60)
-    assert read == [f"org/name@{'a' * 40}"] * 2
+    assert names == [f"org/name@{'a' * 40}"] * 2
     part = read_parts(tmp_path / "data")
     assert part and json.loads((tmp_path / "data" / "settings.json").read_text())["sources"] == [
         {"name": "hf:org/name", "sha256": None, "revision": "a" * 40}

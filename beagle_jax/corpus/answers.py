@@ -97,6 +97,7 @@ class TargetAnswers:
         tokens = dialog.rows[-1].tokens[len(dialog.prompt) :]
         text_tokens = tokens[:-1] if tokens[-1] in self._eos_ids else tokens
         text = self._tokenizer.decode(text_tokens, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list of texts only for a list of sequences
         try:
             prompt = dialog.next_prompt(self._tokenizer, text)
         except TemplateRefusal:
@@ -137,5 +138,6 @@ class _Dialog:
         self._messages += [answer, *self.contexts[0]]
         self.contexts = self.contexts[1:]
         chat = self._chat
+        assert chat is not None  # without a chat there are no contexts
         self.prompt = prompt_tokens(tokenizer, self._messages, chat.where, chat.variables)
         return self.prompt

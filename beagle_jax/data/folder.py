@@ -140,7 +140,7 @@ def of_old_shares(folder: str | Path) -> bool:
 
 def source_revision(folder: str | Path) -> str | None:
     """Returns the commit of the dataset that a claimed folder holds text of; None if unknown."""
-    return next((one["revision"] for one in _settings(Path(folder)).get("sources", ())), None)
+    return next((source["revision"] for source in _settings(Path(folder)).get("sources", ())), None)
 
 
 def text_header(folder: str | Path) -> Header:

@@ -71,7 +71,7 @@ class RowsFile(Sequence[Row]):
     def __getitem__(self, place: int) -> Row: ...
     @overload
     def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place):
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
         """Returns one row, or a list of rows, as Python numbers."""
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
@@ -125,13 +125,13 @@ def open_rows(path: str | Path) -> RowsFile:
     path = Path(path)
     header, places = _described(path)
     raw = np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array is sliced faster
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         name: raw[begin:end].view(_NUMPY[dtype]) for name, (dtype, begin, end) in places.items()
     }
-    found = RowsFile(path, header, arrays)
-    if fault := _fault(found):
+    mapped = RowsFile(path, header, arrays)
+    if fault := _fault(mapped):
         raise UserError(f"{path}: {fault}; the file is damaged: get or write it anew")
-    return found
+    return mapped
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -187,14 +187,14 @@ def _described(path: Path) -> tuple[Header, dict[str, tuple[str, int, int]]]:
         raise UserError(f"{path}: its header cannot be read ({error!r})") from error
 
 
-def _fault(found: RowsFile) -> str:
+def _fault(mapped: RowsFile) -> str:
     """Describes what is wrong with the arrays; returns "" if nothing is."""
-    R, N, start_R = len(found), len(found.tokens_N), found.start_R
+    R, N, start_R = len(mapped), len(mapped.tokens_N), mapped.start_R
     if len(start_R) < 1 or start_R[0] != 0 or start_R[-1] != N or (np.diff(start_R) < 1).any():
         return f"its index does not divide {N} tokens into rows"
-    sizes = (len(found.supervised_N), len(found.prompt_tokens_R), len(found.answer_tokens_R))
+    sizes = (len(mapped.supervised_N), len(mapped.prompt_tokens_R), len(mapped.answer_tokens_R))
     if sizes != (N, R, R):
         return f"it has {N} tokens in {R} rows, and lists of {sizes} for them"
-    if _digest(found.tokens_N, found.supervised_N, start_R) != found.header.rows_sha256:
+    if _digest(mapped.tokens_N, mapped.supervised_N, start_R) != mapped.header.rows_sha256:
         return "its rows are not those that its header describes (rows_sha256)"
     return ""
