@@ -31,13 +31,6 @@ class DataConfig(Section):
         affects=("text", "stage"),
         path="input",
     )
-    prompts: str | None = setting(
-        None,
-        "chats that the server of an openai: source answers, named as in data.source; null: the "
-        "package's own prompts",
-        affects=("text", "stage"),
-        path="input",
-    )
     split: str = setting(
         "train",
         "split of an hf: dataset, as the datasets library writes it",
@@ -47,6 +40,13 @@ class DataConfig(Section):
         False,
         "read an hf: dataset as a stream, without a copy on disk",
         affects=("stage",),
+    )
+    prompts: str | None = setting(
+        None,
+        "chats that the server of an openai: source answers, named as in data.source; null: the "
+        "package's own prompts",
+        affects=("text", "stage"),
+        path="input",
     )
     answers: Literal["keep", "regenerate"] = setting(
         "keep",
