@@ -28,6 +28,11 @@ def main(argv: Sequence[str]) -> None:
         help="print the first N rows (default 3) with their supervised tokens in colour; "
         "write nothing",
     )
+    made.add_argument(
+        "--export",
+        metavar="FILE.rows",
+        help="then write the text to one file, a data.source for other machines",
+    )
     made.add_argument("--part", metavar="I/N", help="write only share I (0 to N-1) of N")
     add_distributed(made)
     add_overrides(made)
@@ -35,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     share = _share(arguments.part)
     if arguments.preview is not None and arguments.preview < 1:
         raise UsageError(f"--preview is {arguments.preview}; expected at least 1")
+    if arguments.export and not arguments.export.endswith(".rows"):
+        raise UsageError(f"--export is {arguments.export!r}; expected a name that ends in .rows")
     config = read_config(arguments)
     join(arguments)
     with working(arguments):
@@ -43,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         done = (
             preview_rows(config, arguments.preview)
             if arguments.preview
-            else prepare_share(config, share)
+            else prepare_share(config, share, arguments.export)
         )
     if share or is_first():
         show(arguments, *done)

@@ -10,7 +10,7 @@ import pytest
 from chat_cases import byte_tokenizer, spell
 
 from beagle_jax.config import DataConfig
-from beagle_jax.corpus import prompts
+from beagle_jax.corpus import prompts, waves
 from beagle_jax.corpus import text as corpus_text
 from beagle_jax.corpus.text import training_rows
 from beagle_jax.data import states
@@ -232,7 +232,7 @@ def interrupted_then_resumed(text, tokenizer, folder: str, fails_at: int, **sett
 def test_an_interrupted_run_goes_on_after_its_last_part(
     text, writer, tokenizer, two_sources, tmp_path, monkeypatch, which
 ):
-    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
+    monkeypatch.setattr(waves, "PART_ROWS", 4)
     settings = two_sources[which]
     expected = text(writer, **settings)
     # The second part: of our own source the second call makes up prompts.
@@ -245,14 +245,14 @@ def test_an_interrupted_run_goes_on_after_its_last_part(
 def test_a_resumed_run_that_starts_over_is_seen(
     text, writer, tokenizer, two_sources, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
+    monkeypatch.setattr(waves, "PART_ROWS", 4)
     expected = text(writer, **two_sources[0])
 
-    # Rows are skipped with islice(rows, done, None).
-    def from_the_start(rows, *bounds):
-        return islice(rows, *((0, None) if len(bounds) == 2 else bounds))
+    def from_the_start(items, wave, is_own):
+        own = waves.follow(items, wave, is_own)
+        return dict.fromkeys(own, own[0])
 
-    monkeypatch.setattr(corpus_text, "islice", from_the_start)
+    monkeypatch.setattr(corpus_text, "follow", from_the_start)
     with pytest.raises(AssertionError):
         same_rows(
             interrupted_then_resumed(
@@ -273,7 +273,7 @@ def test_a_larger_budget_adds_to_what_is_there(text, tokenizer, two_sources, whi
 
 
 def test_a_smaller_budget_takes_the_first_of_what_is_there(text, writer, two_sources, monkeypatch):
-    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)  # of five answer tokens each: parts of 20
+    monkeypatch.setattr(waves, "PART_ROWS", 4)  # of five answer tokens each: parts of 20
     rows = text(writer, **two_sources[0])
     for budget, count in ((1, 4), (20, 4), (21, 8), (999, 10)):
         assert text(writer, **two_sources[0] | {"answer_tokens": budget}) == rows[:count]
@@ -316,7 +316,7 @@ def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
 
     These come next, in the same run and after a resume.
     """
-    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
+    monkeypatch.setattr(waves, "PART_ROWS", 4)
     path = source(tmp_path, *({"prompt": f"Why {n}?"} for n in range(12)))
     for settings in (
         {"source": path, "max_answer_tokens": 40},
@@ -340,15 +340,15 @@ def test_no_prompt_comes_twice_however_often_the_writing_goes_on(
 
 
 def test_skipping_the_rest_of_a_cut_group_is_seen(text, tokenizer, tmp_path, monkeypatch):
-    right = corpus_text._enough
-    monkeypatch.setattr(corpus_text, "PART_ROWS", 4)
+    right = waves._group
+    monkeypatch.setattr(waves, "PART_ROWS", 4)
 
-    def forgets(config, rows, tokens):
-        count = right(config, rows, tokens)
-        del rows[count:]
-        return count
+    def forgets(items, missing, length, most):
+        group, expected = right(items, missing, length, most)
+        list(islice(items, 4 - len(group)))
+        return group, expected
 
-    monkeypatch.setattr(corpus_text, "_enough", forgets)
+    monkeypatch.setattr(waves, "_group", forgets)
     with pytest.raises(AssertionError):
         test_no_prompt_comes_twice_however_often_the_writing_goes_on(
             text, tokenizer, tmp_path, monkeypatch, (6, 17, 29, 46)

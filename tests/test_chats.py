@@ -124,9 +124,18 @@ def test_a_json_file_is_one_list(write, tmp_path):
     )
 
 
-def test_the_question_is_what_stands_before_the_first_answer():
-    assert Chat((SYSTEM, USER, ANSWER, USER, ANSWER), "x").question == (SYSTEM, USER)
-    assert Chat((USER,), "x").question == (USER,)
+def test_contexts_are_what_stands_before_each_answer_to_write():
+    again = {"role": "user", "content": "And?"}
+    chat = Chat((SYSTEM, USER, ANSWER, again, ANSWER), "x")
+    assert chat.contexts == [(SYSTEM, USER), (again,)]
+    assert Chat((USER,), "x").contexts == [(USER,)]
+    assert Chat((USER, ANSWER, again), "x").contexts == [(USER,), (again,)]
+    few_shot = Chat((USER, ANSWER, again, ANSWER), "x", untrained=frozenset({1}))
+    assert few_shot.contexts == [(USER, ANSWER, again)]
+    call = ANSWER | {"tool_calls": [{"function": {"name": "add"}}]}
+    result = {"role": "tool", "content": "4"}
+    assert Chat((USER, call, result, ANSWER), "x").contexts == [(USER, call, result)]
+    assert Chat((USER, call), "x").contexts == []
 
 
 def test_kind_comes_from_category_or_kind(write):

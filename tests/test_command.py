@@ -19,6 +19,7 @@ from beagle_jax.config import load_config
 from beagle_jax.corpus import writer as corpus_writer
 from beagle_jax.corpus.text import training_rows
 from beagle_jax.data import states
+from beagle_jax.data.folder import read_parts
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.decoding.build import decoder_of
 from beagle_jax.errors import run_main
@@ -30,10 +31,10 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 
 def test_training_leaves_text_states_log_and_draft(trained):
     data, run = trained.folder / "data", trained.folder / "run"
-    rows = [json.loads(line) for line in (data / "part-0000.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 and all(1 <= sum(row["supervised"]) <= 12 for row in rows)
+    (rows,) = read_parts(data).values()
+    assert len(rows) == 12 and all(1 <= sum(row.supervised) <= 12 for row in rows)
     assert (data / "part-0000.states").stat().st_size == sum(
-        len(row["tokens"]) for row in rows
+        len(row.tokens) for row in rows
     ) * 32 * 4
     about, *log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert about["stage"] == "data" and 0 < about["padding"] == about["padding_unpacked"] < 1
@@ -115,8 +116,8 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
 def test_chats_whose_answer_is_cut_off_are_left_out_and_counted(trained, monkeypatch, capsys):
     monkeypatch.setattr(train_command, "run_stage", lambda *arguments: arguments[3])
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
-    lines = (trained.folder / "data" / "part-0000.jsonl").read_text().splitlines()
-    learned = sum(any(json.loads(line)["supervised"][:30]) for line in lines)
+    (rows,) = read_parts(trained.folder / "data").values()
+    learned = sum(any(row.supervised[:30]) for row in rows)
     assert (
         run_main(
             train.main,

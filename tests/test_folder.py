@@ -1,13 +1,14 @@
 """The folder of training text: what it was made for, and damaged parts."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from beagle_jax.config import DataConfig
 from beagle_jax.data.fingerprint import fingerprints
-from beagle_jax.data.folder import claim, filled_by, read_parts, write_part
+from beagle_jax.data.folder import claim, is_claimed, read_parts, source_revision, write_part
 from beagle_jax.data.share import ALONE, Share
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
@@ -28,7 +29,7 @@ def config(tmp_path) -> DataConfig:
 def test_the_same_settings_are_welcome_again(config):
     claim(config, MADE_FOR, ALONE)
     claim(config, MADE_FOR, ALONE)
-    assert filled_by(config.folder) == 1
+    assert is_claimed(config.folder)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,6 @@ def test_a_folder_of_before_there_were_hashes_is_still_taken(config, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "settings.json").write_text(json.dumps(old))
     claim(config, MADE_FOR, ALONE)
-    assert filled_by(config.folder) == 1
     with pytest.raises(UserError, match="answers 'keep' there, 'regenerate' now"):
         claim(DataConfig(folder=config.folder, answers="regenerate"), MADE_FOR, ALONE)
     with pytest.raises(UserError, match="states_dtype None there, 'int8' now"):
@@ -67,9 +67,20 @@ def test_a_folder_of_before_there_were_hashes_is_still_taken(config, tmp_path):
 
 
 def test_several_processes_claim_together(config):
+    """The shares of `prepare --part`, in any order; nothing that is stored depends on them."""
+    stored = []
     for index in (1, 0, 2):
         claim(config, MADE_FOR, Share(index, 3))
-    assert filled_by(config.folder) == 3
+        stored.append(Path(config.folder, "settings.json").read_text())
+    assert len(set(stored)) == 1
+
+
+def test_a_folder_that_processes_of_0_1_0_filled_is_refused(config):
+    claim(config, MADE_FOR, ALONE)
+    path = Path(config.folder, "settings.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    with pytest.raises(UserError, match=r"filled by 2 processes of version 0.1.0.*--export text"):
+        claim(config, MADE_FOR, ALONE)
 
 
 def test_parts_come_by_number(config, tmp_path):
@@ -108,7 +119,8 @@ def test_a_damaged_list_of_settings_is_named(config, tmp_path, text):
     claim(config, MADE_FOR, ALONE)
     path = tmp_path / "data" / "settings.json"
     path.write_bytes(text.encode("latin-1"))
-    for call in (lambda: claim(config, MADE_FOR, ALONE), lambda: filled_by(config.folder)):
+    reads = (lambda: claim(config, MADE_FOR, ALONE), lambda: source_revision(config.folder))
+    for call in reads:
         with pytest.raises(UserError, match=f"{path}: .*; delete data.folder, or set another"):
             call()
 

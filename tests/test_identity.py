@@ -40,6 +40,7 @@ def test_what_decides_each_result():
         "streaming",
         "states",
         "max_bad_share",
+        "unread",
     }
     assert set(Identity.of(CONFIG.eval, "tau").values) == {
         "eval.suites",
@@ -54,6 +55,7 @@ def test_what_decides_each_result():
         "draft.path",
         "data.batch",
         "data.max_bad_share",
+        "data.unread",
         "train.folder",
         "train.checkpoint_every",
         "train.accept_changes",

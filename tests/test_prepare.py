@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import yaml
 from command_cases import make_target
+from transformers import AutoTokenizer
 
 from beagle_jax import prepare
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.config import load_config
-from beagle_jax.corpus import disk, fill, text
-from beagle_jax.data import states
+from beagle_jax.corpus import disk, fill, text, waves
+from beagle_jax.data import states, vocabulary
 from beagle_jax.data.folder import read_parts
 from beagle_jax.data.preview import preview
+from beagle_jax.data.rows_file import Header, open_rows, write_rows
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.terminal import size
@@ -43,7 +45,7 @@ def target_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def place(tmp_path, target_folder, monkeypatch) -> SimpleNamespace:
     """A config with a file of ten chats, a third of which lack an answer; parts have four rows."""
-    monkeypatch.setattr(text, "PART_ROWS", 4)
+    monkeypatch.setattr(waves, "PART_ROWS", 4)
     lines = [json.dumps(chat(number, answered=number % 3 != 2)) for number in range(10)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
     settings = {
@@ -120,7 +122,7 @@ def check_shares(place, alone: list) -> None:
     for index in (1, 0):
         prepared(place, "--part", f"{index}/2")
     assert all_rows(place) == alone
-    assert len(list(place.data.glob("part-*.states"))) == len(list(place.data.glob("part-*.jsonl")))
+    assert len(list(place.data.glob("part-*.states"))) == len(list(place.data.glob("part-*.rows")))
 
 
 def test_shares_together_are_the_whole(place, monkeypatch):
@@ -128,7 +130,7 @@ def test_shares_together_are_the_whole(place, monkeypatch):
     alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
     check_shares(place, alone)
     # Whoever comes next finds it complete, as one process too.
-    monkeypatch.setattr(text, "_write_share", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(text, "write_part", lambda *_: pytest.fail("written again"))
     target = load_target(load_config(place.config).target.source, "float32", "unused")
     rows, stored = fill.rows_and_states(load_config(place.config), target)
     assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
@@ -136,13 +138,14 @@ def test_shares_together_are_the_whole(place, monkeypatch):
 
 
 def test_shares_that_overlap_are_seen(place, monkeypatch):
+    """The planted bug: a share takes its items from the beginning of the source."""
     prepared(place, f"data.folder={place.folder}/alone")
     alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
-    right = text.islice
+    right = text.follow
     monkeypatch.setattr(
         text,
-        "islice",
-        lambda items, *bounds: right(items, *(bounds if len(bounds) < 3 else (0, None, 1))),
+        "follow",
+        lambda items, wave, is_own: right(items, wave._replace(items=wave.items[::-1]), is_own),
     )
     with pytest.raises(AssertionError):
         check_shares(place, alone)
@@ -155,12 +158,15 @@ def ended(place, capsys, *argv: str) -> str:
     return message[message.index("error: ") :]
 
 
-def test_a_folder_that_two_processes_began_is_not_finished_by_one(place, capsys):
+def test_what_one_of_two_shares_began_one_process_finishes(place, capsys):
+    prepared(place, f"data.folder={place.folder}/alone")
     prepared(place, "--part", "0/2")
-    assert (
-        "its text is not complete and divided among 2 processes, but this run has 1; finish it with"
-        in ended(place, capsys)
-    )
+    assert "1 parts are left to the other shares" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in place.data.glob("part-*.rows")}
+    prepared(place)
+    after = {path: path.stat().st_mtime_ns for path in place.data.glob("part-*.rows")}
+    assert before.items() < after.items(), "a part was written twice"
+    assert read_parts(place.data) == read_parts(place.folder / "alone")
 
 
 @pytest.mark.parametrize("source", ["chats", "self"])
@@ -257,6 +263,139 @@ def test_online_states_take_no_disk(place, capsys):
     figures = prepared(place, "data.states=online")
     assert figures["states_dtype"] is None and not list(place.data.glob("*.states*"))
     assert "target states" not in capsys.readouterr().err
+
+
+# Text of another folder, of another machine
+
+
+def test_an_exported_text_trains_the_same_rows(place, capsys):
+    prepared(place)
+    path = place.folder / "text.rows"
+    prepared(place, "--export", str(path))
+    assert f"10 rows written to {path}; data.source={path} reads them" in capsys.readouterr().err
+    rows = [row for part in read_parts(place.data).values() for row in part]
+    for number, source in enumerate([path, place.data]):
+        folder = place.folder / str(number)
+        prepared(place, f"data.source={source}", f"data.folder={folder}")
+        assert [row for part in read_parts(folder).values() for row in part] == rows
+    header = open_rows(path).header
+    assert header.made_for["target_sha256"] and header.sources[0]["sha256"]
+    # The content of this source is known too.
+    write_rows(path, rows[1:], header)
+    message = ended(place, capsys, f"data.source={path}", f"data.folder={place.folder}/0")
+    assert "holds text of another content of" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [("tokenizer_sha256", "another tokenizer"), ("template_sha256", "another chat template")],
+)
+def test_rows_of_another_tokenizer_are_refused(place, capsys, key, named):
+    path = place.folder / "text.rows"
+    write_rows(path, [Row([1, 2], [False, True])], Header({key: "9" * 64}))
+    message = ended(place, capsys, f"data.source={path}")
+    assert f"{path}: its rows are of {named} ({key} 999999999999 there, " in message
+
+
+def test_rows_of_another_target_or_of_none_are_told(place, capsys):
+    path = place.folder / "text.rows"
+    write_rows(path, [Row([1, 2, 3], [False, True, True])], Header({"target_sha256": "9" * 64}))
+    prepared(place, f"data.source={path}")
+    output = capsys.readouterr().err
+    assert "does not say which tokenizer and chat template its rows are of" in output
+    assert "its answers are of another target" in output
+
+
+def test_an_incomplete_text_is_not_exported(place, capsys):
+    message = ended(place, capsys, "--part", "0/2", "--export", str(place.folder / "text.rows"))
+    assert "is not complete; let the other shares write theirs first" in message
+    status = run_main(prepare.main, ["--config", place.config, "--export", "text.npz"])
+    assert status == 2 and "expected a name that ends in .rows" in capsys.readouterr().err
+
+
+def test_text_that_processes_of_0_1_0_divided_is_exported(place, capsys):
+    prepared(place)
+    path = place.data / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    assert "filled by 2 processes of version 0.1.0" in ended(place, capsys)
+    prepared(place, "--export", str(place.folder / "text.rows"))
+    assert len(open_rows(place.folder / "text.rows")) == 10
+
+
+# Tokens without an embedding
+
+
+@pytest.fixture
+def short_target(target_folder, tmp_path) -> Path:
+    """The target, whose tokenizer has a token that was added and never got an embedding."""
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for file in target_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = load_target(str(target_folder), "float32", "unused").spec.vocab_size
+    tokenizer.add_tokens([f"<|more{n}|>" for n in range(rows - len(tokenizer))])
+    tokenizer.add_tokens(["<|image|>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids("<|image|>") == rows == 300
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("content", ["question", "answer"])
+def test_a_token_without_an_embedding_is_refused_with_its_line(
+    place, capsys, short_target, content
+):
+    records = [chat(number, True) for number in range(3)]
+    records[1]["messages"][content == "answer"]["content"] += " <|image|>"
+    (place.folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    message = ended(place, capsys, f"target.source={short_target}")
+    assert f"{place.folder}/chats.jsonl:2: token 300 ('<|image|>') at position " in message
+    assert "has no row in the target's embedding, which ends at 299; take it out" in message
+    assert not list(place.data.glob("part-*"))
+
+
+def test_a_token_without_an_embedding_is_refused_wherever_it_comes_from(place, capsys):
+    path = place.folder / "text.rows"
+    rows = [Row([1, 2, 3], [False, True, True]), Row([5, 300], [False, True])]
+    write_rows(path, rows, Header())
+    assert f"{path}, row 1: token 300 (" in ended(place, capsys, f"data.source={path}")
+    prepared(place, f"data.folder={place.folder}/other")
+    write_rows(place.folder / "other" / "part-0001.rows", rows, Header(items=4))
+    message = ended(place, capsys, f"data.folder={place.folder}/other")
+    assert f"{place.folder}/other, part 1, row 1: token 300 at position 1 has no row" in message
+
+
+def test_a_check_that_counts_one_token_too_many_is_seen(place, capsys, short_target, monkeypatch):
+    right = vocabulary.check_ids
+    monkeypatch.setattr(
+        "beagle_jax.data.source.check_ids",
+        lambda rows, size, *more: right(rows, size + 1, *more),
+    )
+    with pytest.raises(AssertionError):
+        test_a_token_without_an_embedding_is_refused_with_its_line(
+            place, capsys, short_target, "answer"
+        )
+
+
+# Fields that nothing reads
+
+
+@pytest.mark.parametrize("record", [{"id": 7}, {"messages": [{"name": "Ann"}, {}]}])
+def test_fields_that_nothing_reads_are_named_once_or_refused(place, capsys, record):
+    records = [chat(number, True) for number in range(3)]
+    for changed in records[1:]:
+        for message, more in zip(
+            changed["messages"], record.get("messages", [{}, {}]), strict=True
+        ):
+            message.update(more)
+        changed.update({key: value for key, value in record.items() if key != "messages"})
+    (place.folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    field, line = ("id" if "id" in record else "name"), f"{place.folder}/chats.jsonl:2"
+    prepared(place)
+    output = capsys.readouterr().err
+    assert output.count(f"{line}: ") == 1 and output.count(f" {field}") == 1
+    message = ended(place, capsys, "data.unread=refuse", f"data.folder={place.folder}/other")
+    assert message.startswith(f"error: {line}: ") and "data.unread: ignore" in message
 
 
 # Preview

@@ -26,7 +26,8 @@ class DataConfig(Section):
     source: str = setting(
         "self",
         "chats: a .jsonl[.gz] or .json file, a folder of .jsonl[.gz] files, "
-        "hf:org/name[@revision] or hf:FOLDER; self: the target writes prompts and answers",
+        "hf:org/name[@revision] or hf:FOLDER; token rows: a .rows file or a folder of them; self: "
+        "the target writes prompts and answers; openai:URL#MODEL: a server answers data.prompts",
         affects=("text", "stage"),
         path="input",
     )
@@ -40,10 +41,17 @@ class DataConfig(Section):
         "read an hf: dataset as a stream, without a copy on disk",
         affects=("stage",),
     )
+    prompts: str | None = setting(
+        None,
+        "chats that the server of an openai: source answers, named as in data.source; null: the "
+        "package's own prompts",
+        affects=("text", "stage"),
+        path="input",
+    )
     answers: Literal["keep", "regenerate"] = setting(
         "keep",
-        "keep: the answers of the chats; regenerate: chats are cut before their first answer, and "
-        "the target writes it",
+        "keep: the answers of the chats; regenerate: the target writes each answer of a chat anew, "
+        "after those that it wrote",
         affects=("text", "stage"),
     )
     folder: str = setting(
@@ -92,6 +100,11 @@ class DataConfig(Section):
         ge=0,
         le=1,
     )
+    unread: Literal["ignore", "refuse"] = setting(
+        "ignore",
+        "a chat's fields that neither a rule nor the chat template reads; ignore: each is named "
+        "once, with its line",
+    )
     states: Literal["disk", "online"] = setting(
         "disk",
         "the target's states; disk: computed once and stored; online: computed in every training "
@@ -103,6 +116,17 @@ class DataConfig(Section):
         "dtype of states on disk; int8 has one scale per token; null: target.dtype",
         affects=("text", "stage"),
     )
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.prompts is not None and not self.source.startswith("openai:"):
+            raise refusal(
+                f"{{at}}prompts is {self.prompts}, which only an openai: source reads; make it "
+                "{at}source"
+            )
+        if self.prompts is not None and self.prompts.startswith(("self", "openai:")):
+            raise refusal(f"{{at}}prompts is {self.prompts}; expected a file, a folder or hf:..")
+        return self
 
     @model_validator(mode="after")
     def _check_states(self) -> Self:

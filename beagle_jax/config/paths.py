@@ -25,7 +25,7 @@ def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tupl
     if isinstance(value, (list, tuple)):
         pairs = [resolve(item, kind, folder, bare) for item in value]
         return [item for item, _ in pairs], [path for _, paths in pairs for path in paths]
-    if not isinstance(value, str) or value in _WORDS or value.startswith("pypi:"):
+    if not isinstance(value, str) or value in _WORDS or value.startswith(("pypi:", "openai:")):
         return value, []
     if value.startswith("hf:"):
         named = Path(value.removeprefix("hf:")).expanduser()

@@ -68,7 +68,7 @@ def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row
     missing = sum(
         total[number]
         for number, rows in parts.items()
-        if not is_stored(states_path(folder, number), rows, width, dtype, taps)
+        if rows and not is_stored(states_path(folder, number), rows, width, dtype, taps)
     )
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
     free = shutil.disk_usage(folder).free

@@ -4,10 +4,10 @@ from functools import partial
 
 from beagle_jax.config import Config
 from beagle_jax.corpus.disk import announce_states, announce_writing, taps_of
-from beagle_jax.corpus.text import is_complete, training_rows
+from beagle_jax.corpus.text import is_complete, training_rows, within_budget
 from beagle_jax.corpus.writer import TargetWriter
 from beagle_jax.data.fingerprint import fingerprints
-from beagle_jax.data.folder import read_parts, states_path
+from beagle_jax.data.folder import not_shared, read_parts, states_path
 from beagle_jax.data.share import Share, this_process, wait_for_all
 from beagle_jax.data.states import StoredStates, target_states
 from beagle_jax.data.template import Row
@@ -26,10 +26,8 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
         wait_for_all("training text and states")
         parts = read_parts(config.data.folder)
         if not is_complete(config.data, parts):
-            raise UserError(
-                f"data.folder: {config.data.folder} lacks files that other processes wrote; set "
-                "a folder on a file system that all processes share"
-            )
+            raise UserError(not_shared(config.data.folder))
+        parts = within_budget(config.data, parts)
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":
         return rows, None
@@ -47,7 +45,15 @@ def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[
     announce = partial(announce_writing, config, target) if keeps_states else (lambda: None)
     write = TargetWriter(target, config.data, announce)
     made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
-    parts = training_rows(config.data, made_for, target.tokenizer, target.eos_ids, write, share)
+    parts = training_rows(
+        config.data,
+        made_for,
+        target.tokenizer,
+        target.eos_ids,
+        write,
+        share,
+        target.spec.vocab_size,
+    )
     if keeps_states:
         announce_states(config, target, parts)
         for number in parts:
@@ -59,6 +65,8 @@ def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[
 def _states_of(
     config: Config, target: Target, parts: dict[int, list[Row]], number: int
 ) -> list[StoredStates]:
+    if not parts[number]:  # every chat of the part was left out
+        return []
     path, taps = states_path(config.data.folder, number), taps_of(config, target)
     return target_states(
         target.params, target.spec, parts[number], path, config.data.states_dtype, taps

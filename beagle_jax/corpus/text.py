@@ -1,39 +1,43 @@
-"""The training text of `data.folder`: reads it, or writes this process's share of it.
+"""The training text of `data.folder`: reads it, or writes what is missing of it.
 
-Each chat of the source that has something to learn becomes one row, in the source's order. An
-interrupted run therefore continues at the number of rows already written. data/folder.py describes
-the files.
+Each item of the source, a chat or a prompt, becomes rows in the source's order. Processes write
+different parts of the same plan (corpus/waves.py). data/folder.py describes the files.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.corpus.prompts import self_written_prompts
-from beagle_jax.corpus.writer import Answer, Writer
+from beagle_jax.corpus.answers import Answerer, answerer_of
+from beagle_jax.corpus.prompts import SelfWritten
+from beagle_jax.corpus.waves import answer_length, follow, plan
+from beagle_jax.corpus.writer import Writer
 from beagle_jax.data.folder import (
+    answer_tokens_of,
+    check_gaps,
     claim,
     exhausted_path,
-    filled_by,
+    items_before,
+    missing_parts,
     read_parts,
+    read_waves,
     states_path,
     write_part,
+    write_wave,
 )
-from beagle_jax.data.share import ALONE, Share
-from beagle_jax.data.source import source_chats, source_rows
+from beagle_jax.data.rows_file import Header
+from beagle_jax.data.share import ALONE, Share, wait_for_all
+from beagle_jax.data.source import SERVER, pinned, source_chats, source_rows
 from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, supervised_tokens
+from beagle_jax.data.vocabulary import check_ids
 from beagle_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-
-PART_ROWS = 1024  # rows of one part
 
 
 def training_rows(
@@ -43,70 +47,51 @@ def training_rows(
     eos_ids: Sequence[int],
     write: Writer,
     share: Share = ALONE,
+    vocab_size: int | None = None,
 ) -> dict[int, list[Row]]:
     """Returns the rows to train on, by part.
 
-    Reads `data.folder` if it is complete, otherwise first writes this process's share. If the
+    Reads `data.folder` if it is complete, otherwise first writes this process's parts. If the
     folder has more text than `data.answer_tokens`, only the first parts with that many answer
-    tokens are used. With several processes, the result contains what the others have written so
-    far. made_for: the target's source and hashes.
+    tokens are used. The result is the same for any number of processes; of shares that do not run
+    together (`prepare --part`), it has what the others have written so far.
 
-    Raises: UserError if the text was written for another target or divided among another number of
-    processes, or if the source yields no row.
+    made_for: the target's source and hashes. vocab_size: rows of the target's embedding; None if
+    ids need no check.
+
+    Raises: UserError if the text was written for another target or from another content of the
+    source, if the source yields no row, or if a token has no embedding.
     """
-    folder = Path(config.folder)
-    claim(config, made_for, share)
-    parts = read_parts(folder)
-    if not is_complete(config, parts):
-        if filled_by(folder) != share.count:
-            raise UserError(
-                f"{folder}: its text is not complete and divided among {filled_by(folder)} "
-                f"processes, but this run has {share.count}; finish it with python -m "
-                f"beagle_jax.prepare and {filled_by(folder)} processes, or delete it"
-            )
-        if not _share_complete(config, parts, share):
-            _write_share(config, folder, parts, tokenizer, eos_ids, write, share)
-            parts = read_parts(folder)
-    if not parts and share.count == 1:
+    sources = claim(config, made_for, share)
+    header = Header({key: str(value) for key, value in made_for.items()}, sources)
+    text = _Text(config, header, tokenizer, eos_ids, write, share, vocab_size)
+    text.fill()
+    missing = missing_parts(config.folder, text.parts)
+    parts = text.parts if missing else within_budget(config, text.parts)
+    if not missing and not any(parts.values()):
         raise UserError(f"data.source: {config.source!r} gave no row to train on")
-    return _within_budget(config, parts)
+    for number, rows in parts.items():
+        check_ids(rows, vocab_size, f"{config.folder}, part {number}")
+    return parts
 
 
-def _within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
-    """Selects each process's parts up to its part of the budget, to the end of a part.
-
-    This is the text that a new folder would have.
-    """
+def within_budget(config: DataConfig, parts: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
+    """Selects the first parts that have `data.answer_tokens` answer tokens together."""
     selected: dict[int, list[Row]] = {}
-    have: Counter[int] = Counter()  # answer tokens by process
-    processes = filled_by(config.folder)
-    for number, rows in sorted(parts.items()):
-        share = Share(number % processes, processes)
-        if have[share.index] < _budget(config, share):
-            selected[number] = rows
-            have[share.index] += supervised_tokens(rows)
+    have = 0
+    for number in range(len(parts)):
+        if number not in parts or have >= config.answer_tokens:
+            break
+        selected[number] = parts[number]
+        have += supervised_tokens(parts[number])
     return selected
 
 
-def _mine(parts: Mapping[int, list[Row]], share: Share) -> list[list[Row]]:
-    return [rows for number, rows in parts.items() if number % share.count == share.index]
-
-
-def _budget(config: DataConfig, share: Share) -> int:
-    return -(-config.answer_tokens // share.count)
-
-
 def is_complete(config: DataConfig, parts: Mapping[int, list[Row]]) -> bool:
-    """Whether every process has met its part of the budget or reached the end of the source."""
-    processes = filled_by(config.folder)
-    return all(
-        _share_complete(config, parts, Share(index, processes)) for index in range(processes)
-    )
-
-
-def _share_complete(config: DataConfig, parts: Mapping[int, list[Row]], share: Share) -> bool:
-    written = sum(map(supervised_tokens, _mine(parts, share)))
-    return written >= _budget(config, share) or exhausted_path(config.folder, share.index).exists()
+    """Whether the text has `data.answer_tokens` answer tokens, or all that the source gives."""
+    have = sum(map(supervised_tokens, within_budget(config, parts).values()))
+    ended = exhausted_path(config.folder).exists() and not missing_parts(config.folder, parts)
+    return have >= config.answer_tokens or ended
 
 
 def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
@@ -117,97 +102,160 @@ def expected_tokens(config: DataConfig, answer_tokens: int) -> int:
     return round(answer_tokens * (1 + 2 * config.max_prompt_tokens / config.max_answer_tokens))
 
 
-def _in_groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while group := list(islice(rows, PART_ROWS)):
-        yield group
+class _Text:
+    """The text of a claimed folder, and what this process writes of it."""
 
+    def __init__(
+        self,
+        config: DataConfig,
+        header: Header,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: Sequence[int],
+        write: Writer,
+        share: Share,
+        vocab_size: int | None,
+    ):
+        self._config, self._header, self._share = config, header, share
+        self._tokenizer, self._eos_ids, self._write = tokenizer, eos_ids, write
+        self._vocab_size = vocab_size
+        self._own_prompts: SelfWritten | None = None
+        self._items: Iterator[Row] = iter(())
+        self._place = -1  # number of the next item of `_items`; -1: not opened
+        self._answerer: Answerer | None = None
+        self.parts: dict[int, list[Row]] = {}
 
-def _write_share(
-    config: DataConfig,
-    folder: Path,
-    parts: Mapping[int, list[Row]],
-    tokenizer: PreTrainedTokenizerBase,
-    eos_ids: Sequence[int],
-    write: Writer,
-    share: Share,
-) -> None:
-    """Writes this process's parts until its budget is met or the source ends."""
-    mine = _mine(parts, share)
-    budget, have = _budget(config, share), sum(map(supervised_tokens, mine))
-    if config.source == "self":
-        groups = self_written_prompts(
-            config, tokenizer, eos_ids, write, mine, share, PART_ROWS, lambda: budget - have
-        )
-    else:
-        chats = islice(source_chats(config), share.index, None, share.count)
-        from_source = source_rows(config, chats, tokenizer, eos_ids)
-        groups = _in_groups(islice(from_source, sum(map(len, mine)), None))
-    part = share.index + share.count * len(mine)
-    waiting: list[Row] = []
-    with tqdm(total=budget, initial=have, desc="training text", unit="tok", smoothing=0.05) as bar:
-        while have < budget:
-            waiting = waiting or next(groups, [])
-            if not waiting:
-                exhausted_path(folder, share.index).touch()
-                return
-            count = _enough(config, waiting, budget - have)
-            group, waiting = waiting[:count], waiting[count:]
-            rows = _write_group(config, folder, part, group, write, bar)
-            part, have = part + share.count, have + supervised_tokens(rows)
-        # The last answers slightly exceed the budget; tqdm would then drop the total from the bar.
-        bar.total = bar.n
-    if config.source != "self":
-        _log.info(
-            f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of "
-            f"{config.source} is not used"
-        )
+    def fill(self) -> None:
+        """Writes this process's parts until the text is complete.
 
+        Shares that do not run together stop earlier, at a wave that others have to finish.
+        """
+        folder, writes = self._config.folder, False
+        while True:
+            self.parts = read_parts(folder)
+            check_gaps(folder, self.parts)
+            complete = is_complete(self._config, self.parts)
+            wait_for_all("the text is read")  # nobody plans while another process still reads
+            if complete:
+                break
+            missing = missing_parts(folder, self.parts)
+            if missing and not self._share.together and not any(map(self._is_own, missing)):
+                _log.info(
+                    f"{folder}: {len(missing)} parts are left to the other shares; run these, and "
+                    "then this one again"
+                )
+                break
+            if not writes:
+                self._announce()
+            writes = True
+            self._write_parts(self._next_wave(missing))
+            wait_for_all("a wave of text is written")
+        if writes and complete:
+            self._tell_rest()
 
-def _enough(config: DataConfig, rows: Sequence[Row], tokens: int) -> int:
-    """Returns how many of the rows form a part that yields `tokens` answer tokens.
-
-    A row without an answer counts as a half-length answer.
-    """
-    expected = 0.0
-    for count, row in enumerate(rows[:PART_ROWS], 1):
-        expected += sum(row.supervised) or config.max_answer_tokens / 2
-        if expected >= tokens:
-            return count
-    return min(len(rows), PART_ROWS)
-
-
-def _write_group(
-    config: DataConfig, folder: Path, part: int, group: Sequence[Row], write: Writer, bar: tqdm
-) -> list[Row]:
-    """Answers the rows that have no answer and writes the part.
-
-    Stores the target's states if every row was answered now.
-    """
-    given = [row for row in group if any(row.supervised)]
-    prompts = [row.tokens for row in group if not any(row.supervised)]
-    bar.update(supervised_tokens(given))
-    written: list[Answer] = []
-    if prompts:
-        written = list(
-            write(
-                prompts,
-                max_new=config.max_answer_tokens,
-                temperature=config.temperature,
-                seed=config.seed + part,
-                on_tokens=bar.update,
+    def _tell_rest(self) -> None:
+        config = self._config
+        if config.source != "self" and not exhausted_path(config.folder).exists():
+            _log.info(
+                f"data.answer_tokens = {config.answer_tokens:,} is reached; the rest of "
+                f"{config.source} is not used"
             )
-        )
-    rows = given + [_row(prompts[answer.index], answer.tokens) for answer in written]
-    if written and not given and config.states == "disk":
-        keep_states(
-            states_path(folder, part),
-            rows,
-            [answer.states_LD for answer in written],
-            config.states_dtype,
-        )
-    write_part(folder, part, rows)
-    return rows
 
+    def _announce(self) -> None:
+        """Reports a budget that was raised since the folder was begun."""
+        before, now = answer_tokens_of(self._config.folder), self._config.answer_tokens
+        if self.parts and before is not None and now > before:
+            rows = sum(map(len, self.parts.values()))
+            _log.info(
+                f"{self._config.folder} was begun with data.answer_tokens = {before:,}, it is "
+                f"{now:,} now; new rows follow the {rows:,} that are there"
+            )
 
-def _row(prompt: list[int], answer: list[int]) -> Row:
-    return Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    def _is_own(self, part: int) -> bool:
+        return part % self._share.count == self._share.index
+
+    def _next_wave(self, missing: Sequence[int]) -> dict[int, list[Row]]:
+        """Returns the items of this process's parts in the next wave, by part number.
+
+        missing: parts of an interrupted wave, which is then finished first.
+        """
+        folder, waves = self._config.folder, read_waves(self._config.folder)
+        if missing:
+            wave = next(wave for wave in waves if wave.first <= missing[0] < wave.end)
+            own = follow(self._items_from(wave.first), wave, self._is_own)
+            self._place += sum(wave.items)
+            return {part: group for part, group in own.items() if part in missing}
+        first = len(self.parts)
+        wanted = self._config.answer_tokens - sum(map(supervised_tokens, self.parts.values()))
+        length = answer_length(self._config, self.parts)
+        items = self._items_from(first, round(wanted / length))
+        # Every process computes the same plan.
+        by_server = self._config.source.startswith(SERVER)
+        planned = plan(items, first, wanted, length, self._is_own, by_server)
+        self._place += sum(planned.wave.items)
+        wait_for_all("the text is planned")
+        if self._share.index == 0 or not self._share.together:
+            if planned.wave.items:
+                write_wave(folder, len(waves), planned.wave, self._share)
+            if planned.ended and self._config.source != "self":
+                exhausted_path(folder).touch()
+        return planned.own
+
+    def _items_from(self, part: int, wanted: int = 0) -> Iterator[Row]:
+        """Yields the items of the source from the first one of a part.
+
+        wanted: prompts to generate if `data.source: self` has none left.
+        """
+        config = self._config
+        if config.source == "self":
+            parts = {number: rows for number, rows in self.parts.items() if number < part}
+            if self._own_prompts is None:
+                self._own_prompts = SelfWritten(
+                    config,
+                    self._tokenizer,
+                    self._eos_ids,
+                    self._write,
+                    self._share,
+                    self._header,
+                )
+            fresh = self._own_prompts.items(parts) or self._own_prompts.grow(parts, wanted)
+            check_ids(fresh, self._vocab_size, "data.source: self", self._tokenizer)
+            return iter(fresh)
+        start = items_before(config.folder, part)
+        if self._place < 0 or self._place > start:
+            self._items, self._place = self._rows(), 0
+        self._items = islice(self._items, start - self._place, None)
+        self._place = start
+        return self._items
+
+    def _rows(self) -> Iterator[Row]:
+        """Yields the rows of the source from its beginning."""
+        config = pinned(self._config)
+        return source_rows(
+            config,
+            source_chats(config),
+            self._tokenizer,
+            self._eos_ids,
+            self._vocab_size,
+            self._header.made_for,
+        )
+
+    def _write_parts(self, own: Mapping[int, list[Row]]) -> None:
+        config = self._config
+        if self._answerer is None:
+            self._answerer = answerer_of(config, self._tokenizer, self._eos_ids, self._write)
+        with tqdm(
+            total=config.answer_tokens,
+            initial=sum(map(supervised_tokens, self.parts.values())),
+            desc="training text",
+            unit="tok",
+            smoothing=0.05,
+        ) as bar:
+            for part, group in own.items():
+                rows, states = self._answerer.answered(group, config.seed + part, bar.update)
+                path = states_path(config.folder, part)
+                if states and config.states == "disk":
+                    keep_states(path, rows, states, config.states_dtype)
+                items = Header(self._header.made_for, self._header.sources, len(group))
+                write_part(config.folder, part, rows, items)
+            # The last answers slightly exceed the budget; tqdm would then drop the total.
+            bar.total = max(bar.n, bar.total)

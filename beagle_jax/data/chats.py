@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import dropwhile, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from beagle_jax.config import DataConfig
 from beagle_jax.data.records import file_records
@@ -34,6 +34,7 @@ from beagle_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 Message = dict[str, Any]  # role, content, and other fields that the chat template may read
+Unread = Literal["ignore", "refuse"]  # what happens to fields that nothing reads
 
 MAX_BAD_SHARE: float = DataConfig.model_fields["max_bad_share"].default
 _EARLY_LOOK = 1000  # records after which an unusable source fails early
@@ -88,16 +89,29 @@ class Chat:
         return self.messages[-1]["role"] != "assistant"
 
     @property
-    def question(self) -> tuple[Message, ...]:
-        """The messages before the first answer."""
-        roles = [message["role"] for message in self.messages]
-        return self.messages[: roles.index("assistant")] if "assistant" in roles else self.messages
+    def contexts(self) -> list[tuple[Message, ...]]:
+        """The messages before each answer to write, without those before the previous one.
+
+        Answers of weight 0, and answers that call tools, whose results follow, are not written
+        anew: they are context.
+        """
+        contexts, begun = [], 0
+        for index, message in enumerate(self.messages):
+            if message["role"] != "assistant" or message.get("tool_calls"):
+                continue
+            if index not in self.untrained:
+                contexts.append(self.messages[begun:index])
+                begun = index + 1
+        rest = self.messages[begun:]
+        return [*contexts, rest] if rest and rest[-1]["role"] != "assistant" else contexts
 
 
-def read_chats(source: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Chat]:
+def read_chats(
+    source: str, max_bad_share: float = MAX_BAD_SHARE, unread: Unread = "ignore"
+) -> list[Chat]:
     """Reads all chats of a .jsonl[.gz] or .json file, or of a folder of .jsonl[.gz] files.
 
-    The files of a folder are shuffled, and their chats are interleaved.
+    The files of a folder are shuffled, and their chats are interleaved. unread: `data.unread`.
 
     Raises:
         UserError: naming file and line, if a file cannot be read or has too many unusable records.
@@ -113,9 +127,11 @@ def read_chats(source: str, max_bad_share: float = MAX_BAD_SHARE) -> list[Chat]:
             raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
         # Interleaved, so that a token budget takes chats from every file; shuffled, because files
         # are often sorted by kind.
-        in_turn = zip_longest(*(_shuffled(_read_file(file, max_bad_share)) for file in files))
+        in_turn = zip_longest(
+            *(_shuffled(_read_file(file, max_bad_share, unread)) for file in files)
+        )
         return [chat for group in in_turn for chat in group if chat is not None]
-    return _read_file(path, max_bad_share)
+    return _read_file(path, max_bad_share, unread)
 
 
 def local_source(source: str) -> Path:
@@ -153,8 +169,8 @@ def _shuffled(chats: list[Chat]) -> list[Chat]:
     return chats
 
 
-def _read_file(path: Path, max_bad_share: float) -> list[Chat]:
-    chats = list(chats_of(file_records(path), str(path), max_bad_share))
+def _read_file(path: Path, max_bad_share: float, unread: Unread) -> list[Chat]:
+    chats = list(chats_of(file_records(path), str(path), max_bad_share, unread))
     if not chats:
         raise UserError(f"{path}: the file holds no chats")
     return chats
@@ -213,15 +229,21 @@ class LeftOut:
 
 
 def chats_of(
-    records: Iterable[tuple[Any, str]], source: str, max_bad_share: float = MAX_BAD_SHARE
+    records: Iterable[tuple[Any, str]],
+    source: str,
+    max_bad_share: float = MAX_BAD_SHARE,
+    unread: Unread = "ignore",
 ) -> Iterator[Chat]:
     """Turns (record, place) pairs into chats; unusable records are skipped and reported.
 
+    unread: `data.unread`, for keys of records that no rule reads; each is named once.
+
     Raises:
-        UserError: more than `max_bad_share` of the records are unusable.
+        UserError: more than `max_bad_share` of the records are unusable, or `unread` is "refuse"
+            and a record has such a key.
     """
     left_out = LeftOut(source, max_bad_share, _log.info)
-    unread: set[str] = set()
+    named: set[str] = set()
     try:
         for record, where in records:
             left_out.seen += 1
@@ -230,9 +252,15 @@ def chats_of(
             except BadRecord as error:
                 left_out.add(str(error), where)
                 continue
-            if new := {key for key in record if key not in _READ} - unread:
-                unread |= new
-                _log.info(f"{where}: not read: {', '.join(sorted(map(str, new)))}")
+            if new := {key for key in record if key not in _READ} - named:
+                named |= new
+                listed = ", ".join(sorted(map(str, new)))
+                if unread == "refuse":
+                    raise UserError(
+                        f"{where}: no rule reads the keys {listed}; take them out of the file, or "
+                        "set data.unread: ignore"
+                    )
+                _log.info(f"{where}: not read: {listed}")
             yield chat
         left_out.check()
     finally:

@@ -25,9 +25,13 @@ def fingerprints(params: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str
     The hash of the weights covers their leading values, rounded to bfloat16, so that it does not
     depend on `target.dtype`.
     """
+    return {"target_sha256": _weights(params)} | text_hashes(tokenizer)
+
+
+def text_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Returns the hashes that need no weights: of the tokenizer and of its chat template."""
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)])
     return {
-        "target_sha256": _weights(params),
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
     }

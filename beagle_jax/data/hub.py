@@ -8,20 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from beagle_jax.data.chats import MAX_BAD_SHARE, Chat, chats_of
+from beagle_jax.data.chats import MAX_BAD_SHARE, Chat, Unread, chats_of
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
 
 
 def hub_chats(
-    name: str, split: str, streaming: bool, max_bad_share: float = MAX_BAD_SHARE
+    name: str,
+    split: str,
+    streaming: bool,
+    max_bad_share: float = MAX_BAD_SHARE,
+    unread: Unread = "ignore",
 ) -> Iterator[Chat]:
     """Reads the chats of a dataset, in the dataset's own order.
 
     name: `org/name[@revision]`, or a folder of data files, or one that `save_to_disk` wrote. split:
     in the notation of `datasets`, "train" or "train[:1%]". streaming: yields records while they are
     read and stores nothing on disk. Records have the formats of data/chats.py; an empty column
-    counts as missing.
+    counts as missing. unread: `data.unread`.
 
     Raises:
         UserError: the dataset or split does not exist, or too many records are not chats (the first
@@ -29,7 +33,7 @@ def hub_chats(
     """
     where = f"hf:{name}[{split}]"
     dataset = _load(name, split, streaming)
-    return chats_of(_records(dataset, where), where, max_bad_share)
+    return chats_of(_records(dataset, where), where, max_bad_share, unread)
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:

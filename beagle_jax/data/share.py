@@ -13,6 +13,14 @@ class Share:
     index: int = 0
     count: int = 1
 
+    @property
+    def together(self) -> bool:
+        """Whether the processes run at the same time, so that they can wait for each other.
+
+        False for the shares of `prepare --part`.
+        """
+        return self.count > 1 and jax.process_count() == self.count
+
 
 ALONE = Share()
 

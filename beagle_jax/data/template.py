@@ -29,6 +29,15 @@ class Row(NamedTuple):
 
     tokens: list[int]
     supervised: list[bool]  # the token belongs to an assistant answer, its stop token included
+    # Of a prompt, if more than its next answer is to be written: the whole chat.
+    chat: Chat | None = None
+
+    @property
+    def answers(self) -> int:
+        """Number of answers that are to be written; of a row with answers, 0."""
+        if any(self.supervised):
+            return 0
+        return len(self.chat.contexts) if self.chat else 1
 
 
 def supervised_tokens(rows: Iterable[Row]) -> int:

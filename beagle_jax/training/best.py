@@ -4,18 +4,20 @@ Training does not decode by itself: the caller passes the functions that measure
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from beagle_jax.config import Config, Identity
 from beagle_jax.data.share import wait_for_all
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.processes import from_first, is_first
+
+_log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
@@ -110,7 +112,7 @@ class Best:
         wait_for_all("the best draft")  # the first process writes it
         folder = self.folder_of(stage)
         if folder is None:
-            tqdm.write(f"{stage} stage: its best draft is not there; its last one is gone on from")
+            _log.info(f"{stage} stage: its best draft is not there; its last one is gone on from")
             return last
         best = self._restore(folder)
         return {name: jax.device_put(best[name], last[name].sharding) for name in last}
@@ -131,7 +133,7 @@ class Best:
             changed = now.diff(Identity(known), now.values)
         if changed:
             listed = "; ".join(f"{key}: {a!r} there, {b!r} now" for key, (a, b) in changed.items())
-            tqdm.write(
+            _log.info(
                 f"{self._path}: the tau of stage {stage} was measured with other settings "
                 f"({listed}); it is not compared, and its draft not exported"
             )

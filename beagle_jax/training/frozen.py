@@ -1,10 +1,18 @@
 """Frozen parts of the target that training reads."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 
 from beagle_jax.model.target import Params, TargetSpec
+
+
+class Vocabulary(NamedTuple):
+    """All V tokens of the target, for a draft that scores some of them only."""
+
+    head_VD: jax.Array
+    scored_V: jax.Array  # bool: the draft scores the token
 
 
 @jax.tree_util.register_dataclass
@@ -19,3 +27,5 @@ class FrozenTarget:
     head_VD: jax.Array  # only the tokens that the draft scores
     model: Params | None = None  # None: batches contain the states (`data.states: disk`)
     spec: TargetSpec | None = field(default=None, metadata=dict(static=True))  # of the model
+    # For held-out figures; None: the draft scores all tokens, or nothing is held out.
+    vocabulary: Vocabulary | None = None

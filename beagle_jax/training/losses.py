@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from beagle_jax.config import TrainConfig
 from beagle_jax.sharding import OwnShare, over_rows
 from beagle_jax.training.distances import DISTANCES, Distributions
+from beagle_jax.training.frozen import Vocabulary
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -207,6 +208,39 @@ class Terms(NamedTuple):
     vloss_M: jax.Array  # smooth-L1, unweighted
     total_M: jax.Array  # what is minimised
     rank_M: jax.Array  # 0-based rank of the target's most likely token among the draft's logits
+
+
+def over_vocabulary(
+    terms: Terms, outputs: Outputs, vocabulary: Vocabulary, config: TrainConfig, mesh: Mesh
+) -> Terms:
+    """Replaces terms over the tokens that the draft scores by terms over all tokens.
+
+    The loss is that of the draft's state through the whole head. A prediction whose most likely
+    token the draft does not score is ranked last, as decoding would never propose it.
+    """
+    ploss_M, _ = distribution_loss(
+        outputs.normed_MD,
+        outputs.true_MD,
+        vocabulary.head_VD,
+        outputs.counted_M,
+        config.loss,
+        config.loss_rows,
+        mesh,
+    )
+
+    def is_scored(true_D: jax.Array) -> jax.Array:
+        logits_V = jnp.einsum(
+            "D,VD->V", true_D, vocabulary.head_VD, preferred_element_type=jnp.float32
+        )
+        return vocabulary.scored_V[jnp.argmax(logits_V)]
+
+    scored_M = jax.lax.map(is_scored, outputs.true_MD, batch_size=config.loss_rows)
+    last = jnp.int32(vocabulary.head_VD.shape[0])
+    return terms._replace(
+        ploss_M=ploss_M,
+        total_M=terms.total_M - terms.ploss_M + ploss_M,
+        rank_M=jnp.where(scored_M, terms.rank_M, last),
+    )
 
 
 def distribution_and_state(outputs: Outputs, config: TrainConfig, mesh: Mesh) -> Terms:

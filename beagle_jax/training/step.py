@@ -16,9 +16,9 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.packing import of_row, places, queries
 from beagle_jax.model.target import embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
-from beagle_jax.training.frozen import FrozenTarget
+from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import objective_of
-from beagle_jax.training.losses import Outputs, Terms
+from beagle_jax.training.losses import Outputs, Terms, over_vocabulary
 from beagle_jax.training.objective import Inputs, Objective, Prediction
 
 # Agreement is measured within the draft's top 1, 4 and 10; the paper's figures show 4 and 10.
@@ -119,6 +119,7 @@ def stage_loss(
     batch: Batch,
     key: jax.Array,
     mesh: Mesh,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Computes the loss and the metrics of a batch (method.md 3.2, 4.2).
 
@@ -126,6 +127,8 @@ def stage_loss(
     The objective sets beta (`Prediction.weight_Y`; the late stage's by draft step, in
     `objective.by_step`) and adds both losses (`Objective.terms`). Training takes the gradient of
     the sum and divides later, in `updated`.
+
+    vocabulary: tokens that loss and agreement are over; None: those that the draft scores.
     """
     params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
@@ -156,6 +159,8 @@ def stage_loss(
         frozen.head_VD,
     )
     terms = objective.terms(outputs, config, mesh)
+    if vocabulary is not None:
+        terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
     metrics = _summed(out, terms, counted_BY, jnp.sum(batch.counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
 
@@ -280,9 +285,8 @@ def make_steps(
 
     def eval_step(params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch) -> Metrics:
         batch = with_states(frozen, batch, spec.taps)
-        return stage_loss(
-            params, spec, clean, stage, objective, frozen, batch, jax.random.key(0), mesh
-        )[1]
+        of_batch = (spec, clean, stage, objective, frozen, batch, jax.random.key(0), mesh)
+        return stage_loss(params, *of_batch, frozen.vocabulary)[1]
 
     def init(params: dict[str, jax.Array]) -> TrainState:
         return _first_state(params, optimizer, config.accumulate)

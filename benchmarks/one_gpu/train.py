@@ -16,12 +16,18 @@ from typing import Any
 
 import jax
 
-from beagle_jax.commands.train import given_draft, provenance, train_draft, training_target
+from beagle_jax.commands.train import (
+    draft_vocabulary,
+    given_draft,
+    provenance,
+    shuffled,
+    train_draft,
+    training_target,
+)
 from beagle_jax.config import Config, load_config
 from beagle_jax.data.fingerprint import fingerprints
-from beagle_jax.data.folder import claim, exhausted_path, read_parts, write_part
-from beagle_jax.data.hot_tokens import hot_tokens
-from beagle_jax.data.share import ALONE
+from beagle_jax.data.folder import read_parts
+from beagle_jax.data.rows_file import Header, write_rows
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.kinds import fresh_params, spec_type
@@ -35,7 +41,6 @@ from beagle_jax.weights.target import Target
 from benchmarks.one_gpu.parts import Settings, finish, read_settings
 from benchmarks.one_gpu.text_files import rows_of, text_files
 
-_ROWS_A_PART = 1024
 _ENDLESS = 10**12  # answer tokens; more than any text has
 
 
@@ -46,6 +51,7 @@ def config_of(out: Path, settings: Settings, digest: str) -> Config:
     """
     folder = out / "work" / f"train-{digest[:12]}"
     ours = [f"data.folder={folder / 'data'}", f"train.folder={folder}", "data.states=online"]
+    ours += [f"data.source={folder / 'text.rows'}", "data.answers=keep"]
     ours += [f"data.answer_tokens={_ENDLESS}", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]
     return load_config(settings.config, [*settings.overrides, *ours])
 
@@ -59,32 +65,24 @@ def digest_of(paths: Sequence[Path]) -> str:
 
 
 def fill(config: Config, target: Target, paths: Sequence[Path]) -> None:
-    """Writes the text to the folder that training reads.
-
-    Raises: UserError for text of another vocabulary.
-    """
-    if exhausted_path(config.data.folder, 0).exists():
+    """Writes the text to the file that training reads (`data.source`)."""
+    path = Path(config.data.source)
+    if path.exists():
         return
     made_for = {"target": config.target.source, **fingerprints(target.params, target.tokenizer)}
-    claim(config.data, made_for, ALONE)
+    sources = [{"name": path.name, "sha256": digest_of([path]), "revision": None} for path in paths]
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        Row(row.prompt + row.answer, [False] * len(row.prompt) + [True] * len(row.answer))
-        for row in rows_of(paths)
+        Row(text.prompt + text.answer, [False] * len(text.prompt) + [True] * len(text.answer))
+        for text in rows_of(paths)
     ]
-    highest = max(max(row.tokens) for row in rows)
-    if highest >= target.spec.vocab_size:
-        raise UserError(
-            f"the text has token {highest}, and {config.target.source} has {target.spec.vocab_size}"
-            " tokens; it was written by another target"
-        )
-    for number, first in enumerate(range(0, len(rows), _ROWS_A_PART)):
-        write_part(config.data.folder, number, rows[first : first + _ROWS_A_PART])
-    exhausted_path(config.data.folder, 0).touch()
+    write_rows(path, rows, Header(made_for, sources))
 
 
 def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | None:
     """Returns the draft of the newest checkpoint, with stage and step; None if there is none."""
     rows = [row for part in read_parts(config.data.folder).values() for row in part]
+    rows, _ = shuffled(config.data.seed, rows, None)
     start = given_draft(config, target)
     kind = spec_type(config.draft.kind)
     spec = kind.from_target(target.spec, config.draft.init_std) if start is None else start.spec
@@ -100,7 +98,7 @@ def newest_draft(config: Config, target: Target) -> tuple[Draft, str, int] | Non
             restored = checkpoints.restore(fresh)
         if restored is not None:
             state, step = restored[0], int(restored[0].step)
-            hot_ids = hot_tokens(rows, config.draft.hot_tokens, target.spec.vocab_size)
+            hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
             made = provenance(config, rows, target.revision) | {"stopped": [stage, step]}
             return Draft(spec, host_copy(state.params), hot_ids, made), stage, step
     return None

@@ -16,7 +16,8 @@ from beagle_jax.corpus.writer import TargetWriter, Writer
 from beagle_jax.data.chats import Chat, own_prompts
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.source import source_chats
-from beagle_jax.data.template import prompt_tokens
+from beagle_jax.data.template import Row, prompt_tokens
+from beagle_jax.data.vocabulary import check_ids
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.weights.target import Target, configured_target
 from benchmarks.one_gpu.parts import Settings, finish, read_settings
@@ -103,6 +104,8 @@ def write_text(out: Path, config: Config, target: Target, chats: Sequence[Chat],
             f"data.max_prompt_tokens is {config.data.max_prompt_tokens}, but each of "
             f"{len(chats)} prompts is longer; raise it"
         )
+    rows = [Row(prompt, [False] * len(prompt)) for prompt in prompts]
+    check_ids(rows, target.spec.vocab_size, "the prompts", target.tokenizer)
     random.Random(config.data.seed).shuffle(prompts)
     write = TargetWriter(target, config.data)
     for number, waiting in passes(prompts, out, text):
