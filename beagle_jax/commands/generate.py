@@ -6,7 +6,7 @@ from beagle_jax import terminal
 from beagle_jax.config import Config
 from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder, Stream
-from beagle_jax.decoding.requests import NOT_FINITE, Answers
+from beagle_jax.decoding.requests import NOT_FINITE, Answers, Options
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import PromptError, UserError
 from beagle_jax.weights.target import Target, configured_target
@@ -35,7 +35,7 @@ def compare(
     """Times speculative and plain decoding on one prompt; returns a text and the figures."""
     sampling, limits = sampling_of(config.decode), _limits(config)
     for decoder in (fast, plain):  # streaming has compiled most programs; this compiles the rest
-        decoder.warm_up([prompt], sampling, max_new_tokens=config.decode.max_new_tokens)
+        decoder.warm_up([prompt], sampling, **limits)
     fast_answers, plain_answers = (
         _whole(decoder.generate([prompt], sampling, **limits)) for decoder in (fast, plain)
     )
@@ -139,9 +139,13 @@ def _ask() -> str:
         ) from error
 
 
-def _limits(config: Config) -> dict:
-    return dict(
-        max_new_tokens=config.decode.max_new_tokens,
-        stop=config.decode.stop,
-        seed=config.decode.seed,
+def _limits(config: Config) -> Options:
+    decode = config.decode
+    return Options(
+        max_new_tokens=decode.max_new_tokens,
+        min_new_tokens=decode.min_new_tokens,
+        stop=decode.stop,
+        stop_token_ids=decode.stop_token_ids,
+        ignore_eos=decode.ignore_eos,
+        seed=decode.seed,
     )

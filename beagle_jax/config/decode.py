@@ -52,11 +52,34 @@ class DecodeConfig(Section):
     top_p: Number = setting(
         1.0, "sampling: share of the probability kept", affects=("answers",), gt=0, le=1
     )
+    min_p: Number = setting(
+        0.0,
+        "sampling: tokens kept have at least this share of the largest probability; 0: all",
+        affects=("answers",),
+        ge=0,
+        le=1,
+    )
+    repetition_penalty: Number = setting(
+        1.0,
+        "divides the positive logits of tokens of prompt and answer, and multiplies their negative "
+        "ones; 1: none",
+        affects=("answers",),
+        gt=0,
+    )
+    presence_penalty: Number = setting(
+        0.0, "subtracted from the logits of the answer's tokens", affects=("answers",)
+    )
+    frequency_penalty: Number = setting(
+        0.0, "the same, once for each time that a token came", affects=("answers",)
+    )
     rule: Literal["match", "ratio"] = setting(
         "match",
         "sampling: rule to accept drafts; ratio: Leviathan's rule, only for chains",
         affects=("answers",),
     )
-    seed: int = setting(0, "seed of all draws", affects=("answers",), ge=0)
-    max_new_tokens: int = setting(128, "limit in tokens of an answer", ge=1)
-    stop: Listed[str] = setting((), "strings; an answer ends before the first of them")
+    seed: int = setting(0, "of every draw", affects=("answers",), ge=0)
+    max_new_tokens: int = setting(128, "tokens; an answer ends here", ge=1)
+    stop: Listed[str] = setting((), "or before any of these strings")
+    stop_token_ids: Listed[int] = setting((), "or with any of these tokens, beside the target's")
+    ignore_eos: bool = setting(False, "the target's end tokens end no answer")
+    min_new_tokens: int = setting(0, "tokens that an answer has before an end token may come", ge=0)

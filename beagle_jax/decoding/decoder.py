@@ -2,16 +2,16 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.config import Config, load_config
-from beagle_jax.decoding.arguments import stop_strings, whole_number
+from beagle_jax.decoding.batch import Batch
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
@@ -20,6 +20,7 @@ from beagle_jax.decoding.requests import (
     Answer,
     Answers,
     Codec,
+    Options,
     Piece,
     Prompt,
     Request,
@@ -27,7 +28,13 @@ from beagle_jax.decoding.requests import (
 )
 from beagle_jax.decoding.round import RULES, Round, TargetModel
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.decoding.session import Session, padded
+from beagle_jax.decoding.session import (
+    CAPACITY_BUCKET,
+    Session,
+    filters_for,
+    padded,
+    slots,
+)
 from beagle_jax.decoding.state import DecodeState
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree
 from beagle_jax.errors import UsageError, UserError
@@ -38,7 +45,7 @@ from beagle_jax.weights.target import Target
 
 _log = logging.getLogger(__name__)
 
-CAPACITY_BUCKET = 128  # the number of cache slots is a multiple of this
+COMPLETING_ROWS = 8  # of `generate(.., as_completed=True)`
 
 
 class Stream:
@@ -176,66 +183,123 @@ class SpeculativeDecoder:
         prompts: Iterable[Prompt],
         sampling: Sampling = GREEDY,
         *,
-        max_new_tokens: int = 128,
         batch: int = 1,
+        **options: Unpack[Options],
     ) -> None:
         """Compiles the programs for prompts of these lengths in `batch` rows."""
-        batch = whole_number("batch", batch, 1)
-        encoded = map(self._codec.encode, prompts_of(prompts))
-        lengths = {padded(len(tokens)): tokens for tokens in encoded}
-        requests = [Request(tokens, max_new_tokens, sampling) for tokens in lengths.values()]
+        lengths = {padded(len(tokens)): tokens for tokens in map(self._codec.encode, prompts)}
+        requests = self._requests(lengths.values(), sampling, options)
         if requests:
             self._session(requests, batch)  # sets the capacity to that of the longest prompt
         for request in requests:
-            # One request more than rows, so that a row is refilled; each answer has a round.
-            short = [replace(request, max_new_tokens=2)] * (batch + (batch > 1))
+            # One more than there are rows, so that one is refilled; each with a round.
+            brief = replace(
+                request, max_new_tokens=2, min_new_tokens=min(2, request.min_new_tokens)
+            )
+            short = [brief] * (batch + (batch > 1))
             session = self._session(short, batch)
             state = session.first_state()
             peek(state), release(state, np.zeros(session.rows, bool))
             for _ in session:
                 pass
 
+    @overload
     def generate(
         self,
         prompts: Iterable[Prompt],
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sequence[Sampling] = ...,
         *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
+        n: int = ...,
+        batch: int | None = ...,
+        as_completed: Literal[False] = ...,
+        **options: Unpack[Options],
+    ) -> Answers: ...
+    @overload
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: Sampling = ...,
+        *,
+        n: int = ...,
+        batch: int | None = ...,
+        as_completed: Literal[True],
+        **options: Unpack[Options],
+    ) -> Iterator[tuple[int, Answer]]: ...
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        *,
+        n: int = 1,
         batch: int | None = None,
-    ) -> Answers:
-        """Answers all prompts, in the order in which they were given.
+        as_completed: bool = False,
+        **options: Unpack[Options],
+    ) -> Answers | Iterator[tuple[int, Answer]]:
+        """Answers all prompts. Prompt n draws with seed + n, so a batch repeats what each would get
+        alone.
 
-        Prompt n draws with seed + n, so a prompt gets the same answer alone and in a batch. stop:
-        an answer ends before the first of these strings. It also ends at the target's stop tokens,
-        after max_new_tokens, where the context is full and, with a warning, where the target's
-        logits are not finite. batch: number of rows; a finished row takes the next prompt. None:
-        one row for each prompt.
+        An answer ends at the target's end tokens, after `max_new_tokens`, where the context is
+        full, before a string of `stop`, and with a warning where the target's logits are not
+        finite. options: fields of `Request`.
+
+        sampling: of all prompts, or one for each. n: answers to each prompt, one after the other
+        in the result. batch: rows that run at once, a finished one taking the next prompt; None: a
+        row for each prompt. as_completed: returns an iterator of (place, answer) instead, in the
+        order in which answers end; prompts, of a generator too, are taken as rows become free
+        (8 rows if batch is None).
+
+        A prompt that cannot be answered fails alone: its answer's `finish` is "error", and `error`
+        says why.
 
         Raises:
-            PromptError: A prompt is empty or not a prompt.
-            ContextFull: A prompt leaves no room for an answer.
-            UserError: A setting is out of range.
+            PromptError: No prompt can be answered: each is empty, no prompt, or too long.
+            UserError: A setting means nothing.
         """
-        session = self.session(
-            prompts, sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed, batch=batch
-        )
-        by_index = {piece.index: piece.answer for piece in session if piece.answer is not None}
-        answers = tuple(by_index[index] for index in range(len(session.requests)))
-        for index, answer in enumerate(answers):
+        if as_completed:
+            return self._completed(prompts, sampling, n, batch or COMPLETING_ROWS, options)
+        samplings = sampling if isinstance(sampling, Sampling) else list(sampling)
+        made = Batch(self._codec, samplings, n, options)
+        asked = list(prompts_of(prompts))
+        if not asked:
+            raise UserError("there are no prompts; give at least one")
+        if not isinstance(samplings, Sampling) and len(samplings) != len(asked):
+            raise UserError(
+                f"{len(samplings)} samplings were given for {len(asked)} prompts; give one for "
+                "all, or one for each"
+            )
+        requests = list(made.requests(asked))
+        if len(made.failed) == len(asked):
+            raise made.failed[0]
+        session = self._session(requests, batch)
+        by_place = dict(made.answers(session))
+        for place, answer in sorted(by_place.items()):
             if answer.finish == "error":
-                _log.warning("prompt %d: %s", index + 1, NOT_FINITE)
+                _log.warning("prompt %d: %s", place // n + 1, answer.error)
+        answers = tuple(by_place[place] for place in range(len(asked) * n))
         return Answers(answers, session.prefill_seconds, session.decode_seconds)
 
-    def stream(
+    def _completed(
         self,
-        prompt: Prompt,
-        sampling: Sampling = GREEDY,
-        *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
+        prompts: Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling],
+        n: int,
+        batch: int,
+        options: Options,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Places and answers as they end; prompts are taken one by one as rows become free."""
+        if not isinstance(sampling, Sampling):
+            raise UserError("as_completed takes one sampling for all prompts")
+        made = Batch(self._codec, sampling, n, options)
+        if isinstance(prompts, (str, Mapping)):
+            prompts = prompts_of(prompts)
+        common = next(Batch(self._codec, sampling, 1, options).requests([[0]]))
+        now = replace(self._round, filters=filters_for([common], self._codec.eos_ids))
+        capacity = max(self._capacity, CAPACITY_BUCKET)
+        session = Session(now, self._codec, made.requests(prompts), batch, capacity)
+        return made.answers(session)
+
+    def stream(
+        self, prompt: Prompt, sampling: Sampling = GREEDY, **options: Unpack[Options]
     ) -> Stream:
         """Yields the text of one answer, a few rounds at a time. See `generate` for arguments."""
         if self._codec.tokenizer is None:
@@ -243,9 +307,7 @@ class SpeculativeDecoder:
                 "this target has no tokenizer, so its answer cannot be streamed as text; use "
                 "generate, which returns tokens"
             )
-        stops = stop_strings(stop)
-        request = Request(self._codec.encode(prompt), max_new_tokens, sampling, stops, seed)
-        session = self._session([request], 1, streaming=True)
+        session = self._session(self._requests([prompt], sampling, options), 1, streaming=True)
         return Stream(iter(session), session)
 
     def session(
@@ -253,18 +315,11 @@ class SpeculativeDecoder:
         prompts: Iterable[Prompt],
         sampling: Sampling = GREEDY,
         *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
         batch: int | None = None,
+        **options: Unpack[Options],
     ) -> Session:
-        """Returns the session that `generate` runs; same arguments and errors."""
-        stops, first = stop_strings(stop), whole_number("seed", seed)
-        requests = [
-            Request(self._codec.encode(prompt), max_new_tokens, sampling, stops, first + line)
-            for line, prompt in enumerate(prompts_of(prompts))
-        ]
-        return self._session(requests, batch)
+        """What `generate` runs. Takes and raises what it does; a bad prompt ends the call."""
+        return self._session(self._requests(prompts_of(prompts), sampling, options), batch)
 
     def pieces(self, requests: Sequence[Request], batch: int) -> Iterator[Piece]:
         """Yields parts of all answers as they are decoded, in `batch` rows."""
@@ -274,47 +329,43 @@ class SpeculativeDecoder:
         self,
         prompts: Iterable[Prompt],
         sampling: Sampling = GREEDY,
-        *,
-        max_new_tokens: int = 128,
-        seed: int = 0,
+        **options: Unpack[Options],
     ) -> tuple[Round, DecodeState]:
-        """Returns a round and the state after the prompts, to measure or draw parts of it."""
-        session = self.session(prompts, sampling, max_new_tokens=max_new_tokens, seed=seed)
+        """A round, and the state after the prompts: to measure parts of a round, or to draw one."""
+        session = self.session(prompts, sampling, **options)
         return session.now, session.first_state()
+
+    def _requests(
+        self, prompts: Iterable[Prompt], sampling: Sampling, options: Options
+    ) -> list[Request]:
+        """The requests of a call. Raises PromptError for the first bad prompt."""
+        made = Batch(self._codec, sampling, 1, options)
+        requests = list(made.requests(prompts))
+        for error in made.failed.values():
+            raise error
+        return requests
 
     def _session(
         self, requests: Sequence[Request], batch: int | None, *, streaming: bool = False
     ) -> Session:
-        """Checks the settings. Raises UserError if one means nothing."""
+        """Raises UserError for settings that mean nothing."""
         if not requests:
             raise UserError("there are no prompts; give at least one")
-        if batch is not None:
-            batch = whole_number("batch", batch, 1)
-        requests = [request.check() for request in requests]
-        if self._round.rule.draws and any(request.sampling.greedy for request in requests):
-            raise UserError(
-                "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
-                "temperature, or use rule 'match'"
-            )
+        if batch is not None and batch < 1:
+            raise UserError(f"batch is {batch}; expected at least 1 row")
+        for request in requests:
+            self._codec.check(request)
+            if self._round.rule.draws and request.sampling.greedy:
+                raise UserError(
+                    "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
+                    "temperature, or use rule 'match'"
+                )
         rows = min(batch or len(requests), len(requests))
-        most = max(len(request.tokens) + request.max_new_tokens for request in requests)
-        need = min(most, self._codec.context) + self.tree.depth + 1
+        overhang = self.tree.depth + 1
+        if not self._fixed:
+            needs = (slots(request, self._codec.context, overhang) for request in requests)
+            self._capacity = max(self._capacity, *needs)
         widest = padded(max(len(request.tokens) for request in requests))
-        needed = 0 if self._fixed else round_up(need, CAPACITY_BUCKET)
-        self._capacity = max(self._capacity, needed, widest)
-        return Session(self._round, self._codec, requests, rows, self._capacity, streaming)
-
-
-def _check_parts(target: object, draft: object, tree: object, rule: object) -> None:
-    """Raises UserError if one of them is something else, such as the path of a draft."""
-    if not isinstance(target, Target):
-        raise UserError(f"target is {target!r:.80}; expected what load_target returns")
-    if isinstance(draft, str | Path):
-        raise UserError(f"draft is {draft!r:.80}; expected what load_draft returns, or None")
-    if not isinstance(tree, Tree):
-        raise UserError(
-            f"tree is {tree!r:.80}; expected chain(..), static_tree(..), dynamic_tree(..) or "
-            "ROOT_ONLY"
-        )
-    if rule not in RULES:
-        raise UserError(f"rule is {rule!r:.80}; expected one of {', '.join(RULES)}")
+        self._capacity = max(self._capacity, widest)
+        now = replace(self._round, filters=filters_for(requests, self._codec.eos_ids))
+        return Session(now, self._codec, iter(requests), rows, self._capacity, streaming)

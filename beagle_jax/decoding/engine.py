@@ -22,6 +22,19 @@ def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
     return now.empty(batch, capacity)
 
 
+@partial(jax.jit, static_argnames=("capacity",))
+def grow(now: Round, state: DecodeState, *, capacity: int) -> DecodeState:
+    """The same rows with more slots."""
+    larger = now.empty(len(state.transcript.done_B), capacity)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.shape == new.shape:
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+
+    return constrained(jax.tree.map(put, state, larger), now.mesh)
+
+
 @partial(jax.jit, static_argnames=("first",), donate_argnames=("state",))
 @exact
 def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> DecodeState:

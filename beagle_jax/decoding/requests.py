@@ -1,14 +1,14 @@
 """Requests and answers of a decoder; conversion between prompts, tokens and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, overload
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.template import prompt_tokens
-from beagle_jax.decoding.arguments import stop_strings, whole_number
+from beagle_jax.decoding.logprobs import TokenLogProb
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.errors import ContextFull, PromptError, UserError
@@ -16,9 +16,10 @@ from beagle_jax.errors import ContextFull, PromptError, UserError
 # A user's message, a chat that waits for an answer, or token ids in any container.
 Prompt = str | Sequence[Mapping[str, str]] | Iterable[int]
 
-_EXPECTED = "expected text, a list of messages, or a sequence of token ids (whole numbers)"
+Finish = Literal["token", "string", "length", "context", "time", "cancelled", "error"]
 
-Finish = Literal["token", "string", "length", "context", "error"]
+MOST_ENDS = 32  # stop_token_ids of a request
+MOST_LOGPROBS = 20  # of the most likely tokens at each place, as OpenAI's API allows
 
 NOT_FINITE = (
     "the target's logits are not finite: its weights hold NaN, or overflow in this dtype; try "
@@ -33,8 +34,55 @@ class Request:
     tokens: Sequence[int]  # of the prompt
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
+    min_new_tokens: int = 0  # an end token comes after so many tokens at the earliest
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
+    stop_token_ids: tuple[int, ...] = ()  # and after one of these tokens
+    ignore_eos: bool = False  # the target's end tokens end nothing
+    logprobs: int | None = None  # log-probabilities: of the answer's tokens, and of so many more
+    seconds: float | None = None  # the answer ends so long after its prompt got a row
     seed: int = 0
+    choice: int = 0  # which of several answers to the same prompt and seed
+
+    def check(self) -> "Request":
+        """Itself. Raises UserError for values that mean nothing."""
+        self.sampling.check()
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens is {self.min_new_tokens}; expected 0 to max_new_tokens, "
+                f"{self.max_new_tokens}"
+            )
+        if len(self.stop_token_ids) > MOST_ENDS:
+            raise UserError(
+                f"{len(self.stop_token_ids)} stop_token_ids were given; expected at most "
+                f"{MOST_ENDS}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(
+                f"logprobs is {self.logprobs}; expected null, or 0 to {MOST_LOGPROBS} of the most "
+                "likely tokens"
+            )
+        if self.seconds is not None and not self.seconds > 0:
+            raise UserError(f"seconds is {self.seconds}; expected null or a time above 0")
+        return self
+
+    def end_tokens(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end its answer; eos_ids: of the target."""
+        return (() if self.ignore_eos else eos_ids) + self.stop_token_ids
+
+
+class Options(TypedDict, total=False):
+    """What a call may say of all its requests; see `Request`."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    seconds: float | None
+    seed: int
 
     def check(self) -> "Request":
         """Returns this request with Python's numbers.
@@ -62,12 +110,15 @@ class Answer:
 
     tokens: list[int]  # the stop token included, if one came
     text: str  # without stop token and stop string; empty when the target has no tokenizer
-    # Why the answer ends: the target's stop token, a stop string, max_new_tokens or a full context;
-    # "error": the target's logits after these tokens were not finite.
+    # An end token, a stop string, max_new_tokens, a full context, `Request.seconds`, the caller;
+    # or "error": the target's logits were not finite after these tokens, or the prompt was none.
     finish: Finish
     rounds: int  # the prefill is not counted
     # Number of rounds that accepted 0, 1, .. P drafts. Only emitted tokens count.
     accepted: list[int]
+    # of the tokens, with `Request.logprobs`
+    logprobs: list[TokenLogProb] | None = field(default=None, kw_only=True)
+    error: str | None = field(default=None, kw_only=True)  # what went wrong, with finish "error"
 
     @property
     def tau(self) -> float:
@@ -106,8 +157,9 @@ class Piece:
 
     index: int  # of the request
     tokens: list[int]
-    text: str  # the text that these tokens complete
-    answer: Answer | None  # the whole answer; only in its last piece
+    text: str  # what these tokens complete
+    answer: Answer | None  # the whole, with its last piece
+    logprobs: list[TokenLogProb] | None = None  # of the tokens, with `Request.logprobs`
 
 
 @dataclass(frozen=True)
@@ -156,8 +208,10 @@ class Codec:
             raise ContextFull(len(tokens), self.context)
         return tokens
 
-    def stream(self, stop: Sequence[str] = ()) -> TextStream | None:
-        """Returns a new text stream for one answer; None without a tokenizer.
+    def stream(
+        self, stop: Sequence[str] = (), end_tokens: tuple[int, ...] = ()
+    ) -> TextStream | None:
+        """Text of tokens as they come, without end tokens; None without a tokenizer.
 
         Raises UserError if `stop` is not a list of strings, or needs a tokenizer.
         """
@@ -168,7 +222,21 @@ class Codec:
                     "leave stop out"
                 )
             return None
-        return TextStream(self.tokenizer, self.eos_ids, stop)
+        return TextStream(self.tokenizer, (*self.eos_ids, *end_tokens), stop)
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request whose values mean nothing."""
+        request.check()
+        for name, tokens in (
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", request.sampling.logit_bias or ()),
+        ):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise UserError(
+                        f"{name} holds token {token}, and the target's vocabulary ends at "
+                        f"{self.vocab_size - 1}"
+                    )
 
 
 def _token_ids(parts: Sequence[object]) -> list[int]:

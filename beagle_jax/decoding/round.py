@@ -16,7 +16,15 @@ from jax.sharding import Mesh
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.accept import Accepted, accept_by_ratio, accept_matching
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, NoDrafter, Proposal, Seen
+from beagle_jax.decoding.logprobs import written_at
 from beagle_jax.decoding.nodes import Nodes
+from beagle_jax.decoding.penalties import (
+    History,
+    edited,
+    history_of_prompt,
+    history_with,
+    no_history,
+)
 from beagle_jax.decoding.sampling import (
     Filters,
     choose,
@@ -87,7 +95,9 @@ class Match:
     ) -> tuple[Accepted, jax.Array]:
         """Returns the accepted path, and whether each node's logits are finite [B, W]."""
         place_BW = state.transcript.count_B[:, None] + proposal.nodes.depth_BW
-        wanted_BW, finite_BW = now.choose(state.requests, states_BWD, place_BW)
+        wanted_BW, finite_BW = now.choose(
+            state.requests, states_BWD, place_BW, state.history, proposal.nodes
+        )
         return accept_matching(proposal.nodes, wanted_BW, now.tree.depth), finite_BW
 
 
@@ -107,12 +117,14 @@ class Ratio:
         raw_BWV = logits(now.target.params, now.target.spec, states_BWD)
         place_BP = count_B1 + jnp.arange(now.tree.depth)[None]
         key_BP = now.part("keys")(now, requests.key_B, place_BP, FOR_ACCEPTING)
-        key_BW = now.part("keys")(
-            now, requests.key_B, count_B1 + proposal.nodes.depth_BW, FOR_TARGET
+        place_BW = count_B1 + proposal.nodes.depth_BW
+        key_BW = now.part("keys")(now, requests.key_B, place_BW, FOR_TARGET)
+        edited_BWV = now.part("edit")(
+            now, requests, raw_BWV, place_BW, state.history, proposal.nodes
         )
         accepted = accept_by_ratio(
             proposal.nodes,
-            filter_logits(raw_BWV, requests.knobs, now.filters),
+            filter_logits(edited_BWV, requests.knobs, now.filters),
             proposal.logits_BPV,
             self.uniform(key_BP),
             gumbel(key_BW, raw_BWV.shape[-1]),
@@ -159,16 +171,15 @@ class Round:
     parts: tuple[tuple[str, Callable[..., Any]], ...] = field(metadata=_STATIC, default=())
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
-        """Returns the round with some of its parts replaced.
-
-        Parts: read_chunk, propose, read, accept, append, emit and keys.
+        """The round with some of its parts replaced: read_chunk, propose, read, accept, append,
+        emit, edit or keys.
         """
         return replace(self, parts=tuple(sorted({**dict(self.parts), **parts}.items())))
 
     @property
     def reading(self) -> Self:
-        """The round for reading prompts, which compiles once for all trees and rules."""
-        parts = tuple(part for part in self.parts if part[0] in ("read_chunk", "keys"))
+        """The round as prompts need it: their programs are the same for every tree and rule."""
+        parts = tuple(part for part in self.parts if part[0] in ("read_chunk", "edit", "keys"))
         return replace(self, tree=ROOT_ONLY, rule=RULES["match"], parts=parts)
 
     @property
@@ -181,7 +192,8 @@ class Round:
         dtype = self.target.params["embed_VD"].dtype
         layers = init_cache(self.target.spec, batch, capacity, dtype)
         cache = KVCache(layers, jnp.zeros(batch, jnp.int32))
-        state = idle(cache, self.drafter.init(batch, capacity), batch, capacity)
+        draft = self.drafter.init(batch, capacity)
+        state = idle(cache, draft, batch, capacity, self.filters, self.target.spec.vocab_size)
         return constrained(state, self.mesh)
 
     def run(self, state: DecodeState) -> tuple[DecodeState, jax.Array]:
@@ -196,8 +208,10 @@ class Round:
         with jax.named_scope("accept"):
             accepted, finite_BW = self.part("accept")(self, state, proposal, output.states_BTD)
         with jax.named_scope("append"):
-            state = self.part("append")(self, state, accepted, output)
-        return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
+            state = self.part("append")(self, state, accepted, states_BWD, rows)
+            if self.filters.logprobs is not None:
+                state = self._with_logprobs(state, accepted, states_BWD)
+        return self.part("emit")(self, state, accepted, finite_BW), states_BWD
 
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
@@ -274,7 +288,7 @@ class Round:
         on_path_BP = step_1P <= accepted.count_B[:, None]
         finite_BP = jnp.take_along_axis(finite_BW, accepted.path_BP1, axis=1)
         sound_B = jnp.cumprod(finite_BP & on_path_BP, axis=1).sum(axis=1)
-        stop_BP = is_stop(accepted.token_BP1, self.eos_ids) & (step_1P < sound_B[:, None])
+        stop_BP = self._is_stop(state.requests, accepted.token_BP1) & (step_1P < sound_B[:, None])
         to_stop_B = jnp.where(stop_BP.any(axis=1), jnp.argmax(stop_BP, axis=1) + 1, sound_B)
         live_B = ~now.done_B
         left_B = state.requests.limit_B - now.count_B
@@ -292,6 +306,9 @@ class Round:
         length_B = state.cache.length_B + jnp.where(live_B, accepted.count_B + 1, 0)
         out_BS = now.out_BS.at[row_B[:, None], column_BP].set(accepted.token_BP1, mode="drop")
         accepted_B = jnp.minimum(accepted.count_B, emitted_B)
+        if state.history is not None:
+            history = history_with(state.history, accepted.token_BP1, emitted_B)
+            state = state._replace(history=history)
         return state._replace(
             cache=state.cache.with_(length_B=length_B),
             transcript=now._replace(
@@ -303,24 +320,69 @@ class Round:
             ),
             stats=stats._replace(
                 rounds_B=stats.rounds_B + counted_B,
+                passes_B=stats.passes_B + 1,
                 accepted_BS=stats.accepted_BS.at[row_B, round_B].set(accepted_B, mode="drop"),
             ),
         )
 
     def choose(
-        self, requests: Requests, states_BWD: jax.Array, place_BW: jax.Array
+        self,
+        requests: Requests,
+        states_BWD: jax.Array,
+        place_BW: jax.Array,
+        history: History | None = None,
+        nodes: Nodes | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the target's next token after each state, and whether its logits are finite.
-
-        The token is the most likely one, or drawn with the noise of its position in the answer.
+        """The target's own next token after each state, greedy or drawn with the noise of its
+        place; and is it finite? history, nodes: what `edited` needs for penalties.
         """
         params, spec = self.target.params, self.target.spec
-        if not self.filters.drawn:
+        if not (self.filters.drawn or self.filters.edits):
             return best_tokens(params, states_BWD)
         raw_BWV = logits(params, spec, states_BWD)
+        finite_BW = jnp.isfinite(raw_BWV.max(axis=-1))
+        edited_BWV = self.part("edit")(self, requests, raw_BWV, place_BW, history, nodes)
+        if not self.filters.drawn:
+            return edited_BWV.argmax(axis=-1).astype(jnp.int32), finite_BW
         key_BW = self.part("keys")(self, requests.key_B, place_BW, FOR_TARGET)
-        wanted_BW = choose(raw_BWV, key_BW, requests.knobs, self.filters)
-        return wanted_BW, jnp.isfinite(raw_BWV.max(axis=-1))
+        return choose(edited_BWV, key_BW, requests.knobs, self.filters), finite_BW
+
+    def edit(
+        self,
+        requests: Requests,
+        raw_BWV: jax.Array,
+        place_BW: jax.Array,
+        history: History | None,
+        nodes: Nodes | None,
+    ) -> jax.Array:
+        """The target's logits with each request's bias, penalties and minimum length."""
+        return edited(
+            raw_BWV,
+            place_BW,
+            requests.knobs,
+            self.filters,
+            ends=requests.ends,
+            history=history,
+            nodes=nodes,
+        )
+
+    def _is_stop(self, requests: Requests, token_BT: jax.Array) -> jax.Array:
+        """Which tokens end the answer of their row [B, T]."""
+        if not self.filters.ends:
+            return is_stop(token_BT, self.eos_ids)
+        assert requests.ends is not None
+        return (token_BT[..., None] == requests.ends.token_BE[:, None]).any(axis=-1)
+
+    def _with_logprobs(
+        self, state: DecodeState, accepted: Accepted, states_BWD: jax.Array
+    ) -> DecodeState:
+        """Notes the log-probabilities of this round's tokens. Before `emit`, which counts them."""
+        assert state.stats.logprobs is not None
+        path_BPD = jnp.take_along_axis(states_BWD, accepted.path_BP1[..., None], axis=1)
+        raw_BPV = logits(self.target.params, self.target.spec, path_BPD)
+        place_BP = state.transcript.count_B[:, None] + jnp.arange(path_BPD.shape[1])[None]
+        logprobs = written_at(state.stats.logprobs, raw_BPV, accepted.token_BP1, place_BP)
+        return state._replace(stats=state.stats._replace(logprobs=logprobs))
 
     def keys(self, key_B: jax.Array, place_BT: jax.Array, purpose: int) -> jax.Array:
         """Returns the random key [B, T] of each position of an answer, for one purpose."""
@@ -346,8 +408,10 @@ class Round:
         ends_R = (length_R > offset) & (length_R <= offset + T)
         output = self._read_text(state, chunk, count_R, first, prefix)
         last_R = jnp.maximum(count_R - 1, 0)[:, None, None]
-        last_R1D = jnp.take_along_axis(output.states_BTD, last_R, axis=1)
-        wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, jnp.zeros((R, 1), jnp.int32))
+        last_R1D = jnp.take_along_axis(states_RTD, last_R, axis=1)
+        zero_R1 = jnp.zeros((R, 1), jnp.int32)
+        history = self._history_of(state, chunk, count_R, first)
+        wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, zero_R1, history)
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
         # The token after a prompt's last token is the root.
@@ -366,7 +430,8 @@ class Round:
             return none_R.astype(x_B.dtype) if first else x_B[row_R]
 
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
-        ended_R = is_stop(root_R, self.eos_ids) | (chunk.requests.limit_B <= 1) | broken_R
+        stop_R = self._is_stop(chunk.requests, root_R[:, None])[:, 0]
+        ended_R = stop_R | (chunk.requests.limit_B <= 1) | broken_R
         done_R = jnp.where(ends_R, ended_R, (length_R > offset + T) | now.done_B[row_R])
         # The slot depends on the chosen tokens, none of which is negative, so that XLA must order
         # every write after all reads of the chunks before: it would copy the caches otherwise.
@@ -385,7 +450,37 @@ class Round:
             ),
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
-        return after, output.states_BTD
+        if history is not None:
+            history = history_with(history, root_R[:, None], jnp.asarray(ends_R, jnp.int32))
+            after = after._replace(history=jax.tree.map(put, state.history, history))
+        if stats.logprobs is not None:
+            after = self._with_first_logprobs(after, row_R, ends_R, last_R1D)
+        return after, states_RTD
+
+    def _with_first_logprobs(
+        self, state: DecodeState, row_R: AnyArray, ends_R: AnyArray, last_R1D: jax.Array
+    ) -> DecodeState:
+        """Notes the log-probabilities of the roots of rows whose prompt ends here."""
+        stats = state.stats
+        assert stats.logprobs is not None
+        of_rows = jax.tree.map(lambda x: x[row_R], stats.logprobs)
+        raw_R1V = logits(self.target.params, self.target.spec, last_R1D)
+        place_R1 = jnp.where(ends_R, 0, stats.logprobs.own_BS.shape[1])[:, None]
+        of_rows = written_at(of_rows, raw_R1V, state.transcript.root_B[row_R][:, None], place_R1)
+        logprobs = jax.tree.map(lambda x, new: x.at[row_R].set(new), stats.logprobs, of_rows)
+        return state._replace(stats=stats._replace(logprobs=logprobs))
+
+    def _history_of(
+        self, state: DecodeState, chunk: Chunk, count_R: AnyArray, first: bool
+    ) -> History | None:
+        """The history of the chunk's rows after its prompt tokens; None without penalties."""
+        if state.history is None:
+            return None
+        if first:
+            before = no_history(len(chunk.row_R), state.history.count_BV.shape[1])
+        else:
+            before = jax.tree.map(lambda x: x[chunk.row_R], state.history)
+        return history_of_prompt(before, chunk.token_RT, count_R)
 
     def _read_text(
         self,

@@ -11,7 +11,8 @@ Settings are arrays with one value per sequence: a new temperature or seed compi
 settings that change the program are static (`Filters`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,11 +32,21 @@ _FEW, _LOOKED_AT = 64, 96
 
 
 class Sampling(NamedTuple):
-    """Sampling settings of one answer. The filters are applied in this order."""
+    """How the next tokens of one answer are chosen.
+
+    The target's logits get the bias and the penalties, in greedy answers too; then they are divided
+    by the temperature, and the filters apply in the order of their fields.
+    """
 
     temperature: float = 0.0  # 0 takes the most likely token
     top_k: int = 0  # only this many most likely tokens are kept; 0: all
     top_p: float = 1.0  # of these, the fewest whose probabilities reach this sum
+    min_p: float = 0.0  # of these, the ones with this share of the largest probability; 0: all
+    # Divides the positive logits of tokens of prompt and answer and multiplies their negative ones.
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # subtracted from the logits of the answer's tokens
+    frequency_penalty: float = 0.0  # subtracted from them once for each time that they came
+    logit_bias: Mapping[int, float] | None = None  # token to what is added to its logit
 
     @property
     def greedy(self) -> bool:
@@ -56,13 +67,34 @@ class Sampling(NamedTuple):
             top_k = whole_number("top_k", self.top_k, 0)
         except UserError:
             raise UserError(
-                f"top_k is {self.top_k!r}; expected 0 (all tokens) or a whole number"
-            ) from None
-        expected = "a share above 0 and at most 1"
-        top_p = real_number("top_p", self.top_p, expected)
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected {expected}")
-        return Sampling(temperature, top_k, top_p)
+                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
+                f"least {COLDEST}"
+            )
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or a whole number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected a share above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; expected a share from 0 (all tokens) to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}; expected a number above 0, "
+                "where 1 changes nothing"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; expected a number, 0 for none")
+        for token, bias in (self.logit_bias or {}).items():
+            if not (isinstance(token, (int, np.integer)) and token >= 0 and math.isfinite(bias)):
+                raise UserError(
+                    f"logit_bias holds {token!r}: {bias!r}; expected token ids with numbers"
+                )
+        return self
+
+    @property
+    def penalises(self) -> bool:
+        """True when the next logits depend on which tokens came before."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
 
 GREEDY = Sampling()
@@ -74,6 +106,19 @@ class Filters(NamedTuple):
     drawn: bool = False  # False: every answer takes the most likely tokens
     top_k: bool = False
     top_p: bool = False
+    min_p: bool = False
+    penalties: bool = False
+    bias: bool = False
+    ends: int = 0  # end tokens that a sequence may have of its own; 0: the target's end all
+    logprobs: int | None = None  # how many of the largest are reported; None: no probability is
+
+    @property
+    def edits(self) -> bool:
+        """True when logits are changed before the filters."""
+        return self.penalties or self.bias or self.ends > 0
+
+
+NO_FILTERS = Filters()
 
 
 class Knobs(NamedTuple):
@@ -82,6 +127,11 @@ class Knobs(NamedTuple):
     temperature_B: AnyArray
     top_k_B: AnyArray
     top_p_B: AnyArray
+    min_p_B: AnyArray
+    repetition_B: AnyArray
+    presence_B: AnyArray
+    frequency_B: AnyArray
+    bias_BV: AnyArray | None = None  # with `Filters.bias`
 
 
 def filters_of(samplings: Sequence[Sampling]) -> Filters:
@@ -91,22 +141,47 @@ def filters_of(samplings: Sequence[Sampling]) -> Filters:
         bool(drawn),
         any(sampling.top_k > 0 for sampling in drawn),
         any(sampling.top_p < 1 for sampling in drawn),
+        any(sampling.min_p > 0 for sampling in drawn),
+        any(sampling.penalises for sampling in samplings),
+        any(sampling.logit_bias for sampling in samplings),
     )
 
 
-def knobs_of(samplings: Sequence[Sampling]) -> Knobs:
-    """Converts the settings to NumPy arrays."""
-    temperature, top_k, top_p = zip(*samplings, strict=True)
+def knobs_of(samplings: Sequence[Sampling], vocab_size: int | None = None) -> Knobs:
+    """These settings as arrays of the host. vocab_size: with `Filters.bias`, else None."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(sampling, name) for sampling in samplings], np.float32)
+
+    bias_BV = None
+    if vocab_size is not None:
+        bias_BV = np.zeros((len(samplings), vocab_size), np.float32)
+        for row, sampling in enumerate(samplings):
+            for token, bias in (sampling.logit_bias or {}).items():
+                bias_BV[row, token] = bias
     return Knobs(
-        np.array(temperature, np.float32),
-        np.array([min(count, 2**31 - 1) for count in top_k], np.int32),
-        np.array(top_p, np.float32),
+        column("temperature"),
+        np.array([min(sampling.top_k, 2**31 - 1) for sampling in samplings], np.int32),
+        column("top_p"),
+        column("min_p"),
+        column("repetition_penalty"),
+        column("presence_penalty"),
+        column("frequency_penalty"),
+        bias_BV,
     )
 
 
 def sampling_of(config: DecodeConfig) -> Sampling:
-    """Returns the sampling settings of a config."""
-    return Sampling(config.temperature, config.top_k, config.top_p).check()
+    """The sampling that a config asks for."""
+    return Sampling(
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        config.min_p,
+        config.repetition_penalty,
+        config.presence_penalty,
+        config.frequency_penalty,
+    ).check()
 
 
 def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -124,18 +199,27 @@ def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.
     """
     temperature_B = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1.0)
     logits_BTV = logits_BTV.astype(jnp.float32) / temperature_B[:, None, None]
-    V = logits_BTV.shape[-1]
-    if not (filters.top_k or filters.top_p):
+    if not (filters.top_k or filters.top_p or filters.min_p):
         return logits_BTV
-    if filters.top_k and V > _LOOKED_AT:
-        lowest_BT1 = jax.lax.cond(
-            _few(knobs),
-            lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
-            lambda: _lowest_kept(logits_BTV, knobs, filters, V),
-        )
-    else:
-        lowest_BT1 = _lowest_kept(logits_BTV, knobs, filters, V)
+    lowest_BT1 = jnp.full((*logits_BTV.shape[:2], 1), _REMOVED)
+    if filters.min_p:
+        log_share_B = jnp.log(knobs.min_p_B)
+        lowest_BT1 = logits_BTV.max(axis=-1, keepdims=True) + log_share_B[:, None, None]
+    if filters.top_k or filters.top_p:
+        lowest_BT1 = jnp.maximum(lowest_BT1, _lowest_of_most(logits_BTV, knobs, filters))
     return jnp.where(logits_BTV >= lowest_BT1, logits_BTV, _REMOVED)
+
+
+def _lowest_of_most(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
+    """The lowest logit [B, T, 1] that top-k and top-p keep."""
+    V = logits_BTV.shape[-1]
+    if not filters.top_k or V <= _LOOKED_AT:
+        return _lowest_kept(logits_BTV, knobs, filters, V)
+    return jax.lax.cond(
+        _few(knobs),
+        lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
+        lambda: _lowest_kept(logits_BTV, knobs, filters, V),
+    )
 
 
 def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: int) -> jax.Array:

@@ -1,28 +1,44 @@
 """Answers many requests in the rows of one state: a finished row takes the next request.
 
-Compiled programs depend only on the number of rows, the capacity and padded prompt lengths. An
-answer does not depend on the row or on the other requests.
+Programs depend on the rows, the capacity and padded prompt lengths alone. Request n is answered as
+if it were alone, in whatever row it runs. Long prompts are read in chunks with rounds of the other
+rows between them.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from beagle_jax.decoding.engine import admit, advance, begin, peek, release
-from beagle_jax.decoding.requests import Answer, Codec, Finish, Piece, Request, rounds_through
+from beagle_jax.decoding.engine import admit, advance, begin, grow, peek, release
+from beagle_jax.decoding.logprobs import TokenLogProb, token_logprobs
+from beagle_jax.decoding.penalties import Ends
+from beagle_jax.decoding.requests import (
+    MOST_LOGPROBS,
+    NOT_FINITE,
+    Answer,
+    Codec,
+    Finish,
+    Piece,
+    Request,
+    rounds_through,
+)
 from beagle_jax.decoding.round import Chunk, Round
-from beagle_jax.decoding.sampling import filters_of, knobs_of
+from beagle_jax.decoding.sampling import Filters, filters_of, knobs_of
 from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.model.cache import round_up
 
-PROMPT_BUCKET = 64  # smallest padded length; longer lengths double. Each length compiles once
-PREFILL_CHUNK = 512  # longer prompts are read in chunks of this many tokens
-ADMIT_ROWS = 16  # largest number of prompts read at once
-ROUNDS_PER_LOOK = 8  # rounds between two reads by the host, if it needs text before the end
+PROMPT_BUCKET = 64  # shortest padded prompt; longer ones go up by doubling: one compile each
+PREFILL_CHUNK = 512  # prompts longer than this are read in pieces of it
+ADMIT_ROWS = 16  # prompts read at once
+ROUNDS_PER_LOOK = 8  # rounds between two looks of the host, where it has to look
+CAPACITY_BUCKET = 128  # caches have a multiple of so many slots
+ENDS_BUCKET = 8  # end tokens of a request are padded to a multiple of this
 _ALL_ROUNDS = 2**31 - 1
 
 
@@ -33,108 +49,178 @@ class _Line:
     index: int
     request: Request
     text: TextStream | None
+    began: float  # time.perf_counter
+    reading: bool = True  # parts of its prompt are still to be read
     count: int = 0  # tokens taken from the row so far
 
 
 @dataclass
+class _Reading:
+    """Prompts that are read into their rows, chunk by chunk."""
+
+    lines: list[_Line]
+    chunks: Iterator[tuple[Chunk, bool]]  # and is it the last one?
+
+
+@dataclass
 class Session:
-    """Iterator over pieces of the answers to some requests, in no fixed order of requests."""
+    """Requests being answered. Iterate over it for their pieces, in no fixed order of requests.
+
+    source: the requests, taken one by one as rows become free; the n-th one's pieces have index n.
+    It may yield None, which means that no request waits now: the session goes on and asks again
+    later. now.filters must cover all requests.
+    """
 
     now: Round
     codec: Codec
-    requests: Sequence[Request]
+    source: Iterator[Request | None]
     rows: int
-    capacity: int
-    streaming: bool = False  # yield pieces early, not only whole answers
+    capacity: int  # slots at first; longer requests enlarge the caches
+    streaming: bool = False  # pieces are wanted early, and not only whole answers
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
+    passes: int = field(default=0, init=False)  # rounds of the batch so far
 
     def __post_init__(self) -> None:
-        samplings = [request.sampling for request in self.requests]
-        self.now = replace(self.now, filters=filters_of(samplings))
-        self._texts = [self.codec.stream(request.stop) for request in self.requests]
+        self._ahead: deque[tuple[int, Request]] = deque()
+        self._count, self._open, self._filled = 0, True, False
+        self._lines: list[_Line | None] = [None] * self.rows
+        self._readings: deque[_Reading] = deque()
+        self._cancelled: set[int] = set()
+        self._looking = self.streaming
+
+    def cancel(self, index: int) -> None:
+        """Ends the request with this index, at the next look of the host: `finish="cancelled"`."""
+        self._cancelled.add(index)
 
     def __iter__(self) -> Iterator[Piece]:
-        looking = self.streaming or any(request.stop for request in self.requests)
-        most = np.int32(ROUNDS_PER_LOOK if looking else _ALL_ROUNDS)
-        waiting = list(range(len(self.requests)))
-        lines: list[_Line | None] = [None] * self.rows
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
-        ready: Snapshot | None = None  # taken before the rounds that are running
-        while waiting or any(lines):
-            state, admitted = self._refill(state, lines, waiting)
+        ready: Snapshot | None = None  # of before the rounds that run
+        while self._waits() or any(self._lines) or self._open:
+            state, admitted = self._refill(state)
+            if not any(line and not line.reading for line in self._lines):
+                continue
             clock = time.perf_counter()
+            looking = self._looking
             if looking and (admitted or ready is None):
                 ready = peek(state)
-            state, coming = advance(self.now, state, most, self._enough(lines, waiting))
-            # The device runs the next rounds while the host decodes text of the last ones.
+            hurried = looking or self._readings or (self._open and not self._ahead)
+            most = np.int32(ROUNDS_PER_LOOK if hurried else _ALL_ROUNDS)
+            state, coming = advance(self.now, state, most, self._enough())
+            # The next rounds run while the host turns the last ones into text.
             snapshot = Snapshot(*jax.device_get(ready if looking else coming))
             ready = coming
             self.decode_seconds += time.perf_counter() - clock
             ended_B = np.zeros(self.rows, bool)
-            for row, line in enumerate(lines):
-                if line is not None:
+            for row, line in enumerate(self._lines):
+                if line is not None and not line.reading:
                     yield (piece := self._piece(line, row, snapshot))
                     if piece.answer is not None:
-                        lines[row], ended_B[row] = None, not snapshot.done_B[row]
-            if ended_B.any() and (waiting or any(lines)):
+                        self._lines[row], ended_B[row] = None, not snapshot.done_B[row]
+            self.passes = int(snapshot.passes_B[0])
+            if ended_B.any() and (self._waits() or any(self._lines) or self._open):
                 state = release(state, ended_B)
 
     def first_state(self) -> DecodeState:
         """Returns the state after the first prompts, one in each row."""
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
-        return self._refill(state, [None] * self.rows, list(range(self.rows)))[0]
+        state, _ = self._refill(state)
+        while self._readings:
+            state, _ = self._refill(state)
+        return state
 
     def first_reading(self) -> jax.stages.Lowered:
-        """Returns the lowered program that reads the first chunk of the first prompts."""
-        width = min(ADMIT_ROWS, self.rows)
-        chunk = next(self._chunks(list(range(width)), list(self.requests[:width]), width))
+        """The program that reads the first chunk of the first prompts."""
+        self._pull(self._width())
+        requests = [request for _, request in self._ahead]
+        chunk, _ = next(self._chunks(list(range(len(requests))), requests, self._width()))
         state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
         return admit.lower(self.now.reading, state, chunk, first=True)
 
-    def _enough(self, lines: list[_Line | None], waiting: list[int]) -> np.int32:
-        """Returns how many rows must be done before rounds stop.
+    def _pull(self, count: int) -> None:
+        """Takes requests from the source until `count` of them wait."""
+        while self._open and len(self._ahead) < count:
+            try:
+                request = next(self.source)
+            except StopIteration:
+                self._open = False
+                return
+            if request is None:
+                return
+            self._looking |= bool(request.stop) or request.seconds is not None
+            self._ahead.append((self._count, request))
+            self._count += 1
 
-        All rows, or as many as the next requests need.
+    def _waits(self) -> bool:
+        """Is there a request without a row?"""
+        self._pull(self._width())
+        return bool(self._ahead)
+
+    def _enough(self) -> np.int32:
+        """Rows that must be done before the rounds stop: all, or those that the next requests
+        need. Rows whose prompt is being read count as done.
         """
-        if not waiting:
+        if self._readings or not self._ahead:
             return np.int32(self.rows)
-        group = min(self._width(waiting), len(waiting))
-        return np.int32(min(lines.count(None) + group, self.rows))
+        group = min(self._width(), len(self._ahead))
+        return np.int32(min(self._lines.count(None) + group, self.rows))
 
-    def _width(self, waiting: list[int]) -> int:
-        """Returns how many prompts to read at once: one size at the start, one for refills.
+    def _width(self) -> int:
+        """Prompts to read at once: two sizes, one for the first rows and one for refills.
 
         A half-empty prefill costs as much as a full one, and idle rows cost even more.
         """
-        filled = len(waiting) < len(self.requests)
-        return min(ADMIT_ROWS, max(1, self.rows // 4) if filled else self.rows)
+        return min(ADMIT_ROWS, max(1, self.rows // 4) if self._filled else self.rows)
 
-    def _refill(
-        self, state: DecodeState, lines: list[_Line | None], waiting: list[int]
-    ) -> tuple[DecodeState, bool]:
-        """Admits waiting requests to free rows. Also returns whether any was admitted."""
-        clock, admitted = time.perf_counter(), False
-        width = self._width(waiting)
-        free = [row for row, line in enumerate(lines) if line is None]
-        while waiting and len(free) >= min(width, len(waiting)):
-            taken, waiting[:width] = waiting[:width], []
+    def _refill(self, state: DecodeState) -> tuple[DecodeState, bool]:
+        """Gives free rows to waiting requests, and reads one chunk of each group of prompts.
+
+        Returns whether anything was read.
+        """
+        clock, filled = time.perf_counter(), False
+        free = [row for row, line in enumerate(self._lines) if line is None]
+        while self._waits() and len(free) >= min(self._width(), len(self._ahead)):
+            width = self._width()
+            taken = [self._ahead.popleft() for _ in range(min(width, len(self._ahead)))]
             rows, free = free[: len(taken)], free[len(taken) :]
-            for row, index in zip(rows, taken, strict=True):
-                lines[row] = _Line(index, self.requests[index], self._texts[index])
-            requests = [self.requests[index] for index in taken]
-            for number, chunk in enumerate(self._chunks(rows, requests, width)):
-                state = admit(self.now.reading, state, chunk, first=number == 0)
-            admitted = True
-        if admitted:
+            requests = [request for _, request in taken]
+            state = self._with_room(state, requests)
+            for row, (index, request) in zip(rows, taken, strict=True):
+                text = self.codec.stream(request.stop, request.end_tokens(self.codec.eos_ids))
+                self._lines[row] = _Line(index, request, text, clock)
+            lines = [line for row in rows if (line := self._lines[row])]
+            self._readings.append(_Reading(lines, self._chunks(rows, requests, width)))
+            filled = True
+        self._filled |= filled
+        read = len(self._readings)
+        for _ in range(read):
+            reading = self._readings.popleft()
+            chunk, last = next(reading.chunks)
+            state = admit(self.now.reading, state, chunk, first=not chunk.offset)
+            if last:
+                for line in reading.lines:
+                    line.reading = False
+            else:
+                self._readings.append(reading)
+        if read:
             jax.block_until_ready(state.transcript.root_B)
             self.prefill_seconds += time.perf_counter() - clock
-        return state, admitted
+        return state, read > 0
 
-    def _chunks(self, rows: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
-        """Splits the prompts of some requests into chunks.
+    def _with_room(self, state: DecodeState, requests: list[Request]) -> DecodeState:
+        """A state with slots for these requests too."""
+        overhang = self.now.tree.depth + 1
+        need = max(slots(request, self.codec.context, overhang) for request in requests)
+        if need <= self.capacity:
+            return state
+        self.capacity = need
+        return grow(self.now.reading, state, capacity=need)
 
-        If there are fewer prompts than `width`, the last one is repeated, which has no effect.
+    def _chunks(
+        self, rows: list[int], requests: list[Request], width: int
+    ) -> Iterator[tuple[Chunk, bool]]:
+        """The prompts of some requests, in chunks; the last one is marked. What is missing to the
+        width repeats the last prompt, which changes nothing.
         """
         requests = requests + requests[-1:] * (width - len(requests))
         row_R = np.array(rows + rows[-1:] * (width - len(rows)), np.int32)
@@ -145,17 +231,19 @@ class Session:
         arrays = self._arrays(requests, length_R)
         for start in range(0, token_RT.shape[1], PREFILL_CHUNK):
             chunk_RT = token_RT[:, start : start + PREFILL_CHUNK]
-            yield Chunk(row_R, chunk_RT, np.array(start, np.int32), length_R, arrays)
+            last = start + PREFILL_CHUNK >= token_RT.shape[1]
+            yield Chunk(row_R, chunk_RT, np.int32(start), length_R, arrays), last
 
     def _arrays(self, requests: list[Request], length_R: np.ndarray) -> Requests:
         most = [min(request.max_new_tokens, self.codec.context) for request in requests]
         limit_R = np.minimum(most, self.codec.context - length_R).astype(np.int32)
-        seed_R = np.array([request.seed % 2**32 for request in requests], np.uint32)
-        return Requests(
-            limit_R,
-            jax.vmap(jax.random.key)(seed_R),
-            knobs_of([request.sampling for request in requests]),
+        filters = self.now.filters
+        knobs = knobs_of(
+            [request.sampling for request in requests],
+            self.codec.vocab_size if filters.bias else None,
         )
+        ends = ends_of(requests, self.codec.eos_ids, filters.ends) if filters.ends else None
+        return Requests(limit_R, keys_of(requests), knobs, ends)
 
     def _piece(self, line: _Line, row: int, snapshot: Snapshot) -> Piece:
         """Returns the tokens and text that a row wrote since the last read."""
@@ -163,29 +251,96 @@ class Session:
         tokens = snapshot.out_BS[row, line.count : count].tolist()
         text = "" if line.text is None else line.text.add(tokens)
         line.count = count
-        ended = line.text is not None and line.text.tokens_at_stop is not None
-        if not (snapshot.done_B[row] or ended):
-            return Piece(line.index, tokens, text, None)
+        finish = self._finish(line, row, snapshot)
+        logprobs = _logprobs(line.request, snapshot, row, tokens, count - len(tokens))
+        if finish is None:
+            return Piece(line.index, tokens, text, None, logprobs)
         if line.text is not None:
             text += line.text.close()
-        return Piece(line.index, tokens, text, self._answer(line, row, snapshot))
+        answer = self._answer(line, row, snapshot, finish)
+        return Piece(line.index, tokens, text, answer, logprobs)
 
-    def _answer(self, line: _Line, row: int, snapshot: Snapshot) -> Answer:
+    def _finish(self, line: _Line, row: int, snapshot: Snapshot) -> Finish | None:
+        """Why a row's answer ends here; None if it goes on."""
+        if line.text is not None and line.text.tokens_at_stop is not None:
+            return "string"
+        if snapshot.done_B[row]:
+            last = snapshot.out_BS[row, line.count - 1]
+            if snapshot.broken_B[row]:
+                return "error"
+            if last in line.request.end_tokens(self.codec.eos_ids):
+                return "token"
+            return "length" if line.count >= line.request.max_new_tokens else "context"
+        if line.index in self._cancelled:
+            self._cancelled.remove(line.index)
+            return "cancelled"
+        seconds = line.request.seconds
+        late = seconds is not None and time.perf_counter() - line.began > seconds
+        return "time" if late else None
+
+    def _answer(self, line: _Line, row: int, snapshot: Snapshot, finish: Finish) -> Answer:
         tokens = snapshot.out_BS[row, : line.count].tolist()
         accepted = snapshot.accepted_BS[row, : snapshot.rounds_B[row]]
-        finish: Finish = "context"
-        if line.text is not None and line.text.tokens_at_stop is not None:
-            tokens, finish = tokens[: line.text.tokens_at_stop], "string"
+        if finish == "string":
+            assert line.text is not None
+            tokens = tokens[: line.text.tokens_at_stop]
             accepted = np.array(rounds_through(accepted.tolist(), len(tokens)), np.int32)
-        elif snapshot.broken_B[row]:
-            finish = "error"
-        elif tokens[-1] in self.codec.eos_ids:
-            finish = "token"
-        elif len(tokens) >= line.request.max_new_tokens:
-            finish = "length"
         histogram = np.bincount(accepted, minlength=self.now.tree.depth + 1).tolist()
         text = "" if line.text is None else line.text.whole()
-        return Answer(tokens, text, finish, len(accepted), histogram)
+        logprobs = _logprobs(line.request, snapshot, row, tokens)
+        error = NOT_FINITE if finish == "error" else None
+        return Answer(
+            tokens, text, finish, len(accepted), histogram, logprobs=logprobs, error=error
+        )
+
+
+def filters_for(requests: Sequence[Request], eos_ids: tuple[int, ...]) -> Filters:
+    """What a program needs for these requests."""
+    filters = filters_of([request.sampling for request in requests])
+    own = [
+        len(request.end_tokens(eos_ids))
+        for request in requests
+        if request.ignore_eos or request.stop_token_ids or request.min_new_tokens
+    ]
+    # Few sizes, each is compiled.
+    ends = round_up(max(1, *own, len(eos_ids)), ENDS_BUCKET) if own else 0
+    tops = [request.logprobs for request in requests if request.logprobs is not None]
+    logprobs = (MOST_LOGPROBS if max(tops) else 0) if tops else None
+    return filters._replace(ends=ends, logprobs=logprobs)
+
+
+def ends_of(requests: Sequence[Request], eos_ids: tuple[int, ...], width: int) -> Ends:
+    """The end tokens of some requests, as arrays of the host."""
+    token_RE = np.full((len(requests), width), -1, np.int32)
+    for row, request in enumerate(requests):
+        tokens = request.end_tokens(eos_ids)
+        token_RE[row, : len(tokens)] = tokens
+    return Ends(token_RE, np.array([request.min_new_tokens for request in requests], np.int32))
+
+
+def keys_of(requests: Sequence[Request]) -> jax.Array:
+    """The random key [R] of each request."""
+    seed_R = np.array([request.seed % 2**32 for request in requests], np.uint32)
+    key_R = jax.vmap(jax.random.key)(seed_R)
+    if not any(request.choice for request in requests):
+        return key_R
+    choice_R = np.array([request.choice for request in requests], np.uint32)
+    return jnp.where(choice_R > 0, jax.vmap(jax.random.fold_in)(key_R, choice_R), key_R)
+
+
+def _logprobs(
+    request: Request, snapshot: Snapshot, row: int, tokens: list[int], first: int = 0
+) -> list[TokenLogProb] | None:
+    if request.logprobs is None:
+        return None
+    assert snapshot.logprobs is not None
+    return token_logprobs(snapshot.logprobs, row, tokens, first, request.logprobs)
+
+
+def slots(request: Request, context: int, overhang: int) -> int:
+    """Cache slots that a request needs, in buckets. overhang: nodes that a round may add."""
+    most = min(len(request.tokens) + request.max_new_tokens, context) + overhang
+    return max(round_up(most, CAPACITY_BUCKET), padded(len(request.tokens)))
 
 
 def padded(length: int) -> int:

@@ -9,7 +9,9 @@ from jax.typing import DTypeLike
 
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import State
-from beagle_jax.decoding.sampling import Knobs
+from beagle_jax.decoding.logprobs import LogProbs, no_logprobs
+from beagle_jax.decoding.penalties import Ends, History, no_history
+from beagle_jax.decoding.sampling import GREEDY, NO_FILTERS, Filters, Knobs, knobs_of
 from beagle_jax.model.cache import KVCache
 from beagle_jax.sharding import cache_shardings, whole
 
@@ -20,6 +22,7 @@ class Requests(NamedTuple):
     limit_B: AnyArray  # largest number of tokens of the answer
     key_B: jax.Array  # random key of the sequence's draws (sampling.place_keys)
     knobs: Knobs
+    ends: Ends | None = None  # with `Filters.ends`
 
 
 class Transcript(NamedTuple):
@@ -35,8 +38,10 @@ class Transcript(NamedTuple):
 class Stats(NamedTuple):
     """Counters of the rounds, per sequence."""
 
-    rounds_B: jax.Array  # the prefill is not counted
-    accepted_BS: jax.Array  # accepted and emitted draft tokens of each round
+    rounds_B: jax.Array  # the prefill not counted
+    accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
+    passes_B: jax.Array  # rounds of the whole batch since it began, the same in all rows
+    logprobs: LogProbs | None = None  # with `Filters.logprobs`
 
 
 class DecodeState(NamedTuple):
@@ -47,6 +52,7 @@ class DecodeState(NamedTuple):
     requests: Requests
     transcript: Transcript
     stats: Stats
+    history: History | None = None  # with `Filters.penalties`
 
 
 class Snapshot(NamedTuple):
@@ -58,18 +64,34 @@ class Snapshot(NamedTuple):
     broken_B: AnyArray
     rounds_B: AnyArray
     accepted_BS: AnyArray
+    passes_B: AnyArray
+    logprobs: LogProbs | None = None
 
 
 def snapshot(state: DecodeState) -> Snapshot:
     """Copies the part of a state that the host reads."""
     now, stats = state.transcript, state.stats
     return Snapshot(
-        now.out_BS, now.count_B, now.done_B, now.broken_B, stats.rounds_B, stats.accepted_BS
+        now.out_BS,
+        now.count_B,
+        now.done_B,
+        now.broken_B,
+        stats.rounds_B,
+        stats.accepted_BS,
+        stats.passes_B,
+        stats.logprobs,
     )
 
 
-def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState:
-    """Returns a state whose rows have no request."""
+def idle(
+    cache: KVCache,
+    draft: State,
+    batch: int,
+    capacity: int,
+    filters: Filters = NO_FILTERS,
+    vocab_size: int = 0,
+) -> DecodeState:
+    """Rows without a request. vocab_size: read only with filters that need it."""
 
     def zeros(dtype: DTypeLike = jnp.int32) -> jax.Array:
         return jnp.zeros(batch, dtype)  # donated buffers must differ
@@ -78,12 +100,23 @@ def idle(cache: KVCache, draft: State, batch: int, capacity: int) -> DecodeState
         return jnp.zeros((batch, capacity), jnp.int32)
 
     key_B = jax.vmap(jax.random.key)(zeros(jnp.uint32))
+    knobs = jax.tree.map(jnp.asarray, knobs_of([GREEDY] * batch))
+    if filters.bias:
+        knobs = knobs._replace(bias_BV=jnp.zeros((batch, vocab_size), jnp.float32))
+    ends = history = logprobs = None
+    if filters.ends:
+        ends = Ends(jnp.full((batch, filters.ends), -1, jnp.int32), zeros())
+    if filters.penalties:
+        history = no_history(batch, vocab_size)
+    if filters.logprobs is not None:
+        logprobs = no_logprobs(batch, capacity, filters.logprobs)
     return DecodeState(
         cache,
         draft,
-        Requests(zeros(), key_B, Knobs(zeros(jnp.float32), zeros(), jnp.ones(batch, jnp.float32))),
+        Requests(zeros(), key_B, knobs, ends),
         Transcript(zeros(), out(), zeros(), jnp.ones(batch, bool), zeros(bool)),
-        Stats(zeros(), out()),
+        Stats(zeros(), out(), zeros(), logprobs),
+        history,
     )
 
 

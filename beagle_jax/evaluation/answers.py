@@ -84,7 +84,7 @@ class AnswerLog:
         self.cases[case.suite, case.number] = case
         turns = [
             {
-                name: {"prompt": entry.prompt, "answer": asdict(entry.answer)}
+                name: {"prompt": entry.prompt, "answer": _record(entry.answer)}
                 for name, entry in turn.items()
             }
             for turn in case.turns
@@ -105,6 +105,12 @@ def _case(record: dict[str, Any]) -> Case:
         for turn in record["turns"]
     )
     return Case(record["suite"], record["number"], record["category"], turns)
+
+
+def _record(answer: TimedAnswer) -> dict[str, Any]:
+    """What is kept of an answer that ended well, without log-probabilities."""
+    left_out = ("logprobs", "error")
+    return {name: value for name, value in asdict(answer).items() if name not in left_out}
 
 
 def _answer(record: dict[str, Any]) -> TimedAnswer:
