@@ -2,6 +2,7 @@
 minimum length, end tokens, several answers, log-probabilities.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -135,33 +136,37 @@ def test_a_tree_whose_nodes_share_one_count_is_caught():
 
 
 def test_penalties_are_exact_under_the_ratio_rule():
-    """The first two tokens' joint distribution, against the target's own."""
+    """The joint distribution of an answer's second and third token is the target's own."""
     target = target_of(MARKOV, seed=3)
-    sampling = Sampling(1.0, top_k=5, frequency_penalty=2.0, presence_penalty=0.5)
+    sampling = Sampling(1.0, top_k=4, frequency_penalty=-2.0)
     decoder = SpeculativeDecoder(target, right_draft(0.3), chain(2), rule="ratio", context=64)
     count = 1500
     answers = decoder.generate([[5]] * count, sampling, max_new_tokens=3, batch=500)
-    found = np.zeros((TINY.vocab_size,) * 2)
+    seen = np.zeros((TINY.vocab_size,) * 2)
     for answer in answers:
-        found[answer.tokens[1], answer.tokens[2]] += 1 / count
-    expected = np.zeros_like(found)
-    for first, p in enumerate(_next_distribution(target, [], sampling)):
-        for second, q in enumerate(_next_distribution(target, [first], sampling) if p else []):
-            for third, r in enumerate(
-                _next_distribution(target, [first, second], sampling) if q else []
-            ):
-                expected[second, third] += p * q * r
-    # Four standard deviations of the distance that chance alone gives, bounded by Cauchy-Schwarz.
-    cells = (expected > 0).sum()
-    assert np.abs(found - expected).sum() < np.sqrt(cells / count) * 1.5
-    wrong = expected.T
-    assert np.abs(found - wrong).sum() > np.sqrt(cells / count) * 1.5
+        seen[answer.tokens[1], answer.tokens[2]] += 1 / count
+
+    def joint(sampling: Sampling) -> np.ndarray:
+        chances = np.zeros_like(seen)
+        for first, p in _next_tokens(target, [], sampling):
+            for second, q in _next_tokens(target, [first], sampling):
+                for third, r in _next_tokens(target, [first, second], sampling):
+                    chances[second, third] += p * q * r
+        return chances
+
+    expected = joint(sampling)
+    # By chance alone the distance is at most sqrt(cells / count) on average (Cauchy-Schwarz).
+    reach = 1.5 * np.sqrt((expected > 0).sum() / count)
+    assert np.abs(seen - expected).sum() < reach
+    assert np.abs(seen - joint(sampling._replace(frequency_penalty=0.0))).sum() > reach
 
 
-def _next_distribution(target, answer: list[int], sampling: Sampling) -> np.ndarray:
+def _next_tokens(target, answer: list[int], sampling: Sampling) -> list[tuple[int, float]]:
+    """The tokens that may come next, and their probabilities."""
     raw_V = _text_logits(target, [5, *answer])
     edited_V = _edited_as_published(raw_V, [5], answer, sampling)
-    return np.asarray(jax.nn.softmax(filtered(jnp.asarray(edited_V)[None], sampling)[0]))
+    p_V = np.asarray(jax.nn.softmax(filtered(jnp.asarray(edited_V)[None], sampling)[0]))
+    return [(int(token), float(p_V[token])) for token in np.flatnonzero(p_V)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.4, 1.0])
@@ -254,7 +259,7 @@ def test_several_answers_to_a_prompt():
 
 @pytest.mark.parametrize(("draft", "temperature"), [(False, 0.0), (True, 0.8)])
 def test_log_probabilities_equal_those_of_one_pass_over_the_text(draft, temperature):
-    target = target_of(MARKOV)
+    target = target_of(dataclasses.replace(MARKOV, max_positions=1024))
     decoder = SpeculativeDecoder(target, context=700)
     if draft:
         decoder = SpeculativeDecoder(target, right_draft(0.02), dynamic_tree(2, 2, 5), context=700)

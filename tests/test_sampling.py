@@ -21,7 +21,8 @@ from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.accept import accept_by_ratio
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.nodes import Nodes
-from beagle_jax.decoding.round import Ratio, Round
+from beagle_jax.decoding.round import Round
+from beagle_jax.decoding.rules import Ratio
 from beagle_jax.decoding.sampling import (
     Sampling,
     choose,

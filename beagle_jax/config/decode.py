@@ -77,9 +77,11 @@ class DecodeConfig(Section):
         "sampling: rule to accept drafts; ratio: Leviathan's rule, only for chains",
         affects=("answers",),
     )
-    seed: int = setting(0, "of every draw", affects=("answers",), ge=0)
-    max_new_tokens: int = setting(128, "tokens; an answer ends here", ge=1)
-    stop: Listed[str] = setting((), "or before any of these strings")
-    stop_token_ids: Listed[int] = setting((), "or with any of these tokens, beside the target's")
-    ignore_eos: bool = setting(False, "the target's end tokens end no answer")
-    min_new_tokens: int = setting(0, "tokens that an answer has before an end token may come", ge=0)
+    seed: int = setting(0, "seed of all draws", affects=("answers",), ge=0)
+    max_new_tokens: int = setting(128, "limit in tokens of an answer", ge=1)
+    stop: Listed[str] = setting((), "strings; an answer ends before the first of them")
+    stop_token_ids: Listed[int] = setting(
+        (), "tokens that end an answer, beside the end tokens of the target"
+    )
+    ignore_eos: bool = setting(False, "the end tokens of the target do not end an answer")
+    min_new_tokens: int = setting(0, "number of tokens before an end token may come", ge=0)

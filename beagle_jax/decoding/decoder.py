@@ -16,7 +16,6 @@ from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
 from beagle_jax.decoding.requests import (
-    NOT_FINITE,
     Answer,
     Answers,
     Codec,
@@ -26,7 +25,8 @@ from beagle_jax.decoding.requests import (
     Request,
     prompts_of,
 )
-from beagle_jax.decoding.round import RULES, Round, TargetModel
+from beagle_jax.decoding.round import Round, TargetModel
+from beagle_jax.decoding.rules import RULES
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.session import (
     CAPACITY_BUCKET,
@@ -272,10 +272,10 @@ class SpeculativeDecoder:
             raise made.failed[0]
         session = self._session(requests, batch)
         by_place = dict(made.answers(session))
-        for place, answer in sorted(by_place.items()):
+        answers = tuple(by_place[index] for index in range(len(asked) * n))
+        for index, answer in enumerate(answers):
             if answer.finish == "error":
-                _log.warning("prompt %d: %s", place // n + 1, answer.error)
-        answers = tuple(by_place[place] for place in range(len(asked) * n))
+                _log.warning("prompt %d: %s", index // n + 1, answer.error)
         return Answers(answers, session.prefill_seconds, session.decode_seconds)
 
     def _completed(
@@ -368,4 +368,4 @@ class SpeculativeDecoder:
         widest = padded(max(len(request.tokens) for request in requests))
         self._capacity = max(self._capacity, widest)
         now = replace(self._round, filters=filters_for(requests, self._codec.eos_ids))
-        return Session(now, self._codec, iter(requests), rows, self._capacity, streaming)
+        return Session(now, self._codec, requests, rows, self._capacity, streaming)

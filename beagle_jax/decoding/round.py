@@ -7,14 +7,14 @@ once for each shape. `with_` replaces a part by another function.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from beagle_jax.arrays import AnyArray
-from beagle_jax.decoding.accept import Accepted, accept_by_ratio, accept_matching
+from beagle_jax.decoding.accept import Accepted
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, NoDrafter, Proposal, Seen
 from beagle_jax.decoding.logprobs import written_at
 from beagle_jax.decoding.nodes import Nodes
@@ -25,11 +25,10 @@ from beagle_jax.decoding.penalties import (
     history_with,
     no_history,
 )
+from beagle_jax.decoding.rules import FOR_DRAFT, FOR_TARGET, RULES, Rule
 from beagle_jax.decoding.sampling import (
     Filters,
     choose,
-    filter_logits,
-    gumbel,
     is_stop,
     place_keys,
 )
@@ -47,9 +46,6 @@ from beagle_jax.model.target import (
     logits,
 )
 
-# Folded into the key of a position, so that its draws for different purposes are independent.
-FOR_TARGET, FOR_DRAFT, FOR_ACCEPTING = 0, 1, 2
-
 _STATIC = {"static": True}
 
 
@@ -60,83 +56,6 @@ class TargetModel:
 
     spec: TargetSpec = field(metadata=_STATIC)
     params: Params
-
-
-class Rule(Protocol):
-    """Decides which drafts are accepted. Hashable."""
-
-    @property
-    def name(self) -> str:
-        """Its key in `RULES`."""
-
-    @property
-    def draws(self) -> bool:
-        """Drafts must be drawn from the drafter's distribution."""
-
-    def accept(
-        self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
-    ) -> tuple[Accepted, jax.Array]:
-        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Match:
-    """Accepts drafts that equal the target's own choice, greedy or drawn (method.md 6.6).
-
-    With drawn choices this is EAGLE-2's rule.
-    """
-
-    name: str = "match"
-    draws: bool = False
-
-    def accept(
-        self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
-    ) -> tuple[Accepted, jax.Array]:
-        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
-        place_BW = state.transcript.count_B[:, None] + proposal.nodes.depth_BW
-        wanted_BW, finite_BW = now.choose(
-            state.requests, states_BWD, place_BW, state.history, proposal.nodes
-        )
-        return accept_matching(proposal.nodes, wanted_BW, now.tree.depth), finite_BW
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Leviathan's rule for chains of drawn drafts: accept with probability min(1, p / q)."""
-
-    name: str = "ratio"
-    draws: bool = True
-
-    def accept(
-        self, now: "Round", state: DecodeState, proposal: Proposal, states_BWD: jax.Array
-    ) -> tuple[Accepted, jax.Array]:
-        """Returns the accepted path, and whether each node's logits are finite [B, W]."""
-        assert proposal.logits_BPV is not None, "the ratio rule needs the draft's logits"
-        requests, count_B1 = state.requests, state.transcript.count_B[:, None]
-        raw_BWV = logits(now.target.params, now.target.spec, states_BWD)
-        place_BP = count_B1 + jnp.arange(now.tree.depth)[None]
-        key_BP = now.part("keys")(now, requests.key_B, place_BP, FOR_ACCEPTING)
-        place_BW = count_B1 + proposal.nodes.depth_BW
-        key_BW = now.part("keys")(now, requests.key_B, place_BW, FOR_TARGET)
-        edited_BWV = now.part("edit")(
-            now, requests, raw_BWV, place_BW, state.history, proposal.nodes
-        )
-        accepted = accept_by_ratio(
-            proposal.nodes,
-            filter_logits(edited_BWV, requests.knobs, now.filters),
-            proposal.logits_BPV,
-            self.uniform(key_BP),
-            gumbel(key_BW, raw_BWV.shape[-1]),
-        )
-        return accepted, jnp.isfinite(raw_BWV.max(axis=-1))
-
-    def uniform(self, key_BP: jax.Array) -> jax.Array:
-        """Draws a number in [0, 1) for each draft."""
-        return jax.vmap(jax.vmap(jax.random.uniform))(key_BP)
-
-
-RULES: dict[str, Rule] = {"match": Match(), "ratio": Ratio()}
 
 
 class Chunk(NamedTuple):
@@ -171,14 +90,15 @@ class Round:
     parts: tuple[tuple[str, Callable[..., Any]], ...] = field(metadata=_STATIC, default=())
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
-        """The round with some of its parts replaced: read_chunk, propose, read, accept, append,
-        emit, edit or keys.
+        """Returns the round with some of its parts replaced.
+
+        Parts: read_chunk, propose, read, accept, append, emit, edit and keys.
         """
         return replace(self, parts=tuple(sorted({**dict(self.parts), **parts}.items())))
 
     @property
     def reading(self) -> Self:
-        """The round as prompts need it: their programs are the same for every tree and rule."""
+        """The round for reading prompts, which compiles once for all trees and rules."""
         parts = tuple(part for part in self.parts if part[0] in ("read_chunk", "edit", "keys"))
         return replace(self, tree=ROOT_ONLY, rule=RULES["match"], parts=parts)
 
@@ -333,8 +253,10 @@ class Round:
         history: History | None = None,
         nodes: Nodes | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The target's own next token after each state, greedy or drawn with the noise of its
-        place; and is it finite? history, nodes: what `edited` needs for penalties.
+        """Returns the target's next token after each state, and whether its logits are finite.
+
+        The token is the most likely one, or drawn with the noise of its position in the answer.
+        history, nodes: the text before each state, for penalties.
         """
         params, spec = self.target.params, self.target.spec
         if not (self.filters.drawn or self.filters.edits):

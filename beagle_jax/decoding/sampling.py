@@ -148,7 +148,7 @@ def filters_of(samplings: Sequence[Sampling]) -> Filters:
 
 
 def knobs_of(samplings: Sequence[Sampling], vocab_size: int | None = None) -> Knobs:
-    """These settings as arrays of the host. vocab_size: with `Filters.bias`, else None."""
+    """Converts the settings to NumPy arrays. vocab_size: with `Filters.bias`, else None."""
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(sampling, name) for sampling in samplings], np.float32)
@@ -172,7 +172,7 @@ def knobs_of(samplings: Sequence[Sampling], vocab_size: int | None = None) -> Kn
 
 
 def sampling_of(config: DecodeConfig) -> Sampling:
-    """The sampling that a config asks for."""
+    """Returns the sampling settings of a config."""
     return Sampling(
         config.temperature,
         config.top_k,
@@ -186,7 +186,7 @@ def sampling_of(config: DecodeConfig) -> Sampling:
 
 def filtered(logits_MV: jax.Array, sampling: Sampling) -> jax.Array:
     """Applies `filter_logits` with the same settings for every row."""
-    knobs = Knobs(*(jnp.asarray(x) for x in knobs_of([sampling])))
+    knobs = jax.tree.map(jnp.asarray, knobs_of([sampling]))
     return filter_logits(logits_MV[None], knobs, filters_of([sampling]))[0]
 
 

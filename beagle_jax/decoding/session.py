@@ -7,7 +7,7 @@ rows between them.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -59,7 +59,7 @@ class _Reading:
     """Prompts that are read into their rows, chunk by chunk."""
 
     lines: list[_Line]
-    chunks: Iterator[tuple[Chunk, bool]]  # and is it the last one?
+    chunks: Iterator[Chunk]
 
 
 @dataclass
@@ -73,28 +73,31 @@ class Session:
 
     now: Round
     codec: Codec
-    source: Iterator[Request | None]
+    source: Iterable[Request | None]
     rows: int
     capacity: int  # slots at first; longer requests enlarge the caches
     streaming: bool = False  # pieces are wanted early, and not only whole answers
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
     passes: int = field(default=0, init=False)  # rounds of the batch so far
+    _cancelled: set[int] = field(default_factory=set, init=False)
 
-    def __post_init__(self) -> None:
+    def _start(self) -> DecodeState:
+        """Begins with the first request; returns rows without requests."""
+        self._coming = iter(self.source)
         self._ahead: deque[tuple[int, Request]] = deque()
         self._count, self._open, self._filled = 0, True, False
         self._lines: list[_Line | None] = [None] * self.rows
         self._readings: deque[_Reading] = deque()
-        self._cancelled: set[int] = set()
         self._looking = self.streaming
+        return begin(self.now.reading, batch=self.rows, capacity=self.capacity)
 
     def cancel(self, index: int) -> None:
         """Ends the request with this index, at the next look of the host: `finish="cancelled"`."""
         self._cancelled.add(index)
 
     def __iter__(self) -> Iterator[Piece]:
-        state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
+        state = self._start()
         ready: Snapshot | None = None  # of before the rounds that run
         while self._waits() or any(self._lines) or self._open:
             state, admitted = self._refill(state)
@@ -123,25 +126,24 @@ class Session:
 
     def first_state(self) -> DecodeState:
         """Returns the state after the first prompts, one in each row."""
-        state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
-        state, _ = self._refill(state)
+        state, _ = self._refill(self._start())
         while self._readings:
             state, _ = self._refill(state)
         return state
 
     def first_reading(self) -> jax.stages.Lowered:
         """The program that reads the first chunk of the first prompts."""
+        state = self._start()
         self._pull(self._width())
         requests = [request for _, request in self._ahead]
-        chunk, _ = next(self._chunks(list(range(len(requests))), requests, self._width()))
-        state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
+        chunk = next(self._chunks(list(range(len(requests))), requests, self._width()))
         return admit.lower(self.now.reading, state, chunk, first=True)
 
     def _pull(self, count: int) -> None:
         """Takes requests from the source until `count` of them wait."""
         while self._open and len(self._ahead) < count:
             try:
-                request = next(self.source)
+                request = next(self._coming)
             except StopIteration:
                 self._open = False
                 return
@@ -170,7 +172,7 @@ class Session:
 
         A half-empty prefill costs as much as a full one, and idle rows cost even more.
         """
-        return min(ADMIT_ROWS, max(1, self.rows // 4) if self._filled else self.rows)
+        return min(ADMIT_ROWS, max(1, self.rows // 8) if self._filled else self.rows)
 
     def _refill(self, state: DecodeState) -> tuple[DecodeState, bool]:
         """Gives free rows to waiting requests, and reads one chunk of each group of prompts.
@@ -195,12 +197,12 @@ class Session:
         read = len(self._readings)
         for _ in range(read):
             reading = self._readings.popleft()
-            chunk, last = next(reading.chunks)
+            chunk = next(reading.chunks)
             state = admit(self.now.reading, state, chunk, first=not chunk.offset)
-            if last:
-                for line in reading.lines:
-                    line.reading = False
-            else:
+            end = int(chunk.offset) + chunk.token_RT.shape[1]
+            for line in reading.lines:
+                line.reading &= len(line.request.tokens) > end
+            if any(line.reading for line in reading.lines):
                 self._readings.append(reading)
         if read:
             jax.block_until_ready(state.transcript.root_B)
@@ -216,23 +218,27 @@ class Session:
         self.capacity = need
         return grow(self.now.reading, state, capacity=need)
 
-    def _chunks(
-        self, rows: list[int], requests: list[Request], width: int
-    ) -> Iterator[tuple[Chunk, bool]]:
-        """The prompts of some requests, in chunks; the last one is marked. What is missing to the
-        width repeats the last prompt, which changes nothing.
+    def _chunks(self, rows: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
+        """The prompts of some requests, in chunks. A chunk holds only prompts that reach it, as the
+        others are answered already. What is missing to the width repeats the last one, which
+        changes nothing.
         """
-        requests = requests + requests[-1:] * (width - len(requests))
-        row_R = np.array(rows + rows[-1:] * (width - len(rows)), np.int32)
-        length_R = np.array([len(request.tokens) for request in requests], np.int32)
-        token_RT = np.zeros((width, padded(max(length_R))), np.int32)
-        for line, request in enumerate(requests):
-            token_RT[line, : length_R[line]] = request.tokens
-        arrays = self._arrays(requests, length_R)
-        for start in range(0, token_RT.shape[1], PREFILL_CHUNK):
-            chunk_RT = token_RT[:, start : start + PREFILL_CHUNK]
-            last = start + PREFILL_CHUNK >= token_RT.shape[1]
-            yield Chunk(row_R, chunk_RT, np.int32(start), length_R, arrays), last
+        longest = padded(max(len(request.tokens) for request in requests))
+        columns = min(longest, PREFILL_CHUNK)
+        for start in range(0, longest, columns):
+            lines = [n for n, request in enumerate(requests) if len(request.tokens) > start]
+            if not lines:
+                return
+            lines += lines[-1:] * (width - len(lines))
+            chosen = [requests[line] for line in lines]
+            token_RT = np.zeros((width, columns), np.int32)
+            for line, request in enumerate(chosen):
+                tokens = request.tokens[start : start + columns]
+                token_RT[line, : len(tokens)] = tokens
+            length_R = np.array([len(request.tokens) for request in chosen], np.int32)
+            row_R = np.array([rows[line] for line in lines], np.int32)
+            offset = np.array(start, np.int32)
+            yield Chunk(row_R, token_RT, offset, length_R, self._arrays(chosen, length_R))
 
     def _arrays(self, requests: list[Request], length_R: np.ndarray) -> Requests:
         most = [min(request.max_new_tokens, self.codec.context) for request in requests]
