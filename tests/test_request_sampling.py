@@ -312,7 +312,7 @@ def test_a_probability_of_the_wrong_node_is_caught():
         (dict(min_p=1.5), "min_p is 1.5; expected a share"),
         (dict(repetition_penalty=0.0), "repetition_penalty is 0.0; expected a number above 0"),
         (dict(presence_penalty=float("nan")), "presence_penalty is nan; expected a number"),
-        (dict(logit_bias={"a": 1.0}), "logit_bias holds 'a': 1.0; expected token ids"),
+        (dict(logit_bias={"a": 1.0}), "a token of logit_bias is 'a'; expected a whole number"),
         (dict(logit_bias={61: 1.0}), "logit_bias holds token 61, and the target's vocabulary ends"),
     ],
 )
@@ -327,8 +327,8 @@ def test_sampling_that_means_nothing_is_refused(settings, message):
         (dict(n=0), UserError, "n is 0"),
         (dict(min_new_tokens=9, max_new_tokens=8), UserError, "min_new_tokens is 9; expected 0 to"),
         (dict(stop_token_ids=[61]), UserError, "stop_token_ids holds token 61"),
-        (dict(stop_token_ids=range(40)), UserError, "40 stop_token_ids were given"),
-        (dict(logprobs=21), UserError, "logprobs is 21; expected null, or 0 to 20"),
+        (dict(stop_token_ids=range(40)), UserError, "40 stop_token_ids; expected at most 32"),
+        (dict(logprobs=21), UserError, "logprobs is 21; expected None, or 0 to 20"),
         (dict(maximum=3), UsageError, "maximum: no such option; expected some of max_new_tokens"),
     ],
 )

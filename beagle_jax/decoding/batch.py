@@ -1,13 +1,21 @@
 """The requests of one call: many prompts, or a generator of them, with what is common to all."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from beagle_jax.decoding.arguments import stop_strings, whole_number
 from beagle_jax.decoding.requests import Answer, Codec, Options, Prompt, Request
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.session import Session
-from beagle_jax.errors import PromptError, UsageError, UserError
+from beagle_jax.errors import PromptError, UsageError
+
+
+def each_sampling(sampling: Sampling | Iterable[Sampling]) -> Sampling | list[Sampling]:
+    """Returns the sampling of all prompts, or a list with that of each."""
+    if isinstance(sampling, Sampling) or not isinstance(sampling, list | tuple):
+        return sampling  # type: ignore[return-value]  # what is no Sampling is refused later
+    return list(sampling)
 
 
 @dataclass
@@ -18,7 +26,7 @@ class Batch:
     """
 
     codec: Codec
-    sampling: Sampling | Sequence[Sampling]  # of all prompts, or one for each
+    sampling: Sampling | list[Sampling]  # of all prompts, or one for each
     n: int  # answers to each prompt
     options: Options
     failed: dict[int, PromptError] = field(default_factory=dict, init=False)  # by prompt
@@ -30,21 +38,20 @@ class Batch:
                 f"{', '.join(sorted(unknown))}: no such option; expected some of "
                 f"{', '.join(Options.__annotations__)}"
             )
-        if self.n < 1:
-            raise UserError(f"n is {self.n}; expected at least 1 answer to each prompt")
-        self.codec.stream(self.options.get("stop", ()))  # before its letters are taken for strings
+        self.n = whole_number("n", self.n, 1)
+        self.codec.stream(stop_strings(self.options.get("stop", ())))
         self._places: list[int] = []  # in the result, of each request
         self._reported = 0
 
     def requests(self, prompts: Iterable[Prompt]) -> Iterator[Request]:
         """The requests of these prompts, n of each; prompts that are none are left out."""
         common: dict[str, Any] = dict(self.options)
-        for name in ("stop", "stop_token_ids"):
-            common[name] = tuple(common.get(name, ()))
-        seed = common.pop("seed", 0)
+        common["stop"] = stop_strings(common.get("stop", ()))
+        common["stop_token_ids"] = tuple(common.get("stop_token_ids", ()))
+        seed = whole_number("seed", common.pop("seed", 0))
         for line, prompt in enumerate(prompts):
             sampling = self.sampling
-            if not isinstance(sampling, Sampling):
+            if isinstance(sampling, list):
                 sampling = sampling[line]
             try:
                 tokens = self.codec.encode(prompt)
@@ -55,7 +62,7 @@ class Batch:
                 request = Request(
                     tokens, sampling=sampling, seed=seed + line, choice=choice, **common
                 )
-                self.codec.check(request)
+                request = self.codec.checked(request)
                 self._places.append(line * self.n + choice)
                 yield request
 

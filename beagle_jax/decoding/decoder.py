@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beagle_jax.config import Config, load_config
-from beagle_jax.decoding.batch import Batch
+from beagle_jax.decoding.arguments import whole_number
+from beagle_jax.decoding.batch import Batch, each_sampling
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
@@ -187,7 +188,9 @@ class SpeculativeDecoder:
         **options: Unpack[Options],
     ) -> None:
         """Compiles the programs for prompts of these lengths in `batch` rows."""
-        lengths = {padded(len(tokens)): tokens for tokens in map(self._codec.encode, prompts)}
+        batch = whole_number("batch", batch, 1)
+        encoded = map(self._codec.encode, prompts_of(prompts))
+        lengths = {padded(len(tokens)): tokens for tokens in encoded}
         requests = self._requests(lengths.values(), sampling, options)
         if requests:
             self._session(requests, batch)  # sets the capacity to that of the longest prompt
@@ -235,12 +238,12 @@ class SpeculativeDecoder:
         as_completed: bool = False,
         **options: Unpack[Options],
     ) -> Answers | Iterator[tuple[int, Answer]]:
-        """Answers all prompts. Prompt n draws with seed + n, so a batch repeats what each would get
-        alone.
+        """Answers all prompts, in the order in which they were given.
 
-        An answer ends at the target's end tokens, after `max_new_tokens`, where the context is
-        full, before a string of `stop`, and with a warning where the target's logits are not
-        finite. options: fields of `Request`.
+        Prompt n draws with seed + n, so a prompt gets the same answer alone and in a batch. An
+        answer ends at the target's end tokens, after `max_new_tokens`, where the context is full,
+        before a string of `stop`, and with a warning where the target's logits are not finite.
+        options: fields of `Request`.
 
         sampling: of all prompts, or one for each. n: answers to each prompt, one after the other
         in the result. batch: rows that run at once, a finished one taking the next prompt; None: a
@@ -257,12 +260,12 @@ class SpeculativeDecoder:
         """
         if as_completed:
             return self._completed(prompts, sampling, n, batch or COMPLETING_ROWS, options)
-        samplings = sampling if isinstance(sampling, Sampling) else list(sampling)
+        samplings = each_sampling(sampling)
         made = Batch(self._codec, samplings, n, options)
         asked = list(prompts_of(prompts))
         if not asked:
             raise UserError("there are no prompts; give at least one")
-        if not isinstance(samplings, Sampling) and len(samplings) != len(asked):
+        if isinstance(samplings, list) and len(samplings) != len(asked):
             raise UserError(
                 f"{len(samplings)} samplings were given for {len(asked)} prompts; give one for "
                 "all, or one for each"
@@ -293,6 +296,7 @@ class SpeculativeDecoder:
         if isinstance(prompts, (str, Mapping)):
             prompts = prompts_of(prompts)
         common = next(Batch(self._codec, sampling, 1, options).requests([[0]]))
+        self._check_rule([common])
         now = replace(self._round, filters=filters_for([common], self._codec.eos_ids))
         capacity = max(self._capacity, CAPACITY_BUCKET)
         session = Session(now, self._codec, made.requests(prompts), batch, capacity)
@@ -348,18 +352,13 @@ class SpeculativeDecoder:
     def _session(
         self, requests: Sequence[Request], batch: int | None, *, streaming: bool = False
     ) -> Session:
-        """Raises UserError for settings that mean nothing."""
+        """Checks the settings. Raises UserError if one means nothing."""
         if not requests:
             raise UserError("there are no prompts; give at least one")
-        if batch is not None and batch < 1:
-            raise UserError(f"batch is {batch}; expected at least 1 row")
-        for request in requests:
-            self._codec.check(request)
-            if self._round.rule.draws and request.sampling.greedy:
-                raise UserError(
-                    "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
-                    "temperature, or use rule 'match'"
-                )
+        if batch is not None:
+            batch = whole_number("batch", batch, 1)
+        requests = [self._codec.checked(request) for request in requests]
+        self._check_rule(requests)
         rows = min(batch or len(requests), len(requests))
         overhang = self.tree.depth + 1
         if not self._fixed:
@@ -369,3 +368,25 @@ class SpeculativeDecoder:
         self._capacity = max(self._capacity, widest)
         now = replace(self._round, filters=filters_for(requests, self._codec.eos_ids))
         return Session(now, self._codec, requests, rows, self._capacity, streaming)
+
+    def _check_rule(self, requests: Sequence[Request]) -> None:
+        if self._round.rule.draws and any(request.sampling.greedy for request in requests):
+            raise UserError(
+                "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
+                "temperature, or use rule 'match'"
+            )
+
+
+def _check_parts(target: object, draft: object, tree: object, rule: object) -> None:
+    """Raises UserError if one of them is something else, such as the path of a draft."""
+    if not isinstance(target, Target):
+        raise UserError(f"target is {target!r:.80}; expected what load_target returns")
+    if isinstance(draft, str | Path):
+        raise UserError(f"draft is {draft!r:.80}; expected what load_draft returns, or None")
+    if not isinstance(tree, Tree):
+        raise UserError(
+            f"tree is {tree!r:.80}; expected chain(..), static_tree(..), dynamic_tree(..) or "
+            "ROOT_ONLY"
+        )
+    if rule not in RULES:
+        raise UserError(f"rule is {rule!r:.80}; expected one of {', '.join(RULES)}")

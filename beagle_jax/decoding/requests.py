@@ -1,13 +1,14 @@
 """Requests and answers of a decoder; conversion between prompts, tokens and text."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.arguments import real_number, stop_strings, whole_number
 from beagle_jax.decoding.logprobs import TokenLogProb
 from beagle_jax.decoding.sampling import GREEDY, Sampling
 from beagle_jax.decoding.text import TextStream
@@ -15,6 +16,8 @@ from beagle_jax.errors import ContextFull, PromptError, UserError
 
 # A user's message, a chat that waits for an answer, or token ids in any container.
 Prompt = str | Sequence[Mapping[str, str]] | Iterable[int]
+
+_EXPECTED = "expected text, a list of messages, or a sequence of token ids (whole numbers)"
 
 Finish = Literal["token", "string", "length", "context", "time", "cancelled", "error"]
 
@@ -34,38 +37,55 @@ class Request:
     tokens: Sequence[int]  # of the prompt
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
-    min_new_tokens: int = 0  # an end token comes after so many tokens at the earliest
     stop: tuple[str, ...] = ()  # the answer ends before the first of these strings
+    seed: int = 0
+    min_new_tokens: int = 0  # an end token comes after so many tokens at the earliest
     stop_token_ids: tuple[int, ...] = ()  # and after one of these tokens
     ignore_eos: bool = False  # the target's end tokens end nothing
     logprobs: int | None = None  # log-probabilities: of the answer's tokens, and of so many more
     seconds: float | None = None  # the answer ends so long after its prompt got a row
-    seed: int = 0
     choice: int = 0  # which of several answers to the same prompt and seed
 
     def check(self) -> "Request":
-        """Itself. Raises UserError for values that mean nothing."""
-        self.sampling.check()
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        """Returns this request with Python's numbers.
+
+        Raises:
+            UserError: a setting means nothing.
+        """
+        if not isinstance(self.sampling, Sampling):
             raise UserError(
-                f"min_new_tokens is {self.min_new_tokens}; expected 0 to max_new_tokens, "
-                f"{self.max_new_tokens}"
+                f"sampling is {self.sampling!r:.80}; expected Sampling(temperature, top_k, ..)"
             )
-        if len(self.stop_token_ids) > MOST_ENDS:
-            raise UserError(
-                f"{len(self.stop_token_ids)} stop_token_ids were given; expected at most "
-                f"{MOST_ENDS}"
-            )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UserError(
-                f"logprobs is {self.logprobs}; expected null, or 0 to {MOST_LOGPROBS} of the most "
-                "likely tokens"
-            )
-        if self.seconds is not None and not self.seconds > 0:
-            raise UserError(f"seconds is {self.seconds}; expected null or a time above 0")
-        return self
+        most = whole_number("max_new_tokens", self.max_new_tokens, 1)
+        least = whole_number("min_new_tokens", self.min_new_tokens, 0)
+        if least > most:
+            raise UserError(f"min_new_tokens is {least}; expected 0 to max_new_tokens, {most}")
+        ends = tuple(whole_number("stop_token_ids", token, 0) for token in self.stop_token_ids)
+        if len(ends) > MOST_ENDS:
+            raise UserError(f"{len(ends)} stop_token_ids; expected at most {MOST_ENDS}")
+        logprobs, seconds = self.logprobs, self.seconds
+        if logprobs is not None:
+            logprobs = whole_number("logprobs", logprobs, 0)
+            if logprobs > MOST_LOGPROBS:
+                raise UserError(
+                    f"logprobs is {logprobs}; expected None, or 0 to {MOST_LOGPROBS} of the most "
+                    "likely tokens"
+                )
+        if seconds is not None:
+            seconds = real_number("seconds", seconds, "None or a time above 0")
+            if not seconds > 0:
+                raise UserError(f"seconds is {seconds}; expected None or a time above 0")
+        return replace(
+            self,
+            max_new_tokens=most,
+            min_new_tokens=least,
+            sampling=self.sampling.check(),
+            stop=stop_strings(self.stop),
+            stop_token_ids=ends,
+            logprobs=logprobs,
+            seconds=seconds,
+            seed=whole_number("seed", self.seed),
+        )
 
     def end_tokens(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
         """The tokens that end its answer; eos_ids: of the target."""
@@ -84,25 +104,6 @@ class Options(TypedDict, total=False):
     seconds: float | None
     seed: int
 
-    def check(self) -> "Request":
-        """Returns this request with Python's numbers.
-
-        Raises:
-            UserError: a setting means nothing.
-        """
-        if not isinstance(self.sampling, Sampling):
-            raise UserError(
-                f"sampling is {self.sampling!r:.80}; expected "
-                "Sampling(temperature, top_k, top_p), the same for all prompts"
-            )
-        return replace(
-            self,
-            max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens, 1),
-            sampling=self.sampling.check(),
-            stop=stop_strings(self.stop),
-            seed=whole_number("seed", self.seed),
-        )
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -110,13 +111,14 @@ class Answer:
 
     tokens: list[int]  # the stop token included, if one came
     text: str  # without stop token and stop string; empty when the target has no tokenizer
-    # An end token, a stop string, max_new_tokens, a full context, `Request.seconds`, the caller;
-    # or "error": the target's logits were not finite after these tokens, or the prompt was none.
+    # Why the answer ends: an end token, a stop string, max_new_tokens, a full context,
+    # `Request.seconds` or the caller; "error": the target's logits after these tokens were not
+    # finite, or the prompt could not be answered.
     finish: Finish
     rounds: int  # the prefill is not counted
     # Number of rounds that accepted 0, 1, .. P drafts. Only emitted tokens count.
     accepted: list[int]
-    # of the tokens, with `Request.logprobs`
+    # Of the tokens; with `Request.logprobs`.
     logprobs: list[TokenLogProb] | None = field(default=None, kw_only=True)
     error: str | None = field(default=None, kw_only=True)  # what went wrong, with finish "error"
 
@@ -157,8 +159,8 @@ class Piece:
 
     index: int  # of the request
     tokens: list[int]
-    text: str  # what these tokens complete
-    answer: Answer | None  # the whole, with its last piece
+    text: str  # the text that these tokens complete
+    answer: Answer | None  # the whole answer; only in its last piece
     logprobs: list[TokenLogProb] | None = None  # of the tokens, with `Request.logprobs`
 
 
@@ -211,7 +213,9 @@ class Codec:
     def stream(
         self, stop: Sequence[str] = (), end_tokens: tuple[int, ...] = ()
     ) -> TextStream | None:
-        """Text of tokens as they come, without end tokens; None without a tokenizer.
+        """Returns a new text stream for one answer; None without a tokenizer.
+
+        end_tokens: tokens that are not shown, beside the target's own end tokens.
 
         Raises UserError if `stop` is not a list of strings, or needs a tokenizer.
         """
@@ -224,9 +228,9 @@ class Codec:
             return None
         return TextStream(self.tokenizer, (*self.eos_ids, *end_tokens), stop)
 
-    def check(self, request: Request) -> None:
-        """Raises UserError for a request whose values mean nothing."""
-        request.check()
+    def checked(self, request: Request) -> Request:
+        """Returns a request with Python's numbers. Raises UserError if a setting means nothing."""
+        request = request.check()
         for name, tokens in (
             ("stop_token_ids", request.stop_token_ids),
             ("logit_bias", request.sampling.logit_bias or ()),
@@ -237,6 +241,7 @@ class Codec:
                         f"{name} holds token {token}, and the target's vocabulary ends at "
                         f"{self.vocab_size - 1}"
                     )
+        return request
 
 
 def _token_ids(parts: Sequence[object]) -> list[int]:

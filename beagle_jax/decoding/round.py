@@ -128,10 +128,10 @@ class Round:
         with jax.named_scope("accept"):
             accepted, finite_BW = self.part("accept")(self, state, proposal, output.states_BTD)
         with jax.named_scope("append"):
-            state = self.part("append")(self, state, accepted, states_BWD, rows)
+            state = self.part("append")(self, state, accepted, output)
             if self.filters.logprobs is not None:
-                state = self._with_logprobs(state, accepted, states_BWD)
-        return self.part("emit")(self, state, accepted, finite_BW), states_BWD
+                state = self._with_logprobs(state, accepted, output.states_BTD)
+        return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
@@ -330,7 +330,7 @@ class Round:
         ends_R = (length_R > offset) & (length_R <= offset + T)
         output = self._read_text(state, chunk, count_R, first, prefix)
         last_R = jnp.maximum(count_R - 1, 0)[:, None, None]
-        last_R1D = jnp.take_along_axis(states_RTD, last_R, axis=1)
+        last_R1D = jnp.take_along_axis(output.states_BTD, last_R, axis=1)
         zero_R1 = jnp.zeros((R, 1), jnp.int32)
         history = self._history_of(state, chunk, count_R, first)
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, zero_R1, history)
@@ -377,7 +377,7 @@ class Round:
             after = after._replace(history=jax.tree.map(put, state.history, history))
         if stats.logprobs is not None:
             after = self._with_first_logprobs(after, row_R, ends_R, last_R1D)
-        return after, states_RTD
+        return after, output.states_BTD
 
     def _with_first_logprobs(
         self, state: DecodeState, row_R: AnyArray, ends_R: AnyArray, last_R1D: jax.Array

@@ -67,29 +67,43 @@ class Sampling(NamedTuple):
             top_k = whole_number("top_k", self.top_k, 0)
         except UserError:
             raise UserError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or a number of at "
-                f"least {COLDEST}"
-            )
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k is {self.top_k}; expected 0 (all tokens) or a whole number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected a share above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; expected a share from 0 (all tokens) to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(
-                f"repetition_penalty is {self.repetition_penalty}; expected a number above 0, "
-                "where 1 changes nothing"
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} is {getattr(self, name)}; expected a number, 0 for none")
-        for token, bias in (self.logit_bias or {}).items():
-            if not (isinstance(token, (int, np.integer)) and token >= 0 and math.isfinite(bias)):
-                raise UserError(
-                    f"logit_bias holds {token!r}: {bias!r}; expected token ids with numbers"
-                )
-        return self
+                f"top_k is {self.top_k!r}; expected 0 (all tokens) or a whole number"
+            ) from None
+        expected = "a share above 0 and at most 1"
+        top_p = real_number("top_p", self.top_p, expected)
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected {expected}")
+        expected = "a share from 0 (all tokens) to 1"
+        min_p = real_number("min_p", self.min_p, expected)
+        if not 0 <= min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; expected {expected}")
+        return Sampling(temperature, top_k, top_p, min_p, *self._penalties(), self._bias())
+
+    def _penalties(self) -> tuple[float, float, float]:
+        expected = "a number above 0, where 1 changes nothing"
+        repetition = real_number("repetition_penalty", self.repetition_penalty, expected)
+        if not 0 < repetition < float("inf"):
+            raise UserError(f"repetition_penalty is {repetition}; expected {expected}")
+        return repetition, self._penalty("presence_penalty"), self._penalty("frequency_penalty")
+
+    def _penalty(self, name: str) -> float:
+        penalty = real_number(name, getattr(self, name), "a number, 0 for none")
+        if not math.isfinite(penalty):
+            raise UserError(f"{name} is {penalty}; expected a number, 0 for none")
+        return penalty
+
+    def _bias(self) -> dict[int, float] | None:
+        if self.logit_bias is None:
+            return None
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias is {self.logit_bias!r:.80}; expected token ids to numbers")
+        bias = {}
+        for token, value in self.logit_bias.items():
+            number = real_number("a value of logit_bias", value, "a number")
+            if not math.isfinite(number):
+                raise UserError(f"logit_bias adds {number} to token {token}; expected a number")
+            bias[whole_number("a token of logit_bias", token, 0)] = number
+        return bias
 
     @property
     def penalises(self) -> bool:
