@@ -252,7 +252,7 @@ def test_a_full_context_says_how_full():
     with pytest.raises(ContextFull) as caught:
         decoder.generate([[1] * 40])
     assert (caught.value.length, caught.value.limit) == (40, 32)
-    with pytest.raises(UserError, match="batch is 0; expected at least 1 row"):
+    with pytest.raises(UserError, match="batch is 0; expected a whole number of at least 1"):
         decoder.generate([[1]], batch=0)
 
 

@@ -54,8 +54,9 @@ SYSTEMS = {
 @partial(jax.jit, static_argnums=1)
 def _all_logits(params, spec, token_1T, length_1) -> jax.Array:
     width = token_1T.shape[1]
-    read = forward(params, spec, token_1T, jnp.arange(width)[None], causal_mask(length_1, width))
-    return logits(params, spec, read.states_BTD)[0]
+    mask_1TT = causal_mask(length_1, width)
+    output = forward(params, spec, token_1T, jnp.arange(width)[None], mask_1TT)
+    return logits(params, spec, output.states_BTD)[0]
 
 
 def _text_logits(target, tokens: list[int]) -> np.ndarray:
@@ -172,10 +173,10 @@ def _next_tokens(target, answer: list[int], sampling: Sampling) -> list[tuple[in
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.4, 1.0])
 def test_min_p_keeps_what_transformers_keeps(share):
     raw = np.random.default_rng(0).standard_normal((6, TINY.vocab_size)).astype(np.float32) * 3
-    kept = np.isfinite(filtered(jnp.asarray(raw), Sampling(1.0, min_p=share)))
+    remains = np.isfinite(filtered(jnp.asarray(raw), Sampling(1.0, min_p=share)))
     expected = torch.isfinite(MinPLogitsWarper(share)(None, torch.tensor(raw))).numpy()
-    np.testing.assert_array_equal(kept, expected)
-    assert share == 0 or not kept.all()
+    np.testing.assert_array_equal(remains, expected)
+    assert share == 0 or not remains.all()
 
 
 def test_values_of_settings_compile_nothing():

@@ -262,20 +262,20 @@ class SpeculativeDecoder:
             return self._completed(prompts, sampling, n, batch or COMPLETING_ROWS, options)
         samplings = each_sampling(sampling)
         made = Batch(self._codec, samplings, n, options)
-        asked = list(prompts_of(prompts))
-        if not asked:
+        listed = list(prompts_of(prompts))
+        if not listed:
             raise UserError("there are no prompts; give at least one")
-        if isinstance(samplings, list) and len(samplings) != len(asked):
+        if isinstance(samplings, list) and len(samplings) != len(listed):
             raise UserError(
-                f"{len(samplings)} samplings were given for {len(asked)} prompts; give one for "
+                f"{len(samplings)} samplings were given for {len(listed)} prompts; give one for "
                 "all, or one for each"
             )
-        requests = list(made.requests(asked))
-        if len(made.failed) == len(asked):
+        requests = list(made.requests(listed))
+        if len(made.failed) == len(listed):
             raise made.failed[0]
         session = self._session(requests, batch)
         by_place = dict(made.answers(session))
-        answers = tuple(by_place[index] for index in range(len(asked) * n))
+        answers = tuple(by_place[index] for index in range(len(listed) * n))
         for index, answer in enumerate(answers):
             if answer.finish == "error":
                 _log.warning("prompt %d: %s", index // n + 1, answer.error)

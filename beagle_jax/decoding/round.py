@@ -336,13 +336,6 @@ class Round:
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, zero_R1, history)
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
-        # The token after a prompt's last token is the root.
-        at_RT1 = offset + jnp.arange(T + 1)[None]
-        text_RT1 = jnp.concatenate([chunk.token_RT, root_R[:, None]], axis=1)
-        text_RT1 = jnp.where(at_RT1 == length_R[:, None], root_R[:, None], text_RT1)
-        start_R = jnp.broadcast_to(offset, (R,))
-        tokens = text_RT1[:, :-1], text_RT1[:, 1:]
-        seen = Seen(output.states_BTD, *tokens, start_R, count_R, not first, output.tapped_BTI)
         none_R = jnp.zeros(R, jnp.int32)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -361,7 +354,7 @@ class Round:
         cache = state.cache.put(output.rows, row_R, slot)
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
-            self._observe(state, seen, row_R),
+            self._observe(state, _seen(chunk, root_R, output, first), row_R),
             jax.tree.map(put, state.requests, chunk.requests),
             now._replace(
                 root_B=put(now.root_B, root_R),
@@ -438,3 +431,16 @@ class Round:
     def part(self, name: str) -> Callable[..., Any]:
         """Returns the replacement of a part, or the method itself; call it with the round first."""
         return dict(self.parts).get(name, getattr(type(self), name))
+
+
+def _seen(chunk: Chunk, root_R: jax.Array, output: Forward, first: bool) -> Seen:
+    """Returns what a drafter sees of a chunk of prompts."""
+    R, T = chunk.token_RT.shape
+    # The token after a prompt's last token is the root.
+    at_RT1 = chunk.offset + jnp.arange(T + 1)[None]
+    text_RT1 = jnp.concatenate([chunk.token_RT, root_R[:, None]], axis=1)
+    text_RT1 = jnp.where(at_RT1 == chunk.length_R[:, None], root_R[:, None], text_RT1)
+    start_R = jnp.broadcast_to(chunk.offset, (R,))
+    count_R = jnp.clip(chunk.length_R - chunk.offset, 0, T)
+    tokens = text_RT1[:, :-1], text_RT1[:, 1:]
+    return Seen(output.states_BTD, *tokens, start_R, count_R, not first, output.tapped_BTI)

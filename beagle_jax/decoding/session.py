@@ -194,8 +194,8 @@ class Session:
             self._readings.append(_Reading(lines, self._chunks(rows, requests, width)))
             filled = True
         self._filled |= filled
-        read = len(self._readings)
-        for _ in range(read):
+        groups = len(self._readings)
+        for _ in range(groups):
             reading = self._readings.popleft()
             chunk = next(reading.chunks)
             state = admit(self.now.reading, state, chunk, first=not chunk.offset)
@@ -204,10 +204,10 @@ class Session:
                 line.reading &= len(line.request.tokens) > end
             if any(line.reading for line in reading.lines):
                 self._readings.append(reading)
-        if read:
+        if groups:
             jax.block_until_ready(state.transcript.root_B)
             self.prefill_seconds += time.perf_counter() - clock
-        return state, read > 0
+        return state, groups > 0
 
     def _with_room(self, state: DecodeState, requests: list[Request]) -> DecodeState:
         """A state with slots for these requests too."""
