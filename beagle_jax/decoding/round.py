@@ -366,8 +366,7 @@ class Round:
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
         if history is not None:
-            history = history_with(history, root_R[:, None], jnp.asarray(ends_R, jnp.int32))
-            after = after._replace(history=jax.tree.map(put, state.history, history))
+            after = _with_history(after, history, row_R, ends_R)
         if stats.logprobs is not None:
             after = self._with_first_logprobs(after, row_R, ends_R, last_R1D)
         return after, output.states_BTD
@@ -431,6 +430,16 @@ class Round:
     def part(self, name: str) -> Callable[..., Any]:
         """Returns the replacement of a part, or the method itself; call it with the round first."""
         return dict(self.parts).get(name, getattr(type(self), name))
+
+
+def _with_history(
+    state: DecodeState, history: History, row_R: AnyArray, ends_R: AnyArray
+) -> DecodeState:
+    """Returns the state with the history of some rows, and the root of those whose prompt ends."""
+    root_R1 = state.transcript.root_B[row_R][:, None]
+    history = history_with(history, root_R1, jnp.asarray(ends_R, jnp.int32))
+    put = jax.tree.map(lambda x, new: x.at[row_R].set(new), state.history, history)
+    return state._replace(history=put)
 
 
 def _seen(chunk: Chunk, root_R: jax.Array, output: Forward, first: bool) -> Seen:
