@@ -28,7 +28,7 @@ from beagle_jax.decoding.requests import (
 )
 from beagle_jax.decoding.round import Round, TargetModel
 from beagle_jax.decoding.rules import RULES
-from beagle_jax.decoding.sampling import GREEDY, Sampling
+from beagle_jax.decoding.sampling import GREEDY, Filters, Sampling
 from beagle_jax.decoding.session import (
     CAPACITY_BUCKET,
     Session,
@@ -338,6 +338,34 @@ class SpeculativeDecoder:
         """A round, and the state after the prompts: to measure parts of a round, or to draw one."""
         session = self.session(prompts, sampling, **options)
         return session.now, session.first_state()
+
+    @property
+    def codec(self) -> Codec:
+        """Converts prompts to tokens and tokens to text."""
+        return self._codec
+
+    def checked(self, request: Request) -> Request:
+        """Returns a request with Python's numbers. Raises UserError if it cannot be answered."""
+        request = self._codec.checked(request)
+        self._check_rule([request])
+        return request
+
+    def live(
+        self,
+        source: Iterator[Request | None],
+        rows: int,
+        filters: Filters,
+        *,
+        plain: bool = False,
+        rounds_per_look: int = 1,
+    ) -> Session:
+        """A session over requests that come while it runs; only for decoders with a `context`.
+
+        source: see `Session`; its requests come from `checked`. filters: cover all of them.
+        plain: decodes without the draft. rounds_per_look: rounds between two pieces of an answer.
+        """
+        now = replace(self._round.plain if plain else self._round, filters=filters)
+        return Session(now, self._codec, source, rows, self._capacity, True, rounds_per_look)
 
     def _requests(
         self, prompts: Iterable[Prompt], sampling: Sampling, options: Options

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict, overload
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -153,6 +153,14 @@ class Answers(Sequence[Answer]):
         return tokens / (self.prefill_seconds + self.decode_seconds)
 
 
+class DraftedTree(NamedTuple):
+    """The tokens that one round drafted; node 0 is the root, the last token before the round."""
+
+    tokens: list[int]
+    parents: list[int]  # the root is its own
+    accepted: list[bool]  # the node is on the accepted path, as the root always is
+
+
 @dataclass(frozen=True)
 class Piece:
     """Part of one answer, returned as soon as it is decoded."""
@@ -162,6 +170,9 @@ class Piece:
     text: str  # the text that these tokens complete
     answer: Answer | None  # the whole answer; only in its last piece
     logprobs: list[TokenLogProb] | None = None  # of the tokens, with `Request.logprobs`
+    # Accepted drafts of each round that wrote these tokens. An answer's first token is of no round.
+    accepted: tuple[int, ...] = ()
+    drafted: DraftedTree | None = None  # by the last of these rounds, with `Filters.drafted`
 
 
 @dataclass(frozen=True)

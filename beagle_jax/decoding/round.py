@@ -32,7 +32,7 @@ from beagle_jax.decoding.sampling import (
     is_stop,
     place_keys,
 )
-from beagle_jax.decoding.state import DecodeState, Requests, constrained, idle
+from beagle_jax.decoding.state import DecodeState, Drafted, Requests, constrained, idle
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree
 from beagle_jax.model.cache import KVCache, KVRows, repeated, take_rows
 from beagle_jax.model.masks import causal_mask
@@ -131,6 +131,8 @@ class Round:
             state = self.part("append")(self, state, accepted, output)
             if self.filters.logprobs is not None:
                 state = self._with_logprobs(state, accepted, output.states_BTD)
+            if self.filters.drafted:
+                state = _with_drafted(state, proposal.nodes, accepted)
         return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
     def propose(self, state: DecodeState) -> Proposal:
@@ -453,3 +455,14 @@ def _seen(chunk: Chunk, root_R: jax.Array, output: Forward, first: bool) -> Seen
     count_R = jnp.clip(chunk.length_R - chunk.offset, 0, T)
     tokens = text_RT1[:, :-1], text_RT1[:, 1:]
     return Seen(output.states_BTD, *tokens, start_R, count_R, not first, output.tapped_BTI)
+
+
+def _with_drafted(state: DecodeState, nodes: Nodes, accepted: Accepted) -> DecodeState:
+    """Notes the tree of this round. Before `emit`; rows that are done keep their last tree."""
+    path_BP1 = jnp.minimum(accepted.path_BP1, nodes.token_BW.shape[1] - 1)
+    on_path_BW = jnp.zeros(nodes.token_BW.shape, bool)
+    on_path_BW = on_path_BW.at[jnp.arange(len(path_BP1))[:, None], path_BP1].set(True)
+    new = Drafted(nodes.token_BW, nodes.parent_BW, on_path_BW)
+    done_B1, before = state.transcript.done_B[:, None], state.stats.drafted
+    drafted = jax.tree.map(lambda old, now: jnp.where(done_B1, old, now), before, new)
+    return state._replace(stats=state.stats._replace(drafted=drafted))

@@ -125,6 +125,7 @@ class Filters(NamedTuple):
     bias: bool = False
     ends: int = 0  # end tokens that a sequence may have of its own; 0: the target's end all
     logprobs: int | None = None  # how many of the largest are reported; None: no probability is
+    drafted: int = 0  # nodes of the tree that is reported with each round; 0: it is not
 
     @property
     def edits(self) -> bool:

@@ -22,6 +22,7 @@ from beagle_jax.decoding.requests import (
     NOT_FINITE,
     Answer,
     Codec,
+    DraftedTree,
     Finish,
     Piece,
     Request,
@@ -52,6 +53,7 @@ class _Line:
     began: float  # time.perf_counter
     reading: bool = True  # parts of its prompt are still to be read
     count: int = 0  # tokens taken from the row so far
+    rounds: int = 0  # and rounds
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Session:
     rows: int
     capacity: int  # slots at first; longer requests enlarge the caches
     streaming: bool = False  # pieces are wanted early, and not only whole answers
+    rounds_per_look: int = ROUNDS_PER_LOOK  # rounds between two looks of the host
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
     passes: int = field(default=0, init=False)  # rounds of the batch so far
@@ -108,7 +111,7 @@ class Session:
             if looking and (admitted or ready is None):
                 ready = peek(state)
             hurried = looking or self._readings or (self._open and not self._ahead)
-            most = np.int32(ROUNDS_PER_LOOK if hurried else _ALL_ROUNDS)
+            most = np.int32(self.rounds_per_look if hurried else _ALL_ROUNDS)
             state, coming = advance(self.now, state, most, self._enough())
             # The next rounds run while the host turns the last ones into text.
             snapshot = Snapshot(*jax.device_get(ready if looking else coming))
@@ -256,15 +259,18 @@ class Session:
         count = int(snapshot.count_B[row])
         tokens = snapshot.out_BS[row, line.count : count].tolist()
         text = "" if line.text is None else line.text.add(tokens)
-        line.count = count
+        rounds = int(snapshot.rounds_B[row])
+        accepted = tuple(snapshot.accepted_BS[row, line.rounds : rounds].tolist())
+        drafted = _drafted(snapshot, row) if accepted else None
+        line.count, line.rounds = count, rounds
         finish = self._finish(line, row, snapshot)
         logprobs = _logprobs(line.request, snapshot, row, tokens, count - len(tokens))
         if finish is None:
-            return Piece(line.index, tokens, text, None, logprobs)
+            return Piece(line.index, tokens, text, None, logprobs, accepted, drafted)
         if line.text is not None:
             text += line.text.close()
         answer = self._answer(line, row, snapshot, finish)
-        return Piece(line.index, tokens, text, answer, logprobs)
+        return Piece(line.index, tokens, text, answer, logprobs, accepted, drafted)
 
     def _finish(self, line: _Line, row: int, snapshot: Snapshot) -> Finish | None:
         """Why a row's answer ends here; None if it goes on."""
@@ -341,6 +347,13 @@ def _logprobs(
         return None
     assert snapshot.logprobs is not None
     return token_logprobs(snapshot.logprobs, row, tokens, first, request.logprobs)
+
+
+def _drafted(snapshot: Snapshot, row: int) -> DraftedTree | None:
+    """The tree of a row's last round; None if it is not reported."""
+    if snapshot.drafted is None:
+        return None
+    return DraftedTree(*(array_BW[row].tolist() for array_BW in snapshot.drafted))
 
 
 def slots(request: Request, context: int, overhang: int) -> int:

@@ -35,6 +35,14 @@ class Transcript(NamedTuple):
     broken_B: jax.Array  # the answer ended because the target's logits were not finite
 
 
+class Drafted(NamedTuple):
+    """The tree that each sequence drafted last; node 0 is the root."""
+
+    token_BW: AnyArray
+    parent_BW: AnyArray
+    accepted_BW: AnyArray  # bool: the node is on the accepted path, as the root always is
+
+
 class Stats(NamedTuple):
     """Counters of the rounds, per sequence."""
 
@@ -42,6 +50,7 @@ class Stats(NamedTuple):
     accepted_BS: jax.Array  # accepted draft tokens of each round, as far as they were emitted
     passes_B: jax.Array  # rounds of the whole batch since it began, the same in all rows
     logprobs: LogProbs | None = None  # with `Filters.logprobs`
+    drafted: Drafted | None = None  # with `Filters.drafted`
 
 
 class DecodeState(NamedTuple):
@@ -66,6 +75,7 @@ class Snapshot(NamedTuple):
     accepted_BS: AnyArray
     passes_B: AnyArray
     logprobs: LogProbs | None = None
+    drafted: Drafted | None = None
 
 
 def snapshot(state: DecodeState) -> Snapshot:
@@ -80,6 +90,7 @@ def snapshot(state: DecodeState) -> Snapshot:
         stats.accepted_BS,
         stats.passes_B,
         stats.logprobs,
+        stats.drafted,
     )
 
 
@@ -103,19 +114,24 @@ def idle(
     knobs = jax.tree.map(jnp.asarray, knobs_of([GREEDY] * batch))
     if filters.bias:
         knobs = knobs._replace(bias_BV=jnp.zeros((batch, vocab_size), jnp.float32))
-    ends = history = logprobs = None
+    ends = history = logprobs = drafted = None
     if filters.ends:
         ends = Ends(jnp.full((batch, filters.ends), -1, jnp.int32), zeros())
     if filters.penalties:
         history = no_history(batch, vocab_size)
     if filters.logprobs is not None:
         logprobs = no_logprobs(batch, capacity, filters.logprobs)
+    if filters.drafted:
+        shape = (batch, filters.drafted)
+        drafted = Drafted(
+            jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+        )
     return DecodeState(
         cache,
         draft,
         Requests(zeros(), key_B, knobs, ends),
         Transcript(zeros(), out(), zeros(), jnp.ones(batch, bool), zeros(bool)),
-        Stats(zeros(), out(), zeros(), logprobs),
+        Stats(zeros(), out(), zeros(), logprobs, drafted),
         history,
     )
 
