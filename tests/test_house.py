@@ -72,10 +72,12 @@ def test_layers_of_the_package_know_only_those_below():
         "decoding": {"decoding", "data", "weights", "model"},
         "corpus": {"corpus", "decoding", "data", "weights", "model"},
         "evaluation": {"evaluation", "decoding", "data", "weights", "model"},
+        "serving": {"serving", "decoding", "data", "weights", "model"},
         "commands": {
             "commands",
             "corpus",
             "evaluation",
+            "serving",
             "training",
             "decoding",
             "data",

@@ -16,6 +16,7 @@ from beagle_jax.config.mesh import MeshConfig
 from beagle_jax.config.older import ALIASES
 from beagle_jax.config.reading import load_config, read_settings, resolve_config
 from beagle_jax.config.section import Result, Section
+from beagle_jax.config.serve import ServeConfig
 from beagle_jax.config.stage import EarlyStage, LateStage, StageConfig, TestTimeStage
 from beagle_jax.config.target import TargetConfig
 from beagle_jax.config.train import TrainConfig
@@ -37,6 +38,7 @@ __all__ = [
     "MeshConfig",
     "Result",
     "Section",
+    "ServeConfig",
     "StageConfig",
     "TargetConfig",
     "TestTimeStage",

@@ -11,6 +11,7 @@ from beagle_jax.config.eval import EvalConfig
 from beagle_jax.config.log import LogConfig
 from beagle_jax.config.mesh import MeshConfig
 from beagle_jax.config.section import Section, refusal, setting
+from beagle_jax.config.serve import ServeConfig
 from beagle_jax.config.stage import EarlyStage, LateStage
 from beagle_jax.config.target import TargetConfig
 from beagle_jax.config.train import TrainConfig
@@ -27,6 +28,7 @@ class Config(Section):
     decode: DecodeConfig = setting(DecodeConfig(), "draft tree, sampling, end of an answer")
     eval: EvalConfig = setting(EvalConfig(), "prompts and limits of evaluation")
     log: LogConfig = setting(LogConfig(), "metrics of a training run")
+    serve: ServeConfig = setting(ServeConfig(), "the server")
 
     @model_validator(mode="after")
     def _check_eagle(self) -> Self:

@@ -1,0 +1,38 @@
+"""`serve`: loads the target and the draft, and answers over HTTP."""
+
+from argparse import Namespace
+
+from beagle_jax import terminal
+from beagle_jax.config import Config
+from beagle_jax.decoding.build import PLAIN, check_drafter, decoder_of, draft_path, drafter_of
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.errors import UsageError
+from beagle_jax.weights.target import configured_target
+
+
+def serve(config: Config, arguments: Namespace) -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    try:
+        from beagle_jax.serving.keys import keys_of
+        from beagle_jax.serving.server import run
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"serve needs the package {error.name}; install what it needs with "
+            "pip install 'beagle-jax[serve]'"
+        ) from error
+    keys = keys_of(config.serve)  # before the weights are loaded
+    with terminal.working(arguments):
+        decoder = load(config)
+    run(config, decoder, keys)
+
+
+def load(config: Config) -> SpeculativeDecoder:
+    """Loads the decoder of a config, whose context is at most `serve.context`."""
+    path = draft_path(config)
+    if path != PLAIN:
+        check_drafter(path)
+    target = configured_target(config.target, decoding=True)
+    context = min(config.serve.context, target.spec.max_positions)
+    if path == PLAIN:
+        return SpeculativeDecoder(target, context=context)
+    return decoder_of(config, target, drafter_of(config, target), context=context)

@@ -1,0 +1,138 @@
+"""From the body of a request to requests of the engine."""
+
+import secrets
+from dataclasses import dataclass
+from typing import TypeVar
+
+from beagle_jax.config import Config
+from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.requests import Codec, Request
+from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.errors import ContextFull, UserError
+from beagle_jax.serving.bodies import Body, ChatBody, CompletionBody
+from beagle_jax.serving.refusal import Refusal, bad
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Translator:
+    """Fills what a body leaves out from the config's section `decode`."""
+
+    config: Config
+    decoder: SpeculativeDecoder
+    model: str  # the name that requests must use
+
+    def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
+        """The engine's requests: `n` for each prompt, one after the other.
+
+        Without a seed, each call draws its own.
+
+        Raises:
+            Refusal: the model is another one, or values do not fit the target.
+        """
+        if body.model != self.model:
+            raise Refusal(
+                404,
+                f"there is no model {body.model[:200]!r}; this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+        prompts = self._prompts(body)
+        count = body.n or 1
+        most = self.config.serve.max_choices
+        if len(prompts) * count > most:
+            raise bad(
+                f"{len(prompts)} prompts times n = {count} are more than {most} answers; ask for "
+                "fewer",
+                "n",
+            )
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        return [
+            self._request(body, tokens, seed + line, choice)
+            for line, tokens in enumerate(prompts)
+            for choice in range(count)
+        ]
+
+    def _prompts(self, body: ChatBody | CompletionBody) -> list[list[int]]:
+        codec = self.decoder.codec
+        name = "messages" if isinstance(body, ChatBody) else "prompt"
+        try:
+            if isinstance(body, ChatBody):
+                return [codec.encode([message.plain() for message in body.messages])]
+            return [codec.encode(_tokens(codec, prompt)) for prompt in body.prompts]
+        except ContextFull as error:
+            raise Refusal(400, str(error), param=name, code="context_length_exceeded") from None
+        except UserError as error:
+            raise bad(str(error), name) from None
+
+    def _request(
+        self, body: ChatBody | CompletionBody, tokens: list[int], seed: int, choice: int
+    ) -> Request:
+        decode, limit = self.config.decode, body.limit
+        if limit is not None and len(tokens) + limit > self.decoder.codec.context:
+            raise Refusal(
+                400,
+                f"the prompt has {len(tokens)} tokens and its answer may have {limit}, but the "
+                f"context ends at {self.decoder.codec.context}; ask for fewer",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        ends = body.stop_token_ids
+        stops = body.stops
+        request = Request(
+            tokens,
+            limit or decode.max_new_tokens,
+            self._sampling(body),
+            min_new_tokens=_or(body.min_tokens, decode.min_new_tokens),
+            stop=tuple(decode.stop) if stops is None else stops,
+            stop_token_ids=tuple(decode.stop_token_ids if ends is None else ends),
+            ignore_eos=_or(body.ignore_eos, decode.ignore_eos),
+            logprobs=body.wanted_logprobs,
+            seconds=self.config.serve.answer_seconds,
+            seed=seed,
+            choice=choice,
+        )
+        try:
+            self.decoder.check(request)
+            self.decoder.codec.stream(request.stop)
+        except UserError as error:
+            raise bad(str(error)) from None
+        return request
+
+    def _sampling(self, body: Body) -> Sampling:
+        decode = self.config.decode
+        top_k = _or(body.top_k, decode.top_k)
+        return Sampling(
+            _or(body.temperature, decode.temperature),
+            max(top_k, 0),
+            _or(body.top_p, decode.top_p),
+            _or(body.min_p, decode.min_p),
+            _or(body.repetition_penalty, decode.repetition_penalty),
+            _or(body.presence_penalty, decode.presence_penalty),
+            _or(body.frequency_penalty, decode.frequency_penalty),
+            _bias(body),
+        )
+
+
+def _or(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _bias(body: Body) -> dict[int, float] | None:
+    """`logit_bias` by token. Raises Refusal for keys that are no token ids."""
+    if not body.logit_bias:
+        return None
+    for key in body.logit_bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise bad(f"logit_bias holds {key[:40]!r}; expected token ids", "logit_bias")
+    return {int(key): bias for key, bias in body.logit_bias.items()}
+
+
+def _tokens(codec: Codec, prompt: str | list[int]) -> list[int]:
+    """The tokens of a prompt that is continued as it stands, without a chat template."""
+    if not isinstance(prompt, str):
+        return prompt
+    if codec.tokenizer is None:
+        raise UserError("this target has no tokenizer, so a prompt cannot be text; give token ids")
+    return list(codec.tokenizer(prompt)["input_ids"])
