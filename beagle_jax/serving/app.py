@@ -137,8 +137,8 @@ def _add_page(app: FastAPI) -> None:
     headers = {
         "Content-Security-Policy": (
             f"default-src 'none'; script-src {_digests(text, 'script')}; "
-            f"style-src {_digests(text, 'style')}; connect-src 'self'; base-uri 'none'; "
-            "form-action 'none'; frame-ancestors 'none'"
+            f"style-src {_digests(text, 'style')}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         ),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

@@ -78,11 +78,17 @@ class Translator:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        ends = body.stop_token_ids
-        stops = body.stops
+        ends, stops = body.stop_token_ids, body.stops
+        most = limit or decode.max_new_tokens
+        if body.min_tokens is not None and body.min_tokens > most:
+            raise bad(
+                f"min_tokens is {body.min_tokens}, and the answer has at most {most}; ask for "
+                "fewer, or raise max_tokens",
+                "min_tokens",
+            )
         request = Request(
             tokens,
-            limit or decode.max_new_tokens,
+            most,
             self._sampling(body),
             min_new_tokens=_or(body.min_tokens, decode.min_new_tokens),
             stop=tuple(decode.stop) if stops is None else stops,
@@ -97,7 +103,8 @@ class Translator:
             self.decoder.check(request)
             self.decoder.codec.stream(request.stop)
         except UserError as error:
-            raise bad(str(error)) from None
+            name = str(error).partition(" ")[0]
+            raise bad(str(error), name if name in type(body).model_fields else None) from None
         return request
 
     def _sampling(self, body: Body) -> Sampling:

@@ -1,0 +1,136 @@
+"""The page in a real browser: colours, figures, tree, escaped text, keyboard, a phone's width."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
+pytest.importorskip("openai", reason="the openai client is not installed; the test extra has it")
+
+from serve_cases import CYCLE, cycle_decoder, serving
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def running():
+    with serving(cycle_decoder(), rows=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright, which drives the browser, is not installed"
+    )
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, running):
+    """The page at a phone's width, in dark mode. Nothing but the server may be asked."""
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, color_scheme="dark", reduced_motion="reduce"
+    )
+    tab = context.new_page()
+    tab.problems = []
+    tab.on("console", lambda line: line.type == "error" and tab.problems.append(line.text))
+    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+    tab.on(
+        "request",
+        lambda sent: sent.url.startswith((running.url, "data:")) or tab.problems.append(sent.url),
+    )
+    tab.goto(running.url)
+    tab.get_by_text("tiny").wait_for()
+    yield tab
+    assert tab.problems == []
+    context.close()
+
+
+def ask(tab, text: str) -> None:
+    """Types a message, sends it by keyboard, and waits until the answers are whole."""
+    tab.focus("#prompt")
+    tab.keyboard.type(text)
+    tab.keyboard.press("Enter")
+    tab.locator("#send:enabled").wait_for(timeout=120_000)
+
+
+def test_an_answer_is_coloured_and_counted(page):
+    page.fill("#limit", "30")
+    page.select_option("#draft", "both")
+    ask(page, "Hi!")
+    texts = page.locator("article.assistant .answer").all_inner_texts()
+    assert len(texts) == 2 and texts[0] == texts[1] != ""
+    assert "The same text" in page.inner_text("#log")
+    plain, drafted = page.locator("article.assistant").all()
+    assert plain.locator("span.drafted").count() == 0 < drafted.locator("span.drafted").count()
+    speeds = [float(card.locator("dd").nth(1).inner_text()) for card in (plain, drafted)]
+    assert speeds[0] == 1.0 < speeds[1]
+    assert page.locator("#tree svg g").count() == 5
+    label = page.get_attribute("#tree", "aria-label")
+    assert re.fullmatch(r"4 drafted tokens, [0-2] of them accepted", label)
+
+
+def test_nothing_is_wider_than_a_phone(page):
+    page.fill("#limit", "60")
+    ask(page, "x" * 60)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", colour))) < 80  # dark
+
+
+def test_text_is_escaped(page):
+    """What users and models write never becomes HTML."""
+    ask(page, "<img src=x onerror=document.title='bad'>")
+    assert page.title() == "beagle_jax" and page.locator("#log img").count() == 0
+    assert "<img" in page.locator("article.user .answer").inner_text()
+
+
+def test_escape_stops_an_answer_and_the_chat_goes_on(page, running):
+    page.fill("#limit", "150")
+    page.focus("#prompt")
+    page.keyboard.type("Hi!")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    page.locator("#send:enabled").wait_for(timeout=60_000)
+    assert "Stopped." in page.inner_text("#log")
+    page.fill("#limit", "5")
+    ask(page, "Hi!")
+    assert page.locator("article.assistant").count() >= 1
+    page.click("#clear")
+    assert page.inner_text("#log") == ""
+
+
+def test_all_controls_are_reached_by_keyboard(page):
+    page.focus("#prompt")
+    reached = []
+    for _ in range(7):
+        reached.append(page.evaluate("document.activeElement.id"))
+        page.keyboard.press("Tab")
+    assert reached[:2] == ["prompt", "send"]
+    assert {"clear", "draft", "temperature", "limit", "tree"} <= set(reached)
+
+
+def test_the_page_is_one_file_that_asks_no_other_host(running):
+    """Without a browser."""
+    answer = running.raw.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert policy.count("'sha256-") == 2 and "unsafe" not in policy
+    text = Path(__file__).parent.parent.joinpath("beagle_jax/serving/page.html").read_text("utf-8")
+    assert answer.text == text
+    assert re.findall(r"https?://[^\"'\s]+", text) == ["http://www.w3.org/2000/svg"]
+    assert "innerHTML" not in text and not re.search(r"\bon\w+=\"", text)
+
+
+def test_cycle_ends_as_it_begins():
+    """The other tests rest on it."""
+    assert CYCLE.endswith("!") and len(set(CYCLE.encode())) == len(CYCLE.encode())
