@@ -158,7 +158,8 @@ def test_an_answer_that_waits_too_long_is_refused(guarded, monkeypatch):
         return slow(*arguments)
 
     monkeypatch.setattr(Session, "_piece", slower)
-    with guarded.raw.stream("POST", "/v1/completions", json={**TEXT, "max_tokens": 180}) as _:
+    long = {**TEXT, "max_tokens": 180, "stream": True}
+    with guarded.raw.stream("POST", "/v1/completions", json=long) as _:
         late = guarded.raw.post("/v1/completions", json={**TEXT, "max_tokens": 2})
     assert late.status_code == 429 and late.json()["error"]["code"] == "queue_timeout"
 

@@ -61,8 +61,9 @@ class Choice:
         return None if self.answer is None else _REASONS[self.answer.finish]
 
     def usage(self) -> tuple[int, int, int]:
-        """Tokens, accepted drafts among them, and rounds of the whole answer."""
-        assert self.answer is not None
+        """Tokens, accepted drafts among them, and rounds of the answer so far."""
+        if self.answer is None:
+            return self._tokens, sum(self.accepted), len(self.accepted)
         accepted = sum(depth * count for depth, count in enumerate(self.answer.accepted))
         return len(self.answer.tokens), accepted, self.answer.rounds
 

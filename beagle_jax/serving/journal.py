@@ -37,8 +37,7 @@ class Entry:
 
     def answers(self, tickets: Sequence[Ticket], choices: Sequence[Choice]) -> None:
         """Adds the measures of a request's answers, whole or not."""
-        ended = [choice for choice in choices if choice.answer is not None]
-        counts = [choice.usage() for choice in ended]
+        counts = [choice.usage() for choice in choices]
         began = [ticket.began - ticket.arrived for ticket in tickets if ticket.began is not None]
         finishes = [choice.answer.finish if choice.answer else None for choice in choices]
         self.details |= {

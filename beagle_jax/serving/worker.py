@@ -141,7 +141,6 @@ class Worker:
                 filters = self._program()
             try:
                 self._answer(plain, filters)
-                self._failures = 0
             # Whatever fails in the engine (memory of the device, its driver) must reach those who
             # wait for answers, and the next session may succeed.
             except Exception:
@@ -228,6 +227,7 @@ class Worker:
         if piece.answer is not None:
             del self._running[piece.index]
             ticket.ended = True
+            self._failures = 0
             self._metrics.ended(piece.answer.finish, now - ticket.arrived)
         if (piece.tokens or piece.answer is not None) and not ticket.cancelled:
             ticket.deliver(piece)
