@@ -180,6 +180,7 @@ INTERNAL = {
     "config.keys",
     "config.log",
     "config.mesh",
+    "config.serve",
     "config.messages",
     "config.older",
     "config.paths",
@@ -209,7 +210,7 @@ INTERNAL = {
     "weights.modeling_beagle",
     "weights.modeling_eagle",
 }
-ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "train", "tune"}
+ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "serve", "train", "tune"}
 
 
 def test_every_module_of_the_library_is_in_the_reference_or_not_meant_to_be():

@@ -126,7 +126,11 @@ def test_log_probabilities_are_those_of_the_decoder(letters_server):
         if chunk.choices[0].logprobs
         for entry in chunk.choices[0].logprobs.content
     ]
-    assert streamed == content
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    # A session's first prompts are read in a wider batch than later ones.
+    np.testing.assert_allclose(
+        [entry.logprob for entry in streamed], [entry.logprob for entry in content], atol=1e-5
+    )
 
 
 def test_settings_of_a_request_reach_the_engine(letters_server):

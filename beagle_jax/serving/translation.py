@@ -100,7 +100,7 @@ class Translator:
             choice=choice,
         )
         try:
-            self.decoder.check(request)
+            request = self.decoder.checked(request)
             self.decoder.codec.stream(request.stop)
         except UserError as error:
             name = str(error).partition(" ")[0]
