@@ -108,8 +108,8 @@ def test_prompts_are_lists_and_tokens_too(bytes_server):
 
 
 def test_log_probabilities_are_those_of_the_decoder(letters_server):
-    asked = Sampling(1.0)
-    [expected] = tiny_decoder().generate(["HI"], asked, seed=2, max_new_tokens=9, logprobs=3)
+    drawn = Sampling(1.0)
+    [expected] = tiny_decoder().generate(["HI"], drawn, seed=2, max_new_tokens=9, logprobs=3)
     create = letters_server.client.chat.completions.create
     ask = dict(**CHAT, max_tokens=9, temperature=1, seed=2, logprobs=True, top_logprobs=3)
     content = create(**ask).choices[0].logprobs.content

@@ -256,7 +256,7 @@ def slower(*arguments):
     return before(*arguments)
 Session._piece = slower
 config = tiny_config(rows=2, grace_seconds={grace})
-run(config, cycle_decoder(), keys_of(config.serve))
+run(config, cycle_decoder(), keys_of(config.serve), lambda *where: print(*where, flush=True))
 print("left")
 """
 

@@ -23,7 +23,11 @@ def serve(config: Config, arguments: Namespace) -> None:
     keys = keys_of(config.serve)  # before the weights are loaded
     with terminal.working(arguments):
         decoder = load(config)
-    run(config, decoder, keys)
+    run(config, decoder, keys, _report)
+
+
+def _report(model: str, address: str) -> None:
+    print(f"serving {model} at {address}", flush=True)
 
 
 def load(config: Config) -> SpeculativeDecoder:

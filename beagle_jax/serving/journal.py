@@ -69,4 +69,5 @@ class Entry:
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.details,
         }
-        print(json.dumps(line), file=self.journal.stream, flush=True)
+        self.journal.stream.write(json.dumps(line) + "\n")
+        self.journal.stream.flush()

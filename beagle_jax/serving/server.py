@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -28,8 +28,15 @@ _AFTER = 2.0  # seconds after serve.grace_seconds until connections are closed
 class Server(uvicorn.Server):
     """A server that ends its answers in time when it must stop, and then leaves with status 0."""
 
-    def __init__(self, config: Config, decoder: SpeculativeDecoder, keys: Keys) -> None:
-        """decoder: with a context, as `live` needs it."""
+    def __init__(
+        self,
+        config: Config,
+        decoder: SpeculativeDecoder,
+        keys: Keys,
+        on_start: Callable[[str, str], object] = lambda model, address: None,
+    ) -> None:
+        """decoder: with a context, as `live` needs it. on_start: see `run`."""
+        self._on_start = on_start
         serve = config.serve
         metrics = Metrics(serve.rows, decoder.tree.depth)
         self.worker = Worker(decoder, serve, metrics)
@@ -84,10 +91,10 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list | None = None) -> None:
-        """Listens, and says where."""
+        """Listens, and reports the address."""
         await super().startup(sockets)
         if self.started:
-            print(f"serving {self.model} at {self.address}", flush=True)
+            self._on_start(self.model, self.address)
 
 
 def model_name(config: Config) -> str:
@@ -96,9 +103,17 @@ def model_name(config: Config) -> str:
     return config.serve.model or source.rpartition("/")[2].rpartition(":")[2]
 
 
-def run(config: Config, decoder: SpeculativeDecoder, keys: Keys) -> None:
-    """Serves until a signal; returns once the running answers have ended."""
-    server = Server(config, decoder, keys)
+def run(
+    config: Config,
+    decoder: SpeculativeDecoder,
+    keys: Keys,
+    on_start: Callable[[str, str], object] = lambda model, address: None,
+) -> None:
+    """Serves until a signal; returns once the running answers have ended.
+
+    on_start: called with the model's name and the address once it listens.
+    """
+    server = Server(config, decoder, keys, on_start)
     if config.serve.warm_up:
         decode = config.decode
         server.worker.warm_up(
