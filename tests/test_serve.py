@@ -20,6 +20,7 @@ from serve_cases import CYCLE, cycle_decoder, events, serving, tiny_decoder, wai
 
 from beagle_jax.decoding.requests import Request
 from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.session import Session
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "HI"}]}
 BYTES = {"model": "tiny", "prompt": "!", "temperature": 0}
@@ -207,6 +208,30 @@ def test_64_at_a_time_get_what_each_gets_alone(letters_server):
         together = list(pool.map(ask, range(64)))
     assert together == [ask(seed) for seed in range(64)]
     assert len(set(together)) > 32
+
+
+def test_a_row_that_answers_for_another_is_seen(letters_server, monkeypatch):
+    """The planted twin: while two rows run, each shows the other's tokens."""
+    real = Session._piece
+
+    def piece(session, line, row, snapshot):
+        others = [other for other, each in enumerate(session._lines) if each and other != row]
+        return real(session, line, others[0] if others else row, snapshot)
+
+    def ask(letter: str) -> str:
+        made = letters_server.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": letter}],
+            max_tokens=40,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        return made.choices[0].message.content
+
+    alone = [ask(letter) for letter in "ABCD"]
+    monkeypatch.setattr(Session, "_piece", piece)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, "ABCD")) != alone
 
 
 def test_200_answers_over_8_rows_lose_nothing_and_keep_their_order(letters_server):

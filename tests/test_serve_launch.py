@@ -1,12 +1,18 @@
 """The server's image, its Kubernetes files, and its command line."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from command_cases import workplace  # noqa: F401
 
 from beagle_jax import serve
 from beagle_jax.config import load_config
@@ -105,9 +111,37 @@ def test_serve_checks_the_command_line_before_it_loads_anything(monkeypatch, cap
     assert "/no/draft" in capsys.readouterr().err
 
 
-def test_without_its_packages_serve_says_what_to_install(monkeypatch):
-    import sys
+@pytest.mark.parametrize("draft", ["lookup", "plain"])
+def test_the_command_serves_a_target_of_a_folder(workplace, draft):
+    """From the weights to the answer, with the programs compiled before it listens."""
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    overrides = [f"draft.path={draft}", "serve.port=0", "serve.rows=2", "decode.temperature=0.5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beagle_jax.serve", "--config", workplace.config, *overrides],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    try:
+        words = process.stdout.readline().split()
+        assert words[:3] == ["serving", "target", "at"], words
+        client = openai.OpenAI(base_url=f"{words[3]}/v1", api_key="none", max_retries=0)
+        made = client.chat.completions.create(
+            model="target", messages=[{"role": "user", "content": "Who are you?"}], seed=1
+        )
+        assert 0 < made.usage.completion_tokens <= 20
+        process.send_signal(signal.SIGTERM)
+        line = json.loads(process.stdout.readline())
+        assert (line["status"], line["completion_tokens"]) == (200, made.usage.completion_tokens)
+        assert process.wait(30) == 0 and process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
 
+
+def test_without_its_packages_serve_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("beagle_jax.serving")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("fastapi", "uvicorn"):

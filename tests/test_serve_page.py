@@ -12,6 +12,7 @@ pytest.importorskip("openai", reason="the openai client is not installed; the te
 from serve_cases import CYCLE, cycle_decoder, serving
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+KEY = "a-key-of-some-length"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,23 @@ def test_an_answer_is_coloured_and_counted(page):
     assert page.locator("#tree svg g").count() == 5
     label = page.get_attribute("#tree", "aria-label")
     assert re.fullmatch(r"4 drafted tokens, [0-2] of them accepted", label)
+
+
+def test_the_key_is_asked_for_where_it_is_needed(page, browser, running, tmp_path):
+    assert page.locator("#key").is_hidden()
+    (tmp_path / "keys").write_text(KEY)
+    decoder = running.worker._decoder
+    with serving(decoder, rows=2, api_key_file=str(tmp_path / "keys")) as guarded:
+        tab = browser.new_page()
+        tab.goto(guarded.url)
+        tab.get_by_text("needs an API key").wait_for()
+        tab.fill("#key", KEY)
+        tab.keyboard.press("Tab")
+        tab.get_by_text("tiny").wait_for()
+        tab.fill("#limit", "5")
+        ask(tab, "Hi!")
+        assert tab.locator("article.assistant").count() == 1
+        tab.close()
 
 
 def test_nothing_is_wider_than_a_phone(page):

@@ -198,6 +198,17 @@ def test_a_failing_engine_ends_its_answers_and_not_the_server(decoder, monkeypat
     assert "out of memory" in caplog.text
 
 
+def test_a_mistake_of_the_server_has_the_envelope_too(decoder, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError(SECRET)
+
+    with serving(decoder, rows=2) as running:
+        monkeypatch.setattr(type(running.worker), "ticket", broken)
+        answer = running.raw.post("/v1/completions", json=TEXT)
+    assert answer.status_code == 500 and SECRET not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+
+
 def test_metrics_count_what_was_answered(decoder):
     with serving(decoder, rows=2) as running:
         ask = {**TEXT, "max_tokens": 13, "ignore_eos": True}

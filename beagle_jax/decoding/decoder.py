@@ -365,7 +365,16 @@ class SpeculativeDecoder:
         plain: decodes without the draft. rounds_per_look: rounds between two pieces of an answer.
         """
         now = replace(self._round.plain if plain else self._round, filters=filters)
-        return Session(now, self._codec, source, rows, self._capacity, True, rounds_per_look)
+        return Session(
+            now,
+            self._codec,
+            source,
+            rows,
+            self._capacity,
+            streaming=True,
+            rounds_per_look=rounds_per_look,
+            wide_start=False,
+        )
 
     def _requests(
         self, prompts: Iterable[Prompt], sampling: Sampling, options: Options

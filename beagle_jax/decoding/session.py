@@ -80,6 +80,7 @@ class Session:
     capacity: int  # slots at first; longer requests enlarge the caches
     streaming: bool = False  # pieces are wanted early, and not only whole answers
     rounds_per_look: int = ROUNDS_PER_LOOK  # rounds between two looks of the host
+    wide_start: bool = True  # the first prompts fill all rows, and are read at once
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
     passes: int = field(default=0, init=False)  # rounds of the batch so far
@@ -89,7 +90,7 @@ class Session:
         """Begins with the first request; returns rows without requests."""
         self._coming = iter(self.source)
         self._ahead: deque[tuple[int, Request]] = deque()
-        self._count, self._open, self._filled = 0, True, False
+        self._count, self._open, self._filled = 0, True, not self.wide_start
         self._lines: list[_Line | None] = [None] * self.rows
         self._readings: deque[_Reading] = deque()
         self._looking = self.streaming

@@ -110,6 +110,11 @@ def make_app(service: Service, serve: ServeConfig, keys: Keys) -> Gate:
         refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         return JSONResponse(refusal.body(), error.status_code)
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        refusal = Refusal(500, "the server failed; its log says why")
+        return JSONResponse(refusal.body(), refusal.status)
+
     return Gate(app, serve, keys)
 
 

@@ -1,7 +1,8 @@
 """From the body of a request to requests of the engine."""
 
 import secrets
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from beagle_jax.config import Config
@@ -22,6 +23,7 @@ class Translator:
     config: Config
     decoder: SpeculativeDecoder
     model: str  # the name that requests must use
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def requests(self, body: ChatBody | CompletionBody) -> list[Request]:
         """The engine's requests: `n` for each prompt, one after the other.
@@ -38,7 +40,8 @@ class Translator:
                 param="model",
                 code="model_not_found",
             )
-        prompts = self._prompts(body)
+        with self._lock:  # tokenizers may change their settings while they encode
+            prompts = self._prompts(body)
         count = body.n or 1
         most = self.config.serve.max_choices
         if len(prompts) * count > most:

@@ -117,7 +117,7 @@ class Worker:
         requests = [
             replace(request, tokens=[0] * length, max_new_tokens=2, min_new_tokens=0)
             for length in sorted({min(length, room) for length in _WARM_LENGTHS})
-            for _ in range(rows + rows // 4 + 1)
+            for _ in range(rows + 1)
         ]
         for _ in self._session(iter(requests), False, filters):
             pass
