@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from beagle_jax import evaluate, generate, plan, prepare, train, tune
+from beagle_jax import evaluate, generate, plan, prepare, serve, train, tune
 from beagle_jax.config import EarlyStage, LateStage, TestTimeStage, TrainConfig, load_config
 from beagle_jax.config.printing import describe
 from beagle_jax.config.reading import resolve_config
@@ -158,6 +158,7 @@ COMMANDS = {
     "generate": (generate, []),
     "evaluate": (evaluate, []),
     "tune": (tune, []),
+    "serve": (serve, []),
 }
 
 
