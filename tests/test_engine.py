@@ -1,5 +1,7 @@
 """Rows that come and go: refilled rows answer as if alone; admission changes no other row."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from decode_cases import (
     MARKOV,
     letters,
     naive_greedy,
+    next_stop,
     random_draft,
     random_eagle,
     right_draft,
@@ -265,3 +268,20 @@ def test_long_prompts_are_admitted_in_chunks(monkeypatch):
         assert [answer.tokens for answer in answers] == [
             naive_greedy(target_of(), prompt, 12) for prompt in prompts
         ]
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_reading_prompts_compiles_once_with_weights_on_a_device(planted, monkeypatch):
+    """The first prompts of a session and later ones run the same program.
+
+    Planted: the first state stays where nobody has put it.
+    """
+    target = target_of(eos_ids=next_stop())
+    params = jax.device_put(target.params, jax.devices()[0])
+    target = dataclasses.replace(target, params=params)
+    decoder = SpeculativeDecoder(target, None, context=64)
+    if planted:
+        monkeypatch.setattr(jax, "device_put", lambda state, _: state)
+    before = admit._cache_size()
+    decoder.generate([[5], [6], [7]], batch=1, max_new_tokens=3)
+    assert admit._cache_size() - before == 1 + planted

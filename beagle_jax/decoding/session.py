@@ -94,7 +94,13 @@ class Session:
         self._lines: list[_Line | None] = [None] * self.rows
         self._readings: deque[_Reading] = deque()
         self._looking = self.streaming
-        return begin(self.now.reading, batch=self.rows, capacity=self.capacity)
+        state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
+        # Weights that were put on a device stay there ("committed"), and so does every state that
+        # was computed with them. The first state is of no weights: without this, jit would compile
+        # the reading of prompts twice.
+        if self.now.mesh is None and self.now.target.params["embed_VD"].committed:
+            state = jax.device_put(state, self.now.target.params["embed_VD"].sharding)
+        return state
 
     def cancel(self, index: int) -> None:
         """Ends the request with this index, at the next look of the host: `finish="cancelled"`."""
