@@ -368,7 +368,7 @@ class Round:
             stats._replace(rounds_B=put(stats.rounds_B, of_row(stats.rounds_B))),
         )
         if history is not None:
-            after = _with_history(after, history, row_R, ends_R)
+            after = _with_history(after._replace(history=state.history), history, row_R, ends_R)
         if stats.logprobs is not None:
             after = self._with_first_logprobs(after, row_R, ends_R, last_R1D)
         return after, output.states_BTD
