@@ -18,10 +18,13 @@ from decode_cases import (
 from test_measure import chat
 from test_report import check_schema
 
+from beagle_jax.commands.evaluate import evaluate
+from beagle_jax.config import load_config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling, filtered
 from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
+from beagle_jax.errors import UserError
 from beagle_jax.evaluation import audit as audit_module
 from beagle_jax.evaluation import forced as forced_module
 from beagle_jax.evaluation import replay as replay_module
@@ -321,6 +324,22 @@ def test_what_a_filter_removes_is_drawn_only_where_rounding_decides():
         inside(np.log([0.6, 0.3, 0.1]), 2, Sampling(2.0, top_p=0.75), reach)
         for reach in (0.05, 0.9)
     ] == [False, True]
+
+
+def test_min_p_of_the_audit_keeps_what_decoding_keeps():
+    logits_TV = np.random.default_rng(0).standard_normal((9, 40)) * 3
+    for sampling in (Sampling(0.7, min_p=0.1), Sampling(1.3, 12, 0.9, 0.05)):
+        p_TV = probabilities(logits_TV, sampling)
+        decoded_TV = np.isfinite(filtered(jnp.asarray(logits_TV, jnp.float32), sampling))
+        np.testing.assert_array_equal(p_TV > 0, decoded_TV)
+        without_TV = probabilities(logits_TV, sampling._replace(min_p=0.0))
+        assert (without_TV > 0).sum() > (p_TV > 0).sum()
+
+
+def test_penalties_are_refused_before_anything_is_loaded():
+    config = load_config("configs/quickstart.yaml", ["decode.frequency_penalty=0.5"])
+    with pytest.raises(UserError, match="--audit computes each answer's tokens from the text"):
+        evaluate(config, audited=True)
 
 
 def test_a_token_that_was_never_drawn(measured):

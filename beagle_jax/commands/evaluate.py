@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from beagle_jax.config import Config, Identity
+from beagle_jax.config import Config, DecodeConfig, Identity
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.template import decoded
@@ -47,6 +47,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     audited: also compare all answers with teacher forcing (evaluation/audit.py).
     """
     listen()
+    if audited:
+        check_audited(config)
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
     }
@@ -89,14 +91,26 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     return made
 
 
+def check_audited(config: Config) -> None:
+    """Raises UserError for sampling that the audit cannot recompute."""
+    if sampling_of(config.decode).penalises:
+        raise UserError(
+            "--audit computes each answer's tokens from the text alone, and penalties change them: "
+            "leave out decode.repetition_penalty, decode.presence_penalty and "
+            "decode.frequency_penalty, or --audit"
+        )
+
+
 def _notes(config: Config, target: Target) -> list[str]:
     notes = []
     if target.quantised:
         notes.append(f"The target, in plain decoding too, is quantised to {target.quantised}.")
-    if config.decode.stop:
+    decode, default = config.decode, DecodeConfig()
+    ends = ("stop", "stop_token_ids", "ignore_eos", "min_new_tokens")
+    if changed := [name for name in ends if getattr(decode, name) != getattr(default, name)]:
         notes.append(
-            "decode.stop is for generate: answers here end at stop tokens and at "
-            "eval.max_new_tokens alone."
+            f"{', '.join(f'decode.{name}' for name in changed)} is for generate: answers here end "
+            "at stop tokens and at eval.max_new_tokens alone."
         )
     return notes
 

@@ -125,7 +125,7 @@ def one_by_one(target: Target, tokens: Sequence[int], most: int) -> tuple[jax.Ar
 def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution that sampling must follow, in float64, computed by sorting.
 
-    Applies temperature, then top-k, then top-p.
+    Applies temperature, then top-k, then top-p, then min-p.
     """
     scaled_TV = logits_TV.astype(np.float64) / sampling.temperature
     p_TV = np.exp(scaled_TV - scaled_TV.max(axis=1, keepdims=True))
@@ -135,5 +135,6 @@ def probabilities(logits_TV: np.ndarray, sampling: Sampling) -> np.ndarray:
         sorted_TV[:, sampling.top_k :] = 0
     sorted_TV /= sorted_TV.sum(axis=1, keepdims=True)
     sorted_TV[np.cumsum(sorted_TV, axis=1) - sorted_TV >= sampling.top_p] = 0
+    sorted_TV[sorted_TV < sampling.min_p * sorted_TV[:, :1]] = 0
     np.put_along_axis(p_TV, order_TV, sorted_TV / sorted_TV.sum(axis=1, keepdims=True), axis=1)
     return p_TV
