@@ -96,8 +96,8 @@ def _begin(spec: TargetSpec, beginning: list[KVRows], *, batch: int, max_new: in
 def _resized(state: DecodeState, row_R: AnyArray, room: int) -> DecodeState:
     """Keeps only these rows, with at least `room` cache slots for prompts; never shrinks them."""
     assert isinstance(state.cache, RingCache)
-    draft, requests, transcript, stats = jax.tree.map(lambda x: x[row_R], state[1:])
-    return DecodeState(state.cache.resized(row_R, room), draft, requests, transcript, stats)
+    rest = jax.tree.map(lambda x: x[row_R], state[1:])  # all but the cache
+    return DecodeState(state.cache.resized(row_R, room), *rest)
 
 
 class _Line:
