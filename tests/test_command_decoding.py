@@ -291,7 +291,7 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
     chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])
     printed = capsys.readouterr().out
     assert (
-        "[cut short]" in printed
+        "[stopped]" in printed
         and "which leaves no room for an answer" in printed
         and printed.count("tau") == 1
     )

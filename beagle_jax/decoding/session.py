@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from beagle_jax.decoding.engine import admit, advance, begin, grow, peek, release
 from beagle_jax.decoding.logprobs import TokenLogProb, token_logprobs
@@ -33,6 +34,7 @@ from beagle_jax.decoding.sampling import Filters, filters_of, knobs_of
 from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.model.cache import round_up
+from beagle_jax.sharding import whole
 
 PROMPT_BUCKET = 64  # shortest padded prompt; longer ones go up by doubling: one compile each
 PREFILL_CHUNK = 512  # prompts longer than this are read in pieces of it
@@ -98,8 +100,13 @@ class Session:
         # Weights that were put on a device stay there ("committed"), and so does every state that
         # was computed with them. The first state is of no weights: without this, jit would compile
         # the reading of prompts twice.
-        if self.now.mesh is None and self.now.target.params["embed_VD"].committed:
-            state = jax.device_put(state, self.now.target.params["embed_VD"].sharding)
+        embed_VD = self.now.target.params["embed_VD"]
+        if self.now.mesh is None and embed_VD.committed:
+            placed = embed_VD.sharding
+            if isinstance(placed, NamedSharding):  # training puts the weights on a mesh
+                assert isinstance(placed.mesh, Mesh)
+                placed = whole(placed.mesh)
+            state = jax.device_put(state, placed)
         return state
 
     def cancel(self, index: int) -> None:
