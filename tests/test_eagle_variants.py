@@ -99,7 +99,7 @@ def test_a_plain_layer_of_another_family_is_read(target, tmp_path, config, fc_bi
             {"layers.0.block_sparse_moe.gate.weight": np.zeros((8, 32), np.float16)},
             "extra tensor block_sparse_moe.gate.weight [8, 32]",
         ),
-        (MIXTRAL | {"sliding_window": 16}, [], {}, "config.json asks for a sliding window"),
+        (MIXTRAL | {"sliding_window": 16}, [], {}, "config.json has a sliding window"),
     ],
 )
 def test_what_the_block_lacks_is_named(
@@ -120,5 +120,5 @@ def test_factors_of_frequencies_are_refused(target, tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "attention_factor": 1.0}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
     source = write(tmp_path / "there", published(), {**CONFIG, "rope_parameters": rope})
-    with pytest.raises(UserError, match="asks for factors of rotary frequencies"):
+    with pytest.raises(UserError, match="has factors of rotary frequencies"):
         read_eagle_draft(source, spec_of(target), "x")

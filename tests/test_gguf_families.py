@@ -241,7 +241,9 @@ def test_a_table_of_frequencies_is_compared(tmp_path):
     table = (1.0 / 10000.0 ** (np.arange(0, 8, 2) / 8)).astype(np.float32)
     check(*written(tmp_path, "llama", extra={"blk.1.attn_rot_embd.weight": table}))
     path, _ = written(tmp_path, "llama", extra={"blk.1.attn_rot_embd.weight": table * 2})
-    with pytest.raises(UserError, match=r"layers.1.self_attn.rotary_emb.inv_freq holds other"):
+    with pytest.raises(
+        UserError, match=r"layers.1.self_attn.rotary_emb.inv_freq holds frequencies that differ"
+    ):
         load(path)
 
 
@@ -351,13 +353,16 @@ def test_an_end_beyond_the_tokens_is_damage(tmp_path, name):
         ({"general.architecture": "qwen3moe"}, "architecture is 'qwen3moe'; this version reads"),
         ({"general.architecture": "falcon"}, "architecture is 'falcon'"),
         ({"general.architecture": "clip"}, "architecture is 'clip'"),
-        ({"general.type": "adapter"}, r"of type 'adapter' \(general.type\), not a model"),
-        ({"general.type": "mmproj"}, "of type 'mmproj'"),
+        (
+            {"general.type": "adapter"},
+            r"the type of this GGUF file is 'adapter' \(general.type\), not a model",
+        ),
+        ({"general.type": "mmproj"}, "the type of this GGUF file is 'mmproj'"),
         ({"expert_count": 8}, r"architecture 'llama' with 8 experts \(a mixture of experts"),
         ({"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn' is not supported"),
         ({"rope.dimension_count": 4, "attention.key_length": 8}, "keys of 8 .* and rotates 4"),
         ({"attention.value_length": 4}, "keys of 8 dimensions and has values of 4"),
-        ({"logit_scale": 0.5}, "'llama.logit_scale' is 0.5, which this version does not compute"),
+        ({"logit_scale": 0.5}, "'llama.logit_scale' is 0.5, which this version does not support"),
         ({"attention.causal": False}, "'llama.attention.causal' is False"),
         ({"final_logit_softcapping": 30.0}, "'llama.final_logit_softcapping' is 30.0"),
         ({"attention.head_count": "x"}, "head_count' is 'x', expected a number of heads"),
