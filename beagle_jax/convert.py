@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "convert",
-        "Convert drafts to PyTorch and back; write a target in a form that loads fast (to-jax).",
+        "Convert drafts to PyTorch and back, and targets to a form that loads fast.",
         "python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="to-torch, to-jax; from-torch, import-eagle (with --source)",
+        help="to-torch, to-jax, from-torch, import-eagle",
     )
     made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
     made.add_argument(

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "prepare",
-        "Write the training text and the target's states, which is the first step of train.",
+        "Write the training text and the target's states: the first step of train.",
         "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview",
     )
     made.add_argument(
@@ -25,13 +25,12 @@ def main(argv: Sequence[str]) -> None:
         nargs="?",
         const=3,
         metavar="N",
-        help="print the first N rows (default 3) with their supervised tokens in colour; "
-        "write nothing",
+        help="only print N rows (3), supervised tokens in colour",
     )
     made.add_argument(
         "--export",
         metavar="FILE.rows",
-        help="then write the text to one file, a data.source for other machines",
+        help="then write the text to one file, for data.source",
     )
     made.add_argument("--part", metavar="I/N", help="write only share I (0 to N-1) of N")
     add_distributed(made)

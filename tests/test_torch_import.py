@@ -172,7 +172,7 @@ def renamed(tensors: dict, old: str, new: str) -> None:
             [
                 "2 tensors match mlp.up_proj.weight: ",
                 "model.layers.1.mlp.up_proj.weight",
-                "2 prefixes",
+                "2 different prefixes",
             ],
         ),
         (
@@ -180,7 +180,8 @@ def renamed(tensors: dict, old: str, new: str) -> None:
                 t, PUBLISHED + "mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
             ),
             [
-                "stand under 2 prefixes ('model.layers.0.', 'speculative_decoder.layers.0.'); "
+                "the tensors have 2 different prefixes ('model.layers.0.', "
+                "'speculative_decoder.layers.0.'); "
                 "expected one"
             ],
         ),
