@@ -132,7 +132,7 @@ def test_many_contradictions_are_counted_and_some_are_shown(tmp_path):
         loaded(written(tmp_path, held, swapped))
     lines = str(caught.value).split("\n  ")
     assert (
-        f"({2 * len(swapped)} places)" in lines[0]
+        f"({2 * len(swapped)} differences)" in lines[0]
         and len(lines) == 12
         and lines[-1] == f"and {2 * len(swapped) - 10} more"
     )

@@ -141,13 +141,14 @@ def test_any_file_of_turns_is_a_suite(tmp_path):
         (
             "gsm8k",
             '{"answer": "2"}',
-            "gsm8k_test.jsonl.gz:1: no text 'question' among answer; this is not a record of gsm8k",
+            r"gsm8k_test.jsonl.gz:1: the key 'question' with text is missing \(keys: answer\); "
+            "this is not a record of gsm8k",
         ),
         (
             "gsm8k",
             '{"question": null}',
-            "gsm8k_test.jsonl.gz:1: no text 'question' among question; this is not a record of "
-            "gsm8k",
+            r"gsm8k_test.jsonl.gz:1: the key 'question' with text is missing \(keys: question\); "
+            "this is not a record of gsm8k",
         ),
         ("gsm8k", "\n", "eval.suites: gsm8k holds no prompts; is its file in eval.folder whole"),
         (
