@@ -11,7 +11,8 @@ from pictures import draw_curve, draw_depth
 from plan import Figure, Plan, Training
 
 from beagle_jax.evaluation.figures import environment
-from beagle_jax.evaluation.plots import plot_phases
+from beagle_jax.evaluation.plots import plot_rounds
+from beagle_jax.evaluation.report import Milliseconds
 from beagle_jax.files import write_text
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 
@@ -210,15 +211,8 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
         def label(name, run):
             return f"{name}, tau {run['curve'][-1]['tau'][0]:.2f}, {run['speedup'][0]:.2f}x"
 
-        plot_phases(
-            {
-                "systems": [
-                    {"name": label(*item), "milliseconds": item[1]["milliseconds"]}
-                    for item in runs.items()
-                ]
-            },
-            path,
-        )
+        rounds = {label(*item): Milliseconds(**item[1]["milliseconds"]) for item in runs.items()}
+        plot_rounds(rounds, path)
 
 
 def claims_table(lines: list[dict[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ Each plot function writes one file, .png or .svg.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from beagle_jax.decoding.tuning import Tuning
 from beagle_jax.evaluation.inside import Played
-from beagle_jax.evaluation.report import Report
+from beagle_jax.evaluation.report import Milliseconds, Report
 from beagle_jax.files import whole
 from beagle_jax.model.masks import early_block_mask, window_start
 
@@ -83,18 +83,23 @@ def plot_acceptance(report: Report, path: str | Path) -> None:
 
 
 def plot_phases(report: Report, path: str | Path) -> None:
-    """Plots the milliseconds of a round by phase, one bar per system.
+    """Plots the milliseconds of a round by phase, one bar per system of a report."""
+    plot_rounds({system.name: system.milliseconds for system in report.systems}, path)
+
+
+def plot_rounds(rounds: Mapping[str, Milliseconds], path: str | Path) -> None:
+    """Plots the milliseconds of a round by phase, one bar per system whose phases were measured.
 
     A negative rest (the phases measured alone took longer than the round) is not drawn.
     """
-    systems = [system for system in report.systems if system.milliseconds.draft is not None]
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(systems)), layout="constrained")
-    panel, left = figure.subplots(), np.zeros(len(systems))
+    measured = {name: times for name, times in rounds.items() if times.draft is not None}
+    figure = Figure(figsize=(8, 1.5 + 0.5 * len(measured)), layout="constrained")
+    panel, left = figure.subplots(), np.zeros(len(measured))
     for phase in _PHASES:
-        width = np.array([max(getattr(system.milliseconds, phase), 0.0) for system in systems])
-        panel.barh(range(len(systems)), width, left=left, label=phase)
+        width = np.array([max(getattr(times, phase), 0.0) for times in measured.values()])
+        panel.barh(range(len(measured)), width, left=left, label=phase)
         left += width
-    panel.set_yticks(range(len(systems)), [_short(system.name) for system in systems])
+    panel.set_yticks(range(len(measured)), [_short(name) for name in measured])
     panel.set(xlabel="ms per round", title="time by phase")
     panel.invert_yaxis()
     panel.legend()
