@@ -109,7 +109,7 @@ class SpeculativeDecoder:
         together, in tokens; all caches then have this capacity. None: the limit is the target's
         own context, and caches have the largest capacity that a call has needed so far.
         append_predicted: predicted states become keys of deeper levels. rule: how drafts are
-        accepted (`round.RULES`). mesh: the devices over which the target is sharded.
+        accepted (`rules.RULES`). mesh: the devices over which the target is sharded.
 
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
