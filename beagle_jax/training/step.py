@@ -149,11 +149,8 @@ def stage_loss(
     out = objective.predict(params, spec, stage, inputs, offset)
     counted_BT = jnp.asarray(batch.counted_BT)
     if objective.only_scored and frozen.vocabulary is not None and vocabulary is None:
-        at_query_MD = of_row(true_BLD, slot_BT).reshape(-1, true_BLD.shape[-1])
-        scored_M = is_scored(
-            frozen.vocabulary, at_query_MD, counted_BT.reshape(-1), config.loss_rows, mesh
-        )
-        counted_BT = scored_M.reshape(counted_BT.shape)
+        true_BTD = of_row(true_BLD, slot_BT)
+        counted_BT = _scored(frozen.vocabulary, true_BTD, counted_BT, config.loss_rows, mesh)
     counted_BY = of_row(counted_BT, out.query_BY) & out.inside_BY
     true_BYD = of_row(true_BLD, of_row(slot_BT, out.query_BY))
     state_MD, true_MD = (x.reshape(-1, x.shape[-1]) for x in (out.state_BYD, true_BYD))
@@ -171,6 +168,15 @@ def stage_loss(
         terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
     metrics = _summed(out, terms, counted_BY, jnp.sum(counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
+
+
+def _scored(
+    vocabulary: Vocabulary, true_BTD: jax.Array, counted_BT: jax.Array, chunk: int, mesh: Mesh
+) -> jax.Array:
+    """Keeps the counted queries [B, T] whose most likely next token the draft scores."""
+    true_MD = true_BTD.reshape(-1, true_BTD.shape[-1])
+    scored_M = is_scored(vocabulary, true_MD, counted_BT.reshape(-1), chunk, mesh)
+    return scored_M.reshape(counted_BT.shape)
 
 
 def _summed(out: Prediction, terms: Terms, counted_BY: jax.Array, supervised: jax.Array) -> Metrics:
