@@ -203,10 +203,14 @@ class OwnShare(NamedTuple):
     ]  # size of this device's part of the vocabulary -> id of the part's first token
 
 
-def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
-    """Wraps `function(share, head_VD, *arrays_M)` to run per device; returns arrays by row.
+def over_rows(
+    function: Callable, vocab_size: int, mesh: Mesh, *, gives_head: bool = False
+) -> Callable:
+    """Wraps `function(share, heads, *arrays_M)` to run per device; returns arrays by row.
 
-    Each device gets its own rows and its part of the head.
+    Each device gets its own rows and its part of the heads, which may be several. gives_head: the
+    function returns a pair, of an array by row and of one like its part of a head, which must be
+    the same on all devices with that part.
     """
     vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
 
@@ -215,11 +219,16 @@ def over_rows(function: Callable, vocab_size: int, mesh: Mesh) -> Callable:
 
     share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
 
-    def on_all(head_VD: jax.Array, *arrays_M: jax.Array) -> Any:
+    def on_all(heads: Any, *arrays_M: jax.Array) -> Any:
         specs = (P(vocabulary or None), *(P(_ROWS) for _ in arrays_M))
+        out_specs = (P(_ROWS), P(vocabulary or None)) if gives_head else P(_ROWS)
         return jax.shard_map(
-            partial(function, share), mesh=mesh, in_specs=specs, out_specs=P(_ROWS), check_vma=False
-        )(head_VD, *arrays_M)
+            partial(function, share),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )(heads, *arrays_M)
 
     return on_all
 

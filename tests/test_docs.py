@@ -178,6 +178,7 @@ INTERNAL = {
     "config.draft",
     "config.eval",
     "config.keys",
+    "config.kinds",
     "config.log",
     "config.mesh",
     "config.serve",

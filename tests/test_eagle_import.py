@@ -204,7 +204,7 @@ def test_specforge_names_no_bias_and_llama_3_scaling(target, tmp_path):
         ),
         (
             lambda t: t.update({"midlayer.hidden_norm.weight": np.ones(32, np.float16)}),
-            "this is an EAGLE-3 draft (midlayer.hidden_norm.weight)",
+            "holds fc.bias, and config.json does not say bias: true",
         ),
     ],
 )

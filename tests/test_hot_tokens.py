@@ -114,8 +114,8 @@ def test_a_draft_that_scores_all_tokens_has_the_same_figures(tiny_draft, tiny_pa
 def test_the_whole_head_is_kept_for_held_out_rows_only(tiny_params):
     target = type("Target", (), dict(params=tiny_params, spec=TINY))
     assert frozen_parts(target, HOT, False).vocabulary is None
-    assert frozen_parts(target, None, False, measured=True).vocabulary is None
-    vocabulary = frozen_parts(target, HOT, False, measured=True).vocabulary
+    assert frozen_parts(target, None, False, whole=True).vocabulary is None
+    vocabulary = frozen_parts(target, HOT, False, whole=True).vocabulary
     assert vocabulary.head_VD is head(tiny_params)
     assert np.flatnonzero(vocabulary.scored_V).tolist() == HOT.tolist()
     assert coverage([answer(20, 3)], HOT) == 0.5

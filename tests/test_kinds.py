@@ -12,12 +12,12 @@ from beagle_jax.weights.kinds import FILES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "beagle_jax"
 
-_KIND = r"[\"'](beagle|eagle)(_draft)?(_torch)?[\"']"
+_KIND = r"[\"'](beagle|eagle3?)(_draft)?(_torch)?[\"']"
 TELLING_APART = re.compile(
-    rf"""isinstance\([^()]*,\s*\(?\w*(Beagle|Eagle|Draft|Layer)(Spec|Block)\b
+    rf"""isinstance\([^()]*,\s*\(?\w*(Beagle|Eagle3?|Draft|Layer)(Spec|Block)\b
     | issubclass\(
     | \btype\(\s*\w*spec\s*\)\s*(is|==|!=|in)\b
-    | \bis\s+(not\s+)?(Beagle|Eagle)(Spec|Block)\b
+    | \bis\s+(not\s+)?(Beagle|Eagle3?)(Spec|Block)\b
     | (==|!=|\bin\b)\s*\(?\s*{_KIND}
     | {_KIND}\s*(==|!=)
     | \bcase\s+{_KIND}

@@ -16,7 +16,7 @@ from beagle_jax.data.folder import read_parts
 from beagle_jax.data.states import record_bytes, record_width
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of
-from beagle_jax.model.kinds import spec_type
+from beagle_jax.model.kinds import new_spec
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.terminal import size
 from beagle_jax.training.cost import StageCost, stage_cost, topology_devices
@@ -44,8 +44,8 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.train.batch, mesh)
     target = planned_spec(config.target)
-    spec = spec_type(config.draft.kind).from_target(target)
     scored = config.draft.hot_tokens or target.vocab_size
+    spec = new_spec(config.draft, target).scoring(scored)
     params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
     online, beside = (
         (params, None)

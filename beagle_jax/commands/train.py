@@ -33,14 +33,14 @@ from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.draft import DraftSpec
-from beagle_jax.model.kinds import fresh_params, spec_type
+from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
-from beagle_jax.training.kinds import WARM_STARTS
+from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
 from beagle_jax.training.loop import check_settings, run_stage
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.warm_start import FIT_ROWS
@@ -67,26 +67,24 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     check_rows_of_run(config, rows)
-    spec = (
-        spec_type(config.draft.kind).from_target(target.spec, config.draft.init_std)
-        if start is None
-        else start.spec
-    )
-    hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size)
+    hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size, start)
+    spec = new_spec(config.draft, target.spec) if start is None else start.spec
+    spec = spec.scoring(target.spec.vocab_size if hot_ids is None else len(hot_ids))
     target_spec, made_with = target.spec, provenance(config, rows, target.revision)
 
     def draft_of(params: dict[str, jax.Array], **more: object) -> Draft:
         return Draft(spec, params, hot_ids, made_with | more)
 
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
-    frozen = frozen_parts(target, hot_ids, states is None, measured=config.log.eval_rows > 0)
+    whole = needs_whole_head(config, spec)
+    frozen = frozen_parts(target, hot_ids, states is None, whole=whole)
     if best is None:
         del target  # frees the memory of its layers, unless the caller keeps the target
     training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
     # No name in this function holds the first parameters, so the second stage can free them.
     trained = train(
         config,
-        spread(config, frozen, mesh, hot_ids),
+        spread(config, frozen, mesh, hot_ids, whole),
         spec,
         first_params(config, frozen, spec, mesh, training, start),
         mesh,
@@ -109,13 +107,26 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     }
 
 
-def draft_vocabulary(config: Config, rows: list[Row], vocab_size: int) -> np.ndarray | None:
+def draft_vocabulary(
+    config: Config, rows: list[Row], vocab_size: int, start: Draft | None = None
+) -> np.ndarray | None:
     """Ids of the tokens that the draft scores (`draft.hot_tokens`); None: all tokens.
 
     rows: in training's order. Tokens are counted on those that are trained on, without the last
-    `log.eval_rows`.
+    `log.eval_rows`. start: the draft to continue from; if its head is its own, it keeps the tokens
+    of this head.
+
+    Raises: UserError if `draft.hot_tokens` contradicts that.
     """
     cut = training_count(config, rows)
+    if start is not None and start.owns_head:
+        count = vocab_size if start.hot_ids is None else len(start.hot_ids)
+        if config.draft.hot_tokens not in (0, count):
+            raise UserError(
+                f"draft.hot_tokens is {config.draft.hot_tokens}, but the head of draft.init "
+                f"({config.draft.init}) scores {count} tokens; leave draft.hot_tokens out"
+            )
+        return None if start.hot_ids is None else np.asarray(start.hot_ids)
     hot_ids = hot_tokens(rows[:cut], config.draft.hot_tokens, vocab_size)
     if hot_ids is not None:
         shares = f"{coverage(rows[:cut], hot_ids):.1%} of the answers trained on"
@@ -309,12 +320,12 @@ def train(
 
 
 def frozen_parts(
-    target: Target, hot_ids: np.ndarray | None, online: bool, measured: bool = False
+    target: Target, hot_ids: np.ndarray | None, online: bool, whole: bool = False
 ) -> FrozenTarget:
     """Returns the parts of this process's target that training reads.
 
-    online: training steps compute the target's states, so its layers are included. measured: rows
-    are held out, and their figures are over all tokens, so the whole head is included.
+    online: training steps compute the target's states, so its layers are included. whole: the
+    whole head is included beside that of a reduced vocabulary (`needs_whole_head`).
     """
     # With a reduced draft vocabulary, both distributions of the loss are over that vocabulary,
     # since the draft scores no other token.
@@ -324,35 +335,52 @@ def frozen_parts(
         head_VD=head_VD,
         model=target.params if online else None,
         spec=target.spec if online else None,
-        vocabulary=Vocabulary(
-            head(target.params),
-            jnp.zeros(target.spec.vocab_size, bool).at[hot_ids].set(True),
-        )
-        if measured and hot_ids is not None
-        else None,
+        vocabulary=_vocabulary(target, hot_ids) if whole and hot_ids is not None else None,
     )
 
 
+def needs_whole_head(config: Config, spec: DraftSpec) -> bool:
+    """Whether training reads the target's head over all tokens, even if the draft scores fewer.
+
+    Rows are held out, whose figures are over all tokens, or a stage asks which tokens the draft
+    scores (`Objective.only_scored`).
+    """
+    return config.log.eval_rows > 0 or asks_for_scored(spec, config.train.stages_to_run.values())
+
+
+def _vocabulary(target: Target, hot_ids: np.ndarray) -> Vocabulary:
+    scored_V = np.zeros(target.spec.vocab_size, bool)
+    scored_V[hot_ids] = True
+    return Vocabulary(head(target.params), jnp.asarray(scored_V))
+
+
 def spread(
-    config: Config, frozen: FrozenTarget, mesh: Mesh, hot_ids: np.ndarray | None
+    config: Config, frozen: FrozenTarget, mesh: Mesh, hot_ids: np.ndarray | None, whole: bool
 ) -> FrozenTarget:
     """Places the frozen target on the mesh."""
     if jax.process_count() > 1 and frozen.model is not None:
         # `frozen.model` is on this process only. Each process reads its shards of a shared model.
         shared = configured_target(config.target, mesh, decoding=False)
-        measured = config.log.eval_rows > 0
-        return place(frozen_parts(shared, hot_ids, online=True, measured=measured), mesh)
+        return place(frozen_parts(shared, hot_ids, online=True, whole=whole), mesh)
     return place(jax.device_get(frozen) if jax.process_count() > 1 else frozen, mesh)
 
 
 def given_draft(config: Config, target: Target) -> Draft | None:
     """Loads the draft to continue from, if `draft.init` is a folder; otherwise None.
 
-    Raises: UserError unless it is of kind `draft.kind`.
+    Raises: UserError unless it is of kind `draft.kind` and reads the streams that the config names.
     """
     if config.draft.init in ("normal", "ridge"):
         return None
-    return load_draft(config.draft.init, target.spec, spec_type(config.draft.kind))
+    start = load_draft(config.draft.init, target.spec, spec_type(config.draft.kind))
+    expected = new_spec(config.draft, target.spec).taps
+    if start.spec.taps != expected:
+        raise UserError(
+            f"draft.init: the draft in {config.draft.init} reads the target's streams "
+            f"{list(start.spec.taps)}, and draft.state_layers stands for {list(expected)}; set "
+            f"draft.state_layers to {list(start.spec.taps)}"
+        )
+    return start
 
 
 def first_params(

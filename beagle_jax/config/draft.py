@@ -1,9 +1,11 @@
 """Section `draft`: the drafter that decoding uses, and the start of a new one."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from beagle_jax.config.section import Number, Section, setting
+from pydantic import model_validator
+
+from beagle_jax.config.section import Listed, Number, Section, refusal, setting
 from beagle_jax.errors import UsageError
 
 
@@ -16,7 +18,7 @@ class DraftConfig(Section):
         "<train.folder>/draft",
         path="input",
     )
-    kind: Literal["beagle", "eagle"] = setting(
+    kind: Literal["beagle", "eagle", "eagle3"] = setting(
         "beagle",
         "kind of draft to train; a trained draft stores its own kind",
         affects=("stage",),
@@ -41,6 +43,31 @@ class DraftConfig(Section):
         affects=("stage",),
         ge=0,
     )
+
+    state_layers: Listed[int] | None = setting(
+        None,
+        "EAGLE-3: streams of the target that it reads, by the layer that each enters (0: the "
+        "embedding; the number of layers: the last output); null: 2, L // 2, L - 3 "
+        "(method.md 14)",
+        affects=("stage",),
+    )
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        layers = self.state_layers
+        if layers is None:
+            return self
+        if self.kind != "eagle3":
+            raise refusal(
+                f"{{at}}state_layers is {list(layers)}, but a draft of kind {self.kind} reads the "
+                "target's last states; leave it out, or set {at}kind to eagle3"
+            )
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise refusal(
+                f"{{at}}state_layers is {list(layers)}; expected layers of the target in ascending "
+                "order, each once"
+            )
+        return self
 
     def check_init(self) -> None:
         """Checks that training can start from `init`. Only commands that train need that folder.

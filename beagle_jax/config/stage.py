@@ -34,7 +34,7 @@ class EarlyStage(_Stage):
 
     # Settings of the other kinds of stage, with the fixed values of an early stage.
     simulation_steps: ClassVar[int] = 1
-    step_weights: ClassVar[tuple[float, ...] | None] = None
+    weights: ClassVar[tuple[float, ...]] = (1.0,)
     detach: ClassVar[bool] = True
     dense: ClassVar[bool] = False
     multi_token: ClassVar[bool] = False
@@ -66,6 +66,11 @@ class LateStage(_Stage):
 
     dense: ClassVar[bool] = False
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """beta_1..beta_s: the weight of each draft step in the loss (method.md 4.2)."""
+        return self.step_weights or _falling(self.simulation_steps)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.simulation_steps > self.window:
@@ -80,29 +85,58 @@ class LateStage(_Stage):
 class TestTimeStage(_Stage):
     """Draft steps are simulated from every position, at s times the cost of an early stage.
 
-    EAGLE-3 calls it training-time test. It has no windows.
+    EAGLE-3 calls it training-time test. It has no windows. For an EAGLE-3 draft some defaults are
+    others (config/kinds.py).
     """
 
     __test__: ClassVar[bool] = False  # pytest collects classes of such names
 
     objective: Literal["test_time"] = setting("test_time", "training objective", affects=_AFFECTS)
     steps: int = setting(500, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
-    simulation_steps: int = setting(4, "s: draft steps simulated", affects=_AFFECTS, ge=1)
+    simulation_steps: int = setting(
+        4, "s: draft steps simulated; unset it is 7 for EAGLE-3", affects=_AFFECTS, ge=1
+    )
     step_weights: Listed[Number] | None = setting(
-        None, "beta_1..beta_s of the loss; null: s, s-1, .., 1", affects=_AFFECTS
+        None, "beta_1..beta_s of the loss; null: those of step_decay", affects=_AFFECTS
+    )
+    step_decay: Number | None = setting(
+        None,
+        "beta_t = step_decay ** (t - 1); unset it is 0.8 for EAGLE-3; null: s, s-1, .., 1",
+        affects=_AFFECTS,
+        gt=0,
     )
     detach: bool = setting(
-        True, "no gradient through predicted states (method.md 4.6)", affects=_AFFECTS
+        True,
+        "no gradient through predicted states (method.md 4.6); unset it is false for EAGLE-3",
+        affects=_AFFECTS,
     )
 
     window: ClassVar[int] = 1
     dense: ClassVar[bool] = True
     multi_token: ClassVar[bool] = False
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """beta_1..beta_s: the weight of each draft step in the loss (method.md 4.2, 14)."""
+        if self.step_weights is not None:
+            return self.step_weights
+        if self.step_decay is None:
+            return _falling(self.simulation_steps)
+        return tuple(self.step_decay**step for step in range(self.simulation_steps))
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_weights(self)
+        if self.step_weights is not None and self.step_decay is not None:
+            raise refusal(
+                "{at}step_weights and {at}step_decay are both set, and both say what a step "
+                "weighs; leave one out"
+            )
         return self
+
+
+def _falling(steps: int) -> tuple[float, ...]:
+    return tuple(float(weight) for weight in range(steps, 0, -1))
 
 
 def _check_weights(stage: LateStage | TestTimeStage) -> None:

@@ -1,6 +1,6 @@
 """The whole config: its sections, and the rules between settings of different sections."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -8,6 +8,7 @@ from beagle_jax.config.data import DataConfig
 from beagle_jax.config.decode import DecodeConfig
 from beagle_jax.config.draft import DraftConfig
 from beagle_jax.config.eval import EvalConfig
+from beagle_jax.config.kinds import with_defaults
 from beagle_jax.config.log import LogConfig
 from beagle_jax.config.mesh import MeshConfig
 from beagle_jax.config.section import Section, refusal, setting
@@ -30,22 +31,34 @@ class Config(Section):
     log: LogConfig = setting(LogConfig(), "metrics of a training run")
     serve: ServeConfig = setting(ServeConfig(), "the server")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        return with_defaults(values)
+
     @model_validator(mode="after")
     def _check_eagle(self) -> Self:
-        """Refuses settings that have no meaning for an EAGLE draft (training/eagle.py)."""
-        if self.draft.kind != "eagle":
+        """Refuses settings that have no meaning for EAGLE drafts (training/eagle.py)."""
+        kind = self.draft.kind
+        name = {"eagle": "EAGLE", "eagle3": "EAGLE-3"}.get(kind)
+        if name is None:
             return self
         if self.draft.init == "ridge":
             raise refusal(
-                "draft.kind is eagle and draft.init is ridge, the closed-form start of a Beagle "
-                "draft; expected normal or the folder of a trained EAGLE draft"
+                f"draft.kind is {kind} and draft.init is ridge, the closed-form start of a Beagle "
+                f"draft; expected normal or the folder of a trained {name} draft"
             )
-        for name, stage in self.train.stages_to_run.items():
-            place = self.train.place_of(name)
+        if kind == "eagle3" and self.train.vloss_weight:
+            raise refusal(
+                f"draft.kind is eagle3 and train.vloss_weight is {self.train.vloss_weight}, but "
+                "its loss has no term on states (method.md 14); leave train.vloss_weight out"
+            )
+        for stage_name, stage in self.train.stages_to_run.items():
+            place = self.train.place_of(stage_name)
             if isinstance(stage, EarlyStage) and stage.window != 1:
                 raise refusal(
-                    f"draft.kind is eagle and {place}.window is {stage.window}, but EAGLE predicts "
-                    f"the next position only; set {place}.window to 1"
+                    f"draft.kind is {kind} and {place}.window is {stage.window}, but {name} "
+                    f"predicts the next position only; set {place}.window to 1"
                 )
             if isinstance(stage, LateStage):
                 wrong, remedy = f"{place}.objective is late", f"set {place}.objective to test_time"
@@ -53,7 +66,7 @@ class Config(Section):
                     wrong = "train.late.dense is false"
                     remedy = "set train.late.dense to true, or train.late to none"
                 raise refusal(
-                    f"draft.kind is eagle and {wrong}, but its late stage, training-time test, "
+                    f"draft.kind is {kind} and {wrong}, but its late stage, training-time test, "
                     f"drafts from every position; {remedy}"
                 )
         return self

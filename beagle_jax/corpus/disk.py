@@ -17,7 +17,7 @@ from beagle_jax.data.states import (
 )
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.errors import UserError
-from beagle_jax.model.kinds import spec_type
+from beagle_jax.model.kinds import new_spec
 from beagle_jax.terminal import size
 from beagle_jax.weights.target import Target
 
@@ -86,7 +86,7 @@ def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row
 
 def taps_of(config: Config, target: Target) -> tuple[int, ...]:
     """Layers whose outputs the draft of this run reads (`DraftSpec.taps`)."""
-    return spec_type(config.draft.kind).from_target(target.spec).taps
+    return new_spec(config.draft, target.spec).taps
 
 
 def _existing(folder: str) -> Path:

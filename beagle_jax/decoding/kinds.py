@@ -3,13 +3,19 @@
 from jax.sharding import Mesh
 
 from beagle_jax.decoding.drafter import Drafter, NoDrafter
-from beagle_jax.decoding.trained import BeagleDrafter, DraftHead, EagleDrafter, TrainedDrafter
+from beagle_jax.decoding.trained import (
+    BeagleDrafter,
+    DraftHead,
+    Eagle3Drafter,
+    EagleDrafter,
+    TrainedDrafter,
+)
 from beagle_jax.model.target import Params, head
 from beagle_jax.sharding import replicate
 from beagle_jax.weights.draft import Draft
 
 TRAINED: dict[str, type[TrainedDrafter]] = {
-    kind.kind: kind for kind in (BeagleDrafter, EagleDrafter)
+    kind.kind: kind for kind in (BeagleDrafter, EagleDrafter, Eagle3Drafter)
 }
 
 
@@ -20,12 +26,17 @@ def trained_drafter(
 
     target: its parameters, on their devices. append_predicted: see `TrainedDrafter`.
     """
+    spec, targets = draft.spec, (target["embed_VD"], head(target))
     params, ids_V = replicate((draft.params, draft.hot_ids), mesh)
-    head_VD = head(target)
-    rows_VD = replicate(head_VD if ids_V is None else head_VD[ids_V], mesh)
-    return TRAINED[draft.spec.kind](
-        draft.spec, params, target["embed_VD"], DraftHead(rows_VD, ids_V), append_predicted
-    )
+    # Tables of the draft's own are read in the target's dtype, as the target's are.
+    tables = {"embed_VD", "head_VD"} & params.keys()
+    params |= {name: params[name].astype(targets[0].dtype) for name in tables}
+    embed_VD = spec.embedding(params, targets[0])
+    rows_VD = spec.head(params, targets[1])
+    if rows_VD is targets[1] and ids_V is not None:
+        rows_VD = rows_VD[ids_V]
+    rows_VD = replicate(rows_VD, mesh)
+    return TRAINED[spec.kind](spec, params, embed_VD, DraftHead(rows_VD, ids_V), append_predicted)
 
 
 def drafter_for(

@@ -17,8 +17,9 @@ from beagle_jax.decoding.tree import Tree
 from beagle_jax.errors import UserError
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.cache import KVRows, append_rows, empty_rows, visible_slots, write_rows
-from beagle_jax.model.draft import DraftSpec, LayerBlock
+from beagle_jax.model.draft import DraftSpec, LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec
 from beagle_jax.model.layers import merge_attention, partial_attention
 from beagle_jax.model.target import TargetSpec, embed, logit_columns
 
@@ -67,7 +68,12 @@ class TrainedDrafter(TreeDrafter):
         """Raises UserError for a draft of another target or a tree that it cannot draft."""
         if not tree.depth:
             return
-        ours, theirs = self.spec.hidden_size, target.hidden_size
+        if beyond := [tap for tap in self.spec.taps if tap > target.num_layers]:
+            raise UserError(
+                f"this draft belongs to another target (it reads the streams {beyond}, the target "
+                f"has 0 to {target.num_layers})"
+            )
+        ours, theirs = self.spec.target_width, target.hidden_size
         if ours != theirs:
             raise UserError(
                 f"this draft belongs to another target (its hidden size is {ours}, the target's is "
@@ -95,6 +101,8 @@ class TrainedDrafter(TreeDrafter):
 
     def owned(self) -> Any:
         """Returns the block's weights, and the head if it has fewer tokens."""
+        if self.spec.owns_head(self.params):
+            return self.params, self.head.ids_V
         return self.params, (() if self.head.ids_V is None else self.head)
 
     def at(self, state: State, state_BLD: jax.Array, length_B: jax.Array) -> State:
@@ -124,7 +132,8 @@ class TrainedDrafter(TreeDrafter):
         if memory is not None:
             parts.append(partial_attention(q_BKGTH, *memory, sees_BTQ[:, None, None]))
         state_BTD = block.predict(x_BTD, merge_attention(*parts))
-        return state_BTD, logit_columns(self.head.rows_VD, state_BTD)
+        normed_BTD = self.spec.final_norm(self.params, state_BTD)
+        return state_BTD, logit_columns(self.head.rows_VD, normed_BTD)
 
     def _empty(self, batch: int, capacity: int) -> KVRows:
         spec, dtype = self.spec, self.embed_VD.dtype
@@ -199,7 +208,12 @@ class EagleDrafter(TrainedDrafter):
 
     kind: ClassVar[str] = EagleSpec.kind
 
-    spec: EagleSpec = field(metadata=dict(static=True))
+    spec: LayerSpec = field(metadata=dict(static=True))
+
+    @property
+    def block(self) -> EagleBlock:
+        """The block of this kind, with the draft's parameters."""
+        return EagleBlock(self.spec).bind({"params": self.params})
 
     def init(self, batch: int, capacity: int) -> EagleState:
         """Returns an empty cache."""
@@ -208,8 +222,9 @@ class EagleDrafter(TrainedDrafter):
 
     def observe(self, state: EagleState, seen: Seen) -> EagleState:
         """Appends slots of these states; for a resumed prompt, also of the state before them."""
-        block = EagleBlock(self.spec).bind({"params": self.params})
-        state_BTD, next_BT, start_B = seen.input_BTI, seen.next_BT, seen.start_B
+        block = self.block
+        read_BTD = block.features(seen.input_BTI)
+        state_BTD, next_BT, start_B = read_BTD, seen.next_BT, seen.start_B
         if seen.resumed:
             state_BTD = jnp.concatenate([state.last_B1D, state_BTD], axis=1)
             next_BT = jnp.concatenate([seen.token_BT[:, :1], next_BT], axis=1)
@@ -217,13 +232,13 @@ class EagleDrafter(TrainedDrafter):
         f_BTD = block.fuse(self._embedded(next_BT), state_BTD)
         rows = block.keys_values(f_BTD, _positions(start_B, next_BT))
         last_B = jnp.maximum(seen.count_B - 1, 0)[:, None, None]
-        last_B1D = jnp.take_along_axis(seen.input_BTI, last_B, axis=1)
+        last_B1D = jnp.take_along_axis(read_BTD, last_B, axis=1)
         last_B1D = jnp.where((seen.count_B > 0)[:, None, None], last_B1D, state.last_B1D)
         return EagleState(write_rows(state.rows, rows, start_B), last_B1D)
 
     def level(self, state: EagleState, frontier: Frontier) -> LevelOutput:
         """Predicts one level."""
-        block = EagleBlock(self.spec).bind({"params": self.params})
+        block = self.block
         before_BTD = state.last_B1D if frontier.before_BTD is None else frontier.before_BTD
         x_BTD = block.fuse(self._embedded(frontier.token_BT), before_BTD)
         at_BT = _same_position(frontier.length_B + frontier.depth - 1, frontier)
@@ -234,7 +249,7 @@ class EagleDrafter(TrainedDrafter):
         state_BTD, logits_VM = self._predict(
             block, state.rows, frontier, x_BTD, at_BT, memory, sees_BTQ
         )
-        return LevelOutput(state_BTD, logits_VM, memory)
+        return LevelOutput(block.carried(state_BTD), logits_VM, memory)
 
     def with_own(
         self, memory: KVRows | None, sees_BTQ: jax.Array, own: KVRows
@@ -251,19 +266,39 @@ class EagleDrafter(TrainedDrafter):
     def at(self, state: EagleState, state_BLD: jax.Array, length_B: jax.Array) -> EagleState:
         """Returns the same cache, with the last state among the first length_B."""
         last_B = (length_B - 1)[:, None, None]
-        return state._replace(last_B1D=jnp.take_along_axis(state_BLD, last_B, axis=1))
+        last_B1D = jnp.take_along_axis(state_BLD, last_B, axis=1)
+        return state._replace(last_B1D=self.block.features(last_B1D))
 
     def first_queries(
         self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
     ) -> jax.Array:
         """Returns the queries of the slots before these positions."""
-        block = EagleBlock(self.spec).bind({"params": self.params})
+        block = self.block
         e_1TD = self._embedded(text_1L[:, places_1T[0]])
-        return block.queries(block.fuse(e_1TD, state_1LD[:, places_1T[0] - 1]), places_1T - 1)
+        before_1TD = block.features(state_1LD[:, places_1T[0] - 1])
+        return block.queries(block.fuse(e_1TD, before_1TD), places_1T - 1)
 
     def rows(self, state: EagleState) -> KVRows:
         """Returns the cache."""
         return state.rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Eagle3Drafter(EagleDrafter):
+    """EAGLE-3: EAGLE's entries over features of several layers (method.md 14).
+
+    Its state holds the last true feature in place of the last state.
+    """
+
+    kind: ClassVar[str] = Eagle3Spec.kind
+
+    spec: Eagle3Spec = field(metadata=dict(static=True))
+
+    @property
+    def block(self) -> Eagle3Block:
+        """The block of this kind, with the draft's parameters."""
+        return Eagle3Block(self.spec).bind({"params": self.params})
 
 
 def _positions(start_B: jax.Array, token_BT: jax.Array) -> jax.Array:

@@ -244,7 +244,7 @@ def small_tree(levels: int, topk: int) -> DynamicTree:
 def _read_text(
     model: TargetModel, drafter: TrainedDrafter, text_BL: jax.Array
 ) -> tuple[State, jax.Array]:
-    """Returns the drafter's state after a text, and the target's states [B, L, D]."""
+    """Returns the drafter's state after a text, and what it read of the target [B, L, I]."""
     B, L = text_BL.shape
     positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
     mask_BLL = causal_mask(jnp.full(B, L), L)
@@ -252,7 +252,7 @@ def _read_text(
     start_B, count_B = jnp.zeros(B, jnp.int32), jnp.full(B, L)
     next_BL = jnp.roll(text_BL, -1, axis=1)
     seen = Seen(output.states_BTD, text_BL, next_BL, start_B, count_B, tapped_BTI=output.tapped_BTI)
-    return drafter.observe(drafter.init(B, L), seen), output.states_BTD
+    return drafter.observe(drafter.init(B, L), seen), seen.input_BTI
 
 
 def _read(

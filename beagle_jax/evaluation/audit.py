@@ -27,7 +27,7 @@ from beagle_jax.evaluation.chance import (
     logit_noise,
     score_noise,
 )
-from beagle_jax.evaluation.forced import forced_logits, forced_states, probabilities
+from beagle_jax.evaluation.forced import forced_logits, forced_reads, forced_states, probabilities
 from beagle_jax.evaluation.measure import Bench, Measured, Measurement, System, timed
 from beagle_jax.evaluation.replay import replayable, replayed, scored
 from beagle_jax.evaluation.report import Audit, Check, Divergence
@@ -291,7 +291,7 @@ def _acceptance(
     rounds, written, differing, unexplained, tied = 0, 0, 0, 0, [(0, 0, 0)]
     for text in tqdm(texts, desc=f"rounds of {name}", unit="answer", leave=False):
         prompt, answer = text.system
-        states_LD = forced_states(target, [*prompt, *answer.tokens])
+        states_LD = forced_reads(target, [*prompt, *answer.tokens], draft.taps)
         again = partial(
             replayed, target, draft, tree, prompt, answer.tokens, states_LD, append_predicted
         )

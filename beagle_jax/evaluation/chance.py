@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from beagle_jax.decoding.tree import Tree
-from beagle_jax.evaluation.forced import forced_logits, forced_states, one_by_one
+from beagle_jax.evaluation.forced import forced_logits, forced_reads, forced_states, one_by_one
 from beagle_jax.evaluation.replay import Grower
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
@@ -75,8 +75,8 @@ def score_noise(
     of its tokens read one by one, for several copies of each path together: rounding of a matrix
     product depends on its number of rows.
     """
-    at_once_LD = forced_states(target, tokens)
-    alone_TD, _ = one_by_one(target, tokens, _PLACES)
+    at_once_LD = forced_reads(target, tokens, draft.taps)
+    alone_TD, _ = one_by_one(target, tokens, _PLACES, draft.taps)
     first = len(tokens) - len(alone_TD)
     either = (at_once_LD, at_once_LD.at[first : len(tokens)].set(alone_TD))
     differences = []

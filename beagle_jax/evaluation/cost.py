@@ -55,7 +55,7 @@ def _verified(now: Round, state: DecodeState, proposal: Proposal) -> jax.Array:
         nodes = proposal.nodes
         token_BW = (nodes.token_BW + shift_B[:, None]) % now.target.spec.vocab_size
         shifted = proposal._replace(nodes=nodes._replace(token_BW=token_BW))
-        states_BWD, _ = now.read(state, shifted.nodes)
+        states_BWD = now.read(state, shifted.nodes).states_BTD
         return now.accept(state, shifted, states_BWD)[0].bonus_B
 
     return jax.lax.fori_loop(0, PASSES, once, state.transcript.root_B)

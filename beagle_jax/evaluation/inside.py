@@ -91,10 +91,11 @@ def _weights(now: Round, state: DecodeState, text_1L: jax.Array, places_1T: jax.
     drafter, target, L = now.drafter, now.target, text_1L.shape[1]
     k_BKHS = drafter.rows(state.draft).k_BKHS
     mask_1LL = causal_mask(jnp.full(1, L), L)
-    states_1LD = forward(
-        target.params, target.spec, text_1L, jnp.arange(L)[None], mask_1LL
-    ).states_BTD
-    q_BKGTH = drafter.first_queries(states_1LD, text_1L, places_1T)
+    output = forward(
+        target.params, target.spec, text_1L, jnp.arange(L)[None], mask_1LL, taps=drafter.taps
+    )
+    input_1LI = output.states_BTD if output.tapped_BTI is None else output.tapped_BTI
+    q_BKGTH = drafter.first_queries(input_1LI, text_1L, places_1T)
     score_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * q_BKGTH.shape[-1] ** -0.5
     slot_1S = jnp.arange(k_BKHS.shape[3])[None]
     seen_TS = slot_1S < places_1T[0][:, None]

@@ -8,6 +8,7 @@ paths in Python, attention as one softmax.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from beagle_jax.decoding.tree import DynamicTree, Tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.draft import LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec
 from beagle_jax.model.precision import exact
 from beagle_jax.model.target import Params, embed, head
 from beagle_jax.weights.draft import Draft
@@ -43,7 +45,8 @@ def replayed(
 ) -> list[int]:
     """Returns the number of accepted drafts of each round; only emitted drafts count.
 
-    states_LD: the target's states of prompt and answer. favour: added to the draft's
+    states_LD: what the draft reads of prompt and answer, the target's states or its streams
+    (`forced.forced_reads`). favour: added to the draft's
     log-probability of each generated token. A positive value resolves near ties in favour of these
     tokens, a negative one against them.
     """
@@ -185,7 +188,7 @@ class Grower:
 
     def _after(self, paths: list[Path], count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the same as `_children`, plus the log-probabilities of all tokens."""
-        depth, D = len(paths[0]), self._states_LD.shape[1]
+        depth, D = len(paths[0]), self._draft.spec.hidden_size
         seen = [[self._predicted[path[:length]] for length in range(depth)] for path in paths]
         above_QtD = jnp.asarray(np.array(seen).reshape(len(paths), depth, D), self._states_LD.dtype)
         below_Qt = jnp.asarray(np.array(paths, np.int32).reshape(len(paths), depth))
@@ -233,7 +236,7 @@ def _predict(
     block, (Q, depth) = block_type(spec).bind({"params": params}), below_Qt.shape
 
     def embedded(tokens: jax.Array) -> jax.Array:
-        return embed(target["embed_VD"], tokens, spec.embed_scale)
+        return embed(spec.embedding(params, target["embed_VD"]), tokens, spec.embed_scale)
 
     # tokens of each path, starting with the root's, and their positions
     token_Qt = jnp.concatenate([jnp.broadcast_to(text_L[root], (Q, 1)), below_Qt], axis=1)
@@ -251,15 +254,16 @@ def _predict(
         own_place_Qt[:, visible],
     )
     written_t1 = text_L[root + 1 + jnp.arange(depth + 1)]
-    log_p_QV, token_V = _scores(target, hot_ids, states_QD, below_Qt, written_t1, favour)
+    head_VD = spec.head(params, head(target) if hot_ids is None else head(target)[hot_ids])
+    logits_QV = jnp.einsum("QD,VD->QV", spec.final_norm(params, states_QD), head_VD)
+    log_p_QV, token_V = _scores(logits_QV, hot_ids, below_Qt, written_t1, favour)
     top_Qk, best_Qk = jax.lax.top_k(log_p_QV, count)
-    return states_QD, token_V[best_Qk], top_Qk, log_p_QV
+    return block.carried(states_QD), token_V[best_Qk], top_Qk, log_p_QV
 
 
 def _scores(
-    target: Params,
+    logits_QV: jax.Array,
     hot_ids: AnyArray | None,
-    states_QD: jax.Array,
     below_Qt: jax.Array,
     written_t1: jax.Array,
     favour: float,
@@ -270,11 +274,8 @@ def _scores(
     token.
     """
     depth = below_Qt.shape[1]
-    head_VD = head(target) if hot_ids is None else head(target)[hot_ids]
-    log_p_QV = jax.nn.log_softmax(
-        jnp.einsum("QD,VD->QV", states_QD, head_VD).astype(jnp.float32), axis=-1
-    )
-    token_V = jnp.arange(len(head_VD)) if hot_ids is None else hot_ids
+    log_p_QV = jax.nn.log_softmax(logits_QV.astype(jnp.float32), axis=-1)
+    token_V = jnp.arange(logits_QV.shape[1]) if hot_ids is None else hot_ids
     written_QV = (below_Qt == written_t1[None, :depth]).all(axis=1, keepdims=True) & (
         token_V == written_t1[depth]
     )[None]
@@ -313,18 +314,20 @@ def _eagle_entries(
     The fused entry has the position of that state.
     """
     Q, depth, D = above_QtD.shape
-    root_Q1D = jnp.broadcast_to(states_LD[root - 1], (Q, 1, D))
+    g_LD = block.features(states_LD[None])[0]
+    root_Q1D = jnp.broadcast_to(g_LD[root - 1], (Q, 1, D))
     x_QtD = block.fuse(embedded(token_Qt), jnp.concatenate([root_Q1D, above_QtD], axis=1))
-    true_LD = block.fuse(embedded(text_L[1:])[None], states_LD[None])[0]
+    true_LD = block.fuse(embedded(text_L[1:])[None], g_LD[None])[0]
     visible = (
         slice(None) if append else slice(max(depth - 1, 0), None)
     )  # at least the query's own entry
     return x_QtD, place_Qt - 1, true_LD, x_QtD[:, 1:], place_Qt[:, 1:] - 1, visible
 
 
-_ENTRIES = {
+_ENTRIES: dict[str, tuple[Callable[[Any], Any], Callable[..., _Entries]]] = {
     BeagleSpec.kind: (BeagleBlock, _beagle_entries),
     EagleSpec.kind: (EagleBlock, _eagle_entries),
+    Eagle3Spec.kind: (Eagle3Block, _eagle_entries),
 }
 _PATHS: dict[str, Callable[..., set[Path]]] = {
     Lookup.kind: _looked_up_paths,

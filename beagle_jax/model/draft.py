@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.config import DraftConfig
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.layers import (
     apply_rope,
@@ -58,6 +59,11 @@ class DraftSpec(ABC):
         """
         return ()
 
+    @property
+    def target_width(self) -> int:
+        """The target's hidden size, which is a draft's own unless a kind says otherwise."""
+        return self.hidden_size
+
     def embedding(self, params: dict[str, jax.Array], target_VD: jax.Array) -> jax.Array:
         """Returns the draft's token embedding: the target's, or a parameter of its own."""
         return target_VD
@@ -73,6 +79,11 @@ class DraftSpec(ABC):
         """
         return target_VD
 
+    def owns_head(self, params: dict[str, jax.Array]) -> bool:
+        """Whether `head` returns a parameter, and not the target's rows."""
+        targets_VD = jnp.zeros((0, 0))
+        return self.head(params, targets_VD) is not targets_VD
+
     @classmethod
     @abstractmethod
     def from_target(cls, spec: TargetSpec, init_std: float = 0.02) -> Self:
@@ -80,6 +91,18 @@ class DraftSpec(ABC):
 
         init_std: standard deviation of the initial linear weights.
         """
+
+    @classmethod
+    def from_settings(cls, settings: DraftConfig, target: TargetSpec) -> Self:
+        """Describes the new draft that a config asks for."""
+        return cls.from_target(target, settings.init_std)
+
+    def scoring(self, count: int) -> Self:
+        """Returns the description of a draft that scores `count` tokens of the vocabulary.
+
+        Only kinds with a head of their own depend on it.
+        """
+        return self
 
     @abstractmethod
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -161,6 +184,14 @@ class LayerBlock(nn.Module):
             vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
             setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
 
+    def features(self, taps_BTI: jax.Array) -> jax.Array:
+        """Returns what `fuse` takes of true positions: the target's states as they are."""
+        return taps_BTI
+
+    def carried(self, state_BTD: jax.Array) -> jax.Array:
+        """Returns what `fuse` takes of predicted positions: the predicted states as they are."""
+        return state_BTD
+
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
         """Returns the layer's inputs [B, T, D].
 
@@ -188,11 +219,11 @@ class LayerBlock(nn.Module):
         """Returns rotated queries [B, K, G, T, H] of token embeddings at their positions."""
         normed = self.spec.input_norm
         u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
-        return self._rotate(self._projected("q", u_BTD), positions_BT)
+        return self._rotate("q", self._projected("q", u_BTD), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Returns rotated keys, and values, of true or predicted states at their positions."""
-        k_BKTH = self._rotate(self._projected("k", h_BTD), positions_BT)[:, :, 0]
+        k_BKTH = self._rotate("k", self._projected("k", h_BTD), positions_BT)[:, :, 0]
         v_BKTH = split_heads(
             self._projected("v", h_BTD), self.spec.num_kv_heads, self.spec.head_dim
         )[:, :, 0]
@@ -259,8 +290,13 @@ class LayerBlock(nn.Module):
             return out_BTF
         return out_BTF + getattr(self, f"{name}_bias").astype(out_BTF.dtype)[None, None]
 
-    def _rotate(self, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def _head_norm(self, name: str, x_BKGTH: jax.Array) -> jax.Array:
+        """Norms heads of queries or keys ("q", "k"), in kinds that do."""
+        return x_BKGTH
+
+    def _rotate(self, name: str, x_BTF: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BKGTH = split_heads(x_BTF, self.spec.num_kv_heads, self.spec.head_dim)
+        x_BKGTH = self._head_norm(name, x_BKGTH)
         cos_BTH, sin_BTH = self.spec.rotary(positions_BT)
         return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
 

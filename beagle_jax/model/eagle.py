@@ -61,7 +61,7 @@ class EagleBlock(LayerBlock):
     so that the cache holds an entry for each true state, as Beagle's does.
     """
 
-    spec: EagleSpec
+    spec: LayerSpec
 
     def fuse(self, e_BTD: jax.Array, h_BTD: jax.Array | None) -> jax.Array:
         """Returns inputs f [B, T, D]: each next token's embedding fused with the state before it.
@@ -70,11 +70,12 @@ class EagleBlock(LayerBlock):
         """
         assert h_BTD is not None  # EAGLE reads them
         f_BTD = project(jnp.concatenate([e_BTD, h_BTD], axis=-1), self.fc)
-        return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if self.spec.fc_bias else f_BTD
+        has_bias = "fc_bias" in self.spec.param_shapes()
+        return f_BTD + self.fc_bias.astype(f_BTD.dtype)[None, None] if has_bias else f_BTD
 
     def true_rows(self, h_BTD: jax.Array, next_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Returns keys and values of true states, each fused with the token after it."""
-        return self.keys_values(self.fuse(next_BTD, h_BTD), positions_BT)
+        return self.keys_values(self.fuse(next_BTD, self.features(h_BTD)), positions_BT)
 
     def teacher_forced(self, e_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
         """Predicts states [B, T - 1, D] of whole rows, at positions 1 to T - 1."""
@@ -89,7 +90,7 @@ class EagleBlock(LayerBlock):
         e_BLD, h_BLD: embedding and true state of each position; this method shifts them. mask_BTT:
         which entries each entry sees, itself included (`masks.causal_mask`).
         """
-        f_BTD = self.fuse(e_BLD[:, 1:], h_BLD[:, :-1])
+        f_BTD = self.fuse(e_BLD[:, 1:], self.features(h_BLD[:, :-1]))
         return self.predict(f_BTD, self.attend(f_BTD, f_BTD, mask_BTT))
 
 

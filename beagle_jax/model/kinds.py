@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from beagle_jax.config import DraftConfig
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.draft import DraftSpec, LayerBlock
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
+from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec, init_eagle3
+from beagle_jax.model.target import TargetSpec
 
 
 class Kind(NamedTuple):
@@ -25,12 +28,22 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     BeagleSpec.kind: Kind(BeagleSpec, BeagleBlock, init_draft),
     EagleSpec.kind: Kind(EagleSpec, EagleBlock, init_eagle),
+    Eagle3Spec.kind: Kind(Eagle3Spec, Eagle3Block, init_eagle3),
 }
 
 
 def spec_type(kind: str) -> type[DraftSpec]:
     """Returns the description type of a kind (`draft.kind`)."""
     return KINDS[kind].spec
+
+
+def new_spec(settings: DraftConfig, target: TargetSpec) -> DraftSpec:
+    """Describes the new draft that a config asks for, over the target's whole vocabulary.
+
+    Raises:
+      UserError: a setting does not fit the target.
+    """
+    return spec_type(settings.kind).from_settings(settings, target)
 
 
 def fresh_params(spec: DraftSpec, key: jax.Array) -> dict[str, jax.Array]:

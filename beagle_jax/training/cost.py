@@ -21,12 +21,12 @@ from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
 from beagle_jax.model.draft import DraftSpec
-from beagle_jax.model.kinds import spec_type
+from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import param_table
 from beagle_jax.sharding import rows, shardings
-from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.kinds import objective_of
+from beagle_jax.training.frozen import FrozenTarget, Vocabulary
+from beagle_jax.training.kinds import asks_for_scored, objective_of
 from beagle_jax.training.step import make_steps
 
 
@@ -90,27 +90,19 @@ def stage_cost(
     memory to measure tau (`eval.every`).
     """
     stage: StageConfig = config.train.named_stages[name]
-    spec = spec_type(config.draft.kind).from_target(target)
+    spec = new_spec(config.draft, target).scoring(draft_vocab)
     train_step: Any  # jitted; its type does not show `lower`
     train_step, _, init = make_steps(spec, config.train, stage, mesh)
     params = {
         key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
     }
     dtype = jnp.dtype(config.target.dtype)
-    # Shapes stand for the arrays.
-    embed_VD: Any = jax.ShapeDtypeStruct((target.vocab_size, spec.hidden_size), dtype)
-    head_VD: Any = jax.ShapeDtypeStruct((draft_vocab, spec.hidden_size), dtype)
-    frozen = FrozenTarget(
-        embed_VD=embed_VD,
-        head_VD=head_VD,
-        model=online,
-        spec=None if online is None else target,
-    )
+    frozen = _frozen(target, spec, stage, draft_vocab, dtype, online)
     beside = _not_read(beside or {}, frozen)
     state, frozen = (
         _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
     )
-    batch = batch_shapes(config, spec.hidden_size, len(spec.taps))
+    batch = batch_shapes(config, target.hidden_size, len(spec.taps))
     batch = batch if online is None else batch._replace(inputs_BLI=None, targets_BLD=None)
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
@@ -133,6 +125,25 @@ def stage_cost(
         refusal=refusal,
         compile_seconds=time.perf_counter() - clock,
     )
+
+
+def _frozen(
+    target: TargetSpec,
+    spec: DraftSpec,
+    stage: StageConfig,
+    draft_vocab: int,
+    dtype: jnp.dtype,
+    online: Any,
+) -> FrozenTarget:
+    """Returns the shapes of the frozen target; they stand for the arrays."""
+    V, D = target.vocab_size, target.hidden_size
+    embed_VD: Any = jax.ShapeDtypeStruct((V, D), dtype)
+    head_VD: Any = jax.ShapeDtypeStruct((draft_vocab, D), dtype)
+    scored_V: Any = jax.ShapeDtypeStruct((V,), bool)
+    vocabulary = None
+    if draft_vocab < V and asks_for_scored(spec, [stage]):
+        vocabulary = Vocabulary(embed_VD, scored_V)
+    return FrozenTarget(embed_VD, head_VD, online, None if online is None else target, vocabulary)
 
 
 def _not_read(beside: dict[str, Any], frozen: FrozenTarget) -> dict[str, Any]:

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.eagle import EagleBlock, EagleSpec
+from beagle_jax.model.draft import LayerSpec
+from beagle_jax.model.eagle import EagleSpec
+from beagle_jax.model.kinds import block_of
 from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
 from beagle_jax.model.packing import of_row, places, queries
@@ -39,9 +41,9 @@ from beagle_jax.training.objective import (
 
 def eagle_states(
     params: dict[str, jax.Array],
-    spec: EagleSpec,
+    spec: LayerSpec,
     e_BLD: jax.Array,
-    h_BLD: jax.Array,
+    h_BLI: jax.Array,
     length_BC: AnyArray,
     first_BC: AnyArray,
     *,
@@ -55,15 +57,19 @@ def eagle_states(
     the draft that starts at t. Entries past the end of a chat and entries of a draft that starts at
     position 0 are undefined.
 
-    e_BLD, h_BLD: embeddings and true states of whole rows, with the training noise if any. count:
-    T, the number of queries of each row (model/packing.py). detach: stop the gradient where later
-    steps read predicted states.
+    The blocks of EAGLE and EAGLE-3 are drafted alike; they differ in what a true state gives to the
+    first step, and a predicted one to the next (`EagleBlock.features`, `carried`).
+
+    e_BLD, h_BLI: embeddings and true states, or streams, of whole rows, with the training noise if
+    any. count: T, the number of queries of each row (model/packing.py). detach: stop the gradient
+    where later steps read predicted states.
     """
-    block = EagleBlock(spec).bind({"params": params})
+    block = block_of(spec).bind({"params": params})
     L = e_BLD.shape[1]
     # Entry j of the row holds the token at j + 1 and the state at j. A draft from position i
     # starts with entry i - 1.
-    true_BSD = block.fuse(e_BLD[:, 1:], h_BLD[:, :-1].astype(e_BLD.dtype))  # noise is float32
+    g_BSD = block.features(h_BLI[:, :-1].astype(e_BLD.dtype))  # noise is float32
+    true_BSD = block.fuse(e_BLD[:, 1:], g_BSD)
     true_rows = block.keys_values(true_BSD, places(L - 1, length_BC).place_BX)
     query = queries(count, length_BC, first_BC)
     sees_BTS = keys_before(query.chat_BT, query.position_BT, length_BC, L - 1)
@@ -74,7 +80,8 @@ def eagle_states(
         with jax.named_scope(f"simulate_{step + 1}"):
             entry_BT = query.position_BT - 1 + step
             if step:
-                read_BTD = jax.lax.stop_gradient(states[-1]) if detach else states[-1]
+                read_BTD = block.carried(states[-1])
+                read_BTD = jax.lax.stop_gradient(read_BTD) if detach else read_BTD
                 f_BTD = block.fuse(of_row(e_BLD, query.slot_BT + step), read_BTD)
                 own.append(block.keys_values(f_BTD, entry_BT))
             q_BKGTH = block.queries(f_BTD, entry_BT)
@@ -100,9 +107,9 @@ def _own_key(q_BKGTH: jax.Array, rows: KVRows) -> PartialAttention:
 
 
 def predict_eagle(
-    params: dict[str, jax.Array], spec: EagleSpec, stage: StageConfig, of: Inputs, offset: jax.Array
+    params: dict[str, jax.Array], spec: LayerSpec, stage: StageConfig, of: Inputs, offset: jax.Array
 ) -> Prediction:
-    """Simulates draft steps 1..s from each query; the early stage has one step (method.md 8).
+    """Simulates draft steps 1..s from each query; the early stage has one step (method.md 8, 14).
 
     Embeds whole rows, because keys depend on tokens too. The window offset is not used.
     """

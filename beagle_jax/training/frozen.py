@@ -27,5 +27,6 @@ class FrozenTarget:
     head_VD: jax.Array  # only the tokens that the draft scores
     model: Params | None = None  # None: batches contain the states (`data.states: disk`)
     spec: TargetSpec | None = field(default=None, metadata=dict(static=True))  # of the model
-    # For held-out figures; None: the draft scores all tokens, or nothing is held out.
+    # For held-out figures, and for objectives with `only_scored`; None: neither is there, or the
+    # draft scores all tokens.
     vocabulary: Vocabulary | None = None

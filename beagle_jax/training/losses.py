@@ -6,8 +6,9 @@ with three products with the head per position; logits are neither stored nor re
 that do not enter the loss cost nothing: they are sorted to the end, and the loop stops before them.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,44 @@ def _own_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes distance, rank and gradient of one device's positions."""
     M, D = state_MD.shape
+
+    def step(
+        carry: tuple[jax.Array, jax.Array, jax.Array], part: Part
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        distance, rank, gradient = carry
+        distance_R, rank_R, gradient_RD = _rows(
+            kind, part.rows(state_MD), part.rows(true_MD), head_VD, share
+        )
+        return (
+            part.put(distance, distance_R),
+            part.put(rank, rank_R),
+            part.put(gradient, gradient_RD),
+        )
+
+    zeros = (jnp.zeros(M, jnp.float32), jnp.zeros(M, jnp.int32), jnp.zeros((M, D), state_MD.dtype))
+    return in_parts(chunk, share, counted_M, zeros, step)
+
+
+class Part(NamedTuple):
+    """R positions of a device that are computed together."""
+
+    rows: Callable[[jax.Array], jax.Array]  # of an array [M, ..] the part's rows [R, ..]
+    put: Callable[[jax.Array, jax.Array], jax.Array]  # an array [M, ..] with these rows set
+    live_R: jax.Array  # False for positions that only fill up the last part
+
+
+Carry = TypeVar("Carry")
+
+
+def in_parts(
+    chunk: int,
+    share: OwnShare,
+    counted_M: jax.Array,
+    carry: Carry,
+    step: Callable[[Carry, Part], Carry],
+) -> Carry:
+    """Runs `step` over one device's positions where counted_M, `chunk` at a time."""
+    M = len(counted_M)
     count = -(-M // chunk) * chunk
     # Positions that enter the loss come first, in order; the loop never reaches the others.
     order = jnp.argsort(~counted_M, stable=True)
@@ -79,35 +118,49 @@ def _own_rows(
     # Every device runs the same number of iterations, as the loop contains collectives.
     rounds = jax.lax.pmax(-(-used // chunk), share.rows)
 
-    def step(
-        index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        distance, rank, gradient = carry
+    def body(index: jax.Array, carry: Carry) -> Carry:
         row_R = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         live_R = index * chunk + jnp.arange(chunk) < used
-
-        def read(x_MD: jax.Array) -> jax.Array:
-            return x_MD.at[row_R].get(mode="fill", fill_value=0)
-
-        distance_R, rank_R, gradient_RD = _rows(kind, read(state_MD), read(true_MD), head_VD, share)
         # Positions after `used` in the last chunk get an index out of range and are dropped.
         target_R = jnp.where(live_R, row_R, M)
-        return (
-            distance.at[target_R].set(distance_R, mode="drop"),
-            rank.at[target_R].set(rank_R, mode="drop"),
-            gradient.at[target_R].set(gradient_RD, mode="drop"),
+        return step(
+            carry,
+            Part(
+                lambda x: x.at[row_R].get(mode="fill", fill_value=0),
+                lambda into, values: into.at[target_R].set(values, mode="drop"),
+                live_R,
+            ),
         )
 
-    zeros = (jnp.zeros(M, jnp.float32), jnp.zeros(M, jnp.int32), jnp.zeros((M, D), state_MD.dtype))
-    return jax.lax.fori_loop(0, rounds, step, zeros)
+    return jax.lax.fori_loop(0, rounds, body, carry)
 
 
 def _rows(
     kind: str, state_RD: jax.Array, true_RD: jax.Array, head_VD: jax.Array, share: OwnShare
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes distance, rank and gradient of one chunk, in float32.
+    """Computes distance, rank and gradient of one chunk, in float32."""
+    distance_R, rank_R, slope_RV = compared(kind, state_RD, true_RD, head_VD, head_VD, share)
+    gradient_RD = jax.lax.psum(
+        _product("RV,VD->RD", slope_RV.astype(head_VD.dtype), head_VD), share.vocabulary
+    )
+    return distance_R, rank_R, gradient_RD.astype(state_RD.dtype)
 
-    V is this device's part of the vocabulary.
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def compared(
+    kind: str,
+    state_RD: jax.Array,
+    true_RI: jax.Array,
+    draft_head_VD: jax.Array,
+    head_VI: jax.Array,
+    share: OwnShare,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes distance [R], rank [R], and the distance's slope [R, V] in the draft's logits.
+
+    V is this device's part of the vocabulary. The draft's states and the target's may differ in
+    width, and so may their heads.
     """
 
     def total(x: jax.Array) -> jax.Array:
@@ -116,9 +169,8 @@ def _rows(
     def highest(x: jax.Array) -> jax.Array:
         return jax.lax.pmax(x, share.vocabulary)
 
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    draft_RV = product("RD,VD->RV", state_RD, head_VD)
-    true_RV = product("RD,VD->RV", true_RD, head_VD)
+    draft_RV = _product("RD,VD->RV", state_RD, draft_head_VD)
+    true_RV = _product("RD,VD->RV", true_RI, head_VI)
     top_R1 = highest(true_RV.max(axis=-1, keepdims=True))
     peak_R1 = highest(draft_RV.max(axis=-1, keepdims=True))
 
@@ -132,8 +184,7 @@ def _rows(
 
     of = Distributions(jnp.exp(log_p_RV), log_p_RV, jnp.exp(log_q_RV), log_q_RV, over_vocabulary)
     distance_R, slope_RV = DISTANCES[kind](of)
-    gradient_RD = total(product("RV,VD->RD", slope_RV.astype(head_VD.dtype), head_VD))
-    return distance_R, _rank(draft_RV, true_RV, top_R1, share), gradient_RD.astype(state_RD.dtype)
+    return distance_R, _rank(draft_RV, true_RV, top_R1, share), slope_RV
 
 
 def _rank(draft_RV: jax.Array, true_RV: jax.Array, top_R1: jax.Array, share: OwnShare) -> jax.Array:
@@ -143,12 +194,17 @@ def _rank(draft_RV: jax.Array, true_RV: jax.Array, top_R1: jax.Array, share: Own
     """
     V = true_RV.shape[1]
     token_V = share.first_token(V) + jnp.arange(V)
-    unseen = jnp.iinfo(jnp.int32).max
-    best_R1 = jnp.where(true_RV == top_R1, token_V[None], unseen).min(axis=-1, keepdims=True)
-    best_R1 = jax.lax.pmin(best_R1, share.vocabulary)
+    best_R1 = lowest_of(true_RV, top_R1, share)
     draft_R1 = jnp.where(token_V[None] == best_R1, draft_RV, 0.0).sum(axis=-1, keepdims=True)
     draft_R1 = jax.lax.psum(draft_R1, share.vocabulary)
     return jax.lax.psum(jnp.sum(draft_RV > draft_R1, axis=-1), share.vocabulary)
+
+
+def lowest_of(x_RV: jax.Array, top_R1: jax.Array, share: OwnShare) -> jax.Array:
+    """Returns the lowest id [R, 1] over the whole vocabulary whose value is the top one."""
+    token_V, unseen = share.first_token(x_RV.shape[1]) + jnp.arange(x_RV.shape[1]), 2**31 - 1
+    lowest_R1 = jnp.where(x_RV == top_R1, token_V[None], unseen).min(axis=-1, keepdims=True)
+    return jax.lax.pmin(lowest_R1, share.vocabulary)
 
 
 def _vjp_forward(
@@ -215,32 +271,54 @@ def over_vocabulary(
 ) -> Terms:
     """Replaces terms over the tokens that the draft scores by terms over all tokens.
 
-    The loss is that of the draft's state through the whole head. A prediction whose most likely
-    token the draft does not score is ranked last, as decoding would never propose it.
+    The loss is that of the draft's state through the whole head. A head of the draft's own has no
+    rows for the other tokens, so its loss remains over those that it scores. A prediction whose
+    most likely token the draft does not score is ranked last, as decoding would never propose it.
     """
+    counted_M, chunk = outputs.counted_M, config.loss_rows
+    missed_M = counted_M & ~is_scored(vocabulary, outputs.true_MD, counted_M, chunk, mesh)
+    last = jnp.int32(vocabulary.head_VD.shape[0])
+    terms = terms._replace(rank_M=jnp.where(missed_M, last, terms.rank_M))
+    if outputs.draft_head_VD is not outputs.head_VD:
+        return terms
     ploss_M, _ = distribution_loss(
         outputs.normed_MD,
         outputs.true_MD,
         vocabulary.head_VD,
-        outputs.counted_M,
+        counted_M,
         config.loss,
-        config.loss_rows,
+        chunk,
         mesh,
     )
+    total_M = terms.total_M - terms.ploss_M + ploss_M
+    return terms._replace(ploss_M=ploss_M, total_M=total_M)
 
-    def is_scored(true_D: jax.Array) -> jax.Array:
-        logits_V = jnp.einsum(
-            "D,VD->V", true_D, vocabulary.head_VD, preferred_element_type=jnp.float32
+
+def is_scored(
+    vocabulary: Vocabulary, state_MI: jax.Array, counted_M: jax.Array, chunk: int, mesh: Mesh
+) -> jax.Array:
+    """Returns where the target's most likely next token is one that the draft scores, bool [M].
+
+    Only of positions where counted_M; False elsewhere.
+    """
+    on_rows = over_rows(partial(_best, chunk), vocabulary.head_VD.shape[0], mesh)
+    best_M = on_rows(vocabulary.head_VD, state_MI, counted_M)
+    return counted_M & vocabulary.scored_V[best_M]
+
+
+def _best(
+    chunk: int, share: OwnShare, head_VI: jax.Array, state_MI: jax.Array, counted_M: jax.Array
+) -> jax.Array:
+    """Returns the most likely token of one device's positions; of equal ones the lowest."""
+
+    def step(best_M: jax.Array, part: Part) -> jax.Array:
+        logits_RV = jnp.einsum(
+            "RI,VI->RV", part.rows(state_MI), head_VI, preferred_element_type=jnp.float32
         )
-        return vocabulary.scored_V[jnp.argmax(logits_V)]
+        top_R1 = jax.lax.pmax(logits_RV.max(axis=-1, keepdims=True), share.vocabulary)
+        return part.put(best_M, lowest_of(logits_RV, top_R1, share)[:, 0].astype(jnp.int32))
 
-    scored_M = jax.lax.map(is_scored, outputs.true_MD, batch_size=config.loss_rows)
-    last = jnp.int32(vocabulary.head_VD.shape[0])
-    return terms._replace(
-        ploss_M=ploss_M,
-        total_M=terms.total_M - terms.ploss_M + ploss_M,
-        rank_M=jnp.where(scored_M, terms.rank_M, last),
-    )
+    return in_parts(chunk, share, counted_M, jnp.zeros(len(counted_M), jnp.int32), step)
 
 
 def distribution_and_state(outputs: Outputs, config: TrainConfig, mesh: Mesh) -> Terms:

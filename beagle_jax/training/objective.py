@@ -47,6 +47,8 @@ class Objective:
     flops: Callable[[Any, StageConfig, int, int, int], float]
     # (Outputs, settings, mesh) -> Terms
     terms: Callable[..., Terms] = distribution_and_state
+    # A position enters the loss only if the draft scores the target's most likely token there.
+    only_scored: bool = False
 
 
 def by_step(
@@ -58,11 +60,10 @@ def by_step(
 ) -> Prediction:
     """Flattens J predictions of each of U simulated drafts and weights them by draft step.
 
-    The weights are `stage.step_weights`, by default s, s - 1, .., 1 (method.md 4.2).
+    The weights are `stage.weights` (method.md 4.2, 14).
     """
     B, U, J = query_BUJ.shape
-    weights = stage.step_weights or range(stage.simulation_steps, 0, -1)
-    beta_J = jnp.asarray(weights, jnp.float32)[step_J]
+    beta_J = jnp.asarray(stage.weights, jnp.float32)[step_J]
     group_BY = jnp.broadcast_to(jnp.tile(step_J, U), (B, U * J))
 
     def flat(x_BUJ: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from beagle_jax.model.target import embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import objective_of
-from beagle_jax.training.losses import Outputs, Terms, over_vocabulary
+from beagle_jax.training.losses import Outputs, Terms, is_scored, over_vocabulary
 from beagle_jax.training.objective import Inputs, Objective, Prediction
 
 # Agreement is measured within the draft's top 1, 4 and 10; the paper's figures show 4 and 10.
@@ -128,7 +128,8 @@ def stage_loss(
     `objective.by_step`) and adds both losses (`Objective.terms`). Training takes the gradient of
     the sum and divides later, in `updated`.
 
-    vocabulary: tokens that loss and agreement are over; None: those that the draft scores.
+    vocabulary: tokens that loss and agreement are over, at all supervised positions; None: those
+    that the draft scores, at the positions that the objective counts.
     """
     params = gathered(params, mesh)
     noise_key, offset_key = jax.random.split(key)
@@ -146,9 +147,13 @@ def stage_loss(
         jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
     )
     out = objective.predict(params, spec, stage, inputs, offset)
-    counted_BY = of_row(jnp.asarray(batch.counted_BT), out.query_BY) & out.inside_BY
+    counted_BT = jnp.asarray(batch.counted_BT)
+    if objective.only_scored and frozen.vocabulary is not None and vocabulary is None:
+        true_BTD = of_row(true_BLD, slot_BT)
+        counted_BT = _scored(frozen.vocabulary, true_BTD, counted_BT, config.loss_rows, mesh)
+    counted_BY = of_row(counted_BT, out.query_BY) & out.inside_BY
     true_BYD = of_row(true_BLD, of_row(slot_BT, out.query_BY))
-    state_MD, true_MD = (x.reshape(-1, true_BLD.shape[-1]) for x in (out.state_BYD, true_BYD))
+    state_MD, true_MD = (x.reshape(-1, x.shape[-1]) for x in (out.state_BYD, true_BYD))
     counted_M = counted_BY.reshape(-1)
     outputs = Outputs(
         state_MD,
@@ -161,8 +166,17 @@ def stage_loss(
     terms = objective.terms(outputs, config, mesh)
     if vocabulary is not None:
         terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
-    metrics = _summed(out, terms, counted_BY, jnp.sum(batch.counted_BT))
+    metrics = _summed(out, terms, counted_BY, jnp.sum(counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
+
+
+def _scored(
+    vocabulary: Vocabulary, true_BTD: jax.Array, counted_BT: jax.Array, chunk: int, mesh: Mesh
+) -> jax.Array:
+    """Keeps the counted queries [B, T] whose most likely next token the draft scores."""
+    true_MD = true_BTD.reshape(-1, true_BTD.shape[-1])
+    scored_M = is_scored(vocabulary, true_MD, counted_BT.reshape(-1), chunk, mesh)
+    return scored_M.reshape(counted_BT.shape)
 
 
 def _summed(out: Prediction, terms: Terms, counted_BY: jax.Array, supervised: jax.Array) -> Metrics:

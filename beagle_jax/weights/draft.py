@@ -47,6 +47,16 @@ class Draft:
         return self.spec.kind
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """Streams of the target that the draft reads (`DraftSpec.taps`)."""
+        return self.spec.taps
+
+    @property
+    def owns_head(self) -> bool:
+        """Whether the rows of the head are the draft's, and no longer the target's."""
+        return self.spec.owns_head(self.params)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of all weights and settings; config.json of a saved draft holds it."""
         return draft_digest(self.spec, file_tensors(self))
@@ -118,7 +128,7 @@ def load_draft(
     spec = read_spec(config, target, folder, None if kind is None else (kind,))
     if not weights_path.exists():
         raise UserError(f"{weights_path}: no such file; {_TRAIN_FIRST}")
-    tensors = dict(read_tensors(weights_path, integers=(HOT_TOKENS,)))
+    tensors = dict(read_tensors(weights_path, integers={HOT_TOKENS: ("I32",)}))
     hot_ids = tensors.get(HOT_TOKENS)
     params = _match(tensors, spec, weights_path)
     check_digest(config, spec, tensors, folder)
@@ -225,7 +235,13 @@ def read_spec(
     for key, value in asdict(expected).items():
         if value is not None and type(values[key]) is not type(value):
             raise BadFile(path, f"{key} is {values[key]!r}; expected a value like {value!r}")
-    return kind(**values)
+    spec = kind(**values)
+    if beyond := [tap for tap in spec.taps if not 0 <= tap <= target.num_layers]:
+        raise UserError(
+            f"{folder}: this draft belongs to another target (it reads the streams {beyond}, the "
+            f"target has 0 to {target.num_layers})"
+        )
+    return spec
 
 
 def _scaling(numbers: Any, path: Path) -> RopeScaling:

@@ -1,4 +1,4 @@
-"""Imports published EAGLE-1/2 draft checkpoints (method.md 9.3).
+"""Imports published EAGLE-1/2 draft checkpoints (method.md 9.3), and finds those of EAGLE-3.
 
 Parameters get the names of `model/eagle.py`. Every tensor must be known by its exact name. A copy
 of the target's embedding is compared with the target's and then dropped.
@@ -17,12 +17,12 @@ from beagle_jax.model.layers import RopeFactors
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.eagle3_import import eagle3_draft, is_eagle3
 from beagle_jax.weights.kinds import FILES, tensor_name
 from beagle_jax.weights.torch_files import read_folder_config, read_weights, weight_files
 
 _EMBEDDING = "embed_tokens.weight"
 _QKV = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
-_EAGLE_3 = ("midlayer.", "d2t", "t2d")  # prefixes of names that only EAGLE-3 has
 
 
 def read_eagle_draft(
@@ -37,8 +37,8 @@ def read_eagle_draft(
     read_target: reads the target's tensors, to compare copies in the files with them.
 
     Raises:
-      UserError: a file cannot be read, is a pickle that is not allowed, holds no EAGLE-1/2 draft,
-        or was made for another target. The message names the file.
+      UserError: a file cannot be read, is a pickle that is not allowed, holds no EAGLE draft, or
+        was made for another target. The message names the file.
     """
     files = weight_files(source, allow_pickle)
     config = read_folder_config(source)
@@ -47,14 +47,12 @@ def read_eagle_draft(
             f"{source}: no config.json beside the weights, which holds the draft's rope base and "
             "norm epsilon; copy it there"
         )
+    published = read_weights(files)
+    if is_eagle3(config, [name for name, _ in published]):
+        return eagle3_draft(source, config, published, target, target_source, read_target)
     layer = _layer(config, target, source)
-    tensors = [(_our_name(name), array) for name, array in read_weights(files)]
+    tensors = [(_our_name(name), array) for name, array in published]
     names = [name for name, _ in tensors]
-    if eagle_3 := [name for name in names if name.startswith(_EAGLE_3)]:
-        raise UserError(
-            f"{source}: this is an EAGLE-3 draft ({eagle_3[0]}), which reads three layers of "
-            "the target; expected EAGLE-1 or 2"
-        )
     fc_bias, qkv_bias = _biases(config, names, source)
     assert not isinstance(layer.rope_scaling, RopeFactors)  # `_layer` refuses them
     spec = dataclasses.replace(

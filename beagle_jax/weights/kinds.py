@@ -73,6 +73,25 @@ FILES: dict[str, KindFiles] = {
             code="`modeling_eagle.py` and `modeling_beagle.py` are",
         ),
     ),
+    "eagle3": KindFiles(
+        {
+            "fc": "fc.weight",
+            "fc_bias": "fc.bias",
+            "fc_input_norm": "input_norm.weight",
+            "fc_norm": "fc_norm.weight",  # of all streams, one after another
+            "q_bias": "self_attn.q_proj.bias",
+            "k_bias": "self_attn.k_proj.bias",
+            "v_bias": "self_attn.v_proj.bias",
+            "o_bias": "self_attn.o_proj.bias",
+            "q_norm": "self_attn.q_norm.weight",
+            "k_norm": "self_attn.k_norm.weight",
+            "hidden_norm": "hidden_norm.weight",
+            "norm": "norm.weight",
+            "head_VD": "lm_head.weight",
+            "embed_VD": "embed_tokens.weight",
+            **LAYER_TENSORS,
+        }
+    ),
 }
 
 

@@ -122,12 +122,14 @@ def _losses(training: dict[str, Any]) -> str:
     late = training.get("late") or training.get("test_time")
     if isinstance(late, dict) and late.get("steps"):
         steps = late.get("simulation_steps", _MISSING)
-        weights = late.get("step_weights") or (
-            list(range(steps, 0, -1)) if isinstance(steps, int) else _MISSING
-        )
+        weights, decay = late.get("step_weights"), late.get("step_decay")
+        if not weights and isinstance(steps, int):
+            falling = range(steps, 0, -1)
+            weights = list(falling) if decay is None else [decay**step for step in range(steps)]
         rest = ", of all that is left of its window" if late.get("multi_token") else ""
         lines.append(
-            f"In the late stage at each of {steps} simulated draft steps{rest}, weighted {weights}."
+            f"In the late stage at each of {steps} simulated draft steps{rest}, weighted "
+            f"{weights or _MISSING}."
         )
     return " ".join(lines)
 

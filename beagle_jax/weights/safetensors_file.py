@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,10 +30,12 @@ _PIECE = 16 << 20  # bytes read by one call
 _VALUES = 1 << 20  # numbers converted at a time
 
 
-def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(
+    path: Path, integers: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, array in its stored dtype), with one array in memory at a time.
 
-    integers: names of tensors that hold int32.
+    integers: names of tensors that hold no weights: int32 or int64 numbers, or bool.
 
     Raises:
       UserError: the file is broken. The message names the file, and the byte or the tensor.
@@ -42,7 +45,7 @@ def read_tensors(path: Path, integers: tuple[str, ...] = ()) -> Iterator[tuple[s
         with safe_open(path, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 dtype = opened.get_slice(name).get_dtype()
-                allowed = ("I32",) if name.rpartition(".")[2] in integers else WEIGHT_DTYPES
+                allowed = integers.get(name.rpartition(".")[2], WEIGHT_DTYPES)
                 if dtype not in allowed:
                     raise BadFile(
                         path, f"tensor {name} is stored as {dtype}; expected {' or '.join(allowed)}"

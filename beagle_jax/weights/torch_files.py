@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Named = list[tuple[str, np.ndarray]]  # a list, because two files may hold the same name
 
+# d2t and t2d: an EAGLE-3 draft's vocabulary (method.md 14)
+_INTEGERS = {HOT_TOKENS: ("I32",), "d2t": ("I64", "I32"), "t2d": ("BOOL",)}
 _PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -72,7 +74,7 @@ def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
 
 
 def _read(path: Path) -> Named:
-    return list(read_tensors(path, integers=(HOT_TOKENS,)))
+    return list(read_tensors(path, integers=_INTEGERS))
 
 
 def _read_pickle(path: Path) -> Named:
