@@ -119,7 +119,8 @@ def make_app(service: Service, serve: ServeConfig, keys: Keys) -> Gate:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         refusal = Refusal(500, "the server failed; its log says why")
-        return JSONResponse(refusal.body(), refusal.status)
+        # uvicorn closes the connection after an exception.
+        return JSONResponse(refusal.body(), refusal.status, {"Connection": "close"})
 
     return Gate(app, serve, keys, service.journal)
 

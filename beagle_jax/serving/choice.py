@@ -181,7 +181,8 @@ def completion_logprobs(
         "top_logprobs": [
             {
                 token_text(codec, token): max(logprob, _LOWEST)
-                for token, logprob in ((entry.token, entry.logprob), *entry.top)
+                # Tokens may have the same text: the chosen one is shown, else the most likely.
+                for token, logprob in (*reversed(entry.top), (entry.token, entry.logprob))
             }
             for entry in entries
         ],

@@ -139,7 +139,9 @@ class Worker:
             for choice in range(2)
         ]
         # The last one is ended by the host.
-        requests.append(replace(brief, tokens=[0], max_new_tokens=64, ignore_eos=True, seconds=1e-9))
+        requests.append(
+            replace(brief, tokens=[0], max_new_tokens=64, ignore_eos=True, seconds=1e-9)
+        )
         kinds = [(plain, each) for plain, several in self._programs.items() for each in several]
         for plain, filters in tqdm(kinds, desc="compile programs", unit="program"):
             for _ in self._live(iter(requests), plain, filters):
