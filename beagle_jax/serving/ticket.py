@@ -38,8 +38,9 @@ def programs(defaults: Filters, own_ends: int, nodes: int) -> tuple[Filters, ...
     trees that requests may ask for; 0: none. The second program can draw, with every filter.
     """
     drawing = union(defaults, Filters(drawn=True, top_k=True, top_p=True, min_p=True))
-    everything = Filters(
-        *[True] * 6,  # type: ignore[arg-type]  # the first fields are all bool
+    everything = drawing._replace(
+        penalties=True,
+        bias=True,
         ends=round_up(own_ends + MOST_ENDS, ENDS_BUCKET),
         logprobs=MOST_LOGPROBS,
         drafted=nodes,
