@@ -240,9 +240,9 @@ def test_other_models_paths_and_methods(running):
                 assert answer.status_code == 405
                 assert set(answer.headers["allow"].split(", ")) == allowed
     for path in ("/", "/metrics", "/v1/models", "/v1/models/tiny"):
-        read, head = running.raw.get(path), running.raw.head(path)
+        full, head = running.raw.get(path), running.raw.head(path)
         assert (head.status_code, head.content) == (200, b"")
-        assert head.headers["content-type"] == read.headers["content-type"]
+        assert head.headers["content-type"] == full.headers["content-type"]
     assert running.raw.post("/v1/completions/", json=TEXT).status_code == 404  # no redirection
 
 
