@@ -265,7 +265,7 @@ def test_prompts_are_counted_before_they_are_encoded(running, monkeypatch):
 def test_answers_that_never_fit_are_refused_for_good():
     """More than rows and queue can hold is 400, not 429, which says that it may work later."""
     serve = {"rows": 2, "max_waiting": 1, "max_choices": 16}
-    translator = Translator(Config(serve=serve), tiny_decoder(), "tiny")
+    translator = Translator(Config(target={"source": "tiny"}, serve=serve), tiny_decoder(), "tiny")
     assert (
         len(translator.requests(parsed(CompletionBody, b'{"model":"tiny","prompt":"A","n":3}')))
         == 3
@@ -276,7 +276,9 @@ def test_answers_that_never_fit_are_refused_for_good():
 
 def test_the_default_least_length_gives_way_to_a_limit():
     decode = {"min_new_tokens": 10, "max_new_tokens": 20}
-    translator = Translator(Config(decode=decode), tiny_decoder(), "tiny")
+    translator = Translator(
+        Config(target={"source": "tiny"}, decode=decode), tiny_decoder(), "tiny"
+    )
     for limit, least in ((5, 5), (15, 10)):
         raw = b'{"model":"tiny","prompt":"A","max_tokens":%d}' % limit
         [request] = translator.requests(parsed(CompletionBody, raw))
