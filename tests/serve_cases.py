@@ -18,6 +18,7 @@ from decode_cases import letters, random_draft, target_of
 
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.session import Session
 from beagle_jax.decoding.tree import chain, dynamic_tree
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.serving.keys import Keys, keys_of
@@ -44,7 +45,7 @@ def tiny_decoder() -> SpeculativeDecoder:
 CYCLE = "\U0001f436ab, \u00e9!"
 
 
-def cycle_decoder() -> SpeculativeDecoder:
+def cycle_decoder(context: int = CONTEXT) -> SpeculativeDecoder:
     """A decoder that greedily writes CYCLE, and drafts it rightly. Each byte is a token."""
     tokenizer, V = byte_tokenizer(), 300
     spec = dataclasses.replace(
@@ -62,7 +63,7 @@ def cycle_decoder() -> SpeculativeDecoder:
     drawn = init_draft(draft_spec, jax.random.key(1))
     off = {name: jnp.zeros_like(drawn[name]) for name in ("o_proj", "down_proj")}
     draft = Draft(draft_spec, {**drawn, **off}, None, {})
-    return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 5), context=CONTEXT)
+    return SpeculativeDecoder(target, draft, dynamic_tree(2, 2, 5), context=context)
 
 
 @contextmanager
@@ -70,6 +71,8 @@ def serving(decoder=None, keys: Keys | None = None, **settings):
     """Runs a server in a thread; yields its address and parts."""
     config = tiny_config(**settings)
     server = Server(config, decoder or tiny_decoder(), keys or keys_of(config.serve))
+    if config.serve.warm_up:
+        server.worker.warm_up()
     server.worker.start()
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -89,6 +92,17 @@ def serving(decoder=None, keys: Keys | None = None, **settings):
         server.should_exit = True
         thread.join(30)
         assert server.worker.join(30) and not thread.is_alive()
+
+
+def slow_rounds(patch, seconds: float) -> None:
+    """Makes each look at a row take longer. patch: pytest's MonkeyPatch."""
+    fast = Session._piece
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return fast(*arguments)
+
+    patch.setattr(Session, "_piece", slow)
 
 
 def waited_for(condition, seconds: float = 60):

@@ -9,7 +9,7 @@ from decode_cases import MARKOV, random_draft, right_draft, target_of
 
 from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.requests import Request
+from beagle_jax.decoding.requests import Answer, Codec, Request
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.session import Session, filters_for
 from beagle_jax.decoding.tree import chain, dynamic_tree
@@ -118,6 +118,55 @@ def test_an_answer_ends_after_its_time_or_when_it_is_cancelled():
             answers[piece.index] = piece.answer
     assert answers[0].finish == "cancelled" and len(answers[0].tokens) < 60
     assert answers[1] == whole[1]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(monkeypatch, heard):
+    """A cancelled request frees its row after the chunk that is read; the twin hears nothing."""
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 8)
+    if not heard:
+        monkeypatch.setattr(Session, "_unwanted", lambda session: iter(()))
+    decoder = SpeculativeDecoder(target_of(), random_draft(), chain(2), context=128)
+    long, short = Request([n % 60 for n in range(100)], 20), Request([5, 6], 20, seed=1)
+    chunks = 0
+
+    def source():
+        nonlocal chunks
+        yield long
+        while not ended:
+            chunks += 1
+            session.cancel(0)
+            yield None
+        yield short
+
+    ended: dict[int, Answer] = {}
+    filters = filters_for([long, short], ())
+    session = decoder.live(source(), 1, filters)
+    for piece in session:
+        if piece.answer is not None:
+            ended[piece.index] = piece.answer
+    assert ended[0].finish == "cancelled"
+    assert (chunks <= 3, ended[0].tokens == []) == (heard, heard)
+    assert ended[1] == decoder.generate([[5, 6]], max_new_tokens=20, seed=1)[0]
+    assert not session._cancelled
+
+
+def test_each_request_is_checked_once(monkeypatch):
+    decoder = SpeculativeDecoder(target_of(), random_draft(), chain(2), context=128)
+    checked = []
+    real = Codec.checked
+
+    def counted(codec, request):
+        checked.append(request)
+        return real(codec, request)
+
+    monkeypatch.setattr(Codec, "checked", counted)
+    answers = decoder.generate([[5], [6]], n=2, max_new_tokens=4)
+    assert len(checked) == 4
+    pieces = list(decoder.pieces([Request([5], np.int64(4))], 1))  # numpy's numbers become Python's
+    assert len(checked) == 5 and pieces[-1].answer.tokens == answers[0].tokens
+    with pytest.raises(UserError, match="min_new_tokens is 5"):
+        decoder.pieces([Request([5], 4, min_new_tokens=5)], 1)
 
 
 def test_requests_may_come_while_others_run():

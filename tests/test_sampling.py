@@ -24,6 +24,7 @@ from beagle_jax.decoding.nodes import Nodes
 from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.rules import Ratio
 from beagle_jax.decoding.sampling import (
+    Filters,
     Sampling,
     choose,
     filter_logits,
@@ -341,3 +342,20 @@ def _by_transformers(raw: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     return expected.numpy()
+
+
+@pytest.mark.parametrize("unset", [True, False])
+def test_filters_that_no_request_sets_change_nothing(unset):
+    """A server's one program for all filters gives what the program without them gives."""
+    logits_BTV = 3 * jax.random.normal(jax.random.key(0), (3, 2, 500))
+    key_BT = jax.random.split(jax.random.key(1), (3, 2))
+    settings = [Sampling(0.8), Sampling(), Sampling(1.3, 0 if unset else 2)]
+    knobs, needed = knobs_of(settings), filters_of(settings)
+    every = Filters(drawn=True, top_k=True, top_p=True, min_p=True)
+    for filters in (needed, every):
+        kept_BTV = filter_logits(logits_BTV, knobs, filters)
+        assert bool(jnp.isfinite(kept_BTV[:2]).all())
+        assert int(jnp.isfinite(kept_BTV[2]).sum()) == (1000 if unset else 4)
+    np.testing.assert_array_equal(
+        choose(logits_BTV, key_BT, knobs, needed), choose(logits_BTV, key_BT, knobs, every)
+    )

@@ -134,6 +134,39 @@ def test_log_probabilities_are_those_of_the_decoder(letters_server):
     )
 
 
+def test_log_probabilities_of_text_are_the_same_in_a_stream(bytes_server):
+    ask = dict(**BYTES, max_tokens=13, logprobs=2)
+    whole = bytes_server.client.completions.create(**ask).choices[0].logprobs
+    chunks = [
+        chunk.choices[0].logprobs
+        for chunk in bytes_server.client.completions.create(**ask, stream=True)
+        if chunk.choices[0].logprobs
+    ]
+    assert len(chunks) > 2
+    for name in ("tokens", "text_offset"):
+        assert [value for part in chunks for value in getattr(part, name)] == getattr(whole, name)
+    lengths = [len(token) for token in whole.tokens]
+    assert whole.text_offset == [sum(lengths[:place]) for place in range(13)]
+    for token, logprob, top in zip(
+        whole.tokens, whole.token_logprobs, whole.top_logprobs, strict=True
+    ):
+        assert top[token] == pytest.approx(logprob) and 1 <= len(top) <= 3
+
+
+def test_an_answer_can_be_sent_back_as_the_client_holds_it(bytes_server):
+    create = bytes_server.client.chat.completions.create
+    ask = {"role": "user", "content": "!"}
+    first = create(model="tiny", messages=[ask], max_tokens=5).choices[0].message
+    second = create(model="tiny", messages=[ask, first, ask], max_tokens=5)
+    alone = create(
+        model="tiny",
+        messages=[ask, {"role": "assistant", "content": first.content}, ask],
+        max_tokens=5,
+    )
+    assert second.usage == alone.usage
+    assert second.choices[0].message == alone.choices[0].message
+
+
 def test_settings_of_a_request_reach_the_engine(letters_server):
     """Each changes the answer, or forbids what the answer otherwise holds."""
     create = letters_server.client.chat.completions.create

@@ -10,7 +10,16 @@ pytest.importorskip("openai", reason="the openai client is not installed; the te
 
 from serve_cases import CONTEXT, serving, tiny_decoder
 
-from beagle_jax.serving.bodies import NEUTRAL, ChatBody, CompletionBody
+from beagle_jax.config import Config
+from beagle_jax.serving.bodies import (
+    NEUTRAL,
+    NEUTRAL_IN_MESSAGES,
+    ChatBody,
+    CompletionBody,
+    parsed,
+)
+from beagle_jax.serving.refusal import Refusal
+from beagle_jax.serving.translation import Translator
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "HI"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "HI", "max_tokens": 2}
@@ -63,6 +72,12 @@ CHAT_WRONG: dict[str, list] = {
         [{"role": "user", "content": []}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
         [{"role": "user", "content": "HI", "name": "me"}],
+        [{"role": "assistant", "content": None}],
+        [{"role": "assistant", "content": "HI", "tool_calls": [{"type": "function"}]}],
+        [{"role": "assistant", "content": "HI", "function_call": {"name": "f"}}],
+        [{"role": "assistant", "content": "HI", "refusal": "no"}],
+        [{"role": "assistant", "content": "HI", "audio": {"id": "x"}}],
+        [{"role": "assistant", "content": "HI", "annotations": [{"type": "url_citation"}]}],
         [{"role": "user", "content": "A" * (CONTEXT + 1)}],
     ],
     "max_completion_tokens": ["2", 0, 3],
@@ -172,6 +187,12 @@ def test_null_and_values_that_ask_for_nothing_are_accepted(running, kind):
     model = ChatBody if kind == "chat" else CompletionBody
     neutral = {name: values[-1] if values else None for name, values in NEUTRAL.items()}
     nulls = {name: None for name in model.model_fields if name not in body}
+    message = {"role": "assistant", "content": "HI"}
+    for values in (lambda name: None, lambda name: ([None, *NEUTRAL_IN_MESSAGES[name]])[-1]):
+        message |= {name: values(name) for name in NEUTRAL_IN_MESSAGES}
+        if kind == "chat":
+            answer = running.raw.post(path, json={**body, "messages": [message]})
+            assert answer.status_code == 200, answer.text
     for more in (neutral, nulls, dict.fromkeys(NEUTRAL), {"top_k": -1}, {"temperature": 1}):
         answer = running.raw.post(path, json={**body, **more})
         assert answer.status_code == 200, answer.text
@@ -210,6 +231,58 @@ def test_other_models_paths_and_methods(running):
         (running.raw.get("/openapi.json"), 404),
     ):
         assert answer.status_code == status and answer.json()["error"]["message"]
+    for method in ("PUT", "DELETE", "OPTIONS", "PATCH", "GET", "HEAD"):
+        for path, allowed in (("/v1/completions", {"POST"}), ("/health", {"GET", "HEAD"})):
+            answer = running.raw.request(method, path)
+            if method in allowed:
+                assert answer.status_code == 200
+            else:
+                assert answer.status_code == 405
+                assert set(answer.headers["allow"].split(", ")) == allowed
+    for path in ("/", "/metrics", "/v1/models", "/v1/models/tiny"):
+        full, head = running.raw.get(path), running.raw.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == full.headers["content-type"]
+    assert running.raw.post("/v1/completions/", json=TEXT).status_code == 404  # no redirection
+
+
+def test_long_names_are_not_repeated(running):
+    for body in ({"x" * 9999: 1}, {"logit_bias": {"x" * 9999: 1e9}}, {"beagle": {"x" * 9999: 1}}):
+        raw = json.dumps({**TEXT, **body}).encode()
+        assert len(json.dumps(refused(running, "/v1/completions", raw))) < 500
+
+
+def test_prompts_are_counted_before_they_are_encoded(running, monkeypatch):
+    """So that a list of very many costs nothing."""
+    encoded = []
+    codec = type(running.worker._decoder.codec)
+    monkeypatch.setattr(codec, "encode", lambda *_: encoded.append(1))
+    raw = json.dumps({**TEXT, "prompt": ["HI"] * 3, "n": 2}).encode()
+    error = refused(running, "/v1/completions", raw)
+    assert error["param"] == "n" and "3 prompts times n = 2" in error["message"] and not encoded
+
+
+def test_answers_that_never_fit_are_refused_for_good():
+    """More than rows and queue can hold is 400, not 429, which says that it may work later."""
+    serve = {"rows": 2, "max_waiting": 1, "max_choices": 16}
+    translator = Translator(Config(target={"source": "tiny"}, serve=serve), tiny_decoder(), "tiny")
+    assert (
+        len(translator.requests(parsed(CompletionBody, b'{"model":"tiny","prompt":"A","n":3}')))
+        == 3
+    )
+    with pytest.raises(Refusal, match="more than 3 answers"):
+        translator.requests(parsed(CompletionBody, b'{"model":"tiny","prompt":"A","n":4}'))
+
+
+def test_the_default_least_length_gives_way_to_a_limit():
+    decode = {"min_new_tokens": 10, "max_new_tokens": 20}
+    translator = Translator(
+        Config(target={"source": "tiny"}, decode=decode), tiny_decoder(), "tiny"
+    )
+    for limit, least in ((5, 5), (15, 10)):
+        raw = b'{"model":"tiny","prompt":"A","max_tokens":%d}' % limit
+        [request] = translator.requests(parsed(CompletionBody, raw))
+        assert (request.max_new_tokens, request.min_new_tokens) == (limit, least)
 
 
 def test_a_refusal_of_a_stream_is_no_stream(running):

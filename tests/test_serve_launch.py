@@ -117,6 +117,7 @@ def test_the_command_serves_a_target_of_a_folder(workplace, draft):
     openai = pytest.importorskip("openai", reason="the openai client is not installed")
     pytest.importorskip("fastapi", reason="the serve extra is not installed")
     overrides = [f"draft.path={draft}", "serve.port=0", "serve.rows=2", "decode.temperature=0.5"]
+    overrides += ["serve.context=64"]  # few lengths of prompts, each of which compiles
     process = subprocess.Popen(
         [sys.executable, "-m", "beagle_jax.serve", "--config", workplace.config, *overrides],
         stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """The page in a real browser: colours, figures, tree, escaped text, keyboard, a phone's width."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -110,6 +111,44 @@ def test_text_is_escaped(page):
     ask(page, "<img src=x onerror=document.title='bad'>")
     assert page.title() == "beagle_jax" and page.locator("#log img").count() == 0
     assert "<img" in page.locator("article.user .answer").inner_text()
+
+
+HTML = "<img src=x onerror=document.title='bad'>"
+
+
+def stream_of(*events: dict) -> dict:
+    """A response of the server, for `route.fulfill`."""
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+    return {"body": "".join(lines), "content_type": "text/event-stream"}
+
+
+def test_what_the_model_writes_is_escaped_in_text_and_tree(page):
+    extension = {
+        "spans": [[HTML, True], [f"</div>{HTML}", False]],
+        "accepted": [1],
+        "tokens": 2,
+        "tree": {"tokens": [HTML, "</text>" + HTML], "parents": [0, 0], "accepted": [True, True]},
+    }
+    done = {"body": stream_of({"choices": [{"beagle": extension}]})["body"] + "data: [DONE]\n\n"}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**done))
+    ask(page, "Hi!")
+    assert page.inner_text("article.assistant .answer") == f"{HTML}</div>{HTML}"
+    assert page.title() == "beagle_jax" and page.locator("main img").count() == 0
+    assert page.locator("#tree text").first.text_content() == "<img␣src=x␣…"
+
+
+def test_a_stream_that_breaks_off_is_no_answer(page):
+    broken = stream_of(
+        {"choices": [{"beagle": {"spans": [["A", False]], "accepted": [], "tokens": 1}}]}
+    )
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**broken))
+    ask(page, "Hi!")
+    assert page.inner_text("#log .wrong") == "the stream broke off"
+    page.unroute("**/v1/chat/completions")
+    error = stream_of({"error": {"message": "decoding failed"}})
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**error))
+    ask(page, "Hi!")
+    assert page.locator("#log .wrong").last.inner_text() == "decoding failed"
 
 
 def test_escape_stops_an_answer_and_the_chat_goes_on(page, running):

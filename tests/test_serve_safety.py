@@ -1,6 +1,7 @@
 """Keys, limits, signals, metrics and the log of the server."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -18,16 +19,20 @@ pytest.importorskip("openai", reason="the openai client is not installed; the te
 
 import httpx
 import openai
-from serve_cases import CYCLE, cycle_decoder, events, serving
+from serve_cases import CYCLE, cycle_decoder, events, serving, slow_rounds
 
 from beagle_jax.config import ServeConfig
+from beagle_jax.decoding.requests import MOST_ENDS, MOST_LOGPROBS
 from beagle_jax.decoding.sampling import Filters
 from beagle_jax.decoding.session import Session
 from beagle_jax.errors import UserError
 from beagle_jax.serving import keys as keys_module
 from beagle_jax.serving.choice import origins
+from beagle_jax.serving.journal import Journal
 from beagle_jax.serving.keys import VARIABLE, keys_of
-from beagle_jax.serving.ticket import covers, union, weight
+from beagle_jax.serving.metrics import Metrics
+from beagle_jax.serving.server import check_address
+from beagle_jax.serving.ticket import covers, programs, union
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "a-key-of-some-length"
@@ -105,6 +110,22 @@ def test_another_address_needs_a_key(monkeypatch, tmp_path):
     (tmp_path / "none").write_text("\n")
     with pytest.raises(UserError, match="holds no key"):
         keys_of(ServeConfig(api_key_file=str(tmp_path / "none")))
+    (tmp_path / "umlaut").write_text("ein-schl\u00fcssel-von-hier", encoding="utf-8")
+    with pytest.raises(UserError, match="not ASCII"):
+        keys_of(ServeConfig(api_key_file=str(tmp_path / "umlaut")))
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"serve\.api_key_file: .* cannot be read"):
+            keys_of(ServeConfig(api_key_file=str(place)))
+
+
+def test_an_address_that_cannot_be_bound_is_refused_before_the_weights_are_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"serve\.port={port} cannot be bound: .*in use"):
+            check_address(ServeConfig(port=port))
+    check_address(ServeConfig(port=port))
+    with pytest.raises(UserError, match=r"serve\.host=192\.0\.2\.1 .* cannot be bound"):
+        check_address(ServeConfig(host="192.0.2.1", port=0))
 
 
 def test_other_hosts_and_types_are_refused_without_a_key(decoder):
@@ -116,7 +137,7 @@ def test_other_hosts_and_types_are_refused_without_a_key(decoder):
             "/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}
         )
         assert simple.status_code == 415
-        for host in ("localhost", "127.0.0.1:99", "[::1]:8000"):
+        for host in ("localhost", "LOCALHOST:1", "localhost.", "127.0.0.1:99", "[::1]:8000"):
             assert running.raw.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -151,13 +172,7 @@ def test_a_full_queue_and_a_long_wait_are_429(guarded):
 
 
 def test_an_answer_that_waits_too_long_is_refused(guarded, monkeypatch):
-    slow = Session._piece
-
-    def slower(*arguments):
-        time.sleep(0.05)
-        return slow(*arguments)
-
-    monkeypatch.setattr(Session, "_piece", slower)
+    slow_rounds(monkeypatch, 0.05)
     long = {**TEXT, "max_tokens": 180, "stream": True}
     with guarded.raw.stream("POST", "/v1/completions", json=long) as _:
         late = guarded.raw.post("/v1/completions", json={**TEXT, "max_tokens": 2})
@@ -165,13 +180,7 @@ def test_an_answer_that_waits_too_long_is_refused(guarded, monkeypatch):
 
 
 def test_an_answer_has_a_longest_time(decoder, monkeypatch):
-    slow = Session._piece
-
-    def slower(*arguments):
-        time.sleep(0.02)
-        return slow(*arguments)
-
-    monkeypatch.setattr(Session, "_piece", slower)
+    slow_rounds(monkeypatch, 0.02)
     with serving(decoder, rows=1, answer_seconds=0.2) as running:
         made = running.raw.post("/v1/completions", json={**TEXT, "max_tokens": 180}).json()
     assert made["choices"][0]["finish_reason"] == "length"
@@ -199,13 +208,15 @@ def test_a_failing_engine_ends_its_answers_and_not_the_server(decoder, monkeypat
 
 
 def test_a_mistake_of_the_server_has_the_envelope_too(decoder, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError(SECRET)
 
     with serving(decoder, rows=2) as running:
         monkeypatch.setattr(type(running.worker), "ticket", broken)
         answer = running.raw.post("/v1/completions", json=TEXT)
+        shown = running.raw.get("/metrics").text
     assert answer.status_code == 500 and SECRET not in answer.text
+    assert 'beagle_requests_total{path="/v1/completions",status="500"} 1' in shown
     assert answer.json()["error"]["type"] == "server_error"
 
 
@@ -229,9 +240,50 @@ def test_metrics_count_what_was_answered(decoder):
     assert values['beagle_time_between_tokens_seconds_bucket{le="+Inf"}'] == "8"
     assert float(values["beagle_tokens_per_second"]) == 2.6
     assert (values["beagle_rows"], values["beagle_rows_running"]) == ("2", "0")
-    for name in {re.split(r"[{ ]", line)[0] for line in values}:
-        family = re.sub(r"_(bucket|sum|count)$", "", name)
-        assert f"# TYPE {family} " in text and f"# HELP {family} " in text
+    check_format(text)
+    for mistake in (
+        text.replace("# TYPE beagle_rounds_total counter\n", ""),
+        text.replace('le="10.0"', 'le="1e1000"'),
+        text.replace("beagle_rows 2", "beagle_rows two"),
+        re.sub(r'(seconds_bucket{le="0.005"}) \d+', r"\1 9", text),
+        text.removesuffix("\n"),
+    ):
+        with pytest.raises((AssertionError, ValueError, KeyError)):
+            check_format(mistake)
+
+
+def check_format(text: str) -> None:
+    """Checks a page against the text format of Prometheus."""
+    assert text.endswith("\n")
+    kinds, series, buckets = {}, {}, {}
+    name = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+    for line in text.splitlines():
+        if head := re.fullmatch(rf"# HELP ({name}) [^\\]+", line):
+            family = head[1]
+            assert family not in kinds
+        elif head := re.fullmatch(rf"# TYPE ({name}) (counter|gauge|histogram)", line):
+            assert head[1] == family
+            kinds[family] = head[2]
+        else:
+            sample = re.fullmatch(
+                rf'({name})({{{name}="[^"\\]*"(,{name}="[^"\\]*")*}})? (\S+)', line
+            )
+            assert sample, line
+            own = sample[1]
+            if kinds[family] == "histogram":
+                own = re.sub(r"_(bucket|sum|count)$", "", own)
+            assert own == family and sample[1] + (sample[2] or "") not in series
+            assert kinds[family] != "counter" or family.endswith("_total")
+            series[sample[1] + (sample[2] or "")] = float(sample[4])
+            if sample[1].endswith("_bucket"):
+                bound = float(sample[2][5:-2].replace("+Inf", "inf"))
+                buckets.setdefault(family, []).append((bound, float(sample[4])))
+    for family, counts in buckets.items():
+        assert counts == sorted(counts) and [count for _, count in counts] == sorted(
+            count for _, count in counts
+        )
+        assert [bound for bound, _ in counts].count(float("inf")) == 1
+        assert counts[-1][1] == series[f"{family}_count"] and f"{family}_sum" in series
 
 
 @pytest.mark.parametrize("texts", [False, True])
@@ -244,28 +296,44 @@ def test_the_log_has_a_line_a_request_and_texts_only_when_asked(decoder, texts, 
         running.raw.post("/v1/completions", json={**ask, "stream": True})
         running.raw.post("/v1/completions", json={**ask, SECRET: SECRET})
         running.raw.post("/v1/completions", json={**ask, "model": SECRET})
+        running.raw.post("/v1/completions", content=SECRET, headers={"Content-Type": "text/plain"})
+        running.raw.get("/" + "x" * 300)
+        running.raw.get("/v1/completions")
+        shown = running.raw.get("/metrics").text
     lines = [json.loads(line) for line in printed.getvalue().splitlines() if line[0] == "{"]
-    assert [line["status"] for line in lines] == [200, 200, 400, 404]
+    assert [line["status"] for line in lines] == [200, 200, 400, 404, 415, 404, 405]
+    assert len(lines[5]["path"]) == 200  # and one name in the metrics for all made-up paths
+    assert 'beagle_requests_total{path="other",status="404"} 1\n' in shown and "xxx" not in shown
     assert [line["completion_tokens"] for line in lines[:2]] == [11, 11]
     assert [line["finish"] for line in lines[:2]] == [["length"]] * 2
     assert lines[0]["user"] == "me" and lines[1]["stream"]
     assert (SECRET in printed.getvalue(), "\\ud83d" in printed.getvalue()) == (texts, texts)
 
 
+def test_a_log_that_nobody_reads_stops_nothing(caplog):
+    """The server goes on where its output was a pipe that was closed."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError("Broken pipe")
+
+    metrics = Metrics(1, 2)
+    journal = Journal(metrics, stream=Closed())
+    for _ in range(3):
+        journal.entry("/v1/completions").write(200)
+    assert caplog.text.count("cannot be written: Broken pipe") == 1
+    assert metrics._requests["/v1/completions", 200] == 3
+
+
 SERVER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest
-from serve_cases import cycle_decoder, tiny_config
-from beagle_jax.decoding.session import Session
+import pytest
+from serve_cases import cycle_decoder, slow_rounds, tiny_config
 from beagle_jax.serving.keys import keys_of
 from beagle_jax.serving.server import run
-import time
-before = Session._piece
-def slower(*arguments):
-    time.sleep(0.05)
-    return before(*arguments)
-Session._piece = slower
+slow_rounds(pytest.MonkeyPatch(), 0.05)
 config = tiny_config(rows=2, grace_seconds={grace})
 run(config, cycle_decoder(), keys_of(config.serve), lambda *where: print(*where, flush=True))
 print("left")
@@ -332,7 +400,13 @@ def test_programs_cover_what_requests_need():
     assert covers(rich, drawn) and covers(drawn, small) and not covers(small, drawn)
     assert not covers(drawn, rich) and not covers(rich, rich._replace(logprobs=20))
     assert union(drawn, rich._replace(drawn=False)) == rich
-    assert [weight(program) for program in (small, drawn, rich)] == [0, 2, 5]
+    several = programs(small, own_ends=1, nodes=4)
+    assert len(several) == 3 and several[0] == small
+    assert all(covers(more, less) for less, more in itertools.pairwise(several))
+    assert covers(several[1], drawn) and several[1].ends == 0
+    every = Filters(*[True] * 6, ends=MOST_ENDS + 1, logprobs=MOST_LOGPROBS, drafted=4)
+    assert covers(several[-1], every)
+    assert programs(several[-1], own_ends=1, nodes=4) == several[-1:]
 
 
 def test_the_origin_of_tokens():

@@ -14,13 +14,14 @@ def serve(config: Config, arguments: Namespace) -> None:
     """Serves until SIGTERM or Ctrl-C."""
     try:
         from beagle_jax.serving.keys import keys_of
-        from beagle_jax.serving.server import run
+        from beagle_jax.serving.server import check_address, run
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serve needs the package {error.name}; install what it needs with "
             "pip install 'beagle-jax[serve]'"
         ) from error
     keys = keys_of(config.serve)  # before the weights are loaded
+    check_address(config.serve)
     with terminal.working(arguments):
         decoder = load(config)
     run(config, decoder, keys, _report)

@@ -36,4 +36,6 @@ class ServeConfig(Section):
     )
     page: bool = setting(True, "show a chat page at /")
     log_prompts: bool = setting(False, "write prompts and answers to the log of requests")
-    warm_up: bool = setting(True, "compile the programs of the defaults before listening")
+    warm_up: bool = setting(
+        True, "compile all programs before listening; false: each at its first use, and others wait"
+    )

@@ -327,6 +327,7 @@ class SpeculativeDecoder:
 
     def pieces(self, requests: Sequence[Request], batch: int) -> Iterator[Piece]:
         """Yields parts of all answers as they are decoded, in `batch` rows."""
+        requests = [self._codec.checked(request) for request in requests]
         return iter(self._session(requests, batch, streaming=True))
 
     def prefilled(
@@ -365,12 +366,15 @@ class SpeculativeDecoder:
         plain: decodes without the draft. rounds_per_look: rounds between two pieces of an answer.
         """
         now = replace(self._round.plain if plain else self._round, filters=filters)
+        # The longest request fits, so that none enlarges the caches: that would compile programs.
+        context, overhang = self._codec.context, self.tree.depth + 1
+        capacity = slots(Request(range(context - 1)), context, overhang)
         return Session(
             now,
             self._codec,
             source,
             rows,
-            self._capacity,
+            max(self._capacity, capacity),
             streaming=True,
             rounds_per_look=rounds_per_look,
             wide_start=False,
@@ -389,12 +393,11 @@ class SpeculativeDecoder:
     def _session(
         self, requests: Sequence[Request], batch: int | None, *, streaming: bool = False
     ) -> Session:
-        """Checks the settings. Raises UserError if one means nothing."""
+        """A session over requests from `Codec.checked`. Raises UserError if there are none."""
         if not requests:
             raise UserError("there are no prompts; give at least one")
         if batch is not None:
             batch = whole_number("batch", batch, 1)
-        requests = [self._codec.checked(request) for request in requests]
         self._check_rule(requests)
         rows = min(batch or len(requests), len(requests))
         overhang = self.tree.depth + 1

@@ -230,10 +230,15 @@ def _lowest_of_most(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> ja
     V = logits_BTV.shape[-1]
     if not filters.top_k or V <= _LOOKED_AT:
         return _lowest_kept(logits_BTV, knobs, filters, V)
-    return jax.lax.cond(
-        _few(knobs),
-        lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
-        lambda: _lowest_kept(logits_BTV, knobs, filters, V),
+    # The server has one program for all filters, and most requests set none of them.
+    unused = jnp.all((knobs.top_k_B <= 0) & (knobs.top_p_B >= 1))
+    return jax.lax.switch(
+        jnp.where(unused, 0, jnp.where(_few(knobs), 1, 2)),
+        (
+            lambda: jnp.full((*logits_BTV.shape[:2], 1), _REMOVED),
+            lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
+            lambda: _lowest_kept(logits_BTV, knobs, filters, V),
+        ),
     )
 
 

@@ -117,6 +117,7 @@ class Session:
         state = self._start()
         ready: Snapshot | None = None  # of before the rounds that run
         while self._waits() or any(self._lines) or self._open:
+            yield from self._unwanted()
             state, admitted = self._refill(state)
             if not any(line and not line.reading for line in self._lines):
                 continue
@@ -137,9 +138,27 @@ class Session:
                     yield (piece := self._piece(line, row, snapshot))
                     if piece.answer is not None:
                         self._lines[row], ended_B[row] = None, not snapshot.done_B[row]
+                        self._cancelled.discard(line.index)
             self.passes = int(snapshot.passes_B[0])
             if ended_B.any() and (self._waits() or any(self._lines) or self._open):
                 state = release(state, ended_B)
+
+    def _unwanted(self) -> Iterator[Piece]:
+        """Ends requests that were cancelled while their prompts are read, by groups of prompts.
+
+        The rows need no `release`: a row whose prompt is being read is done.
+        """
+        for reading in tuple(self._readings):
+            lines = [line for line in reading.lines if line.reading]
+            if any(line.index not in self._cancelled for line in lines):
+                continue
+            self._readings = deque(other for other in self._readings if other is not reading)
+            for line in lines:
+                self._cancelled.discard(line.index)
+                row = next(row for row, other in enumerate(self._lines) if other is line)
+                self._lines[row] = None
+                none = Answer([], "", "cancelled", 0, [0] * (self.now.tree.depth + 1))
+                yield Piece(line.index, [], "", none)
 
     def first_state(self) -> DecodeState:
         """Returns the state after the first prompts, one in each row."""
@@ -298,7 +317,6 @@ class Session:
                 return "token"
             return "length" if line.count >= line.request.max_new_tokens else "context"
         if line.index in self._cancelled:
-            self._cancelled.remove(line.index)
             return "cancelled"
         seconds = line.request.seconds
         late = seconds is not None and time.perf_counter() - line.began > seconds

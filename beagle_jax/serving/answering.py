@@ -45,18 +45,16 @@ class Answering:
             Refusal: an answer failed, or was not begun.
             Gone: the client left.
         """
-        status = LEFT
         try:
             with self._call:
                 async for index, piece in self._call.pieces(receive):
                     self._choices[index].add(piece)
-            status = 200
-            return self._form.whole(self._choices)
-        except Refusal as refusal:
-            status = refusal.status
+            response = self._form.whole(self._choices)
+        except BaseException as error:
+            self._close(status_of(error))
             raise
-        finally:
-            self._close(status)
+        self._close(200)
+        return response
 
     async def lines(self, receive: Receive) -> AsyncIterator[str]:
         """The lines of a stream of server-sent events. receive: the client's messages.
@@ -65,7 +63,7 @@ class Answering:
             Refusal: before the first line. A later one is a line, and the last.
             Gone: the client left before the first line.
         """
-        status, started = LEFT, set[int]()
+        started = set[int]()
         try:
             with self._call:
                 async for index, piece in self._call.pieces(receive):
@@ -76,24 +74,30 @@ class Answering:
                             yield _line(chunk)
                     for chunk in self._form.chunk(index, self._choices[index], new):
                         yield _line(chunk)
-            status = 200
             for chunk in self._form.last(self._choices):
                 yield _line(chunk)
+            self._close(200)
             yield "data: [DONE]\n\n"
         except Refusal as refusal:
-            status = refusal.status
+            self._close(refusal.status)
             if not started:
                 raise
             yield _line(refusal.body())
-        except Gone:
-            if not started:
+        except BaseException as error:
+            self._close(status_of(error))
+            if not started or not isinstance(error, Gone):
                 raise
-        finally:
-            self._close(status)
 
     def _close(self, status: int) -> None:
         self._entry.answers(self._call.tickets, self._choices)
         self._entry.write(status)
+
+
+def status_of(error: BaseException) -> int:
+    """The status in the log of a request that ended with an error."""
+    if isinstance(error, Refusal):
+        return error.status
+    return 500 if isinstance(error, Exception) and not isinstance(error, Gone) else LEFT
 
 
 def _line(chunk: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from beagle_jax.config import ServeConfig
-from beagle_jax.serving.answering import LEFT, Answering
+from beagle_jax.serving.answering import LEFT, Answering, status_of
 from beagle_jax.serving.bodies import ChatBody, CompletionBody, parsed
 from beagle_jax.serving.call import Gone
 from beagle_jax.serving.gate import Gate
@@ -27,6 +27,7 @@ from beagle_jax.serving.translation import Translator
 from beagle_jax.serving.worker import Worker
 
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+_READ = ["GET", "HEAD"]
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -61,6 +62,9 @@ class Service:
             return JSONResponse(refusal.body(), refusal.status, refusal.headers())
         except Gone:
             return Response(status_code=LEFT)  # which nobody reads
+        except BaseException as error:
+            entry.write(status_of(error))
+            raise
         return StreamingResponse(
             _and_then(first, lines), media_type="text/event-stream", headers=_STREAM_HEADERS
         )
@@ -90,15 +94,15 @@ class Service:
 def make_app(service: Service, serve: ServeConfig, keys: Keys) -> Gate:
     """The ASGI application."""
     # The pages of FastAPI's documentation load scripts from another host.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_api(app, service)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_READ)
     async def health() -> Response:
         healthy = service.worker.healthy
         return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=_METRICS_TYPE)
 
@@ -107,15 +111,18 @@ def make_app(service: Service, serve: ServeConfig, keys: Keys) -> Gate:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(refusal.body(), error.status_code)
+        path = request.url.path[:200]
+        refusal = Refusal(error.status_code, f"{request.method} {path}: {error.detail}")
+        service.journal.entry(path).write(error.status_code)
+        return JSONResponse(refusal.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         refusal = Refusal(500, "the server failed; its log says why")
-        return JSONResponse(refusal.body(), refusal.status)
+        # uvicorn closes the connection after an exception.
+        return JSONResponse(refusal.body(), refusal.status, {"Connection": "close"})
 
-    return Gate(app, serve, keys)
+    return Gate(app, serve, keys, service.journal)
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
@@ -127,11 +134,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         return await service.complete(request, CompletionBody)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": service.models()})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(name: str) -> Response:
         return service.model(name)
 
@@ -150,7 +157,7 @@ def _add_page(app: FastAPI) -> None:
         "Cache-Control": "no-cache",
     }
 
-    @app.get("/")
+    @app.api_route("/", methods=_READ)
     async def page() -> Response:
         return HTMLResponse(text, headers=headers)
 

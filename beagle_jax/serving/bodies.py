@@ -43,6 +43,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+# The same for the fields of a message, which clients send back as they got it.
+NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+_LONGEST_NAME = 100  # characters of a client's field names in messages
 
 
 class Part(BaseModel):
@@ -208,19 +218,29 @@ def _without_neutral(kind: type[Kind], raw: bytes) -> bytes:
     if "beagle" in body and body["beagle"] is None:
         del body["beagle"]
     for name in NEUTRAL.keys() & body.keys() - kind.model_fields.keys():
-        value = body.pop(name)
-        if value is not None and not any(
-            type(value) is type(nothing) and value == nothing for nothing in NEUTRAL[name]
-        ):
+        if not _asks_for_nothing(body.pop(name), NEUTRAL[name]):
             raise bad(f"this server does not support {name}; leave it out", name)
+    messages = body.get("messages")
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        if isinstance(message, dict):
+            for name in NEUTRAL_IN_MESSAGES.keys() & message.keys():
+                if not _asks_for_nothing(message.pop(name), NEUTRAL_IN_MESSAGES[name]):
+                    name = f"messages.{place}.{name}"
+                    raise bad(f"this server does not support {name}; leave it out", "messages")
     return pydantic_core.to_json(body)
+
+
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return value is None or any(
+        type(value) is type(nothing) and value == nothing for nothing in neutral
+    )
 
 
 def _refusal(error: ValidationError) -> Refusal:
     """The first mistake of a body, as a sentence."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    name = str(first["loc"][0]) if first["loc"] else None
+    place = ".".join(str(part)[:_LONGEST_NAME] for part in first["loc"])
+    name = str(first["loc"][0])[:_LONGEST_NAME] if first["loc"] else None
     if first["type"] == "missing":
         return bad(f"{place} is missing", name)
     if first["type"] == "extra_forbidden":

@@ -36,6 +36,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         self._tokens = 0
+        self._offset = 0  # characters of the tokens with log-probabilities so far
         self._whole: TextStream | None = None
         self._pending: deque[tuple[str, bool]] = deque()  # text that no piece showed yet
         if self.spans:
@@ -47,8 +48,9 @@ class Choice:
             raise Refusal(500, f"the answer failed: {piece.answer.error}")
         self.answer = piece.answer
         self.text += piece.text
-        new = New(piece.text, self._shown_logprobs(piece))
+        new = New(piece.text, self._shown_logprobs(piece), self._offset)
         self.logprobs += new.logprobs
+        self._offset += sum(len(token_text(self.codec, entry.token)) for entry in new.logprobs)
         if self.spans:
             new.extension = self._extension(piece)
         self.accepted += piece.accepted
@@ -122,6 +124,7 @@ class New:
 
     text: str
     logprobs: list[TokenLogProb]
+    offset: int  # characters of the tokens before those of `logprobs`
     extension: dict[str, Any] | None = None
 
 
@@ -163,7 +166,10 @@ def chat_logprobs(codec: Codec, entries: Sequence[TokenLogProb]) -> dict[str, An
 def completion_logprobs(
     codec: Codec, entries: Sequence[TokenLogProb], offset: int
 ) -> dict[str, Any]:
-    """Field `logprobs` of a text completion. offset: characters before the first token."""
+    """Field `logprobs` of a text completion. offset: characters before the first token.
+
+    The most likely tokens of each place, and the chosen one if it is none of them.
+    """
     texts = [token_text(codec, entry.token) for entry in entries]
     offsets = []
     for text in texts:
@@ -173,7 +179,11 @@ def completion_logprobs(
         "tokens": texts,
         "token_logprobs": [max(entry.logprob, _LOWEST) for entry in entries],
         "top_logprobs": [
-            {token_text(codec, token): max(logprob, _LOWEST) for token, logprob in entry.top}
+            {
+                token_text(codec, token): max(logprob, _LOWEST)
+                # Tokens may have the same text: the chosen one is shown, else the most likely.
+                for token, logprob in (*reversed(entry.top), (entry.token, entry.logprob))
+            }
             for entry in entries
         ],
         "text_offset": offsets,

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from beagle_jax.config import ServeConfig
+from beagle_jax.serving.journal import Journal
 from beagle_jax.serving.keys import Keys, is_loopback
 from beagle_jax.serving.refusal import Refusal
 
@@ -23,18 +24,20 @@ OPEN = ("/health", "/")  # without a key: a probe has none, and the page asks fo
 class Gate:
     """Wraps the application. Refusals are answers in OpenAI's envelope."""
 
-    def __init__(self, app: Any, serve: ServeConfig, keys: Keys) -> None:
-        self._app, self._serve, self._keys = app, serve, keys
+    def __init__(self, app: Any, serve: ServeConfig, keys: Keys, journal: Journal) -> None:
+        self._app, self._serve, self._keys, self._journal = app, serve, keys, journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or passes it on with its whole body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        entry = self._journal.entry(scope["path"])
         try:
             self._check(scope)
             body = await self._body(scope, receive) if scope["method"] == "POST" else b""
         except Refusal as refusal:
+            entry.write(refusal.status)
             # The rest of a refused body is not read, so the connection cannot be used again.
             headers = refusal.headers() | {"Connection": "close"}
             response = JSONResponse(refusal.body(), refusal.status, headers)
@@ -102,4 +105,4 @@ class Gate:
 def _without_port(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
+    return host.partition(":")[0].removesuffix(".")

@@ -1,6 +1,7 @@
 """The log of requests: one JSON object a line. Prompts and answers only on request."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,12 @@ from beagle_jax.serving.choice import Choice
 from beagle_jax.serving.metrics import Metrics
 from beagle_jax.serving.ticket import Ticket
 
+_log = logging.getLogger(__name__)
+
+# Paths that the metrics count by their name; a client may make up any number of others.
+COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+_LONGEST_PATH = 200  # characters in a line
+
 
 @dataclass
 class Journal:
@@ -19,6 +26,17 @@ class Journal:
     metrics: Metrics
     texts: bool = False  # also what was asked and answered
     stream: TextIO = field(default_factory=lambda: sys.stdout)
+    _broken: bool = field(default=False, init=False)
+
+    def line(self, line: str) -> None:
+        """Writes a line. Where nobody reads them any more, it warns once and goes on."""
+        try:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+        except (OSError, ValueError) as error:  # a broken pipe, a full disk, a closed stream
+            if not self._broken:
+                _log.warning("the log of requests cannot be written: %s", error)
+            self._broken = True
 
     def entry(self, path: str) -> "Entry":
         """A line about a request that arrived now."""
@@ -61,13 +79,13 @@ class Entry:
         if self.written:
             return
         self.written = True
-        self.journal.metrics.request(self.path, status)
+        path = self.path if self.path in COUNTED else "other"
+        self.journal.metrics.request(path, status)
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "path": self.path,
+            "path": self.path[:_LONGEST_PATH],
             "status": status,
             "seconds": round(time.monotonic() - self.arrived, 4),
             **self.details,
         }
-        self.journal.stream.write(json.dumps(line) + "\n")
-        self.journal.stream.flush()
+        self.journal.line(json.dumps(line))

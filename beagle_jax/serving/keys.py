@@ -38,12 +38,15 @@ def keys_of(serve: ServeConfig) -> Keys:
     """Reads the keys.
 
     Raises:
-        UserError: a key is too short, the file has none, or another address than this machine's
-            own is to be bound without a key.
+        UserError: the file cannot be read or has no key, a key is too short or not ASCII, or
+            another address than this machine's own is to be bound without a key.
     """
     if serve.api_key_file is not None:
         place = f"serve.api_key_file: {serve.api_key_file}"
-        text = Path(serve.api_key_file).read_text(encoding="utf-8")
+        try:
+            text = Path(serve.api_key_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{place} cannot be read: {error}; expected a text file") from error
         if not text.split():
             raise UserError(f"{place} holds no key; write one a line, or set it to null")
     else:
@@ -54,6 +57,8 @@ def keys_of(serve: ServeConfig) -> Keys:
             f"{place} holds a key of fewer than {SHORTEST} characters; make one with "
             'python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
+    if not all(key.isascii() for key in keys):
+        raise UserError(f"{place} holds a key that is not ASCII, which clients cannot send")
     if not keys and not is_loopback(serve.host):
         raise UserError(
             f"serve.host is {serve.host}, which other machines can reach, and there is no API "
@@ -67,7 +72,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def _digest(key: str) -> bytes:

@@ -51,8 +51,7 @@ class Form:
                 {"delta": {"content": new.text}} if self.chat else {"text": new.text}
             )
             if self.body.wanted_logprobs is not None:
-                offset = len(choice.text) - len(new.text)
-                made["logprobs"] = self._logprobs(new.logprobs, offset)
+                made["logprobs"] = self._logprobs(new.logprobs, new.offset)
             if new.extension is not None:
                 made["beagle"] = new.extension
             yield self._chunk(index, made)

@@ -3,16 +3,18 @@
 import contextlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
 
-from beagle_jax.config import Config
+from beagle_jax.config import Config, ServeConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.requests import Request
 from beagle_jax.decoding.sampling import sampling_of
+from beagle_jax.errors import UserError
 from beagle_jax.serving.app import Service, make_app
 from beagle_jax.serving.journal import Journal
 from beagle_jax.serving.keys import Keys
@@ -39,7 +41,7 @@ class Server(uvicorn.Server):
         self._on_start = on_start
         serve = config.serve
         metrics = Metrics(serve.rows, decoder.tree.depth)
-        self.worker = Worker(decoder, serve, metrics)
+        self.worker = Worker(decoder, serve, metrics, default_request(config))
         self.model = model_name(config)
         service = Service(
             Translator(config, decoder, self.model),
@@ -103,6 +105,42 @@ def model_name(config: Config) -> str:
     return config.serve.model or source.rpartition("/")[2].rpartition(":")[2]
 
 
+def default_request(config: Config) -> Request:
+    """What a request that sets nothing asks for; of one token."""
+    decode = config.decode
+    return Request(
+        [0],
+        sampling=sampling_of(decode),
+        stop_token_ids=tuple(decode.stop_token_ids),
+        ignore_eos=decode.ignore_eos,
+        min_new_tokens=decode.min_new_tokens,
+        seconds=config.serve.answer_seconds,
+    )
+
+
+def check_address(serve: ServeConfig) -> None:
+    """Binds the address for a moment: before the weights are loaded.
+
+    Raises:
+        UserError: it cannot be bound.
+    """
+    try:
+        places = socket.getaddrinfo(
+            serve.host, serve.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, place in places:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(place)
+    except OSError as error:
+        raise UserError(
+            f"serve.host={serve.host} with serve.port={serve.port} cannot be bound: {error}; "
+            "choose an address of this machine and a free port"
+        ) from error
+
+
 def run(
     config: Config,
     decoder: SpeculativeDecoder,
@@ -115,17 +153,7 @@ def run(
     """
     server = Server(config, decoder, keys, on_start)
     if config.serve.warm_up:
-        decode = config.decode
-        server.worker.warm_up(
-            Request(
-                [0],
-                sampling=sampling_of(decode),
-                stop_token_ids=tuple(decode.stop_token_ids),
-                ignore_eos=decode.ignore_eos,
-                min_new_tokens=decode.min_new_tokens,
-                seconds=config.serve.answer_seconds,
-            )
-        )
+        server.worker.warm_up()
     server.worker.start()
     try:
         server.run()

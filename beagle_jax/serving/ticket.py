@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from beagle_jax.decoding.requests import Piece, Request
+from beagle_jax.decoding.requests import MOST_ENDS, MOST_LOGPROBS, Piece, Request
 from beagle_jax.decoding.sampling import Filters
+from beagle_jax.decoding.session import ENDS_BUCKET
+from beagle_jax.model.cache import round_up
 from beagle_jax.serving.refusal import Refusal
 
 
@@ -29,6 +31,23 @@ def covers(program: Filters, needs: Filters) -> bool:
     return all(has >= need for has, need in zip(_sizes(program), _sizes(needs), strict=True))
 
 
+def programs(defaults: Filters, own_ends: int, nodes: int) -> tuple[Filters, ...]:
+    """The programs of a server, each covered by the next. The last one can answer every request.
+
+    defaults: needed by requests that set nothing. own_ends: end tokens of the target. nodes: of the
+    trees that requests may ask for; 0: none. The second program can draw, with every filter.
+    """
+    drawing = union(defaults, Filters(drawn=True, top_k=True, top_p=True, min_p=True))
+    everything = drawing._replace(
+        penalties=True,
+        bias=True,
+        ends=round_up(own_ends + MOST_ENDS, ENDS_BUCKET),
+        logprobs=MOST_LOGPROBS,
+        drafted=nodes,
+    )
+    return tuple(dict.fromkeys((defaults, drawing, union(drawing, everything))))
+
+
 def union(first: Filters, second: Filters) -> Filters:
     """The smallest program for what either needs."""
     larger = {
@@ -36,13 +55,6 @@ def union(first: Filters, second: Filters) -> Filters:
         for name in Filters._fields
     }
     return Filters(**larger)
-
-
-def weight(program: Filters) -> int:
-    """How many optional steps a program has."""
-    switched_on = [value for value in program[:-3] if value]
-    rest = (program.ends > 0, program.logprobs is not None, program.drafted > 0)
-    return len(switched_on) + sum(rest)
 
 
 def _sizes(filters: Filters) -> list[int]:

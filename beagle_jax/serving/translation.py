@@ -40,16 +40,17 @@ class Translator:
                 param="model",
                 code="model_not_found",
             )
-        with self._lock:  # tokenizers may change their settings while they encode
-            prompts = self._prompts(body)
-        count = body.n or 1
-        most = self.config.serve.max_choices
-        if len(prompts) * count > most:
+        count, prompts_count = body.n or 1, len(getattr(body, "prompts", [0]))
+        serve = self.config.serve
+        most = min(serve.max_choices, serve.rows + serve.max_waiting)
+        if prompts_count * count > most:  # before the work of encoding them
             raise bad(
-                f"{len(prompts)} prompts times n = {count} are more than {most} answers; ask for "
+                f"{prompts_count} prompts times n = {count} are more than {most} answers; ask for "
                 "fewer",
                 "n",
             )
+        with self._lock:  # tokenizers may change their settings while they encode
+            prompts = self._prompts(body)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         return [
             self._request(body, tokens, seed + line, choice)
@@ -93,7 +94,7 @@ class Translator:
             tokens,
             most,
             self._sampling(body),
-            min_new_tokens=_or(body.min_tokens, decode.min_new_tokens),
+            min_new_tokens=_or(body.min_tokens, min(decode.min_new_tokens, most)),
             stop=tuple(decode.stop) if stops is None else stops,
             stop_token_ids=tuple(decode.stop_token_ids if ends is None else ends),
             ignore_eos=_or(body.ignore_eos, decode.ignore_eos),

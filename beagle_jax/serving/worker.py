@@ -1,7 +1,8 @@
 """The thread that decodes: takes waiting tickets in their order, delivers pieces.
 
-A session of the engine runs one program. A ticket that needs another one waits until the running
-answers have ended; so do those behind it, since the order of the queue is kept.
+A session of the engine runs one of a few programs (`ticket.programs`). A ticket that needs another
+one waits until the running answers have ended; so do those behind it, since the order of the queue
+is kept.
 """
 
 import logging
@@ -11,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from tqdm import tqdm
+
 from beagle_jax.config import ServeConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.requests import Piece, Request
@@ -18,7 +21,7 @@ from beagle_jax.decoding.sampling import Filters
 from beagle_jax.decoding.session import PREFILL_CHUNK, PROMPT_BUCKET, Session, filters_for
 from beagle_jax.serving.metrics import Metrics
 from beagle_jax.serving.refusal import Refusal
-from beagle_jax.serving.ticket import Ticket, covers, union, weight
+from beagle_jax.serving.ticket import Ticket, covers, programs
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +33,21 @@ _WARM_LENGTHS = (PROMPT_BUCKET, 2 * PROMPT_BUCKET, PREFILL_CHUNK // 2, PREFILL_C
 class Worker:
     """The queue of a server and the thread that empties it."""
 
-    def __init__(self, decoder: SpeculativeDecoder, serve: ServeConfig, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        decoder: SpeculativeDecoder,
+        serve: ServeConfig,
+        metrics: Metrics,
+        defaults: Request,
+    ) -> None:
+        """decoder: with a context. defaults: a request that sets nothing."""
         self._decoder, self._serve, self._metrics = decoder, serve, metrics
+        self._defaults = defaults
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by their index in the session
-        self._programs: dict[bool, set[Filters]] = {False: set(), True: set()}  # compiled; by plain
+        self._session: Session | None = None  # that runs
+        self._programs = self._all_programs()  # by plain
         self._closing: float | None = None  # when running answers are cut off
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -60,6 +72,7 @@ class Worker:
         deliver: Callable[[Piece | Refusal], None],
     ) -> Ticket:
         """A ticket for `submit`. trees: pieces hold the tree of their last round."""
+        plain &= self._decoder.tree.depth > 0  # else every answer is
         needs = filters_for([request], self._decoder.codec.eos_ids)
         if trees and not plain:
             needs = needs._replace(drafted=self._decoder.tree.size)
@@ -108,21 +121,33 @@ class Worker:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def warm_up(self, request: Request) -> None:
-        """Compiles the programs for requests with these settings. Before `start`."""
-        filters = filters_for([request], self._decoder.codec.eos_ids)
-        self._programs[False].add(filters)
-        rows, room = self._serve.rows, self._decoder.codec.context - 1
-        # Some more than there are rows, so that refills are compiled too; with a round each.
-        requests = [
-            replace(request, tokens=[0] * length, max_new_tokens=2, min_new_tokens=0)
-            for length in sorted({min(length, room) for length in _WARM_LENGTHS})
-            for _ in range(rows + 1)
-        ]
-        for _ in self._session(iter(requests), False, filters):
-            pass
+    def _all_programs(self) -> dict[bool, tuple[Filters, ...]]:
+        tree, eos_ids = self._decoder.tree, self._decoder.codec.eos_ids
+        defaults = filters_for([self._defaults], eos_ids)
+        # The page shows trees, and little is copied for them: with it, every program reports them.
+        shown = defaults._replace(drafted=tree.size if self._serve.page else 0)
+        drafting = programs(shown, len(eos_ids), tree.size)
+        return {False: drafting, True: programs(defaults, len(eos_ids), 0) if tree.depth else ()}
 
-    def _session(self, source: Iterator[Request | None], plain: bool, filters: Filters) -> Session:
+    def warm_up(self) -> None:
+        """Compiles all programs, so that no request compiles anything. Before `start`."""
+        room = self._decoder.codec.context - 1
+        brief = replace(self._defaults, max_new_tokens=2, min_new_tokens=0, seconds=None)
+        requests = [
+            replace(brief, tokens=[0] * length, choice=choice)
+            for length in sorted({min(length, room) for length in _WARM_LENGTHS})
+            for choice in range(2)
+        ]
+        # The last one is ended by the host.
+        requests.append(
+            replace(brief, tokens=[0], max_new_tokens=64, ignore_eos=True, seconds=1e-9)
+        )
+        kinds = [(plain, each) for plain, several in self._programs.items() for each in several]
+        for plain, filters in tqdm(kinds, desc="compile programs", unit="program"):
+            for _ in self._live(iter(requests), plain, filters):
+                pass
+
+    def _live(self, source: Iterator[Request | None], plain: bool, filters: Filters) -> Session:
         return self._decoder.live(
             source,
             self._serve.rows,
@@ -149,11 +174,13 @@ class Worker:
                 running, self._running = list(self._running.values()), {}
                 for ticket in running:
                     _refuse(ticket, Refusal(500, "decoding failed; the server's log says why"))
+            finally:
+                self._session = None
 
     def _wait(self) -> bool:
         """Waits for a ticket. False once the server closes."""
         while True:
-            self._sweep(None)
+            self._sweep()
             with self._changed:
                 if self._waiting:
                     return True
@@ -162,30 +189,21 @@ class Worker:
                 self._changed.wait()
 
     def _program(self) -> Filters:
-        """The program for the first ticket: the smallest compiled one, or one for all like it."""
+        """The smallest program for the first ticket."""
         first = self._waiting[0]
-        compiled = self._programs[first.plain]
-        fitting = [program for program in compiled if covers(program, first.needs)]
-        if fitting:
-            return min(fitting, key=weight)
-        program = first.needs
-        for ticket in self._waiting:
-            if ticket.plain == first.plain:
-                program = union(program, ticket.needs)
-        compiled.add(program)
-        return program
+        return next(each for each in self._programs[first.plain] if covers(each, first.needs))
 
     def _answer(self, plain: bool, filters: Filters) -> None:
-        session = self._session(self._source(plain, filters), plain, filters)
-        for piece in session:
+        self._session = self._live(self._source(plain, filters), plain, filters)
+        for piece in self._session:
             self._take(piece)
-            self._sweep(session)
+            self._sweep()
 
     def _source(self, plain: bool, filters: Filters) -> Iterator[Request | None]:
         """The requests of a session; ends where one needs another program, or nothing is left."""
         count = 0
         while True:
-            self._sweep(None)
+            self._sweep()
             with self._changed:
                 if not self._waiting and not self._running:
                     if self._closing is not None:
@@ -232,14 +250,14 @@ class Worker:
         if (piece.tokens or piece.answer is not None) and not ticket.cancelled:
             ticket.deliver(piece)
 
-    def _sweep(self, session: Session | None) -> None:
+    def _sweep(self) -> None:
         """Drops tickets that nobody waits for, or that waited too long."""
         now = time.monotonic()
-        if session is not None:
+        if self._session is not None:
             late = self._closing is not None and now > self._closing
             for index, ticket in self._running.items():
                 if ticket.cancelled or late:
-                    session.cancel(index)
+                    self._session.cancel(index)
         with self._changed:
             if not self._waiting:
                 return
