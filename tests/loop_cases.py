@@ -63,6 +63,7 @@ def train_stage(
     params: dict | None = None,
     held_out=None,
     best: Best | None = None,
+    start: int = 0,
 ) -> dict:
     """Runs a stage on one device and returns the draft's parameters.
 
@@ -75,7 +76,7 @@ def train_stage(
         training = loader_of(20, 1)
     log = Log(config)
     return loop.run_stage(
-        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best
+        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best, start
     )
 
 

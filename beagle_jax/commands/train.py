@@ -41,7 +41,7 @@ from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
-from beagle_jax.training.loop import check_settings, run_stage
+from beagle_jax.training.loop import check_settings, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.warm_start import FIT_ROWS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
@@ -313,8 +313,12 @@ def train(
             "padding_unpacked": round(training.padding_unpacked, 4),
         }
     )
+    start = 0  # each stage goes on with the batches after those of the stages before
     for stage in config.train.stages_to_run:
-        params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best)
+        params = run_stage(
+            stage, config, spec, params, frozen, mesh, training, held_out, log, best, start
+        )
+        start += steps_done(stage, config)
     log.close()
     return params
 

@@ -81,14 +81,13 @@ class StageCheckpoints:
         """Starts to write a checkpoint and returns before the write is complete.
 
         Does nothing if this step is already saved. log: metrics of the steps since the last log
-        record (`progress.Progress.waiting`).
+        record (`progress.Progress.waiting`). Call `check` before: what is saved must be finite.
 
         Raises:
-            UserError: a value of the state is not finite, or this write or the previous one failed.
+            UserError: this write or the previous one failed.
         """
         if step in self._manager.all_steps():
             return
-        self.check(state, step)
         with self._writing():
             self._manager.wait_until_finished()
             self._seal()
@@ -161,6 +160,8 @@ class StageCheckpoints:
         whole = None
         for step in reversed(self.steps()):
             problem = self._cut_off(step)
+            # No process may still look at a folder that the first one sets aside.
+            wait_for_all("a checkpoint is checked")
             if problem is None:
                 whole = step
                 break

@@ -37,11 +37,13 @@ def run_stage(
     held_out: BatchLoader | None,
     log: Log,
     best: Best | None = None,
+    start: int = 0,
 ) -> dict[str, jax.Array]:
     """Trains one stage from `params`, or from its newest checkpoint; returns the parameters.
 
     name: a key of `config.train.named_stages`. best: measures tau, may stop the stage early with
-    its best parameters. On SIGTERM a checkpoint is saved and the program exits with status 0.
+    its best parameters. start: batches that the stages before have read; this stage goes on
+    after them, so that no row is read more often than another. On SIGTERM a checkpoint is saved and the program exits with status 0.
 
     Raises:
         UserError: the loss or a parameter is not finite. The last checkpoint is kept.
@@ -52,11 +54,12 @@ def run_stage(
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
-        progress = Progress(name, config, log, training, first, waiting)
+        progress = Progress(name, config, log, training, first, waiting, start)
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
-        for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
+        batches = read_ahead(training.batch_at, (start + step for step in steps))
+        for step, batch in zip(steps, batches, strict=True):
             state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
             if last_metrics is not None:
                 # Fetched only after the next step has been dispatched.
@@ -68,7 +71,7 @@ def run_stage(
                 continue
             progress.add(done, last_metrics)
             last_metrics = None
-            checkpoints.check(state, done)
+            checkpoints.check(state, done)  # once for everything that reads this state
             if best is not None and looking:
                 figures = best.look(name, done, host_copy(state.params))
                 progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
@@ -104,6 +107,14 @@ def _leave(name: str, step: int) -> NoReturn:
         "continues from there"
     )
     raise SystemExit(0)
+
+
+def steps_done(name: str, config: Config) -> int:
+    """Returns how many batches a stage has read, as its newest checkpoint says; 0 without one."""
+    if not _folder(name, config).exists():
+        return 0
+    with _checkpoints(name, config) as checkpoints:
+        return max(checkpoints.steps(), default=0)
 
 
 def check_settings(config: Config) -> None:

@@ -29,14 +29,16 @@ class Progress:
         training: BatchLoader,
         first: int,
         waiting: list[dict],
+        start: int = 0,
     ) -> None:
         """Opens the progress bar.
 
         waiting: metrics of the steps since the last log record, as the restored checkpoint has
-        them (the property `waiting`).
+        them (the property `waiting`). start: batches that the stages before have read.
         """
         stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
+        self._start = start
         self._place = config.train.place_of(name)
         self._bar = tqdm(
             total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05
@@ -70,7 +72,7 @@ class Progress:
             raise UserError(
                 f"{self._name} stage, step {done}: the loss is {loss}, the norm of its gradient "
                 f"{float(metrics.grad_norm)}; the last checkpoint is kept. "
-                f"{self._blame(done - 1)}"
+                f"{self._blame(self._start + done - 1)}"
             )
         self._since.append(metrics)
         self._timed += float(metrics.supervised)
@@ -79,7 +81,7 @@ class Progress:
             self._write(done)
 
     def _blame(self, step: int) -> str:
-        """Describes the failed batch and whether its states or the training caused the failure."""
+        """Describes the failed batch, the loader's number `step`, and whether its states or the training caused the failure."""
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"

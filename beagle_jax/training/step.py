@@ -63,29 +63,62 @@ class Metrics(NamedTuple):
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
     """Builds AdamW or Muon with clipping by global norm and a schedule (method.md 5.4).
 
-    The schedule is a linear warm-up, then constant or a cosine decay to zero.
+    The learning rate follows `learning_rates`. Weight decay is applied to matrices only: norm
+    weights and biases are not pulled to zero.
     """
-    warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
-    if stage.schedule == "cosine":
-        after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
-    else:
-        after = optax.constant_schedule(stage.learning_rate)
-    by_batch = optax.join_schedules([warm, after], [stage.warmup])
+    by_batch = learning_rates(stage)
 
     def schedule(updates: jax.Array) -> jax.Array:
-        return by_batch(updates * config.accumulate)
+        return by_batch(updates * config.accumulate, config.accumulate)
 
-    adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        update = optax.adamw(schedule, **adam)
+        # optax.adamw, but that its mask would change the structure of the state in checkpoints
+        update = optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+            _decay_of_matrices(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
         # Muon's updates are scaled to AdamW's usual size, so that one learning rate fits both.
-        # Norm weights are still updated by AdamW.
-        norms = {f"adam_{name}": value for name, value in adam.items()}
+        # Norm weights and biases are updated by AdamW.
         update = optax.contrib.muon(
-            schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms
+            schedule,
+            weight_decay=config.weight_decay,
+            consistent_rms=_ADAMW_RMS,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=0.0,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def learning_rates(stage: StageConfig) -> Callable[[Any, int], jax.Array]:
+    """Returns the learning rate of an update, from the batches before it and those that it sums.
+
+    A linear warm-up, which the first update already is a step of and which its last update ends at
+    the peak; then constant, a cosine to zero over the rest of the stage, or (`wsd`) constant up to
+    a linear end over the last `ending` batches. The last update's rate is never zero.
+    """
+    after = stage.steps - stage.warmup
+    if stage.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(1.0, max(after, 1))
+    elif stage.schedule == "wsd":
+        rest = optax.linear_schedule(1.0, 0.0, stage.ending, max(after - stage.ending, 0))
+    else:
+        rest = optax.constant_schedule(1.0)
+
+    def rate(before: Any, batches: int = 1) -> jax.Array:
+        warm = jnp.minimum(1.0, (before + batches) / max(stage.warmup, 1))
+        return stage.learning_rate * warm * rest(jnp.maximum(before - stage.warmup, 0))
+
+    return rate
+
+
+def _decay_of_matrices(weight_decay: float) -> optax.GradientTransformation:
+    def decayed(update: jax.Array, param: jax.Array) -> jax.Array:
+        return update + weight_decay * param if param.ndim > 1 else update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params))
 
 
 def add_noise(
@@ -101,9 +134,9 @@ def add_noise(
         return states_BLD + config.noise_scale * jax.random.normal(
             key, states_BLD.shape, states_BLD.dtype
         )
-    # Shorter chats get more noise.
+    # Shorter chats get more noise, up to that of `noise_shortest` tokens (method.md 3.3).
     length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)
-    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, 1))[..., None]
+    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, config.noise_shortest))[..., None]
     return states_BLD + width_BL1 * (
         jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5
     )
