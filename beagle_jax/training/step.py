@@ -136,7 +136,9 @@ def add_noise(
         )
     # Shorter chats get more noise, up to that of `noise_shortest` tokens (method.md 3.3).
     length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)
-    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, config.noise_shortest))[..., None]
+    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, config.noise_shortest))[
+        ..., None
+    ]
     return states_BLD + width_BL1 * (
         jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5
     )
@@ -164,17 +166,18 @@ def stage_loss(
     vocabulary: tokens that loss and agreement are over, at all supervised positions; None: those
     that the draft scores, at the positions that the objective counts.
     """
-    params = gathered(params, mesh)
+    dtype = compute_dtype(config, mesh)
+    params = gathered(_computed(params, dtype), mesh)
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.predicted_BLD)
     h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
+    h_BLI = h_BLI.astype(dtype)
     slot_BT = queries(batch.counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
     def embedded(tokens: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(
-            embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale), rows(mesh)
-        )
+        e_BXD = embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale)
+        return jax.lax.with_sharding_constraint(e_BXD.astype(dtype), rows(mesh))
 
     inputs = Inputs(
         jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
@@ -201,6 +204,17 @@ def stage_loss(
         terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
     metrics = _summed(out, terms, counted_BY, jnp.sum(counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
+
+
+def compute_dtype(config: TrainConfig, mesh: Mesh) -> jnp.dtype:
+    """Returns the dtype of the draft's products and activations on the mesh (`train.dtype`)."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+
+
+def _computed(params: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Casts matrices before devices exchange their parts; vectors are cast where they are used."""
+    return {name: x.astype(dtype) if x.ndim > 1 else x for name, x in params.items()}
 
 
 def _scored(
