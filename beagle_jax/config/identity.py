@@ -10,7 +10,6 @@ from beagle_jax.config.stage import STAGES
 from beagle_jax.config.train import TrainConfig
 from beagle_jax.config.whole import Config
 
-
 # What a result was made with that does not name the setting, if that is not today's default: the
 # setting did not exist yet, and the program did this.
 _BEFORE: Mapping[str, Any] = {"train.noise_shortest": 1}

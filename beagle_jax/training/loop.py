@@ -43,7 +43,8 @@ def run_stage(
 
     name: a key of `config.train.named_stages`. best: measures tau, may stop the stage early with
     its best parameters. start: batches that the stages before have read; this stage goes on
-    after them, so that no row is read more often than another. On SIGTERM a checkpoint is saved and the program exits with status 0.
+    after them, so that no row is read more often than another. On SIGTERM a checkpoint is saved
+    and the program exits with status 0.
 
     Raises:
         UserError: the loss or a parameter is not finite. The last checkpoint is kept.

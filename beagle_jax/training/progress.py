@@ -81,7 +81,10 @@ class Progress:
             self._write(done)
 
     def _blame(self, step: int) -> str:
-        """Describes the failed batch, the loader's number `step`, and whether its states or the training caused the failure."""
+        """Says whether the states of a batch or the training made it fail.
+
+        step: the loader's number of the batch.
+        """
         batch = self._training.batch_at(step)
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
