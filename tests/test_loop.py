@@ -239,7 +239,11 @@ def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
 
 def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, monkeypatch):
     assert reads_ahead(stage, config_for(tmp_path / "a"), 20, monkeypatch)
-    monkeypatch.setattr(loop, "read_ahead", map)  # planted: read when the step is over
+
+    def when_the_step_is_over(batch_at, steps, place):
+        return map(place, map(batch_at, steps))
+
+    monkeypatch.setattr(loop, "read_ahead", when_the_step_is_over)
     assert not reads_ahead(stage, config_for(tmp_path / "b"), 0, monkeypatch)
 
 

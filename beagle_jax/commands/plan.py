@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
-from beagle_jax.data.states import record_bytes, record_width
+from beagle_jax.data.state_records import record_bytes
+from beagle_jax.data.states import record_width
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of
 from beagle_jax.model.kinds import new_spec
@@ -183,6 +184,7 @@ def table(figures: dict) -> str:
         ("optimizer", _of("optimizer")),
         ("frozen parts of the target", _of("frozen")),
         ("tokens and states", _of("batch")),
+        ("of the next batches", _of("waiting")),
         ("temporaries", _of("temporaries")),
         ("all, by the compiler", _of("compiler_total")),
         ("compiled in", lambda stage: f"{stage['compile_seconds']:.1f} s"),

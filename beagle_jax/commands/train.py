@@ -276,6 +276,7 @@ def loaders(
         seed=config.train.seed,
         share=Share(*share_of_rows(mesh)),
         taps=taps,
+        workers=config.data.workers,
     )
     training = loader(rows[:cut], states and states[:cut], pack=config.train.pack)
     held_out = loader(rows[cut:], states and states[cut:]) if config.log.eval_rows else None

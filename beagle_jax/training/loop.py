@@ -1,7 +1,7 @@
 """Training loop of a stage: reads batches, writes checkpoints and the log, shows progress."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,8 +56,8 @@ def run_stage(
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
-        for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
-            state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
+        for step, batch in zip(steps, _placed(training, steps, mesh), strict=True):
+            state, metrics = train_step(state, frozen, batch, config.train.seed)
             if last_metrics is not None:
                 # Fetched only after the next step has been dispatched.
                 progress.add(step, last_metrics)
@@ -140,5 +140,9 @@ def settings_of(name: str, config: Config) -> Settings:
 
 
 def _once(loader: BatchLoader, mesh: Mesh) -> Iterator[Any]:
-    steps = range(loader.steps_per_epoch)
-    return (place_rows(loader.batch_at(step), mesh) for step in steps)
+    return _placed(loader, range(loader.steps_per_epoch), mesh)
+
+
+def _placed(loader: BatchLoader, steps: Iterable[int], mesh: Mesh) -> Iterator[Any]:
+    """Yields the batches of these steps on the devices; read in advance."""
+    return read_ahead(loader.batch_at, steps, partial(place_rows, mesh=mesh))

@@ -80,7 +80,7 @@ class Progress:
 
     def _blame(self, step: int) -> str:
         """Describes the failed batch and whether its states or the training caused the failure."""
-        batch = self._training.batch_at(step)
+        batch = self._training.batch_at(step).scaled()
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.inputs_BLI is None:

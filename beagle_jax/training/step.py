@@ -249,6 +249,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
     layers of the target that the draft reads (`DraftSpec.taps`).
     """
     if batch.inputs_BLI is not None:
+        batch = batch.scaled()
         dtype = frozen.embed_VD.dtype
         cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (batch.inputs_BLI, batch.targets_BLD))
         return batch._replace(inputs_BLI=cast[0], targets_BLD=cast[1])
