@@ -17,8 +17,16 @@ def main(argv: Sequence[str]) -> None:
         "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200",
     )
     add_distributed(made)
+    made.add_argument(
+        "--profile",
+        type=int,
+        metavar="STEPS",
+        help="write a trace of so many steps of each stage; the same as log.profile=STEPS",
+    )
     add_overrides(made)
     arguments = made.parse_args(argv)
+    if arguments.profile is not None:
+        arguments.overrides.append(f"log.profile={arguments.profile}")
     config = read_config(arguments)
     join(arguments)
     with working(arguments):

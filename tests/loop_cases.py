@@ -85,6 +85,7 @@ class Breaking:
 
     def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
         self._loader, self._step, self._how, self.requested = loader, step, how, []
+        self.padding = loader.padding
 
     def batch_at(self, step: int):
         self.requested.append(step)

@@ -78,6 +78,14 @@ class TrainConfig(Section):
     weight_decay: Number = setting(
         0.0, "weight decay of matrices; norms have none", affects=("stage",), ge=0
     )
+    ema: Number | None = setting(
+        None,
+        "decay of a moving average of the weights, for example 0.999, which is measured and "
+        "exported in their place; null: none",
+        affects=("stage",),
+        gt=0,
+        lt=1,
+    )
     loss_rows: int = setting(
         128, "positions whose logits are in memory at the same time; fewer need less memory", ge=1
     )

@@ -94,7 +94,7 @@ class StageCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
+                    state=ocp.args.StandardSave(_items(state)),
                     settings=ocp.args.JsonSave(dict(self._settings.now)),
                     log=ocp.args.JsonSave(log),
                 ),
@@ -126,7 +126,7 @@ class StageCheckpoints:
             return None
         items = {
             "state": ocp.args.StandardRestore(
-                jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+                jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(fresh))
             )
         }
         if (self._folder / str(step) / "log").exists():  # older versions did not save a log
@@ -237,6 +237,11 @@ class StageCheckpoints:
     def _last(self) -> str:
         steps = self.steps()
         return f"that of step {steps[-1]}" if steps else "none"
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Returns the state's parts by name; without an average there is no such part."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Training loop of a stage: reads batches, writes checkpoints and the log, shows progress."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,8 +20,10 @@ from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.progress import Progress
-from beagle_jax.training.step import Metrics, TrainState, make_steps
+from beagle_jax.training.rates import Rates
+from beagle_jax.training.step import Metrics, TrainState, exported, make_steps
 from beagle_jax.training.stop import StopSignal
+from beagle_jax.training.trace import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -55,13 +57,18 @@ def run_stage(
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
-        progress = Progress(name, config, log, training, first, waiting, start)
+        rates = Rates(name, config, spec, frozen, mesh, training.padding)
+        progress = Progress(name, config, log, training, first, waiting, rates, start)
+        measuring = _Measuring(name, progress, frozen, mesh, eval_step, held_out, best)
+        trace = Trace(config, name)
         last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
-        batches = read_ahead(training.batch_at, (start + step for step in steps))
-        for step, batch in zip(steps, batches, strict=True):
-            state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
+        places = [start + step for step in steps]  # in the loader
+        for step, batch in zip(steps, rates.fed(_placed(training, places, mesh)), strict=True):
+            trace.before(step - first)
+            state, metrics = train_step(state, frozen, batch, config.train.seed)
+            trace.after(step - first, metrics)
             if last_metrics is not None:
                 # Fetched only after the next step has been dispatched.
                 progress.add(step, last_metrics)
@@ -73,23 +80,20 @@ def run_stage(
             progress.add(done, last_metrics)
             last_metrics = None
             checkpoints.check(state, done)  # once for everything that reads this state
-            if best is not None and looking:
-                figures = best.look(name, done, host_copy(state.params))
-                progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
-            finished = done == stage.steps or (
-                best is not None and looking and best.exhausted(name, done)
-            )
+            enough = looking and measuring.look(done, state)
+            finished = enough or done == stage.steps
             if saving or finished:
-                checkpoints.save(state, done, progress.waiting)
-                if held_out is not None and not stopping:
-                    measure = partial(eval_step, state.params, frozen)
-                    progress.held_out(done, [measure(batch) for batch in _once(held_out, mesh)])
+                with rates.saving():
+                    checkpoints.save(state, done, progress.waiting)
+                if not stopping:
+                    measuring.held_out(done, state)
             if finished or stopping:
                 break
+        trace.close()
         progress.close()
     if stop.seen:  # the signal may have arrived after the last step
         _leave(name, int(state.step))
-    return state.params if best is None else best.weights(name, int(state.step), state.params)
+    return exported(state) if best is None else best.weights(name, int(state.step), exported(state))
 
 
 def _restored(
@@ -151,6 +155,46 @@ def settings_of(name: str, config: Config) -> Settings:
     )
 
 
-def _once(loader: BatchLoader, mesh: Mesh) -> Iterator[Any]:
-    steps = range(loader.steps_per_epoch)
-    return (place_rows(loader.batch_at(step), mesh) for step in steps)
+class _Measuring:
+    """What is measured of a stage's weights while it runs."""
+
+    def __init__(
+        self,
+        name: str,
+        progress: Progress,
+        frozen: FrozenTarget,
+        mesh: Mesh,
+        eval_step: Callable[..., Metrics],
+        rows: BatchLoader | None,
+        best: Best | None,
+    ) -> None:
+        """rows: held-out chats, or None."""
+        self._name, self._progress, self._frozen, self._mesh = name, progress, frozen, mesh
+        self._eval_step, self._rows, self._best = eval_step, rows, best
+        self._measured: tuple[int, dict[str, Any]] = (-1, {})
+
+    def look(self, done: int, state: TrainState) -> bool:
+        """Measures the draft and keeps the best; returns whether the stage ends early."""
+        assert self._best is not None
+        params = host_copy(exported(state))
+        if self._best.by_loss:
+            loss = self.held_out(done, state)["loss"]
+            self._best.look(self._name, done, params, {"held_out_loss": loss})
+        else:
+            figures = self._best.look(self._name, done, params)
+            self._progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
+        return self._best.exhausted(self._name, done)
+
+    def held_out(self, done: int, state: TrainState) -> dict[str, Any]:
+        """Logs loss and agreement on the held-out rows, once for a step; nothing without rows."""
+        if self._rows is not None and self._measured[0] != done:
+            places = range(self._rows.steps_per_epoch)
+            batches = _placed(self._rows, places, self._mesh)
+            metrics = [self._eval_step(exported(state), self._frozen, batch) for batch in batches]
+            self._measured = done, self._progress.held_out(done, metrics)
+        return self._measured[1]
+
+
+def _placed(loader: BatchLoader, steps: Iterable[int], mesh: Mesh) -> Iterator[Any]:
+    """Yields the batches of these steps on the devices; read in advance."""
+    return read_ahead(loader.batch_at, steps, partial(place_rows, mesh=mesh))

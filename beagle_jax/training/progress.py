@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.errors import UserError
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.rates import Rates
 from beagle_jax.training.step import AGREE_WITHIN, Metrics
 
 _log = logging.getLogger(__name__)
@@ -29,12 +29,14 @@ class Progress:
         training: BatchLoader,
         first: int,
         waiting: list[dict],
+        rates: Rates,
         start: int = 0,
     ) -> None:
         """Opens the progress bar.
 
         waiting: metrics of the steps since the last log record, as the restored checkpoint has
-        them (the property `waiting`). start: batches that the stages before have read.
+        them (the property `waiting`). rates: times the stage. start: batches that the stages
+        before have read.
         """
         stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
@@ -49,7 +51,7 @@ class Progress:
             Metrics._make(np.asarray(record[field]) for field in Metrics._fields)
             for record in known
         ]
-        self._clock, self._timed = time.perf_counter(), 0.0
+        self._rates = rates
 
     @property
     def waiting(self) -> list[dict]:
@@ -75,7 +77,7 @@ class Progress:
                 f"{self._blame(self._start + done - 1)}"
             )
         self._since.append(metrics)
-        self._timed += float(metrics.supervised)
+        self._rates.add(metrics)
         self._bar.update(1)
         if done % self._every == 0:
             self._write(done)
@@ -85,7 +87,7 @@ class Progress:
 
         step: the loader's number of the batch.
         """
-        batch = self._training.batch_at(step)
+        batch = self._training.batch_at(step).scaled()
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.inputs_BLI is None:
@@ -106,32 +108,28 @@ class Progress:
         )
 
     def _write(self, done: int) -> None:
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        line = summary(self._since)
-        line["grad_norm"] = round(
-            float(np.mean([m.grad_norm for m in self._since], dtype=np.float64)), 4
-        )
-        line["tokens_per_second"] = round(self._timed / seconds, 1)
-        self._since, self._timed = [], 0.0
+        line = summary(self._since) | self._rates.record(done, self._since)
+        self._since = []
         self._log.write({"stage": self._name, "step": done, **line})
         agree = " ".join(f"{share:.2f}" for share in line["top1_by_offset"])
         self._bar.set_postfix_str(
             f"loss {line['loss']:.3f}, top-1 {agree}, {line['tokens_per_second']:.0f} tok/s"
         )
 
-    def held_out(self, done: int, batches: list[Metrics]) -> None:
-        """Logs and prints loss and agreement on held-out chats."""
+    def held_out(self, done: int, batches: list[Metrics]) -> dict[str, Any]:
+        """Logs, prints and returns loss and agreement on held-out chats."""
         line = summary(jax.device_get(batches))
         agree = " ".join(f"{share:.3f}" for share in line["top1_by_offset"])
         self.aside(
             done, "held_out", line, f"held-out loss {line['loss']:.3f}, top-1 by offset {agree}"
         )
+        return line
 
     def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
         """Logs and prints a measurement, and excludes its time from the training speed."""
         self._log.write({"stage": self._name, "step": done, "split": split, **line})
         _log.info(f"{self._name} stage, step {done}: {text}")
-        self._clock, self._timed = time.perf_counter(), 0.0
+        self._rates.restart()
 
     def close(self) -> None:
         """Closes the progress bar."""

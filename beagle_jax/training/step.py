@@ -34,6 +34,12 @@ class TrainState(NamedTuple):
     params: dict[str, jax.Array]
     opt_state: optax.OptState
     step: jax.Array  # int32, batches seen in this stage
+    ema: dict[str, jax.Array] | None = None  # moving average of `params` (`train.ema`)
+
+
+def exported(state: TrainState) -> dict[str, jax.Array]:
+    """Returns the weights that are measured and exported: their average, or the last ones."""
+    return state.params if state.ema is None else state.ema
 
 
 class Accumulated(NamedTuple):
@@ -252,7 +258,7 @@ def updated(
     gradient: dict,
     supervised: jax.Array,
     optimizer: optax.GradientTransformation,
-    accumulate: int,
+    config: TrainConfig,
 ) -> tuple[TrainState, jax.Array]:
     """Applies or accumulates the gradient of one batch.
 
@@ -260,33 +266,51 @@ def updated(
     that batches with more supervised tokens have more weight. Returns the new state and the norm of
     the mean gradient.
     """
+    done = state.step + 1
 
     def mean(total: Any, tokens: jax.Array) -> Any:
         return jax.tree.map(lambda x: x / (tokens + 1e-5), total)
 
     def change(
         opt_state: optax.OptState, total: Any, tokens: jax.Array
-    ) -> tuple[Any, optax.OptState]:
+    ) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(mean(total, tokens), opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
+        params = optax.apply_updates(state.params, updates)
+        return params, averaged(state.ema, params, done // config.accumulate, config), opt_state
 
-    if accumulate == 1:
-        params, opt_state = change(state.opt_state, gradient, supervised)
-        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(
-            mean(gradient, supervised)
-        )
+    if config.accumulate == 1:
+        params, ema, opt_state = change(state.opt_state, gradient, supervised)
+        norm = optax.tree.norm(mean(gradient, supervised))
+        return TrainState(params, opt_state, done, ema), norm
     held: Accumulated = state.opt_state
     total, tokens = optax.tree.add(held.gradient, gradient), held.supervised + supervised
 
-    def full() -> tuple[Any, Accumulated]:
-        params, inner = change(held.inner, total, tokens)
-        return params, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
+    def full() -> tuple[Any, Any, Accumulated]:
+        params, ema, inner = change(held.inner, total, tokens)
+        return params, ema, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
 
-    def waiting() -> tuple[Any, Accumulated]:
-        return (state.params, Accumulated(held.inner, total, tokens))
+    def waiting() -> tuple[Any, Any, Accumulated]:
+        return state.params, state.ema, Accumulated(held.inner, total, tokens)
 
-    params, opt_state = jax.lax.cond((state.step + 1) % accumulate == 0, full, waiting)
-    return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
+    params, ema, opt_state = jax.lax.cond(done % config.accumulate == 0, full, waiting)
+    return TrainState(params, opt_state, done, ema), optax.tree.norm(mean(total, tokens))
+
+
+def averaged(
+    ema: dict[str, jax.Array] | None,
+    params: dict[str, jax.Array],
+    updates: jax.Array,
+    config: TrainConfig,
+) -> dict[str, jax.Array] | None:
+    """Returns the moving average after an update that gave `params`; None without `train.ema`.
+
+    Early averages forget faster, min(ema, (1 + n) / (10 + n)) after n updates, so that the first
+    weights do not stay in them.
+    """
+    if ema is None or config.ema is None:
+        return None
+    keep = jnp.minimum(config.ema, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
 
 
 def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) -> Batch:
@@ -296,6 +320,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
     layers of the target that the draft reads (`DraftSpec.taps`).
     """
     if batch.inputs_BLI is not None:
+        batch = batch.scaled()
         dtype = frozen.embed_VD.dtype
         cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (batch.inputs_BLI, batch.targets_BLD))
         return batch._replace(inputs_BLI=cast[0], targets_BLD=cast[1])
@@ -339,9 +364,7 @@ def make_steps(
         gradient, metrics = jax.grad(loss, has_aux=True)(
             state.params, frozen, with_states(frozen, batch, spec.taps), key
         )
-        state, grad_norm = updated(
-            state, gradient, metrics.supervised, optimizer, config.accumulate
-        )
+        state, grad_norm = updated(state, gradient, metrics.supervised, optimizer, config)
         return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch) -> Metrics:
@@ -350,7 +373,7 @@ def make_steps(
         return stage_loss(params, *of_batch, frozen.vocabulary)[1]
 
     def init(params: dict[str, jax.Array]) -> TrainState:
-        return _first_state(params, optimizer, config.accumulate)
+        return _first_state(params, optimizer, config)
 
     shapes = spec.param_shapes().items()
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
@@ -366,10 +389,11 @@ def make_steps(
 
 
 def _first_state(
-    params: Any, optimizer: optax.GradientTransformation, accumulate: int
+    params: Any, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> TrainState:
     """Builds the initial state from a copy of the parameters."""
     opt_state = optimizer.init(params)
-    if accumulate > 1:
+    if config.accumulate > 1:
         opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
-    return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))
+    ema = None if config.ema is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0), ema)
