@@ -59,9 +59,9 @@ def run_stage(
         first = int(state.step)
         rates = Rates(name, config, spec, frozen, mesh, training.padding)
         progress = Progress(name, config, log, training, first, waiting, rates, start)
-        measuring = _Measuring(name, progress, frozen, mesh, eval_step, held_out, best)
+        measure = partial(_held_out, eval_step, frozen, held_out, mesh)
+        results = _Results(name, checkpoints, progress, rates, best, measure)
         trace = Trace(config, name)
-        last_metrics: Metrics | None = None
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
         places = [start + step for step in steps]  # in the loader
@@ -69,24 +69,17 @@ def run_stage(
             trace.before(step - first)
             state, metrics = train_step(state, frozen, batch, config.train.seed)
             trace.after(step - first, metrics)
-            if last_metrics is not None:
-                # Fetched only after the next step has been dispatched.
-                progress.add(step, last_metrics)
-            last_metrics, done = metrics, step + 1
+            done = step + 1
+            progress.took(done, metrics)
             stopping, looking = stop.requested(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
             if not (saving or looking):
                 continue
-            progress.add(done, last_metrics)
-            last_metrics = None
+            progress.settle()
             checkpoints.check(state, done)  # once for everything that reads this state
-            enough = looking and measuring.look(done, state)
-            finished = enough or done == stage.steps
+            finished = (looking and results.look(done, state)) or done == stage.steps
             if saving or finished:
-                with rates.saving():
-                    checkpoints.save(state, done, progress.waiting)
-                if not stopping:
-                    measuring.held_out(done, state)
+                results.save(done, state, measured=not stopping)
             if finished or stopping:
                 break
         trace.close()
@@ -155,22 +148,21 @@ def settings_of(name: str, config: Config) -> Settings:
     )
 
 
-class _Measuring:
-    """What is measured of a stage's weights while it runs."""
+class _Results:
+    """What a stage leaves on its way: checkpoints, held-out figures, the best draft."""
 
     def __init__(
         self,
         name: str,
+        checkpoints: StageCheckpoints,
         progress: Progress,
-        frozen: FrozenTarget,
-        mesh: Mesh,
-        eval_step: Callable[..., Metrics],
-        rows: BatchLoader | None,
+        rates: Rates,
         best: Best | None,
+        measure: Callable[[TrainState], list[Metrics]],
     ) -> None:
-        """rows: held-out chats, or None."""
-        self._name, self._progress, self._frozen, self._mesh = name, progress, frozen, mesh
-        self._eval_step, self._rows, self._best = eval_step, rows, best
+        """measure: returns metrics of the held-out batches, none if no rows are held out."""
+        self._name, self._checkpoints, self._progress = name, checkpoints, progress
+        self._rates, self._best, self._measure = rates, best, measure
         self._measured: tuple[int, dict[str, Any]] = (-1, {})
 
     def look(self, done: int, state: TrainState) -> bool:
@@ -178,21 +170,39 @@ class _Measuring:
         assert self._best is not None
         params = host_copy(exported(state))
         if self._best.by_loss:
-            loss = self.held_out(done, state)["loss"]
+            loss = self._held_out(done, state)["loss"]
             self._best.look(self._name, done, params, {"held_out_loss": loss})
         else:
             figures = self._best.look(self._name, done, params)
             self._progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
         return self._best.exhausted(self._name, done)
 
-    def held_out(self, done: int, state: TrainState) -> dict[str, Any]:
-        """Logs loss and agreement on the held-out rows, once for a step; nothing without rows."""
-        if self._rows is not None and self._measured[0] != done:
-            places = range(self._rows.steps_per_epoch)
-            batches = _placed(self._rows, places, self._mesh)
-            metrics = [self._eval_step(exported(state), self._frozen, batch) for batch in batches]
-            self._measured = done, self._progress.held_out(done, metrics)
+    def save(self, done: int, state: TrainState, *, measured: bool) -> None:
+        """Saves a checkpoint, and logs held-out figures if measured is true."""
+        with self._rates.saving():
+            self._checkpoints.save(state, done, self._progress.waiting)
+        if measured:
+            self._held_out(done, state)
+
+    def _held_out(self, done: int, state: TrainState) -> dict[str, Any]:
+        """Logs loss and agreement on the held-out rows, once for a step."""
+        if self._measured[0] != done:
+            metrics = self._measure(state)
+            self._measured = done, self._progress.held_out(done, metrics) if metrics else {}
         return self._measured[1]
+
+
+def _held_out(
+    eval_step: Callable[..., Metrics],
+    frozen: FrozenTarget,
+    rows: BatchLoader | None,
+    mesh: Mesh,
+    state: TrainState,
+) -> list[Metrics]:
+    if rows is None:
+        return []
+    batches = _placed(rows, range(rows.steps_per_epoch), mesh)
+    return [eval_step(exported(state), frozen, batch) for batch in batches]
 
 
 def _placed(loader: BatchLoader, steps: Iterable[int], mesh: Mesh) -> Iterator[Any]:

@@ -52,6 +52,7 @@ class Progress:
             for record in known
         ]
         self._rates = rates
+        self._pending: list[tuple[int, Metrics]] = []  # of the newest step, not fetched yet
 
     @property
     def waiting(self) -> list[dict]:
@@ -60,6 +61,23 @@ class Progress:
             {key: np.asarray(value).tolist() for key, value in record._asdict().items()}
             for record in self._since
         ]
+
+    def took(self, done: int, metrics: Metrics) -> None:
+        """Adds the metrics of the step before this one.
+
+        This step's own are fetched when the next one has been dispatched, or by `settle`.
+
+        Raises:
+            UserError: as `add`.
+        """
+        self.settle()
+        self._pending = [(done, metrics)]
+
+    def settle(self) -> None:
+        """Adds the metrics of the newest step, and waits for them."""
+        pending, self._pending = self._pending, []
+        for done, metrics in pending:
+            self.add(done, metrics)
 
     def add(self, done: int, metrics: Metrics) -> None:
         """Adds the metrics of one step. done: number of steps completed, this one included.
