@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
+from beagle_jax.config import resolve_config
+from beagle_jax.config.printing import describe
 from beagle_jax.errors import run_main
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
@@ -32,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands.train import train_draft
 
-        figures = train_draft(config)
+        resolved = resolve_config(arguments.config, arguments.overrides)
+        figures = train_draft(config, described=describe(resolved))
     if is_first():
         try_it = (
             f'python -m beagle_jax.generate --config {arguments.config} "your prompt" '

@@ -43,6 +43,7 @@ from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
 from beagle_jax.training.loop import check_settings, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
+from beagle_jax.training.page import CONFIG
 from beagle_jax.training.warm_start import FIT_ROWS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
@@ -50,12 +51,13 @@ from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, configured_target
 
 
-def train_draft(config: Config, target: Target | None = None) -> dict:
+def train_draft(config: Config, target: Target | None = None, described: str = "") -> dict:
     """Trains a draft and exports it to <train.folder>/draft.
 
     target: what `training_target` returns, for a caller that also needs it; its layers then stay in
-    memory. Returns the draft's folder, the number of rows and answer tokens, and the size of the
-    draft's vocabulary.
+    memory. described: the configuration with the origin of each value, for the run's page. Returns
+    the draft's folder, the number of rows and answer tokens, and the size of the draft's
+    vocabulary.
     """
     listen()
     mesh = make_mesh(config.mesh)
@@ -67,6 +69,8 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     check_rows_of_run(config, rows)
+    if described and is_first():
+        write_text(Path(config.train.folder) / CONFIG, described + "\n")
     hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size, start)
     spec = new_spec(config.draft, target.spec) if start is None else start.spec
     spec = spec.scoring(target.spec.vocab_size if hot_ids is None else len(hot_ids))

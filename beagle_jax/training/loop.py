@@ -19,6 +19,7 @@ from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.page import write_page
 from beagle_jax.training.progress import Progress
 from beagle_jax.training.rates import Rates
 from beagle_jax.training.step import Metrics, TrainState, exported, make_steps
@@ -60,7 +61,7 @@ def run_stage(
         rates = Rates(name, config, spec, frozen, mesh, training.padding)
         progress = Progress(name, config, log, training, first, waiting, rates, start)
         measure = partial(_held_out, eval_step, frozen, held_out, mesh)
-        results = _Results(name, checkpoints, progress, rates, best, measure)
+        results = _Results(name, config, checkpoints, progress, rates, best, measure)
         trace = Trace(config, name)
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
@@ -154,6 +155,7 @@ class _Results:
     def __init__(
         self,
         name: str,
+        config: Config,
         checkpoints: StageCheckpoints,
         progress: Progress,
         rates: Rates,
@@ -161,7 +163,8 @@ class _Results:
         measure: Callable[[TrainState], list[Metrics]],
     ) -> None:
         """measure: returns metrics of the held-out batches, none if no rows are held out."""
-        self._name, self._checkpoints, self._progress = name, checkpoints, progress
+        self._name, self._config = name, config
+        self._checkpoints, self._progress = checkpoints, progress
         self._rates, self._best, self._measure = rates, best, measure
         self._measured: tuple[int, dict[str, Any]] = (-1, {})
 
@@ -178,11 +181,13 @@ class _Results:
         return self._best.exhausted(self._name, done)
 
     def save(self, done: int, state: TrainState, *, measured: bool) -> None:
-        """Saves a checkpoint, and logs held-out figures if measured is true."""
+        """Saves a checkpoint and draws the page; logs held-out figures if measured is true."""
         with self._rates.saving():
             self._checkpoints.save(state, done, self._progress.waiting)
         if measured:
             self._held_out(done, state)
+        write_page(self._config)
+        self._rates.restart()
 
     def _held_out(self, done: int, state: TrainState) -> dict[str, Any]:
         """Logs loss and agreement on the held-out rows, once for a step."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,6 +27,7 @@ CLOCKED = (
     "utilisation",
     "data_wait",
     "checkpoint_wait",
+    "memory_peak",
 )
 
 
@@ -96,6 +98,8 @@ class Rates:
             "data_wait": round(self._data / seconds, 4),
             "checkpoint_wait": round(self._checkpoints / seconds, 4),
         }
+        if memory := _memory_peak():
+            line["memory_peak"] = memory
         if self._peak:
             line["utilisation"] = round(self._flops() / (seconds * self._peak), 4)
         self.restart()
@@ -110,6 +114,15 @@ class Rates:
         if self._frozen.spec is not None:
             row += target_flops(self._frozen.spec, self._live)
         return rows * row
+
+
+def _memory_peak() -> int | None:
+    """Bytes that this process's first device has held at most; None if it does not report it."""
+    try:
+        statistics = jax.local_devices()[0].memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError):
+        return None
+    return statistics.get("peak_bytes_in_use")
 
 
 def _peak(config: Config, mesh: Mesh) -> float | None:
