@@ -36,7 +36,7 @@ def config_for(folder, **changes) -> Config:
     return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
 
 
-def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
+def loader_of(count: int, seed: int, share: Share = ALONE, batch: int = 4) -> BatchLoader:
     """Makes a loader of rows that can be learned: states depend on the tokens."""
     rng = np.random.default_rng(seed)
     table_VD = (
@@ -50,7 +50,7 @@ def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
         for n in lengths
     ]
     return BatchLoader(
-        rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
+        rows, [table_VD[row.tokens] for row in rows], batch=batch, row_tokens=L, seed=1, share=share
     )
 
 
