@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import DraftConfig
+from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.layers import (
-    apply_rope,
-    join_heads,
-    merge_attention,
-    partial_attention,
-    rms_norm,
-    rope_tables,
-    split_heads,
-)
+from beagle_jax.model.layers import apply_rope, join_heads, rms_norm, rope_tables, split_heads
 from beagle_jax.model.target import TargetSpec
 
 _IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
