@@ -4,8 +4,8 @@ Attention has two steps, so that keys may be in several places (a cache and the 
 and predicted states): `partial_attention` over each place, then `merge_attention`. Together they
 equal one softmax over all keys. A query that sees no key gets zeros (method.md 2.5).
 
-Many queries over many keys are computed in blocks of keys: float32 scores of a block are all that
-is in memory, forward and backward, and blocks after the last visible key are not read.
+Many keys are computed in blocks: float32 scores of a block are all that is in memory, forward and
+backward, and blocks after the last visible key are not read.
 """
 
 from functools import partial
@@ -52,15 +52,31 @@ def partial_attention(
     scores; None: H ** -0.5. cap: limit of the scaled scores (`soft_cap`).
     """
     scaled_BKGTH = q_BKGTH * (q_BKGTH.shape[-1] ** -0.5 if scale is None else scale)
-    many = k_BKHS.shape[-1] >= _MANY_KEYS and q_BKGTH.shape[-2] >= _MANY_QUERIES
-    if many and not isinstance(mask, bool):
-        mask = jnp.broadcast_to(mask, (*mask.shape[:-1], k_BKHS.shape[-1]))
-        return PartialAttention(*_in_blocks(cap, scaled_BKGTH, k_BKHS, v_BKSH, mask))
-    score = _scores(scaled_BKGTH, k_BKHS, mask, cap)
+    operands = scaled_BKGTH, k_BKHS, v_BKSH, mask
+    if k_BKHS.shape[-1] < _MANY_KEYS or isinstance(mask, bool):
+        return PartialAttention(*_at_once(cap, *operands))
+    in_blocks = partial(_in_blocks, cap)
+    if q_BKGTH.shape[-2] >= _MANY_QUERIES:
+        return PartialAttention(*in_blocks(*operands))
+    # Few queries: scores take no memory, but on a CPU the time of a step follows the keys that are
+    # read (benchmarks/live_attention.py). Elsewhere that is not measured yet.
+    at_once = partial(_at_once, cap)
+    return PartialAttention(*jax.lax.platform_dependent(*operands, cpu=in_blocks, default=at_once))
+
+
+def _at_once(
+    cap: float | None,
+    q_BKGTH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    mask: jax.Array | bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three parts of `PartialAttention`, from the scores of all keys."""
+    score = _scores(q_BKGTH, k_BKHS, mask, cap)
     # The peak cancels in the merge, so it needs no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
-    return PartialAttention(_weighted(weight, v_BKSH), peak, weight.sum(axis=-1))
+    return _weighted(weight, v_BKSH), peak, weight.sum(axis=-1)
 
 
 def _scores(
