@@ -72,6 +72,19 @@ def from_first(number: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(number))
 
 
+def summed(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Adds up each of the counts over all processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return counts
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    gathered = multihost_utils.process_allgather(np.asarray(counts, np.int32))
+    return tuple(int(count) for count in gathered.sum(axis=0))
+
+
 def host_copy(tree: Any) -> Any:
     """Copies arrays, which may be sharded over all processes, whole to host memory."""
     import jax

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
+from beagle_jax.config import resolve_config
+from beagle_jax.config.printing import describe
 from beagle_jax.errors import run_main
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
@@ -17,14 +19,23 @@ def main(argv: Sequence[str]) -> None:
         "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200",
     )
     add_distributed(made)
+    made.add_argument(
+        "--profile",
+        type=int,
+        metavar="STEPS",
+        help="write a trace of so many steps of each stage; the same as log.profile=STEPS",
+    )
     add_overrides(made)
     arguments = made.parse_args(argv)
+    if arguments.profile is not None:
+        arguments.overrides.append(f"log.profile={arguments.profile}")
     config = read_config(arguments)
     join(arguments)
     with working(arguments):
         from beagle_jax.commands.train import train_draft
 
-        figures = train_draft(config)
+        resolved = resolve_config(arguments.config, arguments.overrides)
+        figures = train_draft(config, described=describe(resolved))
     if is_first():
         try_it = (
             f'python -m beagle_jax.generate --config {arguments.config} "your prompt" '

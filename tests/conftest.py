@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import socket
+import sys
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,14 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser())
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def quick_pages(monkeypatch, request) -> None:
+    """Leaves the curves out of the pages of runs, whose drawing takes longer than a tiny stage."""
+    page = sys.modules.get("beagle_jax.training.page")
+    if page is not None and request.path.name != "test_run_page.py":
+        monkeypatch.setattr(page, "_svg", lambda *_: "")
 
 
 def free_port() -> int:

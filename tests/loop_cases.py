@@ -36,7 +36,7 @@ def config_for(folder, **changes) -> Config:
     return Config(target=TargetConfig(source="tiny"), train=train, log=LogConfig(every=3))
 
 
-def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
+def loader_of(count: int, seed: int, share: Share = ALONE, batch: int = 4) -> BatchLoader:
     """Makes a loader of rows that can be learned: states depend on the tokens."""
     rng = np.random.default_rng(seed)
     table_VD = (
@@ -50,7 +50,7 @@ def loader_of(count: int, seed: int, share: Share = ALONE) -> BatchLoader:
         for n in lengths
     ]
     return BatchLoader(
-        rows, [table_VD[row.tokens] for row in rows], batch=4, row_tokens=L, seed=1, share=share
+        rows, [table_VD[row.tokens] for row in rows], batch=batch, row_tokens=L, seed=1, share=share
     )
 
 
@@ -63,6 +63,7 @@ def train_stage(
     params: dict | None = None,
     held_out=None,
     best: Best | None = None,
+    start: int = 0,
 ) -> dict:
     """Runs a stage on one device and returns the draft's parameters.
 
@@ -75,7 +76,7 @@ def train_stage(
         training = loader_of(20, 1)
     log = Log(config)
     return loop.run_stage(
-        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best
+        stage, config, SPEC, params, frozen, ONE_DEVICE, training, held_out, log, best, start
     )
 
 
@@ -84,6 +85,7 @@ class Breaking:
 
     def __init__(self, loader: BatchLoader, step: int | None = None, how=None):
         self._loader, self._step, self._how, self.requested = loader, step, how, []
+        self.padding = loader.padding
 
     def batch_at(self, step: int):
         self.requested.append(step)

@@ -1,7 +1,8 @@
-"""One of two processes that train together: python tests/process_cases.py FOLDER.
+"""One of several processes that train together: python tests/process_cases.py FOLDER [BATCH].
 
-JAX_COORDINATOR_ADDRESS and so on must be set. Trains the early stage of a tiny draft. The second
-process gets SIGTERM when it reads its seventh batch.
+JAX_COORDINATOR_ADDRESS and so on must be set. Trains the early stage of a tiny draft. Without BATCH
+the second process gets SIGTERM when it reads its ninth batch; with it the stage goes to its end, in
+batches of so many rows.
 """
 
 import os
@@ -37,16 +38,21 @@ def interrupted(batch_at):
     return read
 
 
-def main(folder: str) -> None:
+def main(folder: str, batch: str | None = None) -> None:
     arguments = Namespace(distributed=False, quiet=False)
     join(arguments)
     from conftest import TINY, random_params  # looks at the devices, which only exist from here on
     from loop_cases import SPEC, config_for, loader_of
 
-    config, mesh = config_for(folder), make_mesh(MeshConfig(data=1, fsdp=-1))
+    rows = int(batch or 4)
+    config, mesh = config_for(folder, batch=rows), make_mesh(MeshConfig(data=1, fsdp=-1))
     embed_VD = random_params(TINY)["embed_VD"]
     frozen = place(FrozenTarget(embed_VD, embed_VD), mesh)
     params = place(init_draft(SPEC, jax.random.key(3)), mesh)
+    training = loader_of(20, 1, Share(*share_of_rows(mesh)), rows)
+    if batch:
+        run_stage("early", config, SPEC, params, frozen, mesh, training, None, Log(config))
+        return
     whole = host_copy(params)["q_proj"].shape == params["q_proj"].shape
     part = params["q_proj"].addressable_shards[0].data.shape
     print(
@@ -63,10 +69,9 @@ def main(folder: str) -> None:
     for name, share in (("rows", Share(*share_of_rows(along_tensor))), ("planted", this_process())):
         tokens_BL = place_rows(loader_of(20, 1, share).batch_at(0), along_tensor).tokens_BL
         print(name, tokens_BL.addressable_data(0).tolist(), flush=True)
-    training = loader_of(20, 1, Share(*share_of_rows(mesh)))
     training.batch_at = interrupted(training.batch_at)
     run_stage("early", config, SPEC, params, frozen, mesh, training, None, Log(config))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

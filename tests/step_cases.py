@@ -12,8 +12,8 @@ from beagle_jax.model.beagle import BeagleSpec
 
 SPEC = BeagleSpec.from_target(TINY)
 B, L, D = 3, 14, TINY.hidden_size
-# Rows this short would get noise of width 20 at the default scale.
-NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
+# Rows this short would get noise of width 7 at the default scale, without its limit.
+NOISY = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01, noise_shortest=1)
 CLEAN = NOISY.changed(noise="none")
 EARLY = EarlyStage(steps=10, learning_rate=1e-3, warmup=0, window=3)
 LATE = LateStage(steps=10, learning_rate=1e-3, warmup=0, window=4, simulation_steps=3)

@@ -1,6 +1,7 @@
 """The best draft by decoded tau: what is saved, what a resumed run knows, early ends."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,14 +26,20 @@ from beagle_jax.config import (
     EvalConfig,
     Identity,
     LateStage,
+    LogConfig,
     TargetConfig,
     TrainConfig,
 )
 from beagle_jax.errors import UserError
 from beagle_jax.training import best as best_module
 from beagle_jax.training.best import Best
+from beagle_jax.training.progress import Progress
+from beagle_jax.training.rates import CLOCKED
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
+
+
+BY_LOSS = {"best_by": "held_out_loss", "log": LogConfig(eval_rows=16)}
 
 
 class Decoder:
@@ -40,7 +47,8 @@ class Decoder:
 
     def __init__(self, path, taus: list[float], **settings):
         self.taus, self.saved, self.measured = iter(taus), [], []
-        changes = {key: settings.pop(key) for key in ("train", "decode") if key in settings}
+        sections = ("train", "decode", "log")
+        changes = {key: settings.pop(key) for key in sections if key in settings}
         config = Config(
             target=TargetConfig(source="x"), eval=EvalConfig(**{"every": 3} | settings), **changes
         )
@@ -51,7 +59,7 @@ class Decoder:
         return {"tau": next(self.taus), "rounds": 5}
 
     def keep(self, folder, params: dict, figures: dict) -> None:
-        self.saved.append((figures["stage"], figures["step"], figures["tau"]))
+        self.saved.append((figures["stage"], figures["step"], figures.get("tau")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"best": figures}))
         np.savez(folder / "weights.npz", **params)
@@ -180,7 +188,8 @@ def test_measuring_changes_nothing_that_is_trained_and_is_logged(run, tmp_path):
     assert looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (12, 1.25)]
 
     def plain(of):
-        return [{**line, "tokens_per_second": 0} for line in lines_of(of) if "split" not in line]
+        lines = [line for line in lines_of(of) if "split" not in line]
+        return [{**line, **dict.fromkeys(CLOCKED)} for line in lines]
 
     assert plain(config) == plain(other) and saved_steps(config) == [10, 12]
     assert decoder.saved == [("early", 3, 1.1), ("early", 6, 1.3)]
@@ -213,6 +222,59 @@ def test_a_resumed_run_measures_what_was_lost_and_ends_the_same(run, tmp_path):
         looks_of(config) == [(3, 1.1), (6, 1.3), (9, 1.2), (6, 1.3), (9, 1.2), (12, 1.25)]
         and again.saved == []
     )
+
+
+def test_the_lowest_held_out_loss_decides_if_the_settings_say_so(run, frozen, tmp_path):
+    """Nothing is decoded; the best weights come back, and the last stage's best is exported."""
+    config = config_for(tmp_path, checkpoint_every=100)
+    decoder = Decoder(tmp_path / "best.json", [], patience=1, **BY_LOSS)
+    losses = iter([3.0, 2.0, 2.5])
+
+    def held_out(self, done, batches):
+        line = {"loss": next(losses)}
+        self.aside(done, "held_out", line, "")
+        return line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "held_out", held_out)
+        patch.setattr(Best, "due", lambda self, done, steps: done % 3 == 0)
+        ended = train_stage(config, frozen, held_out=loader_of(8, 2), best=decoder.best)
+    stored = json.loads((tmp_path / "best.json").read_text())["stages"]
+    assert stored == {"early": {"step": 6, "held_out_loss": 2.0}} and decoder.measured == []
+    same_params(ended, decoder.restore(decoder.best.folder))
+    assert saved_steps(config)[-1] == 9
+    looks = [line["step"] for line in lines_of(config) if line.get("split") == "held_out"]
+    assert looks == [3, 6, 9]  # once a step, though step 9 is saved too
+
+
+def test_a_later_stage_s_loss_is_not_compared_with_an_earlier_one_s(tmp_path):
+    """The late stage's loss is weighted otherwise."""
+    decoder = Decoder(tmp_path / "best.json", [], **BY_LOSS)
+    decoder.best.look("early", 3, {}, {"held_out_loss": 1.0})
+    decoder.best.look("late", 3, {}, {"held_out_loss": 7.0})
+    assert decoder.best.folder == tmp_path / "best" / "late"
+
+
+def test_measurements_keep_to_their_share_of_the_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(best_module, "time", clock)
+    decoder = Decoder(tmp_path / "best.json", [1.0] * 9, most_time=0.25)
+    measure = decoder.best._measure
+
+    def slow(params):
+        clock.now += 1.0
+        return measure(params)
+
+    decoder.best._measure, measured = slow, []
+    for done in range(3, 31):
+        clock.now += 0.5  # training
+        if decoder.best.due(done, 30):
+            measured.append((done, decoder.best.look("early", done, {})["share_of_run"]))
+    assert [done for done, _ in measured] == [3, 15, 21, 27, 30]
+    assert all(share <= 0.25 for done, share in measured[1:-1])
+    unbounded = Decoder(tmp_path / "other.json", [1.0] * 9)
+    assert [done for done in range(3, 31) if unbounded.best.due(done, 30)] == list(range(3, 31, 3))
 
 
 def test_a_broken_draft_is_never_measured(run, tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import TINY
 
+from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec, init_eagle
-from beagle_jax.model.layers import RopeScaling, merge_attention, partial_attention
+from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.masks import causal_mask
 
 LLAMA = dict(hidden_size=4096, num_heads=32, head_dim=128)

@@ -16,7 +16,8 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import chain, dynamic_tree
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation import audit as audit_module
-from beagle_jax.model.layers import merge_attention, partial_attention, rms_norm
+from beagle_jax.model.attention import merge_attention, partial_attention
+from beagle_jax.model.layers import rms_norm
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
 from beagle_jax.weights import target as target_module

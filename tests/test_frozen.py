@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,6 +19,7 @@ from command_cases import COMMANDS, ended
 from safetensors.numpy import load_file, save_file
 from test_report import check_schema
 
+from beagle_jax.commands import train as train_command
 from beagle_jax.config import load_config
 from beagle_jax.data.folder import read_parts
 from beagle_jax.decoding import tuning
@@ -25,6 +27,7 @@ from beagle_jax.errors import UserError, run_main
 from beagle_jax.evaluation.answers import AnswerLog
 from beagle_jax.evaluation.pages import markdown
 from beagle_jax.evaluation.report import Report
+from beagle_jax.training import step
 from beagle_jax.weights.draft import load_draft, save_draft
 from beagle_jax.weights.target import load_target
 
@@ -264,14 +267,33 @@ def differing(then: list[dict], now: list[dict]) -> list[tuple[str, int, str]]:
     ]
 
 
+@pytest.fixture
+def as_0_1_0(monkeypatch) -> None:
+    """Rates and batches of version 0.1.0, whose numbers are compared.
+
+    There the first update had a rate of zero, and the late stage began at the first batch again.
+    """
+
+    def rates(stage):
+        def rate(before, batches=1):
+            return stage.learning_rate * jnp.minimum(1.0, before / max(stage.warmup, 1))
+
+        assert stage.schedule == "constant"
+        return rate
+
+    monkeypatch.setattr(step, "learning_rates", rates)
+    monkeypatch.setattr(train_command, "steps_done", lambda name, config: 0)
+
+
 def gone_on(place: Path, name: str) -> tuple[list[dict], dict]:
     """Returns log and best taus after an interrupted run was continued to its end."""
-    assert run("train", f"train.folder={name}", *EXPECTED["runs"][name]["overrides"]) == 0
+    more = ["train.noise_shortest=1", *EXPECTED["runs"][name]["overrides"]]
+    assert run("train", f"train.folder={name}", *more) == 0
     return last_lines(place / name), json.loads((place / name / "best.json").read_text())["stages"]
 
 
 @pytest.mark.parametrize("name", EXPECTED["runs"])
-def test_an_interrupted_run_goes_on_to_the_same_losses(place, name):
+def test_an_interrupted_run_goes_on_to_the_same_losses(place, name, as_0_1_0):
     folder, expected = unpacked(place, name), EXPECTED["runs"][name]
     stage = name.partition("_")[2]
     saved = {path.parent.name: path.name for path in folder.glob("checkpoints/*/3")}
@@ -280,7 +302,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(place, name):
     assert differing(expected["log"], log) == [] and best == expected["best"]
 
 
-def test_planted_bugs_in_what_a_run_goes_on_from(place):
+def test_planted_bugs_in_what_a_run_goes_on_from(place, as_0_1_0):
     """The optimizer's moments are lost, or the best tau of the stage before."""
     folder = unpacked(place, "adamw_late")
     checkpoint = folder / "checkpoints" / "late" / "3"
@@ -294,6 +316,14 @@ def test_planted_bugs_in_what_a_run_goes_on_from(place):
     expected = EXPECTED["runs"]["adamw_late"]
     assert ("late", 6, "loss") in differing(expected["log"], log)
     assert "early" in expected["best"] and "early" not in best
+
+
+def test_a_run_whose_noise_had_no_limit_is_refused_by_name(place, capsys):
+    """Its settings do not name the limit, which did not exist; today's default is another."""
+    unpacked(place, "adamw_early")
+    argv = ["train.folder=adamw_early", *EXPECTED["runs"]["adamw_early"]["overrides"]]
+    status, message = ended(capsys, "train", "--config", "run.yaml", *argv)
+    assert status == 1 and "train.noise_shortest: 1 there, 128 now" in message
 
 
 def test_a_run_of_other_settings_is_refused(place, capsys):

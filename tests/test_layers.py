@@ -5,14 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beagle_jax.model.layers import (
-    apply_rope,
-    merge_attention,
-    partial_attention,
-    rms_norm,
-    rope_tables,
-    soft_cap,
-)
+from beagle_jax.model.attention import merge_attention, partial_attention, soft_cap
+from beagle_jax.model.layers import apply_rope, rms_norm, rope_tables
 
 B, K, G, T, S, H = 2, 2, 3, 5, 9, 8
 

@@ -210,9 +210,16 @@ def test_shares_by_offset_are_of_what_was_counted():
     assert {key: line[key] for key in line if key.startswith("top")} == shares
 
 
+class Counting:
+    """Stands for the stage's rates, which this test does not read."""
+
+    def add(self, metrics: Metrics) -> None:
+        pass
+
+
 def test_states_that_the_step_makes_are_not_called_finite(tmp_path):
     training = BatchLoader([Row([1, 2, 3], [True] * 3)] * 4, None, batch=4, row_tokens=L, seed=1)
-    progress = Progress("early", config_for(tmp_path), None, training, 0, [])
+    progress = Progress("early", config_for(tmp_path), None, training, 0, [], Counting())
     message = (
         r"Its batch is number 0 of epoch 6. Lower train.early.learning_rate. If that does not "
         r"help, the target's states, which this step computes"
@@ -239,7 +246,11 @@ def reads_ahead(stage, config, patience: float, monkeypatch) -> bool:
 
 def test_the_next_batches_are_read_while_a_step_is_under_way(stage, tmp_path, monkeypatch):
     assert reads_ahead(stage, config_for(tmp_path / "a"), 20, monkeypatch)
-    monkeypatch.setattr(loop, "read_ahead", map)  # planted: read when the step is over
+
+    def when_the_step_is_over(batch_at, steps, place):
+        return map(place, map(batch_at, steps))
+
+    monkeypatch.setattr(loop, "read_ahead", when_the_step_is_over)
     assert not reads_ahead(stage, config_for(tmp_path / "b"), 0, monkeypatch)
 
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from step_cases import CLEAN, EARLY
 
 from beagle_jax.config import EarlyStage, StageConfig
-from beagle_jax.training.step import (
-    make_optimizer,
-)
+from beagle_jax.training import step
+from beagle_jax.training.step import make_optimizer
 
 # Schedule and clipping
 
@@ -32,21 +32,52 @@ def learning_rates(stage: StageConfig, steps: int) -> list[float]:
     [
         (
             EarlyStage(steps=8, learning_rate=0.4, warmup=4),
-            [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4],
+            [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4],
         ),
         (EarlyStage(steps=8, learning_rate=0.4, warmup=0), [0.4] * 8),
         (
             EarlyStage(steps=6, learning_rate=0.4, warmup=2, schedule="cosine"),
-            [0.0, 0.2, 0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
+            [0.2, 0.4, 0.4, 0.341421, 0.2, 0.058579],
         ),
         (
             EarlyStage(steps=4, learning_rate=0.4, warmup=0, schedule="cosine"),
-            [0.4, 0.341421, 0.2, 0.058579, 0.0, 0.0],
+            [0.4, 0.341421, 0.2, 0.058579],
+        ),
+        (
+            EarlyStage(steps=7, learning_rate=0.4, warmup=2, schedule="wsd", decay=4),
+            [0.2, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1],
+        ),
+        (
+            EarlyStage(steps=10, learning_rate=0.4, warmup=0, schedule="wsd"),
+            [0.4] * 8 + [0.4, 0.2],
         ),
     ],
 )
-def test_warm_up_then_constant_or_cosine(stage, expected):
+def test_warm_up_then_constant_cosine_or_a_linear_end(stage, expected):
     np.testing.assert_allclose(learning_rates(stage, len(expected)), expected, atol=1e-5)
+
+
+def test_no_update_of_a_stage_has_a_rate_of_zero():
+    """Nor with several batches an update, where the warm-up counts batches."""
+    stage = EarlyStage(steps=12, learning_rate=0.4, warmup=6, schedule="cosine")
+    for accumulate in (1, 2, 3):
+        rate = step.learning_rates(stage)
+        rates = [float(rate(before, accumulate)) for before in range(0, 12, accumulate)]
+        assert min(rates) > 0.0 and max(rates) == pytest.approx(0.4)
+        assert rates[0] == pytest.approx(0.4 * accumulate / 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": 3}, "decay is 3, but schedule is constant"),
+        ({"decay": 8, "schedule": "wsd"}, "decay is 8 batches, but only 7 of steps = 9 come after"),
+        ({"warmup": 9, "schedule": "wsd"}, "decay is 1 batches, but only 0 of steps = 9"),
+    ],
+)
+def test_an_end_that_does_not_fit_is_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        EarlyStage(**{"steps": 9, "warmup": 2} | settings)
 
 
 def clipped(gradient: dict, clip_norm: float) -> dict:
@@ -83,10 +114,26 @@ def test_moments_and_weight_decay_are_the_config_s():
     config = CLEAN.changed(beta1=0.5, beta2=0.75, weight_decay=0.1, clip_norm=100.0)
     optimizer, params = (
         make_optimizer(config, EarlyStage(steps=2, learning_rate=0.1, warmup=0)),
-        {"w": jnp.array([2.0])},
+        {"w": jnp.array([[2.0]]), "norm": jnp.array([2.0])},
     )
+
+    def gradient(value: float) -> dict[str, jax.Array]:
+        return {"w": jnp.array([[value]]), "norm": jnp.array([value])}
+
     state = optimizer.init(params)
-    _, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
-    updates, _ = optimizer.update({"w": jnp.array([3.0])}, state, params)
+    _, state = optimizer.update(gradient(1.0), state, params)
+    updates, _ = optimizer.update(gradient(3.0), state, params)
     mean, variance = (0.25 * 1 + 0.5 * 3) / 0.75, (0.25 * 0.75 * 1 + 0.25 * 9) / (1 - 0.75**2)
-    np.testing.assert_allclose(updates["w"], [-0.1 * (mean / variance**0.5 + 0.1 * 2)], rtol=1e-5)
+    step_of = mean / variance**0.5
+    np.testing.assert_allclose(updates["w"], [[-0.1 * (step_of + 0.1 * 2)]], rtol=1e-5)
+    np.testing.assert_allclose(updates["norm"], [-0.1 * step_of], rtol=1e-5)  # not decayed
+
+
+def test_muon_decays_no_norm_weight_either():
+    config = CLEAN.changed(weight_decay=0.5, optimizer="muon")
+    optimizer = make_optimizer(config, EarlyStage(steps=2, learning_rate=0.1, warmup=0))
+    params = {"w": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], np.full((2, 2), -0.05), rtol=1e-5)
+    np.testing.assert_array_equal(updates["norm"], [0.0, 0.0])

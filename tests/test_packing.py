@@ -71,12 +71,13 @@ def everything(loader: BatchLoader, lines: int, C: int) -> Batch:
     """
     steps = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
     shape = Batch((lines, L), (lines, L, TINY.hidden_size), (lines, T), (lines, C), (lines, C))
-    assert all(step.targets_BLD is None for step in steps)  # one array where both are equal
-    fields = (np.concatenate(field) for field in zip(*(step[:-1] for step in steps), strict=True))
+    # One array where both are equal, and no scale of states that are not int8.
+    assert all(step.targets_BLD is None and step.scale_BL is None for step in steps)
+    fields = (np.concatenate(field) for field in zip(*(step[:-2] for step in steps), strict=True))
     return Batch(
         *(
             np.pad(x, [(0, n - m) for n, m in zip(size, x.shape, strict=True)])
-            for x, size in zip(fields, shape[:-1], strict=True)
+            for x, size in zip(fields, shape[:-2], strict=True)
         )
     )
 

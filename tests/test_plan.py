@@ -185,6 +185,7 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
         batch.inputs_BLI.shape,
         batch.inputs_BLI.dtype,
     )
+    assert (planned.scale_BL is None) == (batch.scale_BL is None) == (dtype != "int8")
 
 
 def test_the_target_s_own_pass_is_part_of_an_online_step(compiled, mesh):
@@ -449,6 +450,7 @@ def test_verdicts_and_hours_are_told():
         "optimizer": 8e9,
         "frozen": 1e8,
         "batch": 1e6,
+        "waiting": 2e6,
         "temporaries": 5e9,
         "compiler_total": 17e9,
         "refusal": "",

@@ -2,9 +2,16 @@
 
 import threading
 
+import jax
+import numpy as np
 import pytest
 
-from beagle_jax.data.prefetch import AHEAD, read_ahead
+from beagle_jax.data import prefetch
+from beagle_jax.data.prefetch import AHEAD
+
+
+def read_ahead(batch_at, steps, place=lambda batch: batch):
+    return prefetch.read_ahead(batch_at, steps, place)
 
 
 class Reader:
@@ -61,9 +68,53 @@ def test_an_error_comes_at_its_step():
     with pytest.raises(ValueError, match="step 2"):
         seen.extend(batches)
     assert seen == [0, 10]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    assert not threads_left()
+
+
+def threads_left() -> list[threading.Thread]:
+    names = ("batches", "copies")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_steps(count):
     assert list(read_ahead(Reader(), range(count))) == [0] * count
+
+
+class Copier:
+    """Copies batches to the device; the copy of batch `broken` raises."""
+
+    def __init__(self, broken: int | None = None):
+        self.broken, self.threads = broken, set()
+
+    def __call__(self, batch: int) -> jax.Array:
+        self.threads.add(threading.current_thread().name)
+        if batch == self.broken:
+            raise ValueError(f"batch {batch}")
+        return jax.device_put(np.full(3, batch))
+
+
+def check_copied_aside(copier: Copier, copied: list) -> None:
+    """Checks that batches are on the device, and that the caller's thread copied none."""
+    assert all(isinstance(batch, jax.Array) for batch in copied)
+    assert [int(batch[0]) for batch in copied] == [10 * step for step in range(9)]
+    assert copier.threads and threading.current_thread().name not in copier.threads
+
+
+def test_copies_to_the_device_are_made_by_a_thread_of_their_own():
+    copier = Copier()
+    check_copied_aside(copier, list(read_ahead(Reader(), range(9), copier)))
+    assert all(name.startswith("copies") for name in copier.threads)
+
+
+def test_copies_by_the_caller_are_seen():
+    copier = Copier()
+    with pytest.raises(AssertionError):
+        check_copied_aside(copier, list(map(copier, read_ahead(Reader(), range(9)))))
+
+
+def test_an_error_of_a_copy_comes_at_its_step():
+    seen = []
+    with pytest.raises(ValueError, match="batch 20"):
+        seen.extend(read_ahead(Reader(), range(9), Copier(broken=20)))
+    assert [int(batch[0]) for batch in seen] == [0, 10] and not threads_left()

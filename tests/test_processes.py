@@ -11,7 +11,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import TINY, environment, free_port
-from loop_cases import config_for, lines_of, loader_of, saved_steps, train_stage
+from loop_cases import (
+    Breaking,
+    config_for,
+    interrupt,
+    lines_of,
+    loader_of,
+    saved_steps,
+    train_stage,
+)
 from process_cases import ASKED_AT
 
 from beagle_jax.config import MeshConfig
@@ -92,6 +100,35 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 # Two processes on this machine, one device each
 
 
+def run_in(count: int, *argv: str) -> list[tuple[str, str]]:
+    """Runs process_cases.py in `count` processes of one device; returns stdout and stderr of each.
+
+    All must end with status 0.
+    """
+    tests = Path(__file__).parent
+    variables = environment(1) | {
+        "PYTHONPATH": f"{tests.parent}:{tests}",
+        "TQDM_DISABLE": "1",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tests / "process_cases.py"), *argv],
+            env=variables | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    ended = [process.communicate(timeout=280) for process in started]
+    assert [process.returncode for process in started] == [0] * count, "\n".join(
+        stderr[-2000:] for _, stderr in ended
+    )
+    return ended
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """A run of two processes, which SIGTERM ended in its early stage.
@@ -99,28 +136,8 @@ def together(tmp_path_factory):
     Returns its config, what each process said, after which step it stopped, and the tokens of a
     batch that each process holds on a mesh along `tensor`.
     """
-    folder, tests = tmp_path_factory.mktemp("together"), Path(__file__).parent
-    variables = environment(1) | {
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-        "TQDM_DISABLE": "1",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-    }
-    command = [sys.executable, str(tests / "process_cases.py"), str(folder)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=variables | {"JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    ended = [process.communicate(timeout=280) for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(
-        stderr[-2000:] for _, stderr in ended
-    )
+    folder = tmp_path_factory.mktemp("together")
+    ended = run_in(2, str(folder))
     said = [line for stdout, _ in ended for line in stdout.splitlines()]
     stops = [
         int(line.partition("stopped by SIGTERM after step ")[2].split(",")[0])
@@ -270,3 +287,23 @@ def test_what_two_processes_saved_goes_on_in_one(together, alone):
     for name in expected:
         scale = np.abs(np.asarray(expected[name])).max()
         np.testing.assert_allclose(params[name], expected[name], atol=1e-6 * scale, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_one_process_saved_goes_on_in_more(frozen, tmp_path, count):
+    """As above, the other way round: batches of six rows, two or three of them in each process."""
+    whole = config_for(tmp_path / "whole", batch=6)
+    expected = train_stage(whole, frozen, loader_of(20, 1, batch=6))
+    config = config_for(tmp_path / "cut", batch=6)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(config, frozen, Breaking(loader_of(20, 1, batch=6), 8, interrupt))
+    assert saved_steps(config)[-1] == 5
+    run_in(count, config.train.folder, "6")
+    assert saved_steps(config)[-1] == 12
+    losses = [{line["step"]: line["loss"] for line in lines_of(of)} for of in (whole, config)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=2e-5)
+    actual = train_stage(config, frozen, loader_of(20, 1, batch=6))  # nothing is left to do
+    for name in expected:
+        scale = np.abs(np.asarray(expected[name])).max()
+        np.testing.assert_allclose(actual[name], expected[name], atol=1e-6 * scale, err_msg=name)

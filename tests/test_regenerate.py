@@ -11,7 +11,7 @@ from beagle_jax.corpus import answers as corpus_answers
 from beagle_jax.corpus.answers import TargetAnswers
 from beagle_jax.corpus.text import training_rows
 from beagle_jax.data.folder import states_path
-from beagle_jax.data.states import record_bytes
+from beagle_jax.data.state_records import record_bytes
 
 # Drops the text before </think> from answers that are not the last, as Qwen3's template does.
 FORGETFUL = (

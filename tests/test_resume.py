@@ -10,14 +10,17 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from loop_cases import (
+    SPEC,
     Breaking,
     after_each_step,
     broken_at,
     config_for,
+    infinite_state,
     interrupt,
     lines_of,
     loader_of,
@@ -28,10 +31,12 @@ from loop_cases import (
 
 from beagle_jax.config import Config, LateStage, LogConfig
 from beagle_jax.errors import UserError
+from beagle_jax.model.beagle import init_draft
 from beagle_jax.training.checkpoint import StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
-from beagle_jax.training.loop import check_settings, settings_of
+from beagle_jax.training.loop import check_settings, settings_of, steps_done
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.rates import CLOCKED
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -48,10 +53,29 @@ def both_stages(config: Config, frozen: FrozenTarget, training=None) -> dict:
     return train_stage(config, frozen, training, stage="late", params=early)
 
 
+def test_the_late_stage_goes_on_with_the_batches_after_the_early_one(frozen, tmp_path):
+    config, training = config_of(tmp_path), Breaking(loader_of(20, 1))
+    early = train_stage(config, frozen, training)
+    done, training.requested = steps_done("early", config), []
+    assert done == config.train.early.steps and steps_done("late", config) == 0
+    train_stage(config, frozen, training, stage="late", params=early, start=done)
+    steps = config.train.late.steps
+    assert training.requested == list(range(done, done + steps))
+    assert steps_done("late", config) == steps
+
+
+def test_a_batch_is_named_by_its_place_in_the_text_not_in_the_stage(frozen, tmp_path):
+    """The third batch of the late stage is the last of the third epoch of five batches."""
+    config, training = config_of(tmp_path), Breaking(loader_of(20, 1), 14, infinite_state)
+    params = init_draft(SPEC, jax.random.key(3))
+    with pytest.raises(UserError, match=r"late stage, step 3: .* number 4 of epoch 2; its row 0"):
+        train_stage(config, frozen, training, stage="late", params=params, start=12)
+
+
 def figures_of(config: Config) -> dict[tuple[str, int], dict]:
     """Returns the last log record of every step, without what depends on the clock."""
     return {
-        (line["stage"], line["step"]): {**line, "tokens_per_second": None}
+        (line["stage"], line["step"]): {**line, **dict.fromkeys(CLOCKED)}
         for line in lines_of(config)
     }
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from beagle_jax.data import states
+from beagle_jax.data import state_records, states
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.states import is_stored, keep_states, states_bytes, target_states
 from beagle_jax.data.template import Row
@@ -66,12 +66,12 @@ def test_one_scale_for_a_whole_row_is_seen(path, monkeypatch):
     """One scale per row, that of its largest token, would lose the digits of small states."""
 
     def coarse(states_LD, dtype):
-        records = np.empty(len(states_LD), states._int8_record(WIDTH))
+        records = np.empty(len(states_LD), state_records.int8_record(WIDTH))
         scale = np.abs(states_LD).max() / 127 or 1.0
         records["state"], records["scale"] = np.rint(states_LD / scale), scale
         return records.tobytes()
 
-    monkeypatch.setattr(states, "_encode", coarse)
+    monkeypatch.setattr(states, "encode", coarse)
     keep_states(path, ROWS, some_states(), "int8")
     with pytest.raises(AssertionError):
         check_close(read(path, "int8"), "int8")
@@ -119,7 +119,7 @@ def test_an_index_that_lacks_a_row_is_not_taken_for_whole(path):
     keep_states(path, ROWS, some_states())
     index = path.with_suffix(".states.json")
     content = json.loads(index.read_text())
-    index.write_text(json.dumps(content | {"crc32": content["crc32"][:-1]}))
+    index.write_text(json.dumps(content | {"sum64": content["sum64"][:-1]}))
     assert not is_stored(path, ROWS, WIDTH, "float32")
 
 

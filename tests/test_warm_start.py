@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from beagle_jax.data.loader import Batch
+from beagle_jax.model.attention import partial_attention
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
-from beagle_jax.model.layers import partial_attention
 from beagle_jax.model.masks import early_block_mask
 from beagle_jax.training.warm_start import warm_start
 

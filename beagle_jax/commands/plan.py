@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
-from beagle_jax.data.states import record_bytes, record_width
+from beagle_jax.data.state_records import record_bytes
+from beagle_jax.data.states import record_width
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of
 from beagle_jax.model.kinds import new_spec
@@ -50,7 +51,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     online, beside = (
         (params, None)
         if config.data.states == "online"
-        else (None, params if config.eval.every else None)
+        else (None, params if config.eval.decodes else None)
     )
     stages = {
         name: stage_cost(name, config, target, scored, mesh, online, beside)
@@ -105,9 +106,8 @@ def disk(config: Config, width: int, draft_parameters: int) -> dict:
     online = config.data.states == "online"
     token = 0 if online else record_bytes(width, config.data.states_dtype or config.target.dtype)
     tokens = text_tokens(config)
-    held = (
-        3 if config.train.accumulate == 1 else 4
-    )  # parameters, two moments and, with accumulation, summed gradients; all float32
+    # parameters, two moments, summed gradients, the weights' average; all float32
+    held = 3 + (config.train.accumulate > 1) + (config.train.ema is not None)
     checkpoint = held * 4 * draft_parameters
     return {
         "state_of_a_token": token,
@@ -183,6 +183,7 @@ def table(figures: dict) -> str:
         ("optimizer", _of("optimizer")),
         ("frozen parts of the target", _of("frozen")),
         ("tokens and states", _of("batch")),
+        ("of the next batches", _of("waiting")),
         ("temporaries", _of("temporaries")),
         ("all, by the compiler", _of("compiler_total")),
         ("compiled in", lambda stage: f"{stage['compile_seconds']:.1f} s"),

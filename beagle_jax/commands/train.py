@@ -21,7 +21,7 @@ from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.rows_file import rows_digest
-from beagle_jax.data.share import Share, wait_for_all
+from beagle_jax.data.share import Share, part_of, this_process, wait_for_all
 from beagle_jax.data.source import check_source
 from beagle_jax.data.states import StoredStates, states_in_memory
 from beagle_jax.data.template import Row, supervised_tokens
@@ -35,14 +35,15 @@ from beagle_jax.json_file import read_json
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
-from beagle_jax.processes import host_copy, is_first
+from beagle_jax.processes import host_copy, is_first, summed
 from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
-from beagle_jax.training.loop import check_settings, run_stage
+from beagle_jax.training.loop import check_settings, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
+from beagle_jax.training.page import CONFIG
 from beagle_jax.training.warm_start import FIT_ROWS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
@@ -50,12 +51,13 @@ from beagle_jax.weights.shape import check_shape
 from beagle_jax.weights.target import Target, configured_target
 
 
-def train_draft(config: Config, target: Target | None = None) -> dict:
+def train_draft(config: Config, target: Target | None = None, described: str = "") -> dict:
     """Trains a draft and exports it to <train.folder>/draft.
 
     target: what `training_target` returns, for a caller that also needs it; its layers then stay in
-    memory. Returns the draft's folder, the number of rows and answer tokens, and the size of the
-    draft's vocabulary.
+    memory. described: the configuration with the origin of each value, for the run's page. Returns
+    the draft's folder, the number of rows and answer tokens, and the size of the draft's
+    vocabulary.
     """
     listen()
     mesh = make_mesh(config.mesh)
@@ -67,6 +69,8 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     start = given_draft(config, target)
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     check_rows_of_run(config, rows)
+    if described and is_first():
+        write_text(Path(config.train.folder) / CONFIG, described + "\n")
     hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size, start)
     spec = new_spec(config.draft, target.spec) if start is None else start.spec
     spec = spec.scoring(target.spec.vocab_size if hot_ids is None else len(hot_ids))
@@ -78,7 +82,7 @@ def train_draft(config: Config, target: Target | None = None) -> dict:
     best = best_draft(config, target, prompts, draft_of) if config.eval.every else None
     whole = needs_whole_head(config, spec)
     frozen = frozen_parts(target, hot_ids, states is None, whole=whole)
-    if best is None:
+    if not config.eval.decodes:
         del target  # frees the memory of its layers, unless the caller keeps the target
     training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
     # No name in this function holds the first parameters, so the second stage can free them.
@@ -195,7 +199,7 @@ def check_beforehand(config: Config) -> list[Chat]:
     check_writers(config)
     check_settings(config)
     check_source(config.data)
-    if config.eval.every and config.decode.tree == "auto":
+    if config.eval.decodes and config.decode.tree == "auto":
         raise UserError(
             "decode.tree is auto, which is tuned for a trained draft, but eval.every is "
             f"{config.eval.every}, which decodes with drafts that are in training; set "
@@ -203,7 +207,7 @@ def check_beforehand(config: Config) -> list[Chat]:
         )
     return (
         suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
-        if config.eval.every
+        if config.eval.decodes
         else []
     )
 
@@ -225,23 +229,31 @@ def best_draft(
 ) -> Best:
     """Returns a `Best` that measures tau and keeps each stage's best in <train.folder>/best.
 
-    It decodes these prompts with the settings of `decode`.
+    It decodes these prompts with the settings of `decode`; each process decodes a part of them.
     """
-    tokens = tokenize(prompts, target.tokenizer)
+    tokens = tokenize(prompts, target.tokenizer) if config.eval.decodes else []
+    first, end = part_of(len(tokens), this_process())
+    seed = config.decode.seed + first  # prompt n of all draws with seed + n
 
     def measure(params: dict) -> dict:
-        decoder = decoder_of(
-            config, target, draft_of({name: jnp.asarray(array) for name, array in params.items()})
-        )
-        answers = decoder.generate(
-            tokens, sampling_of(config.decode), max_new_tokens=config.eval.max_new_tokens
-        )
-        measured = Measurement("draft", [[answer] for answer in answers])
-        return {
-            "tau": round(measured.tau, 4),
-            "rounds": measured.rounds,
-            "tokens": measured.tokens - len(answers),
-        }  # tokens of the prefill belong to no round
+        rounds = made = 0
+        if first < end:
+            decoder = decoder_of(
+                config,
+                target,
+                draft_of({name: jnp.asarray(array) for name, array in params.items()}),
+            )
+            answers = decoder.generate(
+                tokens[first:end],
+                sampling_of(config.decode),
+                max_new_tokens=config.eval.max_new_tokens,
+                seed=seed,
+            )
+            measured = Measurement("draft", [[answer] for answer in answers])
+            # tokens of the prefill belong to no round
+            rounds, made = measured.rounds, measured.tokens - len(answers)
+        rounds, made = summed((rounds, made))
+        return {"tau": round(made / rounds if rounds else 1.0, 4), "rounds": rounds, "tokens": made}
 
     def keep(folder: Path, params: dict[str, jax.Array], figures: dict) -> None:
         save_draft(folder, draft_of(params, best=figures))
@@ -276,6 +288,7 @@ def loaders(
         seed=config.train.seed,
         share=Share(*share_of_rows(mesh)),
         taps=taps,
+        workers=config.data.workers,
     )
     training = loader(rows[:cut], states and states[:cut], pack=config.train.pack)
     held_out = loader(rows[cut:], states and states[cut:]) if config.log.eval_rows else None
@@ -313,8 +326,12 @@ def train(
             "padding_unpacked": round(training.padding_unpacked, 4),
         }
     )
+    start = 0  # each stage goes on with the batches after those of the stages before
     for stage in config.train.stages_to_run:
-        params = run_stage(stage, config, spec, params, frozen, mesh, training, held_out, log, best)
+        params = run_stage(
+            stage, config, spec, params, frozen, mesh, training, held_out, log, best, start
+        )
+        start += steps_done(stage, config)
     log.close()
     return params
 

@@ -117,6 +117,10 @@ class DataConfig(Section):
         affects=("text", "stage"),
     )
 
+    workers: int = setting(
+        4, "threads that read the states of a batch; the order of rows does not depend on it", ge=1
+    )
+
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
         if self.prompts is not None and not self.source.startswith("openai:"):

@@ -1,10 +1,10 @@
 """Section `eval`: what is measured, during training and after it."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
-from beagle_jax.config.section import Listed, Section, refusal, setting
+from beagle_jax.config.section import Listed, Number, Section, refusal, setting
 
 
 class EvalConfig(Section):
@@ -44,11 +44,29 @@ class EvalConfig(Section):
         affects=("tau",),
         ge=1,
     )
+    best_by: Literal["tau", "held_out_loss"] = setting(
+        "tau",
+        "training: what is measured every so many steps, and decides which draft is the best; "
+        "held_out_loss decodes nothing and needs log.eval_rows",
+        affects=("tau",),
+    )
+    most_time: Number | None = setting(
+        None,
+        "training: largest share of the run's time for measurements of tau; those that would "
+        "exceed it are left out, except at a stage's end; null: no limit",
+        gt=0,
+        le=1,
+    )
     patience: int = setting(
         0,
-        "training: measurements without a better tau after which a stage ends; 0: never",
+        "training: measurements without a better one after which a stage ends; 0: never",
         ge=0,
     )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether training measures tau, for which the whole target stays in memory."""
+        return self.every > 0 and self.best_by == "tau"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

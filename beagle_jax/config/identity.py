@@ -10,6 +10,10 @@ from beagle_jax.config.stage import STAGES
 from beagle_jax.config.train import TrainConfig
 from beagle_jax.config.whole import Config
 
+# What a result was made with that does not name the setting, if that is not today's default: the
+# setting did not exist yet, and the program did this.
+_BEFORE: Mapping[str, Any] = {"train.noise_shortest": 1}
+
 
 class Identity(NamedTuple):
     """The settings that decide a result, as JSON values by dotted key.
@@ -61,7 +65,7 @@ class Identity(NamedTuple):
             defaults: values of settings that `other` does not have, because it was written before
                 they existed.
         """
-        before = {**(defaults or {}), **other.values}
+        before = {**(defaults or {}), **_BEFORE, **other.values}
         stages = {key for key in other.values if key.count(".") > 1 and key.startswith("train.")}
         return {
             key: (before.get(key), self.values.get(key))

@@ -13,6 +13,11 @@ class LogConfig(Section):
         affects=("stage",),
         ge=0,
     )
+    profile: int = setting(
+        0,
+        "steps of each stage whose trace jax.profiler writes to <train.folder>/profile; 0: none",
+        ge=0,
+    )
     tensorboard: bool = setting(
         False, "also write metrics to <train.folder>/tensorboard; needs tensorboardX"
     )

@@ -15,9 +15,36 @@ class _Stage(Section):
     steps: int = setting(0, "batches; 0 skips the stage", affects=_AFFECTS, ge=0)
     learning_rate: Number = setting(3e-5, "peak, reached after warm-up", affects=_AFFECTS, ge=0)
     warmup: int = setting(100, "batches of linear warm-up", affects=_AFFECTS, ge=0)
-    schedule: Literal["constant", "cosine"] = setting(
-        "constant", "learning rate after warm-up; cosine ends at zero", affects=_AFFECTS
+    schedule: Literal["constant", "cosine", "wsd"] = setting(
+        "constant",
+        "learning rate after warm-up: constant, a cosine to zero, or constant up to a linear end",
+        affects=_AFFECTS,
     )
+    decay: int | None = setting(
+        None,
+        "wsd: batches of the linear end; null: a fifth of the steps",
+        affects=_AFFECTS,
+        ge=1,
+    )
+
+    @property
+    def ending(self) -> int:
+        """Batches of the linear end of `wsd`, at least 1."""
+        return max(1, self.steps // 5) if self.decay is None else self.decay
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.decay is not None and self.schedule != "wsd":
+            raise refusal(
+                f"{{at}}decay is {self.decay}, but {{at}}schedule is {self.schedule}; it is the "
+                "end of wsd alone"
+            )
+        if self.schedule == "wsd" and self.steps and self.ending > self.steps - self.warmup:
+            raise refusal(
+                f"{{at}}decay is {self.ending} batches, but only {self.steps - self.warmup} of "
+                f"{{at}}steps = {self.steps} come after {{at}}warmup = {self.warmup}"
+            )
+        return self
 
 
 class EarlyStage(_Stage):

@@ -47,6 +47,18 @@ class TrainConfig(Section):
         affects=("stage",),
         ge=0,
     )
+    noise_shortest: int = setting(
+        128,
+        "uniform noise of a chat with fewer tokens is that of a chat with so many; 1: no limit",
+        affects=("stage",),
+        ge=1,
+    )
+    dtype: Literal["float32", "bfloat16"] | None = setting(
+        None,
+        "dtype of the draft's products and activations; weights, optimizer, norms, softmax and "
+        "loss are float32 always. null: bfloat16 on accelerators, float32 on CPUs",
+        affects=("stage",),
+    )
     loss: Literal["cross_entropy", "kl", "reverse_kl", "total_variation", "lk_hybrid"] = setting(
         "cross_entropy",
         "distance between the draft's and the target's distribution (training/distances.py)",
@@ -63,7 +75,17 @@ class TrainConfig(Section):
     clip_norm: Number = setting(0.5, "limit of the global gradient norm", affects=("stage",), gt=0)
     beta1: Number = setting(0.9, "beta_1 of AdamW", affects=("stage",), ge=0, lt=1)
     beta2: Number = setting(0.95, "beta_2 of AdamW", affects=("stage",), ge=0, lt=1)
-    weight_decay: Number = setting(0.0, "weight decay of AdamW", affects=("stage",), ge=0)
+    weight_decay: Number = setting(
+        0.0, "weight decay of matrices; norms have none", affects=("stage",), ge=0
+    )
+    ema: Number | None = setting(
+        None,
+        "decay of a moving average of the weights, for example 0.999, which is measured and "
+        "exported in their place; null: none",
+        affects=("stage",),
+        gt=0,
+        lt=1,
+    )
     loss_rows: int = setting(
         128, "positions whose logits are in memory at the same time; fewer need less memory", ge=1
     )

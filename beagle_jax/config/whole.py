@@ -79,7 +79,12 @@ class Config(Section):
                 f"{self.train.batch}, but held-out chats are measured in whole batches; raise "
                 "log.eval_rows, or set it to 0"
             )
-        if self.eval.every and self.decode.tree == "auto":
+        if self.eval.every and self.eval.best_by == "held_out_loss" and not self.log.eval_rows:
+            raise refusal(
+                "eval.best_by is held_out_loss, but log.eval_rows is 0: no chats are held out; set "
+                "log.eval_rows"
+            )
+        if self.eval.decodes and self.decode.tree == "auto":
             raise refusal(
                 f"eval.every is {self.eval.every} and decode.tree is auto, but a draft that is "
                 "still trained has no tuned tree; set decode.tree to chain, static or dynamic"

@@ -8,13 +8,8 @@ from pathlib import Path
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens
 from beagle_jax.data.folder import read_parts, states_path
-from beagle_jax.data.states import (
-    is_stored,
-    record_bytes,
-    record_width,
-    states_bytes,
-    stored_dtype,
-)
+from beagle_jax.data.state_records import record_bytes
+from beagle_jax.data.states import is_stored, record_width, states_bytes, stored_dtype
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.errors import UserError
 from beagle_jax.model.kinds import new_spec

@@ -30,6 +30,11 @@ def this_process() -> Share:
     return Share(jax.process_index(), jax.process_count())
 
 
+def part_of(count: int, share: Share) -> tuple[int, int]:
+    """Returns first and end of a share of `count` items; shares differ by one item at most."""
+    return share.index * count // share.count, (share.index + 1) * count // share.count
+
+
 def wait_for_all(what: str) -> None:
     """Waits until all processes of jax.distributed have called this; without it, returns."""
     if jax.process_count() > 1:

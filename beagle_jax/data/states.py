@@ -1,10 +1,10 @@
 """The target's states of every training token, in one file per part of the text.
 
-`part-0000.states` has one record per token, row after row: D numbers in float32 or bfloat16, or D
-int8 numbers and their float32 scale. Its index, `part-0000.states.json`, gives the hash of the
-tokens, the dtype, and the length and CRC-32 of each row. The CRC is checked at every read of a row.
-The states of answers that the target writes are stored while it writes them; for other rows the
-target runs once. Each file is written atomically.
+`part-0000.states` has one record per token (data/state_records.py), row after row. Its index,
+`part-0000.states.json`, gives the hash of the tokens, the dtype, and the length and checksum of
+each row. The checksum is compared at every read of a row. The states of answers that the target
+writes are stored while it writes them; for other rows the target runs once. Each file is written
+atomically.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from beagle_jax.arrays import AnyArray
+from beagle_jax.data.state_records import Records, checksum, decode, encode, record_bytes
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
@@ -36,16 +36,16 @@ from beagle_jax.terminal import size
 
 _TOKENS_PER_BATCH = 2048  # tokens of one forward pass; more need more memory and are not faster
 _WIDTH_MULTIPLE = 32  # rows are padded to a multiple of this; each new size recompiles
-_INT8_MAX = 127
+_MAPPED = 256  # files that are mapped at the same time; each takes a file descriptor
 _AGAIN = "run prepare or train again"
 
 
 @dataclass(frozen=True)
 class StoredStates:
-    """States [length, D] of one row in a file; `np.asarray` reads them.
+    """States [length, D] of one row in a file that is mapped into memory.
 
-    The array is float32, or bfloat16 if stored as bfloat16. Reading raises UserError if the file is
-    truncated or damaged.
+    Reading raises UserError if the file is truncated or damaged. `np.asarray` gives float32, or
+    bfloat16 if stored as bfloat16.
     """
 
     path: Path
@@ -53,19 +53,40 @@ class StoredStates:
     start: int  # offset in bytes
     shape: tuple[int, int]
     dtype: str  # on disk
-    crc: int | None  # None for files of versions that stored no CRC
+    sum64: int | None  # `checksum` of the row; None for files of versions that stored none
+    crc32: int | None = None  # in files of version 0.1.0
 
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        wanted = self.shape[0] * record_bytes(self.shape[1], self.dtype)
-        with self.path.open("rb") as stream:
-            stream.seek(self.start)
-            data = stream.read(wanted)
-        if len(data) < wanted or (self.crc is not None and zlib.crc32(data) != self.crc):
+    def records(self) -> Records:
+        """Returns the row as it is stored, as views of the file."""
+        end = self.start + self.shape[0] * record_bytes(self.shape[1], self.dtype)
+        data = _mapped(self.path)[self.start : end]
+        if len(data) < end - self.start or self._is_changed(data):
             raise UserError(
                 f"{self.path}, row {self.row}: the states are incomplete or were changed after "
                 f"they were written; delete {self.path.name} and {_AGAIN}"
             )
-        return np.asarray(_decode(data, self.shape, self.dtype), dtype)
+        return decode(data, self.shape[1], self.dtype)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.records().floats(), dtype)
+
+    def _is_changed(self, data: np.ndarray) -> bool:
+        if self.sum64 is not None:
+            return checksum(data) != self.sum64
+        return self.crc32 is not None and zlib.crc32(data.data) != self.crc32
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """Returns the bytes of a file, mapped; a file that was replaced is mapped anew."""
+    there = path.stat()
+    if not there.st_size:  # an empty file cannot be mapped
+        return np.empty(0, np.uint8)
+    return _mapping(path, there.st_ino, there.st_size, there.st_mtime_ns)
+
+
+@lru_cache(_MAPPED)
+def _mapping(path: Path, *_state: int) -> np.ndarray:
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array is sliced faster
 
 
 def states_at(
@@ -144,11 +165,11 @@ def target_states(
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     record = record_bytes(width, dtype)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
+    unknown = [None] * len(rows)
+    sums = zip(index.get("sum64", unknown), index.get("crc32", unknown), strict=True)
     return [
-        StoredStates(path, number, int(start), (len(row.tokens), width), dtype, crc)
-        for number, (row, start, crc) in enumerate(
-            zip(rows, starts[:-1], index.get("crc32", [None] * len(rows)), strict=True)
-        )
+        StoredStates(path, number, int(start), (len(row.tokens), width), dtype, *known)
+        for number, (row, start, known) in enumerate(zip(rows, starts[:-1], sums, strict=True))
     ]
 
 
@@ -190,10 +211,13 @@ def is_stored(
             f"another data.folder, or delete {path.name} to write it again"
         )
     wanted = _description(rows, width, dtype)
-    whole_file = path.stat().st_size == states_bytes(rows, width, dtype) and len(
-        index.get("crc32", rows)
-    ) == len(rows)
-    return whole_file and all(index.get(key) == wanted[key] for key in wanted)
+    lists = [index[key] for key in ("sum64", "crc32") if key in index]
+    whole_file = path.stat().st_size == states_bytes(rows, width, dtype)
+    return (
+        whole_file
+        and all(len(sums) == len(rows) for sums in lists)
+        and all(index.get(key) == wanted[key] for key in wanted)
+    )
 
 
 def record_width(spec: TargetSpec, taps: tuple[int, ...] = ()) -> int:
@@ -244,13 +268,13 @@ def _write(
     states: (row number, states [length, D]) pairs in any order.
     """
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
-    crc = [0] * len(rows)
+    sums = [0] * len(rows)
     try:
         with whole(path) as partial_path:
             with partial_path.open("wb") as stream:
                 for number, states_LD in states:
-                    data = _encode(states_LD, dtype)
-                    crc[number] = zlib.crc32(data)
+                    data = encode(states_LD, dtype)
+                    sums[number] = checksum(np.frombuffer(data, np.uint8))
                     stream.seek(starts[number])
                     stream.write(data)
                 stream.flush()
@@ -259,7 +283,7 @@ def _write(
         index = _description(rows, width, dtype) | {
             "taps": list(taps),
             "row_tokens": [len(row.tokens) for row in rows],
-            "crc32": crc,
+            "sum64": sums,
         }
         write_text(_index(path), json.dumps(index))
     except OSError as error:
@@ -267,39 +291,6 @@ def _write(
             f"{path}: the target's states cannot be written ({error.strerror}); earlier parts "
             "are kept. Free some space, then run again to continue"
         ) from error
-
-
-def record_bytes(width: int, dtype: str) -> int:
-    """Returns the size on disk of one token's record, in bytes."""
-    return width + 4 if dtype == "int8" else width * np.dtype(dtype).itemsize
-
-
-def _encode(states_LD: np.ndarray, dtype: str) -> bytes:
-    """Encodes the records of the tokens.
-
-    int8: the state divided by its scale, which is the largest magnitude / 127.
-    """
-    if dtype != "int8":
-        return np.ascontiguousarray(states_LD, np.dtype(dtype)).tobytes()
-    states_LD = np.asarray(states_LD, np.float32)
-    scale_L = np.abs(states_LD).max(axis=1) / _INT8_MAX
-    records = np.empty(len(states_LD), _int8_record(states_LD.shape[1]))
-    records["state"] = np.rint(states_LD / np.where(scale_L == 0, 1, scale_L)[:, None])
-    records["scale"] = scale_L
-    return records.tobytes()
-
-
-def _decode(data: bytes, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    if dtype != "int8":
-        return np.frombuffer(data, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(
-            shape
-        )
-    records = np.frombuffer(data, _int8_record(shape[1]))
-    return records["state"].astype(np.float32) * records["scale"][:, None]
-
-
-def _int8_record(width: int) -> np.dtype:
-    return np.dtype([("state", np.int8, (width,)), ("scale", np.float32)])
 
 
 def _compute(

@@ -28,9 +28,8 @@ def trained_drafter(
     """
     spec, targets = draft.spec, (target["embed_VD"], head(target))
     params, ids_V = replicate((draft.params, draft.hot_ids), mesh)
-    # Tables of the draft's own are read in the target's dtype, as the target's are.
-    tables = {"embed_VD", "head_VD"} & params.keys()
-    params |= {name: params[name].astype(targets[0].dtype) for name in tables}
+    # All weights are read in the target's dtype: half the bytes beside a bfloat16 target.
+    params = {name: array.astype(targets[0].dtype) for name, array in params.items()}
     embed_VD = spec.embedding(params, targets[0])
     rows_VD = spec.head(params, targets[1])
     if rows_VD is targets[1] and ids_V is not None:

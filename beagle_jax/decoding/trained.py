@@ -15,12 +15,12 @@ from beagle_jax.decoding.draft import Frontier, LevelOutput, TreeDrafter
 from beagle_jax.decoding.drafter import Draw, Known, Proposal, Seen, State
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.errors import UserError
+from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.cache import KVRows, append_rows, empty_rows, visible_slots, write_rows
 from beagle_jax.model.draft import DraftSpec, LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec
-from beagle_jax.model.layers import merge_attention, partial_attention
 from beagle_jax.model.target import TargetSpec, embed, logit_columns
 
 

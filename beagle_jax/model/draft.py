@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import DraftConfig
+from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.layers import (
-    apply_rope,
-    join_heads,
-    merge_attention,
-    partial_attention,
-    rms_norm,
-    rope_tables,
-    split_heads,
-)
+from beagle_jax.model.layers import apply_rope, join_heads, rms_norm, rope_tables, split_heads
 from beagle_jax.model.target import TargetSpec
 
 _IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
@@ -217,8 +210,7 @@ class LayerBlock(nn.Module):
 
     def queries(self, e_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns rotated queries [B, K, G, T, H] of token embeddings at their positions."""
-        normed = self.spec.input_norm
-        u_BTD = rms_norm(e_BTD, self.input_layernorm, self.spec.rms_norm_eps) if normed else e_BTD
+        u_BTD = self._norm("input_layernorm", e_BTD) if self.spec.input_norm else e_BTD
         return self._rotate("q", self._projected("q", u_BTD), positions_BT)
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
@@ -239,7 +231,7 @@ class LayerBlock(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the residual stream [B, T, D] after attention and the MLP's inner [B, T, F]."""
         y_BTD = e_BTD + project(join_heads(attended_BKGTH).astype(e_BTD.dtype), self.o_proj)
-        z_BTD = rms_norm(y_BTD, self.post_attention_layernorm, self.spec.rms_norm_eps)
+        z_BTD = self._norm("post_attention_layernorm", y_BTD)
         return y_BTD, jax.nn.silu(project(z_BTD, self.gate_proj)) * project(z_BTD, self.up_proj)
 
     def attend(
@@ -279,6 +271,11 @@ class LayerBlock(nn.Module):
     ) -> jax.Array:
         """Predicts states [B, T, D] of whole rows with `attend` (method.md 2.1)."""
         return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
+
+    def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Norms with the weights of this name, in the dtype of x: float32 weights widen nothing."""
+        weight_D = getattr(self, name).astype(x_BTD.dtype)
+        return rms_norm(x_BTD, weight_D, self.spec.rms_norm_eps)
 
     def _projected(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Projects to queries, keys or values ("q", "k", "v") [B, T, F].

@@ -214,9 +214,6 @@ class Eagle3Block(EagleBlock):
     def _head_norm(self, name: str, x_BKGTH: jax.Array) -> jax.Array:
         return self._norm(f"{name}_norm", x_BKGTH) if self.spec.qk_norm else x_BKGTH
 
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return rms_norm(x, getattr(self, name).astype(x.dtype), self.spec.rms_norm_eps)
-
 
 def init_eagle3(spec: Eagle3Spec, key: jax.Array) -> dict[str, jax.Array]:
     """Initialises parameters: linear weights, head and embedding N(0, init_std), norms one."""

@@ -1,17 +1,9 @@
-"""Norm, rotary embedding and masked attention as pure functions.
-
-Attention has two steps, so that keys may be in several places (a cache and the new tokens, or true
-and predicted states): `partial_attention` over each place, then `merge_attention`. Together they
-equal one softmax over all keys. A query that sees no key gets zeros (method.md 2.5).
-"""
+"""Norm, rotary embedding and heads as pure functions."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-# Score of a masked key. It is finite, because a query that sees no key would compute inf - inf.
-MASKED_SCORE = -1e30
 
 
 def rms_norm(
@@ -99,76 +91,6 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * cos + rotated * sin).astype(x.dtype)
-
-
-class PartialAttention(NamedTuple):
-    """Unnormalised attention over some of the keys (log-sum-exp form, method.md 4.5b)."""
-
-    out_BKGTH: jax.Array  # sum over visible keys of exp(score - peak) * value
-    peak_BKGT: jax.Array  # highest visible score, MASKED_SCORE where none is visible
-    total_BKGT: jax.Array  # sum over visible keys of exp(score - peak)
-
-
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squeezes x into -cap..cap with a tanh; None leaves x unchanged.
-
-    Values small against the cap hardly change.
-    """
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def partial_attention(
-    q_BKGTH: jax.Array,
-    k_BKHS: jax.Array,
-    v_BKSH: jax.Array,
-    mask: jax.Array | bool,
-    *,
-    scale: float | None = None,
-    cap: float | None = None,
-) -> PartialAttention:
-    """Softmax numerator and denominator over one set of keys.
-
-    mask: True where the query sees the key, broadcastable to [B, K, G, T, S]. scale: factor of the
-    scores; None: H ** -0.5. cap: limit of the scaled scores (`soft_cap`).
-    """
-    B, K, G, T, H = q_BKGTH.shape
-    q_BKMH = q_BKGTH.reshape(B, K, G * T, H) * (H**-0.5 if scale is None else scale)
-    score = jnp.einsum("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, preferred_element_type=jnp.float32)
-    score = soft_cap(score, cap)
-    score = jnp.where(mask, score.reshape(B, K, G, T, -1), MASKED_SCORE)
-    # The peak cancels in the merge, so it needs no gradient.
-    peak = jax.lax.stop_gradient(score.max(axis=-1))
-    weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
-    # The sum is not normalised yet: over many keys it exceeds 65504, the largest float16.
-    wide = jnp.float32 if v_BKSH.dtype == jnp.float16 else None
-    out_BKMH = jnp.einsum(
-        "BKMS,BKSH->BKMH",
-        weight.reshape(B, K, G * T, -1).astype(v_BKSH.dtype),
-        v_BKSH,
-        preferred_element_type=wide,
-    )
-    return PartialAttention(
-        out_BKMH.reshape(B, K, G, T, H).astype(jnp.float32), peak, weight.sum(axis=-1)
-    )
-
-
-def merge_attention(*parts: PartialAttention) -> jax.Array:
-    """Normalised attention over the union of the parts' keys, float32 [B, K, G, T, H].
-
-    Zeros for a query that sees no key in any part.
-    """
-    peak = parts[0].peak_BKGT
-    for part in parts[1:]:
-        peak = jnp.maximum(peak, part.peak_BKGT)
-    # A part without visible keys has total 0, and a finite scale: exp(MASKED - MASKED) is 1.
-    scales = [jnp.exp(part.peak_BKGT - peak) for part in parts]
-    total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales, strict=True))
-    out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales, strict=True))
-    assert not isinstance(total, int)  # there is at least one part
-    seen = total > 0
-    # The inner `where` keeps zero out of the division, so neither value nor gradient can be NaN
-    # (method.md 2.5).
-    return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 
 def split_heads(x_BTF: jax.Array, num_kv_heads: int, head_dim: int) -> jax.Array:

@@ -18,21 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.arrays import AnyArray
+from beagle_jax.model.attention import (
+    PartialAttention,
+    merge_attention,
+    partial_attention,
+    soft_cap,
+)
 from beagle_jax.model.cache import KVRows, empty_rows
 from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
-from beagle_jax.model.layers import (
-    PartialAttention,
-    RopeFactors,
-    RopeScaling,
-    apply_rope,
-    merge_attention,
-    partial_attention,
-    rms_norm,
-    rope_tables,
-    soft_cap,
-)
+from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
@@ -85,7 +81,8 @@ class TargetSpec:
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     embed_scale: float = 1.0  # factor of input embeddings; a tied head is not scaled
     score_scale: float | None = None  # factor of attention scores; None: head_dim ** -0.5
-    score_cap: float | None = None  # attention scores are squeezed into -cap..cap (layers.soft_cap)
+    # attention scores are squeezed into -cap..cap (attention.soft_cap)
+    score_cap: float | None = None
     # the same for logits; a draft's scores and losses need no cap, because it keeps the order
     logit_cap: float | None = None
 

@@ -1,10 +1,12 @@
-"""Measures tau during training, keeps the best draft of each stage, stops a stage early.
+"""Measures drafts during training, keeps the best of each stage, stops a stage early.
 
-Training does not decode by itself: the caller passes the functions that measure and save a draft.
+The best has the highest tau, or the lowest held-out loss (`eval.best_by`). Training does not decode
+by itself: the caller passes the functions that measure and save a draft.
 """
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ Params = dict[str, Any]
 
 
 class Best:
-    """Best tau of each stage so far, stored in a file so that a resumed run knows it.
+    """Best measurement of each stage so far, in a file so that a resumed run knows it.
 
-    A tau belongs to all settings that decide it: those of its stage and of the stages before, of
-    `decode` and of `eval`. With other settings it is ignored, and a line says so.
+    A measurement belongs to all settings that decide it: those of its stage and of the stages
+    before, of `decode` and of `eval`. With other settings it is ignored, and a line says so.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Best:
         """
         self._path, self._config = path, config.eval
         self._measure, self._keep, self._restore = measure, keep, restore
+        self._run_began, self._spent, self._last = time.perf_counter(), 0.0, 0.0
         self._made_with = {stage: _identity(config, stage) for stage in config.train.named_stages}
         self._default = _identity(Config(target=config.target), None)
         stored = read_json(path, "", "delete it, and tau is compared anew") if path.exists() else {}
@@ -58,11 +61,23 @@ class Best:
         }
 
     @property
+    def by_loss(self) -> bool:
+        """Whether the held-out loss decides, and not tau."""
+        return self._config.best_by == "held_out_loss"
+
+    @property
     def folder(self) -> Path | None:
-        """Folder of the best draft of all stages; None if no measured draft is kept."""
-        taus = {stage: best["tau"] for stage, best in self._stages.items()}
-        saved = [stage for stage in taus if self.folder_of(stage) is not None]
-        return self.folder_of(max(saved, key=taus.__getitem__)) if saved else None
+        """Folder of the best draft of all stages; None if no measured draft is kept.
+
+        Losses of different stages are not comparable, as their weights differ: there it is the
+        best of the last stage.
+        """
+        saved = [stage for stage in self._stages if self.folder_of(stage) is not None]
+        if not saved:
+            return None
+        if self.by_loss:
+            return self.folder_of(saved[-1])
+        return self.folder_of(max(saved, key=lambda stage: self._stages[stage]["tau"]))
 
     def folder_of(self, stage: str) -> Path | None:
         """Folder of the best draft of a stage; None if there is none."""
@@ -79,25 +94,57 @@ class Best:
         return self._path.parent / "best"
 
     def due(self, done: int, steps: int) -> bool:
-        """Returns whether to measure after `done` of a stage's `steps`."""
-        return done % self._config.every == 0 or done == steps
+        """Returns whether to measure after `done` of a stage's `steps`.
 
-    def look(self, stage: str, done: int, params: Params) -> dict:
-        """Measures the draft, keeps it if it is its stage's best, and returns its metrics."""
-        figures = self._measure(params) if is_first() else {"tau": 0.0}
-        figures["tau"] = round(from_first(figures["tau"]), 4)  # broadcast as float32
-        if figures["tau"] > self._stages.get(stage, {"tau": 0.0})["tau"]:
+        A measurement that would take more than `eval.most_time` of the run is left out, but for
+        the last one of a stage.
+        """
+        if done == steps:
+            return True
+        if done % self._config.every:
+            return False
+        return self._config.most_time is None or self._affordable(self._config.most_time)
+
+    def look(self, stage: str, done: int, params: Params, figures: dict | None = None) -> dict:
+        """Measures the draft, keeps it if it is its stage's best, and returns its metrics.
+
+        figures: what was measured already; None: tau is measured, with all processes, and the
+        seconds that it took are returned too, with their share of the run's time.
+        """
+        timing: dict[str, float] = {}
+        if figures is None:
+            figures, timing = self._timed(params)
+        key = self._config.best_by
+        before, now = self._stages.get(stage, {}).get(key), figures[key]
+        if before is None or (now < before if self.by_loss else now > before):
             if is_first():
                 self._keep(self._root / stage, params, {"stage": stage, "step": done, **figures})
-            self._stages[stage] = {"step": done, "tau": figures["tau"]}
+            self._stages[stage] = {"step": done, key: figures[key]}
             if is_first():
                 made_with = {name: dict(self._made_with[name].values) for name in self._stages}
                 written = {"made_with": made_with, "stages": self._stages}
                 write_text(self._path, json.dumps(written, indent=1) + "\n")
-        return figures
+        return figures | timing
+
+    def _timed(self, params: Params) -> tuple[dict, dict[str, float]]:
+        """Measures tau; returns its metrics, and what depends on the clock."""
+        clock = time.perf_counter()
+        figures = self._measure(params)
+        self._last = time.perf_counter() - clock
+        self._spent += self._last
+        share = self._spent / (time.perf_counter() - self._run_began)
+        return figures, {"seconds": round(self._last, 2), "share_of_run": round(share, 4)}
+
+    def _affordable(self, most: float) -> bool:
+        """Whether another measurement keeps to its share of the time; the first process decides."""
+        whole = time.perf_counter() - self._run_began + self._last
+        return bool(from_first(float(self._spent + self._last <= most * whole)))
 
     def exhausted(self, stage: str, done: int) -> bool:
-        """Returns whether tau has not improved for `eval.patience` measurements of this stage."""
+        """Returns whether nothing has improved for `eval.patience` measurements of this stage.
+
+        Measurements that were left out count too.
+        """
         if not self._config.patience or stage not in self._stages:
             return False
         return done - self._stages[stage]["step"] >= self._config.patience * self._config.every

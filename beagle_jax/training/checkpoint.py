@@ -81,21 +81,20 @@ class StageCheckpoints:
         """Starts to write a checkpoint and returns before the write is complete.
 
         Does nothing if this step is already saved. log: metrics of the steps since the last log
-        record (`progress.Progress.waiting`).
+        record (`progress.Progress.waiting`). Call `check` before: what is saved must be finite.
 
         Raises:
-            UserError: a value of the state is not finite, or this write or the previous one failed.
+            UserError: this write or the previous one failed.
         """
         if step in self._manager.all_steps():
             return
-        self.check(state, step)
         with self._writing():
             self._manager.wait_until_finished()
             self._seal()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()),
+                    state=ocp.args.StandardSave(_items(state)),
                     settings=ocp.args.JsonSave(dict(self._settings.now)),
                     log=ocp.args.JsonSave(log),
                 ),
@@ -127,7 +126,7 @@ class StageCheckpoints:
             return None
         items = {
             "state": ocp.args.StandardRestore(
-                jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh._asdict())
+                jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(fresh))
             )
         }
         if (self._folder / str(step) / "log").exists():  # older versions did not save a log
@@ -161,6 +160,8 @@ class StageCheckpoints:
         whole = None
         for step in reversed(self.steps()):
             problem = self._cut_off(step)
+            # No process may still look at a folder that the first one sets aside.
+            wait_for_all("a checkpoint is checked")
             if problem is None:
                 whole = step
                 break
@@ -236,6 +237,11 @@ class StageCheckpoints:
     def _last(self) -> str:
         steps = self.steps()
         return f"that of step {steps[-1]}" if steps else "none"
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Returns the state's parts by name; without an average there is no such part."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 @jax.jit

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import Batch, BatchLoader
+from beagle_jax.data.prefetch import AHEAD
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UsageError
 from beagle_jax.model.draft import DraftSpec
@@ -35,13 +36,15 @@ class StageCost(NamedTuple):
 
     flops: float  # of matrix products, summed over devices; every token is an answer token
     weights: int  # the trained draft
-    optimizer: int
+    optimizer: int  # its moments, and the moving average of the weights
     # the target's embedding and head; the whole target if the step computes its states, or if
     # tau is measured during training
     frozen: int
     batch: int  # tokens and states
+    waiting: int  # batches that are copied to the devices in advance (data/prefetch.py)
     temporaries: int | None  # by the compiler; None: they do not fit into the chip's memory
-    # the compiler's own sum, plus the arrays that stay in memory beside the step
+    # the compiler's own sum, plus the batches that wait and the arrays that stay in memory beside
+    # the step
     compiler_total: int | None
     refusal: str  # the compiler's out-of-memory message; else empty
     compile_seconds: float
@@ -49,7 +52,7 @@ class StageCost(NamedTuple):
     @property
     def held(self) -> int:
         """Bytes that stay in memory during the whole step, computed from shapes."""
-        return self.weights + self.optimizer + self.frozen + self.batch
+        return self.weights + self.optimizer + self.frozen + self.batch + self.waiting
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -103,13 +106,18 @@ def stage_cost(
         _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
     )
     batch = batch_shapes(config, target.hidden_size, len(spec.taps))
-    batch = batch if online is None else batch._replace(inputs_BLI=None, targets_BLD=None)
+    batch = (
+        batch
+        if online is None
+        else batch._replace(inputs_BLI=None, targets_BLD=None, scale_BL=None)
+    )
     batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
     temporaries, total, refusal = _compiled(
         train_step.lower(state, frozen, batch, config.train.seed)
     )
     B, T = batch.counted_BT.shape
+    waiting = AHEAD * _bytes(batch)
     return StageCost(
         flops=B
         * (
@@ -117,11 +125,12 @@ def stage_cost(
             + (0 if online is None else target_flops(target, config.train.row_tokens))
         ),
         weights=_bytes(state.params),
-        optimizer=_bytes(state.opt_state),
+        optimizer=_bytes(state.opt_state) + _bytes(state.ema or {}),
         frozen=_bytes(frozen) + _bytes(beside),
         batch=_bytes(batch),
+        waiting=waiting,
         temporaries=temporaries,
-        compiler_total=None if total is None else total + _bytes(beside),
+        compiler_total=None if total is None else total + _bytes(beside) + waiting,
         refusal=refusal,
         compile_seconds=time.perf_counter() - clock,
     )
@@ -181,7 +190,7 @@ def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
     """Returns the shapes of a loader's batch in which every row is full and supervised."""
     L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
     # One channel is enough: the loader copies states.
-    narrow_L1 = np.zeros((L, 1), jnp.dtype("float32" if stored == "int8" else stored))
+    narrow_L1 = np.zeros((L, 1), jnp.dtype(stored))
     full = [Row([0] * L, [True] * L)] * config.train.batch
     made = BatchLoader(
         full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0
@@ -189,7 +198,8 @@ def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
     states = jax.ShapeDtypeStruct((len(full), L, width * max(taps, 1)), narrow_L1.dtype)
     targets = jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype) if taps else None
-    return shapes._replace(inputs_BLI=states, targets_BLD=targets)
+    scale = jax.ShapeDtypeStruct((len(full), L), jnp.float32) if stored == "int8" else None
+    return shapes._replace(inputs_BLI=states, targets_BLD=targets, scale_BL=scale)
 
 
 def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
+from beagle_jax.model.attention import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.cache import append_rows
 from beagle_jax.model.draft import LayerSpec
 from beagle_jax.model.kinds import block_of
-from beagle_jax.model.layers import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.masks import keys_before
 from beagle_jax.model.packing import of_row, places
 from beagle_jax.training.objective import (

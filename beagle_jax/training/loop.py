@@ -1,7 +1,7 @@
 """Training loop of a stage: reads batches, writes checkpoints and the log, shows progress."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +19,12 @@ from beagle_jax.training.best import Best
 from beagle_jax.training.checkpoint import Settings, StageCheckpoints
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.page import write_page
 from beagle_jax.training.progress import Progress
-from beagle_jax.training.step import Metrics, TrainState, make_steps
+from beagle_jax.training.rates import Rates
+from beagle_jax.training.step import Metrics, TrainState, exported, make_steps
 from beagle_jax.training.stop import StopSignal
+from beagle_jax.training.trace import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +40,14 @@ def run_stage(
     held_out: BatchLoader | None,
     log: Log,
     best: Best | None = None,
+    start: int = 0,
 ) -> dict[str, jax.Array]:
     """Trains one stage from `params`, or from its newest checkpoint; returns the parameters.
 
     name: a key of `config.train.named_stages`. best: measures tau, may stop the stage early with
-    its best parameters. On SIGTERM a checkpoint is saved and the program exits with status 0.
+    its best parameters. start: batches that the stages before have read; this stage goes on
+    after them, so that no row is read more often than another. On SIGTERM a checkpoint is saved
+    and the program exits with status 0.
 
     Raises:
         UserError: the loss or a parameter is not finite. The last checkpoint is kept.
@@ -52,40 +58,36 @@ def run_stage(
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
-        progress = Progress(name, config, log, training, first, waiting)
-        last_metrics: Metrics | None = None
+        rates = Rates(name, config, spec, frozen, mesh, training.padding)
+        progress = Progress(name, config, log, training, first, waiting, rates, start)
+        measure = partial(_held_out, eval_step, frozen, held_out, mesh)
+        results = _Results(name, config, checkpoints, progress, rates, best, measure)
+        trace = Trace(config, name)
         stopping, finished = False, best is not None and best.exhausted(name, first)
         steps = () if finished else range(first, stage.steps)
-        for step, batch in zip(steps, read_ahead(training.batch_at, steps), strict=True):
-            state, metrics = train_step(state, frozen, place_rows(batch, mesh), config.train.seed)
-            if last_metrics is not None:
-                # Fetched only after the next step has been dispatched.
-                progress.add(step, last_metrics)
-            last_metrics, done = metrics, step + 1
+        places = [start + step for step in steps]  # in the loader
+        for step, batch in zip(steps, rates.fed(_placed(training, places, mesh)), strict=True):
+            trace.before(step - first)
+            state, metrics = train_step(state, frozen, batch, config.train.seed)
+            trace.after(step - first, metrics)
+            done = step + 1
+            progress.took(done, metrics)
             stopping, looking = stop.requested(), best is not None and best.due(done, stage.steps)
             saving = stopping or done % config.train.checkpoint_every == 0 or done == stage.steps
             if not (saving or looking):
                 continue
-            progress.add(done, last_metrics)
-            last_metrics = None
-            checkpoints.check(state, done)
-            if best is not None and looking:
-                figures = best.look(name, done, host_copy(state.params))
-                progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
-            finished = done == stage.steps or (
-                best is not None and looking and best.exhausted(name, done)
-            )
+            progress.settle()
+            checkpoints.check(state, done)  # once for everything that reads this state
+            finished = (looking and results.look(done, state)) or done == stage.steps
             if saving or finished:
-                checkpoints.save(state, done, progress.waiting)
-                if held_out is not None and not stopping:
-                    measure = partial(eval_step, state.params, frozen)
-                    progress.held_out(done, [measure(batch) for batch in _once(held_out, mesh)])
+                results.save(done, state, measured=not stopping)
             if finished or stopping:
                 break
+        trace.close()
         progress.close()
     if stop.seen:  # the signal may have arrived after the last step
         _leave(name, int(state.step))
-    return state.params if best is None else best.weights(name, int(state.step), state.params)
+    return exported(state) if best is None else best.weights(name, int(state.step), exported(state))
 
 
 def _restored(
@@ -104,6 +106,14 @@ def _leave(name: str, step: int) -> NoReturn:
         "continues from there"
     )
     raise SystemExit(0)
+
+
+def steps_done(name: str, config: Config) -> int:
+    """Returns how many batches a stage has read, as its newest checkpoint says; 0 without one."""
+    if not _folder(name, config).exists():
+        return 0
+    with _checkpoints(name, config) as checkpoints:
+        return max(checkpoints.steps(), default=0)
 
 
 def check_settings(config: Config) -> None:
@@ -139,6 +149,67 @@ def settings_of(name: str, config: Config) -> Settings:
     )
 
 
-def _once(loader: BatchLoader, mesh: Mesh) -> Iterator[Any]:
-    steps = range(loader.steps_per_epoch)
-    return (place_rows(loader.batch_at(step), mesh) for step in steps)
+class _Results:
+    """What a stage leaves on its way: checkpoints, held-out figures, the best draft."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        checkpoints: StageCheckpoints,
+        progress: Progress,
+        rates: Rates,
+        best: Best | None,
+        measure: Callable[[TrainState], list[Metrics]],
+    ) -> None:
+        """measure: returns metrics of the held-out batches, none if no rows are held out."""
+        self._name, self._config = name, config
+        self._checkpoints, self._progress = checkpoints, progress
+        self._rates, self._best, self._measure = rates, best, measure
+        self._measured: tuple[int, dict[str, Any]] = (-1, {})
+
+    def look(self, done: int, state: TrainState) -> bool:
+        """Measures the draft and keeps the best; returns whether the stage ends early."""
+        assert self._best is not None
+        params = host_copy(exported(state))
+        if self._best.by_loss:
+            loss = self._held_out(done, state)["loss"]
+            self._best.look(self._name, done, params, {"held_out_loss": loss})
+        else:
+            figures = self._best.look(self._name, done, params)
+            self._progress.aside(done, "decoding", figures, f"tau {figures['tau']:.3f}")
+        return self._best.exhausted(self._name, done)
+
+    def save(self, done: int, state: TrainState, *, measured: bool) -> None:
+        """Saves a checkpoint and draws the page; logs held-out figures if measured is true."""
+        with self._rates.saving():
+            self._checkpoints.save(state, done, self._progress.waiting)
+        if measured:
+            self._held_out(done, state)
+        write_page(self._config)
+        self._rates.restart()
+
+    def _held_out(self, done: int, state: TrainState) -> dict[str, Any]:
+        """Logs loss and agreement on the held-out rows, once for a step."""
+        if self._measured[0] != done:
+            metrics = self._measure(state)
+            self._measured = done, self._progress.held_out(done, metrics) if metrics else {}
+        return self._measured[1]
+
+
+def _held_out(
+    eval_step: Callable[..., Metrics],
+    frozen: FrozenTarget,
+    rows: BatchLoader | None,
+    mesh: Mesh,
+    state: TrainState,
+) -> list[Metrics]:
+    if rows is None:
+        return []
+    batches = _placed(rows, range(rows.steps_per_epoch), mesh)
+    return [eval_step(exported(state), frozen, batch) for batch in batches]
+
+
+def _placed(loader: BatchLoader, steps: Iterable[int], mesh: Mesh) -> Iterator[Any]:
+    """Yields the batches of these steps on the devices; read in advance."""
+    return read_ahead(loader.batch_at, steps, partial(place_rows, mesh=mesh))

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.errors import UserError
 from beagle_jax.training.metrics import Log
+from beagle_jax.training.rates import Rates
 from beagle_jax.training.step import AGREE_WITHIN, Metrics
 
 _log = logging.getLogger(__name__)
@@ -29,14 +29,18 @@ class Progress:
         training: BatchLoader,
         first: int,
         waiting: list[dict],
+        rates: Rates,
+        start: int = 0,
     ) -> None:
         """Opens the progress bar.
 
         waiting: metrics of the steps since the last log record, as the restored checkpoint has
-        them (the property `waiting`).
+        them (the property `waiting`). rates: times the stage. start: batches that the stages
+        before have read.
         """
         stage: StageConfig = config.train.named_stages[name]
         self._name, self._every, self._log, self._training = name, config.log.every, log, training
+        self._start = start
         self._place = config.train.place_of(name)
         self._bar = tqdm(
             total=stage.steps, initial=first, desc=f"{name} stage", unit="step", smoothing=0.05
@@ -47,7 +51,8 @@ class Progress:
             Metrics._make(np.asarray(record[field]) for field in Metrics._fields)
             for record in known
         ]
-        self._clock, self._timed = time.perf_counter(), 0.0
+        self._rates = rates
+        self._pending: list[tuple[int, Metrics]] = []  # of the newest step, not fetched yet
 
     @property
     def waiting(self) -> list[dict]:
@@ -56,6 +61,23 @@ class Progress:
             {key: np.asarray(value).tolist() for key, value in record._asdict().items()}
             for record in self._since
         ]
+
+    def took(self, done: int, metrics: Metrics) -> None:
+        """Adds the metrics of the step before this one.
+
+        This step's own are fetched when the next one has been dispatched, or by `settle`.
+
+        Raises:
+            UserError: as `add`.
+        """
+        self.settle()
+        self._pending = [(done, metrics)]
+
+    def settle(self) -> None:
+        """Adds the metrics of the newest step, and waits for them."""
+        pending, self._pending = self._pending, []
+        for done, metrics in pending:
+            self.add(done, metrics)
 
     def add(self, done: int, metrics: Metrics) -> None:
         """Adds the metrics of one step. done: number of steps completed, this one included.
@@ -70,17 +92,20 @@ class Progress:
             raise UserError(
                 f"{self._name} stage, step {done}: the loss is {loss}, the norm of its gradient "
                 f"{float(metrics.grad_norm)}; the last checkpoint is kept. "
-                f"{self._blame(done - 1)}"
+                f"{self._blame(self._start + done - 1)}"
             )
         self._since.append(metrics)
-        self._timed += float(metrics.supervised)
+        self._rates.add(metrics)
         self._bar.update(1)
         if done % self._every == 0:
             self._write(done)
 
     def _blame(self, step: int) -> str:
-        """Describes the failed batch and whether its states or the training caused the failure."""
-        batch = self._training.batch_at(step)
+        """Says whether the states of a batch or the training made it fail.
+
+        step: the loader's number of the batch.
+        """
+        batch = self._training.batch_at(step).scaled()
         epoch, place = divmod(step, self._training.steps_per_epoch)
         where = f"Its batch is number {place} of epoch {epoch}"
         if batch.inputs_BLI is None:
@@ -101,32 +126,28 @@ class Progress:
         )
 
     def _write(self, done: int) -> None:
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        line = summary(self._since)
-        line["grad_norm"] = round(
-            float(np.mean([m.grad_norm for m in self._since], dtype=np.float64)), 4
-        )
-        line["tokens_per_second"] = round(self._timed / seconds, 1)
-        self._since, self._timed = [], 0.0
+        line = summary(self._since) | self._rates.record(done, self._since)
+        self._since = []
         self._log.write({"stage": self._name, "step": done, **line})
         agree = " ".join(f"{share:.2f}" for share in line["top1_by_offset"])
         self._bar.set_postfix_str(
             f"loss {line['loss']:.3f}, top-1 {agree}, {line['tokens_per_second']:.0f} tok/s"
         )
 
-    def held_out(self, done: int, batches: list[Metrics]) -> None:
-        """Logs and prints loss and agreement on held-out chats."""
+    def held_out(self, done: int, batches: list[Metrics]) -> dict[str, Any]:
+        """Logs, prints and returns loss and agreement on held-out chats."""
         line = summary(jax.device_get(batches))
         agree = " ".join(f"{share:.3f}" for share in line["top1_by_offset"])
         self.aside(
             done, "held_out", line, f"held-out loss {line['loss']:.3f}, top-1 by offset {agree}"
         )
+        return line
 
     def aside(self, done: int, split: str, line: dict[str, Any], text: str) -> None:
         """Logs and prints a measurement, and excludes its time from the training speed."""
         self._log.write({"stage": self._name, "step": done, "split": split, **line})
         _log.info(f"{self._name} stage, step {done}: {text}")
-        self._clock, self._timed = time.perf_counter(), 0.0
+        self._rates.restart()
 
     def close(self) -> None:
         """Closes the progress bar."""

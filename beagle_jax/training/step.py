@@ -34,6 +34,12 @@ class TrainState(NamedTuple):
     params: dict[str, jax.Array]
     opt_state: optax.OptState
     step: jax.Array  # int32, batches seen in this stage
+    ema: dict[str, jax.Array] | None = None  # moving average of `params` (`train.ema`)
+
+
+def exported(state: TrainState) -> dict[str, jax.Array]:
+    """Returns the weights that are measured and exported: their average, or the last ones."""
+    return state.params if state.ema is None else state.ema
 
 
 class Accumulated(NamedTuple):
@@ -63,29 +69,62 @@ class Metrics(NamedTuple):
 def make_optimizer(config: TrainConfig, stage: StageConfig) -> optax.GradientTransformation:
     """Builds AdamW or Muon with clipping by global norm and a schedule (method.md 5.4).
 
-    The schedule is a linear warm-up, then constant or a cosine decay to zero.
+    The learning rate follows `learning_rates`. Weight decay is applied to matrices only: norm
+    weights and biases are not pulled to zero.
     """
-    warm = optax.linear_schedule(0.0, stage.learning_rate, max(stage.warmup, 1))
-    if stage.schedule == "cosine":
-        after = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps - stage.warmup, 1))
-    else:
-        after = optax.constant_schedule(stage.learning_rate)
-    by_batch = optax.join_schedules([warm, after], [stage.warmup])
+    by_batch = learning_rates(stage)
 
     def schedule(updates: jax.Array) -> jax.Array:
-        return by_batch(updates * config.accumulate)
+        return by_batch(updates * config.accumulate, config.accumulate)
 
-    adam = dict(b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
-        update = optax.adamw(schedule, **adam)
+        # optax.adamw, but that its mask would change the structure of the state in checkpoints
+        update = optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+            _decay_of_matrices(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
         # Muon's updates are scaled to AdamW's usual size, so that one learning rate fits both.
-        # Norm weights are still updated by AdamW.
-        norms = {f"adam_{name}": value for name, value in adam.items()}
+        # Norm weights and biases are updated by AdamW.
         update = optax.contrib.muon(
-            schedule, weight_decay=config.weight_decay, consistent_rms=_ADAMW_RMS, **norms
+            schedule,
+            weight_decay=config.weight_decay,
+            consistent_rms=_ADAMW_RMS,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=0.0,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def learning_rates(stage: StageConfig) -> Callable[[Any, int], jax.Array]:
+    """Returns the learning rate of an update, from the batches before it and those that it sums.
+
+    A linear warm-up, which the first update already is a step of and which its last update ends at
+    the peak; then constant, a cosine to zero over the rest of the stage, or (`wsd`) constant up to
+    a linear end over the last `ending` batches. The last update's rate is never zero.
+    """
+    after = stage.steps - stage.warmup
+    if stage.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(1.0, max(after, 1))
+    elif stage.schedule == "wsd":
+        rest = optax.linear_schedule(1.0, 0.0, stage.ending, max(after - stage.ending, 0))
+    else:
+        rest = optax.constant_schedule(1.0)
+
+    def rate(before: Any, batches: int = 1) -> jax.Array:
+        warm = jnp.minimum(1.0, (before + batches) / max(stage.warmup, 1))
+        return stage.learning_rate * warm * rest(jnp.maximum(before - stage.warmup, 0))
+
+    return rate
+
+
+def _decay_of_matrices(weight_decay: float) -> optax.GradientTransformation:
+    def decayed(update: jax.Array, param: jax.Array) -> jax.Array:
+        return update + weight_decay * param if param.ndim > 1 else update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(decayed, updates, params))
 
 
 def add_noise(
@@ -101,9 +140,11 @@ def add_noise(
         return states_BLD + config.noise_scale * jax.random.normal(
             key, states_BLD.shape, states_BLD.dtype
         )
-    # Shorter chats get more noise.
+    # Shorter chats get more noise, up to that of `noise_shortest` tokens (method.md 3.3).
     length_BL = of_row(length_BC, places(states_BLD.shape[1], length_BC).chat_BX)
-    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, 1))[..., None]
+    width_BL1 = (config.noise_scale * 512 / jnp.maximum(length_BL, config.noise_shortest))[
+        ..., None
+    ]
     return states_BLD + width_BL1 * (
         jax.random.uniform(key, states_BLD.shape, states_BLD.dtype) - 0.5
     )
@@ -131,17 +172,18 @@ def stage_loss(
     vocabulary: tokens that loss and agreement are over, at all supervised positions; None: those
     that the draft scores, at the positions that the objective counts.
     """
-    params = gathered(params, mesh)
+    dtype = compute_dtype(config, mesh)
+    params = gathered(_computed(params, dtype), mesh)
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.predicted_BLD)
     h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
+    h_BLI = h_BLI.astype(dtype)
     slot_BT = queries(batch.counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
     def embedded(tokens: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(
-            embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale), rows(mesh)
-        )
+        e_BXD = embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale)
+        return jax.lax.with_sharding_constraint(e_BXD.astype(dtype), rows(mesh))
 
     inputs = Inputs(
         jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
@@ -168,6 +210,17 @@ def stage_loss(
         terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
     metrics = _summed(out, terms, counted_BY, jnp.sum(counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
+
+
+def compute_dtype(config: TrainConfig, mesh: Mesh) -> jnp.dtype:
+    """Returns the dtype of the draft's products and activations on the mesh (`train.dtype`)."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+
+
+def _computed(params: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Casts matrices before devices exchange their parts; vectors are cast where they are used."""
+    return {name: x.astype(dtype) if x.ndim > 1 else x for name, x in params.items()}
 
 
 def _scored(
@@ -205,7 +258,7 @@ def updated(
     gradient: dict,
     supervised: jax.Array,
     optimizer: optax.GradientTransformation,
-    accumulate: int,
+    config: TrainConfig,
 ) -> tuple[TrainState, jax.Array]:
     """Applies or accumulates the gradient of one batch.
 
@@ -213,33 +266,51 @@ def updated(
     that batches with more supervised tokens have more weight. Returns the new state and the norm of
     the mean gradient.
     """
+    done = state.step + 1
 
     def mean(total: Any, tokens: jax.Array) -> Any:
         return jax.tree.map(lambda x: x / (tokens + 1e-5), total)
 
     def change(
         opt_state: optax.OptState, total: Any, tokens: jax.Array
-    ) -> tuple[Any, optax.OptState]:
+    ) -> tuple[Any, Any, optax.OptState]:
         updates, opt_state = optimizer.update(mean(total, tokens), opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
+        params = optax.apply_updates(state.params, updates)
+        return params, averaged(state.ema, params, done // config.accumulate, config), opt_state
 
-    if accumulate == 1:
-        params, opt_state = change(state.opt_state, gradient, supervised)
-        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(
-            mean(gradient, supervised)
-        )
+    if config.accumulate == 1:
+        params, ema, opt_state = change(state.opt_state, gradient, supervised)
+        norm = optax.tree.norm(mean(gradient, supervised))
+        return TrainState(params, opt_state, done, ema), norm
     held: Accumulated = state.opt_state
     total, tokens = optax.tree.add(held.gradient, gradient), held.supervised + supervised
 
-    def full() -> tuple[Any, Accumulated]:
-        params, inner = change(held.inner, total, tokens)
-        return params, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
+    def full() -> tuple[Any, Any, Accumulated]:
+        params, ema, inner = change(held.inner, total, tokens)
+        return params, ema, Accumulated(inner, optax.tree.zeros_like(total), jnp.zeros_like(tokens))
 
-    def waiting() -> tuple[Any, Accumulated]:
-        return (state.params, Accumulated(held.inner, total, tokens))
+    def waiting() -> tuple[Any, Any, Accumulated]:
+        return state.params, state.ema, Accumulated(held.inner, total, tokens)
 
-    params, opt_state = jax.lax.cond((state.step + 1) % accumulate == 0, full, waiting)
-    return TrainState(params, opt_state, state.step + 1), optax.tree.norm(mean(total, tokens))
+    params, ema, opt_state = jax.lax.cond(done % config.accumulate == 0, full, waiting)
+    return TrainState(params, opt_state, done, ema), optax.tree.norm(mean(total, tokens))
+
+
+def averaged(
+    ema: dict[str, jax.Array] | None,
+    params: dict[str, jax.Array],
+    updates: jax.Array,
+    config: TrainConfig,
+) -> dict[str, jax.Array] | None:
+    """Returns the moving average after an update that gave `params`; None without `train.ema`.
+
+    Early averages forget faster, min(ema, (1 + n) / (10 + n)) after n updates, so that the first
+    weights do not stay in them.
+    """
+    if ema is None or config.ema is None:
+        return None
+    keep = jnp.minimum(config.ema, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
 
 
 def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) -> Batch:
@@ -249,6 +320,7 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
     layers of the target that the draft reads (`DraftSpec.taps`).
     """
     if batch.inputs_BLI is not None:
+        batch = batch.scaled()
         dtype = frozen.embed_VD.dtype
         cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (batch.inputs_BLI, batch.targets_BLD))
         return batch._replace(inputs_BLI=cast[0], targets_BLD=cast[1])
@@ -292,9 +364,7 @@ def make_steps(
         gradient, metrics = jax.grad(loss, has_aux=True)(
             state.params, frozen, with_states(frozen, batch, spec.taps), key
         )
-        state, grad_norm = updated(
-            state, gradient, metrics.supervised, optimizer, config.accumulate
-        )
+        state, grad_norm = updated(state, gradient, metrics.supervised, optimizer, config)
         return state, metrics._replace(grad_norm=grad_norm)
 
     def eval_step(params: dict[str, jax.Array], frozen: FrozenTarget, batch: Batch) -> Metrics:
@@ -303,7 +373,7 @@ def make_steps(
         return stage_loss(params, *of_batch, frozen.vocabulary)[1]
 
     def init(params: dict[str, jax.Array]) -> TrainState:
-        return _first_state(params, optimizer, config.accumulate)
+        return _first_state(params, optimizer, config)
 
     shapes = spec.param_shapes().items()
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
@@ -319,10 +389,11 @@ def make_steps(
 
 
 def _first_state(
-    params: Any, optimizer: optax.GradientTransformation, accumulate: int
+    params: Any, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> TrainState:
     """Builds the initial state from a copy of the parameters."""
     opt_state = optimizer.init(params)
-    if accumulate > 1:
+    if config.accumulate > 1:
         opt_state = Accumulated(opt_state, optax.tree.zeros_like(params), jnp.int32(0))
-    return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0))
+    ema = None if config.ema is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.int32(0), ema)
