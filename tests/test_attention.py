@@ -17,7 +17,7 @@ B, K, G, T, S, H = 2, 2, 3, 5, 23, 8
 def small(monkeypatch) -> None:
     """Blocks of 4 of 23 keys, so that the last block overlaps the one before it."""
     monkeypatch.setattr(attention, "BLOCK", 4)
-    monkeypatch.setattr(attention, "_MANY_KEYS", 8)
+    monkeypatch.setattr(attention, "MANY_KEYS", 8)
     monkeypatch.setattr(attention, "_MANY_QUERIES", 2)
 
 
@@ -44,7 +44,7 @@ def masks() -> dict[str, jax.Array]:
 def whole(monkeypatch, *arguments, **more):
     """The same attention over all keys at once."""
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_MANY_KEYS", S + 1)
+        patch.setattr(attention, "MANY_KEYS", S + 1)
         return partial_attention(*arguments, **more)
 
 
@@ -138,7 +138,7 @@ def test_scores_of_all_keys_are_never_in_memory(monkeypatch):
             return jnp.sum(merge_attention(partial_attention(q, k, v, mask)))
 
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_MANY_KEYS", keys)
+            patch.setattr(attention, "MANY_KEYS", keys)
             compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, mask).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

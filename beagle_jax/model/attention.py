@@ -18,7 +18,7 @@ import jax.numpy as jnp
 MASKED_SCORE = -1e30
 # Keys that are computed at once where there are many; scores of all keys would fill the memory.
 BLOCK = 256
-_MANY_KEYS, _MANY_QUERIES = 1024, 64
+MANY_KEYS, _MANY_QUERIES = 1024, 64
 
 
 class PartialAttention(NamedTuple):
@@ -53,7 +53,7 @@ def partial_attention(
     """
     scaled_BKGTH = q_BKGTH * (q_BKGTH.shape[-1] ** -0.5 if scale is None else scale)
     operands = scaled_BKGTH, k_BKHS, v_BKSH, mask
-    if k_BKHS.shape[-1] < _MANY_KEYS or isinstance(mask, bool):
+    if k_BKHS.shape[-1] < MANY_KEYS or isinstance(mask, bool):
         return PartialAttention(*_at_once(cap, *operands))
     in_blocks = partial(_in_blocks, cap)
     if q_BKGTH.shape[-2] >= _MANY_QUERIES:
