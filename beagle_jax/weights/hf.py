@@ -72,16 +72,29 @@ class HFTokenizer:
         """Returns ids of the tokens that end an answer.
 
         They come from generation_config.json if it names any, else from config.json. (A GGUF file
-        adds those of generation_config.json to its own: `GGUFFile.eos_ids` in gguf.py.)
+        adds those of generation_config.json to its own: `GGUFFile.eos_ids` in gguf.py.) If neither
+        names one, the tokenizer's end token ends an answer.
         """
         ids = generation_eos_ids(self.path)
         if ids is None:
             ids = _eos_ids(self.config(), self.path)
         if ids is None:
+            ids = self._tokenizer_end()
+        if ids is None:
             raise UserError(
-                f"{self.path}: neither generation_config.json nor config.json names eos_token_id"
+                f"{self.path}: neither generation_config.json nor config.json names eos_token_id, "
+                "and tokenizer_config.json names no eos_token, so that no token ends an answer; "
+                "write eos_token_id to generation_config.json"
             )
         return ids
+
+    def _tokenizer_end(self) -> tuple[int, ...] | None:
+        """Returns the tokenizer's end token; None if it has none, or there is no tokenizer."""
+        try:
+            token = self.tokenizer().eos_token_id
+        except UserError:
+            return None
+        return None if token is None else (token,)
 
 
 def generation_eos_ids(folder: Path) -> tuple[int, ...] | None:
