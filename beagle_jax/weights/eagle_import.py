@@ -64,7 +64,7 @@ def read_eagle_draft(
         qkv_bias=qkv_bias,
     )
     params = _match(tensors, spec, target.vocab_size, source)
-    check_tables(tensors, spec, source)
+    check_tables(published, spec, source)
     own = [tensor_name(spec, name) for name in params]
     check_copies([pair for pair in tensors if pair[0] not in own], read_target, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
