@@ -19,7 +19,10 @@ from beagle_jax.weights.model_files import (
     OTHER_FORMS,
     adapter_beside,
     check_index,
+    is_whole,
     model_files,
+    of_the_model,
+    weights_in,
 )
 from beagle_jax.weights.safetensors_file import Place, places
 
@@ -153,6 +156,13 @@ class HFFolder(HFTokenizer):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._files = model_files(path)
+        others = [file.name for file in of_the_model(weights_in(path, (".safetensors",)))]
+        if is_whole(path) and len(others) > 1:
+            _log.warning(
+                "%s: model.safetensors is read; the parts beside it (%d files) are not",
+                path,
+                len(others) - 1,
+            )
         if name := adapter_beside(path):
             _log.warning(
                 "%s: the adapter %s is beside the model and is not applied; merge it into the "
@@ -197,7 +207,7 @@ class HFFolder(HFTokenizer):
             disagree. The message names the file.
         """
         places_by_file = {file.name: places(file) for file in self._files}
-        if (self.path / INDEX).exists():
+        if (self.path / INDEX).exists() and not is_whole(self.path):
             check_index(self.path / INDEX, places_by_file)
         return [(name, place) for held in places_by_file.values() for name, place in held.items()]
 

@@ -13,6 +13,7 @@ from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 
 INDEX = "model.safetensors.index.json"  # maps tensors to files of a checkpoint in several files
+WHOLE = "model.safetensors"  # a checkpoint in one file
 # Files of a repository that are not downloaded: the weights in their maker's form, and junk.
 OTHER_FORMS = ("consolidated*", "original/*", "._*", "*/._*")
 _MODEL = re.compile(r"model(-\d+)?(-of-\d+)?\.safetensors|pytorch_model(-\d+)?(-of-\d+)?\.bin")
@@ -32,6 +33,8 @@ def model_files(folder: Path) -> list[Path]:
       UserError: there are none.
     """
     files = weights_in(folder, (".safetensors",))
+    if is_whole(folder):
+        return [folder / WHOLE]
     if (folder / INDEX).exists():
         listed = set(_weight_map(folder / INDEX).values())
         return [path for path in files if _MODEL.fullmatch(path.name) or path.name in listed]
@@ -39,6 +42,16 @@ def model_files(folder: Path) -> list[Path]:
     if not held:
         raise UserError(f"{folder}: {_nothing_to_read(folder, files)}")
     return held
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether model.safetensors is the whole model, so that no index describes it.
+
+    Transformers then reads this file alone, whatever parts lie beside it.
+    """
+    if not (folder / WHOLE).is_file():
+        return False
+    return not (folder / INDEX).exists() or WHOLE not in _weight_map(folder / INDEX).values()
 
 
 def weights_in(folder: Path, suffixes: Collection[str]) -> list[Path]:

@@ -74,7 +74,7 @@ def open_source(source: str, cache_dir: Path) -> Source:
     path = snapshot_folder(Path(home(source)), "target.source")
     if path.is_dir():
         return OrbaxFolder(path) if (path / SETTINGS).exists() else HFFolder(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFFile(path)
     raise UserError(
         f"target.source: {source!r} is neither a folder nor a .gguf file; "
@@ -133,7 +133,7 @@ def load_target(
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the slow weights
     choose_template(tokenizer, chat_template, template_variables or {}, source)
     check_vocabulary(tokenizer, spec.vocab_size, source)
-    _note_end_token(tokenizer, eos_ids, source)
+    _note_end_token(tokenizer, eos_ids, spec.vocab_size, source)
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
     if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
         raise UserError(
@@ -153,10 +153,17 @@ def load_target(
 
 
 def _note_end_token(
-    tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], source: str
+    tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], vocab_size: int, source: str
 ) -> None:
-    """Logs a warning if the tokenizer has an end token that ends no answer."""
+    """Logs a warning if an end token cannot come, or if that of the tokenizer ends no answer."""
     token = tokenizer.eos_token_id
+    if beyond := [end for end in eos_ids if end >= vocab_size]:
+        _log.warning(
+            "%s: eos_token_id names %s, and the vocabulary ends at %d: no answer ends there",
+            source,
+            ", ".join(map(str, beyond)),
+            vocab_size - 1,
+        )
     if token is not None and token not in eos_ids:
         _log.warning(
             "%s: the tokenizer's end token, %r (%d), ends no answer: the model names %s. If its "
