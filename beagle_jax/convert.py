@@ -41,10 +41,7 @@ def main(argv: Sequence[str]) -> None:
         "--overwrite", action="store_true", help="replace the whole folder if it exists"
     )
     made.add_argument(
-        "--source",
-        type=home,
-        metavar="PATH",
-        help="from-torch, import-eagle: folder or weights file",
+        "--source", type=home, metavar="PATH", help="from-torch, import-eagle: folder or file"
     )
     made.add_argument(
         "--allow-pickle",
@@ -52,10 +49,7 @@ def main(argv: Sequence[str]) -> None:
         help="from-torch, import-eagle: read .bin and .pt too",
     )
     made.add_argument(
-        "--report",
-        type=home,
-        metavar="FILE",
-        help="to-torch: file of evaluate --json, for the model card",
+        "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

@@ -39,8 +39,8 @@ def test_an_alias_with_a_wrong_value_is_named(load):
 
 def test_aliases_work_in_the_long_form_of_stages(load):
     stage = "{objective: test_time, ttt_length: 3}"
-    [read] = load(TARGET + f"train: {{stages: [{stage}]}}").train.stages
-    assert read.simulation_steps == 3
+    stages = load(TARGET + f"train: {{stages: [{stage}]}}").train.stages
+    assert stages[0].simulation_steps == 3
     with pytest.raises(UsageError, match=r"train.stages\[0\] has a setting under two names"):
         load(TARGET + "train: {stages: [{objective: late, ttt_steps: 3, simulation_steps: 3}]}")
 

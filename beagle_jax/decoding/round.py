@@ -338,13 +338,12 @@ class Round:
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, zero_R1, history)
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
-        none_R = jnp.zeros(R, jnp.int32)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[row_R].set(new)
 
         def of_row(x_B: jax.Array) -> jax.Array:
-            return none_R.astype(x_B.dtype) if first else x_B[row_R]
+            return jnp.zeros(R, x_B.dtype) if first else x_B[row_R]
 
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
         broken_R |= _spoiled(output.rows, count_R)
