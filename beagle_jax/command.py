@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from beagle_jax import terminal
 from beagle_jax.config import Config, resolve_config
+from beagle_jax.config.paths import home
 from beagle_jax.config.printing import describe
 from beagle_jax.errors import UsageError
 
@@ -44,6 +45,7 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
     made.add_argument(
         "--config",
         required=True,
+        type=home,
         metavar="FILE",
         help="YAML file, for example configs/quickstart.yaml",
     )
@@ -53,7 +55,10 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
         help="show all settings and where each comes from",
     )
     made.add_argument(
-        "--json", metavar="FILE", help="also write the result as JSON; -: to stdout, without text"
+        "--json",
+        type=home,
+        metavar="FILE",
+        help="also write the result as JSON; -: to stdout, without text",
     )
     made.add_argument("--quiet", action="store_true", help="print only the result, no progress")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")

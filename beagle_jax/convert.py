@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
+from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
@@ -33,12 +34,14 @@ def main(argv: Sequence[str]) -> None:
         metavar="DIRECTION",
         help="to-torch, to-jax, from-torch, import-eagle",
     )
-    made.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write")
+    made.add_argument(
+        "--out", required=True, type=home, metavar="FOLDER", help="the folder to write"
+    )
     made.add_argument(
         "--overwrite", action="store_true", help="replace the whole folder if it exists"
     )
     made.add_argument(
-        "--source", metavar="PATH", help="from-torch, import-eagle: folder or weights file"
+        "--source", type=home, metavar="PATH", help="from-torch, import-eagle: folder or file"
     )
     made.add_argument(
         "--allow-pickle",
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         help="from-torch, import-eagle: read .bin and .pt too",
     )
     made.add_argument(
-        "--report", metavar="FILE", help="to-torch: file of evaluate --json, for the model card"
+        "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

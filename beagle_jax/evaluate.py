@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
+from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.terminal import show, working
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str]) -> None:
     )
     made.add_argument(
         "--out",
+        type=home,
         metavar="FOLDER",
         help="folder for all answers and the report (report.json, report.md, report.html); answers "
         "that are there are used again",

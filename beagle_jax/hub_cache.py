@@ -25,7 +25,14 @@ def snapshot_folder(path: Path, setting: str) -> Path:
     if repository.name == "snapshots":
         repository = repository.parent
     snapshots = repository / "snapshots"
-    if not repository.name.startswith(_PREFIXES) or not snapshots.is_dir():
+    if not repository.name.startswith(_PREFIXES):
+        return path
+    if not snapshots.is_dir():
+        if (repository / "blobs").is_dir() or (repository / "refs").is_dir():
+            raise UserError(
+                f"{setting}: {path} is a repository folder of the hub cache without snapshots; its "
+                "download did not end: download it again"
+            )
         return path
     commits = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
     main = repository / "refs" / "main"

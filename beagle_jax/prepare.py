@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
+from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     )
     made.add_argument(
         "--export",
+        type=home,
         metavar="FILE.rows",
         help="then write the text to one file, for data.source",
     )

@@ -45,6 +45,9 @@ def listen() -> None:
     if not logger.handlers:
         logger.addHandler(_Messages())
         logger.setLevel(logging.INFO)
+        # orbax gives the root logger a handler, which would print every line again, with --quiet
+        # too.
+        logger.propagate = False
 
 
 class _Messages(logging.Handler):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, check_writable, parser, read_config
+from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import show, working
 
@@ -26,10 +27,16 @@ def main(argv: Sequence[str]) -> None:
         help="number of sample prompts, from the first of eval.suites",
     )
     made.add_argument(
-        "--write", metavar="FILE", help="also write the config, with the chosen tree in it"
+        "--write",
+        type=home,
+        metavar="FILE",
+        help="also write the config, with the chosen tree in it",
     )
     made.add_argument(
-        "--plot", metavar="FILE", help="also plot measured costs and expected speeds (.png, .svg)"
+        "--plot",
+        type=home,
+        metavar="FILE",
+        help="also plot measured costs and expected speeds (.png, .svg)",
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

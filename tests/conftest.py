@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import logging
 import os
 import socket
 import sys
@@ -169,6 +170,7 @@ _ended = itertools.count(1)
 
 
 terminal.listen()  # as commands do: what lower floors log is printed
+logging.getLogger("beagle_jax").propagate = True  # to `caplog`
 
 
 @pytest.fixture(autouse=True)

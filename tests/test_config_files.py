@@ -6,9 +6,18 @@ import pytest
 import yaml
 
 from beagle_jax import evaluate, generate, plan, prepare, serve, train, tune
-from beagle_jax.config import EarlyStage, LateStage, TestTimeStage, TrainConfig, load_config
+from beagle_jax.config import (
+    Config,
+    EarlyStage,
+    LateStage,
+    TestTimeStage,
+    TrainConfig,
+    load_config,
+)
+from beagle_jax.config.keys import sections_of
 from beagle_jax.config.printing import describe
 from beagle_jax.config.reading import resolve_config
+from beagle_jax.config.section import extra_of
 from beagle_jax.errors import UsageError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +133,40 @@ def test_outputs_are_of_the_working_directory_and_home_is_known(write, monkeypat
     assert (config.train.folder, config.data.folder) == ("runs/x", "/home/me/data")
     assert (config.draft.path, config.target.cache_dir) == ("/home/me/draft", "~/c")
     assert config.eval.compare == ("/home/me/a", "/b")
+
+
+def test_home_is_known_in_every_path_of_a_section_that_is_built_in_python(monkeypatch):
+    """As in a file: no folder named ~ is made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    checked = 0
+    for section, field in Config.model_fields.items():
+        for model in sections_of(field.annotation):
+            for name in model.model_fields:
+                if extra_of(model, name).get("path"):
+                    given = ["~/x"] if name in ("suites", "compare") else "~/x"
+                    needed = {"source": "hf:org/name"} if section == "target" else {}
+                    if name == "prompts":
+                        needed = {"source": "openai:http://x#y"}
+                    value = getattr(model(**{**needed, name: given}), name)
+                    assert value in ("/home/me/x", ("/home/me/x",)), f"{section}.{name}"
+                    checked += 1
+    assert checked >= 12
+
+
+def test_home_of_nobody_is_refused(write, monkeypatch):
+    path = write("run.yaml", TARGET)
+    for key in ("data.folder", "draft.path", "eval.suites"):
+        with pytest.raises(UsageError, match=rf"{key}: ~nobody_here/x: there is no home folder"):
+            load_config(path, [f"{key}=~nobody_here/x"])
+    with pytest.raises(UsageError, match="there is no home folder ~nobody_here"):
+        load_config("~nobody_here/run.yaml")
+
+
+def test_home_is_known_on_the_command_line(write, monkeypatch, capsys):
+    path = write("run.yaml", TARGET)
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert run_main(plan.main, ["--config=~/run.yaml", "--json=~/none/x.json"]) == 2
+    assert f"there is no folder {path.parent}/none" in capsys.readouterr().err
 
 
 def test_a_base_s_paths_are_relative_to_the_base(write):

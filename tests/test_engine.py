@@ -203,11 +203,17 @@ def test_nothing_compiles_after_warm_up_whatever_is_asked():
     decoder = SpeculativeDecoder(target, random_draft(), chain(2))
     decoder.warm_up([[1] * 60], DRAWN, max_new_tokens=40)
     decoder.warm_up([[1] * 60], DRAWN, max_new_tokens=40, batch=4)
+    array = jnp.array([5, 6])
     with CompileCounter() as counter:
         for length, most in ((1, 40), (13, 7), (60, 1)):
             list(decoder.stream([5] * length, DRAWN, max_new_tokens=most, stop=["ab"], seed=4))
             decoder.generate([[5] * length], Sampling(1.1, 7), max_new_tokens=most, stop=["x"])
             decoder.generate([[5] * length] * 9, DRAWN, max_new_tokens=most, batch=4, stop=["b"])
+            decoder.generate([[5] * length], DRAWN, n=3, batch=1, max_new_tokens=most)
+        decoder.generate([array], DRAWN, max_new_tokens=4, seconds=60.0)
+        decoder.generate(np.array([[5, 6]]), DRAWN, max_new_tokens=4)
+        prompts = iter([[5], [], [6]])
+        list(decoder.generate(prompts, DRAWN, as_completed=True, batch=1, max_new_tokens=4))
     assert counter.count == 0
 
 

@@ -215,3 +215,29 @@ def test_offline_the_own_cache_is_used_and_then_the_hub_s(repository, where, mon
     assert ("hf:org/name is read from the hub's cache" in printed) == (where == "hub")
     with pytest.raises(UserError, match="hf:org/other could not be downloaded"):
         download("org/other", caches["own"])
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_whole_file_is_read_and_parts_beside_it_are_named(tmp_path, with_index, caplog):
+    """As transformers chooses."""
+    numbered(tmp_path)
+    if with_index:
+        sharded(tmp_path)
+    tensors = {name: array + 1 for name, array in llama_tensors().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    held = dict(HFFolder(tmp_path).tensors())
+    assert held.keys() == tensors.keys()
+    np.testing.assert_array_equal(held["model.norm.weight"], tensors["model.norm.weight"])
+    assert "model.safetensors is read; the parts beside it (2 files) are not" in caplog.text
+
+
+def test_a_cache_folder_whose_download_did_not_end_is_named(tmp_path):
+    (tmp_path / "models--org--name" / "blobs").mkdir(parents=True)
+    with pytest.raises(UserError, match="without snapshots; its download did not end"):
+        snapshot_folder(tmp_path / "models--org--name", "target.source")
+
+
+def test_a_gguf_file_may_be_in_capitals(tmp_path):
+    (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="not a readable GGUF file"):
+        open_source(str(tmp_path / "MODEL.GGUF"), tmp_path)

@@ -178,3 +178,17 @@ def test_errors_are_red_on_a_terminal_only(monkeypatch):
         assert terminal.coloured("error:", "31", stream) == "\033[31merror:\033[0m"
         monkeypatch.setenv("NO_COLOR", "1")
         assert terminal.coloured("error:", "31", stream) == "error:"
+
+
+def test_what_the_package_logs_is_printed_once():
+    """Also after another library, as orbax does, gave the root logger a handler."""
+    code = (
+        "import argparse, logging\n"
+        "from beagle_jax import terminal\n"
+        "terminal.prepare(argparse.Namespace(quiet=True))\n"
+        "logging.basicConfig()\n"
+        "logging.getLogger('beagle_jax.somewhere').warning('a word')\n"
+        "logging.getLogger('beagle_jax.somewhere').info('progress')\n"
+    )
+    done = run(code)
+    assert done.stderr == "warning: a word\n"

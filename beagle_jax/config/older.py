@@ -34,15 +34,57 @@ ALIASES: dict[str, Alias] = {
 
 
 def translate(key: str, value: Any) -> tuple[str, Any, str]:
-    """Returns the setting and value of an alias, and a note for the user if the value changes."""
+    """Returns the setting and value of an alias, and a note for the user if the value changes.
+
+    Raises:
+        UsageError: a stage of the long form has a setting under two names.
+    """
     alias = ALIASES.get(key)
     if alias is None:
-        return key, value, ""
+        return key, _stages(value) if key == "train.stages" else value, ""
     if not alias.more or type(value) is not int:
         return alias.key, value, ""
     shifted = value + alias.more
     note = f"{key} {value} counts as {alias.of} does; it means {alias.key} {shifted}"
     return alias.key, shifted, note
+
+
+def _stages(stages: Any) -> Any:
+    """Returns the stages of the long form with this project's names."""
+    prefix = "train.late."
+    names = {
+        old.removeprefix(prefix): new.key.removeprefix(prefix)
+        for old, new in ALIASES.items()
+        if old.startswith(prefix)
+    }
+    if not isinstance(stages, list):
+        return stages
+    current = []
+    for number, stage in enumerate(stages):
+        if isinstance(stage, Mapping):
+            renamed = {names.get(name, name): value for name, value in stage.items()}
+            if len(renamed) < len(stage):
+                raise UsageError(
+                    f"train.stages[{number}] has a setting under two names (one of "
+                    f"{', '.join(names)}); leave one out"
+                )
+            stage = renamed
+        current.append(stage)
+    return current
+
+
+def other_top_k(files: Mapping[str, str]) -> list[str]:
+    """Returns a note if EAGLE's names stand beside `decode.top_k`, which EAGLE has too.
+
+    files: the file of each setting, by the key that was written.
+    """
+    eagle = [key for key in ("decode.depth", "decode.total_token") if key in files]
+    if not eagle or "decode.top_k" not in files or "decode.topk" in files:
+        return []
+    return [
+        f"{files['decode.top_k']}: decode.top_k is the filter of sampling here; the top_k that "
+        f"EAGLE has beside {eagle[0].removeprefix('decode.')} is decode.topk"
+    ]
 
 
 def late_word(settings: MutableMapping[str, Any], value: str) -> bool:

@@ -2,9 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from beagle_jax.config.section import PathKind
+from beagle_jax.errors import UsageError
+
+# input: a file or folder that is read; output: one that is written.
+PathKind = Literal["input", "output"]
 
 # Values of path settings that name no path.
 _WORDS = ("self", "normal", "ridge", "held_out", "lookup", "plain", "none")
@@ -32,7 +35,7 @@ def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tupl
         is_beside = folder is not None and not named.is_absolute() and (folder / named).is_dir()
         return (f"hf:{_short(folder / named)}" if folder and is_beside else value), []
     if value.startswith("~"):
-        return str(Path(value).expanduser()), []
+        return home(value), []
     if kind == "output" or folder is None or not value or os.path.isabs(value):
         return value, []
     if not bare and not os.path.dirname(value) and not os.path.splitext(value)[1]:
@@ -40,6 +43,21 @@ def resolve(value: Any, kind: PathKind, folder: Path | None, bare: bool) -> tupl
     if (folder / value).exists():
         return _short(folder / value), []
     return value, [value] if Path(value).exists() else []
+
+
+def home(path: str) -> str:
+    """Returns the path with the home folder in place of a leading ~.
+
+    Raises:
+        UsageError: ~ names a user who has no home folder here.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise UsageError(
+            f"{path}: there is no home folder {path.partition('/')[0]}; write ~/ for your own, or "
+            f"./{path} for a folder of this name"
+        )
+    return whole
 
 
 def same(there: Any, now: Any) -> bool:

@@ -27,6 +27,8 @@ class Value(NamedTuple):
     file: str  # for messages: the file, or for an override the file that it changes
     folder: Path | None  # its paths are relative to this folder first; None for the command line
     origin: str  # for --print-config
+    written: str = ""  # the key that was written, which may be an alias
+    note: str = ""  # for the user, if the value counts differently under that alias
 
 
 Settings = dict[str, Value]  # by dotted key
@@ -61,6 +63,7 @@ def resolve_config(
     path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
 ) -> Resolved:
     """Like `load_config`, but also returns the origin of each setting."""
+    path = paths.home(str(path))
     settings = _read(Path(path), overrides, relative_to)
     files = {key: value.file for key, value in settings.items()}
     try:
@@ -71,7 +74,9 @@ def resolve_config(
         raise UsageError(f"{_file_of(str(error), files, path)}: {error}") from None
     except ValidationError as error:
         key, explanation = explain(error, Config)
-        raise UsageError(f"{_file_of(key, files, path)}: {explanation}") from None
+        written = settings[key].written if key in settings else ""
+        also = f" ({written} is written there)" if written not in ("", key) else ""
+        raise UsageError(f"{_file_of(key, files, path)}: {explanation}{also}") from None
     return Resolved(config, {key: value.origin for key, value in settings.items()})
 
 
@@ -99,13 +104,15 @@ def _read(path: Path, overrides: Sequence[str], relative_to: str | Path | None) 
     folder = None if relative_to is None else Path(relative_to)
     for file, tree in _chain(path, []):
         origin = str(file) if file == path else f"{file}, which {path.name} extends"
-        _add(settings, tree, Value(None, str(file), folder or file.parent, origin), notes)
+        _add(settings, tree, Value(None, str(file), folder or file.parent, origin))
     for override in overrides:
         key, value = parse_override(override)
         tree = keys.nest({key: value})
-        _add(settings, tree, Value(None, str(path), None, "command line"), notes)
+        _add(settings, tree, Value(None, str(path), None, "command line"))
     _older_stages(settings, str(path), notes)
     _resolve_paths(settings, notes, quiet=relative_to is not None)
+    notes += [f"{value.file}: {value.note}" for value in settings.values() if value.note]
+    notes += older.other_top_k({value.written: value.file for value in settings.values()})
     for note in dict.fromkeys(notes):
         _log.warning(note)
     return settings
@@ -119,7 +126,7 @@ def _chain(path: Path, above: list[Path]) -> Iterator[tuple[Path, dict[Any, Any]
         if not isinstance(base, str):
             raise UsageError(f"{path}: {EXTENDS} is {base!r}; expected the path of a config file")
         chain = [*above, path]
-        below = path.parent / Path(base).expanduser()
+        below = path.parent / paths.home(base)
         if below.resolve() in [file.resolve() for file in chain]:
             files = " -> ".join(str(file) for file in (*chain, below))
             raise UsageError(f"{path}: {EXTENDS} forms a circle: {files}; remove one of them")
@@ -152,12 +159,19 @@ def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
     return tree
 
 
-def _add(settings: Settings, tree: dict[Any, Any], source: Value, notes: list[str]) -> None:
+def _add(settings: Settings, tree: dict[Any, Any], source: Value) -> None:
     """Adds the settings of a file or an override, which replace earlier values."""
+    names: dict[str, str] = {}
     for written, given in keys.flatten(tree, [Config]):
-        key, value, note = older.translate(written, given)
-        if note:
-            notes.append(f"{source.file}: {note}")
+        try:
+            key, value, note = older.translate(written, given)
+        except UsageError as error:
+            raise UsageError(f"{source.file}: {error}") from None
+        if names.setdefault(key, written) != written:
+            raise UsageError(
+                f"{source.file}: {names[key]} and {written} are names of one setting, {key}; "
+                "leave one out"
+            )
         if key == "train.late" and isinstance(value, str):
             try:
                 is_none = older.late_word(settings, value)
@@ -166,7 +180,7 @@ def _add(settings: Settings, tree: dict[Any, Any], source: Value, notes: list[st
             if not is_none:
                 continue
             key, value = "train.late.steps", 0
-        settings[key] = source._replace(value=value)
+        settings[key] = source._replace(value=value, written=written, note=note)
 
 
 def _older_stages(settings: Settings, path: str, notes: list[str]) -> None:
@@ -209,7 +223,10 @@ def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None
         if kind is None:
             continue
         bare = key != "eval.suites"
-        value, elsewhere = paths.resolve(setting.value, kind, setting.folder, bare)
+        try:
+            value, elsewhere = paths.resolve(setting.value, kind, setting.folder, bare)
+        except UsageError as error:
+            raise UsageError(f"{setting.file}: {key}: {error}") from None
         settings[key] = setting._replace(value=value)
         if key == "draft.path" or quiet:  # usually the folder that training writes
             continue

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from beagle_jax.config.paths import PathKind, home
 
 # Results on disk that are reused only if the settings that decide them are unchanged: the training
 # text and its states, the checkpoints of a stage, the answers of an evaluation, and the taus that
 # training compares.
 Result = Literal["text", "stage", "answers", "tau"]
-# input: a file or folder that is read; output: one that is written.
-PathKind = Literal["input", "output"]
 
 
 class Section(BaseModel):
@@ -21,6 +21,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_home(cls, values: Any) -> Any:
+        """Replaces ~ in files and folders, also of sections that are built in Python."""
+        if not isinstance(values, Mapping):
+            return values
+        named = [name for name in values if name in cls.model_fields]
+        paths = [name for name in named if extra_of(cls, name).get("path")]
+        return {**values, **{name: _at_home(values[name]) for name in paths}}
 
     def changed(self, **values: Any) -> Self:
         """Returns this section with other values, validated like a new section.
@@ -70,6 +80,12 @@ def refusal(template: str) -> PydanticCustomError:
     """
     plain = template.format(at="", key="it")
     return PydanticCustomError("rule", "{plain}", {"template": template, "plain": plain})
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_at_home, value))
+    return home(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _number(value: Any) -> Any:

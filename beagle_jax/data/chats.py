@@ -124,7 +124,10 @@ def read_chats(
             if not file.name.startswith("._")  # metadata files of macOS
         ]
         if not files:
-            raise UserError(f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file")
+            hint = f"; data.source=hf:{path} reads it" if (path / "snapshots").is_dir() else ""
+            raise UserError(
+                f"data.source: the folder {path} holds no .jsonl or .jsonl.gz file{hint}"
+            )
         # Interleaved, so that a token budget takes chats from every file; shuffled, because files
         # are often sorted by kind.
         in_turn = zip_longest(

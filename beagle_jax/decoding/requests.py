@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -195,7 +196,7 @@ class Codec:
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if not _is_sequence(prompt) or isinstance(prompt, set | frozenset | Mapping):
             raise PromptError(f"the prompt is {prompt!r:.80}; {_EXPECTED}")
-        parts = list(prompt)
+        parts = _listed(prompt)
         if not parts:
             raise PromptError("the prompt is empty; give at least one token")
         messages = [dict(part) for part in parts if isinstance(part, Mapping)]
@@ -280,13 +281,18 @@ def prompts_of(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     if not _is_sequence(prompts):
         raise PromptError(f"prompts is {prompts!r:.80}; expected a list of prompts")
     if not isinstance(prompts, (str, Mapping)):
-        prompts = list(prompts)
+        prompts = _listed(prompts)
         if not any(_is_part(part) for part in prompts):
             return iter(prompts)
     raise PromptError(
         f"generate takes a list of prompts, and was given one, {prompts!r:.80}; write "
         "generate([prompt])"
     )
+
+
+def _listed(values: Iterable[Any]) -> list[Any]:
+    """Returns a list. Of a jax array it is made at once: jax compiles what takes its elements."""
+    return list(np.asarray(values) if isinstance(values, jax.Array) else values)
 
 
 def _is_part(value: object) -> bool:

@@ -338,15 +338,15 @@ class Round:
         wanted_R1, finite_R1 = self.choose(chunk.requests, last_R1D, zero_R1, history)
         now, stats = state.transcript, state.stats
         root_R = jnp.where(ends_R, wanted_R1[:, 0], now.root_B[row_R])
-        none_R = jnp.zeros(R, jnp.int32)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[row_R].set(new)
 
         def of_row(x_B: jax.Array) -> jax.Array:
-            return none_R.astype(x_B.dtype) if first else x_B[row_R]
+            return jnp.zeros(R, x_B.dtype) if first else x_B[row_R]
 
         broken_R = of_row(now.broken_B) | (ends_R & ~finite_R1[:, 0])
+        broken_R |= _spoiled(output.rows, count_R)
         stop_R = self._is_stop(chunk.requests, root_R[:, None])[:, 0]
         ended_R = stop_R | (chunk.requests.limit_B <= 1) | broken_R
         done_R = jnp.where(ends_R, ended_R, (length_R > offset + T) | now.done_B[row_R])
@@ -442,6 +442,19 @@ def _with_history(
     history = history_with(history, root_R1, jnp.asarray(ends_R, jnp.int32))
     put = jax.tree.map(lambda x, new: x.at[row_R].set(new), state.history, history)
     return state._replace(history=put)
+
+
+def _spoiled(rows: Sequence[KVRows], count_R: jax.Array) -> jax.Array:
+    """Returns whether a prompt's first `count_R` tokens hold values that are not finite [R].
+
+    The cache stores these as zeros, so that later tokens would not notice them.
+    """
+    spoiled_R = jnp.zeros(count_R.shape, bool)
+    for layer in rows:
+        spoiled_RT = ~jnp.isfinite(layer.v_BKSH).all(axis=(1, 3))
+        own_RT = jnp.arange(spoiled_RT.shape[1])[None] < count_R[:, None]
+        spoiled_R |= (spoiled_RT & own_RT).any(axis=1)
+    return spoiled_R
 
 
 def _seen(chunk: Chunk, root_R: jax.Array, output: Forward, first: bool) -> Seen:

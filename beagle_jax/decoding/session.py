@@ -365,10 +365,14 @@ def ends_of(requests: Sequence[Request], eos_ids: tuple[int, ...], width: int) -
 def keys_of(requests: Sequence[Request]) -> jax.Array:
     """The random key [R] of each request."""
     seed_R = np.array([request.seed % 2**32 for request in requests], np.uint32)
-    key_R = jax.vmap(jax.random.key)(seed_R)
-    if not any(request.choice for request in requests):
-        return key_R
     choice_R = np.array([request.choice for request in requests], np.uint32)
+    return _keys(seed_R, choice_R)
+
+
+@jax.jit
+def _keys(seed_R: jax.Array, choice_R: jax.Array) -> jax.Array:
+    """One program, whether or not there are several answers to a prompt."""
+    key_R = jax.vmap(jax.random.key)(seed_R)
     return jnp.where(choice_R > 0, jax.vmap(jax.random.fold_in)(key_R, choice_R), key_R)
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.draft import Frontier, LevelOutput, TreeDrafter
@@ -17,11 +18,19 @@ from beagle_jax.decoding.tree import Tree
 from beagle_jax.errors import UserError
 from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
-from beagle_jax.model.cache import KVRows, append_rows, empty_rows, visible_slots, write_rows
+from beagle_jax.model.cache import (
+    KVRows,
+    append_rows,
+    empty_rows,
+    finite,
+    visible_slots,
+    write_rows,
+)
 from beagle_jax.model.draft import DraftSpec, LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
 from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec
 from beagle_jax.model.target import TargetSpec, embed, logit_columns
+from beagle_jax.weights.draft import hot_problem
 
 
 class DraftHead(NamedTuple):
@@ -87,6 +96,13 @@ class TrainedDrafter(TreeDrafter):
                     f"this draft belongs to another target (it scores token {highest}, the "
                     f"target has {known}); set draft.path or target.source to a pair that fits"
                 )
+            if problem := hot_problem(np.asarray(self.head.ids_V), known):
+                raise UserError(problem)
+        if len(self.head.rows_VD) != vocabulary:
+            raise UserError(
+                f"the draft's head has {len(self.head.rows_VD)} rows for {vocabulary} scored "
+                "tokens; load the draft with load_draft, which checks it"
+            )
         most = max(tree.kept_children(level) for level in range(tree.depth))
         if most > vocabulary:
             raise UserError(
@@ -130,7 +146,10 @@ class TrainedDrafter(TreeDrafter):
         slots = visible_slots(frontier.length_B, [rows])[:, None, None, None]
         parts = [partial_attention(q_BKGTH, *rows, slots)]
         if memory is not None:
-            parts.append(partial_attention(q_BKGTH, *memory, sees_BTQ[:, None, None]))
+            # Values of one node that are not finite must not reach the others, as 0 x NaN.
+            k_BKHQ, v_BKQH = memory
+            seen_BTQ = sees_BTQ[:, None, None]
+            parts.append(partial_attention(q_BKGTH, k_BKHQ, finite(v_BKQH), seen_BTQ))
         state_BTD = block.predict(x_BTD, merge_attention(*parts))
         normed_BTD = self.spec.final_norm(self.params, state_BTD)
         return state_BTD, logit_columns(self.head.rows_VD, normed_BTD)

@@ -215,7 +215,9 @@ def merge_attention(*parts: PartialAttention) -> jax.Array:
     total = sum(part.total_BKGT * scale for part, scale in zip(parts, scales, strict=True))
     out = sum(part.out_BKGTH * scale[..., None] for part, scale in zip(parts, scales, strict=True))
     assert not isinstance(total, int)  # there is at least one part
-    seen = total > 0
+    # Not `total > 0`, which is False for NaN: a query that sees a key of NaN gets NaN, and only one
+    # that sees no key gets zeros.
+    seen = ~(total <= 0)
     # The inner `where` keeps zero out of the division, so neither value nor gradient can be NaN
     # (method.md 2.5).
     return jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)

@@ -1,8 +1,10 @@
 """The key/value cache: a fixed number of slots, and a length per sequence.
 
 Donated caches are written in place. Slots at or past a sequence's length hold zeros or old values.
-The mask depends only on the length, not on what the slots hold. Memory is zeroed, not left
-uninitialised, because 0 x NaN would be NaN.
+The mask depends only on the length, not on what the slots hold. Masked slots must hold finite
+values, because 0 x NaN would be NaN: memory is zeroed, and values that are not finite are stored as
+zeros. A token with such values is unusable itself (`decoding/round.py`), and its slot goes to the
+next text of the sequence.
 """
 
 from collections.abc import Sequence
@@ -49,12 +51,17 @@ def write_rows(
 
     They go to every sequence, or to the sequences row_R. The caller ensures start + T <= S:
     `dynamic_update_slice` would move a write past the end back onto valid slots. A sequence may
-    appear in row_R twice if both writes are the same.
+    appear in row_R twice if both writes are the same. Values that are not finite become zeros.
     """
     return KVRows(
         _write(cache.k_BKHS, rows.k_BKHS, start_R, row_R, 3),
-        _write(cache.v_BKSH, rows.v_BKSH, start_R, row_R, 2),
+        _write(cache.v_BKSH, finite(rows.v_BKSH), start_R, row_R, 2),
     )
+
+
+def finite(values: jax.Array) -> jax.Array:
+    """Returns the values, with zeros in place of NaN and infinity."""
+    return jnp.where(jnp.isfinite(values), values, 0)
 
 
 def _write(
@@ -238,7 +245,7 @@ class RingCache(KVCache):
         layers = [
             KVRows(
                 _write_slot(layer.k_BKHS, new.k_BKHS, slot, 3),
-                _write_slot(layer.v_BKSH, new.v_BKSH, slot, 2),
+                _write_slot(layer.v_BKSH, finite(new.v_BKSH), slot, 2),
             )
             for layer, new in zip(self.layers, rows, strict=True)
         ]

@@ -24,7 +24,7 @@ from beagle_jax.model.attention import (
     partial_attention,
     soft_cap,
 )
-from beagle_jax.model.cache import KVRows, empty_rows
+from beagle_jax.model.cache import KVRows, empty_rows, finite
 from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
@@ -393,8 +393,7 @@ def _attend_new(
     v_BKTH = rows.v_BKSH
     if v_BKTH.shape[2] == 1:
         return attend(q_BKGTH, *rows, mask_BTT[:, None, None])
-    finite_BKTH = jnp.where(jnp.isfinite(v_BKTH), v_BKTH, 0)
-    part = attend(q_BKGTH, rows.k_BKHS, finite_BKTH, mask_BTT[:, None, None])
+    part = attend(q_BKGTH, rows.k_BKHS, finite(v_BKTH), mask_BTT[:, None, None])
     own_BK1TH = (v_BKTH - v_BKTH)[:, :, None].astype(jnp.float32)  # 0, or NaN where not finite
     return part._replace(out_BKGTH=part.out_BKGTH + own_BK1TH)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.arrays import AnyArray
+from beagle_jax.config.paths import home
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
@@ -64,7 +65,7 @@ class Draft:
 
 def save_draft(folder: str | Path, draft: Draft) -> None:
     """Writes a draft to a folder; each file is replaced as a whole."""
-    folder = Path(folder)
+    folder = Path(home(str(folder)))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
@@ -122,7 +123,7 @@ def load_draft(
       UserError: a file or tensor is missing, extra or misshapen, the draft is of another kind, or
         it was made for another target. The message names the folder.
     """
-    folder = Path(folder)
+    folder = Path(home(str(folder)))
     weights_path = folder / "model.safetensors"
     config = read_json(folder / "config.json", _TRAIN_FIRST)
     spec = read_spec(config, target, folder, None if kind is None else (kind,))
@@ -132,7 +133,8 @@ def load_draft(
     hot_ids = tensors.get(HOT_TOKENS)
     params = _match(tensors, spec, weights_path)
     check_digest(config, spec, tensors, folder)
-    if problem := hot_problem(hot_ids, target.vocab_size):
+    rows = len(params["head_VD"]) if "head_VD" in params else None
+    if problem := hot_problem(hot_ids, target.vocab_size, rows):
         raise UserError(f"{folder}: {problem}")
     provenance = {
         key: value
@@ -142,12 +144,21 @@ def load_draft(
     return Draft(spec, params, None if hot_ids is None else jnp.asarray(hot_ids), provenance)
 
 
-def hot_problem(hot_ids: np.ndarray | None, vocab_size: int) -> str:
+def hot_problem(hot_ids: np.ndarray | None, vocab_size: int, rows: int | None = None) -> str:
     """Describes what is wrong with the scored token ids; returns "" if nothing is.
 
     A repeated id would take its probability from both entries. Tokens drawn by the ratio rule would
     then not follow the target's distribution.
+
+    rows: of the draft's own head; None if it has none.
     """
+    count = vocab_size if hot_ids is None else len(hot_ids)
+    if rows not in (None, count):
+        return (
+            f"the draft's head has {rows} rows, and {count} tokens are scored "
+            f"({HOT_TOKENS} or, without it, the vocabulary); a file is damaged or belongs to "
+            "another draft"
+        )
     if hot_ids is None:
         return ""
     wrong = hot_ids[(hot_ids < 0) | (hot_ids >= vocab_size)]
@@ -171,7 +182,7 @@ def check_there(folder: str | Path) -> None:
     Raises:
       UserError: there is no readable config.json.
     """
-    read_json(Path(folder) / "config.json", _TRAIN_FIRST)
+    read_json(Path(home(str(folder))) / "config.json", _TRAIN_FIRST)
 
 
 def other_target(draft: Draft, source: str) -> str | None:

@@ -18,6 +18,7 @@ from beagle_jax.weights.copies import TensorReader
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.eagle3_config import SPECULATORS, Eagle3Config, read_eagle3_config
 from beagle_jax.weights.kinds import tensor_name
+from beagle_jax.weights.rotary_table import NAME, check_tables
 
 Named = list[tuple[str, np.ndarray]]
 
@@ -57,6 +58,7 @@ def eagle3_draft(
     """
     tensors = _by_our_names(published, source)
     settings = read_eagle3_config(config, set(tensors), target, source)
+    check_tables(published, settings.spec, source)
     spec, hot_ids = _vocabulary(settings, tensors, target, source)
     spec = _with_own_parts(spec, tensors, target, read_target, source)
     params = _matched(tensors, spec, source)
@@ -87,7 +89,7 @@ def _by_our_names(published: Named, source: Path) -> dict[str, np.ndarray]:
             ours = ours.replace(old, f"fc_norm.{number}.")
         if ours in tensors:
             raise UserError(f"{source}: {name} stands there twice, under two names")
-        if not ours.endswith("rotary_emb.inv_freq"):
+        if not NAME.fullmatch(ours):
             tensors[ours] = array
     norms = sorted(name for name in tensors if name.startswith("fc_norm."))
     if norms:
@@ -116,6 +118,11 @@ def _vocabulary(
     rows = len(tensors[_HEAD]) if _HEAD in tensors else V
     count = rows if settings.draft_vocab_size is None else settings.draft_vocab_size
     spec = settings.spec.scoring(count)
+    if count == V and scored_V is not None and not scored_V.all():
+        raise UserError(
+            f"{source}: t2d says that the draft scores {int(scored_V.sum())} tokens, and config "
+            f"and weights that it scores all {V}; one is damaged"
+        )
     if count == V:
         # SafeAILab's reader ignores d2t then, SGLang's applies it.
         if offset_V is not None and offset_V.any():

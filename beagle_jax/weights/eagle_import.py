@@ -19,6 +19,7 @@ from beagle_jax.weights.copies import TensorReader, check_copies
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.eagle3_import import eagle3_draft, is_eagle3
 from beagle_jax.weights.kinds import FILES, tensor_name
+from beagle_jax.weights.rotary_table import NAME, check_tables
 from beagle_jax.weights.torch_files import read_folder_config, read_weights, weight_files
 
 _EMBEDDING = "embed_tokens.weight"
@@ -63,6 +64,7 @@ def read_eagle_draft(
         qkv_bias=qkv_bias,
     )
     params = _match(tensors, spec, target.vocab_size, source)
+    check_tables(published, spec, source)
     own = [tensor_name(spec, name) for name in params]
     check_copies([pair for pair in tensors if pair[0] not in own], read_target, source)
     provenance = {"target": target_source, "imported_from": source.resolve().name}
@@ -153,7 +155,7 @@ def _match(
     problems += [
         f"extra tensor {name} {list(array.shape)}: the EAGLE draft has no such part"
         for name, array in held.items()
-        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+        if name not in shapes and name not in ignored and not NAME.fullmatch(name)
     ]
     problems += [
         f"{name} has shape {list(held[name].shape)}, expected {list(shape)}"

@@ -19,7 +19,10 @@ from beagle_jax.weights.model_files import (
     OTHER_FORMS,
     adapter_beside,
     check_index,
+    is_whole,
     model_files,
+    of_the_model,
+    weights_in,
 )
 from beagle_jax.weights.safetensors_file import Place, places
 
@@ -72,16 +75,29 @@ class HFTokenizer:
         """Returns ids of the tokens that end an answer.
 
         They come from generation_config.json if it names any, else from config.json. (A GGUF file
-        adds those of generation_config.json to its own: `GGUFFile.eos_ids` in gguf.py.)
+        adds those of generation_config.json to its own: `GGUFFile.eos_ids` in gguf.py.) If neither
+        names one, the tokenizer's end token ends an answer.
         """
         ids = generation_eos_ids(self.path)
         if ids is None:
             ids = _eos_ids(self.config(), self.path)
         if ids is None:
+            ids = self._tokenizer_end()
+        if ids is None:
             raise UserError(
-                f"{self.path}: neither generation_config.json nor config.json names eos_token_id"
+                f"{self.path}: neither generation_config.json nor config.json names eos_token_id, "
+                "and tokenizer_config.json names no eos_token, so that no token ends an answer; "
+                "write eos_token_id to generation_config.json"
             )
         return ids
+
+    def _tokenizer_end(self) -> tuple[int, ...] | None:
+        """Returns the tokenizer's end token; None if it has none, or there is no tokenizer."""
+        try:
+            token = self.tokenizer().eos_token_id
+        except UserError:
+            return None
+        return None if token is None else (token,)
 
 
 def generation_eos_ids(folder: Path) -> tuple[int, ...] | None:
@@ -140,6 +156,13 @@ class HFFolder(HFTokenizer):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._files = model_files(path)
+        others = [file.name for file in of_the_model(weights_in(path, (".safetensors",)))]
+        if is_whole(path) and len(others) > 1:
+            _log.warning(
+                "%s: model.safetensors is read; the parts beside it (%d files) are not",
+                path,
+                len(others) - 1,
+            )
         if name := adapter_beside(path):
             _log.warning(
                 "%s: the adapter %s is beside the model and is not applied; merge it into the "
@@ -184,7 +207,7 @@ class HFFolder(HFTokenizer):
             disagree. The message names the file.
         """
         places_by_file = {file.name: places(file) for file in self._files}
-        if (self.path / INDEX).exists():
+        if (self.path / INDEX).exists() and not is_whole(self.path):
             check_index(self.path / INDEX, places_by_file)
         return [(name, place) for held in places_by_file.values() for name, place in held.items()]
 

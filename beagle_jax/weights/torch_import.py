@@ -28,6 +28,7 @@ from beagle_jax.weights.draft import (
     settings,
 )
 from beagle_jax.weights.kinds import kind_in_torch, tensor_name, torch_form
+from beagle_jax.weights.rotary_table import check_tables
 from beagle_jax.weights.torch_export import CONFIG_KEYS
 from beagle_jax.weights.torch_files import Named, read_folder_config, read_weights, weight_files
 
@@ -66,6 +67,7 @@ def read_torch_draft(
     own = [tensor_name(draft.spec, name) for name in draft.params]
     others = [pair for pair in tensors if not any(_ends(pair[0], end) for end in own)]
     check_copies(others, read_target, source)
+    check_tables(others, draft.spec, source)
     return draft
 
 
