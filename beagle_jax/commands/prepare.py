@@ -17,6 +17,7 @@ from beagle_jax.data.states import stored_dtype
 from beagle_jax.data.template import supervised_tokens
 from beagle_jax.errors import UserError
 from beagle_jax.processes import is_first
+from beagle_jax.sharding import make_mesh, own_part
 from beagle_jax.terminal import listen
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.shape import check_shape
@@ -38,7 +39,7 @@ def prepare_share(
     if export is not None and of_old_shares(config.data.folder):
         return _export_old(config.data.folder, Path(export))
     check_source(config.data)
-    target = configured_target(config.target, decoding=False)
+    target = configured_target(config.target, own_part(make_mesh(config.mesh)), decoding=False)
     check_shape(config.target, target.spec)
     share = Share(*part) if part else this_process()
     parts = fill_folder(config, target, share)

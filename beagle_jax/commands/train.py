@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import Config, MeshConfig
+from beagle_jax.config import Config
 from beagle_jax.corpus.fill import rows_and_states
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
@@ -23,7 +23,8 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.rows_file import rows_digest
 from beagle_jax.data.share import Share, part_of, this_process, wait_for_all
 from beagle_jax.data.source import check_source
-from beagle_jax.data.states import StoredStates, states_in_memory
+from beagle_jax.data.states import StoredStates
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.decoding.build import decoder_of
 from beagle_jax.decoding.sampling import sampling_of
@@ -36,7 +37,7 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first, summed
-from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
+from beagle_jax.sharding import born, check_rows, make_mesh, own_part, place, share_of_rows
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
@@ -209,18 +210,6 @@ def check_beforehand(config: Config) -> list[Chat]:
         suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
         if config.eval.decodes
         else []
-    )
-
-
-def own_part(mesh: Mesh) -> Mesh:
-    """Returns the mesh on which text and states are computed.
-
-    One process uses the whole mesh; with several processes each uses its own devices.
-    """
-    return (
-        mesh
-        if jax.process_count() == 1
-        else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
     )
 
 
