@@ -37,12 +37,13 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first, summed
+from beagle_jax.remote import fetch, is_url, local
 from beagle_jax.sharding import born, check_rows, make_mesh, own_part, place, share_of_rows
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
-from beagle_jax.training.loop import check_settings, run_stage, steps_done
+from beagle_jax.training.loop import check_settings, has_checkpoints, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.page import CONFIG
 from beagle_jax.training.warm_start import FIT_ROWS
@@ -71,7 +72,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     check_rows_of_run(config, rows)
     if described and is_first():
-        write_text(Path(config.train.folder) / CONFIG, described + "\n")
+        write_text(local(config.train.folder) / CONFIG, described + "\n")
     hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size, start)
     spec = new_spec(config.draft, target.spec) if start is None else start.spec
     spec = spec.scoring(target.spec.vocab_size if hot_ids is None else len(hot_ids))
@@ -98,14 +99,14 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
         best,
     )
     draft = draft_of(host_copy(trained))
-    folder = Path(config.train.folder) / "draft"
+    folder = local(config.train.folder) / "draft"
     measured = best.folder if best is not None else None
     if is_first():
         save_draft(
             folder, draft if measured is None else load_draft(measured, target_spec, type(spec))
         )
     return {
-        "draft": str(folder),
+        "draft": f"{config.train.folder}/draft" if is_url(config.train.folder) else str(folder),
         "rows": len(rows),
         "answer_tokens": supervised_tokens(rows),
         "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
@@ -149,11 +150,11 @@ def check_rows_of_run(config: Config, rows: Sequence[Row]) -> None:
 
     Raises: UserError for other rows, unless `train.accept_changes` is true.
     """
-    folder, digest = Path(config.train.folder), rows_digest(rows)
+    folder, digest = local(config.train.folder), rows_digest(rows)
     path = folder / "rows.json"
     there = read_json(path, "")["rows_sha256"] if path.exists() else digest
     wait_for_all("rows.json is read")
-    if there != digest and any(folder.glob("checkpoints/*/*")):
+    if there != digest and has_checkpoints(config):
         changed = (
             f"{folder} holds a run on other rows (rows_sha256 {there:.12} there, {digest:.12} "
             f"now): the text in {config.data.folder} was written anew from another source"
@@ -197,6 +198,7 @@ def check_beforehand(config: Config) -> list[Chat]:
     another run.
     """
     config.draft.check_init()
+    fetch(config.train.folder, skip=("checkpoints/*",))
     check_writers(config)
     check_settings(config)
     check_source(config.data)
@@ -250,7 +252,7 @@ def best_draft(
     def restore(folder: Path) -> dict:
         return load_draft(folder, target.spec, spec_type(config.draft.kind)).params
 
-    return Best(Path(config.train.folder) / "best.json", config, measure, keep, restore)
+    return Best(local(config.train.folder) / "best.json", config, measure, keep, restore)
 
 
 def shuffled(

@@ -12,6 +12,7 @@ from beagle_jax.data.share import Share, this_process, wait_for_all
 from beagle_jax.data.states import StoredStates, store_states, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
+from beagle_jax.remote import fetch
 from beagle_jax.weights.target import Target
 
 
@@ -31,6 +32,7 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":
         return rows, None
+    fetch(config.data.folder)  # of a URL, all states at once
     return rows, [
         states for number in parts for states in _states_of(config, target, parts, number)
     ]

@@ -39,6 +39,7 @@ from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.data.vocabulary import check_ids
 from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
 
 _log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class _Text:
             if planned.wave.items:
                 write_wave(folder, len(waves), planned.wave, self._share)
             if planned.ended and self._config.source != "self":
-                exhausted_path(folder).touch()
+                write_text(exhausted_path(folder), "", f"-of-{self._share.index}")
         return planned.own
 
     def _items_from(self, part: int, wanted: int = 0) -> Iterator[Row]:

@@ -31,6 +31,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.target import Params, TargetSpec
+from beagle_jax.remote import fetch, remove, size_of
 from beagle_jax.terminal import size
 
 _WAITING = 256 << 20  # bytes of states that wait for the disk at most
@@ -109,6 +110,7 @@ def target_states(
         UserError: the file holds other taps, or there is too little disk space.
     """
     store_states(params, spec, [(path, rows)], dtype, taps)
+    fetch(path)
     dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     record = record_bytes(width, dtype)
@@ -204,7 +206,8 @@ def is_stored(
     Raises:
         UserError: the file has other taps. It is not replaced, as another draft may use it.
     """
-    if not path.exists() or not _index(path).exists():
+    stored_bytes = size_of(path)
+    if stored_bytes is None or not fetch(_index(path)).exists():
         return False
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     there = tuple(index.get("taps", ()))  # files of versions without taps have none
@@ -215,7 +218,7 @@ def is_stored(
         )
     wanted = _description(rows, width, dtype)
     lists = [index[key] for key in ("sum64", "crc32") if key in index]
-    whole_file = path.stat().st_size == states_bytes(rows, width, dtype)
+    whole_file = stored_bytes == states_bytes(rows, width, dtype)
     return (
         whole_file
         and all(len(sums) == len(rows) for sums in lists)
@@ -282,7 +285,7 @@ def _write(
                     stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())  # a full disk may raise only here
-            _index(path).unlink(missing_ok=True)  # new states must not have an old index
+            remove(_index(path))  # new states must not have an old index
         index = _description(rows, width, dtype) | {
             "taps": list(taps),
             "row_tokens": [len(row.tokens) for row in rows],
