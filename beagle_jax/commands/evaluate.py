@@ -56,6 +56,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     names = (draft_path(config), *config.eval.compare)
     for name in names:
         check_drafter(name)
+    if out is not None:
+        fetch(out)  # raises UserError for a URL that cannot be opened
     if "plain" in names:
         raise UserError(
             "draft.path or eval.compare is plain, which means decoding without a draft and is "
@@ -69,7 +71,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     bench = _bench(config, target, drafts, context)
     log = None
     if out is not None:
-        folder = fetch(out)
+        folder = local(out)
         folder.mkdir(parents=True, exist_ok=True)
         log = AnswerLog(folder / "answers.jsonl", _settings(config, target, drafts, bench, suites))
     measured = measure(bench, suites, log)

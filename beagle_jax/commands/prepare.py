@@ -37,6 +37,8 @@ def prepare_share(
         UserError: a file is to be written and other shares have not written their text yet.
     """
     listen()
+    if export is not None:
+        local(export)  # raises UserError for a URL that cannot be written
     if export is not None and of_old_shares(config.data.folder):
         return _export_old(config.data.folder, local(export))
     check_source(config.data)

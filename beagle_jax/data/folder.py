@@ -65,6 +65,7 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> list
         folder.mkdir(parents=True, exist_ok=True)
         _write_shared(path, json.dumps({**wanted, "sources": sources}, indent=1), share)
     wait_for_all("data.folder is claimed")
+    fetched(config.folder)  # the first process may be another machine
     if not path.exists():
         raise UserError(not_shared(folder))
     stored = _settings(folder)
@@ -250,7 +251,7 @@ def check_gaps(folder: str | Path, parts: Mapping[int, Any]) -> None:
 
 def prompt_rounds(folder: str | Path) -> list[int]:
     """Returns the numbers of the rounds of prompts that the target made up, ascending."""
-    paths = local(folder).glob(f"prompts-*{SUFFIX}")
+    paths = fetched(folder).glob(f"prompts-*{SUFFIX}")
     return sorted(int(path.stem.removeprefix("prompts-")) for path in paths)
 
 
