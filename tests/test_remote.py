@@ -127,8 +127,8 @@ def test_a_copy_follows_its_url(store, tmp_path, caplog):
     store.pipe({"/a/x.txt": b"one", "/a/b/y.txt": b"two", "/a/z.states": b"large"})
     folder = fetch("memory://a", skip=("*.states",))
     assert folder == local("memory://a") and url_of(folder / "b") == "memory://a/b"
-    read = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
-    assert read == {"x.txt": "one", "y.txt": "two"}
+    texts = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert texts == {"x.txt": "one", "y.txt": "two"}
     assert [record.getMessage() for record in caplog.records] == [
         f"copies 2 files of memory://a, 0.0 MB, to {folder}"
     ]
