@@ -32,7 +32,7 @@ from beagle_jax.training.step import TrainState
 
 _KEPT = 2  # newest checkpoints kept per stage
 _SIZES = "sizes.json"
-_STORES = ("gs://", "s3://")  # orbax writes to them itself
+_STORES = ("gs://",)  # orbax writes there itself; it takes s3:// for a relative path
 # A failed write raises one UserError. Without this line orbax also logs a traceback per thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 _log = logging.getLogger(__name__)
