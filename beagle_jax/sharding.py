@@ -77,13 +77,25 @@ def tensor_mesh(size: int) -> Mesh:
     return make_mesh(MeshConfig(data=1, tensor=size), devices[:size])
 
 
+def own_part(mesh: Mesh) -> Mesh:
+    """Returns the mesh on which text and states are computed.
+
+    One process uses the whole mesh; with several processes each uses its own devices.
+    """
+    return (
+        mesh
+        if jax.process_count() == 1
+        else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
+    )
+
+
 def check_rows(batch: int, mesh: Mesh) -> None:
     """Checks that the mesh can split `train.batch` rows evenly.
 
     Raises:
       UserError: it cannot.
     """
-    parts = math.prod(mesh.shape[axis] for axis in _ROWS)
+    parts = row_parts(mesh)
     if batch % parts:
         raise UserError(
             f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data "
@@ -166,6 +178,18 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
             "a process"
         )
     return int(mine[0]) // len(mine), len(owner_RT) // len(mine)
+
+
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """Returns the mesh that an array lies on; None if it is on one device without a mesh."""
+    sharding = getattr(array, "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Returns over how many devices a mesh splits the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _ROWS)
 
 
 def place_rows(batch: T, mesh: Mesh) -> T:

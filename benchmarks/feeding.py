@@ -14,9 +14,10 @@ cache. Three ways of reading take turns:
     grain, N    grain's threads (ReadOptions) over this version's batches, each with one worker
 
 `batch` is the time from the request of a batch to its arrays in host memory; `step` the time of a
-step that sleeps 0.1 s, with everything before it, over 0.1 s. The best of several runs is given,
-as other work of the machine only ever adds time, and the median beside it. Every way's batches
-are compared with those of the first.
+step that sleeps 0.1 s, with everything before it, over 0.1 s, as the mean of four in a row. The
+best of several is given, as other work of the machine only ever adds time, and the median beside
+it. Every way's batches are compared with those of the first. `batch_over_copy` is
+the time of a batch over that of a plain copy of its bytes, which is what the machine can do.
 """
 
 import argparse
@@ -157,19 +158,21 @@ def ways(
     return made
 
 
-def batch_seconds(batch_at: Callable[[int], Batch], ahead: Ahead, steps: int) -> float:
-    """Returns the seconds of a batch, by `ahead` without a device if it has threads of its own."""
-    if isinstance(ahead, partial):  # grain: its threads only work while batches are drawn
+def batch_seconds(batch_at: Callable[[int], Batch], ahead: Ahead, steps: int) -> list[float]:
+    """Returns the seconds of each of some batches; of grain the mean, as its threads read ahead."""
+    if isinstance(ahead, partial):
         batches = ahead(batch_at, range(steps + 1), lambda batch: batch)
         next(batches)
         clock = time.perf_counter()
         for _ in batches:
             pass
-        return (time.perf_counter() - clock) / steps
-    clock = time.perf_counter()
+        return [(time.perf_counter() - clock) / steps]
+    seconds = []
     for step in range(steps):
+        clock = time.perf_counter()
         batch_at(step)
-    return (time.perf_counter() - clock) / steps
+        seconds.append(time.perf_counter() - clock)
+    return seconds
 
 
 def step_ratio(batch_at: Callable[[int], Batch], ahead: Ahead, steps: int, sleep: float) -> float:
@@ -186,6 +189,14 @@ def step_ratio(batch_at: Callable[[int], Batch], ahead: Ahead, steps: int, sleep
     return (time.perf_counter() - clock) / steps / sleep
 
 
+def copy_seconds(states: list[StoredStates], there_X: np.ndarray) -> float:
+    """Returns the seconds of a plain copy of a batch's bytes from a mapped file."""
+    mapped_X = np.memmap(states[0].path, np.uint8, mode="r")[: len(there_X)]
+    clock = time.perf_counter()
+    np.copyto(there_X, mapped_X)
+    return time.perf_counter() - clock
+
+
 def same(first: Batch, other: Batch) -> bool:
     """Whether two batches hold the same numbers, whatever form their states have."""
     pairs = zip(first.scaled(), other.scaled(), strict=True)
@@ -198,7 +209,7 @@ def measure(
     shape: tuple[int, int, int] = (ROWS, LENGTH, WIDTH),
     workers: tuple[int, ...] = (1, 2, 4),
     repeats: int = 7,
-    steps: int = 6,
+    steps: int = 4,
     sleep: float = SLEEP,
 ) -> dict[str, dict[str, Any]]:
     """Measures all ways in turn; returns their figures by name, and prints them.
@@ -213,9 +224,11 @@ def measure(
             raise ValueError(f"{name}: other batches than before")
     seconds: dict[str, list[float]] = {name: [] for name in made}
     ratios: dict[str, list[float]] = {name: [] for name in made}
+    copies, there_X = [], np.ones(states[0].path.stat().st_size // BATCHES, np.uint8)
     for _ in range(repeats):
+        copies += [copy_seconds(states, there_X) for _ in range(steps)]
         for name, way in made.items():
-            seconds[name].append(batch_seconds(*way, steps))
+            seconds[name] += batch_seconds(*way, steps)
             ratios[name].append(step_ratio(*way, steps, sleep))
     size = np.prod(shape) * (1 if dtype == "int8" else 2)
     figures = {
@@ -225,11 +238,15 @@ def measure(
             "gigabytes_per_second": size / min(seconds[name]) / 1e9,
             "step_over_sleep": min(ratios[name]),
             "step_over_sleep_median": statistics.median(ratios[name]),
+            "batch_over_copy": min(seconds[name]) / min(copies),
             "times_faster_than_before": min(seconds["before"]) / min(seconds[name]),
         }
         for name in made
     }
-    print(f"{dtype}, {' x '.join(map(str, shape))}, {size / 1e6:.0f} MB, best of {repeats}")
+    print(
+        f"{dtype}, {' x '.join(map(str, shape))}, {size / 1e6:.0f} MB, best of {repeats}; a "
+        f"plain copy takes {min(copies) * 1e3:.1f} ms"
+    )
     for name, way in figures.items():
         print(
             f"{name:10} batch {way['batch_seconds'] * 1e3:7.1f} ms (median "
@@ -251,17 +268,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="figures to this file too")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}",
-        "shape": [ROWS, LENGTH, WIDTH],
-        "best_of": arguments.repeats,
-    }
+    figures: dict[str, Any] = {}
+    if arguments.json and arguments.json.exists():  # other dtypes stay
+        figures = json.loads(arguments.json.read_text())
     for dtype in arguments.dtypes:
-        figures[dtype] = measure(
-            arguments.folder, dtype, workers=tuple(arguments.workers), repeats=arguments.repeats
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        figures[dtype] = {
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {jax.default_backend()}",
+            "load": round(os.getloadavg()[0], 1),  # processes that wanted a core at the start
+            "shape": [ROWS, LENGTH, WIDTH],
+            "best_of": arguments.repeats,
+            "ways": measure(
+                arguments.folder, dtype, workers=tuple(arguments.workers), repeats=arguments.repeats
+            ),
+        }
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ INTERNAL = {
     "terminal",
     "data.fingerprint",
     "data.prefetch",
+    "data.behind",
     "data.preview",
     "json_file",
     "model.config_values",

@@ -13,7 +13,7 @@ from decode_cases import MARKOV, letters, naive_greedy, planted, round_of, targe
 from eagle3_cases import D, random_eagle3, right_eagle3
 from test_eagle_decoding import DRAWN, PROMPTS, TREES, decoded, text_of
 
-from beagle_jax.data.states import states_at
+from beagle_jax.data.target_forward import states_at
 from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.draft import grow

@@ -16,7 +16,7 @@ from step_cases import CLEAN, B, L, three_rows
 
 from beagle_jax.config import TestTimeStage
 from beagle_jax.data.loader import Batch
-from beagle_jax.data.states import states_in_memory
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.model.eagle3 import Eagle3Spec
 from beagle_jax.model.kinds import fresh_params
 from beagle_jax.training.eagle import eagle_states

@@ -89,7 +89,8 @@ def test_layers_of_the_package_know_only_those_below():
         used = set(
             re.findall(r"(?:from|import) beagle_jax\.(\w+)", path.read_text(encoding="utf-8"))
         )
-        assert used <= {"config", "errors", "terminal"}, f"{path} imports {used}"
+        # remote.py imports errors.py alone: settings that are URLs are checked as they are read.
+        assert used <= {"config", "errors", "remote", "terminal"}, f"{path} imports {used}"
     for folder, allowed in below.items():
         for path in (ROOT / "beagle_jax" / folder).glob("*.py"):
             used = (

@@ -14,7 +14,8 @@ from step_cases import CLEAN, EARLY, LATE, SPEC, L
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.loader import BatchLoader
-from beagle_jax.data.states import states_in_memory, target_states
+from beagle_jax.data.states import target_states
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.data.template import Row
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.sharding import make_mesh, place, place_rows

@@ -13,7 +13,7 @@ from step_cases import CLEAN, SPEC, quick_jit
 from beagle_jax.config import EarlyStage, LateStage, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch, BatchLoader, best_fit
 from beagle_jax.data.share import Share
-from beagle_jax.data.states import states_at, states_in_memory
+from beagle_jax.data.target_forward import states_at, states_in_memory
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.model import masks

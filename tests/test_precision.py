@@ -12,7 +12,7 @@ from conftest import TINY, random_params
 from decode_cases import letters, next_stop, random_draft, random_eagle, target_of
 
 from beagle_jax.config import TargetConfig
-from beagle_jax.data.states import states_at
+from beagle_jax.data.target_forward import states_at
 from beagle_jax.decoding import engine
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.sampling import Sampling

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import yaml
 from command_cases import make_target
 from transformers import AutoTokenizer
 
-from beagle_jax import prepare
+from beagle_jax import prepare, remote
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.config import load_config
 from beagle_jax.corpus import disk, fill, text, waves
@@ -135,6 +136,35 @@ def test_shares_together_are_the_whole(place, monkeypatch):
     rows, stored = fill.rows_and_states(load_config(place.config), target)
     assert sorted((tuple(row.tokens), tuple(row.supervised)) for row in rows) == alone
     assert [np.asarray(states).shape[0] for states in stored] == [len(row.tokens) for row in rows]
+
+
+def check_machines(place, alone: list, monkeypatch) -> None:
+    """Checks that two machines without a common disk leave the rows and states of one."""
+    files = fsspec.filesystem("memory")
+    for index in (1, 0, 1):
+        monkeypatch.setenv("BEAGLE_JAX_REMOTE", str(place.folder / f"machine-{index}"))
+        prepared(place, "data.folder=memory://bucket/data", "--part", f"{index}/2")
+    monkeypatch.setenv("BEAGLE_JAX_REMOTE", str(place.folder / "third"))
+    assert all_rows(SimpleNamespace(data="memory://bucket/data")) == alone
+    for path in (place.folder / "alone").glob("part-*.*"):
+        if path.suffix in (".rows", ".states"):
+            assert files.cat(f"/bucket/data/{path.name}") == path.read_bytes()
+
+
+def test_machines_without_a_common_disk_share_a_url(place, monkeypatch):
+    fsspec.filesystem("memory").store.clear()
+    prepared(place, f"data.folder={place.folder}/alone")
+    alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
+    check_machines(place, alone, monkeypatch)
+
+
+def test_a_machine_that_uploads_nothing_is_seen(place, monkeypatch):
+    fsspec.filesystem("memory").store.clear()
+    prepared(place, f"data.folder={place.folder}/alone")
+    alone = all_rows(SimpleNamespace(data=place.folder / "alone"))
+    monkeypatch.setattr(remote, "upload", lambda source, path: None)
+    with pytest.raises(AssertionError):
+        check_machines(place, alone, monkeypatch)
 
 
 def test_shares_that_overlap_are_seen(place, monkeypatch):

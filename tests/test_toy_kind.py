@@ -17,7 +17,7 @@ from conftest import ONE_DEVICE, TINY
 from jax.sharding import PartitionSpec as P
 from step_cases import CLEAN, EARLY, LATE, three_rows
 
-from beagle_jax.data.states import states_in_memory
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import KINDS, Kind, fresh_params

@@ -16,6 +16,7 @@ from beagle_jax.evaluation.report import Report
 from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.remote import fetch, publish, url_of
 from beagle_jax.sharding import make_mesh
 from beagle_jax.terminal import size
 from beagle_jax.weights.copies import TensorReader, tensor_reader
@@ -37,7 +38,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     The folder appears only after torch has computed the same values from it as the JAX block.
     """
     require_torch()
-    source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
+    source = fetch(config.draft.path or f"{config.train.folder}/draft")
     out = _free(arguments, source)
     opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
     target = TargetSpec.from_hf_config(opened.config(), config.target.source)
@@ -52,11 +53,11 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     measured = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
     text = (
         f"largest difference from the JAX block, as a share of its scale: {measured}\ndraft "
-        f"written to {out}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
+        f"written to {_name(out)}; load it with transformers.AutoModel.from_pretrained(FOLDER, "
         "trust_remote_code=True)"
     )
     return text, {
-        "out": str(out),
+        "out": _name(out),
         "largest_difference": {name: float(value) for name, value in differences.items()},
     }
 
@@ -64,15 +65,15 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Imports a PyTorch draft as a native folder."""
     _, out = _imported(config, arguments, read_torch_draft)
-    return f"draft written to {out}; {_TRY}{out}", {"out": str(out)}
+    return f"draft written to {_name(out)}; {_TRY}{_name(out)}", {"out": _name(out)}
 
 
 def import_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Imports an EAGLE draft as a native folder."""
     draft, out = _imported(config, arguments, read_eagle_draft)
     count = sum(array.size for array in draft.params.values())
-    text = f"EAGLE draft of {count:,} parameters written to {out}; {_TRY}{out}"
-    return text, {"out": str(out), "parameters": count}
+    text = f"EAGLE draft of {count:,} parameters written to {_name(out)}; {_TRY}{_name(out)}"
+    return text, {"out": _name(out), "parameters": count}
 
 
 def _imported(
@@ -82,7 +83,7 @@ def _imported(
 
     Returns the draft and the folder.
     """
-    source = Path(arguments.source).expanduser()
+    source = fetch(arguments.source)
     out = _free(arguments, source)
     target, reader = target_spec(config.target)
     draft = read_draft(source, target, config.target.source, arguments.allow_pickle, reader)
@@ -113,10 +114,9 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
             folder, target.params, opened.config(), target.tokenizer, target.eos_ids, origin
         )
     count = sum(array.nbytes for array in jax.tree.leaves(target.params))
-    return f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}", {
-        "out": str(out),
-        "bytes": count,
-    }
+    name = _name(out)
+    text = f"target written to {name}, {size(count)} in {dtype}; use it with target.source={name}"
+    return text, {"out": name, "bytes": count}
 
 
 def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
@@ -149,27 +149,32 @@ def _free(arguments: Namespace, source: Path) -> Path:
     Raises: UserError if it exists and must not be replaced, or if replacing it would lose anything
     else.
     """
-    out = Path(arguments.out).expanduser()
+    out, name = fetch(arguments.out), arguments.out
     if not out.exists():
         return out
     if not out.is_dir():
-        raise UserError(f"--out {out}: a file of this name exists; choose another folder")
+        raise UserError(f"--out {name}: a file of this name exists; choose another folder")
     if not arguments.overwrite:
         raise UserError(
-            f"--out {out}: this folder exists; choose another, or give --overwrite to replace "
+            f"--out {name}: this folder exists; choose another, or give --overwrite to replace "
             "it as a whole"
         )
     if source.resolve().is_relative_to(out.resolve()):
         raise UserError(
-            f"--out {out}: this folder holds the files to convert, and --overwrite would remove "
+            f"--out {name}: this folder holds the files to convert, and --overwrite would remove "
             "them; choose another"
         )
     if any(out.iterdir()) and not _is_ours(out):
         raise UserError(
-            f"--out {out}: this folder holds no output of convert or train, so --overwrite does "
+            f"--out {name}: this folder holds no output of convert or train, so --overwrite does "
             "not replace it; choose another"
         )
     return out
+
+
+def _name(out: Path) -> str:
+    """Returns the name of an output for messages: its URL, if it has one."""
+    return url_of(out) or str(out)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -215,3 +220,4 @@ def staged(out: Path) -> Iterator[Path]:
             if replaced.exists():
                 os.replace(replaced, out)
             raise
+    publish(out)

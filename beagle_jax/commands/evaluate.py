@@ -33,6 +33,7 @@ from beagle_jax.evaluation.plots import (
 from beagle_jax.evaluation.report import Report
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.files import write_text
+from beagle_jax.remote import fetch, local, publish
 from beagle_jax.terminal import listen
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, configured_target
@@ -55,6 +56,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     names = (draft_path(config), *config.eval.compare)
     for name in names:
         check_drafter(name)
+    if out is not None:
+        fetch(out)  # raises UserError for a URL that cannot be opened
     if "plain" in names:
         raise UserError(
             "draft.path or eval.compare is plain, which means decoding without a draft and is "
@@ -68,10 +71,9 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     bench = _bench(config, target, drafts, context)
     log = None
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        log = AnswerLog(
-            Path(out) / "answers.jsonl", _settings(config, target, drafts, bench, suites)
-        )
+        folder = local(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = AnswerLog(folder / "answers.jsonl", _settings(config, target, drafts, bench, suites))
     measured = measure(bench, suites, log)
     if not measured.cases:
         raise UserError(
@@ -87,7 +89,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     notes = _notes(config, target)
     made = report(bench, measured, config.model_dump(), costs, notes=notes, audit=checked)
     if out is not None:
-        _write(config, bench, measured, made, Path(out))
+        _write(config, bench, measured, made, local(out))
+        publish(local(out))
     return made
 
 
@@ -229,7 +232,7 @@ def _pictures(
         late.simulation_steps,
         pictures["Masks of both training stages"],
     )
-    log = Path(config.train.folder) / "log.jsonl"
+    log = fetch(f"{config.train.folder}/log.jsonl")
     if log.exists() and plot_training(log, folder / "training.png"):
         pictures["Training"] = folder / "training.png"
     return pictures

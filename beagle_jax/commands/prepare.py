@@ -17,6 +17,8 @@ from beagle_jax.data.states import stored_dtype
 from beagle_jax.data.template import supervised_tokens
 from beagle_jax.errors import UserError
 from beagle_jax.processes import is_first
+from beagle_jax.remote import local, url_of
+from beagle_jax.sharding import make_mesh, own_part
 from beagle_jax.terminal import listen
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.shape import check_shape
@@ -35,10 +37,12 @@ def prepare_share(
         UserError: a file is to be written and other shares have not written their text yet.
     """
     listen()
+    if export is not None:
+        local(export)  # raises UserError for a URL that cannot be written
     if export is not None and of_old_shares(config.data.folder):
-        return _export_old(config.data.folder, Path(export))
+        return _export_old(config.data.folder, local(export))
     check_source(config.data)
-    target = configured_target(config.target, decoding=False)
+    target = configured_target(config.target, own_part(make_mesh(config.mesh)), decoding=False)
     check_shape(config.target, target.spec)
     share = Share(*part) if part else this_process()
     parts = fill_folder(config, target, share)
@@ -53,7 +57,7 @@ def prepare_share(
         else stored_dtype(target.params, config.data.states_dtype),
     }
     if export is not None:
-        export_text(config.data, Path(export))
+        export_text(config.data, local(export))
     whose = f"share {share.index} of {share.count}: " if share.count > 1 else ""
     return (
         f"{whose}{figures['rows']:,} rows, {figures['tokens']:,} tokens ready in "
@@ -77,8 +81,10 @@ def export_text(config: DataConfig, path: Path) -> None:
     if not is_first():
         return
     rows = [row for part in within_budget(config, parts).values() for row in part]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, rows, text_header(config.folder))
-    print(f"{len(rows):,} rows written to {path}; data.source={path} reads them")
+    name = url_of(path) or path
+    print(f"{len(rows):,} rows written to {name}; data.source={name} reads them")
 
 
 def _export_old(folder: str, path: Path) -> tuple[str, dict]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import Config, MeshConfig
+from beagle_jax.config import Config
 from beagle_jax.corpus.fill import rows_and_states
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
@@ -23,7 +23,8 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.rows_file import rows_digest
 from beagle_jax.data.share import Share, part_of, this_process, wait_for_all
 from beagle_jax.data.source import check_source
-from beagle_jax.data.states import StoredStates, states_in_memory
+from beagle_jax.data.states import StoredStates
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.decoding.build import decoder_of
 from beagle_jax.decoding.sampling import sampling_of
@@ -36,12 +37,13 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first, summed
-from beagle_jax.sharding import born, check_rows, make_mesh, place, share_of_rows
+from beagle_jax.remote import fetch, is_url, local
+from beagle_jax.sharding import born, check_rows, make_mesh, own_part, place, share_of_rows
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
-from beagle_jax.training.loop import check_settings, run_stage, steps_done
+from beagle_jax.training.loop import check_settings, has_checkpoints, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.page import CONFIG
 from beagle_jax.training.warm_start import FIT_ROWS
@@ -70,7 +72,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     rows, states = shuffled(config.data.seed, *rows_and_states(config, target))
     check_rows_of_run(config, rows)
     if described and is_first():
-        write_text(Path(config.train.folder) / CONFIG, described + "\n")
+        write_text(local(config.train.folder) / CONFIG, described + "\n")
     hot_ids = draft_vocabulary(config, rows, target.spec.vocab_size, start)
     spec = new_spec(config.draft, target.spec) if start is None else start.spec
     spec = spec.scoring(target.spec.vocab_size if hot_ids is None else len(hot_ids))
@@ -97,14 +99,14 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
         best,
     )
     draft = draft_of(host_copy(trained))
-    folder = Path(config.train.folder) / "draft"
+    folder = local(config.train.folder) / "draft"
     measured = best.folder if best is not None else None
     if is_first():
         save_draft(
             folder, draft if measured is None else load_draft(measured, target_spec, type(spec))
         )
     return {
-        "draft": str(folder),
+        "draft": f"{config.train.folder}/draft" if is_url(config.train.folder) else str(folder),
         "rows": len(rows),
         "answer_tokens": supervised_tokens(rows),
         "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
@@ -148,11 +150,11 @@ def check_rows_of_run(config: Config, rows: Sequence[Row]) -> None:
 
     Raises: UserError for other rows, unless `train.accept_changes` is true.
     """
-    folder, digest = Path(config.train.folder), rows_digest(rows)
+    folder, digest = local(config.train.folder), rows_digest(rows)
     path = folder / "rows.json"
     there = read_json(path, "")["rows_sha256"] if path.exists() else digest
     wait_for_all("rows.json is read")
-    if there != digest and any(folder.glob("checkpoints/*/*")):
+    if there != digest and has_checkpoints(config):
         changed = (
             f"{folder} holds a run on other rows (rows_sha256 {there:.12} there, {digest:.12} "
             f"now): the text in {config.data.folder} was written anew from another source"
@@ -196,6 +198,7 @@ def check_beforehand(config: Config) -> list[Chat]:
     another run.
     """
     config.draft.check_init()
+    fetch(config.train.folder, skip=("checkpoints/*",))
     check_writers(config)
     check_settings(config)
     check_source(config.data)
@@ -209,18 +212,6 @@ def check_beforehand(config: Config) -> list[Chat]:
         suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
         if config.eval.decodes
         else []
-    )
-
-
-def own_part(mesh: Mesh) -> Mesh:
-    """Returns the mesh on which text and states are computed.
-
-    One process uses the whole mesh; with several processes each uses its own devices.
-    """
-    return (
-        mesh
-        if jax.process_count() == 1
-        else make_mesh(MeshConfig(data=1, tensor=-1), jax.local_devices())
     )
 
 
@@ -261,7 +252,7 @@ def best_draft(
     def restore(folder: Path) -> dict:
         return load_draft(folder, target.spec, spec_type(config.draft.kind)).params
 
-    return Best(Path(config.train.folder) / "best.json", config, measure, keep, restore)
+    return Best(local(config.train.folder) / "best.json", config, measure, keep, restore)
 
 
 def shuffled(

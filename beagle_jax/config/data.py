@@ -117,6 +117,11 @@ class DataConfig(Section):
         affects=("text", "stage"),
     )
 
+    states_tokens: int = setting(
+        8192,
+        "tokens of one forward pass that computes states, on each device; more need more memory",
+        ge=1,
+    )
     workers: int = setting(
         4, "threads that read the states of a batch; the order of rows does not depend on it", ge=1
     )

@@ -1,12 +1,12 @@
 """Section `draft`: the drafter that decoding uses, and the start of a new one."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import model_validator
 
 from beagle_jax.config.section import Listed, Number, Section, refusal, setting
 from beagle_jax.errors import UsageError
+from beagle_jax.remote import fetch
 
 
 class DraftConfig(Section):
@@ -75,7 +75,7 @@ class DraftConfig(Section):
         Raises:
             UsageError: `init` is neither a known word nor the folder of a trained draft.
         """
-        if self.init not in ("normal", "ridge") and not Path(self.init, "config.json").exists():
+        if self.init not in ("normal", "ridge") and not (fetch(self.init) / "config.json").exists():
             raise UsageError(
                 f"draft.init is {self.init!r}; expected normal, ridge or the folder of a trained "
                 "draft"

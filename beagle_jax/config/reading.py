@@ -13,11 +13,21 @@ from beagle_jax.config.messages import explain
 from beagle_jax.config.section import extra_of
 from beagle_jax.config.whole import Config
 from beagle_jax.config.yaml_text import parse_override, parse_yaml
-from beagle_jax.errors import UsageError
+from beagle_jax.errors import UsageError, UserError
+from beagle_jax.remote import check_url, is_url
 
 _log = logging.getLogger(__name__)
 
 EXTENDS = "extends"
+_WITH_URLS = (
+    "target.source",
+    "data.source",
+    "data.folder",
+    "train.folder",
+    "draft.path",
+    "draft.init",
+    "eval.compare",
+)
 
 
 class Value(NamedTuple):
@@ -223,6 +233,7 @@ def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None
         if kind is None:
             continue
         bare = key != "eval.suites"
+        _check_urls(key, setting)
         try:
             value, elsewhere = paths.resolve(setting.value, kind, setting.folder, bare)
         except UsageError as error:
@@ -235,6 +246,21 @@ def _resolve_paths(settings: Settings, notes: list[str], *, quiet: bool) -> None
             "directory is used"
             for path in elsewhere
         ]
+
+
+def _check_urls(key: str, setting: Value) -> None:
+    """Checks the URLs in the value of a path setting, before anything is written."""
+    values = setting.value if isinstance(setting.value, (list, tuple)) else [setting.value]
+    for url in [value for value in values if isinstance(value, str) and is_url(value)]:
+        if key not in _WITH_URLS:
+            raise UsageError(
+                f"{setting.file}: {key} is {url!r}, but it is a local file or folder; copy it, or "
+                f"see {', '.join(_WITH_URLS)}, which may be URLs"
+            )
+        try:
+            check_url(url)
+        except UserError as error:
+            raise UsageError(f"{setting.file}: {key}: {error}") from None
 
 
 def _path_kind(section: str, name: str) -> Any:

@@ -13,6 +13,7 @@ from beagle_jax.data.states import is_stored, record_width, states_bytes, stored
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.errors import UserError
 from beagle_jax.model.kinds import new_spec
+from beagle_jax.remote import local
 from beagle_jax.terminal import size
 from beagle_jax.weights.target import Target
 
@@ -66,7 +67,7 @@ def announce_states(config: Config, target: Target, parts: Mapping[int, list[Row
         if rows and not is_stored(states_path(folder, number), rows, width, dtype, taps)
     )
     tokens = sum(len(row.tokens) for rows in parts.values() for row in rows)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(folder)).free
     _log.info(
         f"target states: {tokens:,} tokens x {width} in {dtype}, {size(sum(total.values()))} "
         f"in {len(parts)} part{'s' * (len(parts) > 1)}; {size(missing)} to write, {size(free)} "
@@ -86,7 +87,7 @@ def taps_of(config: Config, target: Target) -> tuple[int, ...]:
 
 def _existing(folder: str) -> Path:
     """Returns the folder, or its nearest parent that exists."""
-    path = Path(folder).absolute()
+    path = local(folder).absolute()
     while not path.exists():
         path = path.parent
     return path

@@ -9,9 +9,10 @@ from beagle_jax.corpus.writer import TargetWriter
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.data.folder import not_shared, read_parts, states_path
 from beagle_jax.data.share import Share, this_process, wait_for_all
-from beagle_jax.data.states import StoredStates, target_states
+from beagle_jax.data.states import StoredStates, store_states, target_states
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
+from beagle_jax.remote import fetch
 from beagle_jax.weights.target import Target
 
 
@@ -31,6 +32,7 @@ def rows_and_states(config: Config, target: Target) -> tuple[list[Row], list[Sto
     rows = [row for part in parts.values() for row in part]
     if config.data.states == "online":
         return rows, None
+    fetch(config.data.folder)  # of a URL, all states at once
     return rows, [
         states for number in parts for states in _states_of(config, target, parts, number)
     ]
@@ -53,12 +55,18 @@ def fill_folder(config: Config, target: Target, share: Share) -> dict[int, list[
         write,
         share,
         target.spec.vocab_size,
+        # The writer gives states after the final norm alone.
+        keeps_states=keeps_states and not taps_of(config, target),
     )
     if keeps_states:
         announce_states(config, target, parts)
-        for number in parts:
-            if number % share.count == share.index:
-                _states_of(config, target, parts, number)
+        own = [
+            (states_path(config.data.folder, number), rows)
+            for number, rows in parts.items()
+            if rows and number % share.count == share.index
+        ]
+        data, taps = config.data, taps_of(config, target)
+        store_states(target.params, target.spec, own, data.states_dtype, taps, data.states_tokens)
     return parts
 
 

@@ -6,8 +6,10 @@ different parts of the same plan (corpus/waves.py). data/folder.py describes the
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,7 @@ from beagle_jax.corpus.answers import Answerer, answerer_of
 from beagle_jax.corpus.prompts import SelfWritten
 from beagle_jax.corpus.waves import answer_length, follow, plan
 from beagle_jax.corpus.writer import Writer
+from beagle_jax.data.behind import Behind
 from beagle_jax.data.folder import (
     answer_tokens_of,
     check_gaps,
@@ -36,6 +39,7 @@ from beagle_jax.data.states import keep_states
 from beagle_jax.data.template import Row, supervised_tokens
 from beagle_jax.data.vocabulary import check_ids
 from beagle_jax.errors import UserError
+from beagle_jax.files import write_text
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ def training_rows(
     write: Writer,
     share: Share = ALONE,
     vocab_size: int | None = None,
+    *,
+    keeps_states: bool = True,
 ) -> dict[int, list[Row]]:
     """Returns the rows to train on, by part.
 
@@ -57,14 +63,16 @@ def training_rows(
     together (`prepare --part`), it has what the others have written so far.
 
     made_for: the target's source and hashes. vocab_size: rows of the target's embedding; None if
-    ids need no check.
+    ids need no check. keeps_states: with `data.states: disk`, store the states that the target
+    computes while it writes; False if the draft reads other streams.
 
     Raises: UserError if the text was written for another target or from another content of the
     source, if the source yields no row, or if a token has no embedding.
     """
     sources = claim(config, made_for, share)
     header = Header({key: str(value) for key, value in made_for.items()}, sources)
-    text = _Text(config, header, tokenizer, eos_ids, write, share, vocab_size)
+    keeps = keeps_states and config.states == "disk"
+    text = _Text(config, header, tokenizer, eos_ids, write, share, vocab_size, keeps)
     text.fill()
     missing = missing_parts(config.folder, text.parts)
     parts = text.parts if missing else within_budget(config, text.parts)
@@ -114,10 +122,11 @@ class _Text:
         write: Writer,
         share: Share,
         vocab_size: int | None,
+        keeps_states: bool,
     ):
         self._config, self._header, self._share = config, header, share
         self._tokenizer, self._eos_ids, self._write = tokenizer, eos_ids, write
-        self._vocab_size = vocab_size
+        self._vocab_size, self._keeps_states = vocab_size, keeps_states
         self._own_prompts: SelfWritten | None = None
         self._items: Iterator[Row] = iter(())
         self._place = -1  # number of the next item of `_items`; -1: not opened
@@ -197,7 +206,7 @@ class _Text:
             if planned.wave.items:
                 write_wave(folder, len(waves), planned.wave, self._share)
             if planned.ended and self._config.source != "self":
-                exhausted_path(folder).touch()
+                write_text(exhausted_path(folder), "", f"-of-{self._share.index}")
         return planned.own
 
     def _items_from(self, part: int, wanted: int = 0) -> Iterator[Row]:
@@ -243,19 +252,29 @@ class _Text:
         config = self._config
         if self._answerer is None:
             self._answerer = answerer_of(config, self._tokenizer, self._eos_ids, self._write)
-        with tqdm(
-            total=config.answer_tokens,
-            initial=sum(map(supervised_tokens, self.parts.values())),
-            desc="training text",
-            unit="tok",
-            smoothing=0.05,
-        ) as bar:
+        with (
+            Behind(limit=0) as behind,  # one part is written while the next one is answered
+            tqdm(
+                total=config.answer_tokens,
+                initial=sum(map(supervised_tokens, self.parts.values())),
+                desc="training text",
+                unit="tok",
+                smoothing=0.05,
+            ) as bar,
+        ):
             for part, group in own.items():
                 rows, states = self._answerer.answered(group, config.seed + part, bar.update)
-                path = states_path(config.folder, part)
-                if states and config.states == "disk":
-                    keep_states(path, rows, states, config.states_dtype)
-                items = Header(self._header.made_for, self._header.sources, len(group))
-                write_part(config.folder, part, rows, items)
+                behind.run(partial(self._store, part, len(group), rows, states))
             # The last answers slightly exceed the budget; tqdm would then drop the total.
             bar.total = max(bar.n, bar.total)
+
+    def _store(
+        self, part: int, items: int, rows: list[Row], states: list[np.ndarray] | None
+    ) -> None:
+        """Writes a part. items: of the source that became its rows."""
+        config = self._config
+        if states and self._keeps_states:
+            keep_states(states_path(config.folder, part), rows, states, config.states_dtype)
+        write_part(
+            config.folder, part, rows, Header(self._header.made_for, self._header.sources, items)
+        )

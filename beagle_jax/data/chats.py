@@ -30,6 +30,7 @@ from typing import Any, Literal
 from beagle_jax.config import DataConfig
 from beagle_jax.data.records import file_records
 from beagle_jax.errors import UserError
+from beagle_jax.remote import fetch
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def local_source(source: str) -> Path:
     Raises:
         UserError: it does not exist.
     """
-    path = Path(source).expanduser()
+    path = fetch(source)
     if not (path.is_dir() or path.is_file()):
         raise UserError(
             f"data.source: {source!r} is not a file or folder; expected 'self', a .jsonl[.gz] "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from beagle_jax.config import DataConfig
 from beagle_jax.data.rows_file import SUFFIX
+from beagle_jax.remote import fetch
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def content_of(config: DataConfig) -> list[Content]:
     if config.source == "self":
         with resources.as_file(resources.files("beagle_jax.data") / "prompts.jsonl") as path:
             return [_entry("self", _digest(path.parent, [path]))]
-    path = Path(config.source).expanduser()
+    path = fetch(config.source)
     if path.is_dir():
         files = (file for pattern in TEXT_FILES for file in path.glob(pattern))
         return [_entry(config.source, _digest(path, files))]

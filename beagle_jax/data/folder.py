@@ -14,7 +14,6 @@ JSON object per row.
 """
 
 import json
-import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from beagle_jax.data.template import Row
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
+from beagle_jax.remote import fetch, local
 
 _HASHES = {
     "target_sha256": "another target: its weights differ",
@@ -58,13 +58,14 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> list
         UserError: another target, other settings or another content of the source filled the
             folder, or another process does not see it.
     """
-    folder = Path(config.folder)
+    folder = fetched(config.folder)
     path, sources = folder / "settings.json", content_of(config)
     wanted = json.loads(json.dumps({**made_for, **config.model_dump()}))
     if not path.exists() and (share.index == 0 or not share.together):
         folder.mkdir(parents=True, exist_ok=True)
         _write_shared(path, json.dumps({**wanted, "sources": sources}, indent=1), share)
     wait_for_all("data.folder is claimed")
+    fetched(config.folder)  # the first process may be another machine
     if not path.exists():
         raise UserError(not_shared(folder))
     stored = _settings(folder)
@@ -72,6 +73,11 @@ def claim(config: DataConfig, made_for: Mapping[str, str], share: Share) -> list
     _check_settings(config, stored, wanted)
     _check_content(folder, stored.get("sources"), sources)
     return stored.get("sources", sources)
+
+
+def fetched(folder: str | Path) -> Path:
+    """Brings the copy of a folder under a URL up to date, but for states; returns its path."""
+    return fetch(folder, skip=("*.states",))
 
 
 def not_shared(folder: str | Path) -> str:
@@ -130,29 +136,31 @@ def _check_content(folder: Path, there: Sequence[Content] | None, now: Sequence[
 
 def is_claimed(folder: str | Path) -> bool:
     """Returns whether the folder has been claimed, so that text is being written to it."""
-    return (Path(folder) / "settings.json").exists()
+    return (fetched(folder) / "settings.json").exists()
 
 
 def of_old_shares(folder: str | Path) -> bool:
     """Returns whether several processes of version 0.1.0 divided the text of a folder."""
-    return is_claimed(folder) and _settings(Path(folder)).get("processes", 1) > 1
+    return is_claimed(folder) and _settings(local(folder)).get("processes", 1) > 1
 
 
 def source_revision(folder: str | Path) -> str | None:
     """Returns the commit of the dataset that a claimed folder holds text of; None if unknown."""
-    return next((source["revision"] for source in _settings(Path(folder)).get("sources", ())), None)
+    return next(
+        (source["revision"] for source in _settings(local(folder)).get("sources", ())), None
+    )
 
 
 def text_header(folder: str | Path) -> Header:
     """Returns what the text of a claimed folder was made for, and from."""
-    stored = _settings(Path(folder))
+    stored = _settings(local(folder))
     made_for = {key: stored[key] for key in ("target", *_HASHES) if key in stored}
     return Header(made_for, stored.get("sources", ()))
 
 
 def answer_tokens_of(folder: str | Path) -> int | None:
     """Returns the `data.answer_tokens` that a claimed folder was begun with; None if unknown."""
-    return _settings(Path(folder)).get("answer_tokens")
+    return _settings(local(folder)).get("answer_tokens")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -163,22 +171,22 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def states_path(folder: str | Path, part: int) -> Path:
     """Returns the file that holds the states of a part."""
-    return Path(folder) / f"part-{part:04d}.states"
+    return local(folder) / f"part-{part:04d}.states"
 
 
 def part_path(folder: str | Path, part: int) -> Path:
     """Returns the file that holds the rows of a part."""
-    return Path(folder) / f"part-{part:04d}{SUFFIX}"
+    return local(folder) / f"part-{part:04d}{SUFFIX}"
 
 
 def prompts_path(folder: str | Path, number: int) -> Path:
     """Returns the file that holds a round of prompts that the target made up."""
-    return Path(folder) / f"prompts-{number:04d}{SUFFIX}"
+    return local(folder) / f"prompts-{number:04d}{SUFFIX}"
 
 
 def exhausted_path(folder: str | Path) -> Path:
     """Returns the file that marks that the source has no more chats."""
-    return Path(folder) / "all"
+    return local(folder) / "all"
 
 
 def write_part(
@@ -194,12 +202,13 @@ def read_parts(folder: str | Path) -> dict[int, list[Row]]:
     Raises:
         UserError: naming file and line of a record that is not a row, or a damaged file.
     """
+    fetched(folder)
     return {number: _read_part(path) for number, path in part_files(folder).items()}
 
 
 def part_files(folder: str | Path) -> dict[int, Path]:
     """Returns the file of every part, by part number, ascending."""
-    paths = [*Path(folder).glob("part-*.jsonl"), *Path(folder).glob(f"part-*{SUFFIX}")]
+    paths = [*local(folder).glob("part-*.jsonl"), *local(folder).glob(f"part-*{SUFFIX}")]
     return dict(sorted((int(path.stem.removeprefix("part-")), path) for path in paths))
 
 
@@ -242,7 +251,7 @@ def check_gaps(folder: str | Path, parts: Mapping[int, Any]) -> None:
 
 def prompt_rounds(folder: str | Path) -> list[int]:
     """Returns the numbers of the rounds of prompts that the target made up, ascending."""
-    paths = Path(folder).glob(f"prompts-*{SUFFIX}")
+    paths = fetched(folder).glob(f"prompts-*{SUFFIX}")
     return sorted(int(path.stem.removeprefix("prompts-")) for path in paths)
 
 
@@ -253,9 +262,7 @@ def write_wave(folder: str | Path, number: int, wave: Wave, share: Share) -> Non
 
 def _write_shared(path: Path, text: str, share: Share) -> None:
     """Writes a file that shares of `prepare --part` may write at once, with the same text."""
-    own = path.with_name(f"{path.stem}-of-{share.index}{path.suffix}")
-    write_text(own, text)
-    os.replace(own, path)
+    write_text(path, text, f"-of-{share.index}")
 
 
 def read_waves(folder: str | Path) -> list[Wave]:
@@ -268,7 +275,7 @@ def read_waves(folder: str | Path) -> list[Wave]:
 
 
 def _wave_path(folder: str | Path, number: int) -> Path:
-    return Path(folder) / f"wave-{number:04d}.json"
+    return local(folder) / f"wave-{number:04d}.json"
 
 
 def _read_part(path: Path) -> list[Row]:

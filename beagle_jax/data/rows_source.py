@@ -11,6 +11,7 @@ from beagle_jax.data.fingerprint import text_hashes
 from beagle_jax.data.rows_file import SUFFIX, RowsFile, open_rows
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
+from beagle_jax.remote import fetch
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def rows_files(source: str) -> list[Path]:
     """
     if source == "self" or source.startswith(("hf:", "openai:")):
         return []
-    path = Path(source).expanduser()
+    path = fetch(source)
     if path.suffix == SUFFIX:
         return [path]
     if not path.is_dir() or any(path.glob("*.jsonl*")):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-_INT8_MAX = 127
+INT8_MAX = 127
 
 
 class Records(NamedTuple):
@@ -16,6 +16,11 @@ class Records(NamedTuple):
 
     states_LI: np.ndarray
     scale_L: np.ndarray | None = None  # float32; multiplies int8 states; None for other dtypes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the states in bytes, without their scales."""
+        return self.states_LI.nbytes
 
     def floats(self) -> np.ndarray:
         """Returns the states [L, I] in float32, or in bfloat16 if they are stored so."""
@@ -29,15 +34,18 @@ def record_bytes(width: int, dtype: str) -> int:
     return width + 4 if dtype == "int8" else width * np.dtype(dtype).itemsize
 
 
-def encode(states_LI: np.ndarray, dtype: str) -> bytes:
-    """Encodes the records of the tokens.
+def encode(states_LI: np.ndarray | Records, dtype: str) -> bytes:
+    """Encodes the records of the tokens. `Records` are of this dtype already.
 
     int8: the state divided by its scale, which is the largest magnitude / 127.
     """
+    if isinstance(states_LI, Records):
+        states_LI, scale_L = states_LI
+        return states_LI.tobytes() if scale_L is None else joined(states_LI, scale_L)
     if dtype != "int8":
         return np.ascontiguousarray(states_LI, np.dtype(dtype)).tobytes()
     states_LI = np.asarray(states_LI, np.float32)
-    scale_L = np.abs(states_LI).max(axis=1) / _INT8_MAX
+    scale_L = np.abs(states_LI).max(axis=1) / INT8_MAX
     return joined(np.rint(states_LI / np.where(scale_L == 0, 1, scale_L)[:, None]), scale_L)
 
 

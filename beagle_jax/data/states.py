@@ -9,35 +9,35 @@ atomically.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
-from beagle_jax.arrays import AnyArray
+from beagle_jax.data.behind import Behind
 from beagle_jax.data.state_records import Records, checksum, decode, encode, record_bytes
+from beagle_jax.data.target_forward import TOKENS, compute
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
 from beagle_jax.files import whole, write_text
 from beagle_jax.json_file import read_json
-from beagle_jax.model.masks import chats_mask
-from beagle_jax.model.packing import places
-from beagle_jax.model.target import Params, TargetSpec, forward
+from beagle_jax.model.target import Params, TargetSpec
+from beagle_jax.remote import fetch, remove, size_of
 from beagle_jax.terminal import size
 
-_TOKENS_PER_BATCH = 2048  # tokens of one forward pass; more need more memory and are not faster
-_WIDTH_MULTIPLE = 32  # rows are padded to a multiple of this; each new size recompiles
+_WAITING = 256 << 20  # bytes of states that wait for the disk at most
 _MAPPED = 256  # files that are mapped at the same time; each takes a file descriptor
 _AGAIN = "run prepare or train again"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,52 +89,6 @@ def _mapping(path: Path, *_state: int) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r"))  # a plain array is sliced faster
 
 
-def states_at(
-    params: Params,
-    spec: TargetSpec,
-    tokens_BL: AnyArray,
-    length_BC: AnyArray,
-    taps: tuple[int, ...] = (),
-) -> jax.Array:
-    """Computes the target's states [B, L, D]; chats of a row do not attend to each other.
-
-    See model/packing.py for rows of several chats. Padding positions are not zero. Not jitted.
-
-    taps: residual streams (see `forward`) that precede the states, giving [B, L, (taps + 1) * D].
-    """
-    L = tokens_BL.shape[1]
-    out = forward(
-        params,
-        spec,
-        tokens_BL,
-        places(L, length_BC).place_BX,
-        chats_mask(length_BC, L),
-        taps=taps,
-    )
-    return jnp.concatenate([*out.taps, out.states_BTD], axis=-1) if taps else out.states_BTD
-
-
-_states = partial(jax.jit, static_argnames=("spec", "taps"))(states_at)
-
-
-def states_in_memory(
-    params: Params,
-    spec: TargetSpec,
-    tokens_BL: AnyArray,
-    length_BC: AnyArray,
-    taps: tuple[int, ...] = (),
-) -> np.ndarray:
-    """Computes `states_at` a few rows at a time, into host memory; for small inputs."""
-    lines = max(1, _TOKENS_PER_BATCH // tokens_BL.shape[1])
-    parts = [slice(first, first + lines) for first in range(0, len(tokens_BL), lines)]
-    return np.concatenate(
-        [
-            np.asarray(_states(params, spec, tokens_BL[part], length_BC[part], taps))
-            for part in parts
-        ]
-    )
-
-
 def stored_dtype(params: Params, dtype: str | None) -> str:
     """Returns `data.states_dtype`; the target's dtype if it is None."""
     return dtype or np.dtype(params["embed_VD"].dtype).name
@@ -150,18 +104,14 @@ def target_states(
 ) -> list[StoredStates]:
     """Returns the states of each row, stored in `path`.
 
-    Computes and writes them unless `path` already holds the states of these rows in this dtype.
-
-    taps: layers that the draft reads (`DraftSpec.taps`); they precede the state after the final
-    norm in each record.
+    Computes and writes them first (`store_states`) unless they are there.
 
     Raises:
         UserError: the file holds other taps, or there is too little disk space.
     """
+    store_states(params, spec, [(path, rows)], dtype, taps)
+    fetch(path)
     dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
-    if not is_stored(path, rows, width, dtype, taps):
-        _reserve(path, rows, width, dtype)
-        _write(path, rows, width, dtype, _compute(params, spec, rows, taps), taps)
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     record = record_bytes(width, dtype)
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record
@@ -171,6 +121,61 @@ def target_states(
         StoredStates(path, number, int(start), (len(row.tokens), width), dtype, *known)
         for number, (row, start, known) in enumerate(zip(rows, starts[:-1], sums, strict=True))
     ]
+
+
+def store_states(
+    params: Params,
+    spec: TargetSpec,
+    parts: Sequence[tuple[Path, Sequence[Row]]],
+    dtype: str | None = None,
+    taps: tuple[int, ...] = (),
+    tokens: int = TOKENS,
+) -> float | None:
+    """Computes and writes the states of the rows of each file that does not hold them yet.
+
+    A thread writes while the target runs, also past the end of a file. The target runs on the mesh
+    of its parameters, if they have one (data/target_forward.py).
+
+    taps: layers that the draft reads (`DraftSpec.taps`); they precede the state after the final
+    norm in each record. tokens: of one forward pass, on each device. Returns the share of the time
+    in which the target waited for the writer; None if nothing was written.
+
+    Raises:
+        UserError: a file holds other taps, or there is too little disk space.
+    """
+    dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
+    missing = [part for part in parts if not is_stored(*part, width, dtype, taps)]
+    if not missing:
+        return None
+    total = sum(len(row.tokens) for _, rows in missing for row in rows)
+    clock = time.perf_counter()
+    with (
+        Behind(_WAITING) as behind,
+        tqdm(total=total, desc="target states", unit="tok", smoothing=0.05) as bar,
+    ):
+        for path, rows in missing:
+            _reserve(path, rows, width, dtype)
+            write = partial(_write, path, rows, width, dtype, taps=taps)
+            states = _compute(params, spec, rows, taps, dtype, tokens)
+            counted = _counted(states, rows, bar)
+            behind.send(write, counted, lambda item: item[1].nbytes)
+    seconds = time.perf_counter() - clock
+    _log.info(
+        f"target states: {total:,} tokens in {seconds:.1f} s; the target waited for the disk "
+        f"{behind.waited / seconds:.1%} of this time"
+    )
+    return behind.waited / seconds
+
+
+_compute = compute
+
+
+def _counted(
+    states: Iterable[tuple[int, Records]], rows: Sequence[Row], bar: tqdm
+) -> Iterator[tuple[int, Records]]:
+    for number, records in states:
+        yield number, records
+        bar.update(len(rows[number].tokens))
 
 
 def keep_states(
@@ -201,7 +206,8 @@ def is_stored(
     Raises:
         UserError: the file has other taps. It is not replaced, as another draft may use it.
     """
-    if not path.exists() or not _index(path).exists():
+    stored_bytes = size_of(path)
+    if stored_bytes is None or not fetch(_index(path)).exists():
         return False
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
     there = tuple(index.get("taps", ()))  # files of versions without taps have none
@@ -212,7 +218,7 @@ def is_stored(
         )
     wanted = _description(rows, width, dtype)
     lists = [index[key] for key in ("sum64", "crc32") if key in index]
-    whole_file = path.stat().st_size == states_bytes(rows, width, dtype)
+    whole_file = stored_bytes == states_bytes(rows, width, dtype)
     return (
         whole_file
         and all(len(sums) == len(rows) for sums in lists)
@@ -260,12 +266,12 @@ def _write(
     rows: Sequence[Row],
     width: int,
     dtype: str,
-    states: Iterable[tuple[int, np.ndarray]],
+    states: Iterable[tuple[int, np.ndarray | Records]],
     taps: tuple[int, ...],
 ) -> None:
     """Writes the file and its index.
 
-    states: (row number, states [length, D]) pairs in any order.
+    states: (row number, states [length, D]) pairs in any order; `Records` are stored as they are.
     """
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)]) * record_bytes(width, dtype)
     sums = [0] * len(rows)
@@ -279,7 +285,7 @@ def _write(
                     stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())  # a full disk may raise only here
-            _index(path).unlink(missing_ok=True)  # new states must not have an old index
+            remove(_index(path))  # new states must not have an old index
         index = _description(rows, width, dtype) | {
             "taps": list(taps),
             "row_tokens": [len(row.tokens) for row in rows],
@@ -291,29 +297,3 @@ def _write(
             f"{path}: the target's states cannot be written ({error.strerror}); earlier parts "
             "are kept. Free some space, then run again to continue"
         ) from error
-
-
-def _compute(
-    params: Params, spec: TargetSpec, rows: Sequence[Row], taps: tuple[int, ...]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the number and the states of every row, longest rows first.
-
-    Neighbouring rows then have the same padded width, and the largest batch runs first, so that a
-    lack of memory shows at the start.
-    """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens))
-    with tqdm(
-        total=sum(len(row.tokens) for row in rows), desc="target states", unit="tok", smoothing=0.05
-    ) as bar:
-        while order:
-            width = -(-len(rows[order[0]].tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-            lines = max(1, _TOKENS_PER_BATCH // width)
-            current, order = order[:lines], order[lines:]
-            tokens_BL, length_B1 = np.zeros((lines, width), np.int32), np.ones((lines, 1), np.int32)
-            for line, index in enumerate(current):
-                length_B1[line] = len(rows[index].tokens)
-                tokens_BL[line, : len(rows[index].tokens)] = rows[index].tokens
-            states_BLD = np.asarray(_states(params, spec, tokens_BL, length_B1, taps))
-            for line, index in enumerate(current):
-                yield index, states_BLD[line, : len(rows[index].tokens)]
-            bar.update(int(length_B1[: len(current)].sum()))

@@ -18,6 +18,7 @@ from beagle_jax.data.share import wait_for_all
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.processes import from_first, is_first
+from beagle_jax.remote import fetch
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Best:
         """Folder of the best draft of a stage; None if there is none."""
         if stage not in self._stages:
             return None
-        folder = self._root / stage
+        folder = fetch(self._root / stage)
         if (folder / "config.json").exists():
             return folder
         # Version 0.1.0 kept the best draft of all stages alone.

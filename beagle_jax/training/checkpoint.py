@@ -11,7 +11,6 @@ disk).
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from beagle_jax.config import Identity
 from beagle_jax.data.share import wait_for_all
@@ -27,10 +27,12 @@ from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.processes import is_first
+from beagle_jax.remote import check_url, fetch, is_url, publish
 from beagle_jax.training.step import TrainState
 
 _KEPT = 2  # newest checkpoints kept per stage
 _SIZES = "sizes.json"
+_STORES = ("gs://",)  # orbax writes there itself; it takes s3:// for a relative path
 # A failed write raises one UserError. Without this line orbax also logs a traceback per thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 _log = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ class StageCheckpoints:
         settings: those of this run. Checkpoints that were written with other settings are refused,
         or accepted with a warning if `accept_changes` is true.
         """
-        self._folder = Path(folder).absolute()
+        self._folder = checkpoint_folder(folder)
+        self._name = str(folder)  # a URL, or the folder
         self._settings, self._accept_changes = settings, accept_changes
         self._manager = ocp.CheckpointManager(
             self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
@@ -100,6 +103,10 @@ class StageCheckpoints:
                 ),
             )
         self._unsealed = step
+        if is_url(self._name):  # a machine that is taken away keeps nothing
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._seal()
 
     def check(self, state: TrainState, step: int) -> None:
         """Raises UserError if a value of the state is not finite."""
@@ -171,9 +178,8 @@ class StageCheckpoints:
                 f"it is moved to {aside.name}, and the one before it is used"
             )
             if is_first():
-                shutil.rmtree(
-                    aside, ignore_errors=True
-                )  # an earlier truncated checkpoint of this step
+                if aside.exists():  # an earlier truncated checkpoint of this step
+                    aside.rmtree()
                 (self._folder / str(step)).rename(aside)
         wait_for_all("checkpoints set aside")
         self._manager.reload()
@@ -190,8 +196,10 @@ class StageCheckpoints:
             sizes = read_json(note, "") if note.exists() else {}
         except UserError as error:
             return str(error)
+        if not sizes and is_url(self._name):
+            return f"its {_SIZES} is missing, which is uploaded last"
         for name, size in sizes.items():
-            stored = (folder / name).stat().st_size if (folder / name).exists() else 0
+            stored = (folder / name).stat().length if (folder / name).exists() else 0
             if stored != size:
                 return f"{name} has {stored} bytes of {size}"
         return None
@@ -200,12 +208,14 @@ class StageCheckpoints:
         """Records the sizes of a checkpoint's files, after it has been written."""
         folder = self._folder / str(self._unsealed)
         if self._unsealed is not None and is_first() and folder.exists():
-            sizes = {
-                str(file.relative_to(folder)): file.stat().st_size
-                for file in sorted(folder.rglob("*"))
-                if file.is_file()
-            }
-            write_text(folder / _SIZES, json.dumps(sizes))
+            sizes = {str(file.relative_to(folder)): file.stat().length for file in _files(folder)}
+            text = json.dumps(sizes)
+            if is_url(folder):
+                (folder / _SIZES).write_text(text)
+            else:
+                publish(Path(folder))
+                write_text(Path(folder / _SIZES), text)
+                publish(Path(self._folder))  # deletes the older ones
         self._unsealed = None
 
     def _compare(self, stored: Mapping[str, Any]) -> None:
@@ -242,6 +252,35 @@ class StageCheckpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     """Returns the state's parts by name; without an average there is no such part."""
     return {name: part for name, part in state._asdict().items() if part is not None}
+
+
+def checkpoint_folder(name: str | Path) -> epath.Path:
+    """Returns the folder in which orbax writes: itself, a store, or the copy of a URL.
+
+    Several processes write one checkpoint together, so they need a store that orbax opens. One
+    process writes to a local copy, which is uploaded.
+
+    Raises:
+        UserError: there are several processes, and orbax does not open the URL.
+    """
+    if is_url(name) and jax.process_count() > 1:
+        check_url(str(name))
+        if str(name).startswith(_STORES):
+            return epath.Path(str(name))
+        raise UserError(
+            f"train.folder: several processes cannot write checkpoints to {name}; set a folder "
+            f"under {' or '.join(_STORES)}, or on a disk that all processes share"
+        )
+    return epath.Path(fetch(name).absolute())
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields all files below a folder; epath has no rglob."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 @jax.jit

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -13,10 +12,11 @@ from beagle_jax.config import Config, Identity, StageConfig
 from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.prefetch import read_ahead
 from beagle_jax.model.draft import DraftSpec
-from beagle_jax.processes import host_copy
+from beagle_jax.processes import host_copy, is_first
+from beagle_jax.remote import local, publish
 from beagle_jax.sharding import place_rows
 from beagle_jax.training.best import Best
-from beagle_jax.training.checkpoint import Settings, StageCheckpoints
+from beagle_jax.training.checkpoint import Settings, StageCheckpoints, checkpoint_folder
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.page import write_page
@@ -110,7 +110,7 @@ def _leave(name: str, step: int) -> NoReturn:
 
 def steps_done(name: str, config: Config) -> int:
     """Returns how many batches a stage has read, as its newest checkpoint says; 0 without one."""
-    if not _folder(name, config).exists():
+    if not checkpoint_folder(_folder(name, config)).exists():
         return 0
     with _checkpoints(name, config) as checkpoints:
         return max(checkpoints.steps(), default=0)
@@ -125,13 +125,18 @@ def check_settings(config: Config) -> None:
         UserError: a checkpoint was written with other settings.
     """
     for name in config.train.stages_to_run:
-        if not config.train.accept_changes and _folder(name, config).exists():
+        if not config.train.accept_changes and checkpoint_folder(_folder(name, config)).exists():
             with _checkpoints(name, config) as checkpoints:
                 checkpoints.newest()
 
 
-def _folder(name: str, config: Config) -> Path:
-    return Path(config.train.folder) / "checkpoints" / name
+def has_checkpoints(config: Config) -> bool:
+    """Returns whether `train.folder` holds a checkpoint of any stage."""
+    return any(checkpoint_folder(f"{config.train.folder}/checkpoints").glob("*/*"))
+
+
+def _folder(name: str, config: Config) -> str:
+    return f"{config.train.folder}/checkpoints/{name}"
 
 
 def _checkpoints(name: str, config: Config) -> StageCheckpoints:
@@ -187,6 +192,8 @@ class _Results:
         if measured:
             self._held_out(done, state)
         write_page(self._config)
+        if is_first():
+            publish(local(self._config.train.folder) / "log.jsonl")
         self._rates.restart()
 
     def _held_out(self, done: int, state: TrainState) -> dict[str, Any]:

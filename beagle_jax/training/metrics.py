@@ -8,6 +8,7 @@ from typing import Any
 from beagle_jax.config import Config
 from beagle_jax.errors import UserError
 from beagle_jax.processes import is_first
+from beagle_jax.remote import local, publish
 
 
 class Log:
@@ -22,7 +23,7 @@ class Log:
         Raises:
             UserError: a package that `log` needs is not installed.
         """
-        self._folder, self._writes = Path(config.train.folder), is_first()
+        self._folder, self._writes = local(config.train.folder), is_first()
         self._path = self._folder / "log.jsonl"
         self._board = self._run = None
         if not self._writes:
@@ -33,7 +34,7 @@ class Log:
             self._board = _tensorboard().SummaryWriter(str(self._folder / "tensorboard"))
         if config.log.wandb:
             self._run = _wandb(config).init(
-                project=config.log.wandb, dir=config.train.folder, config=config.model_dump()
+                project=config.log.wandb, dir=str(self._folder), config=config.model_dump()
             )
 
     def write(self, line: dict[str, Any]) -> None:
@@ -62,8 +63,16 @@ class Log:
             # Steps restart in each stage; wandb's own step counter may not decrease.
             self._run.log({f"{line['stage']}/step": line["step"], **dict(_scalars(line))})
 
+    def publish(self) -> None:
+        """Uploads the log if `train.folder` is a URL."""
+        if self._writes and self._path.exists():
+            publish(self._path)
+            if self._board is not None:
+                publish(self._folder / "tensorboard")
+
     def close(self) -> None:
         """Closes the optional writers."""
+        self.publish()
         if self._board is not None:
             self._board.close()
         if self._run is not None:

@@ -8,7 +8,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from beagle_jax.config import Config
 from beagle_jax.files import write_text
 from beagle_jax.processes import is_first
+from beagle_jax.remote import local
 
 CONFIG = "config.txt"  # beside the page: the configuration, with the origin of each value
 
@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
 def write_page(config: Config) -> None:
     """Draws the page of a run anew; only the first process does."""
-    folder = Path(config.train.folder)
+    folder = local(config.train.folder)
     path = folder / "log.jsonl"
     if not is_first() or not path.exists():
         return

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.data.states import states_at
+from beagle_jax.data.target_forward import states_at
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.packing import of_row, places, queries
 from beagle_jax.model.target import embed

