@@ -2,7 +2,7 @@
 
     from beagle_jax import SpeculativeDecoder
 
-    decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+    decoder = SpeculativeDecoder.from_config("smollm2_135m")
     for answer in decoder.generate(["Why is the sky blue?"], max_new_tokens=64):
         print(answer.text, answer.tau)
 

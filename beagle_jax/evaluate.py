@@ -1,4 +1,4 @@
-"""Measures a draft: python -m beagle_jax.evaluate --config configs/quickstart.yaml"""
+"""Measures a draft: python -m beagle_jax.evaluate --config quickstart"""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "evaluate",
         "Compare speculative with plain decoding on the same prompts.",
-        "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10",
+        "python -m beagle_jax.evaluate --config quickstart eval.limit=10",
     )
     made.add_argument(
         "--out",

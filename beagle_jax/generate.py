@@ -3,6 +3,8 @@
 python -m beagle_jax.generate --config FILE "prompt"
 """
 
+import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -10,13 +12,27 @@ from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.terminal import working
 
+_OVERRIDE = re.compile(r"[a-z]\w*\.[\w.]+=")
+
+
+def _take_prompt(arguments: argparse.Namespace) -> None:
+    """Finds the prompt: the first word, or the first that is no override if that is one."""
+    given = arguments.prompt
+    if given and (arguments.chat or (arguments.print_config and "=" in given)):
+        arguments.overrides.insert(0, given)
+    elif given and _OVERRIDE.match(given):
+        words = [given, *arguments.overrides]
+        place = next((i for i, word in enumerate(words) if not _OVERRIDE.match(word)), len(words))
+        arguments.overrides = words[:place] + words[place + 1 :]
+        arguments.prompt = words[place] if place < len(words) else None
+
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "generate",
         "Answer a prompt by speculative decoding and compare with plain; or chat.",
-        'python -m beagle_jax.generate --config configs/smollm2_135m.yaml "Why is the sky blue?"',
+        'python -m beagle_jax.generate --config smollm2_135m "Why is the sky blue?"',
         takes='["prompt"]',
     )
     made.add_argument(
@@ -25,10 +41,8 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument("prompt", nargs="?", help="the user's message")
     add_overrides(made)
     arguments = made.parse_args(argv)
-    shows = arguments.print_config
-    if arguments.prompt and (arguments.chat or (shows and "=" in arguments.prompt)):
-        arguments.overrides.insert(0, arguments.prompt)
-    elif not arguments.chat and not shows and not (arguments.prompt or "").strip():
+    _take_prompt(arguments)
+    if not (arguments.chat or arguments.print_config or (arguments.prompt or "").strip()):
         raise UsageError("the prompt is empty; give one, or --chat")
     if arguments.chat and arguments.json:
         raise UsageError("--chat has no figures to write; leave --json out")

@@ -54,7 +54,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     }
     names = (draft_path(config), *config.eval.compare)
     for name in names:
-        check_drafter(name)
+        check_drafter(config, name)
     if "plain" in names:
         raise UserError(
             "draft.path or eval.compare is plain, which means decoding without a draft and is "

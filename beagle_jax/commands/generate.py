@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from beagle_jax import terminal
 from beagle_jax.config import Config
-from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
+from beagle_jax.decoding.build import check_drafter, decoder_of, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder, Stream
 from beagle_jax.decoding.requests import NOT_FINITE, Answers, Options
 from beagle_jax.decoding.sampling import sampling_of
@@ -14,7 +14,7 @@ from beagle_jax.weights.target import Target, configured_target
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """Loads the target and its speculative decoder with the draft."""
-    check_drafter(draft_path(config))
+    check_drafter(config)
     target = configured_target(config.target, decoding=True)
     return target, decoder_of(config, target, drafter_of(config, target))
 

@@ -30,7 +30,7 @@ class EvalConfig(Section):
         96, "limit in tokens of an answer", affects=("answers", "tau"), ge=1
     )
     compare: Listed[str] = setting(
-        (), "more drafts to compare with the first: folders, or lookup", path="input"
+        (), "more drafts to compare with the first, as in draft.path", path="input"
     )
     every: int = setting(
         0,

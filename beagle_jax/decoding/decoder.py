@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, Unpack, overload
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import Config, load_config
+from beagle_jax.config import Config, DecodeConfig, load_config
 from beagle_jax.decoding.arguments import whole_number
 from beagle_jax.decoding.batch import Batch, each_sampling
 from beagle_jax.decoding.drafter import Drafter
@@ -37,16 +37,17 @@ from beagle_jax.decoding.session import (
     slots,
 )
 from beagle_jax.decoding.state import DecodeState
-from beagle_jax.decoding.tree import ROOT_ONLY, Tree
+from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
 from beagle_jax.sharding import place
-from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 
 _log = logging.getLogger(__name__)
 
 COMPLETING_ROWS = 8  # of `generate(.., as_completed=True)`
+_FITTING: Any = object()  # stands for the tree that fits what is drafted with
 
 
 class Stream:
@@ -95,8 +96,8 @@ class SpeculativeDecoder:
     def __init__(
         self,
         target: Target,
-        draft: Draft | Drafter | None = None,
-        tree: Tree = ROOT_ONLY,
+        draft: Draft | DraftFiles | Drafter | None = None,
+        tree: Tree = _FITTING,
         *,
         context: int | None = None,
         append_predicted: bool = True,
@@ -105,16 +106,22 @@ class SpeculativeDecoder:
     ) -> None:
         """Checks that the parts fit together. Nothing is compiled before the first call.
 
-        draft: a trained draft, or a drafter of any kind. context: limit of a prompt and its answer
-        together, in tokens; all caches then have this capacity. None: the limit is the target's
-        own context, and caches have the largest capacity that a call has needed so far.
+        draft: what `load_draft` returns, or a drafter of any kind. tree: left out, the default of
+        the settings (`decode.tree`) with a draft, and plain decoding without one. context: limit of
+        a prompt and its answer together, in tokens; all caches then have this capacity. None: the
+        limit is the target's own context, and caches have the largest capacity that a call has
+        needed so far.
         append_predicted: predicted states become keys of deeper levels. rule: how drafts are
         accepted (`rules.RULES`). mesh: the devices over which the target is sharded.
 
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
         """
+        if tree is _FITTING:
+            tree = ROOT_ONLY if draft is None else tree_of(DecodeConfig())
         _check_parts(target, draft, tree, rule)
+        if isinstance(draft, DraftFiles):
+            draft = draft.read(target)
         if context is not None:
             context = whole_number("context", context, 1)
         params = place(target.params, mesh)
@@ -145,10 +152,11 @@ class SpeculativeDecoder:
     def from_config(cls, config: Config | str | Path, *overrides: str) -> "SpeculativeDecoder":
         """Loads the target and the draft of a config and returns their decoder.
 
-            decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+            decoder = SpeculativeDecoder.from_config("smollm2_135m")
 
-        config: a YAML file, or a config from `load_config`. overrides: `section.key=value`, only
-        for a file. `draft.path=plain` decodes without a draft.
+        config: a YAML file, the name of a config that comes with the package, or a config from
+        `load_config`. overrides: `section.key=value`, for a file or a name. `draft.path=plain`
+        decodes without a draft.
 
         Raises:
             UserError: The config, the target or the draft cannot be used.
