@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument(
         "--chat", action="store_true", help="talk with the model instead, without a prompt"
     )
+    made.add_argument(
+        "--raw", action="store_true", help="the prompt is plain text, without the chat template"
+    )
     made.add_argument("prompt", nargs="?", help="the user's message")
     add_overrides(made)
     arguments = made.parse_args(argv)
@@ -46,6 +49,10 @@ def main(argv: Sequence[str]) -> None:
         raise UsageError("the prompt is empty; give one, or --chat")
     if arguments.chat and arguments.json:
         raise UsageError("--chat has no figures to write; leave --json out")
+    if arguments.chat and arguments.raw:
+        raise UsageError(
+            "--raw is for a prompt; for a chat without markup set target.chat_template=none"
+        )
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands import generate

@@ -21,19 +21,26 @@ def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:
     """Streams the answer, then compares the speed of speculative and plain decoding."""
+    options = _limits(config)
+    if arguments.raw:
+        options["raw"] = True
     if arguments.json != "-":
-        show(fast.stream(arguments.prompt, sampling_of(config.decode), **_limits(config)))
+        show(fast.stream(arguments.prompt, sampling_of(config.decode), **options))
     with terminal.working(arguments):
-        text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt)
+        text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt, options)
     figures["quantised"] = target.quantised and target.quantised._asdict()
     terminal.show(arguments, text, figures)
 
 
 def compare(
-    config: Config, fast: SpeculativeDecoder, plain: SpeculativeDecoder, prompt: str
+    config: Config,
+    fast: SpeculativeDecoder,
+    plain: SpeculativeDecoder,
+    prompt: str,
+    limits: Options,
 ) -> tuple[str, dict]:
     """Times speculative and plain decoding on one prompt; returns a text and the figures."""
-    sampling, limits = sampling_of(config.decode), _limits(config)
+    sampling = sampling_of(config.decode)
     for decoder in (fast, plain):  # streaming has compiled most programs; this compiles the rest
         decoder.warm_up([prompt], sampling, **limits)
     fast_answers, plain_answers = (

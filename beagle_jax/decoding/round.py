@@ -318,13 +318,16 @@ class Round:
         chunk: Chunk,
         first: bool,
         prefix: Sequence[KVRows] | None = None,
+        kept: bool = False,
     ) -> tuple[DecodeState, jax.Array]:
         """Reads a chunk of new prompts into their rows; other rows stay as they are.
 
         first: the chunk begins new requests in its rows. A row whose prompt ends in this chunk gets
         the first token of its answer, and takes part in rounds from then on. prefix: key/value rows
         of the tokens before the chunk, of one sequence, if they are the same in every row of the
-        cache. Also returns the target's states [R, T, D] of the chunk.
+        cache. kept: the rows hold the tokens before the chunk from an earlier text, and the drafter
+        has seen the chunk's first token after them. Also returns the target's states [R, T, D] of
+        the chunk.
         """
         row_R, offset, length_R = chunk.row_R, chunk.offset, chunk.length_R
         R, T = chunk.token_RT.shape
@@ -356,7 +359,7 @@ class Round:
         cache = state.cache.put(output.rows, row_R, slot)
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
-            self._observe(state, _seen(chunk, root_R, output, first), row_R),
+            self._observe(state, _seen(chunk, root_R, output, first or kept), row_R, first),
             jax.tree.map(put, state.requests, chunk.requests),
             now._replace(
                 root_B=put(now.root_B, root_R),
@@ -420,9 +423,9 @@ class Round:
             target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past, taps=taps
         )
 
-    def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
+    def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray, first: bool) -> Any:
         """Returns the drafter's state after a chunk of these rows."""
-        if seen.resumed:
+        if not first:
             part = jax.tree.map(lambda x: x[row_R], state.draft)
         else:
             part = self.drafter.init(len(row_R), state.transcript.out_BS.shape[1])
