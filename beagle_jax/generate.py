@@ -39,6 +39,13 @@ def main(argv: Sequence[str]) -> None:
         "--chat", action="store_true", help="talk with the model instead, without a prompt"
     )
     made.add_argument(
+        "--colour",
+        "--color",
+        dest="colour",
+        action="store_true",
+        help="green: drafted and accepted; the rest is the target's own",
+    )
+    made.add_argument(
         "--raw", action="store_true", help="the prompt is plain text, without the chat template"
     )
     made.add_argument("prompt", nargs="?", help="the user's message")
@@ -49,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         raise UsageError("the prompt is empty; give one, or --chat")
     if arguments.chat and arguments.json:
         raise UsageError("--chat has no figures to write; leave --json out")
+    if arguments.colour and arguments.json == "-":
+        raise UsageError("--json - prints no text that --colour could colour; leave one out")
     if arguments.chat and arguments.raw:
         raise UsageError(
             "--raw is for a prompt; for a chat without markup set target.chat_template=none"
@@ -59,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
         target, fast = generate.load(config)
     if arguments.chat:
-        generate.chat(config, fast)
+        generate.chat(config, fast, colour=arguments.colour)
     else:
         generate.answer(config, target, fast, arguments)
 

@@ -11,6 +11,8 @@ from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import PromptError, UserError
 from beagle_jax.weights.target import Target, configured_target
 
+_GREEN, _PLAIN = "\033[32m", "\033[0m"
+
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """Loads the target and its speculative decoder with the draft."""
@@ -25,7 +27,8 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
     if arguments.raw:
         options["raw"] = True
     if arguments.json != "-":
-        show(fast.stream(arguments.prompt, sampling_of(config.decode), **options))
+        stream = fast.stream(arguments.prompt, sampling_of(config.decode), **options)
+        show(stream, colour=arguments.colour)
     with terminal.working(arguments):
         text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt, options)
     figures["quantised"] = target.quantised and target.quantised._asdict()
@@ -87,48 +90,43 @@ def _whole(answers: Answers) -> Answers:
     return answers
 
 
-def chat(config: Config, decoder: SpeculativeDecoder) -> None:
-    """Runs a conversation on the terminal.
+def chat(config: Config, decoder: SpeculativeDecoder, *, colour: bool = False) -> None:
+    """Runs a conversation on the terminal, which keeps its caches between turns.
 
     Ctrl-C ends an answer, /clear forgets the conversation, an empty line or Ctrl-D leaves.
     """
-    history: list[dict[str, str]] = []
+    talk = decoder.conversation()
     sampling, limits = sampling_of(config.decode), _limits(config)
     print("Type a message. Ctrl-C stops an answer, /clear starts a new chat, an empty line quits.")
     while text := _ask():
         if text == "/clear":
-            history.clear()
+            talk.clear()
             continue
-        history.append({"role": "user", "content": text})
-        shown: list[str] = []
         try:
-            done = show(decoder.stream(history, sampling, **limits), shown)
+            done = show(talk.stream(text, sampling, **limits), colour=colour)
             [answer] = done
             print(
                 f"[{len(answer.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
-                f"{answer.tau:.2f}]"
+                f"{answer.tau:.2f}; read {talk.turn.read} of {talk.turn.prompt} prompt tokens in "
+                f"{done.prefill_seconds:.2f} s]"
             )
         except KeyboardInterrupt:
             print("\n[stopped]")
         except PromptError as error:  # for example a full context; the conversation can continue
             print(f"{error}\n[/clear starts a new chat]")
-            history.pop()
-            continue
-        if shown:
-            history.append({"role": "assistant", "content": "".join(shown)})
-        else:  # templates refuse an empty answer
-            history.pop()
 
 
-def show(stream: Stream, shown: list[str] | None = None) -> Answers:
-    """Prints text as it is generated and appends it to `shown`.
+def show(stream: Stream, *, colour: bool = False) -> Answers:
+    """Prints text as it is generated, on request in colour by its origin.
 
     Returns the answer with its time.
     """
-    for piece in stream:
-        print(piece, end="", flush=True)
-        if shown is not None:
-            shown.append(piece)
+    if colour:
+        for piece, drafted in stream.spans():
+            print(f"{_GREEN}{piece}{_PLAIN}" if drafted else piece, end="", flush=True)
+    else:
+        for piece in stream:
+            print(piece, end="", flush=True)
     print()
     return _whole(stream.answers)
 

@@ -313,9 +313,18 @@ class SpeculativeDecoder:
         [request] = self._requests([prompt], sampling, options)
         return request
 
-    def resumed(self, request: Request, earlier: Earlier | None) -> Session:
-        """A session of one request, which goes on from the caches of an earlier one."""
-        return self._session([request], 1, streaming=True, earlier=earlier)
+    def resumed(
+        self, request: Request, earlier: Earlier | None, *, drafted: bool = False
+    ) -> Session:
+        """A session of one request, which goes on from the caches of an earlier one.
+
+        drafted: its pieces report the tree of their last round, and are of one round each.
+        """
+        session = self._session([request], 1, streaming=True, earlier=earlier)
+        if drafted:
+            filters = session.now.filters._replace(drafted=self.tree.size)
+            session.now, session.rounds_per_look = replace(session.now, filters=filters), 1
+        return session
 
     def session(
         self,

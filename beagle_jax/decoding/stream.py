@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from beagle_jax.decoding.origin import Origins, Span
 from beagle_jax.decoding.requests import Answer, Answers, Piece
 from beagle_jax.decoding.session import Session
 
@@ -22,6 +23,13 @@ class Stream:
             self._answer = piece.answer
             if piece.text:
                 return piece.text
+
+    def spans(self) -> Iterator[Span]:
+        """Yields the rest of the text by its origin, in place of the text alone."""
+        origins = Origins(self._session.codec)
+        for piece in self._pieces:
+            self._answer = piece.answer
+            yield from origins.add(piece)
 
     @property
     def answer(self) -> Answer:
