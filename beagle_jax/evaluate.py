@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
         "\n".join([table(report), *(lines(report.audit) if report.audit else [])]),
         report.as_json(),
     )
+    if report.interrupted:
+        raise KeyboardInterrupt
     if report.audit and not report.audit.passed:
         raise UserError("the audit failed; see the lines above that begin with FAILED")
 
