@@ -28,7 +28,11 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
         options["raw"] = True
     if arguments.json != "-":
         stream = fast.stream(arguments.prompt, sampling_of(config.decode), **options)
-        show(stream, colour=arguments.colour)
+        try:
+            show(stream, colour=arguments.colour)
+        except KeyboardInterrupt:  # the text so far is printed
+            print("\n[stopped; both ways of decoding are not compared]")
+            raise
     with terminal.working(arguments):
         text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt, options)
     figures["quantised"] = target.quantised and target.quantised._asdict()
