@@ -59,9 +59,9 @@ def check_turns(decoder, sampling=None, **options) -> list[conversation.Turn]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_turn_is_that_of_a_fresh_decode(kind):
     turns = check_turns(decoder_of(kind))
-    assert turns[0].read == turns[0].prompt
+    assert turns[0].new_tokens == turns[0].prompt_tokens
     for turn in turns[1:]:  # the end of the answer, the question and its markup
-        assert turn.read < 9 + len("uANDaWHYaa") + 2 < turn.prompt
+        assert turn.new_tokens < 9 + len("uANDaWHYaa") + 2 < turn.prompt_tokens
 
 
 def test_penalties_count_what_is_not_read_again():
@@ -101,7 +101,7 @@ def test_a_drafts_entries_are_those_of_a_fresh_decode(kind):
 def test_a_draft_entry_of_another_state_is_seen():
     """The planted bug: the entry before the new tokens is written again, from the last state."""
 
-    def resumed(now, state, chunk, first, prefix=None, kept=False):
+    def resumed(now, state, chunk, first, prefix=None, follows=False):
         return Round.read_chunk(now, state, chunk, first, prefix)
 
     with pytest.raises(AssertionError):
@@ -113,16 +113,16 @@ def test_several_conversations_read_a_common_beginning_once():
     first, second = decoder.conversation(SYSTEM), decoder.conversation(SYSTEM)
     first.ask(QUESTIONS[0], **LIMIT)
     text = second.ask(QUESTIONS[1], **LIMIT)
-    assert second.turn.read < 20 < len(SYSTEM[0]["content"]) < second.turn.prompt
+    assert second.turn.new_tokens < 20 < len(SYSTEM[0]["content"]) < second.turn.prompt_tokens
     assert text == fresh(decoder, [*SYSTEM, {"role": "user", "content": QUESTIONS[1]}]).text
     # The first one's caches were not changed by the second.
     before = first.messages
     text = first.ask(QUESTIONS[2], **LIMIT)
-    assert first.turn.read < 20
+    assert first.turn.new_tokens < 20
     assert text == fresh(decoder, [*before, {"role": "user", "content": QUESTIONS[2]}]).text
     third = decoder_of("beagle").conversation(SYSTEM)  # another decoder's caches are not used
     third.ask(QUESTIONS[0], **LIMIT)
-    assert third.turn.read == third.turn.prompt
+    assert third.turn.new_tokens == third.turn.prompt_tokens
 
 
 def test_a_template_that_rewrites_history_is_noted_once_and_stays_right(caplog):
@@ -132,7 +132,7 @@ def test_a_template_that_rewrites_history_is_noted_once_and_stays_right(caplog):
         "{% endfor %}A"
     )
     turns = check_turns(decoder)
-    assert turns[1].read > 80 and turns[2].read > 80
+    assert turns[1].new_tokens > 80 and turns[2].new_tokens > 80
     assert caplog.text.count("the chat template rewrites earlier turns") == 1
     caplog.clear()
     check_turns(decoder_of("plain"))
@@ -147,7 +147,7 @@ def test_a_turn_that_is_left_early_keeps_what_it_showed():
     assert messages[-1]["role"] == "assistant" and messages[-1]["content"].startswith(shown)
     text = chat.ask(QUESTIONS[1], **LIMIT)
     expected = fresh(decoder, [*messages, {"role": "user", "content": QUESTIONS[1]}])
-    assert text == expected.text and chat.turn.read < 60
+    assert text == expected.text and chat.turn.new_tokens < 60
 
 
 def test_what_a_turn_refuses_leaves_the_conversation_as_it_was():

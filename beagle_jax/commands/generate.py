@@ -108,11 +108,11 @@ def chat(config: Config, decoder: SpeculativeDecoder, *, colour: bool = False) -
             continue
         try:
             done = show(talk.stream(text, sampling, **limits), colour=colour)
-            [answer] = done
+            [answer], turn = done, talk.turn
             print(
                 f"[{len(answer.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
-                f"{answer.tau:.2f}; read {talk.turn.read} of {talk.turn.prompt} prompt tokens in "
-                f"{done.prefill_seconds:.2f} s]"
+                f"{answer.tau:.2f}; read {turn.new_tokens} of {turn.prompt_tokens} prompt tokens "
+                f"in {done.prefill_seconds:.2f} s]"
             )
         except KeyboardInterrupt:
             print("\n[stopped]")

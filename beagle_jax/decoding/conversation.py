@@ -32,8 +32,8 @@ _MERGED = 4
 class Turn(NamedTuple):
     """What the last turn read of its prompt."""
 
-    prompt: int  # tokens of the prompt
-    read: int  # of these, tokens that were read; the others were in the caches
+    prompt_tokens: int
+    new_tokens: int  # of these, tokens that were read; the others were in the caches
 
 
 class _Held(NamedTuple):
@@ -59,7 +59,7 @@ class Conversation:
         chat = decoder.conversation([{"role": "system", "content": "Be brief."}])
         for piece in chat.stream("Why is the sky blue?"):
             print(piece, end="")
-        print(chat.ask("And at night?"), chat.turn.read)
+        print(chat.ask("And at night?"), chat.turn.new_tokens)
 
     Conversations of one decoder that begin alike, with a long system text for example, read the
     common beginning once: the first turn of one goes on from the caches of another.

@@ -47,13 +47,13 @@ def carry(now: Round, earlier: DecodeState, *, capacity: int) -> DecodeState:
     return constrained(fresh._replace(cache=cache, draft=draft), now.mesh)
 
 
-@partial(jax.jit, static_argnames=("first", "kept"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("first", "follows"), donate_argnames=("state",))
 @exact
 def admit(
-    now: Round, state: DecodeState, chunk: Chunk, *, first: bool, kept: bool = False
+    now: Round, state: DecodeState, chunk: Chunk, *, first: bool, follows: bool = False
 ) -> DecodeState:
     """Reads one chunk of new prompts (`Round.read_chunk`). now: `Round.reading`."""
-    more = {"kept": True} if kept else {}
+    more = {"follows": True} if follows else {}
     state, _ = now.part("read_chunk")(now, state, chunk, first, **more)
     return constrained(state, now.mesh)
 

@@ -272,10 +272,10 @@ class Session:
         for _ in range(groups):
             reading = self._readings.popleft()
             chunk = next(reading.chunks)
-            kept, self._start_at = bool(self._start_at), 0
+            follows, self._start_at = bool(self._start_at), 0
             self.state, state = (
                 None,
-                admit(self.now.reading, state, chunk, first=not chunk.offset, kept=kept),
+                admit(self.now.reading, state, chunk, first=not chunk.offset, follows=follows),
             )
             self.state = state
             end = int(chunk.offset) + chunk.token_RT.shape[1]
