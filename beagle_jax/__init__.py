@@ -2,7 +2,7 @@
 
     from beagle_jax import SpeculativeDecoder
 
-    decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+    decoder = SpeculativeDecoder.from_config("smollm2_135m")
     for answer in decoder.generate(["Why is the sky blue?"], max_new_tokens=64):
         print(answer.text, answer.tau)
 
@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from beagle_jax.config import load_config
+    from beagle_jax.decoding.conversation import Conversation
     from beagle_jax.decoding.decoder import SpeculativeDecoder
+    from beagle_jax.decoding.drawing import draw
     from beagle_jax.decoding.requests import Answer, Answers, Request
     from beagle_jax.decoding.sampling import Sampling
     from beagle_jax.decoding.tree import chain, dynamic_tree, static_tree
@@ -42,10 +44,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Answer": "decoding.requests",
     "Answers": "decoding.requests",
+    "Conversation": "decoding.conversation",
     "Request": "decoding.requests",
     "Sampling": "decoding.sampling",
     "SpeculativeDecoder": "decoding.decoder",
     "chain": "decoding.tree",
+    "draw": "decoding.drawing",
     "dynamic_tree": "decoding.tree",
     "load_config": "config",
     "load_draft": "weights.draft",
@@ -56,10 +60,12 @@ _PUBLIC = {
 __all__ = [
     "Answer",
     "Answers",
+    "Conversation",
     "Request",
     "Sampling",
     "SpeculativeDecoder",
     "chain",
+    "draw",
     "dynamic_tree",
     "load_config",
     "load_draft",

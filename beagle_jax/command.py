@@ -44,10 +44,9 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
     )
     made.add_argument(
         "--config",
-        required=True,
         type=home,
         metavar="FILE",
-        help="YAML file, for example configs/quickstart.yaml",
+        help="YAML file, or a shipped config's name: quickstart ..",
     )
     made.add_argument(
         "--print-config",

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "convert",
         "Convert drafts to PyTorch and back, and targets to a form that loads fast.",
-        "python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out out",
+        "python -m beagle_jax.convert --config quickstart to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
     made.add_argument(
@@ -41,7 +41,10 @@ def main(argv: Sequence[str]) -> None:
         "--overwrite", action="store_true", help="replace the whole folder if it exists"
     )
     made.add_argument(
-        "--source", type=home, metavar="PATH", help="from-torch, import-eagle: folder or file"
+        "--source",
+        type=home,
+        metavar="PATH",
+        help="from-torch, import-eagle: folder, file or hf:org/name",
     )
     made.add_argument(
         "--allow-pickle",

@@ -1,4 +1,4 @@
-"""Measures a draft: python -m beagle_jax.evaluate --config configs/quickstart.yaml"""
+"""Measures a draft: python -m beagle_jax.evaluate --config quickstart"""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "evaluate",
         "Compare speculative with plain decoding on the same prompts.",
-        "python -m beagle_jax.evaluate --config configs/quickstart.yaml eval.limit=10",
+        "python -m beagle_jax.evaluate --config quickstart eval.limit=10",
     )
     made.add_argument(
         "--out",
@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
         "\n".join([table(report), *(lines(report.audit) if report.audit else [])]),
         report.as_json(),
     )
+    if report.interrupted:
+        raise KeyboardInterrupt
     if report.audit and not report.audit.passed:
         raise UserError("the audit failed; see the lines above that begin with FAILED")
 

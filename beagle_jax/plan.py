@@ -17,8 +17,7 @@ def main(argv: Sequence[str]) -> None:
         "plan",
         "Show parameters, operations, memory and disk of a training run, and whether its\nsteps "
         "compile and fit into memory. Needs no weights.",
-        "python -m beagle_jax.plan --config configs/llama2_7b_chat.yaml --topology v5e:4x4 "
-        "mesh.fsdp=16",
+        "python -m beagle_jax.plan --config llama2_7b_chat --topology v5e:4x4 mesh.fsdp=16",
     )
     made.add_argument(
         "--topology",

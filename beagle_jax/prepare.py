@@ -1,6 +1,6 @@
 """Writes the training text and the target's states.
 
-python -m beagle_jax.prepare --config configs/quickstart.yaml
+python -m beagle_jax.prepare --config quickstart
 """
 
 import sys
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "prepare",
         "Write the training text and the target's states: the first step of train.",
-        "python -m beagle_jax.prepare --config configs/quickstart.yaml --preview",
+        "python -m beagle_jax.prepare --config quickstart --preview",
     )
     made.add_argument(
         "--preview",

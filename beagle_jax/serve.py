@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "serve",
         "Serve the target and its draft to any client of OpenAI's API, on this host.",
-        "python -m beagle_jax.serve --config configs/smollm2_135m.yaml serve.port=8000",
+        "python -m beagle_jax.serve --config smollm2_135m serve.port=8000",
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

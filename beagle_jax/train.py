@@ -1,4 +1,4 @@
-"""Trains a draft: python -m beagle_jax.train --config configs/quickstart.yaml"""
+"""Trains a draft: python -m beagle_jax.train --config quickstart"""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "train",
         "Train a Beagle draft for a frozen target.",
-        "python -m beagle_jax.train --config configs/quickstart.yaml train.early.steps=200",
+        "python -m beagle_jax.train --config quickstart train.early.steps=200",
     )
     add_distributed(made)
     made.add_argument(

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     made = parser(
         "tune",
         "Measure this machine and this draft, and choose levels, topk and nodes of the draft tree.",
-        "python -m beagle_jax.tune --config configs/smollm2_135m.yaml --write tuned.yaml",
+        "python -m beagle_jax.tune --config smollm2_135m --write tuned.yaml",
     )
     made.add_argument(
         "--prompts",

@@ -1,6 +1,7 @@
 """The evaluate, generate and tune commands on the result of one training run."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from beagle_jax import evaluate, generate, tune
 from beagle_jax.commands import evaluate as evaluate_command
 from beagle_jax.config import Config, TargetConfig, load_config
 from beagle_jax.data.template import prompt_tokens
+from beagle_jax.decoding.conversation import Conversation
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import chain
@@ -244,10 +246,10 @@ def chatted(trained, monkeypatch, lines: list, *overrides: str) -> None:
 
 def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
     histories = []
-    right = SpeculativeDecoder.stream
+    right = SpeculativeDecoder.request
     monkeypatch.setattr(
         SpeculativeDecoder,
-        "stream",
+        "request",
         lambda self, prompt, *a, **o: (
             histories.append(list(prompt)) or right(self, prompt, *a, **o)
         ),
@@ -272,10 +274,12 @@ def test_chat_answers_with_the_history_before_it(trained, monkeypatch, capsys):
         in capsys.readouterr().err
     )
     assert printed.count(" tokens, ") == printed.count("tok/s, tau ") == 3
+    reads = [list(map(int, pair)) for pair in re.findall(r"read (\d+) of (\d+) prompt", printed)]
+    assert reads[0][0] == reads[0][1] and reads[1][0] < reads[1][1] - 20
 
 
 def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, capsys):
-    right, calls = SpeculativeDecoder.stream, []
+    right, calls = Conversation.stream, []
 
     def cut(stream, pieces: int):
         for _ in range(pieces):
@@ -283,11 +287,11 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
         raise KeyboardInterrupt
 
     def interrupted(self, *arguments, **options):
-        calls.append([message["role"] for message in arguments[0]])
+        calls.append([message["role"] for message in self.messages] + ["user"])
         stream = right(self, *arguments, **options)
         return stream if len(calls) > 2 else cut(stream, len(calls) - 1)
 
-    monkeypatch.setattr(SpeculativeDecoder, "stream", interrupted)
+    monkeypatch.setattr(Conversation, "stream", interrupted)
     chatted(trained, monkeypatch, ["Hi", "Hi", "x" * 300, "/clear", "Hi", ""])
     printed = capsys.readouterr().out
     assert (

@@ -13,6 +13,7 @@ from beagle_jax.commands import generate as generate_command
 from beagle_jax.commands import prepare as prepare_command
 from beagle_jax.commands import train as train_command
 from beagle_jax.commands import tune as tune_command
+from beagle_jax.config.shipped import shipped_configs
 from beagle_jax.errors import UsageError, UserError, run_main
 
 
@@ -22,19 +23,33 @@ def test_help_shows_an_example(name, capsys):
         run_main(COMMANDS[name], ["--help"])
     printed = capsys.readouterr().out
     assert caught.value.code == 0
-    assert f"example:\n  python -m beagle_jax.{name} --config configs/" in printed
+    names = "|".join(shipped_configs())
+    assert re.search(rf"example:\n  python -m beagle_jax\.{name} --config ({names}) ", printed)
     assert "--config FILE" in printed and "section.key=value" in printed and "--debug" in printed
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_config_is_a_usage_error(name, capsys):
-    status, message = ended(capsys, name)
+def test_no_config_and_no_target_is_a_usage_error(name, capsys):
+    needed = {"convert": ["to-jax", "--out", "never"], "generate": ["a prompt"]}.get(name, [])
+    status, message = ended(capsys, name, *needed, "decode.levels=2")
     assert status == 2
-    assert (
-        "arguments are required: --config" in message
-        and f"usage: python -m beagle_jax.{name}" in message
-    )
+    assert message.startswith("target.source is missing; give --config FILE, or target.source=")
+    assert ", quickstart, " in message and not Path("never").exists()
+
+
+def test_what_a_command_needs_is_named_with_its_usage(capsys):
+    status, message = ended(capsys, "convert")
+    assert status == 2 and "arguments are required: --out" in message
+    assert "usage: python -m beagle_jax.convert" in message
     assert message.endswith("(--help shows an example)\n")
+
+
+def test_a_name_that_is_no_config_lists_those_that_are(capsys):
+    status, message = ended(capsys, "train", "--config", "quikstart")
+    assert status == 2 and message.startswith("quikstart: no such config file, and no config of")
+    assert "expected a YAML file, or one of llama2_7b_chat, " in message
+    status, message = ended(capsys, "train", "--config", "there/quickstart.yaml")
+    assert message.endswith("the one that comes with the package is --config quickstart\n")
 
 
 def test_the_usage_in_an_error_has_no_colour(capsys, monkeypatch):

@@ -186,6 +186,7 @@ INTERNAL = {
     "config.older",
     "config.paths",
     "config.printing",
+    "config.shipped",
     "config.schema",
     "config.target",
     "config.whole",

@@ -110,7 +110,7 @@ def test_planted_bug_unpaired_intervals_are_wider():
 def test_a_later_turn_follows_the_systems_own_answer():
     suites = {"s": [chat("AB", "C"), chat("D")]}
     bench = bench_for(suites)
-    cases, compiles, left_out = measure(bench, suites)
+    cases, compiles, left_out, _ = measure(bench, suites)
     assert (
         [len(case.turns) for case in cases] == [2, 1]
         and left_out == {"s": 0}
@@ -129,7 +129,7 @@ def test_a_later_turn_follows_the_systems_own_answer():
 def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
     suites = {"s": [chat("AB", "C")]}
     bench = bench_for(suites)
-    [cut], _, _ = measure(bench, suites)
+    [cut], *_ = measure(bench, suites)
     first, second = (turn["plain"] for turn in cut.turns)
     assert first.answer.finish == "length" and len(first.answer.text) == 12
     assert second.prompt == bench.tokenizer.encode(
@@ -141,7 +141,7 @@ def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
         plain=System("plain", SpeculativeDecoder(stopping, context=bench.context)),
         speculative=(),
     )
-    [empty], _, _ = measure(mute, suites)
+    [empty], *_ = measure(mute, suites)
     first, second = (turn["plain"] for turn in empty.turns)
     assert (first.answer.text, first.answer.rounds) == ("", 0)
     assert second.prompt == bench.tokenizer.encode("uABa.uCa", add_special_tokens=False)
@@ -149,7 +149,7 @@ def test_a_later_turn_follows_an_answer_that_was_cut_off_or_empty():
 
 def test_turns_that_do_not_fit_are_left_out_for_all():
     suites = {"s": [chat("A" * 60, "B" * 160), chat("C" * 300)]}
-    cases, _, left_out = measure(bench_for(suites, 40), suites)
+    cases, _, left_out, _ = measure(bench_for(suites, 40), suites)
     assert [len(case.turns) for case in cases] == [1] and left_out == {"s": 2}
 
 

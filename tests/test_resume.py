@@ -37,6 +37,7 @@ from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import check_settings, settings_of, steps_done
 from beagle_jax.training.metrics import Log
 from beagle_jax.training.rates import CLOCKED
+from beagle_jax.training.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -167,6 +168,29 @@ def test_sigterm_saves_the_step_under_way_and_ends_with_0(whole, frozen, tmp_pat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     same_params(both_stages(config, frozen), whole[1])
     assert figures_of(config) == figures_of(whole[0])
+
+
+def press_ctrl_c(batch):
+    os.kill(os.getpid(), signal.SIGINT)
+    return batch
+
+
+def test_ctrl_c_saves_the_step_under_way_and_a_second_one_ends_at_once(
+    whole, frozen, tmp_path, capsys
+):
+    config = config_of(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        stopped_at("early", 6, config, frozen, press_ctrl_c)
+    last = saved_steps(config)[-1]
+    assert end.value.code == 130 and 5 <= last <= 7
+    assert f"early stage: stopped by Ctrl-C after step {last}, which" in capsys.readouterr().out
+    same_params(both_stages(config, frozen), whole[1])
+    with StopSignal() as stop:
+        press_ctrl_c(None)
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c(None)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_sigterm_while_a_stage_s_last_checkpoint_is_written_ends_with_0_too(

@@ -22,12 +22,12 @@ import openai
 from serve_cases import CYCLE, cycle_decoder, events, serving, slow_rounds
 
 from beagle_jax.config import ServeConfig
+from beagle_jax.decoding.origin import origins
 from beagle_jax.decoding.requests import MOST_ENDS, MOST_LOGPROBS
 from beagle_jax.decoding.sampling import Filters
 from beagle_jax.decoding.session import Session
 from beagle_jax.errors import UserError
 from beagle_jax.serving import keys as keys_module
-from beagle_jax.serving.choice import origins
 from beagle_jax.serving.journal import Journal
 from beagle_jax.serving.keys import VARIABLE, keys_of
 from beagle_jax.serving.metrics import Metrics

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from beagle_jax.config import Config, TargetConfig
+from beagle_jax.decoding.build import draft_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.pages import acceptance
 from beagle_jax.evaluation.report import Report
@@ -21,6 +22,7 @@ from beagle_jax.sharding import make_mesh
 from beagle_jax.terminal import size
 from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
+from beagle_jax.weights.draft_source import draft_folder
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.kinds import kind_in_torch
 from beagle_jax.weights.model_card import model_card
@@ -38,7 +40,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     The folder appears only after torch has computed the same values from it as the JAX block.
     """
     require_torch()
-    source = fetch(config.draft.path or f"{config.train.folder}/draft")
+    source = draft_folder(draft_path(config), config.target.cache_dir)
     out = _free(arguments, source)
     opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
     target = TargetSpec.from_hf_config(opened.config(), config.target.source)
@@ -83,7 +85,12 @@ def _imported(
 
     Returns the draft and the folder.
     """
-    source = fetch(arguments.source)
+    source = draft_folder(
+        arguments.source,
+        config.target.cache_dir,
+        allow_pickle=arguments.allow_pickle,
+        setting="--source",
+    )
     out = _free(arguments, source)
     target, reader = target_spec(config.target)
     draft = read_draft(source, target, config.target.source, arguments.allow_pickle, reader)

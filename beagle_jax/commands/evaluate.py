@@ -32,6 +32,7 @@ from beagle_jax.evaluation.plots import (
 )
 from beagle_jax.evaluation.report import Report
 from beagle_jax.evaluation.suites import suite
+from beagle_jax.evaluation.throughput import throughput
 from beagle_jax.files import write_text
 from beagle_jax.remote import fetch, local, publish
 from beagle_jax.terminal import listen
@@ -55,7 +56,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     }
     names = (draft_path(config), *config.eval.compare)
     for name in names:
-        check_drafter(name)
+        check_drafter(config, name)
     if out is not None:
         fetch(out)  # raises UserError for a URL that cannot be opened
     if "plain" in names:
@@ -81,13 +82,24 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
             f"{target.spec.max_positions} tokens with eval.max_new_tokens "
             f"{config.eval.max_new_tokens}; lower it, or choose other prompts"
         )
-    costs = {} if out is None else _costs(bench, measured)
+    costs, batches = {}, []
+    if not measured.missing:
+        costs = _costs(bench, measured, with_memory=out is not None)
+        batches = throughput(bench, measured.cases, config.eval.batch)
     checked = None
     if audited:
         append, rule = config.decode.append_predicted, config.decode.rule
         checked = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
     notes = _notes(config, target)
-    made = report(bench, measured, config.model_dump(), costs, notes=notes, audit=checked)
+    made = report(
+        bench,
+        measured,
+        config.model_dump(),
+        costs,
+        notes=notes,
+        audit=checked,
+        throughput=batches,
+    )
     if out is not None:
         _write(config, bench, measured, made, local(out))
         publish(local(out))
@@ -169,20 +181,19 @@ def _settings(
     }
 
 
-def _costs(bench: Bench, measured: Measured) -> dict[str, dict]:
-    """Measures phases and memory of each system, after a prompt of median length."""
+def _costs(bench: Bench, measured: Measured, *, with_memory: bool) -> dict[str, dict]:
+    """Measures phases of each system, and on request memory, after a prompt of median length."""
     prompts = sorted(
         (entry.prompt for case in measured.cases for turn in case.turns for entry in turn.values()),
         key=len,
     )
     ask = (prompts[len(prompts) // 2], bench.sampling, bench.max_new_tokens)
-    return {
-        system.name: {
-            "milliseconds": phases(system.decoder, *ask),
-            "bytes": memory(system.decoder, *ask),
-        }
-        for system in bench.systems
-    }
+    costs: dict[str, dict] = {}
+    for system in bench.systems:
+        costs[system.name] = {"milliseconds": phases(system.decoder, *ask)}
+        if with_memory:
+            costs[system.name]["bytes"] = memory(system.decoder, *ask)
+    return costs
 
 
 def _write(config: Config, bench: Bench, measured: Measured, made: Report, folder: Path) -> None:

@@ -4,36 +4,50 @@ from argparse import Namespace
 
 from beagle_jax import terminal
 from beagle_jax.config import Config
-from beagle_jax.decoding.build import check_drafter, decoder_of, draft_path, drafter_of
+from beagle_jax.decoding.build import check_drafter, decoder_of, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder, Stream
 from beagle_jax.decoding.requests import NOT_FINITE, Answers, Options
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import PromptError, UserError
 from beagle_jax.weights.target import Target, configured_target
 
+_GREEN, _PLAIN = "\033[32m", "\033[0m"
+
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """Loads the target and its speculative decoder with the draft."""
-    check_drafter(draft_path(config))
+    check_drafter(config)
     target = configured_target(config.target, decoding=True)
     return target, decoder_of(config, target, drafter_of(config, target))
 
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:
     """Streams the answer, then compares the speed of speculative and plain decoding."""
+    options = _limits(config)
+    if arguments.raw:
+        options["raw"] = True
     if arguments.json != "-":
-        show(fast.stream(arguments.prompt, sampling_of(config.decode), **_limits(config)))
+        stream = fast.stream(arguments.prompt, sampling_of(config.decode), **options)
+        try:
+            show(stream, colour=arguments.colour)
+        except KeyboardInterrupt:  # the text so far is printed
+            print("\n[stopped; both ways of decoding are not compared]")
+            raise
     with terminal.working(arguments):
-        text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt)
+        text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt, options)
     figures["quantised"] = target.quantised and target.quantised._asdict()
     terminal.show(arguments, text, figures)
 
 
 def compare(
-    config: Config, fast: SpeculativeDecoder, plain: SpeculativeDecoder, prompt: str
+    config: Config,
+    fast: SpeculativeDecoder,
+    plain: SpeculativeDecoder,
+    prompt: str,
+    limits: Options,
 ) -> tuple[str, dict]:
     """Times speculative and plain decoding on one prompt; returns a text and the figures."""
-    sampling, limits = sampling_of(config.decode), _limits(config)
+    sampling = sampling_of(config.decode)
     for decoder in (fast, plain):  # streaming has compiled most programs; this compiles the rest
         decoder.warm_up([prompt], sampling, **limits)
     fast_answers, plain_answers = (
@@ -80,48 +94,43 @@ def _whole(answers: Answers) -> Answers:
     return answers
 
 
-def chat(config: Config, decoder: SpeculativeDecoder) -> None:
-    """Runs a conversation on the terminal.
+def chat(config: Config, decoder: SpeculativeDecoder, *, colour: bool = False) -> None:
+    """Runs a conversation on the terminal, which keeps its caches between turns.
 
     Ctrl-C ends an answer, /clear forgets the conversation, an empty line or Ctrl-D leaves.
     """
-    history: list[dict[str, str]] = []
+    talk = decoder.conversation()
     sampling, limits = sampling_of(config.decode), _limits(config)
     print("Type a message. Ctrl-C stops an answer, /clear starts a new chat, an empty line quits.")
     while text := _ask():
         if text == "/clear":
-            history.clear()
+            talk.clear()
             continue
-        history.append({"role": "user", "content": text})
-        shown: list[str] = []
         try:
-            done = show(decoder.stream(history, sampling, **limits), shown)
-            [answer] = done
+            done = show(talk.stream(text, sampling, **limits), colour=colour)
+            [answer], turn = done, talk.turn
             print(
                 f"[{len(answer.tokens)} tokens, {done.tokens_per_second:.1f} tok/s, tau "
-                f"{answer.tau:.2f}]"
+                f"{answer.tau:.2f}; read {turn.new_tokens} of {turn.prompt_tokens} prompt tokens "
+                f"in {done.prefill_seconds:.2f} s]"
             )
         except KeyboardInterrupt:
             print("\n[stopped]")
         except PromptError as error:  # for example a full context; the conversation can continue
             print(f"{error}\n[/clear starts a new chat]")
-            history.pop()
-            continue
-        if shown:
-            history.append({"role": "assistant", "content": "".join(shown)})
-        else:  # templates refuse an empty answer
-            history.pop()
 
 
-def show(stream: Stream, shown: list[str] | None = None) -> Answers:
-    """Prints text as it is generated and appends it to `shown`.
+def show(stream: Stream, *, colour: bool = False) -> Answers:
+    """Prints text as it is generated, on request in colour by its origin.
 
     Returns the answer with its time.
     """
-    for piece in stream:
-        print(piece, end="", flush=True)
-        if shown is not None:
-            shown.append(piece)
+    if colour:
+        for piece, drafted in stream.spans():
+            print(f"{_GREEN}{piece}{_PLAIN}" if drafted else piece, end="", flush=True)
+    else:
+        for piece in stream:
+            print(piece, end="", flush=True)
     print()
     return _whole(stream.answers)
 

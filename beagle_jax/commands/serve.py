@@ -35,7 +35,7 @@ def load(config: Config) -> SpeculativeDecoder:
     """Loads the decoder of a config, whose context is at most `serve.context`."""
     path = draft_path(config)
     if path != PLAIN:
-        check_drafter(path)
+        check_drafter(config)
     target = configured_target(config.target, decoding=True)
     context = min(config.serve.context, target.spec.max_positions)
     if path == PLAIN:

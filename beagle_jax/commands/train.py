@@ -380,7 +380,12 @@ def given_draft(config: Config, target: Target) -> Draft | None:
     """
     if config.draft.init in ("normal", "ridge"):
         return None
-    start = load_draft(config.draft.init, target.spec, spec_type(config.draft.kind))
+    start = load_draft(
+        config.draft.init,
+        target,
+        spec_type(config.draft.kind),
+        cache_dir=config.target.cache_dir,
+    )
     expected = new_spec(config.draft, target.spec).taps
     if start.spec.taps != expected:
         raise UserError(

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from beagle_jax.config.section import Listed, Number, Section, refusal, setting
+from beagle_jax.config.shipped import shipped_drafts
 from beagle_jax.errors import UsageError
 from beagle_jax.remote import fetch
 
@@ -14,7 +15,8 @@ class DraftConfig(Section):
 
     path: str | None = setting(
         None,
-        "folder of a trained draft; lookup: prompt lookup, which copies from earlier text; null: "
+        "folder of a trained draft; hf:org/name[@revision]; or the name of a draft that comes with "
+        "the package; lookup: prompt lookup, which copies from earlier text; null: "
         "<train.folder>/draft",
         path="input",
     )
@@ -26,7 +28,7 @@ class DraftConfig(Section):
     init: str = setting(
         "normal",
         "initial weights; normal: random; ridge: a closed-form solution (training/warm_start.py); "
-        "or the folder of a draft to continue from",
+        "or a draft to continue from, as in `path`",
         affects=("stage",),
         path="input",
     )
@@ -75,7 +77,9 @@ class DraftConfig(Section):
         Raises:
             UsageError: `init` is neither a known word nor the folder of a trained draft.
         """
-        if self.init not in ("normal", "ridge") and not (fetch(self.init) / "config.json").exists():
+        if self.init in ("normal", "ridge", *shipped_drafts()) or self.init.startswith("hf:"):
+            return
+        if not (fetch(self.init) / "config.json").exists():
             raise UsageError(
                 f"draft.init is {self.init!r}; expected normal, ridge or the folder of a trained "
                 "draft"

@@ -29,8 +29,12 @@ class EvalConfig(Section):
     max_new_tokens: int = setting(
         96, "limit in tokens of an answer", affects=("answers", "tau"), ge=1
     )
+    batch: Listed[int] = setting(
+        (),
+        "batch sizes at which throughput is measured too, for example [1, 2, 4, 8]; empty: none",
+    )
     compare: Listed[str] = setting(
-        (), "more drafts to compare with the first: folders, or lookup", path="input"
+        (), "more drafts to compare with the first, as in draft.path", path="input"
     )
     every: int = setting(
         0,
@@ -73,6 +77,11 @@ class EvalConfig(Section):
         if not self.suites or len(set(self.suites)) < len(self.suites):
             listed = str(list(self.suites)).replace("{", "{{").replace("}", "}}")
             raise refusal(f"{{at}}suites is {listed}; expected one name or more, each once")
+        if any(size < 1 for size in self.batch) or len(set(self.batch)) < len(self.batch):
+            raise refusal(
+                f"{{at}}batch is {list(self.batch)}; expected numbers of rows of at least 1, each "
+                "once"
+            )
         if self.patience and not self.every:
             raise refusal(
                 f"{{at}}patience is {self.patience}, but {{at}}every is 0: nothing would be "

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from beagle_jax.config import keys, older, paths
 from beagle_jax.config.messages import explain
 from beagle_jax.config.section import extra_of
+from beagle_jax.config.shipped import is_name, shipped_configs
 from beagle_jax.config.whole import Config
 from beagle_jax.config.yaml_text import parse_override, parse_yaml
 from beagle_jax.errors import UsageError, UserError
@@ -28,6 +29,7 @@ _WITH_URLS = (
     "draft.init",
     "eval.compare",
 )
+_COMMAND_LINE = "command line"  # in messages, in place of a file
 
 
 class Value(NamedTuple):
@@ -52,12 +54,13 @@ class Resolved(NamedTuple):
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
+    path: str | Path | None, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
 ) -> Config:
     """Reads a YAML file and the files it extends, and applies `section.key=value` overrides.
 
     Args:
-        path: the file.
+        path: the file, or the name of a config that comes with the package, such as quickstart;
+            None: the overrides say everything.
         overrides: their values are YAML.
         relative_to: folder that the file's paths are relative to; by default the file's folder,
             then the working directory.
@@ -70,12 +73,18 @@ def load_config(
 
 
 def resolve_config(
-    path: str | Path, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
+    path: str | Path | None, overrides: Sequence[str] = (), *, relative_to: str | Path | None = None
 ) -> Resolved:
     """Like `load_config`, but also returns the origin of each setting."""
-    path = paths.home(str(path))
-    settings = _read(Path(path), overrides, relative_to)
+    file = config_file(path if path is None else paths.home(str(path)))
+    settings = _read(file, overrides, relative_to)
     files = {key: value.file for key, value in settings.items()}
+    path = file or _COMMAND_LINE
+    if file is None and "target.source" not in settings:
+        raise UsageError(
+            "target.source is missing; give --config FILE, or target.source=SOURCE on the command "
+            f"line; configs that come with the package: {', '.join(shipped_configs())}"
+        )
     try:
         tree = keys.nest({key: value.value for key, value in settings.items()})
         keys.check_names(tree, [Config])
@@ -90,7 +99,24 @@ def resolve_config(
     return Resolved(config, {key: value.origin for key, value in settings.items()})
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def config_file(path: str | Path | None) -> Path | None:
+    """Returns the file of a config; a name that is no file may be that of a shipped config.
+
+    Raises:
+        UsageError: there is neither. The message lists the shipped configs.
+    """
+    if path is None or not is_name(path) or Path(path).exists():
+        return None if path is None else Path(path)
+    shipped = shipped_configs()
+    if str(path) not in shipped:
+        raise UsageError(
+            f"{path}: no such config file, and no config of this name comes with the package; "
+            f"expected a YAML file, or one of {', '.join(shipped)}"
+        )
+    return shipped[str(path)]
+
+
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the settings of a file, the files it extends and overrides, without defaults.
 
     They are nested by section. Paths are relative to the working directory.
@@ -98,7 +124,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         UsageError: a file is missing, or is not a config file.
     """
-    settings = _read(Path(path), overrides, None)
+    settings = _read(config_file(path), overrides, None)
     return keys.nest({key: value.value for key, value in settings.items()})
 
 
@@ -108,11 +134,13 @@ def _file_of(text: str, files: dict[str, str], path: str | Path) -> str:
     return files[max(named, key=len)] if named else str(path)
 
 
-def _read(path: Path, overrides: Sequence[str], relative_to: str | Path | None) -> Settings:
+def _read(path: Path | None, overrides: Sequence[str], relative_to: str | Path | None) -> Settings:
     settings: Settings = {}
     notes: list[str] = []
     folder = None if relative_to is None else Path(relative_to)
-    for file, tree in _chain(path, []):
+    chain = () if path is None else _chain(path, [])
+    path = path or Path(_COMMAND_LINE)
+    for file, tree in chain:
         origin = str(file) if file == path else f"{file}, which {path.name} extends"
         _add(settings, tree, Value(None, str(file), folder or file.parent, origin))
     for override in overrides:
@@ -155,6 +183,7 @@ def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
             ) from None
         raise UsageError(
             f"{path}: no such config file; start for example from configs/quickstart.yaml"
+            f"{_by_name(path)}"
         ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
@@ -167,6 +196,13 @@ def _tree(path: Path, above: Sequence[Path]) -> dict[Any, Any]:
             f"{path}: expected a mapping with the sections {', '.join(Config.model_fields)}"
         )
     return tree
+
+
+def _by_name(path: Path) -> str:
+    """Names the shipped config that a missing file may stand for, as the end of a message."""
+    if path.stem not in shipped_configs():
+        return ""
+    return f"; the one that comes with the package is --config {path.stem}"
 
 
 def _add(settings: Settings, tree: dict[Any, Any], source: Value) -> None:

@@ -1,7 +1,8 @@
 """Chats as tokens, by the target's chat template, with supervision flags (method.md 5.2)."""
 
+import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from beagle_jax.data.chats import BadRecord, Chat, Message, check_text
 from beagle_jax.errors import UserError
 
+# A value that `weights/chat_template.py` gives a variable before the template; strings may hold %}.
+_SET = re.compile(r'\{% set (\w+) = (?:"(?:[^"\\]|\\.)*"|[^"%]|%(?!\}))*? %\}')
 # Placeholder for a user's text, to find the header that the template puts before it.
 _MARK = "\u2603beagle\u2603"
 
@@ -50,16 +53,19 @@ def prompt_tokens(
     messages: Sequence[Message],
     where: str = "prompt",
     variables: Mapping[str, Any] | None = None,
+    *,
+    overrides: bool = False,
 ) -> list[int]:
     """Returns the tokens before the assistant's next answer, generation prompt included.
 
     where: place of the messages, for error messages. variables: other inputs of the template
-    (tools, documents, enable_thinking, ..).
+    (tools, documents, enable_thinking, ..). overrides: they replace values that the settings of the
+    target gave the template.
 
     Raises:
         UserError: as `render`.
     """
-    text = render(tokenizer, messages, True, where, variables)
+    text = render(tokenizer, messages, True, where, variables, overrides=overrides)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -162,13 +168,17 @@ def render(
     add_generation_prompt: bool,
     where: str,
     variables: Mapping[str, Any] | None = None,
+    *,
+    overrides: bool = False,
 ) -> str:
-    """Renders messages with the target's chat template.
+    """Renders messages with the target's chat template. See `prompt_tokens` for the variables.
 
     Raises:
         UserError: the tokenizer has no template, or the template refuses these messages.
     """
     template = _template(tokenizer)
+    if overrides and variables:
+        template = _without(template, variables)
     for message in messages:
         check_text(message.get("content"), where)
     try:
@@ -185,12 +195,22 @@ def render(
     return text
 
 
+def _without(template: str, names: Container[str]) -> str:
+    """Removes what `weights/chat_template.py` wrote before a template for some variables."""
+    left, place = "", 0
+    while match := _SET.match(template, place):
+        left += "" if match[1] in names else match[0]
+        place = match.end()
+    return left + template[place:]
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the tokenizer's template; of several named templates, the default."""
     template = tokenizer.chat_template
     if template is None:
         raise UserError(
-            "the target's tokenizer has no chat template; use an instruction-tuned model"
+            "the target's tokenizer has no chat template; use an instruction-tuned model, or "
+            "give the text without one (--raw, raw=True, or target.chat_template: none)"
         )
     if isinstance(template, Mapping):
         if "default" not in template:

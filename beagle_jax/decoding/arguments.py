@@ -1,6 +1,6 @@
 """Checks of arguments that callers from Python pass: numbers, stop strings, parts of a decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -42,6 +42,23 @@ def _number(value: Any) -> Any:
     if hasattr(value, "dtype") and np.ndim(value) == 0 and jnp.issubdtype(value.dtype, np.number):
         value = np.asarray(value).item()
     return value if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """Returns a bool. Raises UserError for any other value."""
+    if not isinstance(value, bool | np.bool_):
+        raise UserError(f"{name} is {value!r:.80}; expected True or False")
+    return bool(value)
+
+
+def template_variables(value: Any) -> dict[str, Any]:
+    """Returns variables of a chat template. Raises UserError if they are no mapping of names."""
+    if not isinstance(value, Mapping) or not all(str(name).isidentifier() for name in value):
+        raise UserError(
+            f"template_variables is {value!r:.80}; expected a mapping of names, such as "
+            "{'enable_thinking': False}"
+        )
+    return dict(value)
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:

@@ -4,7 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from beagle_jax.decoding.arguments import stop_strings, whole_number
+from beagle_jax.decoding.arguments import (
+    stop_strings,
+    template_variables,
+    whole_number,
+    yes_or_no,
+)
 from beagle_jax.decoding.requests import Answer, Codec, Options, Prompt, Request
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.session import Session
@@ -40,12 +45,20 @@ class Batch:
             )
         self.n = whole_number("n", self.n, 1)
         self.codec.stream(stop_strings(self.options.get("stop", ())))
+        self._raw = yes_or_no("raw", self.options.get("raw", False))
+        self._variables = template_variables(self.options.get("template_variables", {}))
         self._places: list[int] = []  # in the result, of each request
         self._reported = 0
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the tokens of a prompt. Raises PromptError if it cannot be answered."""
+        return self.codec.encode(prompt, raw=self._raw, variables=self._variables)
 
     def requests(self, prompts: Iterable[Prompt]) -> Iterator[Request]:
         """The requests of these prompts, n of each; prompts that are none are left out."""
         common: dict[str, Any] = dict(self.options)
+        for name in ("raw", "template_variables"):  # of the prompt, and not of the request
+            common.pop(name, None)
         common["stop"] = stop_strings(common.get("stop", ()))
         common["stop_token_ids"] = tuple(common.get("stop_token_ids", ()))
         seed = whole_number("seed", common.pop("seed", 0))
@@ -54,7 +67,7 @@ class Batch:
             if isinstance(sampling, list):
                 sampling = sampling[line]
             try:
-                tokens = self.codec.encode(prompt)
+                tokens = self.encode(prompt)
             except PromptError as error:
                 self.failed[line] = error
                 continue

@@ -21,10 +21,11 @@ def draft_path(config: Config) -> str:
     return config.draft.path or f"{config.train.folder}/draft"
 
 
-def check_drafter(path: str) -> None:
-    """Checks that the draft's folder exists. Raises UserError if it does not."""
+def check_drafter(config: Config, path: str | None = None) -> None:
+    """Checks that a draft is there (default: `draft.path`). Raises UserError if it is not."""
+    path = path or draft_path(config)
     if path != LOOKUP:
-        check_there(path)
+        check_there(path, config.target.cache_dir)
 
 
 def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft | Lookup:
@@ -35,7 +36,7 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
     path = path or draft_path(config)
     if path == LOOKUP:
         return Lookup(config.decode.ngram)
-    draft = load_draft(path, target.spec)
+    draft = load_draft(path, target, cache_dir=config.target.cache_dir)
     if other := other_target(draft, target.source):
         _log.warning(
             "%s: this draft belongs to another target (%s, and target.source is %s); the text "
@@ -87,6 +88,6 @@ def decoder_from(config: Config) -> SpeculativeDecoder:
     path = draft_path(config)
     if path == PLAIN:
         return SpeculativeDecoder(configured_target(config.target, decoding=True))
-    check_drafter(path)
+    check_drafter(config)
     target = configured_target(config.target, decoding=True)
     return decoder_of(config, target, drafter_of(config, target))

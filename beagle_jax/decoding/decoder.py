@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
+from weakref import WeakSet
 
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import Config, load_config
+from beagle_jax.config import Config, DecodeConfig, load_config
 from beagle_jax.decoding.arguments import whole_number
 from beagle_jax.decoding.batch import Batch, each_sampling
+from beagle_jax.decoding.conversation import Conversation
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
@@ -31,54 +33,25 @@ from beagle_jax.decoding.rules import RULES
 from beagle_jax.decoding.sampling import GREEDY, Filters, Sampling
 from beagle_jax.decoding.session import (
     CAPACITY_BUCKET,
+    Earlier,
     Session,
     filters_for,
     padded,
     slots,
 )
 from beagle_jax.decoding.state import DecodeState
-from beagle_jax.decoding.tree import ROOT_ONLY, Tree
+from beagle_jax.decoding.stream import Stream
+from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
 from beagle_jax.sharding import place
-from beagle_jax.weights.draft import Draft
+from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 
 _log = logging.getLogger(__name__)
 
 COMPLETING_ROWS = 8  # of `generate(.., as_completed=True)`
-
-
-class Stream:
-    """Iterator over the text of one answer; `answer` is the whole answer."""
-
-    def __init__(self, pieces: Iterator[Piece], session: Session) -> None:
-        self._pieces, self._session = pieces, session
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while True:
-            piece = next(self._pieces)
-            self._answer = piece.answer
-            if piece.text:
-                return piece.text
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer; reads the rest of the stream first."""
-        for _ in self:
-            pass
-        assert self._answer is not None
-        return self._answer
-
-    @property
-    def answers(self) -> Answers:
-        """The whole answer, with the time that it took."""
-        answer, session = self.answer, self._session
-        return Answers((answer,), session.prefill_seconds, session.decode_seconds)
+_FITTING: Any = object()  # stands for the tree that fits what is drafted with
 
 
 class SpeculativeDecoder:
@@ -95,8 +68,8 @@ class SpeculativeDecoder:
     def __init__(
         self,
         target: Target,
-        draft: Draft | Drafter | None = None,
-        tree: Tree = ROOT_ONLY,
+        draft: Draft | DraftFiles | Drafter | None = None,
+        tree: Tree = _FITTING,
         *,
         context: int | None = None,
         append_predicted: bool = True,
@@ -105,16 +78,22 @@ class SpeculativeDecoder:
     ) -> None:
         """Checks that the parts fit together. Nothing is compiled before the first call.
 
-        draft: a trained draft, or a drafter of any kind. context: limit of a prompt and its answer
-        together, in tokens; all caches then have this capacity. None: the limit is the target's
-        own context, and caches have the largest capacity that a call has needed so far.
+        draft: what `load_draft` returns, or a drafter of any kind. tree: left out, the default of
+        the settings (`decode.tree`) with a draft, and plain decoding without one. context: limit of
+        a prompt and its answer together, in tokens; all caches then have this capacity. None: the
+        limit is the target's own context, and caches have the largest capacity that a call has
+        needed so far.
         append_predicted: predicted states become keys of deeper levels. rule: how drafts are
         accepted (`rules.RULES`). mesh: the devices over which the target is sharded.
 
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
         """
+        if tree is _FITTING:
+            tree = ROOT_ONLY if draft is None else tree_of(DecodeConfig())
         _check_parts(target, draft, tree, rule)
+        if isinstance(draft, DraftFiles):
+            draft = draft.read(target)
         if context is not None:
             context = whole_number("context", context, 1)
         params = place(target.params, mesh)
@@ -130,6 +109,7 @@ class SpeculativeDecoder:
                 f"{target.spec.max_positions} tokens"
             )
         self._fixed = context is not None
+        self._conversations: WeakSet[Conversation] = WeakSet()
         self._capacity = 0 if context is None else round_up(context + tree.depth + 1, 64)
         self._codec = Codec(
             target.tokenizer,
@@ -145,10 +125,11 @@ class SpeculativeDecoder:
     def from_config(cls, config: Config | str | Path, *overrides: str) -> "SpeculativeDecoder":
         """Loads the target and the draft of a config and returns their decoder.
 
-            decoder = SpeculativeDecoder.from_config("configs/smollm2_135m.yaml")
+            decoder = SpeculativeDecoder.from_config("smollm2_135m")
 
-        config: a YAML file, or a config from `load_config`. overrides: `section.key=value`, only
-        for a file. `draft.path=plain` decodes without a draft.
+        config: a YAML file, the name of a config that comes with the package, or a config from
+        `load_config`. overrides: `section.key=value`, for a file or a name. `draft.path=plain`
+        decodes without a draft.
 
         Raises:
             UserError: The config, the target or the draft cannot be used.
@@ -177,6 +158,7 @@ class SpeculativeDecoder:
         """Returns a decoder with parts of its rounds replaced (`Round.with_`)."""
         other = copy.copy(self)
         other._round = self._round.with_(**parts)
+        other._conversations = WeakSet()
         return other
 
     def warm_up(
@@ -189,7 +171,8 @@ class SpeculativeDecoder:
     ) -> None:
         """Compiles the programs for prompts of these lengths in `batch` rows."""
         batch = whole_number("batch", batch, 1)
-        encoded = map(self._codec.encode, prompts_of(prompts))
+        made = Batch(self._codec, sampling, 1, options)
+        encoded = map(made.encode, prompts_of(prompts))
         lengths = {padded(len(tokens)): tokens for tokens in encoded}
         requests = self._requests(lengths.values(), sampling, options)
         if requests:
@@ -243,7 +226,8 @@ class SpeculativeDecoder:
         Prompt n draws with seed + n, so a prompt gets the same answer alone and in a batch. An
         answer ends at the target's end tokens, after `max_new_tokens`, where the context is full,
         before a string of `stop`, and with a warning where the target's logits are not finite.
-        options: fields of `Request`.
+        options: fields of `Request`, and how prompts become tokens (`Options`): `raw=True` for text
+        without the chat template, and `template_variables`.
 
         sampling: of all prompts, or one for each. n: answers to each prompt, one after the other
         in the result. batch: rows that run at once, a finished one taking the next prompt; None: a
@@ -313,6 +297,34 @@ class SpeculativeDecoder:
             )
         session = self._session(self._requests([prompt], sampling, options), 1, streaming=True)
         return Stream(iter(session), session)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]] = ()) -> Conversation:
+        """Begins a chat that keeps its caches between turns.
+
+        messages: what was said before, such as a system text. Conversations of one decoder that
+        begin alike read the beginning once.
+        """
+        chat = Conversation(self, messages, self._conversations)
+        self._conversations.add(chat)
+        return chat
+
+    def request(self, prompt: Prompt, sampling: Sampling, options: Options) -> Request:
+        """Returns a prompt's request. Raises PromptError if it cannot be answered."""
+        [request] = self._requests([prompt], sampling, options)
+        return request
+
+    def resumed(
+        self, request: Request, earlier: Earlier | None, *, drafted: bool = False
+    ) -> Session:
+        """A session of one request, which goes on from the caches of an earlier one.
+
+        drafted: its pieces report the tree of their last round, and are of one round each.
+        """
+        session = self._session([request], 1, streaming=True, earlier=earlier)
+        if drafted:
+            filters = session.now.filters._replace(drafted=self.tree.size)
+            session.now, session.rounds_per_look = replace(session.now, filters=filters), 1
+        return session
 
     def session(
         self,
@@ -391,7 +403,12 @@ class SpeculativeDecoder:
         return requests
 
     def _session(
-        self, requests: Sequence[Request], batch: int | None, *, streaming: bool = False
+        self,
+        requests: Sequence[Request],
+        batch: int | None,
+        *,
+        streaming: bool = False,
+        earlier: Earlier | None = None,
     ) -> Session:
         """A session over requests from `Codec.checked`. Raises UserError if there are none."""
         if not requests:
@@ -407,7 +424,11 @@ class SpeculativeDecoder:
         widest = padded(max(len(request.tokens) for request in requests))
         self._capacity = max(self._capacity, widest)
         now = replace(self._round, filters=filters_for(requests, self._codec.eos_ids))
-        return Session(now, self._codec, requests, rows, self._capacity, streaming)
+        capacity = self._capacity
+        if earlier is not None:  # its slots, and room for the padded rest
+            rest = padded(len(requests[0].tokens) - earlier.start)
+            capacity = max(capacity, earlier.slots, round_up(earlier.start + rest, CAPACITY_BUCKET))
+        return Session(now, self._codec, requests, rows, capacity, streaming, earlier=earlier)
 
     def _check_rule(self, requests: Sequence[Request]) -> None:
         if self._round.rule.draws and any(request.sampling.greedy for request in requests):

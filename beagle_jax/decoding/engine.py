@@ -26,20 +26,35 @@ def begin(now: Round, *, batch: int, capacity: int) -> DecodeState:
 def grow(now: Round, state: DecodeState, *, capacity: int) -> DecodeState:
     """The same rows with more slots."""
     larger = now.empty(len(state.transcript.done_B), capacity)
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        if old.shape == new.shape:
-            return old
-        return jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
-
-    return constrained(jax.tree.map(put, state, larger), now.mesh)
+    return constrained(jax.tree.map(_put, state, larger), now.mesh)
 
 
-@partial(jax.jit, static_argnames=("first",), donate_argnames=("state",))
+def _put(old: jax.Array, larger: jax.Array) -> jax.Array:
+    """Writes an array into the beginning of a larger one."""
+    if old.shape == larger.shape:
+        return old
+    return jax.lax.dynamic_update_slice(larger, old, (0,) * old.ndim)
+
+
+@partial(jax.jit, static_argnames=("capacity",))
+def carry(now: Round, earlier: DecodeState, *, capacity: int) -> DecodeState:
+    """Rows without requests, with the caches of an earlier state of as many rows.
+
+    capacity: slots, at least as many as the earlier state has.
+    """
+    fresh = now.empty(len(earlier.transcript.done_B), capacity)
+    cache, draft = jax.tree.map(_put, (earlier.cache, earlier.draft), (fresh.cache, fresh.draft))
+    return constrained(fresh._replace(cache=cache, draft=draft), now.mesh)
+
+
+@partial(jax.jit, static_argnames=("first", "follows"), donate_argnames=("state",))
 @exact
-def admit(now: Round, state: DecodeState, chunk: Chunk, *, first: bool) -> DecodeState:
+def admit(
+    now: Round, state: DecodeState, chunk: Chunk, *, first: bool, follows: bool = False
+) -> DecodeState:
     """Reads one chunk of new prompts (`Round.read_chunk`). now: `Round.reading`."""
-    state, _ = now.part("read_chunk")(now, state, chunk, first)
+    more = {"follows": True} if follows else {}
+    state, _ = now.part("read_chunk")(now, state, chunk, first, **more)
     return constrained(state, now.mesh)
 
 

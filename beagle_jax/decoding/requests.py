@@ -104,6 +104,8 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     seconds: float | None
     seed: int
+    raw: bool  # text prompts are given to the target as they are, without the chat template
+    template_variables: Mapping[str, Any]  # of the chat template, over those of the settings
 
 
 @dataclass(frozen=True)
@@ -185,13 +187,24 @@ class Codec:
     vocab_size: int
     context: int  # limit of a prompt and its answer together, in tokens
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Returns the tokens of a prompt.
+
+        raw: a text is tokenized as it is, with what the tokenizer puts before every text, and
+        without the chat template. variables: of the template, over those of the settings.
 
         Raises:
             ContextFull: The prompt leaves no room for an answer.
             PromptError: The prompt is empty, or is not a prompt.
         """
+        if raw and isinstance(prompt, str):
+            prompt = self._plain(prompt)
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if not _is_sequence(prompt) or isinstance(prompt, set | frozenset | Mapping):
@@ -203,12 +216,14 @@ class Codec:
         if messages and len(messages) < len(parts):
             raise PromptError(f"the prompt is {parts!r:.80}; {_EXPECTED}")
         if messages:
-            if self.tokenizer is None:
+            if raw:
                 raise PromptError(
-                    "this target has no tokenizer, so a prompt cannot be text; give token ids"
+                    f"the prompt is {parts!r:.80}, messages for the chat template, and raw is set; "
+                    "give text, or leave raw out"
                 )
+            tokenizer = self._tokenizer_of_text()
             try:
-                tokens = prompt_tokens(self.tokenizer, messages)
+                tokens = prompt_tokens(tokenizer, messages, variables=variables, overrides=True)
             except UserError as error:
                 raise PromptError(str(error)) from error
         else:
@@ -221,6 +236,17 @@ class Codec:
         if len(tokens) >= self.context:
             raise ContextFull(len(tokens), self.context)
         return tokens
+
+    def _plain(self, text: str) -> list[int]:
+        """Returns the tokens of a text without markup."""
+        return list(self._tokenizer_of_text()(text)["input_ids"]) if text else []
+
+    def _tokenizer_of_text(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise PromptError(
+                "this target has no tokenizer, so a prompt cannot be text; give token ids"
+            )
+        return self.tokenizer
 
     def stream(
         self, stop: Sequence[str] = (), end_tokens: tuple[int, ...] = ()

@@ -318,13 +318,16 @@ class Round:
         chunk: Chunk,
         first: bool,
         prefix: Sequence[KVRows] | None = None,
+        follows: bool = False,
     ) -> tuple[DecodeState, jax.Array]:
         """Reads a chunk of new prompts into their rows; other rows stay as they are.
 
         first: the chunk begins new requests in its rows. A row whose prompt ends in this chunk gets
         the first token of its answer, and takes part in rounds from then on. prefix: key/value rows
         of the tokens before the chunk, of one sequence, if they are the same in every row of the
-        cache. Also returns the target's states [R, T, D] of the chunk.
+        cache. follows: the rows hold the tokens before the chunk from an earlier text, and the
+        drafter has seen the chunk's first token after them. Also returns the target's states
+        [R, T, D] of the chunk.
         """
         row_R, offset, length_R = chunk.row_R, chunk.offset, chunk.length_R
         R, T = chunk.token_RT.shape
@@ -350,13 +353,10 @@ class Round:
         stop_R = self._is_stop(chunk.requests, root_R[:, None])[:, 0]
         ended_R = stop_R | (chunk.requests.limit_B <= 1) | broken_R
         done_R = jnp.where(ends_R, ended_R, (length_R > offset + T) | now.done_B[row_R])
-        # The slot depends on the chosen tokens, none of which is negative, so that XLA must order
-        # every write after all reads of the chunks before: it would copy the caches otherwise.
-        slot = jnp.where((wanted_R1 < 0).any(), 0, offset)
-        cache = state.cache.put(output.rows, row_R, slot)
+        cache = state.cache.put(output.rows, row_R, _after_reads(offset, wanted_R1))
         after = DecodeState(
             cache.holding(row_R, jnp.minimum(length_R, offset + T)),
-            self._observe(state, _seen(chunk, root_R, output, first), row_R),
+            self._observe(state, _seen(chunk, root_R, output, first or follows), row_R, first),
             jax.tree.map(put, state.requests, chunk.requests),
             now._replace(
                 root_B=put(now.root_B, root_R),
@@ -420,9 +420,9 @@ class Round:
             target.params, target.spec, chunk.token_RT, positions_RT, mask_RTT, *past, taps=taps
         )
 
-    def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray) -> Any:
+    def _observe(self, state: DecodeState, seen: Seen, row_R: AnyArray, first: bool) -> Any:
         """Returns the drafter's state after a chunk of these rows."""
-        if seen.resumed:
+        if not first:
             part = jax.tree.map(lambda x: x[row_R], state.draft)
         else:
             part = self.drafter.init(len(row_R), state.transcript.out_BS.shape[1])
@@ -432,6 +432,15 @@ class Round:
     def part(self, name: str) -> Callable[..., Any]:
         """Returns the replacement of a part, or the method itself; call it with the round first."""
         return dict(self.parts).get(name, getattr(type(self), name))
+
+
+def _after_reads(offset: AnyArray, wanted_R1: jax.Array) -> jax.Array:
+    """Returns the offset, made to depend on the chosen tokens, none of which is negative.
+
+    XLA must then order every write after all reads of the chunks before. It would copy the caches
+    otherwise.
+    """
+    return jnp.where((wanted_R1 < 0).any(), 0, offset)
 
 
 def _with_history(

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from beagle_jax.decoding.engine import admit, advance, begin, grow, peek, release
+from beagle_jax.decoding.engine import (
+    admit,
+    advance,
+    begin,
+    carry,
+    grow,
+    peek,
+    release,
+)
 from beagle_jax.decoding.logprobs import TokenLogProb, token_logprobs
 from beagle_jax.decoding.penalties import Ends
 from beagle_jax.decoding.requests import (
@@ -66,6 +74,22 @@ class _Reading:
     chunks: Iterator[Chunk]
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What a session of one row goes on from: the first request begins with a text that was read.
+
+    The earlier state is not changed.
+    """
+
+    state: DecodeState  # of one row
+    start: int  # tokens of the first prompt that are not read again, at least one
+
+    @property
+    def slots(self) -> int:
+        """Cache slots of the earlier state."""
+        return self.state.transcript.out_BS.shape[1]
+
+
 @dataclass
 class Session:
     """Requests being answered. Iterate over it for their pieces, in no fixed order of requests.
@@ -83,9 +107,12 @@ class Session:
     streaming: bool = False  # pieces are wanted early, and not only whole answers
     rounds_per_look: int = ROUNDS_PER_LOOK  # rounds between two looks of the host
     wide_start: bool = True  # the first prompts fill all rows, and are read at once
+    earlier: Earlier | None = None
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
     passes: int = field(default=0, init=False)  # rounds of the batch so far
+    # On the device, after the last rounds; None before the first, and while it is donated.
+    state: DecodeState | None = field(default=None, init=False)
     _cancelled: set[int] = field(default_factory=set, init=False)
 
     def _start(self) -> DecodeState:
@@ -96,7 +123,11 @@ class Session:
         self._lines: list[_Line | None] = [None] * self.rows
         self._readings: deque[_Reading] = deque()
         self._looking = self.streaming
-        state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
+        self._started, self._start_at = False, 0
+        if self.earlier is not None:
+            state = carry(self.now.reading, self.earlier.state, capacity=self.capacity)
+        else:
+            state = begin(self.now.reading, batch=self.rows, capacity=self.capacity)
         # Weights that were put on a device stay there ("committed"), and so does every state that
         # was computed with them. The first state is of no weights: without this, jit would compile
         # the reading of prompts twice.
@@ -127,7 +158,8 @@ class Session:
                 ready = peek(state)
             hurried = looking or self._readings or (self._open and not self._ahead)
             most = np.int32(self.rounds_per_look if hurried else _ALL_ROUNDS)
-            state, coming = advance(self.now, state, most, self._enough())
+            self.state, (state, coming) = None, advance(self.now, state, most, self._enough())
+            self.state = state
             # The next rounds run while the host turns the last ones into text.
             snapshot = Snapshot(*jax.device_get(ready if looking else coming))
             ready = coming
@@ -141,7 +173,8 @@ class Session:
                         self._cancelled.discard(line.index)
             self.passes = int(snapshot.passes_B[0])
             if ended_B.any() and (self._waits() or any(self._lines) or self._open):
-                state = release(state, ended_B)
+                self.state, state = None, release(state, ended_B)
+                self.state = state
 
     def _unwanted(self) -> Iterator[Piece]:
         """Ends requests that were cancelled while their prompts are read, by groups of prompts.
@@ -227,14 +260,24 @@ class Session:
                 text = self.codec.stream(request.stop, request.end_tokens(self.codec.eos_ids))
                 self._lines[row] = _Line(index, request, text, clock)
             lines = [line for row in rows if (line := self._lines[row])]
-            self._readings.append(_Reading(lines, self._chunks(rows, requests, width)))
+            start = self._take_start()
+            self._readings.append(_Reading(lines, self._chunks(rows, requests, width, start)))
+            if start and state.history is not None:
+                seen = list(requests[0].tokens[:start])
+                prompt_BV = state.history.prompt_BV.at[0, np.array(seen)].set(True)
+                state = state._replace(history=state.history._replace(prompt_BV=prompt_BV))
             filled = True
         self._filled |= filled
         groups = len(self._readings)
         for _ in range(groups):
             reading = self._readings.popleft()
             chunk = next(reading.chunks)
-            state = admit(self.now.reading, state, chunk, first=not chunk.offset)
+            follows, self._start_at = bool(self._start_at), 0
+            self.state, state = (
+                None,
+                admit(self.now.reading, state, chunk, first=not chunk.offset, follows=follows),
+            )
+            self.state = state
             end = int(chunk.offset) + chunk.token_RT.shape[1]
             for line in reading.lines:
                 line.reading &= len(line.request.tokens) > end
@@ -245,6 +288,13 @@ class Session:
             self.prefill_seconds += time.perf_counter() - clock
         return state, groups > 0
 
+    def _take_start(self) -> int:
+        """Tokens of the next prompt that its row holds already: of the first prompt alone."""
+        if self.earlier is None or self._started:
+            return 0
+        self._started, self._start_at = True, self.earlier.start
+        return self.earlier.start
+
     def _with_room(self, state: DecodeState, requests: list[Request]) -> DecodeState:
         """A state with slots for these requests too."""
         overhang = self.now.tree.depth + 1
@@ -254,14 +304,16 @@ class Session:
         self.capacity = need
         return grow(self.now.reading, state, capacity=need)
 
-    def _chunks(self, rows: list[int], requests: list[Request], width: int) -> Iterator[Chunk]:
-        """The prompts of some requests, in chunks. A chunk holds only prompts that reach it, as the
-        others are answered already. What is missing to the width repeats the last one, which
-        changes nothing.
+    def _chunks(
+        self, rows: list[int], requests: list[Request], width: int, first: int = 0
+    ) -> Iterator[Chunk]:
+        """The prompts of some requests from token `first` on, in chunks. A chunk holds only prompts
+        that reach it, as the others are answered already. What is missing to the width repeats the
+        last one, which changes nothing.
         """
-        longest = padded(max(len(request.tokens) for request in requests))
+        longest = padded(max(len(request.tokens) for request in requests) - first)
         columns = min(longest, PREFILL_CHUNK)
-        for start in range(0, longest, columns):
+        for start in range(first, first + longest, columns):
             lines = [n for n, request in enumerate(requests) if len(request.tokens) > start]
             if not lines:
                 return

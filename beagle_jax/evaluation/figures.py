@@ -26,8 +26,10 @@ from beagle_jax.evaluation.report import (
     Report,
     Suite,
     SystemEntry,
+    Throughput,
 )
 
+PLAIN = "plain"  # name of plain decoding among the systems
 _RESAMPLES = 2000
 _SHORTEST_CONTEXT = 64  # prompts up to this length form one group; longer ones double it
 
@@ -40,6 +42,7 @@ def report(
     *,
     notes: Sequence[str] = (),
     audit: Audit | None = None,
+    throughput: Sequence[Throughput] = (),
 ) -> Report:
     """Computes the report.
 
@@ -52,11 +55,13 @@ def report(
         environment=environment(),
         settings=settings,
         notes=[*_notes(bench, measured), *notes],
-        systems=[_system(system, measured, costs.get(system.name)) for system in bench.systems],
+        systems=[_system(system, measured, costs) for system in bench.systems],
         suites=[
             _suite(name, group, bench, measured.left_out[name]) for name, group in cases.items()
         ],
         audit=audit,
+        throughput=list(throughput),
+        interrupted=measured.missing > 0,
     )
 
 
@@ -98,10 +103,13 @@ def _notes(bench: Bench, measured: Measured) -> list[str]:
                 f"{longer} of {len(texts)} texts are longer than the {system.trained_tokens} "
                 f"tokens that {system.name} was trained on."
             )
+    if measured.missing:
+        notes.append(f"Interrupted: {measured.missing} prompts were not answered.")
     return notes
 
 
-def _system(system: System, measured: Measured, cost: dict[str, Any] | None) -> SystemEntry:
+def _system(system: System, measured: Measured, costs: dict[str, dict[str, Any]]) -> SystemEntry:
+    cost = costs.get(system.name)
     tree, whole = system.decoder.tree, of_system(system.name, measured.cases)
     answers = len(whole.generations)
     round_ms = (
@@ -122,8 +130,18 @@ def _system(system: System, measured: Measured, cost: dict[str, Any] | None) -> 
         trained_tokens=system.trained_tokens,
         compiles_after_warm_up=measured.compiles[system.name],
         milliseconds=Milliseconds(**{key: round(value, 3) for key, value in milliseconds.items()}),
-        bytes=None if cost is None else Memory(**cost["bytes"]),
+        bytes=None if cost is None or "bytes" not in cost else Memory(**cost["bytes"]),
+        best_speedup=_best_speedup(system, whole.tau, costs),
     )
+
+
+def _best_speedup(system: System, tau: float, costs: dict[str, dict[str, Any]]) -> float | None:
+    """Returns tau times the time of plain decoding's pass, over that of a round's two passes."""
+    cost, plain = costs.get(system.name), costs.get(PLAIN)
+    if not system.decoder.tree.depth or cost is None or plain is None:
+        return None
+    phases = cost["milliseconds"]
+    return round(tau * plain["milliseconds"]["verify"] / (phases["draft"] + phases["verify"]), 4)
 
 
 def _suite(name: str, cases: list[Case], bench: Bench, left_out: int) -> Suite:

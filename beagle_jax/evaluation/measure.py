@@ -169,6 +169,7 @@ class Measured(NamedTuple):
         str, int
     ]  # by system: programs compiled after warm-up; 0 if warm-up covered every shape
     left_out: dict[str, int]  # by suite: turns that did not fit the context
+    missing: int = 0  # prompts that were not reached before an interrupt
 
 
 def context_for(
@@ -210,7 +211,8 @@ def measure(
 
     The prompt of a later turn contains the system's own answer to the turn before. Each system
     first answers a prompt of every padded length, so that compilation is not timed. Cases that are
-    already in the log are not decoded again.
+    already in the log are not decoded again. Ctrl-C ends the measurement with the cases that are
+    complete.
     """
     known = {} if log is None else log.cases
     waiting = [
@@ -224,27 +226,32 @@ def measure(
         system.decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
     counters = {system.name: CompileCounter() for system in bench.systems}
     answered, order = dict(known), {name: number for number, name in enumerate(suites)}
-    for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
-        first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
-        case = answered[name, number] = Case(
-            name, number, chat.kind, _turns(bench, chat, counters, first_seed)
-        )
-        if log is not None:
-            log.add(case)
-    left_out = {
-        name: sum(
-            1 + len(chat.later) - len(answered[name, number].turns)
+    try:
+        for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
+            first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
+            turns = _turns(bench, chat, counters, first_seed)
+            case = answered[name, number] = Case(name, number, chat.kind, turns)
+            if log is not None:
+                log.add(case)
+    except KeyboardInterrupt:
+        if not any(case.turns for case in answered.values()):
+            raise
+    reached = {
+        name: {
+            number: (chat, answered[name, number])
             for number, chat in enumerate(chats)
-        )
+            if (name, number) in answered
+        }
         for name, chats in suites.items()
     }
-    cases = [
-        answered[name, number]
-        for name, chats in suites.items()
-        for number in range(len(chats))
-        if answered[name, number].turns
-    ]
-    return Measured(cases, {name: counter.count for name, counter in counters.items()}, left_out)
+    left_out = {
+        name: sum(1 + len(chat.later) - len(case.turns) for chat, case in entries.values())
+        for name, entries in reached.items()
+    }
+    cases = [case for entries in reached.values() for _, case in entries.values() if case.turns]
+    compiles = {name: counter.count for name, counter in counters.items()}
+    missing = sum(map(len, suites.values())) - sum(map(len, reached.values()))
+    return Measured(cases, compiles, left_out, missing)
 
 
 def _prompts_to_come(bench: Bench, chats: Sequence[Chat]) -> list[list[int]]:

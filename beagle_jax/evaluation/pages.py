@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from beagle_jax.evaluation.report import Audit, Group, Memory, Report
+from beagle_jax.evaluation.report import Audit, Group, Memory, Report, paying
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto}
 body{max-width:70em;padding:0 1em;color:#222}
@@ -36,7 +36,7 @@ def sections(report: Report) -> list[Section]:
             _group(suite.name, group, left_out if group.by == "all" else [])
             for group in suite.groups
         ]
-    made += [_times(report), _memory(report)]
+    made += [_throughput(report), _times(report), _memory(report)]
     if report.audit is not None:
         made += [_audit(report.audit), _divergences(report.audit)]
     return [section for section in made if section.rows or section.sentences]
@@ -170,6 +170,26 @@ def _group(suite: str, group: Group, sentences: list[str]) -> Section:
     return Section(what, [summary, *sentences], head, rows)
 
 
+def _throughput(report: Report) -> Section:
+    names = [system.name for system in report.systems]
+    rows = []
+    for entry in report.throughput:
+        cells = [str(entry.batch)]
+        for name in names:
+            values = entry.systems[name]
+            speedup = "" if name == names[0] else f" ({values.speedup:.2f}x)"
+            cells.append(f"{values.tokens_per_second:.1f}{speedup}")
+        rows.append(cells)
+    sentences = []
+    if rows:
+        answers = report.throughput[0].answers
+        sentences = [
+            f"{answers} answers each; in brackets the speedup at the same batch size.",
+            *paying(report),
+        ]
+    return Section("Throughput by batch size, tok/s", sentences, ["batch", *names], rows)
+
+
 def _times(report: Report) -> Section:
     phases = ["prefill", "round", "draft", "verify", "rest"]
     rows = [
@@ -187,7 +207,13 @@ def _times(report: Report) -> Section:
         "at the shapes of a prompt of middle length. Rest: what a round takes beyond the two; "
         "below zero where the parts alone took longer."
     )
-    return Section("Time by phase, ms", [sentence], ["system", *phases], rows)
+    best = [
+        f"{system.name}: at best {system.best_speedup:.2f}x with this acceptance (tau times plain "
+        "decoding's verify, over draft and verify)."
+        for system in report.speculative
+        if system.best_speedup is not None
+    ]
+    return Section("Time by phase, ms", [sentence, *best], ["system", *phases], rows)
 
 
 def _memory(report: Report) -> Section:

@@ -51,7 +51,7 @@ class Environment(Part):
 
 
 class Milliseconds(Part):
-    """Mean times. draft, verify and rest exist only if --out was given."""
+    """Mean times. draft, verify and rest do not exist if the measurement was interrupted."""
 
     prefill: float = Field(description="reading a prompt, and its first token")
     round: float = Field(description="a whole round, from whole answers")
@@ -108,6 +108,13 @@ class SystemEntry(Part):
     )
     milliseconds: Milliseconds = Field(description="mean times")
     bytes: Memory | None = Field(description="memory; null without --out")
+    best_speedup: float | None = Field(
+        default=None,
+        ge=0,
+        description="speedup that acceptance and costs of a round allow: tau times the time of "
+        "plain decoding's pass, over draft and verify; no prefill, cache writes and host work; "
+        "null for plain decoding, and where phases were not measured",
+    )
 
 
 class Figures(Part):
@@ -185,6 +192,21 @@ class Suite(Part):
     def whole(self) -> Group:
         """All prompts of the suite."""
         return self.groups[0]
+
+
+class BatchFigures(Part):
+    """One system at one batch size."""
+
+    tokens_per_second: float = Field(ge=0, description="tokens of all answers over the whole time")
+    speedup: float = Field(ge=0, description="over plain decoding at the same batch size")
+
+
+class Throughput(Part):
+    """All systems at one batch size."""
+
+    batch: int = Field(ge=1, description="rows that run at once; a finished one is refilled")
+    answers: Count = Field(description="answers of each system")
+    systems: dict[str, BatchFigures] = Field(min_length=1, description="by the system's name")
 
 
 class Check(Part):
@@ -266,11 +288,25 @@ class Report(Part):
     systems: list[SystemEntry] = Field(min_length=1, description="plain decoding first")
     suites: list[Suite] = Field(min_length=1, description="in the order of eval.suites")
     audit: Audit | None = Field(description="result of --audit; null without it")
+    throughput: list[Throughput] = Field(
+        default=[], description="by batch size, in the order of eval.batch"
+    )
+    interrupted: bool = Field(
+        default=False, description="the measurement was ended by hand before its last prompt"
+    )
 
     @property
     def speculative(self) -> list[SystemEntry]:
         """The systems with a draft, in the order of the settings."""
         return self.systems[1:]
+
+    def pays_below(self, name: str) -> int | None:
+        """Smallest measured batch size at which a system is no faster than plain decoding.
+
+        None if it is faster at all of them.
+        """
+        batches = sorted(self.throughput, key=lambda entry: entry.batch)
+        return next((at.batch for at in batches if at.systems[name].speedup <= 1), None)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the report as plain values, as it is written to files."""
@@ -328,10 +364,57 @@ def table(report: Report) -> str:
     return "\n".join(
         [
             "\n\n".join(blocks),
+            *_best(report),
+            *batch_lines(report),
             "tok/s: prefill included; decode: without it. Times exclude compilation.",
             *report.notes,
         ]
     )
+
+
+def _best(report: Report) -> list[str]:
+    """The best speedup of each draft beside the measured one."""
+    lines = []
+    for system in report.speculative:
+        if system.best_speedup is None:
+            continue
+        speedups = (suite.whole.systems[system.name].speedup for suite in report.suites)
+        measured = ", ".join(f"{speedup:.2f}x" for speedup in speedups)
+        lines.append(
+            f"{system.name}: at best {system.best_speedup:.2f}x with this acceptance and this "
+            f"machine's costs of a round; measured {measured}"
+        )
+    return lines
+
+
+def batch_lines(report: Report) -> list[str]:
+    """Formats throughput by batch size, and from where on a draft does not pay."""
+    if not report.throughput:
+        return []
+    names = [system.name for system in report.systems]
+    widths = [max(len(name), 17) for name in names]
+    head = zip(names, widths, strict=True)
+    lines = ["", "tok/s   " + "  ".join(f"{name:>{width}}" for name, width in head)]
+    for entry in report.throughput:
+        cells = []
+        for name, width in zip(names, widths, strict=True):
+            values = entry.systems[name]
+            speedup = "" if name == names[0] else f" ({values.speedup:.2f}x)"
+            cells.append(f"{values.tokens_per_second:.1f}{speedup}".rjust(width))
+        lines.append(f"batch {entry.batch:<2d}" + "  ".join(cells))
+    return [*lines, *paying(report)]
+
+
+def paying(report: Report) -> list[str]:
+    """Says of each draft from which batch size on it does not pay."""
+    said = []
+    for system in report.speculative if report.throughput else []:
+        size = report.pays_below(system.name)
+        if size is None:
+            said.append(f"{system.name} is faster than plain decoding at all these batch sizes.")
+        else:
+            said.append(f"{system.name} is no faster than plain decoding at batch {size}.")
+    return said
 
 
 def _lines(systems: list[SystemEntry], whole: dict[str, Figures]) -> list[str]:

@@ -171,6 +171,11 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
     )
 
 
+def is_family(model_type: object) -> bool:
+    """Returns whether this is the `model_type` of a family that can be computed."""
+    return isinstance(model_type, str) and model_type in _FAMILIES
+
+
 def _family(config: Config, where: str) -> _Family:
     model_type = config.get("model_type")
     if model_type not in _FAMILIES:

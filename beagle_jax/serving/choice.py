@@ -1,14 +1,12 @@
 """One choice of a response, as it grows: its text, tokens, log-probabilities and their origin."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from beagle_jax.data.template import decoded
 from beagle_jax.decoding.logprobs import TokenLogProb
+from beagle_jax.decoding.origin import Origins, token_text
 from beagle_jax.decoding.requests import Answer, Codec, DraftedTree, Piece, Request
-from beagle_jax.decoding.text import TextStream
 from beagle_jax.serving.refusal import Refusal
 
 _REASONS = {
@@ -37,10 +35,7 @@ class Choice:
     def __post_init__(self) -> None:
         self._tokens = 0
         self._offset = 0  # characters of the tokens with log-probabilities so far
-        self._whole: TextStream | None = None
-        self._pending: deque[tuple[str, bool]] = deque()  # text that no piece showed yet
-        if self.spans:
-            self._whole = self.codec.stream((), self.request.stop_token_ids)
+        self._origins = Origins(self.codec, self.request.stop_token_ids) if self.spans else None
 
     def add(self, piece: Piece) -> "New":
         """What a piece adds. Raises Refusal if the answer failed."""
@@ -51,8 +46,8 @@ class Choice:
         new = New(piece.text, self._shown_logprobs(piece), self._offset)
         self.logprobs += new.logprobs
         self._offset += sum(len(token_text(self.codec, entry.token)) for entry in new.logprobs)
-        if self.spans:
-            new.extension = self._extension(piece)
+        if self._origins is not None:
+            new.extension = self._extension(piece, self._origins)
         self.accepted += piece.accepted
         self._tokens += len(piece.tokens)
         return new
@@ -82,16 +77,9 @@ class Choice:
         last = len(piece.answer.tokens) - (piece.answer.finish == "token")
         return entries[: max(0, last - self._tokens)]
 
-    def _extension(self, piece: Piece) -> dict[str, Any]:
-        if self._whole is not None:
-            drafted = origins(self._tokens == 0, piece.accepted, len(piece.tokens))
-            for token, is_drafted in zip(piece.tokens, drafted, strict=True):
-                if text := self._whole.add([token]):
-                    self._pending.append((text, is_drafted))
-            if piece.answer is not None and (text := self._whole.close()):
-                self._pending.append((text, False))
+    def _extension(self, piece: Piece, spans: Origins) -> dict[str, Any]:
         extension: dict[str, Any] = {
-            "spans": self._spans(len(piece.text)),
+            "spans": list(map(tuple, spans.add(piece))),
             "accepted": list(piece.accepted),
             "tokens": len(piece.tokens),
         }
@@ -100,18 +88,6 @@ class Choice:
         if piece.answer is not None:
             extension["finish"] = piece.answer.finish
         return extension
-
-    def _spans(self, length: int) -> list[tuple[str, bool]]:
-        """The next characters of the text, with whether they were drafted."""
-        spans = []
-        while length and self._pending:
-            text, is_drafted = self._pending.popleft()
-            if len(text) > length:
-                self._pending.appendleft((text[length:], is_drafted))
-                text = text[:length]
-            spans.append((text, is_drafted))
-            length -= len(text)
-        return spans
 
     def _tree(self, tree: DraftedTree) -> dict[str, Any]:
         texts = [token_text(self.codec, token) for token in tree.tokens]
@@ -126,22 +102,6 @@ class New:
     logprobs: list[TokenLogProb]
     offset: int  # characters of the tokens before those of `logprobs`
     extension: dict[str, Any] | None = None
-
-
-def origins(begins: bool, accepted: Sequence[int], count: int) -> list[bool]:
-    """Which of a piece's tokens were drafted. begins: the first token is that of the prefill.
-
-    A round writes its accepted drafts and then a token of the target, which may be cut off.
-    """
-    drafted = [False] if begins and count else []
-    for drafts in accepted:
-        drafted += [True] * drafts + [False]
-    return drafted[:count]
-
-
-def token_text(codec: Codec, token: int) -> str:
-    """A token as text; its number without a tokenizer."""
-    return str(token) if codec.tokenizer is None else decoded(codec.tokenizer, [token])
 
 
 def chat_logprobs(codec: Codec, entries: Sequence[TokenLogProb]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from beagle_jax.training.trace import Trace
 
 _log = logging.getLogger(__name__)
 
+_INTERRUPTED = 130  # exit status after Ctrl-C
+
 
 def run_stage(
     name: str,
@@ -46,15 +48,15 @@ def run_stage(
 
     name: a key of `config.train.named_stages`. best: measures tau, may stop the stage early with
     its best parameters. start: batches that the stages before have read; this stage goes on
-    after them, so that no row is read more often than another. On SIGTERM a checkpoint is saved
-    and the program exits with status 0.
+    after them, so that no row is read more often than another. On SIGTERM or Ctrl-C a checkpoint
+    is saved and the program exits.
 
     Raises:
         UserError: the loss or a parameter is not finite. The last checkpoint is kept.
     """
     stage = config.train.named_stages[name]
     train_step, eval_step, init = make_steps(spec, config.train, stage, mesh)
-    # SIGTERM is handled until the last write finishes.
+    # Both signals are handled until the last write finishes.
     with StopSignal() as stop, _checkpoints(name, config) as checkpoints:
         state, waiting = _restored(checkpoints, init(params), name, stage)
         first = int(state.step)
@@ -86,7 +88,7 @@ def run_stage(
         trace.close()
         progress.close()
     if stop.seen:  # the signal may have arrived after the last step
-        _leave(name, int(state.step))
+        _leave(name, int(state.step), by_hand=stop.by_hand)
     return exported(state) if best is None else best.weights(name, int(state.step), exported(state))
 
 
@@ -100,12 +102,13 @@ def _restored(
     return state, waiting
 
 
-def _leave(name: str, step: int) -> NoReturn:
+def _leave(name: str, step: int, *, by_hand: bool) -> NoReturn:
+    by = "Ctrl-C" if by_hand else "SIGTERM"
     _log.info(
-        f"{name} stage: stopped by SIGTERM after step {step}, which is saved; the same command "
+        f"{name} stage: stopped by {by} after step {step}, which is saved; the same command "
         "continues from there"
     )
-    raise SystemExit(0)
+    raise SystemExit(_INTERRUPTED if by_hand else 0)
 
 
 def steps_done(name: str, config: Config) -> int:

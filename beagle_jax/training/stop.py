@@ -1,4 +1,4 @@
-"""Turns SIGTERM into a clean stop. Schedulers send it before they preempt a machine."""
+"""Turns SIGTERM and Ctrl-C into a clean stop. Schedulers send SIGTERM before they preempt."""
 
 import signal
 import threading
@@ -8,7 +8,10 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """Context manager in which SIGTERM sets a flag instead of ending the process."""
+    """Context manager in which SIGTERM and Ctrl-C set a flag instead of ending the process.
+
+    A second Ctrl-C ends it at once.
+    """
 
     # Number of calls of `requested` over all stages. Several processes agree on one of these
     # numbers to stop at, so it is never reset.
@@ -16,17 +19,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.seen = False  # a stop was requested
+        self.by_hand = False  # by Ctrl-C
 
     def __enter__(self) -> "StopSignal":
         # With several processes JAX's preemption service handles the signal, because all of them
         # must stop after the same step.
         catches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        self._before = signal.signal(signal.SIGTERM, self._see) if catches else None
+        names = (signal.SIGTERM, signal.SIGINT) if catches else ()
+        self._before = {name: signal.signal(name, self._see) for name in names}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
 
     def requested(self) -> bool:
         """Returns whether to stop now.
@@ -38,5 +43,8 @@ class StopSignal:
             self.seen = multihost_utils.reached_preemption_sync_point(StopSignal._calls)
         return self.seen
 
-    def _see(self, *_: object) -> None:
+    def _see(self, number: int, _frame: object) -> None:
         self.seen = True
+        if number == signal.SIGINT:
+            self.by_hand = True
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])

@@ -6,13 +6,14 @@ Tensors have PyTorch's names and its [out, in] layout.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.arrays import AnyArray
+from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import whole, write_text
@@ -21,14 +22,16 @@ from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.layers import RopeScaling
 from beagle_jax.model.target import TargetSpec
-from beagle_jax.remote import fetch, local
+from beagle_jax.remote import local
 from beagle_jax.weights.kinds import tensor_name
 from beagle_jax.weights.safetensors_file import digest, read_tensors, write_tensors
+from beagle_jax.weights.target import Target
 
 # key of config.json: digest of the block's settings and tensors, which reveals damaged files
 DIGEST = "sha256"
 # int32 ids, most frequent first; absent when the draft scores the whole vocabulary
 HOT_TOKENS = "hot_tokens"
+CACHE_DIR: str = TargetConfig.model_fields["cache_dir"].default
 _TRAIN_FIRST = "train a draft first (python -m beagle_jax.train) or set draft.path"
 
 
@@ -113,20 +116,82 @@ def draft_digest(spec: DraftSpec, tensors: dict[str, np.ndarray]) -> str:
     return digest(tensors, json.dumps(settings(spec), sort_keys=True))
 
 
-def load_draft(
-    folder: str | Path, target: TargetSpec, kind: type[DraftSpec] | None = None
-) -> Draft:
-    """Loads a draft for this target; config.json names its kind.
+@dataclass(frozen=True)
+class DraftFiles:
+    """The local files of a draft whose target is not known yet."""
 
-    kind: the only kind to accept; None accepts all.
+    folder: Path
+    allow_pickle: bool = False
+
+    def read(self, target: Target | TargetSpec) -> Draft:
+        """Reads the draft for this target. Raises what `load_draft` does."""
+        return load_draft(self.folder, target, allow_pickle=self.allow_pickle)
+
+
+@overload
+def load_draft(
+    source: str | Path,
+    target: None = None,
+    kind: None = None,
+    *,
+    cache_dir: str = ...,
+    allow_pickle: bool = ...,
+) -> DraftFiles: ...
+@overload
+def load_draft(
+    source: str | Path,
+    target: Target | TargetSpec,
+    kind: type[DraftSpec] | None = ...,
+    *,
+    cache_dir: str = ...,
+    allow_pickle: bool = ...,
+) -> Draft: ...
+def load_draft(
+    source: str | Path,
+    target: Target | TargetSpec | None = None,
+    kind: type[DraftSpec] | None = None,
+    *,
+    cache_dir: str = CACHE_DIR,
+    allow_pickle: bool = False,
+) -> Draft | DraftFiles:
+    """Loads a draft; config.json names its kind and format.
+
+        draft = load_draft("hf:org/name")
+
+    source: a folder, `hf:org/name[@revision]`, or the name of a draft that comes with the package.
+    The formats are this library's, its PyTorch export, and those of published Beagle and EAGLE
+    drafts. target: the target that it drafts for. None: the files are only found, or downloaded,
+    and `SpeculativeDecoder` reads them for its target. Copies of the target's arrays in a published
+    draft are compared with the files of a loaded `Target`. kind: the only kind to accept; None
+    accepts all. cache_dir: folder for downloads. allow_pickle: reads pickled weights too, with
+    PyTorch.
 
     Raises:
       UserError: a file or tensor is missing, extra or misshapen, the draft is of another kind, or
         it was made for another target. The message names the folder.
     """
-    folder = fetch(home(str(folder)))
-    weights_path = folder / "model.safetensors"
+    # Imported late: these modules import this one.
+    from beagle_jax.weights.draft_source import draft_folder, published_format
+    from beagle_jax.weights.published import read_published
+
+    folder = draft_folder(source, cache_dir, allow_pickle=allow_pickle)
     config = read_json(folder / "config.json", _TRAIN_FIRST)
+    if target is None:
+        return DraftFiles(folder, allow_pickle)
+    if layout := published_format(config):
+        return read_published(folder, layout, target, kind, allow_pickle)
+    return _native_draft(folder, config, _spec_of(target), kind)
+
+
+def _spec_of(target: Target | TargetSpec) -> TargetSpec:
+    return target if isinstance(target, TargetSpec) else target.spec
+
+
+def _native_draft(
+    folder: Path, config: dict[str, Any], target: TargetSpec, kind: type[DraftSpec] | None
+) -> Draft:
+    """Reads the draft of a folder in this library's format. Raises what `load_draft` does."""
+    weights_path = folder / "model.safetensors"
     spec = read_spec(config, target, folder, None if kind is None else (kind,))
     if not weights_path.exists():
         raise UserError(f"{weights_path}: no such file; {_TRAIN_FIRST}")
@@ -177,13 +242,13 @@ def hot_problem(hot_ids: np.ndarray | None, vocab_size: int, rows: int | None = 
     return ""
 
 
-def check_there(folder: str | Path) -> None:
-    """Checks that the folder holds a draft, before a slow load of the target.
+def check_there(source: str | Path, cache_dir: str = CACHE_DIR) -> None:
+    """Checks that a draft is there, before a slow load of the target; one of the hub is downloaded.
 
     Raises:
-      UserError: there is no readable config.json.
+      UserError: it cannot be found, or has no readable config.json.
     """
-    read_json(fetch(home(str(folder))) / "config.json", _TRAIN_FIRST)
+    load_draft(source, cache_dir=cache_dir)
 
 
 def other_target(draft: Draft, source: str) -> str | None:

