@@ -46,7 +46,8 @@ def test_what_decides_each_result():
     }
     assert set(Identity.of(CONFIG.eval, "tau").values) == {
         "eval.suites",
-        "eval.every",
+        "eval.best_by",
+    "eval.every",
         "eval.train_prompts",
         "eval.max_new_tokens",
     }
