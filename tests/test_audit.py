@@ -456,9 +456,9 @@ def _check_blocks(spec, monkeypatch) -> None:
     sizes = []
     true_forward = forced_module.forward
 
-    def noted(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS):
+    def noted(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS, **more):
         sizes.append((mask_BTT.shape[-1], visible_BS.shape[-1]))
-        return true_forward(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS)
+        return true_forward(params, spec, text_BT, position_BT, mask_BTT, cache, visible_BS, **more)
 
     monkeypatch.setattr(forced_module, "forward", noted)
     states_LD = forced_states(target, tokens)
