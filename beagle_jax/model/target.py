@@ -36,6 +36,9 @@ from beagle_jax.model.tensors import bias_key
 
 Params = Mapping[str, Any]
 
+# The tap (`forward`) that stands for the states after the final norm.
+FINAL = -1
+
 # Columns are padded to a multiple of this, for XLA's CPU kernels: products of 2, 3, 5, 6 or 7
 # columns are slower there than those of 4 or 8. On two Intel Xeon cores (2.3 GHz), all matrices of
 # SmolLM2-135M took 41 ms at 6 columns and 36 ms at 8. TPUs pad to larger tiles anyway.
@@ -215,13 +218,14 @@ def forward(
       visible_BS: cache slots that all new tokens of a sequence see.
       slot_positions_BS: positions of the slots, for sliding windows; None: the slots' numbers.
       taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
-        stream that enters layer i, `num_layers` the stream that leaves the last layer. Without
-        taps the compiled program is the same as if the argument did not exist.
+        stream that enters layer i, `num_layers` the stream that leaves the last layer. FINAL is
+        the states, after the final norm. Without taps the compiled program is the same as if the
+        argument did not exist.
 
     Raises:
-      ValueError: a tap is not between 0 and `num_layers`.
+      ValueError: a tap is neither FINAL nor between 0 and `num_layers`.
     """
-    wrong = [tap for tap in taps if not 0 <= tap <= spec.num_layers]
+    wrong = [tap for tap in taps if not (tap == FINAL or 0 <= tap <= spec.num_layers)]
     if wrong:
         raise ValueError(f"taps {wrong}: the target has streams 0 to {spec.num_layers}")
     B, T = tokens_BT.shape
@@ -245,7 +249,7 @@ def forward(
             new_rows.append(rows)
     if spec.num_layers in taps:
         streams[spec.num_layers] = unpadded(x_DM)
-    states_BTD = unpadded(_norm(spec, x_DM, params["norm_D"], axis=0))
+    states_BTD = streams[FINAL] = unpadded(_norm(spec, x_DM, params["norm_D"], axis=0))
     return Forward(states_BTD, new_rows, tuple(streams[tap] for tap in taps))
 
 
