@@ -1,4 +1,4 @@
-"""Converts drafts to PyTorch and back, and targets to the format that loads fastest.
+"""Converts drafts to PyTorch, to other servers' forms and back, and targets to other formats.
 
 python -m beagle_jax.convert to-torch --config FILE --out FOLDER
 """
@@ -17,14 +17,17 @@ _OPTIONS = {
     "from-torch": ("source", "allow_pickle"),
     "import-eagle": ("source", "allow_pickle"),
     "to-jax": (),
+    "to-eagle": ("server",),
+    "to-speculators": (),
 }
+_SERVERS = ("eagle", "sglang", "vllm")
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "convert",
-        "Convert drafts to PyTorch and back, and targets to a form that loads fast.",
+        "Convert drafts to PyTorch or for other servers, and back; targets to other forms.",
         "python -m beagle_jax.convert --config quickstart to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
@@ -32,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="to-torch, to-jax, from-torch, import-eagle",
+        help="of a draft: to-torch, from-torch, to-eagle, to-speculators, import-eagle; of a "
+        "target: to-jax",
     )
     made.add_argument(
         "--out", required=True, type=home, metavar="FOLDER", help="the folder to write"
@@ -52,14 +56,20 @@ def main(argv: Sequence[str]) -> None:
         help="from-torch, import-eagle: read .bin and .pt too",
     )
     made.add_argument(
+        "--for", dest="server", choices=_SERVERS, help="to-eagle: the server that loads the draft"
+    )
+    made.add_argument(
         "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"
     )
     add_overrides(made)
     arguments = made.parse_args(argv)
     direction = arguments.direction
-    for option in ("source", "allow_pickle", "report"):
+    for option in ("source", "allow_pickle", "report", "server"):
         if getattr(arguments, option) and option not in _OPTIONS[direction]:
-            raise UsageError(f"--{option.replace('_', '-')} is not an option of {direction}")
+            name = "for" if option == "server" else option.replace("_", "-")
+            raise UsageError(f"--{name} is not an option of {direction}")
+    if "server" in _OPTIONS[direction] and not arguments.server:
+        raise UsageError(f"{direction} needs --for: {', '.join(_SERVERS)}")
     if "source" in _OPTIONS[direction] and not arguments.source:
         raise UsageError(f"{direction} needs --source: the folder or weights file to read")
     config = read_config(arguments)
@@ -71,6 +81,8 @@ def main(argv: Sequence[str]) -> None:
             "from-torch": convert.from_torch,
             "import-eagle": convert.import_eagle,
             "to-jax": convert.to_jax,
+            "to-eagle": convert.to_eagle,
+            "to-speculators": convert.to_speculators,
         }
         text, figures = run[direction](config, arguments)
     show(arguments, text, figures)

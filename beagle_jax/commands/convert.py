@@ -1,4 +1,4 @@
-"""Converts drafts to PyTorch and back, and targets to the format that loads fastest."""
+"""Converts drafts to PyTorch, to other servers' forms and back, and targets to other formats."""
 
 import os
 import tempfile
@@ -27,6 +27,8 @@ from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.kinds import kind_in_torch
 from beagle_jax.weights.model_card import model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
+from beagle_jax.weights.server_files import RECORD, write_published
+from beagle_jax.weights.server_form import Server
 from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
@@ -62,6 +64,39 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         "out": _name(out),
         "largest_difference": {name: float(value) for name, value in differences.items()},
     }
+
+
+def to_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Exports an EAGLE draft in the form that a server loads (`--for`)."""
+    return _published(config, arguments, arguments.server)
+
+
+def to_speculators(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Exports an EAGLE-3 draft in speculators' form, which vLLM loads too."""
+    return _published(config, arguments, "speculators")
+
+
+def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, dict]:
+    """Writes the draft for a server; the folder appears only after it reads back bit-equal."""
+    source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
+    out = _free(arguments, source)
+    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
+    described = opened.config()
+    target = TargetSpec.from_hf_config(described, config.target.source)
+    draft = load_draft(source, target)
+    _check_target(draft, config.target.source, source)
+    verifier = {
+        "name_or_path": config.target.source.removeprefix("hf:").partition("@")[0],
+        "architectures": described.get("architectures"),
+    }
+    with staged(out) as folder:
+        write_published(folder, draft, target, Server(name, verifier))
+    text = (
+        f"draft written to {out}, in the form that {name} loads; it reads back bit-equal. That "
+        "loader itself was not run: its names, shapes and settings were read off its source "
+        "(docs/guide/convert.md)"
+    )
+    return text, {"out": str(out), "server": name, "loader_was_run": False}
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -189,7 +224,7 @@ def _is_ours(folder: Path) -> bool:
 
     A mistyped path must not delete any other folder, for example one of a target.
     """
-    if (folder / SETTINGS).is_file():
+    if (folder / SETTINGS).is_file() or (folder / RECORD).is_file():
         return True
     config = folder / "config.json"
     if not config.is_file():
