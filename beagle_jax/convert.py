@@ -17,6 +17,7 @@ _OPTIONS = {
     "from-torch": ("source", "allow_pickle"),
     "import-eagle": ("source", "allow_pickle"),
     "to-jax": (),
+    "to-hf": (),
     "to-eagle": ("server",),
     "to-speculators": (),
 }
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         choices=_OPTIONS,
         metavar="DIRECTION",
         help="of a draft: to-torch, from-torch, to-eagle, to-speculators, import-eagle; of a "
-        "target: to-jax",
+        "target: to-jax, to-hf",
     )
     made.add_argument(
         "--out", required=True, type=home, metavar="FOLDER", help="the folder to write"
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
             "from-torch": convert.from_torch,
             "import-eagle": convert.import_eagle,
             "to-jax": convert.to_jax,
+            "to-hf": convert.to_hf,
             "to-eagle": convert.to_eagle,
             "to-speculators": convert.to_speculators,
         }

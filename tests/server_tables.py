@@ -8,7 +8,7 @@ key/value heads, F the MLP's, H a head's, n the number of streams that the draft
 from typing import NamedTuple
 
 VERSIONS = {
-    "eagle": "SafeAILab/EAGLE cb7e084 (eagle/model/cnets1.py, cnets.py, configs.py)",
+    "safeailab": "SafeAILab/EAGLE cb7e084 (eagle/model/cnets1.py, cnets.py, configs.py)",
     "sglang": "SGLang 0.5.23 (models/llama_eagle.py, qwen2_eagle.py, llama_eagle3.py)",
     "vllm": "vLLM 0.33.0 (models/llama_eagle.py, llama_eagle3.py, config/speculative.py)",
     "speculators": "vllm-project/speculators c05b95b (models/eagle3)",
@@ -56,7 +56,7 @@ _SIZES = {
 _FC, _EMBED = {"fc.weight": "d 2d"}, {"embed_tokens.weight": "V d"}
 EAGLE = {
     # the config says whether fc has a bias, and whether queries, keys and values have
-    "eagle": Loader(
+    "safeailab": Loader(
         _FC | _layer("layers.0.", "d"),
         {"fc.bias": "d"} | _biases("layers.0.") | _EMBED,
         _SIZES | {"bias": bool, "qkv_bias": bool},
@@ -86,7 +86,7 @@ def _eagle3(prefix: str) -> dict[str, str]:
 _MAPS, _HEAD = {"d2t": "v", "t2d": "V"}, {"lm_head.weight": "v d"}
 _NORMS = {"input_norm.weight": "nD", **{f"fc_norm.{at}.weight": "D" for at in range(4)}}
 EAGLE3 = {
-    "eagle": Loader(
+    "safeailab": Loader(
         _eagle3("midlayer.") | _HEAD, _MAPS | _EMBED, _SIZES | {"draft_vocab_size": int}
     ),
     "sglang": Loader(

@@ -26,7 +26,7 @@ from beagle_jax.weights import eagle_export
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.eagle_import import read_eagle_draft
 from beagle_jax.weights.server_files import write_published
-from beagle_jax.weights.server_form import Server
+from beagle_jax.weights.server_form import TITLES, Server
 
 TARGET = replace(TINY, num_layers=8)  # its default streams are 2, 4 and 5
 V = TARGET.vocab_size
@@ -52,21 +52,21 @@ def eagle3(hot_ids=HOT, **changes) -> Draft:
 
 # name -> (draft, server). What each holds beyond the plain form is what its loader computes.
 WRITTEN = {
-    "eagle for eagle": (eagle(), "eagle"),
+    "eagle for eagle": (eagle(), "safeailab"),
     "eagle for eagle, with all": (
         eagle(fc_bias=False, qkv_bias=True, rope_scaling=RopeScaling(2.0), rope_theta=5e5),
-        "eagle",
+        "safeailab",
     ),
     "eagle for sglang": (eagle(), "sglang"),
     "eagle for sglang, no bias": (eagle(fc_bias=False, rope_scaling=LLAMA3), "sglang"),
     "eagle for sglang, as Qwen2": (eagle(qkv_bias=True, head_dim=10), "sglang"),
     "eagle for vllm": (eagle(fc_bias=False, rope_scaling=LLAMA3, head_dim=10), "vllm"),
     "eagle for vllm, biased": (eagle(fc_bias=False, qkv_bias=True), "vllm"),
-    "eagle3 for eagle": (eagle3(), "eagle"),
-    "eagle3 for eagle, all tokens": (eagle3(None, rope_scaling=RopeScaling(4.0)), "eagle"),
+    "eagle3 for eagle": (eagle3(), "safeailab"),
+    "eagle3 for eagle, all tokens": (eagle3(None, rope_scaling=RopeScaling(4.0)), "safeailab"),
     "eagle3 for eagle, narrow": (
         eagle3(hidden_size=24, num_heads=6, num_kv_heads=3, head_dim=4, own_embedding=True),
-        "eagle",
+        "safeailab",
     ),
     "eagle3 for sglang": (
         eagle3(state_layers=(1, 8), norm_before_fc=True, norm_output=True, attention_bias=True),
@@ -191,7 +191,7 @@ def test_streams_are_named_as_each_server_counts(tmp_path):
 
 
 def test_tokens_are_offsets_in_ascending_order(tmp_path):
-    _, tensors = write(tmp_path / "out", eagle3(), "eagle")
+    _, tensors = write(tmp_path / "out", eagle3(), "safeailab")
     np.testing.assert_array_equal(np.arange(40) + tensors["d2t"], np.sort(HOT))
     np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), np.sort(HOT))
 
@@ -201,7 +201,7 @@ def test_planted_bug_in_the_writer_leaves_a_message(tmp_path, monkeypatch):
     names["gate_proj"], names["up_proj"] = names["up_proj"], names["gate_proj"]
     monkeypatch.setattr(eagle_export, "_NAMES", names)
     with pytest.raises(UserError, match=r"does not read back as it is \(gate_proj, up_proj\)"):
-        write(tmp_path / "out", eagle(), "eagle")
+        write(tmp_path / "out", eagle(), "safeailab")
 
 
 @pytest.mark.parametrize(
@@ -213,20 +213,20 @@ def test_planted_bug_in_the_writer_leaves_a_message(tmp_path, monkeypatch):
             "sglang",
             r"scores 40 of the target's tokens \(draft\.hot_tokens\)",
         ),
-        (eagle(input_norm=True), "eagle", r"theirs has no input_layernorm"),
-        (eagle(rope_scaling=LLAMA3), "eagle", "knows linear and dynamic alone"),
-        (eagle(rope_scaling=RopeScaling(0.5)), "eagle", r"rope factor of 0\.5 is refused"),
-        (eagle(head_dim=10), "eagle", r"heads are 10 wide.*hidden_size / heads \(32 / 4\)"),
+        (eagle(input_norm=True), "safeailab", r"theirs has no input_layernorm"),
+        (eagle(rope_scaling=LLAMA3), "safeailab", "knows linear and dynamic alone"),
+        (eagle(rope_scaling=RopeScaling(0.5)), "safeailab", r"rope factor of 0\.5 is refused"),
+        (eagle(head_dim=10), "safeailab", r"heads are 10 wide.*hidden_size / heads \(32 / 4\)"),
         (eagle(embed_scale=8.0), "sglang", "reads embeddings times 8 "),
         (eagle(), "speculators", "no longer load EAGLE-1/2"),
-        (random_layers_draft(), "vllm", r"kind 'beagle' cannot be written for vllm"),
-        (eagle3(state_layers=(1, 2, 3)), "eagle", r"SafeAILab's code reads \[2, 4, 5\]"),
-        (eagle3(norm_before_residual=True), "sglang", "norm_before_residual, which sglang's"),
-        (eagle3(qk_norm=True), "vllm", "qk_norm, which vllm's loader does not compute"),
-        (eagle3(norm_output=True), "eagle", "norm_output, which eagle's"),
+        (random_layers_draft(), "vllm", r"kind 'beagle' cannot be written for vLLM"),
+        (eagle3(state_layers=(1, 2, 3)), "safeailab", r"SafeAILab's code reads \[2, 4, 5\]"),
+        (eagle3(norm_before_residual=True), "sglang", "norm_before_residual, which SGLang does"),
+        (eagle3(qk_norm=True), "vllm", "qk_norm, which vLLM does not compute"),
+        (eagle3(norm_output=True), "safeailab", "norm_output, which SafeAILab's"),
         (eagle3(fc_bias=True), "sglang", r"fusion layer has a bias \(fc\.bias\)"),
         (eagle3(state_layers=(0, 2)), "sglang", r"reads the embedding \(stream 0\)"),
-        (eagle3(None, own_head=False), "eagle", "rows of the target's head"),
+        (eagle3(None, own_head=False), "safeailab", "rows of the target's head"),
         (eagle3(own_embedding=True), "sglang", "which SGLang replaces"),
         (
             eagle3(hidden_size=24, num_heads=6, num_kv_heads=3, own_embedding=True),
@@ -238,7 +238,9 @@ def test_planted_bug_in_the_writer_leaves_a_message(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_loader_cannot_express_is_refused(draft, server, message, tmp_path):
-    with pytest.raises(UserError, match=f"(?s)cannot be written for {server}.*{message}|{message}"):
+    with pytest.raises(
+        UserError, match=f"(?s)cannot be written for {TITLES[server]}.*{message}|{message}"
+    ):
         write(tmp_path / "out", draft, server)
 
 
@@ -292,7 +294,7 @@ def test_the_command_refuses(place, tmp_path, capsys):
         capsys, run(place, "to-torch", "--for", "vllm", *out)
     )
     beagle = f"draft.path={place.folder / 'whole'}"
-    assert "kind 'beagle' cannot be written for vllm" in refused(
+    assert "kind 'beagle' cannot be written for vLLM" in refused(
         capsys, run(place, "to-eagle", "--for", "vllm", *out, beagle)
     )
     eagle_draft = f"draft.path={place.folder / 'eagle'}"

@@ -1,5 +1,6 @@
 """Converts drafts to PyTorch, to other servers' forms and back, and targets to other formats."""
 
+import json
 import os
 import tempfile
 from argparse import Namespace
@@ -14,6 +15,7 @@ from beagle_jax.decoding.build import draft_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.pages import acceptance
 from beagle_jax.evaluation.report import Report
+from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
@@ -24,8 +26,9 @@ from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.draft_source import draft_folder
 from beagle_jax.weights.eagle_import import read_eagle_draft
+from beagle_jax.weights.hf_export import write_hf_folder
 from beagle_jax.weights.kinds import kind_in_torch
-from beagle_jax.weights.model_card import model_card
+from beagle_jax.weights.model_card import installed, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.server_files import RECORD, write_published
 from beagle_jax.weights.server_form import Server
@@ -33,6 +36,7 @@ from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
+_SERVERS = {"eagle": "safeailab"}  # --for, where it is not the server's own key
 _TRY = 'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path='
 
 
@@ -68,7 +72,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 def to_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Exports an EAGLE draft in the form that a server loads (`--for`)."""
-    return _published(config, arguments, arguments.server)
+    return _published(config, arguments, _SERVERS.get(arguments.server, arguments.server))
 
 
 def to_speculators(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -90,10 +94,10 @@ def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, di
         "architectures": described.get("architectures"),
     }
     with staged(out) as folder:
-        write_published(folder, draft, target, Server(name, verifier))
+        write_published(folder, draft, target, server := Server(name, verifier))
     text = (
-        f"draft written to {out}, in the form that {name} loads; it reads back bit-equal. That "
-        "loader itself was not run: its names, shapes and settings were read off its source "
+        f"draft written to {out}, in the form that {server.title} loads; it reads back bit-equal. "
+        "That loader itself was not run: its names, shapes and settings were read off its source "
         "(docs/guide/convert.md)"
     )
     return text, {"out": str(out), "server": name, "loader_was_run": False}
@@ -159,6 +163,23 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     name = _name(out)
     text = f"target written to {name}, {size(count)} in {dtype}; use it with target.source={name}"
     return text, {"out": name, "bytes": count}
+
+
+def to_hf(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Writes the target as a Hugging Face folder; GGUF files and `to-jax` folders too."""
+    source, dtype = config.target.source, config.target.dtype
+    opened = open_source(source, Path(config.target.cache_dir).expanduser())
+    out = _free(arguments, opened.path)
+    target = configured_target(config.target, decoding=False)
+    with staged(out) as folder:
+        count = write_hf_folder(folder, target, opened.config())
+        record = {"source": source, "revision": target.revision, "versions": installed(())}
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    text = (
+        f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}, or "
+        "with transformers.AutoModelForCausalLM.from_pretrained"
+    )
+    return text, {"out": str(out), "bytes": count}
 
 
 def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:

@@ -4,7 +4,7 @@ The draft's tokens are written in ascending order, as the authors' are: readers 
 target's rows by `t2d` rely on it.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ _NAMES = FILES[Eagle3Spec.kind].tensors
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
 # Switches that a server's loader does not have.
 _UNKNOWN = {
-    "eagle": (
+    "safeailab": (
         "attention_bias",
         "qk_norm",
         "norm_before_residual",
@@ -48,8 +48,7 @@ def eagle3_form(draft: Draft, target: TargetSpec, server: Server) -> Form:
     Raises:
       UserError: the server's loader cannot express it. The message says why.
     """
-    spec = draft.spec
-    assert isinstance(spec, Eagle3Spec)
+    spec = cast(Eagle3Spec, draft.spec)
     scaling, no_scaling = rope_scaling(spec.rope_scaling, server)
     refuse(server, [*_reasons(draft, spec, target, server), *misfits(spec, server), no_scaling])
     params, hot_ids = _ascending(draft)
@@ -57,7 +56,7 @@ def eagle3_form(draft: Draft, target: TargetSpec, server: Server) -> Form:
     layer |= {"rope_scaling": scaling} if scaling else {}
     layer |= {"attention_bias": True} if spec.attention_bias else {}
     config = _CONFIGS[server.name](spec, layer, target, server)
-    prefix = "midlayer." if server.name in ("eagle", "sglang") else "layers.0."
+    prefix = "midlayer." if server.name in ("safeailab", "sglang") else "layers.0."
     tensors = published_tensors(params, _NAMES, prefix)
     if spec.fc_norm:
         norms = np.split(tensors.pop("fc_norm.weight"), len(spec.taps))
@@ -72,7 +71,7 @@ def eagle3_form(draft: Draft, target: TargetSpec, server: Server) -> Form:
 def _reasons(draft: Draft, spec: Eagle3Spec, target: TargetSpec, server: Server) -> list[str]:
     name, taps = server.name, spec.taps
     reasons = [
-        f"it has {switch}, which {name}'s loader does not compute"
+        f"it has {switch}, which {server.title} does not compute"
         for switch in _UNKNOWN[name]
         if getattr(spec, switch)
     ]
@@ -85,14 +84,14 @@ def _reasons(draft: Draft, spec: Eagle3Spec, target: TargetSpec, server: Server)
         reasons.append("it has both norm_before_fc and fc_norm; the loader takes one")
     if list(taps) != sorted(set(taps)):
         reasons.append(f"it reads the streams {list(taps)}, and the loader orders them by layer")
-    if name == "eagle" and taps != Eagle3Spec.from_target(target).taps:
+    if name == "safeailab" and taps != Eagle3Spec.from_target(target).taps:
         reasons.append(
             f"it reads the streams {list(taps)}, and SafeAILab's code reads "
             f"{list(Eagle3Spec.from_target(target).taps)} whatever the config says"
         )
     if name == "sglang" and 0 in taps:
         reasons.append("it reads the embedding (stream 0), and SGLang names outputs of layers")
-    if not spec.own_head and (name in ("eagle", "speculators") or draft.hot_ids is not None):
+    if not spec.own_head and (name in ("safeailab", "speculators") or draft.hot_ids is not None):
         reasons.append(
             "it scores by rows of the target's head, and the loader wants a head of the draft's own"
         )
@@ -193,4 +192,4 @@ def _speculators(
     }
 
 
-_CONFIGS = {"eagle": _safeailab, "sglang": _sglang, "vllm": _vllm, "speculators": _speculators}
+_CONFIGS = {"safeailab": _safeailab, "sglang": _sglang, "vllm": _vllm, "speculators": _speculators}

@@ -1,5 +1,7 @@
 """EAGLE-1/2 drafts in the forms of SafeAILab's EAGLE, SGLang and vLLM (method.md 9.3)."""
 
+from typing import cast
+
 import numpy as np
 
 from beagle_jax.model.eagle import EagleSpec
@@ -26,15 +28,14 @@ def eagle_form(draft: Draft, target: TargetSpec, server: Server) -> Form:
     Raises:
       UserError: the server's loader cannot express it. The message says why.
     """
-    spec = draft.spec
-    assert isinstance(spec, EagleSpec)
+    spec = cast(EagleSpec, draft.spec)
     scaling, no_scaling = rope_scaling(spec.rope_scaling, server)
     refuse(server, [*_reasons(draft, spec, server), *misfits(spec, server), no_scaling])
     config = layer_config(spec, target)
     config["architectures"] = ["LlamaForCausalLM"]
     config |= {"rope_scaling": scaling} if scaling else {}
     params = dict(draft.params)
-    if server.name == "eagle":
+    if server.name == "safeailab":
         config |= {"bias": spec.fc_bias, "qkv_bias": spec.qkv_bias}
     if server.name == "vllm" and spec.qkv_bias:
         config["qkv_bias"] = True

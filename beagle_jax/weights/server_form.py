@@ -13,12 +13,24 @@ from beagle_jax.model.layers import RopeFactors, RopeScaling
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.kinds import LAYER_TENSORS
 
+TITLES = {
+    "safeailab": "SafeAILab's EAGLE",
+    "sglang": "SGLang",
+    "vllm": "vLLM",
+    "speculators": "speculators",
+}
+
 
 class Server(NamedTuple):
     """Whose loader a folder is for."""
 
-    name: str
-    verifier: Mapping[str, Any] = {}  # the target's own config, which speculators' config names
+    name: str  # a key of TITLES
+    verifier: Mapping[str, Any] = {}  # the target's name and class, for speculators' config
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return TITLES[self.name]
 
 
 class Form(NamedTuple):
@@ -36,7 +48,7 @@ def refuse(server: Server, reasons: Iterable[str]) -> None:
     """Raises UserError if there are reasons why the server cannot compute the draft."""
     if listed := [reason for reason in reasons if reason]:
         raise UserError(
-            f"this draft cannot be written for {server.name}:\n  " + "\n  ".join(listed)
+            f"this draft cannot be written for {server.title}:\n  " + "\n  ".join(listed)
         )
 
 
@@ -48,7 +60,7 @@ def misfits(spec: LayerSpec, server: Server) -> list[str]:
             f"it reads embeddings times {spec.embed_scale:.6g} (the target's own scale), and the "
             "loader takes them as they are"
         )
-    if server.name == "eagle" and spec.head_dim * spec.num_heads != spec.hidden_size:
+    if server.name == "safeailab" and spec.head_dim * spec.num_heads != spec.hidden_size:
         reasons.append(
             f"its heads are {spec.head_dim} wide, and SafeAILab's loader computes the width as "
             f"hidden_size / heads ({spec.hidden_size} / {spec.num_heads}): it reads no head_dim"
@@ -89,7 +101,7 @@ def rope_scaling(
     if isinstance(scaling, RopeFactors):
         return None, "its rotary frequencies have factors of their own, which no such config names"
     if scaling.original_positions is None:
-        if server.name == "eagle":  # exactly these two keys, and a factor above 1
+        if server.name == "safeailab":  # exactly these two keys, and a factor above 1
             reason = "" if scaling.factor > 1 else f"a rope factor of {scaling.factor} is refused"
             return {"type": "linear", "factor": float(scaling.factor)}, reason
         return {"rope_type": "linear", "factor": float(scaling.factor)}, ""
@@ -101,7 +113,7 @@ def rope_scaling(
         "original_max_position_embeddings": int(scaling.original_positions),
     }
     unknown = "it has Llama 3's rope scaling, and SafeAILab's loader knows linear and dynamic alone"
-    return written, unknown if server.name == "eagle" else ""
+    return written, unknown if server.name == "safeailab" else ""
 
 
 def published_tensors(
