@@ -22,6 +22,7 @@ from beagle_jax.weights.hf import HFFolder
 from beagle_jax.weights.safetensors_file import write_tensors
 from beagle_jax.weights.target import Target
 
+_FUSED = ("phi3",)  # families whose files have fused projections
 _SHARD_BYTES = 4 << 30  # of one file
 
 
@@ -34,6 +35,11 @@ def write_hf_folder(folder: Path, target: Target, config: dict[str, Any]) -> int
     Raises:
       UserError: a file cannot be written, or the folder does not describe the same target.
     """
+    if config["model_type"] in _FUSED:
+        raise UserError(
+            f"{target.source}: {config['model_type']} stores projections as one matrix, which this "
+            "version reads and does not write; use the folder that it was read from"
+        )
     write_text(folder / "config.json", json.dumps(_completed(config, target), indent=1) + "\n")
     eos_ids = list(target.eos_ids)
     generation = {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0]}
