@@ -104,7 +104,7 @@ def test_what_configs_ask_for():
     ("changes", "message"),
     [
         (
-            {"model_type": "gemma3"},
+            {"model_type": "gemma3"},  # without a text_config
             r"model_type is 'gemma3'; this version supports 'llama' \(Llama, Vicuna, "
             r"SmolLM2\), 'mistral'",
         ),

@@ -97,12 +97,12 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
       UserError: some values are impossible. The message names their keys.
     """
     for key in _QUANTISED:
-        if config.get(key):
+        if config.get(key) and fp8_block(config) is None:
             method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
             raise UserError(
                 f"{where}: the model config has {key} ({method or config[key]!r}); this version "
-                "reads weights in float32, float16 or bfloat16; use the original model, and "
-                "target.quantize to make it smaller"
+                "reads weights in float32, float16 or bfloat16, and fp8 with weight_block_size; "
+                "use the original model, and target.quantize to make it smaller"
             )
     problems = [f"{key} is null" for key in _NEEDED if key in config and config[key] is None]
     problems += _wrong(config, _COUNTS, _is_count, "a whole number above zero")
@@ -113,11 +113,11 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     problems += _wrong(config, ("layer_types",), _list_of(_is_name), "a list of names")
     problems += _wrong(config, ("mlp_only_layers",), _list_of(_is_index), "a list of layers")
     problems += _wrong(config, ("no_rope_layers",), _list_of(_is_index), "a list of 0 and 1")
-    key = ("sliding_window_pattern",)
+    pattern = ("sliding_window_pattern",)
     if config.get("model_type") == "exaone4":  # its local and global layers
-        problems += _wrong(config, key, _is_pattern, "a number from zero, or letters L and G")
+        problems += _wrong(config, pattern, _is_pattern, "a number from zero, or letters L and G")
     else:
-        problems += _wrong(config, key, _is_count, "a whole number above zero")
+        problems += _wrong(config, pattern, _is_count, "a whole number above zero")
     for key in _ROPE:
         problems += _wrong_rope(config, key)
     if not problems:
@@ -126,6 +126,17 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: the model config is not valid: {'; '.join(problems)}; is its file whole?"
         )
+
+
+def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns rows and columns of the blocks of fp8 weights; None if there are none."""
+    given = config.get("quantization_config")
+    if not isinstance(given, Mapping) or given.get("quant_method") != "fp8":
+        return None
+    block = given.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)):
+        return None
+    return block[0], block[1]
 
 
 def _wrong_rope(config: Mapping[str, Any], key: str) -> list[str]:

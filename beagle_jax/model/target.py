@@ -33,6 +33,7 @@ from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
 from beagle_jax.model.tensors import bias_key
+from beagle_jax.model.wrapped import text_config
 
 Params = Mapping[str, Any]
 
@@ -102,6 +103,7 @@ class TargetSpec:
           UserError: the config asks for something this decoder cannot compute. The message names
             it.
         """
+        config = text_config(config)
         check_values(config, where)
         return cls(**read_config(given_values(config), where))
 

@@ -14,7 +14,7 @@ class _Part(NamedTuple):
 
     fused: str
     first: int
-    count: int
+    rows: int
 
 
 class SplitWeights:
@@ -58,6 +58,6 @@ class SplitWeights:
         part = self._parts.get(name)
         if part is None:
             return self._source.read(name, index, dtype)
-        start, stop, _ = index[0].indices(part.count)
+        start, stop, _ = index[0].indices(part.rows)
         rows = slice(part.first + start, part.first + stop)
         return self._source.read(part.fused, (rows, *index[1:]), dtype)

@@ -63,6 +63,7 @@ def _completed(config: dict[str, Any], target: Target) -> dict[str, Any]:
 
     eos_ids = list(target.eos_ids)
     given = {key: value for key, value in config.items() if value is not None}
+    given.pop("quantization_config", None)  # fp8 weights are written in the target's dtype
     special = {
         "bos_token_id": target.tokenizer.bos_token_id,
         "eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0],
