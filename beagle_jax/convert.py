@@ -77,16 +77,7 @@ def main(argv: Sequence[str]) -> None:
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = {
-            "to-torch": convert.to_torch,
-            "from-torch": convert.from_torch,
-            "import-eagle": convert.import_eagle,
-            "to-jax": convert.to_jax,
-            "to-hf": convert.to_hf,
-            "to-eagle": convert.to_eagle,
-            "to-speculators": convert.to_speculators,
-        }
-        text, figures = run[direction](config, arguments)
+        text, figures = getattr(convert, direction.replace("-", "_"))(config, arguments)
     show(arguments, text, figures)
 
 

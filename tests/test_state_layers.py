@@ -241,7 +241,7 @@ def _both_ways(steps: int, plant: str = ""):
     now = round_of(target, draft, chain(steps))
 
     @jax.jit
-    def read(tokens_BL):
+    def inputs_of(tokens_BL):
         L = tokens_BL.shape[1]
         positions_BL, mask_BLL = jnp.arange(L)[None], jnp.tri(L, dtype=bool)[None]
         out = forward(target.params, TINY, tokens_BL, positions_BL, mask_BLL, taps=SPEC.taps)
@@ -252,11 +252,11 @@ def _both_ways(steps: int, plant: str = ""):
         known = Known(state.transcript.root_B, state.cache.length_B)
         return grow(now.drafter, state.draft, known, now.tree)
 
-    return target, draft, now, read, drafted
+    return target, draft, now, inputs_of, drafted
 
 
 def compare_with_training(steps: int, plant: str = "") -> None:
-    target, draft, now, read, drafted = _both_ways(steps, plant)
+    target, draft, now, inputs_of, drafted = _both_ways(steps, plant)
     prompt = [3, 1, 4, 1, 5]
     state, after = run(now, start(now, [prompt], [40], 64), 2)
     length = int(state.cache.length_B[0])
@@ -268,7 +268,7 @@ def compare_with_training(steps: int, plant: str = "") -> None:
         draft.params,
         SPEC,
         table_VD[tokens_1L],
-        read(tokens_1L),
+        inputs_of(tokens_1L),
         jnp.array([[tokens_1L.shape[1]]]),
         jnp.array([[0]]),
         window=steps,

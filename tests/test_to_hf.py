@@ -117,9 +117,9 @@ def test_smollm2_becomes_a_folder(tmp_path):
         if name == "model.layers.7.self_attn.q_proj.weight":
             np.testing.assert_array_equal(tensor, target.params["layers"][7]["q_FD"])
     with torch.no_grad():
-        told = model.generate(
+        answer = model.generate(
             torch.tensor([target.tokenizer.encode("The capital of France is")]),
             do_sample=False,
             max_new_tokens=6,
         )
-    assert "Paris" in target.tokenizer.decode(told[0])
+    assert "Paris" in target.tokenizer.decode(answer[0])

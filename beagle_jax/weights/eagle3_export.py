@@ -108,7 +108,7 @@ def _reasons(draft: Draft, spec: Eagle3Spec, target: TargetSpec, server: Server)
 
 def _ascending(draft: Draft) -> tuple[dict[str, AnyArray], np.ndarray | None]:
     """Returns parameters and scored tokens, these in ascending order."""
-    params = dict(draft.params)
+    params: dict[str, AnyArray] = dict(draft.params)
     if draft.hot_ids is None:
         return params, None
     order = np.argsort(np.asarray(draft.hot_ids))

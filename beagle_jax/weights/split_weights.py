@@ -12,7 +12,7 @@ from beagle_jax.weights.weights import Weights
 class _Part(NamedTuple):
     """Rows of a fused matrix that are a projection of their own."""
 
-    fused: str
+    of: str
     first: int
     rows: int
 
@@ -60,4 +60,4 @@ class SplitWeights:
             return self._source.read(name, index, dtype)
         start, stop, _ = index[0].indices(part.rows)
         rows = slice(part.first + start, part.first + stop)
-        return self._source.read(part.fused, (rows, *index[1:]), dtype)
+        return self._source.read(part.of, (rows, *index[1:]), dtype)
