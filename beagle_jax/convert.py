@@ -22,6 +22,8 @@ _OPTIONS = {
     "to-speculators": (),
 }
 _SERVERS = ("eagle", "sglang", "vllm")
+_FOR = f"--for: {', '.join(_SERVERS)}"
+_SOURCE = "--source: the folder or weights file to read"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,23 +41,16 @@ def main(argv: Sequence[str]) -> None:
         help="of a draft: to-torch, from-torch, to-eagle, to-speculators, import-eagle; of a "
         "target: to-jax, to-hf",
     )
-    made.add_argument(
-        "--out", required=True, type=home, metavar="FOLDER", help="the folder to write"
-    )
-    made.add_argument(
-        "--overwrite", action="store_true", help="replace the whole folder if it exists"
-    )
+    made.add_argument("--out", required=True, type=home, metavar="FOLDER", help="folder to write")
+    made.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     made.add_argument(
         "--source",
         type=home,
         metavar="PATH",
         help="from-torch, import-eagle: folder, file or hf:org/name",
     )
-    made.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="from-torch, import-eagle: read .bin and .pt too",
-    )
+    pickles = "from-torch, import-eagle: read .bin and .pt too"
+    made.add_argument("--allow-pickle", action="store_true", help=pickles)
     made.add_argument(
         "--for", dest="server", choices=_SERVERS, help="to-eagle: the server that loads the draft"
     )
@@ -65,14 +60,13 @@ def main(argv: Sequence[str]) -> None:
     add_overrides(made)
     arguments = made.parse_args(argv)
     direction = arguments.direction
-    for option in ("source", "allow_pickle", "report", "server"):
+    options = {"source": "--source", "allow_pickle": "--allow-pickle", "report": "--report"}
+    for option, name in (options | {"server": "--for"}).items():
         if getattr(arguments, option) and option not in _OPTIONS[direction]:
-            name = "for" if option == "server" else option.replace("_", "-")
-            raise UsageError(f"--{name} is not an option of {direction}")
-    if "server" in _OPTIONS[direction] and not arguments.server:
-        raise UsageError(f"{direction} needs --for: {', '.join(_SERVERS)}")
-    if "source" in _OPTIONS[direction] and not arguments.source:
-        raise UsageError(f"{direction} needs --source: the folder or weights file to read")
+            raise UsageError(f"{name} is not an option of {direction}")
+    for option, needs in (("server", _FOR), ("source", _SOURCE)):
+        if option in _OPTIONS[direction] and not getattr(arguments, option):
+            raise UsageError(f"{direction} needs {needs}")
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands import convert
