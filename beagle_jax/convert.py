@@ -1,4 +1,4 @@
-"""Converts drafts to PyTorch and back, and targets to the format that loads fastest.
+"""Converts drafts to PyTorch, to other servers' forms and back, and targets to other formats.
 
 python -m beagle_jax.convert to-torch --config FILE --out FOLDER
 """
@@ -17,14 +17,20 @@ _OPTIONS = {
     "from-torch": ("source", "allow_pickle"),
     "import-eagle": ("source", "allow_pickle"),
     "to-jax": (),
+    "to-hf": (),
+    "to-eagle": ("server",),
+    "to-speculators": (),
 }
+_SERVERS = ("eagle", "sglang", "vllm")
+_FOR = f"--for: {', '.join(_SERVERS)}"
+_SOURCE = "--source: the folder or weights file to read"
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "convert",
-        "Convert drafts to PyTorch and back, and targets to a form that loads fast.",
+        "Convert drafts to PyTorch or for other servers, and back; targets to other forms.",
         "python -m beagle_jax.convert --config quickstart to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
@@ -32,24 +38,21 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="to-torch, to-jax, from-torch, import-eagle",
+        help="of a draft: to-torch, from-torch, to-eagle, to-speculators, import-eagle; of a "
+        "target: to-jax, to-hf",
     )
-    made.add_argument(
-        "--out", required=True, type=home, metavar="FOLDER", help="the folder to write"
-    )
-    made.add_argument(
-        "--overwrite", action="store_true", help="replace the whole folder if it exists"
-    )
+    made.add_argument("--out", required=True, type=home, metavar="FOLDER", help="folder to write")
+    made.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     made.add_argument(
         "--source",
         type=home,
         metavar="PATH",
         help="from-torch, import-eagle: folder, file or hf:org/name",
     )
+    pickles = "from-torch, import-eagle: read .bin and .pt too"
+    made.add_argument("--allow-pickle", action="store_true", help=pickles)
     made.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="from-torch, import-eagle: read .bin and .pt too",
+        "--for", dest="server", choices=_SERVERS, help="to-eagle: the server that loads the draft"
     )
     made.add_argument(
         "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"
@@ -57,22 +60,18 @@ def main(argv: Sequence[str]) -> None:
     add_overrides(made)
     arguments = made.parse_args(argv)
     direction = arguments.direction
-    for option in ("source", "allow_pickle", "report"):
+    options = {"source": "--source", "allow_pickle": "--allow-pickle", "report": "--report"}
+    for option, name in (options | {"server": "--for"}).items():
         if getattr(arguments, option) and option not in _OPTIONS[direction]:
-            raise UsageError(f"--{option.replace('_', '-')} is not an option of {direction}")
-    if "source" in _OPTIONS[direction] and not arguments.source:
-        raise UsageError(f"{direction} needs --source: the folder or weights file to read")
+            raise UsageError(f"{name} is not an option of {direction}")
+    for option, needs in (("server", _FOR), ("source", _SOURCE)):
+        if option in _OPTIONS[direction] and not getattr(arguments, option):
+            raise UsageError(f"{direction} needs {needs}")
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands import convert
 
-        run = {
-            "to-torch": convert.to_torch,
-            "from-torch": convert.from_torch,
-            "import-eagle": convert.import_eagle,
-            "to-jax": convert.to_jax,
-        }
-        text, figures = run[direction](config, arguments)
+        text, figures = getattr(convert, direction.replace("-", "_"))(config, arguments)
     show(arguments, text, figures)
 
 

@@ -4,6 +4,8 @@ import pytest
 from decode_cases import NEVER, letters
 from torch_targets import random_torch
 from transformers import (
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -16,12 +18,20 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from beagle_jax.weights.target import load_target
@@ -36,6 +46,25 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+# Theta 50: fast pairs stay, slow ones are slowed, some are blended.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+}
+# A head has 8 numbers, 6 of them rotated. transformers takes the long factors from the second token
+# on, and the angle of the first is zero.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 50.0,
+    "short_factor": [1.0, 1.0, 1.0],
+    "long_factor": [1.5, 3.0, 7.0],
+    "attention_factor": 1.25,
+    "original_max_position_embeddings": 1,
+    "partial_rotary_factor": 0.75,
+}
 # Every window is shorter than the texts, and longer than some rounds and not others.
 FAMILIES = {
     # heads as Llama 2 and Vicuna, head as SmolLM2
@@ -50,6 +79,50 @@ FAMILIES = {
         {"head_dim": 16, "rope_parameters": LLAMA3_ROPE},
     ),
     "linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LINEAR_ROPE}),
+    "yarn rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"head_dim": 16, "rope_parameters": YARN_ROPE},
+    ),
+    "dynamic rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 4.0}},
+    ),
+    "olmo 2": (Olmo2ForCausalLM, Olmo2Config, {"attention_bias": True}),
+    "olmo 3": (
+        Olmo3ForCausalLM,
+        Olmo3Config,
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": YARN_ROPE,
+            },
+        },
+    ),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layers": [0, 1]}),
+    "exaone 4": (
+        Exaone4ForCausalLM,
+        Exaone4Config,
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "exaone 4 without window": (
+        Exaone4ForCausalLM,
+        Exaone4Config,
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "phi 3": (Phi3ForCausalLM, Phi3Config, {"sliding_window": 6}),
+    "phi 4 mini": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 1,
+            "rope_parameters": LONG_ROPE,
+        },
+    ),
     "llama with biases": (
         LlamaForCausalLM,
         LlamaConfig,

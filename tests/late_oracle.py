@@ -41,7 +41,7 @@ def oracle_states(
     params: dict[str, jax.Array],
     spec: BeagleSpec,
     e_BLD: jax.Array,
-    h_BLD: jax.Array,
+    h_BLI: jax.Array,
     length_B: jax.Array,
     *,
     window: int,
@@ -67,7 +67,7 @@ def oracle_states(
             [visible_true[None] & real_BL[:, None], jnp.broadcast_to(visible_predicted, (B, L, L))],
             axis=2,
         )
-        state_BLD = _one_softmax(block, e_BLD, h_BLD, predicted_BLD, position_BL, mask_BLS)
+        state_BLD = _one_softmax(block, e_BLD, h_BLI, predicted_BLD, position_BL, mask_BLS)
         per_step.append(state_BLD)
         writes_L = (position_L >= offset) & (r_L == step - 1)
         kept_BLD = jax.lax.stop_gradient(state_BLD) if detach else state_BLD
@@ -75,9 +75,12 @@ def oracle_states(
     return per_step
 
 
-def _one_softmax(block, e_BLD, h_BLD, predicted_BLD, position_BL, mask_BLS) -> jax.Array:
+def _one_softmax(block, e_BLD, h_BLI, predicted_BLD, position_BL, mask_BLS) -> jax.Array:
     q_BKGLH = block.queries(e_BLD, position_BL)
-    banks = [block.keys_values(states, position_BL) for states in (h_BLD, predicted_BLD)]
+    banks = [
+        block.entry_rows(h_BLI, position_BL),
+        block.keys_values(predicted_BLD, position_BL),
+    ]
     k_BKHS = jnp.concatenate([bank.k_BKHS for bank in banks], axis=3)
     v_BKSH = jnp.concatenate([bank.v_BKSH for bank in banks], axis=2)
     score = jnp.einsum("BKGLH,BKHS->BKGLS", q_BKGLH, k_BKHS) / jnp.sqrt(q_BKGLH.shape[-1] * 1.0)

@@ -259,6 +259,7 @@ def test_the_folder_says_where_it_comes_from(place, exported):
         "config.json",
         "model.safetensors",
         "modeling_beagle.py",
+        "modeling_tree.py",
     ]
     config = json.loads((exported["hot"] / "config.json").read_text())
     assert config["provenance"] == PROVENANCE and config["target"] == "a tiny one"

@@ -212,6 +212,7 @@ INTERNAL = {
     "weights.safetensors_file",
     "weights.modeling_beagle",
     "weights.modeling_eagle",
+    "weights.modeling_tree",
 }
 ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "serve", "train", "tune"}
 

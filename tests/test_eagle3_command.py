@@ -105,7 +105,9 @@ def test_settings_that_are_given_stay():
         (["train.vloss_weight=10"], "train.vloss_weight is 10.0, but its loss has no term on sta"),
         (["draft.init=ridge"], "draft.kind is eagle3 and draft.init is ridge"),
         (["draft.state_layers=[2,1]"], "draft.state_layers is [2, 1]; expected layers of the targ"),
-        (["draft.kind=beagle"], "draft.state_layers is [0, 1, 2], but a draft of kind beagle"),
+        (["draft.kind=eagle"], "draft.state_layers is [0, 1, 2], but a draft of kind eagle reads"),
+        (["draft.fc_bias=false"], "draft.fc_bias is false, but a draft of kind eagle3 has no such"),
+        (["draft.head_dim=7"], "draft.head_dim is 7; expected an even number"),
         (["draft.state_layers=[]"], "draft.state_layers is []; expected"),
         (
             ["train.late.objective=late"],

@@ -178,6 +178,7 @@ def test_the_folder_says_what_it_is(place):
         "model.safetensors",
         "modeling_beagle.py",
         "modeling_eagle.py",
+        "modeling_tree.py",
     ]
     config, card = (
         json.loads((folder / "config.json").read_text()),
@@ -190,7 +191,8 @@ def test_the_folder_says_what_it_is(place):
     )
     assert (
         "# An EAGLE draft for `a tiny one`" in card
-        and "`modeling_eagle.py` and `modeling_beagle.py` are Apache-2.0" in card
+        and "`modeling_eagle.py`, `modeling_beagle.py` and `modeling_tree.py` are Apache-2.0"
+        in card
     )
     assert "beagle_jax" not in (folder / "modeling_eagle.py").read_text()
 

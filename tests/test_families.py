@@ -114,11 +114,58 @@ def _change(**changes):
     return lambda spec, params: (dataclasses.replace(spec, **changes), params)
 
 
+def _norms_before(spec, params):
+    """Planted: Llama's order of norms, with the weights of the norms after."""
+
+    def move(layer):
+        return {
+            **layer,
+            "input_norm_D": layer["after_attention_norm_D"],
+            "mlp_norm_D": layer["after_mlp_norm_D"],
+        }
+
+    spec = dataclasses.replace(spec, pre_norms=True, post_norms=False)
+    return spec, {**params, "layers": [move(layer) for layer in params["layers"]]}
+
+
+def _norms_whole(spec, params):
+    def widen(layer):
+        heads = {"q": spec.num_heads, "k": spec.num_kv_heads}
+        return layer | {
+            f"{name}_norm_F": jnp.tile(layer[f"{name}_norm_H"], count)
+            for name, count in heads.items()
+        }
+
+    spec = dataclasses.replace(spec, qk_norm=False, qk_norm_whole=True)
+    return spec, {**params, "layers": [widen(layer) for layer in params["layers"]]}
+
+
+def _whole_heads(spec, params):
+    factors = (*spec.rope_scaling.factors, 1.0)
+    scaling = spec.rope_scaling._replace(factors=factors)
+    return dataclasses.replace(spec, rotary_dim=None, rope_scaling=scaling), params
+
+
 PLANTS = [
     ("llama 3 rope", "scaling ignored", _change(rope_scaling=None)),
     ("llama 3 rope", "no blend", _scaling(high_freq_factor=1.0 + 1e-6)),
     ("llama 3 rope", "all waves slowed", _scaling(original_positions=None)),
     ("linear rope", "scaling ignored", _change(rope_scaling=None)),
+    ("yarn rope", "scaling ignored", _change(rope_scaling=None)),
+    ("yarn rope", "scores not scaled", _scaling(scale=1.0)),
+    ("olmo 2", "norms before", _norms_before),
+    ("olmo 2", "norms left out", _change(qk_norm_whole=False)),
+    ("olmo 3", "scaling in every layer", _change(local_rope_theta=None)),
+    ("olmo 3", "window in the wrong layer", _change(windows=(None, 5))),
+    ("smollm3", "all layers rotated", _change(unrotated=())),
+    ("smollm3", "no layer rotated", _change(unrotated=(0, 1))),
+    ("exaone 4", "all layers rotated", _change(unrotated=())),
+    ("exaone 4", "norms over all heads", _norms_whole),
+    ("exaone 4 without window", "full layers not rotated", _change(unrotated=(0, 1))),
+    ("phi 3", "no window", _change(windows=())),
+    ("phi 4 mini", "whole heads rotated", _whole_heads),
+    ("phi 4 mini", "scores not scaled", _scaling(scale=1.0)),
+    ("phi 4 mini", "short factors", _scaling(factors=(1.0, 1.0, 1.0))),
     ("llama with biases", "o bias left out", _without("o_bias_D")),
     ("llama with biases", "down bias left out", _without("down_bias_D")),
     ("mistral", "window one longer", _change(windows=(6, 6))),
@@ -222,6 +269,11 @@ def _decoded(target, tree=ROOT_ONLY):
 LAYERS_ALONE = (
     "llama 3 rope",
     "linear rope",
+    "yarn rope",
+    "dynamic rope",
+    "olmo 2",
+    "exaone 4 without window",
+    "phi 3",
     "llama with biases",
     "mistral without window",
     "qwen2",

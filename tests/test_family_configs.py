@@ -1,9 +1,13 @@
 """What the config.json of a target family sets, and what is refused by name."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.layers import RopeScaling
+from beagle_jax.model.layers import RopeScaling, rope_tables
 from beagle_jax.model.target import TargetSpec
 
 # Configs
@@ -100,7 +104,7 @@ def test_what_configs_ask_for():
     ("changes", "message"),
     [
         (
-            {"model_type": "gemma3"},
+            {"model_type": "gemma3"},  # without a text_config
             r"model_type is 'gemma3'; this version supports 'llama' \(Llama, Vicuna, "
             r"SmolLM2\), 'mistral'",
         ),
@@ -130,8 +134,30 @@ def test_what_configs_ask_for():
             "'linear' of sliding layers",
         ),
         (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope type 'dynamic' is not supported; expected one of 'default', 'linear'",
+            {"rope_scaling": {"rope_type": "3d", "factor": 2.0}},
+            "rope type '3d' is not supported; expected one of 'default', 'linear'",
+        ),
+        ({"model_type": "gpt_oss"}, "'gpt_oss' is not supported: it has attention sinks"),
+        ({"model_type": "deepseek_v3"}, "it has multi-head latent attention"),
+        ({"model_type": "qwen3_next"}, "it has layers of linear attention"),
+        ({"model_type": "granite"}, "it has scales of embeddings, residuals and logits"),
+        ({"model_type": "glm4"}, "'glm4' is not supported"),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 0.2},
+            "partial_rotary_factor 0.2 rotates 3 of 16 numbers",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8}},
+            "rope type 'longrope' lacks long_factor",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries"),
+        (
+            {"model_type": "olmo3", "sliding_window": None},
+            "sliding_window is null; 'olmo3' needs a number",
+        ),
+        (
+            {"model_type": "exaone4", "sliding_window_pattern": "LLX"},
+            "sliding_window_pattern is 'LLX', expected a number from zero, or letters",
         ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -167,3 +193,107 @@ def test_what_configs_ask_for():
 def test_configs_refused_by_name(changes, message):
     with pytest.raises(UserError, match=f"here: .*{message}"):
         _read(**changes)
+
+
+def test_families_of_2026_as_their_configs_say_it():
+    olmo2, olmo3 = _read(model_type="olmo2"), _read(model_type="olmo3", num_hidden_layers=4)
+    for spec in (olmo2, olmo3):
+        assert (spec.pre_norms, spec.post_norms, spec.qk_norm_whole) == (False, True, True)
+    assert (olmo2.rope_theta, olmo3.rope_theta, olmo3.local_rope_theta) == (1e4, 5e5, 5e5)
+    assert olmo3.windows == (4096, 4096, 4096, None)
+    smollm3 = _read(model_type="smollm3", num_hidden_layers=8)
+    assert (smollm3.unrotated, smollm3.rope_theta, smollm3.tie_embeddings) == ((3, 7), 2e6, True)
+    assert _read(model_type="smollm3", no_rope_layers=[0, 1, 1, 1]).unrotated == (0,)
+    # EXAONE 4.0 32B gives letters, and 1.2B no window
+    letters = {"sliding_window_pattern": "LLLG", "num_hidden_layers": 6, "num_key_value_heads": 2}
+    exaone = _read(model_type="exaone4", sliding_window=9, **letters)
+    assert exaone.windows == (9, 9, 9, None, 9, None) and exaone.unrotated == (3, 5)
+    assert (exaone.qk_norm, exaone.pre_norms, exaone.post_norms) == (True, False, True)
+    small = _read(model_type="exaone4", sliding_window=None, num_key_value_heads=2)
+    assert (small.windows, small.unrotated) == ((), ())
+    phi = _read(model_type="phi3", partial_rotary_factor=0.75, sliding_window=262144)
+    assert (phi.rotary_dim, phi.windows[0], phi.num_kv_heads) == (12, 262144, 4)
+
+
+def _by_torch(rope: dict, context: int, length: int, **more):
+    """transformers' cosines and sines [length, H] of the last positions of a text."""
+    config_class, model_class = (Phi3Config, Phi3Model) if more else (LlamaConfig, LlamaModel)
+    config = config_class(
+        hidden_size=256,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=8,
+        pad_token_id=None,
+        max_position_embeddings=context,
+        rope_parameters=rope,
+        **more,
+    )
+    made = model_class(config).rotary_emb
+    return [x[0].numpy() for x in made(torch.zeros(1), torch.arange(length)[None])]
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.01 * pair for pair in range(48)],
+    "long_factor": [1.0 + pair for pair in range(48)],
+}
+ORIGINAL = {"original_max_position_embeddings": 64}
+ROPES = {
+    "yarn": (YARN, 65536, 300),
+    "yarn of DeepSeek": ({**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}, 65536, 300),
+    "yarn, not truncated": ({**YARN, "truncate": False, "beta_fast": 16.0}, 65536, 300),
+    "yarn, scaled": ({**YARN, "attention_factor": 1.3}, 65536, 300),
+    "dynamic": ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, 512, 512),
+    # 300 of 4096 configured positions, trained on 64: the long factors
+    "longrope, long": (LONG, 4096, 300),
+    "longrope, short": (LONG, 64, 60),
+    "longrope, scaled": ({**LONG, "attention_factor": 1.5}, 4096, 300),
+    "longrope, factor": ({**LONG, "factor": 3.0}, 4096, 300),
+}
+
+
+def rope_difference(name: str, **changes) -> float:
+    rope, context, length = ROPES[name]
+    more = ORIGINAL if rope["rope_type"] == "longrope" else {}
+    expected = _by_torch(dict(rope), context, length, **more)
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": context}
+    kind = "phi3" if more else "llama"
+    spec = _read(model_type=kind, rope_parameters=rope, **sizes, **more)
+    scaling = spec.rope_scaling._replace(**changes) if changes else spec.rope_scaling
+    tables = rope_tables(
+        jnp.arange(length), spec.rotary_dim or spec.head_dim, spec.rope_theta, scaling
+    )
+    return max(
+        float(np.abs(ours - theirs).max()) for ours, theirs in zip(tables, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_scaling_is_that_of_transformers(name):
+    # 1e-4: cosines of angles up to 512, in float32 on both sides
+    assert rope_difference(name) < 1e-4
+
+
+def test_planted_bug_in_rotary_scaling():
+    assert rope_difference("yarn", scale=1.0) > 0.1
+    assert rope_difference("longrope, long", factors=tuple(LONG["short_factor"])) > 0.1
+
+
+def test_scaling_is_chosen_by_the_configured_context_alone():
+    """transformers takes the short factors for a short text of a long model; we never change."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, **ORIGINAL}
+    long, short = (
+        _read(model_type="phi3", rope_parameters=LONG, max_position_embeddings=context, **sizes)
+        for context in (4096, 64)
+    )
+    assert long.rope_scaling.factors == tuple(LONG["long_factor"])
+    assert short.rope_scaling.factors == tuple(LONG["short_factor"])
+    assert (long.rope_scaling.scale, short.rope_scaling.scale) == (pytest.approx(1.41421356), 1.0)

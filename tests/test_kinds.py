@@ -26,7 +26,12 @@ TELLING_APART = re.compile(
     re.VERBOSE,
 )
 # Modules that exports carry import nothing of the package, and settings are read before jax is.
-APART = ("weights/modeling_beagle.py", "weights/modeling_eagle.py", "config/")
+APART = (
+    "weights/modeling_beagle.py",
+    "weights/modeling_eagle.py",
+    "weights/modeling_tree.py",
+    "config/",
+)
 
 
 def tellings(text: str) -> list[str]:

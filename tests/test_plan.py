@@ -180,7 +180,7 @@ def test_states_are_planned_in_the_dtype_that_the_loader_gives_them(tmp_path, dt
         target=TargetConfig(source="x", dtype="bfloat16"),
         data=DataConfig(states_dtype=dtype),
     )
-    planned = cost.batch_shapes(config, 64)
+    planned = cost.batch_shapes(config, BeagleSpec.from_target(TARGET))
     assert (planned.inputs_BLI.shape, planned.inputs_BLI.dtype) == (
         batch.inputs_BLI.shape,
         batch.inputs_BLI.dtype,

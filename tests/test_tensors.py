@@ -21,6 +21,7 @@ PROJECTIONS = (
 SPECS = {
     "plain": dataclasses.replace(TINY, tie_embeddings=False, biases=PROJECTIONS),
     "norms everywhere": dataclasses.replace(TINY, qk_norm=True, post_norms=True),
+    "norms after": dataclasses.replace(TINY, qk_norm_whole=True, pre_norms=False, post_norms=True),
     "experts": dataclasses.replace(
         TINY, experts=Experts(3, 2, 24, True, (0,), ("mlp.gate", *ROUTED))
     ),

@@ -1,5 +1,6 @@
-"""Converts drafts to PyTorch and back, and targets to the format that loads fastest."""
+"""Converts drafts to PyTorch, to other servers' forms and back, and targets to other formats."""
 
+import json
 import os
 import tempfile
 from argparse import Namespace
@@ -14,6 +15,7 @@ from beagle_jax.decoding.build import draft_path
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.pages import acceptance
 from beagle_jax.evaluation.report import Report
+from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
 from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.target import TargetSpec
@@ -24,13 +26,17 @@ from beagle_jax.weights.copies import TensorReader, tensor_reader
 from beagle_jax.weights.draft import Draft, load_draft, other_target, save_draft
 from beagle_jax.weights.draft_source import draft_folder
 from beagle_jax.weights.eagle_import import read_eagle_draft
+from beagle_jax.weights.hf_export import write_hf_folder
 from beagle_jax.weights.kinds import kind_in_torch
-from beagle_jax.weights.model_card import model_card
+from beagle_jax.weights.model_card import installed, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
+from beagle_jax.weights.server_files import RECORD, write_published
+from beagle_jax.weights.server_form import Server
 from beagle_jax.weights.target import configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
+_SERVERS = {"eagle": "safeailab"}  # --for, where it is not the server's own key
 _TRY = 'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path='
 
 
@@ -62,6 +68,39 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
         "out": _name(out),
         "largest_difference": {name: float(value) for name, value in differences.items()},
     }
+
+
+def to_eagle(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Exports an EAGLE draft in the form that a server loads (`--for`)."""
+    return _published(config, arguments, _SERVERS.get(arguments.server, arguments.server))
+
+
+def to_speculators(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Exports an EAGLE-3 draft in speculators' form, which vLLM loads too."""
+    return _published(config, arguments, "speculators")
+
+
+def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, dict]:
+    """Writes the draft for a server; the folder appears only after it reads back bit-equal."""
+    source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
+    out = _free(arguments, source)
+    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
+    described = opened.config()
+    target = TargetSpec.from_hf_config(described, config.target.source)
+    draft = load_draft(source, target)
+    _check_target(draft, config.target.source, source)
+    verifier = {
+        "name_or_path": config.target.source.removeprefix("hf:").partition("@")[0],
+        "architectures": described.get("architectures"),
+    }
+    with staged(out) as folder:
+        write_published(folder, draft, target, server := Server(name, verifier))
+    text = (
+        f"draft written to {out}, in the form that {server.title} loads; it reads back bit-equal. "
+        "That loader itself was not run: its names, shapes and settings were read off its source "
+        "(docs/guide/convert.md)"
+    )
+    return text, {"out": str(out), "server": name, "loader_was_run": False}
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -124,6 +163,23 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
     name = _name(out)
     text = f"target written to {name}, {size(count)} in {dtype}; use it with target.source={name}"
     return text, {"out": name, "bytes": count}
+
+
+def to_hf(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Writes the target as a Hugging Face folder; GGUF files and `to-jax` folders too."""
+    source, dtype = config.target.source, config.target.dtype
+    opened = open_source(source, Path(config.target.cache_dir).expanduser())
+    out = _free(arguments, opened.path)
+    target = configured_target(config.target, decoding=False)
+    with staged(out) as folder:
+        count = write_hf_folder(folder, target, opened.config())
+        record = {"source": source, "revision": target.revision, "versions": installed(())}
+        write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    text = (
+        f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}, or "
+        "with transformers.AutoModelForCausalLM.from_pretrained"
+    )
+    return text, {"out": str(out), "bytes": count}
 
 
 def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
@@ -189,7 +245,7 @@ def _is_ours(folder: Path) -> bool:
 
     A mistyped path must not delete any other folder, for example one of a target.
     """
-    if (folder / SETTINGS).is_file():
+    if (folder / SETTINGS).is_file() or (folder / RECORD).is_file():
         return True
     config = folder / "config.json"
     if not config.is_file():

@@ -23,6 +23,7 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.rows_file import rows_digest
 from beagle_jax.data.share import Share, part_of, this_process, wait_for_all
 from beagle_jax.data.source import check_source
+from beagle_jax.data.state_records import apart
 from beagle_jax.data.states import StoredStates
 from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.data.template import Row, supervised_tokens
@@ -86,7 +87,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     frozen = frozen_parts(target, hot_ids, states is None, whole=whole)
     if not config.eval.decodes:
         del target  # frees the memory of its layers, unless the caller keeps the target
-    training, held_out = loaders(config, rows, states, mesh, taps=len(spec.taps))
+    training, held_out = loaders(config, rows, states, mesh, taps=spec.taps)
     # No name in this function holds the first parameters, so the second stage can free them.
     trained = train(
         config,
@@ -265,7 +266,12 @@ def shuffled(
 
 
 def loaders(
-    config: Config, rows: list[Row], states: list[StoredStates] | None, mesh: Mesh, *, taps: int
+    config: Config,
+    rows: list[Row],
+    states: list[StoredStates] | None,
+    mesh: Mesh,
+    *,
+    taps: tuple[int, ...],
 ) -> tuple[BatchLoader, BatchLoader | None]:
     """Returns the training batches, and held-out batches of the last `log.eval_rows` rows.
 
@@ -386,12 +392,12 @@ def given_draft(config: Config, target: Target) -> Draft | None:
         spec_type(config.draft.kind),
         cache_dir=config.target.cache_dir,
     )
-    expected = new_spec(config.draft, target.spec).taps
-    if start.spec.taps != expected:
+    expected = new_spec(config.draft, target.spec).streams
+    if start.spec.streams != expected:
         raise UserError(
             f"draft.init: the draft in {config.draft.init} reads the target's streams "
-            f"{list(start.spec.taps)}, and draft.state_layers stands for {list(expected)}; set "
-            f"draft.state_layers to {list(start.spec.taps)}"
+            f"{list(start.spec.streams)}, and draft.state_layers stands for {list(expected)}; set "
+            f"draft.state_layers to {list(start.spec.streams)}"
         )
     return start
 
@@ -416,8 +422,9 @@ def first_params(
     sample = training.sample(FIT_ROWS)
     if sample.inputs_BLI is None:
         assert frozen.model is not None and frozen.spec is not None  # states are computed online
-        inputs_BLI = states_in_memory(frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC)
-        sample = sample._replace(inputs_BLI=inputs_BLI)
+        of_sample = (frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC, spec.taps)
+        inputs_BLI, targets_BLD = apart(states_in_memory(*of_sample), spec.taps)
+        sample = sample._replace(inputs_BLI=inputs_BLI, targets_BLD=targets_BLD)
     return place(WARM_STARTS[spec.kind](fresh(key), spec, frozen.embed_VD, sample), mesh)
 
 

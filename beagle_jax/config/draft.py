@@ -48,9 +48,28 @@ class DraftConfig(Section):
 
     state_layers: Listed[int] | None = setting(
         None,
-        "EAGLE-3: streams of the target that it reads, by the layer that each enters (0: the "
-        "embedding; the number of layers: the last output); null: 2, L // 2, L - 3 "
-        "(method.md 14)",
+        "streams of the target that the draft reads, by the layer that each enters (0: the "
+        "embedding). Beagle reads them beside the target's states; null: the states alone "
+        "(method.md 15). EAGLE-3 reads them alone; the number of layers is the last output; null: "
+        "2, L // 2, L - 3 (method.md 14)",
+        affects=("stage",),
+    )
+    num_heads: int | None = setting(
+        None, "number of query heads; null: the target's", affects=("stage",), ge=1
+    )
+    num_kv_heads: int | None = setting(
+        None, "number of key/value heads; null: the target's", affects=("stage",), ge=1
+    )
+    head_dim: int | None = setting(
+        None, "width of a head, even; null: the target's", affects=("stage",), ge=2
+    )
+    intermediate_size: int | None = setting(
+        None, "inner width of the MLP; null: the target's", affects=("stage",), ge=1
+    )
+    fc_bias: bool = setting(
+        True,
+        "EAGLE: the fusion layer has a bias; vLLM drops one without a word, so set it to false for "
+        "a draft that vLLM serves",
         affects=("stage",),
     )
 
@@ -59,15 +78,33 @@ class DraftConfig(Section):
         layers = self.state_layers
         if layers is None:
             return self
-        if self.kind != "eagle3":
+        if self.kind == "eagle":
             raise refusal(
                 f"{{at}}state_layers is {list(layers)}, but a draft of kind {self.kind} reads the "
-                "target's last states; leave it out, or set {at}kind to eagle3"
+                "target's last states; leave it out, or set {at}kind to eagle3 or beagle"
             )
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise refusal(
                 f"{{at}}state_layers is {list(layers)}; expected layers of the target in ascending "
                 "order, each once"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.head_dim is not None and self.head_dim % 2:
+            raise refusal(
+                f"{{at}}head_dim is {self.head_dim}; expected an even number, as positions rotate "
+                "pairs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_bias(self) -> Self:
+        if not self.fc_bias and self.kind != "eagle":
+            raise refusal(
+                f"{{at}}fc_bias is false, but a draft of kind {self.kind} has no such bias; leave "
+                "it out"
             )
         return self
 

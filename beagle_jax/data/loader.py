@@ -18,10 +18,11 @@ from beagle_jax.arrays import AnyArray
 from beagle_jax.data.buffers import Buffers
 from beagle_jax.data.prefetch import AHEAD
 from beagle_jax.data.share import ALONE, Share
-from beagle_jax.data.state_records import Records
+from beagle_jax.data.state_records import Records, streams_of
 from beagle_jax.data.states import StoredStates
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
+from beagle_jax.model.target import FINAL
 
 
 class Batch(NamedTuple):
@@ -100,16 +101,16 @@ class BatchLoader:
         seed: int,
         share: Share = ALONE,
         pack: bool = False,
-        taps: int = 0,
+        taps: tuple[int, ...] = (),
         workers: int = 1,
     ) -> None:
         """Selects the chats that enter the loss and assigns them to rows.
 
         states: [length, D] of each chat, as `states.target_states` returns them; None: batches have
         no states. batch: rows over all processes; this process returns batch / share.count of them.
-        pack: put several chats in a row, the same ones in every epoch. taps: number of layers of
-        the target that precede the final states in each record. workers: threads that read the
-        states of a batch (`data.workers`).
+        pack: put several chats in a row, the same ones in every epoch. taps: what the draft reads
+        of the target (`DraftSpec.taps`); records hold its streams before the states. workers:
+        threads that read the states of a batch (`data.workers`).
 
         Raises:
             UserError: there are fewer rows than `batch`, or share.count does not divide `batch`.
@@ -204,9 +205,10 @@ class BatchLoader:
             return batch
         B, L = batch.tokens_BL.shape
         I, dtype = self._chats[0].states_LD.shape[1], _stored_dtype(self._chats[0].states_LD)
-        D = I // (self._taps + 1)
+        D = I // (len(streams_of(self._taps)) + 1)
         empty = self._buffers.empty
-        inputs_BLI = empty((B, L, I - D if self._taps else I), dtype)
+        states_apart = self._taps and FINAL not in self._taps
+        inputs_BLI = empty((B, L, I - D if states_apart else I), dtype)
         targets_BLD = empty((B, L, D), dtype) if self._taps else None
         scale_BL = np.zeros((B, L), np.float32) if dtype == np.int8 else None
 

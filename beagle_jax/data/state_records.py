@@ -8,6 +8,9 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from beagle_jax.arrays import AnyArray
+from beagle_jax.model.target import FINAL
+
 INT8_MAX = 127
 
 
@@ -27,6 +30,24 @@ class Records(NamedTuple):
         if self.scale_L is None:
             return self.states_LI
         return self.states_LI.astype(np.float32) * self.scale_L[:, None]
+
+
+def apart(states_BLI: AnyArray, taps: tuple[int, ...]) -> tuple[AnyArray, AnyArray | None]:
+    """Splits records into what a draft reads, and the states that it predicts.
+
+    states_BLI: the result of `states_at` for these taps. The second is None where the draft reads
+    these states alone.
+    """
+    if not taps:
+        return states_BLI, None
+    final = states_BLI.shape[-1] * len(streams_of(taps)) // (len(streams_of(taps)) + 1)
+    reads_BLI = states_BLI if FINAL in taps else states_BLI[..., :final]
+    return reads_BLI, states_BLI[..., final:]
+
+
+def streams_of(taps: tuple[int, ...]) -> tuple[int, ...]:
+    """Leaves out FINAL, which every record ends with."""
+    return tuple(tap for tap in taps if tap != FINAL)
 
 
 def record_bytes(width: int, dtype: str) -> int:

@@ -24,7 +24,14 @@ from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from beagle_jax.data.behind import Behind
-from beagle_jax.data.state_records import Records, checksum, decode, encode, record_bytes
+from beagle_jax.data.state_records import (
+    Records,
+    checksum,
+    decode,
+    encode,
+    record_bytes,
+    streams_of,
+)
 from beagle_jax.data.target_forward import TOKENS, compute
 from beagle_jax.data.template import Row
 from beagle_jax.errors import UserError
@@ -143,6 +150,7 @@ def store_states(
     Raises:
         UserError: a file holds other taps, or there is too little disk space.
     """
+    taps = streams_of(taps)
     dtype, width = stored_dtype(params, dtype), record_width(spec, taps)
     missing = [part for part in parts if not is_stored(*part, width, dtype, taps)]
     if not missing:
@@ -210,7 +218,10 @@ def is_stored(
     if stored_bytes is None or not fetch(_index(path)).exists():
         return False
     index = read_json(_index(path), _AGAIN, f"delete it and {_AGAIN}")
-    there = tuple(index.get("taps", ()))  # files of versions without taps have none
+    taps, there = (
+        streams_of(taps),
+        tuple(index.get("taps", ())),
+    )  # files of versions without taps have none
     if there != taps:
         raise UserError(
             f"{path}: holds states of {_named(there)}, and this draft reads {_named(taps)}; set "
@@ -228,7 +239,7 @@ def is_stored(
 
 def record_width(spec: TargetSpec, taps: tuple[int, ...] = ()) -> int:
     """Returns how many numbers a token's record has: its taps and its final state."""
-    return spec.hidden_size * (len(taps) + 1)
+    return spec.hidden_size * (len(streams_of(taps)) + 1)
 
 
 def _named(taps: tuple[int, ...]) -> str:

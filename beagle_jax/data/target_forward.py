@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.arrays import AnyArray
-from beagle_jax.data.state_records import INT8_MAX, Records
+from beagle_jax.data.state_records import INT8_MAX, Records, streams_of
 from beagle_jax.data.template import Row
 from beagle_jax.model.masks import chats_mask
 from beagle_jax.model.packing import places
@@ -36,8 +36,9 @@ def states_at(
     See model/packing.py for rows of several chats. Padding positions are not zero. Not jitted.
 
     taps: residual streams (see `forward`) that precede the states, giving [B, L, (taps + 1) * D].
+    FINAL among them adds nothing.
     """
-    L = tokens_BL.shape[1]
+    L, taps = tokens_BL.shape[1], streams_of(taps)
     out = forward(
         params,
         spec,

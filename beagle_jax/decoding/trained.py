@@ -179,7 +179,7 @@ class BeagleDrafter(TrainedDrafter):
     def observe(self, state: KVRows, seen: Seen) -> KVRows:
         """Appends keys and values of the states."""
         block = BeagleBlock(self.spec).bind({"params": self.params})
-        rows = block.keys_values(seen.input_BTI, _positions(seen.start_B, seen.token_BT))
+        rows = block.entry_rows(seen.input_BTI, _positions(seen.start_B, seen.token_BT))
         return write_rows(state, rows, seen.start_B)
 
     def level(self, state: KVRows, frontier: Frontier) -> LevelOutput:

@@ -349,7 +349,7 @@ def _attend(
     They see the text's keys and values below the root.
     """
     q_QKGH = block.queries(x_Q1D, place_Q1)[:, :, :, 0]
-    k_KHL, v_KLH = (x[0] for x in block.keys_values(true_LD[None], jnp.arange(len(true_LD))[None]))
+    k_KHL, v_KLH = (x[0] for x in block.entry_rows(true_LD[None], jnp.arange(len(true_LD))[None]))
     k_QKHt, v_QKtH = block.keys_values(own_QtD, own_place_Qt)
     true_QKGL = jnp.where(
         jnp.arange(len(true_LD)) < root,

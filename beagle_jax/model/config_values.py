@@ -21,12 +21,13 @@ _COUNTS = (
     "head_dim",
     "max_position_embeddings",
     "sliding_window",
-    "sliding_window_pattern",
     "num_experts",
     "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "decoder_sparse_step",
+    "original_max_position_embeddings",
+    "no_rope_layer_interval",
 )
 _NUMBERS = (
     "rope_theta",
@@ -54,6 +55,10 @@ _ROPE_NUMBERS = (
     "high_freq_factor",
     "original_max_position_embeddings",
     "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
     "rope_theta",
     "partial_rotary_factor",
 )
@@ -92,12 +97,12 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
       UserError: some values are impossible. The message names their keys.
     """
     for key in _QUANTISED:
-        if config.get(key):
+        if config.get(key) and fp8_block(config) is None:
             method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
             raise UserError(
                 f"{where}: the model config has {key} ({method or config[key]!r}); this version "
-                "reads weights in float32, float16 or bfloat16; use the original model, and "
-                "target.quantize to make it smaller"
+                "reads weights in float32, float16 or bfloat16, and fp8 with weight_block_size; "
+                "use the original model, and target.quantize to make it smaller"
             )
     problems = [f"{key} is null" for key in _NEEDED if key in config and config[key] is None]
     problems += _wrong(config, _COUNTS, _is_count, "a whole number above zero")
@@ -107,6 +112,12 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     problems += _wrong(config, ("max_window_layers",), _is_index, "a whole number from zero")
     problems += _wrong(config, ("layer_types",), _list_of(_is_name), "a list of names")
     problems += _wrong(config, ("mlp_only_layers",), _list_of(_is_index), "a list of layers")
+    problems += _wrong(config, ("no_rope_layers",), _list_of(_is_index), "a list of 0 and 1")
+    pattern = ("sliding_window_pattern",)
+    if config.get("model_type") == "exaone4":  # its local and global layers
+        problems += _wrong(config, pattern, _is_pattern, "a number from zero, or letters L and G")
+    else:
+        problems += _wrong(config, pattern, _is_count, "a whole number above zero")
     for key in _ROPE:
         problems += _wrong_rope(config, key)
     if not problems:
@@ -115,6 +126,17 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: the model config is not valid: {'; '.join(problems)}; is its file whole?"
         )
+
+
+def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns rows and columns of the blocks of fp8 weights; None if there are none."""
+    given = config.get("quantization_config")
+    if not isinstance(given, Mapping) or given.get("quant_method") != "fp8":
+        return None
+    block = given.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)):
+        return None
+    return block[0], block[1]
 
 
 def _wrong_rope(config: Mapping[str, Any], key: str) -> list[str]:
@@ -145,7 +167,10 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
             f"hidden_size {config['hidden_size']} is no multiple of {heads} heads, and "
             "head_dim is missing"
         )
-    if (config.get("num_hidden_layers") or 0) > _MOST_LAYERS:
+    layers, rotated = config.get("num_hidden_layers") or 0, config.get("no_rope_layers")
+    if rotated and len(rotated) < layers:
+        problems.append(f"no_rope_layers has {len(rotated)} entries, expected {layers}")
+    if layers > _MOST_LAYERS:
         problems.append(f"num_hidden_layers is {config['num_hidden_layers']}")
     return problems
 
@@ -170,6 +195,11 @@ def _is_count(value: Any) -> bool:
 
 def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_pattern(value: Any) -> bool:
+    letters = isinstance(value, str) and bool(value) and set(value) <= {"L", "G"}
+    return _is_index(value) or letters
 
 
 def _is_name(value: Any) -> bool:

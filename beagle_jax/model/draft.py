@@ -7,7 +7,7 @@ how a stage trains it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import flax.linen as nn
@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import DraftConfig
+from beagle_jax.errors import UserError
 from beagle_jax.model.attention import merge_attention, partial_attention
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.layers import apply_rope, join_heads, rms_norm, rope_tables, split_heads
-from beagle_jax.model.target import TargetSpec
+from beagle_jax.model.target import FINAL, TargetSpec
 
+# Sizes of a layer that a config may set; the target's where it does not.
+SIZES = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 _IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
 
 
@@ -48,9 +51,20 @@ class DraftSpec(ABC):
     def taps(self) -> tuple[int, ...]:
         """Layers of the target whose outputs the draft reads, concatenated in this order.
 
-        (): it reads the target's states after the final norm, which are also what it predicts.
+        FINAL, as the last of them, stands for the states after the final norm. (): it reads these
+        states alone, which are also what it predicts.
         """
         return ()
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """The taps that are streams of the target's layers."""
+        return tuple(tap for tap in self.taps if tap != FINAL)
+
+    @property
+    def input_width(self) -> int:
+        """Width of what the draft reads at a position of the target."""
+        return self.target_width * max(len(self.taps), 1)
 
     @property
     def target_width(self) -> int:
@@ -87,7 +101,11 @@ class DraftSpec(ABC):
 
     @classmethod
     def from_settings(cls, settings: DraftConfig, target: TargetSpec) -> Self:
-        """Describes the new draft that a config asks for."""
+        """Describes the new draft that a config asks for.
+
+        Raises:
+          UserError: a setting does not fit the target.
+        """
         return cls.from_target(target, settings.init_std)
 
     def scoring(self, count: int) -> Self:
@@ -136,6 +154,27 @@ class LayerSpec(DraftSpec):
             init_std=init_std,
         )
 
+    @classmethod
+    def from_settings(cls, settings: DraftConfig, target: TargetSpec) -> Self:
+        """Describes the new draft that a config asks for.
+
+        Sizes that the config leaves out are the target's.
+
+        Raises:
+          UserError: a setting does not fit the target.
+        """
+        spec = cls.from_target(target, settings.init_std)
+        sizes = {name: getattr(settings, name) for name in SIZES}
+        spec = replace(spec, **{name: size for name, size in sizes.items() if size is not None})
+        if spec.num_heads % spec.num_kv_heads:
+            raise UserError(
+                f"draft.num_heads is {spec.num_heads} and draft.num_kv_heads {spec.num_kv_heads} "
+                f"(null: the target's, {target.num_heads} and {target.num_kv_heads}), but heads "
+                "share keys and values in groups of one size; set the first to a multiple of the "
+                "second"
+            )
+        return spec
+
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every trainable tensor; matrices are [out, in], as in PyTorch."""
         D, F = self.hidden_size, self.intermediate_size
@@ -169,13 +208,17 @@ class LayerBlock(nn.Module):
     (`teacher_forced`). See method.md 4.5b, 6.2.
     """
 
+    zeros: ClassVar[tuple[str, ...]] = ()  # matrices that start at zero
+
     spec: LayerSpec
 
     def setup(self) -> None:
         normal = nn.initializers.normal(self.spec.init_std)
         for name, shape in self.spec.param_shapes().items():
-            vector = nn.initializers.zeros if name.endswith("_bias") else nn.initializers.ones
-            setattr(self, name, self.param(name, normal if len(shape) == 2 else vector, shape))
+            first = normal if len(shape) == 2 else nn.initializers.ones
+            if name.endswith("_bias") or name in self.zeros:
+                first = nn.initializers.zeros
+            setattr(self, name, self.param(name, first, shape))
 
     def features(self, taps_BTI: jax.Array) -> jax.Array:
         """Returns what `fuse` takes of true positions: the target's states as they are."""
@@ -215,10 +258,15 @@ class LayerBlock(nn.Module):
 
     def keys_values(self, h_BTD: jax.Array, positions_BT: jax.Array) -> KVRows:
         """Returns rotated keys, and values, of true or predicted states at their positions."""
-        k_BKTH = self._rotate("k", self._projected("k", h_BTD), positions_BT)[:, :, 0]
-        v_BKTH = split_heads(
-            self._projected("v", h_BTD), self.spec.num_kv_heads, self.spec.head_dim
-        )[:, :, 0]
+        return self._rows(self._projected("k", h_BTD), self._projected("v", h_BTD), positions_BT)
+
+    def entry_rows(self, x_BTI: jax.Array, positions_BT: jax.Array) -> KVRows:
+        """Returns keys and values of true entries: what `attend` takes, at their positions."""
+        return self.keys_values(x_BTI, positions_BT)
+
+    def _rows(self, k_BTF: jax.Array, v_BTF: jax.Array, positions_BT: jax.Array) -> KVRows:
+        k_BKTH = self._rotate("k", k_BTF, positions_BT)[:, :, 0]
+        v_BKTH = split_heads(v_BTF, self.spec.num_kv_heads, self.spec.head_dim)[:, :, 0]
         return KVRows(k_BKTH.swapaxes(2, 3), v_BKTH)
 
     def predict(self, e_BTD: jax.Array, attended_BKGTH: jax.Array) -> jax.Array:
@@ -237,12 +285,12 @@ class LayerBlock(nn.Module):
     def attend(
         self,
         e_BTD: jax.Array,
-        h_BSD: jax.Array,
+        h_BSI: jax.Array,
         mask_BTS: jax.Array,
         at_BT: jax.Array | None = None,
         at_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention [B, K, G, T, H] of queries at positions at_BT over true states at at_BS.
+        """Attention [B, K, G, T, H] of queries at positions at_BT over true entries at at_BS.
 
         Positions that are None are 0, 1, ..
         """
@@ -252,11 +300,11 @@ class LayerBlock(nn.Module):
             else at_BT
         )
         at_BS = (
-            jnp.broadcast_to(jnp.arange(h_BSD.shape[1]), h_BSD.shape[:2])
+            jnp.broadcast_to(jnp.arange(h_BSI.shape[1]), h_BSI.shape[:2])
             if at_BS is None
             else at_BS
         )
-        rows = self.keys_values(h_BSD, at_BS)
+        rows = self.entry_rows(h_BSI, at_BS)
         return merge_attention(
             partial_attention(self.queries(e_BTD, at_BT), *rows, mask_BTS[:, None, None])
         )
@@ -264,13 +312,13 @@ class LayerBlock(nn.Module):
     def __call__(
         self,
         e_BTD: jax.Array,
-        h_BSD: jax.Array,
+        h_BSI: jax.Array,
         mask_BTS: jax.Array,
         at_BT: jax.Array | None = None,
         at_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts states [B, T, D] of whole rows with `attend` (method.md 2.1)."""
-        return self.predict(e_BTD, self.attend(e_BTD, h_BSD, mask_BTS, at_BT, at_BS))
+        return self.predict(e_BTD, self.attend(e_BTD, h_BSI, mask_BTS, at_BT, at_BS))
 
     def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Norms with the weights of this name, in the dtype of x: float32 weights widen nothing."""
@@ -296,6 +344,20 @@ class LayerBlock(nn.Module):
         x_BKGTH = self._head_norm(name, x_BKGTH)
         cos_BTH, sin_BTH = self.spec.rotary(positions_BT)
         return apply_rope(x_BKGTH, cos_BTH[:, None, None], sin_BTH[:, None, None])
+
+
+def checked_layers(layers: tuple[int, ...], last: int) -> tuple[int, ...]:
+    """Returns the streams that `draft.state_layers` names.
+
+    Raises:
+      UserError: one is not between 0 and `last`.
+    """
+    if wrong := [layer for layer in layers if not 0 <= layer <= last]:
+        raise UserError(
+            f"draft.state_layers is {list(layers)}, but a draft of this kind can read the "
+            f"target's streams 0 to {last}; leave out {wrong}"
+        )
+    return layers
 
 
 def project(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:

@@ -7,16 +7,18 @@ in place of embeddings and states.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.config import DraftConfig
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.draft import LayerBlock, LayerSpec, project
 from beagle_jax.model.layers import RopeScaling, rope_tables
 from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.target import TargetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,15 @@ class EagleSpec(LayerSpec):
     fc_bias: bool = True  # bias of the fusion layer; published drafts for Llama 3 have none
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False  # biases of queries, keys, values; published drafts for Qwen2 have them
+
+    @classmethod
+    def from_settings(cls, settings: DraftConfig, target: TargetSpec) -> Self:
+        """Describes the new draft that a config asks for.
+
+        Raises:
+          UserError: a size does not fit.
+        """
+        return replace(super().from_settings(settings, target), fc_bias=settings.fc_bias)
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every trainable tensor; matrices are [out, in], as in PyTorch."""

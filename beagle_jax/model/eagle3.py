@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.config import DraftConfig
-from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
-from beagle_jax.model.draft import LayerSpec, project
+from beagle_jax.model.draft import LayerSpec, checked_layers, project
 from beagle_jax.model.eagle import EagleBlock
 from beagle_jax.model.layers import RopeScaling, rms_norm, rope_tables
 from beagle_jax.model.target import TargetSpec
@@ -95,18 +94,13 @@ class Eagle3Spec(LayerSpec):
         """Describes the draft that a config asks for.
 
         Raises:
-          UserError: `draft.state_layers` names a stream that the target does not have.
+          UserError: a size does not fit, or the target lacks a stream of `draft.state_layers`.
         """
-        spec = cls.from_target(target, settings.init_std)
+        spec = super().from_settings(settings, target)
         if settings.state_layers is None:
             return spec
-        wrong = [layer for layer in settings.state_layers if not 0 <= layer <= target.num_layers]
-        if wrong:
-            raise UserError(
-                f"draft.state_layers is {list(settings.state_layers)}, but the target has streams "
-                f"0 to {target.num_layers} (the number of its layers); leave out {wrong}"
-            )
-        return replace(spec, state_layers=settings.state_layers)
+        layers = checked_layers(settings.state_layers, target.num_layers)
+        return replace(spec, state_layers=layers)
 
     def scoring(self, count: int) -> Self:
         """Returns the description of a draft whose head has `count` rows."""

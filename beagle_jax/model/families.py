@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.experts import Experts
-from beagle_jax.model.layers import RopeFactors, RopeScaling
+from beagle_jax.model.rope_config import Rope, read_rope
 
 Config = Mapping[str, Any]
 
@@ -25,8 +25,6 @@ class _Gemma(NamedTuple):
 
     score_cap: float | None
     logit_cap: float | None
-    local_theta: float | None  # rotary base of layers with a window; None: that of the others
-    post_norms: bool = True  # norms after attention and MLP too
     score_size: int | None = 256  # scores are divided by its square root; None: the head width
 
 
@@ -40,9 +38,18 @@ class _Family(NamedTuple):
     biases: tuple[str, ...] = ()  # projections that always have one
     may_bias: tuple[str, ...] = ()  # settings of the config that add more
     qk_norm: bool = False
+    # Norms of queries and keys are over all heads together.
+    qk_norm_whole: bool = False
+    # Norms before attention and MLP, after them, or both.
+    norms: Literal["before", "after", "both"] = "before"
+    # Layers without a rotary embedding. listed: those with a 0 in no_rope_layers.
+    unrotated: Literal["none", "listed", "without window"] = "none"
+    partial: bool = False  # a part of each head may be rotated
     # Layers with a sliding window. never: none; always: all; asked: all, if use_sliding_window is
-    # set; late: as asked, except Qwen's first layers; mixed: all except every nth.
-    windowed: Literal["never", "always", "asked", "late", "mixed"] = "never"
+    # set; late: as asked, except Qwen's first layers; mixed: all except every nth; hybrid: as
+    # mixed, or none if sliding_window is null.
+    windowed: Literal["never", "always", "asked", "late", "mixed", "hybrid"] = "never"
+    local_theta: float | None = None  # rotary base of layers with a window; None: that of all
     experts: tuple[str, str, str, str] | None = None  # see Experts.names
     experts_only: bool = False  # every layer has them, and their chosen shares always sum to 1
     gemma: _Gemma | None = None  # Gemma's norms, scales, GELU and soft caps
@@ -53,10 +60,16 @@ class _Family(NamedTuple):
     max_positions: int = 32768
     theta: float = 1e4
     eps: float = 1e-6
+    tied: bool = False
 
 
 _later_gemma = functools.partial(
-    _Family, may_bias=("attention_bias",), windowed="mixed", kv_heads=4, head_dim=256
+    _Family,
+    may_bias=("attention_bias",),
+    norms="both",
+    windowed="mixed",
+    kv_heads=4,
+    head_dim=256,
 )
 _FAMILIES = {
     "llama": _Family(
@@ -107,26 +120,83 @@ _FAMILIES = {
         kv_heads=16,
         head_dim=256,
         max_positions=8192,
-        gemma=_Gemma(None, None, None, post_norms=False, score_size=None),
+        gemma=_Gemma(None, None, score_size=None),
     ),
-    "gemma2": _later_gemma("Gemma 2", every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0, None)),
+    "gemma2": _later_gemma("Gemma 2", every=2, max_positions=8192, gemma=_Gemma(50.0, 30.0)),
     "gemma3_text": _later_gemma(
         "Gemma 3 text",
         qk_norm=True,
         every=6,
         max_positions=131072,
         theta=1e6,
-        gemma=_Gemma(None, None, 1e4),
+        local_theta=1e4,
+        gemma=_Gemma(None, None),
+    ),
+    "olmo2": _Family(
+        "OLMo 2",
+        may_bias=("attention_bias",),
+        qk_norm_whole=True,
+        norms="after",
+        max_positions=2048,
+        eps=1e-5,
+    ),
+    "olmo3": _Family(
+        "OLMo 3",
+        may_bias=("attention_bias",),
+        qk_norm_whole=True,
+        norms="after",
+        windowed="mixed",
+        every=4,
+        local_theta=5e5,
+        max_positions=2048,
+        theta=5e5,
+        eps=1e-5,
+    ),
+    "smollm3": _Family(
+        "SmolLM3",
+        may_bias=("attention_bias", "mlp_bias"),
+        unrotated="listed",
+        kv_heads=4,
+        theta=2e6,
+        tied=True,
+    ),
+    "exaone4": _Family(
+        "EXAONE 4.0",
+        qk_norm=True,
+        norms="after",
+        windowed="hybrid",
+        every=4,
+        unrotated="without window",
+        kv_heads=32,
+        max_positions=2048,
+        eps=1e-5,
+    ),
+    "phi3": _Family(
+        "Phi-3, Phi-4-mini",
+        windowed="always",
+        window=None,
+        partial=True,
+        max_positions=4096,
+        eps=1e-5,
     ),
 }
-_BIASED_BY = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
-# The keys that each rope type needs; other types are errors.
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor"),
+# What these ask for that no field of the description says.
+_REFUSED = {
+    "granite": "scales of embeddings, residuals and logits",
+    "granitemoe": "scales of embeddings, residuals and logits",
+    "glm4": "norms and rotary pairs of another order",
+    "gpt_oss": "attention sinks, and experts with biases and another activation",
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "kimi_k2": "multi-head latent attention",
+    "qwen3_next": "layers of linear attention",
+    "kimi_linear": "layers of linear attention",
+    "minimax": "layers of linear attention",
+    "falcon_h1": "layers of a state space model",
+    "nemotron_h": "layers of a state space model",
+    "llama4_text": "attention in chunks and experts beside a shared one",
 }
+_BIASED_BY = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
 
 
 def read_config(config: Config, where: str) -> dict[str, Any]:
@@ -148,7 +218,7 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
         where,
     )
     heads = config["num_attention_heads"]
-    theta, scaling = _rope(config, family, where)
+    rope, windows = _rope(config, family, where), _windows(config, family, where)
     return dict(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -158,14 +228,22 @@ def read_config(config: Config, where: str) -> dict[str, Any]:
         # null stands for the number of heads; a missing key has the family's default.
         num_kv_heads=config.get("num_key_value_heads", family.kv_heads) or heads,
         head_dim=config.get("head_dim", family.head_dim) or config["hidden_size"] // heads,
-        rope_theta=theta,
+        rope_theta=rope.theta,
         rms_norm_eps=config.get("rms_norm_eps", family.eps),
         max_positions=config.get("max_position_embeddings", family.max_positions),
-        tie_embeddings=bool(config.get("tie_word_embeddings", family.gemma is not None)),
+        tie_embeddings=bool(
+            config.get("tie_word_embeddings", family.tied or family.gemma is not None)
+        ),
         biases=_biases(config, family, where),
         qk_norm=family.qk_norm,
-        rope_scaling=scaling,
-        windows=_windows(config, family, where),
+        qk_norm_whole=family.qk_norm_whole,
+        rope_scaling=rope.scaling,
+        rotary_dim=rope.rotary_dim,
+        local_rope_theta=_local_theta(config, family, where),
+        unrotated=_unrotated(config, family, windows),
+        windows=windows,
+        pre_norms=family.norms != "after",
+        post_norms=family.norms != "before",
         experts=_experts(config, family, where),
         **_gemma(config, family, where),
     )
@@ -178,6 +256,11 @@ def is_family(model_type: object) -> bool:
 
 def _family(config: Config, where: str) -> _Family:
     model_type = config.get("model_type")
+    if model_type in _REFUSED:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported: it has {_REFUSED[model_type]}, "
+            "which this decoder does not compute"
+        )
     if model_type not in _FAMILIES:
         known = ", ".join(f"{name!r} ({family.known_as})" for name, family in _FAMILIES.items())
         raise UserError(f"{where}: model_type is {model_type!r}; this version supports {known}")
@@ -214,9 +297,7 @@ def _biases(config: Config, family: _Family, where: str) -> tuple[str, ...]:
     return biased
 
 
-def _rope(
-    config: Config, family: _Family, where: str
-) -> tuple[float, RopeScaling | RopeFactors | None]:
+def _rope(config: Config, family: _Family, where: str) -> Rope:
     """Returns base and scaling of the rotary embedding.
 
     If layers with a window have their own, returns those of layers without one.
@@ -225,44 +306,47 @@ def _rope(
     # rope_theta and rope_scaling.
     rope: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rope.get(_FULL) or {} if {_FULL, _SLIDING} & set(rope) else rope
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        raise UserError(
-            f"{where}: rope type {kind!r} is not supported; expected one of "
-            f"{', '.join(map(repr, _ROPE_KEYS))}"
-        )
-    _check_complete(rope, _ROPE_KEYS[kind], where, f"rope type {kind!r}")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise UserError(
-            f"{where}: partial_rotary_factor is {partial}; this version rotates whole heads (1.0)"
-        )
-    outer_theta: float = config.get("rope_theta", family.theta)
-    theta = float(rope.get("rope_theta", outer_theta))
-    if kind == "longrope":
-        return theta, _rope_factors(config, rope, where)
-    values = [float(rope[key]) for key in _ROPE_KEYS[kind]]
-    return theta, RopeScaling(*values) if values else None
+    heads = config["num_attention_heads"]
+    return read_rope(
+        config,
+        rope,
+        where,
+        head_dim=config.get("head_dim", family.head_dim) or config["hidden_size"] // heads,
+        context=config.get("max_position_embeddings", family.max_positions),
+        theta=family.theta,
+        may_be_partial=family.partial,
+    )
 
 
-def _rope_factors(config: Config, rope: Config, where: str) -> RopeFactors:
-    """Returns the factors of longrope.
+def _local_theta(config: Config, family: _Family, where: str) -> float | None:
+    """Returns the rotary base of layers with a window; None if it is that of all.
 
-    Supported if short and long texts have the same factors and the scores' scale is unchanged.
+    Raises:
+      UserError: these layers have scaling.
     """
-    factors = tuple(map(float, rope["short_factor"]))
-    if rope["long_factor"] != rope["short_factor"] or rope.get("attention_factor") != 1.0:
+    if family.local_theta is None:
+        return None
+    rope: Config = config.get("rope_parameters") or {}
+    local: Config = rope.get(_SLIDING) or {}
+    if local.get("rope_type", "default") != "default":
         raise UserError(
-            f"{where}: rope type 'longrope' is not supported with long_factor other than "
-            "short_factor, or attention_factor other than 1.0"
+            f"{where}: rope type {local['rope_type']!r} of sliding layers is not supported; "
+            "expected 'default'"
         )
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if len(factors) != head_dim // 2:
-        raise UserError(
-            f"{where}: short_factor has {len(factors)} numbers, expected {head_dim // 2}, one "
-            "per rotary pair"
-        )
-    return RopeFactors(factors)
+    theta: float = local.get("rope_theta", config.get("rope_local_base_freq", family.local_theta))
+    return float(theta)
+
+
+def _unrotated(config: Config, family: _Family, windows: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Returns the layers without a rotary embedding."""
+    layers = range(config["num_hidden_layers"])
+    if family.unrotated == "without window":  # of a model that has windows elsewhere
+        return tuple(layer for layer in layers if windows and windows[layer] is None)
+    if family.unrotated != "listed":
+        return ()
+    every = config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [(layer + 1) % every for layer in layers]
+    return tuple(layer for layer in layers if not rotated[layer])
 
 
 def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, ...]:
@@ -270,7 +354,7 @@ def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, .
 
     None stands for a layer that sees everything.
     """
-    enabled = family.windowed in ("always", "mixed") or (
+    enabled = family.windowed in ("always", "mixed", "hybrid") or (
         family.windowed != "never" and config.get("use_sliding_window", False)
     )
     window = config.get("sliding_window", family.window) if enabled else None
@@ -301,12 +385,17 @@ def _windows(config: Config, family: _Family, where: str) -> tuple[int | None, .
 
 def _layer_types(config: Config, family: _Family) -> list[str]:
     """Returns the family's default for a config that does not list its layers' types."""
-    every = config.get("sliding_window_pattern", family.every)
+    every, layers = config.get("sliding_window_pattern", family.every), config["num_hidden_layers"]
+    if isinstance(every, str):  # the last layer sees everything, whatever the letters say
+        full_at = [every[layer % len(every)] == "G" for layer in range(layers - 1)] + [True]
+        return [_FULL if full else _SLIDING for full in full_at]
+    every = every or layers + 1
     full = {
         "late": lambda layer: layer < config.get("max_window_layers", 28),
         "mixed": lambda layer: (layer + 1) % every == 0,
+        "hybrid": lambda layer: (layer + 1) % every == 0,
     }.get(family.windowed, lambda layer: False)
-    return [_FULL if full(layer) else _SLIDING for layer in range(config["num_hidden_layers"])]
+    return [_FULL if full(layer) else _SLIDING for layer in range(layers)]
 
 
 def _experts(config: Config, family: _Family, where: str) -> Experts | None:
@@ -343,26 +432,12 @@ def _gemma(config: Config, family: _Family, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: use_bidirectional_attention is true; this version decodes causal models only"
         )
-    local_theta = family.gemma.local_theta
-    if local_theta is not None:
-        rope: Config = config.get("rope_parameters") or {}
-        local: Config = rope.get(_SLIDING) or {}
-        if local.get("rope_type", "default") != "default":
-            raise UserError(
-                f"{where}: rope type {local['rope_type']!r} of sliding layers is not "
-                "supported; expected 'default'"
-            )
-        local_theta = float(
-            local.get("rope_theta", config.get("rope_local_base_freq", local_theta))
-        )
     size = config.get("query_pre_attn_scalar", family.gemma.score_size)
     return dict(
         norm_offset=1.0,
-        post_norms=family.gemma.post_norms,
         activation="gelu_tanh",
         embed_scale=config["hidden_size"] ** 0.5,
         score_scale=None if size is None else size**-0.5,
         score_cap=config.get("attn_logit_softcapping", family.gemma.score_cap),
         logit_cap=config.get("final_logit_softcapping", family.gemma.logit_cap),
-        local_rope_theta=local_theta,
     )

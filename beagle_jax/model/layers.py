@@ -39,9 +39,10 @@ class RopeScaling(NamedTuple):
 
 
 class RopeFactors(NamedTuple):
-    """Divisors of the rotary frequencies, [H / 2] numbers. Hashable."""
+    """Divisors of the rotary frequencies, one for each rotated pair. Hashable."""
 
     factors: tuple[float, ...]
+    scale: float = 1.0  # of cosines and sines, and so of scores, which get its square
 
 
 def rope_tables(
@@ -60,6 +61,9 @@ def rope_tables(
         frequency, range(positions.ndim)
     )
     angle = jnp.concatenate([angle, angle], axis=-1)
+    scale = scaling.scale if isinstance(scaling, RopeFactors) else 1.0
+    if scale != 1.0:
+        return jnp.cos(angle) * scale, jnp.sin(angle) * scale
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -86,8 +90,11 @@ def _scaled(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the last axis of x (head width, half-split pairs).
 
-    cos and sin broadcast against x.
+    cos and sin broadcast against x, or are narrower: then the end of the head stays as it is.
     """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([apply_rope(x[..., :width], cos, sin), x[..., width:]], axis=-1)
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * cos + rotated * sin).astype(x.dtype)

@@ -33,8 +33,13 @@ from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
 from beagle_jax.model.tensors import bias_key
+from beagle_jax.model.wrapped import text_config
 
 Params = Mapping[str, Any]
+
+Rotary = tuple[jax.Array, jax.Array]  # cosines and sines [B, 1, 1, T, H]
+# The tap (`forward`) that stands for the states after the final norm.
+FINAL = -1
 
 # Columns are padded to a multiple of this, for XLA's CPU kernels: products of 2, 3, 5, 6 or 7
 # columns are slower there than those of 4 or 8. On two Intel Xeon cores (2.3 GHz), all matrices of
@@ -67,6 +72,9 @@ class TargetSpec:
         str, ...
     ] = ()  # projections with a bias, by Hugging Face name: "self_attn.q_proj"
     qk_norm: bool = False  # norms on each head's queries and keys before they are rotated
+    qk_norm_whole: bool = False  # these norms are over all heads together (OLMo 2)
+    rotary_dim: int | None = None  # numbers of a head that are rotated; None: all
+    unrotated: tuple[int, ...] = ()  # layers without a rotary embedding
     rope_scaling: RopeScaling | RopeFactors | None = None
     windows: tuple[
         int | None, ...
@@ -77,7 +85,8 @@ class TargetSpec:
     experts: Experts | None = None  # routed experts in place of the MLP
     # norms multiply by norm_offset + weight; if it is not 0, in float32 with one rounding (Gemma)
     norm_offset: float = 0.0
-    post_norms: bool = False  # norms on the outputs of attention and MLP too
+    pre_norms: bool = True  # norms on the inputs of attention and MLP
+    post_norms: bool = False  # norms on the outputs of attention and MLP
     activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate
     embed_scale: float = 1.0  # factor of input embeddings; a tied head is not scaled
     score_scale: float | None = None  # factor of attention scores; None: head_dim ** -0.5
@@ -94,6 +103,7 @@ class TargetSpec:
           UserError: the config asks for something this decoder cannot compute. The message names
             it.
         """
+        config = text_config(config)
         check_values(config, where)
         return cls(**read_config(given_values(config), where))
 
@@ -215,13 +225,14 @@ def forward(
       visible_BS: cache slots that all new tokens of a sequence see.
       slot_positions_BS: positions of the slots, for sliding windows; None: the slots' numbers.
       taps: layers whose input is returned too, without a norm: 0 is the embedding, i the residual
-        stream that enters layer i, `num_layers` the stream that leaves the last layer. Without
-        taps the compiled program is the same as if the argument did not exist.
+        stream that enters layer i, `num_layers` the stream that leaves the last layer. FINAL is
+        the states, after the final norm. Without taps the compiled program is the same as if the
+        argument did not exist.
 
     Raises:
-      ValueError: a tap is not between 0 and `num_layers`.
+      ValueError: a tap is neither FINAL nor between 0 and `num_layers`.
     """
-    wrong = [tap for tap in taps if not 0 <= tap <= spec.num_layers]
+    wrong = [tap for tap in taps if not (tap == FINAL or 0 <= tap <= spec.num_layers)]
     if wrong:
         raise ValueError(f"taps {wrong}: the target has streams 0 to {spec.num_layers}")
     B, T = tokens_BT.shape
@@ -245,7 +256,7 @@ def forward(
             new_rows.append(rows)
     if spec.num_layers in taps:
         streams[spec.num_layers] = unpadded(x_DM)
-    states_BTD = unpadded(_norm(spec, x_DM, params["norm_D"], axis=0))
+    states_BTD = streams[FINAL] = unpadded(_norm(spec, x_DM, params["norm_D"], axis=0))
     return Forward(states_BTD, new_rows, tuple(streams[tap] for tap in taps))
 
 
@@ -254,18 +265,18 @@ def _block(
     spec: TargetSpec,
     x_DM: jax.Array,
     batch_shape: tuple[int, int],
-    rotary: tuple[jax.Array, jax.Array],
+    rotary: Rotary | None,
     past: KVRows | None,
     mask_BTT: jax.Array,
     slots: jax.Array | None,
 ) -> tuple[jax.Array, KVRows]:
     """Runs one layer; returns the residual stream after it, and the new keys and values."""
     norm = partial(_norm, spec, axis=0)
-    y_DM, rows = _attention(
-        layer, spec, norm(x_DM, layer["input_norm_D"]), batch_shape, rotary, past, mask_BTT, slots
-    )
+    y_DM = norm(x_DM, layer["input_norm_D"]) if spec.pre_norms else x_DM
+    y_DM, rows = _attention(layer, spec, y_DM, batch_shape, rotary, past, mask_BTT, slots)
     x_DM = x_DM + (norm(y_DM, layer["after_attention_norm_D"]) if spec.post_norms else y_DM)
-    y_DM = _mlp(layer, spec, norm(x_DM, layer["mlp_norm_D"]), batch_shape[0] * batch_shape[1])
+    y_DM = norm(x_DM, layer["mlp_norm_D"]) if spec.pre_norms else x_DM
+    y_DM = _mlp(layer, spec, y_DM, batch_shape[0] * batch_shape[1])
     return x_DM + (norm(y_DM, layer["after_mlp_norm_D"]) if spec.post_norms else y_DM), rows
 
 
@@ -329,19 +340,25 @@ def _layer_masks(
     return [masks[window] for window in spec.windows or (None,) * spec.num_layers]
 
 
-def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns, for each layer, cosines and sines [B, 1, 1, T, H] of its rotary embedding."""
+def _layer_rotary(spec: TargetSpec, positions_BT: jax.Array) -> list[Rotary | None]:
+    """Returns, for each layer, cosines and sines [B, 1, 1, T, H] of its rotary embedding.
 
-    def tables(
-        theta: float, scaling: RopeScaling | RopeFactors | None
-    ) -> tuple[jax.Array, jax.Array]:
-        cos_BTH, sin_BTH = rope_tables(positions_BT, spec.head_dim, theta, scaling)
+    None for layers without one.
+    """
+
+    def tables(theta: float, scaling: RopeScaling | RopeFactors | None) -> Rotary:
+        width = spec.rotary_dim or spec.head_dim
+        cos_BTH, sin_BTH = rope_tables(positions_BT, width, theta, scaling)
         return cos_BTH[:, None, None], sin_BTH[:, None, None]
 
     far = near = tables(spec.rope_theta, spec.rope_scaling)
     if spec.local_rope_theta is not None:
         near = tables(spec.local_rope_theta, None)
-    return [far if window is None else near for window in spec.windows or (None,) * spec.num_layers]
+    windows = spec.windows or (None,) * spec.num_layers
+    return [
+        None if layer in spec.unrotated else far if window is None else near
+        for layer, window in enumerate(windows)
+    ]
 
 
 def _attention(
@@ -349,7 +366,7 @@ def _attention(
     spec: TargetSpec,
     y_DM: jax.Array,
     batch_shape: tuple[int, int],
-    rotary: tuple[jax.Array, jax.Array],
+    rotary: Rotary | None,
     past: KVRows | None,
     mask_BTT: jax.Array,
     slots: jax.Array | None,
@@ -360,15 +377,18 @@ def _attention(
     """
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
-    q_BKGTH, k_BK1TH, v_BK1TH = (
-        _heads(_project(layer, key, y_DM), B, T, K, H) for key in ("q_FD", "k_FD", "v_FD")
-    )
+    q_FM, k_FM, v_FM = (_project(layer, key, y_DM) for key in ("q_FD", "k_FD", "v_FD"))
+    if spec.qk_norm_whole:
+        q_FM = _norm(spec, q_FM, layer["q_norm_F"], axis=0)
+        k_FM = _norm(spec, k_FM, layer["k_norm_F"], axis=0)
+    q_BKGTH, k_BK1TH, v_BK1TH = (_heads(x_FM, B, T, K, H) for x_FM in (q_FM, k_FM, v_FM))
     if spec.qk_norm:
         q_BKGTH, k_BK1TH = (
             _norm(spec, q_BKGTH, layer["q_norm_H"]),
             _norm(spec, k_BK1TH, layer["k_norm_H"]),
         )
-    q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
+    if rotary is not None:
+        q_BKGTH, k_BK1TH = apply_rope(q_BKGTH, *rotary), apply_rope(k_BK1TH, *rotary)
     rows = KVRows(k_BK1TH[:, :, 0].swapaxes(2, 3), v_BK1TH[:, :, 0])
     attend = partial(partial_attention, scale=spec.score_scale, cap=spec.score_cap)
     parts = [_attend_new(attend, q_BKGTH, rows, mask_BTT)]

@@ -48,6 +48,8 @@ ARRAYS = {
     "o_DF": Array(("model", "query"), _OUT, quantisable=True),
     "q_norm_H": Array(("head",), (None,)),
     "k_norm_H": Array(("head",), (None,)),
+    "q_norm_F": Array(("query",), (None,)),
+    "k_norm_F": Array(("key",), (None,)),
     "after_attention_norm_D": Array(("model",), (None,)),
     # MLP
     "mlp_norm_D": Array(("model",), (None,)),
@@ -145,18 +147,19 @@ def _attention(spec: TargetSpec) -> dict[str, str]:
     """Maps names of a layer's attention and norms to their keys."""
     # With norms after attention, that norm has the name that the one before the MLP has elsewhere.
     after = "after_attention_norm_D" if spec.post_norms else "mlp_norm_D"
-    names = {
-        "input_layernorm": "input_norm_D",
+    names = {"input_layernorm": "input_norm_D"} if spec.pre_norms else {}
+    names |= {
         "self_attn.q_proj": "q_FD",
         "self_attn.k_proj": "k_FD",
         "self_attn.v_proj": "v_FD",
         "self_attn.o_proj": "o_DF",
         "post_attention_layernorm": after,
     }
-    if spec.qk_norm:
-        names |= {"self_attn.q_norm": "q_norm_H", "self_attn.k_norm": "k_norm_H"}
+    if spec.qk_norm or spec.qk_norm_whole:
+        end = "F" if spec.qk_norm_whole else "H"
+        names |= {f"self_attn.{name}_norm": f"{name}_norm_{end}" for name in "qk"}
     if spec.post_norms:
-        names["pre_feedforward_layernorm"] = "mlp_norm_D"
+        names |= {"pre_feedforward_layernorm": "mlp_norm_D"} if spec.pre_norms else {}
         names["post_feedforward_layernorm"] = "after_mlp_norm_D"
     return names
 

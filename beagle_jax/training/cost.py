@@ -105,7 +105,7 @@ def stage_cost(
     state, frozen = (
         _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
     )
-    batch = batch_shapes(config, target.hidden_size, len(spec.taps))
+    batch = batch_shapes(config, spec)
     batch = (
         batch
         if online is None
@@ -186,7 +186,7 @@ def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
     return memory.temp_size_in_bytes, total, ""
 
 
-def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
+def batch_shapes(config: Config, spec: DraftSpec) -> Batch:
     """Returns the shapes of a loader's batch in which every row is full and supervised."""
     L, stored = config.train.row_tokens, config.data.states_dtype or config.target.dtype
     # One channel is enough: the loader copies states.
@@ -196,10 +196,12 @@ def batch_shapes(config: Config, width: int, taps: int = 0) -> Batch:
         full, [narrow_L1] * len(full), batch=len(full), row_tokens=L, seed=0
     ).batch_at(0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
-    states = jax.ShapeDtypeStruct((len(full), L, width * max(taps, 1)), narrow_L1.dtype)
-    targets = jax.ShapeDtypeStruct((len(full), L, width), narrow_L1.dtype) if taps else None
+    states = jax.ShapeDtypeStruct((len(full), L, spec.input_width), narrow_L1.dtype)
+    targets = jax.ShapeDtypeStruct((len(full), L, spec.target_width), narrow_L1.dtype)
     scale = jax.ShapeDtypeStruct((len(full), L), jnp.float32) if stored == "int8" else None
-    return shapes._replace(inputs_BLI=states, targets_BLD=targets, scale_BL=scale)
+    return shapes._replace(
+        inputs_BLI=states, targets_BLD=targets if spec.taps else None, scale_BL=scale
+    )
 
 
 def row_flops(spec: DraftSpec, stage: StageConfig, vocab: int, L: int, T: int) -> float:

@@ -16,7 +16,7 @@ def early_states(
     params: dict[str, jax.Array],
     spec: LayerSpec,
     e_BTD: jax.Array,
-    h_BLD: jax.Array,
+    h_BLI: jax.Array,
     length_BC: AnyArray,
     first_BC: AnyArray,
     *,
@@ -28,13 +28,13 @@ def early_states(
     The query at window offset r predicts r + 1 tokens ahead.
 
     e_BTD: embeddings of the row's queries. The queries of a chat start at position first_BC
-    (model/packing.py); windows are counted from that position. h_BLD: true states of the whole row,
+    (model/packing.py); windows are counted from that position. h_BLI: true states of the whole row,
     with the training noise if any; used as keys and values only.
     """
-    L, T = h_BLD.shape[1], e_BTD.shape[1]
+    L, T = h_BLI.shape[1], e_BTD.shape[1]
     mask_BTL = early_block_mask(length_BC, L, window, offset, first_BC, T)
     at_BT, at_BL = queries(T, length_BC, first_BC).position_BT, places(L, length_BC).place_BX
-    return block_of(spec).bind({"params": params})(e_BTD, h_BLD, mask_BTL, at_BT, at_BL)
+    return block_of(spec).bind({"params": params})(e_BTD, h_BLI, mask_BTL, at_BT, at_BL)
 
 
 def predict_early(
@@ -57,8 +57,8 @@ def early_flops(spec: LayerSpec, stage: StageConfig, vocab: int, L: int, T: int)
 
     True states have no gradient (method.md 3).
     """
-    D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
-    return layer_flops(spec, vocab, L, T, T) + 2 * L * 2 * 2 * D * KH
+    KH = spec.num_kv_heads * spec.head_dim
+    return layer_flops(spec, vocab, L, T, T) + 2 * L * 2 * 2 * spec.input_width * KH
 
 
 EARLY = Objective(predict_early, early_flops)

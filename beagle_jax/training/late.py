@@ -76,7 +76,7 @@ def late_states(
     params: dict[str, jax.Array],
     spec: LayerSpec,
     e_BTD: jax.Array,
-    h_BLD: jax.Array,
+    h_BLI: jax.Array,
     length_BC: AnyArray,
     first_BC: AnyArray,
     *,
@@ -89,16 +89,16 @@ def late_states(
     """Simulates `steps` draft steps in every window of every row (method.md 4.1, 4.5b).
 
     e_BTD: embeddings of the row's queries. The queries of a chat start at position first_BC
-    (model/packing.py); windows are counted from that position. h_BLD: true states of the whole row,
+    (model/packing.py); windows are counted from that position. h_BLI: true states of the whole row,
     with the training noise if any; used as keys and values only. detach: stop the gradient where
     later steps read predicted states (method.md 4.6). multi_token: step i predicts all offsets from
     i - 1 to the end of the window, instead of offset i - 1 alone (l = k in method.md 4.2).
     """
     block = block_of(spec).bind({"params": params})
-    (_, L, D), T = h_BLD.shape, e_BTD.shape[1]
+    L, (_, T, D) = h_BLI.shape[1], e_BTD.shape
     at = window_queries(length_BC - first_BC, T, window, window if multi_token else steps, offset)
     B, U, J = at.query_BUJ.shape
-    true_rows = block.keys_values(h_BLD, places(L, length_BC).place_BX)
+    true_rows = block.entry_rows(h_BLI, places(L, length_BC).place_BX)
     position_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ
     e_BUJD = of_row(e_BTD, at.query_BUJ)
     q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
@@ -212,9 +212,10 @@ def _simulated_flops(
     Keys are computed from L true states and from the predicted states that later steps read.
     """
     predicted = drafts * (stage.simulation_steps - 1)
-    passes = 2 * L + reading_cost(stage) * predicted
+    passes = reading_cost(stage) * predicted
     D, KH = spec.hidden_size, spec.num_kv_heads * spec.head_dim
-    return layer_flops(spec, vocab, L, queries, outputs) + passes * 2 * 2 * D * KH
+    products = 2 * L * spec.input_width + passes * D
+    return layer_flops(spec, vocab, L, queries, outputs) + products * 2 * 2 * KH
 
 
 LATE = Objective(predict_late, late_flops)

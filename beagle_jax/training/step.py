@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig, TrainConfig
 from beagle_jax.data.loader import Batch
+from beagle_jax.data.state_records import apart
 from beagle_jax.data.target_forward import states_at
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.packing import of_row, places, queries
-from beagle_jax.model.target import embed
+from beagle_jax.model.target import FINAL, embed
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import objective_of
@@ -150,6 +151,17 @@ def add_noise(
     )
 
 
+def _noisy_inputs(spec: DraftSpec, batch: Batch, config: TrainConfig, key: jax.Array) -> jax.Array:
+    """Adds noise to what the draft reads; beside the states, streams get none (method.md 15).
+
+    Noise prepares a draft for its own predictions, which have no streams.
+    """
+    h_BLI = jnp.asarray(batch.inputs_BLI)
+    beside = len(spec.streams) * spec.target_width if FINAL in spec.taps else 0
+    noisy = add_noise(h_BLI[..., beside:], batch.length_BC, config, key)
+    return jnp.concatenate([h_BLI[..., :beside], noisy], axis=-1) if beside else noisy
+
+
 def stage_loss(
     params: dict[str, jax.Array],
     spec: DraftSpec,
@@ -177,8 +189,7 @@ def stage_loss(
     noise_key, offset_key = jax.random.split(key)
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.predicted_BLD)
-    h_BLI = add_noise(jnp.asarray(batch.inputs_BLI), batch.length_BC, config, noise_key)
-    h_BLI = h_BLI.astype(dtype)
+    h_BLI = _noisy_inputs(spec, batch, config, noise_key).astype(dtype)
     slot_BT = queries(batch.counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
 
     def embedded(tokens: jax.Array) -> jax.Array:
@@ -327,10 +338,8 @@ def with_states(frozen: FrozenTarget, batch: Batch, taps: tuple[int, ...] = ()) 
     assert frozen.model is not None and frozen.spec is not None  # `data.states: online`
     with jax.named_scope("target"):
         states_BLI = states_at(frozen.model, frozen.spec, batch.tokens_BL, batch.length_BC, taps)
-    if not taps:
-        return batch._replace(inputs_BLI=states_BLI)
-    final = states_BLI.shape[-1] * len(taps) // (len(taps) + 1)
-    return batch._replace(inputs_BLI=states_BLI[..., :final], targets_BLD=states_BLI[..., final:])
+    inputs_BLI, targets_BLD = apart(states_BLI, taps)
+    return batch._replace(inputs_BLI=inputs_BLI, targets_BLD=targets_BLD)
 
 
 def make_steps(

@@ -94,9 +94,9 @@ def _feature_moments(
     query = queries(T, part.length_BC, part.first_BC)
     e_BTD = embed(embed_VD, of_row(part.tokens_BL, query.slot_BT), spec.embed_scale)
     mask_BTL = early_block_mask(part.length_BC, L, 1, jnp.int32(0), part.first_BC, T)
-    states_BLD = jnp.asarray(part.predicted_BLD)
+    states_BLD, inputs_BLI = jnp.asarray(part.predicted_BLD), jnp.asarray(part.inputs_BLI)
     y_BTD, gated_BTF = block.before_down(
-        e_BTD, block.attend(e_BTD, states_BLD, mask_BTL, query.position_BT)
+        e_BTD, block.attend(e_BTD, inputs_BLI, mask_BTL, query.position_BT)
     )
     feature_BTF = gated_BTF * part.counted_BT[..., None]
 

@@ -98,13 +98,13 @@ def file_tensors(draft: Draft) -> dict[str, np.ndarray]:
 def settings(spec: DraftSpec) -> dict[str, Any]:
     """Returns the draft's settings as the files store them.
 
-    `embed_scale` is left out, because it is the target's own. `qkv_bias` is stored only if it is
-    true: older files lack it, and their digests were computed without it.
+    `embed_scale` is left out, because it is the target's own. `qkv_bias` and `state_layers` are
+    stored only if they are set: older files lack them, and their digests were computed without.
     """
     return {
         key: value
         for key, value in asdict(spec).items()
-        if key != "embed_scale" and (key, value) != ("qkv_bias", False)
+        if key != "embed_scale" and (key, value) not in (("qkv_bias", False), ("state_layers", ()))
     }
 
 
@@ -313,7 +313,7 @@ def read_spec(
         if value is not None and type(values[key]) is not type(value):
             raise BadFile(path, f"{key} is {values[key]!r}; expected a value like {value!r}")
     spec = kind(**values)
-    if beyond := [tap for tap in spec.taps if not 0 <= tap <= target.num_layers]:
+    if beyond := [tap for tap in spec.streams if not 0 <= tap <= target.num_layers]:
         raise UserError(
             f"{folder}: this draft belongs to another target (it reads the streams {beyond}, the "
             f"target has 0 to {target.num_layers})"

@@ -124,7 +124,13 @@ def _layer(config: dict[str, Any], target: TargetSpec, source: Path) -> TargetSp
     unknown += ["norms of queries and keys"] * layer.qk_norm + ["a sliding window"] * bool(
         layer.windows
     )
-    unknown += ["Gemma's layer"] * layer.post_norms + ["experts"] * (layer.experts is not None)
+    unknown += ["parts of heads or of layers that are not rotated"] * bool(
+        layer.unrotated or layer.rotary_dim
+    )
+    unknown += ["norms after its parts alone"] * (not layer.pre_norms)
+    unknown += ["Gemma's layer"] * (layer.post_norms and layer.pre_norms) + ["experts"] * (
+        layer.experts is not None
+    )
     if unknown:
         raise UserError(
             f"{source}: config.json has {' and '.join(unknown)}; expected one plain Llama layer, "

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.json_file import read_json
+from beagle_jax.model.config_values import fp8_block
+from beagle_jax.model.wrapped import is_wrapper, text_config, text_name
+from beagle_jax.weights.block_scales import ScaledPlace, with_scales
 from beagle_jax.weights.model_files import (
     INDEX,
     OTHER_FORMS,
@@ -150,7 +153,8 @@ def _check_sentencepiece(path: Path) -> None:
 class HFFolder(HFTokenizer):
     """A local folder in the format of `save_pretrained`.
 
-    Only safetensors are read, because pickles can run code.
+    Of a multimodal model it shows the text model alone (`model/wrapped.py`). Only safetensors are
+    read, because pickles can run code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,7 +177,7 @@ class HFFolder(HFTokenizer):
 
     def config(self) -> dict[str, Any]:
         """Returns config.json, with the head untied if the files hold a separate head."""
-        config = super().config()
+        config = dict(text_config(super().config()))
         if config.get("tie_word_embeddings") is not False and self._has_own_head:
             config["tie_word_embeddings"] = False
         return config
@@ -190,7 +194,7 @@ class HFFolder(HFTokenizer):
         if head.shape != embedding.shape:
             return True
 
-        def rows(place: Place, start: int) -> np.ndarray:
+        def rows(place: Place | ScaledPlace, start: int) -> np.ndarray:
             return place.read((slice(start, start + _ROWS), slice(None)), np.dtype(np.float32))
 
         return not all(
@@ -199,7 +203,7 @@ class HFFolder(HFTokenizer):
         )
 
     @cached_property
-    def places(self) -> list[tuple[str, Place]]:
+    def places(self) -> list[tuple[str, Place | ScaledPlace]]:
         """Returns the place of every tensor, file by file.
 
         Raises:
@@ -209,7 +213,12 @@ class HFFolder(HFTokenizer):
         places_by_file = {file.name: places(file) for file in self._files}
         if (self.path / INDEX).exists() and not is_whole(self.path):
             check_index(self.path / INDEX, places_by_file)
-        return [(name, place) for held in places_by_file.values() for name, place in held.items()]
+        stored = [(name, place) for held in places_by_file.values() for name, place in held.items()]
+        config = super().config() if (self.path / "config.json").exists() else {}
+        if is_wrapper(config):
+            named = [(text_name(name), place) for name, place in stored]
+            stored = [(name, place) for name, place in named if name is not None]
+        return with_scales(stored, fp8_block(config))
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Lists names and shapes of all tensors; a name in two files appears twice."""
@@ -220,7 +229,7 @@ class HFFolder(HFTokenizer):
         return self._by_name[name].read(index, dtype)
 
     @cached_property
-    def _by_name(self) -> dict[str, Place]:
+    def _by_name(self) -> dict[str, Place | ScaledPlace]:
         return dict(self.places)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

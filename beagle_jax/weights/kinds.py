@@ -41,16 +41,20 @@ LAYER_TENSORS = {
 
 FILES: dict[str, KindFiles] = {
     "beagle": KindFiles(
-        LAYER_TENSORS,
+        {
+            **LAYER_TENSORS,
+            "k_layers": "self_attn.k_layers.weight",
+            "v_layers": "self_attn.v_layers.weight",
+        },
         TorchForm(
             model_type="beagle_draft_torch",
-            modules=("modeling_beagle",),
+            modules=("modeling_beagle", "modeling_tree"),
             classes="Beagle",
             title="A Beagle",
             tag="beagle",
             description="One cross-attention block",
             paper="Beagle, arXiv 2505.24544",
-            code="`modeling_beagle.py` is",
+            code="`modeling_beagle.py` and `modeling_tree.py` are",
         ),
     ),
     "eagle": KindFiles(
@@ -64,13 +68,13 @@ FILES: dict[str, KindFiles] = {
         },
         TorchForm(
             model_type="eagle_draft_torch",
-            modules=("modeling_eagle", "modeling_beagle"),
+            modules=("modeling_eagle", "modeling_beagle", "modeling_tree"),
             classes="Eagle",
             title="An EAGLE",
             tag="eagle",
             description="A fusion layer and one decoder layer",
             paper="EAGLE-1 and EAGLE-2, arXiv 2401.15077",
-            code="`modeling_eagle.py` and `modeling_beagle.py` are",
+            code="`modeling_eagle.py`, `modeling_beagle.py` and `modeling_tree.py` are",
         ),
     ),
     "eagle3": KindFiles(

@@ -1,6 +1,6 @@
 """A Beagle draft in PyTorch, with greedy speculative decoding.
 
-Needs only torch and transformers.
+Needs only torch and transformers. modeling_tree.py stands beside this file.
 
 Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention
 block. The query is the embedding of the token at position i. Keys and values come from states at
@@ -26,6 +26,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from .modeling_tree import Tree
+
 _MASKED_SCORE = -1e30  # finite: a query that sees no key would compute inf - inf
 
 
@@ -47,6 +49,7 @@ class BeagleConfig(PretrainedConfig):
         vocab_size: int = 64,
         num_hot_tokens: int = 0,
         input_norm: bool = True,
+        state_layers: Sequence[int] = (),
         target: str | None = None,
         provenance: dict | None = None,
         **kwargs: Any,
@@ -54,7 +57,8 @@ class BeagleConfig(PretrainedConfig):
         """Stores the shape; other arguments go to PretrainedConfig.
 
         vocab_size: the target's. num_hot_tokens: number of tokens that the draft scores (0: all).
-        input_norm: whether queries are made from normed embeddings.
+        input_norm: whether queries are made from normed embeddings. state_layers: layers of the
+        target whose inputs keys and values of true states are made from too (`hidden_states[i]`).
         """
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -67,6 +71,7 @@ class BeagleConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.num_hot_tokens = num_hot_tokens
         self.input_norm = input_norm
+        self.state_layers = list(state_layers)
         self.target = target
         self.provenance = provenance
         super().__init__(**kwargs)
@@ -88,54 +93,6 @@ class Generated(NamedTuple):
 
     sequences: torch.Tensor  # [1, prompt and new tokens], with the end token if there is one
     rounds: int  # of draft, verify and accept, without the prefill
-
-
-class Tree:
-    """A static draft tree, given as paths of child ranks.
-
-    The path (0, 2) is the third-best continuation of the best first token. Node 0 is the root, the
-    last known token. Nodes are ordered by depth, then by path, so parents precede their children.
-    """
-
-    def __init__(self, paths: Sequence[Sequence[int]]) -> None:
-        ordered = [(), *sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))]
-        node_of = {path: node for node, path in enumerate(ordered)}
-        if len(ordered) != len(paths) + 1 or len(node_of) != len(ordered):
-            raise ValueError(f"paths {list(paths)} has a repeated or an empty path")
-        for path in ordered[1:]:
-            if path[:-1] not in node_of or min(path) < 0:
-                raise ValueError(
-                    f"paths: the parent of {list(path)} is not in the list, or a rank is negative"
-                )
-        self.size = len(ordered)
-        self.rank = [path[-1] if path else 0 for path in ordered]
-        self.depth = [len(path) for path in ordered]
-        self.parent = [node_of[path[:-1]] for path in ordered]  # the root is its own parent
-        self.children = [
-            [node_of[path] for path in ordered[1:] if path[:-1] == parent] for parent in ordered
-        ]
-        self.ancestors = [
-            {node_of[path[:end]] for end in range(len(path))} for path in ordered
-        ]  # strict
-        inner = [node for node in range(self.size) if self.children[node]]
-        # The nodes queried in each draft step: those of one depth that have children.
-        self.levels = [
-            [node for node in inner if self.depth[node] == depth]
-            for depth in range(max(self.depth))
-        ]
-        self.is_chain = self.depth == list(range(self.size))
-
-    def accepted(self, tokens: Sequence[int], best: Sequence[int]) -> list[int]:
-        """Returns the accepted nodes, from the root on.
-
-        A node is accepted if its token is the target's choice (`best`) at its parent.
-        """
-        path = [0]
-        while matching := [
-            node for node in self.children[path[-1]] if tokens[node] == best[path[-1]]
-        ]:
-            path.append(matching[0])
-        return path
 
 
 class _Norm(nn.Module):
@@ -175,7 +132,7 @@ class BeagleDraft(PreTrainedModel):
             config.num_key_value_heads * config.head_dim,
         )
         self.self_attn = _Projections(
-            q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D)
+            q_proj=(D, NH), k_proj=(D, KH), v_proj=(D, KH), o_proj=(NH, D), **self._of_layers(D, KH)
         )
         self.mlp = _Projections(gate_proj=(D, F), up_proj=(D, F), down_proj=(F, D))
         self.input_layernorm = _Norm(D, config.rms_norm_eps) if config.input_norm else nn.Identity()
@@ -186,6 +143,10 @@ class BeagleDraft(PreTrainedModel):
             )
         self.post_init()
 
+    def _of_layers(self, D: int, KH: int) -> dict[str, tuple[int, int]]:
+        width = D * len(self.config.state_layers)
+        return dict(k_layers=(width, KH), v_layers=(width, KH)) if width else {}
+
     # The block
 
     def fuse(self, e_BTD: torch.Tensor, h_BTD: torch.Tensor) -> torch.Tensor:
@@ -193,13 +154,30 @@ class BeagleDraft(PreTrainedModel):
         return e_BTD
 
     def true_rows(
-        self, h_BSD: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
+        self, h_BSI: torch.Tensor, next_BSD: torch.Tensor, positions_S: torch.Tensor
     ) -> KeysValues:
         """Returns the keys and values of true states that decoding caches.
 
-        next_BSD: embeddings of the tokens after these states.
+        h_BSI: the inputs of `config.state_layers` side by side, then the states. next_BSD:
+        embeddings of the tokens after these states.
         """
-        return self.keys_values(h_BSD, positions_S)
+        D = self.config.hidden_size
+        rows = self.keys_values(h_BSI[..., -D:], positions_S)
+        if not self.config.state_layers:
+            return rows
+        x_BSI = self._beside(h_BSI)
+        k_BKSH = self._rotated(self.self_attn.k_layers(x_BSI), positions_S)
+        return KeysValues(
+            rows.k_BKSH + k_BKSH, rows.v_BKSH + self._heads(self.self_attn.v_layers(x_BSI))
+        )
+
+    def _beside(self, h_BSI: torch.Tensor) -> torch.Tensor:
+        """Returns the streams, each with the root mean square of its position's state."""
+        D = self.config.hidden_size
+        x_BSnD = h_BSI[..., :-D].float().unflatten(-1, (-1, D))
+        size_BS11 = h_BSI[..., -D:].float().square().mean(-1).sqrt()[..., None, None]
+        normed_BSnD = x_BSnD * torch.rsqrt(x_BSnD.square().mean(-1, keepdim=True) + 1e-6)
+        return (normed_BSnD * size_BS11).to(h_BSI.dtype).flatten(-2)
 
     def queries(self, e_BTD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Returns rotated queries [B, N, T, H] of token embeddings at their positions."""
@@ -233,17 +211,18 @@ class BeagleDraft(PreTrainedModel):
         )
 
     def forward(
-        self, e_BTD: torch.Tensor, h_BSD: torch.Tensor, mask_BTS: torch.Tensor | None = None
+        self, e_BTD: torch.Tensor, h_BSI: torch.Tensor, mask_BTS: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Predicts states [B, T, D] at positions 0..T-1 from true states at 0..S-1.
 
-        mask_BTS: True where a query sees a state; None: the states before its position.
+        h_BSI: as in `true_rows`. mask_BTS: True where a query sees a state; None: the states before
+        its position.
         """
         positions_T = torch.arange(e_BTD.shape[1], device=e_BTD.device)
-        positions_S = torch.arange(h_BSD.shape[1], device=e_BTD.device)
+        positions_S = torch.arange(h_BSI.shape[1], device=e_BTD.device)
         if mask_BTS is None:
             mask_BTS = (positions_S[None] < positions_T[:, None])[None]
-        memory = self.keys_values(h_BSD, positions_S)
+        memory = self.true_rows(h_BSI, e_BTD, positions_S)
         return self.predict(
             e_BTD, self.queries(e_BTD, positions_T), memory, mask_BTS[:, None, None]
         )
@@ -370,36 +349,37 @@ class BeagleDraft(PreTrainedModel):
             DynamicCache()
         )  # without the config, layers with a window keep all slots, so drafts can be dropped
         embed = target.get_input_embeddings()
-        h_BTD, [root] = _read(target, input_ids, past, last_only=True)
-        true = self._rows(h_BTD, [*input_ids[0, 1:].tolist(), root], embed)
+        layers = self.config.state_layers
+        h_BTI, [root] = _read(target, input_ids, past, layers, last_only=True)
+        true = self._rows(h_BTI, [*input_ids[0, 1:].tolist(), root], embed)
         answer, rounds = [root], 0
         while len(answer) < limit and answer[-1] not in stop:
             tokens = self.draft(
-                tree, answer[-1], true, embed, rows_VD, h_BTD[:, -1:].to(self.dtype)
+                tree, answer[-1], true, embed, rows_VD, h_BTI[:, -1:].to(self.dtype)
             )
-            h_BWD, best = _verified(target, tree, tokens, past)
+            h_BWI, best = _verified(target, tree, tokens, past, layers)
             path = tree.accepted(tokens, best)
             first = true.k_BKSH.shape[2]
             _keep(past, first, path, tree.size)
-            h_BTD, new = h_BWD[:, path], [tokens[node] for node in path[1:]] + [best[path[-1]]]
-            true = true.followed_by(self._rows(h_BTD, new, embed, first))
+            h_BTI, new = h_BWI[:, path], [tokens[node] for node in path[1:]] + [best[path[-1]]]
+            true = true.followed_by(self._rows(h_BTI, new, embed, first))
             end = next((place + 1 for place, token in enumerate(new) if token in stop), len(new))
             answer, rounds = answer + new[:end], rounds + 1
         answer_BT = torch.tensor([answer[:limit]], dtype=input_ids.dtype, device=input_ids.device)
         return Generated(torch.cat([input_ids, answer_BT], dim=1), rounds)
 
     def _rows(
-        self, h_BTD: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0
+        self, h_BTI: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0
     ) -> KeysValues:
         """Returns keys and values of true states from a position on.
 
         after: the tokens that follow these states.
         """
-        next_BTD = embed(torch.tensor([after], device=h_BTD.device)).to(self.dtype)
+        next_BTD = embed(torch.tensor([after], device=h_BTI.device)).to(self.dtype)
         return self.true_rows(
-            h_BTD.to(self.dtype),
+            h_BTI.to(self.dtype),
             next_BTD,
-            torch.arange(first, first + len(after), device=h_BTD.device),
+            torch.arange(first, first + len(after), device=h_BTI.device),
         )
 
     def _check(
@@ -441,21 +421,29 @@ def _read(
     target: PreTrainedModel,
     tokens_BT: torch.Tensor,
     past: DynamicCache,
+    layers: Sequence[int] = (),
     last_only: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, list[int]]:
     """Appends tokens to the target's cache.
 
-    Returns their states [1, T, D] and the target's choice after each token.
+    Returns the inputs of these layers and their states, side by side [1, T, I], and the target's
+    choice after each token.
     """
-    out = target.base_model(input_ids=tokens_BT, past_key_values=past, use_cache=True, **options)
+    options |= dict(use_cache=True, output_hidden_states=bool(layers))
+    out = target.base_model(input_ids=tokens_BT, past_key_values=past, **options)
     h_BTD = out.last_hidden_state
     logits_TV = target.get_output_embeddings()(h_BTD[0, -1:] if last_only else h_BTD[0])
-    return h_BTD, logits_TV.argmax(-1).tolist()
+    streams = [out.hidden_states[layer] for layer in layers]
+    return torch.cat([*streams, h_BTD], dim=-1), logits_TV.argmax(-1).tolist()
 
 
 def _verified(
-    target: PreTrainedModel, tree: Tree, tokens: list[int], past: DynamicCache
+    target: PreTrainedModel,
+    tree: Tree,
+    tokens: list[int],
+    past: DynamicCache,
+    layers: Sequence[int],
 ) -> tuple[torch.Tensor, list[int]]:
     """Runs all nodes through the target in one pass.
 
@@ -464,7 +452,7 @@ def _verified(
     device = target.get_output_embeddings().weight.device
     tokens_BW = torch.tensor([tokens], device=device)
     if tree.is_chain:
-        return _read(target, tokens_BW, past)
+        return _read(target, tokens_BW, past, layers)
     first, W = past.get_seq_length(), tree.size
     above = [
         [other == node or other in tree.ancestors[node] for other in range(W)] for node in range(W)
@@ -475,9 +463,8 @@ def _verified(
     mask_WS = torch.zeros(W, first + W, dtype=target.dtype, device=device)
     mask_WS.masked_fill_(~sees_WS, torch.finfo(target.dtype).min)
     positions_BW = first + torch.tensor([tree.depth], device=device)
-    return _read(
-        target, tokens_BW, past, attention_mask=mask_WS[None, None], position_ids=positions_BW
-    )
+    at = dict(attention_mask=mask_WS[None, None], position_ids=positions_BW)
+    return _read(target, tokens_BW, past, layers, **at)
 
 
 def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:

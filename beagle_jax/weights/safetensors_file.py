@@ -25,6 +25,8 @@ from beagle_jax.errors import BadFile, UserError
 
 _NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 WEIGHT_DTYPES = tuple(_NUMPY)
+FP8 = np.dtype(jnp.float8_e4m3fn)  # only of matrices with scales (weights/block_scales.py)
+_IN_MODELS = _NUMPY | {"F8_E4M3": FP8}
 _LENGTH_BYTES = 8  # the file begins with the length of its JSON header
 _PIECE = 16 << 20  # bytes read by one call
 _VALUES = 1 << 20  # numbers converted at a time
@@ -187,16 +189,15 @@ def places(path: Path) -> dict[str, Place]:
         with safe_open(path, framework="np") as opened:  # checks the header against the file
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 part = opened.get_slice(name)
-                if part.get_dtype() not in WEIGHT_DTYPES:
+                dtype = part.get_dtype()
+                if dtype not in _IN_MODELS:
                     raise BadFile(
                         path,
-                        f"tensor {name} is stored as {part.get_dtype()}; expected "
+                        f"tensor {name} is stored as {dtype}; expected "
                         f"{' or '.join(WEIGHT_DTYPES)}",
                     )
-                offset = start + header[name]["data_offsets"][0]
-                places_by_name[name] = Place(
-                    path, _NUMPY[part.get_dtype()], tuple(part.get_shape()), offset
-                )
+                offset, shape = start + header[name]["data_offsets"][0], tuple(part.get_shape())
+                places_by_name[name] = Place(path, _IN_MODELS[dtype], shape, offset)
     except SafetensorError as error:
         raise BadFile(
             path, f"cannot be read as safetensors ({error}); is the file whole?"

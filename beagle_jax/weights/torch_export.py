@@ -39,6 +39,7 @@ CONFIG_KEYS = {
     "rms_norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
     "input_norm": "input_norm",
+    "state_layers": "state_layers",
     "fc_bias": "fc_bias",
     "qkv_bias": "qkv_bias",
     "rope_scaling": "frequency_scaling",  # transformers would interpret "rope_scaling" itself
@@ -132,12 +133,13 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
             "the converter, please report it"
         )
     rng = np.random.default_rng(0)
-    e_BTD, h_BSD = rng.standard_normal((2, 1, _POSITIONS, draft.spec.hidden_size), np.float32)
+    e_BTD = rng.standard_normal((1, _POSITIONS, draft.spec.hidden_size), np.float32)
+    h_BSI = rng.standard_normal((1, _POSITIONS, draft.spec.input_width), np.float32)
     head_VD = rng.standard_normal((vocab_size, draft.spec.hidden_size), np.float32)
     with torch.no_grad():
-        states = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSD))
+        states = module(torch.from_numpy(e_BTD), torch.from_numpy(h_BSI))
         logits = states @ module.head_rows(torch.from_numpy(head_VD)).T
-    expected = _jax_outputs(draft, e_BTD, h_BSD, head_VD)
+    expected = _jax_outputs(draft, e_BTD, h_BSI, head_VD)
     differences = {
         name: _difference(array.numpy(), expected[name])
         for name, array in (("states", states), ("logits", logits))
@@ -154,14 +156,14 @@ def check_parity(folder: Path, draft: Draft, vocab_size: int) -> dict[str, float
 
 
 def _jax_outputs(
-    draft: Draft, e_BTD: np.ndarray, h_BSD: np.ndarray, head_VD: np.ndarray
+    draft: Draft, e_BTD: np.ndarray, h_BSI: np.ndarray, head_VD: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Returns states and logits of the JAX block for the same inputs (`teacher_forced`)."""
     params = {name: jnp.asarray(array, jnp.float32) for name, array in draft.params.items()}
     rows_VD = head_VD if draft.hot_ids is None else head_VD[np.asarray(draft.hot_ids)]
     with jax.default_matmul_precision("highest"):
         states = block_of(draft.spec).apply(
-            {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSD), method="teacher_forced"
+            {"params": params}, jnp.asarray(e_BTD), jnp.asarray(h_BSI), method="teacher_forced"
         )
         return {"states": np.asarray(states), "logits": np.asarray(states @ rows_VD.T)}
 

@@ -129,7 +129,7 @@ def _check_config(config: dict[str, Any], spec: DraftSpec, vocab_size: int, wher
     sizes = {
         CONFIG_KEYS[key]: value
         for key, value in settings(spec).items()
-        if key not in ("init_std", "input_norm", "rope_scaling")
+        if key not in ("init_std", "input_norm", "rope_scaling", "state_layers")
     }
     wrong = [
         f"{name} {values[name]} there, {value} here"
