@@ -14,8 +14,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.tensors import ARRAYS, Tensor
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
 
 DATA, FSDP, TENSOR, COPIES = "data", "fsdp", "tensor", "copies"
 _ROWS = (DATA, FSDP)  # the axes over which a batch of training is split
@@ -400,6 +401,17 @@ def split_over(mesh: Mesh | None) -> Iterator[None]:
         yield
     finally:
         _split.reset(before)
+
+
+def split(method: M) -> M:
+    """Wraps a method of an object with a `mesh`, to run within `split_over` of it."""
+
+    @wraps(method)
+    def within(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with split_over(self.mesh):
+            return method(self, *args, **kwargs)
+
+    return cast(M, within)
 
 
 def top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -96,13 +96,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
         checked = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
     notes = _notes(config, target)
     made = report(
-        bench,
-        measured,
-        config.model_dump(),
-        costs,
-        notes=notes,
-        audit=checked,
-        throughput=batches,
+        bench, measured, config.model_dump(), costs, notes=notes, audit=checked, throughput=batches
     )
     if out is not None:
         _write(config, bench, measured, made, local(out))

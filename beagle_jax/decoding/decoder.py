@@ -44,7 +44,7 @@ from beagle_jax.decoding.stream import Stream
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
-from beagle_jax.sharding import check_split, decoding_mesh, place, decoding_parts
+from beagle_jax.sharding import check_split, decoding_mesh, decoding_parts, place
 from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 

@@ -7,8 +7,7 @@ once for each shape. `with_` replaces a part by another function.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,21 +45,9 @@ from beagle_jax.model.target import (
     init_cache,
     logits,
 )
-from beagle_jax.sharding import split_over
+from beagle_jax.sharding import split
 
 _STATIC = {"static": True}
-M = TypeVar("M", bound=Callable[..., Any])
-
-
-def _split(method: M) -> M:
-    """Wraps a part of a round to know over which mesh the vocabulary is split."""
-
-    @wraps(method)
-    def over(self: "Round", *args: Any, **kwargs: Any) -> Any:
-        with split_over(self.mesh):
-            return method(self, *args, **kwargs)
-
-    return cast(M, over)
 
 
 @jax.tree_util.register_dataclass
@@ -130,7 +117,7 @@ class Round:
         state = idle(cache, draft, batch, capacity, self.filters, self.target.spec.vocab_size)
         return constrained(state, self.mesh)
 
-    @_split
+    @split
     def run(self, state: DecodeState) -> tuple[DecodeState, jax.Array]:
         """Runs one round of every row. Also returns the target's states [B, W, D] of the nodes.
 
@@ -150,7 +137,7 @@ class Round:
                 state = _with_drafted(state, proposal.nodes, accepted)
         return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
-    @_split
+    @split
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
         draw = None
@@ -181,7 +168,7 @@ class Round:
             taps=self.drafter.taps,
         )
 
-    @_split
+    @split
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
@@ -329,7 +316,7 @@ class Round:
         """Returns the random key [B, T] of each position of an answer, for one purpose."""
         return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
-    @_split
+    @split
     def read_chunk(
         self,
         state: DecodeState,
