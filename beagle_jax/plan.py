@@ -1,6 +1,6 @@
 """Estimates memory, time and disk of a run before it starts.
 
-python -m beagle_jax.plan --config FILE [--topology v5e:4x4]
+python -m beagle_jax.plan --config FILE [--decode] [--topology v5e:4x4]
 """
 
 import sys
@@ -22,7 +22,20 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument(
         "--topology",
         metavar="NAME",
-        help="compile for this TPU topology, for example v5e:4x4; needs libtpu, but no TPU",
+        help="compile for a TPU topology or for GPUs that are not there, for example v5e:4x4, "
+        "h100:8, l4, b200:2x8; needs libtpu or JAX's CUDA plugin",
+    )
+    made.add_argument(
+        "--decode",
+        action="store_true",
+        help="plan decoding instead of training: memory, kernels and the least time of a round",
+    )
+    made.add_argument("--batch", type=int, metavar="N", help="with --decode: rows (1)")
+    made.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="with --decode: tokens of a row, at most the target's (4096)",
     )
     made.add_argument(
         "--devices",
@@ -34,6 +47,12 @@ def main(argv: Sequence[str]) -> None:
     arguments = made.parse_args(argv)
     if arguments.devices is not None and arguments.devices < 1:
         raise UsageError(f"--devices is {arguments.devices}; expected at least 1")
+    for name in ("batch", "context"):
+        value = getattr(arguments, name)
+        if value is not None and not arguments.decode:
+            raise UsageError(f"--{name} is for decoding; add --decode, or leave it out")
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; expected at least 1")
     config = read_config(arguments)
     with working(arguments):
         from beagle_jax.commands.plan import plan

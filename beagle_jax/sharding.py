@@ -5,14 +5,20 @@ batch. `fsdp` splits them too, and also every trained matrix and its optimizer s
 gathered where it is used. `tensor` splits heads, MLP width and vocabulary. Arrays carry shardings,
 programs do not: `jax.jit` takes shardings of inputs and outputs (formerly pjit), and XLA inserts
 the collectives. A dimension that its axis does not divide is not split.
+
+A mesh for decoding has a fourth axis, `copies`: `tensor` is then no larger than the number of KV
+heads, and devices along `copies` hold the same keys and values, but different query heads.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -24,20 +30,28 @@ from beagle_jax.model.kinds import KINDS
 from beagle_jax.model.tensors import ARRAYS, Tensor
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-_ROWS = (DATA, FSDP)  # the axes over which a batch is split
+DATA, FSDP, TENSOR, COPIES = "data", "fsdp", "tensor", "copies"
+_ROWS = (DATA, FSDP)  # the axes over which a batch of training is split
 
 # The only table of logical axis -> mesh axis. The target's arrays (model/tensors.py) and the
 # parameters of each kind of draft (`DraftSpec.axes`) name logical axes; other arrays are
 # replicated. Products that end in the hidden size (o, down, fc) are split along the dimension that
 # they sum over, so one all-reduce follows each. The vocabulary is never split over fsdp: each row
 # needs all of it, and gathering it would cost more memory than splitting it saves.
-_RULES = {"vocabulary": TENSOR, "inner": TENSOR, "model": FSDP, None: None}
+_RULES: dict[str | None, tuple[str, ...]] = {
+    "vocabulary": (TENSOR, COPIES),
+    "inner": (TENSOR, COPIES),
+    "kv": (TENSOR,),
+    "model": (FSDP,),
+    None: (),
+}
+_Axes = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
 
 
-def _axes_of(name: str) -> tuple[str | None, ...] | None:
-    """Returns the logical axes of the array with this name; None if none are declared."""
+def _axes_of(name: str) -> _Axes | None:
+    """Returns the mesh axes of the array with this name; None if none are declared."""
     declared: list[tuple[str | None, ...]] = [ARRAYS[name].axes] if name in ARRAYS else []
     declared += [kind.spec.axes[name] for kind in KINDS.values() if name in kind.spec.axes]
     return tuple(_RULES[axis] for axis in declared[0]) if declared else None
@@ -89,6 +103,82 @@ def own_part(mesh: Mesh) -> Mesh:
     )
 
 
+def mesh_for_decoding(
+    config: MeshConfig,
+    rows: int,
+    what: str,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    always: bool = False,
+) -> Mesh | None:
+    """Returns the mesh of a decoder on the first devices; None for a mesh of one device.
+
+    `mesh.data` of -1 is 1 here, as decoding has few rows. rows, what: how many rows it decodes at
+    once, and which command, for the message. always: one device has a mesh too.
+
+    Raises:
+      UserError: there are fewer devices, or the rows cannot be split over `mesh.data`.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.model_dump() | ({"data": 1} if config.data == -1 else {})
+    if rows % sizes["data"]:
+        raise UserError(
+            f"mesh.data is {sizes['data']}, but {what} decodes {rows} rows at once, which cannot "
+            f"be split into {sizes['data']} equal parts; set mesh.data=1, and mesh.tensor to the "
+            "number of devices"
+        )
+    known = math.prod(size for size in sizes.values() if size > 0)
+    sizes = {name: size if size > 0 else len(devices) // known for name, size in sizes.items()}
+    count = math.prod(sizes.values())
+    if not 1 <= count <= len(devices):
+        requested = ", ".join(f"mesh.{name}={size}" for name, size in config.model_dump().items())
+        raise UserError(
+            f"{requested} needs {max(count, known)} devices, but there are {len(devices)}; lower "
+            "mesh.tensor or mesh.fsdp"
+        )
+    alone = count == 1 and not always
+    return None if alone else make_mesh(MeshConfig(**sizes), devices[:count])
+
+
+def decoding_mesh(mesh: Mesh, num_kv_heads: int) -> Mesh:
+    """Returns the mesh with its tensor axis split into (tensor, copies) for these KV heads.
+
+    The devices keep their order, so arrays that are split alike on both meshes are not moved.
+    """
+    if COPIES in mesh.axis_names:
+        return mesh
+    *rest, tensor = mesh.devices.shape
+    heads = math.gcd(tensor, num_kv_heads)
+    shape = (*rest, heads, tensor // heads)
+    return Mesh(mesh.devices.reshape(shape), (DATA, FSDP, TENSOR, COPIES))
+
+
+def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
+    """Checks that each axis of a decoder's mesh splits something of the target.
+
+    inner: the widths that `mesh.tensor` can split. model: the target's hidden size.
+
+    Raises:
+      UserError: an axis would have no effect.
+    """
+    tensor = math.prod(mesh.shape[axis] for axis in (TENSOR, COPIES) if axis in mesh.axis_names)
+    if all(size % tensor for size in inner):
+        raise UserError(
+            f"mesh.tensor is {tensor}, which divides none of the widths that it splits (queries, "
+            f"MLP and vocabulary: {', '.join(map(str, inner))}); choose a divisor of one of them"
+        )
+    if model % mesh.shape[FSDP]:
+        raise UserError(
+            f"mesh.fsdp is {mesh.shape[FSDP]}, which does not divide the target's hidden size, "
+            f"{model}; choose a divisor of it"
+        )
+
+
+def decoding_parts(mesh: Mesh | None) -> int:
+    """Returns into how many parts decoding splits the rows of a batch."""
+    return 1 if mesh is None else mesh.shape[DATA]
+
+
 def check_rows(batch: int, mesh: Mesh) -> None:
     """Checks that the mesh can split `train.batch` rows evenly.
 
@@ -119,6 +209,15 @@ def place(tree: T, mesh: Mesh | None) -> T:
     return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh))
 
 
+def place_abstract(tree: Any, where: Any) -> Any:
+    """Returns the shapes of arrays, with the shardings of another tree."""
+
+    def put(x: Any, sharding: Sharding) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(put, tree, where)
+
+
 def born(make: Callable[..., T], mesh: Mesh, *arguments: Any) -> T:
     """Runs `make(*arguments)` and creates each array of its result already sharded.
 
@@ -135,6 +234,14 @@ def target_sharding(tensor: Tensor, mesh: Mesh | None) -> Sharding:
         return SingleDeviceSharding(jax.local_devices()[0])
     axes = tuple(_RULES[axis] for axis in tensor.axes)
     return NamedSharding(mesh, _divided(axes, tensor.shape, mesh))
+
+
+def place_head(head_VD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Splits rows of a head or an embedding over the devices; without a mesh, leaves them."""
+    if mesh is None:
+        return head_VD
+    axes = (_RULES["vocabulary"], _RULES[None])
+    return jax.device_put(head_VD, NamedSharding(mesh, _divided(axes, head_VD.shape, mesh)))
 
 
 def replicate(tree: T, mesh: Mesh | None) -> T:
@@ -257,13 +364,88 @@ def over_rows(
     return on_all
 
 
-def cache_shardings(cache: Sequence[KVRows], mesh: Mesh) -> list[KVRows]:
-    """Returns the shardings of keys and values, which are split by head."""
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a decoding state, or of a part of it.
 
-    def put(x: jax.Array) -> Any:  # in the place of the array
-        return NamedSharding(mesh, _divided((None, TENSOR, None, None), x.shape, mesh))
+    Keys and values are split by row and by head, other arrays by row, their first axis.
+    """
 
-    return [KVRows(put(rows.k_BKHS), put(rows.v_BKSH)) for rows in cache]
+    def of_rows(x: jax.Array) -> Any:  # in the place of the array
+        axes = ((DATA,), *(() for _ in x.shape[1:])) if x.ndim else ()
+        return NamedSharding(mesh, _divided(axes, x.shape, mesh))
+
+    def of_cache(x: jax.Array) -> Any:
+        return NamedSharding(mesh, _divided(((DATA,), _RULES["kv"], (), ()), x.shape, mesh))
+
+    def each(part: Any) -> Any:
+        if isinstance(part, KVRows):
+            return KVRows(of_cache(part.k_BKHS), of_cache(part.v_BKSH))
+        return of_rows(part)
+
+    return jax.tree.map(each, tree, is_leaf=lambda part: isinstance(part, KVRows))
+
+
+def place_state(tree: T, mesh: Mesh | None) -> T:
+    """Places a decoding state, or a part of it; returns it unchanged without a mesh."""
+    return tree if mesh is None else jax.device_put(tree, state_shardings(tree, mesh))
+
+
+_split: ContextVar[Mesh | None] = ContextVar("_split", default=None)
+
+
+@contextmanager
+def split_over(mesh: Mesh | None) -> Iterator[None]:
+    """While a program is traced: `top_k` finds the vocabulary split over this mesh."""
+    before = _split.set(mesh)
+    try:
+        yield
+    finally:
+        _split.reset(before)
+
+
+def split(method: M) -> M:
+    """Wraps a method of an object with a `mesh`, to run within `split_over` of it."""
+
+    @wraps(method)
+    def within(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with split_over(self.mesh):
+            return method(self, *args, **kwargs)
+
+    return cast(M, within)
+
+
+def top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` over the last axis, the vocabulary; equal values are in its order.
+
+    Within `split_over`, each device sorts its own part, and `count` numbers of each are exchanged.
+    XLA alone would gather all logits on every device.
+    """
+    mesh, V = _split.get(), logits.shape[-1]
+    named = None if mesh is None else _parts(_RULES["vocabulary"], V, mesh)
+    axes = (named,) if isinstance(named, str) else named or ()
+    width = V // math.prod(mesh.shape[axis] for axis in axes) if mesh else V
+    if mesh is None or width == V or count > width:
+        return jax.lax.top_k(logits, count)
+
+    def of_parts(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, index = jax.lax.top_k(part, count)
+        index = index + jax.lax.axis_index(axes) * width
+        values, index = (
+            jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) for x in (values, index)
+        )
+        best, place = jax.lax.top_k(values, count)
+        return best, jnp.take_along_axis(index, place, axis=-1)
+
+    rows: list[Any] = [None] * (logits.ndim - 1)
+    if rows:
+        rows[0] = _parts((DATA,), logits.shape[0], mesh)
+    return jax.shard_map(
+        of_parts,
+        mesh=mesh,
+        in_specs=P(*rows, axes),
+        out_specs=(P(*rows, None), P(*rows, None)),
+        check_vma=False,
+    )(logits)
 
 
 def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -285,10 +467,17 @@ def _spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return _divided(axes, shape, mesh) if len(axes) == len(shape) else P()
 
 
-def _divided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    return P(
-        *(
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        )
-    )
+def _divided(axes: _Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Splits each dimension over as many of its axes, from the first on, as divide it."""
+    return P(*(_parts(each, size, mesh) for each, size in zip(axes, shape, strict=True)))
+
+
+def _parts(axes: tuple[str, ...], size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    used: list[str] = []
+    for axis in axes:
+        if axis not in mesh.axis_names:
+            continue
+        if size % math.prod(mesh.shape[name] for name in (*used, axis)):
+            break
+        used.append(axis)
+    return used[0] if len(used) == 1 else tuple(used) or None

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -19,14 +20,15 @@ import numpy as np
 from conftest import TINY
 from decode_cases import NEVER, append_at_once, next_stop, round_of, target_of
 
-from beagle_jax.decoding import engine
+from beagle_jax.decoding import engine, writer
 from beagle_jax.decoding.round import Chunk, Round
 from beagle_jax.decoding.sampling import GREEDY, Sampling, knobs_of
 from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree, chain, dynamic_tree
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.cache import KVCache
+from beagle_jax.model.cache import KVCache, KVRows
 from beagle_jax.model.eagle import EagleSpec, init_eagle
+from beagle_jax.model.target import init_cache
 from beagle_jax.weights.draft import Draft
 
 # Heads wide enough that the scores of a chunk or a tree over all slots are small beside the keys.
@@ -94,13 +96,14 @@ def _draft(kind: str) -> Draft | None:
     return None
 
 
-def _measured(jitted, now: Round, state: DecodeState, *more, **static) -> dict:
-    """Compiles and runs a program that takes a round, the state and more."""
+def _measured(jitted, now: Round | None, state: DecodeState, *more, **static) -> dict:
+    """Compiles and runs a program that takes a round, if any, the state and more."""
     sizes, cache_bytes = {x.size for x in caches(state)}, sum(x.nbytes for x in caches(state))
-    compiled = jitted.lower(now, state, *more, **static).compile()
+    first = (state,) if now is None else (now, state)
+    compiled = jitted.lower(*first, *more, **static).compile()
     memory = compiled.memory_analysis()
     last_states = [x for x in jax.tree.leaves(state.draft) if x.ndim == 3]  # EAGLE's
-    compiled(now, state, *more)
+    compiled(*first, *more)
     return {
         "cache": cache_bytes,
         "reused": memory.alias_size_in_bytes,
@@ -128,16 +131,59 @@ def rounds(
 def chunk(kind: str, *, first: bool, eos_ids=NEVER) -> dict:
     """Reads the first chunk of two prompts, or a later one, into two of the sequences."""
     now, state = _begun(kind, ROOT_ONLY if kind == "none" else chain(3), GREEDY, eos_ids)
+    return _measured(engine.admit, now.reading, state, _text(first=first), first=first)
+
+
+def _text(*, first: bool) -> Chunk:
     key_R = jax.vmap(jax.random.key)(jnp.arange(CHUNK_ROWS))
     requests = Requests(np.full(CHUNK_ROWS, 8, np.int32), key_R, knobs_of([GREEDY] * CHUNK_ROWS))
-    text = Chunk(
+    return Chunk(
         np.array([2, 0], np.int32),
         np.ones((CHUNK_ROWS, T), np.int32),
         np.int32(0 if first else T),
         np.full(CHUNK_ROWS, 2 * T, np.int32),
         requests,
     )
-    return _measured(engine.admit, now.reading, state, text, first=first)
+
+
+def released(release=engine.release) -> dict:
+    """Ends the answers of some rows: the caches pass through."""
+    _, state = _begun("beagle", chain(3), GREEDY)
+    return _measured(release, None, state, np.array([True, False, True]))
+
+
+def turned_at_exit() -> dict:
+    """Planted: a program whose caches leave it with their slots in another order."""
+
+    @partial(jax.jit, donate_argnames=("state",))
+    def release(state: DecodeState, row_B: jax.Array) -> DecodeState:
+        state = engine.release(state, row_B)
+        layers = [
+            KVRows(layer.k_BKHS[..., ::-1], layer.v_BKSH[:, :, ::-1])
+            for layer in state.cache.layers
+        ]
+        return state._replace(cache=state.cache.with_(layers=layers))
+
+    return released(release)
+
+
+def _ring() -> tuple[Round, DecodeState]:
+    """The round and the state of the writer of training text."""
+    now = round_of(target_of(SPEC, NEVER), None, ROOT_ONLY, GREEDY)
+    state = writer._begin(SPEC, init_cache(SPEC, 1, T, jnp.float32), batch=B, max_new=S - 4 * T)
+    return now, writer._resized(state, np.arange(B), 4 * T)
+
+
+def written() -> dict:
+    """Rounds that keep the target's states."""
+    return _measured(engine.advance_keeping, *_ring(), rounds=2)
+
+
+def after_a_prefix() -> dict:
+    """Reads prompts behind a prefix that all of them share."""
+    now, state = _ring()
+    prefix = init_cache(SPEC, 1, T, jnp.float32)
+    return _measured(engine.admit_after, now, state, _text(first=False), prefix)
 
 
 def chunk_put_at_once() -> dict:
@@ -160,6 +206,9 @@ CASES: dict[str, Callable[[], dict]] = {
     "first chunk": lambda: chunk("beagle", first=True),
     "later chunk": lambda: chunk("beagle", first=False),
     "EAGLE's later chunk": lambda: chunk("eagle", first=False),
+    "released rows": released,
+    "written text": written,
+    "a chunk after a prefix": after_a_prefix,
 }
 PLANTED: dict[str, Callable[[], dict]] = {
     "not given away": lambda: rounds(
@@ -167,6 +216,7 @@ PLANTED: dict[str, Callable[[], dict]] = {
     ),
     "appended at once": lambda: rounds("none", ROOT_ONLY, append=append_at_once),
     "chunk put at once": chunk_put_at_once,
+    "turned at exit": turned_at_exit,
 }
 
 

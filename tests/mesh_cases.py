@@ -137,14 +137,17 @@ def run(
     }
 
 
-def vocabulary_sent(program: str) -> list[str]:
-    """Lists collectives that move an array as long as the vocabulary or a device's part of it."""
+def vocabulary_sent(program: str, also: tuple[int, ...] = ()) -> list[str]:
+    """Lists collectives that move an array as long as the vocabulary or a device's part of it.
+
+    also: other lengths that nothing sent may have.
+    """
     sent = re.findall(
         r"= \(?([^=()]*)\)? "
         r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
         program,
     )
-    sizes = {str(V // parts) for parts in (1, 2, 4, 8)}
+    sizes = {str(size) for size in (V, V // 2, V // 4, V // 8, *also)}
     return [
         f"{kind} {shapes}"
         for shapes, kind in sent

@@ -47,7 +47,7 @@ def test_what_decides_each_result():
     assert set(Identity.of(CONFIG.eval, "tau").values) == {
         "eval.suites",
         "eval.best_by",
-    "eval.every",
+        "eval.every",
         "eval.train_prompts",
         "eval.max_new_tokens",
     }

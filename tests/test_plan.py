@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from beagle_jax import plan as entry
+from beagle_jax import topology
 from beagle_jax.commands.plan import disk, table
 from beagle_jax.config import (
     Config,
@@ -425,17 +426,17 @@ def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, ca
     def unknown(**_):
         raise ValueError("no topology v9")
 
-    monkeypatch.setattr(cost.topologies, "get_topology_desc", unknown)
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", unknown)
     with pytest.raises(
         UserError,
         match=r"--topology v9:4x4: libtpu does not know it \(no topology v9\); examples: v5e:4x4",
     ):
-        cost.topology_devices("v9:4x4")
+        topology.topology_devices("v9:4x4")
 
 
 def test_a_tpu_that_is_not_there_compiles_the_step():
     pytest.importorskip("libtpu", reason="needs the tpu extra")
-    devices = cost.topology_devices("v5e:2x2")
+    devices = topology.topology_devices("v5e:2x2")
     planned_cost = stage_cost(
         "late", config_of(batch=4), TARGET, V, make_mesh(MeshConfig(fsdp=2), devices)
     )

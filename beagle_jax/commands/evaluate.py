@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from beagle_jax.config import Config, DecodeConfig, Identity
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.fingerprint import fingerprints
@@ -35,6 +37,7 @@ from beagle_jax.evaluation.suites import suite
 from beagle_jax.evaluation.throughput import throughput
 from beagle_jax.files import write_text
 from beagle_jax.remote import fetch, local, publish
+from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.terminal import listen
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target, configured_target
@@ -51,6 +54,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     listen()
     if audited:
         check_audited(config)
+    mesh = mesh_for_decoding(config.mesh, 1, "evaluate")
     suites = {
         name: suite(name, config.eval.limit, config.eval.folder) for name in config.eval.suites
     }
@@ -64,12 +68,12 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
             "draft.path or eval.compare is plain, which means decoding without a draft and is "
             "always measured; remove it, or write ./plain for a folder of this name"
         )
-    target = configured_target(config.target, decoding=True)
+    target = configured_target(config.target, mesh, decoding=True)
     drafts = {name: drafter_of(config, target, name) for name in names}
     context = context_for(
         suites, target.tokenizer, config.eval.max_new_tokens, target.spec.max_positions
     )
-    bench = _bench(config, target, drafts, context)
+    bench = _bench(config, target, drafts, context, mesh)
     log = None
     if out is not None:
         folder = local(out)
@@ -92,13 +96,7 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
         checked = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
     notes = _notes(config, target)
     made = report(
-        bench,
-        measured,
-        config.model_dump(),
-        costs,
-        notes=notes,
-        audit=checked,
-        throughput=batches,
+        bench, measured, config.model_dump(), costs, notes=notes, audit=checked, throughput=batches
     )
     if out is not None:
         _write(config, bench, measured, made, local(out))
@@ -131,15 +129,19 @@ def _notes(config: Config, target: Target) -> list[str]:
 
 
 def _bench(
-    config: Config, target: Target, drafts: dict[str, Draft | Lookup], context: int
+    config: Config,
+    target: Target,
+    drafts: dict[str, Draft | Lookup],
+    context: int,
+    mesh: Mesh | None,
 ) -> Bench:
     def system(name: str, draft: Draft | Lookup) -> System:
         trained = draft.provenance.get("training", {}) if isinstance(draft, Draft) else {}
-        decoder = decoder_of(config, target, draft, context=context)
+        decoder = decoder_of(config, target, draft, context=context, mesh=mesh)
         return System(name, decoder, trained.get("row_tokens"))
 
     return Bench(
-        System("plain", SpeculativeDecoder(target, context=context)),
+        System("plain", SpeculativeDecoder(target, context=context, mesh=mesh)),
         tuple(system(name, draft) for name, draft in drafts.items()),
         target.tokenizer,
         context,

@@ -9,6 +9,7 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder, Stream
 from beagle_jax.decoding.requests import NOT_FINITE, Answers, Options
 from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import PromptError, UserError
+from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.target import Target, configured_target
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
@@ -16,9 +17,10 @@ _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
 def load(config: Config) -> tuple[Target, SpeculativeDecoder]:
     """Loads the target and its speculative decoder with the draft."""
+    mesh = mesh_for_decoding(config.mesh, 1, "generate")
     check_drafter(config)
-    target = configured_target(config.target, decoding=True)
-    return target, decoder_of(config, target, drafter_of(config, target))
+    target = configured_target(config.target, mesh, decoding=True)
+    return target, decoder_of(config, target, drafter_of(config, target), mesh=mesh)
 
 
 def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: Namespace) -> None:
@@ -34,7 +36,8 @@ def answer(config: Config, target: Target, fast: SpeculativeDecoder, arguments: 
             print("\n[stopped; both ways of decoding are not compared]")
             raise
     with terminal.working(arguments):
-        text, figures = compare(config, fast, SpeculativeDecoder(target), arguments.prompt, options)
+        plain = SpeculativeDecoder(target, mesh=fast.mesh)
+        text, figures = compare(config, fast, plain, arguments.prompt, options)
     figures["quantised"] = target.quantised and target.quantised._asdict()
     terminal.show(arguments, text, figures)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.commands.plan_decode import plan_decoding
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
@@ -20,11 +21,13 @@ from beagle_jax.hardware import chip_of
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.terminal import size
-from beagle_jax.training.cost import StageCost, stage_cost, topology_devices
+from beagle_jax.topology import topology_devices
+from beagle_jax.training.cost import StageCost, stage_cost
 from beagle_jax.weights.orbax_target import abstract_params
 from beagle_jax.weights.shape import parameter_count, planned_spec
 
 _UTILISATION = 0.4  # share of the chip's peak that the time estimate assumes
+_GPU_SHARE = 0.75  # of a GPU's memory, which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 _CHECKPOINTS = 3  # per stage on disk at once: two complete, one being written
 
 
@@ -42,6 +45,8 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
     devices = topology_devices(arguments.topology) if arguments.topology else jax.devices()
+    if arguments.decode:
+        return plan_decoding(config, arguments, devices, memory_of(devices[0]))
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.train.batch, mesh)
     target = planned_spec(config.target)
@@ -91,7 +96,9 @@ def memory_of(device: jax.Device) -> float | None:
     chip = chip_of(device.device_kind)
     # A program has to fit the share of memory that a GPU's runtime hands out.
     limit = None if chip and device.platform == "tpu" else _reported_limit(device)
-    return limit or (chip.memory if chip else None)
+    if limit or chip is None:
+        return limit
+    return chip.memory if device.platform == "tpu" else _GPU_SHARE * chip.memory
 
 
 def _reported_limit(device: jax.Device) -> float | None:

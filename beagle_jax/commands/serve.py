@@ -7,6 +7,7 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.build import PLAIN, check_drafter, decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.errors import UsageError
+from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.target import configured_target
 
 
@@ -34,10 +35,12 @@ def _report(model: str, address: str) -> None:
 def load(config: Config) -> SpeculativeDecoder:
     """Loads the decoder of a config, whose context is at most `serve.context`."""
     path = draft_path(config)
+    mesh = mesh_for_decoding(config.mesh, config.serve.rows, "serve")
     if path != PLAIN:
         check_drafter(config)
-    target = configured_target(config.target, decoding=True)
+    target = configured_target(config.target, mesh, decoding=True)
     context = min(config.serve.context, target.spec.max_positions)
     if path == PLAIN:
-        return SpeculativeDecoder(target, context=context)
-    return decoder_of(config, target, drafter_of(config, target), context=context)
+        return SpeculativeDecoder(target, context=context, mesh=mesh)
+    draft = drafter_of(config, target)
+    return decoder_of(config, target, draft, context=context, mesh=mesh)

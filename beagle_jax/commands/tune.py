@@ -22,6 +22,7 @@ from beagle_jax.errors import UserError
 from beagle_jax.evaluation.plots import plot_tuning
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
+from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.draft import check_there, load_draft
 from beagle_jax.weights.target import configured_target
 
@@ -38,12 +39,14 @@ def choose_tree(config: Config, arguments: Namespace) -> tuple[str, dict]:
             "decode.append_predicted is false, but tune measures trees whose deeper levels see "
             "predicted states; leave it true"
         )
+    mesh = mesh_for_decoding(config.mesh, 1, "tune")
     chats = suite(config.eval.suites[0], arguments.prompts, config.eval.folder)
     check_there(draft_path(config))
-    target = configured_target(config.target, decoding=True)
+    target = configured_target(config.target, mesh, decoding=True)
     draft, prompts = load_draft(draft_path(config), target.spec), tokenize(chats, target.tokenizer)
-    tuning = tune(target, draft, answers_for_tuning(target, prompts, config.eval.max_new_tokens))
-    path = tuned_path(config.target.cache_dir, target, draft)
+    texts = answers_for_tuning(target, prompts, config.eval.max_new_tokens, mesh)
+    tuning = tune(target, draft, texts, mesh)
+    path = tuned_path(config.target.cache_dir, target, draft, mesh)
     remember(path, tuning.best)
     if arguments.plot:
         plot_tuning(tuning, arguments.plot)

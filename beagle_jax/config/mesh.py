@@ -1,4 +1,4 @@
-"""Section `mesh`: how training is spread over devices."""
+"""Section `mesh`: how training and decoding are spread over devices."""
 
 from typing import Annotated, Self
 
@@ -23,15 +23,27 @@ _Size = Annotated[
 
 
 class MeshConfig(Section):
-    """How training is spread over devices (sharding.py). The sizes multiply to their number."""
+    """How training and decoding are spread over devices (sharding.py).
+
+    In training the sizes multiply to the number of devices. A decoder takes the first devices.
+    """
 
     data: _Size = setting(
-        -1, "parts of a batch (data parallel); -1: all devices that the others leave"
+        -1,
+        "parts of a batch (data parallel); -1: all devices that the others leave, in decoding 1",
+        affects=("answers",),
     )
     fsdp: _Size = setting(
-        1, "parts of a batch, of each trained matrix and of its optimizer state; -1: the rest"
+        1,
+        "training: parts of a batch, of each trained matrix and of its optimizer state; decoding: "
+        "parts of each matrix; -1: the rest",
+        affects=("answers",),
     )
-    tensor: _Size = setting(1, "parts of heads, MLP width and vocabulary; -1: the rest")
+    tensor: _Size = setting(
+        1,
+        "parts of heads, MLP width and vocabulary; -1: the rest",
+        affects=("answers",),
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -25,7 +25,7 @@ class Config(Section):
     draft: DraftConfig = setting(DraftConfig(), "the drafter")
     data: DataConfig = setting(DataConfig(), "chats to train on")
     train: TrainConfig = setting(TrainConfig(), "training stages, and the settings they share")
-    mesh: MeshConfig = setting(MeshConfig(), "devices of a training run")
+    mesh: MeshConfig = setting(MeshConfig(), "devices of a run")
     decode: DecodeConfig = setting(DecodeConfig(), "draft tree, sampling, end of an answer")
     eval: EvalConfig = setting(EvalConfig(), "prompts and limits of evaluation")
     log: LogConfig = setting(LogConfig(), "metrics of a training run")

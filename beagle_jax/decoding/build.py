@@ -2,11 +2,14 @@
 
 import logging
 
+from jax.sharding import Mesh
+
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.tree import Tree, chain, tree_of
 from beagle_jax.decoding.tuning import tuned_path, tuned_tree
+from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target, configured_target
 
@@ -49,9 +52,16 @@ def drafter_of(config: Config, target: Target, path: str | None = None) -> Draft
 
 
 def decoder_of(
-    config: Config, target: Target, draft: Draft | Lookup, *, context: int | None = None
+    config: Config,
+    target: Target,
+    draft: Draft | Lookup,
+    *,
+    context: int | None = None,
+    mesh: Mesh | None = None,
 ) -> SpeculativeDecoder:
     """Builds the decoder of a config from a loaded target and draft.
+
+    mesh: of `mesh_for_decoding`, over which the target was loaded.
 
     `decode.tree: auto` uses the tree that `tune` chose on this machine, or decodes plainly, with a
     warning, if no tree was faster. Prompt lookup drafts a chain of as many tokens as the tree
@@ -61,7 +71,7 @@ def decoder_of(
     if isinstance(draft, Lookup):
         tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
     elif decode.tree == "auto":
-        tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft))
+        tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft, mesh))
         if not tree.depth:
             _log.warning(
                 "decode.tree is auto, and tune found no tree that is faster than plain decoding "
@@ -76,18 +86,20 @@ def decoder_of(
         context=context,
         append_predicted=decode.append_predicted,
         rule=decode.rule,
+        mesh=mesh,
     )
 
 
 def decoder_from(config: Config) -> SpeculativeDecoder:
     """Loads the target and the draft of a config and builds their decoder.
 
-    `draft.path: plain` decodes without a draft. Raises UserError if the target or the draft cannot
-    be loaded.
+    `draft.path: plain` decodes without a draft. A decoder over a mesh rounds rows up to a multiple
+    of `mesh.data`. Raises UserError if the target or the draft cannot be loaded.
     """
     path = draft_path(config)
+    mesh = mesh_for_decoding(config.mesh, max(config.mesh.data, 1), "a decoder")
     if path == PLAIN:
-        return SpeculativeDecoder(configured_target(config.target, decoding=True))
+        return SpeculativeDecoder(configured_target(config.target, mesh, decoding=True), mesh=mesh)
     check_drafter(config)
-    target = configured_target(config.target, decoding=True)
-    return decoder_of(config, target, drafter_of(config, target))
+    target = configured_target(config.target, mesh, decoding=True)
+    return decoder_of(config, target, drafter_of(config, target), mesh=mesh)

@@ -44,7 +44,7 @@ from beagle_jax.decoding.stream import Stream
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
-from beagle_jax.sharding import place
+from beagle_jax.sharding import check_split, decoding_mesh, decoding_parts, place
 from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 
@@ -82,9 +82,9 @@ class SpeculativeDecoder:
         the settings (`decode.tree`) with a draft, and plain decoding without one. context: limit of
         a prompt and its answer together, in tokens; all caches then have this capacity. None: the
         limit is the target's own context, and caches have the largest capacity that a call has
-        needed so far.
+        needed so far. Capacities are multiples of 128 slots, with room for a round's drafts.
         append_predicted: predicted states become keys of deeper levels. rule: how drafts are
-        accepted (`rules.RULES`). mesh: the devices over which the target is sharded.
+        accepted (`rules.RULES`). mesh: the devices over which target, draft and rows are split.
 
         Raises:
             UserError: Draft, tree, rule, context and target do not fit each other.
@@ -96,6 +96,7 @@ class SpeculativeDecoder:
             draft = draft.read(target)
         if context is not None:
             context = whole_number("context", context, 1)
+        mesh = None if mesh is None else _checked_mesh(mesh, target)
         params = place(target.params, mesh)
         drafter = drafter_for(
             draft if tree.depth else None, params, append_predicted=append_predicted, mesh=mesh
@@ -108,9 +109,11 @@ class SpeculativeDecoder:
                 f"{tree.depth + 1}; choose a context of {tree.depth + 2} to "
                 f"{target.spec.max_positions} tokens"
             )
-        self._fixed = context is not None
+        self._fixed, self._row_parts = context is not None, decoding_parts(mesh)
         self._conversations: WeakSet[Conversation] = WeakSet()
-        self._capacity = 0 if context is None else round_up(context + tree.depth + 1, 64)
+        self._capacity = 0
+        if context is not None:
+            self._capacity = round_up(context + tree.depth + 1, CAPACITY_BUCKET)
         self._codec = Codec(
             target.tokenizer,
             target.eos_ids,
@@ -153,6 +156,16 @@ class SpeculativeDecoder:
     def tree(self) -> Tree:
         """The tree that each round drafts."""
         return self._round.tree
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row: those of its `context`, or the most that a call has needed so far."""
+        return self._capacity
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices of this decoder; None for one."""
+        return self._round.mesh
 
     def with_(self, **parts: Callable[..., Any]) -> Self:
         """Returns a decoder with parts of its rounds replaced (`Round.with_`)."""
@@ -283,6 +296,7 @@ class SpeculativeDecoder:
         self._check_rule([common])
         now = replace(self._round, filters=filters_for([common], self._codec.eos_ids))
         capacity = max(self._capacity, CAPACITY_BUCKET)
+        batch = round_up(batch, self._row_parts)
         session = Session(now, self._codec, made.requests(prompts), batch, capacity)
         return made.answers(session)
 
@@ -377,16 +391,18 @@ class SpeculativeDecoder:
         source: see `Session`; its requests come from `checked`. filters: cover all of them.
         plain: decodes without the draft. rounds_per_look: rounds between two pieces of an answer.
         """
+        if rows % self._row_parts:
+            raise UserError(
+                f"{rows} rows cannot be split over mesh.data={self._row_parts}; choose a multiple "
+                "of it"
+            )
         now = replace(self._round.plain if plain else self._round, filters=filters)
-        # The longest request fits, so that none enlarges the caches: that would compile programs.
-        context, overhang = self._codec.context, self.tree.depth + 1
-        capacity = slots(Request(range(context - 1)), context, overhang)
         return Session(
             now,
             self._codec,
             source,
             rows,
-            max(self._capacity, capacity),
+            self._capacity,  # the longest request fits, so that none enlarges the caches
             streaming=True,
             rounds_per_look=rounds_per_look,
             wide_start=False,
@@ -416,13 +432,11 @@ class SpeculativeDecoder:
         if batch is not None:
             batch = whole_number("batch", batch, 1)
         self._check_rule(requests)
-        rows = min(batch or len(requests), len(requests))
+        rows = round_up(min(batch or len(requests), len(requests)), self._row_parts)
         overhang = self.tree.depth + 1
         if not self._fixed:
             needs = (slots(request, self._codec.context, overhang) for request in requests)
             self._capacity = max(self._capacity, *needs)
-        widest = padded(max(len(request.tokens) for request in requests))
-        self._capacity = max(self._capacity, widest)
         now = replace(self._round, filters=filters_for(requests, self._codec.eos_ids))
         capacity = self._capacity
         if earlier is not None:  # its slots, and room for the padded rest
@@ -436,6 +450,19 @@ class SpeculativeDecoder:
                 "rule 'ratio' needs drawn drafts, but temperature is 0 (greedy); set a "
                 "temperature, or use rule 'match'"
             )
+
+
+def _checked_mesh(mesh: Mesh, target: Target) -> Mesh:
+    """Returns the mesh for a target's KV heads. Raises UserError if it cannot be split so."""
+    if target.quantised is not None:
+        raise UserError(
+            "a quantised target is for one device, but a mesh was given; set target.quantize=none, "
+            "or leave the mesh out"
+        )
+    spec = target.spec
+    widths = (spec.num_heads * spec.head_dim, spec.intermediate_size, spec.vocab_size)
+    check_split(mesh, widths, spec.hidden_size)
+    return decoding_mesh(mesh, spec.num_kv_heads)
 
 
 def _check_parts(target: object, draft: object, tree: object, rule: object) -> None:

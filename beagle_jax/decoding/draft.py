@@ -16,6 +16,7 @@ from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
 from beagle_jax.decoding.tree import Tree
 from beagle_jax.model.precision import exact
+from beagle_jax.sharding import top_k
 
 
 class Frontier(NamedTuple):
@@ -141,7 +142,7 @@ def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax
         # The barrier keeps XLA from computing the product by rows. Where that was measured is in
         # model/target.py, best_tokens.
         logits_BTV = jax.lax.optimization_barrier(logits_VM).T.reshape(B, T, -1)
-        top_BTk, best_BTk = jax.lax.top_k(logits_BTV, k)
+        top_BTk, best_BTk = top_k(logits_BTV, k)
         score_BTk = jnp.zeros_like(top_BTk)
         if tree.scored:
             total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)

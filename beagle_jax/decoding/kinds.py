@@ -11,7 +11,7 @@ from beagle_jax.decoding.trained import (
     TrainedDrafter,
 )
 from beagle_jax.model.target import Params, head
-from beagle_jax.sharding import replicate
+from beagle_jax.sharding import place, place_head, replicate
 from beagle_jax.weights.draft import Draft
 
 TRAINED: dict[str, type[TrainedDrafter]] = {
@@ -27,14 +27,13 @@ def trained_drafter(
     target: its parameters, on their devices. append_predicted: see `TrainedDrafter`.
     """
     spec, targets = draft.spec, (target["embed_VD"], head(target))
-    params, ids_V = replicate((draft.params, draft.hot_ids), mesh)
+    params, ids_V = place(draft.params, mesh), replicate(draft.hot_ids, mesh)
     # All weights are read in the target's dtype: half the bytes beside a bfloat16 target.
     params = {name: array.astype(targets[0].dtype) for name, array in params.items()}
     embed_VD = spec.embedding(params, targets[0])
     rows_VD = spec.head(params, targets[1])
     if rows_VD is targets[1] and ids_V is not None:
-        rows_VD = rows_VD[ids_V]
-    rows_VD = replicate(rows_VD, mesh)
+        rows_VD = place_head(rows_VD[ids_V], mesh)
     return TRAINED[spec.kind](spec, params, embed_VD, DraftHead(rows_VD, ids_V), append_predicted)
 
 

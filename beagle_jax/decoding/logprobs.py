@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.arrays import AnyArray
+from beagle_jax.sharding import top_k
 
 
 class LogProbs(NamedTuple):
@@ -44,7 +45,7 @@ def written_at(
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_sum_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
     own_BT1 = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1) - log_sum_BT1
-    top_BTC, token_BTC = jax.lax.top_k(logits_BTV, before.top_BSC.shape[-1])
+    top_BTC, token_BTC = top_k(logits_BTV, before.top_BSC.shape[-1])
     at = (jnp.arange(len(token_BT))[:, None], place_BT)
     return LogProbs(
         jnp.asarray(before.own_BS).at[at].set(own_BT1[..., 0], mode="drop"),

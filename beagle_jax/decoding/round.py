@@ -45,6 +45,7 @@ from beagle_jax.model.target import (
     init_cache,
     logits,
 )
+from beagle_jax.sharding import split
 
 _STATIC = {"static": True}
 
@@ -116,6 +117,7 @@ class Round:
         state = idle(cache, draft, batch, capacity, self.filters, self.target.spec.vocab_size)
         return constrained(state, self.mesh)
 
+    @split
     def run(self, state: DecodeState) -> tuple[DecodeState, jax.Array]:
         """Runs one round of every row. Also returns the target's states [B, W, D] of the nodes.
 
@@ -135,6 +137,7 @@ class Round:
                 state = _with_drafted(state, proposal.nodes, accepted)
         return self.part("emit")(self, state, accepted, finite_BW), output.states_BTD
 
+    @split
     def propose(self, state: DecodeState) -> Proposal:
         """Drafts the tree of this round."""
         draw = None
@@ -165,6 +168,7 @@ class Round:
             taps=self.drafter.taps,
         )
 
+    @split
     def accept(
         self, state: DecodeState, proposal: Proposal, states_BWD: jax.Array
     ) -> tuple[Accepted, jax.Array]:
@@ -312,6 +316,7 @@ class Round:
         """Returns the random key [B, T] of each position of an answer, for one purpose."""
         return place_keys(jax.vmap(lambda key: jax.random.fold_in(key, purpose))(key_B), place_BT)
 
+    @split
     def read_chunk(
         self,
         state: DecodeState,

@@ -24,6 +24,7 @@ from beagle_jax.arrays import AnyArray
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.decoding.arguments import real_number, whole_number
 from beagle_jax.errors import UserError
+from beagle_jax.sharding import top_k
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
 # If every top-k is at most _FEW, only the _LOOKED_AT largest logits are read (more than top-k,
@@ -246,7 +247,7 @@ def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: i
     """Returns the lowest logit [B, T, 1] that the filters keep, among the `count` largest."""
     B, T, V = logits_BTV.shape
     # Only values are sorted, in two dimensions, for which backends have kernels.
-    sorted_BTk = jax.lax.top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
+    sorted_BTk = top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
     keep_B = jnp.where(knobs.top_k_B > 0, jnp.minimum(knobs.top_k_B, count), count)
     kept_BTk = jnp.broadcast_to(
         jnp.arange(count)[None, None] < keep_B[:, None, None], sorted_BTk.shape
@@ -320,7 +321,7 @@ def _choose_of_few(
 ) -> jax.Array:
     """The same draw, with noise only for the largest logits: no other token can be kept."""
     B, T, V = logits_BTV.shape
-    top_Mk, token_Mk = jax.lax.top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
+    top_Mk, token_Mk = top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
     top_BTk, token_BTk = top_Mk.reshape(B, T, -1), token_Mk.reshape(B, T, -1)
     kept_BTk = filter_logits(top_BTk, knobs, filters)
     noisy_BTk = kept_BTk + _only_drawn(gumbel_of(key_BT, token_BTk), knobs)

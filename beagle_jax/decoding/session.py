@@ -314,6 +314,8 @@ class Session:
         longest = padded(max(len(request.tokens) for request in requests) - first)
         columns = min(longest, PREFILL_CHUNK)
         for start in range(first, first + longest, columns):
+            # The last chunk ends where the cache ends.
+            columns = min(columns, self.capacity - start)
             lines = [n for n, request in enumerate(requests) if len(request.tokens) > start]
             if not lines:
                 return
@@ -447,7 +449,7 @@ def _drafted(snapshot: Snapshot, row: int) -> DraftedTree | None:
 def slots(request: Request, context: int, overhang: int) -> int:
     """Cache slots that a request needs, in buckets. overhang: nodes that a round may add."""
     most = min(len(request.tokens) + request.max_new_tokens, context) + overhang
-    return max(round_up(most, CAPACITY_BUCKET), padded(len(request.tokens)))
+    return round_up(most, CAPACITY_BUCKET)
 
 
 def padded(length: int) -> int:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from beagle_jax.arrays import AnyArray
@@ -13,7 +13,7 @@ from beagle_jax.decoding.logprobs import LogProbs, no_logprobs
 from beagle_jax.decoding.penalties import Ends, History, no_history
 from beagle_jax.decoding.sampling import GREEDY, NO_FILTERS, Filters, Knobs, knobs_of
 from beagle_jax.model.cache import KVCache
-from beagle_jax.sharding import cache_shardings, whole
+from beagle_jax.sharding import state_shardings
 
 
 class Requests(NamedTuple):
@@ -136,17 +136,8 @@ def idle(
     )
 
 
-def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Returns the sharding of each array: the target's cache by head, the rest replicated."""
-    everywhere: NamedSharding = whole(mesh)
-    shardings = jax.tree.map(lambda _: everywhere, state)
-    return shardings._replace(
-        cache=shardings.cache.with_(layers=cache_shardings(state.cache.layers, mesh))
-    )
-
-
 def constrained(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """Constrains a state inside jit to `state_shardings`."""
+    """Constrains a state inside jit to `sharding.state_shardings`."""
     if mesh is None:
         return state
     return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))

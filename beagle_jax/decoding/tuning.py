@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
@@ -36,6 +37,7 @@ from beagle_jax.model.cache import KVRows
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.precision import exact
 from beagle_jax.model.target import Params, TargetSpec, best_tokens, forward, init_cache
+from beagle_jax.sharding import decoding_mesh, place, place_state, split_over
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.target import Target
 
@@ -90,15 +92,22 @@ class Tuning:
         return best if best.tokens_per_second > self.plain_tokens_per_second else None
 
 
-def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int]]]) -> Tuning:
+def tune(
+    target: Target,
+    draft: Draft,
+    texts: Sequence[tuple[list[int], list[int]]],
+    mesh: Mesh | None = None,
+) -> Tuning:
     """Measures this machine and this draft, and ranks all trees by expected speed.
 
-    texts: prompts and the target's answers, as tokens.
+    texts: prompts and the target's answers, as tokens. mesh: the devices that are measured.
 
     Raises:
         UserError: All texts are too short to measure acceptance.
     """
-    drafter = trained_drafter(draft, target.params)
+    mesh = None if mesh is None else decoding_mesh(mesh, target.spec.num_kv_heads)
+    target = replace(target, params=place(target.params, mesh))
+    drafter = trained_drafter(draft, target.params, mesh=mesh)
     model = TargetModel(target.spec, target.params)
     texts_read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
     if not texts_read:
@@ -108,14 +117,14 @@ def tune(target: Target, draft: Draft, texts: Sequence[tuple[list[int], list[int
             "eval.max_new_tokens or --prompts, or set other eval.suites"
         )
     verify_ms = {
-        rows: milliseconds(verifying(target, rows))
+        rows: milliseconds(verifying(target, rows, mesh))
         for rows in tqdm(VERIFY_ROWS, desc="verify cost", unit="size")
     }
     draft_ms, order = {}, {}
     ranks, places = np.zeros((max(LEVELS), max(TOPKS))), 0
     for topk in tqdm(TOPKS, desc="draft cost and acceptance", unit="topk"):
         one_level, four_levels = (
-            milliseconds(drafting(drafter, small_tree(levels, topk))) for levels in (1, 4)
+            milliseconds(drafting(drafter, small_tree(levels, topk), mesh)) for levels in (1, 4)
         )
         for levels in LEVELS:
             draft_ms[levels, topk] = one_level + (levels - 1) * (four_levels - one_level) / 3
@@ -200,9 +209,12 @@ def _verified(
     return jax.lax.fori_loop(0, PASSES, read, token_BW)
 
 
-def verifying(target: Target, rows: int) -> Passes:
-    """Returns a call that verifies `rows` nodes greedily, `PASSES` times."""
-    cache = init_cache(target.spec, 1, _CAPACITY, target.dtype)
+def verifying(target: Target, rows: int, mesh: Mesh | None = None) -> Passes:
+    """Returns a call that verifies `rows` nodes greedily, `PASSES` times.
+
+    mesh: over which the target is split.
+    """
+    cache = place_state(init_cache(target.spec, 1, _CAPACITY, target.dtype), mesh)
     tokens, visible = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, _CAPACITY), bool)
     return Passes(lambda: _verified(target.params, target.spec, tokens, cache, visible), PASSES)
 
@@ -217,21 +229,26 @@ def _full_tree(levels: int, topk: int) -> DynamicTree:
     return dynamic_tree(levels, topk, candidates(levels, topk) + 1)
 
 
-@partial(jax.jit, static_argnames="tree")
-def _drafted(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> jax.Array:
+@partial(jax.jit, static_argnames=("tree", "mesh"))
+def _drafted(
+    drafter: TrainedDrafter, tree: Tree, state: State, known: Known, mesh: Mesh | None
+) -> jax.Array:
     def read(_: jax.Array, root_B: jax.Array) -> jax.Array:
-        return drafter.propose(state, known._replace(root_B=root_B), tree, None).nodes.token_BW[
-            :, -1
-        ]
+        with split_over(mesh):
+            proposal = drafter.propose(state, known._replace(root_B=root_B), tree, None)
+        return proposal.nodes.token_BW[:, -1]
 
     return jax.lax.fori_loop(0, PASSES, read, known.root_B)
 
 
-def drafting(drafter: TrainedDrafter, tree: Tree) -> Passes:
-    """Returns a call that drafts this tree `PASSES` times."""
-    state = drafter.init(1, _CAPACITY)
+def drafting(drafter: TrainedDrafter, tree: Tree, mesh: Mesh | None = None) -> Passes:
+    """Returns a call that drafts this tree `PASSES` times.
+
+    mesh: over which the draft is split.
+    """
+    state = place_state(drafter.init(1, _CAPACITY), mesh)
     known = Known(jnp.zeros(1, jnp.int32), jnp.full(1, _CAPACITY - 8))
-    return Passes(lambda: _drafted(drafter, tree, state, known), PASSES)
+    return Passes(lambda: _drafted(drafter, tree, state, known, mesh), PASSES)
 
 
 def small_tree(levels: int, topk: int) -> DynamicTree:
@@ -378,10 +395,14 @@ def _rank_share(
 
 
 def answers_for_tuning(
-    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    mesh: Mesh | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Returns the target's greedy answers, written as one batch."""
-    answers = SpeculativeDecoder(target).generate(prompts, max_new_tokens=max_new_tokens)
+    plain = SpeculativeDecoder(target, mesh=mesh)
+    answers = plain.generate(prompts, max_new_tokens=max_new_tokens)
     return [(list(prompt), answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
@@ -400,13 +421,14 @@ def _processor() -> str:
     )
 
 
-def tuned_path(cache_dir: str, target: Target, draft: Draft) -> Path:
-    """Returns the path of the tuned tree for this machine, target and draft."""
+def tuned_path(cache_dir: str, target: Target, draft: Draft, mesh: Mesh | None = None) -> Path:
+    """Returns the path of the tuned tree for this machine, mesh, target and draft."""
     quantised = (
         "" if target.quantised is None else f" {target.quantised.kind} {target.quantised.group}"
     )
+    parts = "" if mesh is None else f"|{dict(mesh.shape)}"
     digest = hashlib.sha256(
-        f"{machine()}|{target.source}|{target.dtype}{quantised}|{draft.fingerprint}".encode()
+        f"{machine()}{parts}|{target.source}|{target.dtype}{quantised}|{draft.fingerprint}".encode()
     )
     return Path(cache_dir).expanduser() / "tuned" / f"{digest.hexdigest()[:16]}.json"
 

@@ -125,7 +125,8 @@ class LayerSpec(DraftSpec):
     """Shape of a draft of one decoder layer; a new one has the target's sizes (method.md 2.2)."""
 
     axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _IN),
+        **dict.fromkeys(("q_proj", "gate_proj", "up_proj"), _IN),
+        **dict.fromkeys(("k_proj", "v_proj"), ("kv", "model")),
         **dict.fromkeys(("o_proj", "down_proj"), _OUT),
     }
 

@@ -35,7 +35,7 @@ class Tensor(NamedTuple):
 
 
 _IN, _OUT = ("inner", "model"), ("model", "inner")  # to a layer's inner width, and back
-_TABLE = ("vocabulary", None)
+_KV, _TABLE = ("kv", "model"), ("vocabulary", None)
 ARRAYS = {
     "embed_VD": Array(("vocabulary", "model"), _TABLE),
     "head_VD": Array(("vocabulary", "model"), _TABLE),
@@ -43,8 +43,8 @@ ARRAYS = {
     # attention
     "input_norm_D": Array(("model",), (None,)),
     "q_FD": Array(("query", "model"), _IN, quantisable=True),
-    "k_FD": Array(("key", "model"), _IN, quantisable=True),
-    "v_FD": Array(("key", "model"), _IN, quantisable=True),
+    "k_FD": Array(("key", "model"), _KV, quantisable=True),
+    "v_FD": Array(("key", "model"), _KV, quantisable=True),
     "o_DF": Array(("model", "query"), _OUT, quantisable=True),
     "q_norm_H": Array(("head",), (None,)),
     "k_norm_H": Array(("head",), (None,)),

@@ -133,9 +133,12 @@ class Worker:
         """Compiles all programs, so that no request compiles anything. Before `start`."""
         room = self._decoder.codec.context - 1
         brief = replace(self._defaults, max_new_tokens=2, min_new_tokens=0, seconds=None)
+        lengths = {min(length, room) for length in _WARM_LENGTHS}
+        if self._decoder.capacity - room // PREFILL_CHUNK * PREFILL_CHUNK < PREFILL_CHUNK:
+            lengths.add(room)  # the last chunk of the longest prompts has a shape of its own
         requests = [
             replace(brief, tokens=[0] * length, choice=choice)
-            for length in sorted({min(length, room) for length in _WARM_LENGTHS})
+            for length in sorted(lengths)
             for choice in range(2)
         ]
         # The last one is ended by the host.

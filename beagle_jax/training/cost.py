@@ -6,26 +6,24 @@ TPU topology that is not available (jax.experimental.topologies with the libtpu 
 """
 
 import math
-import re
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.prefetch import AHEAD
 from beagle_jax.data.template import Row
-from beagle_jax.errors import UsageError
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import param_table
-from beagle_jax.sharding import rows, shardings
+from beagle_jax.sharding import place_abstract, rows, shardings
+from beagle_jax.topology import first_line, hidden_warnings
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import asks_for_scored, objective_of
 from beagle_jax.training.step import make_steps
@@ -55,28 +53,6 @@ class StageCost(NamedTuple):
         return self.weights + self.optimizer + self.frozen + self.batch + self.waiting
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """Returns descriptions of the devices of a TPU topology, for example "v5e:4x4".
-
-    Raises:
-        UsageError: libtpu is not installed, or does not know the name.
-    """
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "--topology compiles with the libtpu wheel, which is not installed: pip install "
-            "'beagle-jax[tpu]' (Linux on x86; no TPU is needed)"
-        ) from None
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"--topology {name}: libtpu does not know it ({_first_line(error)}); examples: "
-            "v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2"
-        ) from error
-
-
 def stage_cost(
     name: str,
     config: Config,
@@ -103,7 +79,8 @@ def stage_cost(
     frozen = _frozen(target, spec, stage, draft_vocab, dtype, online)
     beside = _not_read(beside or {}, frozen)
     state, frozen = (
-        _placed(tree, shardings(tree, mesh)) for tree in (jax.eval_shape(init, params), frozen)
+        place_abstract(tree, shardings(tree, mesh))
+        for tree in (jax.eval_shape(init, params), frozen)
     )
     batch = batch_shapes(config, spec)
     batch = (
@@ -111,7 +88,7 @@ def stage_cost(
         if online is None
         else batch._replace(inputs_BLI=None, targets_BLD=None, scale_BL=None)
     )
-    batch = _placed(batch, jax.tree.map(lambda _: rows(mesh), batch))
+    batch = place_abstract(batch, jax.tree.map(lambda _: rows(mesh), batch))
     clock = time.perf_counter()
     temporaries, total, refusal = _compiled(
         train_step.lower(state, frozen, batch, config.train.seed)
@@ -172,11 +149,12 @@ def _compiled(lowered: Any) -> tuple[int | None, int | None, str]:
     If the step does not fit: None, None and the compiler's message.
     """
     try:
-        memory = lowered.compile().memory_analysis()
+        with hidden_warnings():
+            memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, None, _first_line(error)
+        return None, None, first_line(error)
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -225,18 +203,8 @@ def target_flops(spec: TargetSpec, L: int) -> float:
     return L * per_token + spec.num_layers * 2 * 2 * L * L * spec.num_heads * spec.head_dim
 
 
-def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, where
-    )
-
-
 def _bytes(tree: Any) -> int:
     """Bytes on the device that holds the most."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return re.split(r"\n|\. ", str(error).strip())[0][:300]
