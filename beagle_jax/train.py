@@ -1,10 +1,11 @@
 """Trains a draft: python -m beagle_jax.train --config quickstart"""
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
-from beagle_jax.config import resolve_config
+from beagle_jax.config import Config, resolve_config
 from beagle_jax.config.printing import describe
 from beagle_jax.errors import run_main
 from beagle_jax.processes import add_distributed, is_first, join
@@ -37,11 +38,16 @@ def main(argv: Sequence[str]) -> None:
         resolved = resolve_config(arguments.config, arguments.overrides)
         figures = train_draft(config, described=describe(resolved))
     if is_first():
+        named = f"--config {arguments.config}" if arguments.config else _source(config)
         try_it = (
-            f'python -m beagle_jax.generate --config {arguments.config} "your prompt" '
-            f"draft.path={figures['draft']}"
+            f'python -m beagle_jax.generate {named} "your prompt" draft.path={figures["draft"]}'
         )
         show(arguments, f"draft written to {figures['draft']}; try:\n  {try_it}", figures)
+
+
+def _source(config: Config) -> str:
+    """Returns the overrides that name the target, for a run without a config file."""
+    return shlex.join([f"target.source={config.target.source}"])
 
 
 if __name__ == "__main__":

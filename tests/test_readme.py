@@ -113,7 +113,7 @@ def trained(toy, tmp_path_factory) -> dict[str, str]:
     written, try_it = printed.splitlines()
     assert (status, written) == (0, f"draft written to {draft}; try:")
     assert (
-        try_it == '  python -m beagle_jax.generate --config configs/quickstart.yaml "your prompt" '
+        try_it == '  python -m beagle_jax.generate --config quickstart "your prompt" '
         f"draft.path={draft}"
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -152,7 +152,7 @@ def test_a_command_runs(line, trained, tmp_path, monkeypatch):
 
 
 def test_a_command_that_does_not_work_is_seen(trained, tmp_path, monkeypatch, capsys):
-    line = PYTHON_M[0].replace("--config configs/", "--config configs/no_")
+    line = PYTHON_M[0].replace("--config ", "--config no_")
     assert ran(line, trained, tmp_path, monkeypatch)[0] == 2
     assert "no such config file" in capsys.readouterr().err
 
@@ -160,7 +160,7 @@ def test_a_command_that_does_not_work_is_seen(trained, tmp_path, monkeypatch, ca
 def test_the_snippet_runs(trained, monkeypatch, capsys):
     source = SNIPPET
     for real, small in {
-        '"configs/smollm2_135m.yaml"': '"configs/smollm2_135m.yaml", *overrides',
+        '"smollm2_135m"': '"smollm2_135m", *overrides',
         "max_new_tokens=64": "max_new_tokens=8",
         "seed=1)": "seed=1, max_new_tokens=8)",
     }.items():
