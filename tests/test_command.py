@@ -96,7 +96,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
     )
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
     assert [arguments[0] for arguments in seen] == ["early", "late"]
-    for *_, training, held_out, _, _ in seen:
+    for *_, training, held_out, _, _, _ in seen:
         places = []
         for loader in (training, held_out):
             for step in range(loader.steps_per_epoch):
