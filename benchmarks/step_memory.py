@@ -48,7 +48,8 @@ def peak(spec: BeagleSpec, vocab: int, form: str, steps: int, rows: int, width: 
     stage = LateStage(steps=1000, window=steps, simulation_steps=steps, detach=detach)
     shape = jax.ShapeDtypeStruct
     if objective is TEST_TIME:
-        spec = EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False})
+        shared = {name: value for name, value in asdict(spec).items() if name != "state_layers"}
+        spec = EagleSpec(**shared | {"input_norm": False, "fc_bias": False})
     params = {name: shape(size, jnp.float32) for name, size in spec.param_shapes().items()}
     table = shape((vocab, spec.hidden_size), jnp.float32)
 

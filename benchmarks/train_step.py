@@ -103,9 +103,10 @@ def measure(
     table = 0.1 * np.random.default_rng(1).standard_normal(
         (vocab, spec.hidden_size), dtype=np.float32
     )
+    sizes = {name: value for name, value in asdict(spec).items() if name != "state_layers"}
     kinds = {
         "beagle": spec,
-        "eagle": EagleSpec(**asdict(spec) | {"input_norm": False, "fc_bias": False}),
+        "eagle": EagleSpec(**sizes | {"input_norm": False, "fc_bias": False}),
     }
     runs = {
         f"{kind} {name}": ours(kind_spec, batch, table, count)

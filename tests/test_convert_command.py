@@ -313,7 +313,7 @@ def test_a_changed_bit_is_noticed(place, exported, tmp_path, capsys, of):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "arguments are required: --config"),
+        ([], "arguments are required: --out"),
         (["to-torch", "--config", "x"], "arguments are required: --out"),
         (["sideways", "--config", "x", "--out", "y"], "invalid choice: 'sideways'"),
         (
@@ -345,6 +345,6 @@ def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit):
         run_main(convert.main, ["--help"])
     assert (
-        "example:\n  python -m beagle_jax.convert --config configs/quickstart.yaml to-jax --out"
+        "example:\n  python -m beagle_jax.convert --config quickstart to-jax --out"
         in capsys.readouterr().out
     )
