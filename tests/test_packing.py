@@ -269,13 +269,13 @@ def test_every_window_of_every_chat_comes_once(window, steps):
 
 
 def test_noise_is_as_wide_as_the_chat_is_short():
-    length_BC = jnp.array([[100, 400], [500, 0]])
+    length_BC = jnp.array([[150, 350], [500, 0]])
     noise_BLD = np.abs(
         add_noise(
             jnp.zeros((2, 500, 64)), length_BC, TrainConfig(noise_scale=0.2), jax.random.key(0)
         )
     )
-    for part, length in ((noise_BLD[0, :100], 100), (noise_BLD[0, 100:], 400), (noise_BLD[1], 500)):
+    for part, length in ((noise_BLD[0, :150], 150), (noise_BLD[0, 150:], 350), (noise_BLD[1], 500)):
         width = 0.2 * 512 / length / 2
         assert 0.99 * width < part.max() <= width
 
@@ -314,12 +314,12 @@ def test_the_target_reads_each_chat_on_its_own(tiny_params, monkeypatch):
         rows
     )
     monkeypatch.setattr(
-        "beagle_jax.data.states.chats_mask",
+        "beagle_jax.data.target_forward.chats_mask",
         lambda length_BC, width: masks.causal_mask(length_BC.sum(axis=1), width),
     )
     # The other is traced already.
     planted = jax.jit(lambda params, spec, *rest: states_at(params, spec, *rest), static_argnums=1)
-    monkeypatch.setattr("beagle_jax.data.states._states", planted)
+    monkeypatch.setattr("beagle_jax.data.target_forward._states", planted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(states_in_memory(tiny_params, TINY, packed.tokens_BL, packed.length_BC))
 

@@ -31,7 +31,9 @@ _PREFIXES = {
 
 def is_wrapper(config: Mapping[str, Any]) -> bool:
     """Whether a config describes a text model among others."""
-    return config.get("model_type") in _TEXT and isinstance(config.get("text_config"), Mapping)
+    model_type = config.get("model_type")
+    known = isinstance(model_type, str) and model_type in _TEXT
+    return known and isinstance(config.get("text_config"), Mapping)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
