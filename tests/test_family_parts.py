@@ -28,7 +28,8 @@ def _torch_parts(model, tokens_BT):
     parts = {"embedding": model.model.embed_tokens}
     for index, layer in enumerate(model.model.layers):
         named = {
-            "norm": layer.input_layernorm,
+            # OLMo 2 and 3 and EXAONE 4 have norms on outputs alone
+            "norm": getattr(layer, "input_layernorm", layer.post_attention_layernorm),
             "attention": layer.self_attn,
             "mlp": layer.mlp,
             "block": layer,
@@ -64,9 +65,8 @@ def _our_parts(spec, params, inputs):
             return columns(inputs[f"{name} {index}"])
 
         around = ((B, T), rotary[index], None, *masks[index])
-        out[f"norm {index}"] = rows(
-            target_module._norm(spec, at("norm"), layer["input_norm_D"], axis=0)
-        )
+        weight_D = layer["input_norm_D" if spec.pre_norms else "after_attention_norm_D"]
+        out[f"norm {index}"] = rows(target_module._norm(spec, at("norm"), weight_D, axis=0))
         out[f"attention {index}"] = rows(
             target_module._attention(layer, spec, at("attention"), *around)[0]
         )
@@ -102,6 +102,9 @@ def test_rope_equals_torch(family):
     model, target = family
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     for index, tables in enumerate(target_module._layer_rotary(target.spec, positions_BT)):
+        if tables is None:  # SmolLM3 and EXAONE 4 rotate some layers only; logits compare which
+            assert index in target.spec.unrotated
+            continue
         kind = (model.config.layer_types[index],) if target.spec.local_rope_theta else ()
         expected = model.model.rotary_emb(
             torch.zeros(1), torch.from_numpy(np.array(positions_BT)), *kind

@@ -98,7 +98,7 @@ def check_scaled_on_the_device(states, numbers: Batch, dtype) -> None:
     numbers: the int8 batch. dtype: of the target.
     """
     assert numbers.inputs_BLI.dtype == np.int8
-    expected = loader_of([np.asarray(x) for x in states], taps=len(TAPS)).batch_at(0)
+    expected = loader_of([np.asarray(x) for x in states], taps=TAPS).batch_at(0)
     assert expected.inputs_BLI.dtype == np.float32
     table = jnp.zeros((2, WIDTH), dtype)
     scaled = jax.jit(lambda batch: with_states(FrozenTarget(table, table), batch, TAPS))
@@ -111,14 +111,14 @@ def check_scaled_on_the_device(states, numbers: Batch, dtype) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_int8_states_are_shipped_as_int8_and_scaled_on_the_device(tmp_path, dtype):
     states = stored(tmp_path, "int8", TAPS)
-    batch = loader_of(states, taps=len(TAPS)).batch_at(0)
+    batch = loader_of(states, taps=TAPS).batch_at(0)
     assert batch.targets_BLD.dtype == np.int8 and batch.scale_BL.dtype == np.float32
     check_scaled_on_the_device(states, batch, dtype)
 
 
 def test_the_scale_of_another_token_is_seen(tmp_path):
     states = stored(tmp_path, "int8", TAPS)
-    batch = loader_of(states, taps=len(TAPS)).batch_at(0)
+    batch = loader_of(states, taps=TAPS).batch_at(0)
     wrong = batch._replace(scale_BL=np.roll(batch.scale_BL, 1, axis=1))
     with pytest.raises(AssertionError):
         check_scaled_on_the_device(states, wrong, jnp.float32)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -394,7 +395,9 @@ def test_text_is_written_and_training_that_is_cut_goes_on(workplace, tmp_path, m
     write.main([str(tmp_path)])
     assert collect(tmp_path)["answers"] == 12
     requested = loop.StopSignal.requested
-    monkeypatch.setattr(loop.StopSignal, "requested", lambda self: self._see() or True)
+    monkeypatch.setattr(
+        loop.StopSignal, "requested", lambda self: self._see(signal.SIGTERM, None) or True
+    )
     train.main([str(tmp_path)])
     cut = parts.read_parts(tmp_path)["train"]
     assert (cut["finished"], cut["stopped_in"], cut["stopped_after"]) == (False, "early", 1)
