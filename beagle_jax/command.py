@@ -41,7 +41,10 @@ def parser(name: str, purpose: str, example: str, takes: str = "") -> argparse.A
         description=purpose,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    # It works, but who reads the help has found it, and the rest must fit a screen.
+    made.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     made.add_argument(
         "--config",
         type=home,

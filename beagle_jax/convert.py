@@ -30,10 +30,11 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "convert",
-        "Convert drafts to PyTorch or for other servers, and back; targets to other forms.",
+        "Convert drafts and targets to the files of other programs, and back.",
         "python -m beagle_jax.convert --config quickstart to-jax --out out",
         takes="DIRECTION --out FOLDER",
     )
+    made.usage = "python -m beagle_jax.convert --config FILE DIRECTION --out FOLDER [..]"
     made.add_argument(
         "direction",
         choices=_OPTIONS,
@@ -52,7 +53,11 @@ def main(argv: Sequence[str]) -> None:
     pickles = "from-torch, import-eagle: read .bin and .pt too"
     made.add_argument("--allow-pickle", action="store_true", help=pickles)
     made.add_argument(
-        "--for", dest="server", choices=_SERVERS, help="to-eagle: the server that loads the draft"
+        "--for",
+        dest="server",
+        choices=_SERVERS,
+        metavar="SERVER",
+        help="to-eagle: what loads it, eagle, sglang or vllm",
     )
     made.add_argument(
         "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"

@@ -15,33 +15,32 @@ def main(argv: Sequence[str]) -> None:
     """Entry point."""
     made = parser(
         "plan",
-        "Show parameters, operations, memory and disk of a training run, and whether its\nsteps "
-        "compile and fit into memory. Needs no weights.",
-        "python -m beagle_jax.plan --config llama2_7b_chat --topology v5e:4x4 mesh.fsdp=16",
+        "Show operations, memory and disk of a run, and whether it compiles and fits.",
+        "python -m beagle_jax.plan --config qwen3_8b --topology v5e:4x4 mesh.fsdp=16",
     )
     made.add_argument(
         "--topology",
         metavar="NAME",
-        help="compile for a TPU topology or for GPUs that are not there, for example v5e:4x4, "
-        "h100:8, l4, b200:2x8; needs libtpu or JAX's CUDA plugin",
+        help="compile for chips that are not there: v5e:4x4, h100:8, l4, b200:2x8; needs libtpu "
+        "or JAX's CUDA plugin",
     )
     made.add_argument(
         "--decode",
         action="store_true",
-        help="plan decoding instead of training: memory, kernels and the least time of a round",
+        help="plan a step and a round of decoding instead of training",
     )
     made.add_argument("--batch", type=int, metavar="N", help="with --decode: rows (1)")
     made.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="with --decode: tokens of a row, at most the target's (4096)",
+        help="with --decode: tokens of a row (the target's, at most 4096)",
     )
     made.add_argument(
         "--devices",
         type=int,
         metavar="N",
-        help="plan for N virtual CPU devices instead of the devices of this machine",
+        help="plan for N virtual CPU devices, not for this machine's devices",
     )
     add_overrides(made)
     arguments = made.parse_args(argv)

@@ -116,5 +116,5 @@ def test_without_taps_nothing_is_computed_for_them(tiny_params):
 
 
 def test_a_tap_that_is_no_stream(tiny_params):
-    with pytest.raises(ValueError, match=r"taps \[3, -1\]: the target has streams 0 to 2"):
-        _read(tiny_params, TINY, jnp.zeros((1, 2), jnp.int32), (0, 3, -1))
+    with pytest.raises(ValueError, match=r"taps \[3, -2\]: the target has streams 0 to 2"):
+        _read(tiny_params, TINY, jnp.zeros((1, 2), jnp.int32), (0, 3, -2))

@@ -186,7 +186,7 @@ def test_what_it_reads_is_not_what_it_predicts(toy, tiny_params):
 
 
 def test_it_is_saved_and_loaded(toy, tmp_path):
-    hot_ids = jnp.array([5, 2, 60], jnp.int32)
+    hot_ids = jnp.arange(TINY.vocab_size - 1, -1, -1, jnp.int32)  # one for each row of its head
     draft = Draft(toy, fresh_params(toy, jax.random.key(3)), hot_ids, {"target": "a tiny one"})
     save_draft(tmp_path, draft)
     written = json.loads((tmp_path / "config.json").read_text())

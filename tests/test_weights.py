@@ -187,11 +187,11 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together():
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "rope type 'yarn' is not supported",
+            "rope type 'yarn' lacks factor",
         ),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2}},
-            "rope type 'dynamic' is not supported",
+            {"rope_scaling": {"type": "mrope", "factor": 2}},
+            "rope type 'mrope' is not supported",
         ),
         (
             {"model_type": "qwen2", "mlp_bias": True},
