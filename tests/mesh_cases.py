@@ -39,7 +39,8 @@ SPEC = BeagleSpec(
     init_std=0.3,
 )
 # Larger ones round by more than 1e-5.
-EAGLE = EagleSpec(**asdict(SPEC) | {"input_norm": False, "init_std": 0.2})
+_SHARED = {name: value for name, value in asdict(SPEC).items() if name != "state_layers"}
+EAGLE = EagleSpec(**_SHARED | {"input_norm": False, "init_std": 0.2})
 V, B, L = 464, 8, 11  # 464, 232, 116 and 58 are the size of nothing else
 CONFIG = TrainConfig(batch=B, row_tokens=L, loss_rows=8, noise_scale=0.01)
 STAGES = {
