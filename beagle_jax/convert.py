@@ -44,21 +44,12 @@ def main(argv: Sequence[str]) -> None:
     )
     made.add_argument("--out", required=True, type=home, metavar="FOLDER", help="folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    made.add_argument(
-        "--source",
-        type=home,
-        metavar="PATH",
-        help="from-torch, import-eagle: folder, file or hf:org/name",
-    )
+    source = "from-torch, import-eagle: folder, file or hf:org/name"
+    made.add_argument("--source", type=home, metavar="PATH", help=source)
     pickles = "from-torch, import-eagle: read .bin and .pt too"
     made.add_argument("--allow-pickle", action="store_true", help=pickles)
-    made.add_argument(
-        "--for",
-        dest="server",
-        choices=_SERVERS,
-        metavar="SERVER",
-        help="to-eagle: what loads it, eagle, sglang or vllm",
-    )
+    loads = "to-eagle: what loads it, eagle, sglang or vllm"
+    made.add_argument("--for", dest="server", choices=_SERVERS, metavar="SERVER", help=loads)
     made.add_argument(
         "--report", type=home, metavar="FILE", help="to-torch: evaluate --json, for the model card"
     )
