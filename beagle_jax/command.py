@@ -13,6 +13,7 @@ from beagle_jax import terminal
 from beagle_jax.config import Config, resolve_config
 from beagle_jax.config.paths import home
 from beagle_jax.config.printing import describe
+from beagle_jax.config.reading import Resolved
 from beagle_jax.errors import UsageError
 
 
@@ -79,7 +80,12 @@ def add_overrides(made: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """Returns the config of the parsed arguments, and sets the style of progress bars.
+    """Returns the config of the parsed arguments; see `read_resolved`."""
+    return read_resolved(arguments).config
+
+
+def read_resolved(arguments: argparse.Namespace) -> Resolved:
+    """Returns the config with the origin of each value, and sets the style of progress bars.
 
     Raises SystemExit with status 0 if only the config is to be printed.
     """
@@ -89,7 +95,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
     if arguments.print_config:
         print(describe(resolved))
         raise SystemExit(0)
-    return resolved.config
+    return resolved
 
 
 def check_writable(option: str, name: str | None) -> None:

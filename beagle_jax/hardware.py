@@ -7,6 +7,8 @@ as shares of them. NVIDIA's data sheets give many rates with sparsity; this tabl
 
 from typing import NamedTuple
 
+import jax
+
 
 class Core(NamedTuple):
     """What XLA's GPU compiler asks of a GPU, from NVIDIA's documents."""
@@ -127,6 +129,14 @@ CHIPS = {
     "TPU v5 lite": Chip(16 * 2**30, 819e9, 197e12, None, f"{_TPU}, v5e", int8=394e12),
     "TPU v6 lite": Chip(32 * 2**30, 1.64e12, 918e12, None, f"{_TPU}, v6e", int8=1836e12),
 }
+
+
+def memory_stats(device: jax.Device) -> dict[str, int]:
+    """Returns what a device says of its memory; nothing for CPUs and devices of a topology."""
+    try:
+        return device.memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # raised by devices of a topology
+        return {}
 
 
 def chip_of(device_kind: str) -> Chip | None:

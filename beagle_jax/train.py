@@ -4,8 +4,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from beagle_jax.command import add_overrides, parser, read_config
-from beagle_jax.config import Config, resolve_config
+from beagle_jax.command import add_overrides, parser, read_resolved
+from beagle_jax.config import Config
 from beagle_jax.config.printing import describe
 from beagle_jax.errors import run_main
 from beagle_jax.processes import add_distributed, is_first, join
@@ -30,12 +30,12 @@ def main(argv: Sequence[str]) -> None:
     arguments = made.parse_args(argv)
     if arguments.profile is not None:
         arguments.overrides.append(f"log.profile={arguments.profile}")
-    config = read_config(arguments)
+    resolved = read_resolved(arguments)
+    config = resolved.config
     join(arguments)
     with working(arguments):
         from beagle_jax.commands.train import train_draft
 
-        resolved = resolve_config(arguments.config, arguments.overrides)
         figures = train_draft(config, described=describe(resolved))
     if is_first():
         named = f"--config {arguments.config}" if arguments.config else _source(config)

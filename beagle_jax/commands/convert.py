@@ -32,7 +32,7 @@ from beagle_jax.weights.model_card import installed, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.server_files import RECORD, write_published
 from beagle_jax.weights.server_form import Server
-from beagle_jax.weights.target import configured_target, open_source, revision
+from beagle_jax.weights.target import Source, configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
 
@@ -46,12 +46,7 @@ def to_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
     The folder appears only after torch has computed the same values from it as the JAX block.
     """
     require_torch()
-    source = draft_folder(draft_path(config), config.target.cache_dir)
-    out = _free(arguments, source)
-    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
-    target = TargetSpec.from_hf_config(opened.config(), config.target.source)
-    draft = load_draft(source, target)
-    _check_target(draft, config.target.source, source)
+    draft, target, opened, out = _exported(config, arguments)
     results = _results(arguments.report) if arguments.report else None
     with staged(out) as folder:
         write_torch_folder(
@@ -82,25 +77,37 @@ def to_speculators(config: Config, arguments: Namespace) -> tuple[str, dict]:
 
 def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, dict]:
     """Writes the draft for a server; the folder appears only after it reads back bit-equal."""
-    source = Path(config.draft.path or f"{config.train.folder}/draft").expanduser()
-    out = _free(arguments, source)
-    opened = open_source(config.target.source, Path(config.target.cache_dir).expanduser())
-    described = opened.config()
-    target = TargetSpec.from_hf_config(described, config.target.source)
-    draft = load_draft(source, target)
-    _check_target(draft, config.target.source, source)
+    draft, target, opened, out = _exported(config, arguments)
     verifier = {
         "name_or_path": config.target.source.removeprefix("hf:").partition("@")[0],
-        "architectures": described.get("architectures"),
+        "architectures": opened.config().get("architectures"),
     }
     with staged(out) as folder:
         write_published(folder, draft, target, server := Server(name, verifier))
     text = (
-        f"draft written to {out}, in the form that {server.title} loads; it reads back bit-equal. "
-        "That loader itself was not run: its names, shapes and settings were read off its source "
-        "(docs/guide/convert.md)"
+        f"draft written to {_name(out)}, in the form that {server.title} loads; it reads back "
+        "bit-equal. That loader itself was not run: its names, shapes and settings were read off "
+        "its source (docs/guide/convert.md)"
     )
-    return text, {"out": str(out), "server": name, "loader_was_run": False}
+    return text, {"out": _name(out), "server": name, "loader_was_run": False}
+
+
+def _exported(config: Config, arguments: Namespace) -> tuple[Draft, TargetSpec, Source, Path]:
+    """Loads the config's draft for an export, after a check of the folder to write.
+
+    Returns it with its target's shape and files, and the folder.
+    """
+    source = draft_folder(draft_path(config), config.target.cache_dir)
+    out = _free(arguments, source)
+    opened = _opened(config.target)
+    target = TargetSpec.from_hf_config(opened.config(), config.target.source)
+    draft = load_draft(source, target)
+    _check_target(draft, config.target.source, source)
+    return draft, target, opened, out
+
+
+def _opened(config: TargetConfig) -> Source:
+    return open_source(config.source, Path(config.cache_dir).expanduser())
 
 
 def from_torch(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -168,23 +175,24 @@ def to_jax(config: Config, arguments: Namespace) -> tuple[str, dict]:
 def to_hf(config: Config, arguments: Namespace) -> tuple[str, dict]:
     """Writes the target as a Hugging Face folder; GGUF files and `to-jax` folders too."""
     source, dtype = config.target.source, config.target.dtype
-    opened = open_source(source, Path(config.target.cache_dir).expanduser())
+    opened = _opened(config.target)
     out = _free(arguments, opened.path)
     target = configured_target(config.target, decoding=False)
     with staged(out) as folder:
         count = write_hf_folder(folder, target, opened.config())
         record = {"source": source, "revision": target.revision, "versions": installed(())}
         write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    name = _name(out)
     text = (
-        f"target written to {out}, {size(count)} in {dtype}; use it with target.source={out}, or "
+        f"target written to {name}, {size(count)} in {dtype}; use it with target.source={name}, or "
         "with transformers.AutoModelForCausalLM.from_pretrained"
     )
-    return text, {"out": str(out), "bytes": count}
+    return text, {"out": name, "bytes": count}
 
 
 def target_spec(config: TargetConfig) -> tuple[TargetSpec, TensorReader]:
     """Returns the target's shape and a reader of its tensors; reads no tensor."""
-    opened = open_source(config.source, Path(config.cache_dir).expanduser())
+    opened = _opened(config)
     spec = TargetSpec.from_hf_config(opened.config(), config.source)
     return spec, tensor_reader(opened, spec)
 

@@ -17,7 +17,7 @@ from beagle_jax.data.folder import read_parts
 from beagle_jax.data.state_records import record_bytes
 from beagle_jax.data.states import record_width
 from beagle_jax.errors import UsageError
-from beagle_jax.hardware import chip_of
+from beagle_jax.hardware import chip_of, memory_stats
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.sharding import check_rows, make_mesh
 from beagle_jax.terminal import size
@@ -95,17 +95,10 @@ def memory_of(device: jax.Device) -> float | None:
         return None
     chip = chip_of(device.device_kind)
     # A program has to fit the share of memory that a GPU's runtime hands out.
-    limit = None if chip and device.platform == "tpu" else _reported_limit(device)
+    limit = None if chip and device.platform == "tpu" else memory_stats(device).get("bytes_limit")
     if limit or chip is None:
         return limit
     return chip.memory if device.platform == "tpu" else _GPU_SHARE * chip.memory
-
-
-def _reported_limit(device: jax.Device) -> float | None:
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except (jax.errors.JaxRuntimeError, NotImplementedError):  # raised by devices of a topology
-        return None
 
 
 def disk(config: Config, width: int, draft_parameters: int) -> dict:

@@ -203,12 +203,6 @@ def check_beforehand(config: Config) -> list[Chat]:
     check_writers(config)
     check_settings(config)
     check_source(config.data)
-    if config.eval.decodes and config.decode.tree == "auto":
-        raise UserError(
-            "decode.tree is auto, which is tuned for a trained draft, but eval.every is "
-            f"{config.eval.every}, which decodes with drafts that are in training; set "
-            "decode.tree to chain, static or dynamic"
-        )
     return (
         suite(config.eval.suites[0], config.eval.train_prompts, config.eval.folder)
         if config.eval.decodes

@@ -14,6 +14,7 @@ from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.state import DecodeState
 from beagle_jax.decoding.tuning import PASSES, Passes, milliseconds
+from beagle_jax.hardware import memory_stats
 
 
 def phases(
@@ -83,7 +84,7 @@ def memory(
         "draft_cache": size(now.drafter.rows(state.draft)) if now.drafter.attends else 0,
         "decode_temporaries": _temporaries(rounds),
         "prefill_temporaries": _temporaries(session.first_reading()),
-        "device_peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "device_peak": memory_stats(jax.devices()[0]).get("peak_bytes_in_use"),
     }
 
 

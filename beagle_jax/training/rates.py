@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import Config, StageConfig
 from beagle_jax.data.loader import Batch
-from beagle_jax.hardware import chip_of
+from beagle_jax.hardware import chip_of, memory_stats
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.training.cost import row_flops, target_flops
 from beagle_jax.training.frozen import FrozenTarget
@@ -98,7 +98,7 @@ class Rates:
             "data_wait": round(self._data / seconds, 4),
             "checkpoint_wait": round(self._checkpoints / seconds, 4),
         }
-        if memory := _memory_peak():
+        if memory := memory_stats(jax.local_devices()[0]).get("peak_bytes_in_use"):
             line["memory_peak"] = memory
         if self._peak:
             line["utilisation"] = round(self._flops() / (seconds * self._peak), 4)
@@ -114,15 +114,6 @@ class Rates:
         if self._frozen.spec is not None:
             row += target_flops(self._frozen.spec, self._live)
         return rows * row
-
-
-def _memory_peak() -> int | None:
-    """Bytes that this process's first device has held at most; None if it does not report it."""
-    try:
-        statistics = jax.local_devices()[0].memory_stats() or {}
-    except (jax.errors.JaxRuntimeError, NotImplementedError):
-        return None
-    return statistics.get("peak_bytes_in_use")
 
 
 def _peak(config: Config, mesh: Mesh) -> float | None:
