@@ -173,6 +173,7 @@ def test_sections_that_the_code_cites_are_in_the_method_page():
 # How it is done and what ships with exports, not what a reader of the reference would call.
 INTERNAL = {
     "command",
+    "decoding.threshold",
     "config.data",
     "config.decode",
     "config.draft",

@@ -23,12 +23,13 @@ from jax.extend.random import threefry2x32_p
 from beagle_jax.arrays import AnyArray
 from beagle_jax.config import COLDEST, DecodeConfig
 from beagle_jax.decoding.arguments import real_number, whole_number
+from beagle_jax.decoding.threshold import lowest_of
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import top_k
 
 _REMOVED = -jnp.inf  # logit of a token that a filter took out
 # If every top-k is at most _FEW, only the _LOOKED_AT largest logits are read (more than top-k,
-# because several may be equal to the last one kept). Otherwise all logits are sorted.
+# because several may be equal to the last one kept). Otherwise all logits are searched.
 _FEW, _LOOKED_AT = 64, 96
 
 
@@ -228,37 +229,34 @@ def filter_logits(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.
 
 def _lowest_of_most(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
     """The lowest logit [B, T, 1] that top-k and top-p keep."""
-    V = logits_BTV.shape[-1]
-    if not filters.top_k or V <= _LOOKED_AT:
-        return _lowest_kept(logits_BTV, knobs, filters, V)
+    if not filters.top_k or logits_BTV.shape[-1] <= _LOOKED_AT:
+        return _lowest_of_all(logits_BTV, knobs, filters)
     # The server has one program for all filters, and most requests set none of them.
     unused = jnp.all((knobs.top_k_B <= 0) & (knobs.top_p_B >= 1))
     return jax.lax.switch(
         jnp.where(unused, 0, jnp.where(_few(knobs), 1, 2)),
         (
             lambda: jnp.full((*logits_BTV.shape[:2], 1), _REMOVED),
-            lambda: _lowest_kept(logits_BTV, knobs, filters, _LOOKED_AT),
-            lambda: _lowest_kept(logits_BTV, knobs, filters, V),
+            lambda: _lowest_of_all(_largest(logits_BTV)[0], knobs, filters),
+            lambda: _lowest_of_all(logits_BTV, knobs, filters),
         ),
     )
 
 
-def _lowest_kept(logits_BTV: jax.Array, knobs: Knobs, filters: Filters, count: int) -> jax.Array:
-    """Returns the lowest logit [B, T, 1] that the filters keep, among the `count` largest."""
+def _lowest_of_all(logits_BTV: jax.Array, knobs: Knobs, filters: Filters) -> jax.Array:
     B, T, V = logits_BTV.shape
-    # Only values are sorted, in two dimensions, for which backends have kernels.
-    sorted_BTk = top_k(logits_BTV.reshape(B * T, V), count)[0].reshape(B, T, count)
-    keep_B = jnp.where(knobs.top_k_B > 0, jnp.minimum(knobs.top_k_B, count), count)
-    kept_BTk = jnp.broadcast_to(
-        jnp.arange(count)[None, None] < keep_B[:, None, None], sorted_BTk.shape
-    )
-    if filters.top_p:
-        p_BTk = jax.nn.softmax(jnp.where(kept_BTk, sorted_BTk, _REMOVED), axis=-1)
-        before_BTk = jnp.cumsum(p_BTk, axis=-1) - p_BTk
-        top_p_B11 = knobs.top_p_B[:, None, None]
-        kept_BTk &= (before_BTk < top_p_B11) | (top_p_B11 >= 1)
-    last_BT1 = jnp.maximum(kept_BTk.sum(axis=-1, keepdims=True) - 1, 0)  # at least one is kept
-    return jnp.take_along_axis(sorted_BTk, last_BT1, axis=-1)
+    top_k_M = jnp.repeat(knobs.top_k_B, T) if filters.top_k else None
+    top_p_M = jnp.repeat(knobs.top_p_B, T) if filters.top_p else None
+    lowest_M1 = lowest_of(logits_BTV.reshape(B * T, V), top_k_M, top_p_M)
+    return lowest_M1.reshape(B, T, 1)
+
+
+def _largest(logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `_LOOKED_AT` largest logits [B, T, k] and their tokens."""
+    B, T, V = logits_BTV.shape
+    # In two dimensions, for which backends have kernels.
+    top_Mk, token_Mk = top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
+    return top_Mk.reshape(B, T, -1), token_Mk.reshape(B, T, -1)
 
 
 def place_keys(key_B: jax.Array, place_BT: jax.Array) -> jax.Array:
@@ -320,9 +318,7 @@ def _choose_of_few(
     logits_BTV: jax.Array, key_BT: jax.Array, knobs: Knobs, filters: Filters
 ) -> jax.Array:
     """The same draw, with noise only for the largest logits: no other token can be kept."""
-    B, T, V = logits_BTV.shape
-    top_Mk, token_Mk = top_k(logits_BTV.reshape(B * T, V), _LOOKED_AT)
-    top_BTk, token_BTk = top_Mk.reshape(B, T, -1), token_Mk.reshape(B, T, -1)
+    top_BTk, token_BTk = _largest(logits_BTV)
     kept_BTk = filter_logits(top_BTk, knobs, filters)
     noisy_BTk = kept_BTk + _only_drawn(gumbel_of(key_BT, token_BTk), knobs)
     place_BT1 = jnp.argmax(noisy_BTk, axis=-1)[..., None]
