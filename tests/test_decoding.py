@@ -284,6 +284,25 @@ def test_a_rejected_node_with_infinite_logits_decides_nothing(tree):
     assert (answer.tokens, answer.finish, answer.accepted[0]) == (free, "length", 7)
 
 
+@pytest.mark.parametrize("rule", ["match", "ratio"])
+def test_a_rejected_node_decides_nothing_under_penalties(rule):
+    """A drawn answer is that of the same target without the infinity, which no answer contains."""
+    sampling = Sampling(0.8, top_k=6, repetition_penalty=1.3, frequency_penalty=0.4)
+
+    def ask(target, draft):
+        return SpeculativeDecoder(target, draft, chain(2), rule=rule, context=64).generate(
+            [[START]] * 4, sampling, max_new_tokens=10
+        )
+
+    free = ask(target_of(MARKOV), right_draft())
+    written = {token for answer in free for token in answer.tokens}
+    never = [token for token in range(TINY.vocab_size) if token not in (START, *written)]
+    draft = dataclasses.replace(right_draft(), hot_ids=jnp.array(never[:2]))
+    sound, spoiled = ask(target_of(MARKOV), draft), ask(_infinite_after(never[0]), draft)
+    assert [answer.tokens for answer in spoiled] == [answer.tokens for answer in sound]
+    assert {answer.finish for answer in spoiled} == {"length"}
+
+
 def test_a_rejected_node_spoils_no_other_node():
     """In a target with layers a hidden value that is not finite would reach all nodes: 0 * inf."""
     free = naive_greedy(target_of(), [START], 8)

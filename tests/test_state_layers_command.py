@@ -10,6 +10,10 @@ import yaml
 from convert_cases import from_torch, make_place, refused, to_torch, torch_draft
 
 from beagle_jax import prepare, train
+from beagle_jax.corpus import fill
+from beagle_jax.data.folder import read_parts, states_path
+from beagle_jax.data.states import target_states
+from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.errors import run_main
 from beagle_jax.model.beagle import BeagleSpec
 from beagle_jax.weights import torch_export
@@ -88,6 +92,35 @@ def test_online_streams_train_the_same_draft(workplace):
     for name, array in stored.params.items():
         # 1e-4: four steps of AdamW on streams computed in batches of other widths
         np.testing.assert_allclose(online.params[name], array, atol=1e-4, err_msg=name)
+
+
+def _written_anew(workplace, folder) -> None:
+    """Checks the states of answers that the target writes, and that some were written."""
+    spec, params = workplace.target.spec, workplace.target.params
+    more = ["data.answers=regenerate", "data.max_answer_tokens=5", f"data.folder={folder}"]
+    assert run_main(prepare.main, ["--config", workplace.config, *more, "--quiet"]) == 0
+    rows = read_parts(folder)[0]
+    stored = target_states(params, spec, rows, states_path(folder, 0), None, (0, 1))
+    assert rows
+    for row, states in zip(rows, stored, strict=True):
+        length = np.array([[len(row.tokens)]])
+        [right_LI] = states_in_memory(params, spec, np.array([row.tokens]), length, (0, 1))
+        # 1e-4: sums in another order
+        np.testing.assert_allclose(np.asarray(states), right_LI, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_that_the_target_writes_get_their_streams_too(workplace, tmp_path):
+    """The writer gives states after the final norm alone, so they are computed after it."""
+    _written_anew(workplace, tmp_path / "data")
+
+
+def test_planted_bug_the_states_of_the_writer_are_stored(workplace, tmp_path, monkeypatch):
+    rows_of = fill.training_rows
+    monkeypatch.setattr(
+        fill, "training_rows", lambda *a, keeps_states, **k: rows_of(*a, keeps_states=True, **k)
+    )
+    with pytest.raises(AssertionError):
+        _written_anew(workplace, tmp_path / "data")
 
 
 def test_training_does_not_go_on_from_other_layers(workplace, capsys):
