@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -99,6 +100,18 @@ def random_params(spec: TargetSpec, seed: int = 0, std: float = 0.3) -> dict:
         center = 1.0 if len(shape) == 1 else 0.0
         node[path[-1]] = jnp.asarray(center + std * rng.standard_normal(shape), jnp.float32)
     return params
+
+
+def slow_but(quick: Container[str], cases: Iterable[str]) -> list:
+    """Parameters of a test: the quick ones run always, the others in the slow runs.
+
+    cases: names, or values by name.
+    """
+    values = cases if isinstance(cases, Mapping) else {name: name for name in cases}
+    return [
+        pytest.param(value, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, value in values.items()
+    ]
 
 
 # Files that take ten seconds or more, the longest begun first, so that two workers end together

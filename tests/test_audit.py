@@ -115,7 +115,10 @@ def test_right_decoding_passes():
     )
 
 
-@pytest.mark.parametrize(("tree", "append_predicted"), [("dynamic", True), ("chain", False)])
+@pytest.mark.parametrize(
+    ("tree", "append_predicted"),
+    [pytest.param("dynamic", True, marks=pytest.mark.slow), ("chain", False)],
+)
 def test_right_draws_of_a_target_with_layers_pass(tree, append_predicted):
     draft = dataclasses.replace(random_draft(), hot_ids=jnp.arange(3, 40))
     made = audited(target_of(), {tree: draft}, TREES, DRAWN, append_predicted=append_predicted)

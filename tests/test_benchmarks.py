@@ -20,6 +20,7 @@ from beagle_jax.weights.draft import Draft, save_draft
 from beagle_jax.weights.target import load_target
 
 
+@pytest.mark.slow
 def test_large_shapes_at_toy_size(capsys, monkeypatch):
     bench = benchmark("large_shapes")
     monkeypatch.setattr(bench, "ROWS", (1, 8))
@@ -98,6 +99,7 @@ def test_torch_step_simulates():
     assert len(memory) == 2 and not torch.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_step_memory_at_toy_size(tmp_path, capsys):
     bench = benchmark("step_memory")
     steps, widths = [1, 3], [64]

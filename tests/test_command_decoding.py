@@ -73,6 +73,7 @@ class Wrong(SpeculativeDecoder):
         return replace(answers, answers=(wrong,)) if self.tree.depth else answers
 
 
+@pytest.mark.slow
 def test_an_audit_that_fails_ends_with_status_1(trained, capsys, monkeypatch):
     command = ["--config", trained.config, "eval.limit=3", "--audit"]
     assert run_main(evaluate.main, command) == 0

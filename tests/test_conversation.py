@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import slow_but
 from decode_cases import (
     letters,
     random_draft,
@@ -56,7 +57,7 @@ def check_turns(decoder, sampling=None, **options) -> list[conversation.Turn]:
     return turns
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["plain", "beagle"], list(KINDS)))
 def test_every_turn_is_that_of_a_fresh_decode(kind):
     turns = check_turns(decoder_of(kind))
     assert turns[0].new_tokens == turns[0].prompt_tokens
@@ -93,7 +94,7 @@ def check_draft_caches(decoder) -> None:
         np.testing.assert_allclose(mine, fresh, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["beagle", "eagle", "eagle3"])
+@pytest.mark.parametrize("kind", slow_but(["eagle"], ["beagle", "eagle", "eagle3"]))
 def test_a_drafts_entries_are_those_of_a_fresh_decode(kind):
     check_draft_caches(decoder_of(kind))
 

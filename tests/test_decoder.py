@@ -340,6 +340,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_a_target_over_eight_devices_writes_the_same():
     tests = os.path.dirname(__file__)
     variables = environment(8) | {"PYTHONPATH": os.path.dirname(tests)}

@@ -156,6 +156,7 @@ def test_prepare_announces_the_disk_of_all_streams(trained, tmp_path, capsys):
     assert f"tokens x {width} in float32" in printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_online_streams_train_the_same_draft(trained):
     run = f"train.folder={trained.folder / 'online'}"
     assert run_main(train.main, ["--config", trained.config, run, "data.states=online"]) == 0
@@ -197,6 +198,7 @@ def test_training_goes_on_from_a_draft_with_its_own_vocabulary(trained, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_plan_counts_streams_head_and_steps(trained, capsys):
     def planned(*overrides: str) -> dict:
         arguments = ["--config", trained.config, "--json", "-", *overrides]

@@ -55,6 +55,7 @@ def test_planted_bug_streams_of_the_token_before():
         check_replayed(right_eagle3(0.3), target_of(MARKOV), RAGGED, True, bug=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["speculators", "narrow"])
 def test_published_forms_are_replayed(name):
     """A norm over the output, features of another width, an embedding of its own."""
@@ -149,6 +150,7 @@ def test_evaluation_reports_audits_and_compares_it(place):
     assert made["audit"]["passed"] and names == ["plain", str(place.folder / "draft"), "lookup"]
 
 
+@pytest.mark.slow
 def test_tuning_takes_it(place, small, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
     monkeypatch.setattr(tuning, "TOPKS", (2,))

@@ -282,8 +282,15 @@ def test_other_distances_train_the_head(kind):
 # The step
 
 
-@pytest.mark.parametrize("states", ["stored", "online"])
-@pytest.mark.parametrize("name", ["SafeAILab", "narrow"])
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        ("narrow", "stored"),
+        ("SafeAILab", "online"),
+        pytest.param("narrow", "online", marks=pytest.mark.slow),
+        pytest.param("SafeAILab", "stored", marks=pytest.mark.slow),
+    ],
+)
 def test_the_step_trains_every_parameter_but_the_embedding(tiny_params, states, name):
     spec = SPECS[name]
     batch = three_rows(0, 3, 3)

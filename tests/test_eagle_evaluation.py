@@ -169,6 +169,7 @@ def suites(place) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_evaluation_reports_and_audits_it(place, suites):
     out = place.folder / "report"
     assert (
@@ -196,7 +197,7 @@ def beside(place, suites) -> list[str]:
     return [f"eval.compare=[{place.folder / 'beside'}, lookup]", "decode.stop=[e]", *suites]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperature):
     """All turns, greedy and sampled: both drafts give plain decoding's answers.
 

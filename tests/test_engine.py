@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, slow_but
 from decode_cases import (
     MARKOV,
     letters,
@@ -90,7 +90,7 @@ def _check_refilled(name: str, sampling: Sampling, rows: int = 4, **parts) -> No
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", slow_but(("beagle dynamic", "eagle chain"), list(SYSTEMS)))
 def test_forty_prompts_over_four_rows_get_what_each_gets_alone(name, sampling):
     _check_refilled(name, sampling)
 

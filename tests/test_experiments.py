@@ -277,6 +277,7 @@ def test_an_evaluation_is_not_made_again(evaluations, evaluated):
     assert len(evaluations) == 1
 
 
+@pytest.mark.slow
 def test_every_seed_is_evaluated_and_a_later_one_leaves_the_first_alone(
     evaluations, evaluated, monkeypatch
 ):

@@ -110,6 +110,7 @@ def test_weights_that_float16_cannot_hold_are_refused(trained, monkeypatch):
         load_target(folder, "float16", "unused")
 
 
+@pytest.mark.slow
 def test_the_commands_take_it(trained, capsys):
     argv = ["--config", trained.config]
     assert run_main(generate.main, [*argv, "Hello", "target.dtype=float16"]) == 0

@@ -8,23 +8,35 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from in_place_cases import CASES, CHUNK_ROWS, PLANTED, B, copies
+from conftest import slow_but
+from in_place_cases import CASES, CHUNK_ROWS, PLANTED, QUICK, B, copies
 
-pytestmark = pytest.mark.timeout(900)  # fifteen programs, each compiled as for users
+pytestmark = pytest.mark.timeout(900)  # up to fifteen programs, each compiled as for users
 
 TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict[str, dict]:
-    """Runs all cases in a process without the suite's compiler switches (conftest.py)."""
-    out = tmp_path_factory.mktemp("in_place") / "measured.json"
+def measure(tmp_path_factory) -> Callable[[str], dict]:
+    """Runs cases in a process without the suite's compiler switches (conftest.py)."""
+
+    @lru_cache
+    def of(quick: bool) -> dict[str, dict]:
+        names = [name for name in CASES | PLANTED if (name in QUICK) == quick]
+        return _run(tmp_path_factory.mktemp("in_place") / "measured.json", names)
+
+    return lambda name: of(name in QUICK)[name]
+
+
+def _run(out: Path, names: list[str]) -> dict[str, dict]:
     settings = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, str(TESTS / "in_place_cases.py"), str(out)],
+        [sys.executable, str(TESTS / "in_place_cases.py"), str(out), *names],
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", **settings},
         capture_output=True,
         text=True,
@@ -45,33 +57,35 @@ def check(case: dict, part_read: float = 0.0) -> None:
     assert case["temporary"] < case["cache"] * (part_read or 0.5) * 1.15
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "later" not in name])
-def test_caches_are_donated_and_updated_in_place(measured, name):
-    check(measured[name])
+@pytest.mark.parametrize("name", slow_but(QUICK, (name for name in CASES if "later" not in name)))
+def test_caches_are_donated_and_updated_in_place(measure, name):
+    check(measure(name))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "later" in name])
-def test_a_later_chunk_copies_no_slots_but_those_of_its_own_sequences(measured, name):
-    check(measured[name], CHUNK_ROWS / B)
+@pytest.mark.parametrize("name", slow_but(QUICK, (name for name in CASES if "later" in name)))
+def test_a_later_chunk_copies_no_slots_but_those_of_its_own_sequences(measure, name):
+    check(measure(name), CHUNK_ROWS / B)
 
 
-def test_planted_bug_caches_that_are_not_given_away(measured):
-    case = measured["not given away"]
+def test_planted_bug_caches_that_are_not_given_away(measure):
+    case = measure("not given away")
     assert case["reused"] == 0 < case["not_donated"] and "copy" in case["copies"]
 
 
-@pytest.mark.parametrize("name", [name for name in PLANTED if "at once" in name])
-def test_planted_bug_writes_that_may_come_before_reads(measured, name):
+@pytest.mark.parametrize("name", slow_but(QUICK, (name for name in PLANTED if "at once" in name)))
+def test_planted_bug_writes_that_may_come_before_reads(measure, name):
+    case = measure(name)
     with pytest.raises(AssertionError):
-        check(measured[name], CHUNK_ROWS / B)
-    case = measured[name]
+        check(case, CHUNK_ROWS / B)
     assert "copy" in case["copies"] and case["temporary"] > case["cache"]
 
 
-def test_planted_bug_caches_that_leave_in_another_order(measured):
+@pytest.mark.slow
+def test_planted_bug_caches_that_leave_in_another_order(measure):
+    case = measure("turned at exit")
     with pytest.raises(AssertionError):
-        check(measured["turned at exit"])
-    assert "reverse" in measured["turned at exit"]["copies"]
+        check(case)
+    assert "reverse" in case["copies"]
 
 
 PROGRAM = """

@@ -308,6 +308,7 @@ print(json.dumps(loading.load({source!r}, "bfloat16")))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_where_a_large_head_is_converted(tmp_path):
     """Planted: a whole tensor in both dtypes at once."""
     loading = benchmark("loading")

@@ -367,6 +367,7 @@ def workplace(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("one_gpu"))
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_at_toy_size(tmp_path, monkeypatch):
     from benchmarks.one_gpu import measure
 

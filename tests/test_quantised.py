@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, slow_but
 from decode_cases import naive_greedy, random_draft, target_of
 from gguf_files import llama_tensors, write_llama
 from test_loading import MOE
@@ -107,7 +107,7 @@ def test_a_quantised_target_computes_with_the_rounded_weights(spec, kind):
 PROMPTS = [[5, 17, 60, 3], [8], list(range(20))]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", slow_but(["int4"], ["int8", "int4"]))
 def test_trees_write_what_plain_decoding_of_the_same_quantised_target_writes(kind):
     whole = target_of()
     target = dataclasses.replace(whole, params=_quantised(whole.params, kind))
@@ -201,6 +201,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_evaluate_and_generate_report_it(tmp_path, capsys):
     """With prompt lookup as the draft, so that nothing is trained."""
     config, figures = tmp_path / "run.yaml", tmp_path / "figures.json"

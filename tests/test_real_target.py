@@ -168,6 +168,7 @@ def by_the_box(target, prompts: list[list[int]], max_new_tokens: int) -> Answers
     )
 
 
+@pytest.mark.slow
 def test_the_draft_in_the_box_writes_what_torch_writes(target, llama, prompts):
     """Three short answers. More and longer ones, and those of plain decoding, are slow."""
     answers = by_the_box(target, prompts[:3], 24)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, slow_but
 from decode_cases import MARKOV, letters, random_draft, right_draft, right_eagle, target_of
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -107,7 +107,7 @@ def _answers(decoder: SpeculativeDecoder, sampling: Sampling, **options) -> list
     return [answer.tokens for answer in decoder.generate(PROMPTS * 2, sampling, **ask)]
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", slow_but(["dynamic"], list(SYSTEMS)))
 def test_trees_write_what_plain_decoding_writes_under_all_penalties(name):
     kind, tree = SYSTEMS[name]
     target = target_of(MARKOV)
@@ -258,7 +258,9 @@ def test_several_answers_to_a_prompt():
     assert [answer.tokens for answer in plain.generate(PROMPTS, n=3, **ask)] == answers
 
 
-@pytest.mark.parametrize(("draft", "temperature"), [(False, 0.0), (True, 0.8)])
+@pytest.mark.parametrize(
+    ("draft", "temperature"), [pytest.param(False, 0.0, marks=pytest.mark.slow), (True, 0.8)]
+)
 def test_log_probabilities_equal_those_of_one_pass_over_the_text(draft, temperature):
     target = target_of(dataclasses.replace(MARKOV, max_positions=1024))
     decoder = SpeculativeDecoder(target, context=700)

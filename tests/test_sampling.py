@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, slow_but
 from decode_cases import run, target_of
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -164,30 +164,33 @@ def check_distribution(
         assert 0.5 * np.abs(sampled.sum(axis=places) - exact.sum(axis=places)).sum() < 0.02
 
 
-@pytest.mark.parametrize(
-    ("tree", "sampling"),
-    [*itertools.product(TREES, ["all"]), ("dynamic", "top-p"), ("static", "top-k")],
-)
-def test_joint_distribution_of_four_tokens(tree, sampling):
-    """Filters act on the target's logits before any tree, so each is tested with one tree.
-
-    top-p with the other trees is slow.
-    """
-    check_distribution(TREES[tree], SAMPLINGS[sampling])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tree", ["chain", "static"])
-def test_joint_distribution_under_top_p_with_the_other_trees(tree):
+@pytest.mark.parametrize("tree", ["dynamic"])
+def test_joint_distribution_of_four_tokens(tree):
+    """Filters act on the target's logits before any tree, so each is tested with one tree."""
     check_distribution(TREES[tree], SAMPLINGS["top-p"])
 
 
-@pytest.mark.parametrize("sampling", ["all", "top-k"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tree", "sampling"),
+    [
+        *itertools.product(TREES, ["all"]),
+        ("static", "top-k"),
+        ("chain", "top-p"),
+        ("static", "top-p"),
+    ],
+)
+def test_joint_distribution_of_the_other_trees_and_filters(tree, sampling):
+    check_distribution(TREES[tree], SAMPLINGS[sampling])
+
+
+@pytest.mark.parametrize("sampling", slow_but(["top-k"], ["all", "top-k"]))
 def test_joint_distribution_under_the_ratio_rule(sampling):
     """This rule filters the draft's logits too; the case called top-k has a top-p as well."""
     check_distribution(TREES["chain"], SAMPLINGS[sampling], "ratio")
 
 
+@pytest.mark.slow
 def test_joint_distribution_of_drafts_that_an_eagle_draft_drew():
     spec = EagleSpec.from_target(SMALL, init_std=0.1)
     check_distribution(

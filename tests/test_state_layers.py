@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_DEVICE, TINY
+from conftest import ONE_DEVICE, TINY, slow_but
 from decode_cases import letters, naive_greedy, next_stop, round_of, run, start, target_of
 from late_oracle import oracle_states
 from layers_cases import SPEC, D, random_layers_draft, random_params
@@ -178,8 +178,15 @@ def stored_batch(tiny_params, spec):
     return batch._replace(inputs_BLI=reads_BLI, targets_BLD=targets_BLD)
 
 
-@pytest.mark.parametrize("states", ["stored", "online"])
-@pytest.mark.parametrize("stage", [EARLY, LATE], ids=["early", "late"])
+@pytest.mark.parametrize(
+    ("stage", "states"),
+    [
+        (EARLY, "stored"),
+        (LATE, "online"),
+        pytest.param(EARLY, "online", marks=pytest.mark.slow),
+        pytest.param(LATE, "stored", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_trains_every_parameter(tiny_params, stage, states):
     stored = stored_batch(tiny_params, SPEC)
     assert stored.inputs_BLI.shape[-1] == 3 * D and stored.targets_BLD.shape[-1] == D
@@ -264,7 +271,7 @@ def compare_with_training(steps: int, plant: str = "") -> None:
     text = [*prompt, *after.out_BS[0].tolist()][:length]
     tokens_1L = jnp.array([[*text, *out.query_token_BQ[0].tolist()]], jnp.int32)
     table_VD = target.params["embed_VD"]
-    late = late_states(
+    late = jax.jit(late_states, static_argnames=("spec", "window", "steps", "detach"))(
         draft.params,
         SPEC,
         table_VD[tokens_1L],
@@ -302,7 +309,7 @@ def test_planted_bug_drafting_without_streams(monkeypatch):
         compare_with_training(3, "without streams")
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("tree", slow_but(["dynamic"], list(TREES)))
 def test_greedy_text_is_that_of_plain_decoding(tree):
     target = target_of()
     decoder = SpeculativeDecoder(target, random_layers_draft(), TREES[tree])

@@ -105,6 +105,7 @@ def test_it_is_written_again_only_over_its_own_output(tmp_path, capsys):
     assert record["source"] == str(path)
 
 
+@pytest.mark.slow
 def test_smollm2_becomes_a_folder(tmp_path):
     """The quick start's own target, which is published here as a GGUF file."""
     try:

@@ -107,6 +107,7 @@ def test_every_command_starts_and_finds_configs_by_name(installed):
     assert list(installed.empty.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_answers_come_as_from_a_checkout(installed):
     names = ("target.source=../target", "draft.path=../draft")
     done = run(installed, "-m", "beagle_jax.generate", *names, "Hi", "decode.max_new_tokens=8")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_params
+from conftest import TINY, random_params, slow_but
 from decode_cases import append_at_once
 from test_target import GREEDY, NEVER, _answers, _pad, _states
 
@@ -158,7 +158,7 @@ def test_planted_bug_in_answers(tiny_params, alone, stops, plant):
 DRAWN = Sampling(0.9, top_k=12)
 
 
-@pytest.mark.parametrize("sampling", [DRAWN, Sampling(1.0)], ids=["top-k", "all"])
+@pytest.mark.parametrize("sampling", slow_but(["top-k"], {"top-k": DRAWN, "all": Sampling(1.0)}))
 def test_the_text_does_not_depend_on_the_rows(tiny_params, alone, stops, sampling):
     """Sampled by position: the same with 4 and with 64 rows.
 
