@@ -368,6 +368,7 @@ def test_an_answer_that_ends_too_early(measured):
 # Half precision
 
 
+@pytest.mark.slow
 def test_bfloat16_flips_are_near_ties(monkeypatch):
     """In bfloat16 a verified block may round differently from single steps.
 
