@@ -40,9 +40,9 @@ def compared(M: int, V: int, top_k: int, repeats: int) -> dict:
         "sort": lambda: by_sorting(logits_MV, top_k_M, top_p_M),
         "search": jax.jit(lambda: lowest_of(logits_MV, top_k_M if top_k < V else None, top_p_M)),
     }
-    kept = [(logits_MV >= way()).sum(axis=-1) for way in ways.values()]
-    # Sums in another order: at the border a token more or less may be kept.
-    assert jnp.abs(kept[0] - kept[1]).max() <= 1
+    counts = [(logits_MV >= way()).sum(axis=-1) for way in ways.values()]
+    # Sums in another order: at the border a token more or less may be counts.
+    assert jnp.abs(counts[0] - counts[1]).max() <= 1
     taken = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():

@@ -35,10 +35,17 @@ class DecodeConfig(Section):
     )
     ngram: int = setting(
         3,
-        "draft.path lookup: length of the longest run of last tokens to search for; it drafts a "
-        "chain of as many tokens as the tree has",
+        "draft.path lookup, lookup_nodes: length of the longest run of last tokens to search for; "
+        "draft.path lookup drafts a chain of as many tokens as the tree has",
         affects=("answers",),
         ge=1,
+    )
+    lookup_nodes: int = setting(
+        0,
+        "tokens verified beside the draft's tree, which continue the text as it went on earlier "
+        "after the same last tokens (prompt lookup)",
+        affects=("answers",),
+        ge=0,
     )
     append_predicted: bool = setting(
         True,

@@ -25,7 +25,8 @@ def accept_matching(nodes: Nodes, wanted_BW: jax.Array, depth: int) -> Accepted:
 
     A node is accepted iff it and all its ancestors are the target's choices after their parents.
     Children of a node differ in their tokens, so at most one path matches and the deepest accepted
-    node is unique. With drawn choices this is EAGLE-2's rule: a child is accepted with the target's
+    node is unique. (A looked-up chain may repeat a path of the tree; the deeper of both ends is
+    taken.) With drawn choices this is EAGLE-2's rule: a child is accepted with the target's
     probability of its token.
     """
     matches_BW = (

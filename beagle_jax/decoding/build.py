@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
-from beagle_jax.decoding.tree import Tree, chain, tree_of
+from beagle_jax.decoding.tree import Tree, chain, tree_of, with_lookup
 from beagle_jax.decoding.tuning import tuned_path, tuned_tree
+from beagle_jax.errors import UserError
 from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target, configured_target
@@ -69,10 +70,16 @@ def decoder_of(
     """
     decode = config.decode
     if isinstance(draft, Lookup):
+        if decode.lookup_nodes:
+            raise UserError(
+                "decode.lookup_nodes is for a draft: draft.path lookup looks up all nodes; leave "
+                "one of the two out"
+            )
         tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
     elif decode.tree == "auto":
-        tree = tuned_tree(tuned_path(config.target.cache_dir, target, draft, mesh))
-        if not tree.depth:
+        tuned = tuned_tree(tuned_path(config.target.cache_dir, target, draft, mesh))
+        tree = with_lookup(tuned.grown, decode)
+        if not tuned.depth:
             _log.warning(
                 "decode.tree is auto, and tune found no tree that is faster than plain decoding "
                 "on this machine: decoding plainly, without the draft"

@@ -18,14 +18,14 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.drafter import NoDrafter
 from beagle_jax.decoding.engine import admit, advance
 from beagle_jax.decoding.kinds import TRAINED
-from beagle_jax.decoding.lookup import Lookup
+from beagle_jax.decoding.lookup import Lookup, LookupBeside
 from beagle_jax.decoding.round import Chunk, Round, TargetModel
 from beagle_jax.decoding.rules import RULES
 from beagle_jax.decoding.sampling import GREEDY, filters_of, knobs_of, sampling_of
 from beagle_jax.decoding.session import CAPACITY_BUCKET, PREFILL_CHUNK
 from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
-from beagle_jax.decoding.tree import Tree
+from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.cache import round_up
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
@@ -107,8 +107,10 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)
-    elif tree.depth:
+    elif tree.grown.depth:
         drafter = _drafter(config, target, params, mesh)
+    if isinstance(tree, LookupTree):
+        drafter = LookupBeside(drafter)
     return Round(
         TargetModel(target, params),
         drafter,
@@ -205,8 +207,11 @@ def _draft_bytes(now: Round, state: DecodeState, context: int) -> int:
     if not now.drafter.attends:
         return 0
     drafter: Any = now.drafter
+    own = state.draft
+    if isinstance(drafter, LookupBeside):
+        drafter, own = drafter.drafter, own.drafter
     tables = ("embed_VD", "head_VD")
     layer = held_bytes({name: x for name, x in drafter.params.items() if name not in tables})
     live = context / state.cache.capacity
-    level = layer + _part(drafter.head.rows_VD) + int(held_bytes(drafter.rows(state.draft)) * live)
-    return level * now.tree.depth
+    level = layer + _part(drafter.head.rows_VD) + int(held_bytes(drafter.rows(own)) * live)
+    return level * now.tree.grown.depth

@@ -98,9 +98,7 @@ class SpeculativeDecoder:
             context = whole_number("context", context, 1)
         mesh = None if mesh is None else _checked_mesh(mesh, target)
         params = place(target.params, mesh)
-        drafter = drafter_for(
-            draft if tree.depth else None, params, append_predicted=append_predicted, mesh=mesh
-        )
+        drafter = drafter_for(draft, params, tree, append_predicted=append_predicted, mesh=mesh)
         drafter.check(target.spec, tree, rule)
         if context is not None and not tree.depth + 1 < context <= target.spec.max_positions:
             raise UserError(

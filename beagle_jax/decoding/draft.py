@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, State
 from beagle_jax.decoding.nodes import Nodes, chosen_nodes
-from beagle_jax.decoding.tree import Tree
+from beagle_jax.decoding.tree import GrownTree, Tree
 from beagle_jax.model.precision import exact
 from beagle_jax.sharding import top_k
 
@@ -62,7 +62,7 @@ class TreeDrafter(Drafter):
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
         """Grows the tree. A drawn chain also returns its logits over the whole vocabulary."""
-        grown = grow(self, state, known, tree, draw)
+        grown = grow(self, state, known, tree.grown, draw)
         return Proposal(grown.nodes, grown.logits_BPV)
 
 
@@ -80,7 +80,7 @@ class _Level:
 
 @exact
 def grow(
-    drafter: TreeDrafter, state: State, known: Known, tree: Tree, draw: Draw | None = None
+    drafter: TreeDrafter, state: State, known: Known, tree: GrownTree, draw: Draw | None = None
 ) -> Grown:
     """Drafts below the root: the best children of each query, or drawn tokens for a chain.
 
@@ -129,7 +129,9 @@ def _same_width(masks: list[jax.Array]) -> list[jax.Array]:
     return [jnp.pad(mask, ((0, 0), (0, 0), (0, count - mask.shape[2]))) for mask in masks]
 
 
-def _best_children(tree: Tree, level: _Level, logits_VM: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _best_children(
+    tree: GrownTree, level: _Level, logits_VM: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns the k best children of each query, in (query, rank) order.
 
     Returns their logit indices and cumulative log-probabilities, both [B, T * k].
@@ -166,7 +168,7 @@ def _entries(level: _Level, token_BA: jax.Array, score_BA: jax.Array) -> _Candid
 
 
 def _next_level(
-    tree: Tree,
+    tree: GrownTree,
     level: _Level,
     first: int,
     token_BA: jax.Array,

@@ -3,6 +3,7 @@
 from jax.sharding import Mesh
 
 from beagle_jax.decoding.drafter import Drafter, NoDrafter
+from beagle_jax.decoding.lookup import Lookup, LookupBeside
 from beagle_jax.decoding.trained import (
     BeagleDrafter,
     DraftHead,
@@ -10,6 +11,7 @@ from beagle_jax.decoding.trained import (
     EagleDrafter,
     TrainedDrafter,
 )
+from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.target import Params, head
 from beagle_jax.sharding import place, place_head, replicate
 from beagle_jax.weights.draft import Draft
@@ -40,13 +42,18 @@ def trained_drafter(
 def drafter_for(
     draft: Draft | Drafter | None,
     target: Params,
+    tree: Tree,
     *,
     append_predicted: bool = True,
     mesh: Mesh | None = None,
 ) -> Drafter:
-    """Returns the drafter of a draft; a drafter is returned as it is, None drafts nothing."""
-    if draft is None:
-        return NoDrafter()
-    if isinstance(draft, Drafter):
-        return draft
-    return trained_drafter(draft, target, append_predicted=append_predicted, mesh=mesh)
+    """Returns the drafter of a tree, from a draft, a drafter or, for no draft, None."""
+    if draft is None or not tree.grown.depth:
+        drafter: Drafter = NoDrafter()
+    elif isinstance(draft, Drafter):
+        drafter = draft
+    else:
+        drafter = trained_drafter(draft, target, append_predicted=append_predicted, mesh=mesh)
+    if isinstance(tree, LookupTree) and not isinstance(drafter, Lookup):
+        return LookupBeside(drafter)
+    return drafter

@@ -7,15 +7,16 @@ as those of any drafter, so decoding is lossless.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, Seen
+from beagle_jax.decoding.drafter import Drafter, Draw, Known, Proposal, Seen, State
 from beagle_jax.decoding.nodes import Nodes, chain_nodes
-from beagle_jax.decoding.tree import Tree
+from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.errors import UserError
+from beagle_jax.model.cache import KVRows
 from beagle_jax.model.target import TargetSpec
 
 
@@ -51,11 +52,106 @@ class Lookup(Drafter):
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
         """Raises UserError unless the tree is a chain and the rule is match."""
+        if isinstance(tree, LookupTree):
+            raise UserError(
+                "decode.lookup_nodes are for a trained draft: prompt lookup looks up all nodes; "
+                "set it to 0"
+            )
         if tree.size != tree.depth + 1 or tree.scored or rule == "ratio":
             raise UserError(
                 f"prompt lookup drafts a chain without probabilities, but got a {tree} and rule "
                 f"{rule!r}; use a chain and rule 'match'"
             )
+
+
+class BesideState(NamedTuple):
+    """State of a drafter, and the text that is searched."""
+
+    drafter: State
+    text_BS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LookupBeside(Drafter):
+    """Another drafter's tree, and a looked-up chain beside it (`tree.LookupTree`)."""
+
+    kind: ClassVar[str] = "lookup beside"
+
+    drafter: Drafter
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Streams of the target that the drafter reads."""
+        return self.drafter.taps
+
+    @property
+    def attends(self) -> bool:  # type: ignore[override]
+        """Whether the drafter attends to states of the text."""
+        return self.drafter.attends
+
+    def init(self, batch: int, capacity: int) -> BesideState:
+        """Returns the state of empty texts."""
+        return BesideState(self.drafter.init(batch, capacity), Lookup().init(batch, capacity))
+
+    def observe(self, state: BesideState, seen: Seen) -> BesideState:
+        """Passes the text to the drafter, and stores it."""
+        text_BS = Lookup().observe(state.text_BS, seen)
+        return BesideState(self.drafter.observe(state.drafter, seen), text_BS)
+
+    def propose(self, state: BesideState, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
+        """Drafts the tree, then the chain."""
+        assert isinstance(tree, LookupTree)
+        grown = self.drafter.propose(state.drafter, known, tree.grown, draw).nodes
+        chain = lookup_chain(state.text_BS, known.length_B, tree.ngram, tree.looked_up)
+        return Proposal(beside(grown, chain))
+
+    def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
+        """Raises UserError unless the tree has looked-up nodes and the rule is match."""
+        if not isinstance(tree, LookupTree):
+            raise UserError(f"looked-up nodes need a LookupTree, but got a {tree}")
+        if rule == "ratio":
+            raise UserError(
+                "decode.lookup_nodes: looked-up tokens have no probabilities, which rule 'ratio' "
+                "needs; use rule 'match'"
+            )
+        self.drafter.check(target, tree.grown, rule)
+
+    def owned(self) -> Any:
+        """Returns the drafter's own arrays."""
+        return self.drafter.owned()
+
+    def rows(self, state: BesideState) -> KVRows:
+        """Returns the drafter's keys and values."""
+        return self.drafter.rows(state.drafter)
+
+    def first_queries(
+        self, state_1LD: jax.Array, text_1L: jax.Array, places_1T: jax.Array
+    ) -> jax.Array:
+        """Returns the drafter's queries."""
+        return self.drafter.first_queries(state_1LD, text_1L, places_1T)
+
+
+def beside(tree: Nodes, chain: Nodes) -> Nodes:
+    """Returns the nodes of a tree, then those of a chain below the same root."""
+    B, W = tree.token_BW.shape
+    count = chain.token_BW.shape[1] - 1
+    parent_BW = jnp.where(chain.parent_BW > 0, chain.parent_BW + W - 1, 0)
+    below_BWC = jnp.zeros((B, W, count), bool)
+    # The chain's nodes see the root, no other node of the tree, and each other as before.
+    above_BCW = jnp.broadcast_to(jnp.arange(W)[None, None] == 0, (B, count, W))
+    above_BCX = jnp.concatenate([above_BCW, chain.above_BWW[:, 1:, 1:]], axis=2)
+    return Nodes(
+        _joined(tree.token_BW, chain.token_BW),
+        _joined(tree.parent_BW, parent_BW),
+        _joined(tree.depth_BW, chain.depth_BW),
+        jnp.concatenate([jnp.concatenate([tree.above_BWW, below_BWC], axis=2), above_BCX], axis=1),
+        _joined(tree.score_BW, chain.score_BW),
+    )
+
+
+def _joined(of_tree_BW: jax.Array, of_chain_BW: jax.Array) -> jax.Array:
+    return jnp.concatenate([of_tree_BW, of_chain_BW[:, 1:]], axis=1)
 
 
 def lookup_chain(text_BS: jax.Array, length_B: jax.Array, ngram: int, depth: int) -> Nodes:

@@ -42,7 +42,7 @@ def _search(key_MV: jax.Array, weight_MV: jax.Array, bound_M1: jax.Array) -> jax
     """Returns the smallest key [M, 1] above which the keys weigh less than the bound."""
     digit_D = jnp.arange((1 << _BITS) - 1, dtype=jnp.uint32)
 
-    def decide(number, low_M1):
+    def decide(number: jax.Array, low_M1: jax.Array) -> jax.Array:
         step = jnp.uint32(32 - _BITS) - jnp.uint32(_BITS) * number.astype(jnp.uint32)
         # The largest key with this digit, and with the digits that are known before it.
         border_MD = low_M1 + (((digit_D + 1) << step) - 1)[None]

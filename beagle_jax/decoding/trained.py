@@ -103,7 +103,7 @@ class TrainedDrafter(TreeDrafter):
                 f"the draft's head has {len(self.head.rows_VD)} rows for {vocabulary} scored "
                 "tokens; load the draft with load_draft, which checks it"
             )
-        most = max(tree.kept_children(level) for level in range(tree.depth))
+        most = max(tree.grown.kept_children(level) for level in range(tree.grown.depth))
         if most > vocabulary:
             raise UserError(
                 f"the tree keeps {most} children of a node, but the draft scores only "

@@ -80,6 +80,11 @@ class StaticTree:
         )
 
     @property
+    def grown(self) -> "StaticTree":
+        """What the draft grows: all of it."""
+        return self
+
+    @property
     def size(self) -> int:
         """W: tokens verified per round, the root included."""
         return len(self.paths) + 1
@@ -178,6 +183,11 @@ class DynamicTree:
         return f"dynamic tree, {self.levels} levels, topk {self.topk}, {self.nodes} nodes"
 
     @property
+    def grown(self) -> "DynamicTree":
+        """What the draft grows: all of it."""
+        return self
+
+    @property
     def size(self) -> int:
         """W."""
         return self.nodes
@@ -203,7 +213,40 @@ class DynamicTree:
         return jnp.sort(jax.lax.top_k(score_BZ, self.nodes - 1)[1], axis=-1)
 
 
-Tree = StaticTree | DynamicTree
+@dataclass(frozen=True)
+class LookupTree:
+    """A tree, and beside it a chain that continues the root as earlier text did. Hashable.
+
+    The chain is looked up (decoding/lookup.py), so it costs the draft nothing. Nodes of the tree
+    come first. Where the chain begins as a path of the tree does, both are verified, and the longer
+    match is accepted.
+    """
+
+    grown: StaticTree | DynamicTree  # what the draft grows
+    looked_up: int  # tokens of the chain
+    ngram: int  # the longest run of last tokens to search for
+
+    @property
+    def scored(self) -> bool:
+        """True when the shape depends on the draft's scores."""
+        return self.grown.scored
+
+    def __str__(self) -> str:
+        return f"{self.grown}, {self.looked_up} looked up"
+
+    @property
+    def size(self) -> int:
+        """W, with the chain."""
+        return self.grown.size + self.looked_up
+
+    @property
+    def depth(self) -> int:
+        """P: the deepest node, of the tree or the chain."""
+        return max(self.grown.depth, self.looked_up)
+
+
+GrownTree = StaticTree | DynamicTree  # a tree that a draft grows
+Tree = GrownTree | LookupTree
 
 ROOT_ONLY = StaticTree(())
 
@@ -265,9 +308,17 @@ def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
 
 
 def tree_of(config: DecodeConfig) -> Tree:
-    """Returns the tree of a config."""
+    """Returns the tree of a config, with its looked-up nodes."""
     if config.tree == "chain":
-        return chain(config.levels)
+        return with_lookup(chain(config.levels), config)
     if config.tree == "dynamic":
-        return dynamic_tree(config.levels, config.topk, config.nodes)
-    return static_tree(config.paths if config.paths is not None else EAGLE_PATHS)
+        return with_lookup(dynamic_tree(config.levels, config.topk, config.nodes), config)
+    paths = config.paths if config.paths is not None else EAGLE_PATHS
+    return with_lookup(static_tree(paths), config)
+
+
+def with_lookup(tree: GrownTree, config: DecodeConfig) -> Tree:
+    """Returns the tree with `decode.lookup_nodes` beside it."""
+    if not config.lookup_nodes:
+        return tree
+    return LookupTree(tree, config.lookup_nodes, config.ngram)

@@ -327,7 +327,7 @@ def _score_reach(
 
     It allows for every drafted node and any token in its place.
     """
-    if isinstance(draft, Lookup) or not scored(draft) or not tree.depth:
+    if isinstance(draft, Lookup) or not scored(draft) or not tree.grown.depth:
         return 0.0
     longest = max(
         (text.system for text in texts),

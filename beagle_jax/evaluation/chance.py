@@ -84,7 +84,7 @@ def score_noise(
         growers = [
             Grower(target, draft, tokens, states_LD, root, append_predicted) for states_LD in either
         ]
-        for depth in range(min(tree.depth, len(tokens) - root)):
+        for depth in range(min(tree.grown.depth, len(tokens) - root)):
             path = tuple(tokens[root + 1 : root + 1 + depth])
             differences.append(growers[0].scores(path) - growers[1].scores(path, copies=_COPIES))
     return noise_of(np.array(differences))

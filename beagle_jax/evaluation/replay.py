@@ -17,7 +17,7 @@ import numpy as np
 from beagle_jax.arrays import AnyArray
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.lookup import Lookup
-from beagle_jax.decoding.tree import DynamicTree, Tree
+from beagle_jax.decoding.tree import DynamicTree, GrownTree, LookupTree, Tree
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec
 from beagle_jax.model.draft import LayerBlock, LayerSpec
 from beagle_jax.model.eagle import EagleBlock, EagleSpec
@@ -52,7 +52,9 @@ def replayed(
     """
     text, root, accepted, find = [*prompt, *answer], len(prompt), [], _PATHS[draft.kind]
     while root < len(text) - 1:
-        paths = find(target, draft, tree, text, states_LD, root, append_predicted, favour)
+        paths = find(target, draft, tree.grown, text, states_LD, root, append_predicted, favour)
+        if isinstance(tree, LookupTree):
+            paths |= _prefixes(looked_up(text[: root + 1], tree.ngram, tree.looked_up))
         count = 0
         while root + count + 1 < len(text) and tuple(text[root + 1 : root + count + 2]) in paths:
             count += 1
@@ -74,20 +76,23 @@ def scored(draft: Draft | Drafter) -> bool:
 def _looked_up_paths(
     target: Target,
     draft: Lookup,
-    tree: Tree,
+    tree: GrownTree,
     text: Sequence[int],
     states_LD: jax.Array,
     root: int,
     *_: object,
 ) -> set[Path]:
-    tokens = looked_up(text[: root + 1], draft.ngram, tree.depth)
+    return _prefixes(looked_up(text[: root + 1], draft.ngram, tree.depth))
+
+
+def _prefixes(tokens: Sequence[int]) -> set[Path]:
     return {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
 
 
 def _grown_paths(
     target: Target,
     draft: Draft,
-    tree: Tree,
+    tree: GrownTree,
     text: Sequence[int],
     states_LD: jax.Array,
     root: int,
@@ -138,7 +143,7 @@ class Grower:
         self._append, self._favour = append_predicted, favour
         self._predicted: dict[Path, np.ndarray] = {}  # state predicted at a path's last token
 
-    def paths(self, tree: Tree) -> set[Path]:
+    def paths(self, tree: GrownTree) -> set[Path]:
         """Returns the paths of all nodes of the tree."""
         if isinstance(tree, DynamicTree):
             return self._dynamic(tree)
