@@ -41,7 +41,7 @@ def compared(M: int, V: int, top_k: int, repeats: int) -> dict:
         "search": jax.jit(lambda: lowest_of(logits_MV, top_k_M if top_k < V else None, top_p_M)),
     }
     counts = [(logits_MV >= way()).sum(axis=-1) for way in ways.values()]
-    # Sums in another order: at the border a token more or less may be counts.
+    # Sums in another order: at the border a token more or less may remain.
     assert jnp.abs(counts[0] - counts[1]).max() <= 1
     taken = {name: [] for name in ways}
     for _ in range(repeats):
