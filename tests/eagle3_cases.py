@@ -48,7 +48,10 @@ def random_params(spec: Eagle3Spec, seed: int = 0) -> dict[str, jax.Array]:
     """Norms near one and biases near zero, so that each of them matters."""
     rng = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(array + 0.3 * rng.standard_normal(array.shape) * (array.ndim == 1))
+        name: jnp.asarray(
+            np.asarray(array)
+            + np.float32(0.3) * rng.standard_normal(array.shape) * (array.ndim == 1)
+        )
         for name, array in init_eagle3(spec, jax.random.key(seed)).items()
     }
 

@@ -205,8 +205,13 @@ def test_a_whole_vocabulary_counts_every_supervised_position():
 
 def held_out(spec: Eagle3Spec, frozen=FROZEN, objective=TEST_TIME):
     """Loss and metrics of the evaluation step: over all tokens, at all supervised positions."""
-    rest = (frozen, batch_of(spec), jax.random.key(0), ONE_DEVICE, frozen.vocabulary)
-    return stage_loss(random_params(spec), spec, CLEAN, STAGE, objective, *rest)
+
+    @jax.jit
+    def figures(params, frozen, batch, key):
+        rest = (frozen, batch, key, ONE_DEVICE, frozen.vocabulary)
+        return stage_loss(params, spec, CLEAN, STAGE, objective, *rest)
+
+    return figures(random_params(spec), frozen, batch_of(spec), jax.random.key(0))
 
 
 def test_held_out_figures_count_tokens_that_the_draft_does_not_score_as_missed():

@@ -1,7 +1,7 @@
 """Beagle drafts that read several layers, with heads of their own number (method.md 15)."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ def test_training_begins_exactly_at_the_draft_without_layers():
     joined_BLI = jnp.asarray(records())
     e_BLD, positions_BL = joined_BLI[..., :D], jnp.arange(13)[None]
 
+    @partial(jax.jit, static_argnums=0)
     def states(spec, params, h_BLI):
         block = BeagleBlock(spec).bind({"params": params})
         return block.teacher_forced(e_BLD, h_BLI), *block.true_rows(h_BLI, e_BLD, positions_BL)
@@ -138,14 +139,21 @@ def test_the_late_stage_equals_its_plain_form(window, steps, detach):
     joined_BLI, params = jnp.asarray(records()), random_params()
     e_BLD = jax.random.normal(jax.random.key(2), (2, 13, D))
     settings = dict(window=window, steps=steps, offset=jnp.int32(1), detach=detach)
-    fast = late_states(params, SPEC, e_BLD, joined_BLI, LENGTH, START, **settings)
-    plain = oracle_states(params, SPEC, e_BLD, joined_BLI, LENGTH[:, 0], **settings)
+
+    @jax.jit
+    def both(params, e_BLD, joined_BLI):
+        return (
+            late_states(params, SPEC, e_BLD, joined_BLI, LENGTH, START, **settings),
+            oracle_states(params, SPEC, e_BLD, joined_BLI, LENGTH[:, 0], **settings),
+        )
+
+    fast, plain = jax.device_get(both(params, e_BLD, joined_BLI))
     for step in range(steps):
-        valid_BU = fast.valid_BUJ[:, :, step]
-        expected_BUD = jnp.take_along_axis(plain[step], fast.query_BUJ[:, :, step, None], axis=1)
+        valid_BU1 = fast.valid_BUJ[:, :, step, None]
+        expected_BUD = np.take_along_axis(plain[step], fast.query_BUJ[:, :, step, None], axis=1)
         np.testing.assert_allclose(
-            jnp.where(valid_BU[..., None], fast.state_BUJD[:, :, step], 0),
-            jnp.where(valid_BU[..., None], expected_BUD, 0),
+            np.where(valid_BU1, fast.state_BUJD[:, :, step], 0),
+            np.where(valid_BU1, expected_BUD, 0),
             atol=2e-5,
         )
 
@@ -156,11 +164,13 @@ def test_early_and_late_read_the_streams():
     e_BLD = jax.random.normal(jax.random.key(2), (2, 13, D))
     changed_BLI = joined_BLI.at[:, 6, : 2 * D].multiply(-1.0)  # streams alone
 
+    @jax.jit
     def early(h_BLI):
         return early_states(
             params, SPEC, e_BLD, h_BLI, LENGTH, START, window=1, offset=jnp.int32(0)
         )
 
+    @jax.jit
     def late(h_BLI):
         return late_states(
             params, SPEC, e_BLD, h_BLI, LENGTH, START, window=1, steps=1, offset=0, detach=True

@@ -19,10 +19,14 @@ __all__ = ["family"]  # a fixture: pytest looks for it among the names of this f
 some_families = pytest.mark.parametrize("family", ["llama", "mixtral", "gemma 3"], indirect=True)
 
 
+_forward = jax.jit(forward, static_argnames=("spec", "taps"))
+
+
 def _read(params, spec, tokens_BT, taps) -> Forward:
     B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    return forward(params, spec, tokens_BT, positions_BT, causal_mask(jnp.full(B, T), T), taps=taps)
+    positions_BT = np.broadcast_to(np.arange(T), (B, T))
+    mask_BTT = np.asarray(causal_mask(np.full(B, T), T))
+    return _forward(params, spec, tokens_BT, positions_BT, mask_BTT, taps=tuple(taps))
 
 
 def _check_torch_streams(model, spec, params, shift=0):
@@ -54,11 +58,10 @@ def test_planted_bug_in_taps(family):
 
 def test_the_stream_after_the_last_layer_gives_the_states(tiny_params):
     tokens_BT = np.random.default_rng(2).integers(0, TINY.vocab_size, (2, 5))
-    reading = _read(tiny_params, TINY, tokens_BT, (2,))
+    reading = jax.device_get(_read(tiny_params, TINY, tokens_BT, (2,)))
     assert np.abs(reading.taps[0] - reading.states_BTD).max() > 0.1
-    np.testing.assert_allclose(
-        final_norm(tiny_params, TINY, reading.taps[0]), reading.states_BTD, 1e-6
-    )
+    normed_BTD = jax.jit(final_norm, static_argnums=1)(tiny_params, TINY, reading.taps[0])
+    np.testing.assert_allclose(normed_BTD, reading.states_BTD, 1e-6)
 
 
 def test_taps_come_in_the_order_asked_for(tiny_params):
@@ -71,18 +74,23 @@ def test_taps_come_in_the_order_asked_for(tiny_params):
 def test_taps_over_a_cache_equal_those_of_the_whole_text(tiny_params):
     tokens_BT = np.random.default_rng(2).integers(0, TINY.vocab_size, (2, 6))
     whole, start = (_read(tiny_params, TINY, tokens_BT[:, :T], (1,)) for T in (6, 4))
-    length_B, positions_BT = jnp.full(2, 4), jnp.broadcast_to(jnp.arange(4, 6), (2, 2))
-    cache = write_all(init_cache(TINY, 2, 8, jnp.float32), start.rows, jnp.zeros(2, jnp.int32))
-    rest = forward(
-        tiny_params,
-        TINY,
-        tokens_BT[:, 4:],
-        positions_BT,
-        causal_mask(jnp.full(2, 2), 2),
-        cache,
-        visible_slots(length_B, cache),
-        taps=(1,),
-    )
+    positions_BT = np.broadcast_to(np.arange(4, 6), (2, 2))
+
+    @jax.jit
+    def rest_of(rows):
+        cache = write_all(init_cache(TINY, 2, 8, jnp.float32), rows, jnp.zeros(2, jnp.int32))
+        return forward(
+            tiny_params,
+            TINY,
+            tokens_BT[:, 4:],
+            positions_BT,
+            causal_mask(jnp.full(2, 2), 2),
+            cache,
+            visible_slots(jnp.full(2, 4), cache),
+            taps=(1,),
+        )
+
+    rest = rest_of(start.rows)
     np.testing.assert_allclose(rest.taps[0], whole.taps[0][:, 4:], atol=1e-4)
 
 
