@@ -1,0 +1,324 @@
+"""How often a draft is right, by tree: what every dynamic tree would accept of given texts.
+
+It is measured without a decoding loop. At positions of texts that the target wrote, the draft grows
+its widest tree. The ranks of the correct continuation in that tree determine what every smaller
+tree would accept. The figures depend on the draft and the texts, and not on the machine, so a
+draft's folder can hold them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beagle_jax.decoding.drafter import Known, Seen, State
+from beagle_jax.decoding.nodes import Nodes
+from beagle_jax.decoding.round import TargetModel
+from beagle_jax.decoding.trained import TrainedDrafter
+from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree
+from beagle_jax.errors import BadFile, UserError
+from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
+from beagle_jax.model.masks import causal_mask
+from beagle_jax.model.precision import exact
+from beagle_jax.model.target import forward
+
+LEVELS = range(1, 7)
+TOPKS = (1, 2, 3, 4, 6, 8)
+NODES = (2, 4, 8, 12, 16, 24, 32, 64, 128)
+FILE = "acceptance.json"  # in a draft's folder
+TEXT = 256  # tokens of a text that are read
+_PLACES = 512  # positions of all texts, at most
+_BATCH = 16  # positions whose trees are grown at once
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What the trees of a draft accept."""
+
+    tau: dict[tuple[int, int, int], float]  # tokens per round, by (levels, topk, nodes)
+    # [depth, rank]: share of correct tokens with this rank, where all tokens above are correct
+    rank_share: np.ndarray
+    places: int  # number of positions of text that were measured
+    texts: str  # what they are, in words
+
+    def most(self, levels: int, topk: int) -> float:
+        """Returns tau of the largest tree with so many levels and topk."""
+        sizes = (nodes for deep, wide, nodes in self.tau if (deep, wide) == (levels, topk))
+        return self.tau[levels, topk, max(sizes)]
+
+
+class Text(NamedTuple):
+    """A text that the draft has read."""
+
+    state: State  # the drafter's, after the text, in `_BATCH` rows
+    input_BLI: jax.Array  # what the drafter reads of the target, of one row
+    padded_BL: np.ndarray  # tokens
+    roots: np.ndarray  # positions at which trees are grown
+
+
+def acceptance_of(
+    model: TargetModel,
+    drafter: TrainedDrafter,
+    texts: Sequence[tuple[list[int], list[int]]],
+    described: str = "",
+) -> Acceptance:
+    """Measures a draft on texts.
+
+    texts: prompts and the target's answers, as tokens. described: what they are.
+
+    Raises:
+        UserError: All texts are too short.
+    """
+    texts_read = [_read(model, drafter, *text) for text in texts if len(_places(*text))]
+    if not texts_read:
+        raise UserError(
+            "acceptance cannot be measured: no answer to the sample prompts has more than "
+            f"{max(LEVELS)} tokens among the first {TEXT} of prompt and answer; raise "
+            "eval.max_new_tokens or --prompts, or set other eval.suites"
+        )
+    return acceptance_in(drafter, texts_read, described)
+
+
+def acceptance_in(drafter: TrainedDrafter, texts: Sequence[Text], described: str) -> Acceptance:
+    """Measures a draft on texts that it has read: at all of their roots, or at 512 of them."""
+    every = -(-sum(len(text.roots) for text in texts) // _PLACES)
+    thinned = [text._replace(roots=text.roots[::every]) for text in texts]
+    trees = [_widest_trees(drafter, max(TOPKS), *text) for text in thinned]
+    grown = Trees(*(np.concatenate(each) for each in zip(*trees, strict=True)))
+    tau = {}
+    for topk in TOPKS:
+        narrow = narrowed(grown, topk)
+        for levels in LEVELS:
+            order_MP = _order_of_right_path(*narrow, levels)
+            for nodes in NODES:
+                if nodes <= candidates(levels, topk) + 1:
+                    accepted = (order_MP < nodes - 1).sum(axis=1).mean()
+                    tau[levels, topk, nodes] = 1 + float(accepted)
+    return Acceptance(tau, _rank_share(*grown), len(grown.token_MW), described)
+
+
+def save_acceptance(folder: Path, acceptance: Acceptance, fingerprint: str) -> None:
+    """Writes the figures to a draft's folder. fingerprint: of the draft (`Draft.fingerprint`)."""
+    trees = [[*tree, round(tau, 4)] for tree, tau in acceptance.tau.items()]
+    stored = {
+        "draft": fingerprint,
+        "texts": acceptance.texts,
+        "places": acceptance.places,
+        "rank_share": np.round(acceptance.rank_share, 4).tolist(),
+        "trees": trees,
+    }
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in stored.items()]
+    write_text(folder / FILE, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def saved_acceptance(folder: Path, fingerprint: str) -> Acceptance | None:
+    """Reads the figures of a draft's folder; None if it has none for these weights.
+
+    Raises:
+        UserError: The file does not hold such figures.
+    """
+    path, remedy = folder / FILE, "delete it, and tune measures acceptance itself"
+    if not path.exists():
+        return None
+    stored = read_json(path, "", remedy)
+    try:
+        if stored["draft"] != fingerprint:
+            return None
+        tau = {
+            (int(levels), int(topk), int(nodes)): float(tokens)
+            for levels, topk, nodes, tokens in stored["trees"]
+        }
+        rank_share = np.asarray(stored["rank_share"], float)
+        return Acceptance(tau, rank_share, int(stored["places"]), str(stored["texts"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFile(path, f"not the figures of a draft ({error!r}); {remedy}") from error
+
+
+class Trees(NamedTuple):
+    """Trees grown at M positions of texts, and the tokens that follow each in its text."""
+
+    token_MW: np.ndarray
+    parent_MW: np.ndarray
+    depth_MW: np.ndarray
+    score_MW: np.ndarray
+    follows_MP: np.ndarray
+
+
+def narrowed(grown: Trees, topk: int) -> Trees:
+    """Returns full trees of a smaller topk, read off full trees of a larger one.
+
+    Nodes that a smaller tree lacks get the depth -1. A smaller tree continues its best nodes. In
+    rare cases the larger tree does not continue one of them, because many nodes outside the smaller
+    tree are better; the children of this node then count as wrong.
+    """
+    token_MW, parent_MW, depth_MW, score_MW, _ = grown
+    widest = int((depth_MW[0] == 1).sum())
+    # Candidates are in order of creation: the children of a query follow each other, best first.
+    rank_W = (np.arange(token_MW.shape[1]) - 1) % widest
+    queries_MW = depth_MW == 0
+    inside_MW = queries_MW.copy()
+    for depth in range(1, int(depth_MW.max()) + 1):
+        below_MW = np.take_along_axis(queries_MW, parent_MW, axis=1) & (depth_MW == depth)
+        below_MW &= rank_W < topk
+        inside_MW |= below_MW
+        score_MZ = np.where(below_MW, score_MW, -np.inf)
+        best_MT = np.argsort(-score_MZ, axis=1, kind="stable")[:, :topk]
+        queries_MW = np.zeros_like(queries_MW)
+        np.put_along_axis(queries_MW, best_MT, True, axis=1)
+        queries_MW &= below_MW
+    return grown._replace(depth_MW=np.where(inside_MW, depth_MW, -1))
+
+
+@partial(jax.jit, static_argnames="tree")
+def _grown(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> Nodes:
+    """Returns the whole tree below each root."""
+    return drafter.propose(state, known, tree, None).nodes
+
+
+def _full_tree(levels: int, topk: int) -> DynamicTree:
+    return dynamic_tree(levels, topk, candidates(levels, topk) + 1)
+
+
+@jax.jit
+@exact
+def _read_text(
+    model: TargetModel, drafter: TrainedDrafter, text_BL: jax.Array
+) -> tuple[State, jax.Array]:
+    """Returns the drafter's state after a text, and what it read of the target [B, L, I]."""
+    B, L = text_BL.shape
+    positions_BL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+    mask_BLL = causal_mask(jnp.full(B, L), L)
+    output = forward(model.params, model.spec, text_BL, positions_BL, mask_BLL, taps=drafter.taps)
+    start_B, count_B = jnp.zeros(B, jnp.int32), jnp.full(B, L)
+    next_BL = jnp.roll(text_BL, -1, axis=1)
+    seen = Seen(output.states_BTD, text_BL, next_BL, start_B, count_B, tapped_BTI=output.tapped_BTI)
+    return drafter.observe(drafter.init(B, L), seen), seen.input_BTI
+
+
+def _read(
+    model: TargetModel, drafter: TrainedDrafter, prompt: list[int], answer: list[int]
+) -> Text:
+    """Reads a text with the target and the drafter."""
+    tokens = (prompt + answer)[:TEXT]
+    padded_BL = np.zeros((1, TEXT), np.int32)
+    padded_BL[0, : len(tokens)] = tokens
+    state, input_BLI = _read_text(model, drafter, padded_BL)
+    return Text(in_batch(state), input_BLI, padded_BL, _places(prompt, answer))
+
+
+def in_batch(state: State) -> State:
+    """Repeats a drafter's state of one row for the positions whose trees are grown at once."""
+    return jax.tree.map(lambda x: jnp.repeat(x, _BATCH, axis=0), state)
+
+
+def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
+    """Returns positions of an answer with enough text after them; empty if it is too short."""
+    return np.arange(len(prompt), min(len(prompt) + len(answer), TEXT) - max(LEVELS))
+
+
+def _widest_trees(
+    drafter: TrainedDrafter,
+    topk: int,
+    state: State,
+    states_BLD: jax.Array,
+    padded_BL: np.ndarray,
+    roots: np.ndarray,
+) -> Trees:
+    """Grows the full tree at each root of a text."""
+    grown: list[list[np.ndarray]] = []
+    for start in range(0, len(roots), _BATCH):
+        # The last batch repeats positions, which are removed below.
+        places = jnp.asarray(np.resize(roots[start : start + _BATCH], _BATCH))
+        at_B = drafter.at(state, jnp.repeat(states_BLD, _BATCH, axis=0), places)
+        known = Known(jnp.asarray(padded_BL[0])[places], places)
+        nodes = _grown(drafter, _full_tree(max(LEVELS), topk), at_B, known)
+        grown.append(
+            [
+                np.asarray(x)
+                for x in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW)
+            ]
+        )
+    follows_MP = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
+    token_MW, parent_MW, depth_MW, score_MW = (
+        np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)
+    )
+    return Trees(token_MW, parent_MW, depth_MW, score_MW, follows_MP)
+
+
+def _right_path(
+    token_MW: np.ndarray, parent_MW: np.ndarray, depth_MW: np.ndarray, follows_MP: np.ndarray
+) -> np.ndarray:
+    """Returns the correct node at each depth [M, P], -1 if the tree does not contain it.
+
+    A node is correct if its token and those of all its ancestors follow in the text.
+    """
+    places = np.arange(len(token_MW))
+    path, above = np.full(follows_MP.shape, -1), np.zeros(len(token_MW), int)
+    for depth in range(follows_MP.shape[1]):
+        fits_MW = (
+            (token_MW == follows_MP[:, depth, None])
+            & (parent_MW == above[:, None])
+            & (depth_MW == depth + 1)
+        )
+        above = np.where((above >= 0) & fits_MW.any(axis=1), fits_MW.argmax(axis=1), -1)
+        path[places, depth] = above
+    return path
+
+
+def _order_of_right_path(
+    token_MW: np.ndarray,
+    parent_MW: np.ndarray,
+    depth_MW: np.ndarray,
+    score_MW: np.ndarray,
+    follows_MP: np.ndarray,
+    levels: int,
+) -> np.ndarray:
+    """Returns how many candidates come before the correct one at each depth [M, levels].
+
+    levels: of the tree. A correct token that is not a candidate comes after all candidates.
+    """
+    path_MP = _right_path(token_MW, parent_MW, depth_MW, follows_MP)[:, :levels]
+    candidate_MW = (depth_MW >= 1) & (depth_MW <= levels)
+    score_MP = np.take_along_axis(score_MW, np.maximum(path_MP, 0), axis=1)
+    node_W = np.arange(token_MW.shape[1])
+    before = (score_MW[:, None] > score_MP[..., None]) | (
+        (score_MW[:, None] == score_MP[..., None]) & (node_W < path_MP[..., None])
+    )
+    return np.where(path_MP >= 0, (before & candidate_MW[:, None]).sum(axis=-1), token_MW.shape[1])
+
+
+def _rank_share(
+    token_MW: np.ndarray,
+    parent_MW: np.ndarray,
+    depth_MW: np.ndarray,
+    score_MW: np.ndarray,
+    follows_MP: np.ndarray,
+) -> np.ndarray:
+    """Returns how often the correct token has each rank among its siblings, [depth, rank].
+
+    The share is taken over the positions at which all tokens above are correct.
+    """
+    path_MP, topk = _right_path(token_MW, parent_MW, depth_MW, follows_MP), max(TOPKS)
+    share = np.zeros((follows_MP.shape[1], topk))
+    above = np.zeros(len(token_MW), int)
+    for depth, node in enumerate(path_MP.T):
+        # A node has children only if it was continued.
+        reached = (above >= 0) & ((parent_MW == above[:, None]) & (depth_MW == depth + 1)).any(
+            axis=1
+        )
+        siblings = (
+            (parent_MW == above[:, None])
+            & (depth_MW == depth + 1)
+            & (np.arange(token_MW.shape[1]) < node[:, None])
+        )
+        ranks = siblings.sum(axis=1)[reached & (node >= 0)]
+        share[depth] = np.bincount(ranks, minlength=topk)[:topk] / max(reached.sum(), 1)
+        above = node
+    return share
