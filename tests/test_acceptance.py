@@ -1,4 +1,4 @@
-"""Acceptance by tree: smaller trees are read off one wide tree, and a draft's folder keeps it."""
+"""Acceptance by tree: all trees are grown together, and a draft's folder keeps the figures."""
 
 import dataclasses
 from pathlib import Path
@@ -16,7 +16,7 @@ from beagle_jax.data.loader import BatchLoader
 from beagle_jax.data.target_forward import states_in_memory
 from beagle_jax.data.template import Row
 from beagle_jax.decoding import acceptance
-from beagle_jax.decoding.acceptance import narrowed, save_acceptance, saved_acceptance
+from beagle_jax.decoding.acceptance import save_acceptance, saved_acceptance
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.tree import dynamic_tree
@@ -33,19 +33,21 @@ def few(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("levels", "topk", "nodes"), [(3, 2, 8), (2, 2, 5), (3, 1, 3)])
-def test_smaller_topks_are_read_off_the_widest_tree(few, levels, topk, nodes):
+def test_trees_grown_together_are_those_grown_alone(few, levels, topk, nodes):
     target, draft = target_of(MARKOV), right_draft(0.15)
     [text] = _answers(target, 1)
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
-    grown = acceptance._widest_trees(drafter, 3, *acceptance._read(model, drafter, *text))
+    forest = acceptance.Forest(3, (1, 2, 3))
+    grown = acceptance._full_trees(drafter, (1, 2, 3), *acceptance._read(model, drafter, *text))
+    assert grown.token_MW.shape == (27, forest.size)
 
-    def accepted(grown) -> list[int]:
-        order_MP = acceptance._order_of_right_path(*grown, levels)
+    def accepted(topk: int) -> list[int]:
+        order_MP = acceptance._order_of_right_path(*forest.only(grown, topk), levels)
         return (order_MP < nodes - 1).sum(axis=1).tolist()
 
     expected = _accepted_by_drafting(target, draft, dynamic_tree(levels, topk, nodes), text)
-    assert accepted(narrowed(grown, topk)) == expected
-    assert accepted(grown) != expected  # planted bug: the nodes of the wide tree are all there
+    assert accepted(topk) == expected
+    assert accepted(3 if topk == 1 else 1) != expected  # planted bug: trees of another topk
 
 
 def test_a_folder_keeps_the_figures_of_its_weights(few, tmp_path):
@@ -91,11 +93,10 @@ def test_held_out_chats_give_the_same_figures_as_the_target(few, tmp_path, caplo
     made = measured_acceptance(target, draft, texts)
     assert list(kept.tau.values()) == pytest.approx(list(made.tau.values()), abs=1e-4)
     assert (kept.places, kept.texts) == (81, "3 held-out chats of the training data")
-    # Planted bug: states of other texts.
-    loader._chats[0], loader._chats[1] = (
-        loader._chats[0]._replace(states_LD=loader._chats[1].states_LD),
-        loader._chats[1]._replace(states_LD=loader._chats[0].states_LD),
-    )
+    # Planted bug: the states are those of the places before.
+    loader._chats = [
+        chat._replace(states_LD=np.roll(chat.states_LD, 1, axis=0)) for chat in loader._chats
+    ]
     (tmp_path / acceptance.FILE).unlink()
     keep_acceptance(tmp_path, draft, frozen, loader)
     assert not (tmp_path / acceptance.FILE).exists()
@@ -108,13 +109,14 @@ def test_answers_of_others_and_short_ones_are_not_kept(few, tmp_path, caplog):
     other = [
         (prompt, [(token + 1) % 50 for token in answer]) for prompt, answer in _answers(target)
     ]
-    short = [(prompt, answer[:4]) for prompt, answer in _answers(target)]
+    short = [(prompt, answer[:3]) for prompt, answer in _answers(target)]
     for texts, why in ((other, "not those that the target writes"), (short, "too short")):
         loader, frozen = held_out(target, texts)
         keep_acceptance(tmp_path, draft, frozen, loader)
         assert why in caplog.text and not (tmp_path / acceptance.FILE).exists()
 
 
+@pytest.mark.slow  # a training run; its last step alone is above
 def test_training_keeps_it_beside_the_draft(workplace, monkeypatch):
     shrink(monkeypatch, nodes=(2, 4), levels=range(1, 3), topks=(1, 2), text=64)
     folder = workplace.folder / "kept"

@@ -85,11 +85,11 @@ def test_the_audit_finds_a_stale_feature():
     assert failed(made) == {ACCEPTANCE}
 
 
-def test_smaller_trees_are_read_off_the_widest(small):
+def test_smaller_trees_are_read_off_the_full_one(small):
     target, draft = target_of(MARKOV), right_eagle3(0.05)
     [text] = test_tuning._answers(target, 1)
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
-    grown = acceptance._widest_trees(drafter, 3, *acceptance._read(model, drafter, *text))
+    grown = acceptance._full_trees(drafter, (3,), *acceptance._read(model, drafter, *text))
     order = acceptance._order_of_right_path(*grown, 3)
     accepted = (order < 7).sum(axis=1).tolist()
     assert accepted == test_tuning._accepted_by_drafting(

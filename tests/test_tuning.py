@@ -1,4 +1,4 @@
-"""Tuning: the widest tree predicts what smaller trees do, and `auto` finds the stored result."""
+"""Tuning: full trees predict what smaller trees do, and `auto` finds the stored result."""
 
 import dataclasses
 
@@ -70,11 +70,11 @@ def _accepted_by_drafting(target, draft, tree, text) -> list[int]:
 
 
 @pytest.mark.parametrize(("levels", "topk", "nodes"), [(3, 3, 8), (2, 3, 5), (1, 2, 3), (3, 2, 11)])
-def test_smaller_trees_are_read_off_the_widest(small, levels, topk, nodes):
+def test_smaller_trees_are_read_off_the_full_one(small, levels, topk, nodes):
     target, draft = target_of(MARKOV), right_draft(0.15)
     [text] = _answers(target, 1)
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
-    grown = acceptance._widest_trees(drafter, topk, *acceptance._read(model, drafter, *text))
+    grown = acceptance._full_trees(drafter, (topk,), *acceptance._read(model, drafter, *text))
 
     def accepted(*grown):
         return (acceptance._order_of_right_path(*grown, levels) < nodes - 1).sum(axis=1).tolist()

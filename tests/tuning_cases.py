@@ -1,5 +1,6 @@
 """A grid of few trees, for tests of `tune` and of acceptance."""
 
+from beagle_jax.commands import held_out
 from beagle_jax.commands import tune as tune_command
 from beagle_jax.decoding import acceptance, tuning
 
@@ -8,7 +9,8 @@ def shrink(monkeypatch, *, nodes, levels, topks, text) -> None:
     """Lets acceptance and tuning know few trees, in short texts; nothing counts as disturbed."""
     for name, value in {"NODES": nodes, "LEVELS": levels, "TOPKS": topks, "TEXT": text}.items():
         monkeypatch.setattr(acceptance, name, value)
-    monkeypatch.setattr(tuning, "LEVELS", levels)
+    for module in (tuning, held_out):
+        monkeypatch.setattr(module, "LEVELS", levels)
     for name in ("FULL", "QUICK"):
         monkeypatch.setattr(tune_command, name, tuning.Effort(nodes, topks))
     monkeypatch.setattr(tuning, "TOLERANCE", 1e9)

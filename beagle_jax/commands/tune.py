@@ -140,7 +140,8 @@ def _acceptance(
         )
     texts = answers_for_tuning(target, prompts, most, mesh, sampling)
     described = f"answers to {len(prompts)} prompts of {config.eval.suites[0]}"
-    measured = measured_acceptance(target, draft, texts, mesh, described)
+    topks = QUICK.topks if quick else FULL.topks
+    measured = measured_acceptance(target, draft, texts, mesh, described, topks)
     ours = not source.startswith("hf:") and not is_url(source)
     if not quick and kept is None and sampling == Sampling() and ours:
         try:

@@ -1,9 +1,9 @@
 """How often a draft is right, by tree: what every dynamic tree would accept of given texts.
 
 It is measured without a decoding loop. At positions of texts that the target wrote, the draft grows
-its widest tree. The ranks of the correct continuation in that tree determine what every smaller
-tree would accept. The figures depend on the draft and the texts, and not on the machine, so a
-draft's folder can hold them.
+full trees. The ranks of the correct continuation in a full tree determine what every smaller tree
+of the same topk would accept. The figures depend on the draft and the texts, and not on the
+machine, so a draft's folder can hold them.
 """
 
 import json
@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beagle_jax.decoding.drafter import Known, Seen, State
-from beagle_jax.decoding.nodes import Nodes
 from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.trained import TrainedDrafter
-from beagle_jax.decoding.tree import DynamicTree, Tree, candidates, dynamic_tree
+from beagle_jax.decoding.tree import candidates
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
@@ -50,8 +49,8 @@ class Acceptance:
 
     def most(self, levels: int, topk: int) -> float:
         """Returns tau of the largest tree with so many levels and topk."""
-        sizes = (nodes for deep, wide, nodes in self.tau if (deep, wide) == (levels, topk))
-        return self.tau[levels, topk, max(sizes)]
+        taus = (tau for shape, tau in self.tau.items() if shape[:2] == (levels, topk))
+        return max(taus, default=1.0)
 
 
 class Text(NamedTuple):
@@ -68,10 +67,12 @@ def acceptance_of(
     drafter: TrainedDrafter,
     texts: Sequence[tuple[list[int], list[int]]],
     described: str = "",
+    topks: tuple[int, ...] | None = None,
 ) -> Acceptance:
     """Measures a draft on texts.
 
-    texts: prompts and the target's answers, as tokens. described: what they are.
+    texts: prompts and the target's answers, as tokens. described: what they are. topks: of the
+    trees; None: all.
 
     Raises:
         UserError: All texts are too short.
@@ -83,25 +84,33 @@ def acceptance_of(
             f"{max(LEVELS)} tokens among the first {TEXT} of prompt and answer; raise "
             "eval.max_new_tokens or --prompts, or set other eval.suites"
         )
-    return acceptance_in(drafter, texts_read, described)
+    return acceptance_in(drafter, texts_read, described, topks)
 
 
-def acceptance_in(drafter: TrainedDrafter, texts: Sequence[Text], described: str) -> Acceptance:
+def acceptance_in(
+    drafter: TrainedDrafter,
+    texts: Sequence[Text],
+    described: str,
+    topks: tuple[int, ...] | None = None,
+) -> Acceptance:
     """Measures a draft on texts that it has read: at all of their roots, or at 512 of them."""
+    topks = topks or TOPKS
+    forest = Forest(max(LEVELS), topks)
     every = -(-sum(len(text.roots) for text in texts) // _PLACES)
     thinned = [text._replace(roots=text.roots[::every]) for text in texts]
-    trees = [_widest_trees(drafter, max(TOPKS), *text) for text in thinned]
+    trees = [_full_trees(drafter, topks, *text) for text in thinned]
     grown = Trees(*(np.concatenate(each) for each in zip(*trees, strict=True)))
     tau = {}
-    for topk in TOPKS:
-        narrow = narrowed(grown, topk)
+    for topk in topks:
+        alone = forest.only(grown, topk)
         for levels in LEVELS:
-            order_MP = _order_of_right_path(*narrow, levels)
+            order_MP = _order_of_right_path(*alone, levels)
             for nodes in NODES:
                 if nodes <= candidates(levels, topk) + 1:
                     accepted = (order_MP < nodes - 1).sum(axis=1).mean()
                     tau[levels, topk, nodes] = 1 + float(accepted)
-    return Acceptance(tau, _rank_share(*grown), len(grown.token_MW), described)
+    rank_share = _rank_share(*forest.only(grown, max(topks)), max(topks))
+    return Acceptance(tau, rank_share, len(grown.token_MW), described)
 
 
 def save_acceptance(folder: Path, acceptance: Acceptance, fingerprint: str) -> None:
@@ -151,39 +160,73 @@ class Trees(NamedTuple):
     follows_MP: np.ndarray
 
 
-def narrowed(grown: Trees, topk: int) -> Trees:
-    """Returns full trees of a smaller topk, read off full trees of a larger one.
+@dataclass(frozen=True)
+class Forest:
+    """Full dynamic trees of several topks with a common root, grown as one tree. Hashable.
 
-    Nodes that a smaller tree lacks get the depth -1. A smaller tree continues its best nodes. In
-    rare cases the larger tree does not continue one of them, because many nodes outside the smaller
-    tree are better; the children of this node then count as wrong.
+    Each query keeps as many children as the largest topk needs. The queries of a level are those of
+    the first tree, then those of the second, and so on. A tree of k children continues the best of
+    the first k children of its own k queries.
     """
-    token_MW, parent_MW, depth_MW, score_MW, _ = grown
-    widest = int((depth_MW[0] == 1).sum())
-    # Candidates are in order of creation: the children of a query follow each other, best first.
-    rank_W = (np.arange(token_MW.shape[1]) - 1) % widest
-    queries_MW = depth_MW == 0
-    inside_MW = queries_MW.copy()
-    for depth in range(1, int(depth_MW.max()) + 1):
-        below_MW = np.take_along_axis(queries_MW, parent_MW, axis=1) & (depth_MW == depth)
-        below_MW &= rank_W < topk
-        inside_MW |= below_MW
-        score_MZ = np.where(below_MW, score_MW, -np.inf)
-        best_MT = np.argsort(-score_MZ, axis=1, kind="stable")[:, :topk]
-        queries_MW = np.zeros_like(queries_MW)
-        np.put_along_axis(queries_MW, best_MT, True, axis=1)
-        queries_MW &= below_MW
-    return grown._replace(depth_MW=np.where(inside_MW, depth_MW, -1))
+
+    levels: int
+    topks: tuple[int, ...]
+
+    scored = True
+
+    @property
+    def size(self) -> int:
+        """W: all candidates and the root."""
+        return 1 + self.kept_children(0) * (1 + (self.levels - 1) * sum(self.topks))
+
+    @property
+    def depth(self) -> int:
+        """P."""
+        return self.levels
+
+    def kept_children(self, level: int) -> int:
+        """Returns how many children each query of a level keeps."""
+        return max(self.topks)
+
+    def next_queries(self, level: int, score_BA: jax.Array) -> jax.Array:
+        """Returns indices of the best candidates of each tree [B, T]."""
+        best = []
+        for topk in self.topks:
+            own_A = np.arange(topk) if level == 0 else self._candidates(topk)
+            best.append(jnp.asarray(own_A)[jax.lax.top_k(score_BA[:, own_A], topk)[1]])
+        return jnp.concatenate(best, axis=1)
+
+    def chosen(self, score_BZ: jax.Array) -> jax.Array:
+        """Returns the indices of all candidates [B, W - 1]."""
+        return jnp.broadcast_to(jnp.arange(self.size - 1)[None], (len(score_BZ), self.size - 1))
+
+    def _candidates(self, topk: int) -> np.ndarray:
+        """Indices of a tree's candidates among all of a level below the first."""
+        first = sum(self.topks[: self.topks.index(topk)])
+        query, rank = np.arange(first, first + topk), np.arange(topk)
+        return (query[:, None] * self.kept_children(0) + rank).ravel()
+
+    def only(self, grown: Trees, topk: int) -> Trees:
+        """Returns the full trees of one topk."""
+        width = self.kept_children(0)
+        below = [
+            1 + width + level * sum(self.topks) * width + self._candidates(topk)
+            for level in range(self.levels - 1)
+        ]
+        node_W = np.concatenate([[0], 1 + np.arange(topk), *below])
+        place_W = np.zeros(self.size, int)
+        place_W[node_W] = np.arange(len(node_W))
+        token_MW, parent_MW, depth_MW, score_MW = (x_MW[:, node_W] for x_MW in grown[:-1])
+        return Trees(token_MW, place_W[parent_MW], depth_MW, score_MW, grown.follows_MP)
 
 
 @partial(jax.jit, static_argnames="tree")
-def _grown(drafter: TrainedDrafter, tree: Tree, state: State, known: Known) -> Nodes:
-    """Returns the whole tree below each root."""
-    return drafter.propose(state, known, tree, None).nodes
-
-
-def _full_tree(levels: int, topk: int) -> DynamicTree:
-    return dynamic_tree(levels, topk, candidates(levels, topk) + 1)
+def _grown(
+    drafter: TrainedDrafter, tree: Any, state: State, known: Known
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns token, parent, depth and score of all nodes below each root, [B, W] each."""
+    nodes = drafter.propose(state, known, tree, None).nodes
+    return nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW
 
 
 @jax.jit
@@ -223,28 +266,22 @@ def _places(prompt: list[int], answer: list[int]) -> np.ndarray:
     return np.arange(len(prompt), min(len(prompt) + len(answer), TEXT) - max(LEVELS))
 
 
-def _widest_trees(
+def _full_trees(
     drafter: TrainedDrafter,
-    topk: int,
+    topks: tuple[int, ...],
     state: State,
-    states_BLD: jax.Array,
+    input_BLI: jax.Array,
     padded_BL: np.ndarray,
     roots: np.ndarray,
 ) -> Trees:
-    """Grows the full tree at each root of a text."""
-    grown: list[list[np.ndarray]] = []
+    """Grows the full trees of all topks at each root of a text (`Forest`)."""
+    forest, grown = Forest(max(LEVELS), topks), []
     for start in range(0, len(roots), _BATCH):
         # The last batch repeats positions, which are removed below.
         places = jnp.asarray(np.resize(roots[start : start + _BATCH], _BATCH))
-        at_B = drafter.at(state, jnp.repeat(states_BLD, _BATCH, axis=0), places)
+        at_B = drafter.at(state, jnp.repeat(input_BLI, _BATCH, axis=0), places)
         known = Known(jnp.asarray(padded_BL[0])[places], places)
-        nodes = _grown(drafter, _full_tree(max(LEVELS), topk), at_B, known)
-        grown.append(
-            [
-                np.asarray(x)
-                for x in (nodes.token_BW, nodes.parent_BW, nodes.depth_BW, nodes.score_BW)
-            ]
-        )
+        grown.append(jax.device_get(_grown(drafter, forest, at_B, known)))
     follows_MP = padded_BL[0, roots[:, None] + 1 + np.arange(max(LEVELS))[None]]
     token_MW, parent_MW, depth_MW, score_MW = (
         np.concatenate(each)[: len(roots)] for each in zip(*grown, strict=True)
@@ -300,12 +337,13 @@ def _rank_share(
     depth_MW: np.ndarray,
     score_MW: np.ndarray,
     follows_MP: np.ndarray,
+    topk: int,
 ) -> np.ndarray:
     """Returns how often the correct token has each rank among its siblings, [depth, rank].
 
     The share is taken over the positions at which all tokens above are correct.
     """
-    path_MP, topk = _right_path(token_MW, parent_MW, depth_MW, follows_MP), max(TOPKS)
+    path_MP = _right_path(token_MW, parent_MW, depth_MW, follows_MP)
     share = np.zeros((follows_MP.shape[1], topk))
     above = np.zeros(len(token_MW), int)
     for depth, node in enumerate(path_MP.T):

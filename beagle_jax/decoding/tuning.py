@@ -181,6 +181,7 @@ def measured_acceptance(
     texts: Sequence[tuple[list[int], list[int]]],
     mesh: Mesh | None = None,
     described: str = "",
+    topks: tuple[int, ...] | None = None,
 ) -> Acceptance:
     """Measures the acceptance of a draft on texts; see `acceptance_of` for arguments and errors.
 
@@ -189,7 +190,7 @@ def measured_acceptance(
     mesh = None if mesh is None else decoding_mesh(mesh, target.spec.num_kv_heads)
     params = place(target.params, mesh)
     drafter = trained_drafter(draft, params, mesh=mesh)
-    return acceptance_of(TargetModel(target.spec, params), drafter, texts, described)
+    return acceptance_of(TargetModel(target.spec, params), drafter, texts, described, topks)
 
 
 def answers_for_tuning(
