@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     made.add_argument(
         "--prompts",
         type=int,
-        default=12,
+        default=8,
         metavar="N",
         help="number of sample prompts, from the first of eval.suites",
     )

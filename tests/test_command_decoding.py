@@ -313,6 +313,7 @@ def test_tune_remembers_what_auto_takes(trained, monkeypatch, capsys, tmp_path, 
     for name in milliseconds:
         monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", lambda *_, name=name: name)
     monkeypatch.setattr("beagle_jax.decoding.tuning.milliseconds", milliseconds.__getitem__)
+    monkeypatch.setattr("beagle_jax.decoding.tuning.compiled", lambda works: None)
     files = [
         "--plot",
         str(tmp_path / "t.svg"),

@@ -43,6 +43,7 @@ def few(monkeypatch) -> dict:
         tuning, "ending", lambda target, nodes, *_: "plain" if nodes == 1 else "tree"
     )
     monkeypatch.setattr(tuning, "drafting", lambda *_: "draft")
+    monkeypatch.setattr(tuning, "compiled", lambda works: None)
     monkeypatch.setattr(tuning, "milliseconds", lambda name: costs[name].pop(0))
     return costs
 
@@ -162,6 +163,7 @@ def costs_of(monkeypatch, verify: dict[int, float]) -> list[int]:
     measured = []
     monkeypatch.setattr(tuning, "ending", lambda target, nodes, *_: nodes)
     monkeypatch.setattr(tuning, "drafting", lambda *_: 0)
+    monkeypatch.setattr(tuning, "compiled", lambda works: None)
 
     def milliseconds(nodes: int) -> float:
         measured.extend([nodes] if nodes else [])
@@ -176,7 +178,7 @@ def test_sizes_that_a_device_runs_badly_are_not_offered(monkeypatch):
     assert tuning.offered(verify) == [4, 8, 16, 24, 32]
     costs_of(monkeypatch, verify)
     monkeypatch.setattr(tuning, "LEVELS", (1,))
-    effort = tuning.Effort((4, 8, 12, 16, 24, 32), (8,))
+    effort = tuning.Effort((4, 8, 12, 16, 24, 32), (8,), 9, guesses=False)
     made = tuning.tune(target_of(), random_draft(), acceptance(TAU), effort=effort)
     assert 12 not in {choice.nodes for choice in made.choices} and made.best.nodes == 16
 
@@ -185,7 +187,25 @@ def test_sizes_that_cannot_pay_are_not_measured(monkeypatch):
     """The largest tree writes 2.6 tokens: at three times a plain step none can pay."""
     measured = costs_of(monkeypatch, {1: 10.0, 4: 11.0, 8: 30.0, 12: 31.0, 16: 35.0})
     monkeypatch.setattr(tuning, "LEVELS", (1,))
-    effort = tuning.Effort((4, 8, 12, 16), (8,))
+    effort = tuning.Effort((4, 8, 12, 16), (8,), 9, guesses=False)
     made = tuning.tune(target_of(), random_draft(), acceptance(TAU), effort=effort)
     # 8 may be a size that the device runs badly; with 12 it is certain. The plain step comes again.
     assert measured == [1, 4, 8, 12, 1] and made.best.nodes == 4
+
+
+@pytest.mark.parametrize(
+    ("verify", "patience", "guesses", "expected"),
+    [
+        # A line through 1 and 4 says that 8 takes 24 ms: too much for what it accepts.
+        ({1: 10.0, 4: 16.0}, 1, True, [1, 4, 1]),
+        ({1: 10.0, 4: 10.1, 8: 10.2, 12: 10.3, 16: 10.4}, 1, True, [1, 4, 8, 12, 16, 1]),
+        ({1: 10.0, 4: 10.1, 8: 16.0}, 1, False, [1, 4, 8, 1]),
+        ({1: 10.0, 4: 10.1, 8: 12.0, 12: 14.0, 16: 15.0}, 2, False, [1, 4, 8, 12, 1]),
+    ],
+)
+def test_the_quick_form_measures_less(monkeypatch, verify, patience, guesses, expected):
+    measured = costs_of(monkeypatch, verify)
+    monkeypatch.setattr(tuning, "LEVELS", (1,))
+    effort = tuning.Effort((4, 8, 12, 16), (8,), patience, guesses)
+    tuning.tune(target_of(), random_draft(), acceptance(TAU), effort=effort)
+    assert measured == expected

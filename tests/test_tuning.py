@@ -32,7 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "_REPEATS", 2)
 
 
-GRID = tuning.Effort((4, 8), (1, 3))
+GRID = tuning.Effort((4, 8), (1, 3), patience=3, guesses=False)
 
 
 def _answers(target, count=3):

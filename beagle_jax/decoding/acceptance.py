@@ -33,7 +33,7 @@ TOPKS = (1, 2, 3, 4, 6, 8)
 NODES = (2, 4, 8, 12, 16, 24, 32, 64, 128)
 FILE = "acceptance.json"  # in a draft's folder
 TEXT = 256  # tokens of a text that are read
-_PLACES = 512  # positions of all texts, at most
+_PLACES = 384  # positions of all texts, at most
 _BATCH = 16  # positions whose trees are grown at once
 
 
@@ -93,7 +93,7 @@ def acceptance_in(
     described: str,
     topks: tuple[int, ...] | None = None,
 ) -> Acceptance:
-    """Measures a draft on texts that it has read: at all of their roots, or at 512 of them."""
+    """Measures a draft on texts that it has read: at all of their roots, or at 384 of them."""
     topks = topks or TOPKS
     forest = Forest(max(LEVELS), topks)
     every = -(-sum(len(text.roots) for text in texts) // _PLACES)

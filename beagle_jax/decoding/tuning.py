@@ -23,7 +23,17 @@ from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import TargetModel
 from beagle_jax.decoding.sampling import GREEDY, Sampling
-from beagle_jax.decoding.timing import ALONE, Situation, drafting, ending, milliseconds, small_tree
+from beagle_jax.decoding.timing import (
+    ALONE,
+    Passes,
+    Situation,
+    compiled,
+    drafting,
+    ending,
+    milliseconds,
+    small_tree,
+)
+from beagle_jax.decoding.trained import TrainedDrafter
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree, dynamic_tree
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.files import write_text
@@ -44,10 +54,13 @@ class Effort(NamedTuple):
 
     nodes: tuple[int, ...]
     topks: tuple[int, ...]
+    patience: int  # numbers of nodes in a row that bring no faster tree, after which none is tried
+    guesses: bool  # leaves out numbers of nodes that cannot pay if costs go on in a line
 
 
-FULL = Effort(NODES, TOPKS)
-QUICK = Effort((4, 8, 16, 32), (1, 3))
+FULL = Effort(NODES, TOPKS, patience=3, guesses=False)
+QUICK = Effort((4, 8, 16, 32, 64), (3,), patience=1, guesses=True)
+_SLOPE_LEVELS = 3  # of the trees that show what another level costs
 
 
 @dataclass(frozen=True)
@@ -111,21 +124,37 @@ def tune(
     target = replace(target, params=place(target.params, mesh))
     drafter = trained_drafter(draft, target.params, mesh=mesh)
     plain = ending(target, 1, mesh, where)
-    verify_ms, draft_ms = {1: milliseconds(plain)}, {}
-    for topk in tqdm(effort.topks, desc="draft cost", unit="topk"):
-        one_level, four_levels = (
-            milliseconds(drafting(drafter, small_tree(levels, topk), mesh, where))
-            for levels in (1, 4)
-        )
-        for levels in LEVELS:
-            draft_ms[levels, topk] = one_level + (levels - 1) * (four_levels - one_level) / 3
-    choices: list[Choice] = []
+    draft_ms = _draft_ms(drafter, mesh, where, effort, beside=plain)
+    verify_ms, choices, vain = {1: milliseconds(plain)}, list[Choice](), 0
     for nodes in tqdm(effort.nodes, desc="verify cost", unit="size"):
+        if effort.guesses and not _may_pay(nodes, verify_ms, draft_ms, acceptance):
+            break
         verify_ms[nodes] = milliseconds(ending(target, nodes, mesh, where, drafter))
-        choices = _choices(verify_ms, draft_ms, acceptance)
-        if _nothing_more(verify_ms, draft_ms, acceptance, choices):
+        before, choices = choices[:1], _choices(verify_ms, draft_ms, acceptance)
+        vain = vain + 1 if before and before[0] == choices[0] else 0
+        if vain >= effort.patience or _nothing_more(verify_ms, draft_ms, acceptance, choices):
             break
     return Tuning(verify_ms, draft_ms, acceptance, choices, where, milliseconds(plain))
+
+
+def _draft_ms(
+    drafter: TrainedDrafter, mesh: Mesh | None, where: Situation, effort: Effort, beside: Passes
+) -> dict[tuple[int, int], float]:
+    """Measures drafting, by (levels, topk). The first level costs the same for every topk.
+
+    beside: compiled at the same time.
+    """
+    first = drafting(drafter, small_tree(1, max(effort.topks)), mesh, where)
+    deep = [
+        drafting(drafter, small_tree(_SLOPE_LEVELS, topk), mesh, where) for topk in effort.topks
+    ]
+    compiled([beside, first, *deep])
+    first_ms, draft_ms = milliseconds(first), {}
+    for topk, work in zip(effort.topks, deep, strict=True):
+        level_ms = max(milliseconds(work) - first_ms, 0.0) / (_SLOPE_LEVELS - 1)
+        for levels in LEVELS:
+            draft_ms[levels, topk] = first_ms + (levels - 1) * level_ms
+    return draft_ms
 
 
 def _choices(
@@ -172,6 +201,25 @@ def _nothing_more(
     return all(
         acceptance.most(*shape) / (drafting_ms + least_ms) <= best
         for shape, drafting_ms in draft_ms.items()
+    )
+
+
+def _may_pay(
+    nodes: int,
+    verify_ms: dict[int, float],
+    draft_ms: dict[tuple[int, int], float],
+    acceptance: Acceptance,
+) -> bool:
+    """Whether so many nodes would be faster if costs went on in a line from the last two sizes."""
+    if len(verify_ms) == 1:
+        return True
+    (less, less_ms), (last, last_ms) = list(verify_ms.items())[-2:]
+    guessed = last_ms + (nodes - last) * max(last_ms - less_ms, 0.0) / (last - less)
+    best = _choices(verify_ms, draft_ms, acceptance)[0]
+    return any(
+        tau / (draft_ms[shape] + guessed) > best.tau / best.milliseconds
+        for (*shape_, size), tau in acceptance.tau.items()
+        if size == nodes and (shape := (shape_[0], shape_[1])) in draft_ms
     )
 
 
