@@ -54,10 +54,14 @@ def test_a_folder_keeps_the_figures_of_its_weights(few, tmp_path):
     target, draft = target_of(MARKOV), right_draft(0.15)
     made = measured_acceptance(target, draft, _answers(target), described="three answers")
     save_acceptance(tmp_path, made, draft.fingerprint)
-    kept = saved_acceptance(tmp_path, draft.fingerprint)
-    assert (kept.places, kept.texts, kept.tau.keys()) == (81, "three answers", made.tau.keys())
-    assert list(kept.tau.values()) == pytest.approx(list(made.tau.values()), abs=1e-4)
-    np.testing.assert_allclose(kept.rank_share, made.rank_share, atol=1e-4)  # of rounding
+    figures = saved_acceptance(tmp_path, draft.fingerprint)
+    assert (figures.places, figures.texts, figures.tau.keys()) == (
+        81,
+        "three answers",
+        made.tau.keys(),
+    )
+    assert list(figures.tau.values()) == pytest.approx(list(made.tau.values()), abs=1e-4)
+    np.testing.assert_allclose(figures.rank_share, made.rank_share, atol=1e-4)  # of rounding
     assert saved_acceptance(tmp_path, right_draft(0.2).fingerprint) is None
     assert saved_acceptance(tmp_path / "none", draft.fingerprint) is None
     for text in ("{", "{}", '{"draft": 1, "trees": 2}'):
@@ -89,10 +93,10 @@ def test_held_out_chats_give_the_same_figures_as_the_target(few, tmp_path, caplo
     texts = _answers(target)
     loader, frozen = held_out(target, texts)
     keep_acceptance(tmp_path, draft, frozen, loader)
-    kept = saved_acceptance(tmp_path, draft.fingerprint)
+    figures = saved_acceptance(tmp_path, draft.fingerprint)
     made = measured_acceptance(target, draft, texts)
-    assert list(kept.tau.values()) == pytest.approx(list(made.tau.values()), abs=1e-4)
-    assert (kept.places, kept.texts) == (81, "3 held-out chats of the training data")
+    assert list(figures.tau.values()) == pytest.approx(list(made.tau.values()), abs=1e-4)
+    assert (figures.places, figures.texts) == (81, "3 held-out chats of the training data")
     # Planted bug: the states are those of the places before.
     loader._chats = [
         chat._replace(states_LD=np.roll(chat.states_LD, 1, axis=0)) for chat in loader._chats
@@ -131,8 +135,8 @@ def test_training_keeps_it_beside_the_draft(workplace, monkeypatch):
 
 def test_the_shipped_draft_has_its_figures(at_the_root):
     folder = Path("drafts/smollm2-135m")
-    kept = saved_acceptance(folder, read_json(folder / "config.json", "")[DIGEST])
-    assert kept is not None and kept.tau[2, 3, 4] > 1.5
+    figures = saved_acceptance(folder, read_json(folder / "config.json", "")[DIGEST])
+    assert figures is not None and figures.tau[2, 3, 4] > 1.5
 
 
 def test_the_largest_tree_of_a_shape_accepts_most(few):

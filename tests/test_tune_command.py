@@ -58,16 +58,16 @@ def tuned(place, capsys, *options: str) -> tuple[dict, str, str]:
 
 
 def test_the_quick_form_takes_what_the_folder_keeps(place, few, capsys):
-    kept = place.folder / "draft" / FILE
+    saved = place.folder / "draft" / FILE
     figures, _, err = tuned(place, capsys, "--quick", "--prompts", "3")
     assert "draft has no figures for these weights; tune without --quick measures more" in err
-    assert figures["acceptance"].startswith("answers to 3 prompts") and not kept.exists()
+    assert figures["acceptance"].startswith("answers to 3 prompts") and not saved.exists()
     few.update(plain=[10.0, 10.0])
     figures, _, err = tuned(place, capsys)
-    assert kept.exists() and f"acceptance is kept in {kept.parent} for tune --quick" in err
-    stored = json.loads(kept.read_text())
+    assert saved.exists() and f"acceptance is kept in {saved.parent} for tune --quick" in err
+    stored = json.loads(saved.read_text())
     few.update(plain=[10.0, 10.0])
-    kept.write_text(json.dumps(stored | {"texts": "the texts of the folder"}))
+    saved.write_text(json.dumps(stored | {"texts": "the texts of the folder"}))
     figures, out, err = tuned(place, capsys, "--quick")
     assert figures["acceptance"] == "the texts of the folder" and "the texts of the folder" in out
     few.update(plain=[10.0, 10.0])
@@ -131,7 +131,9 @@ def test_the_tree_of_auto_is_the_tuned_one(place, few, capsys):
     assert (tree.levels, tree.topk, tree.nodes) == (choice["levels"], choice["topk"], 4)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=20)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), pytest.param(Sampling(0.8, top_k=20), marks=pytest.mark.slow)]
+)
 def test_measured_rounds_write_what_plain_decoding_writes(sampling):
     """They are whole rounds: whatever the nodes, the accepted tokens are the target's."""
     target, where = target_of(MARKOV), Situation(2, 128, sampling)

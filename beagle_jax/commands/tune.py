@@ -127,9 +127,9 @@ def _acceptance(
     """
     sampling, source = sampling_of(config.decode), draft_path(config)
     folder, fingerprint = draft_folder(source, config.target.cache_dir), draft.fingerprint
-    kept = saved_acceptance(folder, fingerprint) if sampling == Sampling() else None
-    if quick and kept is not None:
-        return kept
+    stored = saved_acceptance(folder, fingerprint) if sampling == Sampling() else None
+    if quick and stored is not None:
+        return stored
     most = config.eval.max_new_tokens
     if quick:
         why = "no figures for these weights" if sampling == Sampling() else "figures of greedy text"
@@ -143,7 +143,7 @@ def _acceptance(
     topks = QUICK.topks if quick else FULL.topks
     measured = measured_acceptance(target, draft, texts, mesh, described, topks)
     ours = not source.startswith("hf:") and not is_url(source)
-    if not quick and kept is None and sampling == Sampling() and ours:
+    if not quick and stored is None and sampling == Sampling() and ours:
         try:
             save_acceptance(folder, measured, fingerprint)
             _log.info(f"acceptance is kept in {folder} for tune --quick")
