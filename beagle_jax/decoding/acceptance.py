@@ -175,6 +175,11 @@ class Forest:
     scored = True
 
     @property
+    def grown(self) -> "Forest":
+        """The forest itself: it has no looked-up nodes."""
+        return self
+
+    @property
     def size(self) -> int:
         """W: all candidates and the root."""
         return 1 + self.kept_children(0) * (1 + (self.levels - 1) * sum(self.topks))
