@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.terminal import show, working
 
 # Options of each direction besides --out and --overwrite.
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
         if option in _OPTIONS[direction] and not getattr(arguments, option):
             raise UsageError(f"{direction} needs {needs}")
     config = read_config(arguments)
+    leaves(f"{arguments.out} is as it was before; run the same command again")
     with working(arguments):
         from beagle_jax.commands import convert
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from beagle_jax import interrupts
 from beagle_jax.terminal import coloured
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # failed writes with these errors name no file
@@ -58,13 +59,27 @@ class UsageError(UserError):
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Runs `main(argv)` and returns the exit status; prints a UserError as one message.
 
-    The message goes to stderr. `--debug` keeps the traceback.
+    The message goes to stderr. `--debug` keeps the traceback. argv: None for the process's own
+    command line; Ctrl-C then ends the process (`interrupts`).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [argument for argument in argv if argument != "--debug"]
+    if argv is None:
+        with interrupts.Watch():
+            try:
+                return _run(main, sys.argv[1:])
+            except KeyboardInterrupt:
+                interrupts.leave()
     try:
-        main(argv)
+        return _run(main, argv)
+    except KeyboardInterrupt:
+        print(f"\n{interrupts.message()}", file=sys.stderr)
+        return interrupts.STATUS
+
+
+def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    interrupts.leaves("")
+    debug = "--debug" in argv
+    try:
+        main([argument for argument in argv if argument != "--debug"])
     except UserError as error:
         if debug:
             raise
@@ -77,9 +92,6 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
             "were complete before are unchanged. Free some space, or choose a path that can be "
             "read and written; --debug shows the operation that failed"
         )
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     return 0
 
 

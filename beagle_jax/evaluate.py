@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.terminal import show, working
 
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
     add_overrides(made)
     arguments = made.parse_args(argv)
     config = read_config(arguments)
+    there = f"in {arguments.out}; the same command goes on from there"
+    leaves(f"whole answers are {there if arguments.out else 'stored with --out FOLDER only'}")
     with working(arguments):
         from beagle_jax.commands.evaluate import evaluate
         from beagle_jax.evaluation.audit import lines

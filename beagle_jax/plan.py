@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.errors import UsageError, run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.terminal import show, working
 
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; expected at least 1")
     config = read_config(arguments)
+    leaves("there is no plan, and plan leaves no files; run it again")
     with working(arguments):
         from beagle_jax.commands.plan import plan
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from beagle_jax.command import add_overrides, parser, read_config
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.export and not arguments.export.endswith(".rows"):
         raise UsageError(f"--export is {arguments.export!r}; expected a name that ends in .rows")
     config = read_config(arguments)
+    if arguments.preview is None:
+        leaves(f"whole parts stay in {config.data.folder}; the same command goes on from there")
     join(arguments)
     with working(arguments):
         from beagle_jax.commands.prepare import prepare_share, preview_rows

@@ -8,6 +8,7 @@ from beagle_jax.command import add_overrides, parser, read_resolved
 from beagle_jax.config import Config
 from beagle_jax.config.printing import describe
 from beagle_jax.errors import run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.processes import add_distributed, is_first, join
 from beagle_jax.terminal import show, working
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str]) -> None:
         arguments.overrides.append(f"log.profile={arguments.profile}")
     resolved = read_resolved(arguments)
     config = resolved.config
+    leaves(
+        f"what is complete stays in {config.data.folder} and {config.train.folder}; the same "
+        "command goes on from there"
+    )
     join(arguments)
     with working(arguments):
         from beagle_jax.commands.train import train_draft

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from beagle_jax.command import add_overrides, check_writable, parser, read_config
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UsageError, run_main
+from beagle_jax.interrupts import leaves
 from beagle_jax.terminal import show, working
 
 
@@ -20,9 +21,19 @@ def main(argv: Sequence[str]) -> None:
         "python -m beagle_jax.tune --config smollm2_135m --write tuned.yaml",
     )
     made.add_argument(
+        "--quick",
+        action="store_true",
+        help="few trees, and acceptance as training measured it: under a minute on two cores",
+    )
+    made.add_argument(
+        "--serve",
+        action="store_true",
+        help="for the server: serve.rows answers at once, of up to serve.context tokens",
+    )
+    made.add_argument(
         "--prompts",
         type=int,
-        default=12,
+        default=8,
         metavar="N",
         help="number of sample prompts, from the first of eval.suites",
     )
@@ -45,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.prompts < 1:
         raise UsageError(f"--prompts is {arguments.prompts}; expected at least 1")
     config = read_config(arguments)
+    leaves("no tree was chosen, and nothing is saved; run tune again")
     with working(arguments):
         from beagle_jax.commands.tune import choose_tree
 

@@ -25,15 +25,9 @@ import numpy as np
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
+from beagle_jax.decoding.timing import Passes, drafting, milliseconds, small_tree, verifying
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import (
-    Passes,
-    drafting,
-    machine,
-    milliseconds,
-    small_tree,
-    verifying,
-)
+from beagle_jax.decoding.tuning import machine
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import param_table

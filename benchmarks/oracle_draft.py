@@ -20,8 +20,9 @@ from beagle_jax.decoding.accept import accept_matching
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import Round
+from beagle_jax.decoding.timing import PASSES, Passes, drafting, milliseconds, verifying
 from beagle_jax.decoding.tree import chain
-from beagle_jax.decoding.tuning import PASSES, Passes, drafting, machine, milliseconds, verifying
+from beagle_jax.decoding.tuning import machine
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.weights.draft import load_draft
 from beagle_jax.weights.target import load_target

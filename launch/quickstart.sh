@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All steps on two CPU cores and 8 GB: a real chat model writes training text, a drafter is trained
-# on it, and the model answers faster with this drafter. About 20 minutes; --short takes 3 minutes,
-# which is too little training for a speedup.
+# on it, a draft tree is chosen for this machine, and the model answers faster with this drafter.
+# About 20 minutes; --short takes 4 minutes, which is too little training for a speedup.
 #   bash launch/quickstart.sh [--dry-run] [--short] [section.key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,7 @@ make_environment .venv ""
 export PYTHONUNBUFFERED=1
 config=configs/quickstart.yaml
 run .venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
+run .venv/bin/python -m beagle_jax.tune --quick --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"
 if [ -n "$dry_run" ]; then
   exit

@@ -8,6 +8,7 @@ import pytest
 from command_cases import EVAL_QUESTIONS, ended, trained, workplace, write_lines  # noqa: F401 (fixtures)
 from decode_cases import MARKOV, letters, target_of
 from test_report import check_schema
+from tuning_cases import shrink
 
 from beagle_jax import evaluate, generate, tune
 from beagle_jax.commands import evaluate as evaluate_command
@@ -307,17 +308,12 @@ def test_chat_outlives_an_interrupt_and_a_full_context(trained, monkeypatch, cap
 @pytest.mark.parametrize("pays", [True, False])
 def test_tune_remembers_what_auto_takes(trained, monkeypatch, capsys, tmp_path, pays):
     """A tree where one pays, plain decoding where none does."""
-    for name, value in {
-        "VERIFY_ROWS": (1, 4),
-        "LEVELS": range(1, 3),
-        "TOPKS": (1, 2),
-        "_CAPACITY": 128,
-    }.items():
-        monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", value)
-    milliseconds = {"verifying": 1.0, "drafting": 1e-6 if pays else 100.0}
+    shrink(monkeypatch, nodes=(4,), levels=range(1, 3), topks=(1, 2), text=128)
+    milliseconds = {"ending": 1.0, "drafting": 1e-6 if pays else 100.0}
     for name in milliseconds:
         monkeypatch.setattr(f"beagle_jax.decoding.tuning.{name}", lambda *_, name=name: name)
     monkeypatch.setattr("beagle_jax.decoding.tuning.milliseconds", milliseconds.__getitem__)
+    monkeypatch.setattr("beagle_jax.decoding.tuning.compiled", lambda works: None)
     files = [
         "--plot",
         str(tmp_path / "t.svg"),

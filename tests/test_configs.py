@@ -30,7 +30,8 @@ def test_loads_keeps_to_its_folder_and_has_a_tree(path):
         config.train.folder == f"runs/{path.stem}"
         and config.data.folder == f"runs/{path.stem}/data"
     )
-    assert config.decode.tree == "dynamic"
+    tuned = path.stem in ("quickstart", "smollm2_135m")  # on each machine; else the same sizes
+    assert config.decode.tree == ("auto" if tuned else "dynamic")
     assert dynamic_tree(config.decode.levels, config.decode.topk, config.decode.nodes)
 
 

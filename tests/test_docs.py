@@ -194,6 +194,7 @@ INTERNAL = {
     "config.yaml_text",
     "files",
     "hub_cache",
+    "interrupts",
     "terminal",
     "data.fingerprint",
     "data.prefetch",

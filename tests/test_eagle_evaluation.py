@@ -16,11 +16,12 @@ from test_eagle_import import CONFIG, published, write
 from test_report import check_schema
 from test_suites import RECORDS
 from test_tuning import small  # noqa: F401  # a fixture
+from tuning_cases import shrink
 
 from beagle_jax import convert, evaluate, generate, tune
 from beagle_jax.commands.evaluate import evaluate as evaluated
 from beagle_jax.config import load_config
-from beagle_jax.decoding import tuning
+from beagle_jax.decoding import acceptance
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.kinds import trained_drafter
 from beagle_jax.decoding.round import Round, TargetModel
@@ -93,12 +94,12 @@ def test_the_audit_finds_a_stale_state():
 # Costs and trees
 
 
-def test_smaller_trees_are_read_off_the_widest(small):
+def test_smaller_trees_are_read_off_the_full_one(small):
     target, draft = target_of(MARKOV), right_eagle(0.05)
     [text] = test_tuning._answers(target, 1)
     drafter, model = trained_drafter(draft, target.params), TargetModel(target.spec, target.params)
-    grown = tuning._widest_trees(drafter, 3, *tuning._read(model, drafter, *text))
-    order = tuning._order_of_right_path(*grown, 3)
+    grown = acceptance._full_trees(drafter, (3,), *acceptance._read(model, drafter, *text))
+    order = acceptance._order_of_right_path(*grown, 3)
     accepted = (order < 7).sum(axis=1).tolist()
     assert accepted == test_tuning._accepted_by_drafting(
         target, draft, dynamic_tree(3, 3, 8), text
@@ -227,8 +228,7 @@ def test_both_kinds_stand_in_one_report_of_every_suite(place, beside, temperatur
 
 
 def test_tuning_takes_it(place, small, monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "LEVELS", range(1, 3))
-    monkeypatch.setattr(tuning, "TOPKS", (2,))
+    shrink(monkeypatch, nodes=(4, 8), levels=range(1, 3), topks=(2,), text=64)
     assert run_main(tune.main, ["--config", place.config, "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (

@@ -182,7 +182,6 @@ def test_the_plan_says_what_fits(cost, monkeypatch):
         (["--batch", "2"], "--batch is for decoding; add --decode"),
         (["--decode", "--context", "0"], "--context is 0; expected at least 1"),
         (["--decode", "--context", "9999"], "the target's longest context is 4096"),
-        (["--decode", "decode.tree=auto"], "decode.tree is auto, which is chosen on the machine"),
         (["--decode", "draft.path=plain"], "draft.path is plain, but plan --decode plans a draft"),
         (["--decode", "mesh.tensor=64"], "mesh.tensor=64 needs 64 devices, but there are"),
         (["--decode", "--batch", "3", "mesh.data=2"], "which cannot be split into 2 equal parts"),

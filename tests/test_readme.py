@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from command_cases import EVAL_QUESTIONS, QUESTIONS, make_target, write_lines
 from test_docs import commands
+from tuning_cases import shrink
 
 from beagle_jax.errors import run_main
 
@@ -87,13 +88,7 @@ def ran(line: str, toy: dict[str, str], folder: Path, monkeypatch, *more: str) -
         )
         return done.returncode, done.stdout
     if name == "tune":
-        for constant, value in {
-            "VERIFY_ROWS": (1, 4),
-            "LEVELS": range(1, 3),
-            "TOPKS": (2,),
-            "_CAPACITY": 128,
-        }.items():
-            monkeypatch.setattr(f"beagle_jax.decoding.tuning.{constant}", value)
+        shrink(monkeypatch, nodes=(4,), levels=range(1, 3), topks=(2,), text=128)
         arguments += ["--prompts", "2"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\n"))
     arguments = [str(folder / "exported") if word == "exported" else word for word in arguments]

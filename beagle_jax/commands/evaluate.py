@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -32,7 +32,7 @@ from beagle_jax.evaluation.plots import (
     plot_training,
     plot_tree,
 )
-from beagle_jax.evaluation.report import Report
+from beagle_jax.evaluation.report import Audit, Report, Throughput
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.evaluation.throughput import throughput
 from beagle_jax.files import write_text
@@ -49,7 +49,8 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
     """Returns the report on plain decoding, the draft, and the drafts of `eval.compare`.
 
     out: a folder for answers and report files; answers that it already has are not decoded again.
-    audited: also compare all answers with teacher forcing (evaluation/audit.py).
+    audited: also compare all answers with teacher forcing (evaluation/audit.py). After Ctrl-C the
+    report covers what was measured until then, and is marked as interrupted.
     """
     listen()
     if audited:
@@ -86,21 +87,61 @@ def evaluate(config: Config, out: str | None = None, *, audited: bool = False) -
             f"{target.spec.max_positions} tokens with eval.max_new_tokens "
             f"{config.eval.max_new_tokens}; lower it, or choose other prompts"
         )
-    costs, batches = {}, []
+    further = _Further()
     if not measured.missing:
-        costs = _costs(bench, measured, with_memory=out is not None)
-        batches = throughput(bench, measured.cases, config.eval.batch)
-    checked = None
-    if audited:
-        append, rule = config.decode.append_predicted, config.decode.rule
-        checked = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
-    notes = _notes(config, target)
+        further = _further(config, target, drafts, bench, measured, out is not None, audited)
     made = report(
-        bench, measured, config.model_dump(), costs, notes=notes, audit=checked, throughput=batches
+        bench,
+        measured,
+        config.model_dump(),
+        further.costs,
+        notes=[*_notes(config, target), *further.notes],
+        audit=further.audit,
+        throughput=further.batches,
+        interrupted=further.interrupted,
     )
     if out is not None:
         _write(config, bench, measured, made, local(out))
         publish(local(out))
+    return made
+
+
+@dataclass
+class _Further:
+    """What is measured when all prompts are answered, as far as Ctrl-C let it come."""
+
+    costs: dict[str, dict] = field(default_factory=dict)
+    batches: list[Throughput] = field(default_factory=list)
+    audit: Audit | None = None
+    interrupted: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """Says what is missing."""
+        if not self.interrupted:
+            return []
+        return ["Interrupted: all prompts were answered, but not all else was measured."]
+
+
+def _further(
+    config: Config,
+    target: Target,
+    drafts: dict[str, Draft | Lookup],
+    bench: Bench,
+    measured: Measured,
+    with_memory: bool,
+    audited: bool,
+) -> _Further:
+    """Measures costs and throughput, and audits on request."""
+    made = _Further()
+    append, rule = config.decode.append_predicted, config.decode.rule
+    try:
+        made.costs = _costs(bench, measured, with_memory=with_memory)
+        made.batches = throughput(bench, measured.cases, config.eval.batch)
+        if audited:
+            made.audit = audit(target, drafts, bench, measured, append_predicted=append, rule=rule)
+    except KeyboardInterrupt:
+        made.interrupted = True
     return made
 
 
@@ -199,8 +240,13 @@ def _costs(bench: Bench, measured: Measured, *, with_memory: bool) -> dict[str, 
 
 
 def _write(config: Config, bench: Bench, measured: Measured, made: Report, folder: Path) -> None:
-    """Writes report.json, report.md and report.html with its pictures."""
-    pictures = _pictures(config, bench, measured, made, folder / "pictures")
+    """Writes report.json, report.md and report.html with its pictures.
+
+    An interrupted measurement gets no pictures, as some need further decoding.
+    """
+    pictures: dict[str, Path] = {}
+    if not made.interrupted:
+        pictures = _pictures(config, bench, measured, made, folder / "pictures")
     write_text(folder / "report.json", json.dumps(made.as_json(), indent=1) + "\n")
     write_text(folder / "report.md", markdown(made))
     write_text(folder / "report.html", page(made, pictures))

@@ -78,11 +78,6 @@ def _tree(config: Config) -> Tree:
     decode = config.decode
     if config.draft.path == "plain":
         raise UsageError("draft.path is plain, but plan --decode plans a draft too; leave it out")
-    if decode.tree == "auto":
-        raise UsageError(
-            "decode.tree is auto, which is chosen on the machine itself; set decode.tree to "
-            "chain, static or dynamic"
-        )
     tree = tree_of(decode)
     return chain(tree.size - 1) if config.draft.path == "lookup" else tree
 

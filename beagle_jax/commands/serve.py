@@ -43,4 +43,5 @@ def load(config: Config) -> SpeculativeDecoder:
     if path == PLAIN:
         return SpeculativeDecoder(target, context=context, mesh=mesh)
     draft = drafter_of(config, target)
-    return decoder_of(config, target, draft, context=context, mesh=mesh)
+    rows = config.serve.rows
+    return decoder_of(config, target, draft, context=context, mesh=mesh, rows=rows)

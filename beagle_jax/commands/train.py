@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from beagle_jax.commands.held_out import keep_acceptance
 from beagle_jax.config import Config
 from beagle_jax.corpus.fill import rows_and_states
 from beagle_jax.data.chats import Chat
@@ -103,9 +104,11 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     folder = local(config.train.folder) / "draft"
     measured = best.folder if best is not None else None
     if is_first():
-        save_draft(
-            folder, draft if measured is None else load_draft(measured, target_spec, type(spec))
-        )
+        if measured is not None:
+            draft = load_draft(measured, target_spec, type(spec))
+        save_draft(folder, draft)
+        if held_out is not None:
+            keep_acceptance(folder, draft, frozen, held_out)
     return {
         "draft": f"{config.train.folder}/draft" if is_url(config.train.folder) else str(folder),
         "rows": len(rows),
@@ -220,6 +223,8 @@ def best_draft(
     tokens = tokenize(prompts, target.tokenizer) if config.eval.decodes else []
     first, end = part_of(len(tokens), this_process())
     seed = config.decode.seed + first  # prompt n of all draws with seed + n
+    if config.decode.tree == "auto":  # a draft that is still trained has no tuned tree
+        config = config.changed(decode=config.decode.changed(tree="dynamic"))
 
     def measure(params: dict) -> dict:
         rounds = made = 0

@@ -12,7 +12,7 @@ class DecodeConfig(Section):
     tree: Literal["chain", "static", "dynamic", "auto"] = setting(
         "chain",
         "shape of the draft tree; static: see `paths`; auto: the tree that `tune` chose on this "
-        "machine",
+        "machine, or the dynamic one until it is tuned",
         affects=("answers",),
     )
     levels: int = setting(5, "chain, dynamic: draft steps per round", affects=("answers",), ge=1)

@@ -84,9 +84,4 @@ class Config(Section):
                 "eval.best_by is held_out_loss, but log.eval_rows is 0: no chats are held out; set "
                 "log.eval_rows"
             )
-        if self.eval.decodes and self.decode.tree == "auto":
-            raise refusal(
-                f"eval.every is {self.eval.every} and decode.tree is auto, but a draft that is "
-                "still trained has no tuned tree; set decode.tree to chain, static or dynamic"
-            )
         return self

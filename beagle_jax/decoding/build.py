@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
+from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.decoding.tree import Tree, chain, tree_of, with_lookup
-from beagle_jax.decoding.tuning import tuned_path, tuned_tree
+from beagle_jax.decoding.tuning import machine, tuned_path, tuned_tree
 from beagle_jax.errors import UserError
 from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
@@ -59,14 +60,13 @@ def decoder_of(
     *,
     context: int | None = None,
     mesh: Mesh | None = None,
+    rows: int = 1,
 ) -> SpeculativeDecoder:
     """Builds the decoder of a config from a loaded target and draft.
 
-    mesh: of `mesh_for_decoding`, over which the target was loaded.
-
-    `decode.tree: auto` uses the tree that `tune` chose on this machine, or decodes plainly, with a
-    warning, if no tree was faster. Prompt lookup drafts a chain of as many tokens as the tree
-    verifies, so that a round costs the target the same.
+    mesh: of `mesh_for_decoding`, over which the target was loaded. rows: answers decoded at once,
+    for `decode.tree: auto` (`auto_tree`). Prompt lookup drafts a chain of as many tokens as the
+    tree verifies, so that a round costs the target the same.
     """
     decode = config.decode
     if isinstance(draft, Lookup):
@@ -77,13 +77,7 @@ def decoder_of(
             )
         tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
     elif decode.tree == "auto":
-        tuned = tuned_tree(tuned_path(config.target.cache_dir, target, draft, mesh))
-        tree = with_lookup(tuned.grown, decode)
-        if not tuned.depth:
-            _log.warning(
-                "decode.tree is auto, and tune found no tree that is faster than plain decoding "
-                "on this machine: decoding plainly, without the draft"
-            )
+        tree = auto_tree(config, target, draft, mesh, rows)
     else:
         tree = tree_of(decode)
     return SpeculativeDecoder(
@@ -95,6 +89,33 @@ def decoder_of(
         rule=decode.rule,
         mesh=mesh,
     )
+
+
+def auto_tree(config: Config, target: Target, draft: Draft, mesh: Mesh | None, rows: int) -> Tree:
+    """Returns the tree of `decode.tree: auto`, with a line in the log unless it is a tuned tree.
+
+    It is the one that `tune` chose on this machine, or plain decoding if no tree was faster. If
+    none was tuned, it is the dynamic tree of the config's levels, topk and nodes.
+    """
+    decode = config.decode
+    tuned = tuned_tree(
+        tuned_path(config.target.cache_dir, target, draft, mesh, rows, sampling_of(decode))
+    )
+    if tuned is None:
+        tree = tree_of(decode)
+        _log.info(
+            "no tree was tuned for this draft on this machine (%s): using the %s of the config; "
+            "python -m beagle_jax.tune --quick chooses one",
+            machine(),
+            tree,
+        )
+        return tree
+    if not tuned.depth:
+        _log.warning(
+            "decode.tree is auto, and tune found no tree that is faster than plain decoding on "
+            "this machine: decoding plainly, without the draft"
+        )
+    return with_lookup(tuned.grown, decode)
 
 
 def decoder_from(config: Config) -> SpeculativeDecoder:

@@ -5,6 +5,8 @@ if it were alone, in whatever row it runs. Long prompts are read in chunks with 
 rows between them.
 """
 
+import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -161,6 +163,8 @@ class Session:
             self.state, (state, coming) = None, advance(self.now, state, most, self._enough())
             self.state = state
             # The next rounds run while the host turns the last ones into text.
+            if not hurried:
+                _wait_for(coming)
             snapshot = Snapshot(*jax.device_get(ready if looking else coming))
             ready = coming
             self.decode_seconds += time.perf_counter() - clock
@@ -390,6 +394,22 @@ class Session:
         return Answer(
             tokens, text, finish, len(accepted), histogram, logprobs=logprobs, error=error
         )
+
+
+def _wait_for(snapshot: Snapshot) -> None:
+    """Waits until whole answers are decoded, and notices Ctrl-C meanwhile.
+
+    A call that waits for a device does not: this thread waits for another one, which calls it.
+    """
+    done = threading.Event()
+
+    def wait() -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the caller's read raises it
+            jax.block_until_ready(snapshot)
+        done.set()
+
+    threading.Thread(target=wait, name="decoding", daemon=True).start()
+    done.wait()
 
 
 def filters_for(requests: Sequence[Request], eos_ids: tuple[int, ...]) -> Filters:

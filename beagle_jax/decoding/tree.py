@@ -308,10 +308,13 @@ def dynamic_tree(levels: int, topk: int, nodes: int) -> DynamicTree:
 
 
 def tree_of(config: DecodeConfig) -> Tree:
-    """Returns the tree of a config, with its looked-up nodes."""
+    """Returns the tree of a config, with its looked-up nodes.
+
+    For `auto` it is the dynamic tree that is used until one is tuned.
+    """
     if config.tree == "chain":
         return with_lookup(chain(config.levels), config)
-    if config.tree == "dynamic":
+    if config.tree in ("dynamic", "auto"):
         return with_lookup(dynamic_tree(config.levels, config.topk, config.nodes), config)
     paths = config.paths if config.paths is not None else EAGLE_PATHS
     return with_lookup(static_tree(paths), config)

@@ -13,7 +13,7 @@ from beagle_jax.decoding.engine import advance
 from beagle_jax.decoding.round import Round
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.state import DecodeState
-from beagle_jax.decoding.tuning import PASSES, Passes, milliseconds
+from beagle_jax.decoding.timing import PASSES, Passes, milliseconds
 from beagle_jax.hardware import memory_stats
 
 

@@ -43,11 +43,13 @@ def report(
     notes: Sequence[str] = (),
     audit: Audit | None = None,
     throughput: Sequence[Throughput] = (),
+    interrupted: bool = False,
 ) -> Report:
     """Computes the report.
 
     settings: the config. costs: by system, the measurements of evaluation/cost.py; may be empty.
-    notes: remarks beside those that follow from the measurement.
+    notes: remarks beside those that follow from the measurement. interrupted: what follows the
+    answers was ended by hand.
     """
     cases = _grouped(measured.cases, lambda case: case.suite)
     return Report(
@@ -61,7 +63,7 @@ def report(
         ],
         audit=audit,
         throughput=list(throughput),
-        interrupted=measured.missing > 0,
+        interrupted=interrupted or measured.missing > 0,
     )
 
 

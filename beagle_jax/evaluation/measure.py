@@ -222,11 +222,11 @@ def measure(
         if (name, number) not in known
     ]
     lengths = _prompts_to_come(bench, [chat for *_, chat in waiting])
-    for system in tqdm(bench.systems, desc="compiling", unit="decoder", leave=False):
-        system.decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
     counters = {system.name: CompileCounter() for system in bench.systems}
     answered, order = dict(known), {name: number for number, name in enumerate(suites)}
     try:
+        for system in tqdm(bench.systems, desc="compiling", unit="decoder", leave=False):
+            system.decoder.warm_up(lengths, bench.sampling, max_new_tokens=bench.max_new_tokens)
         for name, number, chat in tqdm(waiting, desc="decoding", unit="prompt"):
             first_seed = bench.seed + _TURNS_PER_CASE * (number + 1_000_000 * order[name])
             turns = _turns(bench, chat, counters, first_seed)

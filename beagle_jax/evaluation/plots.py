@@ -42,7 +42,7 @@ def plot_tuning(tuning: Tuning, path: str | Path) -> None:
         xscale="log",
         xlabel="tokens verified",
         ylabel="ms",
-        title="cost of one pass of the target",
+        title="cost of a round without its draft",
         ylim=(0, None),
     )
     best = tuning.choices[0]

@@ -292,7 +292,7 @@ class Report(Part):
         default=[], description="by batch size, in the order of eval.batch"
     )
     interrupted: bool = Field(
-        default=False, description="the measurement was ended by hand before its last prompt"
+        default=False, description="the measurement was ended by hand before its end"
     )
 
     @property

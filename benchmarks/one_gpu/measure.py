@@ -22,8 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from beagle_jax.config import Config, load_config
+from beagle_jax.decoding.timing import PASSES, Passes, verifying
 from beagle_jax.decoding.tree import dynamic_tree
-from beagle_jax.decoding.tuning import PASSES, Passes, machine, verifying
+from beagle_jax.decoding.tuning import machine
 from beagle_jax.errors import run_main
 from beagle_jax.hardware import Chip, chip_of, unknown_chip
 from beagle_jax.model.target import head
@@ -66,7 +67,7 @@ def median_ms(call: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def pass_ms(work: Passes) -> float:
-    """Median milliseconds of one pass of a call that makes several (decoding/tuning.py)."""
+    """Median milliseconds of one pass of a call that makes several (decoding/timing.py)."""
     return median_ms(work.call) / work.count
 
 
