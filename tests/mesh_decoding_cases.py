@@ -45,13 +45,10 @@ RULES = {"greedy": GREEDY, "drawn": Sampling(0.8, top_k=20), "ratio": Sampling(0
 WIDE, ROWS = (1, 1, 8), (2, 1, 4)
 # kind of draft, tree, rule, mesh
 CASES = [
-    ("beagle", "plain", "greedy", ROWS),
     ("beagle", "chain", "ratio", WIDE),
-    ("beagle", "static", "greedy", ROWS),
     ("beagle", "dynamic", "greedy", WIDE),
     ("beagle", "dynamic", "drawn", ROWS),
-    ("eagle", "dynamic", "greedy", ROWS),
-    ("eagle3", "dynamic", "greedy", WIDE),
+    ("eagle3", "dynamic", "greedy", ROWS),
 ]
 REST = [
     case
@@ -62,7 +59,7 @@ REST = [
     if (rule != "ratio" or tree == "chain") and (case := (kind, tree, rule, mesh)) not in CASES
 ]
 PROMPTS, NEW = [[5], [7, 8, 9], list(range(20))], 6
-CHUNKED, CHUNK = CASES[4], 16  # whose last prompt is read in two chunks
+CHUNKED, CHUNK = CASES[2], 16  # whose last prompt is read in two chunks
 
 
 def name_of(case: tuple) -> str:

@@ -56,6 +56,7 @@ def test_it_decodes_as_it_reads(tree):
     assert plain[0].tokens == naive_greedy(target, [5], 24)
 
 
+@pytest.mark.slow
 def test_the_audit_holds_it_as_bfloat16(monkeypatch):
     monkeypatch.setattr(audit_module, "_draws", test_audit.no_draws)
     target = target_of()
