@@ -23,7 +23,7 @@ SETTINGS = [
     {"logit_bias": {"5": 3}},
     {"logprobs": 0},
     {"logprobs": 5, "temperature": 1},
-    {"stop": "b"},
+    {"stop": "b", "max_tokens": 60},  # ended by the host
     {"stop_token_ids": list(range(32)), "min_tokens": 2},
     {"ignore_eos": True},
 ]

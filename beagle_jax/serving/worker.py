@@ -117,12 +117,13 @@ class Worker:
         lengths = {min(length, room) for length in _WARM_LENGTHS}
         if self._decoder.capacity - room // PREFILL_CHUNK * PREFILL_CHUNK < PREFILL_CHUNK:
             lengths.add(room)  # the last chunk of the longest prompts has a shape of its own
-        requests = [replace(brief, tokens=[0] * length) for length in sorted(lengths)]
+        # The first one is ended by the host.
+        requests = [replace(brief, max_new_tokens=room, ignore_eos=True, seconds=1e-9)]
+        requests += [replace(brief, tokens=[0] * length) for length in sorted(lengths)]
         for draft in (True, False):
             plain = replace(brief, draft=draft)
             requests += [plain, replace(plain, sampling=Sampling(1.0)), replace(plain, logprobs=0)]
-        # The last one is ended by the host.
-        return [*requests, replace(brief, max_new_tokens=room, ignore_eos=True, seconds=1e-9)]
+        return requests
 
     def _live(self, source: Iterator[Request | None]) -> Session:
         serve = self._serve
