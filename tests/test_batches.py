@@ -9,9 +9,10 @@ from decode_cases import MARKOV, random_draft, right_draft, target_of
 
 from beagle_jax.decoding import session as session_module
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.programs import filters_for
 from beagle_jax.decoding.requests import Answer, Codec, Request
 from beagle_jax.decoding.sampling import Sampling
-from beagle_jax.decoding.session import Session, filters_for
+from beagle_jax.decoding.session import Session
 from beagle_jax.decoding.tree import chain, dynamic_tree
 from beagle_jax.errors import PromptError, UserError
 

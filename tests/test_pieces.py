@@ -8,9 +8,9 @@ import pytest
 from decode_cases import MARKOV, random_draft, right_draft, target_of
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.decoding.programs import filters_for
 from beagle_jax.decoding.requests import Request
 from beagle_jax.decoding.sampling import Sampling
-from beagle_jax.decoding.session import filters_for
 from beagle_jax.decoding.tree import chain, dynamic_tree
 
 SAMPLED = Sampling(0.9)
@@ -80,9 +80,9 @@ def test_a_tree_of_another_round_is_seen():
 
 def test_without_drafts_or_trees_pieces_hold_neither():
     decoder = SpeculativeDecoder(target_of(), random_draft(), chain(2), context=128)
-    [request] = [Request([5], 8)]
     for plain, most in ((True, 0), (False, 2)):
+        request = Request([5], 8, draft=not plain)
         filters = filters_for([request], ())
-        pieces = list(decoder.live(iter([request]), 1, filters, plain=plain))
+        pieces = list(decoder.live(iter([request]), 1, filters))
         assert all(piece.drafted is None for piece in pieces)
         assert max(max(piece.accepted, default=0) for piece in pieces) <= most

@@ -21,6 +21,7 @@ from serve_cases import CYCLE, cycle_decoder, events, serving, tiny_decoder, wai
 from beagle_jax.decoding.requests import Request
 from beagle_jax.decoding.sampling import Sampling
 from beagle_jax.decoding.session import Session
+from beagle_jax.serving.ticket import Ticket
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "HI"}]}
 BYTES = {"model": "tiny", "prompt": "!", "temperature": 0}
@@ -227,6 +228,10 @@ def test_the_extension_says_how_each_token_came(bytes_server):
 
 
 def test_64_at_a_time_get_what_each_gets_alone(letters_server):
+    """Greedy and drawn ones, a few with penalties, log-probabilities or without drafts."""
+    kinds = [{}, {"presence_penalty": 1.0}, {}, {"logprobs": True}]
+    kinds += [{"extra_body": {"beagle": {"draft": False}}}]
+
     def ask(seed: int) -> str:
         made = letters_server.client.chat.completions.create(
             model="tiny",
@@ -234,6 +239,7 @@ def test_64_at_a_time_get_what_each_gets_alone(letters_server):
             max_tokens=8 + seed % 9,
             temperature=seed % 2,
             seed=seed,
+            **kinds[seed % len(kinds)],
         )
         return made.choices[0].message.content
 
@@ -280,14 +286,17 @@ def test_200_answers_over_8_rows_lose_nothing_and_keep_their_order(letters_serve
 
         return deliver
 
+    kinds = [{}, {"sampling": Sampling(1.0)}, {"logprobs": 2}, {"draft": False}]
     requests = [
-        Request(rng.integers(0, 61, 5).tolist(), int(rng.integers(2, 12)), ignore_eos=True)
-        for _ in range(200)
+        Request(
+            rng.integers(0, 61, 5).tolist(),
+            int(rng.integers(2, 12)),
+            ignore_eos=True,
+            **kinds[number % 4],
+        )
+        for number in range(200)
     ]
-    tickets = [
-        worker.ticket(request, plain=False, trees=False, deliver=deliver_to(number))
-        for number, request in enumerate(requests)
-    ]
+    tickets = [Ticket(request, deliver_to(number)) for number, request in enumerate(requests)]
     worker.submit(tickets)
     waited_for(lambda: len(ended) == 200)
     lengths = [len(ended[number].tokens) for number in range(200)]

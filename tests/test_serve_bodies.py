@@ -220,6 +220,26 @@ def test_what_is_not_a_body_is_refused(running, raw, kind):
     refused(running, PATHS[kind][0], raw)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("text", "stop", list("abcde"), "stop: list should have at most 4 items"),
+        ("text", "stop", ["a", ""], "stop.1: string should have at least 1 character"),
+        ("text", "stop", 1, "stop: input should be a valid string"),
+        ("text", "prompt", [], "prompt: list should have at least 1 item"),
+        ("text", "prompt", "", "prompt: string should have at least 1 character"),
+        ("chat", "messages", [{"role": "user"}], "messages.0.content is missing"),
+    ],
+)
+def test_a_message_speaks_of_the_form_that_was_sent(kind, name, value, message):
+    """Text or a list: pydantic has an error for each of them."""
+    body = {**PATHS[kind][1], name: value}
+    with pytest.raises(Refusal) as caught:
+        parsed(ChatBody if kind == "chat" else CompletionBody, json.dumps(body).encode())
+    error = caught.value.body()["error"]
+    assert error["message"].startswith(message) and error["param"] == name
+
+
 def test_other_models_paths_and_methods(running):
     body = json.dumps({**TEXT, "model": "gpt-4"}).encode()
     assert refused(running, "/v1/completions", body, 404)["code"] == "model_not_found"

@@ -9,13 +9,16 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import jsonschema
 import pytest
 import yaml
 from command_cases import workplace  # noqa: F401
 
 from beagle_jax import serve
+from beagle_jax.commands.serve import load
 from beagle_jax.config import load_config
+from beagle_jax.decoding.tree import ROOT_ONLY
 from beagle_jax.errors import UsageError, UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +114,13 @@ def test_serve_checks_the_command_line_before_it_loads_anything(monkeypatch, cap
     assert "/no/draft" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("draft", ["lookup", "plain"])
+def test_a_plain_target_is_served_without_a_tree(workplace):
+    """The command itself does it below, with the slow tests."""
+    made = load(load_config(workplace.config, ["draft.path=plain", "serve.context=64"]))
+    assert (made.tree, made.codec.context) == (ROOT_ONLY, 64)
+
+
+@pytest.mark.parametrize("draft", ["lookup", pytest.param("plain", marks=pytest.mark.slow)])
 def test_the_command_serves_a_target_of_a_folder(workplace, draft):
     """From the weights to the answer, with the programs compiled before it listens."""
     openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -123,7 +132,11 @@ def test_the_command_serves_a_target_of_a_folder(workplace, draft):
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        },
     )
     try:
         words = process.stdout.readline().split()

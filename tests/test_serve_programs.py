@@ -10,7 +10,6 @@ pytest.importorskip("openai", reason="the openai client is not installed; the te
 
 from serve_cases import cycle_decoder, serving
 
-from beagle_jax.decoding.sampling import Filters
 from beagle_jax.serving.worker import Worker
 
 # Bodies that need each program, with the draft and without, and each end of an answer.
@@ -24,7 +23,7 @@ SETTINGS = [
     {"logit_bias": {"5": 3}},
     {"logprobs": 0},
     {"logprobs": 5, "temperature": 1},
-    {"stop": "b"},
+    {"stop": "b", "max_tokens": 60},  # ended by the host
     {"stop_token_ids": list(range(32)), "min_tokens": 2},
     {"ignore_eos": True},
 ]
@@ -74,30 +73,15 @@ def test_no_request_compiles_anything(compiled):
 
 
 def test_a_program_that_was_forgotten_is_seen(compiled, monkeypatch):
-    """The planted twin: only the program of the defaults is compiled before."""
-    everything = Worker.warm_up
-
-    def only_first(worker):
-        programs = worker._programs
-        worker._programs = {False: programs[False][:1]}
-        everything(worker)
-        worker._programs = programs
-
-    monkeypatch.setattr(Worker, "warm_up", only_first)
+    """The planted twin: only greedy requests with drafts are answered before."""
+    every = Worker._each_program
+    monkeypatch.setattr(Worker, "_each_program", lambda worker: every(worker)[:1])
     with serving(cycle_decoder(CONTEXT), rows=3, context=CONTEXT, warm_up=True) as running:
         compiled.clear()
         ask = {"model": "tiny", "prompt": "!", "max_tokens": 6}
         assert running.raw.post("/v1/completions", json=ask).status_code == 200
         assert compiled == []
-        assert running.raw.post("/v1/completions", json={**ask, "temperature": 1}).is_success
-        assert any("advance" in name for name in compiled)
-
-
-def test_the_page_needs_no_program_of_its_own():
-    """Its trees are in every program; without it, only in the last."""
-    for page, trees in ((True, [5, 5, 5]), (False, [0, 0, 5])):
-        with serving(cycle_decoder(), rows=2, page=page) as running:
-            drafting, plain = running.worker._programs.values()
-            assert [program.drafted for program in drafting] == trees
-            assert [program.drafted for program in plain] == [0, 0, 0]
-            assert drafting[0]._replace(drafted=0) == plain[0] == Filters()
+        for more in ({"temperature": 1}, {"logprobs": 1}, {"beagle": {"draft": False}}):
+            assert running.raw.post("/v1/completions", json={**ask, **more}).is_success
+            assert any("advance" in name for name in compiled)
+            compiled.clear()

@@ -1,7 +1,6 @@
 """Keys, limits, signals, metrics and the log of the server."""
 
 import io
-import itertools
 import json
 import os
 import re
@@ -23,8 +22,6 @@ from serve_cases import CYCLE, cycle_decoder, events, serving, slow_rounds
 
 from beagle_jax.config import ServeConfig
 from beagle_jax.decoding.origin import origins
-from beagle_jax.decoding.requests import MOST_ENDS, MOST_LOGPROBS
-from beagle_jax.decoding.sampling import Filters
 from beagle_jax.decoding.session import Session
 from beagle_jax.errors import UserError
 from beagle_jax.serving import keys as keys_module
@@ -32,7 +29,6 @@ from beagle_jax.serving.journal import Journal
 from beagle_jax.serving.keys import VARIABLE, keys_of
 from beagle_jax.serving.metrics import Metrics
 from beagle_jax.serving.server import check_address
-from beagle_jax.serving.ticket import covers, programs, union
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "a-key-of-some-length"
@@ -212,7 +208,7 @@ def test_a_mistake_of_the_server_has_the_envelope_too(decoder, monkeypatch):
         raise ZeroDivisionError(SECRET)
 
     with serving(decoder, rows=2) as running:
-        monkeypatch.setattr(type(running.worker), "ticket", broken)
+        monkeypatch.setattr(type(running.worker), "submit", broken)
         answer = running.raw.post("/v1/completions", json=TEXT)
         shown = running.raw.get("/metrics").text
     assert answer.status_code == 500 and SECRET not in answer.text
@@ -392,21 +388,6 @@ def test_a_killed_server_breaks_its_streams(process):
     process.kill()
     with pytest.raises((openai.APIConnectionError, httpx.TransportError)):
         list(stream)
-
-
-def test_programs_cover_what_requests_need():
-    small, drawn = Filters(), Filters(drawn=True, top_p=True)
-    rich = Filters(drawn=True, top_p=True, ends=8, logprobs=0, drafted=4)
-    assert covers(rich, drawn) and covers(drawn, small) and not covers(small, drawn)
-    assert not covers(drawn, rich) and not covers(rich, rich._replace(logprobs=20))
-    assert union(drawn, rich._replace(drawn=False)) == rich
-    several = programs(small, own_ends=1, nodes=4)
-    assert len(several) == 3 and several[0] == small
-    assert all(covers(more, less) for less, more in itertools.pairwise(several))
-    assert covers(several[1], drawn) and several[1].ends == 0
-    every = Filters(*[True] * 6, ends=MOST_ENDS + 1, logprobs=MOST_LOGPROBS, drafted=4)
-    assert covers(several[-1], every)
-    assert programs(several[-1], own_ends=1, nodes=4) == several[-1:]
 
 
 def test_the_origin_of_tokens():

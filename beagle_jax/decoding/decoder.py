@@ -18,6 +18,7 @@ from beagle_jax.decoding.conversation import Conversation
 from beagle_jax.decoding.drafter import Drafter
 from beagle_jax.decoding.engine import peek, release
 from beagle_jax.decoding.kinds import drafter_for
+from beagle_jax.decoding.programs import filters_for, filters_for_all
 from beagle_jax.decoding.requests import (
     Answer,
     Answers,
@@ -35,7 +36,6 @@ from beagle_jax.decoding.session import (
     CAPACITY_BUCKET,
     Earlier,
     Session,
-    filters_for,
     padded,
     slots,
 )
@@ -196,7 +196,8 @@ class SpeculativeDecoder:
             short = [brief] * (batch + (batch > 1))
             session = self._session(short, batch)
             state = session.first_state()
-            peek(state), release(state, np.zeros(session.rows, bool))
+            peek(state, logprobs=session.now.filters.logprobs is not None)
+            release(state, np.zeros(session.rows, bool))
             for _ in session:
                 pass
 
@@ -379,24 +380,25 @@ class SpeculativeDecoder:
         self,
         source: Iterator[Request | None],
         rows: int,
-        filters: Filters,
+        filters: Filters | None = None,
         *,
-        plain: bool = False,
         rounds_per_look: int = 1,
     ) -> Session:
         """A session over requests that come while it runs; only for decoders with a `context`.
 
-        source: see `Session`; its requests come from `checked`. filters: cover all of them.
-        plain: decodes without the draft. rounds_per_look: rounds between two pieces of an answer.
+        source: see `Session`; its requests come from `checked`. filters: cover all of them; None:
+        any request is answered, by a few programs that all run on one state (`programs`).
+        rounds_per_look: rounds between two pieces of an answer.
         """
         if rows % self._row_parts:
             raise UserError(
                 f"{rows} rows cannot be split over mesh.data={self._row_parts}; choose a multiple "
                 "of it"
             )
-        now = replace(self._round.plain if plain else self._round, filters=filters)
+        nodes = self.tree.size if self.tree.depth else 0
+        programs = (filters,) if filters else filters_for_all(self._codec.eos_ids, nodes)
         return Session(
-            now,
+            replace(self._round, filters=programs[-1]),
             self._codec,
             source,
             rows,
@@ -404,6 +406,7 @@ class SpeculativeDecoder:
             streaming=True,
             rounds_per_look=rounds_per_look,
             wide_start=False,
+            programs=programs,
         )
 
     def _requests(

@@ -130,8 +130,8 @@ class NoDrafter(Drafter):
         return ()
 
     def observe(self, state: State, seen: Seen) -> State:
-        """Returns the empty state."""
-        return ()
+        """Returns the state as it is: that of another drafter is not needed in plain rounds."""
+        return state
 
     def propose(self, state: State, known: Known, tree: Tree, draw: Draw | None) -> Proposal:
         """Returns the tree of the root alone."""

@@ -72,7 +72,10 @@ def admit_after(
 def advance(
     now: Round, state: DecodeState, max_rounds: jax.Array, enough: jax.Array
 ) -> tuple[DecodeState, Snapshot]:
-    """Runs rounds until `enough` rows are done, at most `max_rounds` rounds."""
+    """Runs rounds until `enough` rows are done, at most `max_rounds` rounds.
+
+    now: may contain fewer steps than the state has arrays for, if the rows that run need no more.
+    """
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         index, state = carry
@@ -84,7 +87,7 @@ def advance(
 
     state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
     state = constrained(state, now.mesh)
-    return state, snapshot(state)
+    return state, snapshot(state, now.filters.logprobs is not None)
 
 
 @partial(jax.jit, static_argnames=("rounds",), donate_argnames=("state",))
@@ -99,13 +102,13 @@ def advance_keeping(
         return state, states_B1D[:, 0]
 
     state, states_SBD = jax.lax.scan(step, state, length=rounds)
-    return state, snapshot(state), states_SBD
+    return state, snapshot(state, False), states_SBD
 
 
-@jax.jit
-def peek(state: DecodeState) -> Snapshot:
+@partial(jax.jit, static_argnames=("logprobs",))
+def peek(state: DecodeState, *, logprobs: bool) -> Snapshot:
     """Copies the part of the state that the host reads."""
-    return jax.tree.map(jnp.copy, snapshot(state))
+    return jax.tree.map(jnp.copy, snapshot(state, logprobs))
 
 
 @partial(jax.jit, donate_argnames=("state",))

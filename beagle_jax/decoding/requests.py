@@ -46,6 +46,7 @@ class Request:
     logprobs: int | None = None  # log-probabilities: of the answer's tokens, and of so many more
     seconds: float | None = None  # the answer ends so long after its prompt got a row
     choice: int = 0  # which of several answers to the same prompt and seed
+    draft: bool = True  # False: none of its tokens is drafted
 
     def check(self) -> "Request":
         """Returns this request with Python's numbers.

@@ -105,8 +105,9 @@ class Round:
 
     @property
     def plain(self) -> Self:
-        """The round without drafts."""
-        return replace(self, drafter=NoDrafter(), tree=ROOT_ONLY, rule=RULES["match"])
+        """The round without drafts. It also runs on the states of the round with drafts."""
+        plain = replace(self, drafter=NoDrafter(), tree=ROOT_ONLY, rule=RULES["match"])
+        return replace(plain, filters=self.filters._replace(drafted=0))
 
     def empty(self, batch: int, capacity: int) -> DecodeState:
         """Returns a state without requests. capacity: slots for a text and a round's drafts."""
@@ -232,7 +233,8 @@ class Round:
         length_B = state.cache.length_B + jnp.where(live_B, accepted.count_B + 1, 0)
         out_BS = now.out_BS.at[row_B[:, None], column_BP].set(accepted.token_BP1, mode="drop")
         accepted_B = jnp.minimum(accepted.count_B, emitted_B)
-        if state.history is not None:
+        if self.filters.penalties:
+            assert state.history is not None
             history = history_with(state.history, accepted.token_BP1, emitted_B)
             state = state._replace(history=history)
         return state._replace(
@@ -296,9 +298,8 @@ class Round:
 
     def _is_stop(self, requests: Requests, token_BT: jax.Array) -> jax.Array:
         """Which tokens end the answer of their row [B, T]."""
-        if not self.filters.ends:
+        if requests.ends is None:
             return is_stop(token_BT, self.eos_ids)
-        assert requests.ends is not None
         return (token_BT[..., None] == requests.ends.token_BE[:, None]).any(axis=-1)
 
     def _with_logprobs(

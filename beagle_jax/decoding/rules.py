@@ -55,7 +55,8 @@ class Match:
         wanted_BW, finite_BW = now.choose(
             state.requests, states_BWD, place_BW, state.history, proposal.nodes
         )
-        return accept_matching(proposal.nodes, wanted_BW, now.tree.depth), finite_BW
+        drafts_B = state.requests.drafts_B
+        return accept_matching(proposal.nodes, wanted_BW, now.tree.depth, drafts_B), finite_BW
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Ratio:
             proposal.logits_BPV,
             self.uniform(key_BP),
             gumbel(key_BW, raw_BWV.shape[-1]),
+            requests.drafts_B,
         )
         return accepted, jnp.isfinite(raw_BWV.max(axis=-1))
 

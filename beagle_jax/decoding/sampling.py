@@ -128,6 +128,7 @@ class Filters(NamedTuple):
     ends: int = 0  # end tokens that a sequence may have of its own; 0: the target's end all
     logprobs: int | None = None  # how many of the largest are reported; None: no probability is
     drafted: int = 0  # nodes of the tree that is reported with each round; 0: it is not
+    undrafted: bool = False  # sequences may go without drafts (`Request.draft`)
 
     @property
     def edits(self) -> bool:

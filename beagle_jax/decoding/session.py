@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from beagle_jax.decoding.engine import (
 )
 from beagle_jax.decoding.logprobs import TokenLogProb, token_logprobs
 from beagle_jax.decoding.penalties import Ends
+from beagle_jax.decoding.programs import smallest
 from beagle_jax.decoding.requests import (
-    MOST_LOGPROBS,
     NOT_FINITE,
     Answer,
     Codec,
@@ -40,7 +40,7 @@ from beagle_jax.decoding.requests import (
     rounds_through,
 )
 from beagle_jax.decoding.round import Chunk, Round
-from beagle_jax.decoding.sampling import Filters, filters_of, knobs_of
+from beagle_jax.decoding.sampling import Filters, knobs_of
 from beagle_jax.decoding.state import DecodeState, Requests, Snapshot
 from beagle_jax.decoding.text import TextStream
 from beagle_jax.model.cache import round_up
@@ -51,7 +51,6 @@ PREFILL_CHUNK = 512  # prompts longer than this are read in pieces of it
 ADMIT_ROWS = 16  # prompts read at once
 ROUNDS_PER_LOOK = 8  # rounds between two looks of the host, where it has to look
 CAPACITY_BUCKET = 128  # caches have a multiple of so many slots
-ENDS_BUCKET = 8  # end tokens of a request are padded to a multiple of this
 _ALL_ROUNDS = 2**31 - 1
 
 
@@ -109,6 +108,9 @@ class Session:
     streaming: bool = False  # pieces are wanted early, and not only whole answers
     rounds_per_look: int = ROUNDS_PER_LOOK  # rounds between two looks of the host
     wide_start: bool = True  # the first prompts fill all rows, and are read at once
+    # Steps of rounds, each covered by the next, the last equal to now.filters. A round has the
+    # first that suffice for the running requests. Without any it has those of now.filters.
+    programs: Sequence[Filters] = ()
     earlier: Earlier | None = None
     prefill_seconds: float = field(default=0.0, init=False)
     decode_seconds: float = field(default=0.0, init=False)
@@ -155,12 +157,12 @@ class Session:
             if not any(line and not line.reading for line in self._lines):
                 continue
             clock = time.perf_counter()
-            looking = self._looking
+            looking, now = self._looking, self._rounds()
             if looking and (admitted or ready is None):
-                ready = peek(state)
+                ready = peek(state, logprobs=now.filters.logprobs is not None)
             hurried = looking or self._readings or (self._open and not self._ahead)
             most = np.int32(self.rounds_per_look if hurried else _ALL_ROUNDS)
-            self.state, (state, coming) = None, advance(self.now, state, most, self._enough())
+            self.state, (state, coming) = None, advance(now, state, most, self._enough())
             self.state = state
             # The next rounds run while the host turns the last ones into text.
             if not hurried:
@@ -179,6 +181,14 @@ class Session:
             if ended_B.any() and (self._waits() or any(self._lines) or self._open):
                 self.state, state = None, release(state, ended_B)
                 self.state = state
+
+    def _rounds(self) -> Round:
+        """The rounds that the running requests need."""
+        running = [line.request for line in self._lines if line and not line.reading]
+        now = self.now
+        if self.programs:
+            now = replace(now, filters=smallest(self.programs, running))
+        return now if any(request.draft for request in running) else now.plain
 
     def _unwanted(self) -> Iterator[Piece]:
         """Ends requests that were cancelled while their prompts are read, by groups of prompts.
@@ -343,7 +353,8 @@ class Session:
             self.codec.vocab_size if filters.bias else None,
         )
         ends = ends_of(requests, self.codec.eos_ids, filters.ends) if filters.ends else None
-        return Requests(limit_R, keys_of(requests), knobs, ends)
+        drafts_R = np.array([request.draft for request in requests]) if filters.undrafted else None
+        return Requests(limit_R, keys_of(requests), knobs, ends, drafts_R)
 
     def _piece(self, line: _Line, row: int, snapshot: Snapshot) -> Piece:
         """Returns the tokens and text that a row wrote since the last read."""
@@ -352,7 +363,7 @@ class Session:
         text = "" if line.text is None else line.text.add(tokens)
         rounds = int(snapshot.rounds_B[row])
         accepted = tuple(snapshot.accepted_BS[row, line.rounds : rounds].tolist())
-        drafted = _drafted(snapshot, row) if accepted else None
+        drafted = _drafted(snapshot, row) if accepted and line.request.draft else None
         line.count, line.rounds = count, rounds
         finish = self._finish(line, row, snapshot)
         logprobs = _logprobs(line.request, snapshot, row, tokens, count - len(tokens))
@@ -410,21 +421,6 @@ def _wait_for(snapshot: Snapshot) -> None:
 
     threading.Thread(target=wait, name="decoding", daemon=True).start()
     done.wait()
-
-
-def filters_for(requests: Sequence[Request], eos_ids: tuple[int, ...]) -> Filters:
-    """What a program needs for these requests."""
-    filters = filters_of([request.sampling for request in requests])
-    own = [
-        len(request.end_tokens(eos_ids))
-        for request in requests
-        if request.ignore_eos or request.stop_token_ids or request.min_new_tokens
-    ]
-    # Few sizes, each is compiled.
-    ends = round_up(max(1, *own, len(eos_ids)), ENDS_BUCKET) if own else 0
-    tops = [request.logprobs for request in requests if request.logprobs is not None]
-    logprobs = (MOST_LOGPROBS if max(tops) else 0) if tops else None
-    return filters._replace(ends=ends, logprobs=logprobs)
 
 
 def ends_of(requests: Sequence[Request], eos_ids: tuple[int, ...], width: int) -> Ends:

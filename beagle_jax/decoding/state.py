@@ -23,6 +23,7 @@ class Requests(NamedTuple):
     key_B: jax.Array  # random key of the sequence's draws (sampling.place_keys)
     knobs: Knobs
     ends: Ends | None = None  # with `Filters.ends`
+    drafts_B: AnyArray | None = None  # bool: drafts may be accepted; with `Filters.undrafted`
 
 
 class Transcript(NamedTuple):
@@ -78,8 +79,8 @@ class Snapshot(NamedTuple):
     drafted: Drafted | None = None
 
 
-def snapshot(state: DecodeState) -> Snapshot:
-    """Copies the part of a state that the host reads."""
+def snapshot(state: DecodeState, logprobs: bool) -> Snapshot:
+    """Returns the part of a state that the host reads. logprobs: with log-probabilities."""
     now, stats = state.transcript, state.stats
     return Snapshot(
         now.out_BS,
@@ -89,7 +90,7 @@ def snapshot(state: DecodeState) -> Snapshot:
         stats.rounds_B,
         stats.accepted_BS,
         stats.passes_B,
-        stats.logprobs,
+        stats.logprobs if logprobs else None,
         stats.drafted,
     )
 
@@ -115,6 +116,7 @@ def idle(
     if filters.bias:
         knobs = knobs._replace(bias_BV=jnp.zeros((batch, vocab_size), jnp.float32))
     ends = history = logprobs = drafted = None
+    drafts_B = jnp.ones(batch, bool) if filters.undrafted else None
     if filters.ends:
         ends = Ends(jnp.full((batch, filters.ends), -1, jnp.int32), zeros())
     if filters.penalties:
@@ -129,7 +131,7 @@ def idle(
     return DecodeState(
         cache,
         draft,
-        Requests(zeros(), key_B, knobs, ends),
+        Requests(zeros(), key_B, knobs, ends, drafts_B),
         Transcript(zeros(), out(), zeros(), jnp.ones(batch, bool), zeros(bool)),
         Stats(zeros(), out(), zeros(), logprobs, drafted),
         history,

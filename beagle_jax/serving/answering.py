@@ -36,7 +36,7 @@ class Answering:
         self._choices = [Choice(codec, request, extended) for request in requests]
         each_prompt = requests[:: body.n or 1]
         self._form = Form(body, codec, sum(len(request.tokens) for request in each_prompt))
-        self._call = Call(worker, requests, plain=not body.beagle.draft, trees=extended)
+        self._call = Call(worker, requests)
 
     async def whole(self, receive: Receive) -> dict[str, Any]:
         """The response as JSON. receive: the client's messages.

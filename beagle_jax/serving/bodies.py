@@ -238,8 +238,14 @@ def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 def _refusal(error: ValidationError) -> Refusal:
     """The first mistake of a body, as a sentence."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part)[:_LONGEST_NAME] for part in first["loc"])
+    errors = error.errors(include_url=False, include_context=False)
+    # Of a field that may be text or a list, the mistake in the form that was sent.
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((each for each in same if not each["type"].endswith("_type")), errors[0])
+    # pydantic's names of the forms, such as `list[constrained-str]`, are no part of the place.
+    parts = [str(part) for part in first["loc"]]
+    parts = [part for part in parts if "[" not in part and part not in ("str", "constrained-str")]
+    place = ".".join(part[:_LONGEST_NAME] for part in parts)
     name = str(first["loc"][0])[:_LONGEST_NAME] if first["loc"] else None
     if first["type"] == "missing":
         return bad(f"{place} is missing", name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from beagle_jax.decoding.requests import Piece, Request
 from beagle_jax.serving.refusal import Refusal
+from beagle_jax.serving.ticket import Ticket
 from beagle_jax.serving.worker import Worker
 
 
@@ -18,17 +19,14 @@ class Gone(Exception):
 class Call:
     """The answers to one HTTP request. Use it as a context: leaving it ends what still runs."""
 
-    def __init__(
-        self, worker: Worker, requests: Sequence[Request], *, plain: bool, trees: bool
-    ) -> None:
+    def __init__(self, worker: Worker, requests: Sequence[Request]) -> None:
         """Must be made in the event loop that reads it."""
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Piece | Refusal]] = asyncio.Queue()
         self.arrived = time.monotonic()
         self.tickets = [
-            worker.ticket(request, plain=plain, trees=trees, deliver=self._deliver(choice))
-            for choice, request in enumerate(requests)
+            Ticket(request, self._deliver(choice)) for choice, request in enumerate(requests)
         ]
 
     def __enter__(self) -> "Call":

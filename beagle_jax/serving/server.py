@@ -12,8 +12,6 @@ import uvicorn
 
 from beagle_jax.config import Config, ServeConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
-from beagle_jax.decoding.requests import Request
-from beagle_jax.decoding.sampling import sampling_of
 from beagle_jax.errors import UserError
 from beagle_jax.serving.app import Service, make_app
 from beagle_jax.serving.journal import Journal
@@ -41,7 +39,7 @@ class Server(uvicorn.Server):
         self._on_start = on_start
         serve = config.serve
         metrics = Metrics(serve.rows, decoder.tree.depth)
-        self.worker = Worker(decoder, serve, metrics, default_request(config))
+        self.worker = Worker(decoder, serve, metrics)
         self.model = model_name(config)
         service = Service(
             Translator(config, decoder, self.model),
@@ -103,19 +101,6 @@ def model_name(config: Config) -> str:
     """The name that requests use: `serve.model`, or the last part of target.source."""
     source = config.target.source.rstrip("/")
     return config.serve.model or source.rpartition("/")[2].rpartition(":")[2]
-
-
-def default_request(config: Config) -> Request:
-    """What a request that sets nothing asks for; of one token."""
-    decode = config.decode
-    return Request(
-        [0],
-        sampling=sampling_of(decode),
-        stop_token_ids=tuple(decode.stop_token_ids),
-        ignore_eos=decode.ignore_eos,
-        min_new_tokens=decode.min_new_tokens,
-        seconds=config.serve.answer_seconds,
-    )
 
 
 def check_address(serve: ServeConfig) -> None:

@@ -102,6 +102,7 @@ class Translator:
             seconds=self.config.serve.answer_seconds,
             seed=seed,
             choice=choice,
+            draft=body.beagle.draft,
         )
         try:
             request = self.decoder.checked(request)

@@ -1,15 +1,13 @@
 """The thread that decodes: takes waiting tickets in their order, delivers pieces.
 
-A session of the engine runs one of a few programs (`ticket.programs`). A ticket that needs another
-one waits until the running answers have ended; so do those behind it, since the order of the queue
-is kept.
+One session of the engine answers everything. A ticket waits for nothing but a row.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -17,11 +15,11 @@ from tqdm import tqdm
 from beagle_jax.config import ServeConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.requests import Piece, Request
-from beagle_jax.decoding.sampling import Filters
-from beagle_jax.decoding.session import PREFILL_CHUNK, PROMPT_BUCKET, Session, filters_for
+from beagle_jax.decoding.sampling import Sampling
+from beagle_jax.decoding.session import PREFILL_CHUNK, PROMPT_BUCKET, Session
 from beagle_jax.serving.metrics import Metrics
 from beagle_jax.serving.refusal import Refusal
-from beagle_jax.serving.ticket import Ticket, covers, programs
+from beagle_jax.serving.ticket import Ticket
 
 _log = logging.getLogger(__name__)
 
@@ -33,21 +31,13 @@ _WARM_LENGTHS = (PROMPT_BUCKET, 2 * PROMPT_BUCKET, PREFILL_CHUNK // 2, PREFILL_C
 class Worker:
     """The queue of a server and the thread that empties it."""
 
-    def __init__(
-        self,
-        decoder: SpeculativeDecoder,
-        serve: ServeConfig,
-        metrics: Metrics,
-        defaults: Request,
-    ) -> None:
-        """decoder: with a context. defaults: a request that sets nothing."""
+    def __init__(self, decoder: SpeculativeDecoder, serve: ServeConfig, metrics: Metrics) -> None:
+        """decoder: with a context."""
         self._decoder, self._serve, self._metrics = decoder, serve, metrics
-        self._defaults = defaults
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by their index in the session
         self._session: Session | None = None  # that runs
-        self._programs = self._all_programs()  # by plain
         self._closing: float | None = None  # when running answers are cut off
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -62,21 +52,6 @@ class Worker:
     def start(self) -> None:
         """Begins to decode."""
         self._thread.start()
-
-    def ticket(
-        self,
-        request: Request,
-        *,
-        plain: bool,
-        trees: bool,
-        deliver: Callable[[Piece | Refusal], None],
-    ) -> Ticket:
-        """A ticket for `submit`. trees: pieces hold the tree of their last round."""
-        plain &= self._decoder.tree.depth > 0  # else every answer is
-        needs = filters_for([request], self._decoder.codec.eos_ids)
-        if trees and not plain:
-            needs = needs._replace(drafted=self._decoder.tree.size)
-        return Ticket(request, plain, needs, deliver)
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Puts the answers of one call into the queue, all or none.
@@ -121,54 +96,47 @@ class Worker:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _all_programs(self) -> dict[bool, tuple[Filters, ...]]:
-        tree, eos_ids = self._decoder.tree, self._decoder.codec.eos_ids
-        defaults = filters_for([self._defaults], eos_ids)
-        # The page shows trees, and little is copied for them: with it, every program reports them.
-        shown = defaults._replace(drafted=tree.size if self._serve.page else 0)
-        drafting = programs(shown, len(eos_ids), tree.size)
-        return {False: drafting, True: programs(defaults, len(eos_ids), 0) if tree.depth else ()}
-
     def warm_up(self) -> None:
         """Compiles all programs, so that no request compiles anything. Before `start`."""
+        requests = tqdm(self._each_program(), desc="compile programs", unit="program")
+        ended = 0
+
+        def coming() -> Iterator[Request | None]:
+            for count, request in enumerate(requests):
+                while ended < count:
+                    yield None
+                yield request
+
+        for piece in self._live(coming()):
+            ended += piece.answer is not None
+
+    def _each_program(self) -> list[Request]:
+        """Requests that need every program, one after the other."""
         room = self._decoder.codec.context - 1
-        brief = replace(self._defaults, max_new_tokens=2, min_new_tokens=0, seconds=None)
+        brief = Request([0], max_new_tokens=2)
         lengths = {min(length, room) for length in _WARM_LENGTHS}
         if self._decoder.capacity - room // PREFILL_CHUNK * PREFILL_CHUNK < PREFILL_CHUNK:
             lengths.add(room)  # the last chunk of the longest prompts has a shape of its own
-        requests = [
-            replace(brief, tokens=[0] * length, choice=choice)
-            for length in sorted(lengths)
-            for choice in range(2)
-        ]
-        # The last one is ended by the host.
-        requests.append(
-            replace(brief, tokens=[0], max_new_tokens=64, ignore_eos=True, seconds=1e-9)
-        )
-        kinds = [(plain, each) for plain, several in self._programs.items() for each in several]
-        for plain, filters in tqdm(kinds, desc="compile programs", unit="program"):
-            for _ in self._live(iter(requests), plain, filters):
-                pass
+        # The first one is ended by the host.
+        requests = [replace(brief, max_new_tokens=room, ignore_eos=True, seconds=1e-9)]
+        requests += [replace(brief, tokens=[0] * length) for length in sorted(lengths)]
+        for draft in (True, False):
+            plain = replace(brief, draft=draft)
+            requests += [plain, replace(plain, sampling=Sampling(1.0)), replace(plain, logprobs=0)]
+        return requests
 
-    def _live(self, source: Iterator[Request | None], plain: bool, filters: Filters) -> Session:
-        return self._decoder.live(
-            source,
-            self._serve.rows,
-            filters,
-            plain=plain,
-            rounds_per_look=self._serve.rounds_per_look,
-        )
+    def _live(self, source: Iterator[Request | None]) -> Session:
+        serve = self._serve
+        return self._decoder.live(source, serve.rows, rounds_per_look=serve.rounds_per_look)
 
     def _run(self) -> None:
-        """One session after the other, until the server closes."""
+        """Decodes until the server closes; a session that failed is followed by another one."""
         while self._wait():
-            with self._changed:
-                if not self._waiting:
-                    continue
-                plain = self._waiting[0].plain
-                filters = self._program()
             try:
-                self._answer(plain, filters)
+                self._session = self._live(self._source())
+                for piece in self._session:
+                    self._take(piece)
+                    self._sweep()
             # Whatever fails in the engine (memory of the device, its driver) must reach those who
             # wait for answers, and the next session may succeed.
             except Exception:
@@ -191,19 +159,8 @@ class Worker:
                     return False
                 self._changed.wait()
 
-    def _program(self) -> Filters:
-        """The smallest program for the first ticket."""
-        first = self._waiting[0]
-        return next(each for each in self._programs[first.plain] if covers(each, first.needs))
-
-    def _answer(self, plain: bool, filters: Filters) -> None:
-        self._session = self._live(self._source(plain, filters), plain, filters)
-        for piece in self._session:
-            self._take(piece)
-            self._sweep()
-
-    def _source(self, plain: bool, filters: Filters) -> Iterator[Request | None]:
-        """The requests of a session; ends where one needs another program, or nothing is left."""
+    def _source(self) -> Iterator[Request | None]:
+        """The requests in the order of the queue; ends when the server closes."""
         count = 0
         while True:
             self._sweep()
@@ -213,28 +170,16 @@ class Worker:
                         return
                     self._changed.wait()
                     continue
-                ticket = self._waiting[0] if self._waiting else None
-                if ticket is not None and not self._suits(ticket, plain, filters):
-                    return
-                if ticket is not None and len(self._running) < self._serve.rows:
-                    self._waiting.popleft()
-                    self._running[count] = ticket
+                ticket = None
+                if self._waiting and len(self._running) < self._serve.rows:
+                    ticket = self._running[count] = self._waiting.popleft()
                     count += 1
-                else:
-                    ticket = None
             if ticket is None:
                 yield None
                 continue
             ticket.began = time.monotonic()
             self._metrics.admitted(len(ticket.request.tokens), ticket.began - ticket.arrived)
             yield ticket.request
-
-    def _suits(self, ticket: Ticket, plain: bool, filters: Filters) -> bool:
-        """Whether the running session is the one for this ticket."""
-        if ticket.plain != plain or not covers(filters, ticket.needs):
-            return False
-        # An idle session gives way to a smaller program.
-        return bool(self._running) or self._program() == filters
 
     def _take(self, piece: Piece) -> None:
         """Counts and delivers a piece."""
