@@ -40,7 +40,15 @@ from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first, summed
 from beagle_jax.remote import fetch, is_url, local
-from beagle_jax.sharding import born, check_rows, make_mesh, own_part, place, share_of_rows
+from beagle_jax.sharding import (
+    born,
+    check_positions,
+    check_rows,
+    make_mesh,
+    own_part,
+    place,
+    share_of_rows,
+)
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
@@ -66,6 +74,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     listen()
     mesh = make_mesh(config.mesh)
     check_rows(config.train.batch, mesh)
+    check_positions(config.train.row_tokens, mesh)
     share_of_rows(mesh)  # raises UserError if the mesh cannot be used
     prompts = check_beforehand(config)
     target = target or training_target(config)
