@@ -67,13 +67,13 @@ def states(count: int, path: Path) -> dict[str, np.ndarray]:
     return made
 
 
-def batch_of(read: dict[str, np.ndarray], rows: slice) -> Batch:
+def batch_of(stored: dict[str, np.ndarray], rows: slice) -> Batch:
     return Batch(
-        read["tokens"][rows],
-        read["states"][rows].astype(np.float32),
-        read["counted"][rows],
-        read["length"][rows],
-        read["first"][rows],
+        stored["tokens"][rows],
+        stored["states"][rows].astype(np.float32),
+        stored["counted"][rows],
+        stored["length"][rows],
+        stored["first"][rows],
     )
 
 
@@ -94,7 +94,7 @@ def predicted(params: dict, spec: BeagleSpec, embed_VD: jax.Array, batch: Batch)
     return block(embed_VD[batch.tokens_BL], jnp.asarray(batch.inputs_BLI), mask)
 
 
-def measure(read: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict[str, float]:
+def measure(stored: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict[str, float]:
     """Returns top-1 of each fit on the held-out rows."""
     spec = BeagleSpec(
         hidden_size=576,
@@ -105,12 +105,12 @@ def measure(read: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict
         rope_theta=1e5,
         rms_norm_eps=1e-5,
     )
-    cut, D = len(read["tokens"]) - held_out, spec.hidden_size
-    embed_VD = read["embed"].astype(np.float32)
-    counts_V = np.bincount(read["tokens"][:cut].ravel(), minlength=len(embed_VD))
-    head_VD = read["head"][np.argsort(-counts_V, kind="stable")[:vocabulary]].astype(np.float32)
-    x_MF, y_MD, _ = triples(embed_VD, batch_of(read, slice(0, cut)))
-    held = batch_of(read, slice(cut, None))
+    cut, D = len(stored["tokens"]) - held_out, spec.hidden_size
+    embed_VD = stored["embed"].astype(np.float32)
+    counts_V = np.bincount(stored["tokens"][:cut].ravel(), minlength=len(embed_VD))
+    head_VD = stored["head"][np.argsort(-counts_V, kind="stable")[:vocabulary]].astype(np.float32)
+    x_MF, y_MD, _ = triples(embed_VD, batch_of(stored, slice(0, cut)))
+    held = batch_of(stored, slice(cut, None))
     held_MF, true_MD, at = triples(embed_VD, held)
     best_M = np.argmax(true_MD @ head_VD.T, axis=1)
 
@@ -122,7 +122,7 @@ def measure(read: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict
     values_rD = _explaining(D, rank, gram_FF, cross_FO)
     narrow = np.zeros((2 * D + 1, D + rank + 1))
     narrow[:D, :D], narrow[D:-1, D:-1], narrow[-1, -1] = np.eye(D), values_rD.T, 1
-    parts = [batch_of(read, slice(first, first + AT_ONCE)) for first in range(0, cut, AT_ONCE)]
+    parts = [batch_of(stored, slice(first, first + AT_ONCE)) for first in range(0, cut, AT_ONCE)]
     fresh = init_draft(spec, jax.random.key(0))
     start = warm_start(fresh, spec, jnp.asarray(embed_VD), lambda: parts)
     state_BLD = np.asarray(
@@ -149,12 +149,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens to choose from")
     parser.add_argument("--json", type=Path, help="where the figures are written")
     arguments = parser.parse_args()
-    found = measure(
+    figures = measure(
         states(arguments.rows, arguments.states), arguments.held_out, arguments.vocabulary
     )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
