@@ -102,7 +102,7 @@ class TrainConfig(Section):
     remat: Literal["none", "block"] = setting(
         "none",
         "block: the widest activations of the draft's block are not stored for the backward pass, "
-        "but computed again, for some positions at a time; less memory, about a fifth more work",
+        "but computed again, for some positions at a time; for long rows",
     )
     checkpoint_every: int = setting(
         200, "steps between checkpoints; each stage also ends with one", ge=1
