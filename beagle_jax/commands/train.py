@@ -72,10 +72,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     vocabulary.
     """
     listen()
-    mesh = make_mesh(config.mesh)
-    check_rows(config.train.batch, mesh)
-    check_positions(config.train.row_tokens, mesh)
-    share_of_rows(mesh)  # raises UserError if the mesh cannot be used
+    mesh = training_mesh(config)
     prompts = check_beforehand(config)
     target = target or training_target(config)
     check_shape(config.target, target.spec)
@@ -124,6 +121,18 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
         "answer_tokens": supervised_tokens(rows),
         "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
     }
+
+
+def training_mesh(config: Config) -> Mesh:
+    """Returns the mesh of a run.
+
+    Raises: UserError if it cannot split the batches.
+    """
+    mesh = make_mesh(config.mesh)
+    check_rows(config.train.batch, mesh)
+    check_positions(config.train.row_tokens, mesh)
+    share_of_rows(mesh)  # for its UserError
+    return mesh
 
 
 def draft_vocabulary(
