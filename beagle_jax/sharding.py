@@ -1,13 +1,16 @@
 """The mesh: its axes, where each array lives, and placement on devices.
 
-No other file names its axes. It has three, each of size 1 or more. `data` splits the rows of a
-batch. `fsdp` splits them too, and also every trained matrix and its optimizer state; a matrix is
-gathered where it is used. `tensor` splits heads, MLP width and vocabulary. Arrays carry shardings,
-programs do not: `jax.jit` takes shardings of inputs and outputs (formerly pjit), and XLA inserts
-the collectives. A dimension that its axis does not divide is not split.
+No other file than this one and training/per_device.py names its axes. It has three, each of size 1
+or more. `data` splits the rows of a batch. `fsdp` splits them too, and also every trained matrix
+and its optimizer state; a matrix is gathered where it is used. `tensor` splits heads, MLP width and
+vocabulary. Arrays carry shardings, programs do not: `jax.jit` takes shardings of inputs and outputs
+(formerly pjit), and XLA inserts the collectives. A dimension that its axis does not divide is not
+split.
 
-A mesh for decoding has a fourth axis, `copies`: `tensor` is then no larger than the number of KV
-heads, and devices along `copies` hold the same keys and values, but different query heads.
+With `mesh.sequence` above 1, a mesh for training has a fourth axis, `sequence`, which splits the
+positions of each row while the draft is computed. A mesh for decoding has `copies` instead:
+`tensor` is then no larger than the number of KV heads, and devices along `copies` hold the same
+keys and values, but different query heads.
 """
 
 import math
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ from beagle_jax.model.tensors import ARRAYS, Tensor
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
 
-DATA, FSDP, TENSOR, COPIES = "data", "fsdp", "tensor", "copies"
+DATA, FSDP, SEQUENCE, TENSOR, COPIES = "data", "fsdp", "sequence", "tensor", "copies"
 _ROWS = (DATA, FSDP)  # the axes over which a batch of training is split
 
 # The only table of logical axis -> mesh axis. The target's arrays (model/tensors.py) and the
@@ -67,16 +70,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.model_dump()  # in the order of the axes
     known = math.prod(size for size in sizes.values() if size > 0)
     rest = len(devices) // known
-    shape = [size if size > 0 else rest for size in sizes.values()]
-    if math.prod(shape) != len(devices):
+    shape = {name: size if size > 0 else rest for name, size in sizes.items()}
+    if math.prod(shape.values()) != len(devices):
         requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"{requested} does not fit {len(devices)} devices: the product of the three sizes must "
+            f"{requested} does not fit {len(devices)} devices: the product of the four sizes must "
             "be their number; -1 is replaced by what the others leave"
         )
+    if shape[SEQUENCE] == 1:
+        del shape[SEQUENCE]
     # The axes are Auto: XLA completes the shardings. jax.make_mesh makes Explicit axes, with which
     # flax's init fails.
-    return Mesh(np.array(devices).reshape(shape), (DATA, FSDP, TENSOR))
+    return Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape))
 
 
 def tensor_mesh(size: int) -> Mesh:
@@ -117,9 +122,15 @@ def mesh_for_decoding(
     once, and which command, for the message. always: one device has a mesh too.
 
     Raises:
-      UserError: there are fewer devices, or the rows cannot be split over `mesh.data`.
+      UserError: there are fewer devices, the rows cannot be split over `mesh.data`, or
+        `mesh.sequence` is not 1.
     """
     devices = jax.devices() if devices is None else devices
+    if config.sequence != 1:
+        raise UserError(
+            f"mesh.sequence is {config.sequence}, which splits the rows of training, but {what} "
+            "decodes; set mesh.sequence=1, and mesh.tensor to the number of devices"
+        )
     sizes = config.model_dump() | ({"data": 1} if config.data == -1 else {})
     if rows % sizes["data"]:
         raise UserError(
@@ -150,7 +161,7 @@ def decoding_mesh(mesh: Mesh, num_kv_heads: int) -> Mesh:
     *rest, tensor = mesh.devices.shape
     heads = math.gcd(tensor, num_kv_heads)
     shape = (*rest, heads, tensor // heads)
-    return Mesh(mesh.devices.reshape(shape), (DATA, FSDP, TENSOR, COPIES))
+    return Mesh(mesh.devices.reshape(shape), (*mesh.axis_names, COPIES))
 
 
 def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
@@ -191,6 +202,20 @@ def check_rows(batch: int, mesh: Mesh) -> None:
             f"train.batch is {batch}, but the mesh splits rows over {parts} devices (data "
             f"{mesh.shape[DATA]} x fsdp {mesh.shape[FSDP]}); set it to a multiple of {parts}, "
             "or mesh.data and mesh.fsdp to less"
+        )
+
+
+def check_positions(row_tokens: int, mesh: Mesh) -> None:
+    """Checks that the mesh can split the positions of a row evenly.
+
+    Raises:
+      UserError: it cannot.
+    """
+    parts = sequence_parts(mesh)
+    if row_tokens % parts:
+        raise UserError(
+            f"train.row_tokens is {row_tokens}, but mesh.sequence splits each row into {parts} "
+            f"parts; set it to a multiple of {parts}"
         )
 
 
@@ -262,13 +287,13 @@ def rows(mesh: Mesh) -> NamedSharding:
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
     """Returns which part of a batch's rows this process's devices hold, and of how many.
 
-    Processes along `tensor` hold the same rows.
+    Processes along `tensor` and `sequence` hold the same rows.
 
     Raises:
       UserError: two processes share some of their rows, but not all.
     """
     owner_RT = np.array([device.process_index for device in mesh.devices.flat]).reshape(
-        -1, mesh.shape[TENSOR]
+        -1, mesh.size // row_parts(mesh)
     )
     held = {
         process: np.flatnonzero((owner_RT == process).any(axis=1))
@@ -279,8 +304,9 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
         len(rows) != len(mine) or rows[0] % len(mine) or rows[-1] - rows[0] >= len(mine)
         for rows in held.values()
     ):
+        axes = "mesh.tensor" if sequence_parts(mesh) == 1 else "mesh.sequence x mesh.tensor"
         raise UserError(
-            f"mesh.tensor is {mesh.shape[TENSOR]}, which splits a row over devices of several "
+            f"{axes} is {owner_RT.shape[1]}, which splits a row over devices of several "
             "processes unevenly; set it to a divisor or a multiple of the number of devices of "
             "a process"
         )
@@ -297,6 +323,11 @@ def mesh_of(array: jax.Array) -> Mesh | None:
 def row_parts(mesh: Mesh | None) -> int:
     """Returns over how many devices a mesh splits the rows of a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _ROWS)
+
+
+def sequence_parts(mesh: Mesh) -> int:
+    """Returns over how many devices a mesh splits the positions of a row."""
+    return mesh.shape.get(SEQUENCE, 1)
 
 
 def place_rows(batch: T, mesh: Mesh) -> T:
@@ -322,46 +353,6 @@ def gathered(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
         name: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, used[name]))
         for name, x in params.items()
     }
-
-
-class OwnShare(NamedTuple):
-    """One device's view in `over_rows`: the mesh axes of collectives, which may be none."""
-
-    vocabulary: tuple[str, ...]  # devices along these hold parts of the vocabulary, the same rows
-    rows: tuple[str, ...]  # devices along these hold different rows
-    first_token: Callable[
-        [int], jax.Array | int
-    ]  # size of this device's part of the vocabulary -> id of the part's first token
-
-
-def over_rows(
-    function: Callable, vocab_size: int, mesh: Mesh, *, gives_head: bool = False
-) -> Callable:
-    """Wraps `function(share, heads, *arrays_M)` to run per device; returns arrays by row.
-
-    Each device gets its own rows and its part of the heads, which may be several. gives_head: the
-    function returns a pair, of an array by row and of one like its part of a head, which must be
-    the same on all devices with that part.
-    """
-    vocabulary = () if mesh.shape[TENSOR] == 1 or vocab_size % mesh.shape[TENSOR] else (TENSOR,)
-
-    def first_token(size: int) -> jax.Array | int:
-        return jax.lax.axis_index(TENSOR) * size if vocabulary else 0
-
-    share = OwnShare(vocabulary, tuple(axis for axis in _ROWS if mesh.shape[axis] > 1), first_token)
-
-    def on_all(heads: Any, *arrays_M: jax.Array) -> Any:
-        specs = (P(vocabulary or None), *(P(_ROWS) for _ in arrays_M))
-        out_specs = (P(_ROWS), P(vocabulary or None)) if gives_head else P(_ROWS)
-        return jax.shard_map(
-            partial(function, share),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )(heads, *arrays_M)
-
-    return on_all
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -264,6 +264,14 @@ def test_settings_that_only_beagle_has(load, override, message):
         load(TARGET, *EAGLE, override, f"{override.rpartition('.')[0]}.steps=0")
 
 
+def test_rows_of_eagle_are_not_split(load):
+    assert (
+        "run.yaml: draft.kind is eagle and mesh.sequence is 2, but the queries of an EAGLE draft "
+        "are not split along a row; set mesh.sequence to 1"
+    ) in refused(load, TARGET, *EAGLE, "mesh.sequence=2")
+    load(TARGET, "mesh.sequence=2")
+
+
 def test_a_dense_late_stage_simulates_as_many_steps_as_it_likes(load):
     assert load(
         TARGET, "train.late.dense=true", "train.late.simulation_steps=9"

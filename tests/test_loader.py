@@ -175,3 +175,13 @@ def test_hot_tokens_are_frequent_answer_tokens_then_low_ids():
 @pytest.mark.parametrize("count", [0, 12, 13])
 def test_all_tokens_are_hot_when_none_or_enough_are_asked_for(count):
     assert hot_tokens(rows_of_lengths(5), count, 12) is None
+
+
+def test_a_sample_comes_in_batches_of_one_shape_until_it_counts_enough():
+    rows = [Row([1] * 6, [False] * 2 + [True] * 4) for _ in range(7)]  # three of each count
+    loader = BatchLoader(rows, None, batch=2, row_tokens=8, seed=0)
+    everything = list(loader.samples(99, 3 * 8))
+    assert [batch.tokens_BL.shape for batch in everything] == [(3, 8)] * 3
+    assert [batch.length_BC.ravel().tolist() for batch in everything] == [[6] * 3] * 2 + [[6, 0, 0]]
+    assert sum(int(batch.counted_BT.sum()) for batch in everything) == 7 * 3
+    assert len(list(loader.samples(10, 3 * 8))) == 2, "nine, then enough"

@@ -100,7 +100,7 @@ def on_eight_devices() -> None:
     params, draft, rows = random_params(TINY), init_draft(SPEC, jax.random.key(1)), some_rows()
     settings = dict(batch=4, row_tokens=L, seed=0)
     online = BatchLoader(rows, None, **settings)
-    everything = online.sample(4)
+    everything = next(online.samples(1, 4 * L))
     states = states_in_memory(params, TINY, everything.tokens_BL, everything.length_BC)
     by_tokens = {
         tuple(tokens[:length]): states_LD[:length]
@@ -144,13 +144,13 @@ def test_states_of_the_wrong_tokens_are_seen(loaders, tiny_draft, tiny_params, m
 
 
 def test_a_sample_in_memory_is_what_the_disk_holds(loaders, tiny_params):
-    sample = loaders[None].sample(99)
+    sample = next(loaders[None].samples(1, 4 * L))
     found_BLD = states_in_memory(tiny_params, TINY, sample.tokens_BL, sample.length_BC)
     live_BL1 = np.arange(L)[None, :, None] < sample.length_BC[:, :, None]
     # 1e-4: rows of another padded length are summed in another order
     np.testing.assert_allclose(
         np.where(live_BL1, found_BLD, 0),
-        loaders["float32"].sample(99).inputs_BLI,
+        next(loaders["float32"].samples(1, 4 * L)).inputs_BLI,
         rtol=1e-4,
         atol=1e-4,
     )

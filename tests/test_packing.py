@@ -379,7 +379,7 @@ def test_order_and_position_are_one_integer_and_processes_share_a_batch():
             np.testing.assert_array_equal(
                 np.concatenate([getattr(part.batch_at(step), name) for part in parts]), field
             )
-    sample = loader.sample(10)
+    sample = next(loader.samples(1, 10 * 24))
     assert (sample.length_BC[:, 0] > 0).all() and not sample.length_BC[
         :, 1:
     ].any()  # one chat a row

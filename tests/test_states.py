@@ -210,7 +210,7 @@ def test_a_batch_has_inputs_and_targets_apart_only_where_they_differ(taps):
         for row in rows
     ]
     loader = BatchLoader(rows, states, batch=2, row_tokens=5, seed=0, taps=(0, 1)[:taps])
-    batch = loader.sample(2)
+    batch = next(loader.samples(1, 2 * 5))
     line = int(np.flatnonzero(batch.length_BC[:, 0] == 5)[0])
     np.testing.assert_array_equal(batch.predicted_BLD[line], states[0][:, -4:])
     if taps:

@@ -13,9 +13,9 @@ from beagle_jax.config import StageConfig, TestTimeStage, TrainConfig
 from beagle_jax.data.loader import Batch
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.kinds import objective_of
+from beagle_jax.training.objective import Inputs
 from beagle_jax.training.step import (
     AGREE_WITHIN,
-    Inputs,
     add_noise,
     make_steps,
     stage_loss,

@@ -1,4 +1,7 @@
-"""The closed-form start: sees the newest state, fits better than chance, keeps the shapes."""
+"""The closed-form start: sees the newest state, fits as a plain linear map does, keeps shapes."""
+
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ from beagle_jax.data.loader import Batch
 from beagle_jax.model.attention import partial_attention
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
 from beagle_jax.model.masks import early_block_mask
-from beagle_jax.training.warm_start import warm_start
+from beagle_jax.training.warm_start import _neighbours, _summed, warm_start
 
 SPEC = BeagleSpec(
     hidden_size=48,
@@ -51,16 +54,25 @@ def linear_text():
     return jnp.asarray(embed_VD, jnp.float32), batch
 
 
+def in_parts(batch: Batch):
+    """Returns a sample of the batch's rows, eight at a time."""
+    parts = [
+        jax.tree.map(lambda x, first=first: x[first : first + 8], batch) for first in (0, 8, 16)
+    ]
+    return lambda: parts
+
+
 @pytest.fixture(scope="module")
 def started(linear_text):
     fresh = init_draft(SPEC, jax.random.key(0))
-    return fresh, warm_start(fresh, SPEC, *linear_text)
+    embed_VD, batch = linear_text
+    return fresh, warm_start(fresh, SPEC, embed_VD, in_parts(batch))
 
 
-@jax.jit
-def _error(params, embed_VD, batch):
+@partial(jax.jit, static_argnames="spec")
+def _error(params, embed_VD, batch, spec=SPEC):
     mask = early_block_mask(jnp.asarray(batch.length_BC), WIDTH, 1, jnp.int32(0))
-    states = BeagleBlock(SPEC).apply(
+    states = BeagleBlock(spec).apply(
         {"params": params}, embed_VD[batch.tokens_BL], jnp.asarray(batch.inputs_BLI), mask
     )
     return jnp.mean(jnp.square(states - batch.inputs_BLI)[:, 8:])
@@ -104,5 +116,63 @@ def test_planted_bug_score_that_peaks_elsewhere(started, linear_text, monkeypatc
     from beagle_jax.training import warm_start as module
 
     monkeypatch.setattr(module, "_back_one", lambda score_H, spec: -score_H)
-    broken = module.warm_start(started[0], SPEC, *linear_text)
+    embed_VD, batch = linear_text
+    broken = module.warm_start(started[0], SPEC, embed_VD, in_parts(batch))
     assert _nearest_share(broken, *linear_text) < 0.2
+
+
+NARROW = replace(SPEC, num_kv_heads=1)
+
+
+def plain_fit(embed_VD, batch) -> float:
+    """Error of h_i ~ A e_i + B h_{i-1} + c with a B of the rank of one KV head."""
+    e_MD = np.asarray(embed_VD, np.float64)[batch.tokens_BL[:, 1:-1].ravel()]
+    before_MD, after_MD = (
+        np.asarray(batch.inputs_BLI[:, at], np.float64).reshape(-1, NARROW.hidden_size)
+        for at in (slice(0, -2), slice(1, -1))
+    )
+    token_MF = np.concatenate([e_MD, np.ones((len(e_MD), 1))], axis=1)
+
+    def left(y_MO: np.ndarray) -> np.ndarray:
+        return y_MO - token_MF @ np.linalg.lstsq(token_MF, y_MO, rcond=None)[0]
+
+    own_MD, rest_MD = left(before_MD), left(after_MD)
+    fitted_MD = own_MD @ np.linalg.lstsq(own_MD, rest_MD, rcond=None)[0]
+    _, _, direction_OD = np.linalg.svd(fitted_MD, full_matrices=False)
+    kept_Dr = direction_OD[: NARROW.head_dim].T
+    return float(np.mean(np.square(rest_MD - fitted_MD @ kept_Dr @ kept_Dr.T)))
+
+
+def narrow_error(linear_text) -> float:
+    embed_VD, batch = linear_text
+    started = warm_start(init_draft(NARROW, jax.random.key(0)), NARROW, embed_VD, in_parts(batch))
+    return float(_error(started, *linear_text, spec=NARROW))
+
+
+# Its attention is not all on the newest state, and the MLP reads states of normed size.
+NEARLY = 1.05
+
+
+def test_fits_as_well_as_a_linear_map_of_the_rank_of_the_values(linear_text):
+    assert narrow_error(linear_text) < NEARLY * plain_fit(*linear_text)
+
+
+def test_planted_bug_values_that_explain_nothing(linear_text, monkeypatch):
+    from beagle_jax.training import warm_start as module
+
+    monkeypatch.setattr(module, "_explaining", lambda D, rank, **_: np.eye(rank, D))
+    assert narrow_error(linear_text) > NEARLY * plain_fit(*linear_text)
+
+
+def test_a_sample_in_parts_gives_the_sums_of_the_whole(linear_text):
+    embed_VD, batch = linear_text
+    parts, whole = (
+        _summed(SPEC, embed_VD, sample, _neighbours)
+        for sample in (in_parts(batch), lambda: [batch])
+    )
+    jax.tree.map(
+        lambda part, all_: np.testing.assert_allclose(part, all_, atol=1e-5 * np.abs(all_).max()),
+        parts,
+        whole,
+    )
+    assert all(x.dtype == np.float64 for x in jax.tree.leaves(parts))

@@ -6,7 +6,7 @@ Every part is stored on disk, and a part that is already there is skipped.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from beagle_jax.config import Config
 from beagle_jax.corpus.fill import rows_and_states
 from beagle_jax.data.chats import Chat
 from beagle_jax.data.hot_tokens import coverage, hot_tokens
-from beagle_jax.data.loader import BatchLoader
+from beagle_jax.data.loader import Batch, BatchLoader
 from beagle_jax.data.rows_file import rows_digest
 from beagle_jax.data.share import Share, part_of, this_process, wait_for_all
 from beagle_jax.data.source import check_source
@@ -40,7 +40,15 @@ from beagle_jax.model.kinds import fresh_params, new_spec, spec_type
 from beagle_jax.model.target import head
 from beagle_jax.processes import host_copy, is_first, summed
 from beagle_jax.remote import fetch, is_url, local
-from beagle_jax.sharding import born, check_rows, make_mesh, own_part, place, share_of_rows
+from beagle_jax.sharding import (
+    born,
+    check_positions,
+    check_rows,
+    make_mesh,
+    own_part,
+    place,
+    share_of_rows,
+)
 from beagle_jax.terminal import listen
 from beagle_jax.training.best import Best
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
@@ -48,7 +56,7 @@ from beagle_jax.training.kinds import WARM_STARTS, asks_for_scored
 from beagle_jax.training.loop import check_settings, has_checkpoints, run_stage, steps_done
 from beagle_jax.training.metrics import Log, check_writers
 from beagle_jax.training.page import CONFIG
-from beagle_jax.training.warm_start import FIT_ROWS
+from beagle_jax.training.warm_start import FIT_AT_ONCE, FIT_PER_UNIT, FIT_POSITIONS, MOST_UNITS
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 from beagle_jax.weights.shape import check_shape
@@ -64,9 +72,7 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
     vocabulary.
     """
     listen()
-    mesh = make_mesh(config.mesh)
-    check_rows(config.train.batch, mesh)
-    share_of_rows(mesh)  # raises UserError if the mesh cannot be used
+    mesh = training_mesh(config)
     prompts = check_beforehand(config)
     target = target or training_target(config)
     check_shape(config.target, target.spec)
@@ -115,6 +121,18 @@ def train_draft(config: Config, target: Target | None = None, described: str = "
         "answer_tokens": supervised_tokens(rows),
         "vocabulary": target_spec.vocab_size if hot_ids is None else len(hot_ids),
     }
+
+
+def training_mesh(config: Config) -> Mesh:
+    """Returns the mesh of a run.
+
+    Raises: UserError if it cannot split the batches.
+    """
+    mesh = make_mesh(config.mesh)
+    check_rows(config.train.batch, mesh)
+    check_positions(config.train.row_tokens, mesh)
+    share_of_rows(mesh)  # for its UserError
+    return mesh
 
 
 def draft_vocabulary(
@@ -418,12 +436,17 @@ def first_params(
     fresh, key = partial(fresh_params, spec), jax.random.key(config.train.seed)
     if config.draft.init == "normal":
         return born(fresh, mesh, key)
-    sample = training.sample(FIT_ROWS)
-    if sample.inputs_BLI is None:
-        assert frozen.model is not None and frozen.spec is not None  # states are computed online
-        of_sample = (frozen.model, frozen.spec, sample.tokens_BL, sample.length_BC, spec.taps)
-        inputs_BLI, targets_BLD = apart(states_in_memory(*of_sample), spec.taps)
-        sample = sample._replace(inputs_BLI=inputs_BLI, targets_BLD=targets_BLD)
+    counting = max(FIT_POSITIONS, FIT_PER_UNIT * min(spec.intermediate_size, MOST_UNITS))
+
+    def sample() -> Iterator[Batch]:
+        for part in training.samples(counting, FIT_AT_ONCE):
+            if part.inputs_BLI is None:  # states are computed online
+                assert frozen.model is not None and frozen.spec is not None
+                of_part = (frozen.model, frozen.spec, part.tokens_BL, part.length_BC, spec.taps)
+                inputs_BLI, targets_BLD = apart(states_in_memory(*of_part), spec.taps)
+                part = part._replace(inputs_BLI=inputs_BLI, targets_BLD=targets_BLD)
+            yield part
+
     return place(WARM_STARTS[spec.kind](fresh(key), spec, frozen.embed_VD, sample), mesh)
 
 

@@ -39,6 +39,11 @@ class MeshConfig(Section):
         "parts of each matrix; -1: the rest",
         affects=("answers",),
     )
+    sequence: _Size = setting(
+        1,
+        "training: parts of each row's positions, for rows that one device cannot hold; -1: the "
+        "rest; decoding: 1",
+    )
     tensor: _Size = setting(
         1,
         "parts of heads, MLP width and vocabulary; -1: the rest",

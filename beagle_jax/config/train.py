@@ -99,6 +99,11 @@ class TrainConfig(Section):
     stages: Listed[AnyStage] | None = setting(
         None, "the long form: a list of stages in order; null: early, then late", affects=("stage",)
     )
+    remat: Literal["none", "block"] = setting(
+        "none",
+        "block: the widest activations of the draft's block are not stored for the backward pass, "
+        "but computed again, for some positions at a time; for long rows",
+    )
     checkpoint_every: int = setting(
         200, "steps between checkpoints; each stage also ends with one", ge=1
     )

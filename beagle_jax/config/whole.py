@@ -48,6 +48,12 @@ class Config(Section):
                 f"draft.kind is {kind} and draft.init is ridge, the closed-form start of a Beagle "
                 f"draft; expected normal or the folder of a trained {name} draft"
             )
+        if self.mesh.sequence != 1:
+            raise refusal(
+                f"draft.kind is {kind} and mesh.sequence is {self.mesh.sequence}, but the queries "
+                f"of an {name} draft are not split along a row; set mesh.sequence to 1, and "
+                "mesh.fsdp to the number of devices"
+            )
         if kind == "eagle3" and self.train.vloss_weight:
             raise refusal(
                 f"draft.kind is eagle3 and train.vloss_weight is {self.train.vloss_weight}, but "

@@ -7,7 +7,7 @@ rows of a batch, so their number changes nothing either.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
@@ -175,14 +175,22 @@ class BatchLoader:
     def _order_of(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
 
-    def sample(self, count: int) -> Batch:
-        """Returns the first `count` chats of epoch 0 as one batch, each in its own row.
+    def samples(self, counting: int, at_once: int) -> Iterator[Batch]:
+        """Yields chats of epoch 0, each in its own row, in batches of about `at_once` positions.
 
-        The batch has fewer rows if there are fewer chats. It is the same for every process. Its
-        states are floats.
+        It ends when the batches have `counting` positions that enter the loss, or after all chats.
+        Batches have one shape: the last is filled up with empty rows. They are the same for every
+        process. Their states are floats.
         """
         order = np.random.default_rng([self._seed, 0]).permutation(len(self._chats))
-        return self._fill([[index] for index in order[:count]]).scaled()
+        lines, total = max(1, at_once // self._width), 0
+        for first in range(0, len(order), lines):
+            if total >= counting:
+                return
+            chats: list[list[int]] = [[index] for index in order[first : first + lines]]
+            batch = self._fill(chats + [[]] * (lines - len(chats))).scaled()
+            total += int(batch.counted_BT.sum())
+            yield batch
 
     def _fill(self, lines: Sequence[Sequence[int]]) -> Batch:
         """Builds a batch from the chats of each row, given by index."""

@@ -4,11 +4,13 @@ Each docstring draws an example. Positions are 0-based; windows and offsets are 
 1: a window of size k starts at s(i), and r(i) = i - s(i).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from beagle_jax.arrays import AnyArray
-from beagle_jax.model.packing import places, queries
+from beagle_jax.model.packing import Queries, places, queries
 
 
 def causal_mask(length_B: jax.Array, width: int) -> jax.Array:
@@ -52,6 +54,7 @@ def early_block_mask(
     offset: jax.Array,
     first_BC: AnyArray | None = None,
     count: int | None = None,
+    own: Callable[[Queries], Queries] | None = None,
 ) -> jax.Array:
     """Mask [B, T, L] over true states, for the early stage (method.md 3.1).
 
@@ -59,7 +62,7 @@ def early_block_mask(
 
     length_BC: tokens of each chat of a row (model/packing.py). first_BC, count: return only `count`
     queries, which are the positions from first_BC on of each chat, in windows counted from there;
-    None: all positions.
+    None: all positions. own: picks the queries that this device computes; None: all.
 
     width 8, window 3, offset 2 (the left half of the example in method.md 4.4):
         query 0: nothing      query 2, 3, 4: 0 1
@@ -70,6 +73,7 @@ def early_block_mask(
     query = queries(
         count or width, length_BC, jnp.zeros_like(length_BC) if first_BC is None else first_BC
     )
+    query = query if own is None else own(query)
     start_BT = query.position_BT - query.place_BT + window_start(query.place_BT, window, offset)
     return keys_before(query.chat_BT, start_BT, length_BC, width)
 

@@ -37,6 +37,7 @@ from beagle_jax.training.objective import (
     layer_flops,
     reading_cost,
 )
+from beagle_jax.training.positions import WHOLE, Positions
 
 
 def eagle_states(
@@ -50,6 +51,7 @@ def eagle_states(
     count: int,
     steps: int,
     detach: bool,
+    positions: Positions = WHOLE,
 ) -> jax.Array:
     """Predicts states [B, T, J, D] by simulating a draft from each query.
 
@@ -62,7 +64,7 @@ def eagle_states(
 
     e_BLD, h_BLI: embeddings and true states, or streams, of whole rows, with the training noise if
     any. count: T, the number of queries of each row (model/packing.py). detach: stop the gradient
-    where later steps read predicted states.
+    where later steps read predicted states. positions: of whole rows.
     """
     block = block_of(spec).bind({"params": params})
     L = e_BLD.shape[1]
@@ -89,7 +91,7 @@ def eagle_states(
                 partial_attention(q_BKGTH, *true_rows, sees_BTS[:, None, None]),
                 *(_own_key(q_BKGTH, rows) for rows in own),
             ]
-            states.append(block.predict(f_BTD, merge_attention(*seen)))
+            states.append(positions.predict(block, f_BTD, merge_attention(*seen)))
     return jnp.stack(states, axis=2)
 
 
@@ -124,6 +126,7 @@ def predict_eagle(
         count=count,
         steps=steps,
         detach=stage.detach,
+        positions=of.positions,
     )
     at = window_queries(of.length_BC - of.first_BC, count, 1, steps, 0)
     after_a_state_BT = queries(count, of.length_BC, of.first_BC).position_BT > 0

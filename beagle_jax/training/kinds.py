@@ -25,7 +25,7 @@ OBJECTIVES: dict[str, dict[str, Objective]] = {
 }
 
 # Closed-form starts (`draft.init: ridge`), for the kinds that have one:
-# (initial parameters, spec, embedding, a batch to fit on) -> parameters
+# (initial parameters, spec, embedding, function that yields batches to fit on) -> parameters
 WARM_STARTS: dict[str, Callable[..., dict[str, jax.Array]]] = {BeagleSpec.kind: warm_start}
 
 

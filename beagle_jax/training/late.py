@@ -18,7 +18,7 @@ from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.attention import PartialAttention, merge_attention, partial_attention
 from beagle_jax.model.cache import append_rows
-from beagle_jax.model.draft import LayerSpec
+from beagle_jax.model.draft import LayerBlock, LayerSpec
 from beagle_jax.model.kinds import block_of
 from beagle_jax.model.masks import keys_before
 from beagle_jax.model.packing import of_row, places
@@ -30,6 +30,7 @@ from beagle_jax.training.objective import (
     layer_flops,
     reading_cost,
 )
+from beagle_jax.training.positions import WHOLE, Positions
 
 
 class LateStates(NamedTuple):
@@ -52,24 +53,31 @@ class Windows(NamedTuple):
 
 
 def window_queries(
-    size_BC: AnyArray, width: int, window: int, steps: int, offset: jax.Array | int
+    size_BC: AnyArray,
+    width: int,
+    window: int,
+    steps: int,
+    offset: jax.Array | int,
+    positions: Positions = WHOLE,
 ) -> Windows:
     """Returns the first `steps` queries of each window.
 
     size_BC: number of queries of each chat. width: T, the largest number of queries in a row.
+    positions: with parts, only this device's windows of each row are returned.
 
     Example: one chat of 8 queries, window 3, steps 2, offset 2 gives the queries
     [[2, 3], [5, 6], [7, 7]] with valid [[1, 1], [1, 1], [0, 0]].
 
     U is the worst case over offsets and chat lengths, so that the shape depends on neither.
     """
-    count = (width + size_BC.shape[1] * (window - 1)) // window
+    count = positions.rounded((width + size_BC.shape[1] * (window - 1)) // window)
     chat_BU, number_BU = places(count, -(-jnp.maximum(size_BC - offset, 0) // window))
     place_BUJ = (offset + window * number_BU)[..., None] + jnp.arange(steps)[None, None]
     begin_BC = jnp.cumsum(size_BC, axis=1) - size_BC
     query_BUJ = of_row(begin_BC, chat_BU)[..., None] + place_BUJ
     valid_BUJ = (place_BUJ < of_row(size_BC, chat_BU)[..., None]) & (query_BUJ < width)
-    return Windows(chat_BU, place_BUJ, jnp.minimum(query_BUJ, width - 1), valid_BUJ)
+    every = Windows(chat_BU, place_BUJ, jnp.minimum(query_BUJ, width - 1), valid_BUJ)
+    return positions.own(every)
 
 
 def late_states(
@@ -85,6 +93,7 @@ def late_states(
     offset: jax.Array | int,
     detach: bool,
     multi_token: bool = False,
+    positions: Positions = WHOLE,
 ) -> LateStates:
     """Simulates `steps` draft steps in every window of every row (method.md 4.1, 4.5b).
 
@@ -93,12 +102,15 @@ def late_states(
     with the training noise if any; used as keys and values only. detach: stop the gradient where
     later steps read predicted states (method.md 4.6). multi_token: step i predicts all offsets from
     i - 1 to the end of the window, instead of offset i - 1 alone (l = k in method.md 4.2).
+    positions: with parts, h_BLI is this device's part of the row, e_BTD the whole row's, and only
+    this device's windows are simulated.
     """
     block = block_of(spec).bind({"params": params})
-    L, (_, T, D) = h_BLI.shape[1], e_BTD.shape
-    at = window_queries(length_BC - first_BC, T, window, window if multi_token else steps, offset)
+    L, (_, T, D) = h_BLI.shape[1] * positions.parts, e_BTD.shape
+    width = window if multi_token else steps
+    at = window_queries(length_BC - first_BC, T, window, width, offset, positions)
     B, U, J = at.query_BUJ.shape
-    true_rows = block.entry_rows(h_BLI, places(L, length_BC).place_BX)
+    true_rows = positions.keys(block, h_BLI, places(L, length_BC).place_BX)
     position_BUJ = of_row(first_BC, at.chat_BU)[..., None] + at.place_BUJ
     e_BUJD = of_row(e_BTD, at.query_BUJ)
     q_BKGTH = block.queries(e_BUJD.reshape(B, U * J, D), position_BUJ.reshape(B, U * J))
@@ -110,26 +122,46 @@ def late_states(
 
     # Window offsets that each step predicts.
     spans = [range(step, J if multi_token else step + 1) for step in range(steps)]
-    states, memory = [], None
-    for step, span in enumerate(spans):
-        with jax.named_scope(f"simulate_{step + 1}"):
-            seen = PartialAttention(*(_of_windows(part, U, span) for part in on_true))
-            if memory is None:
-                attended = merge_attention(seen)
-            else:
-                attended = merge_attention(
-                    seen, partial_attention(_of_windows(q_BKGTH, U, span), *memory, True)
-                )
-            state_XTD = block.predict(
-                e_BUJD[:, :, span.start : span.stop].reshape(B * U, len(span), D), attended
-            )
-            states.append(state_XTD.reshape(B, U, len(span), D))
-            if step + 1 < steps:  # the last state is never read (lazy append, method.md 6.2)
-                own_X1D = state_XTD[:, :1]
-                read_X1D = jax.lax.stop_gradient(own_X1D) if detach else own_X1D
-                at_X1 = position_BUJ[:, :, step].reshape(B * U, 1)
-                memory = append_rows(memory, block.keys_values(read_X1D, at_X1))
+    simulated = _Simulated(block, positions, q_BKGTH, on_true, e_BUJD, position_BUJ)
+    states = simulated.states(spans, steps, detach)
     return _where_asked(jnp.concatenate(states, axis=2), at, spans)
+
+
+class _Simulated(NamedTuple):
+    """What the draft steps of a batch's windows read, computed before the first of them."""
+
+    block: LayerBlock
+    positions: Positions
+    q_BKGTH: jax.Array  # queries of all windows, one after another
+    on_true: PartialAttention  # their attention over true states
+    e_BUJD: jax.Array
+    position_BUJ: jax.Array
+
+    def states(self, spans: list[range], steps: int, detach: bool) -> list[jax.Array]:
+        """Returns the states [B, U, len(span), D] that each step predicts.
+
+        spans: window offsets of each step. detach: as in `late_states`.
+        """
+        B, U, _, D = self.e_BUJD.shape
+        states, memory = [], None
+        for step, span in enumerate(spans):
+            with jax.named_scope(f"simulate_{step + 1}"):
+                seen = PartialAttention(*(_of_windows(part, U, span) for part in self.on_true))
+                if memory is None:
+                    attended = merge_attention(seen)
+                else:
+                    attended = merge_attention(
+                        seen, partial_attention(_of_windows(self.q_BKGTH, U, span), *memory, True)
+                    )
+                e_BYD = self.e_BUJD[:, :, span.start : span.stop].reshape(B, U * len(span), D)
+                state_BYD = self.positions.predict(self.block, e_BYD, _of_row(attended, U))
+                states.append(state_BYD.reshape(B, U, len(span), D))
+                if step + 1 < steps:  # the last state is never read (lazy append, method.md 6.2)
+                    own_X1D = states[-1][:, :, :1].reshape(B * U, 1, D)
+                    read_X1D = jax.lax.stop_gradient(own_X1D) if detach else own_X1D
+                    at_X1 = self.position_BUJ[:, :, step].reshape(B * U, 1)
+                    memory = append_rows(memory, self.block.keys_values(read_X1D, at_X1))
+        return states
 
 
 def _where_asked(state_BUJD: jax.Array, at: Windows, spans: list[range]) -> LateStates:
@@ -149,6 +181,12 @@ def _of_windows(x_BKGT: jax.Array, U: int, span: range) -> jax.Array:
     B, K, G, _, *rest = x_BKGT.shape
     x_BKGUJ = x_BKGT.reshape(B, K, G, U, -1, *rest)[:, :, :, :, span.start : span.stop]
     return jnp.moveaxis(x_BKGUJ, 3, 1).reshape(B * U, K, G, len(span), *rest)
+
+
+def _of_row(x_XKGTH: jax.Array, U: int) -> jax.Array:
+    """Moves windows back: [B * U, K, G, T, H] -> [B, K, G, U * T, H]."""
+    X, K, G, T, H = x_XKGTH.shape
+    return jnp.moveaxis(x_XKGTH.reshape(-1, U, K, G, T, H), 1, 3).reshape(X // U, K, G, U * T, H)
 
 
 def predict_late(
@@ -185,6 +223,7 @@ def _predict_windows(
         offset=offset,
         detach=stage.detach,
         multi_token=stage.multi_token,
+        positions=of.positions,
     )
     return by_step(stage, *late)
 

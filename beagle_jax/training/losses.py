@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from beagle_jax.config import TrainConfig
-from beagle_jax.sharding import OwnShare, over_rows
 from beagle_jax.training.distances import DISTANCES, Distributions
 from beagle_jax.training.frozen import Vocabulary
+from beagle_jax.training.per_device import OwnShare, over_rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -11,17 +11,21 @@ from beagle_jax.arrays import AnyArray
 from beagle_jax.config import StageConfig
 from beagle_jax.model.draft import LayerSpec
 from beagle_jax.training.losses import Terms, distribution_and_state
+from beagle_jax.training.positions import WHOLE, Positions
 
 
 class Inputs(NamedTuple):
     """Inputs of a stage: rows of L positions, T of which are queries (model/packing.py)."""
 
     tokens_BL: jax.Array
-    h_BLI: jax.Array  # the draft's inputs from the target, with the training noise if any
+    # the draft's inputs from the target, with the training noise if any; only this device's part of
+    # L if devices share a row
+    h_BLI: jax.Array
     length_BC: AnyArray
     first_BC: AnyArray
     slot_BT: jax.Array  # index of each query within the row
     embedded: Callable[[jax.Array], jax.Array]  # the target's embeddings [B, X, D] of tokens [B, X]
+    positions: Positions = WHOLE  # which of a row this device predicts, and how many at once
 
 
 class Prediction(NamedTuple):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from beagle_jax.sharding import OwnShare, over_rows
 from beagle_jax.training.losses import Part, compared, in_parts
+from beagle_jax.training.per_device import OwnShare, over_rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

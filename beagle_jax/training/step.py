@@ -15,12 +15,13 @@ from beagle_jax.data.state_records import apart
 from beagle_jax.data.target_forward import states_at
 from beagle_jax.model.draft import DraftSpec
 from beagle_jax.model.packing import of_row, places, queries
-from beagle_jax.model.target import FINAL, embed
+from beagle_jax.model.target import FINAL
 from beagle_jax.sharding import gathered, rows, shardings, whole
 from beagle_jax.training.frozen import FrozenTarget, Vocabulary
 from beagle_jax.training.kinds import objective_of
 from beagle_jax.training.losses import Outputs, Terms, is_scored, over_vocabulary
-from beagle_jax.training.objective import Inputs, Objective, Prediction
+from beagle_jax.training.objective import Objective
+from beagle_jax.training.predicting import Predicted, RowArrays, predicted
 
 # Agreement is measured within the draft's top 1, 4 and 10; the paper's figures show 4 and 10.
 AGREE_WITHIN = (1, 4, 10)
@@ -190,36 +191,35 @@ def stage_loss(
     offset = jax.random.randint(offset_key, (), 0, stage.window)
     true_BLD = jnp.asarray(batch.predicted_BLD)
     h_BLI = _noisy_inputs(spec, batch, config, noise_key).astype(dtype)
-    slot_BT = queries(batch.counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
-
-    def embedded(tokens: jax.Array) -> jax.Array:
-        e_BXD = embed(spec.embedding(params, frozen.embed_VD), tokens, spec.embed_scale)
-        return jax.lax.with_sharding_constraint(e_BXD.astype(dtype), rows(mesh))
-
-    inputs = Inputs(
-        jnp.asarray(batch.tokens_BL), h_BLI, batch.length_BC, batch.first_BC, slot_BT, embedded
-    )
-    out = objective.predict(params, spec, stage, inputs, offset)
     counted_BT = jnp.asarray(batch.counted_BT)
     if objective.only_scored and frozen.vocabulary is not None and vocabulary is None:
+        slot_BT = queries(counted_BT.shape[1], batch.length_BC, batch.first_BC).slot_BT
         true_BTD = of_row(true_BLD, slot_BT)
         counted_BT = _scored(frozen.vocabulary, true_BTD, counted_BT, config.loss_rows, mesh)
-    counted_BY = of_row(counted_BT, out.query_BY) & out.inside_BY
-    true_BYD = of_row(true_BLD, of_row(slot_BT, out.query_BY))
-    state_MD, true_MD = (x.reshape(-1, x.shape[-1]) for x in (out.state_BYD, true_BYD))
-    counted_M = counted_BY.reshape(-1)
+    out = predicted(
+        params,
+        spec,
+        stage,
+        objective,
+        spec.embedding(params, frozen.embed_VD),
+        h_BLI,
+        RowArrays(batch.tokens_BL, true_BLD, counted_BT, batch.length_BC, batch.first_BC),
+        offset,
+        remat=config.remat == "block",
+        mesh=mesh,
+    )
     outputs = Outputs(
-        state_MD,
-        spec.final_norm(params, state_MD),
-        true_MD,
-        counted_M,
+        out.state_MD,
+        spec.final_norm(params, out.state_MD),
+        out.true_MD,
+        out.counted_M,
         spec.head(params, frozen.head_VD),
         frozen.head_VD,
     )
     terms = objective.terms(outputs, config, mesh)
     if vocabulary is not None:
         terms = over_vocabulary(terms, outputs, vocabulary, config, mesh)
-    metrics = _summed(out, terms, counted_BY, jnp.sum(counted_BT))
+    metrics = _summed(out, terms, jnp.sum(counted_BT))
     return metrics.objective / (metrics.supervised + 1e-5), metrics
 
 
@@ -243,23 +243,20 @@ def _scored(
     return scored_M.reshape(counted_BT.shape)
 
 
-def _summed(out: Prediction, terms: Terms, counted_BY: jax.Array, supervised: jax.Array) -> Metrics:
+def _summed(out: Predicted, terms: Terms, supervised: jax.Array) -> Metrics:
     """Sums the terms of all predictions, each with the weight that the objective gave it."""
-    weight_M = jnp.broadcast_to(out.weight_Y, counted_BY.shape).reshape(-1)
-    group_BYJ = jax.nn.one_hot(out.group_BY, out.groups, dtype=bool)
-    agree_KM = [counted_BY.reshape(-1) & (terms.rank_M < within) for within in AGREE_WITHIN]
-    agree_KBY = [agree_M.reshape(counted_BY.shape) for agree_M in agree_KM]
+    agree_KM = [out.counted_M & (terms.rank_M < within) for within in AGREE_WITHIN]
 
-    def by_group(x_BY: jax.Array) -> jax.Array:
-        return jnp.sum(x_BY[..., None] & group_BYJ, axis=(0, 1))
+    def by_group(x_M: jax.Array) -> jax.Array:
+        return jnp.sum(x_M[:, None] & out.group_MJ, axis=0)
 
     return Metrics(
         ploss=jnp.sum(terms.ploss_M),
         vloss=jnp.sum(terms.vloss_M),
-        objective=jnp.sum(weight_M * terms.total_M),
+        objective=jnp.sum(out.weight_M * terms.total_M),
         supervised=supervised,
-        count_J=by_group(counted_BY),
-        agree_JK=jnp.stack([by_group(agree_BY) for agree_BY in agree_KBY], axis=1),
+        count_J=by_group(out.counted_M),
+        agree_JK=jnp.stack([by_group(agree_M) for agree_M in agree_KM], axis=1),
         grad_norm=jnp.float32(0),
     )
 
