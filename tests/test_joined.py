@@ -110,7 +110,7 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
 def test_a_target_is_loaded_joined_and_has_the_fingerprint_of_its_files(sources, kind):
-    target = load_target(sources[kind], "float32", "unused")
+    target = load_target(sources[kind], "float32", "unused", join=True)
     apart = load_target(sources[kind], "float32", "unused", join=False)
     equal(target.params, joined(apart.params, target.spec))
     assert all({"qkv_KGHD", "gate_up_2FD"} <= layer.keys() for layer in target.params["layers"])

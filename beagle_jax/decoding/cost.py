@@ -28,7 +28,7 @@ from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.cache import round_up
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import FOR_DECODING, join_layer
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.program import Program, program_of
@@ -105,7 +105,9 @@ def _decode_cost(
 
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
     """Returns the round of a config's decoder, with shapes in place of weights."""
-    params = _joined(abstract_params(target, jnp.dtype(config.target.dtype), mesh), target, mesh)
+    params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
+    if FOR_DECODING:
+        params = _joined(params, target, mesh)
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)

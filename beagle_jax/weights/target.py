@@ -24,7 +24,7 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import FOR_DECODING, join_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
@@ -112,7 +112,7 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
         group_size=config.group_size,
         chat_template=config.chat_template,
         template_variables=dict(config.template_variables),
-        join=decoding,
+        join=decoding and FOR_DECODING,
     )
 
 
@@ -126,7 +126,7 @@ def load_target(
     group_size: int = 64,
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
-    join: bool = True,
+    join: bool = FOR_DECODING,
 ) -> Target:
     """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
@@ -136,8 +136,7 @@ def load_target(
     or a folder written by `convert to-jax`. cache_dir: folder for downloads. mesh: devices over
     which the target is sharded. quantize, group_size, chat_template and template_variables are
     those of `TargetConfig`. Quantisation logs the memory saved and its error; it does not work with
-    a mesh. join: projections that read the same columns become one matrix, which decodes faster
-    (`model/joined.py`).
+    a mesh. join: projections that multiply the same columns become one matrix (`model/joined.py`).
 
     Raises:
         UserError: The source is no target, or its weights do not fit the dtype.
