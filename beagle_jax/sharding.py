@@ -30,7 +30,7 @@ from beagle_jax.config import MeshConfig
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import KVRows
 from beagle_jax.model.kinds import KINDS
-from beagle_jax.model.tensors import ARRAYS, Tensor
+from beagle_jax.model.tensors import ARRAYS, JOINED, Tensor
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -55,7 +55,9 @@ _Axes = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension
 
 def _axes_of(name: str) -> _Axes | None:
     """Returns the mesh axes of the array with this name; None if none are declared."""
-    declared: list[tuple[str | None, ...]] = [ARRAYS[name].axes] if name in ARRAYS else []
+    declared: list[tuple[str | None, ...]] = [
+        table[name].axes for table in (ARRAYS, JOINED) if name in table
+    ]
     declared += [kind.spec.axes[name] for kind in KINDS.values() if name in kind.spec.axes]
     return tuple(_RULES[axis] for axis in declared[0]) if declared else None
 
@@ -162,6 +164,17 @@ def decoding_mesh(mesh: Mesh, num_kv_heads: int) -> Mesh:
     heads = math.gcd(tensor, num_kv_heads)
     shape = (*rest, heads, tensor // heads)
     return Mesh(mesh.devices.reshape(shape), (*mesh.axis_names, COPIES))
+
+
+def splits_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
+    """Returns whether queries, keys and values are split alike, by whole KV heads, or not at all.
+
+    Otherwise there are more devices along `tensor` than KV heads.
+    """
+    if mesh is None:
+        return True
+    copies = mesh.shape[COPIES] if COPIES in mesh.axis_names else 1
+    return copies == 1 and num_kv_heads % mesh.shape[TENSOR] == 0
 
 
 def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
@@ -445,7 +458,7 @@ def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
     The optimizer's state contains trees with the parameters' structure.
     """
     keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
-    if "layers" in keys and keys[-1] not in ARRAYS:
+    if "layers" in keys and keys[-1] not in ARRAYS | JOINED:
         raise ValueError(
             f"the target's array {keys[-1]} has no axes; declare it in model/tensors.py"
         )

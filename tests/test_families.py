@@ -25,6 +25,7 @@ from beagle_jax.decoding.tree import ROOT_ONLY, chain, static_tree
 from beagle_jax.errors import UserError
 from beagle_jax.model import target as target_module
 from beagle_jax.model.beagle import BeagleSpec, init_draft
+from beagle_jax.model.joined import separated
 from beagle_jax.model.layers import RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.target import forward, logits
@@ -212,7 +213,7 @@ PLANTS = [
 def test_planted_bug_in_states(family, plant):
     model, target = family
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        _check_states_and_logits(model, *plant(target.spec, target.params))
+        _check_states_and_logits(model, *plant(target.spec, separated(target.params)))
 
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
@@ -333,7 +334,7 @@ def test_planted_bug_in_the_window_over_the_cache(family, far, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2"], indirect=True)
 def test_planted_bug_in_greedy_tokens(family):
     model, target = family
-    _, params = _without("q_bias_F")(target.spec, target.params)
+    _, params = _without("q_bias_F")(target.spec, separated(target.params))
     assert _decoded(dataclasses.replace(target, params=params)) != _torch_answers(model)
 
 

@@ -8,6 +8,7 @@ import torch
 from family_cases import each_family, family  # noqa: F401  (the fixture)
 
 from beagle_jax.model import target as target_module
+from beagle_jax.model.joined import separated
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import embed
 
@@ -115,7 +116,7 @@ def test_rope_equals_torch(family):
 
 @pytest.mark.parametrize("family", ["gemma 3"], indirect=True)
 def test_planted_bug_shows_in_its_part_alone(family):
-    first, *rest = family[1].params["layers"]
+    first, *rest = separated(family[1].params)["layers"]
     shifted = {**first, "up_FD": jnp.roll(first["up_FD"], 1, axis=0)}
     differences = _differences(
         family, lambda spec, params: (spec, {**params, "layers": [shifted, *rest]})

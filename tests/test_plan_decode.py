@@ -28,6 +28,7 @@ from beagle_jax.decoding.engine import advance
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.hardware import CHIPS
+from beagle_jax.model.joined import FOR_DECODING, join_layer
 from beagle_jax.model.kinds import fresh_params, new_spec
 from beagle_jax.program import Program, program_of
 from beagle_jax.sharding import decoding_mesh, make_mesh
@@ -118,11 +119,18 @@ def test_bytes_are_those_of_the_shapes(cost):
     assert cost.round_bytes == cost.step_bytes + 2 * (4 * (layer + 2 * D + 24 * D) + live)
 
 
+def loaded_params():
+    """Weights as they are loaded for decoding."""
+    params = random_params(SPEC)
+    joined = [join_layer(layer, SPEC) for layer in params["layers"]]
+    return {**params, "layers": joined} if FOR_DECODING else params
+
+
 def test_programs_are_those_of_the_decoder(cost, mesh):
     """The plan's round is the real one, of weights that are there."""
     spec = new_spec(CONFIG.draft, SPEC)
     draft = Draft(spec, fresh_params(spec, jax.random.key(0)), np.arange(24, dtype=np.int32), {})
-    target = Target(SPEC, random_params(SPEC), None, (0,), "test")
+    target = Target(SPEC, loaded_params(), None, (0,), "test")
 
     def kernels(tree) -> int:
         now = SpeculativeDecoder(target, draft, tree, context=100)._round
@@ -137,9 +145,16 @@ def test_programs_are_those_of_the_decoder(cost, mesh):
 
 def test_the_abstract_round_has_the_weights_of_a_real_one(mesh):
     now = abstract_round(CONFIG, SPEC, TREE, mesh)
-    params = random_params(SPEC)
+    params = loaded_params()
     assert jax.tree.map(jnp.shape, now.target.params) == jax.tree.map(jnp.shape, params)
     assert now.drafter.head.rows_VD.shape == (24, 32) and now.drafter.head.ids_V.shape == (24,)
+
+
+def test_joined_projections_are_planned_as_they_would_be_loaded(mesh, monkeypatch):
+    monkeypatch.setattr("beagle_jax.decoding.cost.FOR_DECODING", True)
+    for layer in abstract_round(CONFIG, SPEC, TREE, mesh).target.params["layers"]:
+        expected = join_layer(random_params(SPEC)["layers"][0], SPEC)
+        assert jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, expected)
 
 
 def test_the_plan_says_what_fits(cost, monkeypatch):

@@ -18,6 +18,7 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.model.joined import separate_layer
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.quantised import Quantised, dense, pick, quantise, quantise_layer
 from beagle_jax.model.target import forward, logits
@@ -147,7 +148,7 @@ def test_loading_tells_memory_and_error(tmp_path, capsys):
             and "MB at rest; on 32 random tokens logits are off by" in printed
         )
         assert all(
-            isinstance(layer["q_FD"], Quantised)
+            isinstance(separate_layer(layer)["q_FD"], Quantised)
             and not isinstance(layer["input_norm_D"], Quantised)
             for layer in target.params["layers"]
         )
@@ -178,7 +179,8 @@ def test_no_layer_stays_unquantised_while_the_next_is_loaded(tmp_path, monkeypat
         return real(self, params, index)
 
     monkeypatch.setattr(Quantiser, "take", take)
-    load_target(_write(tmp_path), "float32", "unused", quantize="int8", group_size=16)
+    source = _write(tmp_path)
+    load_target(source, "float32", "unused", quantize="int8", group_size=16, join=False)
     assert taken == [[0, 0], [7, 0]]
 
 

@@ -21,6 +21,7 @@ from beagle_jax.decoding.requests import Answers
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UserError
 from beagle_jax.evaluation.suites import suite, tokenize
+from beagle_jax.model.joined import separated
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import forward, logits
 from beagle_jax.weights.draft import load_draft
@@ -141,7 +142,7 @@ def test_logits_equal_torch(target, prompts, expected_logits):
 
 
 def test_planted_bug_in_logits(target, prompts, expected_logits):
-    spec, params = _interleaved(target.spec, target.params, layer=29)
+    spec, params = _interleaved(target.spec, separated(target.params), layer=29)
     assert difference(params, spec, prompts, expected_logits) > 100 * TOLERANCE
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from beagle_jax import convert
 from beagle_jax.errors import UserError, run_main
+from beagle_jax.model.joined import separate_layer
 from beagle_jax.weights import hf_export
 from beagle_jax.weights.target import load_target
 
@@ -116,7 +117,9 @@ def test_smollm2_becomes_a_folder(tmp_path):
     model = loaded(tmp_path / "out")
     for name, tensor in model.state_dict().items():
         if name == "model.layers.7.self_attn.q_proj.weight":
-            np.testing.assert_array_equal(tensor, target.params["layers"][7]["q_FD"])
+            np.testing.assert_array_equal(
+                tensor, separate_layer(target.params["layers"][7])["q_FD"]
+            )
     with torch.no_grad():
         answer = model.generate(
             torch.tensor([target.tokenizer.encode("The capital of France is")]),

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from beagle_jax.model.joined import separate_layer
 from beagle_jax.model.target import Params
 
 _SAMPLE = 64  # leading values of each tensor
@@ -23,7 +25,7 @@ def fingerprints(params: Params, tokenizer: PreTrainedTokenizerBase) -> dict[str
     """Returns hashes by name: of the target's weights, its tokenizer and its chat template.
 
     The hash of the weights covers their leading values, rounded to bfloat16, so that it does not
-    depend on `target.dtype`.
+    depend on `target.dtype`. Joined projections count as the separate ones of their files.
     """
     return {"target_sha256": _weights(params)} | text_hashes(tokenizer)
 
@@ -39,8 +41,19 @@ def text_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def _weights(params: Params) -> str:
     digest = hashlib.sha256()
-    for path, array in jax.tree_util.tree_leaves_with_path(params):
-        first = array[(0,) * (array.ndim - 1)][:_SAMPLE]
+    layers = params["layers"]
+    shapes = {**params, "layers": [jax.eval_shape(separate_layer, layer) for layer in layers]}
+    first = _leading({key: array for key, array in params.items() if key != "layers"})
+    first["layers"] = [_leading(layer) for layer in layers]
+    for (path, array), values in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(first), strict=True
+    ):
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape}".encode())
-        digest.update(np.asarray(first).astype(ml_dtypes.bfloat16).tobytes())
+        digest.update(np.asarray(values).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
+
+
+@jax.jit
+def _leading(layer: Params) -> dict[str, Any]:
+    """Returns the leading values of each array of a layer, with separate projections."""
+    return jax.tree.map(lambda x: x[(0,) * (x.ndim - 1)][:_SAMPLE], separate_layer(layer))

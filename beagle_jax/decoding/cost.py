@@ -7,6 +7,7 @@ decoding runs, for the devices of a mesh, which may belong to a topology (topolo
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +28,11 @@ from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.cache import round_up
+from beagle_jax.model.joined import FOR_DECODING, join_layer
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.program import Program, program_of
-from beagle_jax.sharding import place_abstract, shardings, state_shardings
+from beagle_jax.sharding import place_abstract, shardings, splits_heads, state_shardings
 from beagle_jax.topology import first_line, hidden_warnings
 from beagle_jax.weights.orbax_target import abstract_params
 
@@ -104,6 +106,8 @@ def _decode_cost(
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
     """Returns the round of a config's decoder, with shapes in place of weights."""
     params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
+    if FOR_DECODING:
+        params = _joined(params, target, mesh)
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)
@@ -120,6 +124,13 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
         filters_of([sampling_of(config.decode)]),
         mesh,
     )
+
+
+def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
+    """Returns the shapes of parameters whose projections are joined, as for decoding."""
+    join = partial(join_layer, spec=target, heads=splits_heads(mesh, target.num_kv_heads))
+    layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
+    return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
 
 
 def _drafter(config: Config, target: TargetSpec, params: Any, mesh: Mesh) -> Any:
@@ -195,8 +206,9 @@ def _target_bytes(now: Round, state: DecodeState, batch: int, context: int) -> i
     params, experts = now.target.params, now.target.spec.experts
     total = held_bytes([params.get("head_VD", params["embed_VD"]), params["norm_D"]])
     for layer in params["layers"]:
-        for x in layer.values():
-            share = experts.per_token / experts.count if experts and x.ndim == 3 else 1
+        for key, x in layer.items():
+            routed = experts is not None and "_E" in key and x.ndim == 3
+            share = experts.per_token / experts.count if experts and routed else 1
             total += int(_part(x) * share)
     live = context / state.cache.capacity
     return total + int(held_bytes(state.cache.layers) * live)

@@ -44,7 +44,8 @@ from beagle_jax.decoding.stream import Stream
 from beagle_jax.decoding.tree import ROOT_ONLY, Tree, tree_of
 from beagle_jax.errors import UsageError, UserError
 from beagle_jax.model.cache import round_up
-from beagle_jax.sharding import check_split, decoding_mesh, decoding_parts, place
+from beagle_jax.model.joined import heads_apart
+from beagle_jax.sharding import check_split, decoding_mesh, decoding_parts, place, splits_heads
 from beagle_jax.weights.draft import Draft, DraftFiles
 from beagle_jax.weights.target import Target
 
@@ -97,7 +98,8 @@ class SpeculativeDecoder:
         if context is not None:
             context = whole_number("context", context, 1)
         mesh = None if mesh is None else _checked_mesh(mesh, target)
-        params = place(target.params, mesh)
+        whole_heads = splits_heads(mesh, target.spec.num_kv_heads)
+        params = place(target.params if whole_heads else heads_apart(target.params), mesh)
         drafter = drafter_for(draft, params, tree, append_predicted=append_predicted, mesh=mesh)
         drafter.check(target.spec, tree, rule)
         if context is not None and not tree.depth + 1 < context <= target.spec.max_positions:

@@ -28,11 +28,12 @@ from beagle_jax.model.cache import KVRows, empty_rows, finite
 from beagle_jax.model.config_values import check_values, given_values
 from beagle_jax.model.experts import Experts, routed, shares
 from beagle_jax.model.families import read_config
+from beagle_jax.model.joined import GATE_UP, QKV, split
 from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
 from beagle_jax.model.quantised import dense, pick
-from beagle_jax.model.tensors import bias_key
+from beagle_jax.model.tensors import JOINED, bias_key
 from beagle_jax.model.wrapped import text_config
 
 Params = Mapping[str, Any]
@@ -377,7 +378,7 @@ def _attention(
     """
     B, T = batch_shape
     K, H, M = spec.num_kv_heads, spec.head_dim, y_DM.shape[1]
-    q_FM, k_FM, v_FM = (_project(layer, key, y_DM) for key in ("q_FD", "k_FD", "v_FD"))
+    q_FM, k_FM, v_FM = _project_all(layer, QKV, y_DM)
     if spec.qk_norm_whole:
         q_FM = _norm(spec, q_FM, layer["q_norm_F"], axis=0)
         k_FM = _norm(spec, k_FM, layer["k_norm_F"], axis=0)
@@ -419,10 +420,18 @@ def _attend_new(
 
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
-    """Projects columns, [I, M] -> [O, M], and adds the bias if there is one."""
-    out_OM = jnp.einsum("OI,IM->OM", dense(layer[key], x_IM), x_IM)
+    """Projects columns, [I, M] -> [.., O, M], and adds the bias if there is one."""
+    out_OM = jnp.einsum("...OI,IM->...OM", dense(layer[key], x_IM), x_IM)
     bias = layer.get(bias_key(key))
-    return out_OM if bias is None else out_OM + bias[:, None]
+    return out_OM if bias is None else out_OM + bias[..., None]
+
+
+def _project_all(layer: Params, key: str, x_IM: jax.Array) -> Iterator[jax.Array]:
+    """Yields the columns [F, M] of projections that may be joined under this key."""
+    if key in layer:
+        yield from split(key, _project(layer, key, x_IM))
+    else:
+        yield from (_project(layer, part, x_IM) for part in JOINED[key].parts)
 
 
 def _heads(out_FM: jax.Array, B: int, T: int, K: int, H: int) -> jax.Array:
@@ -437,7 +446,7 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
     """
     act = _ACTIVATIONS[spec.activation]
     if "router_ED" not in layer:
-        gate_FM, up_FM = _project(layer, "gate_FD", y_DM), _project(layer, "up_FD", y_DM)
+        gate_FM, up_FM = _project_all(layer, GATE_UP, y_DM)
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
     assert spec.experts is not None  # a layer with a router belongs to them

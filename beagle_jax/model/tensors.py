@@ -73,6 +73,21 @@ ARRAYS = {
 }
 
 
+class Joined(NamedTuple):
+    """An array that holds the rows of several (`model/joined.py`)."""
+
+    parts: tuple[str, ...]  # keys of `ARRAYS`
+    axes: tuple[str | None, ...]
+
+
+JOINED = {
+    "qkv_KGHD": Joined(("q_FD", "k_FD", "v_FD"), ("kv", None, None, "model")),
+    "gate_up_2FD": Joined(("gate_FD", "up_FD"), (None, *_IN)),
+    "qkv_bias_KGH": Joined(("q_bias_F", "k_bias_F", "v_bias_F"), (None, None, None)),
+    "gate_up_bias_2F": Joined(("gate_bias_F", "up_bias_F"), (None, None)),
+}
+
+
 def tensors(spec: TargetSpec) -> list[Tensor]:
     """Lists every array of a target's parameter tree, layer by layer."""
     arrays = [
@@ -105,8 +120,8 @@ def param_table(spec: TargetSpec) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 def bias_key(weight_key: str) -> str:
     """Returns the key of a projection's bias: "q_FD" -> "q_bias_F"."""
-    name, letters = weight_key.split("_")
-    return f"{name}_bias_{letters[0]}"
+    name, _, letters = weight_key.rpartition("_")
+    return f"{name}_bias_{letters[:-1]}"
 
 
 def _tensor(spec: TargetSpec, path: Path, *names: str) -> Tensor:

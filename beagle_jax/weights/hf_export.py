@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
+from beagle_jax.model.joined import separate_layer
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import Tensor, tensors
 from beagle_jax.weights.hf import HFFolder
@@ -114,9 +115,11 @@ def _parts(spec: TargetSpec, width: int) -> Iterator[list[Tensor]]:
 
 def _named(params: Any, tensor: Tensor) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the names in files and the arrays of one parameter: several if it holds experts."""
-    for key in tensor.path:
-        params = params[key]
-    array = np.ascontiguousarray(jax.device_get(params))
+    *place, key = tensor.path
+    for step in place:
+        params = params[step]
+    held = params if key in params else separate_layer(params)
+    array = np.ascontiguousarray(jax.device_get(held[key]))
     if len(tensor.names) == 1:
         yield tensor.names[0], array.reshape(tensor.shape)
     else:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import UserError
 from beagle_jax.json_file import read_json
+from beagle_jax.model.joined import separated
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import tensors
 from beagle_jax.sharding import target_sharding
@@ -140,6 +141,7 @@ def save_target(
     Raises:
       UserError: the folder cannot be written.
     """
+    params = separated(params)
     settings = {
         "model_type": _KIND,
         **origin,

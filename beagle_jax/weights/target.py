@@ -24,10 +24,11 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
+from beagle_jax.model.joined import FOR_DECODING, join_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
-from beagle_jax.sharding import target_sharding
+from beagle_jax.sharding import place, splits_heads, target_sharding
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
@@ -111,6 +112,7 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
         group_size=config.group_size,
         chat_template=config.chat_template,
         template_variables=dict(config.template_variables),
+        join=decoding and FOR_DECODING,
     )
 
 
@@ -124,6 +126,7 @@ def load_target(
     group_size: int = 64,
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
+    join: bool = FOR_DECODING,
 ) -> Target:
     """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
@@ -133,7 +136,7 @@ def load_target(
     or a folder written by `convert to-jax`. cache_dir: folder for downloads. mesh: devices over
     which the target is sharded. quantize, group_size, chat_template and template_variables are
     those of `TargetConfig`. Quantisation logs the memory saved and its error; it does not work with
-    a mesh.
+    a mesh. join: projections that multiply the same columns become one matrix (`model/joined.py`).
 
     Raises:
         UserError: The source is no target, or its weights do not fit the dtype.
@@ -153,8 +156,11 @@ def load_target(
         )
     if isinstance(opened, OrbaxFolder):
         params = opened.params(spec, jnp.dtype(dtype), mesh)
+        if join:
+            for index, layer in enumerate(params["layers"]):
+                params["layers"][index] = _joined(layer, spec, mesh)
     else:
-        params = fill_params(spec, opened, jnp.dtype(dtype), source, mesh, quantiser)
+        params = fill_params(spec, opened, jnp.dtype(dtype), source, mesh, quantiser, join)
     if jnp.dtype(dtype) == jnp.float16:
         _check_range(params, source)
     cost = quantiser.cost(params) if quantiser else None
@@ -240,12 +246,13 @@ def fill_params(
     where: str,
     mesh: Mesh | None = None,
     quantiser: Quantiser | None = None,
+    join: bool = False,
 ) -> dict[str, Any]:
     """Builds the parameter tree, sharded over the mesh if there is one.
 
-    Each layer is quantised as soon as it is loaded. One array at a time passes through host memory,
-    and only the parts of it that this process's devices hold are read (a GGUF tensor is dequantised
-    as a whole).
+    Each layer is quantised, and with `join` its projections are joined, as soon as it is loaded.
+    One array at a time passes through host memory, and only the parts of it that this process's
+    devices hold are read (a GGUF tensor is dequantised as a whole).
 
     Raises:
       UserError: tensors are missing, extra, doubled or misshapen. All are listed before any is
@@ -267,7 +274,21 @@ def fill_params(
                 bar.update(math.prod(tensor.shape) * dtype.itemsize)
             if place and quantiser:
                 params["layers"][place[1]] = quantiser.take(params, place[1])
+            if place and join:
+                params["layers"][place[1]] = _joined(params["layers"][place[1]], spec, mesh)
     return params
+
+
+_join = jax.jit(join_layer, static_argnames=("spec", "heads"))
+
+
+def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any]:
+    """Joins the projections of a layer on its devices.
+
+    With more devices than KV heads, queries are split further than keys and values, and stay apart.
+    """
+    joined = _join(layer, spec=spec, heads=splits_heads(mesh, spec.num_kv_heads))
+    return jax.block_until_ready(place(joined, mesh))
 
 
 def _read_array(
