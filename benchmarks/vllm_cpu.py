@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_cpu.py
 
-The first run makes an environment for vLLM (`--env`, by default .venv-vllm): 10 minutes and 3.5 GB.
-It also trains small EAGLE and EAGLE-3 drafts (`--steps`), then exports the target (`convert to-hf`)
-and the drafts (`to-vllm`, `to-eagle --for vllm`). vLLM runs in processes of its own, one at a time.
+The first call makes an environment for vLLM (`--env`, by default .venv-vllm): 10 minutes and 3.5
+GB. `convert to-hf` exports the target, `to-vllm` the Beagle draft in the box, `to-eagle --for vllm`
+drafts of EAGLE and EAGLE-3, random ones with a fitted fusion layer (`fitted_draft`). vLLM runs in
+processes of its own, one at a time. A call that was stopped goes on where it was (`--work`).
 
 Each draft decodes held-out prompts greedily, one at a time, as a chain. The tokens are compared
 with those of vLLM without a draft, rounds and accepted drafts by place with those of this library's
@@ -21,9 +22,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +41,7 @@ DRAFTS = {
     "eagle": ("eagle", ["to-eagle", "--for", "vllm"]),
     "eagle3": ("eagle3", ["to-eagle", "--for", "vllm"]),
 }
-TRAINED = {  # settings of the drafts that are trained here; vLLM's EAGLE scores all tokens
-    "eagle": ["draft.fc_bias=false", "draft.hot_tokens=0", "train.early.window=1"],
-    "eagle3": ["draft.hot_tokens=4096", "train.late.objective=test_time"],
-}
-STAGES = {"eagle": ("early", "late"), "eagle3": ("late", "early")}  # the trained one, the other
+HOT_TOKENS = 4096  # that the EAGLE-3 draft scores
 
 
 # The environment and the folders
@@ -66,30 +64,61 @@ def ours(name: str, *arguments: object) -> None:
     subprocess.run([*command, *map(str, arguments)], check=True, cwd=ROOT)
 
 
-def draft_folder(kind: str, work: Path, steps: int) -> Path:
-    """Returns the folder of a draft; trains it first if it is not there."""
+def draft_folder(kind: str, work: Path, target, texts: list[tuple[list[int], list[int]]]) -> Path:
+    """Returns the folder of a draft; fits it first if it is not there."""
     if kind == "beagle":
         return BEAGLE
-    folder, (trained, left_out) = work / f"{kind}-run", STAGES[kind]
-    if not (folder / "draft" / "config.json").exists():
-        ours(
-            "train",
-            f"draft.kind={kind}",
-            "draft.init=normal",
-            "data.answer_tokens=40000",
-            f"data.folder={work / 'data'}",
-            f"train.folder={folder}",
-            "train.batch=8",
-            f"train.{trained}.steps={steps}",
-            f"train.{trained}.warmup=5",
-            f"train.{left_out}.steps=0",
-            "train.early.learning_rate=2e-3",
-            "train.late.learning_rate=1e-3",
-            f"train.checkpoint_every={steps}",
-            "log.eval_rows=4",
-            *TRAINED[kind],
-        )
-    return folder / "draft"
+    from beagle_jax.weights.draft import save_draft
+
+    folder = work / f"{kind}-draft"
+    if not (folder / "config.json").exists():
+        save_draft(folder, fitted_draft(kind, target, texts))
+    return folder
+
+
+def fitted_draft(kind: str, target, texts: list[tuple[list[int], list[int]]]):
+    """Returns a random EAGLE or EAGLE-3 draft whose fusion layer is fitted to these answers.
+
+    Its least-squares map predicts the next state of the very texts that it then decodes, prompts
+    and answers. So drafts are accepted often enough to compare, without a training; it is no draft
+    to use.
+    """
+    from dataclasses import replace
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from beagle_jax.evaluation.forced import forced_reads, forced_states
+    from beagle_jax.model.kinds import fresh_params, spec_type
+    from beagle_jax.weights.draft import Draft
+
+    spec, hot_ids = spec_type(kind).from_target(target.spec), None
+    embed_VD, head_VD = target.params["embed_VD"], target.params["head_VD"]
+    if kind == "eagle":
+        spec = replace(spec, fc_bias=False)  # vLLM drops one
+    else:
+        answered = np.unique([token for _, answer in texts for token in answer])
+        others = np.setdiff1d(np.arange(target.spec.vocab_size), answered)
+        hot_ids = np.sort([*answered, *others[: HOT_TOKENS - len(answered)]]).astype(np.int32)
+        spec = spec.scoring(HOT_TOKENS)
+    params = dict(fresh_params(spec, jax.random.key(0)))
+    inputs, outputs = [], []
+    for prompt, answer in texts:
+        text = [*prompt, *answer]
+        reads_LI = np.asarray(forced_reads(target, text, spec.taps))[: len(text) - 1]
+        if kind == "eagle":
+            e_LD = np.asarray(embed_VD[np.array(text[1:])])
+            reads_LI = np.concatenate([e_LD, reads_LI], axis=1)
+        inputs.append(reads_LI)
+        outputs.append(np.asarray(forced_states(target, text))[1 : len(text)])
+    x_NI, y_ND = np.concatenate(inputs), np.concatenate(outputs)
+    gram_NN = x_NI @ x_NI.T
+    gram_NN += 1e-4 * np.trace(gram_NN) / len(gram_NN) * np.eye(len(gram_NN), dtype=np.float32)
+    params["fc"] = jnp.asarray((x_NI.T @ np.linalg.solve(gram_NN, y_ND)).T)
+    if kind == "eagle3":
+        params["head_VD"] = head_VD[hot_ids]
+    return Draft(spec, params, hot_ids, {"target": "SmolLM2", "fitted": "to its own test"})
 
 
 def install_plugin(python: Path, folder: Path) -> None:
@@ -104,13 +133,16 @@ def install_plugin(python: Path, folder: Path) -> None:
 # vLLM
 
 
-def surroundings() -> dict[str, str]:
+def surroundings(threads: int | None = None) -> dict[str, str]:
     """Returns the environment variables of vLLM's processes: 1 GB of cache, unbound threads.
 
-    Its modules take half a minute to import where Python may not store their bytecode.
+    threads: of a process; None: one for each core. On a machine that others use, fewer are faster:
+    each operation waits for its last thread. Python may store bytecode there, since the modules of
+    vLLM otherwise take half a minute to import, each time.
     """
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     less = ("PYTHONPATH", "OMP_NUM_THREADS", "XLA_FLAGS", "PYTHONDONTWRITEBYTECODE")
+    more |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return {key: value for key, value in os.environ.items() if key not in less} | more
 
 
@@ -125,7 +157,7 @@ def by_vllm(python: Path, job: dict, work: Path) -> dict:
     wanted.write_text(json.dumps(job))
     result.unlink(missing_ok=True)
     command = [python, Path(__file__).resolve(), "--inside", wanted, result]
-    environment = surroundings()
+    environment = surroundings(job.get("threads"))
     if job.get("devices", 1) == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # three processes would import it
     with (work / "vllm.log").open("a") as log:
@@ -158,15 +190,15 @@ def inside(wanted: Path, result: Path) -> None:
         tensor_parallel_size=job.get("devices", 1),
         speculative_config=job.get("speculative"),
     )
-    greedy = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], detokenize=False)
 
-    def answer(tokens: list[int]) -> list[int]:
+    def answer(tokens: list[int], count: int) -> list[int]:
+        greedy = SamplingParams(temperature=0.0, max_tokens=count, detokenize=False)
         [output] = llm.generate([{"prompt_token_ids": tokens}], greedy, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
-    answer(job["prompts"][0])  # compiles, if anything does
+    answer(job["prompts"][0], 4)  # compiles, if anything does
     before, clock = spec_counts(llm), time.perf_counter()
-    tokens = [answer(prompt) for prompt in job["prompts"]]
+    tokens = [answer(prompt, job["max_tokens"]) for prompt in job["prompts"]]
     seconds, after = time.perf_counter() - clock, spec_counts(llm)
     places = zip(after["accepted"], before["accepted"], strict=True)
     counts = {
@@ -188,7 +220,9 @@ def spec_counts(llm) -> dict:
 
 
 @contextmanager
-def server(python: Path, target: Path, drafting: dict, work: Path) -> Iterator[str]:
+def server(
+    python: Path, target: Path, drafting: dict, work: Path, threads: int | None = None
+) -> Iterator[str]:
     """Yields the address of vLLM's HTTP server."""
     import socket
     import urllib.error
@@ -203,7 +237,9 @@ def server(python: Path, target: Path, drafting: dict, work: Path) -> Iterator[s
     command = [python.with_name("vllm"), "serve", target, *options, "--host", "localhost"]
     command += ["--speculative-config", json.dumps(drafting)]
     with (work / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=surroundings(), stdout=log, stderr=log, cwd=work)
+        process = subprocess.Popen(
+            command, env=surroundings(threads), stdout=log, stderr=log, cwd=work
+        )
         try:
             for _ in range(300):
                 if process.poll() is not None:
@@ -257,9 +293,9 @@ def over_http(address: str, prompts: list[list[int]], max_tokens: int) -> dict:
 def by_us(target, draft, prompts: list[list[int]], max_tokens: int, levels: int = LEVELS) -> dict:
     """Decodes prompts one by one with a chain, or plainly without a draft."""
     from beagle_jax.decoding.decoder import SpeculativeDecoder
-    from beagle_jax.decoding.tree import chain
+    from beagle_jax.decoding.tree import ROOT_ONLY, chain
 
-    decoder = SpeculativeDecoder(target, draft, chain(levels) if draft else None)
+    decoder = SpeculativeDecoder(target, draft, chain(levels) if draft else ROOT_ONLY)
     decoder.generate([prompts[0]], max_new_tokens=max_tokens)  # compiles
     clock = time.perf_counter()
     answers = [decoder.generate([prompt], max_new_tokens=max_tokens)[0] for prompt in prompts]
@@ -286,6 +322,15 @@ def prompts_of(target, count: int) -> list[list[int]]:
 # The comparison
 
 
+def once(work: Path, name: str, run: Callable[[], dict]) -> dict:
+    """Returns the result of a run, from the file of an earlier call if there is one."""
+    path = work / f"{name}.run.json"
+    if not path.exists():
+        result = run() | {"load_average": round(os.getloadavg()[0], 1)}
+        path.write_text(json.dumps(result))
+    return json.loads(path.read_text())
+
+
 def figures(run: dict, plain: dict) -> dict:
     """Returns what is kept of a run: counts, speed, answers equal to those without a draft."""
     count = sum(map(len, run["tokens"]))
@@ -296,12 +341,12 @@ def figures(run: dict, plain: dict) -> dict:
         "rounds": run["rounds"],
         "accepted_by_place": run["accepted"],
         "tokens_per_second": round(count / run["seconds"], 1),
-        "load_average": round(os.getloadavg()[0], 1),
+        "load_average": run["load_average"],
     }
 
 
 def compare(arguments: argparse.Namespace) -> dict:
-    """Runs everything and returns the results."""
+    """Runs everything and returns the results. A call that was stopped goes on where it was."""
     from beagle_jax.weights.draft import load_draft
     from beagle_jax.weights.target import load_target
 
@@ -313,34 +358,54 @@ def compare(arguments: argparse.Namespace) -> dict:
         ours("convert", "to-hf", "--out", target_folder)
     target = load_target(str(target_folder), "float32", "unused")
     prompts = prompts_of(target, arguments.prompts)
-    job = {"target": str(target_folder), "prompts": prompts, "max_tokens": arguments.tokens}
-    plain = by_vllm(python, job, work)
-    our_plain = by_us(target, None, prompts, arguments.tokens)
-    results = {
-        "plain": {"vllm": figures(plain, plain), "beagle_jax": figures(our_plain, plain)},
+    job = {
+        "target": str(target_folder),
+        "prompts": prompts,
+        "max_tokens": arguments.tokens,
+        "threads": arguments.threads,
     }
-    show("plain", results["plain"])
+    plain = once(work, "plain", lambda: by_vllm(python, job, work))
+    results = {}
     for kind in arguments.drafts:
-        method, direction = DRAFTS[kind]
-        source, out = draft_folder(kind, work, arguments.steps), work / kind
-        ours("convert", *direction, "--out", out, "--overwrite", f"draft.path={source}")
-        drafting = speculative(method, out)
-        row = {}
-        if kind == "beagle":
-            install_plugin(python, out)
-        row["vllm"] = figures(by_vllm(python, {**job, "speculative": drafting}, work), plain)
-        if kind == "beagle":
-            compiled = {**job, "speculative": drafting, "compiled": True}
-            row["vllm, compiled"] = figures(by_vllm(python, compiled, work), plain)
-            with server(python, target_folder, drafting, work) as address:
-                row["vllm, HTTP"] = figures(over_http(address, prompts, arguments.tokens), plain)
-        # vLLM scores all tokens with Beagle; an EAGLE-3 draft has a head of its own.
+        source = draft_folder(kind, work, target, list(zip(prompts, plain["tokens"], strict=True)))
+        out = work / kind
+        if not out.exists():
+            ours("convert", *DRAFTS[kind][1], "--out", out, f"draft.path={source}")
         draft = load_draft(source, target)
+        # vLLM scores all tokens with Beagle; an EAGLE-3 draft has a head of its own.
         draft = replace(draft, hot_ids=None) if kind == "beagle" else draft
-        row["beagle_jax"] = figures(by_us(target, draft, prompts, arguments.tokens), plain)
-        results[kind] = row
-        show(kind, row)
-    return results
+        runs = runs_by_vllm(kind, python, job, work) | {
+            "beagle_jax": partial(by_us, target, draft, prompts, arguments.tokens)
+        }
+        results[kind] = {
+            engine: figures(once(work, f"{kind}, {engine}", run), plain)
+            for engine, run in runs.items()
+        }
+        show(kind, results[kind])
+    by_us_alone = once(
+        work, "plain, beagle_jax", partial(by_us, target, None, prompts, arguments.tokens)
+    )
+    row = {"vllm": figures(plain, plain), "beagle_jax": figures(by_us_alone, plain)}
+    show("plain", row)
+    return {"plain": row, **results}
+
+
+def runs_by_vllm(kind: str, python: Path, job: dict, work: Path) -> dict[str, Callable[[], dict]]:
+    """Returns vLLM's runs with a draft, by the name of the engine in the table."""
+    drafting = speculative(DRAFTS[kind][0], work / kind)
+    job = {**job, "speculative": drafting}
+    runs = {"vllm": partial(by_vllm, python, job, work)}
+    if kind != "beagle":
+        return runs
+    install_plugin(python, work / kind)
+
+    def served() -> dict:
+        target, threads = Path(job["target"]), job["threads"]
+        with server(python, target, drafting, work, threads) as address:
+            return over_http(address, job["prompts"], job["max_tokens"])
+
+    compiled = partial(by_vllm, python, {**job, "compiled": True}, work)
+    return runs | {"vllm, compiled": compiled, "vllm, HTTP": served}
 
 
 def wrong(results: dict, prompts: int) -> list[str]:
@@ -353,6 +418,20 @@ def wrong(results: dict, prompts: int) -> list[str]:
             if any(run[key] != row["beagle_jax"][key] for key in ("rounds", "accepted_by_place")):
                 differing.append(f"{kind}, {engine}: other rounds than beagle_jax")
     return differing
+
+
+def table(results: dict) -> str:
+    """Returns the results as Markdown."""
+    lines = [
+        "| draft | engine | text as without a draft | rounds | accepted at place 1, 2 | tok/s |",
+        "| -- | -- | -- | -- | -- | -- |",
+    ]
+    for kind, row in results.items():
+        for engine, run in row.items():
+            accepted = ", ".join(map(str, run["accepted_by_place"])) or "-"
+            cells = (kind, engine, run["same_as_plain"], run["rounds"] or "-", accepted)
+            lines.append(f"| {' | '.join(map(str, cells))} | {run['tokens_per_second']} |")
+    return "\n".join(lines)
 
 
 def show(kind: str, row: dict) -> None:
@@ -369,7 +448,7 @@ def main() -> int:
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, default=list(DRAFTS))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
-    parser.add_argument("--steps", type=int, default=80, help="of training, for EAGLE's drafts")
+    parser.add_argument("--threads", type=int, help="of vLLM; by default one for each core")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--inside", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -379,7 +458,12 @@ def main() -> int:
     results = compare(arguments)
     differing = wrong(results, arguments.prompts)
     if arguments.out:
-        made_with = {"vllm-cpu": VERSION, "prompts": arguments.prompts, "levels": LEVELS}
+        made_with = {
+            "vllm-cpu": VERSION,
+            "prompts": arguments.prompts,
+            "levels": LEVELS,
+            "threads of vLLM": arguments.threads or os.cpu_count(),
+        }
         text = json.dumps({"made_with": made_with, "drafts": results}, indent=1)
         arguments.out.write_text(text + "\n")
     print("\n".join(differing) or "same text, same rounds, same accepted drafts")
