@@ -415,7 +415,8 @@ def wrong(results: dict, prompts: int) -> list[str]:
         for engine, run in row.items():
             if run["same_as_plain"] != prompts:
                 differing.append(f"{kind}, {engine}: other text than without a draft")
-            if any(run[key] != row["beagle_jax"][key] for key in ("rounds", "accepted_by_place")):
+            own = row.get("beagle_jax", run)
+            if any(run[key] != own[key] for key in ("rounds", "accepted_by_place")):
                 differing.append(f"{kind}, {engine}: other rounds than beagle_jax")
     return differing
 
