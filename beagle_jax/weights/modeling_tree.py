@@ -173,6 +173,5 @@ class Growth:
         for _ in range(tree.depth):
             walk_BW = parent_BW.gather(1, walk_BW)
             above_BWW = above_BWW | (walk_BW[..., None] == node_W)
-        picked = (x_BZ.gather(1, chosen_BW) for x_BZ in (token_BZ, depth_BZ))
-        token_BW, depth_BW = picked
+        token_BW, depth_BW = (x_BZ.gather(1, chosen_BW) for x_BZ in (token_BZ, depth_BZ))
         return Nodes(token_BW, parent_BW, depth_BW, above_BWW)
