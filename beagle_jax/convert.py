@@ -21,6 +21,7 @@ _OPTIONS = {
     "to-hf": (),
     "to-eagle": ("server",),
     "to-speculators": (),
+    "to-vllm": (),
 }
 _SERVERS = ("eagle", "sglang", "vllm")
 _FOR = f"--for: {', '.join(_SERVERS)}"
@@ -40,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="of a draft: to-torch, from-torch, to-eagle, to-speculators, import-eagle; of a "
-        "target: to-jax, to-hf",
+        help="of a draft: to-torch, from-torch, to-eagle, to-speculators, to-vllm, import-eagle; "
+        "of a target: to-jax, to-hf",
     )
     made.add_argument("--out", required=True, type=home, metavar="FOLDER", help="folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")

@@ -137,6 +137,7 @@ LONGEST = (
     "test_loading",
     "test_convert",
     "test_convert_command",
+    "test_torch_decoding",
     "test_late",
     "test_benchmarks",
     "test_resume",

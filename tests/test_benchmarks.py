@@ -16,7 +16,7 @@ from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.tensors import param_table
-from beagle_jax.weights.draft import Draft, save_draft
+from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.target import load_target
 
 
@@ -250,3 +250,44 @@ def test_speed_of_writing_at_toy_size(workplace, monkeypatch, capsys):
         4,
     )
     assert re.search(r"4 prompts, batch 16: \d+ tokens in [\d.]+ s = \d+ tok/s", printed)
+
+
+def vllm_results(**changes) -> dict:
+    """Results of a draft by two engines; changes: of vLLM's run."""
+    run = {"same_as_plain": 8, "rounds": 316, "accepted_by_place": [137, 43]}
+    return {"beagle": {"vllm": {**run, **changes}, "beagle_jax": run}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"same_as_plain": 7}, ["beagle, vllm: other text than without a draft"]),
+        ({"rounds": 317}, ["beagle, vllm: other rounds than beagle_jax"]),
+        ({"accepted_by_place": [137, 42]}, ["beagle, vllm: other rounds than beagle_jax"]),
+    ],
+)
+def test_what_differs_between_vllm_and_us_is_listed(changes, expected):
+    assert benchmark("vllm_cpu").wrong(vllm_results(**changes), 8) == expected
+
+
+def test_drafts_are_counted_by_place_as_vllm_does(workplace):
+    """A round that accepts two drafts accepts one at each of the first two places."""
+    bench = benchmark("vllm_cpu")
+    target = load_target(str(workplace.folder / "target"), "float32", "unused")
+    draft = load_draft(workplace.folder / "run" / "draft", target)
+    run = bench.by_us(target, draft, [[5, 6, 7]], 12)
+    first, second = run["accepted"]
+    # a round writes its accepted drafts and one token more, which the last one may lack
+    assert 1 + run["rounds"] + first + second - len(run["tokens"][0]) in (0, 1)
+    run["load_average"] = 0.1
+    assert first >= second and bench.figures(run, run)["same_as_plain"] == 1
+    other = {**run, "tokens": [[1, 2]]}
+    assert bench.figures(other, run)["same_as_plain"] == 0
+
+
+def test_the_page_shows_what_vllm_measured():
+    bench = benchmark("vllm_cpu")
+    stored = json.loads((bench.ROOT / "benchmarks" / "results" / "vllm_cpu.json").read_text())
+    assert bench.table(stored["drafts"]) in (bench.ROOT / "docs" / "results.md").read_text()
+    assert bench.wrong(stored["drafts"], stored["made_with"]["prompts"]) == []

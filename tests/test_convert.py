@@ -85,7 +85,7 @@ def test_torch_writes_what_jax_and_plain_decoding_write(place, exported, name, t
 grown = jax.jit(grow, static_argnums=3)
 
 
-def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
+def drafted(place, exported) -> tuple[list[list[int]], list[list[int]]]:
     """Returns what torch, with its own tree class, and JAX draft below ten roots.
 
     The states are random.
@@ -108,38 +108,38 @@ def drafted(place, exported, tree) -> tuple[list[list[int]], list[list[int]]]:
         module.head_rows(place.model.lm_head.weight),
         place.model.get_input_embeddings(),
     )
-    true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(6)) for h_SD in h_BSD]
-    return [
-        module.draft(tree, int(root), memory, embed, rows_VD)
-        for root, memory in zip(roots, true, strict=True)
-    ], drafted_tree.nodes.token_BW.tolist()
-
-
-def tree_class(exported):
-    return sys.modules[type(torch_draft(exported["hot"])).__module__].Tree
+    true = module.keys_values(torch.from_numpy(h_BSD), torch.arange(6))
+    tree = sys.modules[type(module).__module__].Tree(PATHS)
+    lengths_B = torch.full((10,), 6)
+    nodes = module.draft(tree, torch.from_numpy(roots).long(), true, lengths_B, embed, rows_VD)
+    return nodes.token_BW.tolist(), drafted_tree.nodes.token_BW.tolist()
 
 
 def test_torch_drafts_the_nodes_that_jax_drafts(place, exported):
-    by_torch, expected = drafted(place, exported, tree_class(exported)(PATHS))
+    by_torch, expected = drafted(place, exported)
     assert by_torch == expected
 
 
 @pytest.mark.parametrize(
     "bug", ["siblings are seen", "parents are not seen", "a level is appended late"]
 )
-def test_wrong_drafting_shows_in_the_nodes(place, exported, bug):
-    """Bugs planted in the test above."""
-    tree = tree_class(exported)(PATHS)
-    if bug == "siblings are seen":
-        tree.ancestors = [set(range(tree.size))] * tree.size
-    elif bug == "parents are not seen":
-        tree.ancestors = [set()] * tree.size
-    else:
-        tree.ancestors = [
-            {node for node in above if tree.depth[node] < depth - 1}
-            for above, depth in zip(tree.ancestors, tree.depth, strict=True)
-        ]
-    by_torch, expected = drafted(place, exported, tree)
+def test_wrong_drafting_shows_in_the_nodes(place, exported, monkeypatch, bug):
+    """Bugs planted in the test above: in the mask of the queries' own keys, after six states."""
+    kind = type(torch_draft(exported["hot"]))
+    right = kind.predict
+
+    def wrong(self, e_BTD, q_BNTH, memory, mask):
+        mask = mask.clone()
+        if bug == "siblings are seen":
+            mask[..., 6:] = True
+        elif bug == "parents are not seen":
+            mask[..., 6:] = False
+        else:  # the last level has one query, or two
+            mask[..., 6 if mask.shape[-1] == 7 else 7 :] = False
+        return right(self, e_BTD, q_BNTH, memory, mask)
+
+    monkeypatch.setattr(kind, "predict", wrong)
+    by_torch, expected = drafted(place, exported)
     assert by_torch != expected
 
 
@@ -179,7 +179,13 @@ def test_generate_stops_where_it_should(place, exported):
 @pytest.mark.parametrize(
     ("ids", "options", "expected"),
     [
-        ([[1], [2]], {}, "input_ids has shape \\[2, 1\\]"),
+        ([[]], {}, "input_ids has shape \\[1, 0\\]"),
+        ([[1]], {"attention_mask": torch.ones(1, 2)}, "attention_mask has shape \\[1, 2\\]"),
+        ([[1]], {"attention_mask": torch.zeros(1, 1)}, "leaves a prompt without a token"),
+        ([[1]], {"paths": PATHS, "dynamic": (2, 2, 4)}, "both paths and dynamic are given"),
+        ([[1]], {"dynamic": (2, 2, 9)}, "9 nodes; 2 levels of topk 2 make 2 to 7"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0; expected 0"),
+        ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; expected a share above 0"),
         ([[1]], {"levels": 0}, "no nodes below its root"),
         ([[1]], {"max_new_tokens": 0}, "no token can be generated"),
         ([[1] * 256], {}, "the prompt fills the target's context"),
@@ -259,6 +265,8 @@ def test_the_folder_says_where_it_comes_from(place, exported):
         "config.json",
         "model.safetensors",
         "modeling_beagle.py",
+        "modeling_decoding.py",
+        "modeling_sampling.py",
         "modeling_tree.py",
     ]
     config = json.loads((exported["hot"] / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -84,8 +85,11 @@ def check(line: str, monkeypatch) -> None:
     elif words[0] in ("source", "bash", "kubectl") or words[0].startswith(".venv"):
         paths = [word for word in words[1:] if "/" in word and not word.startswith(".venv")]
         assert all((ROOT / path).exists() for path in paths)
+    elif words[0] == "vllm":  # of another environment: what it says of the draft
+        draft = json.loads(words[words.index("--speculative-config") + 1])
+        assert draft.keys() == {"method", "model", "num_speculative_tokens"}
     else:
-        assert words[0] in ("git", "docker", "mkdocs", "export"), f"no check for {line}"
+        assert words[0] in ("git", "docker", "mkdocs", "export", "pip"), f"no check for {line}"
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -103,6 +107,7 @@ def test_every_command_is_real(line, monkeypatch):
         ("bash launch/gpu.sh train --config configs/no_such.yaml", UsageError),
         ("python benchmarks/mt_bench.py x --depth 5", AssertionError),
         ("kubectl apply -f launch/none.yaml", AssertionError),
+        ("""vllm serve x --speculative-config '{"model": "y"}'""", AssertionError),
     ],
 )
 def test_a_wrong_command_is_seen(line, error, monkeypatch):
@@ -213,8 +218,11 @@ INTERNAL = {
     "weights.model_files",
     "weights.safetensors_file",
     "weights.modeling_beagle",
+    "weights.modeling_decoding",
     "weights.modeling_eagle",
+    "weights.modeling_sampling",
     "weights.modeling_tree",
+    "weights.vllm_plugin.beagle_vllm.draft",
 }
 ENTRY_POINTS = {"convert", "evaluate", "generate", "plan", "prepare", "serve", "train", "tune"}
 

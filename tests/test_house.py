@@ -104,7 +104,9 @@ PRINTING = ("command.py", "errors.py", "terminal.py")  # what commands share
 # Programs of their own: one that ships with exports, one that writes generated files.
 APART = (
     "weights/modeling_beagle.py",
+    "weights/modeling_decoding.py",
     "weights/modeling_eagle.py",
+    "weights/modeling_sampling.py",
     "weights/modeling_tree.py",
     "config/schema.py",
 )

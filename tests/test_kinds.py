@@ -28,7 +28,9 @@ TELLING_APART = re.compile(
 # Modules that exports carry import nothing of the package, and settings are read before jax is.
 APART = (
     "weights/modeling_beagle.py",
+    "weights/modeling_decoding.py",
     "weights/modeling_eagle.py",
+    "weights/modeling_sampling.py",
     "weights/modeling_tree.py",
     "config/",
 )

@@ -35,8 +35,13 @@ from beagle_jax.weights.server_form import Server
 from beagle_jax.weights.target import Source, configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
+from beagle_jax.weights.vllm_export import PLUGIN, TRIED, write_vllm_folder
 
 _SERVERS = {"eagle": "safeailab"}  # --for, where it is not the server's own key
+_SCORED = (
+    ". The draft scores {count:,} tokens (draft.hot_tokens); vLLM scores all by the target's head, "
+    "which costs more and accepts a little more"
+)
 _TRY = 'try: python -m beagle_jax.generate --config FILE "your prompt" draft.path='
 
 
@@ -90,6 +95,25 @@ def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, di
         "its source (docs/guide/convert.md)"
     )
     return text, {"out": _name(out), "server": name, "loader_was_run": False}
+
+
+def to_vllm(config: Config, arguments: Namespace) -> tuple[str, dict]:
+    """Exports a Beagle draft with the plugin that computes it in vLLM."""
+    draft, target, _, out = _exported(config, arguments)
+    with staged(out) as folder:
+        write_vllm_folder(folder, draft, target)
+    name = _name(out)
+    whole = "" if draft.hot_ids is None else _SCORED.format(count=len(draft.hot_ids))
+    text = (
+        f"draft written to {name}. In the environment of vLLM: pip install {name}/{PLUGIN}, then "
+        f"serve the target with {_speculative(name)} (tried with vLLM {TRIED}){whole}"
+    )
+    return text, {"out": name, "plugin": f"{name}/{PLUGIN}", "scored_tokens": target.vocab_size}
+
+
+def _speculative(name: str) -> str:
+    settings = {"method": "eagle", "model": name, "num_speculative_tokens": 2}
+    return f"--speculative-config '{json.dumps(settings)}'"
 
 
 def _exported(config: Config, arguments: Namespace) -> tuple[Draft, TargetSpec, Source, Path]:

@@ -39,6 +39,9 @@ LAYER_TENSORS = {
     "post_attention_layernorm": "post_attention_layernorm.weight",
 }
 
+# what drafts of all kinds decode with
+_DECODING = ("modeling_decoding", "modeling_sampling", "modeling_tree")
+
 FILES: dict[str, KindFiles] = {
     "beagle": KindFiles(
         {
@@ -48,13 +51,13 @@ FILES: dict[str, KindFiles] = {
         },
         TorchForm(
             model_type="beagle_draft_torch",
-            modules=("modeling_beagle", "modeling_tree"),
+            modules=("modeling_beagle", *_DECODING),
             classes="Beagle",
             title="A Beagle",
             tag="beagle",
             description="One cross-attention block",
             paper="Beagle, arXiv 2505.24544",
-            code="`modeling_beagle.py` and `modeling_tree.py` are",
+            code="`modeling_beagle.py` and the modules beside it are",
         ),
     ),
     "eagle": KindFiles(
@@ -68,13 +71,13 @@ FILES: dict[str, KindFiles] = {
         },
         TorchForm(
             model_type="eagle_draft_torch",
-            modules=("modeling_eagle", "modeling_beagle", "modeling_tree"),
+            modules=("modeling_eagle", "modeling_beagle", *_DECODING),
             classes="Eagle",
             title="An EAGLE",
             tag="eagle",
             description="A fusion layer and one decoder layer",
             paper="EAGLE-1 and EAGLE-2, arXiv 2401.15077",
-            code="`modeling_eagle.py`, `modeling_beagle.py` and `modeling_tree.py` are",
+            code="`modeling_eagle.py` and the modules beside it are",
         ),
     ),
     "eagle3": KindFiles(

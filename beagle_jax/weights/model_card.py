@@ -170,8 +170,9 @@ answer = draft.generate(target, prompt.input_ids, max_new_tokens=64, levels=3)
 print(tokenizer.decode(answer.sequences[0]), answer.rounds)
 ```
 
-`generate` is greedy and lossless: it writes what the target alone would write. It is kept short,
-not fast.
+`generate` is lossless: it writes what the target alone would write, greedily or drawn
+(`temperature`). It takes batches (`attention_mask`), chains (`levels`), static trees (`paths`) and
+EAGLE-2's (`dynamic`). It is kept short, not fast.
 
 ## Target
 

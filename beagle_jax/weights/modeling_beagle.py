@@ -1,6 +1,7 @@
-"""A Beagle draft in PyTorch, with greedy speculative decoding.
+"""A Beagle draft in PyTorch, with speculative decoding.
 
-Needs only torch and transformers. modeling_tree.py stands beside this file.
+Needs only torch and transformers. modeling_decoding.py, modeling_sampling.py and modeling_tree.py
+stand beside this file.
 
 Beagle ("Cross-Attention Speculative Decoding", arXiv 2505.24544) drafts with one cross-attention
 block. The query is the embedding of the token at position i. Keys and values come from states at
@@ -14,8 +15,8 @@ logits. The target's embedding and head are passed in and never stored with the 
     print(tokenizer.decode(answer.sequences[0]))
 
 Array names end in their axes: B batch, T queries, S keys, D model width, F MLP width, N query
-heads, K key/value heads, G query heads per key/value head, H head width, V vocabulary, W tokens
-verified per round.
+heads, K key/value heads, G query heads per key/value head, H head width, V vocabulary, Q queries of
+a round that are keys too.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .modeling_tree import Tree
+from .modeling_decoding import Generated, Settings, decode, stop_of, tree_of
+from .modeling_sampling import Sampling
+from .modeling_tree import DynamicTree, Growth, Nodes, Tree
 
 _MASKED_SCORE = -1e30  # finite: a query that sees no key would compute inf - inf
 
@@ -86,13 +89,6 @@ class KeysValues(NamedTuple):
     def followed_by(self, more: "KeysValues") -> "KeysValues":
         """Returns both concatenated along the positions; neither is changed."""
         return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(self, more, strict=True)))
-
-
-class Generated(NamedTuple):
-    """An answer and the rounds that it took."""
-
-    sequences: torch.Tensor  # [1, prompt and new tokens], with the end token if there is one
-    rounds: int  # of draft, verify and accept, without the prefill
 
 
 class _Norm(nn.Module):
@@ -235,15 +231,15 @@ class BeagleDraft(PreTrainedModel):
         return x_BTF.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
     def _rotated(self, x_BTF: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Splits into heads and rotates half-split pairs by position."""
+        """Splits into heads and rotates half-split pairs by position, [T] or [B, T]."""
         x_BNTH = self._heads(x_BTF)
         H = self.config.head_dim
         even_H = torch.arange(0, H, 2, dtype=torch.float32, device=x_BTF.device)
         # float32 angles: bfloat16 would round position 257 to 256.
-        angle_TH = positions_T[:, None].float() * self.frequencies(
+        angle_TH = positions_T[..., None].float() * self.frequencies(
             1.0 / self.config.rope_theta ** (even_H / H)
         )
-        angle_TH = torch.cat([angle_TH, angle_TH], dim=-1)
+        angle_TH = torch.cat([angle_TH, angle_TH], dim=-1).unsqueeze(-3)  # the same for all heads
         first, second = x_BNTH.chunk(2, dim=-1)
         return (x_BNTH * angle_TH.cos() + torch.cat([-second, first], dim=-1) * angle_TH.sin()).to(
             x_BTF.dtype
@@ -258,71 +254,68 @@ class BeagleDraft(PreTrainedModel):
     @torch.no_grad()
     def draft(
         self,
-        tree: Tree,
-        root: int,
+        tree: Tree | DynamicTree,
+        root_B: torch.Tensor,
         true: KeysValues,
+        length_B: torch.Tensor,
         embed: nn.Module,
         rows_VD: torch.Tensor,
-        last_BTD: torch.Tensor | None = None,
-    ) -> list[int]:
-        """Drafts the tokens of a tree whose root follows the true states.
+        last_B1D: torch.Tensor | None = None,
+    ) -> Nodes:
+        """Drafts a tree below each row's root, which follows its `length_B` true states.
 
-        rows_VD: the result of `head_rows`. last_BTD: the last true state [1, 1, D], for a block
+        rows_VD: the result of `head_rows`. last_B1D: the last true state of each row, for a block
         that fuses the root with it. Predicted states become keys for the deeper levels; those of
         the last level are not needed.
         """
-        tokens, query_nodes, memory = [root] + [-1] * (tree.size - 1), [], true
-        first = true.k_BKSH.shape[2]
-        device, states = true.k_BKSH.device, {}
-        for depth, nodes in enumerate(tree.levels):
-            e_BTD = embed(torch.tensor([[tokens[node] for node in nodes]], device=device)).to(
-                self.dtype
-            )
-            x_BTD = self.fuse(
-                e_BTD,
-                torch.stack([states[tree.parent[node]] for node in nodes], dim=1)
-                if depth
-                else last_BTD,
-            )
-            positions_T = torch.full((len(nodes),), first + depth - int(self.fused), device=device)
-            if (
-                self.fused and depth
-            ):  # each query sees its own key, and the root's is among the true keys
-                memory, query_nodes = (
-                    memory.followed_by(self.keys_values(x_BTD, positions_T)),
-                    query_nodes + nodes,
-                )
-            above = [
-                [other == node or other in tree.ancestors[node] for other in query_nodes]
-                for node in nodes
-            ]
-            above_TQ = torch.tensor(above, dtype=torch.bool, device=device).reshape(
-                len(nodes), len(query_nodes)
-            )
-            sees_TS = torch.cat([above_TQ.new_ones(len(nodes), first), above_TQ], dim=1)
-            state_BTD = self.predict(x_BTD, self.queries(x_BTD, positions_T), memory, sees_TS)
-            states |= dict(zip(nodes, state_BTD.unbind(1), strict=True))
-            ranks = 1 + max(tree.rank[child] for node in nodes for child in tree.children[node])
-            best_Tk = self.best_tokens(state_BTD[0], rows_VD, ranks)
-            for node, best in zip(nodes, best_Tk.tolist(), strict=True):
-                for child in tree.children[node]:
-                    tokens[child] = best[tree.rank[child]]
-            if not self.fused and depth + 1 < len(tree.levels):
-                memory, query_nodes = (
-                    memory.followed_by(self.keys_values(state_BTD, positions_T)),
-                    query_nodes + nodes,
-                )
-        return tokens
+        growth, memory, before_BTD = Growth(root_B), true, last_B1D
+        S = true.k_BKSH.shape[2]
+        text_B1S = torch.arange(S, device=root_B.device) < length_B[:, None, None]
+        sees_BTQ = text_B1S[..., :0]  # the strict ancestors among the queries that are keys
+        for depth in range(tree.depth):
+            B, T = growth.token_BT.shape
+            x_BTD = self.fuse(embed(growth.token_BT).to(self.dtype), before_BTD)
+            at_BT = (length_B[:, None] + depth - int(self.fused)).expand(B, T)
+            itself_BTT = torch.eye(T, dtype=torch.bool, device=root_B.device).expand(B, T, T)
+            if self.fused and depth:
+                # Each query sees its own key, and the root's is among the true keys.
+                memory = memory.followed_by(self.keys_values(x_BTD, at_BT))
+                sees_BTQ = torch.cat([sees_BTQ, itself_BTT], dim=-1)
+            sees_BTS = torch.cat([text_B1S.expand(-1, T, -1), sees_BTQ], dim=-1)
+            queries = self.queries(x_BTD, at_BT)
+            state_BTD = self.predict(x_BTD, queries, memory, sees_BTS[:, None, None])
+            growth.add(depth, *self.best_children(tree, depth, growth.score_BT, state_BTD, rows_VD))
+            if depth + 1 == tree.depth:
+                break
+            if not self.fused:
+                memory = memory.followed_by(self.keys_values(state_BTD, at_BT))
+                sees_BTQ = torch.cat([sees_BTQ, itself_BTT], dim=-1)
+            parent_BT1 = growth.go_on(tree.continued(depth, growth.last_scores))[..., None]
+            sees_BTQ = sees_BTQ.gather(1, parent_BT1.expand(-1, -1, sees_BTQ.shape[-1]))
+            before_BTD = state_BTD.gather(1, parent_BT1.expand(-1, -1, state_BTD.shape[-1]))
+        return growth.nodes(tree)
 
-    def best_tokens(
-        self, state_TD: torch.Tensor, rows_VD: torch.Tensor, count: int
-    ) -> torch.Tensor:
-        """Returns [T, count] token ids of the target's vocabulary, most probable first."""
-        logits_TV = functional.linear(state_TD.to(rows_VD.dtype), rows_VD)
-        best_Tk = logits_TV.topk(count, dim=-1).indices
-        return self.hot_tokens[best_Tk] if self.config.num_hot_tokens else best_Tk
+    def best_children(
+        self,
+        tree: Tree | DynamicTree,
+        level: int,
+        score_BT: torch.Tensor,
+        state_BTD: torch.Tensor,
+        rows_VD: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the most probable children of each query: tokens and scores [B, T * k].
 
-    @torch.no_grad()
+        Scores are sums of log-probabilities from the root on, or zero in trees that need none.
+        """
+        logits_BTV = functional.linear(state_BTD.to(rows_VD.dtype), rows_VD).float()
+        best_BTk, index_BTk = logits_BTV.topk(tree.children(level), dim=-1)
+        score_BTk = torch.zeros_like(best_BTk)
+        if tree.scored:
+            total_BT1 = logits_BTV.logsumexp(-1, keepdim=True)
+            score_BTk = score_BT[..., None] + (best_BTk - total_BT1).clamp(max=0.0)
+        tokens = self.hot_tokens.long()[index_BTk] if self.config.num_hot_tokens else index_BTk
+        return tokens.flatten(1), score_BTk.flatten(1)
+
     def generate(
         self,
         target: PreTrainedModel,
@@ -331,152 +324,30 @@ class BeagleDraft(PreTrainedModel):
         levels: int = 3,
         paths: Sequence[Sequence[int]] | None = None,
         eos_token_ids: int | Sequence[int] | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        dynamic: tuple[int, int, int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
     ) -> Generated:
-        """Decodes one prompt [1, L] greedily: the target's own text, in fewer passes.
+        """Decodes prompts [B, L]: the target's own text, in fewer passes.
 
-        levels: length of the chain drafted per round. paths: a static tree instead (see `Tree`);
-        its mask needs a target with eager or sdpa attention. eos_token_ids: tokens that end the
-        answer; None: those of the target's generation config. Raises ValueError if the arguments do
-        not fit together.
+        levels: length of the chain drafted per round. paths: a static tree instead (see `Tree`).
+        dynamic: levels, topk and nodes of EAGLE-2's tree instead (see `DynamicTree`). The masks of
+        trees and batches need a target with eager or sdpa attention. eos_token_ids: tokens that end
+        an answer; None: those of the target's generation config. attention_mask: 0 where a prompt
+        is padded, on either side. temperature: 0 takes the most likely tokens; otherwise row n
+        draws with seed + n, after the filters top_k, top_p and min_p (see `Sampling`). Raises
+        ValueError if the arguments do not fit together.
         """
-        tree = Tree([(0,) * depth for depth in range(1, levels + 1)] if paths is None else paths)
-        stop = target.generation_config.eos_token_id if eos_token_ids is None else eos_token_ids
-        stop = {stop} if isinstance(stop, int) else set(stop or ())
-        limit = min(max_new_tokens, target.config.max_position_embeddings - input_ids.shape[-1])
-        rows_VD = self.head_rows(target.get_output_embeddings().weight)
-        self._check(target, input_ids, tree, limit, len(rows_VD))
-        past = (
-            DynamicCache()
-        )  # without the config, layers with a window keep all slots, so drafts can be dropped
-        embed = target.get_input_embeddings()
-        layers = self.config.state_layers
-        h_BTI, [root] = _read(target, input_ids, past, layers, last_only=True)
-        true = self._rows(h_BTI, [*input_ids[0, 1:].tolist(), root], embed)
-        answer, rounds = [root], 0
-        while len(answer) < limit and answer[-1] not in stop:
-            tokens = self.draft(
-                tree, answer[-1], true, embed, rows_VD, h_BTI[:, -1:].to(self.dtype)
-            )
-            h_BWI, best = _verified(target, tree, tokens, past, layers)
-            path = tree.accepted(tokens, best)
-            first = true.k_BKSH.shape[2]
-            _keep(past, first, path, tree.size)
-            h_BTI, new = h_BWI[:, path], [tokens[node] for node in path[1:]] + [best[path[-1]]]
-            true = true.followed_by(self._rows(h_BTI, new, embed, first))
-            end = next((place + 1 for place, token in enumerate(new) if token in stop), len(new))
-            answer, rounds = answer + new[:end], rounds + 1
-        answer_BT = torch.tensor([answer[:limit]], dtype=input_ids.dtype, device=input_ids.device)
-        return Generated(torch.cat([input_ids, answer_BT], dim=1), rounds)
-
-    def _rows(
-        self, h_BTI: torch.Tensor, after: list[int], embed: nn.Module, first: int = 0
-    ) -> KeysValues:
-        """Returns keys and values of true states from a position on.
-
-        after: the tokens that follow these states.
-        """
-        next_BTD = embed(torch.tensor([after], device=h_BTI.device)).to(self.dtype)
-        return self.true_rows(
-            h_BTI.to(self.dtype),
-            next_BTD,
-            torch.arange(first, first + len(after), device=h_BTI.device),
+        settings = Settings(
+            tree_of(levels, paths, dynamic),
+            Sampling(temperature, top_k, top_p, min_p),
+            seed,
+            stop_of(target, eos_token_ids),
+            max_new_tokens,
         )
-
-    def _check(
-        self, target: PreTrainedModel, input_ids: torch.Tensor, tree: Tree, limit: int, scored: int
-    ) -> None:
-        for key in ("hidden_size", "vocab_size"):
-            ours, theirs = getattr(self.config, key), getattr(target.config, key)
-            if ours != theirs:
-                raise ValueError(
-                    f"this draft belongs to another target ({key} {ours}, the target's is {theirs})"
-                )
-        if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
-            raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; expected one prompt that is not "
-                "empty, [1, length]"
-            )
-        if limit < 1:
-            raise ValueError(
-                "no token can be generated: max_new_tokens is below 1, or the prompt fills the "
-                "target's context"
-            )
-        if tree.size < 2:
-            raise ValueError(
-                "the tree has no nodes below its root; give levels of at least 1, or paths"
-            )
-        if max(tree.rank) >= scored:
-            raise ValueError(
-                f"the tree asks for rank {max(tree.rank)}, but the draft scores only {scored} "
-                "tokens"
-            )
-        if not tree.is_chain and getattr(target.config, "sliding_window", None):
-            raise ValueError(
-                "this target's attention has a window, which the mask of a tree does not; "
-                "draft a chain (levels)"
-            )
-
-
-def _read(
-    target: PreTrainedModel,
-    tokens_BT: torch.Tensor,
-    past: DynamicCache,
-    layers: Sequence[int] = (),
-    last_only: bool = False,
-    **options: Any,
-) -> tuple[torch.Tensor, list[int]]:
-    """Appends tokens to the target's cache.
-
-    Returns the inputs of these layers and their states, side by side [1, T, I], and the target's
-    choice after each token.
-    """
-    options |= dict(use_cache=True, output_hidden_states=bool(layers))
-    out = target.base_model(input_ids=tokens_BT, past_key_values=past, **options)
-    h_BTD = out.last_hidden_state
-    logits_TV = target.get_output_embeddings()(h_BTD[0, -1:] if last_only else h_BTD[0])
-    streams = [out.hidden_states[layer] for layer in layers]
-    return torch.cat([*streams, h_BTD], dim=-1), logits_TV.argmax(-1).tolist()
-
-
-def _verified(
-    target: PreTrainedModel,
-    tree: Tree,
-    tokens: list[int],
-    past: DynamicCache,
-    layers: Sequence[int],
-) -> tuple[torch.Tensor, list[int]]:
-    """Runs all nodes through the target in one pass.
-
-    Each node sees the cache, its ancestors and itself.
-    """
-    device = target.get_output_embeddings().weight.device
-    tokens_BW = torch.tensor([tokens], device=device)
-    if tree.is_chain:
-        return _read(target, tokens_BW, past, layers)
-    first, W = past.get_seq_length(), tree.size
-    above = [
-        [other == node or other in tree.ancestors[node] for other in range(W)] for node in range(W)
-    ]
-    sees_WS = torch.cat([torch.ones(W, first, dtype=torch.bool), torch.tensor(above)], dim=1).to(
-        device
-    )
-    mask_WS = torch.zeros(W, first + W, dtype=target.dtype, device=device)
-    mask_WS.masked_fill_(~sees_WS, torch.finfo(target.dtype).min)
-    positions_BW = first + torch.tensor([tree.depth], device=device)
-    at = dict(attention_mask=mask_WS[None, None], position_ids=positions_BW)
-    return _read(target, tokens_BW, past, layers, **at)
-
-
-def _keep(past: DynamicCache, first: int, path: list[int], size: int) -> None:
-    """Drops rejected nodes from the target's cache."""
-    if path == list(range(len(path))):
-        if len(path) < size:
-            past.crop(len(path) - size)  # a negative count removes slots at the end
-        return
-    slots = list(range(first)) + [first + node for node in path]
-    for layer in past.layers:
-        index_S = torch.tensor(slots, device=layer.keys.device)
-        layer.keys, layer.values = (
-            layer.keys.index_select(2, index_S),
-            layer.values.index_select(2, index_S),
-        )
+        return decode(self, target, input_ids, attention_mask, settings)

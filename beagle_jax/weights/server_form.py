@@ -60,12 +60,24 @@ def misfits(spec: LayerSpec, server: Server) -> list[str]:
             f"it reads embeddings times {spec.embed_scale:.6g} (the target's own scale), and the "
             "loader takes them as they are"
         )
+    if server.name != "safeailab":
+        reasons.append(uneven_heads(spec))
     if server.name == "safeailab" and spec.head_dim * spec.num_heads != spec.hidden_size:
         reasons.append(
             f"its heads are {spec.head_dim} wide, and SafeAILab's loader computes the width as "
             f"hidden_size / heads ({spec.hidden_size} / {spec.num_heads}): it reads no head_dim"
         )
     return reasons
+
+
+def uneven_heads(spec: LayerSpec) -> str:
+    """Returns why transformers, which reads the config there, refuses it ("" if it does not)."""
+    if spec.hidden_size % spec.num_heads == 0:
+        return ""
+    return (
+        f"transformers refuses a config of {spec.num_heads} heads in a width of "
+        f"{spec.hidden_size}, which is no multiple; set draft.num_heads to a divisor of it"
+    )
 
 
 def layer_config(spec: LayerSpec, target: TargetSpec) -> dict[str, Any]:
