@@ -34,7 +34,7 @@ def keep_acceptance(
 
     frozen: on this process.
     """
-    batch = _with_states(held_out.sample(_CHATS), frozen, draft)
+    batch = _with_states(next(held_out.samples(1, _CHATS * held_out.row_tokens)), frozen, draft)
     drafter = _drafter(draft, frozen)
     texts, right, count = [], 0, 0
     for line in range(len(batch.tokens_BL)):

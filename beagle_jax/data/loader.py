@@ -175,6 +175,11 @@ class BatchLoader:
     def _order_of(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of each row."""
+        return self._width
+
     def samples(self, counting: int, at_once: int) -> Iterator[Batch]:
         """Yields chats of epoch 0, each in its own row, in batches of about `at_once` positions.
 

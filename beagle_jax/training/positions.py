@@ -26,7 +26,7 @@ class Positions(NamedTuple):
     """
 
     parts: int = 1  # devices that share a row
-    index: jax.Array | int = 0  # this device's number among them
+    number: jax.Array | int = 0  # this device's number among them
     # joins the parts of an array along an axis: (array, axis) -> array
     join: Callable[[jax.Array, int], jax.Array] = lambda x, _: x
     # positions of a row whose activations are in memory at once; None: all, and they are stored
@@ -43,7 +43,7 @@ class Positions(NamedTuple):
 
         def part(x: jax.Array) -> jax.Array:
             width = x.shape[1] // self.parts
-            return jax.lax.dynamic_slice_in_dim(x, self.index * width, width, axis=1)
+            return jax.lax.dynamic_slice_in_dim(x, self.number * width, width, axis=1)
 
         return jax.tree.map(part, x_BX)
 
@@ -99,6 +99,8 @@ def _backward(module: LayerBlock, at_once: int, residuals: tuple, of_state: jax.
         return total, (of_e, of_attended)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), weights)
+    of_e: jax.Array
+    of_attended: jax.Array
     chunks = (*_split(at_once, e_BTD, attended_BKGTH), _split(at_once, of_state, None)[0])
     total, (of_e, of_attended) = jax.lax.scan(add, zeros, chunks)
     return (

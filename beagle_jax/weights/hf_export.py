@@ -118,7 +118,7 @@ def _named(params: Any, tensor: Tensor) -> Iterator[tuple[str, np.ndarray]]:
     *place, key = tensor.path
     for step in place:
         params = params[step]
-    held = params if key in params else separate_layer(params)
+    held: Any = params if key in params else separate_layer(params)
     array = np.ascontiguousarray(jax.device_get(held[key]))
     if len(tensor.names) == 1:
         yield tensor.names[0], array.reshape(tensor.shape)
