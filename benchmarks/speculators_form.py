@@ -149,14 +149,21 @@ def inside(folder: Path, names: list[str]) -> dict[str, float]:
     """Runs in speculators' environment: returns the largest difference of each draft's logits."""
     import numpy as np
     import torch
+    from safetensors.torch import load_file
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 
+    embed_VD = load_file(folder / "target" / "model.safetensors")["model.embed_tokens.weight"]
     differences = {}
     for name in names:
         config = Eagle3SpeculatorConfig.from_pretrained(folder / name)
         config.transformer_layer_config._attn_implementation = "eager"
         model = Eagle3DraftModel.from_pretrained(folder / name, config=config).eval()
-        model.load_verifier_weights()  # the embedding
+        model.load_verifier_weights()
+        # What no file holds lies in memory as from_pretrained left it: the embedding, which
+        # speculators reads from the target only where it is NaN, and rotary buffers.
+        with torch.no_grad():
+            model.embed_tokens.weight.copy_(embed_VD)
+        model.rotary_emb = Eagle3DraftModel(config).rotary_emb
         held = np.load(folder / name / "inputs.npz")
         steps: list[torch.Tensor] = []
         model.lm_head.register_forward_hook(
