@@ -76,6 +76,7 @@ def test_held_out_rows_keep_their_states_and_are_not_trained_on(trained, monkeyp
         train_command, "run_stage", lambda *arguments: seen.append(arguments) or arguments[3]
     )
     monkeypatch.setattr(train_command, "save_draft", lambda folder, draft: None)
+    monkeypatch.setattr(train_command, "keep_acceptance", lambda *arguments: None)
     assert (
         run_main(
             train.main,

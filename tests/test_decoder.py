@@ -209,8 +209,8 @@ def test_a_stream_is_generate_in_pieces(tree, sampling):
 def test_planted_bug_a_stream_that_begins_with_another_token(monkeypatch):
     right = session_module.peek
 
-    def other(state):
-        return right(state)._replace(out_BS=state.transcript.out_BS + 1)
+    def other(state, **options):
+        return right(state, **options)._replace(out_BS=state.transcript.out_BS + 1)
 
     monkeypatch.setattr(session_module, "peek", other)
     with pytest.raises(AssertionError):
