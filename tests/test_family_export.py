@@ -43,11 +43,9 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
     roots = np.arange(ROOTS, dtype=np.int32) * 7
     tree = __import__(type(module).__module__, fromlist=["Tree"]).Tree(PATHS)
     rows_VD = model.get_output_embeddings().weight
-    true = [module.keys_values(torch.from_numpy(h_SD)[None], torch.arange(TRUE)) for h_SD in h_BSD]
-    theirs = [
-        module.draft(tree, int(root), memory, embed, rows_VD)
-        for root, memory in zip(roots, true, strict=True)
-    ]
+    true = module.keys_values(torch.from_numpy(h_BSD), torch.arange(TRUE))
+    lengths_B = torch.full((ROOTS,), TRUE)
+    theirs = module.draft(tree, torch.from_numpy(roots).long(), true, lengths_B, embed, rows_VD)
     cache = BeagleBlock(draft.spec).apply(
         {"params": draft.params},
         h_BSD,
@@ -56,7 +54,7 @@ def drafted(model, target, draft, module, embed) -> tuple[list[list[int]], list[
     )
     known = Known(jnp.asarray(roots), jnp.full(ROOTS, TRUE))
     ours = grown(trained_drafter(draft, target.params), cache, known, static_tree(PATHS))
-    return theirs, ours.nodes.token_BW.tolist()
+    return theirs.token_BW.tolist(), ours.nodes.token_BW.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama 3 rope", "gemma 3"], indirect=True)

@@ -65,6 +65,7 @@ def test_what_decides_each_result():
         "train.checkpoint_every",
         "train.accept_changes",
         "train.loss_rows",
+        "train.remat",
         "train.early",
         "train.late",
         "train.stages",
