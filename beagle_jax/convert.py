@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
         "direction",
         choices=_OPTIONS,
         metavar="DIRECTION",
-        help="of a draft: to-torch, from-torch, to-eagle, to-speculators, to-vllm, import-eagle; "
-        "of a target: to-jax, to-hf",
+        help="to-torch, from-torch, to-eagle, to-speculators, to-vllm, import-eagle; for targets: "
+        "to-jax, to-hf",
     )
     made.add_argument("--out", required=True, type=home, metavar="FOLDER", help="folder to write")
     made.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
