@@ -21,6 +21,9 @@ SHAPES = ((1, 49_152), (8, 49_152), (60, 49_152), (8, 128_256))
 TOP_K, TOP_P = 200, 0.95
 
 
+by_search = jax.jit(lowest_of)
+
+
 @jax.jit
 def by_sorting(logits_MV, top_k_M, top_p_M):
     """The lowest kept logit, as version 0.1.0 found it."""
@@ -38,7 +41,7 @@ def compared(M: int, V: int, top_k: int, repeats: int) -> dict:
     top_k_M, top_p_M = jnp.full(M, top_k), jnp.full(M, TOP_P)
     ways = {
         "sort": lambda: by_sorting(logits_MV, top_k_M, top_p_M),
-        "search": jax.jit(lambda: lowest_of(logits_MV, top_k_M if top_k < V else None, top_p_M)),
+        "search": lambda: by_search(logits_MV, top_k_M if top_k < V else None, top_p_M),
     }
     counts = [(logits_MV >= way()).sum(axis=-1) for way in ways.values()]
     # Sums in another order: at the border a token more or less may remain.
