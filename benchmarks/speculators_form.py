@@ -64,8 +64,8 @@ def write_inputs(folder: Path) -> list[str]:
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4)
     config = LlamaConfig(vocab_size=61, num_key_value_heads=2, **sizes, initializer_range=0.3)
     LlamaForCausalLM(config).save_pretrained(folder / "target")
-    read = json.loads((folder / "target" / "config.json").read_text())
-    target = TargetSpec.from_hf_config(read, "tiny")
+    settings = json.loads((folder / "target" / "config.json").read_text())
+    target = TargetSpec.from_hf_config(settings, "tiny")
     server = Server("speculators", {"name_or_path": str(folder / "target")})
     names = []
     for number, (name, changes) in enumerate(FORMS.items()):
