@@ -5,6 +5,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from beagle_jax.weights.gguf_header import Header, Tensor
+
 HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, VOCAB = 64, 96, 2, 4, 2, 12
 TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ġ", "Ċ", "1", "2", "ĊĊ", "c"]
 MERGES = ["a b", "Ċ Ċ"]
@@ -196,3 +198,25 @@ def _converted(architecture: str, model) -> dict[str, np.ndarray]:
             array = array + 1
         tensors[names.get_name(name, (".weight", ".bias"))] = np.ascontiguousarray(array)
     return tensors
+
+
+def header_by_package(path) -> Header:
+    """Reads a header with the gguf package, which believes what it says."""
+    reader = gguf.GGUFReader(path)
+    return Header(
+        {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if not key.startswith("GGUF.")
+        },
+        [
+            Tensor(
+                tensor.name,
+                tuple(map(int, tensor.shape)),
+                tensor.tensor_type,
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
+            for tensor in reader.tensors
+        ],
+    )

@@ -4,13 +4,14 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_files import HEADS, llama_tensors, write_llama
+from gguf_files import HEADS, header_by_package, llama_tensors, write_llama
 from weight_cases import LLAMA, Held
 
 from beagle_jax.errors import UserError
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights import gguf as gguf_module
 from beagle_jax.weights.gguf import GGUFFile
+from beagle_jax.weights.gguf_header import read_header
 from beagle_jax.weights.hf import HFFolder
 from beagle_jax.weights.target import (
     fill_params,
@@ -36,6 +37,19 @@ def _compare_gguf(folder, kind) -> None:
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
 def test_gguf_tensors_are_exact(tmp_path, kind):
     _compare_gguf(tmp_path, gguf.GGMLQuantizationType[kind])
+
+
+def test_a_header_is_what_the_package_reads(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_llama(path, llama_tensors(), kind=gguf.GGMLQuantizationType.Q8_0)
+    whole = path.read_bytes()
+    header, expected = read_header(path), header_by_package(path)
+    assert header == expected
+    assert {type(value) for value in header.values.values()} >= {int, float, str, list}
+    key = b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    path.write_bytes(whole[:at] + bytes([whole[at] + 1]) + whole[at + 1 :])
+    assert read_header(path) != expected  # planted bug: another value
 
 
 def test_gguf_tensors_are_dequantised_in_pieces(tmp_path, monkeypatch):

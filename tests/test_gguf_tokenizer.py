@@ -8,6 +8,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from beagle_jax.errors import UserError
 from beagle_jax.weights import gguf_tokenizer
+from beagle_jax.weights.gguf_header import read_header
 from beagle_jax.weights.gguf_metadata import Metadata
 from beagle_jax.weights.gguf_tokenizer import byte_level_tokenizer
 
@@ -40,7 +41,7 @@ def metadata(folder, pre, tokens=tuple(TOKENS), merges=tuple(MERGES), **more) ->
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return Metadata(folder / "tok.gguf", gguf.GGUFReader(folder / "tok.gguf"))
+    return Metadata(folder / "tok.gguf", read_header(folder / "tok.gguf").values)
 
 
 def qwen2():

@@ -158,11 +158,7 @@ def _saved(tuning: Tuning, path: Path, arguments: Namespace) -> str:
     Figures that other work disturbed are not saved.
     """
     if tuning.disturbed:
-        return (
-            f"not saved: a plain step took {tuning.verify_ms[1]:.1f} ms at first and "
-            f"{tuning.plain_again_ms:.1f} ms at the end, so other work ran meanwhile; run tune "
-            "again when nothing else runs"
-        )
+        return f"not saved: {tuning.steps_differ}; run tune again when nothing else runs"
     remember(path, tuning.best)
     if arguments.write:
         settings = read_settings(arguments.config, arguments.overrides)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.errors import BadFile, UserError
 from beagle_jax.weights.gguf_config import hf_config
-from beagle_jax.weights.gguf_header import check_header
+from beagle_jax.weights.gguf_header import Tensor, read_header
 from beagle_jax.weights.gguf_metadata import Metadata
 from beagle_jax.weights.gguf_names import ARCHITECTURES, ROPE_FACTORS, hf_names
 from beagle_jax.weights.gguf_parts import check_parts, part_paths
@@ -35,7 +35,7 @@ class _Stored(NamedTuple):
     """A tensor and the file that holds it."""
 
     path: Path
-    tensor: gguf.ReaderTensor
+    tensor: Tensor
 
 
 class GGUFFile:
@@ -48,8 +48,8 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         paths = part_paths(path)
-        readers = [_reader(part) for part in paths]
-        parts = [Metadata(part, reader) for part, reader in zip(paths, readers, strict=True)]
+        headers = [read_header(part) for part in paths]
+        parts = [Metadata(part, header.values) for part, header in zip(paths, headers, strict=True)]
         self._metadata = parts[0]
         check_parts(parts)
         kind = self._metadata.get("general.type", "model")
@@ -69,8 +69,8 @@ class GGUFFile:
             )
         self._architecture = ARCHITECTURES[self._name]
         self._stored: dict[str, _Stored] = {}
-        for part, reader in zip(paths, readers, strict=True):
-            for tensor in reader.tensors:
+        for part, header in zip(paths, headers, strict=True):
+            for tensor in header.tensors:
                 if tensor.name in self._stored:
                     raise BadFile(path, f"tensor {tensor.name} is in two parts")
                 self._stored[tensor.name] = _Stored(part, tensor)
@@ -126,25 +126,25 @@ class GGUFFile:
         for name, shape in self.shapes():
             yield name, self.read(name, tuple(map(slice, shape)), np.dtype(np.float32))
 
-    def _values(self, path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+    def _values(self, path: Path, tensor: Tensor) -> np.ndarray:
         """Reads a whole vector in float32."""
         return self._dequantised(tensor, _bytes_of(path, tensor)).reshape(_shape(tensor))
 
-    def _dequantised(self, tensor: gguf.ReaderTensor, rows: np.ndarray) -> np.ndarray:
+    def _dequantised(self, tensor: Tensor, rows: np.ndarray) -> np.ndarray:
         """Dequantises some of a tensor's rows to float32, concatenated."""
         try:
             # One long row, because the package processes a matrix in groups of sixteen rows, with
             # a dozen numpy calls for each group.
-            return gguf.quants.dequantize(rows.reshape(1, -1), tensor.tensor_type).astype(
+            return gguf.quants.dequantize(rows.reshape(1, -1), tensor.kind).astype(
                 np.float32, copy=False
             )
         except NotImplementedError:
             raise UserError(
-                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the "
+                f"{self.path}: {tensor.name} is stored as {tensor.kind.name}, which the "
                 "gguf package cannot decode; use a file in F32, F16, BF16, Q8_0 or Q4_K"
             ) from None
 
-    def _row_order(self, name: str, tensor: gguf.ReaderTensor) -> np.ndarray:
+    def _row_order(self, name: str, tensor: Tensor) -> np.ndarray:
         """Returns, for each row in Hugging Face's order, its index in the file.
 
         name: the Hugging Face name.
@@ -192,29 +192,18 @@ class GGUFFile:
         return tuple(dict.fromkeys(ids))
 
 
-def _reader(path: Path) -> gguf.GGUFReader:
-    check_header(path)
-    try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise BadFile(path, f"not a readable GGUF file ({error}); download it again") from error
+def _bytes_of(path: Path, tensor: Tensor) -> np.ndarray:
+    """Reads a tensor's stored bytes, one row for each of its rows.
 
-
-def _bytes_of(path: Path, tensor: gguf.ReaderTensor) -> np.ndarray:
-    """Returns a tensor's stored bytes through a memory map of its own.
-
-    Pages that the reader's map has touched would count as memory of this process until it ends.
+    They are read and not mapped: pages of a map count as memory of this process while it lasts.
     """
-    return (
-        np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
-        .view(tensor.data.dtype)
-        .reshape(tensor.data.shape)
-    )
+    stored = np.fromfile(path, np.uint8, tensor.size, offset=tensor.start)
+    return stored.reshape(*_shape(tensor)[:-1], -1)
 
 
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+def _shape(tensor: Tensor) -> tuple[int, ...]:
     """Returns the shape in numpy's order; GGUF lists the fastest dimension first."""
-    return tuple(int(size) for size in reversed(tensor.shape))
+    return tensor.shape[::-1]
 
 
 def _unpermute_rows(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from beagle_jax.errors import UserError
 
 
@@ -15,21 +13,12 @@ class Metadata:
       UserError: a value is missing or has the wrong type. The message names the file and the key.
     """
 
-    def __init__(self, path: Path, reader: gguf.GGUFReader) -> None:
-        self.path, self._reader = path, reader
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path, self._values = path, values
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns the value of a key, or the default if the file lacks it."""
-        field = self._reader.get_field(key)
-        if field is None:
-            return default
-        try:
-            return field.contents()
-        except ValueError as error:  # the bytes are not UTF-8
-            raise UserError(
-                f"{self.path}: GGUF metadata {key!r} cannot be read ({error}); download the "
-                "file again"
-            ) from error
+        return self._values.get(key, default)
 
     def need(self, key: str) -> Any:
         """Returns the value of a required key."""
