@@ -295,11 +295,14 @@ def test_the_log_has_a_line_a_request_and_texts_only_when_asked(decoder, texts, 
         running.raw.post("/v1/completions", content=SECRET, headers={"Content-Type": "text/plain"})
         running.raw.get("/" + "x" * 300)
         running.raw.get("/v1/completions")
+        for path in ("/v1/models", "/health", "/v1/models/none", "/"):
+            running.raw.get(path)
         shown = running.raw.get("/metrics").text
     lines = [json.loads(line) for line in printed.getvalue().splitlines() if line[0] == "{"]
-    assert [line["status"] for line in lines] == [200, 200, 400, 404, 415, 404, 405]
+    assert [line["status"] for line in lines] == [200, 200, 400, 404, 415, 404, 405, 200, 404, 200]
+    assert [line["path"] for line in lines[-3::2]] == ["/v1/models", "/"]  # no line for a probe
     assert len(lines[5]["path"]) == 200  # and one name in the metrics for all made-up paths
-    assert 'beagle_requests_total{path="other",status="404"} 1\n' in shown and "xxx" not in shown
+    assert 'beagle_requests_total{path="other",status="404"} 2\n' in shown and "xxx" not in shown
     assert [line["completion_tokens"] for line in lines[:2]] == [11, 11]
     assert [line["finish"] for line in lines[:2]] == [["length"]] * 2
     assert lines[0]["user"] == "me" and lines[1]["stream"]

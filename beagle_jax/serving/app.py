@@ -19,7 +19,7 @@ from beagle_jax.serving.answering import LEFT, Answering, status_of
 from beagle_jax.serving.bodies import ChatBody, CompletionBody, parsed
 from beagle_jax.serving.call import Gone
 from beagle_jax.serving.gate import Gate
-from beagle_jax.serving.journal import Journal
+from beagle_jax.serving.journal import Entry, Journal
 from beagle_jax.serving.keys import Keys
 from beagle_jax.serving.metrics import Metrics
 from beagle_jax.serving.refusal import Refusal
@@ -44,7 +44,7 @@ class Service:
         self, request: Request, kind: type[ChatBody] | type[CompletionBody]
     ) -> Response:
         """Answers a body: whole, or as a stream that begins once the first text is there."""
-        entry = self.journal.entry(request.url.path)
+        entry: Entry = request.scope["entry"]  # of the gate
         try:
             raw = await request.body()
             body = parsed(kind, raw)
@@ -113,7 +113,7 @@ def make_app(service: Service, serve: ServeConfig, keys: Keys) -> Gate:
     async def refused(request: Request, error: HTTPException) -> Response:
         path = request.url.path[:200]
         refusal = Refusal(error.status_code, f"{request.method} {path}: {error.detail}")
-        service.journal.entry(path).write(error.status_code)
+        request.scope["entry"].write(error.status_code)
         return JSONResponse(refusal.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)

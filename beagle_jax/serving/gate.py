@@ -19,6 +19,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = ("/health", "/")  # without a key: a probe has none, and the page asks for it
+PROBES = ("/health", "/metrics")  # without a line in the log, every few seconds, unless they fail
 
 
 class Gate:
@@ -32,7 +33,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        entry = self._journal.entry(scope["path"])
+        entry = scope["entry"] = self._journal.entry(scope["path"])
         try:
             self._check(scope)
             body = await self._body(scope, receive) if scope["method"] == "POST" else b""
@@ -48,7 +49,14 @@ class Gate:
         async def replay() -> MutableMapping[str, Any]:
             return unread.pop() if unread else await receive()
 
-        await self._app(scope, replay, send)
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            await send(message)
+            # An answer writes its own line when it has ended.
+            begins = message["type"] == "http.response.start"
+            if begins and _has_line(scope, message["status"]):
+                entry.write(message["status"])
+
+        await self._app(scope, replay, noted)
 
     def _check(self, scope: Scope) -> None:
         """Raises Refusal by what the headers say."""
@@ -100,6 +108,11 @@ class Gate:
         return Refusal(
             413, f"the body has more than {self._serve.max_body} bytes; send a shorter one"
         )
+
+
+def _has_line(scope: Scope, status: int) -> bool:
+    """Whether the log has a line when an answer begins with this status."""
+    return scope["method"] in ("GET", "HEAD") and (scope["path"] not in PROBES or status >= 400)
 
 
 def _without_port(host: str) -> str:
