@@ -1,5 +1,7 @@
 """One of several processes that train together: python tests/process_cases.py FOLDER [BATCH].
 
+A FOLDER shelf://.. is a folder of the disk that is opened as a store: no process sees it otherwise.
+
 JAX_COORDINATOR_ADDRESS and so on must be set. Trains the early stage of a tiny draft. Without BATCH
 the second process gets SIGTERM when it reads its ninth batch; with it the stage goes to its end, in
 batches of so many rows.
@@ -11,12 +13,15 @@ import sys
 import time
 from argparse import Namespace
 
+import fsspec
 import jax
+from fsspec.implementations.local import LocalFileSystem
 
 from beagle_jax.config import MeshConfig
 from beagle_jax.data.share import Share, this_process
 from beagle_jax.model.beagle import init_draft
 from beagle_jax.processes import from_first, host_copy, join
+from beagle_jax.remote import fetch
 from beagle_jax.sharding import make_mesh, place, place_rows, share_of_rows
 from beagle_jax.training.frozen import FrozenTarget
 from beagle_jax.training.loop import run_stage
@@ -38,9 +43,21 @@ def interrupted(batch_at):
     return read
 
 
+class Shelf(LocalFileSystem):
+    """A store that processes reach by its URL alone."""
+
+    protocol = "shelf"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("shelf://", "/"))
+
+
 def main(folder: str, batch: str | None = None) -> None:
     arguments = Namespace(distributed=False, quiet=False)
+    fsspec.register_implementation("shelf", Shelf)
     join(arguments)
+    fetch(folder)  # as the command does
     from conftest import TINY, random_params  # looks at the devices, which only exist from here on
     from loop_cases import SPEC, config_for, loader_of
 

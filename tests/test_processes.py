@@ -100,10 +100,10 @@ def test_processes_that_do_not_find_each_other_say_what_to_set(joined, monkeypat
 # Two processes on this machine, one device each
 
 
-def run_in(count: int, *argv: str) -> list[tuple[str, str]]:
+def run_in(count: int, *argv: str, copies: Path | None = None) -> list[tuple[str, str]]:
     """Runs process_cases.py in `count` processes of one device; returns stdout and stderr of each.
 
-    All must end with status 0.
+    All must end with status 0. copies: below it each has a folder of its own for copies of URLs.
     """
     tests = Path(__file__).parent
     variables = environment(1) | {
@@ -115,7 +115,8 @@ def run_in(count: int, *argv: str) -> list[tuple[str, str]]:
     started = [
         subprocess.Popen(
             [sys.executable, str(tests / "process_cases.py"), *argv],
-            env=variables | {"JAX_PROCESS_ID": str(number)},
+            env=variables
+            | {"JAX_PROCESS_ID": str(number), "BEAGLE_JAX_REMOTE": f"{copies}/{number}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -307,3 +308,19 @@ def test_what_one_process_saved_goes_on_in_more(frozen, tmp_path, count):
     for name in expected:
         scale = np.abs(np.asarray(expected[name])).max()
         np.testing.assert_allclose(actual[name], expected[name], atol=1e-6 * scale, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_without_a_common_disk_go_on_where_they_stopped(frozen, tmp_path):
+    """Each has a folder of its own for copies, and only the URL in common."""
+    whole = config_for(tmp_path / "whole")
+    train_stage(whole, frozen)
+    url = f"shelf:/{tmp_path}/run"
+    run_in(2, url, copies=tmp_path / "first")
+    run = config_for(tmp_path / "run")
+    stopped = saved_steps(run)[-1]
+    assert ASKED_AT - 2 < stopped < 12
+    run_in(2, url, "4", copies=tmp_path / "second")
+    assert saved_steps(run)[-1] == 12
+    losses = [{line["step"]: line["loss"] for line in lines_of(of)} for of in (whole, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=2e-5)

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_cases import ended, make_workplace, workplace  # noqa: F401
+from loop_cases import (
+    Breaking,
+    config_for,
+    interrupt,
+    loader_of,
+    same_params,
+    saved_steps,
+    train_stage,
+)
 
 from beagle_jax import convert, prepare, remote, train
 from beagle_jax.config import load_config
@@ -287,9 +297,42 @@ def test_a_checkpoint_whose_upload_was_interrupted_is_set_aside(
     assert "early stage: continues from step 2" in said
 
 
-def test_several_processes_need_a_store_that_orbax_opens(store, monkeypatch):
+def cut_and_resumed(frozen, monkeypatch, tmp_path, caplog) -> dict:
+    """A stage under a URL that is interrupted, and goes on where another machine would."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(checkpoint, "_apart", lambda name: True)
+    config = config_for("memory://bucket/run")
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(config, frozen, Breaking(loader_of(20, 1), 8, interrupt))
+    forget_copies(tmp_path)
+    params = train_stage(config, frozen)
+    assert "early stage: continues from step 5 of 12" in caplog.text
+    assert saved_steps(config) == [10, 12]
+    return params
+
+
+def test_processes_without_a_common_disk_collect_and_spread_the_state(
+    frozen, store, monkeypatch, tmp_path, caplog
+):
+    """As several processes under a URL do; tests/test_processes.py has two of them."""
+    expected = train_stage(config_for(tmp_path / "whole"), frozen)
+    same_params(cut_and_resumed(frozen, monkeypatch, tmp_path, caplog), expected)
+
+
+def test_planted_bug_the_state_that_was_read_is_not_spread(
+    frozen, store, monkeypatch, tmp_path, caplog
+):
+    expected = train_stage(config_for(tmp_path / "whole"), frozen)
+    monkeypatch.setattr(
+        checkpoint, "_placed", lambda values, like: like if values.ndim else jnp.asarray(values)
+    )
+    with pytest.raises(AssertionError):
+        same_params(cut_and_resumed(frozen, monkeypatch, tmp_path, caplog), expected)
+
+
+def test_stores_that_orbax_opens_are_written_by_all_processes(store, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="several processes cannot write checkpoints to memory://"):
-        checkpoint.checkpoint_folder("memory://bucket/run/checkpoints/early")
+    folder = "memory://bucket/run/checkpoints/early"
+    assert checkpoint.checkpoint_folder(folder) == local(folder)
     monkeypatch.setattr(checkpoint, "check_url", lambda name: None)
     assert str(checkpoint.checkpoint_folder("gs://bucket/run")) == "gs://bucket/run"

@@ -7,6 +7,10 @@ frozen target. Orbax writes in the background under a temporary name and renames
 killed run keeps its previous checkpoint. When a checkpoint is complete, the sizes of all its files
 are recorded. They reveal a checkpoint that was truncated later (an interrupted copy, a damaged
 disk).
+
+Processes on a common disk, or on a store that orbax opens, write a checkpoint together. Under other
+URLs they have no common folder: the first process collects the state, writes it to its local copy
+and uploads it; on restart each process reads a copy of its own.
 """
 
 import json
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -26,7 +31,7 @@ from beagle_jax.data.share import wait_for_all
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
-from beagle_jax.processes import is_first
+from beagle_jax.processes import host_copy, is_first
 from beagle_jax.remote import check_url, fetch, is_url, publish
 from beagle_jax.training.step import TrainState
 
@@ -62,9 +67,12 @@ class StageCheckpoints:
         self._folder = checkpoint_folder(folder)
         self._name = str(folder)  # a URL, or the folder
         self._settings, self._accept_changes = settings, accept_changes
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
-        )
+        self._apart = _apart(self._name)
+        if self._apart:
+            self._folder.mkdir(parents=True, exist_ok=True)  # orbax does so only for all processes
+            wait_for_all("every process has a copy of the checkpoints")
+        self._manager = ocp.CheckpointManager(self._folder, options=_options(self._apart))
+        self._saved = set(self._manager.all_steps())  # by this process or before it
         self._unsealed: int | None = None  # the step whose file sizes are not recorded yet
 
     def __enter__(self) -> "StageCheckpoints":
@@ -89,15 +97,25 @@ class StageCheckpoints:
         Raises:
             UserError: this write or the previous one failed.
         """
-        if step in self._manager.all_steps():
+        if step in self._saved:
             return
+        self._saved.add(step)
+        items = _items(state)
+        if self._apart:
+            items = host_copy(items)
+        if is_first() or not self._apart:
+            self._write(items, step, log)
+        if self._apart:
+            wait_for_all("a checkpoint is uploaded")
+
+    def _write(self, items: dict[str, Any], step: int, log: list[dict]) -> None:
         with self._writing():
             self._manager.wait_until_finished()
             self._seal()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_items(state)),
+                    state=ocp.args.StandardSave(items),
                     settings=ocp.args.JsonSave(dict(self._settings.now)),
                     log=ocp.args.JsonSave(log),
                 ),
@@ -131,15 +149,15 @@ class StageCheckpoints:
         step = self.newest()
         if step is None:
             return None
-        items = {
-            "state": ocp.args.StandardRestore(
-                jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(fresh))
-            )
-        }
+        like = _on_host if self._apart else ocp.utils.to_shape_dtype_struct
+        items = {"state": ocp.args.StandardRestore(jax.tree.map(like, _items(fresh)))}
         if (self._folder / str(step) / "log").exists():  # older versions did not save a log
             items["log"] = ocp.args.JsonRestore()
         restored = self._read(step, **items)
-        return TrainState(**restored["state"]), restored["log"] if "log" in items else []
+        state = restored["state"]
+        if self._apart:
+            state = jax.tree.map(_placed, state, _items(fresh))
+        return TrainState(**state), restored["log"] if "log" in items else []
 
     def newest(self) -> int | None:
         """Returns the step of the newest complete checkpoint; None if there is none.
@@ -257,21 +275,41 @@ def _items(state: TrainState) -> dict[str, Any]:
 def checkpoint_folder(name: str | Path) -> epath.Path:
     """Returns the folder in which orbax writes: itself, a store, or the copy of a URL.
 
-    Several processes write one checkpoint together, so they need a store that orbax opens. One
-    process writes to a local copy, which is uploaded.
-
     Raises:
-        UserError: there are several processes, and orbax does not open the URL.
+        UserError: the URL cannot be read.
     """
-    if is_url(name) and jax.process_count() > 1:
+    if is_url(name) and jax.process_count() > 1 and not _apart(str(name)):
         check_url(str(name))
-        if str(name).startswith(_STORES):
-            return epath.Path(str(name))
-        raise UserError(
-            f"train.folder: several processes cannot write checkpoints to {name}; set a folder "
-            f"under {' or '.join(_STORES)}, or on a disk that all processes share"
-        )
+        return epath.Path(str(name))
     return epath.Path(fetch(name).absolute())
+
+
+def _apart(name: str) -> bool:
+    """Whether there are several processes, and no common folder for what they write."""
+    return jax.process_count() > 1 and is_url(name) and not name.startswith(_STORES)
+
+
+def _options(apart: bool) -> ocp.CheckpointManagerOptions:
+    """apart: each process has a manager of its own, which waits for no other."""
+    if not apart:
+        return ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
+    number = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process {number}"
+    )
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=_KEPT, create=False, multiprocessing_options=alone
+    )
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """Returns an array for orbax to fill; its pages are not touched before."""
+    return np.empty(leaf.shape, leaf.dtype)
+
+
+def _placed(values: np.ndarray, like: jax.Array) -> jax.Array:
+    """Distributes values that every process holds."""
+    return jax.make_array_from_callback(values.shape, like.sharding, lambda index: values[index])
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
