@@ -164,16 +164,18 @@ def text_of(lab: Lab, folder: Path) -> tuple[PreTrainedTokenizerBase, Rows]:
     """
     files = sorted(Path().glob(lab.text))
     writer = load_target(lab.writer, "float32").tokenizer
-    read = list(dialogues(files, writer))
-    training = [dialogue.text for dialogue in read if not dialogue.held_out]
-    held_out = [dialogue.text for dialogue in read if dialogue.held_out]
-    kept = folder / "tokenizer"
-    if not kept.exists():
-        byte_level(iter(training), lab.vocab_size).save_pretrained(kept)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
+    written = list(dialogues(files, writer))
+    training = [dialogue.text for dialogue in written if not dialogue.held_out]
+    held_out = [dialogue.text for dialogue in written if dialogue.held_out]
+    saved = folder / "tokenizer"
+    if not saved.exists():
+        byte_level(iter(training), lab.vocab_size).save_pretrained(saved)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
     rows = Rows(*(packed(texts, tokenizer, lab.row_tokens) for texts in (training, held_out)))
     if len(rows.training) < lab.batch or not len(rows.held_out):
-        raise UserError(f"{lab.text}: {len(read)} dialogues, which fill no batch; give more files")
+        raise UserError(
+            f"{lab.text}: {len(written)} dialogues, which fill no batch; give more files"
+        )
     _log.info(f"{rows.training.size:,} tokens to learn, {rows.held_out.size:,} held out")
     return tokenizer, rows
 

@@ -48,9 +48,9 @@ def written(folder, count: int = 40):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        asked, said = (" ".join(rng.choice(WORDS, 9)) for _ in range(2))
-        prompt = f"{BEGIN}system\nBe\nkind{END}\n{BEGIN}user\n{asked}{END}\n{BEGIN}assistant\n"
-        rows.append(Text([*map(ord, prompt)], [*map(ord, said + END)], f"made/{number}"))
+        question, answer = (" ".join(rng.choice(WORDS, 9)) for _ in range(2))
+        prompt = f"{BEGIN}system\nBe\nkind{END}\n{BEGIN}user\n{question}{END}\n{BEGIN}assistant\n"
+        rows.append(Text([*map(ord, prompt)], [*map(ord, answer + END)], f"made/{number}"))
     save_text(folder / "part-greedy-000.npz", rows)
     return folder / "part-greedy-000.npz"
 
@@ -70,10 +70,10 @@ def text(tmp_path_factory):
 
 def test_the_system_turn_is_left_out_and_prompts_are_held_out_whole(tmp_path):
     file = written(tmp_path, 400)
-    read = list(dialogues([file, file], Characters()))
-    assert all(made.text.startswith(f"{BEGIN}user\n") and made.text.endswith(END) for made in read)
-    assert [made.held_out for made in read[:400]] == [made.held_out for made in read[400:]]
-    assert 3 <= sum(made.held_out for made in read[:400]) <= 30  # one in 32
+    made = list(dialogues([file, file], Characters()))
+    assert all(turn.text.startswith(f"{BEGIN}user\n") and turn.text.endswith(END) for turn in made)
+    assert [turn.held_out for turn in made[:400]] == [turn.held_out for turn in made[400:]]
+    assert 3 <= sum(turn.held_out for turn in made[:400]) <= 30  # one in 32
 
 
 def test_tokens_give_the_text_and_the_template_the_turns(text):
