@@ -460,6 +460,9 @@ def test_verdicts_and_hours_are_told():
         "steps": 1000,
         "tokens_a_step": 4096,
         "fits": False,
+        "with_remat": None,
+        "least_seconds": 0.0213,
+        "loader_rate": 2e9,
         "hours_at_40_percent": 3.25,
     }
     refused = stage | {
@@ -477,6 +480,7 @@ def test_verdicts_and_hours_are_told():
             "checkpoint": 1e9,
             "draft": 1e9,
         },
+        "loader": {"folder": "data", "readers": 1, "batch_bytes": 1e9, "disk_rate": 1e9},
         "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
         "stages": {"early": stage, "late": refused},
     }
@@ -484,6 +488,9 @@ def test_verdicts_and_hours_are_told():
     assert (
         "16 x TPU v5 lite of 16 GiB, mesh data 16" in printed
         and "3.2 h" in printed
+        and "21.3 ms" in printed
+        and "each process reads 2.00 GB/s of states, and the disk of data gives 1.00 GB/s"
+        in printed
         and "17.00 GB" in printed
         and "8.19 kB a token, for as many tokens as the source has" in printed
     )
@@ -493,3 +500,9 @@ def test_verdicts_and_hours_are_told():
         "early: compiles and does NOT fit; lower train.batch" in printed
         and "late: does NOT fit: RESOURCE_EXHAUSTED: hbm" in printed
     )
+    stage["with_remat"] = {"compiler_total": 9e9, "fits": True}
+    assert "early: does NOT fit, but with train.remat=block it takes 9.00 GB and fits" in table(
+        figures
+    )
+    stage["with_remat"]["fits"] = False
+    assert "early: compiles and does NOT fit; lower train.batch" in table(figures)
