@@ -30,6 +30,7 @@ from beagle_jax.training.warm_start import _explaining, _ridge, warm_start
 from beagle_jax.weights.target import configured_target
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = 800  # rows that are drawn; --rows takes the first of them
 WIDTH, AT_ONCE = 192, 20  # tokens of a row, rows at once
 DRAWS = 2000  # of the bootstrap
 
@@ -42,7 +43,7 @@ def states(count: int, path: Path) -> dict[str, np.ndarray]:
         load_config(ROOT / "configs" / "quickstart.yaml", []).target, decoding=False
     )
     texts = list(rows_of(sorted((ROOT / "experiments" / "text").glob("part-greedy-*.npz"))))
-    order = np.random.default_rng(0).permutation(len(texts))[:count]
+    order = np.random.default_rng(0).permutation(len(texts))[:SAMPLE]
     rows = [
         Row(
             texts[index].prompt + texts[index].answer,
@@ -51,8 +52,9 @@ def states(count: int, path: Path) -> dict[str, np.ndarray]:
         for index in order
     ]
     batch = next(
-        BatchLoader(rows, None, batch=1, row_tokens=WIDTH, seed=0).samples(1, WIDTH * count)
+        BatchLoader(rows, None, batch=1, row_tokens=WIDTH, seed=0).samples(1, WIDTH * SAMPLE)
     )
+    batch = jax.tree.map(lambda x: x[:count], batch)
     head_VD = target.params.get("head_VD", target.params["embed_VD"])
     pieces = []
     for first in range(0, count, AT_ONCE):
@@ -174,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--states", type=Path, required=True, help="where states are kept (.npz)")
-    parser.add_argument("--rows", type=int, default=800, help="answers, held-out ones included")
+    parser.add_argument("--rows", type=int, default=SAMPLE, help="answers, held-out ones included")
     parser.add_argument("--held-out", type=int, default=60, help="rows that are not fitted on")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens to choose from")
     parser.add_argument("--json", type=Path, help="where the figures are written")
