@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from beagle_jax.commands import plan as plan_command
-from beagle_jax.commands.plan import stage_figures
+from beagle_jax.commands.plan import _verdict, stage_figures
 from beagle_jax.commands.plan_loader import least_seconds, loader, loader_rate, readers, verdict
 from beagle_jax.config import Config, DataConfig, MeshConfig, TargetConfig, TrainConfig
 from beagle_jax.data import disk_rate
@@ -55,8 +55,8 @@ def test_the_rate_is_the_batch_over_the_least_time_of_a_step(tmp_path):
     # Two hosts whose devices hold the same rows read all of them.
     assert (readers(mesh_of(2, rows=1)), readers(mesh_of(2, rows=2))) == (1, 2)
     assert loader_rate(None, loading) is None
-    here = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert least_seconds(config, here, 1e9) is None  # a CPU's peak is not published
+    cpu_mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    assert least_seconds(config, cpu_mesh, 1e9) is None  # a CPU's peak is not published
 
 
 def test_states_on_the_disk_are_read(tmp_path, monkeypatch):
@@ -89,21 +89,24 @@ def test_the_verdict_names_what_to_do(tmp_path):
 
 def test_a_step_that_does_not_fit_is_compiled_with_remat_too(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_command, "memory_of", lambda device: 60)
-    asked = []
+    remats = []
 
     def cost_of(name, config):
-        asked.append(config.train.remat)
+        remats.append(config.train.remat)
         return COST._replace(compiler_total=100 if config.train.remat == "none" else 50)
 
     mesh, config = mesh_of(1), config_of(tmp_path)
     loading = loader(config, mesh, 8192)
     made = stage_figures(config, "early", mesh, loading, cost_of)
-    assert asked == ["none", "block"] and made["fits"] is False
+    assert remats == ["none", "block"] and made["fits"] is False
     assert made["with_remat"] == {"compiler_total": 50, "fits": True}
+    assert "early: does NOT fit, but with train.remat=block it takes" in _verdict(("early", made))
+    both = made | {"with_remat": {"compiler_total": 90, "fits": False}}
+    assert "early: compiles and does NOT fit; lower train.batch" in _verdict(("early", both))
     assert made["loader_rate"] == pytest.approx(loading["batch_bytes"] / made["least_seconds"])
     monkeypatch.setattr(plan_command, "memory_of", lambda device: 200)
     made = stage_figures(config, "early", mesh, loading, cost_of)
-    assert made["fits"] and made["with_remat"] is None and asked == ["none", "block", "none"]
+    assert made["fits"] and made["with_remat"] is None and remats == ["none", "block", "none"]
     monkeypatch.setattr(plan_command, "memory_of", lambda device: 10)
     made = stage_figures(config_of(tmp_path, remat="block"), "early", mesh, loading, cost_of)
     assert made["fits"] is False and made["with_remat"] is None

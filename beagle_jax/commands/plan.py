@@ -5,7 +5,7 @@ Also whether its training steps compile and fit the devices.
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,12 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     devices = topology_devices(arguments.topology) if arguments.topology else jax.devices()
     if arguments.decode:
         return plan_decoding(config, arguments, devices, memory_of(devices[0]))
+    figures = _training(config, devices)
+    return table(figures), figures
+
+
+def _training(config: Config, devices: Sequence[jax.Device]) -> dict:
+    """Returns the figures of the stages on these devices."""
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.train.batch, mesh)
     check_positions(config.train.row_tokens, mesh)
@@ -68,7 +74,7 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
     space = disk(config, record_width(target, spec.taps), draft_parameters)
     loading = loader(config, mesh, space["state_of_a_token"])
-    figures = {
+    return {
         "target": {
             "source": config.target.source,
             "parameters": parameter_count(target),
@@ -93,7 +99,6 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
             for name in config.train.stages_to_run
         },
     }
-    return table(figures), figures
 
 
 def memory_of(device: jax.Device) -> float | None:
