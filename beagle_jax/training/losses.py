@@ -174,8 +174,8 @@ def compared(
     top_R1 = highest(true_RV.max(axis=-1, keepdims=True))
     peak_R1 = highest(draft_RV.max(axis=-1, keepdims=True))
 
-    # Exponentials are computed once, and divided where they are read: passes over [R, V] are most
-    # of a step's time on a CPU that is not in products (benchmarks/train_step.py).
+    # Exponentials are computed once, and divided where they are read: each pass over [R, V] moves
+    # as many bytes as the logits take.
     true_exp_RV, draft_exp_RV = jnp.exp(true_RV - top_R1), jnp.exp(draft_RV - peak_R1)
     true_sum_R1 = total(true_exp_RV.sum(axis=-1, keepdims=True))
     draft_sum_R1 = total(draft_exp_RV.sum(axis=-1, keepdims=True))
