@@ -6,8 +6,9 @@ The plain fits are h_i ~ A e_i + B h_{i-1} + c by ridge regression in float64, w
 and of the rank that the draft's values have (reduced-rank regression). The start reads the same
 rows, with attention over all earlier states. Top-1 is the share of held-out answer positions at
 which a prediction and the state itself have the same most likely token, among the tokens of the
-rows that are fitted on (at most --vocabulary of them). Text: experiments/text, greedy answers; the
-target: configs/quickstart.yaml.
+rows that are fitted on (at most --vocabulary of them). Differences have 95 % intervals by
+bootstrap over the held-out rows. Text: experiments/text, greedy answers; the target:
+configs/quickstart.yaml. The states are written in pieces, from which an interrupted run goes on.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from beagle_jax.training.warm_start import _explaining, _ridge, warm_start
 from beagle_jax.weights.target import configured_target
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = 800  # rows that are drawn; --rows takes the first of them
 WIDTH, AT_ONCE = 192, 20  # tokens of a row, rows at once
+DRAWS = 2000  # of the bootstrap
 
 
 def states(count: int, path: Path) -> dict[str, np.ndarray]:
@@ -40,7 +43,7 @@ def states(count: int, path: Path) -> dict[str, np.ndarray]:
         load_config(ROOT / "configs" / "quickstart.yaml", []).target, decoding=False
     )
     texts = list(rows_of(sorted((ROOT / "experiments" / "text").glob("part-greedy-*.npz"))))
-    order = np.random.default_rng(0).permutation(len(texts))[:count]
+    order = np.random.default_rng(0).permutation(len(texts))[:SAMPLE]
     rows = [
         Row(
             texts[index].prompt + texts[index].answer,
@@ -49,21 +52,32 @@ def states(count: int, path: Path) -> dict[str, np.ndarray]:
         for index in order
     ]
     batch = next(
-        BatchLoader(rows, None, batch=1, row_tokens=WIDTH, seed=0).samples(1, WIDTH * count)
+        BatchLoader(rows, None, batch=1, row_tokens=WIDTH, seed=0).samples(1, WIDTH * SAMPLE)
     )
+    batch = jax.tree.map(lambda x: x[:count], batch)
     head_VD = target.params.get("head_VD", target.params["embed_VD"])
+    pieces = []
+    for first in range(0, count, AT_ONCE):
+        piece = path.with_suffix(f".{first:05d}.npy")
+        if not piece.exists():
+            own = slice(first, first + AT_ONCE)
+            states_BLD = states_in_memory(
+                target.params, target.spec, batch.tokens_BL[own], batch.length_BC[own]
+            )
+            np.save(piece, states_BLD.astype(np.float16))
+        pieces.append(piece)
     made = {
         "tokens": batch.tokens_BL,
         "counted": batch.counted_BT,
         "length": batch.length_BC,
         "first": batch.first_BC,
-        "states": states_in_memory(
-            target.params, target.spec, batch.tokens_BL, batch.length_BC
-        ).astype(np.float16),
+        "states": np.concatenate([np.load(piece) for piece in pieces]),
         "embed": np.asarray(target.params["embed_VD"]),
         "head": np.asarray(head_VD),
     }
     np.savez(path, **made)
+    for piece in pieces:
+        piece.unlink()
     return made
 
 
@@ -94,7 +108,16 @@ def predicted(params: dict, spec: BeagleSpec, embed_VD: jax.Array, batch: Batch)
     return block(embed_VD[batch.tokens_BL], jnp.asarray(batch.inputs_BLI), mask)
 
 
-def measure(stored: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict[str, float]:
+def difference(right_M: np.ndarray, other_M: np.ndarray, row_M: np.ndarray) -> dict[str, float]:
+    """Returns how much more often the first is right, with its interval over rows."""
+    more = np.bincount(row_M, right_M.astype(float) - other_M)
+    count = np.bincount(row_M)
+    drawn = np.random.default_rng(0).integers(0, len(count), (DRAWS, len(count)))
+    low, high = np.quantile(more[drawn].sum(axis=1) / count[drawn].sum(axis=1), [0.025, 0.975])
+    return {"difference": more.sum() / count.sum(), "low": low, "high": high}
+
+
+def measure(stored: dict[str, np.ndarray], held_out: int, vocabulary: int) -> dict:
     """Returns top-1 of each fit on the held-out rows."""
     spec = BeagleSpec(
         hidden_size=576,
@@ -114,8 +137,8 @@ def measure(stored: dict[str, np.ndarray], held_out: int, vocabulary: int) -> di
     held_MF, true_MD, at = triples(embed_VD, held)
     best_M = np.argmax(true_MD @ head_VD.T, axis=1)
 
-    def agreement(state_MD: np.ndarray) -> float:
-        return float(np.mean(np.argmax(state_MD @ head_VD.T, axis=1) == best_M))
+    def right(state_MD: np.ndarray) -> np.ndarray:
+        return np.argmax(state_MD @ head_VD.T, axis=1) == best_M
 
     gram_FF, cross_FO = ((x_MF.T @ y).astype(np.float64) for y in (x_MF, y_MD))
     rank = spec.num_kv_heads * spec.head_dim
@@ -128,14 +151,23 @@ def measure(stored: dict[str, np.ndarray], held_out: int, vocabulary: int) -> di
     state_BLD = np.asarray(
         jax.jit(predicted, static_argnums=1)(start, spec, jnp.asarray(embed_VD), held)
     )
-    return {
-        "positions": len(x_MF),
-        "held_out_positions": len(held_MF),
-        "plain_full_rank": agreement(held_MF @ _ridge(gram_FF, cross_FO)),
-        "plain_rank_of_values": agreement(
+    right_M = {
+        "plain_full_rank": right(held_MF @ _ridge(gram_FF, cross_FO)),
+        "plain_rank_of_values": right(
             held_MF @ narrow @ _ridge(narrow.T @ gram_FF @ narrow, narrow.T @ cross_FO)
         ),
-        "start": agreement(state_BLD[at[0], at[1]]),
+        "start": right(state_BLD[at[0], at[1]]),
+    }
+    return {
+        "positions": len(x_MF),
+        "answers": cut,
+        "held_out_positions": len(held_MF),
+        "held_out_answers": held_out,
+        **{name: float(right.mean()) for name, right in right_M.items()},
+        "start_over_plain_rank_of_values": difference(
+            right_M["start"], right_M["plain_rank_of_values"], at[0]
+        ),
+        "jax": jax.__version__,
     }
 
 
@@ -144,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--states", type=Path, required=True, help="where states are kept (.npz)")
-    parser.add_argument("--rows", type=int, default=800, help="answers, held-out ones included")
+    parser.add_argument("--rows", type=int, default=SAMPLE, help="answers, held-out ones included")
     parser.add_argument("--held-out", type=int, default=60, help="rows that are not fitted on")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens to choose from")
     parser.add_argument("--json", type=Path, help="where the figures are written")

@@ -73,7 +73,7 @@ def main() -> None:
     for name in arguments.configs:
         for topology in arguments.topologies:
             config = load_config(ROOT / "configs" / f"{name}.yaml", list(TOPOLOGIES[topology]))
-            text, figures = plan(config, Namespace(devices=None, topology=topology))
+            text, figures = plan(config, Namespace(devices=None, topology=topology, decode=False))
             print(f"{name}, {topology}\n{text}\n", flush=True)
             entries[f"{name} {topology}"] = figures | {
                 "overrides": TOPOLOGIES[topology],

@@ -159,3 +159,16 @@ def test_a_config_asks_for_it(tmp_path, tree, drafted):
     assert drafter_of(config, target) == Lookup(2)
     decoder = decoder_of(config, target, drafter_of(config, target))
     assert decoder.tree == chain(drafted)
+
+
+@pytest.mark.parametrize(
+    ("decode", "drafted"),
+    [("tree: chain, levels: 4", 6), ("tree: dynamic, nodes: 7", 8), ("tree: auto, levels: 2", 4)],
+)
+def test_compared_with_a_draft_it_drafts_the_looked_up_nodes_too(tmp_path, decode, drafted):
+    (tmp_path / "c.yaml").write_text(
+        f"target: {{source: test}}\neval: {{compare: [lookup]}}\n"
+        f"decode: {{{decode}, ngram: 2, lookup_nodes: 2}}\n"
+    )
+    config, target = load_config(tmp_path / "c.yaml"), target_of()
+    assert decoder_of(config, target, drafter_of(config, target, "lookup")).tree == chain(drafted)

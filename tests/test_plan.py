@@ -316,10 +316,8 @@ def test_the_disk_of_a_run_is_that_of_its_text(tmp_path):
     """
     self_written = told_disk(tmp_path)
     # Answers of half the length.
-    assert (self_written["text_tokens_at_most"], self_written["states_at_most"]) == (
-        5000,
-        5000 * 64 * 4,
-    )
+    tokens, states = self_written["text_tokens_at_most"], self_written["states_at_most"]
+    assert (tokens, states) == (5000, 5000 * 64 * 4)
     assert told_disk(tmp_path, states="online")["states_at_most"] == 0
     given = told_disk(tmp_path, source="hf:org/name")
     assert (
@@ -460,6 +458,9 @@ def test_verdicts_and_hours_are_told():
         "steps": 1000,
         "tokens_a_step": 4096,
         "fits": False,
+        "with_remat": None,
+        "least_seconds": 0.0213,
+        "loader_rate": 2e9,
         "hours_at_40_percent": 3.25,
     }
     refused = stage | {
@@ -477,6 +478,7 @@ def test_verdicts_and_hours_are_told():
             "checkpoint": 1e9,
             "draft": 1e9,
         },
+        "loader": {"folder": "data", "readers": 1, "batch_bytes": 1e9, "disk_rate": 1e9},
         "devices": {"count": 16, "kind": "TPU v5 lite", "mesh": {"data": 16}, "memory": 2**34},
         "stages": {"early": stage, "late": refused},
     }
@@ -484,6 +486,9 @@ def test_verdicts_and_hours_are_told():
     assert (
         "16 x TPU v5 lite of 16 GiB, mesh data 16" in printed
         and "3.2 h" in printed
+        and "21.3 ms" in printed
+        and "each process reads 2.00 GB/s of states, and the disk of data gives 1.00 GB/s"
+        in printed
         and "17.00 GB" in printed
         and "8.19 kB a token, for as many tokens as the source has" in printed
     )

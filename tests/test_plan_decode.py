@@ -198,6 +198,10 @@ def test_the_plan_says_what_fits(cost, monkeypatch):
         (["--decode", "--context", "0"], "--context is 0; expected at least 1"),
         (["--decode", "--context", "9999"], "the target's longest context is 4096"),
         (["--decode", "draft.path=plain"], "draft.path is plain, but plan --decode plans a draft"),
+        (
+            ["--decode", "draft.path=lookup", "decode.lookup_nodes=3"],
+            "draft.path is lookup and decode.lookup_nodes is 3, but prompt lookup drafts a chain",
+        ),
         (["--decode", "mesh.tensor=64"], "mesh.tensor=64 needs 64 devices, but there are"),
         (["--decode", "--batch", "3", "mesh.data=2"], "which cannot be split into 2 equal parts"),
     ],

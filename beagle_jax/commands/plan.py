@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from beagle_jax.commands.plan_decode import plan_decoding
+from beagle_jax.commands.plan_loader import least_seconds, loader, loader_rate, verdict
 from beagle_jax.config import Config
 from beagle_jax.corpus.text import expected_tokens, is_complete
 from beagle_jax.data.folder import read_parts
@@ -47,6 +49,12 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
     devices = topology_devices(arguments.topology) if arguments.topology else jax.devices()
     if arguments.decode:
         return plan_decoding(config, arguments, devices, memory_of(devices[0]))
+    figures = _training(config, devices)
+    return table(figures), figures
+
+
+def _training(config: Config, devices: Sequence[jax.Device]) -> dict:
+    """Returns the figures of the stages on these devices."""
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.train.batch, mesh)
     check_positions(config.train.row_tokens, mesh)
@@ -59,12 +67,14 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
         if config.data.states == "online"
         else (None, params if config.eval.decodes else None)
     )
-    stages = {
-        name: stage_cost(name, config, target, scored, mesh, online, beside)
-        for name in config.train.stages_to_run
-    }
+
+    def cost_of(name: str, config: Config) -> StageCost:
+        return stage_cost(name, config, target, scored, mesh, online, beside)
+
     draft_parameters = sum(math.prod(shape) for shape in spec.param_shapes().values())
-    figures = {
+    space = disk(config, record_width(target, spec.taps), draft_parameters)
+    loading = loader(config, mesh, space["state_of_a_token"])
+    return {
         "target": {
             "source": config.target.source,
             "parameters": parameter_count(target),
@@ -76,7 +86,8 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
             "scored_tokens": scored,
             "vocabulary": target.vocab_size,
         },
-        "disk": disk(config, record_width(target, spec.taps), draft_parameters),
+        "disk": space,
+        "loader": loading,
         "devices": {
             "count": len(devices),
             "kind": devices[0].device_kind,
@@ -84,10 +95,10 @@ def plan(config: Config, arguments: Namespace) -> tuple[str, dict]:
             "memory": memory_of(devices[0]),
         },
         "stages": {
-            name: stage_figures(config, name, cost, devices) for name, cost in stages.items()
+            name: stage_figures(config, name, mesh, loading, cost_of)
+            for name in config.train.stages_to_run
         },
     }
-    return table(figures), figures
 
 
 def memory_of(device: jax.Device) -> float | None:
@@ -133,26 +144,46 @@ def text_tokens(config: Config) -> int | None:
 
 
 def stage_figures(
-    config: Config, name: str, cost: StageCost, devices: Sequence[jax.Device]
+    config: Config,
+    name: str,
+    mesh: Mesh,
+    loading: dict,
+    cost_of: Callable[[str, Config], StageCost],
 ) -> dict:
-    """Returns a stage's cost and the figures derived from it."""
-    steps, memory = config.train.named_stages[name].steps, memory_of(devices[0])
+    """Returns a stage's cost and the figures derived from it.
+
+    A step that does not fit is also compiled with `train.remat: block`.
+    """
+    device, cost = mesh.devices.flat[0], cost_of(name, config)
+    memory, chip = memory_of(device), chip_of(device.device_kind)
+    seconds = least_seconds(config, mesh, cost.flops)
     figures = cost._asdict() | {
         "held": cost.held,
-        "steps": steps,
+        "steps": config.train.named_stages[name].steps,
         "tokens_a_step": config.train.batch * config.train.row_tokens,
+        "fits": _fits(cost, memory),
+        "with_remat": None,
+        "least_seconds": seconds,
+        "loader_rate": loader_rate(seconds, loading),
     }
-    if cost.refusal:
-        figures["fits"] = False
-    elif memory is None or cost.compiler_total is None:
-        figures["fits"] = None
-    else:
-        figures["fits"] = cost.compiler_total <= memory
-    chip = chip_of(devices[0].device_kind)
+    if figures["fits"] is False and config.train.remat == "none":
+        again = cost_of(name, config.changed(train=config.train.changed(remat="block")))
+        figures["with_remat"] = {
+            "compiler_total": again.compiler_total,
+            "fits": _fits(again, memory),
+        }
     if chip and chip.bfloat16:
-        rate = _UTILISATION * chip.bfloat16 * len(devices)
-        figures["hours_at_40_percent"] = steps * cost.flops / rate / 3600
+        rate = _UTILISATION * chip.bfloat16 * mesh.size
+        figures["hours_at_40_percent"] = figures["steps"] * cost.flops / rate / 3600
     return figures
+
+
+def _fits(cost: StageCost, memory: float | None) -> bool | None:
+    if cost.refusal:
+        return False
+    if memory is None or cost.compiler_total is None:
+        return None
+    return cost.compiler_total <= memory
 
 
 def table(figures: dict) -> str:
@@ -187,6 +218,7 @@ def table(figures: dict) -> str:
         ("of the next batches", _of("waiting")),
         ("temporaries", _of("temporaries")),
         ("all, by the compiler", _of("compiler_total")),
+        ("least time at the chips' peak", _milliseconds),
         ("compiled in", lambda stage: f"{stage['compile_seconds']:.1f} s"),
     ]
     if any("hours_at_40_percent" in stage for stage in figures["stages"].values()):
@@ -197,22 +229,34 @@ def table(figures: dict) -> str:
         cells = figures["stages"].items() if label != "stage" else ()
         values = [show(stage) for _, stage in cells] or list(figures["stages"])
         lines.append(f"{label:34}" + "".join(f"{value:>16}" for value in values))
-    return "\n".join([*lines, *map(_verdict, figures["stages"].items())])
+    rates = [stage["loader_rate"] for stage in figures["stages"].values()]
+    loads = [verdict(figures["loader"], rates)] if rates else []
+    return "\n".join([*lines, *loads, *map(_verdict, figures["stages"].items())])
 
 
 def _verdict(entry: tuple[str, dict]) -> str:
     name, stage = entry
+    if stage["fits"] is None:
+        return f"{name}: compiles"
+    if stage["fits"]:
+        return f"{name}: compiles and fits"
+    again = stage["with_remat"]
+    if again and again["fits"]:
+        return (
+            f"{name}: does NOT fit, but with train.remat=block it takes "
+            f"{size(again['compiler_total'])} and fits"
+        )
     if stage["refusal"]:
         return (
             f"{name}: does NOT fit: {stage['refusal']}; lower train.batch, train.row_tokens or "
             "train.loss_rows, or raise mesh.fsdp"
         )
-    if stage["fits"] is None:
-        return f"{name}: compiles"
-    return (
-        f"{name}: compiles and "
-        f"{'fits' if stage['fits'] else 'does NOT fit; lower train.batch or raise mesh.fsdp'}"
-    )
+    return f"{name}: compiles and does NOT fit; lower train.batch or raise mesh.fsdp"
+
+
+def _milliseconds(stage: dict) -> str:
+    seconds = stage["least_seconds"]
+    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms"
 
 
 def _of(key: str) -> Callable[[dict], str]:

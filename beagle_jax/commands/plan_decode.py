@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from beagle_jax.config import Config
 from beagle_jax.decoding.cost import DecodeCost, ProgramCost, decode_cost
-from beagle_jax.decoding.tree import Tree, chain, tree_of
+from beagle_jax.decoding.tree import Tree, lookup_tree, tree_of
 from beagle_jax.errors import UsageError
 from beagle_jax.hardware import chip_of
 from beagle_jax.sharding import decoding_mesh, mesh_for_decoding
@@ -75,11 +75,9 @@ def plan_decoding(
 
 
 def _tree(config: Config) -> Tree:
-    decode = config.decode
     if config.draft.path == "plain":
         raise UsageError("draft.path is plain, but plan --decode plans a draft too; leave it out")
-    tree = tree_of(decode)
-    return chain(tree.size - 1) if config.draft.path == "lookup" else tree
+    return (lookup_tree if config.draft.path == "lookup" else tree_of)(config.decode)
 
 
 def _mesh(config: Config, arguments: Namespace, devices: Sequence[jax.Device]) -> Mesh:

@@ -78,6 +78,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_lookup(self) -> Self:
+        if self.draft.path == "lookup" and self.decode.lookup_nodes:
+            raise refusal(
+                f"draft.path is lookup and decode.lookup_nodes is {self.decode.lookup_nodes}, but "
+                "prompt lookup drafts a chain of looked-up tokens already, and these nodes stand "
+                "beside the tree of a trained draft; set decode.lookup_nodes to 0, or draft.path "
+                "to a trained draft"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_measurements(self) -> Self:
         if 0 < self.log.eval_rows < self.train.batch:
             raise refusal(

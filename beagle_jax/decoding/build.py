@@ -8,9 +8,8 @@ from beagle_jax.config import Config
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.lookup import Lookup
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.decoding.tree import Tree, chain, tree_of, with_lookup
+from beagle_jax.decoding.tree import Tree, lookup_tree, tree_of, with_lookup
 from beagle_jax.decoding.tuning import machine, tuned_path, tuned_tree
-from beagle_jax.errors import UserError
 from beagle_jax.sharding import mesh_for_decoding
 from beagle_jax.weights.draft import Draft, check_there, load_draft, other_target
 from beagle_jax.weights.target import Target, configured_target
@@ -65,17 +64,12 @@ def decoder_of(
     """Builds the decoder of a config from a loaded target and draft.
 
     mesh: of `mesh_for_decoding`, over which the target was loaded. rows: answers decoded at once,
-    for `decode.tree: auto` (`auto_tree`). Prompt lookup drafts a chain of as many tokens as the
-    tree verifies, so that a round costs the target the same.
+    for `decode.tree: auto` (`auto_tree`). Prompt lookup drafts a chain (`lookup_tree`).
     """
     decode = config.decode
+    tree: Tree
     if isinstance(draft, Lookup):
-        if decode.lookup_nodes:
-            raise UserError(
-                "decode.lookup_nodes is for a draft: draft.path lookup looks up all nodes; leave "
-                "one of the two out"
-            )
-        tree: Tree = chain(decode.levels if decode.tree == "auto" else tree_of(decode).size - 1)
+        tree = lookup_tree(decode)
     elif decode.tree == "auto":
         tree = auto_tree(config, target, draft, mesh, rows)
     else:

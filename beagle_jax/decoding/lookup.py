@@ -52,11 +52,6 @@ class Lookup(Drafter):
 
     def check(self, target: TargetSpec, tree: Tree, rule: str) -> None:
         """Raises UserError unless the tree is a chain and the rule is match."""
-        if isinstance(tree, LookupTree):
-            raise UserError(
-                "decode.lookup_nodes are for a trained draft: prompt lookup looks up all nodes; "
-                "set it to 0"
-            )
         if tree.size != tree.depth + 1 or tree.scored or rule == "ratio":
             raise UserError(
                 f"prompt lookup drafts a chain without probabilities, but got a {tree} and rule "

@@ -325,3 +325,13 @@ def with_lookup(tree: GrownTree, config: DecodeConfig) -> Tree:
     if not config.lookup_nodes:
         return tree
     return LookupTree(tree, config.lookup_nodes, config.ngram)
+
+
+def lookup_tree(config: DecodeConfig) -> StaticTree:
+    """Returns the chain that prompt lookup drafts: as many tokens as the config's tree verifies.
+
+    A round then costs the target the same. For `auto` it is `levels`, beside the looked-up nodes.
+    """
+    if config.tree == "auto":
+        return chain(config.levels + config.lookup_nodes)
+    return chain(tree_of(config).size - 1)

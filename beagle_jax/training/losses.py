@@ -174,15 +174,19 @@ def compared(
     top_R1 = highest(true_RV.max(axis=-1, keepdims=True))
     peak_R1 = highest(draft_RV.max(axis=-1, keepdims=True))
 
-    def log_softmax(x_RV: jax.Array, peak: jax.Array) -> jax.Array:
-        return x_RV - peak - jnp.log(total(jnp.exp(x_RV - peak).sum(axis=-1, keepdims=True)))
-
-    log_p_RV, log_q_RV = log_softmax(true_RV, top_R1), log_softmax(draft_RV, peak_R1)
+    # Exponentials are computed once, and divided where they are read: each pass over [R, V] moves
+    # as many bytes as the logits take.
+    true_exp_RV, draft_exp_RV = jnp.exp(true_RV - top_R1), jnp.exp(draft_RV - peak_R1)
+    true_sum_R1 = total(true_exp_RV.sum(axis=-1, keepdims=True))
+    draft_sum_R1 = total(draft_exp_RV.sum(axis=-1, keepdims=True))
+    log_p_RV = true_RV - top_R1 - jnp.log(true_sum_R1)
+    log_q_RV = draft_RV - peak_R1 - jnp.log(draft_sum_R1)
 
     def over_vocabulary(x_RV: jax.Array) -> jax.Array:
         return total(x_RV.sum(axis=-1))
 
-    of = Distributions(jnp.exp(log_p_RV), log_p_RV, jnp.exp(log_q_RV), log_q_RV, over_vocabulary)
+    p_RV, q_RV = true_exp_RV / true_sum_R1, draft_exp_RV / draft_sum_R1
+    of = Distributions(p_RV, log_p_RV, q_RV, log_q_RV, over_vocabulary)
     distance_R, slope_RV = DISTANCES[kind](of)
     return distance_R, _rank(draft_RV, true_RV, top_R1, share), slope_RV
 
@@ -193,18 +197,22 @@ def _rank(draft_RV: jax.Array, true_RV: jax.Array, top_R1: jax.Array, share: Own
     If several tokens are the most likely, the one with the lowest id is meant.
     """
     V = true_RV.shape[1]
-    token_V = share.first_token(V) + jnp.arange(V)
-    best_R1 = lowest_of(true_RV, top_R1, share)
-    draft_R1 = jnp.where(token_V[None] == best_R1, draft_RV, 0.0).sum(axis=-1, keepdims=True)
+    own_R1 = lowest_of(true_RV, top_R1, share) - share.first_token(V)
+    draft_R1 = jnp.take_along_axis(draft_RV, own_R1, axis=-1, mode="clip")
+    draft_R1 = jnp.where((own_R1 >= 0) & (own_R1 < V), draft_R1, 0.0)
     draft_R1 = jax.lax.psum(draft_R1, share.vocabulary)
-    return jax.lax.psum(jnp.sum(draft_RV > draft_R1, axis=-1), share.vocabulary)
+    # Float32 counts to 2^24 exactly; XLA's CPU sums of integers are slow.
+    above_R = jnp.sum(draft_RV > draft_R1, axis=-1, dtype=jnp.float32)
+    return jax.lax.psum(above_R.astype(jnp.int32), share.vocabulary)
 
 
 def lowest_of(x_RV: jax.Array, top_R1: jax.Array, share: OwnShare) -> jax.Array:
     """Returns the lowest id [R, 1] over the whole vocabulary whose value is the top one."""
-    token_V, unseen = share.first_token(x_RV.shape[1]) + jnp.arange(x_RV.shape[1]), 2**31 - 1
-    lowest_R1 = jnp.where(x_RV == top_R1, token_V[None], unseen).min(axis=-1, keepdims=True)
-    return jax.lax.pmin(lowest_R1, share.vocabulary)
+    unseen = 2**31 - 1
+    own_R1 = jnp.argmax(x_RV, axis=-1, keepdims=True)  # of equal ones the first
+    highest_R1 = x_RV.max(axis=-1, keepdims=True)
+    token_R1 = own_R1.astype(jnp.int32) + share.first_token(x_RV.shape[1])
+    return jax.lax.pmin(jnp.where(highest_R1 == top_R1, token_R1, unseen), share.vocabulary)
 
 
 def _vjp_forward(

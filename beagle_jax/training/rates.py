@@ -47,7 +47,7 @@ class Rates:
         self._stage: StageConfig = config.train.named_stages[name]
         self._train, self._spec, self._frozen = config.train, spec, frozen
         self._devices = mesh.size
-        self._peak = _peak(config, mesh)
+        self._peak = peak_rate(config, mesh)
         self._rate = learning_rates(self._stage)
         self._live = round(config.train.row_tokens * (1 - padding))  # tokens of a row, on average
         self.restart()
@@ -116,7 +116,7 @@ class Rates:
         return rows * row
 
 
-def _peak(config: Config, mesh: Mesh) -> float | None:
+def peak_rate(config: Config, mesh: Mesh) -> float | None:
     """Published rate of all chips of the mesh, operations/s; None if it is not known."""
     chip = chip_of(mesh.devices.flat[0].device_kind)
     if chip is None:
