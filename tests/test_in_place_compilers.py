@@ -112,7 +112,7 @@ def compiled(topology: str, out: Path, planted: str = "") -> list[dict]:
         check=True,
         timeout=880,
     )
-    return json.loads(out.read_text())[topology]["programs"]["step"]["copies"]
+    return json.loads(out.read_text())[f"{topology}, 1 layers"]["programs"]["step"]["copies"]
 
 
 @pytest.mark.slow
