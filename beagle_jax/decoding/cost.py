@@ -28,14 +28,14 @@ from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.cache import round_up
-from beagle_jax.model.joined import FOR_DECODING, join_layer
+from beagle_jax.model.joined import join_layer
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.program import Program, program_of
 from beagle_jax.sharding import (
+    joins_heads,
     place_abstract,
     shardings,
-    splits_heads,
     state_shardings,
 )
 from beagle_jax.topology import first_line, hidden_warnings
@@ -145,9 +145,7 @@ def _decode_cost(
 
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
     """Returns the round of a config's decoder, with shapes in place of weights."""
-    params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
-    if FOR_DECODING:
-        params = _joined(params, target, mesh)
+    params = _joined(abstract_params(target, jnp.dtype(config.target.dtype), mesh), target, mesh)
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)
@@ -168,7 +166,7 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
-    join = partial(join_layer, spec=target, heads=splits_heads(mesh, target.num_kv_heads))
+    join = partial(join_layer, spec=target, heads=joins_heads(mesh, target.num_kv_heads))
     layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
 
