@@ -1,7 +1,8 @@
-"""What a compiled program launches: kernels and collectives, counted in XLA's HLO text."""
+"""What a compiled program launches and copies, read from XLA's HLO text."""
 
 import math
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 # These launch nothing: they name buffers, or call what is counted itself.
@@ -38,6 +39,11 @@ _BRANCHES = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
+_NAMED = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_OPERAND = re.compile(r"%([\w.-]+)")
+_FUSED = re.compile(r" fusion\(.*calls=%?([\w.-]+)")
+_FAST = "S(1)"  # a TPU's vector memory, in a layout
+_WRITES = {"dynamic-update-slice", "scatter"}  # in place, where the operand is not needed any more
 
 
 class Program(NamedTuple):
@@ -46,6 +52,14 @@ class Program(NamedTuple):
     kernels: int
     collectives: int
     collective_bytes: int  # of their results, on each device
+
+
+class Copy(NamedTuple):
+    """An operation that makes a large array anew."""
+
+    where: str  # "entry", "loop" or "exit"; "entry" in programs without a loop
+    operation: str  # "prefetch": into a TPU's fast memory, where it is read once
+    shape: str  # with the layout
 
 
 class _Counted(NamedTuple):
@@ -144,3 +158,61 @@ def _bytes(shape: str, operation: str) -> int:
     if operation.endswith("-start") and operation != "all-reduce-start":
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
+
+
+def copies_of(text: str, elements: int, besides: Collection[int] = ()) -> list[Copy]:
+    """Lists operations of an optimised HLO module that make an array of `elements` or more.
+
+    Writes in place are none of them. besides: sizes that do not count, in elements, such as those
+    of weights that a TPU fetches before their use. An asynchronous copy counts once.
+    """
+    entry, computations = _computations(text)
+    fused, copies = set(_FUSED.findall(text)), []
+    for name, lines in computations.items():
+        where = "entry" if name == entry else "loop"
+        for line in lines if name not in fused else ():
+            if not (instruction := _INSTRUCTION.match(line)):
+                continue
+            shape, operation, _ = instruction.groups()
+            if operation == "while" and name == entry:
+                where = "exit"
+            if operation in _SILENT or operation.endswith(("-done", "-update")):
+                continue
+            sizes = [
+                math.prod(map(int, listed.split(",")))
+                for _, listed in _SHAPE.findall(shape)
+                if listed
+            ]
+            largest = max(sizes, default=0)
+            if largest < elements or largest in besides:
+                continue
+            called = _FUSED.search(line)
+            ends = _ends(computations[called[1]]) if called else {operation}
+            if (
+                operation == "copy-start"
+                and _FAST in shape.split("{")[1]
+                and _FAST not in shape.split("{")[2]
+            ):
+                ends = {"prefetch"}
+            if not ends <= _WRITES:
+                copies.append(Copy(where, "+".join(sorted(ends - _WRITES)), shape))
+    return copies
+
+
+def _ends(lines: list[str]) -> set[str]:
+    """Returns the operations that make the results of a fusion."""
+    made, root = {}, ""
+    for line in lines:
+        if instruction := _NAMED.match(line):
+            is_root, name, _, operation, rest = instruction.groups()
+            made[name] = operation, rest
+            root = name if is_root else root
+
+    def of(name: str) -> set[str]:
+        operation, rest = made[name]
+        operands = [each for each in _OPERAND.findall(rest) if each in made]
+        if operation == "tuple":
+            return set().union(*map(of, operands))
+        return of(operands[0]) if operation == "bitcast" and operands else {operation}
+
+    return of(root)

@@ -177,6 +177,17 @@ def splits_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
     return copies == 1 and num_kv_heads % mesh.shape[TENSOR] == 0
 
 
+def joins_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
+    """Returns whether queries, keys and values are joined on these devices (model/joined.py).
+
+    XLA joins their products on GPUs by itself. Joined arrays made its compiler for an H100 turn a
+    cache at the beginning and end of each call (benchmarks/in_place.py). None: this process's
+    devices.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return device.platform in ("cpu", "tpu") and splits_heads(mesh, num_kv_heads)
+
+
 def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
     """Checks that each axis of a decoder's mesh splits something of the target.
 

@@ -114,11 +114,11 @@ def _measured(jitted, now: Round | None, state: DecodeState, *more, **static) ->
 
 
 def _begun(
-    kind: str, tree: Tree, sampling: Sampling, eos_ids=NEVER, **parts: Callable
+    kind: str, tree: Tree, sampling: Sampling, eos_ids=NEVER, batch: int = B, **parts: Callable
 ) -> tuple[Round, DecodeState]:
-    """A round, and a state of three sequences without requests."""
+    """A round, and a state of three sequences, or `batch`, without requests."""
     now = round_of(target_of(SPEC, eos_ids), _draft(kind), tree, sampling).with_(**parts)
-    return now, engine.begin(now.reading, batch=B, capacity=S)
+    return now, engine.begin(now.reading, batch=batch, capacity=S)
 
 
 def rounds(
@@ -128,20 +128,22 @@ def rounds(
     return _measured(advance, now, state, np.int32(9), np.int32(B))
 
 
-def chunk(kind: str, *, first: bool, eos_ids=NEVER) -> dict:
+def chunk(kind: str, *, first: bool, eos_ids=NEVER, row_R=(2, 0), batch: int = B) -> dict:
     """Reads the first chunk of two prompts, or a later one, into two of the sequences."""
-    now, state = _begun(kind, ROOT_ONLY if kind == "none" else chain(3), GREEDY, eos_ids)
-    return _measured(engine.admit, now.reading, state, _text(first=first), first=first)
+    tree = ROOT_ONLY if kind == "none" else chain(3)
+    now, state = _begun(kind, tree, GREEDY, eos_ids, batch)
+    return _measured(engine.admit, now.reading, state, _text(row_R, first=first), first=first)
 
 
-def _text(*, first: bool) -> Chunk:
-    key_R = jax.vmap(jax.random.key)(jnp.arange(CHUNK_ROWS))
-    requests = Requests(np.full(CHUNK_ROWS, 8, np.int32), key_R, knobs_of([GREEDY] * CHUNK_ROWS))
+def _text(row_R=(2, 0), *, first: bool) -> Chunk:
+    count = len(row_R)
+    key_R = jax.vmap(jax.random.key)(jnp.arange(count))
+    requests = Requests(np.full(count, 8, np.int32), key_R, knobs_of([GREEDY] * count))
     return Chunk(
-        np.array([2, 0], np.int32),
-        np.ones((CHUNK_ROWS, T), np.int32),
+        np.array(row_R, np.int32),
+        np.ones((count, T), np.int32),
         np.int32(0 if first else T),
-        np.full(CHUNK_ROWS, 2 * T, np.int32),
+        np.full(count, 2 * T, np.int32),
         requests,
     )
 
@@ -205,6 +207,7 @@ CASES: dict[str, Callable[[], dict]] = {
     "EAGLE's tree": lambda: rounds("eagle", dynamic_tree(2, 2, 4)),
     "first chunk": lambda: chunk("beagle", first=True),
     "later chunk": lambda: chunk("beagle", first=False),
+    "later chunk of the only sequence": lambda: chunk("beagle", first=False, row_R=(0,), batch=1),
     "EAGLE's later chunk": lambda: chunk("eagle", first=False),
     "released rows": released,
     "written text": written,
@@ -221,7 +224,13 @@ PLANTED: dict[str, Callable[[], dict]] = {
 
 
 # Compiled in every run of the tests; the others in the slow ones.
-QUICK = ("plain, greedy", "later chunk", "written text", "not given away", "chunk put at once")
+QUICK = (
+    "plain, greedy",
+    "later chunk of the only sequence",
+    "written text",
+    "not given away",
+    "chunk put at once",
+)
 
 
 if __name__ == "__main__":

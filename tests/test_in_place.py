@@ -64,7 +64,7 @@ def test_caches_are_donated_and_updated_in_place(measure, name):
 
 @pytest.mark.parametrize("name", slow_but(QUICK, (name for name in CASES if "later" in name)))
 def test_a_later_chunk_copies_no_slots_but_those_of_its_own_sequences(measure, name):
-    check(measure(name), CHUNK_ROWS / B)
+    check(measure(name), 0.0 if "only" in name else CHUNK_ROWS / B)
 
 
 def test_planted_bug_caches_that_are_not_given_away(measure):

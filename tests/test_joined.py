@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,16 @@ from weight_cases import LLAMA, Held
 
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.model import joined as joined_module
-from beagle_jax.model.joined import heads_apart, join_layer, separate_layer, separated
+from beagle_jax.model.joined import (
+    heads_apart,
+    join_layer,
+    separate_layer,
+    separated,
+)
 from beagle_jax.model.quantised import Quantised, dense, quantise_layer
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.model.tensors import ARRAYS, JOINED
+from beagle_jax.sharding import joins_heads
 from beagle_jax.weights import target as target_module
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.target import fill_params, load_target
@@ -222,3 +229,14 @@ def test_a_joined_array_is_split_as_its_parts_are(key):
     # queries are split further than keys and values where there are more devices than KV heads
     split = {axis for axis in JOINED[key].axes if axis}
     assert split == {axis for part in parts[-1:] for axis in part.axes if axis}
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", True), ("tpu", True), ("gpu", False)])
+def test_gpus_keep_queries_keys_and_values_apart(platform, expected):
+    class Mesh:
+        devices = np.array([SimpleNamespace(platform=platform)])
+        axis_names, shape = ("tensor",), {"tensor": 1}
+
+    assert joins_heads(Mesh(), 2) is expected
+    Mesh.shape = {"tensor": 4}  # more devices than KV heads
+    assert joins_heads(Mesh(), 2) is False

@@ -28,7 +28,7 @@ from beagle_jax.decoding.engine import advance
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.errors import UsageError, run_main
 from beagle_jax.hardware import CHIPS
-from beagle_jax.model.joined import FOR_DECODING, join_layer
+from beagle_jax.model.joined import join_layer
 from beagle_jax.model.kinds import fresh_params, new_spec
 from beagle_jax.program import Program, program_of
 from beagle_jax.sharding import decoding_mesh, make_mesh
@@ -122,8 +122,7 @@ def test_bytes_are_those_of_the_shapes(cost):
 def loaded_params():
     """Weights as they are loaded for decoding."""
     params = random_params(SPEC)
-    joined = [join_layer(layer, SPEC) for layer in params["layers"]]
-    return {**params, "layers": joined} if FOR_DECODING else params
+    return {**params, "layers": [join_layer(layer, SPEC) for layer in params["layers"]]}
 
 
 def test_programs_are_those_of_the_decoder(cost, mesh):
@@ -150,8 +149,7 @@ def test_the_abstract_round_has_the_weights_of_a_real_one(mesh):
     assert now.drafter.head.rows_VD.shape == (24, 32) and now.drafter.head.ids_V.shape == (24,)
 
 
-def test_joined_projections_are_planned_as_they_would_be_loaded(mesh, monkeypatch):
-    monkeypatch.setattr("beagle_jax.decoding.cost.FOR_DECODING", True)
+def test_joined_projections_are_planned_as_they_are_loaded(mesh):
     for layer in abstract_round(CONFIG, SPEC, TREE, mesh).target.params["layers"]:
         expected = join_layer(random_params(SPEC)["layers"][0], SPEC)
         assert jax.tree.map(jnp.shape, layer) == jax.tree.map(jnp.shape, expected)

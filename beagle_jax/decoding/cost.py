@@ -6,7 +6,7 @@ decoding runs, for the devices of a mesh, which may belong to a topology (topolo
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,11 +28,16 @@ from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.model.cache import round_up
-from beagle_jax.model.joined import FOR_DECODING, join_layer
+from beagle_jax.model.joined import join_layer
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.program import Program, program_of
-from beagle_jax.sharding import place_abstract, shardings, splits_heads, state_shardings
+from beagle_jax.sharding import (
+    joins_heads,
+    place_abstract,
+    shardings,
+    state_shardings,
+)
 from beagle_jax.topology import first_line, hidden_warnings
 from beagle_jax.weights.orbax_target import abstract_params
 
@@ -62,6 +67,45 @@ class DecodeCost(NamedTuple):
     round_bytes: int
 
 
+@dataclass(frozen=True)
+class Programs:
+    """The programs of a decoder, lowered for the devices of its mesh from shapes alone.
+
+    now: of `abstract_round`. batch: rows. context: tokens of each row.
+    """
+
+    now: Round
+    batch: int
+    context: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return round_up(self.context + self.now.tree.depth + 1, CAPACITY_BUCKET)
+
+    @property
+    def state(self) -> DecodeState:
+        """Shapes of the state of rounds with drafts."""
+        return _state(self.now, self.batch, self.capacity)
+
+    def step(self) -> jax.stages.Lowered:
+        """The loop of plain steps."""
+        plain = replace(self.now.plain, filters=self.now.filters)
+        return self._advance(plain, _state(plain, self.batch, self.capacity))
+
+    def round(self) -> jax.stages.Lowered:
+        """The loop of rounds with drafts."""
+        return self._advance(self.now, self.state)
+
+    def reading(self) -> jax.stages.Lowered:
+        """Reads a later chunk of a prompt of one row."""
+        chunk = _chunk(self.capacity)
+        return admit.lower(self.now.reading, self.state, chunk, first=False)
+
+    def _advance(self, now: Round, state: DecodeState) -> jax.stages.Lowered:
+        return advance.lower(now, state, np.int32(2), np.int32(self.batch))
+
+
 def decode_cost(
     config: Config, target: TargetSpec, tree: Tree, mesh: Mesh, *, batch: int, context: int
 ) -> DecodeCost:
@@ -79,15 +123,11 @@ def _decode_cost(
     config: Config, target: TargetSpec, tree: Tree, mesh: Mesh, batch: int, context: int
 ) -> DecodeCost:
     now = abstract_round(config, target, tree, mesh)
-    capacity = round_up(context + tree.depth + 1, CAPACITY_BUCKET)
-    state = _state(now, batch, capacity)
-    plain = replace(now.plain, filters=now.filters)
-    most, enough = np.int32(2), np.int32(batch)
-    step = _compiled(advance.lower(plain, _state(plain, batch, capacity), most, enough), loop=True)
-    speculative = step
-    if tree.depth:
-        speculative = _compiled(advance.lower(now, state, most, enough), loop=True)
-    reading = _compiled(admit.lower(now.reading, state, _chunk(capacity), first=False), loop=False)
+    programs = Programs(now, batch, context)
+    state, capacity = programs.state, programs.capacity
+    step = _compiled(programs.step(), loop=True)
+    speculative = _compiled(programs.round(), loop=True) if tree.depth else step
+    reading = _compiled(programs.reading(), loop=False)
     cache, own = state.cache.layers, state.draft
     return DecodeCost(
         target_weights=held_bytes(now.target.params),
@@ -105,9 +145,7 @@ def _decode_cost(
 
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
     """Returns the round of a config's decoder, with shapes in place of weights."""
-    params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
-    if FOR_DECODING:
-        params = _joined(params, target, mesh)
+    params = _joined(abstract_params(target, jnp.dtype(config.target.dtype), mesh), target, mesh)
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)
@@ -128,7 +166,7 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
-    join = partial(join_layer, spec=target, heads=splits_heads(mesh, target.num_kv_heads))
+    join = partial(join_layer, spec=target, heads=joins_heads(mesh, target.num_kv_heads))
     layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
 

@@ -149,6 +149,9 @@ class TrainedDrafter(TreeDrafter):
             # Values of one node that are not finite must not reach the others, as 0 x NaN.
             k_BKHQ, v_BKQH = memory
             seen_BTQ = sees_BTQ[:, None, None]
+            # The barrier keeps XLA from making one product of both parts, for which it would join
+            # their keys: a copy of the cache in each level on an H100.
+            q_BKGTH = jax.lax.optimization_barrier(q_BKGTH)
             parts.append(partial_attention(q_BKGTH, k_BKHQ, finite(v_BKQH), seen_BTQ))
         state_BTD = block.predict(x_BTD, merge_attention(*parts))
         normed_BTD = self.spec.final_norm(self.params, state_BTD)

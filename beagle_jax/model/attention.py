@@ -13,12 +13,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Score of a masked key. It is finite, because a query that sees no key would compute inf - inf.
 MASKED_SCORE = -1e30
 # Keys that are computed at once where there are many; scores of all keys would fill the memory.
 BLOCK = 256
 MANY_KEYS, _MANY_QUERIES = 1024, 64
+# Fewer rows of a product than this are padded on TPUs. libtpu would compute them without its matrix
+# units, in another order of keys and values than products of more rows, and turn whole caches at
+# the beginning and end of each call of a program (benchmarks/in_place.py).
+_TPU_ROWS = 8
 
 
 class PartialAttention(NamedTuple):
@@ -60,8 +65,9 @@ def partial_attention(
         return PartialAttention(*in_blocks(*operands))
     # Few queries: scores take no memory, but on a CPU the time of a step follows the keys that are
     # read (benchmarks/live_attention.py). Elsewhere that is not measured yet.
-    at_once = partial(_at_once, cap)
-    return PartialAttention(*jax.lax.platform_dependent(*operands, cpu=in_blocks, default=at_once))
+    at_once, on_tpu = partial(_at_once, cap), partial(_at_once, cap, least_rows=_TPU_ROWS)
+    chosen = jax.lax.platform_dependent(*operands, cpu=in_blocks, tpu=on_tpu, default=at_once)
+    return PartialAttention(*chosen)
 
 
 def _at_once(
@@ -70,40 +76,59 @@ def _at_once(
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     mask: jax.Array | bool,
+    *,
+    least_rows: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three parts of `PartialAttention`, from the scores of all keys."""
-    score = _scores(q_BKGTH, k_BKHS, mask, cap)
+    """The three parts of `PartialAttention`, from the scores of all keys.
+
+    least_rows: of both products, which are padded to it.
+    """
+    score = _scores(q_BKGTH, k_BKHS, mask, cap, least_rows)
     # The peak cancels in the merge, so it needs no gradient.
     peak = jax.lax.stop_gradient(score.max(axis=-1))
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
-    return _weighted(weight, v_BKSH), peak, weight.sum(axis=-1)
+    return _weighted(weight, v_BKSH, least_rows), peak, weight.sum(axis=-1)
+
+
+def _padded_product(
+    equation: str,
+    x_BKMI: jax.Array,
+    y: jax.Array,
+    least_rows: int,
+    dtype: DTypeLike | None,
+) -> jax.Array:
+    """Multiplies M rows with keys or values, padded to at least `least_rows` rows."""
+    M = x_BKMI.shape[2]
+    if least_rows <= M:
+        return jnp.einsum(equation, x_BKMI, y, preferred_element_type=dtype)
+    x_BKMI = jnp.pad(x_BKMI, ((0, 0), (0, 0), (0, least_rows - M), (0, 0)))
+    # Without the barriers, XLA would remove the padding again.
+    x_BKMI = jax.lax.optimization_barrier(x_BKMI)
+    out_BKMO = jnp.einsum(equation, x_BKMI, y, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(out_BKMO)[:, :, :M]
 
 
 def _scores(
-    q_BKGTH: jax.Array, k_BKHS: jax.Array, mask: jax.Array | bool, cap: float | None
+    q_BKGTH: jax.Array,
+    k_BKHS: jax.Array,
+    mask: jax.Array | bool,
+    cap: float | None,
+    least_rows: int = 1,
 ) -> jax.Array:
     """Float32 scores [B, K, G, T, S] of scaled queries."""
     B, K, G, T, H = q_BKGTH.shape
-    score_BKMS = jnp.einsum(
-        "BKMH,BKHS->BKMS",
-        q_BKGTH.reshape(B, K, G * T, H),
-        k_BKHS,
-        preferred_element_type=jnp.float32,
-    )
+    q_BKMH = q_BKGTH.reshape(B, K, G * T, H)
+    score_BKMS = _padded_product("BKMH,BKHS->BKMS", q_BKMH, k_BKHS, least_rows, jnp.float32)
     return jnp.where(mask, soft_cap(score_BKMS, cap).reshape(B, K, G, T, -1), MASKED_SCORE)
 
 
-def _weighted(weight_BKGTS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+def _weighted(weight_BKGTS: jax.Array, v_BKSH: jax.Array, least_rows: int = 1) -> jax.Array:
     """Float32 sums of values [B, K, G, T, H]."""
     B, K, G, T, S = weight_BKGTS.shape
     # The sum is not normalised yet: over many keys it exceeds 65504, the largest float16.
     wide = jnp.float32 if v_BKSH.dtype == jnp.float16 else None
-    out_BKMH = jnp.einsum(
-        "BKMS,BKSH->BKMH",
-        weight_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype),
-        v_BKSH,
-        preferred_element_type=wide,
-    )
+    weight_BKMS = weight_BKGTS.reshape(B, K, G * T, S).astype(v_BKSH.dtype)
+    out_BKMH = _padded_product("BKMS,BKSH->BKMH", weight_BKMS, v_BKSH, least_rows, wide)
     return out_BKMH.reshape(B, K, G, T, -1).astype(jnp.float32)
 
 

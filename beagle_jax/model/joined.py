@@ -1,6 +1,7 @@
 """Joins the projections of a layer that multiply the same columns into one matrix.
 
-A layer then has four products instead of seven. Files, fingerprints and exports hold separate
+A layer then has four products instead of seven. Targets are joined while they are loaded for
+decoding, not for training (`weights/target.py`). Files, fingerprints and exports hold separate
 projections (`model/tensors.py`); a joined matrix holds the rows of its parts and nothing else.
 
     qkv_KGHD     for each KV head, G heads: those of its queries, its keys, its values
@@ -20,11 +21,6 @@ from beagle_jax.model.tensors import JOINED, bias_key
 
 if TYPE_CHECKING:  # target.py imports this file
     from beagle_jax.model.target import Params, TargetSpec
-
-# Whether targets are joined while they are loaded for decoding. On two AMD cores, which a dozen
-# other processes used, a pass of SmolLM2-135M took 3 to 6 % less processor time with joined
-# projections at 1, 4 and 8 columns. The time of a step on an idle machine is not measured yet.
-FOR_DECODING = False
 
 QKV, GATE_UP = "qkv_KGHD", "gate_up_2FD"
 

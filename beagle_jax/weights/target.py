@@ -24,11 +24,11 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
-from beagle_jax.model.joined import FOR_DECODING, join_layer
+from beagle_jax.model.joined import join_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
-from beagle_jax.sharding import place, splits_heads, target_sharding
+from beagle_jax.sharding import joins_heads, place, target_sharding
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
@@ -112,7 +112,7 @@ def configured_target(config: TargetConfig, mesh: Mesh | None = None, *, decodin
         group_size=config.group_size,
         chat_template=config.chat_template,
         template_variables=dict(config.template_variables),
-        join=decoding and FOR_DECODING,
+        join=decoding,
     )
 
 
@@ -126,7 +126,7 @@ def load_target(
     group_size: int = 64,
     chat_template: str | None = None,
     template_variables: Mapping[str, Any] | None = None,
-    join: bool = FOR_DECODING,
+    join: bool = True,
 ) -> Target:
     """Loads the target of `target.source` in `dtype` ('float32', 'bfloat16' or 'float16').
 
@@ -287,7 +287,7 @@ def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any
 
     With more devices than KV heads, queries are split further than keys and values, and stay apart.
     """
-    joined = _join(layer, spec=spec, heads=splits_heads(mesh, spec.num_kv_heads))
+    joined = _join(layer, spec=spec, heads=joins_heads(mesh, spec.num_kv_heads))
     return jax.block_until_ready(place(joined, mesh))
 
 
