@@ -35,11 +35,12 @@ VERSION = "0.32.0"
 MISFITS = ("torchvision", "torchaudio", "torchcodec")
 BEAGLE = ROOT / "drafts" / "smollm2-135m"
 LEVELS, CONTEXT = 2, 512
-# draft -> method in vLLM's settings, and the direction of `convert`
+# name -> kind of draft, method in vLLM's settings, and the direction of `convert`
 DRAFTS = {
-    "beagle": ("eagle", ["to-vllm"]),
-    "eagle": ("eagle", ["to-eagle", "--for", "vllm"]),
-    "eagle3": ("eagle3", ["to-eagle", "--for", "vllm"]),
+    "beagle": ("beagle", "eagle", ["to-vllm"]),
+    "eagle": ("eagle", "eagle", ["to-eagle", "--for", "vllm"]),
+    "eagle3": ("eagle3", "eagle3", ["to-eagle", "--for", "vllm"]),
+    "eagle3, speculators": ("eagle3", "eagle3", ["to-speculators"]),
 }
 HOT_TOKENS = 4096  # that the EAGLE-3 draft scores
 
@@ -83,18 +84,17 @@ def fitted_draft(kind: str, target, texts: list[tuple[list[int], list[int]]]):
     and answers. So drafts are accepted often enough to compare, without a training; it is no draft
     to use.
     """
-    from dataclasses import replace
-
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from beagle_jax.evaluation.forced import forced_reads, forced_states
     from beagle_jax.model.kinds import fresh_params, spec_type
+    from beagle_jax.model.target import head
     from beagle_jax.weights.draft import Draft
 
     spec, hot_ids = spec_type(kind).from_target(target.spec), None
-    embed_VD, head_VD = target.params["embed_VD"], target.params["head_VD"]
+    embed_VD, head_VD = target.params["embed_VD"], head(target.params)
     if kind == "eagle":
         spec = replace(spec, fc_bias=False)  # vLLM drops one
     else:
@@ -366,22 +366,23 @@ def compare(arguments: argparse.Namespace) -> dict:
     }
     plain = once(work, "plain", lambda: by_vllm(python, job, work))
     results = {}
-    for kind in arguments.drafts:
+    for name in arguments.drafts:
+        kind, _, direction = DRAFTS[name]
         source = draft_folder(kind, work, target, list(zip(prompts, plain["tokens"], strict=True)))
-        out = work / kind
+        out = work / name
         if not out.exists():
-            ours("convert", *DRAFTS[kind][1], "--out", out, f"draft.path={source}")
+            ours("convert", *direction, "--out", out, f"draft.path={source}")
         draft = load_draft(source, target)
         # vLLM scores all tokens with Beagle; an EAGLE-3 draft has a head of its own.
         draft = replace(draft, hot_ids=None) if kind == "beagle" else draft
-        runs = runs_by_vllm(kind, python, job, work) | {
+        runs = runs_by_vllm(name, python, job, work) | {
             "beagle_jax": partial(by_us, target, draft, prompts, arguments.tokens)
         }
-        results[kind] = {
-            engine: figures(once(work, f"{kind}, {engine}", run), plain)
+        results[name] = {
+            engine: figures(once(work, f"{name}, {engine}", run), plain)
             for engine, run in runs.items()
         }
-        show(kind, results[kind])
+        show(name, results[name])
     by_us_alone = once(
         work, "plain, beagle_jax", partial(by_us, target, None, prompts, arguments.tokens)
     )
@@ -390,14 +391,15 @@ def compare(arguments: argparse.Namespace) -> dict:
     return {"plain": row, **results}
 
 
-def runs_by_vllm(kind: str, python: Path, job: dict, work: Path) -> dict[str, Callable[[], dict]]:
+def runs_by_vllm(name: str, python: Path, job: dict, work: Path) -> dict[str, Callable[[], dict]]:
     """Returns vLLM's runs with a draft, by the name of the engine in the table."""
-    drafting = speculative(DRAFTS[kind][0], work / kind)
+    kind, method, _ = DRAFTS[name]
+    drafting = speculative(method, work / name)
     job = {**job, "speculative": drafting}
     runs = {"vllm": partial(by_vllm, python, job, work)}
     if kind != "beagle":
         return runs
-    install_plugin(python, work / kind)
+    install_plugin(python, work / name)
 
     def served() -> dict:
         target, threads = Path(job["target"]), job["threads"]

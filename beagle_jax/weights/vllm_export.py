@@ -17,6 +17,7 @@ import numpy as np
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.kinds import KINDS, Served
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import HOT_TOKENS, Draft, file_tensors
 from beagle_jax.weights.model_card import installed
@@ -39,10 +40,16 @@ def write_vllm_folder(folder: Path, draft: Draft, target: TargetSpec) -> None:
       UserError: vLLM cannot compute the draft, or (a fault of the writer) the weights do not read
         back bit-equal.
     """
-    if draft.kind != BeagleSpec.kind:
+    served = KINDS[draft.kind].served
+    if served is Served.BY_SERVERS:
         raise UserError(
             f"a draft of kind {draft.kind!r} needs no plugin in vLLM, which computes such drafts "
             "itself; convert to-eagle --for vllm writes it"
+        )
+    if served is not Served.BY_PLUGIN:
+        raise UserError(
+            f"a draft of kind {draft.kind!r} cannot be served by vLLM: neither its own classes nor "
+            "the plugin compute it; generate and serve of this library decode with it"
         )
     spec = cast(BeagleSpec, draft.spec)
     refuse(Server("vllm"), [_several_states(spec), uneven_heads(spec)])
