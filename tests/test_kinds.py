@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from beagle_jax.model.kinds import KINDS
+from beagle_jax.model.kinds import KINDS, Served
 from beagle_jax.training.kinds import OBJECTIVES
 from beagle_jax.weights.kinds import FILES
+from beagle_jax.weights.server_files import _FORMS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "beagle_jax"
@@ -78,5 +79,8 @@ def test_code_that_does_not_is_not_seen():
 
 def test_every_floor_has_every_kind():
     assert KINDS.keys() == OBJECTIVES.keys() == FILES.keys()
+    assert {
+        name for name, kind in KINDS.items() if kind.served is Served.BY_SERVERS
+    } == _FORMS.keys()
     for name, kind in KINDS.items():
         assert kind.spec.kind == name

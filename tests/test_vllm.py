@@ -29,6 +29,7 @@ from beagle_jax.decoding.trained import BeagleDrafter, DraftHead
 from beagle_jax.decoding.tree import chain
 from beagle_jax.errors import UserError, run_main
 from beagle_jax.model.beagle import BeagleBlock, BeagleSpec, init_draft
+from beagle_jax.model.kinds import KINDS, Served
 from beagle_jax.weights.draft import Draft
 from beagle_jax.weights.vllm_export import plugin_files, write_vllm_folder
 
@@ -271,6 +272,14 @@ def test_the_plugin_is_written_as_it_lies_in_the_package():
 def test_what_vllm_cannot_compute_is_refused(made, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         write_vllm_folder(tmp_path, made, replace(TINY, num_layers=8))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_kind_that_nothing_there_computes_is_refused(tmp_path, monkeypatch):
+    unknown = KINDS[SPEC.kind]._replace(served=Served.NOWHERE)
+    monkeypatch.setitem(KINDS, SPEC.kind, unknown)
+    with pytest.raises(UserError, match="neither its own classes nor the plugin compute it"):
+        write_vllm_folder(tmp_path, draft(), TINY)
     assert not any(tmp_path.iterdir())
 
 

@@ -31,11 +31,11 @@ from beagle_jax.weights.kinds import kind_in_torch
 from beagle_jax.weights.model_card import installed, model_card
 from beagle_jax.weights.orbax_target import SETTINGS, OrbaxFolder, save_target
 from beagle_jax.weights.server_files import RECORD, write_published
-from beagle_jax.weights.server_form import Server
+from beagle_jax.weights.server_form import RUN, VLLM, Server
 from beagle_jax.weights.target import Source, configured_target, open_source, revision
 from beagle_jax.weights.torch_export import check_parity, require_torch, write_torch_folder
 from beagle_jax.weights.torch_import import read_torch_draft
-from beagle_jax.weights.vllm_export import PLUGIN, TRIED, write_vllm_folder
+from beagle_jax.weights.vllm_export import PLUGIN, write_vllm_folder
 
 _SERVERS = {"eagle": "safeailab"}  # --for, where it is not the server's own key
 _SCORED = (
@@ -91,10 +91,19 @@ def _published(config: Config, arguments: Namespace, name: str) -> tuple[str, di
         write_published(folder, draft, target, server := Server(name, verifier))
     text = (
         f"draft written to {_name(out)}, in the form that {server.title} loads; it reads back "
-        "bit-equal. That loader itself was not run: its names, shapes and settings were read off "
-        "its source (docs/guide/convert.md)"
+        f"bit-equal. {_loader(name)}"
     )
-    return text, {"out": _name(out), "server": name, "loader_was_run": False}
+    return text, {"out": _name(out), "server": name, "loader_was_run": name in RUN}
+
+
+def _loader(name: str) -> str:
+    """Returns a sentence that says whether a server has loaded such folders."""
+    if name in RUN:
+        return f"Such folders were loaded by {RUN[name]} (docs/guide/convert.md says which)"
+    return (
+        "That loader itself was not run: its names, shapes and settings were read off its source "
+        "(docs/guide/convert.md)"
+    )
 
 
 def to_vllm(config: Config, arguments: Namespace) -> tuple[str, dict]:
@@ -106,7 +115,7 @@ def to_vllm(config: Config, arguments: Namespace) -> tuple[str, dict]:
     whole = "" if draft.hot_ids is None else _SCORED.format(count=len(draft.hot_ids))
     text = (
         f"draft written to {name}. In the environment of vLLM: pip install {name}/{PLUGIN}, then "
-        f"serve the target with {_speculative(name)} (tried with vLLM {TRIED}){whole}"
+        f"serve the target with {_speculative(name)} (tried with {VLLM}){whole}"
     )
     return text, {"out": name, "plugin": f"{name}/{PLUGIN}", "scored_tokens": target.vocab_size}
 

@@ -5,6 +5,7 @@ files. No code outside these tables depends on the kind (tests/test_kinds.py).
 """
 
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import jax
@@ -17,18 +18,27 @@ from beagle_jax.model.eagle3 import Eagle3Block, Eagle3Spec, init_eagle3
 from beagle_jax.model.target import TargetSpec
 
 
+class Served(Enum):
+    """What computes a kind of draft in other servers."""
+
+    NOWHERE = auto()
+    BY_SERVERS = auto()  # their own classes, for EAGLE drafts
+    BY_PLUGIN = auto()  # ours for vLLM (weights/vllm_plugin)
+
+
 class Kind(NamedTuple):
-    """Description, block and initialisation of a kind of draft."""
+    """Description, block and initialisation of a kind of draft, and where it is served."""
 
     spec: type[DraftSpec]
     block: Callable[[Any], Any]  # description -> the flax module of its parameters
     init: Callable[[Any, jax.Array], dict[str, jax.Array]]  # description, key -> parameters
+    served: Served = Served.NOWHERE
 
 
 KINDS: dict[str, Kind] = {
-    BeagleSpec.kind: Kind(BeagleSpec, BeagleBlock, init_draft),
-    EagleSpec.kind: Kind(EagleSpec, EagleBlock, init_eagle),
-    Eagle3Spec.kind: Kind(Eagle3Spec, Eagle3Block, init_eagle3),
+    BeagleSpec.kind: Kind(BeagleSpec, BeagleBlock, init_draft, Served.BY_PLUGIN),
+    EagleSpec.kind: Kind(EagleSpec, EagleBlock, init_eagle, Served.BY_SERVERS),
+    Eagle3Spec.kind: Kind(Eagle3Spec, Eagle3Block, init_eagle3, Served.BY_SERVERS),
 }
 
 

@@ -24,7 +24,7 @@ from beagle_jax.weights.model_card import installed
 from beagle_jax.weights.safetensors_file import write_tensors
 from beagle_jax.weights.server_form import Form, Server
 
-# kind -> its published form; other kinds are known to no server
+# kind -> its published form: every kind that is Served.BY_SERVERS (model/kinds.py)
 _FORMS: dict[str, Callable[[Draft, TargetSpec, Server], Form]] = {
     "eagle": eagle_form,
     "eagle3": eagle3_form,

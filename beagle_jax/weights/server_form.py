@@ -21,6 +21,12 @@ TITLES = {
 }
 
 
+VLLM = "vLLM 0.32.0"  # the version that has served exports, on a CPU (benchmarks/vllm_cpu.py)
+# What has loaded folders of each form and computed with them what this library does. The loaders of
+# other servers were only read.
+RUN = {"vllm": VLLM, "speculators": f"speculators 0.9.0 and {VLLM}"}
+
+
 class Server(NamedTuple):
     """Whose loader a folder is for."""
 

@@ -17,16 +17,16 @@ import numpy as np
 from beagle_jax.errors import UserError
 from beagle_jax.files import write_text
 from beagle_jax.model.beagle import BeagleSpec
+from beagle_jax.model.kinds import KINDS, Served
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.weights.draft import HOT_TOKENS, Draft, file_tensors
 from beagle_jax.weights.model_card import installed
 from beagle_jax.weights.safetensors_file import read_tensors, write_tensors
 from beagle_jax.weights.server_files import RECORD
-from beagle_jax.weights.server_form import Server, layer_config, refuse, uneven_heads
+from beagle_jax.weights.server_form import VLLM, Server, layer_config, refuse, uneven_heads
 
 ARCHITECTURE = "BeagleForCausalLM"  # the plugin registers it
 PLUGIN = "plugin"  # its folder beside the weights
-TRIED = "0.32.0"  # the version of vLLM that has run such a folder
 
 
 def write_vllm_folder(folder: Path, draft: Draft, target: TargetSpec) -> None:
@@ -39,10 +39,16 @@ def write_vllm_folder(folder: Path, draft: Draft, target: TargetSpec) -> None:
       UserError: vLLM cannot compute the draft, or (a fault of the writer) the weights do not read
         back bit-equal.
     """
-    if draft.kind != BeagleSpec.kind:
+    served = KINDS[draft.kind].served
+    if served is Served.BY_SERVERS:
         raise UserError(
             f"a draft of kind {draft.kind!r} needs no plugin in vLLM, which computes such drafts "
             "itself; convert to-eagle --for vllm writes it"
+        )
+    if served is not Served.BY_PLUGIN:
+        raise UserError(
+            f"a draft of kind {draft.kind!r} cannot be served by vLLM: neither its own classes nor "
+            "the plugin compute it; generate and serve of this library decode with it"
         )
     spec = cast(BeagleSpec, draft.spec)
     refuse(Server("vllm"), [_several_states(spec), uneven_heads(spec)])
@@ -59,7 +65,7 @@ def write_vllm_folder(folder: Path, draft: Draft, target: TargetSpec) -> None:
     write_text(folder / "config.json", _json(vllm_config(spec, target)))
     record = {
         "written_for": "vllm",
-        "tried_with": TRIED,
+        "tried_with": VLLM,
         "kind": draft.kind,
         "scored_tokens_in_training": target.vocab_size
         if draft.hot_ids is None
@@ -124,6 +130,6 @@ vllm serve TARGET --speculative-config \\
 ```
 
 TARGET is the model that the draft was trained for. The draft uses its embedding and head, and
-scores all tokens. The plugin needs neither jax nor beagle_jax; it was tried with vLLM {TRIED}.
+scores all tokens. The plugin needs neither jax nor beagle_jax; it was tried with {VLLM}.
 `beagle_jax.json` says how the draft was trained.
 """
