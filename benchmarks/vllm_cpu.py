@@ -391,11 +391,11 @@ def compare(arguments: argparse.Namespace) -> dict:
         draft = load_draft(source, target)
         # vLLM scores all tokens with Beagle; an EAGLE-3 draft has a head of its own.
         draft = replace(draft, hot_ids=None) if kind == "beagle" else draft
-        here = partial(by_us, target, draft, prompts, arguments.tokens)
+        decode = partial(by_us, target, draft, prompts, arguments.tokens)
         runs = {
             engine: once(work, f"{name}, {engine}", run)
             for engine, run in runs_by_vllm(name, python, job, work, arguments.compiled).items()
-        } | {"beagle_jax": once(work, f"{kind}, beagle_jax", here)}
+        } | {"beagle_jax": once(work, f"{kind}, beagle_jax", decode)}
         results[name] = {engine: figures(run, plain) for engine, run in runs.items()}
         show(name, results[name])
     by_us_alone = once(

@@ -175,7 +175,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def slow_cases() -> set[str]:
+    """The cases of slow_cases.txt, by file and name."""
+    lines = (Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if not line.startswith("#")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items) -> None:
+    slow = slow_cases()
+    for item in items:
+        if f"{item.path.name}::{item.nodeid.partition('::')[2]}" in slow:
+            item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 

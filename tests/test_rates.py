@@ -76,7 +76,7 @@ def test_utilisation_is_of_the_chip_s_published_rate(tmp_path, monkeypatch):
     """By formula, for the tokens that are there: 4 rows of 9 tokens, 20 of 40 queries."""
     clock = Clock(monkeypatch)
     rate = CHIPS["TPU v5 lite"].bfloat16
-    monkeypatch.setattr(rates_module, "_peak", lambda config, mesh: rate)
+    monkeypatch.setattr(rates_module, "peak_rate", lambda config, mesh: rate)
     rates = rates_of(tmp_path)
     clock.now += 1e-9
     for _ in range(2):
@@ -93,10 +93,10 @@ def test_peaks_are_those_of_the_dtype_and_all_chips(tmp_path, monkeypatch):
     devices = np.array([SimpleNamespace(device_kind="NVIDIA L4", platform="gpu")] * 4)
     mesh = SimpleNamespace(devices=devices, size=4)
     config, chip = config_for(tmp_path), CHIPS["NVIDIA L4"]
-    assert rates_module._peak(config, mesh) == 4 * chip.bfloat16
+    assert rates_module.peak_rate(config, mesh) == 4 * chip.bfloat16
     config = config_for(tmp_path, dtype="float32")
-    assert rates_module._peak(config, mesh) == 4 * chip.float32
-    assert rates_module._peak(config, ONE_DEVICE) is None  # a CPU has no published peak here
+    assert rates_module.peak_rate(config, mesh) == 4 * chip.float32
+    assert rates_module.peak_rate(config, ONE_DEVICE) is None  # a CPU has no published peak here
 
 
 def test_a_run_logs_them_and_a_slow_loader_is_seen(tmp_path, tiny_params):
