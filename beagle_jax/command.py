@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from beagle_jax import terminal
+from beagle_jax.compile_cache import keep_programs
 from beagle_jax.config import Config, resolve_config
 from beagle_jax.config.paths import home
 from beagle_jax.config.printing import describe
@@ -85,7 +86,9 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def read_resolved(arguments: argparse.Namespace) -> Resolved:
-    """Returns the config with the origin of each value, and sets the style of progress bars.
+    """Returns the config with the origin of each value; sets the style of progress bars.
+
+    Also lets jax keep compiled programs in `target.cache_dir`.
 
     Raises SystemExit with status 0 if only the config is to be printed.
     """
@@ -95,6 +98,7 @@ def read_resolved(arguments: argparse.Namespace) -> Resolved:
     if arguments.print_config:
         print(describe(resolved))
         raise SystemExit(0)
+    keep_programs(resolved.config.target.cache_dir)
     return resolved
 
 

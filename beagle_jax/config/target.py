@@ -38,7 +38,9 @@ class TargetConfig(Section):
         "dtype of weights and computation; float16: for GPUs without bfloat16, such as a T4",
         affects=("stage", "answers"),
     )
-    cache_dir: str = setting("~/.cache/beagle_jax", "folder for downloads and tuned trees")
+    cache_dir: str = setting(
+        "~/.cache/beagle_jax", "folder for downloads, tuned trees and compiled programs"
+    )
     quantize: Literal["none", "int8", "int4"] = setting(
         "none",
         "quantisation of the layers' matrices while decoding; embedding and head keep their dtype",
