@@ -178,6 +178,7 @@ def test_sections_that_the_code_cites_are_in_the_method_page():
 # How it is done and what ships with exports, not what a reader of the reference would call.
 INTERNAL = {
     "command",
+    "compile_cache",
     "decoding.threshold",
     "config.data",
     "config.decode",
