@@ -4,8 +4,10 @@
 
 For experiments that need a target which writes faster than a draft reads, so that many seeds fit
 into a day on two cores. It runs unattended: an interrupted run goes on from its last checkpoint.
-The learning rate is constant, and falls each time the held-out loss has stopped falling; after the
-last fall training ends. FOLDER/target is then a Hugging Face folder for `target.source`.
+The learning rate is constant until the held-out loss has stopped falling, or the steps are nearly
+used up; then it falls to zero in a straight line, and training ends. FOLDER/target is then a
+Hugging Face folder for `target.source`, and FOLDER/held_out.jsonl has the prompts that it has not
+seen, for `eval.suites`.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from beagle_jax.weights.target import Target, load_target  # noqa: E402
 from experiments.tiny_text import byte_level, dialogues, packed  # noqa: E402
 
 _log = logging.getLogger(__name__)
+_ADAMW_RMS = 0.2  # size of Muon's updates, so that one rate fits both (beagle_jax/training/step.py)
 
 
 class Lab(BaseModel):
@@ -59,15 +62,15 @@ class Lab(BaseModel):
     num_kv_heads: PositiveInt = 2
     max_positions: PositiveInt = 1024
     row_tokens: PositiveInt = 256
-    batch: PositiveInt = 16
-    learning_rate: PositiveFloat = 2e-3
+    batch: PositiveInt = 8
+    learning_rate: PositiveFloat = 4e-3
     weight_decay: PositiveFloat = 0.1
     warmup: PositiveInt = 200
-    every: PositiveInt = 250  # steps between two looks at the held-out loss, each a checkpoint
+    every: PositiveInt = 200  # steps between two looks at the held-out loss, each a checkpoint
     patience: PositiveInt = 3  # looks without `least` of improvement, after which the rate falls
-    least: PositiveFloat = 0.005  # nats
-    falls: PositiveInt = 3  # of the rate, each to a third
-    steps: PositiveInt = 30_000  # at most
+    least: PositiveFloat = 0.01  # nats
+    cooling: PositiveInt = 800  # steps in which the rate falls to zero
+    steps: PositiveInt = 4000  # at most, cooling included
     seed: int = 0
 
     @property
@@ -96,10 +99,9 @@ class State(NamedTuple):
     params: dict[str, Any]
     optimizer: Any
     step: jax.Array
-    rate: jax.Array  # factor of the learning rate
-    best: jax.Array  # lowest held-out loss
+    best: jax.Array  # held-out loss at the last look that improved it by `least`
     since: jax.Array  # looks since then
-    falls: jax.Array  # of the rate, so far
+    cools: jax.Array  # step from which on the rate falls
 
 
 class Rows(NamedTuple):
@@ -125,8 +127,9 @@ def main(argv: Sequence[str]) -> None:
     tokenizer, rows = text_of(lab, arguments.folder)
     state = train(lab, rows, arguments.folder)
     written = export(lab, state, tokenizer, arguments.folder / "target")
+    last = json.loads((arguments.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     print(
-        f"held-out loss {float(state.best):.3f}; {written / 1e6:.1f} MB of weights in "
+        f"held-out loss {last['held_out']:.3f}; {written / 1e6:.1f} MB of weights in "
         f"{arguments.folder / 'target'}"
     )
 
@@ -159,6 +162,8 @@ def _claim(folder: Path, lab: Lab) -> None:
 def text_of(lab: Lab, folder: Path) -> tuple[PreTrainedTokenizerBase, Rows]:
     """Returns the tokenizer, trained once and kept in the folder, and all text in its tokens.
 
+    The prompts that are held out go to held_out.jsonl, each once.
+
     Raises:
         UserError: there is too little text.
     """
@@ -167,6 +172,9 @@ def text_of(lab: Lab, folder: Path) -> tuple[PreTrainedTokenizerBase, Rows]:
     written = list(dialogues(files, writer))
     training = [dialogue.text for dialogue in written if not dialogue.held_out]
     held_out = [dialogue.text for dialogue in written if dialogue.held_out]
+    prompts = dict.fromkeys(dialogue.prompt for dialogue in written if dialogue.held_out)
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
+    write_text(folder / "held_out.jsonl", "".join(lines))
     saved = folder / "tokenizer"
     if not saved.exists():
         byte_level(iter(training), lab.vocab_size).save_pretrained(saved)
@@ -210,12 +218,27 @@ def loss_of(params: dict[str, Any], spec: TargetSpec, tokens_BL: jax.Array) -> j
 
 
 def optimizer_of(lab: Lab) -> optax.GradientTransformation:
-    """AdamW without a learning rate, which `step_of` multiplies in."""
+    """Muon for the layers' matrices, AdamW for the rest; of rate 1, which `step_of` changes.
+
+    In the first thousand steps Muon is far ahead of AdamW by tokens, at a tenth more work.
+    """
+
+    def dimensions(params: dict[str, Any]) -> dict[str, Any]:
+        matrix = optax.contrib.MuonDimensionNumbers()
+        return {
+            **jax.tree.map(lambda _: None, params),
+            "layers": jax.tree.map(lambda x: matrix if x.ndim == 2 else None, params["layers"]),
+        }
+
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b2=0.95),
-        optax.add_decayed_weights(
-            lab.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+        optax.contrib.muon(
+            1.0,
+            weight_decay=lab.weight_decay,
+            weight_decay_mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            consistent_rms=_ADAMW_RMS,
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=dimensions,
         ),
     )
 
@@ -227,24 +250,25 @@ def step_of(
     """One update; returns the loss before it."""
     loss, gradients = jax.value_and_grad(loss_of)(state.params, spec, tokens_BL)
     updates, optimizer = optimizer_of(lab).update(gradients, state.optimizer, state.params)
-    rate = lab.learning_rate * state.rate * jnp.minimum(1.0, (state.step + 1) / lab.warmup)
-    params = jax.tree.map(lambda x, update: x - rate * update, state.params, updates)
+    rate = rate_of(state, lab)
+    params = jax.tree.map(lambda x, update: x + rate * update, state.params, updates)
     return state._replace(params=params, optimizer=optimizer, step=state.step + 1), loss
 
 
+def rate_of(state: State, lab: Lab) -> jax.Array:
+    """Learning rate of the next update: a linear warm-up, constant, then linear to zero."""
+    warm = jnp.minimum(1.0, (state.step + 1) / lab.warmup)
+    left = jnp.clip(1 - (state.step - state.cools) / lab.cooling, 0.0, 1.0)
+    return lab.learning_rate * warm * left
+
+
 def looked(state: State, loss: float, lab: Lab) -> State:
-    """Returns the state after a look at the held-out loss; the rate falls where it is flat."""
+    """Returns the state after a look at the held-out loss; if it is flat, the rate falls now."""
     if loss < float(state.best) - lab.least:
         return state._replace(best=jnp.float32(loss), since=jnp.int32(0))
     since = int(state.since) + 1
-    if since < lab.patience:
-        return state._replace(since=jnp.int32(since))
-    return state._replace(
-        best=jnp.minimum(state.best, loss),
-        since=jnp.int32(0),
-        rate=state.rate / 3,
-        falls=state.falls + 1,
-    )
+    cools = int(state.cools) if since < lab.patience else min(int(state.cools), int(state.step))
+    return state._replace(since=jnp.int32(since), cools=jnp.int32(cools))
 
 
 def _batches(rows_NL: np.ndarray, lab: Lab, first: int) -> Iterator[np.ndarray]:
@@ -260,15 +284,13 @@ def train(lab: Lab, rows: Rows, folder: Path) -> State:
     """Trains to the end, from the last checkpoint if there is one."""
     spec = TargetSpec.from_hf_config(lab.hf_config, "tiny target")
     params = initial(spec, lab.seed)
-    none = [jnp.zeros((), jnp.int32) for _ in range(3)]  # of its own each, as all are donated
     state = State(
         params=params,
         optimizer=optimizer_of(lab).init(params),
-        step=none[0],
-        rate=jnp.ones(()),
+        step=jnp.zeros((), jnp.int32),
         best=jnp.full((), jnp.inf),
-        since=none[1],
-        falls=none[2],
+        since=jnp.zeros((), jnp.int32),  # an array of its own, as all are donated
+        cools=jnp.full((), max(lab.steps - lab.cooling, 0), jnp.int32),
     )
     look = jax.jit(loss_of, static_argnames="spec")
     with ocp.CheckpointManager(
@@ -285,16 +307,15 @@ def train(lab: Lab, rows: Rows, folder: Path) -> State:
             unit="step",
         )
         for batch in bar:
-            if int(state.falls) >= lab.falls:
+            if int(state.step) >= int(state.cools) + lab.cooling:
                 break
             state, loss = step_of(state, batch, lab, spec)
             step = int(state.step)
-            if step % lab.every == 0 or step == lab.steps:
+            if step % lab.every == 0 or step == min(lab.steps, int(state.cools) + lab.cooling):
                 held_out = _mean([look(state.params, spec, part) for part in _parts(rows, lab)])
                 state = looked(state, held_out, lab)
-                _note(
-                    folder, step=step, loss=float(loss), held_out=held_out, rate=float(state.rate)
-                )
+                rate = float(rate_of(state, lab))
+                _note(folder, step=step, loss=float(loss), held_out=held_out, rate=rate)
                 bar.set_postfix_str(f"loss {float(loss):.3f}, held out {held_out:.3f}")
                 saved.save(step, args=ocp.args.StandardSave(state))
     return state

@@ -27,6 +27,7 @@ class Dialogue(NamedTuple):
     """A user's turn and the answer, rendered."""
 
     text: str
+    prompt: str  # the user's words
     held_out: bool  # by the prompt's name, so that a drawn and a greedy answer go together
 
 
@@ -40,9 +41,13 @@ def dialogues(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Iter
     """
     for file in files:
         for row in read_text(file):
-            text = tokenizer.decode(row.prompt + row.answer, skip_special_tokens=False)
+            prompt, text = (
+                _SYSTEM.sub("", tokenizer.decode(tokens, skip_special_tokens=False))
+                for tokens in (row.prompt, row.prompt + row.answer)
+            )
+            words = prompt.removeprefix(f"{BEGIN}user\n").split(END)[0]
             part = zlib.crc32(row.prompt_id.encode()) % _PARTS
-            yield Dialogue(_SYSTEM.sub("", text), part == 0)
+            yield Dialogue(text, words, part == 0)
 
 
 def byte_level(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:

@@ -1,6 +1,8 @@
 """Tiny targets of the laboratory: text, training that goes on where it stopped, and the folder."""
 
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -33,6 +35,7 @@ LAB = tiny_target.Lab(
     every=4,
     steps=12,
 )
+LOSS = jax.jit(tiny_target.loss_of, static_argnames="spec")
 WORDS = ["the", "dog", "and", "a", "cat", "saw", "tree,", "then", "ran", "to"]
 
 
@@ -71,6 +74,7 @@ def text(tmp_path_factory):
 def test_the_system_turn_is_left_out_and_prompts_are_held_out_whole(tmp_path):
     file = written(tmp_path, 400)
     made = list(dialogues([file, file], Characters()))
+    assert all(f"user\n{turn.prompt}{END}\n{BEGIN}assistant" in turn.text for turn in made)
     assert all(turn.text.startswith(f"{BEGIN}user\n") and turn.text.endswith(END) for turn in made)
     assert [turn.held_out for turn in made[:400]] == [turn.held_out for turn in made[400:]]
     assert 3 <= sum(turn.held_out for turn in made[:400]) <= 30  # one in 32
@@ -87,6 +91,12 @@ def test_tokens_give_the_text_and_the_template_the_turns(text):
     np.testing.assert_array_equal(rows.training[:-1, -1], rows.training[1:, 0])
 
 
+def test_held_out_prompts_are_written(text):
+    file = Path(text[0].name_or_path).parent / "held_out.jsonl"
+    prompts = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert prompts and all(len(prompt.split()) == 9 for prompt in prompts)
+
+
 def test_rows_are_the_whole_text(text):
     texts = ["the dog", "a tree and a cat, then"]
     tokenizer = byte_level(iter(texts), 280)
@@ -98,7 +108,7 @@ def test_rows_are_the_whole_text(text):
 def test_it_learns_and_goes_on_where_it_stopped(text, tmp_path):
     _, rows = text
     whole = tiny_target.train(LAB, rows, tmp_path / "whole")
-    first = float(tiny_target.loss_of(*start_of(), rows.held_out))
+    first = float(LOSS(*start_of(), rows.held_out))
     assert float(whole.best) < first - 0.3
     (tmp_path / "cut").mkdir()
     tiny_target.train(LAB.model_copy(update={"steps": 8}), rows, tmp_path / "cut")
@@ -126,35 +136,34 @@ def start_of():
 
 
 def test_the_rate_falls_where_the_loss_is_flat():
-    zero, lab = jnp.int32(0), LAB.model_copy(update={"patience": 2})
-    state = tiny_target.State({}, None, zero, jnp.float32(1), jnp.float32(99), zero, zero)
+    lab = LAB.model_copy(update={"patience": 2, "steps": 1000, "cooling": 100, "warmup": 1})
+    zero = jnp.int32(0)
+    state = tiny_target.State({}, None, zero, jnp.float32(99), zero, jnp.int32(900))
     seen = []
-    for loss in (3.0, 2.9, 2.899, 2.9, 2.5, 2.6, 2.6):
-        state = tiny_target.looked(state, loss, lab)
-        seen.append((int(state.falls), int(state.since), round(float(state.best), 3)))
-    assert seen == [
-        (0, 0, 3.0),
-        (0, 0, 2.9),
-        (0, 1, 2.9),
-        (1, 0, 2.9),
-        (1, 0, 2.5),
-        (1, 1, 2.5),
-        (2, 0, 2.5),
-    ]
-    assert float(state.rate) == pytest.approx(1 / 9)
+    for place, loss in enumerate((3.0, 2.9, 2.899, 2.895, 2.5, 2.6), 1):
+        state = tiny_target.looked(state._replace(step=jnp.int32(50 * place)), loss, lab)
+        rate = float(tiny_target.rate_of(state, lab)) / lab.learning_rate
+        seen.append((int(state.since), int(state.cools), round(rate, 3)))
+    assert seen == [(0, 900, 1), (0, 900, 1), (1, 900, 1), (2, 200, 1), (0, 200, 0.5), (1, 200, 0)]
+
+
+def test_the_rate_falls_before_the_steps_are_used_up():
+    lab = LAB.model_copy(update={"steps": 10, "cooling": 4, "warmup": 2})
+    state = tiny_target.State({}, None, *map(jnp.int32, (0, 9, 0, 6)))
+    rates = [float(tiny_target.rate_of(state._replace(step=jnp.int32(n)), lab)) for n in range(10)]
+    expected = [0.5, *[1] * 6, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose(rates, lab.learning_rate * np.array(expected), rtol=1e-6)
 
 
 def test_the_folder_is_a_target(text, tmp_path):
     tokenizer, rows = text
     params, spec = start_of()
-    state = tiny_target.State(params, None, *([jnp.int32(0)] * 5))
+    state = tiny_target.State(params, None, *([jnp.int32(0)] * 4))
     written = tiny_target.export(LAB, state, tokenizer, tmp_path / "target")
     target = load_target(tmp_path / "target", "float32")
     assert target.spec == spec and target.eos_ids == (tokenizer.eos_token_id,)
     assert written == 2 * sum(x.size for x in jax.tree.leaves(params))
-    expected, actual = (
-        float(tiny_target.loss_of(of, spec, rows.held_out)) for of in (params, target.params)
-    )
+    expected, actual = (float(LOSS(of, spec, rows.held_out)) for of in (params, target.params))
     assert actual == pytest.approx(expected, rel=1e-3)  # bfloat16
 
 
