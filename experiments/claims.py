@@ -2,7 +2,8 @@
 
 A measure of a run is a ratio of two sums over seeds and prompts. Its interval is a bootstrap: seeds
 and prompts are resampled with replacement. Both sides of a comparison use the same resamples, so
-the difficulty of a prompt cancels.
+the difficulty of a prompt cancels. A plan with `interval: t` judges its claims by Student's t
+instead (spread.py), which is right for few seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from plan import Claim
+from spread import Spread, influence, ratio, spread_of
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
+SMALLER = "smaller than what could be seen"  # an open claim with figures, and how small
 RELATIVE = (
     "speedup",
     "training_speed",
@@ -56,16 +59,49 @@ def difference(
     Returns the difference, both sides, and the number of seeds. A run with one seed is paired with
     each seed of the others. A seed without the measure does not count.
     """
-    several = [set(having(run, measure)) for run in (more, *less) if len(run) > 1]
-    seeds = sorted(set.intersection(*several)) if several else [0]
-    if not seeds or not all(having(run, measure) for run in (more, *less)):
+    fractions, seeds = _paired(more, less, measure)
+    if not seeds:
         return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0
-    paired = [run if len(run) > 1 else dict.fromkeys(seeds, *run.values()) for run in (more, *less)]
-    fractions = [_fractions(run, measure, seeds) for run in paired]
     drawn = _drawn(fractions)
     best_R = np.max(drawn[1:], axis=0)
     change_R = drawn[0] / best_R - 1 if measure in RELATIVE else drawn[0] - best_R
-    return _interval(change_R), [float(drawn[0][0]), float(best_R[0])], len(seeds)
+    return _interval(change_R), [float(drawn[0][0]), float(best_R[0])], seeds
+
+
+def compared(
+    more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str
+) -> tuple[Value, list[float], int, Spread | None]:
+    """Compares like `difference`, by Student's t; also returns the spread.
+
+    Of several others, the best counts: the interval covers those of all differences that may be
+    the smallest.
+    """
+    fractions, seeds = _paired(more, less, measure)
+    if not seeds:
+        return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0, None
+    first, *others = fractions
+    relative, made = measure in RELATIVE, []
+    for other in others:
+        spread = spread_of(influence(first, other, relative=relative))
+        sides = [ratio(first), ratio(other)]
+        change = sides[0] / sides[1] - 1 if relative else sides[0] - sides[1]
+        half = spread.half(seeds)
+        made.append((Value(change, change - half, change + half), sides, spread))
+    smallest = min(made, key=lambda entry: entry[0].value)
+    low, high = (min(getattr(value, end) for value, _, _ in made) for end in ("low", "high"))
+    return Value(smallest[0].value, low, high), smallest[1], seeds, smallest[2]
+
+
+def _paired(
+    more: Mapping[int, Points], less: Sequence[Mapping[int, Points]], measure: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """Returns the fractions of the runs on the seeds that all have, and the number of these."""
+    several = [set(having(run, measure)) for run in (more, *less) if len(run) > 1]
+    seeds = sorted(set.intersection(*several)) if several else [0]
+    if not seeds or not all(having(run, measure) for run in (more, *less)):
+        return [], 0
+    paired = [run if len(run) > 1 else dict.fromkeys(seeds, *run.values()) for run in (more, *less)]
+    return [_fractions(run, measure, seeds) for run in paired], len(seeds)
 
 
 def verdict(value: Value, at_least: float = 0.0, alike: float | None = None) -> str:
@@ -85,8 +121,18 @@ def verdict(value: Value, at_least: float = 0.0, alike: float | None = None) -> 
     return HOLDS if inside else FAILS if outside else OPEN
 
 
-def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, Any]:
-    """Returns one line of the table of claims, as plain values."""
+def judged(
+    claim: Claim,
+    runs: Mapping[str, Mapping[int, Points]],
+    interval: str = "bootstrap",
+    registered: float = 0.0,
+) -> dict[str, Any]:
+    """Returns one line of the table of claims, as plain values.
+
+    interval: `Plan.interval`. registered: what the seeds can show by the pilot (power.py). An open
+    claim says how small its difference from the margin is (`seen`): smaller than that, or than what
+    these runs can show where they spread more than the pilot's.
+    """
     line = {
         "figure": claim.figure,
         "says": claim.says,
@@ -97,17 +143,28 @@ def judged(claim: Claim, runs: Mapping[str, Mapping[int, Points]]) -> dict[str, 
     missing = [name for name in (claim.more, *claim.less) if not runs.get(name)]
     if missing:
         return line | {"verdict": OPEN, "here": f"not run: {', '.join(missing)}"}
-    gap, sides, seeds = difference(
-        runs[claim.more], [runs[name] for name in claim.less], claim.measure
-    )
+    pair = runs[claim.more], [runs[name] for name in claim.less]
+    if interval == "t":
+        gap, sides, seeds, spread = compared(*pair, claim.measure)
+    else:
+        gap, sides, seeds = difference(*pair, claim.measure)
+        spread = None
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
     said = OPEN if claim.unless else verdict(gap, claim.at_least, claim.alike)
     line |= {"difference": gap.rounded, "sides": [round(side, 4) for side in sides], "seeds": seeds}
+    if said == OPEN and not claim.unless:
+        own = shown_by(gap) if spread is None else spread.visible(seeds, alike=bool(claim.alike))
+        line["seen"] = round(max(own, registered), 4)
     return line | {
         "verdict": said,
         "here": "; ".join(filter(None, (_sentence(claim, gap, sides, seeds), claim.unless))),
     }
+
+
+def shown_by(gap: Value) -> float:
+    """Smallest distance from a margin that an interval of this length shows four times in five."""
+    return (gap.high - gap.low) / 2 * (1.96 + 0.84) / 1.96
 
 
 def _sentence(claim: Claim, gap: Value, sides: Sequence[float], seeds: int) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import yaml
+from plan_file import read_tree
 
-from beagle_jax.config import parse_yaml, read_settings
+from beagle_jax.config import read_settings
 from beagle_jax.errors import UsageError
 
 _SHORTER = 120  # --short divides the steps of a stage by this
@@ -74,6 +74,7 @@ class Claim:
     at_least: float = 0.0  # the least difference; below 0: how much less it may be
     alike: float | None = None  # instead of at_least: the largest difference in either direction
     unless: str | None = None  # why no figures of this scale can decide it
+    effect: float | None = None  # difference that it must show; null: `effects` of its measure
 
 
 class Training(NamedTuple):
@@ -81,6 +82,14 @@ class Training(NamedTuple):
 
     name: str
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Results of another plan with the same claims."""
+
+    title: str
+    results: str  # its folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +103,13 @@ class Plan:
     evaluations: Mapping[str, Evaluation]
     figures: Mapping[str, Figure]
     claims: Sequence[Claim]
+    title: str = "here"  # heads its column in the table of claims
+    pilot: tuple[int, ...] = ()  # seeds of a pilot, which no run of the plan has (power.py)
+    fresh: bool = False  # no draft reads a text twice: a text of its own for each run in a row
+    interval: Literal["bootstrap", "t"] = "bootstrap"  # of the difference of two runs (claims.py)
+    registered: Path | None = None  # file of what the seeds can show, written before the runs
+    effects: Mapping[str, float] = field(default_factory=dict)  # by measure: Claim.effect
+    beside: Beside | None = None  # another plan's claims, in a column of their own
 
     def trainings(self) -> Iterator[Training]:
         """Yields trainings in order: every run with its first seed, then with its second, etc.
@@ -153,6 +169,10 @@ class Plan:
             # Only the number of steps changes from one measurement to the next.
             "train.accept_changes": True,
         }
+        if self.fresh:
+            place = len(self.before(training.name))
+            own["data.folder"] = f"{_setting(self.base, 'data.folder')}-{place}"
+            own["data.seed"] = place
         if run.after:
             own["draft.init"] = str(self.folder_of(self.above(training)) / "draft")
         return {**self.base, **run.set, **own}
@@ -190,23 +210,23 @@ class Plan:
         )
 
 
-def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
+def load_plan(
+    path: Path, overrides: Mapping[str, Any], *, short: bool, pilot: bool = False
+) -> Plan:
     """Reads a file of experiments.
 
     overrides: settings for all runs, by dotted key. The key `folder` sets the folder of the runs,
     which then also holds the results. short: few steps of the first seed, with the file's short
-    settings.
+    settings. pilot: the seeds of the pilot, in a folder of its own.
 
     Raises: UsageError for a name that is not defined and for an unknown key.
     """
+    tree = read_tree(path)
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
         base = read_settings(tree["base"])
         folder, results = Path(tree["folder"]), Path(tree["results"])
         groups = {kind: tree.get(kind) or {} for kind in ("runs", "evaluations", "figures")}
         claims = tree.get("claims") or []
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
     except (OSError, KeyError, TypeError, UsageError) as error:
         raise UsageError(
             f"{path}: not a file of experiments ({error!r}); experiments/paper.yaml is one"
@@ -214,13 +234,18 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
     if "folder" in overrides:
         folder = Path(overrides["folder"])
         results = folder / "results"
+    seeds = _seeds(tree, path, pilot=pilot)
+    groups["runs"] = {
+        name: _resized(run, tree.get("times", 1), seeds) for name, run in groups["runs"].items()
+    }
+    if pilot:
+        folder = folder.with_name(f"{folder.name}-pilot")
+        results = folder / "results"
     if short:
         base, folder = {**base, **tree.get("short", {})}, folder.with_name(f"{folder.name}-short")
         results = folder / "results"
         for run in groups["runs"].values():
-            run["steps"] = max(run["steps"] // _SHORTER, 2)
-            run["every"] = max(run["every"] // _SHORTER, 1) if run.get("every") else None
-            run["seeds"] = run.get("seeds", [0])[:1]
+            _shorten(run, seeds=2 if pilot else 1)
     made = {
         section: {
             name: _made(kind, entry, f"{path}: {section}.{name}")
@@ -236,9 +261,77 @@ def load_plan(path: Path, overrides: Mapping[str, Any], *, short: bool) -> Plan:
             _made(Claim, entry, f"{path}: claims[{place}]") for place, entry in enumerate(claims)
         ],
         **made,
+        **_judging(tree, path),
     )
     _check_names(plan, path)
+    if plan.fresh and not short:
+        _check_fresh(plan, path)
     return plan
+
+
+def _seeds(tree: Mapping[str, Any], path: Path, *, pilot: bool) -> list[int]:
+    """Returns the seeds that every run has; [] if each has its own."""
+    seeds, pilots = (tree.get(key, []) for key in ("seeds", "pilot"))
+    if pilots and (len(set(pilots)) < 2 or set(pilots) & set(seeds) or not seeds):
+        raise UsageError(
+            f"{path}: pilot is {pilots}; expected two seeds or more that are not among seeds: "
+            "the spread of seeds comes from it, and the runs must not have been seen"
+        )
+    if pilot and not (pilots and tree.get("registered")):
+        raise UsageError(
+            f"{path}: --pilot needs the keys pilot, a list of seeds, and registered, the file that "
+            "it writes"
+        )
+    return pilots if pilot else seeds
+
+
+def _resized(run: Mapping[str, Any], times: int, seeds: list[int]) -> dict[str, Any]:
+    """Returns a run with its steps multiplied, and with the seeds that all runs have."""
+    steps = {key: run[key] * times for key in ("steps", "every") if run.get(key)}
+    return {**run, **steps, **({"seeds": list(seeds)} if seeds else {})}
+
+
+def _shorten(run: dict[str, Any], *, seeds: int) -> None:
+    run["steps"] = max(run["steps"] // _SHORTER, 2)
+    run["every"] = max(run["every"] // _SHORTER, 1) if run.get("every") else None
+    run["seeds"] = run.get("seeds", [0])[:seeds]
+
+
+def _judging(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the fields of a plan that say how its claims are judged."""
+    made = {key: tree[key] for key in ("title", "fresh", "interval", "effects") if tree.get(key)}
+    if made.get("interval", "t") not in ("t", "bootstrap"):
+        raise UsageError(f"{path}: interval is {made['interval']!r}; expected bootstrap or t")
+    if tree.get("registered"):
+        made["registered"] = Path(tree["registered"])
+    if tree.get("beside"):
+        made["beside"] = _made(Beside, tree["beside"], f"{path}: beside")
+    return made | {"pilot": tuple(tree.get("pilot", ()))}
+
+
+def _setting(settings: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting of a config, of which dotted keys take precedence; None if it is unset."""
+    section, _, name = key.partition(".")
+    return settings.get(key, settings.get(section, {}).get(name))
+
+
+def _check_fresh(plan: Plan, path: Path) -> None:
+    """Checks that the text of a run lasts for its steps, so that no row is read twice."""
+    for name, run in plan.runs.items():
+        settings = {**plan.base, **run.set}
+        keys = ("data.answer_tokens", "data.max_answer_tokens", "train.batch", "data.folder")
+        values = [_setting(settings, key) for key in keys]
+        if None in values:
+            raise UsageError(f"{path}: fresh needs {', '.join(keys)} in {name}'s settings")
+        tokens, longest, batch, _ = values
+        # No answer is longer, so there are at least so many rows.
+        rows = tokens // longest - (_setting(settings, "log.eval_rows") or 0)
+        if rows < run.steps * batch:
+            raise UsageError(
+                f"{path}: runs.{name} reads {run.steps} batches of {batch} chats, but "
+                f"{tokens} answer tokens may be no more than {rows} chats, and fresh allows no "
+                "second pass; increase data.answer_tokens, or take fewer steps"
+            )
 
 
 def _made(kind: type, values: Mapping[str, Any], where: str) -> Any:
@@ -284,6 +377,8 @@ def _check_names(plan: Plan, path: Path) -> None:
     for place, claim in enumerate(plan.claims):
         uses += [(f"claims[{place}].figure", claim.figure, plan.figures)]
         uses += [(f"claims[{place}]", entry, known) for entry in (claim.more, *claim.less)]
+        if plan.registered and claim.alike is None and claim.effect is None:
+            uses += [(f"claims[{place}].effect: effects", claim.measure, plan.effects)]
     for where, name, there in uses:
         if name not in there:
             raise UsageError(

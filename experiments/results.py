@@ -6,7 +6,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from claims import FAILS, HOLDS, OPEN, Points, having, judged, value_of
+from claims import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    RELATIVE,
+    SMALLER,
+    Points,
+    Value,
+    having,
+    judged,
+    shown_by,
+    value_of,
+)
 from pictures import draw_curve, draw_depth
 from plan import Figure, Plan, Training
 
@@ -14,15 +26,23 @@ from beagle_jax.evaluation.figures import environment
 from beagle_jax.evaluation.plots import plot_rounds
 from beagle_jax.evaluation.report import Milliseconds
 from beagle_jax.files import write_text
+from beagle_jax.json_file import read_json
 from beagle_jax.weights.model_card import TRAINED_WITH, installed
 
 Found = dict[str, dict[int, Points]]  # by run, by seed: measurements in order of steps
 
 
-def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) -> str:
+def write_results(
+    plan: Plan,
+    failed: Mapping[str, str],
+    *,
+    whole: bool = True,
+    shows: Mapping[str, float] | None = None,
+) -> str:
     """Writes every figure's JSON and PNG and the table of claims; returns the table.
 
-    whole: whether `plan` is the whole plan; a part's table does not replace the whole one's.
+    whole: whether `plan` is the whole plan; a part's table does not replace the whole one's. shows:
+    what its seeds can show, by claim (power.py).
     """
     plan.results.mkdir(parents=True, exist_ok=True)
     measurements = measured(plan) | decoded(plan)
@@ -33,7 +53,11 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
         "versions": installed(TRAINED_WITH),
         "base": base,
     }
-    lines, tables = [judged(claim, measurements) for claim in plan.claims], []
+    lines = [
+        judged(claim, measurements, plan.interval, (shows or {}).get(claim.says, 0.0))
+        for claim in plan.claims
+    ]
+    tables: list[str] = []
     for name, figure in plan.figures.items():
         runs = {
             label: values(plan, measurements, label)
@@ -54,7 +78,10 @@ def write_results(plan: Plan, failed: Mapping[str, str], *, whole: bool = True) 
             tables += ["", *systems_table(runs)]
         elif len(runs) > 1:
             draw(figure, runs, plan.results / f"{name}.png")
-    text = "\n".join([*claims_table(lines), *tables, "", sentence(lines, about)]) + "\n"
+    columns = {plan.title: lines}
+    if plan.beside:
+        columns[plan.beside.title] = lines_of(Path(plan.beside.results))
+    text = "\n".join([*claims_table(columns), *tables, "", sentence(lines, about)]) + "\n"
     if whole:
         write_text(plan.results / "claims.md", text)
     return text
@@ -215,20 +242,47 @@ def draw(figure: Figure, runs: Mapping[str, Mapping[str, Any]], path: Path) -> N
         plot_rounds(rounds, path)
 
 
-def claims_table(lines: list[dict[str, Any]]) -> list[str]:
-    """Formats the verdicts as Markdown."""
-    rows = ["| figure | the paper | here | verdict |", "| --- | --- | --- | --- |"]
-    return rows + [
-        f"| {line['figure']} | {line['says']} | {line['here']} | {line['verdict']} |"
-        for line in lines
-    ]
+def lines_of(results: Path) -> list[dict[str, Any]]:
+    """Reads the lines of another plan's claims from its figures."""
+    made = []
+    for path in sorted(results.glob("*.json")):
+        for line in read_json(path, "draw the figures of its plan again")["claims"]:
+            if line["verdict"] == OPEN and "difference" in line and "seen" not in line:
+                line["seen"] = shown_by(Value(*line["difference"]))  # written by an older version
+            made.append(line)
+    return made
+
+
+def claims_table(columns: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Formats the verdicts as Markdown, two columns a target.
+
+    columns: lines of claims by target; the claims are those of the first.
+    """
+    heads = [cell for title in columns for cell in (title, "verdict")]
+    rows = [f"| figure | the paper | {' | '.join(heads)} |", "| --- " * (2 + len(heads)) + "|"]
+    first, *others = columns.values()
+    by_name = [{line["says"]: line for line in lines} for lines in others]
+    missing = {"verdict": OPEN, "here": "not run"}
+    for line in first:
+        lines = [line, *(there.get(line["says"], missing) for there in by_name)]
+        cells = [cell for each in lines for cell in (each["here"], said(each))]
+        rows.append(f"| {line['figure']} | {line['says']} | {' | '.join(cells)} |")
+    return rows
+
+
+def said(line: Mapping[str, Any]) -> str:
+    """Returns a verdict in words; an open one says how small the difference is."""
+    if "seen" not in line:
+        return line["verdict"]
+    relative = line["measure"] in RELATIVE
+    size = f"{100 * line['seen']:.1f} %" if relative else f"{line['seen']:.3f}"
+    return f"{SMALLER} ({size})"
 
 
 def sentence(lines: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
     """Counts the claims by verdict and names the machine."""
-    counts = ", ".join(
-        f"{sum(line['verdict'] == kind for line in lines)} {kind}" for kind in (HOLDS, FAILS, OPEN)
-    )
+    kinds = [SMALLER if "seen" in line else line["verdict"] for line in lines]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in (HOLDS, FAILS, SMALLER, OPEN))
     return (
         f"Of {len(lines)} claims: {counts}. With one seed an interval is of prompts alone. "
         f"{about['environment']['machine']}."

@@ -6,6 +6,7 @@
     python experiments/run.py experiments/paper.yaml --draw         # no training: draw what exists
     python experiments/run.py experiments/paper.yaml target.source=hf:org/name \\
         folder=runs/other data.folder=runs/other/data
+    python experiments/run.py experiments/tiny.yaml --pilot         # what its seeds can show
 
 A run is a folder: config.yaml (for `python -m beagle_jax.train --config`), log.jsonl, checkpoints,
 draft/, and step-N.json with what its draft accepted after N steps. Finished work is not repeated,
@@ -26,7 +27,8 @@ from typing import Any
 import jax
 import yaml
 from plan import Plan, Training, load_plan
-from results import write_results
+from power import power_table, register, registered
+from results import decoded, measured, write_results
 
 from beagle_jax import terminal
 from beagle_jax.commands.evaluate import evaluate
@@ -34,7 +36,7 @@ from beagle_jax.commands.train import train_draft, training_target
 from beagle_jax.config import Config, Identity, Result, load_config, parse_override
 from beagle_jax.decoding.build import decoder_of, draft_path, drafter_of
 from beagle_jax.decoding.sampling import sampling_of
-from beagle_jax.errors import UserError, run_main
+from beagle_jax.errors import UsageError, UserError, run_main
 from beagle_jax.evaluation.suites import suite, tokenize
 from beagle_jax.files import write_text
 from beagle_jax.json_file import read_json
@@ -72,15 +74,28 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="other work runs on this machine: keep no times, leave the evaluations for later",
     )
+    made.add_argument(
+        "--pilot",
+        action="store_true",
+        help="train the pilot's seeds in a folder of its own, and write what the seeds of the plan "
+        "can show (power.py)",
+    )
     arguments = made.parse_intermixed_args(argv)
+    if arguments.pilot and arguments.only:
+        raise UsageError("--pilot is of the whole plan; leave --only out")
     terminal.prepare(argparse.Namespace(quiet=False))
-    plan = load_plan(
-        Path(arguments.plan), dict(map(parse_override, arguments.overrides)), short=arguments.short
-    ).only(arguments.only)
+    overrides = dict(map(parse_override, arguments.overrides))
+    load = partial(load_plan, Path(arguments.plan), overrides, short=arguments.short)
+    plan = load(pilot=arguments.pilot).only(arguments.only)
+    shows = {} if arguments.short or arguments.pilot else registered(plan)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((plan.folder / "programs").absolute()))
     failed = {} if arguments.draw else run_all(plan, shared=arguments.shared)
-    print(write_results(plan, failed, whole=not arguments.only))
+    if arguments.pilot:
+        path = plan.results / "power.json" if arguments.short else plan.registered
+        print(power_table(register(load(), measured(plan) | decoded(plan), path)))
+    else:
+        print(write_results(plan, failed, whole=not arguments.only, shows=shows))
     if failed:
         raise UserError(
             f"{len(failed)} could not be made:\n"
