@@ -4,7 +4,7 @@ A measure is a ratio of two sums over seeds and prompts. To first order, the dif
 ratios is a mean of one number per seed and prompt (`influence`), and that mean varies with the
 seeds that were trained, with the prompts that were asked, and with the rest. Few seeds say little
 about their own spread: Student's t takes that into account, whereas a bootstrap over five seeds
-leaves the true difference outside its 95 % interval about every seventh time.
+can leave the true difference outside its 95 % interval every seventh time.
 """
 
 from collections.abc import Sequence

@@ -87,6 +87,12 @@ def test_shellcheck_sees_a_missing_quote(tmp_path):
             "beagle_jax.evaluate --config configs/quickstart.yaml data.answer_tokens=2000",
         ),
         (
+            "make_it_yours.sh",
+            ["mine.jsonl", "train.seed=1"],
+            "beagle_jax.evaluate --config configs/make_it_yours.yaml "
+            "eval.suites=\\[runs/make_it_yours/held_out.jsonl\\] train.seed=1",
+        ),
+        (
             "one_gpu.sh",
             ["--seconds", "60", "train.seed=1"],
             ".venv-gpu/bin/python -m benchmarks.one_gpu --seconds 60 train.seed=1",
@@ -165,6 +171,8 @@ def test_a_pod_gets_what_is_committed_and_the_rest_is_named(tmp_path):
         ("local_cpu.sh", [], "which command? bash launch/local_cpu.sh train --config"),
         ("gpu.sh", ["--gpus", "9", "train"], "--gpus is 9; expected 1 to 8"),
         ("gpu.sh", ["--gpus"], "--gpus is missing; expected 1 to 8"),
+        ("make_it_yours.sh", [], "which prompts? bash launch/make_it_yours.sh PROMPTS.jsonl"),
+        ("make_it_yours.sh", ["x.txt"], "which prompts? bash launch/make_it_yours.sh PROMPTS"),
         ("one_gpu.sh", ["--python"], "--python is missing its interpreter"),
         ("slurm.sbatch", [], "which command? sbatch launch/slurm.sbatch train"),
         ("tpu_pod.sh", ["pod-1"], "expected NAME ZONE COMMAND"),
