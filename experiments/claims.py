@@ -79,6 +79,10 @@ def compared(
     fractions, seeds = _paired(more, less, measure)
     if not seeds:
         return Value(np.nan, np.nan, np.nan), [np.nan, np.nan], 0, None
+    if measure == "training_speed":  # of log records: no prompts that both sides have
+        fractions = [
+            (above.sum(1, keepdims=True), below.sum(1, keepdims=True)) for above, below in fractions
+        ]
     first, *others = fractions
     relative, made = measure in RELATIVE, []
     for other in others:
@@ -151,6 +155,8 @@ def judged(
         spread = None
     if not seeds:
         return line | {"verdict": OPEN, "here": "nothing that both have"}
+    if not np.isfinite(gap).all():
+        return line | {"verdict": OPEN, "here": "one number a side, whose spread is unknown"}
     said = OPEN if claim.unless else verdict(gap, claim.at_least, claim.alike)
     line |= {"difference": gap.rounded, "sides": [round(side, 4) for side in sides], "seeds": seeds}
     if said == OPEN and not claim.unless:

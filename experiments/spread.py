@@ -68,11 +68,8 @@ def ratio(fractions: Fractions) -> float:
 def influence(more: Fractions, less: Fractions, *, relative: bool) -> np.ndarray:
     """Returns how each seed and prompt moves the difference [seeds, prompts]; their mean is zero.
 
-    relative: of the ratio of both measures. Where the two sides do not have the same prompts (the
-    speeds of training are of log records), each seed is summed up first: [seeds, 1].
+    relative: of the ratio of both measures.
     """
-    if more[0].shape != less[0].shape:
-        more, less = (tuple(x.sum(1, keepdims=True) for x in side) for side in (more, less))
     own_SN, other_SN = (
         (above_SN - ratio((above_SN, below_SN)) * below_SN) / max(below_SN.mean(), 1e-30)
         for above_SN, below_SN in (more, less)
@@ -86,9 +83,11 @@ def influence(more: Fractions, less: Fractions, *, relative: bool) -> np.ndarray
 def spread_of(influence_SN: np.ndarray) -> Spread:
     """Splits the variance of a difference into that of seeds and that of prompts.
 
-    With one seed, all variance is that of prompts.
+    With one seed, all variance is that of prompts; of a single number it is unknown (nan).
     """
     seeds, prompts = influence_SN.shape
+    if seeds == prompts == 1:
+        return Spread(np.nan, np.nan, 1)
     of_seed = float(influence_SN.mean(1).var(ddof=1)) if seeds > 1 else 0.0
     if prompts == 1:
         return Spread(of_seed, 0.0, 1)

@@ -214,6 +214,18 @@ def open_claims_say_how_small(tmp_path) -> None:
     assert results.said(late) == OPEN and "seen" not in late
 
 
+def test_one_speed_of_training_a_side_decides_nothing(tmp_path):
+    """Log records are no prompts: each seed counts once, and of a single one nothing is known."""
+    claim, made = small(tmp_path).claims[2], measurements(range(3), 0.0)
+    for name, speeds in (("a", [9.0, 9.1, 9.2]), ("b", [5.0, 5.1])):
+        for seed, [point] in made[name].items():
+            point["training_tokens_per_second"] = [speed + seed / 10 for speed in speeds]
+    assert judged(claim, made, "t")["verdict"] == HOLDS
+    first = {name: {0: run[0]} for name, run in made.items()}
+    line = judged(claim, first, "t")
+    assert (line["verdict"], line["here"]) == (OPEN, "one number a side, whose spread is unknown")
+
+
 def test_an_open_claim_says_how_small(tmp_path):
     open_claims_say_how_small(tmp_path)
 

@@ -128,6 +128,7 @@ def test_a_spread_is_split_into_seeds_and_prompts():
     assert of_seed == pytest.approx(0.3**2 + 0.1**2 / PROMPTS, rel=0.1)
     assert of_prompts == pytest.approx(0.2**2 / PROMPTS, rel=0.1)
     assert spread_of(np.zeros((3, 4))).half(3) == 0
+    assert np.isnan(spread_of(np.zeros((1, 1))).half(1))
     single = spread_of(rng.normal(0, 0.2, (1, 4000)))
     assert single.half(1) == pytest.approx(1.96 * 0.2 / 4000**0.5, rel=0.05)
 
