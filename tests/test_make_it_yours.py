@@ -30,7 +30,7 @@ def clone(tmp_path):
     return folder
 
 
-def asked(clone: Path, count: int) -> subprocess.CompletedProcess:
+def called(clone: Path, count: int) -> subprocess.CompletedProcess:
     """Calls the script from another folder, on so many prompts with empty lines between them."""
     lines = [json.dumps({"prompt": f"What is {number}?"}) for number in range(count)]
     (clone.parent / "mine.jsonl").write_text("\n\n".join(lines))
@@ -41,7 +41,7 @@ def asked(clone: Path, count: int) -> subprocess.CompletedProcess:
 
 
 def held_out_prompts_are_not_learnt(clone: Path) -> None:
-    assert asked(clone, 90).returncode == 0
+    assert called(clone, 90).returncode == 0
     prompts, held_out = (
         (clone / "runs" / "make_it_yours" / f"{name}.jsonl").read_text().splitlines()
         for name in ("prompts", "held_out")
@@ -72,7 +72,7 @@ def test_planted_bug_all_prompts_are_learnt(clone):
 
 
 def test_too_few_prompts_are_refused(clone):
-    done = asked(clone, 59)
+    done = called(clone, 59)
     assert done.returncode == 2 and "has 59 prompts; expected 60 or more" in done.stderr
     assert not (clone / "calls").exists()
 

@@ -257,8 +257,8 @@ def test_the_table_has_a_column_for_each_target(tmp_path):
     for training in plan.trainings():
         folder = plan.folder_of(training)
         folder.mkdir(parents=True)
-        found = measurements(range(5), 0.3)[training.name][training.seed]
-        (folder / "step-9.json").write_text(json.dumps(found[0]))
+        points = measurements(range(5), 0.3)[training.name][training.seed]
+        (folder / "step-9.json").write_text(json.dumps(points[0]))
     text = results.write_results(plan, {}, shows={"a is better": 0.05})
     rows = text.splitlines()
     assert rows[0] == "| figure | the paper | tiny | verdict | large | verdict |"

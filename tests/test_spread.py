@@ -49,9 +49,9 @@ def slopes_match(relative: bool) -> None:
         step_SN = np.zeros((3, 7))
         step_SN[place] = 1e-5
         slope_SN[place] = (gap(1 + step_SN) - gap(1 - step_SN)) / 2e-5
-    found_SN = spread.influence(more, less, relative=relative)
-    np.testing.assert_allclose(found_SN / found_SN.size, slope_SN, rtol=1e-5, atol=1e-9)
-    assert abs(found_SN.mean()) < 1e-12
+    slopes_SN = spread.influence(more, less, relative=relative)
+    np.testing.assert_allclose(slopes_SN / slopes_SN.size, slope_SN, rtol=1e-5, atol=1e-9)
+    assert abs(slopes_SN.mean()) < 1e-12
 
 
 @pytest.mark.parametrize("relative", [False, True])
