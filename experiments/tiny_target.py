@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,11 @@ def text_of(lab: Lab, folder: Path) -> tuple[PreTrainedTokenizerBase, Rows]:
     written = list(dialogues(files, writer))
     training = [dialogue.text for dialogue in written if not dialogue.held_out]
     held_out = [dialogue.text for dialogue in written if dialogue.held_out]
-    prompts = dict.fromkeys(dialogue.prompt for dialogue in written if dialogue.held_out)
+    # In an order of their own, so that the first ones are of all sources.
+    prompts = sorted(
+        {dialogue.prompt for dialogue in written if dialogue.held_out},
+        key=lambda prompt: zlib.crc32(prompt.encode()),
+    )
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
     write_text(folder / "held_out.jsonl", "".join(lines))
     saved = folder / "tokenizer"
