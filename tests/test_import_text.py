@@ -66,3 +66,18 @@ def test_a_readme_without_hashes_is_refused(tmp_path, files):
 def test_a_name_of_another_kind_is_refused(tmp_path, files, capsys):
     assert run_main(import_text.main, [str(tmp_path / "out.npz"), str(files[0])]) == 2
     assert "expected a name that ends in .rows" in capsys.readouterr().err
+
+
+def test_no_prompt_is_in_both_splits(tmp_path):
+    texts = [Text([number], [1], f"prompt-{number % 300}") for number in range(400)]
+    train, held_out = (import_text.split_of(texts, name) for name in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted(texts)
+    assert not {text.prompt_id for text in train} & {text.prompt_id for text in held_out}
+    assert 5 < len(held_out) < 40
+    fewer = import_text.split_of([text for text in texts if text in train[:50]], "train")
+    assert fewer == train[:50]
+    files = [tmp_path / "part-greedy-000.npz"]
+    save_text(files[0], texts)
+    command = [str(tmp_path / "out.rows"), "--split", "held_out", *map(str, files)]
+    assert run_main(import_text.main, command) == 0
+    check_rows(tmp_path / "out.rows", held_out)

