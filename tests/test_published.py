@@ -188,6 +188,7 @@ def test_streams_are_named_as_each_server_counts(tmp_path):
     assert configs["vllm"][key] == [1, 4, 8]  # streams that enter layers
     layers = write(tmp_path / "s", draft, "speculators")[0]
     assert layers[key] == [1, 4, 8] and layers["speculators_config"]["verifier"] == VERIFIER
+    assert layers["transformer_layer_config"]["num_aux_hidden_states"] == 3
 
 
 def test_tokens_are_offsets_in_ascending_order(tmp_path):

@@ -176,11 +176,11 @@ def test_vllm_decodes_with_exported_drafts_as_we_do(place, name):
 
 
 def test_a_wrong_plugin_accepts_other_drafts(place, beagle):
-    """The planted bug: the query is rotated like the key. The text stays the target's own."""
+    """The planted bug: what the queries read is lost. The text stays the target's own."""
     [installed] = ENV.glob("lib/python*/site-packages/beagle_vllm/draft.py")
     right = installed.read_text()
     try:
-        installed.write_text(right.replace("positions_T + 1, q_TF", "positions_T, q_TF"))
+        installed.write_text(right.replace("self.o_proj(seen_TF)", "self.o_proj(0 * seen_TF)"))
         result = run(place, "beagle")
     finally:
         installed.write_text(right)

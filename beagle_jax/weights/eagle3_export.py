@@ -177,7 +177,9 @@ def _speculators(
             key: value
             for key, value in (layer | model).items()
             if key not in ("torch_dtype", "tie_word_embeddings")
-        },
+        }
+        # vLLM gives fc the width of three streams unless the layer's config says another number.
+        | {"num_aux_hidden_states": len(spec.taps)},
         "torch_dtype": "float32",
         "tie_word_embeddings": False,
         "speculators_config": {
