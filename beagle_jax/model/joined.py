@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from beagle_jax.model.quantised import by_rows
 from beagle_jax.model.tensors import JOINED, bias_key
 
 if TYPE_CHECKING:  # target.py imports this file
@@ -49,7 +50,7 @@ def separate_layer(layer: "Params", *, heads_only: bool = False) -> dict[str, An
     separate = dict(layer)
     for key in JOINED.keys() & layer.keys():
         if key.startswith("qkv") or not heads_only:
-            leaves, tree = jax.tree.flatten(separate.pop(key))
+            leaves, tree = jax.tree.flatten(by_rows(separate.pop(key)))
             parts = zip(*(split(key, leaf) for leaf in leaves), strict=True)
             arrays = (jax.tree.unflatten(tree, part) for part in parts)
             separate |= zip(JOINED[key].parts, arrays, strict=True)

@@ -32,7 +32,7 @@ from beagle_jax.model.joined import GATE_UP, QKV, split
 from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
-from beagle_jax.model.quantised import dense, pick
+from beagle_jax.model.quantised import pick, times
 from beagle_jax.model.tensors import JOINED, bias_key
 from beagle_jax.model.wrapped import text_config
 
@@ -421,7 +421,7 @@ def _attend_new(
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
     """Projects columns, [I, M] -> [.., O, M], and adds the bias if there is one."""
-    out_OM = jnp.einsum("...OI,IM->...OM", dense(layer[key], x_IM), x_IM)
+    out_OM = times(layer[key], x_IM)
     bias = layer.get(bias_key(key))
     return out_OM if bias is None else out_OM + bias[..., None]
 
@@ -452,9 +452,7 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
     assert spec.experts is not None  # a layer with a router belongs to them
 
     def run(expert: jax.Array) -> jax.Array:
-        def times(key: str, x_IM: jax.Array) -> jax.Array:
-            return dense(pick(layer[key], expert), x_IM) @ x_IM
-
-        return times("down_EDF", act(times("gate_EFD", y_DM)) * times("up_EFD", y_DM))
+        gate_FM, up_FM = (times(pick(layer[key], expert), y_DM) for key in ("gate_EFD", "up_EFD"))
+        return times(pick(layer["down_EDF"], expert), act(gate_FM) * up_FM)
 
     return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)
