@@ -21,6 +21,7 @@ from weight_cases import LLAMA, Held
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.model import joined as joined_module
 from beagle_jax.model.joined import (
+    TURNED,
     heads_apart,
     join_layer,
     separate_layer,
@@ -98,6 +99,20 @@ def test_quantised_projections_join_codes_and_scales(kind):
     rows_FD = jnp.concatenate([plain(x) for x in separate_layer(together).values()])
     one_head_FD = plain(together["qkv_KGHD"])[0, -1]  # values of the first KV head
     np.testing.assert_array_equal(one_head_FD, rows_FD[-16:-8])
+
+
+def test_stacks_of_experts_turn_and_come_back():
+    """Turned on TPUs alone, and never when they are quantised."""
+    spec = SPECS["experts"]
+    layer = next(x for x in params_of(spec)["layers"] if "gate_EFD" in x)
+    turned = join_layer(layer, spec, turned=True)
+    assert turned.keys() >= set(TURNED) and not turned.keys() & {"gate_EFD", "up_EFD", "down_EDF"}
+    np.testing.assert_array_equal(turned["down_EFD"][1], layer["down_EDF"][1].T)
+    equal(separate_layer(turned), layer)
+    params = {**params_of(spec), "layers": [turned]}
+    assert heads_apart(params)["layers"][0].keys() >= set(TURNED)
+    small = jax.jit(quantise_layer, static_argnums=(1, 2))(layer, "int8", 8)
+    assert "gate_EFD" in join_layer(small, spec, turned=True)
 
 
 # Loading
@@ -214,6 +229,13 @@ def test_more_devices_than_heads_have_queries_apart(meshes):
         "k_FD": [WIDE.head_dim, D],
         "gate_up_2FD": [2, WIDE.intermediate_size // 8, D],
     }
+
+
+@pytest.mark.parametrize("form", ["one_by_one", "few", "every", "grouped"])
+def test_experts_on_eight_devices_are_those_of_one(meshes, form):
+    """Also planted: the weights of another expert."""
+    difference, planted = meshes["experts"][form]
+    assert difference < 1e-5 and planted > 0.01
 
 
 def test_loading_joins_on_the_devices_of_a_mesh(meshes):

@@ -39,6 +39,7 @@ from beagle_jax.sharding import (
     place_abstract,
     shardings,
     state_shardings,
+    turns_experts,
     whole,
 )
 from beagle_jax.topology import first_line, hidden_warnings
@@ -175,7 +176,8 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
-    join = partial(join_layer, spec=target, heads=joins_heads(mesh, target.num_kv_heads))
+    heads, turned = joins_heads(mesh, target.num_kv_heads), turns_experts(mesh)
+    join = partial(join_layer, spec=target, heads=heads, turned=turned)
     layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
 
@@ -283,7 +285,7 @@ def _target_bytes(now: Round, state: DecodeState, batch: int, context: int) -> i
     total = held_bytes([params.get("head_VD", params["embed_VD"]), params["norm_D"]])
     for layer in params["layers"]:
         for key, x in layer.items():
-            routed = experts is not None and key in ("gate_EFD", "up_EFD", "down_EDF")
+            routed = experts is not None and key.endswith(("_EFD", "_EDF"))
             share = experts.per_token / experts.count if experts and routed else 1
             total += int(held_bytes(x) * share)
     live = context / state.cache.capacity

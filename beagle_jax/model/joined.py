@@ -7,6 +7,9 @@ projections (`model/tensors.py`); a joined matrix holds the rows of its parts an
     qkv_KGHD     for each KV head, G heads: those of its queries, its keys, its values
     gate_up_2FD  the MLP's gate, then up
 
+On a TPU, the stacks of experts are turned to [in, out]: its grouped products (`model/experts.py`)
+would otherwise turn them in each program, and hold them twice (`benchmarks/experts_pass.py`).
+
 On a mesh, each device's part of these has the queries, keys and values of its own KV heads, and the
 same outputs of gate and up.
 """
@@ -17,20 +20,23 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from beagle_jax.model.quantised import by_rows
+from beagle_jax.model.quantised import Quantised, by_rows
 from beagle_jax.model.tensors import JOINED, bias_key
 
 if TYPE_CHECKING:  # target.py imports this file
     from beagle_jax.model.target import Params, TargetSpec
 
 QKV, GATE_UP = "qkv_KGHD", "gate_up_2FD"
+TURNED = ("gate_EDF", "up_EDF", "down_EFD")  # stacks of experts
 
 
-def join_layer(layer: "Params", spec: "TargetSpec", *, heads: bool = True) -> dict[str, Any]:
+def join_layer(
+    layer: "Params", spec: "TargetSpec", *, heads: bool = True, turned: bool = False
+) -> dict[str, Any]:
     """Returns a layer with its projections joined, quantised ones too.
 
     heads: join queries, keys and values; False: only gate and up. Projections of which only some
-    have a bias stay separate.
+    have a bias stay separate. turned: turn stacks of experts that are not quantised.
     """
     joined = dict(layer)
     for key in (QKV, GATE_UP) if heads else (GATE_UP,):
@@ -39,6 +45,10 @@ def join_layer(layer: "Params", spec: "TargetSpec", *, heads: bool = True) -> di
                 if JOINED[name].parts[0] in layer:
                     parts = [joined.pop(part) for part in JOINED[name].parts]
                     joined[name] = jax.tree.map(lambda *x, at=name: _join(at, x, spec), *parts)
+    for name in TURNED if turned else ():
+        (part,) = JOINED[name].parts
+        if part in layer and not isinstance(layer[part], Quantised):
+            joined[name] = joined.pop(part).swapaxes(1, 2)
     return joined
 
 
@@ -73,6 +83,8 @@ def split(key: str, joined: jax.Array) -> Iterator[jax.Array]:
     if key.startswith("qkv"):
         for part in (joined[:, :-2], joined[:, -2:-1], joined[:, -1:]):
             yield part.reshape(-1, *joined.shape[3:])
+    elif key in TURNED:
+        yield joined.swapaxes(1, 2)
     else:
         yield from (joined[0], joined[1])
 

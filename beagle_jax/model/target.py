@@ -26,13 +26,13 @@ from beagle_jax.model.attention import (
 )
 from beagle_jax.model.cache import KVRows, empty_rows, finite
 from beagle_jax.model.config_values import check_values, given_values
-from beagle_jax.model.experts import Experts, routed, shares
+from beagle_jax.model.experts import Experts, choose, grouped, routed
 from beagle_jax.model.families import read_config
-from beagle_jax.model.joined import GATE_UP, QKV, split
+from beagle_jax.model.joined import GATE_UP, QKV, TURNED, split
 from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
-from beagle_jax.model.quantised import pick, times
+from beagle_jax.model.quantised import times
 from beagle_jax.model.tensors import JOINED, bias_key
 from beagle_jax.model.wrapped import text_config
 
@@ -450,9 +450,7 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
     assert spec.experts is not None  # a layer with a router belongs to them
-
-    def run(expert: jax.Array) -> jax.Array:
-        gate_FM, up_FM = (times(pick(layer[key], expert), y_DM) for key in ("gate_EFD", "up_EFD"))
-        return times(pick(layer["down_EDF"], expert), act(gate_FM) * up_FM)
-
-    return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)
+    choice = choose(layer["router_ED"], spec.experts, y_DM, count)
+    if TURNED[0] in layer:
+        return grouped(choice, [layer[key] for key in TURNED], act, y_DM)
+    return routed(choice, [layer[JOINED[key].parts[0]] for key in TURNED], act, y_DM)

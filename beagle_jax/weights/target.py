@@ -29,7 +29,7 @@ from beagle_jax.model.quantised import arranged_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
-from beagle_jax.sharding import joins_heads, place, target_sharding
+from beagle_jax.sharding import joins_heads, place, target_sharding, turns_experts
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
@@ -285,7 +285,7 @@ def fill_params(
 
 
 _arrange = jax.jit(arranged_layer, static_argnames="platform")
-_join = jax.jit(join_layer, static_argnames=("spec", "heads"))
+_join = jax.jit(join_layer, static_argnames=("spec", "heads", "turned"))
 
 
 def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any]:
@@ -293,7 +293,8 @@ def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any
 
     With more devices than KV heads, queries are split further than keys and values, and stay apart.
     """
-    joined = _join(layer, spec=spec, heads=joins_heads(mesh, spec.num_kv_heads))
+    heads, turned = joins_heads(mesh, spec.num_kv_heads), turns_experts(mesh)
+    joined = _join(layer, spec=spec, heads=heads, turned=turned)
     return jax.block_until_ready(place(joined, mesh))
 
 
