@@ -188,15 +188,6 @@ def joins_heads(mesh: Mesh | None, num_kv_heads: int) -> bool:
     return device.platform in ("cpu", "tpu") and splits_heads(mesh, num_kv_heads)
 
 
-def turns_experts(mesh: Mesh | None) -> bool:
-    """Returns whether stacks of experts are turned on these devices (model/joined.py).
-
-    None: this process's devices.
-    """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return device.platform == "tpu"
-
-
 def check_split(mesh: Mesh, inner: Sequence[int], model: int) -> None:
     """Checks that each axis of a decoder's mesh splits something of the target.
 

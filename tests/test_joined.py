@@ -26,6 +26,7 @@ from beagle_jax.model.joined import (
     join_layer,
     separate_layer,
     separated,
+    turns_experts,
 )
 from beagle_jax.model.quantised import Quantised, dense, quantise_layer
 from beagle_jax.model.target import TargetSpec
@@ -113,6 +114,7 @@ def test_stacks_of_experts_turn_and_come_back():
     assert heads_apart(params)["layers"][0].keys() >= set(TURNED)
     small = jax.jit(quantise_layer, static_argnums=(1, 2))(layer, "int8", 8)
     assert "gate_EFD" in join_layer(small, spec, turned=True)
+    assert [turns_experts(name) for name in ("cpu", "gpu", "tpu")] == [False, False, True]
 
 
 # Loading

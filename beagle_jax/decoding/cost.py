@@ -29,7 +29,7 @@ from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
 from beagle_jax.errors import UserError
 from beagle_jax.model.cache import round_up
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import join_layer, turns_experts
 from beagle_jax.model.kinds import new_spec
 from beagle_jax.model.quantised import arranged_layer, quantise_layer, stored_bytes
 from beagle_jax.model.target import TargetSpec
@@ -39,7 +39,6 @@ from beagle_jax.sharding import (
     place_abstract,
     shardings,
     state_shardings,
-    turns_experts,
     whole,
 )
 from beagle_jax.topology import first_line, hidden_warnings
@@ -176,7 +175,8 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
-    heads, turned = joins_heads(mesh, target.num_kv_heads), turns_experts(mesh)
+    heads = joins_heads(mesh, target.num_kv_heads)
+    turned = turns_experts(mesh.devices.flat[0].platform)
     join = partial(join_layer, spec=target, heads=heads, turned=turned)
     layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}

@@ -52,6 +52,11 @@ def join_layer(
     return joined
 
 
+def turns_experts(platform: str) -> bool:
+    """Returns whether stacks of experts are turned for a platform, such as "tpu"."""
+    return platform == "tpu"
+
+
 def separate_layer(layer: "Params", *, heads_only: bool = False) -> dict[str, Any]:
     """Returns a layer with separate projections, as `join_layer` took it.
 

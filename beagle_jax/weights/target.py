@@ -24,12 +24,12 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import join_layer, turns_experts
 from beagle_jax.model.quantised import arranged_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
-from beagle_jax.sharding import joins_heads, place, target_sharding, turns_experts
+from beagle_jax.sharding import joins_heads, place, target_sharding
 from beagle_jax.weights.chat_template import choose_template
 from beagle_jax.weights.gguf import GGUFFile
 from beagle_jax.weights.hf import HFFolder, download
@@ -293,7 +293,8 @@ def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any
 
     With more devices than KV heads, queries are split further than keys and values, and stay apart.
     """
-    heads, turned = joins_heads(mesh, spec.num_kv_heads), turns_experts(mesh)
+    heads = joins_heads(mesh, spec.num_kv_heads)
+    turned = turns_experts(jax.default_backend())
     joined = _join(layer, spec=spec, heads=heads, turned=turned)
     return jax.block_until_ready(place(joined, mesh))
 
