@@ -6,10 +6,10 @@
 
 Compiles the loop of plain steps and of rounds with a tree of 60 nodes for Qwen3-30B-A3B's shapes in
 bfloat16 with two and three layers, as `plan --decode` does, in the form of the platform and, for
-comparison, in the loop over experts that all platforms had before (`--forms loop`), and in a GPU's
-default `jax.lax.ragged_dot` (`--forms ragged`). The difference of both depths is a layer. Prints,
-for each layer: kernels, conditions and bytes that are written, and the temporaries of the program.
-A loop over experts counts for each of them.
+comparison, in the loop over experts that all platforms had before (`--forms loop`), and with
+`jax.lax.ragged_dot` on every platform (`--forms ragged`). The difference of both depths is a layer.
+Prints, for each layer: kernels, conditions, bytes that are read, and the temporaries of the
+program. A loop over experts counts for each of them, where XLA says how often it runs.
 """
 
 import argparse

@@ -114,7 +114,15 @@ def test_stacks_of_experts_turn_and_come_back():
     assert heads_apart(params)["layers"][0].keys() >= set(TURNED)
     small = jax.jit(quantise_layer, static_argnums=(1, 2))(layer, "int8", 8)
     assert "gate_EFD" in join_layer(small, spec, turned=True)
-    assert [turns_experts(name) for name in ("cpu", "gpu", "tpu")] == [False, False, True]
+    assert not turns_experts(small, "tpu")
+
+
+@pytest.mark.parametrize(("width", "expected"), [(384, True), (96, False)])
+def test_experts_turn_where_a_devices_part_fills_registers(width, expected):
+    part = SimpleNamespace(shard_shape=lambda shape: (shape[0], width, shape[2]))
+    layer = {"gate_EFD": SimpleNamespace(shape=(8, 768, 64), sharding=part)}
+    assert turns_experts(layer, "tpu") is expected
+    assert not turns_experts(layer, "cpu") and not turns_experts({}, "tpu")
 
 
 # Loading

@@ -175,10 +175,12 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
-    heads = joins_heads(mesh, target.num_kv_heads)
-    turned = turns_experts(mesh.devices.flat[0].platform)
-    join = partial(join_layer, spec=target, heads=heads, turned=turned)
-    layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
+    join = partial(join_layer, spec=target, heads=joins_heads(mesh, target.num_kv_heads))
+    platform = mesh.devices.flat[0].platform
+    layers = [
+        jax.eval_shape(partial(join, turned=turns_experts(layer, platform)), layer)
+        for layer in params["layers"]
+    ]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
 
 

@@ -2,7 +2,8 @@
 
 Each platform has a form of its own; all of them compute the same. None drops a token.
 
-    TPU    `grouped`: columns sorted by expert, then products of each expert with its columns
+    TPU    `grouped`: columns sorted by expert, then products of each expert with its columns, where
+           the stacks were turned for it (`joined.turns_experts`)
     GPU    `_few`: the experts of each column, gathered within the kernel that multiplies by them;
            with more columns `_every`: all experts, as if they were one matrix
     else   `_one_by_one`: a loop over all experts that skips those no token chose

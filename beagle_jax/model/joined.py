@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # target.py imports this file
     from beagle_jax.model.target import Params, TargetSpec
 
 QKV, GATE_UP = "qkv_KGHD", "gate_up_2FD"
+_LANES = 128  # of a TPU's register
 TURNED = ("gate_EDF", "up_EDF", "down_EFD")  # stacks of experts
 
 
@@ -52,9 +53,16 @@ def join_layer(
     return joined
 
 
-def turns_experts(platform: str) -> bool:
-    """Returns whether stacks of experts are turned for a platform, such as "tpu"."""
-    return platform == "tpu"
+def turns_experts(layer: "Params", platform: str) -> bool:
+    """Returns whether a layer's stacks of experts are turned for a platform, such as "tpu".
+
+    They stay where a device's part of an expert does not fill a TPU's registers, because a program
+    would then copy them.
+    """
+    stack = layer.get("gate_EFD")
+    if platform != "tpu" or stack is None or isinstance(stack, Quantised):
+        return False
+    return stack.sharding.shard_shape(stack.shape)[1] % _LANES == 0
 
 
 def separate_layer(layer: "Params", *, heads_only: bool = False) -> dict[str, Any]:

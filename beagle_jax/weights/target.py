@@ -294,7 +294,7 @@ def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any
     With more devices than KV heads, queries are split further than keys and values, and stay apart.
     """
     heads = joins_heads(mesh, spec.num_kv_heads)
-    turned = turns_experts(jax.default_backend())
+    turned = turns_experts(layer, jax.default_backend())
     joined = _join(layer, spec=spec, heads=heads, turned=turned)
     return jax.block_until_ready(place(joined, mesh))
 
