@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -27,12 +28,15 @@ GPUS = {
     "t4": "Tesla T4",
 }
 _GPU = re.compile(rf"({'|'.join(GPUS)})(?::(?:(\d+)x)?(\d+))?")
-_EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2; h100:8, h200, a100:8, l4, t4, b200:2x8"
+_EXAMPLES = "v5e:1, v5e:4x4, v5p:2x2x2, v6e:4x4, v4:2x2x2; h100:8, h200, a100:8, l4, t4, b200:2x8"
+_SINGLE_TPU = re.compile(r"(v\d+\w*):1(?:x1)*")
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 def topology_devices(name: str) -> list[jax.Device]:
     """Returns descriptions of the devices of a topology, such as "v5e:4x4", "l4" or "b200:2x8".
+
+    "v5e:1" is a single chip.
 
     A GPU's name is followed by the number of GPUs, or by hosts x GPUs of each.
 
@@ -50,9 +54,12 @@ def topology_devices(name: str) -> list[jax.Device]:
             "install 'beagle-jax[tpu]' (Linux on x86; no TPU is needed); GPUs are named "
             f"{', '.join(GPUS)}"
         ) from None
+    full: dict[str, Any] = {"topology_name": name}
+    if match := _SINGLE_TPU.fullmatch(name):  # by default, libtpu takes a host to have more chips
+        full = {"topology_name": f"{match[1]}:1x1x1", "chips_per_host_bounds": (1, 1, 1)}
     try:
         with hidden_warnings():
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+            return list(topologies.get_topology_desc(platform="tpu", **full).devices)
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"--topology {name}: libtpu does not know it ({first_line(error)}); examples: "

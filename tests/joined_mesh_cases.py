@@ -1,6 +1,7 @@
 """Joined projections on meshes of eight virtual devices.
 
-python tests/joined_mesh_cases.py OUT.json
+python tests/joined_mesh_cases.py OUT.json            # of attention and of a plain MLP
+python tests/joined_mesh_cases.py OUT.json experts
 """
 
 import dataclasses
@@ -19,7 +20,10 @@ from mesh_cases import mesh_of
 from weight_cases import LLAMA, Held
 
 from beagle_jax.decoding.decoder import SpeculativeDecoder
+from beagle_jax.model import experts as experts_module
 from beagle_jax.model import joined as joined_module
+from beagle_jax.model import target as target_module
+from beagle_jax.model.experts import Experts
 from beagle_jax.model.joined import join_layer
 from beagle_jax.model.masks import causal_mask
 from beagle_jax.model.target import TargetSpec, forward
@@ -86,6 +90,25 @@ def loaded(size: int) -> list:
     return [size, heads, *shapes_of(params["layers"][1], "gate_up_2FD").values(), True]
 
 
+def experts_on_a_mesh() -> dict[str, list[float]]:
+    """How far each form of experts on eight devices is from the loop on one; then planted."""
+    spec = dataclasses.replace(WIDE, experts=Experts(3, 2, 24, True, (), ("mlp.gate", *"gud")))
+    params, mesh = params_of(spec), decoding_mesh(mesh_of((2, 2, 2)), WIDE.num_kv_heads)
+    layer = params["layers"][0]
+    planted = {**params, "layers": [{**layer, "up_EFD": jnp.roll(layer["up_EFD"], 1, axis=0)}]}
+    expected = np.asarray(states(params, spec))
+    measured = {}
+    for form in ("one_by_one", "few", "every", "grouped"):
+        routed = getattr(experts_module, f"_{form}", None)
+        with mock.patch.object(target_module, "routed", routed):
+            run = jax.jit(partial(states, spec=spec))
+            measured[form] = [
+                float(np.abs(run(place(joined(x, spec, turned=not routed), mesh)) - expected).max())
+                for x in (params, planted)
+            ]
+    return measured
+
+
 def main(out: str) -> None:
     params = params_of(WIDE)
     together, expected = joined(params, WIDE), np.asarray(states(params, WIDE))
@@ -111,4 +134,7 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[2:] == ["experts"]:
+        Path(sys.argv[1]).write_text(json.dumps(experts_on_a_mesh()))
+    else:
+        main(sys.argv[1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from transformers import (
 from beagle_jax.decoding.decoder import SpeculativeDecoder
 from beagle_jax.decoding.tree import ROOT_ONLY, chain, static_tree
 from beagle_jax.errors import UserError
+from beagle_jax.model import experts as experts_module
 from beagle_jax.model import target as target_module
 from beagle_jax.model.beagle import BeagleSpec, init_draft
-from beagle_jax.model.joined import separated
+from beagle_jax.model.joined import join_layer, separated
 from beagle_jax.model.layers import RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.target import forward, logits
@@ -214,6 +216,26 @@ def test_planted_bug_in_states(family, plant):
     model, target = family
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         _check_states_and_logits(model, *plant(target.spec, separated(target.params)))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"], indirect=True)
+@pytest.mark.parametrize("form", ["grouped", "few", "every"])
+def test_experts_in_the_forms_of_other_platforms_equal_torch(family, form, monkeypatch):
+    """This process has the loop, which the tests above compare."""
+    model, target = family
+    if form != "grouped":
+        monkeypatch.setattr(target_module, "routed", getattr(experts_module, f"_{form}"))
+
+    def arranged(spec, params):
+        join = partial(join_layer, spec=spec, turned=form == "grouped")
+        return spec, {**params, "layers": [join(layer) for layer in params["layers"]]}
+
+    spec, params = arranged(target.spec, separated(target.params))
+    assert ("gate_EDF" in params["layers"][1]) == (form == "grouped")
+    _check_states_and_logits(model, spec, params)
+    planted = arranged(*_experts_swapped(target.spec, separated(target.params)))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        _check_states_and_logits(model, *planted)
 
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)

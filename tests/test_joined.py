@@ -21,10 +21,12 @@ from weight_cases import LLAMA, Held
 from beagle_jax.data.fingerprint import fingerprints
 from beagle_jax.model import joined as joined_module
 from beagle_jax.model.joined import (
+    TURNED,
     heads_apart,
     join_layer,
     separate_layer,
     separated,
+    turns_experts,
 )
 from beagle_jax.model.quantised import Quantised, dense, quantise_layer
 from beagle_jax.model.target import TargetSpec
@@ -98,6 +100,29 @@ def test_quantised_projections_join_codes_and_scales(kind):
     rows_FD = jnp.concatenate([plain(x) for x in separate_layer(together).values()])
     one_head_FD = plain(together["qkv_KGHD"])[0, -1]  # values of the first KV head
     np.testing.assert_array_equal(one_head_FD, rows_FD[-16:-8])
+
+
+def test_stacks_of_experts_turn_and_come_back():
+    """Turned on TPUs alone, and never when they are quantised."""
+    spec = SPECS["experts"]
+    layer = next(x for x in params_of(spec)["layers"] if "gate_EFD" in x)
+    turned = join_layer(layer, spec, turned=True)
+    assert turned.keys() >= set(TURNED) and not turned.keys() & {"gate_EFD", "up_EFD", "down_EDF"}
+    np.testing.assert_array_equal(turned["down_EFD"][1], layer["down_EDF"][1].T)
+    equal(separate_layer(turned), layer)
+    params = {**params_of(spec), "layers": [turned]}
+    assert heads_apart(params)["layers"][0].keys() >= set(TURNED)
+    small = jax.jit(quantise_layer, static_argnums=(1, 2))(layer, "int8", 8)
+    assert "gate_EFD" in join_layer(small, spec, turned=True)
+    assert not turns_experts(small, "tpu")
+
+
+@pytest.mark.parametrize(("width", "expected"), [(384, True), (96, False)])
+def test_experts_turn_where_a_devices_part_fills_registers(width, expected):
+    part = SimpleNamespace(shard_shape=lambda shape: (shape[0], width, shape[2]))
+    layer = {"gate_EFD": SimpleNamespace(shape=(8, 768, 64), sharding=part)}
+    assert turns_experts(layer, "tpu") is expected
+    assert not turns_experts(layer, "cpu") and not turns_experts({}, "tpu")
 
 
 # Loading
@@ -180,10 +205,13 @@ def test_no_layer_stays_apart_while_the_next_is_loaded(monkeypatch):
 @pytest.fixture(scope="module")
 def meshes(tmp_path_factory):
     """What `joined_mesh_cases.py` measures on eight virtual devices."""
-    out = tmp_path_factory.mktemp("meshes") / "out.json"
+    return _measured(tmp_path_factory.mktemp("meshes") / "out.json")
+
+
+def _measured(out, *what):
     script = Path(__file__).parent / "joined_mesh_cases.py"
     variables = environment(8) | {"PYTHONPATH": str(script.parent.parent)}
-    subprocess.run([sys.executable, str(script), str(out)], env=variables, check=True)
+    subprocess.run([sys.executable, str(script), str(out), *what], env=variables, check=True)
     return json.loads(out.read_text())
 
 
@@ -214,6 +242,15 @@ def test_more_devices_than_heads_have_queries_apart(meshes):
         "k_FD": [WIDE.head_dim, D],
         "gate_up_2FD": [2, WIDE.intermediate_size // 8, D],
     }
+
+
+@pytest.mark.slow
+def test_experts_on_eight_devices_are_those_of_one(tmp_path):
+    """Also planted: the weights of another expert."""
+    measured = _measured(tmp_path / "out.json", "experts")
+    assert measured.keys() == {"one_by_one", "few", "every", "grouped"}
+    for difference, planted in measured.values():
+        assert difference < 1e-5 and planted > 0.01
 
 
 def test_loading_joins_on_the_devices_of_a_mesh(meshes):

@@ -238,6 +238,21 @@ def test_names_of_gpus_say_how_many(monkeypatch, name, shape):
     assert GPUS[name.split(":")[0]] in calls[0]["target_config"]
 
 
+@pytest.mark.parametrize(("name", "bounds"), [("v5e:1", (1, 1, 1)), ("v5e:4x4", None)])
+def test_a_tpu_may_be_a_single_chip(monkeypatch, name, bounds):
+    """libtpu takes a host to have several chips, if nothing else is said."""
+    calls = []
+
+    def described(**settings):
+        calls.append(settings)
+        return SimpleNamespace(devices=["a"])
+
+    monkeypatch.setitem(sys.modules, "libtpu", SimpleNamespace())
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", described)
+    assert topology_devices(name) == ["a"]
+    assert calls[0].get("chips_per_host_bounds") == bounds
+
+
 def test_every_gpu_has_what_the_compiler_asks():
     for name in GPUS.values():
         chip = CHIPS[name]

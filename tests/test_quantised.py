@@ -68,7 +68,7 @@ def test_weights_are_rounded_to_the_nearest_step_of_their_group(kind, largest):
 def test_planted_bug_halves_of_a_byte_swapped():
     weight = jnp.asarray(np.random.default_rng(0).standard_normal((6, 24)), jnp.float32)
     packed = quantise(weight, "int4", 8)
-    swapped = packed._replace(values=(packed.values >> 4) | (packed.values << 4))
+    swapped = dataclasses.replace(packed, values=(packed.values >> 4) | (packed.values << 4))
     assert (
         float(jnp.abs(dense(packed, weight) - weight).max())
         < 0.3

@@ -4,8 +4,8 @@ All arrays are shapes with the shardings of the real decoder. XLA compiles the p
 decoding runs, for the devices of a mesh, which may belong to a topology (topology.py).
 """
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beagle_jax.config import Config
+from beagle_jax.config import Config, TargetConfig
 from beagle_jax.decoding.drafter import NoDrafter
 from beagle_jax.decoding.engine import admit, advance
 from beagle_jax.decoding.kinds import TRAINED
@@ -27,9 +27,11 @@ from beagle_jax.decoding.session import CAPACITY_BUCKET, PREFILL_CHUNK
 from beagle_jax.decoding.state import DecodeState, Requests
 from beagle_jax.decoding.trained import DraftHead
 from beagle_jax.decoding.tree import LookupTree, Tree
+from beagle_jax.errors import UserError
 from beagle_jax.model.cache import round_up
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import join_layer, turns_experts
 from beagle_jax.model.kinds import new_spec
+from beagle_jax.model.quantised import arranged_layer, quantise_layer, stored_bytes
 from beagle_jax.model.target import TargetSpec
 from beagle_jax.program import Program, program_of
 from beagle_jax.sharding import (
@@ -37,9 +39,11 @@ from beagle_jax.sharding import (
     place_abstract,
     shardings,
     state_shardings,
+    whole,
 )
 from beagle_jax.topology import first_line, hidden_warnings
 from beagle_jax.weights.orbax_target import abstract_params
+from beagle_jax.weights.quantiser import check_group
 
 
 class ProgramCost(NamedTuple):
@@ -145,7 +149,12 @@ def _decode_cost(
 
 def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -> Round:
     """Returns the round of a config's decoder, with shapes in place of weights."""
-    params = _joined(abstract_params(target, jnp.dtype(config.target.dtype), mesh), target, mesh)
+    params = abstract_params(target, jnp.dtype(config.target.dtype), mesh)
+    if config.target.quantize != "none":
+        params = _quantised(params, config.target, target, mesh)
+    params = _joined(params, target, mesh)
+    if config.target.quantize != "none":
+        params = _arranged(params, mesh)
     drafter: Any = NoDrafter()
     if config.draft.path == "lookup":
         drafter = Lookup(config.decode.ngram)
@@ -167,8 +176,41 @@ def abstract_round(config: Config, target: TargetSpec, tree: Tree, mesh: Mesh) -
 def _joined(params: Any, target: TargetSpec, mesh: Mesh) -> Any:
     """Returns the shapes of parameters whose projections are joined, as for decoding."""
     join = partial(join_layer, spec=target, heads=joins_heads(mesh, target.num_kv_heads))
-    layers = [jax.eval_shape(join, layer) for layer in params["layers"]]
+    platform = mesh.devices.flat[0].platform
+    layers = [
+        jax.eval_shape(partial(join, turned=turns_experts(layer, platform)), layer)
+        for layer in params["layers"]
+    ]
     return {**params, "layers": place_abstract(layers, shardings(layers, mesh))}
+
+
+def _quantised(params: Any, settings: TargetConfig, target: TargetSpec, mesh: Mesh) -> Any:
+    """Returns the shapes of quantised parameters.
+
+    Raises:
+      UserError: the mesh has several devices, or the group size does not fit.
+    """
+    if mesh.size > 1:
+        raise UserError(
+            f"a quantised target is for one device, but the mesh has {mesh.size}; set "
+            "target.quantize=none, or plan for one device"
+        )
+    assert settings.quantize != "none"
+    check_group(target, settings.group_size, settings.source)
+    make = partial(quantise_layer, kind=settings.quantize, group=settings.group_size)
+    return {**params, "layers": [_on_all(make, layer, mesh) for layer in params["layers"]]}
+
+
+def _arranged(params: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of quantised parameters, arranged for the devices of the mesh."""
+    make = partial(arranged_layer, platform=mesh.devices.flat[0].platform)
+    return {**params, "layers": [_on_all(make, layer, mesh) for layer in params["layers"]]}
+
+
+def _on_all(make: Callable[[Any], Any], layer: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of what a function makes of a layer, whole on each device."""
+    made = jax.eval_shape(make, layer)
+    return place_abstract(made, jax.tree.map(lambda _: whole(mesh), made))
 
 
 def _drafter(config: Config, target: TargetSpec, params: Any, mesh: Mesh) -> Any:
@@ -236,7 +278,7 @@ def held_bytes(tree: Any) -> int:
 
 def _part(x: Any) -> int:
     shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-    return math.prod(shape) * x.dtype.itemsize
+    return stored_bytes(jax.ShapeDtypeStruct(shape, x.dtype))
 
 
 def _target_bytes(now: Round, state: DecodeState, batch: int, context: int) -> int:
@@ -245,9 +287,9 @@ def _target_bytes(now: Round, state: DecodeState, batch: int, context: int) -> i
     total = held_bytes([params.get("head_VD", params["embed_VD"]), params["norm_D"]])
     for layer in params["layers"]:
         for key, x in layer.items():
-            routed = experts is not None and "_E" in key and x.ndim == 3
+            routed = experts is not None and key.endswith(("_EFD", "_EDF"))
             share = experts.per_token / experts.count if experts and routed else 1
-            total += int(_part(x) * share)
+            total += int(held_bytes(x) * share)
     live = context / state.cache.capacity
     return total + int(held_bytes(state.cache.layers) * live)
 

@@ -1,16 +1,33 @@
 """Routed experts: several MLPs, of which each token uses a few (Mixtral, Qwen3-MoE).
 
-The computation is exact and simple: a loop over all experts that skips those no token chose. An
-expert that runs reads every column and weights it by the token's share. A decoding step therefore
-costs only the experts that it needs. A long prompt costs up to count / per_token times as much as a
-dispatch that sorts tokens by expert.
+Each platform has a form of its own; all of them compute the same. None drops a token.
+
+    TPU    `grouped`: columns sorted by expert, then products of each expert with its columns, where
+           the stacks were turned for it (`joined.turns_experts`)
+    GPU    `_few`: the experts of each column, gathered within the kernel that multiplies by them;
+           with more columns `_every`: all experts, as if they were one matrix
+    else   `_one_by_one`: a loop over all experts that skips those no token chose
+
+`jax.lax.ragged_dot`, the product of `grouped`, multiplies every column by every expert on CPUs and
+on GPUs (jax 0.10); there it also turns all weights first (`benchmarks/experts_pass.py`). The loop
+costs a GPU a wait of the host for each expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from beagle_jax.model.quantised import Quantised, dense, pick, times
+
+Act = Callable[[jax.Array], jax.Array]
+Stacks = Sequence[jax.Array | Quantised]  # of gate, up and down
+
+# Columns up to which a GPU multiplies by all experts at once: `_every` holds the outputs of all of
+# them, 370 MB for 512 columns of Qwen3-30B-A3B.
+_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -27,27 +44,121 @@ class Experts:
     ]  # names in files: the router, then each expert's gate, up and down; {} is its number
 
 
-def shares(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) -> jax.Array:
-    """Returns each expert's share of each column, float32 [E, M].
+class Choice(NamedTuple):
+    """The k experts of each column."""
 
-    It is zero for experts that were not chosen and for columns past `count`.
-    """
-    M = y_DM.shape[1]
+    share_Mk: jax.Array  # float32; zero for padding
+    expert_Mk: jax.Array  # int32; padding has those of the first column
+    num_experts: int  # E
+
+    @property
+    def share_EM(self) -> jax.Array:
+        """Each expert's share of each column; zero for experts that were not chosen."""
+        M = len(self.share_Mk)
+        zero_EM = jnp.zeros((self.num_experts, M), jnp.float32)
+        return zero_EM.at[self.expert_Mk, jnp.arange(M)[:, None]].set(self.share_Mk)
+
+
+def choose(router_ED: jax.Array, experts: Experts, y_DM: jax.Array, count: int) -> Choice:
+    """Returns the experts of each column. Columns past `count` are padding."""
     share_EM = jax.nn.softmax(jnp.einsum("ED,DM->EM", router_ED, y_DM).astype(jnp.float32), axis=0)
     best_Mk, expert_Mk = jax.lax.top_k(share_EM.T, experts.per_token)
     if experts.renormalised:
         best_Mk = best_Mk / best_Mk.sum(axis=-1, keepdims=True)
-    best_Mk = jnp.where(jnp.arange(M)[:, None] < count, best_Mk, 0.0)
-    return jnp.zeros_like(share_EM).at[expert_Mk, jnp.arange(M)[:, None]].set(best_Mk)
+    real_M1 = jnp.arange(y_DM.shape[1])[:, None] < count
+    return Choice(
+        jnp.where(real_M1, best_Mk, 0.0),
+        jnp.where(real_M1, expert_Mk, expert_Mk[:1]),
+        experts.count,
+    )
 
 
-def routed(
-    share_EM: jax.Array, run: Callable[[jax.Array], jax.Array], like_DM: jax.Array
-) -> jax.Array:
-    """Returns the sum over experts of share times output, [D, M].
+def routed(choice: Choice, stacks: Stacks, act: Act, y_DM: jax.Array) -> jax.Array:
+    """Returns the sum over experts of share times output, [D, M], in the platform's form.
 
-    run: maps an expert's number to its output [D, M].
+    stacks: [E, F, D] of gate and up, [E, D, F] of down. act: activation of the gate.
     """
+
+    def on_gpu() -> jax.Array:
+        if choice.expert_Mk.size <= choice.num_experts:
+            return _few(choice, stacks, act, y_DM)
+        if y_DM.shape[1] <= _COLUMNS and not isinstance(stacks[0], Quantised):
+            return _every(choice, stacks, act, y_DM)
+        return elsewhere()
+
+    def elsewhere() -> jax.Array:
+        return _one_by_one(choice, stacks, act, y_DM)
+
+    return by_platform(on_gpu, elsewhere)
+
+
+def by_platform(on_gpu: Callable[[], jax.Array], elsewhere: Callable[[], jax.Array]) -> jax.Array:
+    """Returns the result of the function for the platform that the program is compiled for."""
+    return jax.lax.platform_dependent(cuda=on_gpu, rocm=on_gpu, default=elsewhere)
+
+
+def grouped(choice: Choice, stacks: Sequence[jax.Array], act: Act, y_DM: jax.Array) -> jax.Array:
+    """Returns the sum over experts of share times output, [D, M], by grouped products.
+
+    stacks: [E, D, F] of gate and up, [E, F, D] of down (`joined.TURNED`). act: activation of the
+    gate.
+    """
+    per_token = choice.expert_Mk.shape[1]
+    expert_R = choice.expert_Mk.reshape(-1)
+    order_R = jnp.argsort(expert_R)
+    size_E = jnp.bincount(expert_R, length=choice.num_experts)
+
+    def product(x_RI: jax.Array, stack_EIO: jax.Array) -> jax.Array:
+        out_RO = jax.lax.ragged_dot(x_RI, stack_EIO, size_E, preferred_element_type=jnp.float32)
+        return out_RO.astype(x_RI.dtype)
+
+    gate_EDF, up_EDF, down_EFD = stacks
+    x_RD = y_DM.T[order_R // per_token]
+    out_RD = product(act(product(x_RD, gate_EDF)) * product(x_RD, up_EDF), down_EFD)
+    return _mixed(out_RD[jnp.argsort(order_R)], choice, y_DM)
+
+
+def _few(choice: Choice, stacks: Stacks, act: Act, y_DM: jax.Array) -> jax.Array:
+    """Computes sums, not products of matrices: XLA's kernels for them read an expert in place."""
+    expert_R = choice.expert_Mk.reshape(-1)
+
+    def product(stack: jax.Array | Quantised, x_RI: jax.Array) -> jax.Array:
+        matrix_ROI = dense(pick(stack, expert_R), x_RI).astype(jnp.float32)
+        return (matrix_ROI * x_RI[:, None].astype(jnp.float32)).sum(axis=-1).astype(x_RI.dtype)
+
+    gate, up, down = stacks
+    x_RD = jnp.repeat(y_DM.T, choice.expert_Mk.shape[1], axis=0)
+    return _mixed(product(down, act(product(gate, x_RD)) * product(up, x_RD)), choice, y_DM)
+
+
+def _mixed(out_RD: jax.Array, choice: Choice, y_DM: jax.Array) -> jax.Array:
+    """Returns the sum [D, M] of the outputs of each column's experts by their shares."""
+    out_MkD = out_RD.reshape(*choice.share_Mk.shape, -1).astype(jnp.float32)
+    return (out_MkD * choice.share_Mk[..., None]).sum(axis=1).T.astype(y_DM.dtype)
+
+
+def _every(choice: Choice, stacks: Stacks, act: Act, y_DM: jax.Array) -> jax.Array:
+    """An expert's output does not count in columns that did not choose it, even if not finite."""
+    gate_EFD, up_EFD, down_EDF = (dense(stack, y_DM) for stack in stacks)
+    share_E1M = choice.share_EM[:, None]
+    gate_EFM, up_EFM = (jnp.einsum("EFD,DM->EFM", x, y_DM) for x in (gate_EFD, up_EFD))
+    inner_EFM = jnp.where(share_E1M > 0, act(gate_EFM) * up_EFM, 0)
+    out_EDM = jnp.einsum("EDF,EFM->EDM", down_EDF, inner_EFM).astype(jnp.float32)
+    return (out_EDM * share_E1M).sum(axis=0).astype(y_DM.dtype)
+
+
+def _one_by_one(choice: Choice, stacks: Stacks, act: Act, y_DM: jax.Array) -> jax.Array:
+    """An expert that runs reads every column.
+
+    A decoding step therefore costs only the experts that it needs. A long prompt costs up to
+    count / per_token times as much as products of each expert with its own columns.
+    """
+    gate, up, down = stacks
+    share_EM = choice.share_EM
+
+    def run(expert: jax.Array) -> jax.Array:
+        inner_FM = act(times(pick(gate, expert), y_DM)) * times(pick(up, expert), y_DM)
+        return times(pick(down, expert), inner_FM)
 
     def add(expert: jax.Array, total_DM: jax.Array) -> jax.Array:
         share_M = share_EM[expert]
@@ -57,5 +168,5 @@ def routed(
 
         return jax.lax.cond((share_M > 0).any(), weighted, lambda: total_DM)
 
-    total_DM = jax.lax.fori_loop(0, share_EM.shape[0], add, jnp.zeros(like_DM.shape, jnp.float32))
-    return total_DM.astype(like_DM.dtype)
+    total_DM = jax.lax.fori_loop(0, choice.num_experts, add, jnp.zeros(y_DM.shape, jnp.float32))
+    return total_DM.astype(y_DM.dtype)

@@ -26,13 +26,13 @@ from beagle_jax.model.attention import (
 )
 from beagle_jax.model.cache import KVRows, empty_rows, finite
 from beagle_jax.model.config_values import check_values, given_values
-from beagle_jax.model.experts import Experts, routed, shares
+from beagle_jax.model.experts import Experts, choose, grouped, routed
 from beagle_jax.model.families import read_config
-from beagle_jax.model.joined import GATE_UP, QKV, split
+from beagle_jax.model.joined import GATE_UP, QKV, TURNED, split
 from beagle_jax.model.layers import RopeFactors, RopeScaling, apply_rope, rms_norm, rope_tables
 from beagle_jax.model.masks import causal_mask, within_window
 from beagle_jax.model.precision import exact
-from beagle_jax.model.quantised import dense, pick
+from beagle_jax.model.quantised import times
 from beagle_jax.model.tensors import JOINED, bias_key
 from beagle_jax.model.wrapped import text_config
 
@@ -421,7 +421,7 @@ def _attend_new(
 
 def _project(layer: Params, key: str, x_IM: jax.Array) -> jax.Array:
     """Projects columns, [I, M] -> [.., O, M], and adds the bias if there is one."""
-    out_OM = jnp.einsum("...OI,IM->...OM", dense(layer[key], x_IM), x_IM)
+    out_OM = times(layer[key], x_IM)
     bias = layer.get(bias_key(key))
     return out_OM if bias is None else out_OM + bias[..., None]
 
@@ -450,11 +450,7 @@ def _mlp(layer: Params, spec: TargetSpec, y_DM: jax.Array, count: int) -> jax.Ar
         return _project(layer, "down_DF", act(gate_FM) * up_FM)
 
     assert spec.experts is not None  # a layer with a router belongs to them
-
-    def run(expert: jax.Array) -> jax.Array:
-        def times(key: str, x_IM: jax.Array) -> jax.Array:
-            return dense(pick(layer[key], expert), x_IM) @ x_IM
-
-        return times("down_EDF", act(times("gate_EFD", y_DM)) * times("up_EFD", y_DM))
-
-    return routed(shares(layer["router_ED"], spec.experts, y_DM, count), run, y_DM)
+    choice = choose(layer["router_ED"], spec.experts, y_DM, count)
+    if TURNED[0] in layer:
+        return grouped(choice, [layer[key] for key in TURNED], act, y_DM)
+    return routed(choice, [layer[JOINED[key].parts[0]] for key in TURNED], act, y_DM)

@@ -74,7 +74,7 @@ ARRAYS = {
 
 
 class Joined(NamedTuple):
-    """An array that holds the rows of several (`model/joined.py`)."""
+    """An array that holds the rows of several, or a stack turned (`model/joined.py`)."""
 
     parts: tuple[str, ...]  # keys of `ARRAYS`
     axes: tuple[str | None, ...]
@@ -85,6 +85,10 @@ JOINED = {
     "gate_up_2FD": Joined(("gate_FD", "up_FD"), (None, *_IN)),
     "qkv_bias_KGH": Joined(("q_bias_F", "k_bias_F", "v_bias_F"), (None, None, None)),
     "gate_up_bias_2F": Joined(("gate_bias_F", "up_bias_F"), (None, None)),
+    # experts' matrices as [in, out]
+    "gate_EDF": Joined(("gate_EFD",), (None, *_OUT)),
+    "up_EDF": Joined(("up_EFD",), (None, *_OUT)),
+    "down_EFD": Joined(("down_EDF",), (None, *_IN)),
 }
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from beagle_jax.errors import UserError
-from beagle_jax.model.quantised import Kind, quantise_layer
+from beagle_jax.model.quantised import Kind, quantise_layer, stored_bytes
 from beagle_jax.model.target import (
     Params,
     TargetSpec,
@@ -52,12 +52,7 @@ class Quantiser:
     """
 
     def __init__(self, spec: TargetSpec, kind: Kind, group: int, where: str) -> None:
-        for tensor in tensors(spec):
-            if tensor.quantisable and (tensor.shape[-1] % group or group % 2):
-                raise UserError(
-                    f"{where}: target.group_size is {group}, which must be even and divide the "
-                    f"{tensor.shape[-1]} inputs of {tensor.names[0]}; choose another"
-                )
+        check_group(spec, group, where)
         self._spec, self._kind, self._group = spec, kind, group
         self._streams: tuple[jax.Array, jax.Array] | None = None
         self._saved = 0
@@ -96,5 +91,19 @@ class Quantiser:
         return Cost(self._kind, self._group, after + self._saved, after, float(error), float(same))
 
 
+def check_group(spec: TargetSpec, group: int, where: str) -> None:
+    """Checks that a target's matrices have whole groups.
+
+    Raises:
+      UserError: the group size does not divide the inputs of a matrix.
+    """
+    for tensor in tensors(spec):
+        if tensor.quantisable and (tensor.shape[-1] % group or group % 2):
+            raise UserError(
+                f"{where}: target.group_size is {group}, which must be even and divide the "
+                f"{tensor.shape[-1]} inputs of {tensor.names[0]}; choose another"
+            )
+
+
 def _bytes(tree: Any) -> int:
-    return sum(array.nbytes for array in jax.tree.leaves(tree))
+    return sum(stored_bytes(array) for array in jax.tree.leaves(tree))

@@ -24,7 +24,8 @@ from beagle_jax.config import TargetConfig
 from beagle_jax.config.paths import home
 from beagle_jax.errors import UserError
 from beagle_jax.hub_cache import snapshot_folder
-from beagle_jax.model.joined import join_layer
+from beagle_jax.model.joined import join_layer, turns_experts
+from beagle_jax.model.quantised import arranged_layer
 from beagle_jax.model.target import Params, TargetSpec
 from beagle_jax.model.tensors import param_table, tensors
 from beagle_jax.remote import fetch
@@ -251,6 +252,7 @@ def fill_params(
     """Builds the parameter tree, sharded over the mesh if there is one.
 
     Each layer is quantised, and with `join` its projections are joined, as soon as it is loaded.
+    Quantised matrices are then arranged for the backend (`model/quantised.py`).
     One array at a time passes through host memory, and only the parts of it that this process's
     devices hold are read (a GGUF tensor is dequantised as a whole).
 
@@ -276,10 +278,14 @@ def fill_params(
                 params["layers"][place[1]] = quantiser.take(params, place[1])
             if place and join:
                 params["layers"][place[1]] = _joined(params["layers"][place[1]], spec, mesh)
+            if place and quantiser:
+                arranged = _arrange(params["layers"][place[1]], jax.default_backend())
+                params["layers"][place[1]] = jax.block_until_ready(arranged)
     return params
 
 
-_join = jax.jit(join_layer, static_argnames=("spec", "heads"))
+_arrange = jax.jit(arranged_layer, static_argnames="platform")
+_join = jax.jit(join_layer, static_argnames=("spec", "heads", "turned"))
 
 
 def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any]:
@@ -287,7 +293,9 @@ def _joined(layer: Params, spec: TargetSpec, mesh: Mesh | None) -> dict[str, Any
 
     With more devices than KV heads, queries are split further than keys and values, and stay apart.
     """
-    joined = _join(layer, spec=spec, heads=joins_heads(mesh, spec.num_kv_heads))
+    heads = joins_heads(mesh, spec.num_kv_heads)
+    turned = turns_experts(layer, jax.default_backend())
+    joined = _join(layer, spec=spec, heads=heads, turned=turned)
     return jax.block_until_ready(place(joined, mesh))
 
 
