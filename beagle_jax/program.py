@@ -78,13 +78,13 @@ def program_of(text: str, *, loop: bool) -> Program:
     whole program. A loop whose number of passes is not known counts once. Of the branches of a
     condition, the one with most kernels counts.
     """
-    entry, computations = _computations(text)
+    entry, computations = computations_of(text)
     body = _longest_loop(entry, computations) if loop else entry
     return Program(*_count(body, computations, {}))
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns the entry's name, and the lines of each computation."""
+def computations_of(text: str) -> tuple[str, dict[str, list[str]]]:
+    """Splits a module's text: returns the entry's name, and the lines of each computation."""
     entry, name = "", ""
     computations: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -95,6 +95,22 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
         elif name and line.startswith(" "):
             computations[name].append(line)
     return entry, computations
+
+
+def called_by(rest: str) -> list[str]:
+    """Names the computations that an operation calls, branches excepted.
+
+    rest: what follows the operation's opening bracket.
+    """
+    return _CALLED.findall(rest)
+
+
+def branches_of(rest: str) -> list[str]:
+    """Names the branches of a `conditional`. rest: what follows its opening bracket."""
+    names: list[str] = []
+    for listed, single in _BRANCHES.findall(rest):
+        names += [part.strip().lstrip("%") for part in listed.split(",")] if listed else [single]
+    return names
 
 
 def _longest_loop(entry: str, computations: dict[str, list[str]]) -> str:
@@ -109,7 +125,7 @@ def _longest_loop(entry: str, computations: dict[str, list[str]]) -> str:
             if " while(" in line and (body := re.search(r"body=%?([\w.-]+)", line)):
                 bodies.append(body[1])
             elif " call(" in line:
-                todo += _CALLED.findall(line)
+                todo += called_by(line)
     size = {body: sum(_count(body, computations, {})) for body in bodies}
     return max(bodies, key=size.__getitem__, default=entry)
 
@@ -123,11 +139,11 @@ def _count(name: str, computations: dict[str, list[str]], known: dict[str, _Coun
             continue
         shape, operation, rest = instruction.groups()
         if operation == "call":
-            for called in _CALLED.findall(rest):
+            for called in called_by(rest):
                 counted = counted.plus(_count(called, computations, known))
         elif operation == "while":
             trips = _TRIPS.search(rest)
-            for called in _CALLED.findall(rest):
+            for called in called_by(rest):
                 times = int(trips[1]) if trips else 1
                 counted = counted.plus(_count(called, computations, known), times)
         elif operation == "conditional":
@@ -141,10 +157,7 @@ def _count(name: str, computations: dict[str, list[str]], known: dict[str, _Coun
 
 
 def _largest(rest: str, computations: dict[str, list[str]], known: dict[str, _Counted]) -> _Counted:
-    names: list[str] = []
-    for listed, single in _BRANCHES.findall(rest):
-        names += [part.strip().lstrip("%") for part in listed.split(",")] if listed else [single]
-    branches = [_count(name, computations, known) for name in names]
+    branches = [_count(name, computations, known) for name in branches_of(rest)]
     return max(branches, default=_Counted(0, 0, 0))
 
 
@@ -166,7 +179,7 @@ def copies_of(text: str, elements: int, besides: Collection[int] = ()) -> list[C
     Writes in place are none of them. besides: sizes that do not count, in elements, such as those
     of weights that a TPU fetches before their use. An asynchronous copy counts once.
     """
-    entry, computations = _computations(text)
+    entry, computations = computations_of(text)
     fused, copies = set(_FUSED.findall(text)), []
     for name, lines in computations.items():
         where = "entry" if name == entry else "loop"

@@ -13,13 +13,13 @@ program. A loop over experts counts for each of them, where XLA says how often i
 """
 
 import argparse
-import json
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 from unittest import mock
 
 import jax
+from cases import measured
 from hlo_traffic import conditionals, operations
 
 from beagle_jax.config import Config, DraftConfig, MeshConfig, TargetConfig
@@ -89,7 +89,7 @@ def compiled(topology: str, form: str, layers: int, nodes: int) -> dict:
     }
 
 
-def figures(topology: str, form: str, nodes: int) -> dict:
+def figures(topology: str, nodes: int, form: str) -> dict:
     """Returns the counts of a layer, of what is outside, and of all layers of the model."""
     small, large = (compiled(topology, form, layers, nodes) for layers in LAYERS)
     layer = {key: large[key] - small[key] for key in small}
@@ -126,17 +126,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 60])
     parser.add_argument("--json", help="where the figures are kept")
     arguments = parser.parse_args()
-    path = Path(arguments.json) if arguments.json else None
-    entries = json.loads(path.read_text()) if path and path.exists() else {}
-    for topology in arguments.topologies:
-        for nodes in arguments.nodes:
-            for form in arguments.forms:
-                made = figures(topology, form, nodes)
-                entries[f"{topology} {nodes} {form}"] = made
-                print(topology, nodes, form, json.dumps(made), flush=True)
-                if path:
-                    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    print(table(entries))
+    cases = product(arguments.topologies, arguments.nodes, arguments.forms)
+    print(table(measured(cases, figures, arguments.json)))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+from beagle_jax.program import branches_of, called_by, computations_of
+
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.-]+)")
-_CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.-]+)")
-_BRANCHES = re.compile(
-    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.-]+))"
-)
 _ON_CHIP = re.compile(r"S\([1-9]\)")
 _SLICES = ("dynamic-slice", "gather", "slice")
 # These move nothing: they name buffers, or call what is counted itself.
@@ -92,17 +89,16 @@ def _bits(kind: str) -> int:
 
 def _parsed(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     """Returns the entry's name, and the instructions of each computation."""
-    entry, name = "", ""
-    computations: dict[str, list[Instruction]] = {}
-    for line in text.splitlines():
-        if begun := _COMPUTATION.match(line):
-            name = begun[2]
-            computations[name] = []
-            entry = name if begun[1] else entry
-        elif name and (matched := _INSTRUCTION.match(line)):
-            operands = tuple(_NAME.findall(_arguments(matched[4])))
-            computations[name].append(Instruction(*matched.group(1, 2, 3), operands, matched[4]))
-    return entry, computations
+    entry, listed = computations_of(text)
+    return entry, {
+        name: [_instruction(matched) for line in lines if (matched := _INSTRUCTION.match(line))]
+        for name, lines in listed.items()
+    }
+
+
+def _instruction(matched: re.Match[str]) -> Instruction:
+    operands = tuple(_NAME.findall(_arguments(matched[4])))
+    return Instruction(*matched.group(1, 2, 3), operands, matched[4])
 
 
 def _arguments(rest: str) -> str:
@@ -119,7 +115,7 @@ def _walk(name: str, computations: dict[str, list[Instruction]]) -> Iterator[Ope
     shapes = {each.name: each.shape for each in computations[name]}
     for each in computations[name]:
         if each.operation in ("call", "while", "conditional"):
-            for called in _called(each):
+            for called in called_by(each.rest) + branches_of(each.rest):
                 yield from _walk(called, computations)
         elif each.operation not in _SILENT and not each.operation.endswith("-done"):
             taken = sum(
@@ -131,19 +127,12 @@ def _walk(name: str, computations: dict[str, list[Instruction]]) -> Iterator[Ope
             yield Operation(each.name, each.shape, taken, size(each.shape) if leaves else 0)
 
 
-def _called(each: Instruction) -> list[str]:
-    called = _CALLED.findall(each.rest)
-    for listed, single in _BRANCHES.findall(each.rest):
-        called += _NAME.findall(listed) if listed else [single.lstrip("%")]
-    return called
-
-
 def _read(each: Instruction, index: int, shape: str, computations: dict) -> int:
     """Returns the bytes that an operation reads of one operand."""
     if shape.startswith("("):
         return 0
     if each.operation == "fusion":
-        body = computations[_CALLED.findall(each.rest)[0]]
+        body = computations[called_by(each.rest)[0]]
         inner = [
             step
             for step in body
@@ -175,5 +164,5 @@ def _read_inside(name: str, shape: str, body: list[Instruction], computations: d
 def _only_names(step: Instruction, computations: dict) -> bool:
     """Returns whether a fusion within another moves nothing, as TPUs have them around weights."""
     return step.operation == "fusion" and all(
-        inner.operation in _SILENT for inner in computations[_CALLED.findall(step.rest)[0]]
+        inner.operation in _SILENT for inner in computations[called_by(step.rest)[0]]
     )

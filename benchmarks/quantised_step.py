@@ -11,11 +11,13 @@ bfloat16. --rows: sequences that decode at once.
 """
 
 import argparse
-import json
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import jax
+from cases import measured
 from hlo_traffic import operations
 
 from beagle_jax.config import Config, DecodeConfig, DraftConfig, MeshConfig, TargetConfig
@@ -31,7 +33,7 @@ KINDS = ("none", "int8", "int4")
 CONTEXT = 255  # of each row, in a cache of 256 slots
 
 
-def figures(topology: str, quantize: str, layers: int, rows: int) -> dict:
+def figures(topology: str, rows: int, quantize: str, *, layers: int) -> dict:
     """Compiles a step and returns what it reads and writes, in bytes."""
     settings = TargetConfig(source="x", shape=str(SHAPE), dtype="bfloat16", quantize=quantize)
     config = Config(target=settings, draft=DraftConfig(path="lookup"), decode=DecodeConfig())
@@ -90,17 +92,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--json", help="where the figures are kept")
     arguments = parser.parse_args()
-    path = Path(arguments.json) if arguments.json else None
-    entries = json.loads(path.read_text()) if path and path.exists() else {}
-    for topology in arguments.topologies:
-        for rows in arguments.rows:
-            for kind in arguments.kinds:
-                made = figures(topology, kind, arguments.layers, rows)
-                entries[f"{topology} {rows} {kind}"] = made
-                print(topology, rows, kind, json.dumps(made), flush=True)
-                if path:
-                    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    print(table(entries))
+    cases = product(arguments.topologies, arguments.rows, arguments.kinds)
+    made = partial(figures, layers=arguments.layers)
+    print(table(measured(cases, made, arguments.json)))
 
 
 if __name__ == "__main__":

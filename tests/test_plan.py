@@ -425,10 +425,8 @@ def test_a_topology_without_libtpu_or_that_nobody_knows_is_named(monkeypatch, ca
         raise ValueError("no topology v9")
 
     monkeypatch.setattr(topology.topologies, "get_topology_desc", unknown)
-    with pytest.raises(
-        UserError,
-        match=r"--topology v9:4x4: libtpu does not know it \(no topology v9\); examples: v5e:1, v5e:4x4",
-    ):
+    said = r"--topology v9:4x4: libtpu does not know it \(no topology v9\); "
+    with pytest.raises(UserError, match=said + "examples: v5e:1, v5e:4x4"):
         topology.topology_devices("v9:4x4")
 
 
