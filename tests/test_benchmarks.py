@@ -12,10 +12,12 @@ import pytest
 from benchmark_cases import benchmark
 from command_cases import make_workplace
 
+from beagle_jax.config import load_config
 from beagle_jax.decoding.tree import dynamic_tree
 from beagle_jax.evaluation.suites import suite
 from beagle_jax.model.beagle import BeagleSpec, init_draft
 from beagle_jax.model.tensors import param_table
+from beagle_jax.training.cost import row_flops
 from beagle_jax.weights.draft import Draft, load_draft, save_draft
 from beagle_jax.weights.target import load_target
 
@@ -114,6 +116,19 @@ def test_step_memory_at_toy_size(tmp_path, capsys):
     assert (
         tmp_path / "memory.png"
     ).stat().st_size > 1000 and "training-time test" in capsys.readouterr().out
+
+
+def test_planned_operations_are_those_of_a_large_step(monkeypatch):
+    """Within 5 %: at these sizes, what is no product hardly counts."""
+    bench = benchmark("step_flops")
+    config = load_config(
+        bench.ROOT / "configs" / "llama2_7b_chat.yaml",
+        ["train.row_tokens=64", "train.batch=1", "train.loss_rows=64", "train.early.window=5"],
+    )
+    for stage in ("early", "late"):
+        assert 0.95 < bench.ratio(config, stage)["ratio"] <= 1, stage
+    monkeypatch.setattr(bench, "row_flops", lambda *sizes: 0.9 * row_flops(*sizes))
+    assert bench.ratio(config, "early")["ratio"] < 0.95  # planted: a product is left out
 
 
 def test_plans_for_tpus_are_kept_and_shown(tmp_path, monkeypatch, capsys):

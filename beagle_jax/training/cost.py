@@ -53,6 +53,53 @@ class StageCost(NamedTuple):
         return self.weights + self.optimizer + self.frozen + self.batch + self.waiting
 
 
+class Step(NamedTuple):
+    """A stage's step and what it takes: shapes with the shardings of the real run."""
+
+    spec: DraftSpec
+    stage: StageConfig
+    run: Any  # jitted; its type does not show `lower`
+    state: Any
+    frozen: FrozenTarget
+    batch: Batch
+    seed: int
+
+    def lowered(self) -> Any:
+        """The program before XLA compiles it."""
+        return self.run.lower(self.state, self.frozen, self.batch, self.seed)
+
+
+def abstract_step(
+    name: str,
+    config: Config,
+    target: TargetSpec,
+    draft_vocab: int,
+    mesh: Mesh,
+    online: Any = None,
+) -> Step:
+    """Returns a stage's step of `train` on the mesh, without allocating arrays.
+
+    See `stage_cost` for the arguments.
+    """
+    stage: StageConfig = config.train.named_stages[name]
+    spec = new_spec(config.draft, target).scoring(draft_vocab)
+    train_step, _, init = make_steps(spec, config.train, stage, mesh)
+    params = {
+        key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
+    }
+    dtype = jnp.dtype(config.target.dtype)
+    frozen = _frozen(target, spec, stage, draft_vocab, dtype, online)
+    state, frozen = (
+        place_abstract(tree, shardings(tree, mesh))
+        for tree in (jax.eval_shape(init, params), frozen)
+    )
+    batch = batch_shapes(config, spec)
+    if online is not None:
+        batch = batch._replace(inputs_BLI=None, targets_BLD=None, scale_BL=None)
+    batch = place_abstract(batch, jax.tree.map(lambda _: rows(mesh), batch))
+    return Step(spec, stage, train_step, state, frozen, batch, config.train.seed)
+
+
 def stage_cost(
     name: str,
     config: Config,
@@ -68,42 +115,22 @@ def stage_cost(
     if the step computes the target's states. beside: the same shapes if the parameters only stay in
     memory to measure tau (`eval.every`).
     """
-    stage: StageConfig = config.train.named_stages[name]
-    spec = new_spec(config.draft, target).scoring(draft_vocab)
-    train_step: Any  # jitted; its type does not show `lower`
-    train_step, _, init = make_steps(spec, config.train, stage, mesh)
-    params = {
-        key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in spec.param_shapes().items()
-    }
-    dtype = jnp.dtype(config.target.dtype)
-    frozen = _frozen(target, spec, stage, draft_vocab, dtype, online)
-    beside = _not_read(beside or {}, frozen)
-    state, frozen = (
-        place_abstract(tree, shardings(tree, mesh))
-        for tree in (jax.eval_shape(init, params), frozen)
-    )
-    batch = batch_shapes(config, spec)
-    batch = (
-        batch
-        if online is None
-        else batch._replace(inputs_BLI=None, targets_BLD=None, scale_BL=None)
-    )
-    batch = place_abstract(batch, jax.tree.map(lambda _: rows(mesh), batch))
+    step = abstract_step(name, config, target, draft_vocab, mesh, online)
+    state, batch = step.state, step.batch
+    beside = _not_read(beside or {}, step.frozen)
     clock = time.perf_counter()
-    temporaries, total, refusal = _compiled(
-        train_step.lower(state, frozen, batch, config.train.seed)
-    )
+    temporaries, total, refusal = _compiled(step.lowered())
     B, T = batch.counted_BT.shape
     waiting = AHEAD * _bytes(batch)
     return StageCost(
         flops=B
         * (
-            row_flops(spec, stage, draft_vocab, config.train.row_tokens, T)
+            row_flops(step.spec, step.stage, draft_vocab, config.train.row_tokens, T)
             + (0 if online is None else target_flops(target, config.train.row_tokens))
         ),
         weights=_bytes(state.params),
         optimizer=_bytes(state.opt_state) + _bytes(state.ema or {}),
-        frozen=_bytes(frozen) + _bytes(beside),
+        frozen=_bytes(step.frozen) + _bytes(beside),
         batch=_bytes(batch),
         waiting=waiting,
         temporaries=temporaries,
