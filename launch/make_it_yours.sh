@@ -29,7 +29,9 @@ fi
 make_environment .venv ""
 export PYTHONUNBUFFERED=1
 config=configs/make_it_yours.yaml
-run .venv/bin/python -m beagle_jax.train --config $config data.source=$folder/prompts.jsonl "$@"
+source=data.source=$folder/prompts.jsonl
+on_each_half .venv/bin/python -m beagle_jax.prepare --config $config $source "$@"
+run .venv/bin/python -m beagle_jax.train --config $config $source "$@"
 suites="eval.suites=[$folder/held_out.jsonl]"
 run .venv/bin/python -m beagle_jax.evaluate --config $config "$suites" "$@"
 if [ -z "$dry_run" ]; then

@@ -16,6 +16,7 @@ fi
 make_environment .venv ""
 export PYTHONUNBUFFERED=1
 config=configs/quickstart.yaml
+on_each_half .venv/bin/python -m beagle_jax.prepare --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.train --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.tune --quick --config $config "${short[@]}" "$@"
 run .venv/bin/python -m beagle_jax.evaluate --config $config "${short[@]}" "$@"

@@ -167,12 +167,21 @@ def test_made_up_prompts_are_whole_unique_and_three_words_long(text, tokenizer):
 
 def test_the_budget_stops_the_writing(text, writer, tmp_path):
     rows = text(writer, answer_tokens=15)
-    assert len(writer.calls) == 1 and sum(sum(row.supervised) for row in rows) == 15
+    assert sum(sum(row.supervised) for row in rows) == 15
+    # As many as the budget has for answers at their limit of ten tokens, then as are of five.
+    assert [len(prompts) for prompts, _ in writer.calls] == [2, 1]
     writer.calls.clear()
     rows = text(writer, answer_tokens=16, folder=str(tmp_path / "more"))
     # One more row, not the 2 made-up prompts that there were.
     assert sum(sum(row.supervised) for row in rows) == 20
-    assert [len(prompts) for prompts, _ in writer.calls] == [3, prompts._MADE_UP_AT_LEAST, 1]
+    assert [len(prompts) for prompts, _ in writer.calls] == [2, 1, prompts._MADE_UP_AT_LEAST, 1]
+
+
+@pytest.mark.parametrize(
+    ("items", "rows"), [(1, 1), (127, 127), (128, 64), (834, 105), (8 * 1024, 1024), (1e6, 1024)]
+)
+def test_a_small_wave_is_divided_so_that_processes_have_work(items, rows):
+    assert waves.part_rows(items) == rows
 
 
 def test_as_many_prompts_are_made_up_as_the_budget_needs(text, tokenizer, monkeypatch):
@@ -383,18 +392,18 @@ def test_a_file_of_answers_needs_no_writer(text, tmp_path):
 def test_states_that_came_with_the_answers_are_used(
     text, writer, tmp_path, tiny_params, monkeypatch
 ):
-    parts = [text(writer, answer_tokens=15)]
+    rows = text(writer, answer_tokens=15)[:2]  # those of the first part
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     spec = SimpleNamespace(hidden_size=2)
     states_of_rows = target_states(
-        tiny_params, spec, parts[0], corpus_text.states_path(tmp_path / "data", 0)
+        tiny_params, spec, rows, corpus_text.states_path(tmp_path / "data", 0)
     )
-    for row, states_LD in zip(parts[0], states_of_rows, strict=True):
+    for row, states_LD in zip(rows, states_of_rows, strict=True):
         np.testing.assert_array_equal(states_LD, fake_states(row.tokens))
 
 
 def test_kept_states_in_another_order_are_seen(text, writer, tmp_path, tiny_params, monkeypatch):
-    rows = text(writer, answer_tokens=15)
+    rows = text(writer, answer_tokens=15)[:2]
     monkeypatch.setattr(states, "_compute", lambda *_: pytest.fail("computed again"))
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         target_states(

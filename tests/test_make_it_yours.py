@@ -21,10 +21,16 @@ def clone(tmp_path):
     shutil.copytree(ROOT / "launch", folder / "launch")
     for name in ("requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    python = folder / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/usr/bin/env bash\necho "$*" >> calls\n')
-    python.chmod(0o755)
+    programs = {
+        folder
+        / ".venv/bin/python": 'echo "${JAX_PROCESS_ID:-} of ${JAX_NUM_PROCESSES:-}: $*" >> calls',
+        tmp_path / "bin/taskset": 'shift 2; exec "$@"',
+        tmp_path / "bin/nproc": "echo 2",
+    }
+    for path, text in programs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
     stamp = "cat requirements.txt pyproject.toml | cksum > .venv/installed"
     subprocess.run(stamp, shell=True, cwd=folder, check=True)
     return folder
@@ -35,9 +41,8 @@ def called(clone: Path, count: int) -> subprocess.CompletedProcess:
     lines = [json.dumps({"prompt": f"What is {number}?"}) for number in range(count)]
     (clone.parent / "mine.jsonl").write_text("\n\n".join(lines))
     arguments = ["bash", f"clone/{SCRIPT}", "mine.jsonl", "train.seed=1"]
-    return subprocess.run(
-        arguments, capture_output=True, text=True, cwd=clone.parent, env=dict(os.environ)
-    )
+    env = {**os.environ, "PATH": f"{clone.parent / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=clone.parent, env=env)
 
 
 def held_out_prompts_are_not_learnt(clone: Path) -> None:
@@ -52,14 +57,17 @@ def held_out_prompts_are_not_learnt(clone: Path) -> None:
 
 def test_the_last_prompts_are_held_out(clone):
     held_out_prompts_are_not_learnt(clone)
-    train, evaluate = (clone / "calls").read_text().splitlines()
+    *writers, train, evaluate = (clone / "calls").read_text().splitlines()
     folder = "runs/make_it_yours"
-    assert train == (
-        "-m beagle_jax.train --config configs/make_it_yours.yaml "
-        f"data.source={folder}/prompts.jsonl train.seed=1"
-    )
+    settings = f"data.source={folder}/prompts.jsonl train.seed=1"
+    # Each of the two writes a half of the text.
+    assert sorted(writers) == [
+        f"{index} of 2: -m beagle_jax.prepare --config configs/make_it_yours.yaml {settings}"
+        for index in range(2)
+    ]
+    assert train == f" of : -m beagle_jax.train --config configs/make_it_yours.yaml {settings}"
     assert evaluate == (
-        "-m beagle_jax.evaluate --config configs/make_it_yours.yaml "
+        " of : -m beagle_jax.evaluate --config configs/make_it_yours.yaml "
         f"eval.suites=[{folder}/held_out.jsonl] train.seed=1"
     )
 
@@ -69,6 +77,13 @@ def test_planted_bug_all_prompts_are_learnt(clone):
     script.write_text(script.read_text().replace("++n <= last'", "++n'"))
     with pytest.raises(AssertionError):
         held_out_prompts_are_not_learnt(clone)
+
+
+def test_a_writer_that_fails_ends_the_run(clone):
+    python = clone / ".venv/bin/python"
+    for index in range(2):
+        python.write_text(f'#!/usr/bin/env bash\n[ "$JAX_PROCESS_ID" != {index} ] || exit 3\n')
+        assert called(clone, 90).returncode == 3
 
 
 def test_too_few_prompts_are_refused(clone):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from beagle_jax.config import DataConfig
-from beagle_jax.corpus.waves import PART_ROWS, WAVE_PARTS
+from beagle_jax.corpus.waves import WAVE_PARTS, part_rows
 from beagle_jax.corpus.writer import Writer
 from beagle_jax.data.chats import own_prompts
 from beagle_jax.data.folder import old_parts, prompt_rounds, prompts_path
@@ -70,12 +70,13 @@ class SelfWritten:
             UserError: none is usable.
         """
         wanted = max(wanted, _MADE_UP_AT_LEAST)
-        rounds = min(-(-wanted // PART_ROWS), WAVE_PARTS)
+        rows = part_rows(wanted)
+        rounds = min(-(-wanted // rows), WAVE_PARTS)
         # Version 0.1.0 kept no files of its rounds, at most one for each part but the first.
         first = max([0, *prompt_rounds(self._config.folder), *old_parts(self._config.folder)])
         for number in range(first + 1, first + 1 + rounds):
             if not self._share.together or number % self._share.count == self._share.index:
-                self._make(number, min(-(-wanted // rounds), PART_ROWS))
+                self._make(number, rows)
         wait_for_all("prompts are made up")
         fresh = self.items(parts)
         if not fresh:

@@ -5,6 +5,7 @@ Whoever continues writes the parts of that plan, so the text does not depend on 
 processes, on the batch size or on interruptions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from beagle_jax.config import DataConfig
 from beagle_jax.data.folder import Wave
 from beagle_jax.data.template import Row, supervised_tokens
 
-PART_ROWS = 1024  # items of one part
+PART_ROWS, _LEAST_ROWS = 1024, 64  # items of one part, and of one of several in a wave
 SERVER_ROWS = 128  # of a part that a server answers: an interruption loses what it answered of it
 # Parts of a wave: bounds memory, and in the first wave also the text beyond the budget, when the
 # length of answers is not known yet.
@@ -29,9 +30,21 @@ class Planned(NamedTuple):
 
 
 def answer_length(config: DataConfig, parts: Mapping[int, Sequence[Row]]) -> float:
-    """Returns the mean answer tokens of a row that was written; without rows, half the limit."""
+    """Returns the mean answer tokens of a row that was written; without rows, the limit.
+
+    So the first wave writes no more than the budget, and the next one what it lacks.
+    """
     rows = [row for part in parts.values() for row in part]
-    return supervised_tokens(rows) / len(rows) if rows else config.max_answer_tokens / 2
+    return supervised_tokens(rows) / len(rows) if rows else config.max_answer_tokens
+
+
+def part_rows(items: float) -> int:
+    """Returns the items of each part, where a wave is expected to have so many.
+
+    A small wave has two, four or eight parts, so that as many processes have work.
+    """
+    parts = min(FIRST_WAVE_PARTS, max(1, int(items) // _LEAST_ROWS))
+    return min(PART_ROWS, math.ceil(items / 2 ** (parts.bit_length() - 1)))
 
 
 def plan(
@@ -48,7 +61,9 @@ def plan(
     length: answer tokens of an item without an answer. is_own: whether this process writes a part;
     items of other parts are not kept. by_server: a server answers the items.
     """
-    rows = min(PART_ROWS, SERVER_ROWS) if by_server else PART_ROWS
+    rows = part_rows(missing / length)
+    if by_server:
+        rows = min(rows, SERVER_ROWS)
     most = FIRST_WAVE_PARTS if first == 0 else WAVE_PARTS
     sizes: list[int] = []
     own: dict[int, list[Row]] = {}
