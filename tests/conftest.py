@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
@@ -46,6 +47,29 @@ jax.config.update(
     "jax_compilation_cache_dir", str(Path("~/.cache/beagle_jax/xla_tests").expanduser())
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def share_contexts(lowerings: int) -> None:
+    """Lets so many lowerings share one MLIR context; jax makes one for each.
+
+    Making one takes 6 of the 8 milliseconds that lowering a small operation takes, and the tests
+    lower thousands of them. A context keeps the constants of its modules, so now and then a new one
+    is made.
+    """
+    make, made, turn = mlir.make_ir_context, threading.local(), itertools.count()
+
+    def shared():
+        if next(turn) % lowerings == 0 or not hasattr(made, "context"):
+            made.context = make()
+        return made.context
+
+    mlir.make_ir_context = shared
+
+
+if version("jax").startswith("0.10."):
+    from jax._src.interpreters import mlir
+
+    share_contexts(100)
 
 
 @pytest.fixture(autouse=True)
